@@ -1,4 +1,4 @@
-"""What is wrong with a figure as a page shows it: its size, letters too small to read, texts that touch or are cut."""
+"""Find faults of a figure on a page: its size, letters too small to read, texts that touch or are cut."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def undraw(patch: pytest.MonkeyPatch) -> None:
 
 
 def faults(figure: Figure) -> list[str]:
-    """What is wrong with a figure, a sentence each."""
+    """Describe the faults of a figure, a sentence each."""
     width, height = figure.get_size_inches()
     found = []
     if not NARROWEST < width <= WIDEST or not NARROWEST / 3 < height <= HIGHEST:
@@ -60,7 +60,7 @@ def faults(figure: Figure) -> list[str]:
 
 
 def drawn_texts(figure: Figure) -> list[tuple[str, Any, float]]:
-    """Every text that is really drawn (not ticks outside the limits), with its place and size in points."""
+    """List the drawn texts (no ticks outside the limits), with their boxes and sizes in points."""
     found = []
     draw = Text.draw
 

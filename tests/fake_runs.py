@@ -1,10 +1,10 @@
-"""Made-up ``metrics.json`` files for real plans: tables, mirrors and checks without training."""
+"""Write made-up ``metrics.json`` files for real plans, so that tables and checks need no training."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,314 +18,223 @@ from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.evaluation import task_title
 
-ENVIRONMENT = {
+SUBJECTS = {"anatomy": 40, "astronomy": 40, "virology": 20}
+_ENVIRONMENT: dict[str, Any] = {
     "packages": {"torch": "2"},
     "python": "3",
     "platform": "Linux",
     "git_commit": "abc",
     "git_dirty": False,
-    "processor": "CPU",
-    "cores": 2,
-    "threads": 1,
-    "memory_gb": 4.0,
-    "gpus": [],
-    "fingerprint": {"processor": "CPU", "threads": "1", "package torch": "2"},
 }
+_ENVIRONMENT |= {"processor": "CPU", "cores": 2, "threads": 1, "memory_gb": 4.0, "gpus": []}
+_ENVIRONMENT |= {"fingerprint": {"processor": "CPU", "threads": "1", "package torch": "2"}}
+_EVALUATION = {"evaluation_seconds": 1.0, "startup_seconds": 0.2, "job_seconds": 2.0, "peak_memory_mb": 100.0}
+_TRAINING = {**_EVALUATION, "evaluation_seconds": 0.7, "steps": 2, "step_seconds": 0.5, "train_seconds": 1.0}
+_ROUTING = {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0}
+_ROWS = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
 
 
 def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
-    """Plausible numbers; the same for the same run."""
+    """Make up plausible numbers; the same for the same run."""
     draw = random.Random(run.id)
-    metric, task = run.spec["task"]["metric"], run.spec["task"]["name"]
-
-    def one(base: float, metrics: tuple[str, ...] = (metric,)) -> dict[str, float]:
-        return {name: min(base + gain + draw.uniform(-0.02, 0.02), 1.0) for name in metrics} | {"loss": 0.5}
-
-    config = run.spec["method"]["config"]
-    summary = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
-    ood = {other["name"]: one(0.75, tuple(other["ood_metrics"])) for other in run.spec["ood"]}
-    data = {f"ood:{other['name']}": summary for other in run.spec["ood"]}
-    used = routed(config["num_experts"], [task, *ood], draw) if config else {"routing": {}, "usage": {}}
-    if "candidates" in run.spec:
-        return {
-            "run_id": run.id,
-            "scores": {"test": {task: one(0.88)}, "ood": ood},
-            **used,
-            "chosen": {"run": run.spec["candidates"][0], "learning_rate": 0.1, "variant": ""},
-            "cost": {"evaluation_seconds": 1.0, "startup_seconds": 0.2, "job_seconds": 2.0, "peak_memory_mb": 100.0},
-            "data": {"test": summary, **data},
-            "environment": ENVIRONMENT,
-        }
-    same = {"parameters": 10, "names": "same"}
-    probe = {
-        "losses": [repr(0.7 - 0.01 * step) for step in range(8)],
-        "logits": {"mean": 0.1, "deviation": 1.0, "rms": 1.1, "projection": 0.5},
-        "loads": {"1": [10, 10, 10, 10]} if config else {},
+    makers: dict[str, Callable[[Run, random.Random, float], dict[str, Any]]] = {
+        "settings": _measured,
+        "finetuning": _instructions,
+        "reading": _modularity,
+        "test_envs": _domains,
     }
+    make = next((maker for key, maker in makers.items() if key in run.spec), _text)
+    return {"run_id": run.id, **make(run, draw, gain), "environment": _ENVIRONMENT}
+
+
+def _trained(trained: dict[str, Any]) -> dict[str, Any]:
+    model = dict.fromkeys(("parameters", "dense_parameters", "trainable_parameters"), 1000)
+    model |= {"active_parameters": 900, "flops_per_token": 1800}
+    return {"model": {**model, "active_neurons": 0.5, "conversion": [], "trained": trained}, "cost": _TRAINING}
+
+
+def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
+    task, config = run.spec["task"], run.spec["method"]["config"]
+    several = task.get("tasks")
+    tasks = {one["name"]: [one["metric"]] for one in several or [task]}
+    others = {other["name"]: other["ood_metrics"] for other in run.spec["ood"]}
+
+    def scores(base: float, sets: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+        return {
+            name: {key: min(base + gain + draw.uniform(-0.02, 0.02), 1.0) for key in keys} | {"loss": 0.5}
+            for name, keys in sets.items()
+        }
+
+    if several:
+        parts = [f"{part}:{name}" for name in tasks for part in ("train", "dev", "test")]
+        return {
+            "scores": {"dev": scores(0.9, tasks), "test": scores(0.88, tasks), "ood": scores(0.75, others)},
+            "dev_curve": [{"epoch": 1.0, "mean_score": 0.9}],
+            "kept_epoch": 1.0,
+            "probe": {"losses": ["0.7"], "loads": {"1": [10, 10]} if config else {}},
+            "routing": _ROUTING if config else {},
+            **_trained({}),
+            "data": dict.fromkeys([*parts, *(f"ood:{name}" for name in others)], _ROWS),
+        }
+    ood = scores(0.75, others)
+    used = _used(config["num_experts"], [*tasks, *others], draw) if config else {"routing": {}, "usage": {}}
+    data = dict.fromkeys(["test", *(f"ood:{name}" for name in others)], _ROWS)
+    if "candidates" in run.spec:
+        chosen = {"run": run.spec["candidates"][0], "learning_rate": 0.1, "variant": ""}
+        return {"scores": {"test": scores(0.88, tasks), "ood": ood}, **used, "chosen": chosen} | {
+            "cost": _EVALUATION,
+            "data": data,
+        }
+    made: dict[str, Any] = {"scores": {"dev": scores(0.9, tasks), "test": scores(0.88, tasks), "ood": ood}}
+    made["epochs"] = [
+        {"epoch": epoch, **scores(base, tasks)[task["name"]]} for epoch, base in ((1.0, 0.85), (2.0, 0.9))
+    ]
+    if config:
+        loads = np.random.default_rng(draw.randrange(2**32)).integers(1, 99, (20, config["num_experts"])).tolist()
+        used["routing"]["windows"] = {"ends": [*range(100, 2001, 100)], "loads": {"1": loads}}
+    if used_as := run.spec.get("used_as"):
+        other_scores = {"ood": scores(0.74, others), "test": scores(0.87, tasks)}
+        made["transformed"] = {used_as["name"]: {"scores": other_scores}}
+    same = {"parameters": 10, "names": "same"}
+    probe: dict[str, Any] = {"losses": [repr(0.7 - 0.01 * step) for step in range(8)]}
+    probe |= {"logits": {"mean": 0.1, "deviation": 1.0, "rms": 1.1, "projection": 0.5}}
+    probe |= {"loads": {"1": [10, 10, 10, 10]} if config else {}}
+    trained = _trained({"adapters": same, "head": same} if run.spec["training"]["lora"] else {})
     return {
-        "run_id": run.id,
-        "scores": {
-            "dev": {task: one(0.9)},
-            "test": {task: one(0.88)},
-            "ood": ood,
-        },
-        "epochs": [{"epoch": 1.0, **one(0.85)}, {"epoch": 2.0, **one(0.9)}],
+        **made,
+        **used,
+        **trained,
         "kept_epoch": 2.0,
         "probe": probe,
-        **used,
-        "routing": used["routing"] | ({"windows": windows(config, draw)} if config else {}),
-        **made_another(run, task, one),
-        **trained_model({"adapters": same, "head": same} if run.spec["training"]["lora"] else {}),
-        "data": {
-            "train": summary,
-            "dev": summary,
-            "test": summary,
-            **data,
-        },
-        "environment": ENVIRONMENT,
+        "data": {"train": _ROWS, "dev": _ROWS, **data},
     }
 
 
-def routed(experts: int, sets: list[str], draw: random.Random) -> dict[str, Any]:
-    """How a routed model's tokens, and the rows of some sets, use its experts."""
-    shares = [1 / experts] * experts
-    marks = [1, -1][:experts] + [0] * (experts - 2)
-    routing: dict[str, Any] = {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0}
+def _used(experts: int, sets: list[str], draw: random.Random) -> dict[str, Any]:
+    """Make up how the tokens of a routed model, and the rows of some sets, use its experts."""
     if len(sets) < 2:
-        return {"routing": routing, "usage": {}}
-    for name in ("task", "class"):
-        routing |= {f"{name}_information{end}": draw.uniform(0, 0.1) for end in ("", "_chance", "_chance_95")}
-    return {
-        "routing": routing,
-        "usage": {
-            "tasks": {name: {"shares": shares, "marks": marks, "classes": {"0": shares, "1": shares}} for name in sets},
-            "shared": [2] if experts > 2 and draw.random() < 0.5 else [],
-            "specialised": [0],
-        },
-    }
+        return {"routing": {**_ROUTING}, "usage": {}}
+    names = [f"{name}_information{end}" for name in ("task", "class") for end in ("", "_chance", "_chance_95")]
+    routing = _ROUTING | {name: draw.uniform(0, 0.1) for name in names}
+    shares, marks = [1 / experts] * experts, [1, -1][:experts] + [0] * (experts - 2)
+    usage = {name: {"shares": shares, "marks": marks, "classes": {"0": shares, "1": shares}} for name in sets}
+    shared = [2] if experts > 2 and draw.random() < 0.5 else []
+    return {"routing": routing, "usage": {"tasks": usage, "shared": shared, "specialised": [0]}}
 
 
-def made_another(run: Run, task: str, one: Callable[..., dict[str, float]]) -> dict[str, Any]:
-    """Scores of a run's model made another method's, where its spec says so."""
-    used_as = run.spec.get("used_as")
-    if not used_as:
-        return {}
-    ood = {other["name"]: one(0.74, tuple(other["ood_metrics"])) for other in run.spec["ood"]}
-    return {"transformed": {used_as["name"]: {"scores": {"test": {task: one(0.87)}, "ood": ood}}}}
-
-
-def windows(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
-    """Loads of twenty windows of a layer's training."""
-    loads = np.random.default_rng(draw.randrange(2**32)).integers(1, 99, (20, config["num_experts"])).tolist()
-    return {"ends": [100 * number for number in range(1, 21)], "loads": {"1": loads}}
-
-
-def multitask_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
-    """Plausible numbers of a run on several tasks; the same for the same run."""
-    draw = random.Random(run.id)
-
-    def one(base: float, names: list[str]) -> dict[str, float]:
-        return {name: min(base + gain + draw.uniform(-0.02, 0.02), 1.0) for name in names} | {"loss": 0.5}
-
-    tasks, config = run.spec["task"]["tasks"], run.spec["method"]["config"]
-    summary = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
-    parts = [f"{part}:{task['name']}" for task in tasks for part in ("train", "dev", "test")]
-    return {
-        "run_id": run.id,
-        "scores": {
-            "dev": {task["name"]: one(0.9, [task["metric"]]) for task in tasks},
-            "test": {task["name"]: one(0.88, [task["metric"]]) for task in tasks},
-            "ood": {other["name"]: one(0.75, other["ood_metrics"]) for other in run.spec["ood"]},
-        },
-        "dev_curve": [{"epoch": 1.0, "mean_score": 0.9}],
-        "kept_epoch": 1.0,
-        "probe": {"losses": ["0.7"], "loads": {"1": [10, 10]} if config else {}},
-        "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0} if config else {},
-        **trained_model({}),
-        "data": dict.fromkeys([*parts, *(f"ood:{other['name']}" for other in run.spec["ood"])], summary),
-        "environment": ENVIRONMENT,
-    }
-
-
-def modularity_metrics(run: Run) -> dict[str, Any]:
-    """Plausible numbers of a pre-trained model as it is; the same for the same run."""
-    draw, experts = random.Random(run.id), run.spec["method"]["config"]["num_experts"]
+def _modularity(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
+    experts = run.spec["method"]["config"]["num_experts"]
     names = [run.spec["task"]["name"], *(other["name"] for other in run.spec["ood"])]
     tasks = [name for name in names for _ in range(10)]
+    used = _used(experts, names, draw)
     measured = {"best_quarter": 0.7, "best_quarter_mass": 0.3, "usage_gini": 0.2, "inertia": 0.9, "dead": 0.2}
     measured |= {f"{name}_{selection}": 0.3 for name in ("kept", "active", "dead") for selection in ("top", "bottom")}
-    used = routed(experts, names, draw)
     measured |= {name: value for name, value in used["routing"].items() if "_information" in name}
+    matrix = {"tasks": tasks, "neurons": 8 * experts, "tokens": list(range(len(tasks)))}
+    matrix |= {"places": [draw.randrange(8 * experts) for _ in tasks], "values": [draw.uniform(1, 8) for _ in tasks]}
     return {
-        "run_id": run.id,
         "measured": {"experts": {**measured, "shared_experts": 1.0, "specialised_experts": 2.0}},
         "usage": used["usage"],
-        "matrix": {
-            "tasks": tasks,
-            "neurons": 8 * experts,
-            "tokens": list(range(len(tasks))),
-            "places": [draw.randrange(8 * experts) for _ in tasks],
-            "values": [draw.uniform(1, 8) for _ in tasks],
-        },
+        "matrix": matrix,
         "cost": {"job_seconds": 1.0, "startup_seconds": 0.1},
         "data": {f"test:{name}": {"rows": 10, "dropped": 0, "labels": {"0": 5, "1": 5}} for name in names},
-        "environment": ENVIRONMENT,
     }
 
 
-def trained_model(trained: dict[str, Any]) -> dict[str, Any]:
-    """What a run says of its model and of what it took."""
-    return {
-        "model": {
-            "parameters": 1000,
-            "dense_parameters": 1000,
-            "trainable_parameters": 1000,
-            "active_parameters": 900,
-            "flops_per_token": 1800,
-            "trained": trained,
-            "active_neurons": 0.5,
-            "conversion": [],
-        },
-        "cost": {
-            "steps": 2,
-            "step_seconds": 0.5,
-            "train_seconds": 1.0,
-            "evaluation_seconds": 0.7,
-            "startup_seconds": 0.2,
-            "job_seconds": 2.0,
-            "peak_memory_mb": 100.0,
-        },
-    }
-
-
-def measured(run: Run) -> dict[str, Any]:
-    """Plausible measurements; the same for the same run."""
-    draw = random.Random(run.id)
-    found = {}
+def _measured(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
+    measured = {}
     for candidate in ("dense", *run.spec["settings"]["candidates"]):
         ratio = 1.0 if candidate == "dense" else draw.uniform(0.3, 2.0)
-        found[candidate] = {"ratio": ratio, "ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio, "seconds": 0.1 * ratio}
-        found[candidate] |= {"inertia": 0.9} if run.spec["task"]["name"] == "partition" else {"memory_ratio": 0.3}
-        if candidate == "sparse":
-            found[candidate]["expected_ratio"] = 0.4
-    return {"run_id": run.id, "measured": found, "cost": {"job_seconds": 1.0}, "environment": ENVIRONMENT}
+        numbers = {"ratio": ratio, "ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio, "seconds": 0.1 * ratio}
+        numbers |= {"inertia": 0.9} if run.spec["task"]["name"] == "partition" else {"memory_ratio": 0.3}
+        measured[candidate] = numbers | ({"expected_ratio": 0.4} if candidate == "sparse" else {})
+    return {"measured": measured, "cost": {"job_seconds": 1.0}}
 
 
-def domain_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
-    """Plausible records of a run of domain generalisation; the same for the same run."""
-    draw = random.Random(run.id)
+def _domains(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
+    task, training, config = run.spec["task"]["name"], run.spec["training"], run.spec["method"]["config"]
     names = [name for name, _ in run.spec["task"]["environments"]]
-    held_out = run.spec["test_envs"]
-    last = run.spec["training"]["steps"] - 1
-    steps = sorted({*range(0, last, run.spec["training"]["eval_every"]), last})
+    parts = [(env, part) for env in range(len(names)) for part in ("in", "out")]
+    last = training["steps"] - 1
     records: list[dict[str, Any]] = [
         {"step": step, "epoch": step / 10, "loss": 1.0}
-        | {
-            f"env{env}_{part}_acc": 0.5 + gain + draw.uniform(0, 0.3)
-            for env in range(len(names))
-            for part in ("in", "out")
-        }
-        for step in steps
+        | {f"env{env}_{part}_acc": 0.5 + gain + draw.uniform(0, 0.3) for env, part in parts}
+        for step in sorted({*range(0, last, training["eval_every"]), last})
     ]
-    config = run.spec["method"]["config"]
-    experts = config["num_experts"] if config else 0
+    routing: dict[str, Any] = {}
+    if config:
+        loads = [[[draw.randrange(9) for _ in range(config["num_experts"])] for _ in range(2)] for _ in names]
+        bits = {"class_information": (0.1, 0.03, 0.05), "environment_information": (0.01, 0.01, 0.02)}
+        routing = {f"{name}{end}": n for name, ns in bits.items() for end, n in zip(("", "_chance", "_chance_95"), ns)}  # noqa: B905
+        chance = {"8": {"class": [0.031, 0.052], "environment": [0.011, 0.022]}}
+        routing |= {"load_entropy": 0.9, "chance": chance, "loads": {"8": loads}}
+    held_out = {names[env]: {"accuracy": records[-1][f"env{env}_in_acc"]} for env in run.spec["test_envs"]}
+    rows = {"rows": 8, "dropped": 0, "labels": {"cat": 4, "dog": 4}}
     return {
-        "run_id": run.id,
         "records": records,
-        "scores": {
-            "train": {run.spec["task"]["name"]: {"loss": 1.0}},
-            "dev": {run.spec["task"]["name"]: {"accuracy": 0.8}},
-            "test": {names[env]: {"accuracy": records[-1][f"env{env}_in_acc"]} for env in held_out},
-        },
+        "scores": {"train": {task: {"loss": 1.0}}, "dev": {task: {"accuracy": 0.8}}, "test": held_out},
         "confusion": {name: [[3, 1], [0, 4]] for name in names},
         "classes": ["cat", "dog"],
-        "routing": {
-            "load_entropy": 0.9,
-            "class_information": 0.1,
-            "class_information_chance": 0.03,
-            "class_information_chance_95": 0.05,
-            "environment_information": 0.01,
-            "environment_information_chance": 0.01,
-            "environment_information_chance_95": 0.02,
-            "chance": {"8": {"class": [0.031, 0.052], "environment": [0.011, 0.022]}},
-            "loads": {"8": [[[draw.randrange(9) for _ in range(experts)] for _ in range(2)] for _ in names]},
-        }
-        if config
-        else {},
-        "data": {
-            f"{name} {part}": {"rows": 8, "dropped": 0, "labels": {"cat": 4, "dog": 4}}
-            for name in names
-            for part in ("in", "out")
-        },
-        **trained_model({}),
-        "environment": ENVIRONMENT,
+        "routing": routing,
+        "data": {f"{names[env]} {part}": rows for env, part in parts},
+        **_trained({}),
     }
 
 
-SUBJECTS = {"anatomy": 40, "astronomy": 40, "virology": 20}
-
-
-def instruction_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
-    """Plausible numbers of a run of instruction tuning; the same for the same run."""
-    draw = random.Random(run.id)
+def _instructions(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
     tasks = {}
     for entry in InstructionSpec.model_validate(run.spec).evaluation.tasks:
         correct = {
             name: "".join(str(int(draw.random() < 0.4 + gain)) for _ in range(count))
             for name, count in SUBJECTS.items()
         }
-        subjects = {
-            name: {"acc": digits.count("1") / len(digits), "questions": len(digits)} for name, digits in correct.items()
-        }
-        whole = "".join(correct.values())
-        tasks[task_title(entry)] = {
-            "scores": {
-                "accuracy": whole.count("1") / len(whole),
-                "accuracy_macro": sum(found["acc"] for found in subjects.values()) / len(subjects),
-            },
-            "questions": len(whole),
+
+        def group(*names: str, correct: dict[str, str] = correct) -> dict[str, float]:
+            digits = "".join(correct[name] for name in names)
+            return {"acc": digits.count("1") / len(digits), "questions": len(digits)}
+
+        subjects = {name: group(name) for name in correct}
+        macro = sum(subject["acc"] for subject in subjects.values()) / len(subjects)
+        tasks[task_title(entry)] = task = {
+            "scores": {"accuracy": group(*correct)["acc"], "accuracy_macro": macro},
+            "questions": sum(SUBJECTS.values()),
             "metric": "acc",
-            "categories": {
-                "stem": {"acc": correct["astronomy"].count("1") / 40, "questions": 40},
-                "other": {"acc": (correct["anatomy"] + correct["virology"]).count("1") / 60, "questions": 60},
-            },
+            "categories": {"stem": group("astronomy"), "other": group("anatomy", "virology")},
             "subjects": subjects,
             "correct": correct,
         }
         if "continuation" in entry.task:
             nats = {name: [draw.uniform(1, 2) - gain for _ in digits] for name, digits in correct.items()}
-            every = [value for values in nats.values() for value in values]
-            tasks[task_title(entry)]["nats_per_byte"] = nats
-            tasks[task_title(entry)]["scores"] |= {"accuracy_norm": 0.5, "nats_per_byte": sum(every) / len(every)}
+            values = [value for subject in nats.values() for value in subject]
+            task["nats_per_byte"] = nats
+            task["scores"] |= {"accuracy_norm": 0.5, "nats_per_byte": sum(values) / len(values)}
     config = run.spec["method"]["config"]
-    counts = {"rows": 8, "tokens": 900, "learned_tokens": 300, "longest": 128}
-    counts |= {"truncated_responses": 2, "truncated_tokens": 31, "broken_rows": 1}
-    shared = {**counts, "source": "made up", "template": "alpaca"}
+    data: dict[str, Any] = {
+        "rows": 8,
+        "tokens": 900,
+        "learned_tokens": 300,
+        "longest": 128,
+        "source": "made up",
+        "template": "alpaca",
+    }
+    data |= {"truncated_responses": 2, "truncated_tokens": 31, "broken_rows": 1}
+    shares = {"16": [1 / config["num_experts"]] * config["num_experts"]} if config else {}
     return {
-        "run_id": run.id,
         "scores": {
             "dev": {run.spec["task"]["name"]: {"loss": 2.0 - gain - draw.uniform(0, 0.01)}},
-            "test": {name: found["scores"] for name, found in tasks.items()},
+            "test": {name: task["scores"] for name, task in tasks.items()},
         },
         "tasks": tasks,
         "curve": [3.0, 2.5, 2.2] if run.spec["learning_rate"] else [],
         "answers": [{"instruction": "Name a colour.", "input": "", "reference": "Red.", "answer": "Blue. " * 100}],
-        "routing": {
-            "load_entropy": 0.9,
-            "load_max_over_mean": 2.0,
-            "drop_rate": 0.0,
-            "shares": {"16": [1 / config["num_experts"]] * config["num_experts"]},
-        }
-        if config
-        else {},
-        "data": {"train": shared, "held_out": shared},
-        **trained_model({}),
-        "environment": ENVIRONMENT,
+        "routing": {**_ROUTING, "shares": shares} if config else {},
+        "data": {"train": data, "held_out": data},
+        **_trained({}),
     }
 
 
 def write(
-    folder: Path, suite: str = "mini", gains: dict[str, float] | None = None, benchmarks: tuple[str, ...] = ("glue",)
+    folder: Path, suite: str = "mini", gains: dict[str, float] | None = None, benchmarks: Iterable[str] = ("glue",)
 ) -> list[Run]:
     """Write the runs of a suite below ``folder``; ``gains`` shifts all scores of a method."""
     runs = plan(list(benchmarks), suite)
@@ -338,25 +247,12 @@ def write_runs(runs: list[Run], gains: dict[str, float] | None = None, folder: P
     for run in runs:
         path = folder / run.folder / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        gain = (gains or {}).get(run.spec["method"]["name"], 0.0)
-        path.write_text(json.dumps(_made_up(run, gain)))
-
-
-def _made_up(run: Run, gain: float) -> dict[str, Any]:
-    if "settings" in run.spec:
-        return measured(run)
-    if "finetuning" in run.spec:
-        return instruction_metrics(run, gain)
-    if "reading" in run.spec:
-        return modularity_metrics(run)
-    if "tasks" in run.spec["task"]:
-        return multitask_metrics(run, gain)
-    return domain_metrics(run, gain) if run.benchmark == "domainbed" else metrics(run, gain)
+        path.write_text(json.dumps(metrics(run, (gains or {}).get(run.spec["method"]["name"], 0.0))))
 
 
 def write_samples(runs: list[Run]) -> None:
     """Write a picture of samples and the names of their environments for the image sets of runs."""
-    for job in {found.id: found for found in (validation_job(run.spec) for run in runs)}.values():
+    for job in {job.id: job for job in (validation_job(run.spec) for run in runs)}.values():
         picture = Path(job.picture)
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80, 60)).save(picture)
@@ -365,21 +261,19 @@ def write_samples(runs: list[Run]) -> None:
 
 def text_and_measurements() -> list[Run]:
     """Write runs of glue, some seeds of three methods, and measurements, into the working directory."""
-    write(RUNS, benchmarks=("glue",))
-    write(RUNS, suite="smoke", benchmarks=("speed",))
-    text = [run for run in plan(["glue"], "mini") if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
-    return [*text, *plan(["speed"], "smoke")]
+    text = [run for run in write(RUNS) if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
+    return [*text, *write(RUNS, "smoke", benchmarks=("speed",))]
 
 
 def text_suite() -> Suite:
-    """The text of the mini suite, finished in the working directory with a gain of EMoE."""
+    """Finish the text of the mini suite in the working directory with a gain of EMoE."""
     benchmarks = ("glue", "glue_lora", "glue_ood")
     write(RUNS, gains={"emoe": 0.05, "random_partition": -0.1}, benchmarks=benchmarks)
     return load_suite({"benchmarks": list(benchmarks)})
 
 
 def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a run wrote."""
+    """Change the recorded numbers of a run."""
     path = RUNS / run.folder / "metrics.json"
     content = json.loads(path.read_text())
     change(content)

@@ -37,10 +37,10 @@ def check_same_trained(runs: list[Run]) -> None:
     first: dict[tuple[str, str], tuple[Run, object]] = {}
     for run in runs:
         trained = read_metrics(run)["model"]["trained"]
-        found = [trained[group] for group in _SHARED]
+        groups = [trained[group] for group in _SHARED]
         key = (run.spec["model"]["name"], str(len(run.spec["task"]["labels"])))
-        other, expected = first.setdefault(key, (run, found))
-        if found != expected:
+        other, expected = first.setdefault(key, (run, groups))
+        if groups != expected:
             raise DefinitionError(
                 f"{run.folder} and {other.folder} train other adapters or another head: they cannot be compared"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,18 @@ from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import ABLATION, CONTROL, setting_text, setting_values
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
-from benchmarks.harness.report.common import SETTING, means_by, published_delta, read_published, with_numbers, with_runs
+from benchmarks.harness.report.common import (
+    SETTING,
+    means_by,
+    published_delta,
+    read_published,
+    summarize,
+    with_numbers,
+    with_runs,
+)
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
-from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts
+from benchmarks.harness.results.statistics import with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, Ablation
 from benchmarks.text.figures import draw_curves, draw_differences
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
@@ -34,7 +42,6 @@ AXES = {"train_share": "D", _N_AND_K: "k"}
 _FEW = 3  # sets that an average names
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
-_PAIRS = ["task", "eval_task"]
 _AXIS_VALUES = ["D", "k", "N", "L"]
 
 
@@ -55,7 +62,7 @@ class Ablations:
         self._benchmark, self._runs, self._records = benchmark, runs, collect(runs)
         self.usual = TextOutcomes(benchmark, runs, self._records)
         self._definitions: Mapping[str, Ablation] = benchmark.definition.ablations
-        self._rows: dict[str, pd.DataFrame] = {}
+        self._rows = cache(lambda name: ablation_rows(self._outcomes, self._definitions[name]))
         self.tables = {name: partial(self._table, name) for name in self._definitions}
         self.figures = {name: partial(self._draw, name) for name in self._definitions}
 
@@ -64,31 +71,25 @@ class Ablations:
         usual = self.usual.compared()
         if not self._definitions:
             return usual
-        found, keys = self._outcomes.compared(), ["method", "setting", "domain"]
-        known = set(usual[keys].itertuples(index=False, name=None))
-        new = [key not in known for key in found[keys].itertuples(index=False, name=None)]
-        return pd.concat([usual, found[new]], ignore_index=True)
+        numbers, keys = self._outcomes.compared(), ["method", "setting", "domain"]
+        is_new = ~pd.MultiIndex.from_frame(numbers[keys]).isin(pd.MultiIndex.from_frame(usual[keys]))
+        return pd.concat([usual, numbers[is_new]], ignore_index=True)
 
     @cached_property
     def _outcomes(self) -> TextOutcomes:
         return TextOutcomes(self._benchmark, self._runs, self._records, ablated=True)
 
-    def _shown(self, name: str) -> pd.DataFrame:
-        if name not in self._rows:
-            self._rows[name] = ablation_rows(self._outcomes, self._definitions[name])
-        return self._rows[name]
-
     def _table(self, name: str, _usual: TextOutcomes) -> Table:
-        table = ablation_table(self._definitions[name], self._shown(name))
+        table = ablation_table(self._definitions[name], self._rows(name))
         return with_runs(table, self._outcomes.origins, self._benchmark.name)
 
     def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
-        axis = self._definitions[name].axis
-        if axis:
-            draw_curves(self._outcomes, self._shown(name), path, AXES[axis])
+        definition = self._definitions[name]
+        if definition.axis:
+            draw_curves(self._outcomes, self._rows(name), path, AXES[definition.axis])
         else:
-            reference = "the row above" if self._definitions[name].steps else "the baseline"
-            draw_differences(self._outcomes, self._shown(name), path, reference)
+            reference = "the row above" if definition.steps else "the baseline"
+            draw_differences(self._outcomes, self._rows(name), path, reference)
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
@@ -98,81 +99,62 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     ``p``, ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
     ``paper_delta``, ``status``, ``source``), and titles. A scope needs a row of the ablation and the baseline.
     """
-    names = _names(outcomes, ablation)
+    settings = {row: [name for name, (of, _) in outcomes.settings.items() if of == row] for row in ablation.rows}
+    names = [name for row in ablation.rows for name in (row, *settings[row])]
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
-    seeds = seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])]
-    titles = {
-        pair: outcomes.pair_title(*pair) for pair in seeds[_PAIRS].drop_duplicates().itertuples(index=False, name=None)
-    }
-    seeds = seeds.assign(scope=[titles[pair] for pair in seeds[_PAIRS].itertuples(index=False, name=None)])
+    seeds = outcomes.with_scopes(seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])])
     seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
-    of_ablation = {name: name in outcomes.settings or outcomes.role(name) in (ABLATION, CONTROL) for name in names}
-    by_cell = seeds.groupby(_CELL)["method"]
+    ablated = {name for name in names if name in outcomes.settings or outcomes.role(name) in (ABLATION, CONTROL)}
+    of_cell = seeds.groupby(_CELL)["method"]
     seeds = seeds[
-        by_cell.transform(lambda found: any(of_ablation[name] for name in set(found)))
-        & by_cell.transform(lambda found: outcomes.baseline in set(found))
+        of_cell.transform(lambda names: not ablated.isdisjoint(names))
+        & of_cell.transform(lambda names: outcomes.baseline in set(names))
     ]
-    by_row = seeds.groupby(_ROW, sort=False)["value"]
-    rows = by_row.agg(mean="mean", std="std", population_std=lambda values: values.std(ddof=0), n="size")
-    for number, end in enumerate(("low_mean", "high_mean")):
-        rows[end] = by_row.agg(lambda values, number=number: confidence_interval(values.to_numpy())[number])
-    rows = rows.reset_index()
+    rows = summarize(seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)])
+    # grouped means, so that no last digit of a published csv changes
+    rows[["mean", "std"]] = seeds.groupby(_ROW, sort=False)["value"].agg(["mean", "std"]).to_numpy()
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
-    references = itertools.pairwise(names) if ablation.steps else ((outcomes.baseline, None),)
-    compared = pd.concat([_compared(seeds, reference, row) for reference, row in references])
-    rows = with_verdicts(rows.merge(compared, on=_ROW, how="left"), _CELL)
+    rows = with_verdicts(rows.drop(columns="pairs"), _CELL)
     rows = with_numbers(rows, ["model", "method"], means_by(outcomes.records, ["model", "method"], ["active_neurons"]))
     rows = _with_paper(outcomes, ablation, rows)
-    scopes = list(rows["scope"].drop_duplicates())
-    order = sorted(rows["method"].drop_duplicates(), key=lambda name: _place(outcomes, ablation, name))
+    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _rank(outcomes, ablation, name))
+    in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods}
+    ranks = {column: {name: rank for rank, name in enumerate(names)} for column, names in in_order.items()}
+    rows = rows.assign(is_ours=rows["mean"].notna()).sort_values(
+        ["model", "protocol", "domain", "scope", "method"],
+        key=lambda column: column.map(ranks[column.name]) if column.name in ranks else column,
+        kind="stable",
+    )
+    rows = outcomes.titled(rows.sort_values("is_ours", ascending=False, kind="stable").reset_index(drop=True))
+    split = [_split(outcomes, name) for name in rows["method"]]
+    titles = [outcomes.title("method", row) for row, _ in split]
     rows = rows.assign(
-        is_ours=rows["mean"].notna(),
-        scope_place=rows["scope"].map(scopes.index),
-        method_place=rows["method"].map(order.index),
-    ).sort_values(["model", "protocol", "domain", "scope_place", "method_place"], kind="stable")
-    # ours first
-    rows = rows.sort_values("is_ours", ascending=False, kind="stable").drop(columns=["scope_place", "method_place"])
-    rows = outcomes.titled(rows.reset_index(drop=True))
-    rows = rows.assign(
-        method_title=[_title(outcomes, name) for name in rows["method"]],
-        row_title=[outcomes.title("method", _split(outcomes, name)[0]) for name in rows["method"]],
+        method_title=[
+            ", ".join(filter(None, (title, setting_text(setting))))
+            for title, (_, setting) in zip(titles, split, strict=True)
+        ],
+        row_title=titles,
         is_baseline=rows["method"] == outcomes.baseline,
         is_average=rows["scope"].str.startswith(AVERAGE_OF),
     )
     return _with_axes(outcomes, rows)
 
 
-def _compared(seeds: pd.DataFrame, reference: str, row: str | None) -> pd.DataFrame:
-    """Compute paired differences of one row, or of all, to a reference."""
-    own = seeds if row is None else seeds[seeds["method"].isin([reference, row])]
-    return paired_differences(own, _ROW, {"method": reference}, "seed").drop(columns=["values", "n"])
-
-
-def _names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
-    """List the names of an ablation's rows in ``method``: each row, then its settings."""
-    return [
-        name
-        for row in ablation.rows
-        for name in (row, *(own for own, (of, _) in outcomes.settings.items() if of == row))
-    ]
-
-
-def _place(outcomes: TextOutcomes, ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
+def _rank(outcomes: TextOutcomes, ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
     """Return the sort key of a row: its place in the ablation, then the numbers of its setting."""
     row, setting = _split(outcomes, name)
-    return ablation.rows.index(row), [(key, *_number_or_text(value)) for key, value in setting_values(setting).items()]
-
-
-def _number_or_text(value: str) -> tuple[float, str]:
-    try:
-        return float(value), ""
-    except ValueError:
-        return math.inf, value
+    values = []
+    for key, text in setting_values(setting).items():
+        try:
+            values.append((key, float(text), ""))
+        except ValueError:
+            values.append((key, math.inf, text))
+    return ablation.rows.index(row), values
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
     """Average over the tasks (or pairs) that all rows of a selection, domain and model share, by seed."""
-    found = []
+    averages = [seeds.iloc[:0]]
     for (protocol, domain, model), group in seeds.groupby(["protocol", "domain", "model"], sort=False):
         scopes = group.groupby("scope", sort=False)["method"].nunique()
         shared = list(scopes[scopes == group["method"].nunique()].index)
@@ -183,19 +165,14 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
         )
         means = wide.dropna().mean(axis=1).rename("value").reset_index()
         listed = ", ".join(shared) if len(shared) <= _FEW else f"{len(shared)} {'tasks' if domain == ID else 'pairs'}"
-        found.append(means.assign(protocol=protocol, domain=domain, model=model, scope=AVERAGE_OF + listed))
-    return pd.concat(found) if found else seeds.iloc[:0]
+        averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=AVERAGE_OF + listed))
+    return pd.concat(averages)
 
 
 def _split(outcomes: TextOutcomes, name: str) -> tuple[str, str]:
     """Split a name into its row and its setting."""
     row, _, setting = name.partition(SETTING)
     return outcomes.settings.get(name, (row, setting))
-
-
-def _title(outcomes: TextOutcomes, name: str) -> str:
-    row, setting = _split(outcomes, name)
-    return ", ".join(filter(None, (outcomes.title("method", row), setting_text(setting))))
 
 
 def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -206,9 +183,10 @@ def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
         where = f"{outcomes.benchmark.folder / ablation.paper}: '"
         check_names(where, "method", published["method"], ablation.rows)
         check_names(where, "model", filter(None, published["model"]), load_models())
-        known = _scopes(outcomes)
+        tasks = outcomes.benchmark.tasks
+        scopes = [outcomes.pair_title(name, other) for name, task in tasks.items() for other in (name, *task.ood)]
         named = [scope for scope in published["scope"] if not scope.startswith(_AVERAGE)]
-        check_names(where, "scope", named, known)
+        check_names(where, "scope", named, scopes)
         twice = published[published.duplicated(list(ABLATION_COLUMNS))]
         if len(twice):
             raise DefinitionError(f"{where}{' '.join(twice.iloc[0][list(ABLATION_COLUMNS)])}' stands there twice")
@@ -220,64 +198,51 @@ def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     )
     published["paper_delta"] = published_delta(published.assign(value=published["paper"]), outcomes.baseline)
     on = ["protocol", "model", "scope", "method"]
-    found = rows.merge(published[[*on, "paper", "paper_delta", "status", "source"]], on=on, how="outer", sort=False)
-    domains = found["scope"].map(lambda scope: OOD if ARROW in scope else ID)
-    return found.assign(domain=found["domain"].fillna(domains))
-
-
-def _scopes(outcomes: TextOutcomes) -> list[str]:
-    """List the scopes of a number: each task and each pair of tasks."""
-    tasks = outcomes.benchmark.tasks
-    return [outcomes.pair_title(name, other) for name, task in tasks.items() for other in (name, *task.ood)]
+    rows = rows.merge(published[[*on, "paper", "paper_delta", "status", "source"]], on=on, how="outer", sort=False)
+    return rows.assign(domain=rows["domain"].fillna(rows["scope"].map(lambda name: OOD if ARROW in name else ID)))
 
 
 def _with_axes(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add the axes of figures (N, k as a share of N, layers, share of training rows) and ``kind``, the plain method."""
-    found = []
+    values = []
     for row in rows.itertuples():
         name, setting = _split(outcomes, row.method)
-        definition = outcomes.benchmark.definition.methods[name]
-        given = setting_values(setting)
+        letters = {**dict.fromkeys(_AXIS_VALUES, ""), "D": "1", **setting_values(setting)}
         if row.is_ours:
-            given |= _values_of(outcomes.specs[row.model, row.method])
-        found.append({**dict.fromkeys(_AXIS_VALUES, ""), "D": "1", **given, "kind": definition.method or name})
-    return rows.join(pd.DataFrame(found, index=rows.index, columns=[*_AXIS_VALUES, "kind"]))
+            letters |= _letters(outcomes.specs[row.model, row.method])
+        values.append({**letters, "kind": outcomes.benchmark.definition.methods[name].method or name})
+    return rows.join(pd.DataFrame(values, index=rows.index, columns=[*_AXIS_VALUES, "kind"]))
 
 
-def _values_of(spec: Mapping[str, Any]) -> dict[str, str]:
+def _letters(spec: Mapping[str, Any]) -> dict[str, str]:
     """Return the values of a run's settings by their letters."""
     config = spec["method"]["config"]
-    found = {"D": f"{spec.get('training', {}).get('train_share', 1)}"}
+    letters = {"D": f"{spec.get('training', {}).get('train_share', 1)}"}
     if config and config["kind"] == "emoe":
         layers = config["layers"]
-        found |= {"N": str(config["num_experts"]), "k": f"{config['top_k'] / config['num_experts']:g}"}
-        found["L"] = "+".join(map(str, layers)) if isinstance(layers, list) else layers
-    return found
-
-
-def _with_n_and_k(row: Any) -> str:
-    """Return the title of a row; of a main row with N and k."""
-    return f"{row.method_title}, N {row.N}, k/N {row.k}" if row.N and SETTING not in row.method else row.method_title
+        letters |= {"N": str(config["num_experts"]), "k": f"{config['top_k'] / config['num_experts']:g}"}
+        letters["L"] = "+".join(map(str, layers)) if isinstance(layers, list) else layers
+    return letters
 
 
 def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
-    """Lay out the rows of :func:`ablation_rows`."""
+    """Lay out the rows of :func:`ablation_rows`; a main row on the axis of N and k has both in its title."""
+    needs_n_and_k = rows["N"].ne("") & ~rows["method"].str.contains(SETTING, regex=False)
+    if definition.axis == _N_AND_K:
+        titles = rows["method_title"] + ", N " + rows["N"] + ", k/N " + rows["k"]
+        rows = rows.assign(method_title=rows["method_title"].where(~needs_n_and_k, titles))
     frame = rows.assign(
         **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
         n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
         model_title=rows["model_title"].replace("", MISSING),
-        method_title=[
-            _with_n_and_k(row) if definition.axis == _N_AND_K else row.method_title for row in rows.itertuples()
-        ],
         on=[f"{row.scope} ({'in domain' if row.domain == ID else 'out of domain'})" for row in rows.itertuples()],
     )
     return Table(
         definition.title,
         f"{definition.question} Score (%): mean ± standard deviation over n seeds; Δ is the difference to the "
         f"{'row above' if definition.steps else 'first row'}, paired by seed, with a 95 % confidence interval "
-        "(Student's t); p of the "
-        "paired t-test is corrected by Holm's procedure over the rows of a set and selection, and the verdict takes it "
-        "at 5 %. The paper's numbers are of its own models and tasks, in rows of their own "
+        "(Student's t); p of the paired t-test is corrected by Holm's procedure over the rows of a set and selection, "
+        "and the verdict takes it at 5 %. The paper's numbers are of its own models and tasks, in rows of their own "
         "where these did not run here.",
         {"model_title": "Model", "selection": "Selection", "on": "On", "method_title": "Method", "n": "n"},
         [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -47,44 +47,49 @@ _CELL, _READABLE = 4.6, 0.27  # inches of all cells beside each other, and of on
 
 def scores_by_training_task(outcomes: TextOutcomes, path: Path) -> None:
     """Draw a row of panels for each selection, model and training task, and a panel for each evaluation set."""
-    if _many(outcomes, [ID, OOD]):
-        difference_map(outcomes, path, [ID, OOD])
-        return
-    panels = []
-    for (protocol, _, task), rows in _shown(outcomes, [ID, OOD]).groupby(["protocol", "model", "task"], sort=False):
-        titles = {
-            name: f"{outcomes.title('task', task)} → {outcomes.title('task', name)} ({'ID' if name == task else 'OOD'})"
-            for name in rows["eval_task"].unique()
-        }
-        panels.append(
-            [
-                Panel(_selected(outcomes, protocol, titles[name]), part)
-                for name, part in rows.groupby("eval_task", sort=False)
-            ]
-        )
-    score_panels(outcomes, panels, path)
+
+    def title(_model: str, task: str, name: str) -> str:
+        titles = " → ".join(outcomes.title("task", one) for one in (task, name))
+        return f"{titles} ({'ID' if name == task else 'OOD'})"
+
+    _scores(outcomes, path, [ID, OOD], ["protocol", "model", "task"], title)
 
 
 def id_scores(outcomes: TextOutcomes, path: Path) -> None:
     """Draw a panel for each training task, or a map of many."""
-    _scores(outcomes, path, ID)
+    _scores(outcomes, path, [ID], ["protocol", "model"])
 
 
 def ood_scores(outcomes: TextOutcomes, path: Path) -> None:
     """Draw a panel for each pair of training task and OOD set, or a map of many."""
-    _scores(outcomes, path, OOD)
+    _scores(outcomes, path, [OOD], ["protocol", "model"])
 
 
-def _scores(outcomes: TextOutcomes, path: Path, domain: str) -> None:
-    if _many(outcomes, [domain]):
-        difference_map(outcomes, path, [domain])
-    else:
-        score_panels(outcomes, _by_model(outcomes, domain), path)
+def _scores(
+    outcomes: TextOutcomes,
+    path: Path,
+    domains: list[str],
+    line: list[str],
+    title: Callable[[str, str, str], str] | None = None,
+) -> None:
+    """Draw the scores of the protocols that have runs of their own: a panel for each set, lines by columns."""
+    seeds = outcomes.seeds
+    seeds = seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(outcomes.run_protocols)]
+    sets = ["protocol", "model", "task", "eval_task"]
+    if len(seeds[sets].drop_duplicates()) > _MOST_SETS:
+        difference_map(outcomes, path, domains)
+        return
 
+    def panel_title(protocol: str, model: str, task: str, name: str) -> str:
+        if title:
+            return _selected(outcomes, protocol, title(model, task, name))
+        return f"{_selected(outcomes, protocol, outcomes.title('model', model))}\n{outcomes.pair_title(task, name)}"
 
-def _many(outcomes: TextOutcomes, domains: list[str]) -> bool:
-    sets = _shown(outcomes, domains)[["protocol", "model", "task", "eval_task"]]
-    return len(sets.drop_duplicates()) > _MOST_SETS
+    panels = [
+        [Panel(panel_title(*key), rows) for key, rows in of_line.groupby(sets, sort=False)]
+        for _, of_line in seeds.groupby(line, sort=False)
+    ]
+    score_panels(outcomes, panels, path)
 
 
 def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> None:
@@ -97,35 +102,28 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
     pairs = list(dict.fromkeys(zip(rows["task"], rows["eval_task"], strict=True)))
     methods = [name for name in outcomes.methods if name in set(rows["method"])]
     shown = [
-        (protocol, model, found)
+        (protocol, model, group)
         for model, of_model in rows.groupby("model", sort=False)
-        for protocol, found in of_model.groupby("protocol", sort=False)
+        for protocol, group in of_model.groupby("protocol", sort=False)
     ]
     columns = min(len(outcomes.run_protocols), len(shown))  # a line a model, where all ran under all selections
-    cell = _CELL / (columns * len(pairs))
+    lines = -(-len(shown) // columns)
+    has_numbers = _CELL / (columns * len(pairs)) >= _READABLE
     most = max(1.0, float(rows["delta"].abs().quantile(0.95)) * 100)
     norm = mpl.colors.Normalize(-most, most)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        lines = -(-len(shown) // columns)
-        figure, axes = panel_grid(
-            lines, columns, (WIDTH, (0.16 * len(methods) + 0.5) * lines + 1.3), sharex=True, sharey=True
-        )
-        for axis, (protocol, model, found) in zip(axes.flat, shown, strict=False):
-            by = found.set_index(["method", "task", "eval_task"])[["delta", "low", "high"]]
+        size = (WIDTH, (0.16 * len(methods) + 0.5) * lines + 1.3)
+        figure, axes = panel_grid(lines, columns, size, sharex=True, sharey=True)
+        for axis, (protocol, model, group) in zip(axes.flat, shown, strict=False):
             table = np.full((len(methods), len(pairs)), np.nan)
-            for line, method in enumerate(methods):
-                for column, pair in enumerate(pairs):
-                    if (method, *pair) not in by.index:
-                        continue
-                    delta, low, high = by.loc[(method, *pair)]
-                    table[line, column] = delta * 100
-                    if cell >= _READABLE and not math.isnan(delta):
-                        weight = "bold" if low > 0 or high < 0 else "normal"
-                        dark = abs(norm(delta * 100) - 0.5) > 0.35
-                        text = f"{delta * 100:+.1f}"
-                        axis.text(
-                            column, line, text, ha="center", va="center", weight=weight, color="w" if dark else "k"
-                        )
+            for row in group[group["delta"].notna()].itertuples():
+                line, column = methods.index(row.method), pairs.index((row.task, row.eval_task))
+                table[line, column] = delta = row.delta * 100
+                if has_numbers:
+                    weight = "bold" if row.low > 0 or row.high < 0 else "normal"
+                    colour = "w" if abs(norm(delta) - 0.5) > 0.35 else "k"
+                    style = {"ha": "center", "va": "center", "weight": weight, "color": colour}
+                    axis.text(column, line, f"{delta:+.1f}", **style)
             axis.imshow(table, norm=norm, cmap=_DIFFERENCE, aspect="auto")
             axis.set_yticks(range(len(methods)), [outcomes.title("method", name) for name in methods])
             axis.set_xticks(range(len(pairs)), [outcomes.pair_title(*pair) for pair in pairs], rotation=90)
@@ -137,39 +135,14 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
         save(figure, path)
 
 
-def _by_model(outcomes: TextOutcomes, domain: str) -> list[list[Panel]]:
-    """List the panels of each selection and model."""
-    found: list[list[Panel]] = []
-    for (protocol, model), rows in _shown(outcomes, [domain]).groupby(["protocol", "model"], sort=False):
-        above = _selected(outcomes, protocol, outcomes.title("model", model))
-        panels = [
-            Panel(f"{above}\n{outcomes.pair_title(task, name)}", part)
-            for (task, name), part in rows.groupby(["task", "eval_task"], sort=False)
-        ]
-        found.append(panels)
-    return found
-
-
-def _shown(outcomes: TextOutcomes, domains: list[str]) -> pd.DataFrame:
-    """Select the scores of the protocols that have runs of their own."""
-    seeds = outcomes.seeds
-    return seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(outcomes.run_protocols)]
-
-
 def _selected(outcomes: TextOutcomes, protocol: str, title: str) -> str:
     """Add the selection to a title if there are two."""
     return title if len(outcomes.run_protocols) == 1 else f"{title}, {PROTOCOLS[protocol]} selection"
 
 
 def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> None:
-    """Draw a critical difference diagram (Demšar 2006) for each model and selection.
-
-    Args:
-        outcomes: for titles.
-        path: The files' path, without suffix.
-        rankings: what was ranked.
-    """
-    import scikit_posthocs  # it takes a plotting library of its own along
+    """Draw a critical difference diagram (Demšar 2006) for each model and selection that was ranked."""
+    import scikit_posthocs  # it imports a plotting library
 
     if not rankings:
         placeholder_figure(path, "the ranked rows have no common set and seed")
@@ -197,8 +170,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
             axis.spines["top"].set(visible=True, color="black")  # the diagram hides its own axis
             title = (
                 f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank "
-                f"over {one.scores.shape[1]} sets, "
-                f"critical difference {critical_difference(*one.scores.shape):.2f}"
+                f"over {one.scores.shape[1]} sets, critical difference {critical_difference(*one.scores.shape):.2f}"
             )
             axis.set_title(wrapped(title, WIDTH), fontsize=8)
         save(figure, path)
@@ -211,38 +183,38 @@ _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
 def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str = "the baseline") -> None:
-    """Draw the difference of each row to its reference: a panel for each model, selection and scope (of many,
-    averages).
+    """Draw the difference of each row to its reference: a panel for each model, selection and scope.
 
-    All panels share one axis. Intervals are 95 %, from three seeds on; crosses are the paper's.
+    Of many scopes, averages are drawn. All panels share one axis. Intervals are 95 %, from three seeds on; crosses are
+    the paper's.
 
     Args:
         outcomes: The outcomes, for the methods' styles.
         rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
-        path: The files' path, without suffix.
+        path: The path of the files, without ending.
         reference: The name of the reference.
     """
-    panels = [(title, found[found["delta"].notna()]) for title, found in panels_of(rows)]
-    panels = [(title, found) for title, found in panels if len(found)]
+    panels = [(title, group[group["delta"].notna()]) for title, group in panels_of(rows)]
+    panels = [(title, group) for title, group in panels if len(group)]
     if len(panels) > _MOST_SCOPES:  # every set is in the table
-        panels = [(title, found) for title, found in panels if not found["is_ours"].any() or found["is_average"].any()]
+        panels = [(title, group) for title, group in panels if not group["is_ours"].any() or group["is_average"].any()]
     if not panels:
         placeholder_figure(path, _NOTHING)
         return
-    names = list(dict.fromkeys(name for _, found in panels for name in found["method_title"]))
+    names = list(dict.fromkeys(name for _, group in panels for name in group["method_title"]))
     with mpl.rc_context(STYLE):
         figure, axes = _axes(len(panels), 0.24 * len(names) + 0.9, shared=True)
-        for axis, (title, found) in zip(axes.flat, panels, strict=False):
-            for row in found.itertuples():
-                place = names.index(row.method_title)
-                look = outcomes.style(row.method)
-                draw_difference(axis, row, place, look if row.is_ours else replace(look, marker="x", hollow=False), 100)
+        for axis, (title, group) in zip(axes.flat, panels, strict=False):
+            for row in group.itertuples():
+                style = outcomes.style(row.method)
+                style = style if row.is_ours else replace(style, marker="x", hollow=False)
+                draw_difference(axis, row, names.index(row.method_title), style, 100)
             axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             axis.set_title(title, fontsize=8)
             axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
         hide_empty(axes)
-        counts = (n for _, found in panels for n in found.loc[found["is_ours"], "n"])
+        counts = (n for _, group in panels for n in group.loc[group["is_ours"], "n"])
         figure.supxlabel(difference_label(reference, counts), fontsize=8)
         save(figure, path)
 
@@ -255,25 +227,23 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
     Args:
         outcomes: The outcomes, for the methods' styles.
         rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
-        path: The files' path, without suffix.
+        path: The path of the files, without ending.
         axis: The letter of the setting.
     """
-    panels = [(title, found) for title, found in panels_of(rows) if found.loc[found[axis].ne(""), axis].nunique() > 1]
+    panels = [(title, group) for title, group in panels_of(rows) if group.loc[group[axis].ne(""), axis].nunique() > 1]
     if not panels:
-        placeholder_figure(
-            path,
-            f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}" if rows["is_ours"].any() else _NOTHING,
-        )
+        missing = f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}"
+        placeholder_figure(path, missing if rows["is_ours"].any() else _NOTHING)
         return
-    series = [(label, part) for _, found in panels for label, part in _series(found, axis)]
+    series = [(label, part) for _, group in panels for label, part in _series(group, axis)]
     styles = curve_styles((label, outcomes.style(part["method"].iloc[0])) for label, part in series)
     labels = list(styles)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure, axes = _axes(len(panels), 2.2, shared=False)
-        for panel, (title, found) in zip(axes.flat, panels, strict=False):
-            places = sorted({float(value) for value in found[axis] if value})
+        for panel, (title, group) in zip(axes.flat, panels, strict=False):
+            places = sorted({float(value) for value in group[axis] if value})
             apart = 0.012 * (places[-1] - places[0])
-            for label, part in _series(found, axis):
+            for label, part in _series(group, axis):
                 shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
                 panel.errorbar(
                     part[axis].astype(float) + shift,
@@ -285,7 +255,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
                     capsize=2,
                     **styles[label],
                 )
-            base = found[found["is_baseline"]]["score"]
+            base = group[group["is_baseline"]]["score"]
             if len(base):
                 panel.axhline(float(base.iloc[0]) * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             low, high = panel.get_ylim()
@@ -308,9 +278,8 @@ def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, Any]:
     """Make a figure of panels, at most three beside each other, all of one width."""
     columns = min(panels, _COLUMNS)
     lines = math.ceil(panels / columns)
-    return panel_grid(
-        lines, columns, (min(2.1 * columns + _NAMES, WIDTH), height * lines + 0.5), sharex=shared, sharey=shared
-    )
+    size = (min(2.1 * columns + _NAMES, WIDTH), height * lines + 0.5)
+    return panel_grid(lines, columns, size, sharex=shared, sharey=shared)
 
 
 def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -322,23 +291,23 @@ def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     paper = rows[rows["paper"].notna()]
     paper = paper.assign(score=paper["paper"], delta=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan)
     keys = ["is_ours", "model_title", "protocol", "domain", "scope"]
-    for (is_ours, model, protocol, domain, scope), found in pd.concat([ours, paper]).groupby(keys, sort=False):
+    for (is_ours, model, protocol, domain, scope), group in pd.concat([ours, paper]).groupby(keys, sort=False):
         who = model if is_ours else ", ".join(filter(None, ("the paper", model)))
         selection = f", {PROTOCOLS[protocol]}" if several and is_ours else ""
         where = scope if domain == ID else f"{scope} (OOD)"
-        yield wrapped(f"{who}{selection}\n{where}", _TITLE), found
+        yield wrapped(f"{who}{selection}\n{where}", _TITLE), group
 
 
 def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield label and points of each curve: rows that differ in one setting alone."""
     rows = rows[rows[axis].ne("")]
     others = [key for key in ("N", "L", "k", "D") if key != axis and rows.groupby("kind")[key].nunique().max() > 1]
-    for key, found in rows.groupby(["kind", *others], sort=False):
+    for key, group in rows.groupby(["kind", *others], sort=False):
         values = dict(zip(others, key[1:], strict=True))
         named = ", ".join(f"{'layers' if name == 'L' else name} {value}" for name, value in values.items() if value)
-        title = found["row_title"].iloc[0]
+        title = group["row_title"].iloc[0]
         # a main row, and the same setting among those of an ablation: the main row stands first
-        points = found.drop_duplicates(axis).sort_values(axis, key=lambda column: column.astype(float))
+        points = group.drop_duplicates(axis).sort_values(axis, key=lambda column: column.astype(float))
         yield ", ".join(filter(None, (title, named))), points
 
 
@@ -346,30 +315,26 @@ _MOST_TASKS = 4  # rows of panels
 
 
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw experts over training: a row for each model and task (four at most), a panel for each method; the paper
-    below."""
+    """Draw experts over training: a row for each model and task (four at most), then the paper's; a panel a method."""
     rows = [
-        (f"{outcomes.title('model', model)}\n{outcomes.title('task', task)}", found)
-        for (model, task), found in list(shown_traces(outcomes).items())[:_MOST_TASKS]
+        (f"{outcomes.title('model', model)}\n{outcomes.title('task', task)}", by_method)
+        for (model, task), by_method in list(shown_traces(outcomes).items())[:_MOST_TASKS]
     ]
-    if published := published_traces(outcomes):
-        rows.append(
-            ("the paper's", {name: (outcomes.title("method", name), trace) for name, trace in published.items()})
-        )
+    published = {name: (outcomes.title("method", name), trace) for name, trace in published_traces(outcomes).items()}
+    rows += [("the paper's", published)] if published else []
     if not rows:
         placeholder_figure(path, "this suite trains no routed method")
         return
-    names = [name for name in outcomes.methods if any(name in found for _, found in rows)]
+    names = [name for name in outcomes.methods if any(name in by_method for _, by_method in rows)]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         figure, axes = panel_grid(len(rows), len(names), (WIDTH, 1.75 * len(rows) + 0.3))
-        for axis_row, (title, found) in zip(axes, rows, strict=True):
+        for axis_row, (title, by_method) in zip(axes, rows, strict=True):
             for axis, name in zip(axis_row, names, strict=True):
-                if name not in found:
-                    axis.set_visible(False)
-                    continue
-                named, trace = found[name]
-                _draw_trace(axis, trace)
-                axis.set_title(wrapped(named, (WIDTH - 1.1) / len(names), 7), fontsize=7)
+                axis.set_visible(name in by_method)
+                if name in by_method:
+                    label, trace = by_method[name]
+                    _draw_trace(axis, trace)
+                    axis.set_title(wrapped(label, (WIDTH - 1.1) / len(names), 7), fontsize=7)
             next(axis for axis in axis_row if axis.get_visible()).set_ylabel(f"{title}\nstep")
         for axis in axes[-1]:
             axis.set_xlabel("experts")
@@ -380,14 +345,9 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
 def _draw_trace(axis: Any, trace: Trace) -> None:
     windows, count = trace.shares.shape
     last = trace.ends[-1] if trace.ends else windows * 100
-    axis.imshow(
-        trace.shares * count,
-        norm=USE.norm,
-        cmap=USE.cmap,
-        aspect="auto",
-        interpolation="nearest",
-        extent=(-0.5, count - 0.5, last, 0),
-    )
+    extent = (-0.5, count - 0.5, last, 0)
+    image = {"norm": USE.norm, "cmap": USE.cmap, "aspect": "auto", "interpolation": "nearest", "extent": extent}
+    axis.imshow(trace.shares * count, **image)
     axis.set_xticks([0, count - 1], ["1", str(count)])
     axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
 
@@ -414,20 +374,17 @@ class UsagePanel:
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
     """Draw a panel for each routed method (no controls, three at most) of the first model, training task and seed."""
-    found: dict[tuple[str, str], dict[str, UsagePanel]] = {}
+    panels: dict[tuple[str, str], dict[str, UsagePanel]] = {}
     for record, content in outcomes.training:
         if content["usage"] and outcomes.role(record.method) != CONTROL:
-            usage, sets = content["usage"], content["usage"]["tasks"]
+            sets = content["usage"]["tasks"]
             in_order = {name: sets[name] for name in dict.fromkeys([record.task, *sets])}
-            trained = f"{outcomes.title('model', record.model)}, trained on {outcomes.title('task', record.task)}"
-            panel = UsagePanel(
-                f"{outcomes.title('method', record.method)}, {trained}",
-                content["routing"],
-                {**usage, "tasks": in_order},
-            )
-            found.setdefault((record.model, record.task), {}).setdefault(record.method, panel)
-    panels = next(iter(found.values()), {})
-    draw_usage(list(panels.values())[:_MOST_PANELS], outcomes, path)
+            method, model, task = (outcomes.title(key, getattr(record, key)) for key in ("method", "model", "task"))
+            usage = {**content["usage"], "tasks": in_order}
+            panel = UsagePanel(f"{method}, {model}, trained on {task}", content["routing"], usage)
+            panels.setdefault((record.model, record.task), {}).setdefault(record.method, panel)
+    first = next(iter(panels.values()), {})
+    draw_usage(list(first.values())[:_MOST_PANELS], outcomes, path)
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
@@ -440,26 +397,24 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     if not classes:
         heights = [len(panel.usage["tasks"]) for panel in panels]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = panel_grid(
-            len(panels), 1, (WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2), height_ratios=heights
-        )
+        size = (WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2)
+        figure, axes = panel_grid(len(panels), 1, size, height_ratios=heights)
         for axis, panel in zip(axes[:, 0], panels, strict=True):
             _draw_use(axis, outcomes, panel.usage, classes=classes)
-            axis.set_title("\n".join([panel.title, *_information_line(panel.information)]), fontsize=7.5)
+            axis.set_title("\n".join(filter(None, (panel.title, _information_text(panel.information)))), fontsize=7.5)
         axes[-1, 0].set_xlabel("experts")
         figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
         save(figure, path)
 
 
-def _information_line(numbers: Mapping[str, float]) -> list[str]:
-    """Write the mutual information of experts with set and class in a line."""
-    parts = [
+def _information_text(numbers: Mapping[str, float]) -> str:
+    """Write the mutual information of experts with set and class; empty if it was not measured."""
+    return "; ".join(
         f"{label} {numbers[name]:.3f} bit (chance {numbers[f'{name}_chance']:.3f}, 95 % "
         f"{numbers[f'{name}_chance_95']:.3f})"
         for name, label in (("task_information", "set"), ("class_information", "class"))
         if name in numbers
-    ]
-    return ["; ".join(parts)] if parts else []
+    )
 
 
 def _draw_use(axis: Any, outcomes: Outcomes, used: Mapping[str, Any], *, classes: bool) -> None:
@@ -482,10 +437,9 @@ def _draw_use(axis: Any, outcomes: Outcomes, used: Mapping[str, Any], *, classes
     axis.set_xticks([])
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    if len(mean) <= _MOST_MARKED:
-        for line, marks in enumerate(marked):
-            for expert, mark in enumerate(marks):
-                if mark:
-                    axis.plot(expert, line, "^" if mark > 0 else "v", ms=3, color="black", mec="white", mew=0.4)
-    if used["shared"]:  # a line without points would take the figure's corner for its place
+    for line, marks in enumerate(marked if len(mean) <= _MOST_MARKED else ()):
+        for expert, mark in enumerate(marks):
+            if mark:
+                axis.plot(expert, line, "^" if mark > 0 else "v", ms=3, color="black", mec="white", mew=0.4)
+    if used["shared"]:  # a line without points would be drawn in the corner of the figure
         axis.plot(used["shared"], [len(labels) - 0.15] * len(used["shared"]), "o", ms=2.5, color="black", clip_on=False)

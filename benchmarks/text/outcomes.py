@@ -12,13 +12,14 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, Benchmark, MethodsDefinition, resolve_methods
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts
+from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
-from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
+from benchmarks.harness.results.statistics import Ranking, friedman_ranks, with_verdicts
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 
 CELL = ["model", "task", "method"]
+KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}  # their headings
 CHOICE = ["variant", "learning_rate"]
 PROTOCOLS = {
     # a split that is not reported chooses epoch, learning rate and variant
@@ -26,6 +27,10 @@ PROTOCOLS = {
     # the authors': the dev split chooses them and is itself reported, which is optimistic
     PUBLISHED: "authors'",
 }
+ARROW = " → "  # from the set that was trained on to the one that is evaluated on
+_PAIR = ["model", "task", "eval_task"]
+_SET = ["protocol", "domain", *_PAIR]
+_UNUSED = ("place", "low_mean", "high_mean")
 
 
 def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
@@ -60,19 +65,13 @@ def select(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     return records[records["run_id"].isin(runs)].merge(chosen, on=[*CELL, *CHOICE], how="inner")
 
 
-def reported(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
+def reported(chosen: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the in-domain score that a protocol reports of each chosen run: a row for each cell and seed.
 
-    The reported split's score; of a task with a test split under the authors' protocol, the best dev epoch's.
+    It is the score of the reported split. The authors' protocol reports the best dev epoch of a task with a test split.
     """
-    chosen = select(records, protocol)
     test = scores_of(chosen[chosen["protocol"] == protocol], "test")
     return test if protocol == CLEAN else pd.concat([test, scores_of(chosen, "dev_best")])
-
-
-ARROW = " → "  # from the set that was trained on to the one that is evaluated on
-_PAIR = ["model", "task", "eval_task"]
-_SET = ["protocol", "domain", *_PAIR]
 
 
 class TextOutcomes(Outcomes):
@@ -81,7 +80,7 @@ class TextOutcomes(Outcomes):
     Args:
         benchmark: The benchmark.
         runs: The finished runs.
-        records: Every number of these, if they were read before.
+        records: The numbers of the runs, if they were read before.
         ablated: True adds the rows of ablations, and makes every setting of a row with several variants a row of its
             own (:attr:`settings`), so that nothing chooses among settings.
 
@@ -93,9 +92,8 @@ class TextOutcomes(Outcomes):
             evaluation task, method and seed.
         protocols: The protocols that have scores.
         rows: The statistics over seeds: ``mean``, ``std`` (sample), ``population_std``, ``n``, over ``pairs`` the
-            paired
-            difference to the baseline (``delta``, ``low``, ``high``, ``p``), ``p_holm`` corrected over the tasks, its
-            ``verdict``, and ``common``, the mean over the seeds that all methods have.
+            paired difference to the baseline (``delta``, ``low``, ``high``, ``p``), ``p_holm`` corrected over the
+            tasks, its ``verdict``, and ``common``, the mean over the seeds that all methods have.
     """
 
     benchmark: Benchmark[MethodsDefinition, TaskEntry]
@@ -134,24 +132,22 @@ class TextOutcomes(Outcomes):
         usual = {
             model: self._usual_settings(rows) for model, rows in records[~is_ablation].groupby("model", sort=False)
         }
-        own = [
+        settings = [
             without(variant, usual.get(model, set())) if ablation else variant if several > 1 else ""
             for model, variant, ablation, several in zip(
                 records["model"], records["variant"], is_ablation, variants, strict=True
             )
         ]
-        records = records.assign(row=records["method"], setting=own)
+        records = records.assign(row=records["method"], setting=settings)
         split = records["setting"].ne("")
         records["method"] = records["row"].where(~split, records["row"] + SETTING + records["setting"])
+        records["variant"] = records["variant"].where(~split & ~is_ablation, "")
         rows = records.loc[split, ["method", "row", "setting"]].drop_duplicates("method")
         self.settings = {name: (row, setting) for name, row, setting in rows.itertuples(index=False, name=None)}
-        self.records = records.assign(variant=records["variant"].where(~split & ~is_ablation, "")).drop(
-            columns=["row", "setting"]
-        )
-        self.methods |= {
-            name: self.methods[row].model_copy(update={"title": f"{self.methods[row].title}, {setting_text(variant)}"})
-            for name, (row, variant) in self.settings.items()
-        }
+        self.records = records.drop(columns=["row", "setting"])
+        for name, (row, variant) in self.settings.items():
+            method = self.methods[row]
+            self.methods[name] = method.model_copy(update={"title": f"{method.title}, {setting_text(variant)}"})
         self.titles["method"] = {name: method.title for name, method in self.methods.items()}
 
     @property
@@ -162,12 +158,12 @@ class TextOutcomes(Outcomes):
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
         """Return the settings that the variants of all rows with experts share, such as the model's layers."""
         methods = records[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
-        found = [
+        settings = [
             {f"{key}{value}" for key, value in setting_values(variant).items()}
             for name, variant in methods
             if self.methods[name].kind != "dense"
         ]
-        return set.intersection(*found) if found else set()
+        return set.intersection(*settings) if settings else set()
 
     @cached_property
     def specs(self) -> Mapping[tuple[str, str], Mapping[str, Any]]:
@@ -178,16 +174,16 @@ class TextOutcomes(Outcomes):
 
     @cached_property
     def training(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Return the chosen runs of the first selection: the record and parts of its ``metrics.json``."""
+        """Return the chosen runs of the first selection: the record, and routing and usage of its ``metrics.json``."""
         if not self.run_protocols:
             return []
         chosen = self.chosen[self.run_protocols[0]].drop_duplicates("run_id")
         by_id = {run.id: run for run in self.runs}
-        found = []
+        contents = []
         for record in self.order(chosen, ["model", "task", "method", "seed"]).itertuples():
             metrics = read_metrics(by_id[str(record.run_id)])
-            found.append((record, {part: metrics.get(part, {}) for part in ("model", "routing", "usage")}))
-        return found
+            contents.append((record, {part: metrics.get(part, {}) for part in ("routing", "usage")}))
+        return contents
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         # a benchmark that evaluates the chosen runs of another has no others
@@ -198,28 +194,21 @@ class TextOutcomes(Outcomes):
     def _seeds(self, protocol: str) -> pd.DataFrame:
         chosen = self.chosen[protocol]
         own = chosen[chosen["protocol"] == protocol]
-        parts = [scores_of(own, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
-        if not self._evaluates:
-            parts.insert(0, reported(self.records, protocol).assign(domain=ID))
-        elif self._ablated:
-            parts.insert(0, scores_of(own, "test").assign(domain=ID))
-        return pd.concat(parts)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
+        scores = [scores_of(own, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
+        if self._ablated or not self._evaluates:
+            scores.insert(0, reported(chosen, protocol).assign(domain=ID))
+        return pd.concat(scores)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
 
     def _rows(self) -> pd.DataFrame:
         cell = [*_SET, "method"]
-        found = [
-            (*key, values.mean(), values.std(), values.std(ddof=0), len(values))
-            for key, values in self.seeds.groupby(cell, sort=False)["value"]
-        ]
-        rows = pd.DataFrame(found, columns=[*cell, "mean", "std", "population_std", "n"]).set_index(cell)
+        rows = summarize(self.seeds, cell, [(self.baseline, None)])
         methods, here = (self.seeds.groupby(keys)["method"].transform("nunique") for keys in (_SET, [*_SET, "seed"]))
-        rows["common"] = self.seeds[methods == here].groupby(cell)["value"].agg(pd.Series.mean)
-        compared = paired_differences(self.seeds, cell, {"method": self.baseline}, "seed").drop(columns="values")
-        rows = rows.reset_index().merge(compared.rename(columns={"n": "pairs"}), on=cell, how="left")
-        rows = with_verdicts(rows, ["protocol", "domain", "model", "method"])
+        common = self.seeds[methods == here].groupby(cell)["value"].agg(pd.Series.mean).rename("common")
+        rows = with_verdicts(rows.join(common, on=cell), ["protocol", "domain", "model", "method"])
         # set by set as they ran, and their methods as they are defined
-        places = rows.groupby(_SET, sort=False).ngroup()
-        return self.order(rows.assign(place=places), ["place", "method"]).drop(columns="place")
+        rows = self.order(rows.assign(place=rows.groupby(_SET, sort=False).ngroup()), ["place", "method"])
+        means = ["mean", "std", "population_std", "n", "common"]
+        return rows[[*cell, *means, *(name for name in rows if name not in (*cell, *means, *_UNUSED))]]
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
         """Return the rows of one domain under one protocol."""
@@ -228,9 +217,9 @@ class TextOutcomes(Outcomes):
     def compared(self) -> pd.DataFrame:
         """Return scores of every seed and parameter counts, for claims."""
         scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
-        found = compared(scores, counts(self.records))
-        rows = [self.settings.get(name, (name, "")) for name in found["method"]]
-        return found.assign(method=[row for row, _ in rows], setting=[setting for _, setting in rows])
+        numbers = compared(scores, counts(self.records))
+        rows = [self.settings.get(name, (name, "")) for name in numbers["method"]]
+        return numbers.assign(method=[row for row, _ in rows], setting=[setting for _, setting in rows])
 
     @property
     def run_protocols(self) -> list[str]:
@@ -246,18 +235,23 @@ class TextOutcomes(Outcomes):
         titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
         return ARROW.join(titles)
 
+    def with_scopes(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Add the title of each row's pair of tasks as ``scope``."""
+        pairs = zip(frame["task"], frame["eval_task"], strict=True)
+        return frame.assign(scope=[self.pair_title(task, eval_task) for task, eval_task in pairs])
+
 
 def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
-    """Return the records, with numbers of a model that was evaluated as another method under that method's name.
+    """Give the numbers of a model that was evaluated as another method that method's name.
 
     The run's own dev score still chooses it.
     """
-    made = records["part"].str.partition(AS)
-    own = records[made[2] == ""]
-    theirs = records.assign(part=made[0], method=made[2])[made[2] != ""]
-    chose = own[own["part"] == "dev"].drop(columns="method")
-    chose = chose.merge(theirs[["run_id", "method"]].drop_duplicates(), on="run_id")
-    return pd.concat([own, chose, theirs], ignore_index=True)
+    parts = records["part"].str.partition(AS)
+    own = records[parts[2] == ""]
+    transformed = records.assign(part=parts[0], method=parts[2])[parts[2] != ""]
+    dev = own[own["part"] == "dev"].drop(columns="method")
+    dev = dev.merge(transformed[["run_id", "method"]].drop_duplicates(), on="run_id")
+    return pd.concat([own, dev, transformed], ignore_index=True)
 
 
 @dataclass(frozen=True)
@@ -281,11 +275,22 @@ def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> lis
     Means are over the seeds that all ranked methods have. Methods without a common set and seed get no ranks.
     """
     seeds = outcomes.seeds[(outcomes.seeds["domain"] == OOD) & outcomes.seeds["method"].isin(methods)]
-    found = []
-    for key, group in seeds.groupby(within, sort=False):
-        pairs = group.assign(pair=[outcomes.pair_title(row.task, row.eval_task) for row in group.itertuples()])
-        by_seed = pairs.pivot_table(index="method", columns=["pair", "seed"], values="value", sort=False).dropna(axis=1)
-        table = by_seed.T.groupby(level="pair", sort=False).mean().T
+    rankings = []
+    for key, group in outcomes.with_scopes(seeds).groupby(within, sort=False):
+        by_seed = group.pivot_table(index="method", columns=["scope", "seed"], values="value", sort=False)
+        table = by_seed.dropna(axis=1).T.groupby(level="scope", sort=False).mean().T
         table = table.loc[[name for name in methods if name in table.index]]
-        found.append(Ranked(dict(zip(within, key, strict=True)), table, friedman_ranks(table)))
-    return found
+        rankings.append(Ranked(dict(zip(within, key, strict=True)), table, friedman_ranks(table)))
+    return rankings
+
+
+def rank_rows(rankings: list[Ranked], column: str) -> pd.DataFrame:
+    """List the ranks: a row for each ranking and method, with the numbers of ``sets`` and of ``ranked`` methods."""
+    return pd.DataFrame(
+        [
+            {**one.key, "method": method, column: rank, "sets": one.scores.shape[1], "ranked": len(one.scores)}
+            for one in rankings
+            for method, rank in one.ranking.ranks.items()
+        ],
+        columns=["protocol", "model", "task", "method", column, "sets", "ranked"],
+    )

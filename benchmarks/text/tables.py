@@ -14,6 +14,7 @@ from benchmarks.harness.report.common import (
     cost_table,
     difference_text,
     means_by,
+    over_seeds,
     published_delta,
     read_published,
     tests_table,
@@ -26,17 +27,26 @@ from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import information_numbers, scores_of
 from benchmarks.harness.results.statistics import PERMUTATIONS, critical_difference
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
-from benchmarks.text.outcomes import CELL, CHOICE, PROTOCOLS, Ranked, TextOutcomes, choices, choosing_scores, ranked
+from benchmarks.text.outcomes import (
+    CELL,
+    CHOICE,
+    KEYS,
+    PROTOCOLS,
+    Ranked,
+    TextOutcomes,
+    choices,
+    choosing_scores,
+    rank_rows,
+    ranked,
+)
 from benchmarks.text.traces import trace_table
 
-_KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
+_ROW = ["model", "protocol", "method"]
 _BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
     "Selection says what chose epoch, learning rate and variant. Clean: a split that is not reported (of tasks without "
-    "a test split a tenth of "
-    "the training rows, held out). Authors': the dev split, which is also reported, so that the number is optimistic "
-    "(of tasks with a test split "
-    "the score of the best dev epoch)."
+    "a test split a tenth of the training rows, held out). Authors': the dev split, which is also reported, so that "
+    "the number is optimistic (of tasks with a test split the score of the best dev epoch)."
 )
 
 
@@ -55,28 +65,22 @@ def results(outcomes: TextOutcomes) -> Table:
             Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=f"{prefix}_common"),
             Column("score", f"{prefix}_delta", delta, interval=(f"{prefix}_low", f"{prefix}_high"), signed=True),
         ]
-    rankings = _rankings_by_task(outcomes)
-    ranks = [
-        {**one.key, "method": method, "ood_rank": rank}
-        for one in rankings
-        for method, rank in one.ranking.ranks.items()
-    ]
-    frame = with_numbers(frame, CELL, pd.DataFrame(ranks, columns=[*CELL, "ood_rank"]))
+    rankings = ranked(outcomes, list(outcomes.methods), ["protocol", *CELL[:2]])
+    rankings = [ranking for ranking in rankings if ranking.key["protocol"] == CLEAN]
+    frame = with_numbers(frame, CELL, rank_rows(rankings, "ood_rank")[[*CELL, "ood_rank"]])
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = with_numbers(frame, CELL, means_by(_usual_records(outcomes), CELL, took))
     baseline, has_ood = outcomes.baseline_title, OOD in set(outcomes.rows["domain"])
     return Table(
         f"Scores under both selections, and differences to {baseline}",
         "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs); "
-        f"differences to {baseline} are paired by "
-        "seed, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests is. "
-        "ID is the training task"
-        f"{', OOD the mean over the other sets without further training' if has_ood else ''}. "
-        f"{_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks "
-        "compare the "
-        "seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean "
-        f"runs, of rows without such of the others. {_metric_note(outcomes)}",
-        {**_KEYS, "n": "n"},
+        f"differences to {baseline} are paired by seed, with a 95 % confidence interval (Student's t), not corrected "
+        "for their number: the table of tests is. ID is the training "
+        f"task{', OOD the mean over the other sets without further training' if has_ood else ''}. {_SELECTIONS} "
+        f"{_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks compare the "
+        "seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean runs, "
+        f"of rows without such of the others. {_metric_note(outcomes)}",
+        {**KEYS, "n": "n"},
         [
             *columns["id"],
             *columns["ood"],
@@ -92,27 +96,21 @@ def results(outcomes: TextOutcomes) -> Table:
 
 def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Lay out scores as the paper does: a column for each task (or pair of tasks), and the average."""
-    keys = ["model", "protocol", "method"]
-    rows = outcomes.rows[outcomes.rows["domain"] == domain]
-    rows = rows.assign(
-        pair=[outcomes.pair_title(row.task, row.eval_task) for row in rows.itertuples()],
-        std=rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"]),
-    )
-    frame = rows.groupby(keys, sort=False).agg(n=("n", "max")).reset_index()
-    numbers = rows[["pair", *keys, "mean", "common", "std"]]
-    frame, columns = with_columns(
-        frame, keys, numbers, {pair: pair for pair in rows["pair"].unique()}, "score", best="common"
-    )
+    rows = outcomes.with_scopes(outcomes.rows[outcomes.rows["domain"] == domain])
+    rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
+    frame = rows.groupby(_ROW, sort=False).agg(n=("n", "max")).reset_index()
+    headings = {scope: scope for scope in rows["scope"].unique()}
+    numbers = rows[["scope", *_ROW, "mean", "common", "std"]]
+    frame, columns = with_columns(frame, _ROW, numbers, headings, "score", best="common")
     if len(columns) > 1:
         frame, columns = with_average(frame, columns, "score")
     if domain == OOD:
-        frame, beside = _with_other_metrics(outcomes, frame)
-        columns += beside
+        frame, others = _with_other_metrics(outcomes, frame)
+        columns += others
     return Table(
         "Scores by task" if domain == ID else "Scores by OOD set",
         "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs). The "
-        "average is over all tasks, where a row has all. "
-        f"{_SELECTIONS} {_metric_note(outcomes, domain)}",
+        f"average is over all tasks, where a row has all. {_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**_BY_SELECTION, "n": "n"},
         columns,
         outcomes.order(frame, ["protocol", "model", "method"]),
@@ -123,22 +121,20 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
     """Add columns of the metrics beside the paper's."""
-    keys = ["model", "protocol", "method"]
-    found = []
-    for protocol in outcomes.protocols:
-        records = outcomes.chosen[protocol]
-        records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
-        for (task, name, metric, model, method), values in records.groupby(
-            ["task", "eval_task", "metric", "model", "method"], sort=False
-        )["value"]:
-            label = f"{outcomes.pair_title(task, name)}, {load_metrics()[metric].label}"
-            std = values.std(ddof=1 if protocol == CLEAN else 0)
-            found.append([label, metric, model, protocol, method, values.mean(), std])
+    chosen = [outcomes.chosen[protocol].assign(protocol=protocol) for protocol in outcomes.protocols]
+    records = pd.concat(chosen) if chosen else outcomes.records.iloc[:0]
+    records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
+    rows = []
+    for key, values in outcomes.with_scopes(records).groupby(["protocol", "scope", "metric", *_ROW[::2]], sort=False):
+        protocol, scope, metric, model, method = key
+        std = values["value"].std(ddof=1 if protocol == CLEAN else 0)
+        label = f"{scope}, {load_metrics()[metric].label}"
+        rows.append([label, metric, model, protocol, method, values["value"].mean(), std])
     columns = []
-    numbers = pd.DataFrame(found, columns=["label", "metric", *keys, "mean", "std"])
-    for (label, metric), rows in numbers.groupby(["label", "metric"], sort=False):
-        frame, one = with_columns(frame, keys, rows.drop(columns="metric"), {label: label}, metric, best=None)
-        columns += one
+    numbers = pd.DataFrame(rows, columns=["label", "metric", *_ROW, "mean", "std"])
+    for (label, metric), of_label in numbers.groupby(["label", "metric"], sort=False):
+        frame, more = with_columns(frame, _ROW, of_label.drop(columns="metric"), {label: label}, metric, best=None)
+        columns += more
     return frame, columns
 
 
@@ -150,10 +146,10 @@ def tests(outcomes: TextOutcomes) -> Table:
     return tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title}, paired by seed, over n seeds, with a 95 % confidence interval; p "
-        "of the paired t-test, and p corrected by Holm's procedure over all "
-        "tasks of a model, method and selection (in domain and out of domain apart). The verdict takes the corrected p "
-        "at 5 %; “equal”: every difference is zero; a dash means that there is no test: one seed, or "
-        f"differences that are all the same and not zero. {_SELECTIONS}",
+        "of the paired t-test, and p corrected by Holm's procedure over all tasks of a model, method and selection "
+        "(in domain and out of domain apart). The verdict takes the corrected p at 5 %; “equal”: every difference is "
+        "zero; a dash means that there is no test: one seed, or differences that are all the same and not zero. "
+        f"{_SELECTIONS}",
         {
             "model_title": "Model",
             "selection": "Selection",
@@ -178,7 +174,7 @@ def ood(outcomes: TextOutcomes) -> Table:
         "Scores by evaluation set",
         "Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID "
         f"score. {_metric_note(outcomes)}",
-        {**_KEYS, "n": "n"},
+        {**KEYS, "n": "n"},
         columns,
         frame,
         group=("model", "task"),
@@ -190,7 +186,7 @@ def cost(outcomes: TextOutcomes) -> Table:
     """Lay out time, memory, parameters and the use of experts."""
     records = _usual_records(outcomes)
     return cost_table(
-        _KEYS,
+        KEYS,
         _cells(outcomes),
         CELL,
         records[~records["metric"].str.contains("_information")],  # which stand in a table of their own
@@ -217,25 +213,16 @@ def chosen(outcomes: TextOutcomes) -> Table:
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
     shown = Table(
         "Hyper-parameters and what was chosen",
-        "Choosing score is the mean over n seeds of the score that chooses; the best one of every method is "
-        "chosen (✓). ID and OOD stand beside it for the reader and chose nothing. Where several tasks were trained on, "
-        "the rows of “all” are "
-        "means over them, with the best one choice for all. A method with more choices has more chances: compare with "
-        "that in mind. In a variant N is the number of experts, k the share "
-        f"of them that is used, L the converted layers. {_SELECTIONS}",
-        {
-            "model_title": "Model",
-            "selection": "Selection",
-            **_KEYS,
-            "variant_shown": "Variant",
-            "rate": "Learning rate",
-            "n": "n",
-            "mark": "Chosen",
-        },
+        "Choosing score is the mean over n seeds of the score that chooses; the best one of every method is chosen "
+        "(✓). ID and OOD stand beside it for the reader and chose nothing. Where several tasks were trained on, the "
+        "rows of “all” are means over them, with the best one choice for all. A method with more choices has more "
+        "chances: compare with that in mind. In a variant N is the number of experts, k the share of them that is "
+        f"used, L the converted layers. {_SELECTIONS}",
+        {"model_title": "Model", "selection": "Selection", **KEYS}
+        | {"variant_shown": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
         [
-            Column("score", "mean", "Choosing score", std="std"),
-            Column("score", "id_mean", "ID", std="id_std"),
-            Column("score", "ood_mean", "OOD", std="ood_std"),
+            Column("score", f"{prefix}mean", label, std=f"{prefix}std")
+            for prefix, label in (("", "Choosing score"), ("id_", "ID"), ("ood_", "OOD"))
         ],
         table,
     )
@@ -248,15 +235,12 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
     rows = outcomes.rows
     rows = rows[(rows["method"].map(outcomes.role) == "method") & rows["delta"].notna()]
     keys = ["protocol", "model", "method"]
-    for (protocol, model, method), found in outcomes.order(rows, keys).groupby(keys, sort=False):
-        out = OOD_MEAN if ID in set(found["domain"]) else OOD
-        parts = [
-            f"{label} {_phrase(part, outcomes)}"
-            for label, domain in (("in domain", ID), ("out of domain", out))
-            if not (part := found[found["domain"] == domain]).empty
-        ]
+    for (protocol, model, method), group in outcomes.order(rows, keys).groupby(keys, sort=False):
+        out = OOD_MEAN if ID in set(group["domain"]) else OOD
+        domains = [("in domain", group[group["domain"] == ID]), ("out of domain", group[group["domain"] == out])]
+        phrases = "; ".join(f"{label} {_phrase(part, outcomes)}" for label, part in domains if len(part))
         title = f"{outcomes.title('method', method)}, {outcomes.title('model', model)}"
-        yield f"{title}, {PROTOCOLS[protocol]} selection: {'; '.join(parts)}."
+        yield f"{title}, {PROTOCOLS[protocol]} selection: {phrases}."
 
 
 def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
@@ -265,13 +249,12 @@ def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
         row = rows.iloc[0]
         return f"{difference_text(row)} ({outcomes.pair_title(row['task'], row['eval_task'])}, n = {row['n']})"
     words = []
-    for verdict in ("better", "worse"):
-        pairs = rows.loc[rows["verdict"] == verdict, ["task", "eval_task"]].itertuples(index=False)
-        titles = [outcomes.pair_title(task, eval_task) for task, eval_task in pairs]
-        words += [f"{verdict} on {', '.join(titles)}"] if titles else []
-    for verdict, text in (("within noise", "within noise"), ("equal", "equal"), ("", "no test")):
-        count = int((rows["verdict"] == verdict).sum())
-        words += [f"{text} on {count} of {len(rows)}"] if count else []
+    for verdict in ("better", "worse", "within noise", "equal", ""):
+        of_verdict = outcomes.with_scopes(rows[rows["verdict"] == verdict])
+        where = ", ".join(of_verdict["scope"])
+        if verdict not in ("better", "worse"):
+            where = f"{len(of_verdict)} of {len(rows)}"
+        words += [f"{verdict or 'no test'} on {where}"] if len(of_verdict) else []
     return f"{rows['delta'].mean() * 100:+z.1f} on average, {', '.join(words)}"
 
 
@@ -286,12 +269,6 @@ def _usual_records(outcomes: TextOutcomes) -> pd.DataFrame:
     """Return the records of the chosen clean runs, and of the others if a cell has no clean ones."""
     records = pd.concat([outcomes.chosen[protocol].assign(chosen_by=protocol) for protocol in outcomes.protocols])
     return records[records["chosen_by"] == records.groupby(CELL)["chosen_by"].transform("first")]
-
-
-def _rankings_by_task(outcomes: TextOutcomes) -> list[Ranked]:
-    """Rank all methods over the OOD sets, by model and training task."""
-    found = ranked(outcomes, list(outcomes.methods), ["protocol", *CELL[:2]])
-    return [one for one in found if one.key["protocol"] == CLEAN]
 
 
 def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
@@ -323,25 +300,20 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
 
 def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
     """Average the choices that all tasks of a model and method share; return no row for a single task."""
-    keys = ["model", "method", "variant", "learning_rate"]
-    tasks = table.groupby(["model", "method"])["task"].transform("nunique")
+    keys, rows = ["model", "method", "variant", "learning_rate"], ["model", "method"]
+    tasks = table.groupby(rows)["task"].transform("nunique")
     grouped = table[tasks > 1].groupby(keys, sort=False)
-    joint = grouped.agg(
-        mean=("mean", "mean"),
-        id_mean=("id_mean", "mean"),
-        ood_mean=("ood_mean", "mean"),
-        n=("n", "sum"),
-        tasks=("task", "nunique"),
-    ).reset_index()
-    joint = joint[joint["tasks"] == joint.groupby(["model", "method"])["tasks"].transform("max")]
-    best = joint.groupby(["model", "method"], sort=False)["mean"].idxmax()
-    empty = {"std": math.nan, "id_std": math.nan, "ood_std": math.nan}
+    means = grouped[["mean", "id_mean", "ood_mean"]].mean()
+    joint = means.join(grouped.agg(n=("n", "sum"), tasks=("task", "nunique"))).reset_index()
+    joint = joint[joint["tasks"] == joint.groupby(rows)["tasks"].transform("max")]
+    best = joint.groupby(rows, sort=False)["mean"].idxmax()
+    empty = dict.fromkeys(("std", "id_std", "ood_std"), math.nan)
     return joint.assign(task=ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")
 
 
 AVERAGE, RANK = "average", "OOD Friedman rank"
 _PUBLISHED_KEY = ["model", "scope", "method"]
-_OUR_NUMBERS = ["", "_delta", "_low", "_high", "_n"]  # what there is of ours, after the selection's name
+_OURS = {"mean": "", "delta": "_delta", "low": "_low", "high": "_high", "n": "_n"}  # after the selection's name
 _PAPERS_RANKS = (
     "; which ones the paper ranks is unknown, so that its ranks stand here for the reader and not for comparison"
 )
@@ -358,16 +330,23 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     published = published[published["scope"] != RANK].assign(value=lambda frame: frame["value"] / 100)
     published["paper_delta"] = published_delta(published, outcomes.baseline)
     frame = published
+    columns = []
     for protocol in (PUBLISHED, CLEAN):
-        ours = _ours(outcomes, domain, protocol).rename(
-            columns={f"ours{end}": f"{protocol}{end}" for end in _OUR_NUMBERS}
-        )
+        ours = _ours(outcomes, domain, protocol)
         frame = frame.merge(ours, on=_PUBLISHED_KEY, how="outer", sort=False)
-    # of what was not found a row is shown where we have a number ourselves
+        ends = (f"{protocol}_low", f"{protocol}_high")
+        columns += [
+            Column("score", protocol, f"Ours, {PROTOCOLS[protocol]} selection", decimals=2),
+            Column(
+                "score", f"{protocol}_delta", f"Δ ours, {PROTOCOLS[protocol]}", interval=ends, signed=True, decimals=2
+            ),
+            Column("runs", f"{protocol}_n", f"n, {PROTOCOLS[protocol]}"),
+        ]
+    # a number that was not found has a row only if we have one ourselves
     frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
-    places = {name: place for place, name in enumerate(outcomes.methods)}
+    ranks = {name: rank for rank, name in enumerate(outcomes.methods)}
     frame = frame.sort_values(
-        _PUBLISHED_KEY, key=lambda column: column.map(places) if column.name == "method" else column, kind="stable"
+        _PUBLISHED_KEY, key=lambda column: column.map(ranks) if column.name == "method" else column, kind="stable"
     )
     frame = outcomes.titled(frame)
     frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
@@ -375,30 +354,14 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
         "The paper's numbers beside ours",
         f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed, with a 95 % confidence interval "
         "where it is of one task. A mean is over n seeds, a difference over those that both methods have. Status: "
-        "published (typed in the authors' notebooks or quoted from the paper), inferred "
-        "(published, but the row is our reading), unknown (in the paper, but not found by us). A dash is a number that "
-        "was not found, or that this suite did not run. Another model "
-        "and other data can neither confirm nor refute the paper's value.",
+        "published (typed in the authors' notebooks or quoted from the paper), inferred (published, but the row is "
+        "our reading), unknown (in the paper, but not found by us). A dash is a number that was not found, or that "
+        "this suite did not run. Another model and other data can neither confirm nor refute the paper's value.",
         {"model_title": "Model", "scope": "Task", "method_title": "Method"},
         [
             Column("score", "value", "Paper", decimals=2),
             Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
-            *(
-                column
-                for protocol in (PUBLISHED, CLEAN)
-                for column in (
-                    Column("score", protocol, f"Ours, {PROTOCOLS[protocol]} selection", decimals=2),
-                    Column(
-                        "score",
-                        f"{protocol}_delta",
-                        f"Δ ours, {PROTOCOLS[protocol]}",
-                        interval=(f"{protocol}_low", f"{protocol}_high"),
-                        signed=True,
-                        decimals=2,
-                    ),
-                    Column("runs", f"{protocol}_n", f"n, {PROTOCOLS[protocol]}"),
-                )
-            ),
+            *columns,
         ],
         frame,
         notes={"status": "Status", "source": "Source of the paper's number"},
@@ -409,12 +372,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     """Lay out mean ranks over the OOD sets, the paper's beside ours."""
     published = read_published(outcomes.benchmark)
     published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
-    rows = [
-        {**one.key, "method": method, "rank": rank, "sets": one.scores.shape[1], "ranked": len(one.scores)}
-        for one in rankings
-        for method, rank in one.ranking.ranks.items()
-    ]
-    frame = pd.DataFrame(rows, columns=["protocol", "model", "method", "rank", "sets", "ranked"])
+    frame = rank_rows(rankings, "rank").drop(columns="task")
     frame["paper"] = [published.get((row.model, row.method), math.nan) for row in frame.itertuples()]
     notes = [
         f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: "
@@ -427,11 +385,11 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     methods = list(dict.fromkeys(outcomes.title("method", name) for one in rankings for name in one.scores.index))
     return Table(
         "Friedman ranks out of domain",
-        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. A rank means something "
-        "only among the rows that are ranked "
-        f"together{_PAPERS_RANKS if frame['paper'].notna().any() else ''}. "
-        f"Sets ({len(pairs)}): {', '.join(pairs)}. {'; '.join(notes)}. Ranks that are further apart than the critical "
-        "difference differ by Nemenyi's test at 5 %.",
+        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. A rank means "
+        "something only among the rows that are ranked "
+        f"together{_PAPERS_RANKS if frame['paper'].notna().any() else ''}. Sets ({len(pairs)}): {', '.join(pairs)}. "
+        f"{'; '.join(notes)}. Ranks that are further apart than the critical difference differ by Nemenyi's test at 5 "
+        "%.",
         {"model_title": "Model", "selection": "Selection", "method_title": "Method"},
         [
             Column("ood_rank", "rank", "Rank", best="rank"),
@@ -449,30 +407,19 @@ def _ours(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
 
     Methods that ran fewer tasks than others form a scope of their own, with the baseline on the same tasks.
     """
-    rows = outcomes.of(domain, protocol)
-    found = [
-        {
-            "model": row.model,
-            "scope": outcomes.pair_title(row.task, row.eval_task),
-            "method": row.method,
-            "ours": row.mean,
-            "ours_delta": row.delta,
-            "ours_low": row.low,
-            "ours_high": row.high,
-            "ours_n": row.n,
-        }
-        for row in rows.itertuples()
-    ]
+    rows = outcomes.with_scopes(outcomes.of(domain, protocol))
+    averages = []
     for model, of_model in rows.groupby("model", sort=False) if domain == ID else ():
         tasks_of = {method: tuple(part["task"]) for method, part in of_model.groupby("method", sort=False)}
         for tasks in dict.fromkeys(tasks for tasks in tasks_of.values() if len(tasks) > 1):
+            scope = {"model": model, "scope": _scope(outcomes, tasks)}
             for method, own in tasks_of.items():
-                if own != tasks and method != outcomes.baseline:
-                    continue
-                part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
-                numbers = {"ours": part["mean"].mean(), "ours_delta": part["delta"].mean()}
-                found.append({"model": model, "scope": _scope(outcomes, tasks), "method": method, **numbers})
-    return pd.DataFrame(found, columns=[*_PUBLISHED_KEY, *(f"ours{end}" for end in _OUR_NUMBERS)])
+                if own == tasks or method == outcomes.baseline:
+                    part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
+                    averages.append({**scope, "method": method, **part[["mean", "delta"]].mean()})
+    columns = [*_PUBLISHED_KEY, *_OURS]
+    ours = pd.concat([rows[columns], pd.DataFrame(averages, columns=columns)]) if averages else rows[columns]
+    return ours.rename(columns={name: f"{protocol}{end}" for name, end in _OURS.items()})
 
 
 def _scope(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
@@ -485,44 +432,34 @@ def _scope(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
     return AVERAGE if set(tasks) == glue else ", ".join(outcomes.title("task", task) for task in tasks)
 
 
-_INFORMATION = information_numbers("task", "class")
-
-
 def usage_table(outcomes: TextOutcomes) -> Table:
     """Lay out the mutual information of experts with set and class, by model, training task and method."""
+    information, counted = information_numbers("task", "class"), ["specialised_experts", "shared_experts"]
+    deviations = [f"{name}_std" for name in information]
     rows = [
         {
-            **{key: getattr(record, key) for key in (*CELL, "seed")},
-            **{name: found["routing"].get(name) for name in _INFORMATION},
-            "specialised_experts": float(len(found["usage"]["specialised"])),
-            "shared_experts": float(len(found["usage"]["shared"])),
+            **{key: getattr(record, key) for key in CELL},
+            **{name: content["routing"].get(name) for name in information},
+            **{name: len(content["usage"][name.removesuffix("_experts")]) for name in counted},
         }
-        for record, found in outcomes.training
-        if found["usage"]
+        for record, content in outcomes.training
+        if content["usage"]
     ]
-    counted = ["specialised_experts", "shared_experts"]
-    frame = pd.DataFrame(rows, columns=[*CELL, "seed", *_INFORMATION, *counted])
-    frame = frame.astype(dict.fromkeys([*_INFORMATION, *counted], float))
-    by_row = frame.groupby(CELL, sort=False)
-    shown = by_row[[*_INFORMATION, *counted]].mean().join(by_row[_INFORMATION].std().add_suffix("_std"))
-    shown = outcomes.order(shown.join(by_row.size().rename("n")).reset_index(), CELL)
+    means = over_seeds(pd.DataFrame(rows, columns=[*CELL, *information, *counted]), CELL, [*information, *counted])
+    shown = outcomes.order(means[[*CELL, *information, *counted, *deviations, "n"]], CELL)
     return Table(
         "What the choice of an expert tells after training",
         "Mutual information, in bits, of a token's expert (of the last converted layer) with the set that its row is "
-        "of, over the training task and the sets that were evaluated on, and with the row's class "
-        f"(within a set, mean over the sets); of 200 rows a set. Chance: mean and 95 % quantile of {PERMUTATIONS} "
-        "shuffles of rows over the sets, or within their set; more than the quantile is more than chance. Specialised "
-        "experts are "
-        "those that some set uses more than shuffles explain (5 %, all experts and sets together); shared ones are "
-        "used above 1/N by every set, and by none more or less than by the others. Means over n seeds ± "
-        "standard deviation. Before training: the benchmark modularity.",
-        {"model_title": "Model", "task_title": "Trained on", "method_title": "Method", "n": "n"},
+        "of, over the training task and the sets that were evaluated on, and with the row's class (within a set, mean "
+        f"over the sets); of 200 rows a set. Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of rows over "
+        "the sets, or within their set; more than the quantile is more than chance. Specialised experts are those that "
+        "some set uses more than shuffles explain (5 %, all experts and sets together); shared ones are used above 1/N "
+        "by every set, and by none more or less than by the others. Means over n seeds ± standard deviation. Before "
+        "training: the benchmark modularity.",
+        {**KEYS, "n": "n"},
         [
-            *(
-                Column(name, name, std=f"{name}_std" if name.endswith("_information") else None)
-                for name in _INFORMATION
-            ),
-            *(Column(name, name) for name in counted),
+            Column(name, name, std=f"{name}_std" if name.endswith("_information") else None)
+            for name in (*information, *counted)
         ],
         shown.assign(n=shown["n"].astype(str)),
     )

@@ -21,59 +21,59 @@ from emoe.layer import routed_layers
 Loads = NDArray[np.int64]
 
 
-def told_of_tasks(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
+def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
     """Measure the information of experts on the task; rows are shuffled over all tasks.
 
     Args:
-        loads: ``[rows, N]``, how often the tokens of a row chose each expert.
-        tasks: of the rows.
-        seed: of the shuffles.
+        loads: How often the tokens of a row chose each expert, ``[rows, N]``.
+        tasks: The tasks of the rows.
+        seed: The seed of the shuffles.
     """
     return MutualInformation.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
 
 
-def told_of_classes(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> MutualInformation | None:
+def class_information(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> MutualInformation | None:
     """Measure the information of experts on the class within a task, as a mean over tasks with classes.
 
     Args:
-        loads: ``[rows, N]``.
-        tasks: of the rows.
-        classes: of the rows; negative where a task has none.
-        seed: of the shuffles.
+        loads: How often the tokens of a row chose each expert, ``[rows, N]``.
+        tasks: The tasks of the rows.
+        classes: The classes of the rows; negative if a task has none.
+        seed: The seed of the shuffles.
     """
-    found = []
+    bits = []
     for task in np.unique(tasks):
         rows = (tasks == task) & (classes >= 0)
         if len(np.unique(classes[rows])) > 1:
-            found.append(shuffled_information(loads[rows][:, None], classes[rows], np.zeros_like(classes[rows]), seed))
-    return MutualInformation.mean(np.concatenate(found, axis=1)) if found else None
+            bits.append(shuffled_information(loads[rows][:, None], classes[rows], np.zeros_like(classes[rows]), seed))
+    return MutualInformation.mean(np.concatenate(bits, axis=1)) if bits else None
 
 
 def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
     """Mark experts that a task uses more (1) or less (-1) than chance explains, over all tasks and experts; else 0.
 
-    Rows are shuffled over the tasks. A use is marked where it is farther from its mean over shuffles, in their
-    deviations, than the farthest of all uses is
-    in 95 % of the shuffles, so that by chance alone one mark in twenty such matrices is expected.
+    Rows are shuffled over the tasks. A use is marked if it is farther from its mean over shuffles, in their deviations,
+    than the farthest of all uses is in 95 % of the shuffles. By chance alone one mark in twenty such matrices is
+    expected.
 
     Args:
-        loads: ``[rows, N]``.
-        tasks: of the rows, numbered from 0.
-        seed: of the shuffles.
+        loads: How often the tokens of a row chose each expert, ``[rows, N]``.
+        tasks: The tasks of the rows, numbered from 0.
+        seed: The seed of the shuffles.
 
     Returns:
-        ``[tasks, N]``.
+        The marks, ``[tasks, N]``.
     """
     random = np.random.default_rng(seed)
-    own = shares_by(loads, tasks)
+    shares = shares_by(loads, tasks)
     shuffled = np.stack([shares_by(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)])
     mean, deviation = shuffled.mean(0), shuffled.std(0)
 
-    def far(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.divide(shares - mean, deviation, out=np.zeros_like(shares), where=deviation > 0)
+    def far(uses: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.divide(uses - mean, deviation, out=np.zeros_like(uses), where=deviation > 0)
 
     limit = np.quantile(np.abs(far(shuffled)).max((1, 2)), CONFIDENCE)
-    return (np.sign(far(own)) * (np.abs(far(own)) > limit)).astype(np.int64)
+    return (np.sign(far(shares)) * (np.abs(far(shares)) > limit)).astype(np.int64)
 
 
 def shares_by(loads: Loads, groups: Loads) -> NDArray[np.float64]:
@@ -94,8 +94,8 @@ class SetLoads:
     """Hold the routing of one set's rows.
 
     Attributes:
-        loads: ``[rows, N]``, how often the tokens of a row chose each expert.
-        classes: of the rows ``[rows]``; -1 where the set has none.
+        loads: How often the tokens of a row chose each expert, ``[rows, N]``.
+        classes: The classes of the rows; -1 if the set has none.
     """
 
     loads: Loads
@@ -106,34 +106,33 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
     """Describe the information of experts on sets and classes, and the shares behind it.
 
     Args:
-        sets: two at least, by name.
+        sets: At least two sets, by name.
 
     Returns:
         Numbers by the names of metrics.yaml; and, by set, shares of the experts, marks (see :func:`marks`) and shares
-        by class, with the shared and the
-        specialised experts.
+        by class, with the shared and the specialised experts.
     """
     rows = np.concatenate([one.loads for one in sets.values()])
     tasks = np.repeat(np.arange(len(sets)), [len(one.loads) for one in sets.values()])
     classes = np.concatenate([one.classes for one in sets.values()])
     seed = derive_seed("shuffles")
-    of_tasks, of_classes = told_of_tasks(rows, tasks, seed), told_of_classes(rows, tasks, classes, seed)
+    of_tasks, of_classes = task_information(rows, tasks, seed), class_information(rows, tasks, classes, seed)
     marked, shares = marks(rows, tasks, seed), shares_by(rows, tasks)
     shared, specialised = shared_and_specialised(shares, marked)
     by_set = {
-        name: {"shares": shares[place].tolist(), "marks": marked[place].tolist(), "classes": _by_class(one)}
-        for place, (name, one) in enumerate(sets.items())
+        name: {"shares": shares[number].tolist(), "marks": marked[number].tolist(), "classes": _by_class(one)}
+        for number, (name, one) in enumerate(sets.items())
     }
-    told = of_tasks.numbers("task") | (of_classes.numbers("class") if of_classes else {})
-    return told, {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
+    information = of_tasks.numbers("task") | (of_classes.numbers("class") if of_classes else {})
+    return information, {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
 
 
-def _by_class(found: SetLoads) -> dict[str, list[float]]:
+def _by_class(routing: SetLoads) -> dict[str, list[float]]:
     """Return the shares of every class that has rows; none of a regression's."""
-    if (found.classes < 0).any():
+    if (routing.classes < 0).any():
         return {}
-    shares = shares_by(found.loads, found.classes)
-    return {str(label): shares[label].tolist() for label in np.unique(found.classes)}
+    shares = shares_by(routing.loads, routing.classes)
+    return {str(label): shares[label].tolist() for label in np.unique(routing.classes)}
 
 
 _ROWS = 200  # of every set, whose loads are kept row by row
@@ -145,7 +144,7 @@ class RowRouting:
     Of the last converted layer, the loads of some rows are kept row by row. A dense model has none.
 
     Args:
-        model: that is evaluated.
+        model: The model that is evaluated.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -158,8 +157,8 @@ class RowRouting:
         """Watch the model while it is called once with every row of a set, batch by batch.
 
         Args:
-            name: of the set.
-            classes: of its rows ``[rows]``, in the order in which they come; -1 where there are none.
+            name: The name of the set.
+            classes: The classes of its rows, in the order in which they come; -1 if there are none.
         """
         if not routed_layers(self._model):
             yield
@@ -188,18 +187,17 @@ class RowRouting:
         self._summaries[name] = routing_summary(record)
 
     def described(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the collected numbers.
+        """Describe the routing of a set.
 
         Args:
-            name: of the set whose tokens are summed up.
+            name: The name of the set.
 
         Returns:
-            How its tokens were routed (:func:`~benchmarks.harness.training.trainer.routing_summary`), and where there
-            are several sets what experts tell of sets and
-            classes; and shares of experts by set and class (:func:`~benchmarks.text.usage.describe_usage`), which one
-            set alone has none of.
+            The routing of its tokens (:func:`~benchmarks.harness.training.trainer.routing_summary`), with the
+            information of experts on sets and classes if there are several sets; and then also the shares of experts
+            by set and class (:func:`describe_usage`).
         """
         if len(self._sets) < 2:
             return self._summaries.get(name, {}), {}
-        told, usage = describe_usage(self._sets)
-        return self._summaries[name] | told, usage
+        information, usage = describe_usage(self._sets)
+        return self._summaries[name] | information, usage

@@ -66,16 +66,8 @@ def test_rows_of_ablations_keep_the_others_runs_and_stand_in_their_suites() -> N
     assert settings == {"N16-k0.5": 5, "N32-k0.25": 5}
     # the chosen runs of another benchmark are evaluated, not those of its ablations
     evaluated = {row for benchmark, row, _ in rows if benchmark == "glue_ood"}
-    assert evaluated == {
-        "lora",
-        "lora_block",
-        "lora_gmoe",
-        "lora_emoe",
-        "lora_emoe_learn",
-        "lora_random",
-        "lora2emoe",
-        "emoe2lora",
-    }
+    trained = {"lora", "lora_block", "lora_gmoe", "lora_emoe", "lora_emoe_learn", "lora_random"}
+    assert evaluated == {*trained, "lora2emoe", "emoe2lora"}
 
 
 @pytest.mark.parametrize("key", ["train_share", "epochs_factor"])
@@ -94,7 +86,6 @@ def test_only_rows_of_ablations_are_trained_otherwise(key: str) -> None:
     [
         ({"rows": ["lora", "lora_botom"]}, r"ablations\.selection\.rows' is 'lora_botom'.* did you mean 'lora_bottom'"),
         ({"rows": ["lora_emoe", "lora_bottom"]}, r"ablations\.selection\.rows' must begin with the baseline, 'lora'"),
-        ({"rows": ["lora_emoe", "lora"]}, r"ablations\.selection\.rows' must begin with the baseline, 'lora'"),
         ({"rows": ["lora", "lora_emoe"]}, r"'methods\.lora_not_top' is an ablation, but no 'ablations' has it"),
         (
             {"paper": "selektion.csv"},
@@ -119,14 +110,11 @@ def test_a_model_is_used_as_one_row_and_not_as_several() -> None:
     ("row", "message"),
     [
         ({"trained": "lora", "used_as": "lora_gmoe"}, "must name a dense row and one with experts that are parts"),
-        ({"trained": "lora", "used_as": "lora_block"}, "must name a dense row and one with experts that are parts"),
-        ({"trained": "lora_emoe", "used_as": "lora_emoe"}, "must name a dense row and one with experts that are parts"),
         (
             {"trained": "lora", "used_as": "lora_emoe_learn"},
             r"used_as' is 'LoRA \+ EMoE-learn', whose router has state",
         ),
         ({"trained": "lora_block", "used_as": "lora_emoe"}, r"trained' is 'LoRA \+ Block', which trains another part"),
-        ({"trained": "lora", "used_as": "lora_emo"}, r"used_as' is 'lora_emo'.*did you mean 'lora_emoe'"),
         ({"trained": "lora", "used_as": "lora_bottom"}, r"used_as' is 'lora_bottom', which does not exist"),
     ],
 )
@@ -158,18 +146,13 @@ TABLES.append(("glue_ood", "transformation"))
 
 @pytest.fixture(scope="module")
 def finished(shared_here: Path) -> list[Run]:
-    """The default suite's text, and of the night's a part of every ablation."""
+    """Make up numbers of the default suite's text, and of a part of every ablation of the nightly suite."""
     gains = {"lora_bottom": -0.05, "emoe2lora": 0.04}
     runs = fake_runs.write(RUNS, "mini", gains, ("glue", "glue_lora", "glue_ood"))
     known = {run.id for run in runs}
-    more = [
-        run
-        for run in plan(["glue_lora"], "mini_full")
-        if run.spec["task"]["name"] == "tweets"
-        and run.spec["learning_rate"] == 4.0e-3
-        and run.spec["seed"] < 3
-        and run.id not in known
-    ]
+    more = [run for run in plan(["glue_lora"], "mini_full") if run.spec["learning_rate"] == 4.0e-3]
+    more = [run for run in more if run.spec["task"]["name"] == "tweets" and run.spec["seed"] < 3]
+    more = [run for run in more if run.id not in known]
     fake_runs.write_runs(more, gains)
     return [*runs, *more]
 
@@ -180,13 +163,13 @@ def of(runs: list[Run], benchmark: str) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def presented(finished: list[Run]) -> Callable[[str], Presentation]:
-    """What a benchmark shows of the finished runs; made once, and only looked at."""
+    """Present the finished runs of a benchmark once; tests only read it."""
     return functools.cache(lambda name: present(load_benchmark(name), of(finished, name)))
 
 
 @pytest.fixture(scope="module")
 def ablated(finished: list[Run]) -> TextOutcomes:
-    """The finished runs by adapters, every setting a row."""
+    """Collect the finished runs by adapters, every setting a row."""
     return TextOutcomes(LORA, of(finished, "glue_lora"), ablated=True)
 
 

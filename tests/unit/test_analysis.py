@@ -1,4 +1,4 @@
-"""Scores, selection, statistics, tables, figures, report, mirror: on made-up runs."""
+"""Test scores, selection, statistics and tables on made-up runs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_collapsed_models_have_a_score() -> None:
 
 
 def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
-    """Of a task with a test split: by the kept epoch, or, as the authors would, by the best dev epoch, which they report."""
+    """Choose by the kept epoch, or, as the authors do, by the best dev epoch, which they report."""
     rows = []
     for rate, values in ((1e-5, (0.8, 0.8)), (2e-5, (0.7, 0.95)), (3e-5, (0.9, 0.6))):
         for seed, value in enumerate(values):
@@ -85,9 +85,9 @@ def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
     records = pd.DataFrame(rows)
     table = choices(records, "clean")
     assert table.loc[table["chosen"], "learning_rate"].tolist() == [2e-5]
-    assert reported(records, "clean")["value"].tolist() == [2e-5, 2e-5]
+    assert reported(select(records, "clean"), "clean")["value"].tolist() == [2e-5, 2e-5]
     assert scores_of(select(records, "published"), "test")["value"].tolist() == [3e-5, 3e-5]
-    assert reported(records, "published")["value"].tolist() == pytest.approx([0.1, 0.4])
+    assert reported(select(records, "published"), "published")["value"].tolist() == pytest.approx([0.1, 0.4])
 
 
 # records
@@ -202,7 +202,7 @@ def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, lin
 
 @pytest.fixture(scope="module")
 def paper(shared_here: Path) -> list[Run]:
-    """A part of the paper suite with made-up numbers: two models' LoRA rows on all tasks, and GLUE-X."""
+    """Make up numbers of a part of the paper suite: two models' LoRA rows on all tasks, and GLUE-X."""
     return fake_runs.write(RUNS, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood"))
 
 

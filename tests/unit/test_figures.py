@@ -1,4 +1,4 @@
-"""Every figure at the size of a page: no wider than its text, letters of 7 points, nothing that touches or is cut."""
+"""Test every figure at the size of a page: no wider than its text, letters of 7 points, nothing that touches or is cut."""
 
 from __future__ import annotations
 

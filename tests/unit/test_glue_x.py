@@ -34,7 +34,7 @@ GLUE_OOD = load_benchmark("glue_ood")
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model root with BERT-large and GPT2-XL, and a data root with GLUE and GLUE-X."""
+    """Write a model root with BERT-large and GPT2-XL, and a data root with GLUE and GLUE-X."""
     model_root, data_root = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
     write_models(model_root, ["bert-large-cased", "gpt2-xl"])
     write_data(data_root)
@@ -52,7 +52,7 @@ def workdir(roots: tuple[Path, Path], here: Path, monkeypatch: pytest.MonkeyPatc
 def trainings(
     model: str, task: str, method: str, *, rates: int = 1, seeds: int = 1, protocol: str = "published"
 ) -> list[Run]:
-    """The paper's runs of one cell, cut to one epoch, and to a few learning rates and seeds."""
+    """Plan the paper's runs of one cell, cut to one epoch, and to a few learning rates and seeds."""
     cell = [
         run.spec
         for run in paper_runs("glue_lora")
@@ -79,7 +79,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("task", sorted({name for name, _ in PAIRS}))
 def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str) -> None:
-    """Scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets'
+    """Compare: scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets'
     documentation."""
     model = "gpt2-xl" if task in ("cola", "stsb", "rte") else "bert-large-cased"
     method = "lora_emoe" if task in ("cola", "mnli", "rte") else "lora_gmoe"
@@ -160,14 +160,12 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
 
     changed = tmp_path / "models"
     shutil.copytree(roots[0], changed)
-    config = json.loads((changed / "bert-large-cased" / "config.json").read_text())
     weights = changed / "bert-large-cased" / "model.safetensors"
     from safetensors.torch import load_file, save_file
 
     state = load_file(weights)
     state["embeddings.word_embeddings.weight"][0, 0] += 1
     save_file(state, weights, metadata={"format": "pt"})
-    assert config["num_hidden_layers"] == 24
     monkeypatch.setenv(MODEL_ROOT, str(changed))
     with pytest.raises(DataError, match="the weights of 'bert-large-cased' changed since the run was trained"):
         recorded(evaluation)
@@ -175,14 +173,7 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     assert recorded(evaluation)["chosen"]["run"] == runs[0].folder
 
 
-@pytest.mark.parametrize(
-    ("model", "method"),
-    [
-        ("bert-large-cased", "lora_gmoe"),
-        ("bert-large-cased", "lora_emoe_learn"),
-        ("gpt2-xl", "lora_block"),
-    ],
-)
+@pytest.mark.parametrize(("model", "method"), [("bert-large-cased", "lora_gmoe"), ("gpt2-xl", "lora_block")])
 def test_the_evaluation_batch_size_changes_no_number(workdir: Path, model: str, method: str) -> None:
     runs = trainings(model, "cola", method)
     opened, tokenizer = reopened(runs[0], recorded(runs[0]))
@@ -201,13 +192,10 @@ def test_the_evaluation_batch_size_changes_no_number(workdir: Path, model: str, 
 
 
 def test_only_capacity_depends_on_the_batch(workdir: Path) -> None:
-    """The documented exception: as published, experts are full when a batch is, and choices are dropped."""
+    """Test the documented exception: as published, experts are full when a batch is, and choices are dropped."""
     (run,) = trainings("bert-large-cased", "cola", "lora_emoe_published")
     assert run.spec["method"]["config"]["capacity_factor"] == 1.5
-    config = {
-        **run.spec["method"]["config"],
-        "capacity_factor": 0.5,
-    }  # made-up sentences are few: so that experts get full
+    config = {**run.spec["method"]["config"], "capacity_factor": 0.5}  # so that few sentences fill the experts
     runs = [run_from_spec({**run.spec, "method": {**run.spec["method"], "config": config}})]
     opened, tokenizer = reopened(runs[0], recorded(runs[0]))
     assert routed_layers(opened.model)[0].config.capacity_factor == 0.5

@@ -26,7 +26,7 @@ from benchmarks.modularity.activations import (
 )
 from benchmarks.modularity.grid import KIND, ModularityDefinition
 from benchmarks.modularity.outcomes import ModularityOutcomes
-from benchmarks.text.usage import marks, shared_and_specialised, told_of_classes, told_of_tasks
+from benchmarks.text.usage import class_information, marks, shared_and_specialised, task_information
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare
 from tests.planned import smoke_run
@@ -76,7 +76,7 @@ def test_an_expert_that_one_task_prefers_is_marked_and_told_of() -> None:
     found = marks(loads, tasks, seed=1)
     assert found[0, 0] == 1
     assert found[1, 0] == -1
-    told = told_of_tasks(loads, tasks, seed=1)
+    told = task_information(loads, tasks, seed=1)
     assert told.bits > told.chance_95 > told.chance > 0
     shares = np.stack([loads[tasks == task].sum(0) / loads[tasks == task].sum() for task in (0, 1)])
     shared, specialised = shared_and_specialised(shares, found)
@@ -97,21 +97,21 @@ def test_tokens_of_a_row_go_together_so_that_few_rows_tell_little() -> None:
     loads[np.arange(6), [0, 1, 2, 3, 0, 1]] = 500
     tasks = np.array([0, 0, 0, 1, 1, 1])
     assert not marks(loads, tasks, seed=0).any()
-    told = told_of_tasks(loads, tasks, seed=0)
+    told = task_information(loads, tasks, seed=0)
     assert told.bits <= told.chance_95
 
 
 def test_classes_are_shuffled_within_their_task_and_tasks_without_have_none() -> None:
     loads, tasks = rows_of([[0.7, 0.3], [0.3, 0.7]], rows=40, tokens=20, seed=3)
     classes = np.tile([0, 1], 40)  # of which the loads know nothing
-    told = told_of_classes(loads, tasks, classes, seed=0)
+    told = class_information(loads, tasks, classes, seed=0)
     assert told is not None
     assert told.bits <= told.chance_95
     loads[(classes == 1) & (tasks == 0), 0] += 20
-    told = told_of_classes(loads, tasks, classes, seed=0)
+    told = class_information(loads, tasks, classes, seed=0)
     assert told is not None
     assert told.bits > told.chance_95
-    assert told_of_classes(loads, tasks, np.full(80, -1), seed=0) is None
+    assert class_information(loads, tasks, np.full(80, -1), seed=0) is None
 
 
 # what selections use

@@ -1,4 +1,4 @@
-"""The page in a browser, on a phone, by keyboard and on paper; and the runs of its numbers."""
+"""Test the page in a browser, on a phone, by keyboard and on paper; and the runs of its numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-backgroun
 
 @pytest.fixture(scope="module")
 def page_file(shared_here: Path) -> Iterator[Path]:
-    """The report of two benchmarks of mini, of made-up runs."""
+    """Write the report of two benchmarks of mini, of made-up runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(paths.OVERRIDES, '{"benchmarks": ["glue", "modularity"], "suite": "mini"}')
         if CHROMIUM is None:

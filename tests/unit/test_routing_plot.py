@@ -1,4 +1,4 @@
-"""The figure of a routing record shows the record's numbers, with readable text."""
+"""Test that the figure of a routing record shows the record's numbers, with readable text."""
 
 from __future__ import annotations
 

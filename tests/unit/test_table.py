@@ -1,4 +1,4 @@
-"""A table in every format: numbers, the best ones, and characters that have to be escaped."""
+"""Test a table in every format: numbers, the best ones, and characters that have to be escaped."""
 
 from __future__ import annotations
 

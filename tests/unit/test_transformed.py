@@ -106,17 +106,12 @@ def changed(**transformed: dict[str, str]) -> object:
         ({"trained": "vanila", "used_as": "emoe"}, r"transformed\.more\.trained' is 'vanila'.*did you mean 'vanilla'"),
         ({"trained": "vanilla", "used_as": "gmoe"}, "must name a dense row and one with experts"),
         ({"trained": "emoe_learn", "used_as": "vanilla"}, r"trained' is 'EMoE-learn', whose router has state"),
+        ({"trained": "vanilla", "used_as": "random_partition"}, "'transformed' makes two things of 'vanilla'"),
     ],
 )
 def test_what_cannot_be_used_as_another_is_refused(row: dict[str, str], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
         GLUE.kind.load(changed(more={"title": "More", **row}), GLUE.file)
-
-
-def test_a_run_is_made_one_thing() -> None:
-    content = changed(more={"title": "More", "trained": "vanilla", "used_as": "random_partition"})
-    with pytest.raises(DefinitionError, match="'transformed' makes two things of 'vanilla'"):
-        GLUE.kind.load(content, GLUE.file)
 
 
 # how rows are routed

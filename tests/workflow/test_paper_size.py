@@ -1,4 +1,7 @@
-"""The suite `paper` at its whole size, with made-up results: its graph, its tables and figures, its report. Minutes; `make test-paper-size` runs it, and the night."""
+"""Test the suite `paper` at its whole size with made-up results: its graph, tables, figures, report and mirror.
+
+It takes minutes: `make test-paper-size` and the nightly workflow run it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
 
 
 def finished(checkout: Checkout, *command: object) -> tuple[str, int]:
-    """What a command says, and the most memory that it took, in kibibytes."""
+    """Return the output of a command and the most memory that it took, in kibibytes."""
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=checkout.folder,

@@ -23,6 +23,7 @@ from benchmarks.harness.config.claims import ClaimTest, Comparison, PaperEffect,
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.common import interval_text
 from benchmarks.harness.report.paper import draw_main, main_rows
 from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present
@@ -135,7 +136,7 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
     row |= {"n": difference.n, "p": difference.p if compare.direction in _TESTED else math.nan}
     if is_paired and not math.isnan(difference.low):
         row["equivalent"] = is_within(difference, -margin, margin)
-    return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
+    return row | {"evidence": evidence, "remark": _remark(compare, evidence, pair, benchmark)}
 
 
 def _verdict(row: Any) -> Verdict:
@@ -223,13 +224,8 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         "contradicted if all of it lies beyond. The interval of a time is the range over all rounds and settings. "
         "Practically equal: all of the interval lies within the margin, whatever the verdict. Parameters are counted, "
         "without a test.",
-        {
-            "claim_shown": "Claim",
-            "test_shown": "Tested on",
-            "paper": "The paper",
-            "runs_shown": "These runs",
-            "n_shown": "n",
-        },
+        {"claim_shown": "Claim", "test_shown": "Tested on", "paper": "The paper"}
+        | {"runs_shown": "These runs", "n_shown": "n"},
         [Column("p_value", "p", "p"), Column("p_value", "p_holm", "p (Holm)")],
         frame,
         notes={"verdict": "Verdict", "equal_shown": "Practically equal", "remark": "Over, and remarks"},
@@ -247,8 +243,8 @@ def _runs_text(row: Any) -> str:
         return f"× {row.delta + 1:.2f} [{row.low + 1:.2f}, {row.high + 1:.2f}]"
     metric = load_metrics()[row.metric]
     decimals = metric.decimals + (1 if metric.unit == "%" else 0)  # differences are smaller than scores
-    interval = "" if math.isnan(row.low) else f" [{row.low:+z.{decimals}f}, {row.high:+z.{decimals}f}]"
-    return f"{row.delta:+z.{decimals}f}{' points' if row.unit == 'points' else ''}{interval}"
+    points = " points" if row.unit == "points" else ""
+    return f"{row.delta:+z.{decimals}f}{points}{interval_text(row.low, row.high, decimals)}"
 
 
 def _equal_text(row: Any) -> str:

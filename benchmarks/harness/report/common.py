@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report.style import MethodStyle, style_of
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.harness.results.records import COST, LOADS, MODEL, information_numbers
-from benchmarks.harness.results.statistics import confidence_interval
+from benchmarks.harness.results.statistics import confidence_interval, paired_differences
 from emoe.errors import did_you_mean
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
@@ -36,12 +35,8 @@ COMPARED = [
 
 def compared(*parts: pd.DataFrame) -> pd.DataFrame:
     """Join numbers in the columns :data:`COMPARED`; a missing column is empty text."""
-    return pd.concat([part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True)
-
-
-def compared_nothing() -> pd.DataFrame:
-    """Return no numbers, in the columns :data:`COMPARED`."""
-    return pd.DataFrame(columns=COMPARED)
+    frames = [part.reindex(columns=COMPARED, fill_value="") for part in parts]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COMPARED)
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
@@ -60,15 +55,12 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     keys = [key for key in _ORIGIN if key in frame and key in origins]
     if not keys or RUNS in frame:  # the table has named them
         return table
-    known = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
-    runs = [f"{benchmark}/{run}" for run in known["run_id"]]
-    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)  # of the runs with a name
-    for number, names in enumerate(known[keys].to_dict("records")):
-        for item in names.items():
-            numbers[item].add(number)
+    tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
+    runs = [f"{benchmark}/{run}" for run in tried["run_id"]]
+    numbers = {key: tried.reset_index(drop=True).groupby(key).indices for key in keys}  # of the runs with a name
     folders = []
     for names in frame[keys].fillna("").astype(str).to_dict("records"):
-        matching = (numbers[key, name] for key, name in names.items() if name not in ("", ALL))
+        matching = (set(numbers[key].get(name, ())) for key, name in names.items() if name not in ("", ALL))
         of_row = set(range(len(runs))).intersection(*matching)
         folders.append(" ".join(dict.fromkeys(runs[number] for number in sorted(of_row))))
     return replace(table, frame=frame.assign(**{RUNS: folders}))
@@ -81,7 +73,7 @@ def counts(records: pd.DataFrame) -> pd.DataFrame:
 
 
 class Outcomes:
-    """The finished runs of a benchmark that trains; a subclass adds its results.
+    """Collect the finished runs of a benchmark that trains; a subclass adds its results.
 
     Args:
         benchmark: The benchmark.
@@ -111,11 +103,16 @@ class Outcomes:
         self.benchmark, self.runs, self.name = benchmark, list(runs), benchmark.name
         self.methods = resolve_methods(benchmark.definition)
         self.baseline = benchmark.definition.baseline
-        models = _titles_in_order({name: model.title for name, model in load_models().items()}, runs, "model")
-        tasks = _titles_in_order(benchmark.kind.task_titles(benchmark.definition, benchmark.tasks), runs, "task")
+
+        def in_order(titles: Mapping[str, str], part: str) -> dict[str, str]:
+            ran = [run.spec[part]["name"] for run in runs]
+            return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
+
+        models = in_order({name: model.title for name, model in load_models().items()}, "model")
+        tasks = in_order(benchmark.kind.task_titles(benchmark.definition, benchmark.tasks), "task")
         methods = {name: method.title for name, method in self.methods.items()}
-        known = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
-        self.titles: dict[str, Mapping[str, str]] = {key: known[key] for key in keys}
+        by_key = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
+        self.titles: dict[str, Mapping[str, str]] = {key: by_key[key] for key in keys}
 
     def title(self, key: str, name: str) -> str:
         """Return the title of a name, or the name if it has none."""
@@ -151,12 +148,6 @@ class Outcomes:
             return column.map(lambda name: ranks.get(name, len(ranks))) if ranks else column
 
         return self.titled(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
-
-
-def _titles_in_order(titles: Mapping[str, str], runs: Sequence[Run], part: str) -> dict[str, str]:
-    """Sort titles by name: the models or tasks of the runs first."""
-    ran = [run.spec[part]["name"] for run in runs]
-    return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
 
 
 _STATUS = ("published", "inferred", "unknown")
@@ -326,6 +317,44 @@ def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str])
     return pd.DataFrame({metric: rows["value"].mean() for metric, rows in by_metric.items()}).reset_index()
 
 
+def over_seeds(frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+    """Average columns of numbers over the rows of each cell, with ``<number>_std`` and the count ``n``."""
+    rows = frame.astype(dict.fromkeys(numbers, float)).groupby(list(cell), sort=False)
+    values = rows[list(numbers)]
+    return values.mean().join(values.std().add_suffix("_std")).join(rows.size().rename("n")).reset_index()
+
+
+def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
+    """Summarize the scores of each cell over seeds, and compare it with a reference.
+
+    Args:
+        scores: One row per score, with ``value``, ``seed`` and the columns of the cell, one of which is ``method``.
+        cell: The columns that name a cell.
+        references: Each reference with the method that is compared with it, or with None for all methods.
+
+    Returns:
+        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``; the 95 % interval of the mean
+        (``low_mean``, ``high_mean``); and over ``pairs`` of seeds the difference to the reference (``delta``, ``low``,
+        ``high``, ``p``), without a correction.
+    """
+    rows = []
+    for key, values in scores.groupby(list(cell), sort=False)["value"]:
+        low, high = confidence_interval(values.to_numpy())
+        rows.append((*key, values.mean(), values.std(), values.std(ddof=0), len(values), low, high))
+    names = [*cell, "mean", "std", "population_std", "n", "low_mean", "high_mean"]
+    differences = [
+        paired_differences(
+            scores if method is None else scores[scores["method"].isin([reference, method])],
+            cell,
+            {"method": reference},
+            "seed",
+        ).drop(columns="values")
+        for reference, method in references
+    ]
+    compared = pd.concat(differences).rename(columns={"n": "pairs"})
+    return pd.DataFrame(rows, columns=names).merge(compared, on=list(cell), how="left")
+
+
 def cost_table(
     keys: Mapping[str, str],
     frame: pd.DataFrame,
@@ -356,10 +385,10 @@ def cost_table(
     return Table(
         "What it took, and how the experts were used",
         f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "
-        "rough: they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. "
-        "Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy is 1 for "
-        f"a perfectly balanced load; loads and drops are measured on {measured_on}. Operations are two for every "
-        "parameter in use that a token is multiplied with, without attention's own products; what a CPU or GPU "
+        "rough: they do not compare methods. Start-up is what passes before the run's own work begins, mostly "
+        "imports. Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy "
+        f"is 1 for a perfectly balanced load; loads and drops are measured on {measured_on}. Operations are two for "
+        "every parameter in use that a token is multiplied with, without attention's own products; what a CPU or GPU "
         "executes is more where the masked path computes experts that are not used. Only the published settings limit "
         f"the capacity of experts, so only there are choices dropped.{others}",
         dict(keys),

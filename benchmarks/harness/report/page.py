@@ -74,7 +74,7 @@ def copy_report(page: Path, output: Path) -> None:
 
 @dataclass(frozen=True)
 class _Page:
-    """The parts of a page with links, which are relative to its folder."""
+    """Make the parts of a page with links, which are relative to its folder."""
 
     suite: Suite
     folder: Path

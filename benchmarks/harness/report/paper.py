@@ -90,14 +90,9 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite, verdicts
     elif output.part.name != _COST and (summary := _summary(frame, verdicts)):
         caption.append(f"What these runs see: {summary}")
     caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
-    titles = [output.title, *([] if table.title == load_paper_items()[output.item].title else [table.title])]
-    return replace(
-        table,
-        frame=frame.reset_index(drop=True),
-        name=output.name,
-        title=". ".join(titles),
-        caption=" ".join(caption),
-    )
+    is_named = table.title == load_paper_items()[output.item].title
+    title = output.title if is_named else f"{output.title}. {table.title}"
+    return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=" ".join(caption))
 
 
 def _summary(frame: pd.DataFrame, verdicts: Sequence[str]) -> str:
@@ -173,8 +168,9 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
     """Average over the tasks and pairs of all methods; compare each with the dense one over the pairs of both."""
     of = average.of
-    kept = numbers["selection"].eq(of.selection) & numbers["domain"].eq(of.domain) & numbers["metric"].eq(of.metric)
-    rows = numbers[kept & numbers["setting"].eq("")]
+    rows = numbers[
+        (numbers[["selection", "domain", "metric", "setting"]] == [of.selection, of.domain, of.metric, ""]).all(axis=1)
+    ]
     averages = []
     for model, own in rows.groupby("model", sort=False):
         title = load_models()[model].title if model in load_models() else str(model)
@@ -190,21 +186,12 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
                 continue
             evidence = None if name == of.dense else find_evidence(own, of.comparison(name))
             difference = evidence.difference if evidence else mean_difference(np.zeros(len(means)))
-            averages.append(
-                {
-                    "axis": f"{average.title}, {title}",
-                    "whose": "ours",
-                    "is_rank": False,
-                    "method": method,
-                    "mean": float(means[name].mean()) * 100,
-                    "delta": difference.mean * 100,
-                    "low": difference.low * 100,
-                    "high": difference.high * 100,
-                    "n": difference.n,
-                    "of": _tasks_text(of.benchmark, shared, len(means)),
-                    "compared": _tasks_text(of.benchmark, wide[[of.dense, name]].dropna(), difference.n),
-                }
-            )
+            row = {"axis": f"{average.title}, {title}", "whose": "ours", "is_rank": False, "method": method}
+            row |= {"mean": float(means[name].mean()) * 100, "delta": difference.mean * 100, "n": difference.n}
+            row |= {"low": difference.low * 100, "high": difference.high * 100}
+            row["of"] = _tasks_text(of.benchmark, shared, len(means))
+            row["compared"] = _tasks_text(of.benchmark, wide[[of.dense, name]].dropna(), difference.n)
+            averages.append(row)
     return averages
 
 
@@ -229,21 +216,23 @@ def draw_main(rows: pd.DataFrame, folder: Path) -> None:
 
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
     """Draw two radars, ours and the paper's; each axis has its own range and a letter, which is explained below."""
+    letters = map("".join, itertools.product(("", *_LETTERS), _LETTERS))
+    sides = []
+    for whose in ("ours", "paper"):
+        group = rows[rows["whose"] == whose]
+        wide = group.pivot_table(index="axis", columns="method", values="mean", sort=False)
+        named = dict(zip(itertools.islice(letters, len(wide)), wide.index, strict=True))
+        axes = group.drop_duplicates("axis").set_index("axis")
+        sides.append((wide, axes["is_rank"], named, "\n".join(_explained(axes["of"], wide, named))))
+    words = _LINE * max(text.count("\n") + 1 for *_, text in sides)
     with mpl.rc_context({**STYLE, "axes.grid": True, "axes.grid.axis": "both"}):
-        letters, sides = map("".join, itertools.product(("", *_LETTERS), _LETTERS)), {}
-        for whose in ("ours", "paper"):
-            group = rows[rows["whose"] == whose]
-            wide = group.pivot_table(index="axis", columns="method", values="mean", sort=False)
-            named = dict(zip(itertools.islice(letters, len(wide)), wide.index, strict=True))
-            sides[whose] = (group, wide, named, "\n".join(_explained(group, wide, named)))
-        words = _LINE * max(text.count("\n") + 1 for *_, text in sides.values())
         figure = plt.figure(figsize=(WIDTH, _RADAR + words + 0.3), layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=[_RADAR, words])
         handles: dict[str, Any] = {}
-        for column, (whose, (group, wide, named, text)) in enumerate(sides.items()):
+        for column, (wide, is_rank, named, text) in enumerate(sides):
             panel: Any = figure.add_subplot(grid[0, column], projection="polar")
-            handles |= _draw_polygons(panel, wide, group.drop_duplicates("axis").set_index("axis")["is_rank"], named)
-            panel.set_title("these runs" if whose == "ours" else "the paper (OOD: ranks, lower is better)", fontsize=8)
+            handles |= _draw_polygons(panel, wide, is_rank, named)
+            panel.set_title(("these runs", "the paper (OOD: ranks, lower is better)")[column], fontsize=8)
             below = figure.add_subplot(grid[1, column])
             below.axis("off")
             below.text(0, 1, text, va="top", fontsize=7, linespacing=1.25)
@@ -259,12 +248,10 @@ def _draw_polygons(panel: Any, wide: pd.DataFrame, ranks: pd.Series, named: Mapp
     span = (high - low).where(high > low, 1.0)
     radii = better.sub(low, axis=0).div(span, axis=0) * (1 - 2 * _PADDING) + _PADDING
     drawn = {}
-    for method, label in _METHODS.items():
-        if method in radii:
-            values = radii[method].to_numpy(dtype=float)
-            (drawn[label],) = panel.plot(
-                [*angles, angles[0]], [*values, values[0]], ms=3.5, lw=1.2, **_STYLES[method].mark
-            )
+    for method in filter(radii.__contains__, _METHODS):
+        values, style = radii[method].to_numpy(dtype=float), _STYLES[method].mark
+        (line,) = panel.plot([*angles, angles[0]], [*values, values[0]], ms=3.5, lw=1.2, **style)
+        drawn[_METHODS[method]] = line
     panel.set_xticks(angles, list(named), fontsize=8)
     panel.tick_params(axis="x", pad=1)
     panel.set_ylim(0, 1)
@@ -272,16 +259,14 @@ def _draw_polygons(panel: Any, wide: pd.DataFrame, ranks: pd.Series, named: Mapp
     return drawn
 
 
-def _explained(rows: pd.DataFrame, wide: pd.DataFrame, named: Mapping[str, str]) -> Iterator[str]:
-    """Explain each axis: its letter, its title and its numbers."""
-    first = rows.drop_duplicates("axis").set_index("axis")
-    yield f"   {' / '.join(label for method, label in _METHODS.items() if method in wide)}"
+def _explained(tasks: pd.Series, wide: pd.DataFrame, named: Mapping[str, str]) -> Iterator[str]:
+    """Explain each axis: its letter, its title, its tasks and its numbers."""
+    methods = [method for method in _METHODS if method in wide]
+    yield f"   {' / '.join(_METHODS[method] for method in methods)}"
     for letter, axis in named.items():
-        numbers = " / ".join(f"{wide.loc[axis, method]:.1f}" for method in _METHODS if method in wide)
-        of = first.loc[axis, "of"]
-        yield textwrap.fill(
-            f"{letter}  {axis}{f' ({of})' if of else ''}: {numbers}", _EXPLANATION, subsequent_indent="     "
-        )
+        numbers = " / ".join(f"{wide.loc[axis, method]:.1f}" for method in methods)
+        of = f" ({tasks[axis]})" if tasks[axis] else ""
+        yield textwrap.fill(f"{letter}  {axis}{of}: {numbers}", _EXPLANATION, subsequent_indent="     ")
 
 
 def draw_differences(rows: pd.DataFrame, path: Path) -> None:
@@ -299,13 +284,10 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
         panel.set_yticks(range(len(axes)), labels, fontsize=7)
         panel.set_ylim(len(axes) - 0.4, -0.6)
         panel.set_xlabel("Difference to the dense model (points)")
-        figure.supxlabel(
-            "bars: 95 % intervals of these runs, over n pairs of seeds or trials; crosses: the paper", fontsize=7.5
-        )
-        handles = [
-            mpl.lines.Line2D([], [], ls="", ms=5, label=_METHODS[name], **_STYLES[name].mark)
-            for name in ("gmoe", "emoe")
-        ]
+        note = "bars: 95 % intervals of these runs, over n pairs of seeds or trials; crosses: the paper"
+        figure.supxlabel(note, fontsize=7.5)
+        marks = {_METHODS[name]: _STYLES[name].mark for name in ("gmoe", "emoe")}
+        handles = [mpl.lines.Line2D([], [], ls="", ms=5, label=label, **mark) for label, mark in marks.items()]
         panel.legend(handles=handles, loc="best", fontsize=7, frameon=False)
         save(figure, path)
 
@@ -314,8 +296,8 @@ def _difference_title(axis: str, rows: pd.DataFrame) -> str:
     """Name a row of differences with its tasks and pairs, once if they are equal for all methods."""
     ours = rows[rows["whose"] == "ours"]  # the paper may have a row of the same model
     compared = dict(zip(ours["method"].map(_METHODS), ours["compared"], strict=True))
-    texts = set(compared.values())
-    if not texts:
+    if not compared:
         return textwrap.fill(axis, _LABEL)
+    texts = set(compared.values())
     of = texts.pop() if len(texts) == 1 else ". ".join(f"{name}: {text}" for name, text in compared.items())
     return "\n".join((textwrap.fill(axis, _LABEL), textwrap.fill(of, _LABEL)))

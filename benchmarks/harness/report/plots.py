@@ -50,15 +50,7 @@ _FEW_SCORES, _BELOW = 5, 0.26  # with fewer scores no interval is drawn; distanc
 
 
 def draw_difference(axis: Any, row: Any, height: float, style: MethodStyle, scale: float = 1) -> None:
-    """Draw a difference and, if there are enough pairs, its interval.
-
-    Args:
-        axis: The axes.
-        row: The row with ``delta``, ``low``, ``high`` and ``n``.
-        height: The position on the vertical axis.
-        style: The style of the method.
-        scale: The factor of all numbers.
-    """
+    """Draw ``delta`` of a row and, if it has enough pairs ``n``, the interval from ``low`` to ``high``."""
     if row.n >= FEW and not math.isnan(row.low):
         axis.plot([row.low * scale, row.high * scale], [height, height], color=style.colour, lw=1.4)
     axis.plot(row.delta * scale, height, ls="", ms=4.5, **style.mark)
@@ -110,7 +102,7 @@ def over_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of :func:`score_panels`.
+    """Hold one panel of :func:`score_panels`.
 
     Attributes:
         title: The title.
@@ -139,20 +131,21 @@ def score_panels(
         measure: The label of the axis, with what marks and dots are.
     """
     lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
-    values = pd.concat([panel.rows["value"] for row in lines for panel in row]) * 100
+    values = pd.concat([panel.rows["value"] for line in lines for panel in line]) * 100
     low, high = values.min(), values.max()
     margin = max(high - low, 1.0) * 0.08
     limits = (low - margin, high + margin)
     methods = outcomes.methods
-    present = [[name for name in methods if any(name in set(panel.rows["method"]) for panel in row)] for row in lines]
+    shown = [{name for panel in line for name in panel.rows["method"]} for line in lines]
+    names_of = [[name for name in methods if name in present] for present in shown]
     columns = max(map(len, lines))
-    heights = [len(names) + 1.5 for names in present]
+    heights = [len(names) + 1.5 for names in names_of]
     width = min(2.1 * columns + _NAMES, WIDTH)
     size = (width, 0.27 * sum(heights) + 0.6 * len(lines) + 0.3)
     with mpl.rc_context(STYLE):
         figure, axes = panel_grid(len(lines), columns, size, height_ratios=heights, sharex=True, sharey="row")
-        for axis_row, row, names in zip(axes, lines, present, strict=True):
-            for axis, panel in zip(axis_row, row, strict=False):
+        for axis_row, line, names in zip(axes, lines, names_of, strict=True):
+            for axis, panel in zip(axis_row, line, strict=False):
                 for height, method in enumerate(names):
                     scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
                     if len(scores):
@@ -209,13 +202,8 @@ def placeholder_figure(path: Path, text: str) -> None:
         save(figure, path)
 
 
-_ROUTING_STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-}
+_ROUTING_STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8}
+_ROUTING_STYLE |= {"xtick.labelsize": 7, "ytick.labelsize": 7}
 _ROW_HEIGHT, _MIN_HEIGHT, _MAX_HEIGHT, _BAR_HEIGHT, _MARGIN = 0.17, 0.4, 3.2, 0.08, 0.5  # inches
 _TEXT_HEIGHT = 0.14  # inches of a row's number
 

@@ -15,19 +15,19 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, Definition, Entry, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names
-from benchmarks.harness.report.common import compared_nothing, with_runs
+from benchmarks.harness.report.common import compared, with_runs
 from benchmarks.harness.report.table import Table
 
 NOTE = (
-    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, "
-    "corrected by Holm's procedure over a method's tasks, not over "
-    "methods. With two seeds a test rests on two differences: read it as a hint."
+    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected "
+    "by Holm's procedure over a method's tasks, not over methods. With two seeds a test rests on two differences: read "
+    "it as a hint."
 )
 
 
 @dataclass(frozen=True)
 class Presentation:
-    """The tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it.
+    """Hold the tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it.
 
     Attributes:
         makers: The functions that make the tables, by the name of the file without ending.
@@ -43,7 +43,7 @@ class Presentation:
     figures: Mapping[str, Callable[[Path], None]]
     verdicts: list[str] = field(default_factory=list)
     note: str = ""
-    compared: Callable[[], pd.DataFrame] = compared_nothing
+    compared: Callable[[], pd.DataFrame] = compared
     parts: Mapping[str, Presentation] = field(default_factory=dict)
 
     @cached_property
@@ -75,19 +75,20 @@ def make(
         part: The name of a set that is shown alone, by ``set_tables`` and ``set_figures``.
         sentences: The ``verdicts``, ``note``, ``compared`` and ``parts`` of the presentation.
     """
-    stem, prefix = (f"{benchmark.name}_{part}", "set_") if part else (benchmark.name, "")
-    arguments = (outcomes, part) if part else (outcomes,)
+    definition: Any = benchmark.definition
+    stem, shown, drawn = benchmark.name, definition.tables, definition.figures
+    arguments = [outcomes]
+    if part:
+        stem, shown, drawn = f"{stem}_{part}", definition.set_tables, definition.set_figures
+        arguments.append(part)
 
     def make_table(name: str) -> Table:
         table = replace(tables[name](*arguments), name=f"{stem}_{name}")
         return with_runs(table, outcomes.origins, benchmark.name)
 
     return Presentation(
-        {f"{stem}_{name}": partial(make_table, name) for name in getattr(benchmark.definition, f"{prefix}tables")},
-        {
-            f"{stem}_{name}": partial(figures[name], *arguments)
-            for name in getattr(benchmark.definition, f"{prefix}figures")
-        },
+        {f"{stem}_{name}": partial(make_table, name) for name in shown},
+        {f"{stem}_{name}": partial(figures[name], *arguments) for name in drawn},
         **sentences,
     )
 

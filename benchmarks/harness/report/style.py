@@ -13,7 +13,7 @@ from emoe.config import ROUTERS
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """The colour and marker of a method, in the colours of Okabe and Ito, which the colour-blind can distinguish.
+    """Hold the colour and marker of a method, in the colours of Okabe and Ito, which the colour-blind can distinguish.
 
     Attributes:
         colour: The colour of lines and marks.

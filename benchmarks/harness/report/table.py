@@ -35,7 +35,7 @@ _T1 = {*map(chr, range(0x20, 0x7F)), *map(chr, range(0xA1, 0x17F)), *"–—‘�
 
 @dataclass(frozen=True)
 class Column:
-    """One printed column of numbers.
+    """Describe one printed column of numbers.
 
     Attributes:
         metric: The entry of ``metrics.yaml`` with scale, decimals and direction.
@@ -84,7 +84,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of names, numbers and notes.
+    """Hold a table of names, numbers and notes.
 
     Attributes:
         title: The heading.
@@ -189,8 +189,8 @@ class Table:
         body = "\n".join(rows)
         return (
             f'<figure id="{html.escape(self.name)}">\n<figcaption><b>{html.escape(self.title)}.</b> '
-            f"<details><summary>How to read it</summary>{code_as_html(self.caption)}</details>"
-            f"{f'<p>{html.escape(sentence)}</p>' if sentence else ''}</figcaption>\n"
+            "<details><summary>How to read "
+            f"it</summary>{code_as_html(self.caption)}</details>{f'<p>{html.escape(sentence)}</p>' if sentence else ''}</figcaption>\n"
             f'<div class="wide"><table class="{"sentences" if self.wraps else "numbers"}">\n'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n</figure>\n"
         )
