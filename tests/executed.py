@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.models.build import Trainable, reopen_classifier
+from benchmarks.harness.models.build import Trainable, build_classifier, reopen
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.run.execution import execute
 from benchmarks.harness.training.progress import Progress
@@ -44,7 +45,8 @@ def reopened(run: Run, found: dict[str, Any]) -> tuple[Trainable, Any]:
     """The model that a recorded run kept, and its tokenizer."""
     tokenizer = load_tokenizer(run.spec["model"])
     weights = found["model"]["source"]["weights"]
-    return reopen_classifier(run.spec, weights, tokenizer, RUNS / run.folder / "model"), tokenizer
+    build = partial(build_classifier, tokenizer=tokenizer)
+    return reopen(build, run.spec, weights, RUNS / run.folder / "model"), tokenizer
 
 
 def numbers(path: Path) -> dict[str, Any]:

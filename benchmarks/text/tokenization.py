@@ -112,12 +112,12 @@ def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: in
     """Return every column of tokens end to end, and the rows' lengths."""
     key = hashlib.sha256(f"{_VERSION}\n{_tokenizer_digest(tokenizer)}\n{max_length}\n{split.texts_digest}".encode())
     file = TOKENS / f"{key.hexdigest()[:24]}.safetensors"
-    with suppress(FileNotFoundError, SafetensorError):  # the latter where a machine went down while it was written
+    with suppress(FileNotFoundError, SafetensorError):  # the latter if the machine went down during the write
         columns = load_file(file)
         with safe_open(file, framework="np") as opened:
             if (opened.metadata() or {}).get("sha256") == columns_digest(columns):
                 return columns
-    # also in the place of one that holds other tokens than were written
+    # a file with other tokens than were written is replaced too
     columns = _tokenise(split, tokenizer, max_length)
     with atomic_write(file) as temporary:
         save_file(columns, temporary, metadata={"sha256": columns_digest(columns)})
@@ -134,7 +134,7 @@ def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: 
             parts.setdefault(name, []).append(np.concatenate(rows))
         lengths = np.asarray([len(row) for row in encoded["input_ids"]], dtype=np.int32)
         parts.setdefault(_LENGTHS, []).append(lengths)
-    return {name: np.concatenate(found) for name, found in parts.items()}
+    return {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, PREFIXES, DefinitionE
 from benchmarks.harness.config.methods import check_frozen
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.yaml import parse
-from benchmarks.harness.models.build import Trainable, build_language_model, reopen_classifier
+from benchmarks.harness.models.build import Trainable, build_classifier, build_language_model, reopen
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.prefix import STATES, Prefix
 from benchmarks.llama import pipeline as instructions
@@ -213,7 +214,7 @@ def test_an_evaluation_of_kept_weights_begins_where_they_were_trained(monkeypatc
         BertLayer, "forward", lambda self, *args, **kwargs: called.append(self) or forward(self, *args, **kwargs)
     )
     for frozen in (True, False):
-        classifier = reopen_classifier(run.spec, weights, tokenizer, path.parent / "model")
+        classifier = reopen(partial(build_classifier, tokenizer=tokenizer), run.spec, weights, path.parent / "model")
         classifier = classifier if frozen else replace(classifier, prefix=None)
         evaluator = TextEvaluator(classifier, tokenizer, task, 4, 128, "fp32", Path())
         called.clear()
