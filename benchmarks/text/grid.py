@@ -94,20 +94,17 @@ class TextSets(Kind[D, TaskEntry]):
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, TaskEntry], *, open_files: bool
     ) -> Iterator[SetPart]:
-        from benchmarks.text.data import counts_unlabelled, known_rows, label_counts, load_split
+        from benchmarks.text.data import compare_rows, load_split
 
         task = tasks[name]
-        expected, published = known_rows(task, part)
         try:
-            found = load_split(task.as_run(name), part)
+            split = load_split(task.as_run(name), part)
         except DataError as error:
-            yield SetPart(name, part, None, expected=expected, advice=_advice(name, task, first_line(error)))
+            yield SetPart(
+                name, part, None, expected=getattr(task.rows, part), advice=_advice(name, task, first_line(error))
+            )
             return
-        labels = label_counts(found, task.labels)
-        counted = counts_unlabelled(task)
-        yield SetPart(
-            name, part, len(found), found.dropped, expected, labels, found.source, "", published, counts_dropped=counted
-        )
+        yield compare_rows(name, part, split, task)
 
 
 class TextKind(TextSets[TextDefinition]):

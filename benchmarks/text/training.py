@@ -36,7 +36,7 @@ Epoch = dict[str, Any]  # its number, and the dev scores after it
 
 
 class EpochSettings(Protocol):
-    """The settings of runs that train, and choose a checkpoint, by epochs."""
+    """Describe the settings of runs that train, and choose a checkpoint, by epochs."""
 
     epochs: float
     batch_size: int

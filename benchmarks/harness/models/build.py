@@ -37,7 +37,7 @@ _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """A converted and adapted model.
+    """Hold a converted and adapted model.
 
     Attributes:
         model: The model; called with ``labels`` it also returns the loss.

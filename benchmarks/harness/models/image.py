@@ -29,7 +29,7 @@ _ANY_CLASSES = 2  # for a network whose head nobody uses
 
 
 class ImageClassifier(nn.Module):
-    """An image network with the same interface for both libraries.
+    """Wraps an image network, with the same interface for both libraries.
 
     Attributes:
         network: The model of timm or transformers.

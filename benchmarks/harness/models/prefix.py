@@ -51,7 +51,7 @@ Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
 class Prefix:
-    """The embeddings and first layers of a network, without gradient, dropout and stochastic depth.
+    """Runs the embeddings and first layers of a network without gradient, dropout and stochastic depth.
 
     If the model is called with ``prefix_states`` ``[rows, tokens, width]``, its frozen layers return them and the rest
     computes on. Without them the whole model runs. Names of modules and parameters stay the same.
@@ -110,7 +110,7 @@ class Prefix:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digest of all that shapes the output beside a row: architecture, settings and weights."""
+        """Return the digest of architecture, settings and weights, which shape the output beside a row."""
         digest = hashlib.sha256(self._description.encode())
         for name, tensor in sorted(self._network.state_dict().items()):
             if name in self.names:
@@ -171,8 +171,8 @@ def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
     kind = _kind(network)
     if kind not in _BEFORE:
         raise DefinitionError(
-            f"training.frozen_layers is {layers}, but it is not known what stands before the layers of '{kind}'; "
-            f"known are {', '.join(_BEFORE)}"
+            f"training.frozen_layers is {layers}, but it is unknown which modules come before the layers of '{kind}'; "
+            f"choose from {', '.join(_BEFORE)}"
         )
     ffns = find_ffns(network)
     if layers > len(ffns):
@@ -187,7 +187,7 @@ def _kind(network: nn.Module) -> str:
 
 
 class PrefixStates:
-    """The prefix's output for every row of a set: ``[tokens, width]`` each, float32.
+    """Gives the prefix's output for every row of a set: ``[tokens, width]`` each, float32.
 
     All runs with the same prefix and rows read the same memory-mapped file below ``resources/prefixes/``. Its name is a
     digest of everything that shapes the numbers: the prefix's weights and settings, the rows, processor, threads and
@@ -297,7 +297,7 @@ def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequenc
 
 
 class StatesBelow:
-    """The output of the layers below one, batch by batch, so that a second pass over the same batches starts there.
+    """Keeps the output of the layers below one, batch by batch: a second pass over the same batches starts there.
 
     Both passes are in eval mode, and nothing changes below that layer between them. Results are equal to the last bit.
     Batches beyond the room, and networks without :func:`has_prefix`, are computed again.

@@ -39,7 +39,7 @@ def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
 
 
 class SavedCallback(TrainerCallback, ExportableState):
-    """A callback whose attributes Trainer saves in ``trainer_state.json``."""
+    """Saves its attributes in Trainer's ``trainer_state.json``."""
 
     SAVED: ClassVar[tuple[str, ...]]
 
