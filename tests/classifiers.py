@@ -1,4 +1,4 @@
-"""A small BERT that classifies rows, converted or dense, for tests that train and save it."""
+"""Build a small BERT that classifies rows, converted or dense, for tests that train and save it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Runs that tests execute: written, executed, killed on the way, and what of them must be the same every time."""
+"""Write, execute and kill runs, and read the part of their numbers that is the same every time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,39 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.models.build import Trainable, reopen_classifier
+from benchmarks.harness.models.build import Trainable, build_classifier, reopen
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.run.execution import execute
 from benchmarks.harness.training.progress import Progress
 
 
-def prepare(run: Run, place: str = "runs") -> Path:
+def prepare(run: Run, folder: str = "runs") -> Path:
     """Write a run's ``run.json``."""
-    path = Path(place) / run.folder / "run.json"
+    path = Path(folder) / run.folder / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run.to_json())
     return path
 
 
 def finish(path: Path) -> dict[str, Any]:
-    """Execute, and give back what must be the same every time."""
+    """Execute a run, and return its :func:`numbers`."""
     execute(path, threads=1, log=path.parent / "log.txt")
     return numbers(path)
 
 
 def recorded(run: Run) -> dict[str, Any]:
-    """Execute a run below ``results/runs``, and give back all that it wrote."""
+    """Execute a run below ``results/runs``, and return its metrics."""
     path = prepare(run, str(RUNS))
-    found: dict[str, Any] = json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
-    return found
+    metrics: dict[str, Any] = json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+    return metrics
 
 
-def reopened(run: Run, found: dict[str, Any]) -> tuple[Trainable, Any]:
+def reopened(run: Run, metrics: dict[str, Any]) -> tuple[Trainable, Any]:
     """Return the model that a recorded run kept, and its tokenizer."""
     tokenizer = load_tokenizer(run.spec["model"])
-    weights = found["model"]["source"]["weights"]
-    return reopen_classifier(run.spec, weights, tokenizer, RUNS / run.folder / "model"), tokenizer
+    weights = metrics["model"]["source"]["weights"]
+    build = partial(build_classifier, tokenizer=tokenizer)
+    return reopen(build, run.spec, weights, RUNS / run.folder / "model"), tokenizer
 
 
 def numbers(path: Path) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def numbers(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    """Kill the run that is executed inside when a step ends; fail if it does not come that far."""
+    """Kill the run that is executed inside when a step ends."""
 
     def die(
         self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

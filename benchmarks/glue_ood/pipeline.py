@@ -12,7 +12,7 @@ from benchmarks.harness.base import RUNS, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.config.yaml import parse
-from benchmarks.harness.models.build import reopen_classifier
+from benchmarks.harness.models.build import build_classifier, reopen
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import collect, read_metrics
@@ -49,21 +49,17 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     weights = RUNS / chosen.folder / "model"
     tokenizer = load_tokenizer(chosen.spec["model"])
     try:
-        classifier = reopen_classifier(chosen.spec, recorded["model"]["source"]["weights"], tokenizer, weights)
+        build = partial(build_classifier, tokenizer=tokenizer)
+        classifier = reopen(build, chosen.spec, recorded["model"]["source"]["weights"], weights)
     except (DataError, CheckpointError) as error:
         raise DataError(
             f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
     if read.transform is not None:
         use_as_(classifier.model, read.method.config, read.seed)
+    precision = trained.training.precision
     evaluator = TextEvaluator(
-        classifier,
-        tokenizer,
-        trained.task,
-        settings.batch_size,
-        settings.max_length,
-        trained.training.precision,
-        folder,
+        classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, precision, folder
     )
     probe = Probe()
     if read.ood:  # sets can be excluded
@@ -90,7 +86,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "learning_rate": trained.learning_rate,
             "variant": trained.method.variant,
         },
-        "cost": {"evaluation_seconds": evaluator.evaluation_seconds, "precision": evaluator.precision},
+        "cost": evaluator.cost,
         "data": {"test": own.summary()} | {f"ood:{name}": split.summary() for name, split in splits.items()},
     }
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import emoe
 from benchmarks.harness.base import DataError
 from benchmarks.harness.config.runs import read_run
-from benchmarks.harness.models.build import reopen_language_model
+from benchmarks.harness.models.build import build_language_model, reopen
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.templates import find_template
@@ -55,7 +55,7 @@ def export(path: Path, output: Path, form: str) -> str:
     recorded = read_metrics(run, path.parents[2])["model"]["source"]["weights"]
     # adapters of quantised weights are merged into whole ones
     spec["model"] = {key: value for key, value in spec["model"].items() if key != "quantize"}
-    trained = reopen_language_model(spec, recorded, path.parent / "model")
+    trained = reopen(build_language_model, spec, recorded, path.parent / "model")
     model, merged = cast(PreTrainedModel, trained.model), 0
     if trained.adapters is not None:
         trained.adapters.merge_and_unload(safe_merge=True)

@@ -24,7 +24,7 @@ import yaml
 from numpy.typing import NDArray
 
 from benchmarks.harness.base import ROOT, DataError, derive_seed, first_line
-from benchmarks.harness.config.benchmark import PublishedRows, SetPart
+from benchmarks.harness.config.benchmark import SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
@@ -129,22 +129,32 @@ def part_read(splits: Splits, part: str) -> str:
     return "dev" if part == "test" and splits.test is None else part
 
 
-def known_rows(known: TaskEntry, part: str) -> tuple[int | None, PublishedRows | None]:
-    """Return the row count of a part by the set's makers, and the one that the paper's authors score."""
-    return getattr(known.rows, part), known.published_rows if part == "test" else None
+def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
+    """Compare the rows of a part with the counts of its makers and of the paper's authors.
 
-
-def counts_unlabelled(known: TaskEntry) -> bool:
-    """Return True if the set's makers count rows that they mark as rows without a gold label."""
-    return any(label != "" for label in known.unlabelled)
-
-
-def label_counts(split: TextSplit, names: list[str]) -> str:
-    """Write the row count of each label, or the range of a regression."""
-    summary = split.summary()
-    if "range" in summary:
-        return f"{summary['range'][0]:g} to {summary['range'][1]:g}"
-    return ", ".join(f"{name} {summary['labels'].get(str(number), 0):,}" for number, name in enumerate(names))
+    Args:
+        name: The name of the task.
+        part: The part's name.
+        split: The rows.
+        entry: The task's entry in ``tasks.yaml``.
+    """
+    if split.has_classes:
+        counts = Counter(split.labels)
+        labels = ", ".join(f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels))
+    else:
+        labels = f"{min(split.labels):g} to {max(split.labels):g}"
+    return SetPart(
+        name,
+        part,
+        len(split),
+        split.dropped,
+        getattr(entry.rows, part),
+        labels,
+        split.source,
+        published=entry.published_rows if part == "test" else None,
+        # an empty label is no row of the makers
+        counts_dropped=any(label != "" for label in entry.unlabelled),
+    )
 
 
 def load_part(
@@ -165,14 +175,8 @@ def load_part(
     """
     part = part_read(task.splits, part)
     split = load_split(task, part)
-    if say and known and task.name in known:
-        expected, published = known_rows(known[task.name], part)
-        counted = counts_unlabelled(known[task.name])
-        read = SetPart(
-            task.name, part, len(split), split.dropped, expected, published=published, counts_dropped=counted
-        )
-        if read.note:
-            say(f"warning: {read.note}")
+    if say and known and task.name in known and (note := compare_rows(task.name, part, split, known[task.name]).note):
+        say(f"warning: {note}")
     return split.head(rows, f"{task.name}/{part}")
 
 
@@ -470,7 +474,7 @@ def _column(table: Table, name: str, task: RunTask) -> Sequence[Any]:
     Raises:
         DataError: The column is missing, or is there under two names.
     """
-    names = [known for known in table.columns if name in (known, task.column_aliases.get(known))]
+    names = [column for column in table.columns if name in (column, task.column_aliases.get(column))]
     if len(names) > 1:
         raise DataError(
             f"{table.source} has two columns for '{name}': '{names[0]}' and '{names[1]}'; leave one of them"
@@ -488,7 +492,7 @@ def label_text(value: object) -> str:
 
 
 def _label_reader(table: Table, task: RunTask) -> Callable[[int, object], int | float | None]:
-    """Build the function that makes a number of a row's label, None if it has none."""
+    """Return a function that reads the label of a row as a number, or as None if it is missing."""
     unlabelled = {label_text(value) for value in task.unlabelled}
     classes = _classes(table, task)
 
@@ -529,8 +533,8 @@ def _classes(table: Table, task: RunTask) -> dict[str, int]:
     else:
         makers = [layout.label_names for layout in task.raw_formats or ()]
         spellings = [*makers, task.label_names, {name: name for name in names}]
-    known = {label_text(spelled): names.index(name) for spelling in spellings for spelled, name in spelling.items()}
-    return {spelled: known[spelled] for spelled in map(label_text, stored or known) if spelled in known}
+    numbers_of = {label_text(spelled): names.index(name) for pairs in spellings for spelled, name in pairs.items()}
+    return {spelled: numbers_of[spelled] for spelled in map(label_text, stored or numbers_of) if spelled in numbers_of}
 
 
 def _score(text: str, task: RunTask) -> float | None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.models.prefix import Prefix, with_states
@@ -34,7 +34,49 @@ def padding_collator(
     return with_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
 
 
-class TextEvaluator:
+class SplitEvaluator:
+    """Predicts and scores splits with a classifier.
+
+    Args:
+        trainer: The trainer that predicts.
+        prefix: The frozen layers of the classifier; None if it has none.
+        tokenizer: The classifier's tokenizer.
+        task: The training task (``task`` of a spec).
+        max_length: The tokens kept of a row.
+    """
+
+    def __init__(
+        self,
+        trainer: PrefixTrainer,
+        prefix: Prefix | None,
+        tokenizer: PreTrainedTokenizerBase,
+        task: RunTask,
+        max_length: int,
+    ) -> None:
+        self._trainer, self._prefix, self._tokenizer = trainer, prefix, tokenizer
+        self._task, self._max_length = task, max_length
+
+    def evaluate(
+        self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
+    ) -> dict[str, float | None]:
+        """Score a split of the training task, or of another one, and record the routing of its rows.
+
+        Batches have rows of similar length. There is no loss if the set has other classes than the head.
+        """
+        rows = TokenisedRows(
+            split, self._tokenizer, self._max_length, by_length=True, labelled=False, prefix=self._prefix
+        )
+        evaluated = task or self._task
+        name = evaluated.name
+        with routing.watching(name, split.class_numbers[rows.order]) if routing else nullcontext():
+            logits = plain_logits(self._trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
+        read = label_mapping(self._task, evaluated, name)
+        metrics = task.ood_metrics if task else [self._task.metric]
+        scores: dict[str, float | None] = {name: score(name, logits, rows.labels, read) for name in metrics}
+        return {**scores, "loss": finite(mean_loss(logits, rows.labels))} if read.same else scores
+
+
+class TextEvaluator(SplitEvaluator):
     """Evaluates a trained classifier.
 
     Args:
@@ -57,57 +99,22 @@ class TextEvaluator:
         precision: str,
         folder: Path,
     ) -> None:
-        self._tokenizer, self._task, self._max_length = tokenizer, task, max_length
-        self._prefix = classifier.prefix
-        self.precision = precision_here(precision)
-        arguments = quiet_arguments(folder / "checkpoints", self.precision, per_device_eval_batch_size=batch_size)
-        self._stopwatch = Stopwatch()
-        self._collate = padding_collator(tokenizer, self.precision)
-        self._trainer = PrefixTrainer(
+        self._precision, self._stopwatch = precision_here(precision), Stopwatch()
+        self._collate = padding_collator(tokenizer, self._precision)
+        trainer = PrefixTrainer(
             model=classifier.model,
-            args=arguments,
+            args=quiet_arguments(folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size),
             data_collator=self._collate,
             callbacks=[self._stopwatch],
         )
+        super().__init__(trainer, classifier.prefix, tokenizer, task, max_length)
 
     @property
-    def evaluation_seconds(self) -> float:
-        """Return the time of evaluations so far."""
-        return self._stopwatch.evaluation
+    def cost(self) -> dict[str, Any]:
+        """Return the time of evaluations so far, for ``cost`` of ``metrics.json``."""
+        return {"evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def first_batch(self, split: TextSplit) -> dict[str, Any]:
-        """Return a split's first rows as inputs of the model."""
+        """Return the first rows of a split as inputs of the model."""
         rows = TokenisedRows(split, self._tokenizer, self._max_length, by_length=False, labelled=False)
         return dict(self._collate(fixed_rows(rows)))
-
-    def evaluate(
-        self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
-    ) -> dict[str, float | None]:
-        """Score a split of the task, or of another one, and record how its rows are routed."""
-        return evaluate_split(
-            self._trainer, self._tokenizer, self._max_length, split, self._task, task, self._prefix, routing
-        )
-
-
-def evaluate_split(
-    trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    split: TextSplit,
-    trained: RunTask,
-    other: RunTask | None,
-    prefix: Prefix | None = None,
-    routing: RowRouting | None = None,
-) -> dict[str, float | None]:
-    """Predict a split in batches of similar length, and score it by the metrics of the task.
-
-    There is no loss if the set has other classes than the head.
-    """
-    rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False, prefix=prefix)
-    name = (other or trained).name
-    with routing.watching(name, split.class_numbers[rows.order]) if routing else nullcontext():
-        logits = plain_logits(trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
-    read = label_mapping(trained, other or trained, name)
-    metrics = [trained.metric] if other is None else other.ood_metrics
-    scores: dict[str, float | None] = {name: score(name, logits, rows.labels, read) for name in metrics}
-    return {**scores, "loss": finite(mean_loss(logits, rows.labels))} if read.same else scores

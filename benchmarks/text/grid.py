@@ -83,20 +83,17 @@ class TextSets(Kind[D, TaskEntry]):
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, TaskEntry], *, open_files: bool
     ) -> Iterator[SetPart]:
-        from benchmarks.text.data import counts_unlabelled, known_rows, label_counts, load_split
+        from benchmarks.text.data import compare_rows, load_split
 
         task = tasks[name]
-        expected, published = known_rows(task, part)
         try:
             split = load_split(task.as_run(name), part)
         except DataError as error:
-            yield SetPart(name, part, None, expected=expected, advice=_advice(name, task, first_line(error)))
+            yield SetPart(
+                name, part, None, expected=getattr(task.rows, part), advice=_advice(name, task, first_line(error))
+            )
             return
-        labels = label_counts(split, task.labels)
-        counted = counts_unlabelled(task)
-        yield SetPart(
-            name, part, len(split), split.dropped, expected, labels, split.source, "", published, counts_dropped=counted
-        )
+        yield compare_rows(name, part, split, task)
 
 
 class TextKind(TextSets[TextDefinition]):

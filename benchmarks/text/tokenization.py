@@ -40,7 +40,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         prefix: The model's frozen first layers; rows then have their outputs.
 
     Attributes:
-        order: The places in the split, in the order of the rows.
+        order: The numbers of the rows in the split.
         labels: The labels in the order of the rows.
     """
 
@@ -65,8 +65,8 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         if prefix:
             collate = DataCollatorWithPadding(tokenizer)
 
-            def batch(places: Sequence[int]) -> dict[str, Any]:
-                return dict(collate([self._tokens(place) for place in places]))
+            def batch(rows: Sequence[int]) -> dict[str, Any]:
+                return dict(collate([self._tokens(row) for row in rows]))
 
             digest = columns_digest({**columns, _LENGTHS: lengths})
             self._states = PrefixStates(prefix, digest, lengths.tolist(), batch)
@@ -80,15 +80,15 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = int(self.order[index])
-        row = self._tokens(place)
+        number = int(self.order[index])
+        row = self._tokens(number)
         if self._states is not None:
-            row[STATES] = self._states[place]
-        return row if self._labels is None else {**row, "labels": self._labels[place]}
+            row[STATES] = self._states[number]
+        return row if self._labels is None else {**row, "labels": self._labels[number]}
 
-    def _tokens(self, place: int) -> dict[str, Any]:
-        end = int(self._ends[place])
-        start = end - int(self._lengths[place])
+    def _tokens(self, row: int) -> dict[str, Any]:
+        end = int(self._ends[row])
+        start = end - int(self._lengths[row])
         return {name: column[start:end].tolist() for name, column in self._columns.items()}
 
 
@@ -112,12 +112,12 @@ def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: in
     """Return every column of tokens end to end, and the rows' lengths."""
     key = hashlib.sha256(f"{_VERSION}\n{_tokenizer_digest(tokenizer)}\n{max_length}\n{split.texts_digest}".encode())
     file = TOKENS / f"{key.hexdigest()[:24]}.safetensors"
-    with suppress(FileNotFoundError, SafetensorError):  # the latter where a machine went down while it was written
+    with suppress(FileNotFoundError, SafetensorError):  # the latter if the machine went down during the write
         columns = load_file(file)
         with safe_open(file, framework="np") as opened:
             if (opened.metadata() or {}).get("sha256") == columns_digest(columns):
                 return columns
-    # also in the place of one that holds other tokens than were written
+    # a file with other tokens than were written is replaced too
     columns = _tokenise(split, tokenizer, max_length)
     with atomic_write(file) as temporary:
         save_file(columns, temporary, metadata={"sha256": columns_digest(columns)})
@@ -134,7 +134,7 @@ def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: 
             parts.setdefault(name, []).append(np.concatenate(rows))
         lengths = np.asarray([len(row) for row in encoded["input_ids"]], dtype=np.int32)
         parts.setdefault(_LENGTHS, []).append(lengths)
-    return {name: np.concatenate(found) for name, found in parts.items()}
+    return {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +26,9 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.data import TextSplit
-from benchmarks.text.definition import RunTask, TextSpec
-from benchmarks.text.evaluation import evaluate_split, padding_collator
+from benchmarks.text.definition import TextSpec
+from benchmarks.text.evaluation import SplitEvaluator, padding_collator
 from benchmarks.text.tokenization import TokenisedRows
-from benchmarks.text.usage import RowRouting
 
 _LOSS = "mean_loss"
 
@@ -36,7 +36,7 @@ Epoch = dict[str, Any]  # its number, and the dev scores after it
 
 
 class EpochSettings(Protocol):
-    """The settings of runs that train, and choose a checkpoint, by epochs."""
+    """Describe the settings of runs that train, and choose a checkpoint, by epochs."""
 
     epochs: float
     batch_size: int
@@ -99,12 +99,12 @@ class Patience(TrainerCallback):
         scores = [0.0, *(entry[self._metric] for entry in log if self._metric in entry)]
         return len(scores) - 1 - scores.index(max(scores)) >= self._epochs
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_over(state.log_history):
             control.should_training_stop = True
 
 
-class TextTrainer:
+class TextTrainer(SplitEvaluator):
     """Trains and evaluates one text classifier as a run's spec says.
 
     Checkpoints are saved every epoch below ``folder``. A killed run resumes from the last complete one, and ends with
@@ -121,28 +121,30 @@ class TextTrainer:
         folder: Path,
         progress: Progress,
     ) -> None:
-        self._tokenizer, self._training, self._task = tokenizer, spec.training, spec.task
-        self._prefix = classifier.prefix
-        self._metric = spec.task.metric
+        self._training, self._metric = spec.training, spec.task.metric
         self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
-        best = self._training.checkpoint_selection == "best"
         self._precision = precision_here(self._training.precision)
+        self._selects = self._training.checkpoint_selection == "best"
         arguments = epoch_arguments(
             self._checkpoints,
             self._precision,
             self._training,
             spec,
-            self._metric if best else None,
+            self._metric if self._selects else None,
             per_device_eval_batch_size=self._training.eval_batch_size,
         )
         patience = self._training.patience
         self._patience = None if patience is None else Patience(self._metric, patience)
-        rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
+        read = partial(
+            TokenisedRows, tokenizer=tokenizer, max_length=self._training.max_length, prefix=classifier.prefix
+        )
+        rows, self._dev = read(train, by_length=False), read(dev, by_length=True)
         by_length = self._training.sampling == "group_by_length"
-        self._collate = padding_collator(tokenizer, self._precision)
-        self.probe.observe(classifier.model, self._collate(fixed_rows(rows)))
-        self._trainer = RoutedTrainer(
+        collate = padding_collator(tokenizer, self._precision)
+        self.probe.observe(classifier.model, collate(fixed_rows(rows)))
+        callbacks = [progress, self._stopwatch, self.routing_trace, RetieGates(), self._patience]
+        trainer = RoutedTrainer(
             args=arguments,
             order=EpochOrder(rows.lengths, self._training.batch_size, spec.seed, by_length=by_length),
             trainable=classifier,
@@ -150,27 +152,17 @@ class TextTrainer:
             probe=self.probe,
             train_dataset=rows,
             eval_dataset=self._dev,
-            data_collator=self._collate,
+            data_collator=collate,
             compute_metrics=self._scores,
-            callbacks=[
-                progress,
-                self._stopwatch,
-                self.routing_trace,
-                RetieGates(),
-                *([self._patience] if self._patience else []),
-            ],
+            callbacks=[callback for callback in callbacks if callback],
         )
+        super().__init__(trainer, classifier.prefix, tokenizer, spec.task, self._training.max_length)
 
     @property
     def cost(self) -> dict[str, Any]:
         """Return the times of training and evaluations so far, for ``cost`` of ``metrics.json``."""
         times = self._stopwatch.cost(self._trainer.state.global_step)
         return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
-
-    def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
-        return TokenisedRows(
-            split, self._tokenizer, self._training.max_length, by_length=by_length, prefix=self._prefix
-        )
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         # Trainer rounds labels to float32, and weights an incomplete last batch like a full one
@@ -186,27 +178,14 @@ class TextTrainer:
             self._trainer._load_best_model()
         else:
             self._trainer.train(resume_from_checkpoint=checkpoint)
-        state = self._trainer.state
         epochs: list[Epoch] = [
             {
                 "epoch": entry["epoch"],
                 self._metric: entry[f"eval_{self._metric}"],
                 "loss": finite(entry[f"eval_{_LOSS}"]),
             }
-            for entry in state.log_history
+            for entry in self._trainer.state.log_history
             if f"eval_{_LOSS}" in entry
         ]
-        kept = (
-            max(epochs, key=lambda entry: (entry[self._metric], -entry["epoch"]))
-            if self._training.checkpoint_selection == "best"
-            else epochs[-1]
-        )
-        return epochs, kept
-
-    def evaluate(
-        self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
-    ) -> dict[str, float | None]:
-        """Score a split of the training task, or of another set, and record how its rows are routed."""
-        return evaluate_split(
-            self._trainer, self._tokenizer, self._training.max_length, split, self._task, task, self._prefix, routing
-        )
+        best = max(epochs, key=lambda entry: (entry[self._metric], -entry["epoch"]))
+        return epochs, best if self._selects else epochs[-1]

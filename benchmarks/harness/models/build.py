@@ -1,4 +1,4 @@
-"""Build a run's model as its spec says: load, convert and adapt it; or reopen a trained one."""
+"""Build the model of a run: load, convert and adapt it, or reopen a trained one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from benchmarks.harness.models.loading import (
     weights_digest,
 )
 from benchmarks.harness.models.prefix import Prefix
-from benchmarks.harness.models.tuning import FAST, tune_
+from benchmarks.harness.models.tuning import FAST, Groups, tune_
 from emoe.architectures import find_ffns
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
@@ -37,7 +37,7 @@ _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """A converted and adapted model.
+    """Hold a converted and adapted model.
 
     Attributes:
         model: The model; called with ``labels`` it also returns the loss.
@@ -159,67 +159,55 @@ def _converted(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
-    """Convert and adapt a model's network, which is the model itself or a part of it."""
-    seed, lora, tune = spec["seed"], spec["training"].get("lora"), spec["method"]["tune"]
-    dense_parameters = _count(model)
-    in_ffns, in_tables = _ffn_parameters(network), _embedding_parameters(model)
+    """Convert and adapt a model's network, which is the model itself or one of its modules."""
+    seed, tune = spec["seed"], spec["method"]["tune"]
+    dense = {
+        "parameters": _count(model),
+        "ffns": sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network)),
+        "embeddings": _embedding_parameters(model),
+    }
     prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
     if prefix:
         prefix.check(spec["method"])
     report = apply_method_(network, spec["method"], seed, calibration, partition)
-    slow: list[str] = []
-    frozen = prefix.names if prefix else frozenset()
-    names = [name for name, _ in network.named_parameters() if name not in frozen]
-    trained: dict[str, Any] = {}
-    adapters = None
+    adapters, groups = None, cast(Groups, {})
     if tune is not None:
-        adapters, groups = tune_(cast(PreTrainedModel, network), lora, tune, seed, frozen)
-        names = [name for members in groups.values() for name, _ in members]
-        slow = [name for group, members in groups.items() if group not in FAST for name, _ in members]
-        trained = {
-            group: {
-                "parameters": sum(parameter.numel() for _, parameter in members),
-                "names": _digest(name for name, _ in members),
-            }
-            for group, members in groups.items()
-        }
+        frozen = prefix.names if prefix else frozenset()
+        adapters, groups = tune_(cast(PreTrainedModel, network), spec["training"].get("lora"), tune, seed, frozen)
     if prefix:
         prefix.freeze_()
     use_sparse_(model)
     share = report.active_neurons if report else 1.0
     routers = sum(parameter.numel() for layer in routed_layers(network) for parameter in layer.parameters())
-    active = round(dense_parameters + (share - 1) * in_ffns) + routers
+    active = round(dense["parameters"] + (share - 1) * dense["ffns"]) + routers
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    slow = {id(values) for group, members in groups.items() if group not in FAST for _, values in members}
     summary = {
         "source": dict(source),
         "parameters": _count(model),
-        "dense_parameters": dense_parameters,
+        "dense_parameters": dense["parameters"],
         "active_parameters": active,
-        "flops_per_token": 2 * (active - in_tables),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "trained": trained,
+        "flops_per_token": 2 * (active - dense["embeddings"]),
+        "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "trained": {
+            group: {
+                "parameters": sum(values.numel() for _, values in members),
+                # recognises runs with the same trained parameters
+                "names": hashlib.sha256("\n".join(sorted(name for name, _ in members)).encode()).hexdigest()[:16],
+            }
+            for group, members in groups.items()
+        },
         "active_neurons": share,
         "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
     }
-    prefix_of_network = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
-    return Trainable(
-        model,
-        summary,
-        frozenset(prefix_of_network + name for name in names),
-        frozenset(prefix_of_network + name for name in slow),
-        adapters,
-        prefix,
-    )
+    names_of_slow = frozenset(name for name, parameter in trained.items() if id(parameter) in slow)
+    return Trainable(model, summary, frozenset(trained), names_of_slow, adapters, prefix)
 
 
 def _count(model: nn.Module) -> int:
     if getattr(model, "is_quantized", False):
         return int(cast(PreTrainedModel, model).num_parameters())  # a byte holds two numbers of 4 bits
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _ffn_parameters(network: nn.Module) -> int:
-    """Count the weights in the matrices of a dense model's FFNs."""
-    return sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
 
 
 def _embedding_parameters(model: nn.Module) -> int:
@@ -283,24 +271,11 @@ def save_trained(model: nn.Module, folder: Path) -> None:
     write_tensors(trained_state(model), folder / _TRAINED)
 
 
-def reopen_classifier(
-    spec: Mapping[str, Any], weights: str, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> Trainable:
-    """Build the classifier of a finished run with its trained weights; see :func:`reopen_language_model`.
+def reopen(build: Callable[..., Trainable], spec: Mapping[str, Any], weights: str, folder: Path) -> Trainable:
+    """Build the model of a finished run with its trained weights.
 
     Args:
-        spec: The spec of the training run.
-        weights: The recorded digest of the pre-trained weights.
-        tokenizer: The model's tokenizer.
-        folder: The folder that :func:`save_trained` wrote.
-    """
-    return _reopened(lambda partition: build_classifier(spec, tokenizer, partition=partition), spec, weights, folder)
-
-
-def reopen_language_model(spec: Mapping[str, Any], weights: str, folder: Path) -> Trainable:
-    """Build the language model of a finished run with its trained weights.
-
-    Args:
+        build: The function that builds the model from ``spec`` and ``partition``.
         spec: The spec of the training run.
         weights: The recorded digest of the pre-trained weights; empty if they were quantised.
         folder: The folder that :func:`save_trained` wrote.
@@ -309,14 +284,9 @@ def reopen_language_model(spec: Mapping[str, Any], weights: str, folder: Path) -
         DataError: The trained tensors are missing or damaged, or the pre-trained weights have changed.
         CheckpointError: The partition is missing or damaged.
     """
-    return _reopened(lambda partition: build_language_model(spec, partition=partition), spec, weights, folder)
-
-
-def _reopened(
-    build: Callable[[Partition | None], Trainable], spec: Mapping[str, Any], weights: str, folder: Path
-) -> Trainable:
     config = spec["method"]["config"]
-    trainable = build(load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None)
+    partition = load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None
+    trainable = build(spec, partition=partition)
     now = trainable.summary["source"]["weights"]
     if weights and now != weights:
         raise DataError(
@@ -324,8 +294,3 @@ def _reopened(
         )
     load_trained_(trainable.model, folder / _TRAINED)
     return trainable
-
-
-def _digest(names: Iterable[str]) -> str:
-    """Return a digest by which two runs with the same trained parameters are recognised."""
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]

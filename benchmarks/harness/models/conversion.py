@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from emoe.layer import routed_layers
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
-_FIXED = "fixed"  # experts by their use, which is counted when the model routes by avg-k
-# of pre-trained models, by their modality; text classifiers have none
+_FIXED = "fixed"  # experts by their use, which is counted while the model routes by avg-k
+# by the modality of the model; text classifiers have none
 _LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "image": load_image_network,
     "language": load_language_model,
     "seq2seq": load_seq2seq,
 }
+_HEADS = {"classifier", "score"}  # as transformers names new ones
 
 
 def apply_method_(
@@ -38,7 +39,7 @@ def apply_method_(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> emoe.ConversionReport | None:
-    """Turn a dense model into what the method trains, in place.
+    """Convert a dense model, or add noise to it, as the method says, in place.
 
     Args:
         model: The pre-trained model.
@@ -60,15 +61,15 @@ def apply_method_(
     if config.router == _FIXED:
         by_token = {**method, "noise": 0.0, "config": dataclasses.replace(config, router="avg_k").to_dict()}
         report = apply_method_(model, by_token, seed, calibration, partition)
-        emoe.fix_experts_(model, _unknown_usage(model) if partition is not None else _usage(model, calibration))
+        # those of a model that is built again are loaded later
+        unknown = torch.ones(config.num_experts, dtype=torch.int64)
+        usage = dict.fromkeys(partition, unknown) if partition is not None else _usage(model, calibration)
+        emoe.fix_experts_(model, usage)
         return report
     if partition is None and config.partition == "kmeans":
         partition = cached_partition(model, config)
-    if partition is not None:
-        return emoe.convert_(model, config, partition=partition)
-    if config.partition == "coactivation":
-        return emoe.convert_(model, config, calibration=calibration)
-    return emoe.convert_(model, config)
+    counts = partition is None and config.partition == "coactivation"
+    return emoe.convert_(model, config, partition=partition, calibration=calibration if counts else None)
 
 
 def use_as_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
@@ -101,11 +102,6 @@ def _usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, 
     return {number: layer.loads for number, layer in record.layers.items()}
 
 
-def _unknown_usage(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Return placeholders for counts that are loaded later."""
-    return {layer.ffn_index: torch.ones(layer.config.num_experts, dtype=torch.int64) for layer in routed_layers(model)}
-
-
 def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     """Cluster the neurons of a model into the cache before the runs, and write a receipt.
 
@@ -133,16 +129,15 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
 
     The cache is keyed by content (see :func:`emoe.partitioning.partition_key`), never by name.
     """
-    parts = []
+    partitions = []
     for _, single in _by_layer(model, config):
         path = folder / f"{partition_key(model, single)}.safetensors"
         try:
-            part = load_partition(path)
+            partitions.append(load_partition(path))
         except CheckpointError:  # not there, or damaged
             save_partition(emoe.partition(model, single), path)
-            part = load_partition(path)
-        parts.append(part)
-    return join_partitions(parts)
+            partitions.append(load_partition(path))
+    return join_partitions(partitions)
 
 
 def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
@@ -152,9 +147,7 @@ def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfi
 
 
 @torch.no_grad()
-def noisy_tuning_(
-    model: nn.Module, intensity: float = 0.15, *, seed: int = 0, exclude: Sequence[str] = ("classifier", "score")
-) -> int:
+def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> int:
     """Add uniform noise to the pre-trained weights in place, before fine-tuning.
 
     Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. Parameters with one element have no standard
@@ -164,7 +157,6 @@ def noisy_tuning_(
         model: The model.
         intensity: The authors' lambda, 0.15.
         seed: The seed of the noise.
-        exclude: The name components of the new head's parameters.
 
     Returns:
         The number of changed parameters.
@@ -172,7 +164,7 @@ def noisy_tuning_(
     generator = torch.Generator().manual_seed(seed)
     changed = 0
     for name, parameter in model.named_parameters():
-        if parameter.numel() < 2 or not set(exclude).isdisjoint(name.split(".")):
+        if parameter.numel() < 2 or not _HEADS.isdisjoint(name.split(".")):
             continue
         noise = torch.rand(parameter.shape, generator=generator) - 0.5
         parameter.add_((noise * intensity * parameter.float().std().cpu()).to(parameter))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,6 @@ from benchmarks.harness.models.loading import (
 )
 from benchmarks.harness.sources.hub import cached_commit, hub_name
 from benchmarks.harness.sources.local import own_folder
-from emoe.errors import did_you_mean
 from emoe.files import one_line
 
 _DEVIATION = 0.02  # timm cuts these numbers at 100 times of it, which is no cut
@@ -31,7 +29,7 @@ _ANY_CLASSES = 2  # for a network whose head nobody uses
 
 
 class ImageClassifier(nn.Module):
-    """An image network with the same interface for both libraries.
+    """Wraps an image network, with the same interface for both libraries.
 
     Attributes:
         network: The model of timm or transformers.
@@ -116,27 +114,29 @@ def _load_timm(
     import timm
 
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
-    file = None if model.get("random") else _local_weights(model)
-    from_hub = file is None and not model.get("random")
-    revision = model.get("revision")
+    repository, revision, folder = f"timm/{model['timm']}", model.get("revision"), own_folder(model)
+    from_hub = folder is None and not model.get("random")
     if from_hub and revision:
-        options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{_repository(model)}@{revision}"}
+        options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{revision}"}
     try:
         network: Any = timm.create_model(model["timm"], pretrained=from_hub, **options)
+        if folder is not None and not model.get("random"):
+            check_stored(network, folder, model["name"])
+            network.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)  # without the head
+    except DataError:
+        raise
     except Exception as error:  # of the network, the hub and damaged files
         raise DataError(
-            f"could not load the model '{model['name']}' ({_repository(model)}): {one_line(error)}; "
+            f"could not load the model '{model['name']}' ({folder or repository}): {one_line(error)}; "
             f"without the hub, put its weights below model_root as {model['name']}/model.safetensors "
             "(see config/README.md)"
         ) from error
-    if file is not None:
-        _load_weights_(network, file, model["name"])
+    origin = str(folder)
     if model.get("random"):
+        origin = "random weights"
         _draw_(network, derive_seed("random weights", model["name"]))
-    origin = str(file.parent) if file else "random weights"
-    if from_hub:
-        commit = cached_commit(_repository(model), "model.safetensors", revision)
-        origin = hub_name(_repository(model), revision, commit)
+    elif from_hub:
+        origin = hub_name(repository, revision, cached_commit(repository, "model.safetensors", revision))
     source = {"from": origin, "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions
@@ -156,31 +156,3 @@ def _draw_(network: nn.Module, seed: int) -> None:
             nn.init.normal_(weight, std=_DEVIATION)
         elif name.endswith("bias"):
             nn.init.zeros_(weight)  # timm draws some
-
-
-def _repository(model: Mapping[str, Any]) -> str:
-    """Return the repository of timm's weights on the hub."""
-    return f"timm/{model['timm']}"
-
-
-def _load_weights_(network: Any, file: Path, name: str) -> None:
-    """Load a file of timm without its head (:class:`DataError` if it is damaged or another model's)."""
-    state = read_tensors(file)
-    for key, tensor in network.state_dict().items():
-        if key not in state or state[key].shape != tensor.shape:
-            raise DataError(
-                f"{file} does not hold the weights of '{name}': '{key}' is missing or has another shape"
-                f"{did_you_mean(key, state)}"
-            )
-    network.load_state_dict({key: state[key] for key in network.state_dict()})
-
-
-def _local_weights(model: Mapping[str, Any]) -> Path | None:
-    """Return the file of weights below the model root, if there is a folder (:class:`DataError` if it has no file)."""
-    folder = own_folder(model)
-    if folder is None:
-        return None
-    file = folder / "model.safetensors"
-    if not file.exists():
-        raise DataError(f"{folder} has no model.safetensors (nothing else is read: it would have to be unpickled)")
-    return file

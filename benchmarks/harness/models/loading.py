@@ -5,7 +5,6 @@ All of them are read by the rules of :mod:`emoe.files`: safetensors or GGUF, com
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from benchmarks.harness.sources.local import own_folder
 from benchmarks.harness.sources.packages import package_folder
 from emoe.architectures import find_ffns
 from emoe.errors import CheckpointError
-from emoe.files import Weights, load_stock, one_line, save_weights
+from emoe.files import Weights, load_stock, one_line
 from emoe.files import read_tensors as read_checkpoint_tensors
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest
@@ -47,26 +46,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return the folder or the hub id of a model's files, and the hub's revision.
+def _locate(model: Mapping[str, Any]) -> Path:
+    """Return the folder of a model's files, which are downloaded if the model is one of the hub.
 
     A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
     """
     if folder := own_folder(model):
-        return str(folder), None
+        return folder
     if "rebuilt" in model:
-        return str(MODELS / model["name"]), None
+        return MODELS / model["name"]
     if "package" in model:
-        return str(package_folder(model["package"], model["path"], model["sha256"])), None
-    return model["hub"], model.get("revision")
+        return package_folder(model["package"], model["path"], model["sha256"])
+    return Path(snapshot_download(model["hub"], revision=model.get("revision"), allow_patterns=_DOWNLOADED))
 
 
 def load_settings(loader: Any, model: Mapping[str, Any]) -> Any:
     """Load what needs no weights: a configuration or a tokenizer (:class:`DataError`)."""
-    source, revision = locate(model)
-    pinned = {"revision": revision} if revision else {}
-    with _loading(source):
-        return loader.from_pretrained(source, trust_remote_code=False, **pinned, **_gguf_option(source))
+    with _loading(model):
+        folder = _locate(model)
+        return loader.from_pretrained(str(folder), trust_remote_code=False, **_gguf_option(folder))
 
 
 def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tuple[PreTrainedModel, Path]:
@@ -83,26 +81,20 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tu
     Raises:
         DataError: The weights are missing, damaged, pickled or another model's.
     """
-    source, revision = locate(model)
-    with _loading(source):
-        if gguf := _gguf_option(source):
-            loaded, info = loader.from_pretrained(
-                source, trust_remote_code=False, output_loading_info=True, **gguf, **options
-            )
-            if missing := sorted(info["missing_keys"]):
-                raise DataError(f"{source} does not hold the weights of '{model['name']}': it lacks '{missing[0]}'")
-            return loaded, Path(source)
-        folder = Path(source)
-        if folder.is_dir():
+    with _loading(model):
+        folder = _locate(model)
+        if not (gguf := _gguf_option(folder)):
             return cast(PreTrainedModel, load_stock(loader, folder, **options)), folder
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_DOWNLOADED))
-        loaded = cast(PreTrainedModel, load_stock(loader, folder, **options))
-        loaded.config._commit_hash = folder.name  # as transformers sets it for the hub's ids
+        loaded, info = loader.from_pretrained(
+            str(folder), trust_remote_code=False, output_loading_info=True, **gguf, **options
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise DataError(f"{folder} does not hold the weights of '{model['name']}': it lacks '{missing[0]}'")
         return loaded, folder
 
 
 @contextmanager
-def _loading(source: str) -> Iterator[None]:
+def _loading(model: Mapping[str, Any]) -> Iterator[None]:
     """Report in one line that files cannot be loaded."""
     try:
         yield
@@ -111,8 +103,8 @@ def _loading(source: str) -> Iterator[None]:
     except Exception as error:  # a damaged file raises anything
         reason = str(error) if isinstance(error, CheckpointError) else one_line(error)
         raise DataError(
-            f"could not load the model '{source}': {reason}; without the hub, put its folder below model_root "
-            "(see config/README.md)"
+            f"could not load the model '{own_folder(model) or model.get('hub', model['name'])}': {reason}; "
+            "without the hub, put its folder below model_root (see config/README.md)"
         ) from error
 
 
@@ -131,9 +123,8 @@ def _stored_shape(stored: Weights, name: str) -> torch.Size:
         return torch.Size(file.get_slice(name).get_shape())
 
 
-def _gguf_option(source: str) -> dict[str, str]:
-    """Return transformers' option for a folder with one GGUF file; empty for other folders and the hub."""
-    folder = Path(source)
+def _gguf_option(folder: Path) -> dict[str, str]:
+    """Return transformers' option for a folder with one GGUF file; empty for other folders."""
     files = sorted(folder.glob("*.gguf"))
     if not files or any(folder.glob("*.safetensors")):
         return {}
@@ -250,23 +241,9 @@ def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty:
         return _random_model(AutoModelForCausalLM, model, dtype=dtype)
     options: dict[str, Any] = {"quantization_config": _four_bit(model)} if "quantize" in model else {}
     loaded, folder = load_pretrained(AutoModelForCausalLM, model, dtype=dtype, **options)
-    if not options and not _gguf_option(str(folder)):
+    if not options and not _gguf_option(folder):
         check_stored(loaded, folder, model["name"])
     return loaded
-
-
-def unpack_gguf(source: Path, folder: Path) -> None:
-    """Write the model of a GGUF folder as safetensors in float32, with its tokenizer (:class:`DataError`)."""
-    model = {"name": source.name, "hub": str(source)}
-    loaded, _ = load_pretrained(AutoModelForCausalLM, model, dtype=torch.float32)
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config  # the weights are plain now, which transformers does not know
-    with no_init_weights():
-        plain = AutoModelForCausalLM.from_config(config)
-    plain.tie_weights()
-    plain.load_state_dict(loaded.state_dict())
-    load_settings(AutoTokenizer, model).save_pretrained(folder)
-    save_weights(plain, folder)
 
 
 def _four_bit(model: Mapping[str, Any]) -> Any:
@@ -302,14 +279,13 @@ def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
     """Describe the source of the weights for the record: folder, package, or hub id with its commit."""
     if "config" in model:
         return "random weights"
-    source, _ = locate(model)
-    if own_folder(model):
-        return source
+    if folder := own_folder(model):
+        return str(folder)
     if "package" in model:
         return f"package {model['package']}"
     if "rebuilt" in model:
         return f"rebuilt from the package {model['rebuilt']}"
-    return hub_name(source, model.get("revision"), getattr(loaded.config, "_commit_hash", None))
+    return hub_name(model["hub"], model.get("revision"), Path(str(loaded.name_or_path)).name)
 
 
 def weights_digest(model: nn.Module) -> str:

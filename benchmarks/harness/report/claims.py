@@ -136,7 +136,7 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
     row |= {"n": difference.n, "p": difference.p if compare.direction in _TESTED else math.nan}
     if is_paired and not math.isnan(difference.low):
         row["equivalent"] = is_within(difference, -margin, margin)
-    return row | {"evidence": evidence, "remark": _remark(compare, evidence, pair, benchmark)}
+    return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
 
 
 def _verdict(row: Any) -> Verdict:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import sqlite3
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,31 +65,17 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
 
 def _mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]]) -> dict[str, int]:
     counts = Counter(added=0, replaced=0, unchanged=0)
-    with _connect(uri) as client:
-        for benchmark in dict.fromkeys(run.benchmark for run in runs):
-            experiment = _Experiment(client, benchmark, keeps_files=uri.startswith("http"))
-            for name, members in _settings([run for run in runs if run.benchmark == benchmark]).items():
-                counts[experiment.write_setting(name, members)] += len(members)
-            experiment.write_figures([path for path in figures.get(benchmark, ()) if path.exists()])
-    return dict(counts)
-
-
-@contextmanager
-def _connect(uri: str) -> Iterator[MlflowClient]:
-    """Yield a client of a store.
-
-    A new SQLite database is made in memory and written as a whole at the end: on a disk, MLflow's many small
-    transactions take longer than everything else.
-    """
     file = Path(uri.removeprefix(_SQLITE))
-    if not uri.startswith(_SQLITE) or file.exists():
-        yield MlflowClient(uri)
-        return
-    name = f"file:{uuid.uuid4().hex}?mode=memory&cache=shared"
-    with closing(sqlite3.connect(name, uri=True)) as memory:
-        yield MlflowClient(f"{_SQLITE}{name}&uri=true")
-        with atomic_write(file) as temporary, closing(sqlite3.connect(temporary)) as database:
-            memory.backup(database)
+    if uri.startswith(_SQLITE) and not file.exists():
+        with atomic_write(file) as temporary:  # with the permissions of the umask
+            MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+    client = MlflowClient(uri)
+    for benchmark in dict.fromkeys(run.benchmark for run in runs):
+        experiment = _Experiment(client, benchmark, keeps_files=uri.startswith("http"))
+        for name, members in _settings([run for run in runs if run.benchmark == benchmark]).items():
+            counts[experiment.write_setting(name, members)] += len(members)
+        experiment.write_figures([path for path in figures.get(benchmark, ()) if path.exists()])
+    return dict(counts)
 
 
 def _cause(error: BaseException) -> BaseException:

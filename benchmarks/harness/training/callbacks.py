@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 import emoe
@@ -40,7 +39,7 @@ def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
 
 
 class SavedCallback(TrainerCallback, ExportableState):
-    """A callback whose attributes Trainer saves in ``trainer_state.json``."""
+    """Saves its attributes in Trainer's ``trainer_state.json``."""
 
     SAVED: ClassVar[tuple[str, ...]]
 
@@ -66,25 +65,16 @@ class Stopwatch(SavedCallback):
         each = self.seconds / max(self.steps, 1)
         return {"steps": steps, "step_seconds": each, "train_seconds": each * steps}
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # several sets are evaluated one after the other, each with its own time
-        self.evaluation += sum(value for name, value in (metrics or {}).items() if name.endswith("_runtime"))
+        self.evaluation += sum(value for name, value in kwargs["metrics"].items() if name.endswith("_runtime"))
 
     on_predict = on_evaluate
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._start
@@ -97,25 +87,15 @@ class FollowEpochs(TrainerCallback):
     def __init__(self, order: Any) -> None:
         self._order = order
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._order.set_epoch(int(state.epoch or 0))
 
 
 class RetieGates(TrainerCallback):
     """Updates running gates from the keys after each step of the optimizer."""
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if model is not None:
-            emoe.update_gates_(model)
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        emoe.update_gates_(kwargs["model"])
 
 
 def fixed_rows(rows: Any) -> list[Any]:
@@ -123,35 +103,21 @@ def fixed_rows(rows: Any) -> list[Any]:
     return [rows[number] for number in range(min(len(rows), _FIXED_ROWS))]
 
 
-@dataclass(frozen=True)
-class LogitsSummary:
-    """A checksum of logits that hardly depends on the order of summation.
+def summarise_logits(logits: Tensor) -> dict[str, float]:
+    """Summarise logits of any shape by numbers that hardly depend on the order of summation.
 
-    Attributes:
-        mean: The mean of all logits.
-        deviation: Their standard deviation.
-        rms: The root of their mean square.
-        projection: Their projection on a fixed random direction, which changes if two logits are exchanged.
+    ``projection`` is on a fixed random direction, so it changes if two logits are exchanged.
     """
-
-    mean: float
-    deviation: float
-    rms: float
-    projection: float
-
-    @classmethod
-    def of(cls, logits: Tensor) -> LogitsSummary:
-        """Summarise logits of any shape."""
-        flat = logits.detach().double().flatten().cpu()
-        source = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
-        # integers are drawn alike by every processor, normal numbers are not
-        direction = torch.randint(-1000, 1001, (len(flat),), generator=source).double() / 577  # of variance 1
-        return cls(
-            float(flat.mean()),
-            float(flat.std(correction=0)),
-            float(flat.square().mean().sqrt()),
-            float(flat @ direction / max(len(flat), 1) ** 0.5),
-        )
+    flat = logits.detach().double().flatten().cpu()
+    source = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
+    # integers are drawn alike by every processor, normal numbers are not
+    direction = torch.randint(-1000, 1001, (len(flat),), generator=source).double() / 577  # of variance 1
+    return {
+        "mean": float(flat.mean()),
+        "deviation": float(flat.std(correction=0)),
+        "rms": float(flat.square().mean().sqrt()),
+        "projection": float(flat @ direction / max(len(flat), 1) ** 0.5),
+    }
 
 
 class Probe(SavedCallback):
@@ -161,8 +127,7 @@ class Probe(SavedCallback):
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self._logits: LogitsSummary | None = None
-        self._loads: dict[str, list[int]] = {}
+        self._observed: dict[str, Any] = {"loads": {}}
 
     @torch.no_grad()
     def observe(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -176,17 +141,14 @@ class Probe(SavedCallback):
             return
         if torch.cuda.is_available() and world_size() == 1 and not getattr(model, "is_quantized", False):
             model.to("cuda")  # it is trained there
-        given = {name: value for name, value in batch.items() if name != "labels"}
-        inputs = send_to_device(given, next(model.parameters()).device)
-        with restore_rng_and_modes(model):
+        device = next(model.parameters()).device
+        inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, device)
+        with restore_rng_and_modes(model), ExitStack() as stack:
             model.eval()
-            if routed_layers(model):
-                with emoe.record_routing(model) as record:
-                    logits = model(**inputs)["logits"]
-                self._loads = {str(number): layer.loads.tolist() for number, layer in record.layers.items()}
-            else:
-                logits = model(**inputs)["logits"]
-        self._logits = LogitsSummary.of(logits)
+            record = stack.enter_context(emoe.record_routing(model)) if routed_layers(model) else None
+            logits = model(**inputs)["logits"]
+        loads = {str(number): layer.loads.tolist() for number, layer in record.layers.items()} if record else {}
+        self._observed = {"logits": summarise_logits(logits), "loads": loads}
 
     def add_loss(self, loss: Tensor) -> None:
         """Record the loss of a training batch, if it is one of the first."""
@@ -195,8 +157,7 @@ class Probe(SavedCallback):
 
     def summary(self) -> dict[str, Any]:
         """Return ``probe`` of ``metrics.json``: ``losses`` as text with all digits, ``logits``, ``loads`` by layer."""
-        logits = {"logits": asdict(self._logits)} if self._logits else {}
-        return {"losses": [repr(loss) for loss in self.losses], "loads": self._loads, **logits}
+        return {"losses": [repr(loss) for loss in self.losses], **self._observed}
 
 
 def window_steps(steps: int) -> int:
@@ -222,25 +183,16 @@ class RoutingTrace(SavedCallback):
         self._recording, self._steps = ExitStack(), 0
         self._record: RoutingRecord | None = None
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._record is None and model is not None and routed_layers(model):
-            self._record, self._steps = self._recording.enter_context(emoe.record_routing(model)), 0
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._record is None and routed_layers(kwargs["model"]):
+            self._record, self._steps = self._recording.enter_context(emoe.record_routing(kwargs["model"])), 0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._steps += 1
         if self._steps == window_steps(state.max_steps):
             self._end_window(state.global_step)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._end_window(state.global_step)
 
     def _end_window(self, step: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.base import write_text
@@ -24,7 +24,7 @@ DIGESTS = "complete.json"
 class CompleteCheckpoints(TrainerCallback):
     """Writes the digests of each new checkpoint's files after all processes have written them."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if is_main():
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -75,7 +75,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _digests(folder: Path, *, flush: bool = False) -> str:
-    """Return the sha256 of each file of a checkpoint as JSON, after flushing the files to the disk if asked."""
+    """Return the sha256 of each file of a checkpoint as JSON, and flush the files to the disk if asked."""
     digests = {}
     for path in sorted(folder.iterdir()):
         if path.name != DIGESTS:

@@ -14,7 +14,7 @@ from emoe.errors import EMoEError
 
 @dataclass(frozen=True)
 class LabelMapping:
-    """The new numbers of the head's classes and of the set's classes; None keeps them."""
+    """Renumber the classes of the head and of the set; None keeps their numbers."""
 
     predictions: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
@@ -34,7 +34,7 @@ def _renumber(classes: NDArray[Any], numbers: tuple[int, ...] | None) -> NDArray
 
 
 class Labelled(Protocol):
-    """A task with its classes."""
+    """Describe a task with classes."""
 
     @property
     def labels(self) -> Sequence[str]: ...

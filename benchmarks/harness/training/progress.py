@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from benchmarks.harness.base import PLAN, RUNS
 
@@ -47,14 +47,12 @@ class Progress(TrainerCallback):
         with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail the run
             print(f"[{self._position}{self._run_id}] {text}", file=stream, flush=True)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._start, self._first_step = time.monotonic(), state.global_step
         resumed = f", resumed at step {state.global_step}" if state.global_step else ""
         self.say(f"training, {state.max_steps} steps{resumed}")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
         if now - self._last < _SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps:
             return

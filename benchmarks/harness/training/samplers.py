@@ -12,7 +12,7 @@ from benchmarks.harness.base import derive_seed
 
 
 class EpochOrder(Sampler[int]):
-    """The order of the training rows, which depends only on the seed and the epoch.
+    """Orders the training rows by the seed and the epoch alone.
 
     All methods see the same rows in the same order, and a resumed run sees the order of an uninterrupted one.
 

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class TrainedSetError(EMoEError):
-    """The optimizer trains other parameters than the run's method says."""
+    """Signal that the optimizer trains other parameters than the run's method says."""
 
 
 def precision_here(requested: str) -> str:
@@ -57,7 +57,7 @@ def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArg
 
 
 class PrefixTrainer(Trainer):
-    """A Trainer that passes the prefix states of rows to the model."""
+    """Passes the prefix states of rows to the model."""
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
