@@ -158,7 +158,7 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
         (
             "suites.mini.training.epochs",
             0,
-            r"'suites\.mini\.training\.epochs': 0 is less than or equal to the minimum of 0",
+            r"'suites\.mini\.training\.epochs' is 0: Input should be greater than 0",
         ),
         (
             "suites.mini.training.by_model",
@@ -172,7 +172,7 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
             {"gpt2-xl": {"epoch": 8}},
             r"'training\.by_model\.gpt2-xl\.epoch'; did you mean 'epochs'",
         ),
-        ("training.epochs", "2", r"'training\.epochs' is '2', but must be number"),
+        ("training.epochs", "2", r"'training\.epochs' is '2': Input should be a valid number"),
         ("pipeline", "benchmarks.gleu.pipeline", r"did you mean 'benchmarks\.glue\.pipeline'"),
         ("paper", "papers.csv", r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'"),
         ("suites.mini.training.patience", 3, r"'suites\.mini\.training\.patience' needs checkpoint_selection: best"),

@@ -372,7 +372,8 @@ def bless(
         raise DefinitionError("the runs were made on another machine: run the suite again here, or bless it there")
     comparison = compare(read_numbers(fastest), after, suite)
     if not comparison.passed:
-        raise DefinitionError(f"numbers do not repeat, so they cannot be blessed:\n{comparison}")
+        say(str(comparison))
+        raise DefinitionError("numbers do not repeat, so they cannot be blessed")
     return write_reference(suite, numbers, commit, folder)
 
 
