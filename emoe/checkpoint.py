@@ -4,11 +4,11 @@ A folder holds what the model's library writes (``model.safetensors``, ``config.
 
 - ``emoe_config.json``: the :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`, and the numbers of the converted FFNs;
 - ``emoe_partition.safetensors``: the permutations, and the key norms that tie this file to its weights;
-- ``emoe_extra.safetensors``, if there is state that the stock class lacks: learned routers, running gates, output biases
-  of single experts, and GMoE's copied projections.
+- ``emoe_extra.safetensors``, if there is state that the stock class lacks: learned routers, running gates, output
+  biases of single experts, and GMoE's copied projections.
 
-An EMoE's checkpoint loads into the stock dense class; a GMoE's is refused there, because its shapes differ. Folders that
-the model's library wrote (``Trainer``) load too: ``config.json`` holds the configuration, and the weights include the
+An EMoE's checkpoint loads into the stock dense class; a GMoE's is refused there, because its shapes differ. Folders
+that the model's library wrote (``Trainer``) load too: ``config.json`` holds the configuration, and the weights include the
 routers. Permutations are unknown then, unless :class:`emoe.TrainerCallback` wrote the small files.
 """
 

@@ -1,1 +1,1 @@
-"""What every benchmark shares; each room imports only those before it: base, sources, planning, modeling and results, training and reporting, running."""
+"""Shared by all benchmarks. Each room imports only those above it (docs/design.md)."""

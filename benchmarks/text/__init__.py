@@ -1,1 +1,1 @@
-"""What the benchmarks of text classification share."""
+"""Shared by the benchmarks of text classification."""

@@ -153,7 +153,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
         for axis, one in zip(axes[:, 0], rankings, strict=True):
             names = {method: outcomes.title("method", method) for method in one.scores.index}
             ranks, p = one.ranking.ranks.rename(names), nemenyi(one.scores).rename(index=names, columns=names)
-            scikit_posthocs.critical_difference_diagram(
+            diagram = scikit_posthocs.critical_difference_diagram(
                 ranks,
                 p,
                 alpha=SIGNIFICANCE,
@@ -163,6 +163,8 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 color_palette={names[method]: outcomes.style(method).colour for method in names},
                 crossbar_props={"color": REFERENCE},
             )
+            for (bar,) in diagram["crossbars"]:  # the library draws their points in the order of a set
+                bar.set_xdata(sorted(bar.get_xdata()))
             axis.set_xlim(1, len(ranks))  # all ranks that there are
             for drawn in (*axis.lines, *axis.collections):
                 drawn.set_clip_on(False)  # the first and the last rank stand on the edge

@@ -1,1 +1,1 @@
-"""What finished runs wrote: records, statistics, the regression check, MLflow."""
+"""Finished runs: records, statistics, claims, the regression check, MLflow."""
