@@ -8,8 +8,8 @@ A folder holds what the model's library writes (``model.safetensors``, ``config.
   biases of single experts, and GMoE's copied projections.
 
 An EMoE's checkpoint loads into the stock dense class; a GMoE's is refused there, because its shapes differ. Folders
-that the model's library wrote (``Trainer``) load too: ``config.json`` holds the configuration, and the weights include the
-routers. Permutations are unknown then, unless :class:`emoe.TrainerCallback` wrote the small files.
+that the model's library wrote (``Trainer``) load too: ``config.json`` holds the configuration, and the weights include
+the routers. Permutations are unknown then, unless :class:`emoe.TrainerCallback` wrote the small files.
 """
 
 from __future__ import annotations
