@@ -67,10 +67,8 @@ def _path(problem: Mapping[str, Any], content: Any) -> KeyPath:
 
 
 def _describe(path: KeyPath, problems: Sequence[Mapping[str, Any]]) -> str:
-    first, key = (
-        problems[0],
-        "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix("."),
-    )
+    first = problems[0]
+    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
     context, value = first.get("ctx", {}), first["input"]
     if first["type"] == "missing":
         return f"'{key.rpartition('.')[0] or 'the file'}' needs the key '{path[-1]}'"
