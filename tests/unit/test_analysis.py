@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scikit_posthocs
 from scipy import stats
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError
@@ -20,6 +21,7 @@ from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import holm
 from benchmarks.harness.training.metrics import SCORES, score
+from benchmarks.text.figures import rank_diagram
 from benchmarks.text.outcomes import TextOutcomes, choices, ranked, reported, select
 from benchmarks.text.tables import chosen, ranks, results, tasks
 from benchmarks.text.tables import paper as paper_table
@@ -259,6 +261,22 @@ def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:
     assert frame.loc[("gpt2-xl", "published", "lora_emoe"), "paper"] == 3.88
     # without a common seed there is a note in the place of ranks
     assert "No ranks: the rows have no common set and seed" in ranks(evaluated, []).caption
+
+
+def test_bars_of_the_rank_diagram_are_drawn_from_left_to_right(
+    evaluated: TextOutcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library draws their points in the order of a set, which changes from process to process."""
+    diagrams, draw = [], scikit_posthocs.critical_difference_diagram
+    monkeypatch.setattr(
+        scikit_posthocs, "critical_difference_diagram", lambda *a, **o: diagrams.append(draw(*a, **o)) or diagrams[-1]
+    )
+    rank_diagram(
+        evaluated, tmp_path / "ranks", ranked(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"])
+    )
+    bars = [list(bar.get_xdata()) for diagram in diagrams for (bar,) in diagram["crossbars"]]
+    assert bars
+    assert bars == [sorted(bar) for bar in bars]
 
 
 def test_own_metrics_stand_beside_the_papers(evaluated: TextOutcomes) -> None:
