@@ -48,6 +48,9 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
         ("domainbed", ["records"], GONE, "'records' is missing"),
         ("llama", ["tasks"], GONE, "'tasks' is missing"),
         ("modularity", ["matrix"], GONE, "'matrix' is missing"),
+        ("modularity", ["matrix", "places"], GONE, "'matrix.places': Field required"),
+        ("domainbed", ["records", 0, "step"], GONE, "'records.0.step': Field required"),
+        ("speed", ["measured", "dense"], GONE, "'measured.dense' needs '"),
         ("speed", ["measured"], GONE, "lacks something"),
     ],
 )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pandas as pd
-from annotated_types import Ge, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError
+from annotated_types import Ge, Len, MinLen
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN, kind_of
@@ -39,6 +39,7 @@ class _Strict(BaseModel):
 
 
 Scores = dict[str, dict[str, Annotated[dict[str, float | None], MinLen(1)]]]  # by part, set and metric
+Loads = dict[str, Annotated[list[list[int]], MinLen(1)]]  # by layer, for each window or class
 Curve = list[dict[str, float | None]]
 
 
@@ -51,13 +52,106 @@ class _Environment(_Strict):
     fingerprint: dict[str, str] = {}
 
 
+class _Layer(_Strict):
+    index: int
+    explained: float | None
+
+
+class _Model(_Strict):
+    conversion: list[_Layer] = []
+    trained: dict[str, dict[str, Any]] = {}
+    source: dict[str, str] = {}
+
+
 class _Cost(_Strict):
     __pydantic_extra__: dict[str, float | str]
     job_seconds: Annotated[float, Ge(0)]
 
 
+class _Rows(_Strict):
+    """The rows of a set: classes by their counts, the range of their numbers, or their tokens."""
+
+    __pydantic_extra__: dict[str, int | str]
+    rows: int
+    labels: Annotated[dict[str, int], MinLen(1)] | None = None
+    range: Annotated[list[float], Len(2, 2)] | None = None
+    tokens: int | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.labels is None and self.range is None and self.tokens is None:
+            raise ValueError("it needs 'labels', 'range' or 'tokens'")
+        return self
+
+
 class _Transformed(_Strict):
     scores: Scores
+
+
+class _Windows(_Strict):
+    ends: list[int]
+    loads: Loads
+
+
+class _Routing(_Strict):
+    windows: _Windows | None = None
+    loads: dict[str, list[list[list[int]]]] = {}
+    chance: dict[str, dict[str, list[float]]] = {}
+
+
+class _SetUsage(_Strict):
+    shares: list[float]
+    marks: list[int]
+    classes: dict[str, list[float]]
+
+
+class _Usage(_Strict):
+    """The use of experts; empty for a model without experts."""
+
+    tasks: dict[str, _SetUsage] = {}
+    shared: list[int] = []
+    specialised: list[int] = []
+
+
+class _Matrix(_Strict):
+    tasks: list[str]
+    neurons: int
+    tokens: list[int]
+    places: list[int]
+    values: list[float]
+
+
+class _Group(_Strict):
+    __pydantic_extra__: dict[str, float]
+    questions: int
+
+
+class _Task(_Strict):
+    scores: dict[str, float]
+    questions: int
+    metric: str
+    categories: dict[str, _Group]
+    subjects: dict[str, _Group]
+    correct: dict[str, str]
+    nats_per_byte: dict[str, list[float]] = {}
+
+    @model_validator(mode="after")
+    def _has_metric(self) -> Self:
+        for name, group in {**self.categories, **self.subjects}.items():
+            if self.metric not in (group.model_extra or {}):
+                raise ValueError(f"'{name}' needs '{self.metric}'")
+        return self
+
+
+class _Answer(_Strict):
+    instruction: str
+    input: str
+    answer: str
+
+
+class _Record(_Strict):
+    __pydantic_extra__: dict[str, float | None]
+    step: int
 
 
 class Metrics(_Strict):
@@ -69,18 +163,18 @@ class Metrics(_Strict):
     scores: Scores | None = None
     measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None
     transformed: dict[str, _Transformed] = {}
-    data: dict[str, dict[str, Any]] | None = None
-    model: dict[str, Any] | None = None
-    routing: dict[str, Any] | None = None
-    usage: dict[str, Any] | None = None
-    matrix: dict[str, Any] | None = None
-    tasks: dict[str, dict[str, Any]] | None = None
-    answers: list[dict[str, str]] | None = None
+    data: dict[str, _Rows] | None = None
+    model: _Model | None = None
+    routing: _Routing | None = None
+    usage: _Usage | None = None
+    matrix: _Matrix | None = None
+    tasks: dict[str, _Task] | None = None
+    answers: list[_Answer] | None = None
     chosen: dict[str, str | float] | None = None
     epochs: Curve = []
     dev_curve: Curve = []
     held_out_curve: Curve = []
-    records: Curve | None = None
+    records: list[_Record] | None = None
     curve: list[float | None] = []
     confusion: dict[str, list[list[int]]] | None = None
     classes: list[str] | None = None
@@ -169,6 +263,21 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
         raise ValueError(f"'{missing[0]}' is missing")
     if "scores" in needed and not any((metrics.scores or {}).values()):
         raise ValueError("'scores' has no number")
+    numbers = [pair for record in metrics.records or () for pair in (record.model_extra or {}).items()]
+    nulls = {name for name, value in numbers if value is None}
+    if wrong := nulls - {*_MAY_DIVERGE}:
+        raise ValueError(f"'records' has no number for '{min(wrong)}'")
+    if "settings" in run.spec and metrics.measured:
+        _check_measured(run.spec, metrics.measured)
+
+
+def _check_measured(spec: Mapping[str, Any], measured: Mapping[str, Mapping[str, float]]) -> None:
+    """Check that a measurement has all its candidates, each with the numbers of the others."""
+    baseline = [] if spec["task"]["name"] == "partition" else ["dense"]
+    names = {name for numbers in measured.values() for name in numbers} - {"expected_ratio"}
+    for candidate in (*baseline, *spec["settings"].get("candidates", ())):
+        if missing := names - measured.get(candidate, {}).keys():
+            raise ValueError(f"'measured.{candidate}' needs '{min(missing)}'")
 
 
 def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
