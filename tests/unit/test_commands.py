@@ -153,6 +153,8 @@ def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(rows) == many
         text = call("list", kind)
         assert all(row["name"] in text for row in rows)
+    metrics = json.loads(call("list", "metrics", "--json"))
+    assert all(row.keys() == {"name", "label", "unit", "direction", "tolerance"} for row in metrics)
     suites = json.loads(call("list", "suites", "--json"))
     assert suites == [
         {"name": "domainbed_large", "runs": len(plan(["domainbed"], "domainbed_large")), "benchmarks": ["domainbed"]}

@@ -49,7 +49,7 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
     "tasks": _tasks,
     "models": lambda: _rows(load_models(), "modality", "hub", "package", "timm"),
     "metrics": lambda: [
-        {"name": name, **metric.model_dump(include={"label", "unit", "direction", "judged"})}
+        {"name": name, **metric.model_dump(include={"label", "unit", "direction", "tolerance"})}
         for name, metric in load_metrics().items()
     ],
     "claims": lambda: [{**row, "tests": len(load_claims()[row["name"]].tests)} for row in _rows(load_claims())],
