@@ -50,6 +50,8 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
         ("modularity", ["matrix"], GONE, "'matrix' is missing"),
         ("modularity", ["matrix", "places"], GONE, "'matrix.places': Field required"),
         ("domainbed", ["records", 0, "step"], GONE, "'records.0.step': Field required"),
+        ("domainbed", ["records", 0, "env0_out_acc"], None, "'records.0.env0_out_acc': Input should be a valid number"),
+        ("glue", ["environment", "gpus"], GONE, "'environment.gpus': Field required"),
         ("speed", ["measured", "dense"], GONE, "'measured.dense' needs '"),
         ("speed", ["measured"], GONE, "lacks something"),
     ],
