@@ -48,11 +48,14 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
     """
     for name in ("alembic", "mlflow"):  # they report the creation of tables, and errors with tracebacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    file = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else paths.RESULTS / "mlflow"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with hold(file.with_name(f".{file.name}.lock")):
+    database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+    locked = database or paths.RESULTS / "mlflow"
+    locked.parent.mkdir(parents=True, exist_ok=True)
+    with hold(locked.with_name(f".{locked.name}.lock")):
         for seconds in (_WAIT_SECONDS, 0):  # two mirrors that create the tables of a new database disturb each other
             try:
+                if database and not database.exists():
+                    _create(database)
                 return _mirror(runs, uri, figures or {})
             except ModuleNotFoundError as error:
                 problem = f"{error}; for PostgreSQL: pip install 'emoe[postgres]'"
@@ -63,12 +66,14 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
     raise RunError(without_passwords(f"MLflow at {uri}: {problem}"))
 
 
+def _create(database: Path) -> None:
+    """Create the tables in a file with the permissions of the umask."""
+    with atomic_write(database) as temporary:
+        MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+
+
 def _mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]]) -> dict[str, int]:
     counts = Counter(added=0, replaced=0, unchanged=0)
-    file = Path(uri.removeprefix(_SQLITE))
-    if uri.startswith(_SQLITE) and not file.exists():
-        with atomic_write(file) as temporary:  # with the permissions of the umask
-            MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
     client = MlflowClient(uri)
     for benchmark in dict.fromkeys(run.benchmark for run in runs):
         experiment = _Experiment(client, benchmark, keeps_files=uri.startswith("http"))
