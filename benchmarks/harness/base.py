@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,6 +173,16 @@ def is_held(path: Path) -> bool:
         # filelock writes into the file itself if flock is unknown
         return Path(f"{path}.held").exists() or path.stat().st_size > 0
     return False
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Return the output of git in a checkout.
+
+    Raises:
+        OSError: Git is not installed.
+        CalledProcessError: The folder is no checkout.
+    """
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def derive_seed(*parts: object) -> int:

@@ -28,6 +28,7 @@ from benchmarks.harness.base import (
     DefinitionError,
     RunError,
     atomic_write,
+    git,
     read_json,
     write_json,
     write_text,
@@ -360,17 +361,18 @@ def bless(
     """
     commit = clean_commit(root)
     check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
-    numbers = read_numbers(runs)
+    read = [(run, read_metrics(run)) for run in runs]
+    numbers = numbers_of(read)
     if "" in numbers.machines:
         raise DefinitionError(f"a run below {RUNS} recorded no machine: older code made it; delete it and run it again")
-    by_speed = sorted(runs, key=lambda run: float(read_metrics(run)["cost"]["job_seconds"]), reverse=True)
-    fastest = list({run.benchmark: run for run in by_speed}.values())
-    after, failures = run_again(fastest, say)
+    by_speed = sorted(read, key=lambda pair: float(pair[1]["cost"]["job_seconds"]), reverse=True)
+    fastest = list({run.benchmark: (run, metrics) for run, metrics in by_speed}.values())
+    after, failures = run_again([run for run, _ in fastest], say)
     if failures:
         raise RunError(f"a run failed when it was executed again: {failures[0]}")
     if not after.machines.keys() <= numbers.machines.keys():
         raise DefinitionError("the runs were made on another machine: run the suite again here, or bless it there")
-    comparison = compare(read_numbers(fastest), after, suite)
+    comparison = compare(numbers_of(fastest), after, suite)
     if not comparison.passed:
         say(str(comparison))
         raise DefinitionError("numbers do not repeat, so they cannot be blessed")
@@ -383,13 +385,9 @@ def clean_commit(root: Path = ROOT) -> str:
     Raises:
         DefinitionError: The folder is no checkout, or a file is not committed.
     """
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)results/reference").splitlines()
+        commit = git(root, "rev-parse", "HEAD")
+        changed = git(root, "status", "--porcelain", "--", ".", ":(exclude)results/reference").splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
         raise DefinitionError(f"{root} is no git checkout: blessed numbers belong to a commit") from error
     if changed:

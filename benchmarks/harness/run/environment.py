@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.harness.base import ROOT
+from benchmarks.harness.base import ROOT, git
 from emoe.sparse.build import compiled_kernels
 
 # the packages that can change a number, some only if they are installed
@@ -89,16 +89,6 @@ def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, s
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def git(root: Path, *arguments: str) -> str:
-    """Return the output of git in a checkout.
-
-    Raises:
-        OSError: Git is not installed.
-        CalledProcessError: The folder is no checkout.
-    """
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _git() -> tuple[str | None, bool | None]:
