@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 import pandas as pd
 from annotated_types import Ge, Len, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN, kind_of
@@ -78,14 +78,17 @@ class _Rows(_Strict):
 
     __pydantic_extra__: dict[str, int | str]
     rows: int
+    dropped: int | None = None
     labels: Annotated[dict[str, int], MinLen(1)] | None = None
     range: Annotated[list[float], Len(2, 2)] | None = None
     tokens: int | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
-        if self.labels is None and self.range is None and self.tokens is None:
+        if self.tokens is None and self.labels is None and self.range is None:
             raise ValueError("it needs 'labels', 'range' or 'tokens'")
+        if self.tokens is None and self.dropped is None:
+            raise ValueError("it needs 'dropped'")
         return self
 
 
@@ -114,8 +117,14 @@ class _Usage(_Strict):
     """The use of experts; empty for a model without experts."""
 
     tasks: dict[str, _SetUsage] = {}
-    shared: list[int] = []
-    specialised: list[int] = []
+    shared: list[int] | None = None
+    specialised: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _has_all(self) -> Self:
+        if self.tasks and (self.shared is None or self.specialised is None):
+            raise ValueError("'tasks' needs 'shared' and 'specialised'")
+        return self
 
 
 class _Matrix(_Strict):
@@ -137,7 +146,7 @@ class _Task(_Strict):
     metric: str
     categories: dict[str, _Group]
     subjects: dict[str, _Group]
-    correct: dict[str, str]
+    correct: dict[str, Annotated[str, StringConstraints(pattern="^[01]+$")]]  # a digit for each question
     nats_per_byte: dict[str, list[float]] = {}
 
     @model_validator(mode="after")
