@@ -26,10 +26,9 @@ from benchmarks.multitask.grid import ID_MEAN, MultitaskDefinition
 from benchmarks.multitask.outcomes import INTERVAL, MultitaskOutcomes
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import CLEAN, ID, OOD
-from benchmarks.text.outcomes import CELL
+from benchmarks.text.outcomes import CELL, KEYS
 from benchmarks.text.tables import cost, ood, tests
 
-_KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
 _MEANS = {ID: (ID_MEAN, "in domain"), OOD: (OOD_MEAN, "out of domain")}
 _CHOSEN = "Epoch and learning rate are chosen by the mean score over the tasks on rows that are not reported."
 
@@ -62,7 +61,7 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
         "so an optimistic number. Of the paper nothing but its largest gains is known (T5-Base, N = 32, k = 8 in "
         "domain; status and source in paper.csv): neither its tasks nor its absolute scores, nor whether its gain is "
         f"of a task or a mean, so that it stands here for the reader and not for comparison. {_CHOSEN}",
-        {**_KEYS, "where": "Where", "sets": "Sets", "n": "n"},
+        {**KEYS, "where": "Where", "sets": "Sets", "n": "n"},
         [
             Column("score", "delta", "Δ, mean", interval=("low", "high"), signed=True),
             Column("score", "best", "Δ, best set", interval=("best_low", "best_high"), signed=True),
@@ -99,7 +98,7 @@ def results(outcomes: MultitaskOutcomes) -> Table:
         f"is trained on (OOD), each scored by its own metric; differences to {outcomes.baseline_title} trained on the "
         "same, paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. Rows of "
         f"one task are models that learned it alone. {_CHOSEN} Bold marks the best method, controls apart.",
-        {**_KEYS, "rate": "Learning rate", "n": "n"},
+        {**KEYS, "rate": "Learning rate", "n": "n"},
         [*columns, *(Column(metric, metric) for metric in took)],
         frame,
         group=("model", "task"),
@@ -125,7 +124,7 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
         "the other tasks do harm (negative transfer). p of the paired t-test, and corrected by Holm's procedure over "
         f"the tasks of a row. Δ less {outcomes.baseline_title}'s is how much more a method gains by the other tasks "
         f"than {outcomes.baseline_title} does, by which the paper explains its results; not corrected.",
-        {**_KEYS, "eval_task_title": "Task", "n": "n"},
+        {**KEYS, "eval_task_title": "Task", "n": "n"},
         "score",
         outcomes.transfer,
     )

@@ -20,6 +20,7 @@ from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
 from benchmarks.harness.report.common import (
     SETTING,
     means_by,
+    name_or_count,
     published_delta,
     read_published,
     summarize,
@@ -39,7 +40,6 @@ AVERAGE_OF = f"{_AVERAGE} of "
 # letters of the settings that a figure may have on its axis
 _N_AND_K = "top_k_fraction"
 AXES = {"train_share": "D", _N_AND_K: "k"}
-_FEW = 3  # sets that an average names
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
 _AXIS_VALUES = ["D", "k", "N", "L"]
@@ -164,7 +164,7 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
             index=["method", "seed"], columns="scope", values="value", sort=False
         )
         means = wide.dropna().mean(axis=1).rename("value").reset_index()
-        listed = ", ".join(shared) if len(shared) <= _FEW else f"{len(shared)} {'tasks' if domain == ID else 'pairs'}"
+        listed = name_or_count(shared, "tasks" if domain == ID else "pairs")
         averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=AVERAGE_OF + listed))
     return pd.concat(averages)
 

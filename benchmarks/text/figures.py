@@ -184,7 +184,7 @@ _NOTHING = "this suite runs no row of this ablation"
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
-def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str = "the baseline") -> None:
+def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str) -> None:
     """Draw the difference of each row to its reference: a panel for each model, selection and scope.
 
     Of many scopes, averages are drawn. All panels share one axis. Intervals are 95 %, from three seeds on; crosses are
@@ -425,7 +425,7 @@ def _draw_use(axis: Any, outcomes: Outcomes, used: Mapping[str, Any], *, classes
     lines, labels, marked = [], [], []
     for name, one in sets.items():
         lines.append(one["shares"])
-        labels.append(outcomes.titles["task"].get(name, name))
+        labels.append(outcomes.title("task", name))
         marked.append(one["marks"])
         known = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
         for number, shares in one["classes"].items() if classes else ():

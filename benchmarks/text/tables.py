@@ -390,7 +390,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
         f"together{_PAPERS_RANKS if frame['paper'].notna().any() else ''}. Sets ({len(pairs)}): {', '.join(pairs)}. "
         f"{'; '.join(notes)}. Ranks that are further apart than the critical difference differ by Nemenyi's test at 5 "
         "%.",
-        {"model_title": "Model", "selection": "Selection", "method_title": "Method"},
+        _BY_SELECTION,
         [
             Column("ood_rank", "rank", "Rank", best="rank"),
             Column("sets", "sets", "Sets"),

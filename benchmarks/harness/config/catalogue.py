@@ -132,6 +132,11 @@ def load_models() -> dict[str, ModelEntry]:
     return read(BENCHMARKS / "models.yaml", ModelFile).models
 
 
+def model_title(name: str) -> str:
+    """Return the title of a model, or its name if it has none."""
+    return load_models()[name].title if name in load_models() else name
+
+
 def model_names(modality: str | None) -> list[str]:
     """Return the models for one modality; None is text classification."""
     return [name for name, model in load_models().items() if model.modality == modality]

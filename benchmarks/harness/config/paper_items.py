@@ -6,6 +6,7 @@ import functools
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -239,11 +240,15 @@ def items_text(artifacts: Artifacts) -> str:
     return canonical_json([[output.name, output.part.model_dump(), output.title] for output in outputs_of(artifacts)])
 
 
-def main_files(suite: str) -> list[str]:
-    """List the files of the main averages: a radar, and differences with their intervals."""
+def main_stems(suite: str) -> list[Path]:
+    """List the figures of the main averages without ending: a radar, and differences with their intervals."""
     names = [name for name, item in load_paper_items().items() if item.main]
-    stems = [paths.RESULTS / suite / "paper" / f"{name}{letter}" for name in names for letter in "ab"]
-    return [f"{stem}.{end}" for stem in stems for end in FIGURE_FORMATS]
+    return [paths.RESULTS / suite / "paper" / f"{name}{letter}" for name in names for letter in "ab"]
+
+
+def main_files(suite: str) -> list[str]:
+    """List the files of :func:`main_stems`."""
+    return [f"{stem}.{end}" for stem in main_stems(suite) for end in FIGURE_FORMATS]
 
 
 def main_text() -> str:

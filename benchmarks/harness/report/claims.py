@@ -18,12 +18,12 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
-from benchmarks.harness.config.catalogue import Metric, load_metrics, load_models
+from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
 from benchmarks.harness.config.claims import ClaimTest, Comparison, PaperEffect, load_claims, suites_with
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.common import interval_text
+from benchmarks.harness.report.common import interval_text, name_or_count
 from benchmarks.harness.report.paper import draw_main, main_rows
 from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present
@@ -33,7 +33,6 @@ from benchmarks.harness.results.statistics import holm
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
-_FEW = 3
 _TESTED = ("higher", "lower")  # the directions that a test decides
 _PAIRED = (*_TESTED, "same", "not_lower")  # the directions that compare pair by pair
 _TEXTS = ("contrast", "benchmark", "method", "against", "domain", "metric", "pair", "equivalent")
@@ -174,12 +173,9 @@ def _paper_text(paper: PaperEffect) -> str:
 def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
     """Name the models and tasks of a comparison, and the reason if it has no test."""
     titles = benchmark.kind.task_titles(benchmark.definition, benchmark.tasks)
-    models = [load_models()[name].title if name in load_models() else name for name in evidence.models]
+    models = [model_title(name) for name in evidence.models]
     tasks = [titles.get(name, name) for name in evidence.tasks]
-    remarks = [
-        ", ".join(names) if len(names) <= _FEW else f"{len(names)} {noun}"
-        for names, noun in ((models, "models"), (tasks, "tasks"))
-    ]
+    remarks = [name_or_count(models, "models"), name_or_count(tasks, "tasks")]
     difference = evidence.difference
     if evidence.incomplete:
         remarks.append(f"{_counted(evidence.incomplete, pair)} left out, which lack a part of it")

@@ -317,6 +317,11 @@ def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str])
     return pd.DataFrame({metric: rows["value"].mean() for metric, rows in by_metric.items()}).reset_index()
 
 
+def name_or_count(names: Sequence[str], noun: str) -> str:
+    """List up to three names, or count more of them."""
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} {noun}"
+
+
 def over_seeds(frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     """Average columns of numbers over the rows of each cell, with ``<number>_std`` and the count ``n``."""
     rows = frame.astype(dict.fromkeys(numbers, float)).groupby(list(cell), sort=False)

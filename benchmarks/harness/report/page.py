@@ -21,7 +21,7 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.paper_items import load_paper_items, main_files
+from benchmarks.harness.config.paper_items import load_paper_items, main_stems
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import cards, has_random_weights, sentences
@@ -45,7 +45,8 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     """
     page = _Page(suite, output.parent.absolute())
     names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
-    costs, environments = _costs_and_environments({name: suite.runs_of(name) for name in names})
+    recorded = {name: [_shown_here(run) for run in suite.runs_of(name)] for name in names}
+    costs, environments = _costs_and_environments(recorded)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -54,7 +55,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         version=emoe.__version__,
         claims={} if benchmark else page.claims(),
         shown_names=names,
-        sections=[{**_section(page, name), "cost": costs[name]} for name in names],
+        sections=[{**_section(page, name, recorded[name]), "cost": costs[name]} for name in names],
         most=_MOST_SENTENCES,
         paper=[] if benchmark else page.paper_items(),
         costs=costs,
@@ -115,7 +116,7 @@ class _Page:
     def main_figures(self) -> list[dict[str, str]]:
         """Show the radar and the differences of the main averages; the caption is below the last."""
         item = next(item for item in load_paper_items().values() if item.main)
-        radar, differences = dict.fromkeys(Path(file).with_suffix("") for file in main_files(self.suite.name))
+        radar, differences = main_stems(self.suite.name)
         return [
             self.figure(radar, "", f"{item.title}, radar"),
             self.figure(differences, item.caption or "", f"{item.title}, differences to the dense model"),
@@ -144,7 +145,13 @@ class _Page:
         return rows if any(row["files"] for row in rows) else []
 
 
-def _section(page: _Page, name: str) -> dict[str, Any]:
+def _shown_here(run: Run) -> dict[str, Any]:
+    """Read the parts of a ``metrics.json`` that the page itself shows; tables and figures show the others."""
+    metrics = read_metrics(run)
+    return {part: metrics.get(part, {}) for part in ("data", "cost", "environment")}
+
+
+def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str, Any]:
     benchmark = load_benchmark(name)
     definition, kind = benchmark.definition, benchmark.kind
     runs = page.suite.runs_of(name)
@@ -157,7 +164,7 @@ def _section(page: _Page, name: str) -> dict[str, Any]:
         "suite_note": definition.suites[page.suite.name].note or "",
         "verdicts": presentation.verdicts,
         "note": presentation.note,
-        "data": _data(runs) if kind.counts_labels else [],
+        "data": _data(runs, recorded) if kind.counts_labels else [],
         "training": _training(runs) if kind.optimizer else {},
         "optimiser": kind.optimizer,
         **_tables_and_figures(page, artifacts_of(name), presentation),
@@ -180,11 +187,11 @@ def _tables_and_figures(page: _Page, artifacts: Artifacts, presentation: Present
     }
 
 
-def _data(runs: list[Run]) -> list[dict[str, Any]]:
+def _data(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Count rows and labels of every split of a task; of splits that differ between runs the largest counts."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for run in runs:
-        for part, summary in read_metrics(run)["data"].items():
+    for run, metrics in zip(runs, recorded, strict=True):
+        for part, summary in metrics["data"].items():
             split, _, task = part.partition(":")  # of another set than the run's own, or of one of several
             key = (task or run.spec["task"]["name"], "test" if split == "ood" else split)
             if key in rows and rows[key]["rows"] > summary["rows"]:
@@ -216,16 +223,14 @@ def _training(runs: list[Run]) -> dict[str, str]:
 
 
 def _costs_and_environments(
-    runs: dict[str, list[Run]],
+    recorded: dict[str, list[dict[str, Any]]],
 ) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
     """Sum the costs of each benchmark and of ``all``, and list machines and versions, the commonest first."""
-    machines: Counter[tuple[tuple[str, str], ...]] = Counter()
-    costs: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    for name, run in ((name, run) for name, members in runs.items() for run in members):
-        metrics = read_metrics(run)
-        machines[tuple(_environment(metrics["environment"]).items())] += 1
-        costs[name].append(metrics.get("cost", {}))
+    costs = {name: [metrics["cost"] for metrics in members] for name, members in recorded.items()}
     costs["all"] = [cost for members in costs.values() for cost in members]
+    machines = Counter(
+        tuple(_environment(metrics["environment"]).items()) for members in recorded.values() for metrics in members
+    )
     environments = [{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()]
     return {name: _cost_texts(members) for name, members in costs.items()}, environments
 

@@ -18,19 +18,19 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import atomic_write
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, Artifacts
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.paper_items import (
     MainAverage,
     PaperOutput,
     item_benchmarks,
     load_main_averages,
     load_paper_items,
-    main_files,
+    main_stems,
     outputs_of,
     paper_files,
 )
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.common import SETTING, difference_text
+from benchmarks.harness.report.common import SETTING, difference_text, name_or_count
 from benchmarks.harness.report.plots import (
     REFERENCE,
     STYLE,
@@ -130,7 +130,6 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
 _METHODS = {"dense": "dense", "gmoe": "GMoE", "emoe": "EMoE"}
 _STYLES = {"dense": DENSE, "gmoe": GMOE, "emoe": EMOE}
 _NOTHING = "this suite runs none of the main averages"
-_FEW_TASKS = 3  # whose names are listed
 _LETTERS = string.ascii_uppercase  # of the axes of a radar
 _EXPLANATION, _LABEL = 58, 52  # letters of a line below a radar, and beside a difference
 _RADAR, _LINE = 2.9, 0.135  # inches of a radar with its title, and of a line below it
@@ -173,7 +172,7 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
     ]
     averages = []
     for model, own in rows.groupby("model", sort=False):
-        title = load_models()[model].title if model in load_models() else str(model)
+        title = model_title(str(model))
         wide = own.pivot_table(index=["task", "eval_task", "pair"], columns="method", values="value", aggfunc="mean")
         if of.dense not in wide or not {of.gmoe, of.emoe} & set(wide):
             continue
@@ -200,12 +199,12 @@ def _tasks_text(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
     known = load_benchmark(benchmark)
     titles = known.kind.task_titles(known.definition, known.tasks)
     names = [titles.get(name, name) for name in numbers.index.get_level_values("task").unique()]
-    return f"{', '.join(names) if len(names) <= _FEW_TASKS else f'{len(names)} sets'}; {count_text([pairs], 'pairs')}"
+    return f"{name_or_count(names, 'sets')}; {count_text([pairs], 'pairs')}"
 
 
 def draw_main(rows: pd.DataFrame, folder: Path) -> None:
     """Draw the radar and the differences into a folder."""
-    radar, differences = dict.fromkeys(folder / Path(file).stem for file in main_files(""))
+    radar, differences = (folder / stem.name for stem in main_stems(""))
     if not (rows["whose"] == "ours").any():
         placeholder_figure(radar, _NOTHING)
         placeholder_figure(differences, _NOTHING)
