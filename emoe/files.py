@@ -23,7 +23,7 @@ from emoe.errors import CheckpointError, ConversionError
 STOCK_CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers and templates
-_DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
 Restored = Callable[[nn.Module], set[str]]  # returns the tensors of a model that the caller restores
 
@@ -160,7 +160,7 @@ def model_folder(model: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
+            folder = Path(snapshot_download(model, allow_patterns=DOWNLOADED))
         except (OSError, ValueError) as error:  # the errors of the hub are subclasses
             raise CheckpointError(f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}") from error
     check_loadable(folder)

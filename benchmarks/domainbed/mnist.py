@@ -130,4 +130,4 @@ def _split_round_robin(
     """Shuffle the digits, and split them round-robin: environment i of E takes every E-th, from the i-th on."""
     order = torch.randperm(len(images), generator=random)
     count = len(settings)
-    return [(images[order][i::count], labels[order][i::count], setting) for i, setting in enumerate(settings)]
+    return [(images[order[i::count]], labels[order[i::count]], setting) for i, setting in enumerate(settings)]

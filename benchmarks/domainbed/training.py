@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import emoe
@@ -23,9 +23,15 @@ from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, 
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
+from benchmarks.harness.training.trainer import (
+    RoutedTrainer,
+    finite,
+    loads_by_row,
+    plain_logits,
+    precision_here,
+    quiet_arguments,
+)
 from emoe.layer import routed_layers
-from emoe.records import LayerRecord
 
 
 def expert_information(
@@ -132,10 +138,7 @@ class DomainTrainer:
             logging_nan_inf_filter=False,  # a loss that is no number shall be seen
             dataloader_num_workers=reading_workers(),
         )
-        rows = fixed_rows(next(iter(splits.values())))
-        # of a frozen prefix the images are elsewhere than in their pixels
-        columns = [name for name in rows[0] if name != "labels"]
-        self.probe.observe(classifier.model, {name: torch.stack([row[name] for row in rows]) for name in columns})
+        self.probe.observe(classifier.model, default_collate(fixed_rows(next(iter(splits.values())))))
         self._trainer = _DomainLoop(
             args=arguments,
             order=draws,
@@ -195,7 +198,7 @@ class DomainTrainer:
             self._predict(splits, confusion, record)
         environments = np.repeat(np.arange(len(splits)), [len(rows) for rows in splits])
         classes = np.concatenate([rows.labels for rows in splits])
-        loads = np.stack([_by_image(layer, len(classes)) for layer in record.layers.values()], axis=1)
+        loads = np.stack([loads_by_row(layer, len(classes)) for layer in record.layers.values()], axis=1)
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
         bits = expert_information(loads, classes, environments, seed=self._seed)
@@ -227,14 +230,6 @@ class DomainTrainer:
 def reading_workers() -> int:
     """Return the number of processes that read images: the cores if a GPU computes, else none."""
     return torch.get_num_threads() if torch.cuda.is_available() else 0
-
-
-def _by_image(record: LayerRecord, images: int) -> NDArray[np.int64]:
-    """Return ``[images, experts]`` of a layer whose labels were the images' numbers."""
-    loads = np.zeros((images, record.num_experts), dtype=np.int64)
-    for image, counts in record.by_label.items():
-        loads[image] = counts.numpy()
-    return loads
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

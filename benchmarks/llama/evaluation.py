@@ -6,7 +6,6 @@ import functools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError, first
 from benchmarks.harness.models.loading import DTYPES
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
+from benchmarks.harness.training.trainer import autocast
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.instructions import Instruction
@@ -256,11 +256,6 @@ def held_out_loss(
         total, tokens = total + loss.item(), tokens + int((labels != IGNORED).sum())
     mean = total / tokens
     return mean if math.isfinite(mean) else None
-
-
-def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[Any]:
-    """Use mixed precision on an accelerator if asked."""
-    return torch.autocast(model.device.type, DTYPES["bf16"]) if precision == "bf16" else nullcontext()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import Outcomes, read_published
+from benchmarks.harness.report.common import Outcomes, over_seeds, read_published
 from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.modularity.grid import ModularityDefinition
 from benchmarks.text.definition import TaskEntry
@@ -37,9 +37,7 @@ class ModularityOutcomes(Outcomes):
         numbers = collect(runs).pivot_table(index="run_id", columns="metric", values="value", sort=False)
         rows = pd.DataFrame([_settings(run) for run in runs]).merge(numbers, left_on="run_id", right_index=True)
         self.records = self.rows = self.order(rows, [*PLACE, "num_experts", "method", "seed"])
-        by_cell = self.rows.groupby(CELL, sort=False)
-        means = by_cell[list(numbers)].mean().join(by_cell[list(numbers)].std().add_suffix("_std"))
-        self.means = self.titled(means.join(by_cell.size().rename("n")).reset_index())
+        self.means = self.titled(over_seeds(self.rows, CELL, list(numbers)))
         published = read_published(benchmark)
         scales = [load_metrics()[metric].scale for metric in published["metric"]]
         self.paper = published.assign(value=published["value"].astype(float) / pd.Series(scales, dtype=float))

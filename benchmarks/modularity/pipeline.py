@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding
@@ -22,6 +21,7 @@ from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
 from benchmarks.harness.models.prefix import StatesBelow
 from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.trainer import loads_by_row
 from benchmarks.modularity.activations import (
     concentration,
     dense_magnitudes,
@@ -74,9 +74,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         for name, task in rows.items():
             with emoe.record_routing(model) as record:
                 top.append(neurons_used(model, layer, batches(task, record), "top"))
-            by_row = record.layers[layer].by_label
-            by_expert = np.stack([by_row[row].numpy() for row in range(len(task))])
-            loads[name] = SetLoads(by_expert, splits[name].class_numbers)
+            loads[name] = SetLoads(loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers)
     with below.replaying():
         bottom = [neurons_used(model, layer, batches(task), "bottom") for task in rows.values()]
     order = permutations(model)[layer]

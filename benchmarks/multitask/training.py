@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +18,13 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
-from benchmarks.harness.training.label_mapping import label_mapping
-from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here
+from benchmarks.harness.training.trainer import RoutedTrainer, autocast, precision_here
 from benchmarks.multitask.grid import MultitaskSpec, OtherTask, WrittenTask
 from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
-from benchmarks.text.tokenization import TokenisedRows
+from benchmarks.text.evaluation import score_and_loss
+from benchmarks.text.tokenization import TokenisedRows, batches
 from benchmarks.text.training import Epoch, epoch_arguments
 
 _MEAN = "mean_score"  # over the tasks, on the rows that choose
@@ -113,8 +111,8 @@ class MultitaskTrainer:
             LearnedRows(self._rows(train[name], task), self._answers[name]) for name, task in self._tasks.items()
         ]
         all_rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
-        self._collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
-        self.probe.observe(self._model, self._unlabelled(fixed_rows(all_rows)))
+        collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
+        self.probe.observe(self._model, collate(fixed_rows(all_rows)))
         best = _MEAN if self._training.checkpoint_selection == "best" else None
         arguments = epoch_arguments(
             self._checkpoints, self._precision, self._training, spec, best, remove_unused_columns=False
@@ -133,7 +131,7 @@ class MultitaskTrainer:
             probe=self.probe,
             train_dataset=all_rows,
             eval_dataset=all_rows,  # Trainer asks for one; the scores are of the rows that choose
-            data_collator=self._collate,
+            data_collator=collate,
             callbacks=[progress, self._stopwatch, RetieGates()],
         )
 
@@ -179,27 +177,18 @@ class MultitaskTrainer:
         learned = self._tasks[task.read_as if isinstance(task, OtherTask) else task.name]
         rows = self._rows(split, learned, labelled=False)
         ranked = self._ranked(rows, self._answers[learned.name])
-        read = label_mapping(learned, task, task.name)
         metrics = task.ood_metrics if isinstance(task, OtherTask) else [task.metric]
-        scores: dict[str, float | None] = {name: score(name, ranked, rows.labels, read) for name in metrics}
-        return {**scores, "loss": finite(mean_loss(ranked, rows.labels))} if read.same else scores
+        return score_and_loss(ranked, rows.labels, learned, task, metrics)
 
     def _ranked(self, rows: TokenisedRows, answers: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Compute :func:`log_likelihoods` of all rows, in their order; restores RNG state and train/eval mode."""
-        collate, size, batches = DataCollatorWithPadding(self._tokenizer), self._training.eval_batch_size, []
-        is_mixed = self._precision == "bf16"
-        mixed = torch.autocast(self._model.device.type, torch.bfloat16) if is_mixed else nullcontext()
-        with restore_rng_and_modes(self._model), mixed:
+        collate, ranked = DataCollatorWithPadding(self._tokenizer), []
+        with restore_rng_and_modes(self._model), autocast(self._model, self._precision):
             self._model.eval()
-            for start in range(0, len(rows), size):
-                batch = collate([rows[index] for index in range(start, min(start + size, len(rows)))])
+            for batch in batches(rows, collate, self._training.eval_batch_size):
                 inputs = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-                batches.append(log_likelihoods(self._model, inputs, answers).cpu().numpy())
-        return np.concatenate(batches)
-
-    def _unlabelled(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows without their labels."""
-        return {name: tensor for name, tensor in self._collate(rows).items() if name != "labels"}
+                ranked.append(log_likelihoods(self._model, inputs, answers).cpu().numpy())
+        return np.concatenate(ranked)
 
     def _rows(self, split: TextSplit, task: WrittenTask, *, labelled: bool = True) -> TokenisedRows:
         return TokenisedRows(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.build import Trainable
@@ -32,6 +34,23 @@ def padding_collator(
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return a collator that pads to the longest row; for fp16 to a multiple of 8, as the authors do."""
     return with_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
+
+
+def score_and_loss(
+    logits: NDArray[np.float32], labels: NDArray[Any], trained: RunTask, evaluated: RunTask, metrics: Sequence[str]
+) -> dict[str, float | None]:
+    """Compute metrics of a set, and the mean loss if the set has the classes of the training task.
+
+    Args:
+        logits: The logits or log-likelihoods ``[rows, classes of the training task]``.
+        labels: The labels of the rows, as the set has them.
+        trained: The training task.
+        evaluated: The task of the set.
+        metrics: The names of the metrics.
+    """
+    mapping = label_mapping(trained, evaluated, evaluated.name)
+    scores: dict[str, float | None] = {name: score(name, logits, labels, mapping) for name in metrics}
+    return {**scores, "loss": finite(mean_loss(logits, labels))} if mapping.same else scores
 
 
 class SplitEvaluator:
@@ -67,13 +86,10 @@ class SplitEvaluator:
             split, self._tokenizer, self._max_length, by_length=True, labelled=False, prefix=self._prefix
         )
         evaluated = task or self._task
-        name = evaluated.name
-        with routing.watching(name, split.class_numbers[rows.order]) if routing else nullcontext():
+        with routing.watching(evaluated.name, split.class_numbers[rows.order]) if routing else nullcontext():
             logits = plain_logits(self._trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
-        read = label_mapping(self._task, evaluated, name)
         metrics = task.ood_metrics if task else [self._task.metric]
-        scores: dict[str, float | None] = {name: score(name, logits, rows.labels, read) for name in metrics}
-        return {**scores, "loss": finite(mean_loss(logits, rows.labels))} if read.same else scores
+        return score_and_loss(logits, rows.labels, self._task, evaluated, metrics)
 
 
 class TextEvaluator(SplitEvaluator):

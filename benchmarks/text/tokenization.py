@@ -22,6 +22,7 @@ from benchmarks.text.data import TextSplit
 
 _VERSION = 1
 _ROWS_AT_ONCE = 10_000
+_CALIBRATION_ROWS = 256
 _LENGTHS = "lengths"
 
 
@@ -93,19 +94,18 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
 
 def calibration_batches(
-    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, rows: int = 256
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield ``rows`` rows of a split, the same for every run, as batches without labels for a model."""
-    encoded = TokenisedRows(
-        split.head(min(rows, len(split)), "calibration"),
-        tokenizer,
-        max_length,
-        by_length=True,
-        labelled=False,
-    )
-    collate = DataCollatorWithPadding(tokenizer)
-    for start in range(0, len(encoded), batch_size):
-        yield dict(collate([encoded[i] for i in range(start, min(start + batch_size, len(encoded)))]))
+    """Yield some rows of a split, the same for every run, as batches without labels for a model."""
+    head = split.head(_CALIBRATION_ROWS, "calibration")
+    encoded = TokenisedRows(head, tokenizer, max_length, by_length=True, labelled=False)
+    return batches(encoded, DataCollatorWithPadding(tokenizer), batch_size)
+
+
+def batches(rows: TokenisedRows, collate: DataCollatorWithPadding, size: int) -> Iterator[dict[str, Any]]:
+    """Yield all rows in their order, ``size`` at a time, as a model's inputs."""
+    for start in range(0, len(rows), size):
+        yield dict(collate([rows[index] for index in range(start, min(start + size, len(rows)))]))
 
 
 def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:

@@ -15,7 +15,7 @@ from torch import nn
 import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.results.statistics import CONFIDENCE, PERMUTATIONS, MutualInformation, shuffled_information
-from benchmarks.harness.training.trainer import routing_summary
+from benchmarks.harness.training.trainer import loads_by_row, routing_summary
 from emoe.layer import routed_layers
 
 Loads = NDArray[np.int64]
@@ -181,8 +181,7 @@ class RowRouting:
                 yield
             finally:
                 hook.remove()
-        by_row = record.layers[max(record.layers)].by_label
-        loads = np.stack([by_row[row].numpy() for row in range(len(chosen))])
+        loads = loads_by_row(record.layers[max(record.layers)], len(chosen))
         self._sets[name] = SetLoads(loads, classes[chosen])
         self._summaries[name] = routing_summary(record)
 

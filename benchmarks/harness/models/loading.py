@@ -37,13 +37,12 @@ from benchmarks.harness.sources.local import own_folder
 from benchmarks.harness.sources.packages import package_folder
 from emoe.architectures import find_ffns
 from emoe.errors import CheckpointError
-from emoe.files import Weights, load_stock, one_line
+from emoe.files import DOWNLOADED, Weights, load_stock, one_line
 from emoe.files import read_tensors as read_checkpoint_tensors
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def _locate(model: Mapping[str, Any]) -> Path:
@@ -57,7 +56,7 @@ def _locate(model: Mapping[str, Any]) -> Path:
         return MODELS / model["name"]
     if "package" in model:
         return package_folder(model["package"], model["path"], model["sha256"])
-    return Path(snapshot_download(model["hub"], revision=model.get("revision"), allow_patterns=_DOWNLOADED))
+    return Path(snapshot_download(model["hub"], revision=model.get("revision"), allow_patterns=DOWNLOADED))
 
 
 def load_settings(loader: Any, model: Mapping[str, Any]) -> Any:
@@ -113,14 +112,20 @@ def check_stored(network: nn.Module, folder: Path, name: str) -> None:
     shapes = {key: parameter.shape for key, parameter in network.named_parameters()}  # tied ones once
     stored = Weights(folder)
     names = stored.find(network, shapes)
+    stored_shapes = _shapes(stored)
     for key, shape in shapes.items():
-        if key not in names or _stored_shape(stored, names[key]) != shape:
+        if key not in names or stored_shapes[names[key]] != shape:
             raise DataError(f"{folder} does not hold the weights of '{name}': '{key}' is missing or has another shape")
 
 
-def _stored_shape(stored: Weights, name: str) -> torch.Size:
-    with safe_open(stored.files[name], framework="pt") as file:
-        return torch.Size(file.get_slice(name).get_shape())
+def _shapes(stored: Weights) -> dict[str, torch.Size]:
+    """Read the shapes of all stored tensors, and open each file once."""
+    shapes: dict[str, torch.Size] = {}
+    for path in set(stored.files.values()):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name, its_file in stored.files.items() if its_file == path]
+            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
+    return shapes
 
 
 def _gguf_option(folder: Path) -> dict[str, str]:

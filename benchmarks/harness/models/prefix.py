@@ -163,12 +163,12 @@ def _keep_mode(module: nn.Module, _mode: bool = True) -> nn.Module:
 
 def has_prefix(network: nn.Module) -> bool:
     """Return True if each layer of a network is known to read only the output of the layer before."""
-    return _kind(network) in _BEFORE
+    return model_type(network) in _BEFORE
 
 
 def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
     """Return the paths of the frozen modules, and of parameters outside modules."""
-    kind = _kind(network)
+    kind = model_type(network)
     if kind not in _BEFORE:
         raise DefinitionError(
             f"training.frozen_layers is {layers}, but it is unknown which modules come before the layers of '{kind}'; "
@@ -182,7 +182,8 @@ def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
     return [*(f"{parent}{name}" for name in _BEFORE[kind]), *blocks]
 
 
-def _kind(network: nn.Module) -> str:
+def model_type(network: nn.Module) -> str:
+    """Return transformers' name of an architecture, such as ``bert``, or the class of another network."""
     return str(getattr(getattr(network, "config", None), "model_type", type(network).__name__))
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.harness.base import DefinitionError, derive_seed
 from benchmarks.harness.config.methods import TUNINGS, is_below
+from benchmarks.harness.models.prefix import model_type
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
@@ -105,7 +106,7 @@ def _modules(model: PreTrainedModel, names: list[str]) -> list[str]:
 
 def _add_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int, frozen: Collection[str]) -> LoraModel:
     """Add adapters to a model in place, except to frozen layers, and return them as peft holds them."""
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    kind = model_type(model)
     if kind not in lora["targets"]:
         raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")
     targets = list(lora["targets"][kind])

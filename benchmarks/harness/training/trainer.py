@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import emoe
 from benchmarks.harness.models.build import Trainable, load_trained_, trained_state
@@ -23,7 +25,7 @@ from benchmarks.harness.training.sharding import distribute_optimizer_, gather_o
 from emoe.errors import EMoEError
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
-from emoe.records import RoutingRecord
+from emoe.records import LayerRecord, RoutingRecord
 
 Result = TypeVar("Result")
 
@@ -35,6 +37,11 @@ class TrainedSetError(EMoEError):
 def precision_here(requested: str) -> str:
     """Return the arithmetic of this machine: mixed only on an accelerator."""
     return requested if torch.cuda.is_available() else "fp32"
+
+
+def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[Any]:
+    """Use mixed precision on an accelerator if asked."""
+    return torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
@@ -194,6 +201,14 @@ def routing_summary(record: RoutingRecord) -> dict[str, Any]:
 def plain_logits(predictions: Any) -> NDArray[Any]:
     """Return the logits of a model's output."""
     return cast(NDArray[Any], predictions[0] if isinstance(predictions, tuple) else predictions)
+
+
+def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
+    """Return ``[rows, experts]`` of a layer whose labels were the numbers of the rows."""
+    loads = np.zeros((rows, record.num_experts), dtype=np.int64)
+    for row, counts in record.by_label.items():
+        loads[row] = counts.numpy()
+    return loads
 
 
 def finite(loss: float) -> float | None:
