@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -46,15 +47,12 @@ def imported() -> None:
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Remove after a test what it registered."""
-    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
-    saved = [(names, dict(names)) for names in (ROUTERS, TUNINGS)]
-    with mock.patch.dict(os.environ):  # commands set the data root for the processes that they start
+def registry() -> Iterator[None]:
+    """Remove after a test what it registered, and the variables that commands set for their processes."""
+    with ExitStack() as stack:
+        for names in (architectures._REGISTRY, ROUTERS, TUNINGS, os.environ):
+            stack.enter_context(mock.patch.dict(names))
         yield
-    for names, before in saved:
-        names.clear()
-        names.update(before)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,8 @@ PACS = load_benchmark("domainbed").tasks["pacs"].spec("pacs")
 def write_images(root: Path, name: str, rows: int = 2) -> Path:
     """Write an image set in small: the class is a colour, the environment a stripe."""
     task = load_benchmark("domainbed").tasks[name]
-    return _write(root / task.source.folder, list(task.environments.values()), rows, 40)
-
-
-def write_pacs(root: Path, rows: int = 8, size: int = 40) -> Path:
-    """Write PACS in small."""
-    return _write(root / "PACS", FOLDERS, rows, size)
-
-
-def _write(folder: Path, environments: Sequence[str], rows: int, size: int) -> Path:
-    draw = random.Random(0)
-    for env, environment in enumerate(environments):
+    folder, size, draw = root / task.source.folder, 40, random.Random(0)
+    for env, environment in enumerate(task.environments.values()):
         for number, name in enumerate(CLASSES):
             place = folder / environment / name
             place.mkdir(parents=True)
@@ -46,6 +36,11 @@ def _write(folder: Path, environments: Sequence[str], rows: int, size: int) -> P
                 pixels[env * 4 : env * 4 + 4] = draw.randrange(256)
                 Image.fromarray(pixels).save(place / f"{row:03}.jpg", quality=95)
     return folder
+
+
+def write_pacs(root: Path, rows: int = 8) -> Path:
+    """Write PACS in small."""
+    return write_images(root, "pacs", rows)
 
 
 def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training: Any) -> Run:

@@ -23,6 +23,12 @@ def paper_runs(*benchmarks: str) -> list[Run]:
     return _planned("paper", benchmarks)
 
 
+def paper_spec(benchmark: str, **names: str) -> dict[str, Any]:
+    """Return the first spec of the paper's suite with these names, such as ``task="rte"``."""
+    runs = paper_runs(benchmark)
+    return next(run.spec for run in runs if all(run.spec[key]["name"] == name for key, name in names.items()))
+
+
 def plan_once(patch: pytest.MonkeyPatch) -> None:
     """Plan each suite once, for tests that change no definition."""
     patch.setattr(suites, "plan", lambda benchmarks, suite, exclude: _planned(suite, tuple(benchmarks), tuple(exclude)))
@@ -34,9 +40,9 @@ def smoke_run(benchmark: str, method: str, section: str = "training", **changes:
     return run_from_spec({**spec, section: {**spec[section], **changes}})
 
 
-def evaluations(runs: list[Run], **changes: Any) -> list[Run]:
-    """Return glue_ood's evaluations of these runs in smoke, with another definition."""
+def evaluations(runs: list[Run], suite: str = "smoke", **changes: Any) -> list[Run]:
+    """Return glue_ood's evaluations of these runs in a suite, with another definition."""
     ood = load_benchmark("glue_ood")
     benchmark = Benchmark("glue_ood", ood.definition.model_copy(update=changes), ood.tasks)
-    specs = EVALUATION.specs(benchmark, "smoke", (), lambda _: {run.folder: run.spec for run in runs})
+    specs = EVALUATION.specs(benchmark, suite, (), lambda _: {run.folder: run.spec for run in runs})
     return [run_from_spec(spec) for spec in specs]

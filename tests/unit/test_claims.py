@@ -13,11 +13,12 @@ import pytest
 import yaml
 from scipy import stats
 
-from benchmarks.harness.base import BENCHMARKS, OVERRIDES, RUNS, DefinitionError
+from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DefinitionError
 from benchmarks.harness.config.claims import Claim, Comparison, load_claims, suites_with
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.claims import claims_table, judged, write_claims
 from benchmarks.harness.results.claims import Evidence, Verdict, find_evidence, judge
+from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import holm
 from tests import fake_runs
 from tests.programs import call
@@ -232,7 +233,7 @@ def test_every_test_has_a_row_with_p_corrected_over_the_table(rows: pd.DataFrame
 def test_differences_are_those_of_the_runs_and_the_table_shows_them(suite: Suite, rows: pd.DataFrame) -> None:
     scores: dict[tuple[str, int], float] = {}
     for run in suite.runs_of("glue_lora"):
-        content = json.loads((RUNS / run.folder / "metrics.json").read_text())
+        content = read_metrics(run)
         name, metric = run.spec["task"]["name"], run.spec["task"]["metric"]
         scores[run.spec["method"]["name"], run.spec["seed"]] = content["scores"]["test"][name][metric]
     seeds = sorted({seed for method, seed in scores if method == "lora_emoe"})

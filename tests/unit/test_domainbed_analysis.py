@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from benchmarks.domainbed.protocol import (
     standard_error,
     training_domain_validation,
 )
-from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import suite as planning
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.config.suite import find_part, load_suite
+from benchmarks.harness.results.records import read_metrics
 from tests.fake_runs import write_runs
 from tests.image_sets import pacs_run
 
@@ -145,12 +144,7 @@ def test_the_best_draw_is_reported_and_named(here: Path) -> None:
     found = outcomes(chosen).cells
     assert set(found["selection"]) == {"training", "leave_one_out", "oracle"}
     assert len(set(found["hparams_seed"])) > 1
-    metrics = {
-        (tuple(run.spec["test_envs"]), run.spec["hparams_seed"]): json.loads(
-            (paths.RUNS / run.folder / "metrics.json").read_text()
-        )["records"]
-        for run in chosen
-    }
+    metrics = {(tuple(run.spec["test_envs"]), run.spec["hparams_seed"]): read_metrics(run)["records"] for run in chosen}
     for row in found[found["selection"] == "oracle"].itertuples():
         env = ["A", "C", "P", "S"].index(row.env)
         last = {h: records[-1][f"env{env}_out_acc"] for (envs, h), records in metrics.items() if envs == (env,)}

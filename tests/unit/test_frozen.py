@@ -35,7 +35,7 @@ from benchmarks.text.evaluation import TextEvaluator
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 from tests.instruction_runs import tiny_run, write_rows
-from tests.planned import paper_runs
+from tests.planned import paper_spec
 from tests.tiny_hub import write_data, write_models
 
 FROZEN = {"frozen_layers": 2}
@@ -59,11 +59,7 @@ def workdir(roots: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def text_run(method: str, model: str = "bert-base-cased", **training: Any) -> Run:
-    spec = next(
-        run.spec
-        for run in paper_runs("glue")
-        if (run.spec["task"]["name"], run.spec["model"]["name"], run.spec["method"]["name"]) == ("rte", model, method)
-    )
+    spec = paper_spec("glue", task="rte", model=model, method=method)
     return run_from_spec(
         {
             **spec,

@@ -10,7 +10,7 @@ import emoe
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, RUNS, DataError
 from benchmarks.harness.config.runs import run_from_spec
 from tests.executed import recorded
-from tests.planned import paper_runs
+from tests.planned import paper_spec
 from tests.text_sets import GLUE
 from tests.tiny_hub import write_data, write_glue_x, write_models
 
@@ -34,11 +34,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_every_task_trains_and_evaluates(task: str) -> None:
     place = GLUE.index(task)
     model, method = ("bert-base-cased", "gpt2")[place % 2], ("emoe", "emoe_learn")[place // 2 % 2]
-    spec = next(
-        run.spec
-        for run in paper_runs("glue")
-        if (run.spec["task"]["name"], run.spec["model"]["name"], run.spec["method"]["name"]) == (task, model, method)
-    )
+    spec = paper_spec("glue", task=task, model=model, method=method)
     assert spec["training"]["epochs"] == (3 if task in ("mnli", "qqp", "qnli") else 10)
     assert spec["method"]["config"]["num_experts"] == 64
     assert spec["method"]["config"]["top_k"] == 16
@@ -52,12 +48,7 @@ def test_every_task_trains_and_evaluates(task: str) -> None:
 
 
 def test_calibration_and_running_gates_reach_the_library(monkeypatch, capfd) -> None:
-    spec = next(
-        run.spec
-        for run in paper_runs("glue")
-        if (run.spec["task"]["name"], run.spec["model"]["name"]) == ("rte", "bert-base-cased")
-        and run.spec["method"]["name"] == "emoe_published"
-    )
+    spec = paper_spec("glue", task="rte", model="bert-base-cased", method="emoe_published")
     assert spec["method"]["config"]["capacity_factor"] == 1.5
     config = {**spec["method"]["config"], "partition": "coactivation", "gate_momentum": 0.9}
     spec = {**spec, "method": {**spec["method"], "config": config}, "training": {**spec["training"], "epochs": 1}}
@@ -75,7 +66,7 @@ def test_calibration_and_running_gates_reach_the_library(monkeypatch, capfd) -> 
 
 def test_a_model_that_is_nowhere_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(MODEL_ROOT)
-    run = next(run for run in paper_runs("glue") if run.spec["task"]["name"] == "cola")
+    run = run_from_spec(paper_spec("glue", task="cola"))
     with pytest.raises(DataError, match="could not load the model 'google-bert/bert-base-cased'") as caught:
         recorded(run)
     assert "model_root" in str(caught.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from scipy import stats
 from sklearn import metrics
 
 import emoe
-from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
@@ -24,8 +22,9 @@ from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.tokenization import TokenisedRows
 from emoe.layer import routed_layers
+from tests import fake_runs
 from tests.executed import recorded, reopened
-from tests.planned import paper_runs
+from tests.planned import evaluations, paper_runs
 from tests.text_sets import MEANING, TASKS
 from tests.tiny_hub import write_data, write_glue_x, write_models
 
@@ -67,11 +66,6 @@ def trainings(
     ]
 
 
-def evaluations(runs: list[Run]) -> list[Run]:
-    specs = EVALUATION.specs(GLUE_OOD, "paper", (), lambda name: {run.folder: run.spec for run in runs})
-    return [run_from_spec(spec) for spec in specs]
-
-
 PAIRS = [
     (name, other) for name in TASKS for other in TASKS[name]["ood"] if "vader_sentiment" not in TASKS[other]["source"]
 ]
@@ -85,7 +79,7 @@ def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str
     method = "lora_emoe" if task in ("cola", "mnli", "rte") else "lora_gmoe"
     runs = trainings(model, task, method)
     trained = recorded(runs[0])
-    (evaluation,) = evaluations(runs)
+    (evaluation,) = evaluations(runs, "paper")
     found = recorded(evaluation)
     assert set(found["scores"]["ood"]) == {other for name, other in PAIRS if name == task}
     assert found["chosen"]["run"] == runs[0].folder
@@ -123,12 +117,10 @@ def test_the_chosen_runs_of_all_seeds_are_evaluated(workdir: Path) -> None:
     rates = sorted({run.spec["learning_rate"] for run in runs})
     # made-up dev scores: one rate has the best single run, the other the best mean over seeds
     for run in runs:
-        path = RUNS / run.folder / "metrics.json"
-        content = json.loads(path.read_text())
         values = {(rates[0], 0): 0.9, (rates[0], 1): 0.5, (rates[1], 0): 0.8, (rates[1], 1): 0.8}
-        content["scores"]["dev"]["mrpc"]["accuracy_f1"] = values[run.spec["learning_rate"], run.spec["seed"]]
-        path.write_text(json.dumps(content))
-    for evaluation in evaluations(runs):
+        value = values[run.spec["learning_rate"], run.spec["seed"]]
+        fake_runs.edit(run, lambda content, value=value: content["scores"]["dev"]["mrpc"].update(accuracy_f1=value))
+    for evaluation in evaluations(runs, "paper"):
         chosen = recorded(evaluation)["chosen"]
         assert chosen["learning_rate"] == rates[1]
         assert f"-s{evaluation.spec['seed']}-" in chosen["run"]
@@ -139,7 +131,7 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
 ) -> None:
     runs = trainings("bert-large-cased", "rte", "lora_emoe")
     recorded(runs[0])
-    (evaluation,) = evaluations(runs)
+    (evaluation,) = evaluations(runs, "paper")
     kept = RUNS / runs[0].folder / "model" / "trained.safetensors"
     whole = kept.read_bytes()
 
@@ -228,7 +220,7 @@ def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
 def test_a_three_way_model_is_evaluated_on_hans(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runs = trainings("bert-large-cased", "mnli", "lora")
     recorded(runs[0])
-    (evaluation,) = evaluations(runs)
+    (evaluation,) = evaluations(runs, "paper")
     found = recorded(run_from_spec({**evaluation.spec, "ood": [GLUE_OOD.tasks["hans"].spec("hans")]}))
     assert set(found["scores"]["ood"]["hans"]) == {"accuracy"}  # no loss: the classes are others
     assert 0 <= found["scores"]["ood"]["hans"]["accuracy"] <= 1

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 
 import pandas as pd
 import pytest
 import yaml
 
-from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
@@ -19,7 +17,7 @@ from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import categories, paper, results, subjects, verdicts
 from benchmarks.llama.presentation import tests as paired_tests
 from emoe.layer_numbers import resolve_layers
-from tests.fake_runs import SUBJECTS, write_runs
+from tests.fake_runs import SUBJECTS, edit, write_runs
 from tests.planned import paper_runs
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -147,11 +145,8 @@ def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
 
 def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) -> None:
     diverged = next(run for run in runs if run.spec["finetuning"] == "lora")
-    path = paths.RUNS / diverged.folder / "metrics.json"
-    found = json.loads(path.read_text())
-    found["scores"]["dev"]["alpaca_demo"]["loss"] = None
-    found["curve"] = [3.0, None, None]
-    path.write_text(json.dumps(found))
+    edit(diverged, lambda found: found["scores"]["dev"]["alpaca_demo"].update(loss=None))
+    edit(diverged, lambda found: found.update(curve=[3.0, None, None]))
     frame = results(InstructionOutcomes(LLAMA, runs)).frame
     assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
     assert not math.isnan(frame.loc[2, "loss"])  # that of the other seed

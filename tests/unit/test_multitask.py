@@ -27,7 +27,7 @@ from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare
-from tests.planned import paper_runs, smoke_run
+from tests.planned import paper_spec, smoke_run
 from tests.text_sets import write_glue, write_own
 from tests.tiny_hub import write_seq2seq
 
@@ -171,11 +171,7 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
         write_own(data, name)
     monkeypatch.setenv(MODEL_ROOT, str(models))
     monkeypatch.setenv(DATA_ROOT, str(data))
-    spec = next(
-        run.spec
-        for run in paper_runs("multitask")
-        if (run.spec["task"]["name"], run.spec["method"]["name"]) == ("nli", "emoe")
-    )
+    spec = paper_spec("multitask", task="nli", method="emoe")
     read_as = {other["name"]: other["read_as"] for other in spec["ood"]}
     assert read_as == {"snli": "mnli", "sick_entailment": "mnli", "scitail": "rte", "hans": "rte"}
     config = spec["method"]["config"]

@@ -24,6 +24,7 @@ import emoe
 from emoe.layer import routed_layers
 from tests import tiny_models
 from tests.classifiers import METHODS, SIZES, SOME, bert, logits, rows
+from tests.converted import without_dropout
 
 # plain gradient descent over the rows in their order
 BY_HAND = {
@@ -155,13 +156,6 @@ def test_what_is_pushed_has_the_sidecars_beside_the_weights(tmp_path: Path, monk
 
 
 BALANCED = emoe.EMoEConfig(**SOME, aux_loss_coefficient=5.0)
-
-
-def without_dropout(model: Any) -> Any:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def build(cls: type) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.config.yaml import read_yaml
 from benchmarks.harness.models.conversion import apply_method_, use_as_
 from benchmarks.harness.models.loading import load_backbone
-from benchmarks.harness.results.records import collect
+from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
@@ -71,7 +70,7 @@ def test_a_row_that_nothing_trains_is_of_the_runs_of_another(workdir: Path) -> N
     seeds = ablated.seeds[(ablated.seeds["method"] == "vanilla2emoe") & (ablated.seeds["domain"] == "id")]
     for seed, value in zip(seeds["seed"], seeds["value"], strict=True):
         (run,) = [run for run in runs if run.spec["seed"] == seed and run.spec["method"]["name"] == "vanilla"]
-        recorded = json.loads((RUNS / run.folder / "metrics.json").read_text())["transformed"]["vanilla2emoe"]
+        recorded = read_metrics(run)["transformed"]["vanilla2emoe"]
         assert value == recorded["scores"]["test"]["tweets"]["balanced_accuracy"]
     assert seeds["seed"].nunique() == 2
     origins = ablated.origins
@@ -87,10 +86,12 @@ def test_they_are_read_and_checked_with_the_run(workdir: Path) -> None:
     parts = records[records["part"].str.contains(" as ")]
     assert set(parts["part"]) == {f"{part} as vanilla2emoe" for part in ("test", "ood", "ood_mean")}
     assert set(parts.loc[parts["is_score"], "metric"]) == {"balanced_accuracy", "score"}
-    file = RUNS / run.folder / "metrics.json"
-    content = json.loads(file.read_text())
-    content["transformed"]["vanilla2emoe"]["scores"]["test"]["tweets"]["balanced_accuracy"] = 17.0
-    file.write_text(json.dumps(content))
+    fake_runs.edit(
+        run,
+        lambda content: content["transformed"]["vanilla2emoe"]["scores"]["test"]["tweets"].update(
+            balanced_accuracy=17.0
+        ),
+    )
     with pytest.raises(DataError, match=r"test as vanilla2emoe tweets balanced_accuracy is 17\.0"):
         collect([run])
 
