@@ -4,7 +4,7 @@
 # pip's torch comes with CUDA; a smaller image for CPUs: --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 FROM python:3.11-slim-trixie
 
-# git knows the version and which commit made a number; g++ compiles the sparse path's kernels
+# git knows which commit made a number; g++ compiles the sparse path's kernels
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git \

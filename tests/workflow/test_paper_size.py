@@ -1,4 +1,4 @@
-"""Test the suite `paper` at its whole size with made-up results: its graph, tables, figures, report and mirror.
+"""Test the suite `paper` at its whole size with made-up results: its graph, tables, figures and report.
 
 It takes minutes: `make test-paper-size` and the nightly workflow run it.
 """
