@@ -20,7 +20,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        suite_outputs(SUITE),
+        lambda wildcards: suite_outputs(SUITE),
     message:
         f"The suite is complete: results/{SUITE.name}/report.html"
 

@@ -14,12 +14,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from benchmarks.harness.base import CONFIG
 from benchmarks.harness.run.forkserver import ask, serve
 from emoe.errors import EMoEError
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # the machine's fault, not the suite's: no permission, a full disk, too many open files
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 _KINDS = ("suites", "benchmarks", "methods", "tasks", "models", "metrics", "claims", "paper")
+_SUITES = sorted(path.stem for path in CONFIG.glob("*.yaml") if path.stem not in _KINDS)
 # both libraries report each use to their makers, unless the user decides; they read this when they are imported
 for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
@@ -47,6 +49,8 @@ _threads = click.option("--threads", type=click.IntRange(min=1), default=1, show
 @click.version_option(package_name="emoe", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run, collect, compare and publish benchmark runs."""
+    import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
+
     if not {"-h", "--help"} & set(sys.argv):  # a plugin may import torch, which takes seconds
         from benchmarks.harness.config.methods import import_plugins
 
@@ -54,20 +58,23 @@ def cli() -> None:
 
 
 @cli.command("list")
-@click.argument("kind", type=click.Choice(_KINDS), required=False)
+@click.argument("kind", type=click.Choice([*_KINDS, *_SUITES]), metavar="[KIND|SUITE]", required=False)
 @_suite
 @_json
 def list_command(kind: str | None, suite: str, as_json: bool) -> None:
     """List suites, benchmarks, methods, tasks and more.
 
-    Without a KIND, how much there is of each. `paper` lists the paper's tables and figures with their files of a suite.
+    Without a KIND, how much there is of each; with the name of a suite, its runs. `paper` lists the paper's tables and
+    figures with their files of `--suite`.
     """
-    from benchmarks.harness.config.listing import LISTS, overview
+    from benchmarks.harness.config.listing import LISTS, overview, suite_rows
 
     if kind == "paper":
         from benchmarks.harness.report.paper import paper_index
 
         rows = paper_index(_load_suite(suite))
+    elif kind in _SUITES:
+        rows = suite_rows(_load_suite(kind).runs)
     else:
         rows = LISTS[kind]() if kind else overview()
     if as_json:
@@ -355,15 +362,6 @@ def rebuild(name: str, output: Path) -> None:
 
 
 @cli.command()
-def questions() -> None:
-    """Write MMLU-dev as tasks of lm-eval."""
-    from benchmarks.llama.questions import MMLU_DEV, mmlu_dev_file, write_mmlu_dev
-
-    folder = mmlu_dev_file(MMLU_DEV).parent
-    click.echo(f"wrote {write_mmlu_dev(folder)} questions to {folder}", err=True)
-
-
-@cli.command()
 @click.argument("spec")
 @click.option("--output", type=_PATH, required=True, help="Receipt that names the cached partition.")
 @_threads
@@ -374,26 +372,21 @@ def partition(spec: str, output: Path, threads: int) -> None:
     partition_to_cache(spec, output, threads=threads)
 
 
-@cli.command("validate-images")
-@click.argument("spec")
-@click.option("--output", type=_PATH, required=True, help="Counts; a grid of samples is put beside them.")
-@_threads
-def validate_images(spec: str, output: Path, threads: int) -> None:
-    """Open every image of a set (JSON)."""
-    import torch
-
-    from benchmarks.domainbed.validation import validate_to_file
-
-    torch.set_num_threads(threads)
-    validate_to_file(json.loads(spec), output)
-
-
 @cli.command("serve", hidden=True)
 @click.argument("listener", type=int)
-@click.argument("modules", nargs=-1)
-def serve_command(listener: int, modules: tuple[str, ...]) -> None:
-    """Import MODULES and fork for each command that a workflow sends to the socket LISTENER, until the input ends."""
-    serve(socket.socket(fileno=listener), modules, _status)
+@click.argument("names", nargs=-1)
+def serve_command(listener: int, names: tuple[str, ...]) -> None:
+    """Import the pipelines of benchmarks and fork for each command that a workflow sends to the socket LISTENER."""
+
+    def import_all() -> None:
+        import benchmarks.harness.report.page
+        import benchmarks.harness.run.execution  # noqa: F401
+        from benchmarks.harness.config.benchmark import load_benchmark
+
+        for name in names:
+            load_benchmark(name).pipeline()
+
+    serve(socket.socket(fileno=listener), import_all, _status)
 
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
@@ -406,12 +399,12 @@ def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
     return loaded
 
 
-def _check_finished(suite: Suite, benchmarks: Sequence[str], part: str | None = None, which: str = "") -> None:
+def _check_finished(suite: Suite, benchmarks: Collection[str], part: str | None = None, which: str = "") -> None:
     """Raise an error that counts the missing runs, instead of one that names the first."""
     from benchmarks.harness.results.records import check_finished
 
     runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
-    of = f"{part or benchmarks[0]} in " if len(benchmarks) == 1 else ""
+    of = f"{part or next(iter(benchmarks))} in " if len(benchmarks) == 1 else ""
     check_finished(runs, f"of {of}the suite {suite.name}{which}", f"make run SUITE={suite.name}")
 
 
@@ -422,8 +415,15 @@ def _echo_json(content: object) -> None:
 def _echo_table(rows: Sequence[Mapping[str, object]]) -> None:
     from tabulate import tabulate
 
-    cells = [[", ".join(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
     click.echo(tabulate(cells, headers=list(rows[0]), tablefmt="simple"))
+
+
+def _cell(value: object) -> object:
+    """Shorten a long list to its first values and its length."""
+    if not isinstance(value, list):
+        return value
+    return ", ".join(value) if len(value) <= 12 else f"{', '.join(value[:4])}, … ({len(value)})"
 
 
 def _status(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
 import emoe
 from benchmarks.harness.base import DATA_ROOT
 from benchmarks.harness.config.methods import TUNINGS

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.domainbed.grid import validation_job
+from benchmarks.domainbed.definition import validation_job
 from benchmarks.harness.base import RUNS
-from benchmarks.harness.config.runs import Run, plan
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.evaluation import task_title
+from tests.planned import plan
 
 SUBJECTS = {"anatomy": 40, "astronomy": 40, "virology": 20}
 _ENVIRONMENT: dict[str, Any] = {

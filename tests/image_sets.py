@@ -14,8 +14,8 @@ from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.images import ImageSet
 from benchmarks.domainbed.validation import load_set
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import Run, plan, run_from_spec
-from tests.planned import paper_runs
+from benchmarks.harness.config.runs import Run, run_from_spec
+from tests.planned import paper_runs, plan
 
 FOLDERS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe")

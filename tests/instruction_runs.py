@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.base import DATA_ROOT
-from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.llama import evaluation
+from tests.planned import plan
 
 ROWS = [
     {

@@ -212,7 +212,7 @@ def write_saved(
 
 def task(name: str) -> RunTask:
     """Return a task of glue as a run has it."""
-    return load_benchmark("glue").tasks[name].as_run(name)
+    return load_benchmark("glue").tasks[name]
 
 
 def write_rows(

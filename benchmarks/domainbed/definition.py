@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import Entry, Precision, Training, TrainingDefinition, TrainingSuite
+from benchmarks.domainbed.protocol import BASELINE, sweep_seed
+from benchmarks.harness.base import IMAGES
+from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Precision, Training, TrainingPart
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
-from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.runs import Job, RunSpec
 from benchmarks.harness.config.yaml import (
     UNIQUE,
     AsGiven,
@@ -104,8 +108,8 @@ class ImageBlock(VariantAxes):
     """DomainBed's trial_seed: other splits, other draws."""
 
 
-class ImageSuite(TrainingSuite):
-    """One suite's part of the benchmark."""
+class ImagePart(TrainingPart):
+    """The benchmark's part of a suite."""
 
     training: Annotated[dict[str, Any], Changes(ImageTraining)] = Field({})
     """Settings that differ in this suite."""
@@ -113,7 +117,7 @@ class ImageSuite(TrainingSuite):
     """Blocks of runs; each is the product of its lists."""
 
 
-class ImageDefinition(TrainingDefinition):
+class ImageDefinition(MethodsDefinition):
     """A benchmark that trains on some environments of an image set and is judged on those held out, by DomainBed's
     protocol.
     """
@@ -125,12 +129,10 @@ class ImageDefinition(TrainingDefinition):
     """
     set_tables: list[str]
     """The tables of each set."""
-    set_figures: dict[str, str]
-    """The figures of each set, with their captions."""
+    set_figures: list[str]
+    """The figures of each set."""
     training: ImageTraining
     """The training of every run; a suite may change it."""
-    suites: dict[Key, ImageSuite]
-    """Runs by suite."""
 
 
 class ImageSource(AsGiven):
@@ -253,3 +255,45 @@ class ImageSpec(RunSpec):
     """The training."""
     data_seed: int
     """Splits and draws of DomainBed's data."""
+
+
+COST_COLUMNS = ("model", "set", "method", "metric")  # of published costs, before value, status and source
+
+
+def held_out_names(spec: Mapping[str, Any]) -> list[str]:
+    """Return the names of the environments that a run holds out."""
+    names = [name for name, _ in spec["task"]["environments"]]
+    return [names[env] for env in spec["test_envs"]]
+
+
+@dataclass(frozen=True)
+class ValidationJob(Job):
+    """Open every image of a set before anything is trained on it."""
+
+    benchmark: str
+    task: dict[str, Any]
+    data_seed: int
+    image_size: int
+    truncated: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.task['name']}-{self.image_size}px-{self.digest}"
+
+    @property
+    def file(self) -> str:
+        """Return the path of its counts."""
+        return str(IMAGES / f"{self.id}.json")
+
+    @property
+    def picture(self) -> str:
+        """Return the path of its grid of samples."""
+        return str(IMAGES / f"{self.id}.png")
+
+
+def validation_job(spec: Mapping[str, Any]) -> ValidationJob:
+    """Return the validation that a run waits for."""
+    task, training = spec["task"], spec["training"]
+    # samples of MNIST's variants, which every run shuffles anew, are those of the first trial
+    seed = sweep_seed(task["domainbed"], BASELINE, [0], 0, 0)
+    return ValidationJob(spec["benchmark"], task, seed, training["image_size"], training["truncated"])

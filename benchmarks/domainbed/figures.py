@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.domainbed.grid import held_out_names, validation_job
+from benchmarks.domainbed.definition import held_out_names, validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base import DataError
 from benchmarks.harness.config.runs import Run
@@ -62,7 +62,7 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     job = next(validation_job(run.spec) for run in outcomes.runs if run.spec["task"]["name"] == name)
     picture = Path(job.picture)
     if not picture.exists():
-        raise DataError(f"{picture} does not exist; get it with `snakemake --cores 1 {picture}`")
+        raise DataError(f"{picture} does not exist; delete {job.file} and a run of the set, which makes both again")
     grid = np.asarray(Image.open(picture))
     labels: list[str] = json.loads(Path(job.file).read_text())["samples"]
     with mpl.rc_context({**STYLE, "axes.grid": False}):

@@ -7,9 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.protocol import SELECTIONS, Chosen, RunRecords
-from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
@@ -31,9 +30,9 @@ class DomainOutcomes(Outcomes):
             have.
     """
 
-    benchmark: Benchmark[ImageDefinition, SetEntry]
+    benchmark: AnyBenchmark
 
-    def __init__(self, benchmark: Benchmark[ImageDefinition, SetEntry], runs: Sequence[Run]) -> None:
+    def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
         selections = {name: title for name, (title, _) in SELECTIONS.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
         super().__init__(benchmark, runs, CELL, selection=selections, set=sets)

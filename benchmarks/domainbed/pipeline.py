@@ -15,13 +15,14 @@ from benchmarks.domainbed.batches import (
     augmented,
     plain,
 )
-from benchmarks.domainbed.definition import ImageSpec
+from benchmarks.domainbed.definition import ImageSpec, validation_job
 from benchmarks.domainbed.images import ImageSet, plain_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
-from benchmarks.domainbed.validation import counts, load_set
+from benchmarks.domainbed.validation import counts, load_set, validate_once
 from benchmarks.harness.base import DataError, derive_seed, write_text
-from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.sets import ALL, SetPart
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_image_classifier
 from benchmarks.harness.models.prefix import Prefix
@@ -43,6 +44,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """
     read = parse(spec, ImageSpec, str(folder / "run.json"))
     training, hparams, held_out = read.training, read.hparams, read.test_envs
+    validate_once(validation_job(spec))
     image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
     progress.say(f"{image_set.source}\n{counts(image_set)}")
     entry, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, image_set.environments))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from benchmarks.domainbed.batches import augmented, load_pixels, plain, visible
-from benchmarks.domainbed.definition import RunSet
+from benchmarks.domainbed.definition import RunSet, ValidationJob
 from benchmarks.domainbed.images import REFUSE, Environment, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
-from benchmarks.harness.base import DataError, atomic_write, derive_seed, write_json
+from benchmarks.harness.base import DataError, atomic_write, derive_seed, hold, write_json
 from benchmarks.harness.config.yaml import parse
 
 
@@ -40,22 +40,23 @@ def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
 _SHOWN = 10  # damaged images that a message names
 
 
-def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
-    """Validate a set: write its counts, and a grid of samples beside them (``.png``).
-
-    Args:
-        job: A :class:`~benchmarks.domainbed.grid.ValidationJob` as plain values.
-        output: The path of the JSON file.
+def validate_once(job: ValidationJob) -> None:
+    """Validate a set unless another run has done so: write its counts, and a grid of samples. Other runs wait.
 
     Raises:
         DataError: The set is missing or damaged.
     """
-    image_set = load_set(parse(job["task"], RunSet, "the set"), job["data_seed"], truncated=job["truncated"])
-    summary = validate_dataset(image_set)
-    names, grid = sample_grid(image_set, job["image_size"])
-    with atomic_write(output.with_suffix(".png")) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "png")
-    write_json(output, {**job, **summary, "samples": names})
+    output = Path(job.file)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with hold(output.with_suffix(".lock")):
+        if output.exists():
+            return
+        image_set = load_set(parse(job.task, RunSet, "the set"), job.data_seed, truncated=job.truncated)
+        summary = validate_dataset(image_set)
+        names, grid = sample_grid(image_set, job.image_size)
+        with atomic_write(Path(job.picture)) as temporary:
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "png")
+        write_json(output, {**asdict(job), **summary, "samples": names})
 
 
 def validate_dataset(image_set: ImageSet) -> dict[str, Any]:

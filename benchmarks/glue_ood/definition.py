@@ -9,7 +9,7 @@ from pydantic import Field
 from benchmarks.harness.config.benchmark import Definition, MethodsDefinition, SuitePart
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
-from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, left_out
+from benchmarks.harness.config.yaml import UNIQUE, Count, Strict, left_out
 from benchmarks.text.definition import Ablated, Protocol, RunTask
 
 
@@ -24,8 +24,8 @@ class Evaluation(Strict):
     """Rows of every set, drawn once and for all; null for all."""
 
 
-class EvaluationSuite(SuitePart):
-    """One suite's part of the benchmark."""
+class EvaluationPart(SuitePart):
+    """The benchmark's part of a suite."""
 
     evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = Field({})
     """Settings that differ in this suite."""
@@ -35,16 +35,12 @@ class EvaluationFile(Definition, Ablated):
     """A benchmark that trains nothing. It evaluates the chosen runs of another on their task and on the OOD sets of
     it."""
 
-    figures: dict[str, str]
-    """The figures that it draws, each with its caption."""
     evaluates: str
     """The benchmark whose runs are evaluated; it keeps their weights. Methods, baseline and tasks are its."""
     ranked: Annotated[list[str], Field(min_length=2), UNIQUE]
     """Methods that are ranked together; a rank means something among them only."""
     evaluation: Evaluation
     """The evaluation of every set; a suite may change it."""
-    suites: dict[Key, EvaluationSuite]
-    """Runs by suite; every run of the other benchmark in that suite takes part."""
 
 
 class EvaluationDefinition(EvaluationFile, MethodsDefinition):

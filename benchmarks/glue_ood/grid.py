@@ -2,131 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, Self
 
-from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile
-from benchmarks.harness.base import RUNS, DefinitionError
+from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import (
-    Benchmark,
     Definition,
     MethodsDefinition,
     Offer,
+    Part,
     benchmark_names,
-    kind_of,
     load_benchmark,
-    resolve_methods,
     text_tokens,
 )
 from benchmarks.harness.config.methods import ABLATION
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite_file import suite_parts
 from benchmarks.harness.config.yaml import check_names, parse
-from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import TextKind, TextSets, check_ablations, transformed_rows
+from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
 
 
-class EvaluationKind(TextSets[EvaluationDefinition]):
+class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     """Evaluate the chosen runs of another benchmark on the OOD sets of their tasks."""
 
-    files = (("glue_ood", EvaluationFile),)
+    definition_model, part_model = EvaluationFile, EvaluationPart
 
-    def load(self, content: object, file: Path) -> tuple[EvaluationDefinition, Mapping[str, TaskEntry]]:
+    @classmethod
+    def load(cls, name: str, content: object, file: Path) -> Self:
         own_file = parse(content, EvaluationFile, str(file))
-        trained = [name for name in benchmark_names() if isinstance(kind_of(name), TextKind)]
-        check_names(f"{file}: '", "evaluates", [own_file.evaluates], trained)
+        check_names(f"{file}: '", "evaluates", [own_file.evaluates], benchmark_names())
         other = load_benchmark(own_file.evaluates)
-        taken = {
+        if not isinstance(other, TextBenchmark):
+            raise DefinitionError(f"{file}: 'evaluates' is '{other.name}', which trains no text classifiers")
+        shared = {
             key: getattr(other.definition, key)
             for key in MethodsDefinition.model_fields
             if key not in Definition.model_fields
         }
-        resolved = resolve_methods(other.definition)
-        rows = {name: row for name, row in taken["methods"].items() if resolved[name].role != ABLATION}
+        resolved = other.methods()
+        rows = {row: method for row, method in shared["methods"].items() if resolved[row].role != ABLATION}
         rows |= transformed_rows(own_file.transformed, other.definition, file)
-        return EvaluationDefinition(**own_file.given(), **{**taken, "methods": rows}), other.tasks
-
-    def check(self, benchmark: Benchmark[EvaluationDefinition, TaskEntry]) -> None:
-        definition = benchmark.definition
-        main = [name for name in definition.methods if name not in definition.transformed]
-        check_names(f"{benchmark.file}: '", "ranked", definition.ranked, main)
-        check_ablations(definition, definition.ablations, benchmark.file)
+        definition = EvaluationDefinition(**own_file.given(), **{**shared, "methods": rows})
+        benchmark = cls(name, definition, other.tasks, DOMAINS)
+        main = [row for row in definition.methods if row not in definition.transformed]
+        check_names(f"{file}: '", "ranked", definition.ranked, main)
+        check_ablations(benchmark, definition.ablations)
+        return benchmark
 
     def specs(
-        self,
-        benchmark: Benchmark[EvaluationDefinition, TaskEntry],
-        suite: str,
-        exclude: Collection[str],
-        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
+        self, part: Part[EvaluationPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         # Which learning rate and variant is evaluated is known only when the other benchmark's runs are finished, so a
-        # spec
-        # names all candidates of its cell, over all seeds; the run chooses among them by their records.
-        definition = benchmark.definition
-        others = specs_of(definition.evaluates)
-        settings = benchmark.settings("evaluation", suite).model_dump()
+        # spec names all candidates of its cell, over all seeds; the run chooses among them by their records.
+        trained = {run.folder: run.spec for run in others}
+        settings = self.settings("evaluation", part).model_dump()
         cells: dict[_Cell, list[str]] = {}
-        for folder, spec in others.items():
+        for folder, spec in trained.items():
             if not spec["training"]["keep_weights"]:
                 raise DefinitionError(
-                    f"{benchmark.file}: 'evaluates' is '{definition.evaluates}', whose runs in the suite '{suite}' do "
-                    "not keep "
-                    "their weights; set training.keep_weights: true there"
+                    f"{self.file}: 'evaluates' is '{self.evaluates}', whose runs in the suite '{part.suite}' do not "
+                    "keep their weights; set training.keep_weights: true there"
                 )
-            if spec["method"]["name"] in definition.methods:
+            if spec["method"]["name"] in self.definition.methods:
                 cells.setdefault(_Cell.of(spec), []).append(folder)
         has_specs = False
-        for name, folders, used_as in _rows(definition, cells):
-            first = others[folders[0]]
-            changes = _changes(name, used_as, others, benchmark.file)
-            ood = [task for task in benchmark.tasks[first["task"]["name"]].ood if task not in exclude]
+        for name, folders, used_as in _rows(self.definition, cells):
+            first = trained[folders[0]]
+            changes = _changes(name, used_as, trained, self.file)
+            ood = [task for task in self.tasks[first["task"]["name"]].ood if task not in exclude]
             if not ood:
                 continue
-            for seed in dict.fromkeys(others[folder]["seed"] for folder in folders):
+            for seed in dict.fromkeys(trained[folder]["seed"] for folder in folders):
                 if used_as and seed not in changes:
                     continue
                 has_specs = True
-                yield {
-                    **benchmark.of_every_spec,
-                    "protocol": first["protocol"],
-                    "model": first["model"],
-                    "task": first["task"],
-                    "ood": [benchmark.tasks[task].spec(task) for task in ood],
-                    "evaluation": settings,
-                    "candidates": folders,
-                    "learning_rate": 0.0,
-                    "seed": seed,
-                    "method": {"name": name, "variant": "", "config": None},
-                    **changes.get(seed, {}),
-                }
+                yield self.spec(
+                    "",
+                    protocol=first["protocol"],
+                    model=first["model"],
+                    task=first["task"],
+                    ood=[self.tasks[task].spec() for task in ood],
+                    evaluation=settings,
+                    candidates=folders,
+                    learning_rate=0.0,
+                    seed=seed,
+                    **{"method": {"name": name, "variant": "", "config": None}, **changes.get(seed, {})},
+                )
         if not has_specs:
-            tasks = sorted({spec["task"]["name"] for spec in others.values()})
+            tasks = sorted({spec["task"]["name"] for spec in trained.values()})
             raise DefinitionError(
-                f"{benchmark.file}: no task of the suite '{suite}' ({', '.join(tasks)}) has an OOD set left"
+                f"{self.file}: no task of the suite '{part.suite}' ({', '.join(tasks)}) has an OOD set left"
             )
 
-    def offer(self, benchmark: Benchmark[EvaluationDefinition, TaskEntry], suite: str) -> Offer:
-        other = load_benchmark(benchmark.definition.evaluates)
-        trained = other.kind.offer(other, suite)
-        methods = trained.methods & set(benchmark.definition.methods)
-        transformed = {
-            name
-            for name, row in benchmark.definition.transformed.items()
-            if {row.trained, row.used_as} <= trained.methods
-        }
-        domains = frozenset(self.compared_domains(benchmark.definition))
-        return replace(trained, methods=methods | transformed, domains=domains)
-
-    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
+    def tokens(self, spec: Mapping[str, Any]) -> float | None:
         settings = spec["evaluation"]
-        rows = sum(settings["rows"] or tasks[other["name"]].rows.test or 0 for other in spec["ood"])
+        rows = sum(settings["rows"] or self.tasks[other["name"]].rows.test or 0 for other in spec["ood"])
         return text_tokens(rows, settings["max_length"], 1 / 3)
 
-    def inputs(self, spec: Mapping[str, Any]) -> list[str]:
-        return [str(RUNS / folder / "metrics.json") for folder in spec["candidates"]]
+    def offer(self, part: Part[EvaluationPart]) -> Offer:
+        evaluated = self.definition.evaluates
+        trained = load_benchmark(evaluated).offer(suite_parts(evaluated)[part.suite])
+        methods = trained.methods & set(self.definition.methods)
+        transformed = {
+            name for name, row in self.definition.transformed.items() if {row.trained, row.used_as} <= trained.methods
+        }
+        return replace(trained, methods=methods | transformed, domains=frozenset(self.domains))
 
+    def pipeline(self) -> ModuleType:
+        from benchmarks.glue_ood import pipeline
 
-KIND = EvaluationKind()
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.glue_ood import presentation
+
+        return presentation
 
 
 class _Cell(NamedTuple):

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks.glue_ood.definition import EvaluationDefinition
-from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.presentation import Presentation
+from benchmarks.harness.report.presentation import Figure, Presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import Ablations
-from benchmarks.text.definition import TaskEntry
-from benchmarks.text.figures import draw_usage_by_set, ood_scores, rank_diagram
-from benchmarks.text.grid import OOD
+from benchmarks.text.definition import OOD
+from benchmarks.text.figures import ood_scores, rank_diagram
 from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
-from benchmarks.text.presentation import shown
+from benchmarks.text.presentation import USAGE, shown
 from benchmarks.text.tables import paper, ranks, tasks, tests, usage_table
 
 
@@ -49,13 +48,20 @@ TABLES: dict[str, Callable[[TextOutcomes], Table]] = {
     "usage": usage_table,
     "paper": _paper,
 }
-FIGURES: dict[str, Callable[[TextOutcomes, Path], None]] = {
-    "ranks": _draw_ranks,
-    "scores": ood_scores,
-    "usage": draw_usage_by_set,
+FIGURES = {
+    "ranks": Figure(
+        _draw_ranks,
+        "Mean rank over the OOD sets (left is better). Methods joined by a bar do not differ by Nemenyi's test at 5 %.",
+    ),
+    "scores": Figure(
+        ood_scores,
+        "Scores by method and OOD set. The dashed line is the baseline's mean. All panels share one axis, which does "
+        "not start at zero.",
+    ),
+    "usage": USAGE,
 }
 
 
-def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES)
+    return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES, optimizer="")

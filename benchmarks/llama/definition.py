@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import Entry, Resources, Training, TrainingDefinition, TrainingSuite
+from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Resources, Training, TrainingPart
 from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
@@ -26,6 +28,8 @@ from benchmarks.harness.config.yaml import (
     left_out,
     zero_left_out,
 )
+
+HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
 
 
 class Finetuning(Entry):
@@ -147,8 +151,8 @@ class InstructionBlock(VariantAxes):
     """Seeds: of the order, of adapters, of dropout, of drawn templates."""
 
 
-class InstructionSuite(TrainingSuite):
-    """One suite's part of the benchmark."""
+class InstructionPart(TrainingPart):
+    """The benchmark's part of a suite."""
 
     data: Annotated[dict[str, Any], Changes(Data)] = Field({})
     """Settings of the data that differ in this suite."""
@@ -164,7 +168,7 @@ class InstructionSuite(TrainingSuite):
     """Blocks of runs; each is the product of its lists."""
 
 
-class InstructionDefinition(TrainingDefinition):
+class InstructionDefinition(MethodsDefinition):
     """A benchmark that tunes language models on instructions and evaluates them by lm-eval."""
 
     sets: str
@@ -177,8 +181,22 @@ class InstructionDefinition(TrainingDefinition):
     """Settings of the training; a suite may change them."""
     evaluation: Evaluation
     """Settings of the evaluation; a suite may change them."""
-    suites: dict[Key, InstructionSuite]
-    """Grids and settings by suite."""
+
+
+class PromptTemplate(Strict):
+    """The prompts of rows."""
+
+    with_input: str
+    """Of rows with an input: {instruction} and {input} stand for theirs."""
+    without_input: str
+    """Of the other rows."""
+
+
+class TemplateFile(Strict):
+    """Prompt templates."""
+
+    templates: Annotated[dict[Key, PromptTemplate], Field(min_length=1)]
+    """The templates, by name."""
 
 
 class InstructionSource(AsGiven):
@@ -254,7 +272,25 @@ class InstructionSpec(RunSpec):
     """Name of the way of tuning."""
     data: Data
     """Settings that make rows of instructions."""
+    templates: dict[str, PromptTemplate]
+    """The templates that `data.template` names, by name; of `random` all, of `chat` none."""
     training: RunInstructionTraining | Untrained
     """Settings of the training."""
     evaluation: Evaluation
     """Settings of the evaluation."""
+
+
+def accumulation(training: InstructionTraining, processes: int) -> int:
+    """Return the micro-batches of a step on each process (:class:`DefinitionError` if the batch cannot be divided)."""
+    at_once = training.per_device_train_batch_size * processes
+    if training.batch_size % at_once:
+        raise DefinitionError(
+            f"training.batch_size {training.batch_size} is no multiple of training.per_device_train_batch_size "
+            f"{training.per_device_train_batch_size} times {processes} processes"
+        )
+    return training.batch_size // at_once
+
+
+def is_trained(spec: Mapping[str, Any]) -> bool:
+    """Return True if a run trains."""
+    return "batch_size" in spec["training"]

@@ -26,7 +26,7 @@ from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.likelihood import NATS, nats_per_byte
-from benchmarks.llama.questions import MMLU_DEV, is_mmlu_dev, mmlu_dev_file
+from benchmarks.llama.questions import MMLU_DEV, ensure_mmlu_dev, is_mmlu_dev
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
@@ -60,14 +60,12 @@ def load_task(entry: AskedTask) -> LoadedTask:
 
     Raises:
         DefinitionError: The task does not exist, runs code, shows images, or does not have so many shots.
-        DataError: MMLU-dev has not been written, or the data of the task cannot be loaded.
+        DataError: The data of the task cannot be loaded.
     """
     name, shots = entry.task, entry.num_fewshot
     folder = (QUESTIONS / MMLU_DEV).resolve() if is_mmlu_dev(name) else None
-    if folder and not mmlu_dev_file(name).exists():
-        raise DataError(
-            f"{mmlu_dev_file(name)} does not exist; the workflow writes it, or `python -m benchmarks questions`"
-        )
+    if folder:
+        ensure_mmlu_dev(folder)
     names = _manager(folder).all_tasks
     where = f"'evaluation.tasks' names '{name}'"
     if name not in names:

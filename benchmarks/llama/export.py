@@ -15,6 +15,7 @@ from benchmarks.harness.config.runs import read_run
 from benchmarks.harness.models.build import build_language_model, reopen
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import read_metrics
+from benchmarks.llama.definition import PromptTemplate
 from benchmarks.llama.templates import find_template
 from emoe.files import check_new, save_weights
 from emoe.layer import routed_layers
@@ -64,7 +65,8 @@ def export(path: Path, output: Path, form: str) -> str:
     if form == EXPERTS and not routed:
         raise DataError(f"{run.id} has no experts; export it as {DENSE}")
     tokenizer = load_tokenizer(spec["model"])
-    template = find_template(spec["data"]["template"], tokenizer, spec["seed"])
+    templates = {name: PromptTemplate(**text) for name, text in spec["templates"].items()}
+    template = find_template(spec["data"]["template"], templates, tokenizer, spec["seed"])
     if model.generation_config is not None:
         model.generation_config.eos_token_id = template.end_tokens
     if form == EXPERTS:

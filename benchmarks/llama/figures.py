@@ -27,7 +27,7 @@ from benchmarks.harness.report.plots import (
 )
 from benchmarks.harness.report.style import DENSE, MethodStyle, curve_styles
 from benchmarks.harness.results.statistics import CONFIDENCE
-from benchmarks.llama.grid import is_trained
+from benchmarks.llama.definition import is_trained
 from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, part_words, task_words
 
 _Point = tuple[int, float | None]  # step and loss

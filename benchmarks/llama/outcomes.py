@@ -7,13 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, with_verdicts
-from benchmarks.llama.definition import InstructionDefinition, InstructionSet
-from benchmarks.llama.grid import HELD_OUT, QUESTIONS, is_trained
+from benchmarks.llama.definition import HELD_OUT, QUESTIONS, is_trained
 from benchmarks.llama.likelihood import NATS
 
 GROUP = ["model", "set", "tuning"]
@@ -38,7 +37,7 @@ class InstructionOutcomes(Outcomes):
         rates_chosen: True if some cell had several learning rates.
     """
 
-    def __init__(self, benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: Sequence[Run]) -> None:
+    def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
         read = {run.id: read_metrics(run) for run in runs}
         chosen = _chosen(runs, read)
         tunings = {name: tuning.title for name, tuning in benchmark.definition.finetuning.items()}

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed
-from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.sets import ALL, SetPart
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.models.loading import load_tokenizer
@@ -122,7 +123,7 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     """Read, check, divide and encode the rows of a run (:class:`DataError` if some are broken, or too few)."""
     settings, training, name = spec.data, spec.training, spec.task.name
     instructions = load_instructions(name, spec.task.source)
-    template = find_template(settings.template, tokenizer, spec.seed)
+    template = find_template(settings.template, spec.templates, tokenizer, spec.seed)
     whole = EncodedRows(instructions.rows, template, settings.max_length)
     broken = [*instructions.broken, *whole.broken]
     if settings.broken_rows == "refuse":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import (
     cost_table,
@@ -20,11 +20,10 @@ from benchmarks.harness.report.common import (
     tests_table,
     with_numbers,
 )
-from benchmarks.harness.report.presentation import Presentation, make
+from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.llama.definition import InstructionDefinition, InstructionSet
+from benchmarks.llama.definition import is_trained
 from benchmarks.llama.figures import draw_categories, draw_curves, draw_routing
-from benchmarks.llama.grid import is_trained
 from benchmarks.llama.likelihood import NATS
 from benchmarks.llama.outcomes import (
     BASELINE,
@@ -323,11 +322,28 @@ _NOTE = (
     "paired by question, with an interval over questions, corrected by Holm's procedure over the tasks "
     "of a row, not over rows."
 )
-FIGURES = {"curves": draw_curves, "categories": draw_categories, "routing": draw_routing}
+FIGURES = {
+    "curves": Figure(
+        draw_curves,
+        "Loss of the training steps by way of tuning and method: the mean over the learned tokens of a "
+        "step, averaged over seeds. Every step has other rows; the held-out loss, below where runs took it "
+        "while training (`training.eval_every`), is always that of the same rows. The axes do not start at "
+        "zero.",
+    ),
+    "categories": Figure(
+        draw_categories,
+        "Accuracy by category of questions: dots are seeds, larger marks their mean, the line is chance. "
+        "Bars are 95 % intervals of a share of that many questions (Wilson), for the first seed.",
+    ),
+    "routing": Figure(
+        draw_routing,
+        "Share of each expert in the choices of the held-out tokens, over the mean share, by converted layer.",
+    ),
+}
 
 
-def present(benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = InstructionOutcomes(benchmark, runs)
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "compared": outcomes.compared}
-    return make(benchmark, TABLES, FIGURES, outcomes, **sentences)
+    return make(benchmark, TABLES, FIGURES, outcomes, optimizer="AdamW", **sentences)

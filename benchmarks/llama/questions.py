@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.harness.base import QUESTIONS, DataError, write_text
+from benchmarks.harness.base import DataError, hold, write_text
 
 MMLU_DEV = "mmlu_dev"
 CONTINUATION = "continuation"
@@ -28,6 +28,14 @@ _SPLIT = "questions"
 _SHA256 = "5a94b761c7aa948a3d5117848440662f6cd9a2a44821344f95f550d02f4bf8bf"  # of all subjects and questions
 # forms: the folder of lm-eval's files inside those of MMLU, and the ending of the tasks' names
 _FORMS = {"default": "", "continuation": f"_{CONTINUATION}"}
+
+
+def ensure_mmlu_dev(folder: Path) -> None:
+    """Write the tasks into a folder unless they are there; other runs wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with hold(folder.with_suffix(".lock")):
+        if not all((folder / f"{MMLU_DEV}{ending}.yaml").exists() for ending in _FORMS.values()):
+            write_mmlu_dev(folder)
 
 
 def write_mmlu_dev(folder: Path) -> int:
@@ -117,9 +125,3 @@ def _write_task(path: Path, content: Mapping[str, Any]) -> None:
 def is_mmlu_dev(task: str) -> bool:
     """Return True if a task of lm-eval is MMLU-dev, one of its categories or one of its subjects."""
     return task == MMLU_DEV or task.startswith(f"{MMLU_DEV}_")
-
-
-def mmlu_dev_file(task: str) -> Path:
-    """Return the file that exists if such a task does; the workflow writes it."""
-    form = f"_{CONTINUATION}" if task.endswith(f"_{CONTINUATION}") else ""
-    return QUESTIONS / MMLU_DEV / f"{MMLU_DEV}{form}.yaml"

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.base import BENCHMARKS, DefinitionError, derive_seed
-from benchmarks.harness.config.yaml import check_names, read_yaml
+from benchmarks.harness.base import DefinitionError, derive_seed
+from benchmarks.llama.definition import PromptTemplate
 from benchmarks.llama.instructions import Instruction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAT, RANDOM = "chat", "random"
-_FILE = BENCHMARKS / "llama" / "templates.yaml"
-
-
-@functools.cache
-def _templates() -> dict[str, dict[str, str]]:
-    templates: dict[str, dict[str, str]] = read_yaml(_FILE)
-    return templates
-
-
-def template_names() -> list[str]:
-    """Return the values of ``data.template``."""
-    return [*_templates(), CHAT, RANDOM]
 
 
 @dataclass(frozen=True)
@@ -35,29 +23,31 @@ class Template:
 
     Attributes:
         name: The name of the template, also if it was drawn.
+        text: The prompts; None for the tokenizer's chat template.
         tokenizer: The model's tokenizer, with its chat template and end token.
     """
 
     name: str
+    text: PromptTemplate | None
     tokenizer: PreTrainedTokenizerBase
 
     @property
     def special_tokens(self) -> bool:
         """Return True if the tokenizer adds special tokens (Llama's ``<s>``); a chat template has them already."""
-        return self.name != CHAT
+        return self.text is not None
 
     def prompt(self, row: Instruction) -> str:
         """Return the prompt of a row."""
-        if self.name == CHAT:
+        if self.text is None:
             return str(self._chat(self._messages(row), add_generation_prompt=True))
-        form = _templates()[self.name]["with_input" if row.input else "without_input"]
+        form = self.text.with_input if row.input else self.text.without_input
         # not str.format, which would read braces in the texts
         before, _, rest = form.partition("{instruction}")
         return before + row.instruction + rest.replace("{input}", row.input)
 
     def response(self, row: Instruction) -> str:
         """Return the response with its end token (:class:`DefinitionError` if the template rewrites the prompt)."""
-        if self.name != CHAT:
+        if self.text is not None:
             return f"{row.output}{self.tokenizer.eos_token}"
         prompt = self.prompt(row)
         whole = str(self._chat([*self._messages(row), {"role": "assistant", "content": row.output}]))
@@ -77,9 +67,9 @@ class Template:
 
     def as_chat_template(self) -> str:
         """Return a chat template (Jinja) that renders a message as :meth:`prompt` renders an instruction."""
-        if self.name == CHAT:
+        if self.text is None:
             return str(self.tokenizer.chat_template)
-        before, _, after = _templates()[self.name]["without_input"].partition("{instruction}")
+        before, _, after = self.text.without_input.partition("{instruction}")
         begins = (
             self.tokenizer.bos_token if self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
         )
@@ -96,23 +86,27 @@ class Template:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
-def find_template(name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Template:
-    """Return the template of a run (:class:`DefinitionError` if there is none).
+def find_template(
+    name: str, templates: Mapping[str, PromptTemplate], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Template:
+    """Return the template of a run.
 
     Args:
-        name: One of ``templates.yaml``, ``chat`` for the model's own, or ``random`` for one drawn once per run, as the
+        name: A name in ``templates``, ``chat`` for the model's own, or ``random`` for one drawn once per run, as the
             authors do (``moe_train.py``), but from the seed.
+        templates: The templates of the run's spec, by name.
         tokenizer: The model's tokenizer.
         seed: The seed of the run.
+
+    Raises:
+        DefinitionError: The tokenizer has no end token, or no chat template.
     """
-    check_names("'data", "template", [name], template_names())
     if name == RANDOM:
-        name = random.Random(derive_seed("template", seed)).choice(sorted(_templates()))
+        name = random.Random(derive_seed("template", seed)).choice(sorted(templates))
     if tokenizer.eos_token is None:
         raise DefinitionError(f"the tokenizer of {tokenizer.name_or_path} has no token that ends an answer")
     if name == CHAT and not tokenizer.chat_template:
         raise DefinitionError(
-            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; "
-            f"take one of {', '.join(_templates())}"
+            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; take one of templates.yaml"
         )
-    return Template(name, tokenizer)
+    return Template(name, templates.get(name), tokenizer)

@@ -20,10 +20,9 @@ from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
-from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
+from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining, accumulation
 from benchmarks.llama.encoding import EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
-from benchmarks.llama.grid import accumulation
 
 
 @dataclass(frozen=True)

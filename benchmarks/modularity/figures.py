@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.harness.report.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
 from benchmarks.harness.report.style import EMOE
-from benchmarks.modularity.grid import EXPERTS
+from benchmarks.modularity.definition import EXPERTS
 from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.figures import UsagePanel, draw_usage
 

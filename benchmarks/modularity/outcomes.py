@@ -7,13 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, over_seeds, read_published
 from benchmarks.harness.results.records import collect, read_metrics
-from benchmarks.modularity.grid import ModularityDefinition
-from benchmarks.text.definition import TaskEntry
 
 PLACE = ["model", "layer"]
 CELL = [*PLACE, "num_experts", "method"]
@@ -29,9 +27,9 @@ class ModularityOutcomes(Outcomes):
         paper: The numbers of the paper's matrices, as they are stored, by ``method``, ``num_experts`` and ``metric``.
     """
 
-    benchmark: Benchmark[ModularityDefinition, TaskEntry]
+    benchmark: AnyBenchmark
 
-    def __init__(self, benchmark: Benchmark[ModularityDefinition, TaskEntry], runs: list[Run]) -> None:
+    def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
         super().__init__(benchmark, runs, ["model", "method", "task"])
         self._by_id = {run.id: run for run in runs}
         numbers = collect(runs).pivot_table(index="run_id", columns="metric", values="value", sort=False)

@@ -30,7 +30,7 @@ from benchmarks.modularity.activations import (
     neurons_used,
     selected,
 )
-from benchmarks.modularity.grid import EXPERTS, ModularitySpec, Reading
+from benchmarks.modularity.definition import EXPERTS, ModularitySpec, Reading
 from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.usage import SetLoads, describe_usage

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.presentation import Presentation, make
+from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import information_numbers
 from benchmarks.harness.results.statistics import PERMUTATIONS
 from benchmarks.modularity.figures import draw_activations, draw_activations_3d, draw_concentration, draw_experts
-from benchmarks.modularity.grid import ModularityDefinition
 from benchmarks.modularity.outcomes import CELL, PLACE, ModularityOutcomes
-from benchmarks.text.definition import TaskEntry
 
 _KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_title": "Neurons in blocks", "n": "n"}
 _IN_PAPER = ("best_quarter", "usage_gini")
@@ -108,10 +106,30 @@ def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
 
 TABLES = {"concentration": concentration, "selected": selected, "usage": usage}
 FIGURES = {
-    "activations": draw_activations,
-    "activations_3d": draw_activations_3d,
-    "concentration": draw_concentration,
-    "experts": draw_experts,
+    "activations": Figure(
+        draw_activations,
+        "Active neurons of tokens of several tasks, neurons in the order of the experts: as they stand in "
+        "the checkpoint, in clusters of alike keys, and at random. Each row is a token, tokens task by "
+        "task; vertical lines part the experts. Where few experts hold most of a token's activations, a row "
+        "is a few dashes instead of dust.",
+    ),
+    "activations_3d": Figure(
+        draw_activations_3d,
+        "The same as the paper draws it (Fig. 4 of the first version): height is the activation's "
+        "magnitude, before clustering and after.",
+    ),
+    "concentration": Figure(
+        draw_concentration,
+        "Share of a token's active neurons that are in the best quarter of the experts. Bars span the seeds "
+        "of random partitions; crosses are the paper's two matrices. The line at a quarter is where every "
+        "expert has as many.",
+    ),
+    "experts": Figure(
+        draw_experts,
+        "Use of experts by task, over an expert's mean use. Triangles mark what is more (▲) or less (▼) "
+        "than shuffled rows explain at 5 % over the whole panel; dots below mark experts that every task "
+        "uses above the average and alike.",
+    ),
 }
 _NOTE = (
     "Nothing is trained, so that nothing varies but random partitions. A mark or a bit above chance says that experts "
@@ -119,7 +137,7 @@ _NOTE = (
 )
 
 
-def present(benchmark: Benchmark[ModularityDefinition, TaskEntry], runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = ModularityOutcomes(benchmark, runs)
     return make(benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)

@@ -20,9 +20,9 @@ from benchmarks.harness.report.plots import (
     save,
     wrapped,
 )
-from benchmarks.multitask.grid import ID_MEAN
+from benchmarks.multitask.definition import ID_MEAN
 from benchmarks.multitask.outcomes import MultitaskOutcomes
-from benchmarks.text.grid import ID, OOD
+from benchmarks.text.definition import ID, OOD
 
 _DOMAINS = {ID: "", ID_MEAN: "mean of the tasks", OOD: " (OOD)", OOD_MEAN: "mean out of domain"}
 _LINE, _APART = 0.27, 0.8  # inches of a set, and the share of it that its methods take

@@ -3,251 +3,112 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from types import ModuleType
+from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import (
-    COUNTS,
-    OOD_MEAN,
-    Benchmark,
-    Domain,
-    Training,
-    TrainingDefinition,
-    TrainingSuite,
-    resolve_methods,
+    Part,
     text_tokens,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.methods import VARIANT_KEYS, VariantAxes, method_spec
-from benchmarks.harness.config.overlay import Changes
-from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import (
-    AS_GIVEN,
-    UNIQUE,
-    Count,
-    Key,
-    Names,
-    NotNegative,
-    Positive,
-    Positives,
-    Rate,
-    Strict,
-    Wholes,
     check_names,
     parse,
     read,
 )
 from benchmarks.harness.training.label_mapping import label_mapping
-from benchmarks.text.definition import RunTask, TaskEntry, TaskFile
-from benchmarks.text.grid import CLEAN, ID, OOD, TextSets
+from benchmarks.multitask.definition import (
+    _DOMAINS,
+    MultitaskDefinition,
+    MultitaskPart,
+)
+from benchmarks.text.definition import CLEAN, TaskEntry, TaskFile
+from benchmarks.text.grid import TextSets
 from emoe.errors import EMoEError
 
-ID_MEAN = "id_mean"  # the mean of a run's scores over its tasks
-_SCORES = Domain(("score",), selections=(CLEAN,))
 
+class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
+    """Encoder-decoder models that learn several tasks at once and are evaluated on each and on other sets."""
 
-class Mixture(Strict):
-    """Tasks that one model learns at once."""
-
-    title: str
-    """Label in tables."""
-    tasks: Annotated[Names, UNIQUE]
-    """Names in the task file."""
-
-
-class MultitaskTraining(Training):
-    """The training of a run; a suite may change the benchmark's."""
-
-    epochs: Positive
-    """Passes over the rows that `rows_per_epoch` leaves."""
-    rows_per_epoch: Count | None
-    """Rows of a task in an epoch, at most: a larger task takes its next ones in each epoch. Null: all rows."""
-    batch_size: Count
-    """Rows per step, of all tasks."""
-    eval_batch_size: Count
-    """Rows per evaluation batch."""
-    max_length: Annotated[int, Field(ge=4)]
-    """Tokens kept of a row, its task's name included."""
-    sampling: Literal["random", "group_by_length"]
-    """Order of an epoch's rows: shuffled, or shuffled in groups of like length (less padding)."""
-    eval_rows: Count | None
-    """Rows of every split that is reported; null for all."""
-    dev_rows: Count | None
-    """Rows of every split that chooses; null for all."""
-    weight_decay: NotNegative
-    """AdamW's weight decay."""
-    warmup: Rate
-    """Share of the steps with a rising rate."""
-    checkpoint_selection: Literal["last", "best"]
-    """The epoch whose weights are evaluated: the last, or the one with the best mean dev score over the tasks."""
-    gradient_accumulation_steps: Count
-    """Batches whose gradients one step adds up."""
-    precision: Literal["fp32", "bf16"]
-    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
-    """Share of the training rows that is held out to choose by, of tasks without a split for that."""
-
-
-class MultitaskBlock(VariantAxes):
-    """A product of lists. Lists of method settings become part of the method's variant."""
-
-    model: Names
-    """Names in models.yaml."""
-    mixture: Names
-    """Names of mixtures, or of tasks: each of these is learned alone."""
-    method: Names
-    """Names of methods."""
-    learning_rate: Positives
-    """Peak learning rates."""
-    seed: Wholes
-    """Seeds."""
-
-
-class MultitaskSuite(TrainingSuite):
-    """One suite's part of the benchmark."""
-
-    training: Annotated[dict[str, Any], Changes(MultitaskTraining)] = Field({})
-    """Settings that differ in this suite."""
-    grid: Annotated[list[MultitaskBlock], Field(min_length=1)]
-    """Blocks of runs; each is the product of its lists."""
-
-
-class MultitaskDefinition(TrainingDefinition):
-    """A benchmark whose encoder-decoder models learn several tasks at once, as text from text."""
-
-    figures: dict[str, str]
-    """The figures that it draws, each with its caption."""
-    tasks: str
-    """File with the task definitions, in the benchmark's folder."""
-    mixtures: Annotated[dict[Key, Mixture], Field(min_length=1)]
-    """Tasks that are learned at once, by name."""
-    prefixes: dict[str, str] = Field({})
-    """Prefixes of tasks whose rows do not begin with their name; only the rows tell tasks with one prefix apart."""
-    training: MultitaskTraining
-    """Settings of every run; a suite may set its own."""
-    suites: dict[Key, MultitaskSuite]
-    """The runs of each suite."""
-
-
-class WrittenTask(RunTask):
-    """A task that is learned."""
-
-    prefix: str
-    """The prefix of its rows."""
-
-
-class OtherTask(RunTask):
-    """A set that is only evaluated on."""
-
-    read_as: str
-    """The learned task that gives it prefix, field names and answers."""
-
-
-class RunMixture(Strict):
-    """The tasks of a run."""
-
-    name: str
-    """Name of the mixture, or of the single task."""
-    tasks: list[WrittenTask]
-    """Tasks that it learns at once."""
-
-
-class MultitaskSpec(RunSpec):
-    """The settings that shape the numbers of a run."""
-
-    protocol: Literal["clean"]
-    """The selection of epoch and hyper-parameters: by rows that are not reported."""
-    task: RunMixture
-    """The tasks that it is trained on."""
-    ood: list[OtherTask]
-    """The other sets that it is evaluated on."""
-    training: MultitaskTraining
-    """The training."""
-
-
-class MultitaskKind(TextSets[MultitaskDefinition]):
-    """Plan encoder-decoder models that learn several tasks at once and are evaluated on each and on other sets."""
-
-    files = (("multitask", MultitaskDefinition),)
+    definition_model, part_model = MultitaskDefinition, MultitaskPart
     paper_columns = ("domain", "method")
-    optimizer = "AdamW, linear decay, no clipping"
 
-    def load(self, content: object, file: Path) -> tuple[MultitaskDefinition, Mapping[str, TaskEntry]]:
+    @classmethod
+    def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, MultitaskDefinition, str(file))
-        return definition, read(file.parent / definition.tasks, TaskFile).tasks
-
-    def check(self, benchmark: Benchmark[MultitaskDefinition, TaskEntry]) -> None:
-        definition, tasks, where = benchmark.definition, benchmark.tasks, f"{benchmark.file}: '"
+        tasks = read(file.parent / definition.tasks, TaskFile).tasks
+        titles = {key: mixture.title for key, mixture in definition.mixtures.items()}
+        benchmark = cls(name, definition, tasks, _DOMAINS, task_titles=titles)
+        where = f"{file}: '"
         check_names(where, "prefixes", definition.prefixes, tasks)
-        for name, mixture in definition.mixtures.items():
-            at = f"{where}mixtures.{name}"
-            if name in tasks:
-                raise DefinitionError(f"{at}' has the name of a task, by which it is learned alone")
-            _check_tasks(at, "tasks", mixture.tasks, tasks)
-        for name, method in resolve_methods(definition).items():
+        for key, mixture in definition.mixtures.items():
+            if key in tasks:
+                raise DefinitionError(f"{where}mixtures.{key}' has the name of a task, by which it is learned alone")
+            _check_tasks(f"{where}mixtures.{key}", "tasks", mixture.tasks, tasks)
+        for row, method in benchmark.methods().items():
             if method.tune is not None or method.also_train is not None:
-                raise DefinitionError(f"{where}methods.{name}' trains a part of the model; here everything is trained")
+                raise DefinitionError(f"{where}methods.{row}' trains a part of the model; here everything is trained")
             if method.given().get("partition") == "coactivation":
                 raise DefinitionError(
-                    f"{where}methods.{name}' groups neurons by co-activation, for which no rows are read here; "
+                    f"{where}methods.{row}' groups neurons by co-activation, for which no rows are read here; "
                     "take kmeans, random or contiguous"
                 )
-
-    def task_titles(self, definition: MultitaskDefinition, tasks: Mapping[str, TaskEntry]) -> Mapping[str, str]:
-        mixtures = {name: mixture.title for name, mixture in definition.mixtures.items()}
-        return mixtures | dict(super().task_titles(definition, tasks))
-
-    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
-        training = spec["training"]
-        rows = sum(training["rows_per_epoch"] or tasks[task["name"]].rows.train or 0 for task in spec["task"]["tasks"])
-        return text_tokens(rows or None, training["max_length"], training["epochs"])
-
-    def compared_domains(self, definition: MultitaskDefinition) -> Mapping[str, Domain]:
-        return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
+        return benchmark
 
     def specs(
-        self,
-        benchmark: Benchmark[MultitaskDefinition, TaskEntry],
-        suite: str,
-        exclude: Collection[str],
-        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
+        self, part: Part[MultitaskPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        definition, methods = benchmark.definition, resolve_methods(benchmark.definition, suite)
-        mixtures = definition.mixtures | {
-            name: Mixture(title=task.title, tasks=[name]) for name, task in benchmark.tasks.items()
-        }
+        methods = self.methods(part)
+        mixtures = {name: mixture.tasks for name, mixture in self.definition.mixtures.items()}
+        mixtures |= {name: [name] for name in self.tasks}
         names = {"model": model_names("seq2seq"), "mixture": mixtures, "method": methods}
-        training = functools.cache(functools.partial(benchmark.settings, "training", suite))
-        for where, point in benchmark.grid_points(suite, names, (*names, *VARIANT_KEYS, "learning_rate", "seed")):
-            tasks = mixtures[point["mixture"]].tasks
-            _check_tasks(where, "mixture", tasks, benchmark.tasks)
-            yield {
-                **benchmark.of_every_spec,
-                "protocol": CLEAN,
-                "model": load_models()[point["model"]].spec(point["model"]),
-                "task": {"name": point["mixture"], "tasks": [_written(benchmark, name) for name in tasks]},
-                "ood": [
-                    benchmark.tasks[other].spec(other) | {"read_as": name}
-                    for other, name in _others(benchmark.tasks, tasks).items()
+        training = functools.cache(functools.partial(self.settings, "training", part))
+        for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, "learning_rate", "seed")):
+            tasks = mixtures[point["mixture"]]
+            _check_tasks(where, "mixture", tasks, self.tasks)
+            if set(tasks) & set(exclude):
+                continue
+            method = method_spec(methods, point, point["seed"], None, where)
+            yield self.spec(
+                method["variant"],
+                protocol=CLEAN,
+                model=load_models()[point["model"]].spec(point["model"]),
+                task={"name": point["mixture"], "tasks": [self._written(name) for name in tasks]},
+                ood=[
+                    self.tasks[other].spec() | {"read_as": name}
+                    for other, name in _others(self.tasks, tasks).items()
                     if other not in exclude
                 ],
-                "method": method_spec(methods, point, point["seed"], None, where),
-                "training": training(point["model"]).spec(),
-                "learning_rate": float(point["learning_rate"]),
-                "seed": point["seed"],
-            }
+                method=method,
+                training=training(point["model"]).spec(),
+                learning_rate=float(point["learning_rate"]),
+                seed=point["seed"],
+            )
 
+    def _written(self, name: str) -> dict[str, Any]:
+        """Resolve a task that is learned, for a spec."""
+        return self.tasks[name].spec() | {"prefix": self.definition.prefixes.get(name, name)}
 
-KIND = MultitaskKind()
+    def tokens(self, spec: Mapping[str, Any]) -> float | None:
+        training = spec["training"]
+        most = training["rows_per_epoch"]
+        rows = sum(most or self.tasks[task["name"]].rows.train or 0 for task in spec["task"]["tasks"])
+        return text_tokens(rows or None, training["max_length"], training["epochs"])
 
+    def pipeline(self) -> ModuleType:
+        from benchmarks.multitask import pipeline
 
-def _written(benchmark: Benchmark[MultitaskDefinition, TaskEntry], name: str) -> dict[str, Any]:
-    """Resolve a task that is learned, for a spec."""
-    return benchmark.tasks[name].spec(name) | {"prefix": benchmark.definition.prefixes.get(name, name)}
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.multitask import presentation
+
+        return presentation
 
 
 def _others(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[str, str]:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import compared, counts
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
-from benchmarks.multitask.grid import ID_MEAN, MultitaskDefinition
-from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import CLEAN, ID
+from benchmarks.multitask.definition import ID_MEAN
+from benchmarks.text.definition import CLEAN, ID
 from benchmarks.text.outcomes import TextOutcomes
 
 _KEY = ["model", "eval_task", "method", "seed"]
@@ -33,7 +32,7 @@ class MultitaskOutcomes(TextOutcomes):
             and the same difference less the baseline's (``less_delta`` …).
     """
 
-    def __init__(self, benchmark: Benchmark[MultitaskDefinition, TaskEntry], runs: Sequence[Run]) -> None:
+    def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
         super().__init__(benchmark, runs)
         ran = set(self.seeds["task"])
         self.mixtures = [name for name in benchmark.definition.mixtures if name in ran]
@@ -51,7 +50,7 @@ class MultitaskOutcomes(TextOutcomes):
 
     def _seeds(self, protocol: str) -> pd.DataFrame:
         seeds = super()._seeds(protocol)
-        mixtures = self.benchmark.definition.mixtures  # type: ignore[attr-defined]
+        mixtures = self.benchmark.definition.mixtures
         tasks = seeds[(seeds["domain"] == ID) & seeds["task"].isin(mixtures)]
         means = tasks.groupby(["model", "task", "method", "seed"], sort=False)["value"].mean().reset_index()
         return pd.concat([seeds, means.assign(domain=ID_MEAN, eval_task="", protocol=protocol)], ignore_index=True)

@@ -13,7 +13,7 @@ from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_seq2seq_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
-from benchmarks.multitask.grid import MultitaskSpec, MultitaskTraining, WrittenTask
+from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask
 from benchmarks.multitask.training import MultitaskTrainer
 from benchmarks.text.data import TextSplit, load_part
 

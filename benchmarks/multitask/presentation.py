@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import OOD_MEAN, Benchmark
+from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import (
     difference_text,
@@ -19,13 +19,12 @@ from benchmarks.harness.report.common import (
     with_numbers,
     with_runs,
 )
-from benchmarks.harness.report.presentation import NOTE, Presentation, make
+from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, make
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
+from benchmarks.multitask.definition import ID_MEAN
 from benchmarks.multitask.figures import draw_differences
-from benchmarks.multitask.grid import ID_MEAN, MultitaskDefinition
 from benchmarks.multitask.outcomes import INTERVAL, MultitaskOutcomes
-from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import CLEAN, ID, OOD
+from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, KEYS
 from benchmarks.text.tables import cost, ood, tests
 
@@ -146,7 +145,15 @@ def _of_both(outcomes: MultitaskOutcomes, table: Table) -> Table:
 
 
 TABLES = {"gains": gains, "results": results, "sets": sets, "tests": tests, "transfer": transfer, "cost": cost}
-FIGURES = {"differences": draw_differences}
+FIGURES = {
+    "differences": Figure(
+        draw_differences,
+        "What a method changes against the dense model that learned the same tasks at once, set by set: "
+        "means over seeds, with 95 % intervals from three seeds on. Sets marked OOD are none that the model "
+        "was trained on. The paper's numbers are its largest gains alone (7.56 points in domain, 1.58 out "
+        "of domain, T5-Base); they are in the table of gains.",
+    ),
+}
 
 
 def verdicts(outcomes: MultitaskOutcomes) -> Iterator[str]:
@@ -163,8 +170,9 @@ def verdicts(outcomes: MultitaskOutcomes) -> Iterator[str]:
         yield f"{titles} (n = {int(group['pairs'].max())}): {'; '.join(parts)}, means over sets."
 
 
-def present(benchmark: Benchmark[MultitaskDefinition, TaskEntry], runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = MultitaskOutcomes(benchmark, runs)
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": NOTE, "compared": outcomes.compared}
+    sentences |= {"optimizer": "AdamW, linear decay, no clipping", "shows_labels": True}
     return make(benchmark, TABLES, FIGURES, outcomes, **sentences)

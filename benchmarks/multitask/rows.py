@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.training.samplers import EpochOrder
-from benchmarks.multitask.grid import WrittenTask
+from benchmarks.multitask.definition import WrittenTask
 from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
 

@@ -20,7 +20,7 @@ from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, 
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, autocast, precision_here
-from benchmarks.multitask.grid import MultitaskSpec, OtherTask, WrittenTask
+from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTask
 from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
 from benchmarks.text.evaluation import score_and_loss

@@ -3,149 +3,51 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import Any, Self
 
-from pydantic import Field
-
-from benchmarks.harness.config.benchmark import Benchmark, Definition, Domain, Entry, Kind, Offer, Resources, SuitePart
-from benchmarks.harness.config.methods import Layers
-from benchmarks.harness.config.yaml import Count, Key, Names, Share, Strict, Whole, check_names, left_out, parse
-
-MEASURES = ("layer", "step", "decode", "prompt", "generate", "partition")
-# settings in a run's name, by their letter; candidates and rounds say how much is measured, not what
-_LETTERS = {
-    "num_experts": "N",
-    "top_k_fraction": "k",
-    "layers": "L",
-    "tokens": "T",
-    "threads": "t",
-    "batch_size": "B",
-    "starts": "x",
-    "dtype": "",
-    "length": "",
-}
+from benchmarks.harness.config.benchmark import (
+    Benchmark,
+    Domain,
+    Offer,
+    Part,
+)
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.yaml import check_names, parse
+from benchmarks.speed.definition import (
+    _LETTERS,
+    MEASURES,
+    Measure,
+    MeasurementDefinition,
+    MeasurementPart,
+    Settings,
+)
 
 
-class MeasuredModel(Entry):
-    """One FFN by its sizes, one layer of a model of models.yaml, or a whole model with random weights."""
-
-    hidden: Count | None = left_out()
-    """Width of the FFN's input."""
-    neurons: Count | None = left_out()
-    """Neurons of the FFN."""
-    gated: bool | None = left_out()
-    """True for a gated FFN."""
-    model: str | None = left_out()
-    """Name in models.yaml."""
-    layer: Whole | None = left_out()
-    """Number of its layer."""
-    config: dict[str, Any] | None = left_out()
-    """Configuration of the whole model."""
-
-
-class Settings(Strict):
-    """Settings of a measure; each measure takes those that its entry in `measures` lists."""
-
-    num_experts: Count
-    """N."""
-    candidates: Names
-    """Candidates that are compared, beside the dense model if there is one."""
-    threads: Count
-    """Threads of PyTorch."""
-    top_k_fraction: Share = 1.0
-    """k / N."""
-    rounds: Count = 1
-    """Number of times that all candidates are timed in turn."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights."""
-    tokens: Count = 1
-    """Tokens of a pass, of the prompt, or of the answer."""
-    layers: Layers = "all"
-    """Layers that are converted."""
-    batch_size: Count = 1
-    """Rows of a training step."""
-    length: Count = 1
-    """Tokens of a row."""
-    starts: Count = 1
-    """Starts of k-means-constrained."""
-
-    @property
-    def top_k(self) -> int:
-        return round(self.top_k_fraction * self.num_experts)
-
-
-class Measure(Entry):
-    """A measure."""
-
-    settings: dict[str, Any]
-    """Every setting of the measure with its usual value."""
-
-
-class MeasurementResources(Resources):
-    """Reservations of the scheduler for one run."""
-
-    threads: Whole = 0
-    """CPU threads; 0 for all of the machine's, so that nothing runs beside it."""
-
-
-class MeasurementBlock(Strict):
-    """A measure, and the product of its lists."""
-
-    measure: str
-    """A name in measures."""
-    model: Names
-    """Names in models."""
-    settings: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
-    """Values of the measure's settings to run, as lists; the others keep their usual value."""
-
-
-class MeasurementSuite(SuitePart):
-    """One suite's part of the benchmark."""
-
-    resources: MeasurementResources = MeasurementResources()
-    """Reservations of the scheduler for one run."""
-    grid: Annotated[list[MeasurementBlock], Field(min_length=1)]
-    """Blocks of runs; each is the product of its lists."""
-
-
-class MeasurementDefinition(Definition):
-    """A benchmark that trains nothing. It measures candidates side by side, each run under one setting."""
-
-    models: Annotated[dict[str, MeasuredModel], Field(min_length=1)]
-    """Models that are measured, by name."""
-    candidates: Annotated[dict[str, Entry], Field(min_length=1)]
-    """Candidates; their order is that of columns and legends."""
-    measures: Annotated[dict[str, Measure], Field(min_length=1)]
-    """Measures, by name."""
-    suites: dict[Key, MeasurementSuite]
-    """Runs by suite."""
-
-
-class MeasurementKind(Kind[MeasurementDefinition, Measure]):
+class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
     """Measurements side by side, each run under one setting; nothing is trained."""
 
-    files = (("speed", MeasurementDefinition),)
-    counts_labels = False
+    definition_model, part_model = MeasurementDefinition, MeasurementPart
 
-    def load(self, content: object, file: Path) -> tuple[MeasurementDefinition, Mapping[str, Measure]]:
+    @classmethod
+    def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, MeasurementDefinition, str(file))
         check_names(f"{file}: '", "measures", definition.measures, MEASURES)
-        for name, measure in definition.measures.items():
-            parse(measure.settings, Settings, str(file), "measures", name, "settings")
-        return definition, definition.measures
+        for key, measure in definition.measures.items():
+            parse(measure.settings, Settings, str(file), "measures", key, "settings")
+        domains = dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))
+        titles = {key: candidate.title for key, candidate in definition.candidates.items()}
+        return cls(name, definition, definition.measures, domains, row_titles=titles)
 
     def specs(
-        self,
-        benchmark: Benchmark[MeasurementDefinition, Measure],
-        suite: str,
-        exclude: Collection[str],
-        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
+        self, part: Part[MeasurementPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        definition = benchmark.definition
-        for number, block in enumerate(definition.suites[suite].grid):
-            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
+        definition = self.definition
+        for number, block in enumerate(part.settings.grid):
+            where = part.where("grid", number)
             check_names(where, "measure", [block.measure], definition.measures)
             check_names(where, "model", block.model, definition.models)
             usual = definition.measures[block.measure].settings
@@ -154,35 +56,33 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
             check_names(where, "settings.candidates", candidates, definition.candidates)
             for model, *values in itertools.product(block.model, *block.settings.values()):
                 settings = {**usual, **dict(zip(block.settings, values, strict=True))}
-                parse(settings, Settings, str(benchmark.file), "suites", suite, "grid", number, "settings")
-                yield {
-                    **benchmark.of_every_spec,
-                    "model": {"name": model, **definition.models[model].model_dump(exclude={"title"})},
-                    "task": {"name": block.measure},
-                    "ood": [],
+                parse(settings, Settings, part.file, "benchmarks", self.name, "grid", number, "settings")
+                variant = _variant(settings, usual)
+                yield self.spec(
+                    variant,
+                    model={"name": model, **definition.models[model].model_dump(exclude={"title"})},
+                    task={"name": block.measure},
+                    ood=[],
                     # nothing is trained: no method, no learning rate
-                    "method": {"name": "", "variant": _variant(settings, usual), "config": None},
-                    "settings": settings,
-                    "learning_rate": 0.0,
-                    "seed": 0,
-                }
+                    method={"name": "", "variant": variant, "config": None},
+                    settings=settings,
+                    learning_rate=0.0,
+                    seed=0,
+                )
 
-    def compared_domains(self, definition: MeasurementDefinition) -> Mapping[str, Domain]:
-        return dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))
+    def offer(self, part: Part[MeasurementPart]) -> Offer:
+        measures = frozenset(block.measure for block in part.settings.grid)
+        return replace(super().offer(part), methods=frozenset(self.definition.candidates), domains=measures)
 
-    def row_titles(self, definition: MeasurementDefinition) -> Mapping[str, str]:
-        return {name: candidate.title for name, candidate in definition.candidates.items()}
+    def pipeline(self) -> ModuleType:
+        from benchmarks.speed import pipeline
 
-    def offer(self, benchmark: Benchmark[MeasurementDefinition, Measure], suite: str) -> Offer:
-        blocks = benchmark.definition.suites[suite].grid
-        return Offer(
-            frozenset(benchmark.definition.candidates),
-            frozenset(name for block in blocks for name in block.model),
-            frozenset(block.measure for block in blocks),
-        )
+        return pipeline
 
+    def presentation(self) -> ModuleType:
+        from benchmarks.speed import presentation
 
-KIND = MeasurementKind()
+        return presentation
 
 
 def _variant(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> str:

@@ -21,8 +21,8 @@ from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.training.progress import Progress
+from benchmarks.speed.definition import Settings
 from benchmarks.speed.ffn import CANDIDATES, FFN
-from benchmarks.speed.grid import Settings
 from emoe.architectures import find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.sparse.cost_model import predicted_time_ratio

@@ -7,13 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import compared
-from benchmarks.harness.report.presentation import Presentation, make
+from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
-from benchmarks.speed.grid import Measure, MeasurementDefinition
 
 _NOTE = (
     "Each ratio is the median over rounds in which all candidates ran in turn in one process. The middle here is the "
@@ -31,7 +30,7 @@ class Measurements:
         origins: The same, as tables name their runs.
     """
 
-    def __init__(self, benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> None:
+    def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
         definition = benchmark.definition
         self.measures = definition.measures
         self.titles = {name: candidate.title for name, candidate in definition.candidates.items()}
@@ -174,8 +173,11 @@ def _setting(row: Any) -> str:
 TABLES = {"layer": layer, "step": step, "decode": decode, "partition": partition}
 
 
-def present(benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> Presentation:
+FIGURES: dict[str, Figure] = {}
+
+
+def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     measured = Measurements(benchmark, runs)
     sentences: dict[str, Any] = {"verdicts": list(verdicts(measured)), "note": _NOTE, "compared": measured.compared}
-    return make(benchmark, TABLES, {}, measured, **sentences)
+    return make(benchmark, TABLES, FIGURES, measured, **sentences)

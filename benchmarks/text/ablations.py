@@ -27,12 +27,12 @@ from benchmarks.harness.report.common import (
     with_numbers,
     with_runs,
 )
+from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.statistics import with_verdicts
-from benchmarks.text.definition import ABLATION_COLUMNS, Ablation
+from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
 from benchmarks.text.figures import draw_curves, draw_differences
-from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import ARROW, TextOutcomes
 
 _AVERAGE = "average"
@@ -40,6 +40,7 @@ AVERAGE_OF = f"{_AVERAGE} of "
 # letters of the settings that a figure may have on its axis
 _N_AND_K = "top_k_fraction"
 AXES = {"train_share": "D", _N_AND_K: "k"}
+_AXIS_WORDS = {"train_share": "the share of the training rows", _N_AND_K: "the share of experts in use"}
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
 _AXIS_VALUES = ["D", "k", "N", "L"]
@@ -55,7 +56,7 @@ class Ablations:
     Attributes:
         usual: The outcomes without the rows of ablations.
         tables: The function that makes each table, by name.
-        figures: The function that draws each figure, by name.
+        figures: The figures, by name.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
@@ -64,7 +65,7 @@ class Ablations:
         self._definitions: Mapping[str, Ablation] = benchmark.definition.ablations
         self._rows = cache(lambda name: ablation_rows(self._outcomes, self._definitions[name]))
         self.tables = {name: partial(self._table, name) for name in self._definitions}
-        self.figures = {name: partial(self._draw, name) for name in self._definitions}
+        self.figures = {name: Figure(partial(self._draw, name), self._caption(name)) for name in self._definitions}
 
     def compared(self) -> pd.DataFrame:
         """Return the numbers that claims are tested on, with those of ablations."""
@@ -82,6 +83,21 @@ class Ablations:
     def _table(self, name: str, _usual: TextOutcomes) -> Table:
         table = ablation_table(self._definitions[name], self._rows(name))
         return with_runs(table, self._outcomes.origins, self._benchmark.name)
+
+    def _caption(self, name: str) -> str:
+        """Describe the figure of an ablation."""
+        definition, baseline = self._definitions[name], self.usual.baseline_title
+        if definition.axis:
+            return (
+                f"{definition.title}. Scores over {_AXIS_WORDS[definition.axis]}, with 95 % intervals; the dashed line "
+                f"is the mean of {baseline}. The paper's numbers are in panels of their own. Axes do not start at zero."
+            )
+        reference = "the row above" if definition.steps else baseline
+        crosses = ", crosses the paper's" if definition.paper else ""
+        return (
+            f"{definition.title}. Differences to {reference}, paired by seed: filled marks are ours with their 95 % "
+            f"intervals{crosses}."
+        )
 
     def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
         definition = self._definitions[name]

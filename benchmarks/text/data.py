@@ -24,7 +24,7 @@ import yaml
 from numpy.typing import NDArray
 
 from benchmarks.harness.base import ROOT, DataError, derive_seed, first_line
-from benchmarks.harness.config.benchmark import SetPart
+from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader

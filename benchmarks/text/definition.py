@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from benchmarks.harness.config.benchmark import (
     Entry,
+    MethodsDefinition,
     Precision,
-    PublishedRows,
     Training,
-    TrainingDefinition,
-    TrainingSuite,
+    TrainingPart,
 )
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.sets import PublishedRows
 from benchmarks.harness.config.yaml import (
     AS_GIVEN,
     UNIQUE,
@@ -36,6 +36,8 @@ from benchmarks.harness.config.yaml import (
 )
 
 Protocol = Literal["published", "clean"]
+PUBLISHED, CLEAN = "published", "clean"
+ID, OOD = "id", "ood"  # domains: the sets that a model is trained on, and others
 
 PAPER_COLUMNS = ("model", "scope", "method")  # of published numbers, before value, status and source
 ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
@@ -123,8 +125,8 @@ class TextBlock(VariantAxes):
     Left out: clean for tasks with a test split, else published."""
 
 
-class TextSuite(TrainingSuite):
-    """One suite's part of a text benchmark."""
+class TextPart(TrainingPart):
+    """A text benchmark's part of a suite."""
 
     training: Annotated[dict[str, Any], Changes(TextTraining)] = Field({})
     """Settings that differ in this suite."""
@@ -180,19 +182,15 @@ class PublishedTraces(Strict):
     """By method, a CSV in the benchmark's folder: a row a window, a column an expert's share."""
 
 
-class TextDefinition(TrainingDefinition, Ablated):
-    """One benchmark, its methods, and what each suite runs of it."""
+class TextDefinition(MethodsDefinition, Ablated):
+    """One benchmark and its methods."""
 
-    figures: dict[str, str]
-    """The figures that it draws, each with its caption."""
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
     published_traces: PublishedTraces | None = left_out()
     """The paper's loads of experts over training, which are shown beside ours."""
     training: TextTraining
     """The training of every run; a suite may change it."""
-    suites: dict[Key, TextSuite]
-    """Runs by suite."""
 
 
 class TextSource(Strict):
@@ -270,9 +268,11 @@ class Rows(Strict):
     """Rows of the split that is reported."""
 
 
-class TextTask(Strict):
-    """The part of a task that shapes a run's numbers."""
+class RunTask(Strict):
+    """A task as a run's spec has it: what shapes its numbers."""
 
+    name: str
+    """Name in tasks.yaml, where the key gives it."""
     source: TextSource
     """Source of the rows."""
     fields: Annotated[list[str], Field(min_length=1, max_length=2)]
@@ -296,9 +296,9 @@ class TextTask(Strict):
     class."""
     metric: str
     """Name in metrics.yaml: what training on the task selects by and reports."""
-    ood_metrics: Names | None = left_out()
-    """Metrics of a model that was trained on another task: the paper's first, others beside it. Left out:
-    metric."""
+    ood_metrics: Names
+    """Metrics of a model that was trained on another task: the paper's first, others beside it. Left out in
+    tasks.yaml: metric."""
     splits: Splits
     """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without
     train and dev are for evaluation only."""
@@ -306,17 +306,8 @@ class TextTask(Strict):
     """Layouts of the makers' own files, for `tools/convert_glue_x.py`; it takes the first whose file is there."""
 
 
-class RunTask(TextTask):
-    """A task as a run's spec has it."""
-
-    name: str
-    """Name in tasks.yaml."""
-    ood_metrics: Names
-    """Metrics of a model that was trained on another task."""
-
-
-class TaskEntry(TextTask, Entry):
-    """One task of ``tasks.yaml``."""
+class TaskEntry(RunTask, Entry):
+    """One task of ``tasks.yaml``: a run's, and what is shown and checked of it."""
 
     rows: Rows = Rows()
     """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors
@@ -329,14 +320,9 @@ class TaskEntry(TextTask, Entry):
     ood: list[str] = Field([])
     """Tasks that a model trained on this one is also evaluated on, without further training."""
 
-    def spec(self, name: str) -> dict[str, Any]:
-        """Return the part of the task that shapes a run's numbers, with its name."""
-        return self.as_run(name).model_dump()
-
-    def as_run(self, name: str) -> RunTask:
-        """Return the task as a run reads it."""
-        given = {key: getattr(self, key) for key in TextTask.model_fields}
-        return RunTask(**{**given, "name": name, "ood_metrics": self.ood_metrics or [self.metric]})
+    def spec(self) -> dict[str, Any]:
+        """Return the part of the task that shapes a run's numbers."""
+        return self.model_dump(include=set(RunTask.model_fields))
 
 
 class TaskFile(Strict):
@@ -344,6 +330,21 @@ class TaskFile(Strict):
 
     tasks: Annotated[dict[Key, TaskEntry], Field(min_length=1)]
     """The tasks, by name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, content: Any) -> Any:
+        """Give each task its name, and its metric as that of models trained on another task."""
+        tasks = content.get("tasks") if isinstance(content, dict) else None
+        if not isinstance(tasks, dict):
+            return content
+        return {**content, "tasks": {name: _completed(name, task) for name, task in tasks.items()}}
+
+
+def _completed(name: object, task: Any) -> Any:
+    if not isinstance(task, dict) or "metric" not in task:
+        return task
+    return {"ood_metrics": [task["metric"]], **task, "name": name}
 
 
 class UsedAs(Strict):

@@ -35,8 +35,7 @@ from benchmarks.harness.report.plots import (
 )
 from benchmarks.harness.report.style import curve_styles
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
-from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import ID, OOD
+from benchmarks.text.definition import ID, OOD, TaskEntry
 from benchmarks.text.outcomes import PROTOCOLS, Ranked, TextOutcomes
 from benchmarks.text.traces import Trace, published_traces, shown_traces
 

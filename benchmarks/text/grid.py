@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import (
     COUNTS,
     OOD_MEAN,
+    AnyBenchmark,
     Benchmark,
     D,
     Domain,
-    Kind,
     MethodsDefinition,
     Offer,
-    SetPart,
+    P,
+    Part,
     check_rows,
     resolve_methods,
     text_tokens,
@@ -33,161 +34,144 @@ from benchmarks.harness.config.methods import (
     Method,
     check_frozen,
     method_spec,
-    variant_of,
 )
-from benchmarks.harness.config.runs import trained_sets
+from benchmarks.harness.config.runs import Run, trained_sets
+from benchmarks.harness.config.sets import SetPart, SetReader
 from benchmarks.harness.config.yaml import check_file, check_names, parse, read
 from benchmarks.harness.sources.local import local_folder, wanted_place
-from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import (
     ABLATION_COLUMNS,
+    CLEAN,
+    ID,
+    OOD,
     PAPER_COLUMNS,
+    PUBLISHED,
     Ablation,
     TaskEntry,
     TaskFile,
     TextDefinition,
+    TextPart,
     TextTraining,
     Transformed,
 )
 from emoe.errors import EMoEError
 
-PUBLISHED, CLEAN = "published", "clean"
-ID, OOD = "id", "ood"
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
+DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 
 
-class TextSets(Kind[D, TaskEntry]):
+class TextSets(Benchmark[D, TaskEntry, P]):
     """Share what all benchmarks on text sets need: which sets they read, and from where."""
 
-    paper_columns: tuple[str, ...] = PAPER_COLUMNS
+    task_files: ClassVar = {"tasks": TaskFile}
+    paper_columns: ClassVar[tuple[str, ...]] = PAPER_COLUMNS
 
-    def excludable(self, tasks: Mapping[str, TaskEntry]) -> Iterable[str]:
-        return {name for task in tasks.values() for name in task.ood}
-
-    def compared_domains(self, definition: D) -> Mapping[str, Domain]:
-        return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
-
-    def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        return [packaged("vaderSentiment")] if "vader_sentiment" in task.get("source", {}) else []
-
-    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> list[tuple[str, str]]:
+    def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         from benchmarks.text.data import part_read
 
         trained = ("train", "dev", "test") if "training" in spec else ("test",)
         named = [(task["name"], part) for task in trained_sets(spec) for part in trained]
         named += [(other["name"], "test") for other in spec["ood"]]
-        return [(name, part_read(tasks[name].splits, part)) for name, part in named]
+        parts = [(name, part_read(self.tasks[name].splits, part)) for name, part in named]
+        return [SetReader(name, part, functools.partial(self._describe, name, part)) for name, part in parts]
 
-    def describe(
-        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, TaskEntry], *, open_files: bool
-    ) -> Iterator[SetPart]:
+    def _describe(self, name: str, part: str, open_files: bool) -> Iterator[SetPart]:
         from benchmarks.text.data import compare_rows, load_split
 
-        task = tasks[name]
+        task = self.tasks[name]
         try:
-            split = load_split(task.as_run(name), part)
+            split = load_split(task, part)
         except DataError as error:
-            yield SetPart(
-                name, part, None, expected=getattr(task.rows, part), advice=_advice(name, task, first_line(error))
-            )
+            advice = _advice(name, task, first_line(error))
+            yield SetPart(name, part, None, expected=getattr(task.rows, part), advice=advice)
             return
         yield compare_rows(name, part, split, task)
 
 
-class TextKind(TextSets[TextDefinition]):
-    """Plan classifiers of texts, fine-tuned on one task and evaluated on it and on other sets."""
+class TextBenchmark(TextSets[TextDefinition, TextPart]):
+    """Classifiers of texts, fine-tuned on one task and evaluated on it and on other sets."""
 
-    files = (("text", TextDefinition), ("tasks", TaskFile))
-    optimizer = "AdamW, linear decay, no clipping"
+    definition_model, part_model = TextDefinition, TextPart
 
-    def load(self, content: object, file: Path) -> tuple[TextDefinition, Mapping[str, TaskEntry]]:
+    @classmethod
+    def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, TextDefinition, str(file))
         rows = transformed_rows(definition.transformed, definition, file)
         trained = [row.trained for row in definition.transformed.values()]
-        if twice := [name for name in trained if trained.count(name) > 1]:
+        if twice := [row for row in trained if trained.count(row) > 1]:
             raise DefinitionError(f"{file}: 'transformed' makes two things of '{twice[0]}'; a run's model is made one")
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
-        return definition, read(file.parent / definition.tasks, TaskFile).tasks
+        benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, DOMAINS)
+        benchmark._check()
+        return benchmark
 
-    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
-        training, rows = spec["training"], tasks[spec["task"]["name"]].rows
-        return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
-
-    def check(self, benchmark: Benchmark[TextDefinition, TaskEntry]) -> None:
-        definition, tasks, file = benchmark.definition, benchmark.tasks, benchmark.file
-        check_ablations(definition, definition.ablations, file)
+    def _check(self) -> None:
+        """Check that names in the files exist, and that tasks can be read."""
+        definition, tasks, file = self.definition, self.tasks, self.file
+        check_ablations(self, definition.ablations)
         if traces := definition.published_traces:
             where = f"{file}: 'published_traces"
             check_names(where, "task", [traces.task], tasks)
             check_names(where, "rows", traces.rows, definition.methods)
             for name, trace in traces.rows.items():
-                check_file(f"{where}.rows", name, trace, benchmark.folder)
-        for suite in definition.suites:
-            training: TextTraining = benchmark.settings("training", suite)
-            where = f"{file}: 'suites.{suite}.training"
-            check_names(where, "epochs_by_task", training.epochs_by_task or (), tasks)
-            if not isinstance(training.evaluate_ood, bool):
-                check_names(where, "evaluate_ood", training.evaluate_ood or (), definition.methods)
-            if not training.validation_fraction:
-                raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows to choose by")
-            if training.patience is not None and training.checkpoint_selection != "best":
-                raise DefinitionError(
-                    f"{file}: 'suites.{suite}.training.patience' needs checkpoint_selection: best; set patience: null"
-                )
+                check_file(f"{where}.rows", name, trace, self.folder)
         for name, task in tasks.items():
-            _check_task(f"{benchmark.folder / definition.tasks}: 'tasks.{name}", task, tasks)
+            _check_task(f"{self.folder / definition.tasks}: 'tasks.{name}", task, tasks)
 
-    def specs(
-        self,
-        benchmark: Benchmark[TextDefinition, TaskEntry],
-        suite: str,
-        exclude: Collection[str],
-        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
-    ) -> Iterator[dict[str, Any]]:
-        methods = resolve_methods(benchmark.definition, suite)
-        trained = [name for name in methods if name not in benchmark.definition.transformed]
-        trainable = [name for name, task in benchmark.tasks.items() if task.splits.train and task.splits.dev]
+    def specs(self, part: Part[TextPart], exclude: Collection[str], others: Sequence[Run]) -> Iterator[dict[str, Any]]:
+        self._check_training(part)
+        methods = self.methods(part)
+        trained = [name for name in methods if name not in self.definition.transformed]
+        trainable = [name for name, task in self.tasks.items() if task.splits.train and task.splits.dev]
         names = {"model": model_names(None), "task": trainable, "method": trained}
-        training = functools.cache(functools.partial(benchmark.settings, "training", suite))
+        training = functools.cache(functools.partial(self.settings, "training", part))
         made: dict[str, dict[str, Any]] = {}
-        for where, point in benchmark.grid_points(suite, names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
+        for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             for key in OF_TRAINING:
                 if key in point and methods[point["method"]].role != ABLATION:
                     raise DefinitionError(
                         f"{where}.{key}' varies '{point['method']}', whose runs would compete with those that are "
                         f"trained as usual; take a row with role: {ABLATION}"
                     )
-            yield _spec(benchmark, training(point["model"]), methods, point, where, exclude, made)
+            if point["task"] not in exclude:
+                yield _spec(self, training(point["model"]), methods, point, where, exclude, made)
 
-    def settings(self, definition: TextDefinition, method: str) -> list[str]:
-        is_ablation = resolve_methods(definition)[method].role == ABLATION
-        variants: list[str] = []
-        for part in definition.suites.values():
-            for block in part.grid:
-                given = block.given()
-                axes = [key for key in (*VARIANT_KEYS, *OF_TRAINING) if given.get(key) and method in block.method]
-                for values in itertools.product(*(given[key] for key in axes)):
-                    varied = dict(zip(axes, values, strict=True))
-                    # layers that all rows of a model have are said of none
-                    other = variant_of({key: varied[key] for key in axes if key != "layers"})
-                    variants += [variant_of(varied), other] if other or is_ablation else []
-        return [variant for variant in dict.fromkeys(variants) if variant]
+    def _check_training(self, part: Part[TextPart]) -> None:
+        """Check the training of a suite."""
+        training: TextTraining = self.settings("training", part)
+        where = part.where("training")
+        check_names(where, "epochs_by_task", training.epochs_by_task or (), self.tasks)
+        if not isinstance(training.evaluate_ood, bool):
+            check_names(where, "evaluate_ood", training.evaluate_ood or (), self.definition.methods)
+        if not training.validation_fraction:
+            raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows to choose by")
+        if training.patience is not None and training.checkpoint_selection != "best":
+            raise DefinitionError(f"{where}.patience' needs checkpoint_selection: best; set patience: null")
 
-    def offer(self, benchmark: Benchmark[TextDefinition, TaskEntry], suite: str) -> Offer:
-        offer = super().offer(benchmark, suite)
-        transformed = {name for name, row in benchmark.definition.transformed.items() if row.trained in offer.methods}
+    def tokens(self, spec: Mapping[str, Any]) -> float | None:
+        training, rows = spec["training"], self.tasks[spec["task"]["name"]].rows
+        return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
+
+    def offer(self, part: Part[TextPart]) -> Offer:
+        offer = super().offer(part)
+        transformed = {name for name, row in self.definition.transformed.items() if row.trained in offer.methods}
         offer = replace(offer, methods=offer.methods | transformed)
         # claims need the scores of all methods that the suite runs
-        return (
-            offer
-            if benchmark.settings("training", suite).evaluate_ood is True
-            else replace(offer, domains=offer.domains - {OOD, OOD_MEAN})
-        )
+        if self.settings("training", part).evaluate_ood is True:
+            return offer
+        return replace(offer, domains=offer.domains - {OOD, OOD_MEAN})
 
+    def pipeline(self) -> ModuleType:
+        from benchmarks.text import pipeline
 
-KIND = TextKind()
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.text import presentation
+
+        return presentation
 
 
 def transformed_rows(
@@ -203,7 +187,7 @@ def transformed_rows(
     Raises:
         DefinitionError: A row does not exist, or its weights would mean something else in the other's model.
     """
-    check_rows(definition, str(file))
+    check_rows(definition, file)
     resolved = resolve_methods(definition)
     usual = [name for name, method in resolved.items() if method.role != ABLATION]
     rows: dict[str, Method] = {}
@@ -240,20 +224,20 @@ def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
             raise DefinitionError(f"{where}.{key}' is '{row.title}', which trains another part of the model")
 
 
-def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablation], file: Path) -> None:
+def check_ablations(benchmark: AnyBenchmark, ablations: Mapping[str, Ablation]) -> None:
     """Check that ablations compare rows that exist, and that each row with this role is in one.
 
     Raises:
         DefinitionError: names the file, the key and the nearest valid value.
     """
-    methods = resolve_methods(definition)
+    definition, methods, file = benchmark.definition, benchmark.methods(), benchmark.file
     for name, ablation in ablations.items():
         where = f"{file}: 'ablations.{name}"
         check_names(where, "rows", ablation.rows, methods)
         if definition.baseline in ablation.rows[1:] or definition.baseline not in ablation.rows:
             raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
         if ablation.paper:
-            check_file(where, "paper", ablation.paper, file.parent, ABLATION_COLUMNS)
+            check_file(where, "paper", ablation.paper, benchmark.folder, ABLATION_COLUMNS)
     shown = {row for ablation in ablations.values() for row in ablation.rows}
     for row, method in methods.items():
         if method.role == ABLATION and row not in shown:
@@ -290,7 +274,7 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
 
 
 def _spec(
-    benchmark: Benchmark[TextDefinition, TaskEntry],
+    benchmark: TextBenchmark,
     settings: TextTraining,
     methods: Mapping[str, Method],
     point: Mapping[str, Any],
@@ -310,18 +294,18 @@ def _spec(
     asked = settings.evaluate_ood
     evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
     ood = [name for name in task.ood if name not in exclude] if evaluated else []
-    return {
-        **benchmark.of_every_spec,
-        "protocol": protocol,
-        "model": load_models()[point["model"]].spec(point["model"]),
-        "task": task.spec(point["task"]),
-        "ood": [benchmark.tasks[name].spec(name) for name in ood],
-        "method": method,
-        "training": training,
-        "learning_rate": float(point["learning_rate"]),
-        "seed": point["seed"],
+    return benchmark.spec(
+        method["variant"],
+        protocol=protocol,
+        model=load_models()[point["model"]].spec(point["model"]),
+        task=task.spec(),
+        ood=[benchmark.tasks[name].spec() for name in ood],
+        method=method,
+        training=training,
+        learning_rate=float(point["learning_rate"]),
+        seed=point["seed"],
         **_used_as(benchmark.definition, methods, point, settings, where),
-    }
+    )
 
 
 def _used_as(

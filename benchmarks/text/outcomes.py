@@ -9,14 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import OOD_MEAN, Benchmark, MethodsDefinition, resolve_methods
+from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, with_verdicts
-from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
+from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
 CELL = ["model", "task", "method"]
 KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}  # their headings
@@ -96,11 +95,11 @@ class TextOutcomes(Outcomes):
             tasks, its ``verdict``, and ``common``, the mean over the seeds that all methods have.
     """
 
-    benchmark: Benchmark[MethodsDefinition, TaskEntry]
+    benchmark: AnyBenchmark
 
     def __init__(
         self,
-        benchmark: Benchmark[MethodsDefinition, TaskEntry],
+        benchmark: AnyBenchmark,
         runs: Sequence[Run],
         records: pd.DataFrame | None = None,
         *,

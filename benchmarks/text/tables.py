@@ -26,7 +26,7 @@ from benchmarks.harness.report.common import (
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import information_numbers, scores_of
 from benchmarks.harness.results.statistics import PERMUTATIONS, critical_difference
-from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
+from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import (
     CELL,
     CHOICE,

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base import RUNS, DefinitionError
-from benchmarks.harness.config.benchmark import Benchmark, check_references, load_benchmark, resolve_methods
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
-from benchmarks.harness.config.runs import Run, plan
-from benchmarks.harness.config.yaml import read_yaml
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.text.ablations import Ablations, ablation_rows
 from benchmarks.text.data import TextSplit
@@ -24,7 +22,7 @@ from benchmarks.text.figures import panels_of
 from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
 from tests.executed import recorded
-from tests.planned import evaluations, paper_runs
+from tests.planned import edited_benchmark, edited_part, evaluations, paper_runs, plan, specs
 
 LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")
 
@@ -72,13 +70,9 @@ def test_rows_of_ablations_keep_the_others_runs_and_stand_in_their_suites() -> N
 
 @pytest.mark.parametrize("key", ["train_share", "epochs_factor"])
 def test_only_rows_of_ablations_are_trained_otherwise(key: str) -> None:
-    block = LORA.definition.suites["mini"].grid[0].model_copy(update={key: [0.5]})
-    suite = LORA.definition.suites["mini"].model_copy(update={"grid": [block]})
-    changed = LORA.definition.model_copy(update={"suites": {**LORA.definition.suites, "mini": suite}})
-    with pytest.raises(
-        DefinitionError, match=rf"suites\.mini\.grid\[0\]\.{key}' varies 'lora', whose runs would compete"
-    ):
-        list(LORA.kind.specs(Benchmark("glue_lora", changed, LORA.tasks), "mini", (), dict))
+    part = edited_part("glue_lora", "mini", {f"grid.0.{key}": [0.5]})
+    with pytest.raises(DefinitionError, match=rf"grid\[0\]\.{key}' varies 'lora', whose runs would compete"):
+        specs(LORA, part)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +88,8 @@ def test_only_rows_of_ablations_are_trained_otherwise(key: str) -> None:
     ],
 )
 def test_ablations_compare_what_exists(changes: dict[str, Any], message: str) -> None:
-    found = LORA.definition.ablations["selection"].model_copy(update=changes)
-    changed = LORA.definition.model_copy(update={"ablations": {**LORA.definition.ablations, "selection": found}})
     with pytest.raises(DefinitionError, match=message):
-        check_references(Benchmark("glue_lora", changed, LORA.tasks))
+        edited_benchmark("glue_lora", {f"ablations.selection.{key}": value for key, value in changes.items()})
 
 
 def test_a_model_is_used_as_one_row_and_not_as_several() -> None:
@@ -119,11 +111,10 @@ def test_a_model_is_used_as_one_row_and_not_as_several() -> None:
     ],
 )
 def test_weights_of_one_row_must_mean_the_same_in_the_other(row: dict[str, str], message: str) -> None:
-    content = read_yaml(OOD.file)
-    content["transformed"]["odd"] = {"title": "Odd", **row}
-    content["ablations"]["transformation"]["rows"].append("odd")
+    rows = [*OOD.definition.ablations["transformation"].rows, "odd"]
+    edits = {"transformed.odd": {"title": "Odd", **row}, "ablations.transformation.rows": rows}
     with pytest.raises(DefinitionError, match=r"'transformed\.odd.*" + message):
-        EVALUATION.load(content, OOD.file)
+        edited_benchmark("glue_ood", edits)
 
 
 # settings in words
@@ -183,8 +174,8 @@ def test_main_tables_have_no_row_of_an_ablation(presented) -> None:
         ]
         rows = {name for table in usual if "method" in table.frame for name in table.frame["method"]}
         assert rows
-        assert not {name for name in rows if benchmark.kind.row_titles(benchmark.definition).get(name) is None}
-        methods = resolve_methods(benchmark.definition)
+        assert not {name for name in rows if benchmark.row_titles.get(name) is None}
+        methods = benchmark.methods()
         assert ABLATION not in {methods[name].role for name in rows}
 
 
@@ -247,7 +238,7 @@ def test_a_suite_without_these_runs_says_so(here: Path) -> None:
     frame = shown.tables["settings"](None).frame
     assert not frame["is_ours"].any()
     assert len(frame) == 39
-    shown.figures["settings"](None, here / "figure")
+    shown.figures["settings"].draw(None, here / "figure")
     assert (here / "figure.png").exists()
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.runs import plan
 from benchmarks.harness.models.build import Trainable, build_classifier
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.tuning import trained_groups
@@ -20,6 +19,7 @@ from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.training import TextTrainer
 from emoe.errors import EMoEError
+from tests.planned import plan
 
 pytestmark = pytest.mark.usefixtures("here")
 SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue_lora"], "smoke")}

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 # trains planned runs for a few steps, on a tiny model with random weights
 RUN = """
 from pathlib import Path
+import benchmarks.kinds
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.config.catalogue import load_models
@@ -62,7 +63,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
 
     files = {name: root / "benchmarks" / name for name in ("methods.yaml", "metrics.yaml")}
     mine = {name: root / "benchmarks/reviews" / name for name in ("benchmark.yaml", "tasks.yaml")}
-    plugin = root / "my_plugin.py"
+    plugin, suite = root / "my_plugin.py", root / "config/reviews.yaml"
     method, row, block, elsewhere, elsewhere_block = PAGE["A method"]
     router, plugins, linear, _ = PAGE["A router"]
     tuning, bitfit = PAGE["A way of tuning"]
@@ -71,9 +72,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     _, _, architecture, _ = PAGE["An architecture"]
 
     append(files["methods.yaml"], method)
-    append(mine["benchmark.yaml"], block)
+    append(suite, block)
     append(mine["tasks.yaml"], task)
-    append(mine["benchmark.yaml"], task_block)
+    append(suite, task_block)
     topics = [(text, label, split) for split in ("train", "dev", "test") for text, label in TOPICS * 8]
     write(root / "benchmarks/reviews/topics.csv", topics, ("text", "label", "split"))
     append(plugin, router)
@@ -83,12 +84,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     append(files["methods.yaml"], bitfit)
     # like any other method: one row and one block
     for name in ("emoe_linear", "bitfit"):
-        append(mine["benchmark.yaml"], block.replace("emoe_bottom", name))
+        append(suite, block.replace("emoe_bottom", name))
         replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row.replace('emoe_bottom', name)}")
     replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row}")
     glue = root / "benchmarks/glue/benchmark.yaml"
     replace(glue, "\nmethods:\n", f"\nmethods:\n{elsewhere}")
-    replace(glue, "\n\n  mini:\n", f"\n{elsewhere_block}\n  mini:\n")
+    replace(root / "config/smoke.yaml", "\n\n  glue_lora:\n", f"\n{elsewhere_block}\n  glue_lora:\n")
     append(plugin, score)
     append(plugin, architecture)
     append(files["metrics.yaml"], metric)

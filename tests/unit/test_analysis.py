@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import scikit_posthocs
 from scipy import stats
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError
-from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.presentation import present
@@ -27,6 +26,7 @@ from benchmarks.text.tables import chosen, ranks, results, tasks
 from benchmarks.text.tables import paper as paper_table
 from benchmarks.text.tables import tests as paired_tests
 from tests import fake_runs
+from tests.planned import changed
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +193,7 @@ def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, lin
     path = tmp_path / "paper.csv"
     path.write_text(f"model,scope,method,value,status,source\n{line}\n")
     outcomes = outcomes_of(finished.runs)
-    changed = outcomes.benchmark.definition.model_copy(update={"paper": str(path)})
-    outcomes.benchmark = replace(outcomes.benchmark, definition=changed)
+    outcomes.benchmark = changed(outcomes.benchmark, paper=str(path))
     with pytest.raises(DefinitionError, match=message):
         paper_table(outcomes, "id")
 
@@ -288,7 +287,7 @@ def test_own_metrics_stand_beside_the_papers(evaluated: TextOutcomes) -> None:
 
 
 def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
-    from benchmarks.glue_lora.presentation import present
+    from benchmarks.text.presentation import present
 
     runs = [run for run in finished.runs if run.benchmark == "glue_lora"]
     present(load_benchmark("glue_lora"), runs)
@@ -306,11 +305,9 @@ def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_text_benchmark_without_a_presentation_takes_the_usual_one(finished: Suite, tmp_path: Path) -> None:
-    real = load_benchmark("glue")
-    changes = {"tables": ["tests", "choices"], "figures": {"ood": "Scores."}}
-    mine = Benchmark("mine", real.definition.model_copy(update=changes), real.tasks)
+def test_a_benchmark_has_the_tables_and_figures_that_its_file_names(finished: Suite, tmp_path: Path) -> None:
+    mine = changed("glue", tables=["tests", "choices"], figures=["ood"])
     presented = present(mine, finished.runs_of("glue"))
-    assert [table.name for table in presented.tables] == ["mine_tests", "mine_choices"]
+    assert [table.name for table in presented.tables] == ["glue_tests", "glue_choices"]
     presented.draw(tmp_path)
-    assert [path.name for path in sorted(tmp_path.glob("mine*"))] == ["mine_ood.pdf", "mine_ood.png"]
+    assert [path.name for path in sorted(tmp_path.glob("glue*"))] == ["glue_ood.pdf", "glue_ood.png"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness.base import RUNS, DefinitionError, RunError, write_json
-from benchmarks.harness.config.runs import Run, plan
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results import check as checking
 from benchmarks.harness.results.check import (
     KEYS,
@@ -36,6 +36,7 @@ from emoe.errors import EMoEError
 from tests import fake_runs
 from tests.executed import finish, prepare
 from tests.fake_runs import edit
+from tests.planned import plan
 from tests.programs import call
 
 SCORES = ("dev", "test", "ood", "ood_mean")

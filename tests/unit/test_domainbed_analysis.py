@@ -21,11 +21,12 @@ from benchmarks.domainbed.protocol import (
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import suite as planning
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.suite import find_part, load_suite
 from benchmarks.harness.results.records import read_metrics
 from tests.fake_runs import write_runs
 from tests.image_sets import pacs_run
+from tests.planned import plan
 
 
 def record(step: int, within: list[float], out: list[float]) -> dict[str, Any]:

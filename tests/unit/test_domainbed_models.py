@@ -18,10 +18,11 @@ from transformers import (
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.models.build import build_image_classifier
 from tests.executed import finish, prepare
 from tests.image_sets import pacs_run
+from tests.planned import plan
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,8 @@ from benchmarks.domainbed.protocol import (
     sweep_seed,
 )
 from benchmarks.domainbed.training import EvaluationSteps, expert_information
-from benchmarks.harness.config.runs import plan
 from benchmarks.harness.results.statistics import by_chance, mutual_information
-from tests.planned import paper_runs
+from tests.planned import paper_runs, plan
 
 
 def md5_of(text: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from transformers import Trainer
 
 from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
-from benchmarks.domainbed.definition import ImageSpec, ImageSuite
-from benchmarks.domainbed.grid import KIND
+from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.protocol import best_record
 from benchmarks.harness.base import DATA_ROOT
 from benchmarks.harness.config.benchmark import load_benchmark
@@ -25,6 +23,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.statistics import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
+from tests.planned import edited_part, specs
 
 
 @pytest.fixture(autouse=True)
@@ -127,12 +126,11 @@ def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
     def algorithms(**settings: Any) -> set[str]:
         block = {"model": ["test-vit"], "method": ["random_partition"], "test_envs": "single", "trial": [0, 1]}
         block |= {"set": ["pacs", "domain_net", "rotated_mnist"], "hparams_seed": [0, 3], **settings.pop("grid", {})}
-        suite = {"grid": [block], "methods": {"random_partition": settings.pop("method", {})}, "training": settings}
-        suites = {"own": ImageSuite.model_validate(suite)}
-        changed = replace(benchmark, definition=benchmark.definition.model_copy(update={"suites": suites}))
+        methods = {"random_partition": settings.pop("method", {})}
+        edits = {"grid_defaults": {}, "grid": [block], "method_defaults": {}, "methods": methods, "training": settings}
+        planned = specs(benchmark, edited_part("domainbed", "smoke", edits))
         return {
-            pipeline.sweep_arguments(ImageSpec.model_validate(spec))["algorithm"]
-            for spec in KIND.specs(changed, "own", (), dict)
+            pipeline.sweep_arguments(ImageSpec.model_validate(spec | {"files": {}}))["algorithm"] for spec in planned
         }
 
     (own,) = algorithms()  # also of sets that are evaluated at other steps

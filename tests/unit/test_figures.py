@@ -31,7 +31,7 @@ def test_figures_fit_a_page_and_no_text_touches_another(suite: str, benchmark: s
     elif (suite, benchmark) == ("paper", "glue_lora"):
         runs = [run for run in runs if {key: run.spec[key] for key in _PART} == _PART]
     shown = present(load_benchmark(benchmark), runs)
-    figures = {name: draw for part in (shown, *shown.parts.values()) for name, draw in part.figures.items()}
+    figures = {name: figure.draw for part in (shown, *shown.parts.values()) for name, figure in part.figures.items()}
     assert len(figures) >= len(load_benchmark(benchmark).definition.figures)
     for name, draw in figures.items():
         with watched() as found:

@@ -25,7 +25,6 @@ from tests.checkout import wait_for
 from tests.conftest import ROOT
 from tests.executed import numbers, prepare
 
-MODULES = ["benchmarks.glue.pipeline", "benchmarks.harness.run.execution"]
 Process = subprocess.Popen[str]
 _OF_PYTEST = "PYTEST_CURRENT_TEST"  # another value in a fixture than in its test
 RUNS = {run.spec["method"]["name"]: run for run in load_suite({"suite": "smoke"}).runs_of("glue")}
@@ -34,7 +33,7 @@ RUNS = {run.spec["method"]["name"]: run for run in load_suite({"suite": "smoke"}
 @pytest.fixture(scope="module")
 def started() -> Iterator[Server]:
     """Start a server that has the text pipeline, whose import takes long."""
-    server = Server(MODULES)
+    server = Server(["glue"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         with pytest.MonkeyPatch.context() as meanwhile:

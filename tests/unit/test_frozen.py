@@ -18,8 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification, T5Config, T5
 from transformers.models.bert.modeling_bert import BertLayer
 
 from benchmarks.domainbed import pipeline as images
-from benchmarks.glue import pipeline as texts
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, PREFIXES, DefinitionError, RunError
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import check_frozen
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.yaml import parse
@@ -28,7 +28,7 @@ from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.prefix import STATES, Prefix
 from benchmarks.llama import pipeline as instructions
 from benchmarks.llama.export import export
-from benchmarks.llama.grid import KIND as INSTRUCTIONS
+from benchmarks.text import pipeline as texts
 from benchmarks.text.data import load_part
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.evaluation import TextEvaluator
@@ -286,4 +286,4 @@ def test_unknown_architectures_and_too_many_layers_are_refused_before_a_conversi
 def test_frozen_layers_need_one_process() -> None:
     run = tiny_run("emoe", "full", training=FROZEN)
     with pytest.raises(RunError, match="frozen_layers is not spread over several processes"):
-        INSTRUCTIONS.check_processes(run.spec, 2, "ddp")
+        load_benchmark("llama").check_processes(run.spec, 2, "ddp")

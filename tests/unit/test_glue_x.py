@@ -14,7 +14,7 @@ from sklearn import metrics
 import emoe
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.training.label_mapping import LabelMapping, label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.text.data import load_part
@@ -24,7 +24,7 @@ from benchmarks.text.tokenization import TokenisedRows
 from emoe.layer import routed_layers
 from tests import fake_runs
 from tests.executed import recorded, reopened
-from tests.planned import evaluations, paper_runs
+from tests.planned import evaluations, paper_runs, plan
 from tests.text_sets import MEANING, TASKS
 from tests.tiny_hub import write_data, write_glue_x, write_models
 
@@ -205,7 +205,7 @@ def test_only_capacity_depends_on_the_batch(workdir: Path) -> None:
 
 
 def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
-    mnli, hans, snli, rte = (GLUE_OOD.tasks[name].as_run(name) for name in ("mnli", "hans", "snli", "rte"))
+    mnli, hans, snli, rte = (GLUE_OOD.tasks[name] for name in ("mnli", "hans", "snli", "rte"))
     three_on_two = label_mapping(mnli, hans, "hans")
     assert three_on_two == LabelMapping(predictions=(0, 1, 1))
     logits = np.array([[3, 1, 2], [0, 2, 1], [0, 1, 2], [2, 0, 1]])

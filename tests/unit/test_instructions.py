@@ -13,15 +13,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import emoe
-from benchmarks.harness.base import DATA_ROOT, DataError, DefinitionError
+from benchmarks.harness.base import BENCHMARKS, DATA_ROOT, DataError, DefinitionError
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.yaml import read
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.packages import packaged
-from benchmarks.llama.definition import InstructionSource
+from benchmarks.llama.definition import InstructionSource, TemplateFile
 from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken
-from benchmarks.llama.templates import find_template, template_names
+from benchmarks.llama.templates import CHAT, RANDOM, Template, find_template
 from tests.conftest import fetched
+from tests.planned import edited_part, specs
+
+TEMPLATES = read(BENCHMARKS / "llama/templates.yaml", TemplateFile).templates
+
+
+def find(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Template:
+    return find_template(name, TEMPLATES, tokenizer, seed)
+
 
 GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 
@@ -109,10 +119,10 @@ def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypa
 
 def test_templates_put_instruction_and_input_in_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Instruction("line 1", "Repeat {input} and {x}.", "a {instruction} b", "done")
-    plain = find_template("plain", tokenizer, 0)
+    plain = find("plain", tokenizer, 0)
     assert plain.prompt(row) == "Repeat {input} and {x}.\n\na {instruction} b\n\n"
     assert plain.response(row) == "done</s>"
-    alpaca = find_template("alpaca", tokenizer, 0)
+    alpaca = find("alpaca", tokenizer, 0)
     without = Instruction("line 1", "Add.", "", "3")
     assert alpaca.prompt(without).startswith("Below is an instruction that describes a task. Write")
     assert alpaca.prompt(without).endswith("### Instruction:\nAdd.\n\n### Response:")
@@ -121,35 +131,36 @@ def test_templates_put_instruction_and_input_in_as_they_are(tokenizer: PreTraine
 
 def test_a_random_template_is_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
     state = random.getstate()
-    drawn = [find_template("random", tokenizer, seed).name for seed in range(30)]
-    assert drawn == [find_template("random", tokenizer, seed).name for seed in range(30)]
-    assert set(drawn) == set(template_names()) - {"chat", "random"}
+    drawn = [find("random", tokenizer, seed).name for seed in range(30)]
+    assert drawn == [find("random", tokenizer, seed).name for seed in range(30)]
+    assert set(drawn) == set(TEMPLATES)
     assert random.getstate() == state
 
 
 def test_wrong_templates_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    part = edited_part("llama", "smoke", {"data.template": "alpacca"})
     with pytest.raises(DefinitionError, match=r"data.template' is 'alpacca', which .* did you mean 'alpaca'"):
-        find_template("alpacca", tokenizer, 0)
-    with pytest.raises(DefinitionError, match="has no chat template; take one of alpaca"):
-        find_template("chat", tokenizer, 0)
+        specs(load_benchmark("llama"), part)
+    with pytest.raises(DefinitionError, match="has no chat template; take one of templates"):
+        find("chat", tokenizer, 0)
 
 
 def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Instruction("line 1", "Add.", "1 and 2", "3")
-    plain = find_template("alpaca", tokenizer, 0)
+    plain = find("alpaca", tokenizer, 0)
     chatting = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     chatting.chat_template = plain.as_chat_template()
-    chat = find_template("chat", chatting, 0)
+    chat = find("chat", chatting, 0)
     whole = Instruction("line 1", "Add.\n\n1 and 2", "", "3")
     assert chat.prompt(row) == plain.prompt(whole)
     assert chat.response(row) == plain.response(whole)
     chatting.chat_template = "{% for message in messages %}{{ messages | length }}{{ message['content'] }}{% endfor %}"
     with pytest.raises(DefinitionError, match="rewrites the prompt"):
-        find_template("chat", chatting, 0).response(row)
+        find("chat", chatting, 0).response(row)
 
 
 def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = find_template("plain", tokenizer, 0)
+    template = find("plain", tokenizer, 0)
     rows = [
         Instruction("line 1", "one two three", "", "four five"),
         Instruction("line 2", "one two three", "four", "five six seven eight"),
@@ -169,10 +180,10 @@ def test_the_split_of_prompt_and_response_is_that_of_the_texts() -> None:
     """With a real tokenizer: what is learned reads as the response, and nothing of it is missing."""
     tokenizer = load_tokenizer({"name": "tiny-llama", "config": {}, "tokenizer": "minilm"})
     row = Instruction("line 1", "Name two colours", "bright ones", "Red, and yellow!")
-    for name in template_names():
+    for name in [*TEMPLATES, CHAT, RANDOM]:
         if name in ("chat", "random"):
             continue
-        encoded = EncodedRows([row], find_template(name, tokenizer, 0), 200).rows[0]
+        encoded = EncodedRows([row], find(name, tokenizer, 0), 200).rows[0]
         learned = tokenizer.decode(encoded.tokens[encoded.begin :], skip_special_tokens=True)
         assert learned == "red, and yellow!"
 
@@ -182,9 +193,9 @@ def test_a_blank_before_the_response_is_learned_with_its_first_word(tokenizer: P
     assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 11)]) == 3
     assert _begin("Answer:", [(0, 0), (0, 6), (6, 9), (9, 11)]) == 3  # ":Re" belongs to the prompt
     assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 8), (8, 11), (0, 0)]) == 4
-    for name in template_names():
+    for name in [*TEMPLATES, CHAT, RANDOM]:
         if name not in ("chat", "random"):
-            assert not find_template(name, tokenizer, 0).prompt(Instruction("", "a", "b", "c")).endswith(" ")
+            assert not find(name, tokenizer, 0).prompt(Instruction("", "a", "b", "c")).endswith(" ")
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -236,7 +247,7 @@ def test_logits_of_prompts_are_left_away_and_nothing_else(tokenizer: PreTrainedT
 def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -> None:
     model, rows = small_llama(), random_rows(4)
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
-    encoded = EncodedRows([], find_template("plain", tokenizer, 0), 10)
+    encoded = EncodedRows([], find("plain", tokenizer, 0), 10)
     encoded.rows = [EncodedRow(row["input_ids"], 2, 0) for row in rows]
     counts = []
     for batch_size in (1, 4):

@@ -7,18 +7,17 @@ import math
 
 import pandas as pd
 import pytest
-import yaml
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import categories, paper, results, subjects, verdicts
 from benchmarks.llama.presentation import tests as paired_tests
 from emoe.layer_numbers import resolve_layers
 from tests.fake_runs import SUBJECTS, edit, write_runs
-from tests.planned import paper_runs
+from tests.planned import edited_part, paper_runs, plan, specs
 
 pytestmark = pytest.mark.usefixtures("here")
 LLAMA = load_benchmark("llama")
@@ -153,16 +152,6 @@ def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) ->
 
 
 def test_wrong_settings_are_refused_by_name() -> None:
-    from benchmarks.harness.config.benchmark import Benchmark
-    from benchmarks.harness.config.yaml import parse
-    from benchmarks.llama.definition import InstructionDefinition
-    from benchmarks.llama.grid import KIND
-
-    def with_change(change: dict) -> Benchmark:
-        content = yaml.safe_load(LLAMA.file.read_text())
-        content["suites"]["smoke"] |= change
-        return Benchmark("llama", parse(content, InstructionDefinition, "benchmark.yaml"), LLAMA.tasks)
-
     block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["lora"], "method": ["dense"], "seed": [0]}
     trains = {**block, "finetuning": ["full"], "learning_rate": [0.1]}
     for change, message in (
@@ -173,7 +162,7 @@ def test_wrong_settings_are_refused_by_name() -> None:
         ({"grid": [trains], "finetuning": {"full": {"layers": "all"}}}, "'layers' says which blocks"),
     ):
         with pytest.raises(DefinitionError, match=message):
-            list(KIND.specs(with_change(change), "smoke", (), dict))
+            specs(LLAMA, edited_part("llama", "smoke", {"grid_defaults": {}, **change}))
 
 
 def test_the_papers_grid_is_as_published() -> None:

@@ -11,18 +11,18 @@ import pytest
 
 from benchmarks.harness.base import PREFIXES, QUESTIONS
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import plan, run_from_spec
+from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.evaluation import load_task
-from benchmarks.llama.grid import KIND
 from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import nats_tests, results, verdicts
 from benchmarks.llama.questions import write_mmlu_dev
 from tests.fake_runs import write_runs
 from tests.instruction_runs import offer_only, tiny_run
+from tests.planned import plan
 
 pytestmark = pytest.mark.usefixtures("here")
 TASK = {"task": "mmlu_dev_continuation", "num_fewshot": 0, "limit": 1}
@@ -59,8 +59,6 @@ def test_all_subjects_are_there_in_both_forms() -> None:
     for form in ("", "_continuation"):
         assert len(list(FILES.glob(f"mmlu_dev_anatomy{form}.yaml"))) == 1
     assert load_task(AskedTask.model_validate(TASK)).sources[0].startswith("package lm-eval")
-    (run,) = [run for run in plan(["llama"], "smoke") if "emoe-base" in run.id]
-    assert KIND.inputs(run.spec) == [f"{FILES}/mmlu_dev.yaml", f"{FILES}/mmlu_dev_continuation.yaml"]
 
 
 def sample(number: int, choices: list[str], right: int, logs: list[float], prompt: str = "Q") -> dict[str, Any]:

@@ -175,10 +175,7 @@ def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, m
 
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
     group, wrong = (AskedTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie"))
-    with pytest.raises(DataError, match=r"mmlu_dev.yaml does not exist; .* `python -m benchmarks questions`"):
-        load_task(group)
-    write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    load_task(group)
+    load_task(group)  # which writes the questions
     with pytest.raises(
         DefinitionError, match="'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_ana"
     ):

@@ -12,13 +12,8 @@ import yaml
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import benchmark, methods
-from benchmarks.harness.config.benchmark import TrainingDefinition, TrainingSuite, resolve_methods
+from benchmarks.harness.config.benchmark import MethodsDefinition, TrainingPart, resolve_methods
 from benchmarks.harness.config.methods import Method, load_methods
-
-
-class Definition(TrainingDefinition):
-    suites: dict[str, TrainingSuite]
-
 
 METHODS = {
     "vanilla": {"title": "Vanilla", "role": "baseline", "kind": "dense"},
@@ -35,9 +30,10 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     monkeypatch.setattr(benchmark, "load_methods", lambda: known)
 
     def use(methods: dict[str, Any], suite: dict[str, Any] | None = None, **benchmark: Any) -> dict[str, Any]:
-        content = {"version": 1, "title": "A", "pipeline": "a", "tables": ["a"], "baseline": "vanilla", **benchmark}
-        definition = Definition.model_validate(content | {"methods": methods, "suites": {"mini": suite or {}}})
-        found = resolve_methods(definition, None if suite is None else "mini")
+        content = {"kind": "text", "version": 1, "title": "A", "tables": ["a"], "baseline": "vanilla", **benchmark}
+        definition = MethodsDefinition.model_validate(content | {"methods": methods})
+        part = TrainingPart.model_validate(suite or {})
+        found = resolve_methods(definition, part.method_defaults, part.methods)
         return {name: method.model_dump() for name, method in found.items()}
 
     return use

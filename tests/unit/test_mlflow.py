@@ -20,12 +20,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from benchmarks.harness.base import RUNS, RunError, without_passwords
-from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.results import mlflow
 from benchmarks.harness.results.mlflow import mirror
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.forked import start as start_fork
+from tests.planned import plan
 
 KEPT_QUIET = "S3cret"
 ENDED = 1_700_000_000

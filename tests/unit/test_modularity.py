@@ -12,8 +12,6 @@ import torch
 import emoe
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import plan
-from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.report.presentation import present
 from benchmarks.modularity.activations import (
     concentration,
@@ -24,12 +22,11 @@ from benchmarks.modularity.activations import (
     neurons_used,
     selected,
 )
-from benchmarks.modularity.grid import KIND, ModularityDefinition
 from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.usage import class_information, marks, shared_and_specialised, task_information
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare
-from tests.planned import smoke_run
+from tests.planned import edited_benchmark, edited_part, plan, smoke_run, specs
 
 BENCHMARK = load_benchmark("modularity")
 
@@ -174,10 +171,6 @@ def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
 # what is planned, and what is not
 
 
-def changed(change: dict[str, Any]) -> ModularityDefinition:
-    return parse({**BENCHMARK.definition.given(), **change}, ModularityDefinition, "benchmark.yaml")
-
-
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
@@ -188,7 +181,7 @@ def changed(change: dict[str, Any]) -> ModularityDefinition:
 )
 def test_rows_that_say_nothing_before_training_are_refused(methods: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        KIND.check(type(BENCHMARK)(BENCHMARK.name, changed({"methods": methods}), BENCHMARK.tasks))
+        edited_benchmark("modularity", {"methods": methods})
 
 
 def test_two_tasks_are_compared_in_one_layer() -> None:
@@ -197,10 +190,8 @@ def test_two_tasks_are_compared_in_one_layer() -> None:
     with pytest.raises(DefinitionError, match="needs two tasks that are not excluded"):
         plan(["modularity"], "smoke", exclude=["amazon"])
     block = {"model": ["tiny-bert"], "method": ["emoe"], "num_experts": [8], "layers": [[0, 1]], "seed": [0]}
-    smoke = {**BENCHMARK.definition.suites["smoke"].given(), "grid": [block]}
-    other = type(BENCHMARK)(BENCHMARK.name, changed({"suites": {"smoke": smoke}}), BENCHMARK.tasks)
     with pytest.raises(DefinitionError, match=r"grid\[0\]\.layers' must be lists of one layer each"):
-        list(KIND.specs(other, "smoke", (), lambda _: {}))
+        specs(BENCHMARK, edited_part("modularity", "smoke", {"grid": [block]}))
 
 
 # what is shown

@@ -12,14 +12,14 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DataError, DefinitionError
-from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.runs import canonical_json, plan, run_from_spec
+from benchmarks.harness.config.runs import canonical_json, run_from_spec
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_seq2seq, load_seq2seq_tokenizer
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.sources.vader import load_vader
-from benchmarks.multitask.grid import KIND, MultitaskDefinition, MultitaskSpec, WrittenTask
+from benchmarks.multitask.definition import MultitaskSpec, WrittenTask
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.rows import MixedOrder, answers, as_text, written
 from benchmarks.multitask.training import MultitaskTrainer, log_likelihoods
@@ -27,7 +27,7 @@ from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare
-from tests.planned import paper_spec, smoke_run
+from tests.planned import edited_benchmark, paper_spec, plan, smoke_run
 from tests.text_sets import write_glue, write_own
 from tests.tiny_hub import write_seq2seq
 
@@ -36,7 +36,7 @@ TINY = load_models()["tiny-t5"].spec("tiny-t5")
 
 
 def task(name: str, prefix: str | None = None) -> WrittenTask:
-    return WrittenTask(**BENCHMARK.tasks[name].spec(name), prefix=prefix or name)
+    return WrittenTask(**BENCHMARK.tasks[name].spec(), prefix=prefix or name)
 
 
 # rows as text
@@ -187,10 +187,6 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
 # what is planned, and what is not
 
 
-def changed(change: dict[str, Any]) -> MultitaskDefinition:
-    return parse({**BENCHMARK.definition.given(), **change}, MultitaskDefinition, "benchmark.yaml")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -204,7 +200,7 @@ def changed(change: dict[str, Any]) -> MultitaskDefinition:
 )
 def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        KIND.check(Benchmark(BENCHMARK.name, changed(change), BENCHMARK.tasks))
+        edited_benchmark("multitask", change)
 
 
 def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_read() -> None:

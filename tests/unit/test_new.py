@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from benchmarks.harness.base import ROOT, DataError, DefinitionError
-from benchmarks.harness.config.benchmark import kind_of, load_benchmark
+from benchmarks.harness.base import DataError, DefinitionError
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.text import new
 from benchmarks.text.new import new_benchmark
@@ -23,20 +22,16 @@ CSV = "text,label\n" + "".join(f"sentence number {i},{('bad', 'good')[i % 2]}\n"
 def project(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Prepare a project with folders of benchmarks and suites to write into."""
     (here / "config").mkdir()
-    for file in ("text/grid.py", "glue/pipeline.py"):  # kind and pipeline are looked up by their files
-        (here / "benchmarks" / file).parent.mkdir(parents=True)
-        shutil.copy(ROOT / "benchmarks" / file, here / "benchmarks" / file)
+    (here / "benchmarks/glue").mkdir(parents=True)
     monkeypatch.setattr(new, "BENCHMARKS", here / "benchmarks")
     monkeypatch.setattr(new, "CONFIG", here / "config")
     monkeypatch.setattr("benchmarks.harness.config.benchmark.BENCHMARKS", here / "benchmarks")
     monkeypatch.setattr("benchmarks.harness.base.CONFIG", here / "config")
-    for module in ("harness.sources.local", "text.data"):
+    for module in ("harness.sources.local", "harness.base", "text.data"):
         monkeypatch.setattr(f"benchmarks.{module}.ROOT", here)
     load_benchmark.cache_clear()
-    kind_of.cache_clear()
     yield here
     load_benchmark.cache_clear()
-    kind_of.cache_clear()
 
 
 def written(folder: Path, content: str, name: str = "mine.csv") -> Path:
@@ -48,7 +43,9 @@ def written(folder: Path, content: str, name: str = "mine.csv") -> Path:
 def test_a_csv_becomes_a_benchmark_that_runs(project: Path) -> None:
     new_benchmark("mine", written(project, CSV))
     file = project / "benchmarks/mine/benchmark.yaml"
-    file.write_text(file.read_text().replace("[minilm]", "[tiny-bert]").replace("layers: [5]", "layers: [1]"))
+    file.write_text(file.read_text().replace("layers: [5]", "layers: [1]"))
+    file = project / "config/mine.yaml"
+    file.write_text(file.read_text().replace("[minilm]", "[tiny-bert]"))
     runs = load_suite({"suite": "mine"}).runs
     assert [(run.spec["method"]["name"], run.spec["seed"]) for run in runs] == [
         (name, seed) for name in ("vanilla", "emoe", "random_partition") for seed in (0, 1)

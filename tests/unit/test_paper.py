@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.harness.base import ROOT, DefinitionError
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of, code_files
-from benchmarks.harness.config.benchmark import benchmark_names, check_references, load_benchmark
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.paper_items import (
     PaperPart,
     check_part,
@@ -25,6 +24,7 @@ from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, w
 from benchmarks.harness.report.presentation import check_presentations, present
 from tests import fake_runs
 from tests.drawn import watched
+from tests.planned import edited_benchmark
 from tests.programs import call
 
 
@@ -67,10 +67,8 @@ def test_every_benchmark_names_tables_and_figures_that_exist() -> None:
     ],
 )
 def test_a_misspelt_table_or_figure_names_the_nearest(name: str, key: str, value: object, message: str) -> None:
-    real = load_benchmark(name)
-    wrong = replace(real, definition=real.definition.model_copy(update={key: value}))
     with pytest.raises(DefinitionError, match=message):
-        present(wrong, [])
+        present(edited_benchmark(name, {key: value}), [])
 
 
 @pytest.mark.parametrize(("name", "file"), [("glue", "paper.csv"), ("domainbed", "costs.csv")])
@@ -83,7 +81,7 @@ def test_other_columns_of_published_numbers_are_refused_before_runs_start(
     message = rf"{file}: the columns are \['model', 'b'\], but must be \[.*'value', 'status', 'source'\]$"
     monkeypatch.setattr("benchmarks.harness.config.benchmark.BENCHMARKS", tmp_path)
     with pytest.raises(DefinitionError, match=message):
-        check_references(real)
+        edited_benchmark(name, {})
 
 
 def test_a_suite_makes_what_it_runs() -> None:

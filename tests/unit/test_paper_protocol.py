@@ -12,9 +12,8 @@ import pytest
 from benchmarks.harness.config.benchmark import load_benchmark, resolve_methods
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import ABLATION
-from benchmarks.harness.config.runs import plan
 from benchmarks.text.training import Patience
-from tests.planned import paper_runs
+from tests.planned import paper_runs, plan
 
 TASKS = {"cola", "mrpc", "rte", "stsb", "sst2", "qnli", "qqp", "mnli"}
 METRIC = {"cola": "mcc", "mrpc": "accuracy_f1", "qqp": "accuracy_f1", "stsb": "pearson_spearman"}

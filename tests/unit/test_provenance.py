@@ -64,7 +64,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: dict[str, list[
 
 def test_sets_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, tmp_path, {"premise": ["a"], "hypothesis": ["b"], "label": [1]})
-    text = load_benchmark("glue").tasks["hans"].as_run("hans")
+    text = load_benchmark("glue").tasks["hans"]
     assert load_split(text, "test").source == f"jhu-cogsci/hans@{COMMIT} (not pinned) (default), split validation"
     serve(monkeypatch, tmp_path, {"instruction": ["a"], "input": [""], "output": ["b"]})
     alpaca = load_benchmark("llama").tasks["alpaca"].source

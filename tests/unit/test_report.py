@@ -14,9 +14,10 @@ import pytest
 
 from benchmarks.__main__ import cli
 from benchmarks.harness import base as paths
-from benchmarks.harness.config.artifacts import all_artifacts
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.common import ALL, with_runs
+from benchmarks.harness.report.page import caption_title
 from benchmarks.harness.report.table import RUNS, Column, Table, code_as_html
 from tests import fake_runs
 from tests.drawn import undraw
@@ -112,7 +113,9 @@ def test_code_in_captions_is_marked_as_such(page_file: Path) -> None:
 
 
 def test_a_folded_figure_is_named_by_a_whole_sentence() -> None:
-    titles = [shown.short_caption(name) for shown in all_artifacts() for name in shown.figures]
+    modules = [load_benchmark(name).presentation() for name in benchmark_names()]
+    figures = [getattr(module, key, {}) for module in modules for key in ("FIGURES", "SET_FIGURES")]
+    titles = [caption_title(figure.caption) for named in figures for figure in named.values()]
     assert "The same as the paper draws it (Fig. 4 of the first version)" in titles
     assert [title for title in titles if title.count("(") != title.count(")")] == []
 

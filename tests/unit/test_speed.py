@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config import runs
-from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, load_benchmark
-from benchmarks.harness.config.yaml import parse
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.speed import pipeline
 from benchmarks.speed.ffn import CANDIDATES, FFN
-from benchmarks.speed.grid import MeasurementDefinition
-from tests.conftest import ROOT
+from tests.planned import edited_part, specs
 
 
 @pytest.fixture(params=[False, True])
@@ -114,7 +110,7 @@ def test_keys_are_real_or_made_up_and_the_same_each_time() -> None:
         ({"measure": "layer", "model": ["bert-base"], "settings": {"token": [1]}}, "did you mean 'tokens'"),
         (
             {"measure": "layer", "model": ["bert-base"], "settings": {"tokens": ["1"]}},
-            r"'suites.smoke.grid\[0\].settings.tokens' is '1': Input should be a valid integer",
+            r"'benchmarks.speed.grid\[0\].settings.tokens' is '1': Input should be a valid integer",
         ),
         (
             {"measure": "layer", "model": ["bert-base"], "settings": {"candidates": [["spars"]]}},
@@ -123,14 +119,6 @@ def test_keys_are_real_or_made_up_and_the_same_each_time() -> None:
         ({"measure": "layer", "models": ["bert-base"]}, "unknown key"),
     ],
 )
-def test_a_wrong_grid_is_refused_with_the_nearest_name(block, message, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = yaml.safe_load((ROOT / "benchmarks/speed/benchmark.yaml").read_text())
-    content["suites"]["smoke"]["grid"] = [block]
-    real = load_benchmark("speed")
-
-    def load(name: str) -> AnyBenchmark:
-        return Benchmark(name, parse(content, MeasurementDefinition, "benchmark.yaml"), real.tasks)
-
-    monkeypatch.setattr(runs, "load_benchmark", load)
+def test_a_wrong_grid_is_refused_with_the_nearest_name(block, message) -> None:
     with pytest.raises(DefinitionError, match=message):
-        runs.plan(["speed"], "smoke")
+        specs(load_benchmark("speed"), edited_part("speed", "smoke", {"grid": [block]}))

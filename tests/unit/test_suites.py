@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import pytest
+import shutil
+from pathlib import Path
 
+import pytest
+import yaml
+
+from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import runs, suite
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.listing import suite_rows
+from benchmarks.harness.sources.packages import PackageFile
+from tests.planned import plan
 
 
 def test_suites_share_runs() -> None:
-    full = {run.id for run in runs.plan(["glue"], "mini_full")}
-    assert {run.id for run in runs.plan(["glue"], "mini")} < full
+    full = {run.id for run in plan(["glue"], "mini_full")}
+    assert {run.id for run in plan(["glue"], "mini")} < full
 
 
 def test_the_default_grid_has_the_promised_seeds() -> None:
-    planned = runs.plan(["glue"], "mini")
+    planned = plan(["glue"], "mini")
     seeds = {}
     for run in planned:
         seeds.setdefault((run.spec["method"]["name"], run.spec["task"]["name"]), set()).add(run.spec["seed"])
@@ -31,8 +40,8 @@ def test_the_default_grid_has_the_promised_seeds() -> None:
         ({"suit": "mini"}, "did you mean 'suite'"),
         ({"benchmarks": ["gleu"]}, "did you mean 'glue'"),
         ({"exclude": ["flipkrt"]}, "'exclude' is 'flipkrt', which does not exist; did you mean 'flipkart'"),
-        ({"exclude": ["cola"]}, "'exclude' is 'cola', which does not exist"),  # not evaluated out of domain
-        ({"benchmarks": ["glue_ood"]}, "'benchmarks' names 'glue_ood', which evaluates 'glue_lora'; name that too"),
+        ({"exclude": ["pacs"], "suite": "mini_search"}, "'exclude' is 'pacs', which does not exist"),
+        ({"benchmarks": ["glue_ood"]}, "'benchmarks' has 'glue_ood', which evaluates 'glue_lora'; name that too"),
         ({"data_root": "/no/such/folder"}, "'data_root' is '/no/such/folder', which is no folder"),
     ],
 )
@@ -60,7 +69,7 @@ def test_runs_are_found_in_any_suite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_clustered_methods_wait_for_a_partition() -> None:
-    planned = [*suite.load_suite({}).runs, *runs.plan(["glue_lora"], "mini_full")]
+    planned = [*suite.load_suite({}).runs, *plan(["glue_lora"], "mini_full")]
     trained = [run for run in planned if run.benchmark in ("glue", "glue_lora")]
     needs = {run.spec["method"]["name"]: bool(runs.partition_jobs(run)) for run in trained}
     assert [name for name, needed in needs.items() if not needed] == [
@@ -79,3 +88,82 @@ def test_layers_are_clustered_one_by_one_and_shared() -> None:
     runs_of_both = [run for run in search.runs if run.spec["method"]["config"]["layers"] == [3, 5]]
     assert all(len(runs.partition_jobs(run)) == 2 for run in runs_of_both)
     assert len(search.partitions) == 3 * 2  # three numbers of experts, layers 3 and 5
+
+
+def ids_with(
+    file: str, old: str, new: str, benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> set[str]:
+    """Return the ids of a benchmark's runs in smoke, in a copy of the project with another text in a file."""
+    for folder in ("config", "benchmarks"):
+        ignore = shutil.ignore_patterns("*.py", "__pycache__")
+        shutil.copytree(paths.ROOT / folder, tmp_path / folder, ignore=ignore, dirs_exist_ok=True)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new))
+    for module in ("harness.config.benchmark", "llama.grid"):
+        monkeypatch.setattr(f"benchmarks.{module}.BENCHMARKS", tmp_path / "benchmarks")
+    packages = yaml.safe_load((tmp_path / "benchmarks/harness/sources/packages.yaml").read_text())
+    monkeypatch.setattr(
+        "benchmarks.harness.sources.packages.package_files",
+        lambda: {name: PackageFile(package=name, **fields) for name, fields in packages.items()},
+    )
+    load_benchmark.cache_clear()
+    runs = suite.load_suite({"suite": "smoke"}).runs_of(benchmark)
+    load_benchmark.cache_clear()
+    return {run.id for run in runs}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "benchmark"),
+    [
+        ("benchmarks/llama/templates.yaml", "### Instruction:", "### Task:", "llama"),
+        ("benchmarks/glue/tasks.yaml", "metric: balanced_accuracy", "metric: accuracy", "glue"),
+        ("benchmarks/harness/sources/packages.yaml", "5d7c06e027", "0d7c06e027", "glue"),
+        ("benchmarks/harness/sources/packages.yaml", "71b9500d9c", "01b9500d9c", "domainbed"),
+        ("benchmarks/harness/sources/packages.yaml", "1702c0bfb8", "0702c0bfb8", "llama"),
+    ],
+)
+def test_whatever_shapes_a_number_is_part_of_a_runs_name(file, old, new, benchmark, tmp_path, monkeypatch) -> None:
+    before = {run.id for run in suite.load_suite({"suite": "smoke"}).runs_of(benchmark)}
+    assert not before & ids_with(file, old, new, benchmark, tmp_path, monkeypatch)
+
+
+def test_rows_of_a_csv_are_part_of_a_runs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    digests = []
+    for text in ("text,label\na,b\n", "text,label\na,c\n"):
+        (tmp_path / "mine.csv").write_text(text)
+        suite._csv_digest.cache_clear()
+        spec = {"model": {}, "task": {"source": {"csv": "mine.csv"}}, "ood": []}
+        digests.append(suite._file_digests(spec))
+    assert digests[0].keys() == digests[1].keys() == {"mine.csv"}
+    assert digests[0] != digests[1]
+
+
+def test_a_job_on_a_cluster_plans_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smoke = suite.load_suite({"suite": "smoke"})
+    smoke.write_plan([run.folder for run in smoke.runs])
+    (partition, *_) = smoke.partitions.values()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a job plans the suite")
+
+    monkeypatch.setattr(suite, "plan", refuse)
+    job = suite.load_suite({"suite": "smoke"})
+    assert [suite.planned_run(run.folder, job) for run in smoke.runs] == smoke.runs
+    assert suite.planned_partition(partition.id, job) == partition
+
+
+def test_a_suite_is_listed_by_what_it_runs() -> None:
+    rows = suite_rows(suite.load_suite({}).runs)
+    assert sum(row["runs"] for row in rows) == 186
+    assert rows[0] == {
+        "benchmark": "glue",
+        "model": "minilm",
+        "methods": ["vanilla", "emoe"],
+        "tasks": ["tweets", "amazon"],
+        "settings": ["clean"],
+        "learning rates": ["0.0001"],
+        "seeds": [str(seed) for seed in range(8)],
+        "runs": 32,
+    }

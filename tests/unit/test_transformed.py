@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.base import BENCHMARKS, RUNS, DataError, DefinitionError
+from benchmarks.harness.base import RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import plan, run_from_spec
-from benchmarks.harness.config.yaml import read_yaml
+from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.conversion import apply_method_, use_as_
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.results.records import collect, read_metrics
@@ -25,7 +24,7 @@ from benchmarks.text.usage import RowRouting
 from emoe.layer import routed_layers
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare, recorded, reopened
-from tests.planned import smoke_run
+from tests.planned import edited_benchmark, plan, smoke_run
 
 GLUE = load_benchmark("glue")
 
@@ -96,11 +95,6 @@ def test_they_are_read_and_checked_with_the_run(workdir: Path) -> None:
         collect([run])
 
 
-def changed(**transformed: dict[str, str]) -> object:
-    content = read_yaml(BENCHMARKS / "glue" / "benchmark.yaml")
-    return {**content, "transformed": {**content["transformed"], **transformed}}
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -112,7 +106,7 @@ def changed(**transformed: dict[str, str]) -> object:
 )
 def test_what_cannot_be_used_as_another_is_refused(row: dict[str, str], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        GLUE.kind.load(changed(more={"title": "More", **row}), GLUE.file)
+        edited_benchmark("glue", {"transformed.more": {"title": "More", **row}})
 
 
 # how rows are routed

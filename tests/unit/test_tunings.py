@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import yaml
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.methods import Method, method_spec, register_tuning
-from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.tuning import tune_
-from benchmarks.llama.definition import InstructionDefinition
+from tests.planned import edited_benchmark, edited_part, specs
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": {"bert": ["query"]}}
 
@@ -60,15 +56,13 @@ def test_layers_are_for_those_that_need_them() -> None:
 
 
 def test_language_models_are_tuned_by_it_too() -> None:
-    content = yaml.safe_load((paths.BENCHMARKS / "llama/benchmark.yaml").read_text())
-    content["finetuning"]["bitfit"] = {"title": "BitFit", "train": "bias"}
+    edits = {"finetuning.bitfit": {"title": "BitFit", "train": "bias"}}
     block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["bitfit"], "method": ["dense"]}
-    content["suites"]["smoke"]["grid"] = [{**block, "learning_rate": [1.0e-3], "seed": [0]}]
+    grid = [{**block, "learning_rate": [1.0e-3], "seed": [0]}]
     with pytest.raises(
         DefinitionError, match=r"'finetuning\.bitfit\.train' is 'bias'; choose from all, adapters, nothing, "
     ):
-        parse(content, InstructionDefinition, "b.yaml")
+        edited_benchmark("llama", edits)
     register_tuning("bias", biases)
-    mine = Benchmark("llama", parse(content, InstructionDefinition, "b.yaml"), load_benchmark("llama").tasks)
-    (found,) = mine.kind.specs(mine, "smoke", (), lambda name: {})
+    (found,) = specs(edited_benchmark("llama", edits), edited_part("llama", "smoke", {"grid": grid}))
     assert found["method"]["tune"] == {"blocks": [], "also": [], "tuning": "bias", "head": False}

@@ -8,7 +8,7 @@ gc.set_threshold(100_000, 20, 20)
 
 sys.path.insert(0, str(workflow.basedir))
 
-from benchmarks.domainbed.grid import find_validation
+import benchmarks.kinds
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import without_passwords
 from benchmarks.harness.config import artifacts, paper_items, runs
@@ -21,10 +21,11 @@ from snakemake.exceptions import WorkflowError
 
 try:
     SUITE = suites.load_suite(config)
-    SUITE.runs
     SHOWN = artifacts.all_artifacts()
     paper_items.load_paper_items()
-    SUITE.claims_digest()
+    if workflow.is_main_process:  # a job on a cluster has its run from the main process, and plans nothing
+        SUITE.runs
+        SUITE.claims_digest()
 except EMoEError as error:
     # one line that explains it; a traceback would hide it
     sys.exit(f"error: {error}")
@@ -51,7 +52,6 @@ wildcard_constraints:
     benchmark="[a-z][a-z0-9_]*",
     run=RUN_NAMES[None],
     partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
-    validation=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     model=r"[a-z0-9][a-z0-9._-]*",
     package=r"[A-Za-z0-9._@+-]+\.(whl|tar\.gz|tgz)",
 
@@ -62,7 +62,7 @@ os.environ.update(SUITE.environment())
 
 
 # Jobs of this machine fork from a process that has imported what they need, unless each has a Python of its own (`--sdm`).
-FORKSERVER = Server(SUITE.modules)
+FORKSERVER = Server(SUITE.settings.benchmarks)
 
 
 def run_jobs(jobs):
@@ -140,10 +140,12 @@ def suite_outputs(suite):
 
 
 def outputs_of(benchmark):
-    # of the configured suite; a benchmark that is not in it has a suite of its own
+    # of the configured suite, or of the suite of the benchmark's own name
     if benchmark in SUITE.settings.benchmarks:
         return [*SUITE.output_files(benchmark), *SUITE.pages(benchmark)]
-    return suite_outputs(suite_named(benchmark))
+    if benchmark in suites.suite_names():
+        return lambda wildcards: suite_outputs(suite_named(benchmark))
+    return not_here(benchmark, [benchmark])
 
 
 def page_of(benchmark):
@@ -166,7 +168,8 @@ def part_outputs(benchmark, part):
 
 
 def run_of(wildcards):
-    return suites.find_run(f"{wildcards.benchmark}/{wildcards.run}", SUITE)[0]
+    folder = f"{wildcards.benchmark}/{wildcards.run}"
+    return suites.find_run(folder, SUITE)[0] if workflow.is_main_process else suites.planned_run(folder, SUITE)
 
 
 def run_json(wildcards):
@@ -199,25 +202,21 @@ def run_threads(wildcards):
     return run_of(wildcards).resources["threads"] or all_threads()
 
 
+def partition_of(wildcards):
+    find = suites.find_partition if workflow.is_main_process else suites.planned_partition
+    return find(wildcards.partition, SUITE)
+
+
 def partition_json(wildcards):
-    return suites.find_partition(wildcards.partition, SUITE).to_json()
+    return partition_of(wildcards).to_json()
 
 
 def partition_inputs(wildcards):
-    return runs.model_files(suites.find_partition(wildcards.partition, SUITE).model)
+    return runs.model_files(partition_of(wildcards).model)
 
 
 def rebuilt_from(wildcards):
     return runs.rebuilt_from(wildcards.model).path
-
-
-def validation_json(wildcards):
-    return find_validation(wildcards.validation, SUITE).to_json()
-
-
-def validation_inputs(wildcards):
-    job = find_validation(wildcards.validation, SUITE)
-    return runs.set_files(job.benchmark, job.task)
 
 
 def suite_metrics(wildcards):

@@ -37,43 +37,6 @@ rule rebuild_model:
         "python -m benchmarks rebuild {wildcards.model:q} --output {params.folder:q} 2> {log:q}"
 
 
-rule write_questions:
-    output:
-        "resources/questions/mmlu_dev/mmlu_dev.yaml",
-        "resources/questions/mmlu_dev/mmlu_dev_continuation.yaml",
-    log:
-        "results/logs/write_questions.txt",
-    localrule: True
-    conda:
-        ENVIRONMENT
-    message:
-        "Write the questions of MMLU-dev"
-    shell:
-        "python -m benchmarks questions 2> {log:q}"
-
-
-rule validate_images:
-    input:
-        validation_inputs,
-    output:
-        counts="resources/images/{validation}.json",
-        samples="resources/images/{validation}.png",
-    log:
-        "results/logs/validate_images/{validation}.txt",
-    conda:
-        ENVIRONMENT
-    threads: 1
-    resources:
-        mem_mb=3000,
-        runtime=120,
-    params:
-        spec=validation_json,
-    message:
-        "Open all images: {wildcards.validation}"
-    shell:
-        "python -m benchmarks validate-images {params.spec:q} --output {output.counts:q} --threads {threads} 2> {log:q}"
-
-
 rule partition_neurons:
     input:
         partition_inputs,
@@ -97,7 +60,7 @@ rule partition_neurons:
 
 # One rule a benchmark, so that small benchmarks come first: readers see their tables early. If its runs keep their
 # weights, one more for those that train nothing, whose names have no learning rate.
-for place, name in enumerate(SUITE.by_size):
+for place, name in enumerate(SUITE.by_size if workflow.is_main_process else suites.benchmark_names()):
     for trains in (True, False) if SUITE.keeps_weights(name) else (None,):
 
         rule:

@@ -12,8 +12,7 @@ for shown in SHOWN:
         input:
             lambda wildcards, shown=shown: suite_named(wildcards.suite).metric_files(
                 shown.benchmark, shown.part
-            )
-            + suite_named(wildcards.suite).figure_inputs(shown.benchmark, shown.part),
+            ),
             code_of(shown.benchmark),
         output:
             tables=shown.table_files("{suite}"),
@@ -27,7 +26,6 @@ for shown in SHOWN:
         params:
             what=f"--benchmark {shown.benchmark}"
             + (f" --part {shown.part}" if shown.part else ""),
-            captions=" ".join(shown.figures.values()),
             paper=paper_items.items_text(shown),
             # comments in the YAML files change nothing here, titles do
             definition=lambda wildcards, shown=shown: suite_named(
@@ -53,7 +51,6 @@ rule table_of_claims:
     conda:
         ENVIRONMENT
     params:
-        captions=" ".join(CLAIMS.figures.values()),
         main=paper_items.main_text(),
         definition=lambda wildcards: suite_named(wildcards.suite).claims_digest(),
     message:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 
 from benchmarks.harness import base as paths
@@ -22,13 +21,13 @@ class Artifacts:
         benchmark: The name of the benchmark.
         part: The name of the set; None for tables over all sets.
         tables: The names of the tables.
-        figures: The names of the figures, with their captions.
+        figures: The names of the figures.
     """
 
     benchmark: str
     part: str | None
     tables: list[str]
-    figures: dict[str, str]
+    figures: list[str]
 
     @property
     def name(self) -> str:
@@ -43,15 +42,11 @@ class Artifacts:
         folder = paths.RESULTS / suite / "tables"
         return [str(folder / f"{self.stem(table)}.{end}") for table in self.tables for end in FORMATS]
 
-    def short_caption(self, figure: str) -> str:
-        """Cut a caption at the first full stop, which is not that of ``Fig. 4``."""
-        return re.split(r"\. (?=[A-Z])|: ", self.figures[figure], maxsplit=1)[0].rstrip(".")
-
     def figure_labels(self, suite: str) -> dict[str, dict[str, str]]:
         """Return the labels of :meth:`figure_files` in Snakemake's report."""
         folder = paths.RESULTS / suite / "figures"
         return {
-            str(folder / f"{self.stem(figure)}.{end}"): {"figure": self.short_caption(figure), "format": end}
+            str(folder / f"{self.stem(figure)}.{end}"): {"figure": self.stem(figure).replace("_", " "), "format": end}
             for figure in self.figures
             for end in FIGURE_FORMATS
         }
@@ -60,17 +55,7 @@ class Artifacts:
         return list(self.figure_labels(suite))
 
 
-CLAIMS = Artifacts(
-    "claims",
-    None,
-    [""],
-    {
-        "": "The claims of the paper, as these runs see them: differences with their 95 % intervals (of a ratio its "
-        "range), those that a test was made of. Blue circles are supported, orange crosses contradicted, grey "
-        "diamonds undecided; open diamonds have no test. The band is the margin below which a difference makes "
-        "no odds; a thin line marks what the paper says."
-    },
-)
+CLAIMS = Artifacts("claims", None, [""], [""])
 
 
 def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
@@ -86,7 +71,7 @@ def code_files(*benchmarks: str) -> list[str]:
 
     Their packages, those of their kinds, and the harness's results and report.
     """
-    kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name).kind).__mro__]
+    kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name)).__mro__]
     folders = {"harness/report", "harness/results", *benchmarks}
     folders |= {module[1] for module in kinds if module[0] == BENCHMARKS.name and module[1] != "harness"}
     files = [file for folder in sorted(folders) for file in sorted((BENCHMARKS / folder).glob("*.py"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,8 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
-from benchmarks.harness.config.benchmark import AnyBenchmark, benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark, Offer, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
+from benchmarks.harness.config.methods import ABLATION, OF_TRAINING, VARIANT_KEYS, variant_of
+from benchmarks.harness.config.suite_file import suite_parts
 from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
 
 _FILE = "claims.yaml"
@@ -124,19 +127,17 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
 
     check("benchmark", [compare.benchmark], benchmark_names())
     benchmark = load_benchmark(compare.benchmark)
-    kind, methods = benchmark.kind, benchmark.kind.row_titles(benchmark.definition)
-    check("method", [compare.method], methods)
-    check("against", [compare.against], methods)
-    domains = kind.compared_domains(benchmark.definition)
-    check("domain", [compare.domain], domains)
-    domain = domains[compare.domain]
+    check("method", [compare.method], benchmark.row_titles)
+    check("against", [compare.against], benchmark.row_titles)
+    check("domain", [compare.domain], benchmark.domains)
+    domain = benchmark.domains[compare.domain]
     check("metric", [compare.metric], [name for name in domain.metrics if name in load_metrics()])
     check("models", compare.models, load_models())
-    check("tasks", compare.tasks, kind.task_titles(benchmark.definition, benchmark.tasks))
+    check("tasks", compare.tasks, benchmark.task_titles)
     check("tunings", compare.tunings, getattr(benchmark.definition, "finetuning", ()))
     check("selection", [compare.selection], domain.selections)
     if compare.settings:
-        settings = kind.settings(benchmark.definition, compare.method)
+        settings = _settings(benchmark, compare.method)
         if not settings:
             raise DefinitionError(
                 f"{file}: '{at}.settings' is for rows with several settings; '{compare.method}' has one"
@@ -161,14 +162,29 @@ def compared_benchmarks(names: Collection[str]) -> list[str]:
     return [name for name in dict.fromkeys(claimed) if name in names]
 
 
+def _settings(benchmark: AnyBenchmark, method: str) -> list[str]:
+    """Return the variants of a method in the grids of all suites."""
+    is_ablation = method in benchmark.methods() and benchmark.methods()[method].role == ABLATION
+    variants: list[str] = []
+    for part in suite_parts(benchmark.name).values():
+        for block in getattr(part.settings, "grid", ()):
+            values = block.given()
+            axes = [key for key in (*VARIANT_KEYS, *OF_TRAINING) if values.get(key) and method in values["method"]]
+            for point in itertools.product(*(values[key] for key in axes)):
+                varied = dict(zip(axes, point, strict=True))
+                # layers that all rows of a model have are said of none
+                other = variant_of({key: varied[key] for key in axes if key != "layers"})
+                variants += [variant_of(varied), other] if other or is_ablation else []
+    return [variant for variant in dict.fromkeys(variants) if variant]
+
+
 def suites_with(compare: Comparison) -> list[str]:
     """List the suites that run both methods, on models with real weights."""
     benchmark = load_benchmark(compare.benchmark)
-    return [suite for suite in benchmark.definition.suites if _offers(benchmark, suite, compare)]
+    return [suite for suite, part in suite_parts(compare.benchmark).items() if _offers(benchmark.offer(part), compare)]
 
 
-def _offers(benchmark: AnyBenchmark, suite: str, compare: Comparison) -> bool:
-    offer = benchmark.kind.offer(benchmark, suite)
+def _offers(offer: Offer, compare: Comparison) -> bool:
     real: Mapping[str, bool] = {name: not (model.config or model.random) for name, model in load_models().items()}
     return (
         {compare.method, compare.against} <= offer.methods

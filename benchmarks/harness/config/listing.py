@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import load_claims
 from benchmarks.harness.config.methods import load_methods
-from benchmarks.harness.config.suite import plain_suite, suite_names
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import plain_suite
+from benchmarks.harness.config.suite_file import suite_names, suite_parts
 
 Row = dict[str, Any]
 
@@ -23,13 +25,15 @@ def overview() -> list[Row]:
 
 def _suites() -> list[Row]:
     suites = map(plain_suite, suite_names())
-    return [{"name": suite.name, "runs": len(suite.runs), "benchmarks": suite.settings.benchmarks} for suite in suites]
+    return [
+        {"name": suite.name, "runs": len(suite.runs), "benchmarks": list(suite.settings.benchmarks)} for suite in suites
+    ]
 
 
 def _benchmarks() -> list[Row]:
     definitions = {name: load_benchmark(name).definition for name in benchmark_names()}
     return [
-        {"name": name, "title": definition.title, "suites": sorted(definition.suites)}
+        {"name": name, "title": definition.title, "suites": sorted(suite_parts(name))}
         for name, definition in definitions.items()
     ]
 
@@ -40,6 +44,36 @@ def _tasks() -> list[Row]:
 
 def _rows(entries: Mapping[str, object], *keys: str) -> list[Row]:
     return [{"name": name} | {key: getattr(entry, key) for key in ("title", *keys)} for name, entry in entries.items()]
+
+
+def suite_rows(runs: Iterable[Run]) -> list[Row]:
+    """Tabulate the runs of a suite: a row for methods that run on the same tasks, with the same settings and seeds."""
+    by_method: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        spec = run.spec
+        method = spec["method"]["name"] or ", ".join(spec["settings"]["candidates"])
+        by_method.setdefault((run.benchmark, spec["model"]["name"], method), []).append(run)
+    rows: dict[tuple[str, ...], Row] = {}
+    for (benchmark, model, method), group in by_method.items():
+        specs = [run.spec for run in group]
+        values = {
+            "tasks": _values(spec["task"]["name"] for spec in specs),
+            "settings": _values(" ".join(filter(None, (spec.get("protocol"), spec["variant"]))) for spec in specs),
+            "learning rates": _values(f"{spec['learning_rate']:g}" for spec in specs if spec["learning_rate"]),
+            "seeds": _values(str(spec["seed"]) for spec in specs),
+        }
+        row = rows.setdefault(
+            (benchmark, model, *map(str, values.values())),
+            {"benchmark": benchmark, "model": model, "methods": [], **values, "runs": 0},
+        )
+        row["methods"].append(method)
+        row["runs"] += len(group)
+    return list(rows.values())
+
+
+def _values(values: Iterable[str]) -> list[str]:
+    """Return the different values in their order."""
+    return [value for value in dict.fromkeys(values) if value]
 
 
 LISTS: dict[str, Callable[[], list[Row]]] = {

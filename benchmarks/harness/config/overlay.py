@@ -21,7 +21,7 @@ from pydantic_core import CoreSchema
 
 from benchmarks.harness.config.yaml import KeyPath, Model, Strict, parse
 
-Layer = tuple[KeyPath, Mapping[str, Any]]  # the keys that lead to some settings in a file, and the settings
+Layer = tuple[str, KeyPath, Mapping[str, Any]]  # a file, the keys that lead to some settings in it, and the settings
 
 
 class Changes:
@@ -52,21 +52,20 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def overlay(model: type[Model], file: str, *layers: Layer) -> Model:
+def overlay(model: type[Model], *layers: Layer) -> Model:
     """Merge layers of settings and validate the result.
 
     Args:
         model: The model of the result.
-        file: The file of the layers, for messages.
         layers: The layers; the first is valid by itself.
 
     Raises:
-        DefinitionError: Settings are wrong; names the keys of the layer that gave them.
+        DefinitionError: Settings are wrong; names file and keys of the layer that gave them.
     """
-    settings = [values for _, values in layers]
+    settings = [values for *_, values in layers]
     try:
         return model.model_validate(merge(*settings))
     except ValidationError:
-        for number, (at, _) in enumerate(layers, 1):
+        for number, (file, at, _) in enumerate(layers, 1):
             parse(merge(*settings[:number]), model, file, *at)
         raise

@@ -202,7 +202,7 @@ def check_part(part: PaperPart, key: str) -> None:
     for kind in ("table", "set_table", "figure"):
         if name := getattr(part, kind):
             check_names(key, kind, [name], getattr(benchmark.definition, f"{kind}s", ()))
-    check_names(key, "rows", part.rows or (), benchmark.kind.row_titles(benchmark.definition))
+    check_names(key, "rows", part.rows or (), benchmark.row_titles)
 
 
 def item_benchmarks(item: PaperItem) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs: their specs and ids, their plan, and the jobs that have to finish before them."""
+"""Runs: their specs and ids, and the jobs and files that they need."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DataError, DefinitionError, read_json
-from benchmarks.harness.config.benchmark import AnyBenchmark, benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import ModelSource, load_models
 from benchmarks.harness.config.methods import Layers
 from benchmarks.harness.config.yaml import AsGiven, Count, Number, Strict, Whole, left_out
-from benchmarks.harness.sources.packages import PackageFile, packaged
+from benchmarks.harness.sources.packages import PackageFile, packaged, set_packages
 from emoe.errors import did_you_mean
 
 
@@ -71,16 +70,18 @@ class RunSpec(Strict):
     """Name of the benchmark."""
     version: Count
     """Version of the benchmark."""
-    pipeline: str
-    """Module that runs it."""
     model: RunModel
     """The model that is trained or evaluated."""
     method: RunMethod
     """The method."""
+    variant: str
+    """The settings that vary beside model, task and method, in short."""
     learning_rate: Number
     """Peak learning rate; 0 if nothing is trained."""
     seed: Whole
     """The run's seed."""
+    files: dict[str, str]
+    """The sha256 of the files that its sets are read from: csv files of the project and packages, by name."""
 
 
 def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -135,7 +136,7 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
     """Make a run of a spec, named by its content."""
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
     method, task = spec["method"]["name"], spec["task"]
-    parts = [spec["model"]["name"], task["name"], method, kind_of(spec["benchmark"]).variant(spec)]
+    parts = [spec["model"]["name"], task["name"], method, spec["variant"]]
     # a task without a test split has runs of both protocols
     if spec.get("protocol") == "clean" and task.get("splits", {}).get("test", "") is None:
         parts.append("clean")
@@ -166,11 +167,6 @@ def read_run(path: Path) -> Run:
             f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
         )
     spec = read_json(path, dict[str, Any])
-    name = spec.get("benchmark")
-    if name not in benchmark_names():
-        raise DefinitionError(
-            f"{path} names the benchmark {name!r}, which is not here{did_you_mean(name, benchmark_names())}"
-        )
     try:
         run = run_from_spec(spec)
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # a key lacks or has another type
@@ -178,41 +174,6 @@ def read_run(path: Path) -> Run:
     if path.parent.name != run.id:
         raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
     return run
-
-
-def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) -> list[Run]:
-    """Plan every run of a suite, each once, in grid order.
-
-    Args:
-        benchmark_names: The names of the benchmarks.
-        suite: The suite.
-        exclude: OOD sets, image sets and sets of instructions to leave out.
-
-    Raises:
-        DefinitionError: A name in a grid does not exist, or a method cannot be built.
-    """
-    planned: dict[str, list[Run]] = {}
-
-    def runs_of(name: str) -> list[Run]:
-        if name not in planned:  # a benchmark that evaluates another needs its runs too
-            planned[name] = list(_runs(load_benchmark(name)))
-        return planned[name]
-
-    def specs_of(name: str) -> dict[str, Mapping[str, Any]]:
-        return {run.folder: run.spec for run in runs_of(name)}
-
-    def _runs(benchmark: AnyBenchmark) -> Iterator[Run]:
-        suites = benchmark.definition.suites
-        if suite not in suites:
-            raise DefinitionError(f"{benchmark.file}: 'suites' has no suite '{suite}'{did_you_mean(suite, suites)}")
-        resources = suites[suite].resources.model_dump()
-        # a run that trains nothing takes one process and at most one GPU
-        fewer = {key: min(resources[key], 1) for key in ("gpu", "processes") if key in resources}
-        for spec in benchmark.kind.specs(benchmark, suite, exclude, specs_of):
-            reserved = resources if spec["learning_rate"] else resources | fewer
-            yield replace(run_from_spec(spec), resources=dict(reserved))
-
-    return list({run.id: run for name in benchmark_names for run in runs_of(name)}.values())
 
 
 class Job:
@@ -273,16 +234,17 @@ def model_files(model: Mapping[str, Any]) -> list[str]:
     return [str(paths.MODELS / model["name"] / "model.safetensors")] if "rebuilt" in model else []
 
 
-def set_files(benchmark: str, task: Mapping[str, Any]) -> list[str]:
-    """Return the package files that a set of a benchmark is read from."""
-    return [str(file.path) for file in kind_of(benchmark).package_files(task)]
+def set_files(spec: Mapping[str, Any]) -> list[str]:
+    """Return the package files that the sets of a run are read from."""
+    files = [str(file.path) for task in all_sets(spec) for file in set_packages(task.get("source", {}))]
+    return list(dict.fromkeys(files))
 
 
 def run_inputs(run: Run) -> list[str]:
-    """List the files beside ``run.json`` that a run needs: data, weights, partitions and those of its kind."""
+    """List the files beside ``run.json`` that a run needs: packages, weights, partitions, and runs that it chooses."""
     return [
-        *dict.fromkeys(file for task in all_sets(run.spec) for file in set_files(run.benchmark, task)),
+        *set_files(run.spec),
         *model_files(run.spec["model"]),
-        *kind_of(run.benchmark).inputs(run.spec),
+        *(str(paths.RUNS / folder / "metrics.json") for folder in run.spec.get("candidates", ())),
         *(job.file for job in partition_jobs(run)),
     ]

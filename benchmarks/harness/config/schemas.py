@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
 
 from benchmarks.harness.base import SCHEMAS, write_text
-from benchmarks.harness.config.benchmark import find_kind, kind_names
+from benchmarks.harness.config.benchmark import KINDS, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import MetricFile, ModelFile
 from benchmarks.harness.config.claims import ClaimFile
 from benchmarks.harness.config.methods import MethodFile
 from benchmarks.harness.config.paper_items import PaperFile
-from benchmarks.harness.config.suite import SuiteSettings
+from benchmarks.harness.config.suite_file import SuiteSettings
 from benchmarks.harness.config.yaml import Strict
 
 
@@ -27,9 +30,27 @@ def write_schemas() -> list[Path]:
         "methods": MethodFile,
         "claims": ClaimFile,
         "paper": PaperFile,
-        "config": SuiteSettings,
-        **{name: model for kind in kind_names() for name, model in find_kind(kind).files},
+        **{name: kind.definition_model for name, kind in KINDS.items()},
+        **{name: model for kind in KINDS.values() for name, model in kind.task_files.items()},
     }
-    for name, model in models.items():
-        write_text(SCHEMAS / f"{name}.schema.json", json.dumps(model.model_json_schema(), indent=1, ensure_ascii=False))
-    return [SCHEMAS / f"{name}.schema.json" for name in models]
+    schemas = {name: model.model_json_schema() for name, model in models.items()} | {"config": _suite_schema()}
+    for name, schema in schemas.items():
+        write_text(SCHEMAS / f"{name}.schema.json", json.dumps(schema, indent=1, ensure_ascii=False))
+    return [SCHEMAS / f"{name}.schema.json" for name in schemas]
+
+
+def _suite_schema() -> dict[str, Any]:
+    """Make the schema of ``config/<suite>.yaml``, with the part of each benchmark."""
+    schema = SuiteSettings.model_json_schema()
+    parts = {name: load_benchmark(name).part_model for name in benchmark_names()}
+    _, definitions = models_json_schema([(part, "validation") for part in parts.values()])
+    schema["$defs"] = {name: _without_grid(part) for name, part in definitions["$defs"].items()}
+    schema["properties"]["benchmarks"]["properties"] = {
+        name: {"$ref": f"#/$defs/{part.__name__}"} for name, part in parts.items()
+    }
+    return schema
+
+
+def _without_grid(schema: dict[str, Any]) -> dict[str, Any]:
+    """Require no key of a block: ``grid_defaults`` may give it."""
+    return {key: value for key, value in schema.items() if key != "required"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -9,60 +10,32 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
-
-from pydantic import Field
+from typing import Any
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, write_json
+from benchmarks.harness.base import DefinitionError, write_json, write_text
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
-from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
+from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import compared_benchmarks, load_claims
 from benchmarks.harness.config.runs import (
-    Job,
     PartitionJob,
     Run,
     all_sets,
     canonical_json,
     partition_jobs,
-    plan,
-    set_files,
+    run_from_spec,
     slug,
 )
-from benchmarks.harness.config.yaml import UNIQUE, Strict, check_names, parse, read_yaml
+from benchmarks.harness.config.suite_file import SuiteSettings, read_suite_file, suite_names
 from benchmarks.harness.sources.local import local_folder, own_file
+from benchmarks.harness.sources.packages import packaged, set_packages, sha256
 from emoe.errors import did_you_mean
 
-
-class SuiteSettings(Strict):
-    """The runs of a suite. Every key can also be given on the command line (`--config key=value`)."""
-
-    suite: str
-    """The suite, like the file's name. Its grids stand in benchmarks/<name>/benchmark.yaml under `suites`."""
-    benchmarks: Annotated[list[str], Field(min_length=1), UNIQUE]
-    """Benchmarks to run, in the order of the report."""
-    exclude: Annotated[list[str], UNIQUE] = Field([])
-    """OOD sets to leave out, by their name in tasks.yaml, for those that you could not obtain. Tables say which sets
-    they cover.
-    """
-    data_root: str | None = None
-    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
-    hub.
-    """
-    model_root: str | None = None
-    """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its
-    package.
-    """
-    tracking_uri: str | None = None
-    """MLflow's store. Null: the variable MLFLOW_TRACKING_URI, else sqlite:///results/mlflow.db."""
-
-
-AnyJob = TypeVar("AnyJob", bound=Job)
 # Without them glibc gives memory back to the kernel and asks for it again in every step, which a small model pays for
 # with a tenth of its training time.
 # Of no account where they are set already, or where the C library is another.
@@ -74,13 +47,8 @@ _GLIBC = {
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 
 
-def suite_names() -> list[str]:
-    """Return the suites that have a file in ``config/``."""
-    return sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
-
-
 def load_suite(overrides: Mapping[str, Any]) -> Suite:
-    """Read ``config/<suite>.yaml`` and put the command line's values on top.
+    """Load a suite, with the command line's values on top of its file.
 
     Args:
         overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
@@ -88,34 +56,67 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     Raises:
         DefinitionError: There is no such suite, or a key or value is wrong; names the file and the nearest valid one.
     """
+    valid = ["suite", *SuiteSettings.model_fields]
+    if unknown := [key for key in overrides if key not in valid]:
+        raise DefinitionError(f"--config: unknown key '{unknown[0]}'{did_you_mean(unknown[0], valid)}")
     name = overrides.get("suite", "mini")
-    if name not in suite_names():
-        raise DefinitionError(
-            f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
-        )
-    file = paths.CONFIG / f"{name}.yaml"
-    content = read_yaml(file)
-    named = parse(content, SuiteSettings, str(file)).suite
-    if named != name:
-        raise DefinitionError(f"{file}: 'suite' is '{named}', but must be '{name}' like the file's name")
-    where = "--config" if set(overrides) - {"suite"} else str(file)
-    settings = parse({**content, **overrides}, SuiteSettings, where)
-    for asked in settings.benchmarks:
-        if asked not in benchmark_names():
-            raise DefinitionError(f"{where}: 'benchmarks' names '{asked}'{did_you_mean(asked, benchmark_names())}")
-    loaded = [load_benchmark(asked) for asked in settings.benchmarks]
-    known = {name for benchmark in loaded for name in benchmark.kind.excludable(benchmark.tasks)}
-    check_names(f"{where}: '", "exclude", settings.exclude, known)
-    for benchmark in loaded:
-        other = benchmark.evaluates
-        if other and other not in settings.benchmarks:
-            raise DefinitionError(
-                f"{where}: 'benchmarks' names '{benchmark.name}', which evaluates '{other}'; name that too"
-            )
+    content = read_suite_file(name, {key: value for key, value in overrides.items() if key != "suite"})
+    settings = content.settings
     for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
         if folder and not Path(folder).is_dir():
+            where = "--config" if key in overrides else paths.CONFIG / f"{name}.yaml"
             raise DefinitionError(f"{where}: '{key}' is '{folder}', which is no folder")
-    return Suite(name, settings, dict(overrides))
+    return Suite(name, settings, content.parts, dict(overrides))
+
+
+def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
+    """Plan every run of a suite, each once, in the order of the grids.
+
+    Args:
+        parts: The suite's part of each benchmark, by name.
+        exclude: The sets to leave out.
+
+    Raises:
+        DefinitionError: A name in a grid does not exist, or a method cannot be built.
+    """
+    planned: dict[str, list[Run]] = {}
+
+    def runs_of(name: str) -> list[Run]:
+        if name not in planned:
+            benchmark, part = load_benchmark(name), parts[name]
+            others = runs_of(benchmark.evaluates) if benchmark.evaluates else []
+            resources = part.settings.resources.model_dump()
+            # a run that trains nothing takes one process and at most one GPU
+            fewer = {key: min(resources[key], 1) for key in ("gpu", "processes") if key in resources}
+            planned[name] = []
+            for spec in benchmark.specs(part, exclude, others):
+                run = run_from_spec(spec | {"files": _file_digests(spec)})
+                reserved = resources if spec["learning_rate"] else resources | fewer
+                planned[name].append(replace(run, resources=dict(reserved)))
+        return planned[name]
+
+    return list({run.id: run for name in parts for run in runs_of(name)}.values())
+
+
+def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of the files that a run's sets and a rebuilt model are read from, by name."""
+    digests: dict[str, str] = {}
+    if rebuilt := spec["model"].get("rebuilt"):
+        digests[packaged(rebuilt).name] = packaged(rebuilt).sha256
+    for task in all_sets(spec):
+        source = task.get("source", {})
+        digests |= {file.name: file.sha256 for file in set_packages(source)}
+        if "csv" in source:
+            digests[source["csv"]] = _csv_digest(source["csv"])
+    return digests
+
+
+@functools.cache
+def _csv_digest(name: str) -> str:
+    """Return the sha256 of a csv in the project (:class:`DefinitionError` if there is none)."""
+    if not (paths.ROOT / name).is_file():
+        raise DefinitionError(f"{paths.ROOT / name} does not exist, but a task's 'source.csv' names it")
+    return sha256(paths.ROOT / name)
 
 
 def suite_of_job(name: str) -> Suite:
@@ -162,17 +163,19 @@ class Suite:
     Attributes:
         name: ``smoke``, ``mini``, …
         settings: The checked configuration.
+        benchmark_parts: Its part of each benchmark, by name.
         overrides: The values of the command line.
     """
 
     name: str
     settings: SuiteSettings
+    benchmark_parts: Mapping[str, Part[Any]]
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def runs(self) -> list[Run]:
         """Return every run, each once, in the order of the grids."""
-        return plan(self.settings.benchmarks, self.name, self.settings.exclude)
+        return plan(self.benchmark_parts, self.settings.exclude)
 
     @cached_property
     def runs_by_folder(self) -> dict[str, Run]:
@@ -194,8 +197,8 @@ class Suite:
         loaded = load_benchmark(benchmark)
         if not loaded.shows_parts:
             return []
-        blocks = getattr(loaded.definition.suites.get(self.name), "grid", ())
-        named = dict.fromkeys(name for block in blocks for name in block.set)
+        part = self.benchmark_parts.get(benchmark)
+        named = dict.fromkeys(name for block in (part.settings.grid if part else ()) for name in block.set)
         return [name for name in named if name not in self.settings.exclude]
 
     def metric_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
@@ -205,25 +208,17 @@ class Suite:
 
     def keeps_weights(self, benchmark: str) -> bool:
         """Return True if all runs of a benchmark that train keep their weights."""
-        trained = [run.spec["training"] for run in self.runs_of(benchmark) if run.spec["learning_rate"]]
-        # another suite's runs are as the benchmark says
-        trained = trained or [load_benchmark(benchmark).definition.model_dump().get("training", {})]
-        return all(training.get("keep_weights") for training in trained)
+        loaded, part = load_benchmark(benchmark), self.benchmark_parts.get(benchmark)
+        training = getattr(loaded.definition, "training", None)
+        if training is not None and part is not None:  # another suite's runs are as the benchmark says
+            training = loaded.settings("training", part)
+        return bool(getattr(training, "keep_weights", False))
 
     def weight_files(self) -> list[str]:
         """Return the files of weights that runs keep."""
         names = [name for name in self.settings.benchmarks if self.keeps_weights(name)]
         runs = [run for name in names for run in self.runs_of(name) if run.spec["learning_rate"]]
         return [str(paths.RUNS / run.folder / paths.WEIGHTS) for run in runs]
-
-    def figure_inputs(self, benchmark: str, part: str | None) -> list[str]:
-        """Return the files that the figures of a part need beside the runs' numbers."""
-        if part is None:
-            return []
-        kind = kind_of(benchmark)
-        return list(
-            dict.fromkeys(file for run in self.runs_of(benchmark, part) for file in kind.figure_inputs(run.spec))
-        )
 
     @property
     def claimed(self) -> list[str]:
@@ -264,9 +259,8 @@ class Suite:
         published = [(loaded.folder / name).read_text() for name in loaded.published_files]
         models = {run.spec["model"]["name"] for run in runs}
         content: list[object] = [
-            # of its suites only what the report says of this one: their grids are in the runs
-            definition.model_dump(exclude={"suites"}),
-            definition.suites[self.name].note if self.name in definition.suites else None,
+            definition.model_dump(),
+            self.benchmark_parts[benchmark].settings.note if benchmark in self.benchmark_parts else None,
             {name: task.model_dump() for name, task in loaded.tasks.items()},
             {name: metric.model_dump() for name, metric in load_metrics().items()},
             {  # of the models that it shows
@@ -306,6 +300,18 @@ class Suite:
         return variables
 
     @property
+    def _planned(self) -> Path:
+        return paths.RESULTS / self.name / "plan.tsv"
+
+    def planned(self, key: str) -> dict[str, Any] | None:
+        """Return the content of a run or partition in the file of :meth:`write_plan`; None if it has none."""
+        if not self._planned.exists():
+            return None
+        with self._planned.open(encoding="utf-8") as lines:
+            line = next((line for line in lines if line.startswith(f"{key}\t")), "")
+        return json.loads(line.partition("\t")[2]) if line else None
+
+    @property
     def by_size(self) -> list[str]:
         """Return all benchmarks, those of the suite first, with the fewest runs before the others."""
         sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
@@ -314,36 +320,45 @@ class Suite:
             *(name for name in benchmark_names() if name not in sizes),
         ]
 
-    @property
-    def modules(self) -> list[str]:
-        """Return the modules that its jobs import."""
-        loaded = [load_benchmark(name) for name in self.settings.benchmarks]
-        imported = [module for each in loaded for module in (each.definition.pipeline, *each.kind.late_imports)]
-        return [*dict.fromkeys(imported), "benchmarks.harness.run.execution", "benchmarks.harness.report.page"]
-
     def missing_sets(self) -> list[str]:
         """Return sets that only exist by hand and are missing; runs that need them will fail."""
-        used = {
-            task["name"]: (run.benchmark, task) for run in self.runs for task in all_sets(run.spec) if "source" in task
-        }
+        sources = {task["name"]: task["source"] for run in self.runs for task in all_sets(run.spec) if "source" in task}
         return [
             name
-            for name, (benchmark, task) in used.items()
-            if "hub" not in task["source"]
-            and not set_files(benchmark, task)
-            and local_folder(name, task["source"]) is None
+            for name, source in sources.items()
+            if "hub" not in source
+            and not set_packages(source)
+            and local_folder(name, source) is None
             and own_file(name) is None
         ]
 
     def write_plan(self, folders: Collection[str]) -> None:
         """Write the list of runs that progress lines count, the start of the work, and the name of the machine.
 
+        A second file has the runs themselves and their partitions, for jobs on a cluster: :func:`planned_run`.
+
         Args:
             folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
         """
+        runs = [find_run(folder, self)[0] for folder in sorted(folders)]
+        lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
+        lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
+        write_text(self._planned, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
         before = sum((paths.RUNS / folder / "metrics.json").exists() for folder in folders)
         plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": sorted(folders)}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
+
+
+def planned_run(folder: str, suite: Suite) -> Run:
+    """Return a run of the workflow that a job on a cluster belongs to, without planning the suite."""
+    content = suite.planned(folder)
+    return Run(**content) if content else find_run(folder, suite)[0]
+
+
+def planned_partition(name: str, suite: Suite) -> PartitionJob:
+    """Return a clustering of the workflow that a job on a cluster belongs to, without planning the suite."""
+    content = suite.planned(name)
+    return PartitionJob(**content) if content else find_partition(name, suite)
 
 
 def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
@@ -363,11 +378,7 @@ def _may_have(suite: Suite, folder: str) -> bool:
     name, _, run = folder.partition("/")
     if name not in suite.settings.benchmarks:
         return False
-    benchmark = load_benchmark(name)
-    try:
-        models = benchmark.kind.offer(benchmark, suite.name).models
-    except KeyError:  # a benchmark lacks the suite: planning says so
-        return True
+    models = load_benchmark(name).offer(suite.benchmark_parts[name]).models
     return any(run.startswith(slug(model)) for model in models)
 
 
@@ -375,27 +386,12 @@ def find_partition(name: str, first: Suite) -> PartitionJob:
     """Find the clustering of an id, in the given suite or in any other.
 
     Raises:
-        DefinitionError: No suite needs such a clustering.
-    """
-    return find_job(name, first, lambda suite: suite.partitions, "partition")
-
-
-def find_job(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, AnyJob]], word: str) -> AnyJob:
-    """Find the job of an id, in the given suite or in any other.
-
-    Args:
-        name: The id.
-        first: The suite to search first.
-        jobs_of: A function that gives the jobs of a suite, by id.
-        word: The word for such a job.
-
-    Raises:
-        DefinitionError: No suite needs it; names the nearest.
+        DefinitionError: No suite needs such a clustering; names the nearest.
     """
     for suite in _suites(first):
-        if name in jobs_of(suite):
-            return jobs_of(suite)[name]
-    raise DefinitionError(f"no suite needs the {word} '{name}'{did_you_mean(name, jobs_of(first))}")
+        if name in suite.partitions:
+            return suite.partitions[name]
+    raise DefinitionError(f"no suite needs the partition '{name}'{did_you_mean(name, first.partitions)}")
 
 
 @functools.cache

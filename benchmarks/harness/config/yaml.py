@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -35,17 +35,20 @@ _LARGEST, _DEEPEST = 1_000_000, 50  # characters and levels of a file, each alia
 KeyPath = tuple[str | int, ...]
 
 
-def explain(error: ValidationError, content: object, at: KeyPath = ()) -> str:
+def explain(
+    error: ValidationError, content: object, at: KeyPath = (), origin: Callable[[KeyPath], KeyPath] = tuple
+) -> str:
     """Describe the mistakes that pydantic reports: key, value, pydantic's message and the nearest valid value.
 
     Args:
         error: The error of pydantic.
         content: The validated content.
         at: The keys that lead to ``content`` in its file.
+        origin: A function from keys in ``content`` to the keys in the file that gave the value.
     """
     problems: dict[KeyPath, dict[str, Mapping[str, Any]]] = {}
     for problem in error.errors(include_url=False):
-        problems.setdefault(_path(problem, content), {})[problem["msg"]] = problem
+        problems.setdefault(origin(_path(problem, content)), {})[problem["msg"]] = problem
     # a value that fits no branch of a union is described by the branch that it fits best
     deepest = [path for path in problems if not any(path == other[: len(path)] != other for other in problems)]
     texts = [_describe((*at, *path), list(problems[path].values())) for path in sorted(deepest, key=len)]
@@ -280,7 +283,13 @@ Shares = Annotated[list[Share], _NotEmpty]
 Key = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
-def parse(content: object, model: type[Model], where: str, *at: str | int) -> Model:
+def parse(
+    content: object,
+    model: type[Model],
+    where: str,
+    *at: str | int,
+    origin: Callable[[KeyPath], KeyPath] = tuple,
+) -> Model:
     """Validate the content of a file.
 
     Args:
@@ -288,6 +297,7 @@ def parse(content: object, model: type[Model], where: str, *at: str | int) -> Mo
         model: The model of the content.
         where: The file, for messages.
         at: The keys that lead to ``content`` in it.
+        origin: See :func:`explain`.
 
     Raises:
         DefinitionError: Names the file, the keys and the nearest valid values, up to five at once.
@@ -295,7 +305,7 @@ def parse(content: object, model: type[Model], where: str, *at: str | int) -> Mo
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise DefinitionError(f"{where}: {explain(error, content, at)}") from error
+        raise DefinitionError(f"{where}: {explain(error, content, at, origin)}") from error
 
 
 def read(path: Path, model: type[Model]) -> Model:

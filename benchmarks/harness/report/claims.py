@@ -42,6 +42,12 @@ _RANDOM_WEIGHTS = (
     "verdicts mean anything. "
 )
 
+CAPTION = (
+    "The claims of the paper, as these runs see them: differences with their 95 % intervals (of a ratio its range), those "
+    "that a test was made of. Blue circles are supported, orange crosses contradicted, grey diamonds undecided; open "
+    "diamonds have no test. The band is the margin below which a difference makes no odds; a thin line marks what the "
+    "paper says."
+)
 _LINE, _BELOW = 0.19, 0.5  # inches of a line of the figure, and of the space below a panel
 _LEFT, _RIGHT = 0.36, 0.715  # of the width: the edges of the axes
 _TEXT = 0.01 - _LEFT / (_RIGHT - _LEFT)  # of the axes' width: the left edge of texts
@@ -121,7 +127,7 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
         "contrast": _contrast(compare, benchmark),
         "unit": _difference_unit(metric),
         "margin": margin * metric.scale,
-        "pair": benchmark.kind.compared_domains(benchmark.definition)[compare.domain].pair,
+        "pair": benchmark.domains[compare.domain].pair,
     }
     if test.paper.effect is not None and test.paper.unit == row["unit"]:
         row["effect"] = float(test.paper.effect)
@@ -153,7 +159,7 @@ def _difference_unit(metric: Metric) -> str:
 
 
 def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
-    titles = benchmark.kind.row_titles(benchmark.definition)
+    titles = benchmark.row_titles
     method, against = (
         f"({title})" if "+" in title else title for title in (titles[compare.method], titles[compare.against])
     )
@@ -172,7 +178,7 @@ def _paper_text(paper: PaperEffect) -> str:
 
 def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
     """Name the models and tasks of a comparison, and the reason if it has no test."""
-    titles = benchmark.kind.task_titles(benchmark.definition, benchmark.tasks)
+    titles = benchmark.task_titles
     models = [model_title(name) for name in evidence.models]
     tasks = [titles.get(name, name) for name in evidence.tasks]
     remarks = [name_or_count(models, "models"), name_or_count(tasks, "tasks")]

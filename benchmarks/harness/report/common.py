@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Definition, Entry, MethodsDefinition, resolve_methods
+from benchmarks.harness.config.benchmark import COUNTS, AnyBenchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
@@ -95,13 +95,13 @@ class Outcomes:
 
     def __init__(
         self,
-        benchmark: Benchmark[MethodsDefinition, Entry],
+        benchmark: AnyBenchmark,
         runs: Sequence[Run],
         keys: Sequence[str],
         **titles: Mapping[str, str],
     ) -> None:
         self.benchmark, self.runs, self.name = benchmark, list(runs), benchmark.name
-        self.methods = resolve_methods(benchmark.definition)
+        self.methods = benchmark.methods()
         self.baseline = benchmark.definition.baseline
 
         def in_order(titles: Mapping[str, str], part: str) -> dict[str, str]:
@@ -109,7 +109,7 @@ class Outcomes:
             return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
 
         models = in_order({name: model.title for name, model in load_models().items()}, "model")
-        tasks = in_order(benchmark.kind.task_titles(benchmark.definition, benchmark.tasks), "task")
+        tasks = in_order(benchmark.task_titles, "task")
         methods = {name: method.title for name, method in self.methods.items()}
         by_key = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
         self.titles: dict[str, Mapping[str, str]] = {key: by_key[key] for key in keys}
@@ -153,9 +153,7 @@ class Outcomes:
 _STATUS = ("published", "inferred", "unknown")
 
 
-def read_published(
-    benchmark: Benchmark[Definition, Entry], file: str | None = None, of: Sequence[str] | None = None
-) -> pd.DataFrame:
+def read_published(benchmark: AnyBenchmark, file: str | None = None, of: Sequence[str] | None = None) -> pd.DataFrame:
     """Read published numbers in points (ranks unchanged), each with status and source, by default from ``paper.csv``.
 
     Args:
@@ -167,7 +165,7 @@ def read_published(
         DefinitionError: A column or status is wrong, or a value does not fit its status.
     """
     file = file or benchmark.definition.paper
-    columns = [*(of or benchmark.kind.paper_columns), *NUMBER_COLUMNS]
+    columns = [*(of or benchmark.paper_columns), *NUMBER_COLUMNS]
     if not file:
         return pd.DataFrame(columns=columns)
     path = benchmark.folder / file

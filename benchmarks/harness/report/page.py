@@ -6,7 +6,7 @@ import base64
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.paper_items import load_paper_items, main_stems
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.claims import cards, has_random_weights, sentences
+from benchmarks.harness.report.claims import CAPTION, cards, has_random_weights, sentences
 from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.harness.report.table import MISSING, code_as_html
@@ -106,12 +106,10 @@ class _Page:
             "alt": alt,
         }
 
-    def figures(self, artifacts: Artifacts, without: Collection[str] = ()) -> list[dict[str, str]]:
-        return [
-            self.figure(self.results / "figures" / artifacts.stem(name), caption, artifacts.short_caption(name))
-            for name, caption in artifacts.figures.items()
-            if name not in without
-        ]
+    def figures(self, captions: Mapping[str, str]) -> list[dict[str, str]]:
+        """Show figures with their captions, by the name of the file without ending."""
+        folder = self.results / "figures"
+        return [self.figure(folder / name, caption, caption_title(caption)) for name, caption in captions.items()]
 
     def main_figures(self) -> list[dict[str, str]]:
         """Show the radar and the differences of the main averages; the caption is below the last."""
@@ -132,7 +130,7 @@ class _Page:
             "random_weights": has_random_weights(self.suite.runs),
             "cards": list(cards(verdicts)),
             "table": self.table(CLAIMS, "", "Every test"),
-            "figures": self.figures(CLAIMS),
+            "figures": self.figures({CLAIMS.name: CAPTION}),
             "main": self.main_figures(),
         }
 
@@ -145,6 +143,11 @@ class _Page:
         return rows if any(row["files"] for row in rows) else []
 
 
+def caption_title(caption: str) -> str:
+    """Cut a caption at the first full stop, which is not that of ``Fig. 4``."""
+    return re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)[0].rstrip(".")
+
+
 def _shown_here(run: Run) -> dict[str, Any]:
     """Read the parts of a ``metrics.json`` that the page itself shows; tables and figures show the others."""
     metrics = read_metrics(run)
@@ -153,20 +156,19 @@ def _shown_here(run: Run) -> dict[str, Any]:
 
 def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str, Any]:
     benchmark = load_benchmark(name)
-    definition, kind = benchmark.definition, benchmark.kind
     runs = page.suite.runs_of(name)
     presentation = present(benchmark, runs)
     return {
         "name": name,
-        "title": definition.title,
+        "title": benchmark.definition.title,
         "runs": len(runs),
         "random_weights": has_random_weights(runs),
-        "suite_note": definition.suites[page.suite.name].note or "",
+        "suite_note": page.suite.benchmark_parts[name].settings.note or "",
         "verdicts": presentation.verdicts,
         "note": presentation.note,
-        "data": _data(runs, recorded) if kind.counts_labels else [],
-        "training": _training(runs) if kind.optimizer else {},
-        "optimiser": kind.optimizer,
+        "data": _data(runs, recorded) if presentation.shows_labels else [],
+        "training": _training(runs) if presentation.optimizer else {},
+        "optimiser": presentation.optimizer,
         **_tables_and_figures(page, artifacts_of(name), presentation),
         "parts": [
             {"title": benchmark.tasks[part].title, **_tables_and_figures(page, artifacts_of(name, part), presented)}
@@ -180,9 +182,11 @@ def _tables_and_figures(page: _Page, artifacts: Artifacts, presentation: Present
     tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
     first = next(iter(tables))
     empty = {name: table.title for name, table in tables.items() if table.frame.empty and name != first}
+    drawn = {artifacts.stem(name) for name in artifacts.figures if name not in empty}
+    captions = {name: figure.caption for name, figure in presentation.figures.items() if name in drawn}
     return {
         "tables": [page.table(artifacts, name, table.title) for name, table in tables.items() if name not in empty],
-        "figures": page.figures(artifacts, empty),
+        "figures": page.figures(captions),
         "empty": list(empty.values()),
     }
 

@@ -197,7 +197,7 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
 def _tasks_text(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
     """Name the tasks of numbers, or count them, and count their pairs."""
     known = load_benchmark(benchmark)
-    titles = known.kind.task_titles(known.definition, known.tasks)
+    titles = known.task_titles
     names = [titles.get(name, name) for name in numbers.index.get_level_values("task").unique()]
     return f"{name_or_count(names, 'sets')}; {count_text([pairs], 'pairs')}"
 

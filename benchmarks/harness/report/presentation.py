@@ -1,8 +1,7 @@
-"""Present the finished runs of a benchmark: tables, figures and sentences, by its ``presentation`` module."""
+"""Present the finished runs of a benchmark: tables, figures and sentences, by the module that its kind names."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -12,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, Definition, Entry, load_benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names
 from benchmarks.harness.report.common import compared, with_runs
@@ -26,23 +25,40 @@ NOTE = (
 
 
 @dataclass(frozen=True)
+class Figure:
+    """Name the function that draws a figure, and its caption.
+
+    Attributes:
+        draw: The function; its last argument is a path without ending, to which it writes a PDF and a PNG.
+        caption: The caption, of which the first sentence is the title.
+    """
+
+    draw: Callable[..., None]
+    caption: str
+
+
+@dataclass(frozen=True)
 class Presentation:
     """Hold the tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it.
 
     Attributes:
         makers: The functions that make the tables, by the name of the file without ending.
-        figures: The functions that draw the figures as PDF and PNG, by the name of the file without ending.
+        figures: The figures, by the name of the file without ending; they take a path alone.
         verdicts: Sentences that say how the methods differ from the dense model.
         note: A sentence that says how to read the verdicts.
+        optimizer: The optimizer, for the report; empty if nothing is trained.
+        shows_labels: True if the report shows the labels of the sets.
         compared: The function that gives the numbers of the claims: one row per number, with the columns
             :data:`~benchmarks.harness.report.common.COMPARED`.
         parts: The presentation of each set alone, by its name; empty if the sets are shown together.
     """
 
     makers: Mapping[str, Callable[[], Table]]
-    figures: Mapping[str, Callable[[Path], None]]
+    figures: Mapping[str, Figure]
     verdicts: list[str] = field(default_factory=list)
     note: str = ""
+    optimizer: str = ""
+    shows_labels: bool = False
     compared: Callable[[], pd.DataFrame] = compared
     parts: Mapping[str, Presentation] = field(default_factory=dict)
 
@@ -53,14 +69,14 @@ class Presentation:
 
     def draw(self, folder: Path) -> None:
         """Write all figures into a folder."""
-        for name, draw in self.figures.items():
-            draw(folder / name)
+        for name, figure in self.figures.items():
+            figure.draw(folder / name)
 
 
 def make(
-    benchmark: Benchmark[Definition, Entry],
+    benchmark: AnyBenchmark,
     tables: Mapping[str, Callable[..., Table]],
-    figures: Mapping[str, Callable[..., None]],
+    figures: Mapping[str, Figure],
     outcomes: Any,
     part: str = "",
     **sentences: Any,
@@ -70,10 +86,10 @@ def make(
     Args:
         benchmark: The benchmark.
         tables: The functions that make a table from ``outcomes`` (and ``part``), by name.
-        figures: The functions that draw a figure from the same and a path without ending, by name.
+        figures: The figures, by name; their functions take the same and a path.
         outcomes: The finished runs, with their ``origins``.
         part: The name of a set that is shown alone, by ``set_tables`` and ``set_figures``.
-        sentences: The ``verdicts``, ``note``, ``compared`` and ``parts`` of the presentation.
+        sentences: The other attributes of the presentation.
     """
     definition: Any = benchmark.definition
     stem, shown, drawn = benchmark.name, definition.tables, definition.figures
@@ -88,7 +104,7 @@ def make(
 
     return Presentation(
         {f"{stem}_{name}": partial(make_table, name) for name in shown},
-        {f"{stem}_{name}": partial(figures[name], *arguments) for name in drawn},
+        {f"{stem}_{name}": Figure(partial(figures[name].draw, *arguments), figures[name].caption) for name in drawn},
         **sentences,
     )
 
@@ -99,7 +115,7 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     Raises:
         DefinitionError: ``benchmark.yaml`` names a table or figure that does not exist; names the nearest.
     """
-    presentation: Presentation = _presentation_module(benchmark).present(benchmark, runs)
+    presentation: Presentation = _module(benchmark).present(benchmark, runs)
     return presentation
 
 
@@ -110,14 +126,12 @@ def check_presentations(benchmarks: Iterable[str]) -> None:
         DefinitionError: A table or figure does not exist; names the nearest.
     """
     for name in benchmarks:
-        _presentation_module(load_benchmark(name))
+        _module(load_benchmark(name))
 
 
-def _presentation_module(benchmark: AnyBenchmark) -> ModuleType:
-    """Import the module that presents a benchmark: its own, or that of its kind."""
-    has_module = (benchmark.folder / "presentation.py").exists()
-    folder = benchmark.name if has_module else benchmark.kind_name
-    module = importlib.import_module(f"benchmarks.{folder}.presentation")
+def _module(benchmark: AnyBenchmark) -> ModuleType:
+    """Return the module that presents a benchmark, after its names of tables and figures are checked."""
+    module = benchmark.presentation()
     ablations = getattr(benchmark.definition, "ablations", {})
     for key in ("tables", "figures", "set_tables", "set_figures"):
         known = [*getattr(module, key.upper(), ()), *ablations]

@@ -12,7 +12,7 @@ from annotated_types import Ge, Len, MinLen
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
-from benchmarks.harness.config.benchmark import OOD_MEAN, kind_of
+from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
 
@@ -333,8 +333,7 @@ def run_keys(run: Run) -> dict[str, Any]:
     """Return the values of :data:`RUN_KEYS` of a run."""
     spec = run.spec
     names = [spec[key]["name"] for key in ("model", "task", "method")]
-    variant = kind_of(run.benchmark).variant(spec)
-    values = (run.benchmark, *names, spec.get("protocol", ""), variant, spec["learning_rate"], spec["seed"])
+    values = (run.benchmark, *names, spec.get("protocol", ""), spec["variant"], spec["learning_rate"], spec["seed"])
     return dict(zip(RUN_KEYS, values, strict=True))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
-from benchmarks.harness.config.benchmark import SetPart, kind_of, load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, all_sets, run_inputs
+from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.sources.hub import is_commit
 from benchmarks.harness.sources.local import local_folder, own_file, own_folder
@@ -23,11 +24,10 @@ def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Se
     """
     seen: set[tuple[str, str]] = set()
     for run in runs:
-        kind, tasks = kind_of(run.benchmark), load_benchmark(run.benchmark).tasks
-        for name, part in kind.parts_read(run.spec, tasks):
-            if (name, part) not in seen:
-                seen.add((name, part))
-                yield from kind.describe(run.spec, name, part, tasks, open_files=open_images)
+        for data in load_benchmark(run.benchmark).sets(run.spec):
+            if (data.name, data.part) not in seen:
+                seen.add((data.name, data.part))
+                yield from data.read(open_images)
 
 
 def describe(parts: list[SetPart]) -> str:
@@ -76,7 +76,8 @@ def _unpinned(run: Run) -> Iterator[str]:
             and own_file(task["name"]) is None
         ):
             yield f"{source['hub']} (the set {task['name']}{f', its branch {revision}' if revision else ''})"
-    yield from kind_of(run.benchmark).unpinned(spec)
+    for data in load_benchmark(run.benchmark).sets(spec):
+        yield from data.unpinned
 
 
 def fetch_packaged(suite: Suite) -> None:

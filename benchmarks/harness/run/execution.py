@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import select
@@ -21,8 +20,8 @@ from typing import Any, TextIO
 import torch
 from filelock import AcquireReturnProxy, Timeout
 
-from benchmarks.harness.base import LOCK, DefinitionError, RunError, derive_seed, hold, write_json
-from benchmarks.harness.config.benchmark import kind_of, load_benchmark
+from benchmarks.harness.base import LOCK, RunError, derive_seed, hold, write_json
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.results.records import check_content
 from benchmarks.harness.run import environment
@@ -65,8 +64,9 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
         with _logged(log) as terminal:
             progress = Progress(run.id, terminal)
             captured = environment.capture()
-            pipeline = _pipeline(run)
+            pipeline = load_benchmark(run.benchmark).pipeline()
             startup = time.time() - started
+            torch.manual_seed(derive_seed("run", run.spec["seed"]))
             metrics: dict[str, Any] = pipeline.run(run.spec, folder, progress)
             seconds = time.time() - started
             is_gpu, usage = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF)
@@ -124,7 +124,7 @@ def _end_with_launcher() -> None:
 
 def _check_processes(run: Run, processes: int, parallel: str) -> None:
     try:
-        kind_of(run.benchmark).check_processes(run.spec, processes, parallel)
+        load_benchmark(run.benchmark).check_processes(run.spec, processes, parallel)
     except RunError as error:
         raise RunError(f"{run.id}: {error}") from error
 
@@ -135,17 +135,9 @@ def _run_worker(run: Run, folder: Path, log: Path) -> None:
     if group.broadcast(None):  # the run is finished
         return
     with _logged(log):
-        _pipeline(run).run(run.spec, folder, Progress(run.id, sys.stderr))
-
-
-def _pipeline(run: Run) -> Any:
-    pipeline = load_benchmark(run.benchmark).definition.pipeline  # a run.json must not choose the code
-    if run.spec["pipeline"] != pipeline:
-        raise DefinitionError(
-            f"{run.id}: 'pipeline' is {run.spec['pipeline']!r}, but {run.benchmark} is executed by '{pipeline}'"
-        )
-    torch.manual_seed(derive_seed("run", run.spec["seed"]))
-    return importlib.import_module(pipeline)
+        pipeline = load_benchmark(run.benchmark).pipeline()
+        torch.manual_seed(derive_seed("run", run.spec["seed"]))
+        pipeline.run(run.spec, folder, Progress(run.id, sys.stderr))
 
 
 def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:

@@ -10,7 +10,6 @@ This module imports the standard library alone, because a caller must not import
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import selectors
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 ADDRESS = "EMOE_FORKSERVER"
@@ -70,11 +69,11 @@ class Server:
     """Start and stop the process that imports and forks.
 
     Args:
-        modules: The modules to import; a command may need others.
+        benchmarks: The benchmarks whose pipelines it imports; a command may need others.
     """
 
-    def __init__(self, modules: Sequence[str]) -> None:
-        self._modules = list(modules)
+    def __init__(self, benchmarks: Iterable[str]) -> None:
+        self._benchmarks = list(benchmarks)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -86,7 +85,7 @@ class Server:
             listener.bind(address)
             listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks", "serve", str(listener.fileno()), *self._modules],
+                [sys.executable, "-m", "benchmarks", "serve", str(listener.fileno()), *self._benchmarks],
                 stdin=subprocess.PIPE,  # ends when this process does
                 env={**os.environ, **ONE_THREAD},
                 pass_fds=[listener.fileno()],
@@ -102,19 +101,18 @@ class Server:
             shutil.rmtree(Path(os.environ.pop(ADDRESS)).parent, ignore_errors=True)
 
 
-def serve(listener: socket.socket, modules: Sequence[str], work: Callable[[list[str]], int]) -> None:
-    """Import modules and fork for each caller, until the standard input ends.
+def serve(listener: socket.socket, import_all: Callable[[], None], work: Callable[[list[str]], int]) -> None:
+    """Import what commands need and fork for each caller, until the standard input ends.
 
     Args:
         listener: The socket for callers.
-        modules: The modules to import first.
+        import_all: Imports what commands need.
         work: Does a command in a fork, and returns its exit status.
     """
     folder = Path(listener.getsockname()).parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the workflow handles it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks tell their callers themselves
-    for name in modules:
-        importlib.import_module(name)
+    import_all()
     gc.collect()
     gc.freeze()  # forks share these pages until somebody writes on them
     with listener, selectors.DefaultSelector() as waiting:

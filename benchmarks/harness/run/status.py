@@ -89,7 +89,7 @@ def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:
     for run in runs:
         benchmark, model = load_benchmark(run.benchmark), load_models().get(run.spec["model"]["name"])
         shape = model.shape if model else None  # a measurement names models of its own
-        tokens = benchmark.kind.training_tokens(run.spec, benchmark.tasks) if shape else None
+        tokens = benchmark.tokens(run.spec) if shape else None
         if shape is None or tokens is None:
             return None
         frozen = run.spec.get("training", {}).get("frozen_layers") or 0

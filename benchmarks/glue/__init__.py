@@ -1,1 +1,0 @@
-"""Full fine-tuning of text classifiers, in and out of domain."""

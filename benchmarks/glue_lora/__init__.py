@@ -1,1 +1,0 @@
-"""GLUE by low-rank adapters."""

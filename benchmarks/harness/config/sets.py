@@ -1,0 +1,106 @@
+"""Describe the sets that runs read, for `python -m benchmarks data`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from benchmarks.harness.config.yaml import Count, Strict
+
+ALL = "all"  # the one part of a set that is read as a whole
+
+
+class PublishedRows(Strict):
+    """Another number of rows that the paper's authors score."""
+
+    rows: Count
+    """Number of rows."""
+    of: str
+    """Source of that number."""
+    why: str
+    """Reason for the difference."""
+
+
+@dataclass(frozen=True)
+class SetPart:
+    """One part of one set, as it was read.
+
+    Attributes:
+        name: The name of the set.
+        part: ``train``, ``dev`` or ``test``; the environment of an image set; ``all`` of instructions.
+        rows: The number of rows in use; None if the part is missing.
+        dropped: The number of rows without a gold label or text, or broken, which are left out.
+        expected: The number of rows by the set's makers, if it is known.
+        labels: The number of rows by label, as text.
+        source: The place that the rows came from.
+        advice: The way to get the part if it is missing.
+        published: The number of rows that the paper's authors score, if it differs.
+        counts_dropped: True if the makers count the dropped rows too.
+    """
+
+    name: str
+    part: str
+    rows: int | None
+    dropped: int = 0
+    expected: int | None = None
+    labels: str = ""
+    source: str = ""
+    advice: str = ""
+    published: PublishedRows | None = None
+    counts_dropped: bool = True
+
+    @property
+    def as_expected(self) -> bool:
+        """Return True if the set's makers count as many rows, or no count of theirs is known."""
+        return self.expected in (None, self.rows, self._counted)
+
+    @property
+    def _counted(self) -> int:
+        return (self.rows or 0) + (self.dropped if self.counts_dropped else 0)
+
+    @property
+    def note(self) -> str | None:
+        """Describe the difference to the known number of rows; None if there is none."""
+        if self.rows is None or (self.published and self.published.rows == self.rows):
+            return None
+        if not self.as_expected:
+            beside = f" beside {self.dropped:,} dropped" if self.dropped and not self.counts_dropped else ""
+            return (
+                f"{self.name} ({self.part}): {self._counted:,} rows{beside}, its makers count {self.expected:,}: "
+                "another version, or not all of it"
+            )
+        if self.published:
+            other = f"not {self.published.rows:,} as by {self.published.of}: {self.published.why}"
+            return f"{self.name} ({self.part}): {self.rows:,} rows are scored, {other}"
+        return None
+
+
+@dataclass(frozen=True)
+class SetReader:
+    """Name a part of a set that a run reads, and read it.
+
+    Attributes:
+        name: The name of the set.
+        part: The name of the part; :data:`ALL` of a set that is read as a whole.
+        read: A function that reads and describes it. Its argument is True to open every file of a set of files, which
+            takes minutes.
+        unpinned: Names of things that the run reads beside its sets, at no fixed version.
+    """
+
+    name: str
+    part: str
+    read: Callable[[bool], Iterator[SetPart]]
+    unpinned: tuple[str, ...] = ()
+
+
+def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
+    """Describe a set that is read as a whole and cannot be.
+
+    Args:
+        name: The name of the set.
+        problem: The error.
+        instructions: The source of the set.
+        expected: The number of rows by its makers.
+    """
+    advice = f"{name}: {problem}\n    {instructions}. Without it: `exclude: [{name}]`"
+    return SetPart(name, ALL, None, expected=expected, advice=advice)

@@ -1,0 +1,152 @@
+"""Runs of models that learn several tasks at once: one for each model, mixture, method, learning rate and seed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from benchmarks.harness.config.benchmark import (
+    COUNTS,
+    OOD_MEAN,
+    Domain,
+    MethodsDefinition,
+    Training,
+    TrainingPart,
+)
+from benchmarks.harness.config.methods import VariantAxes
+from benchmarks.harness.config.overlay import Changes
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
+    AS_GIVEN,
+    UNIQUE,
+    Count,
+    Key,
+    Names,
+    NotNegative,
+    Positive,
+    Positives,
+    Rate,
+    Strict,
+    Wholes,
+)
+from benchmarks.text.definition import CLEAN, ID, OOD, RunTask
+
+ID_MEAN = "id_mean"  # the mean of a run's scores over its tasks
+_SCORES = Domain(("score",), selections=(CLEAN,))
+_DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
+
+
+class Mixture(Strict):
+    """Tasks that one model learns at once."""
+
+    title: str
+    """Label in tables."""
+    tasks: Annotated[Names, UNIQUE]
+    """Names in the task file."""
+
+
+class MultitaskTraining(Training):
+    """The training of a run; a suite may change the benchmark's."""
+
+    epochs: Positive
+    """Passes over the rows that `rows_per_epoch` leaves."""
+    rows_per_epoch: Count | None
+    """Rows of a task in an epoch, at most: a larger task takes its next ones in each epoch. Null: all rows."""
+    batch_size: Count
+    """Rows per step, of all tasks."""
+    eval_batch_size: Count
+    """Rows per evaluation batch."""
+    max_length: Annotated[int, Field(ge=4)]
+    """Tokens kept of a row, its task's name included."""
+    sampling: Literal["random", "group_by_length"]
+    """Order of an epoch's rows: shuffled, or shuffled in groups of like length (less padding)."""
+    eval_rows: Count | None
+    """Rows of every split that is reported; null for all."""
+    dev_rows: Count | None
+    """Rows of every split that chooses; null for all."""
+    weight_decay: NotNegative
+    """AdamW's weight decay."""
+    warmup: Rate
+    """Share of the steps with a rising rate."""
+    checkpoint_selection: Literal["last", "best"]
+    """The epoch whose weights are evaluated: the last, or the one with the best mean dev score over the tasks."""
+    gradient_accumulation_steps: Count
+    """Batches whose gradients one step adds up."""
+    precision: Literal["fp32", "bf16"]
+    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
+    """Share of the training rows that is held out to choose by, of tasks without a split for that."""
+
+
+class MultitaskBlock(VariantAxes):
+    """A product of lists. Lists of method settings become part of the method's variant."""
+
+    model: Names
+    """Names in models.yaml."""
+    mixture: Names
+    """Names of mixtures, or of tasks: each of these is learned alone."""
+    method: Names
+    """Names of methods."""
+    learning_rate: Positives
+    """Peak learning rates."""
+    seed: Wholes
+    """Seeds."""
+
+
+class MultitaskPart(TrainingPart):
+    """The benchmark's part of a suite."""
+
+    training: Annotated[dict[str, Any], Changes(MultitaskTraining)] = Field({})
+    """Settings that differ in this suite."""
+    grid: Annotated[list[MultitaskBlock], Field(min_length=1)]
+    """Blocks of runs; each is the product of its lists."""
+
+
+class MultitaskDefinition(MethodsDefinition):
+    """A benchmark whose encoder-decoder models learn several tasks at once, as text from text."""
+
+    tasks: str
+    """File with the task definitions, in the benchmark's folder."""
+    mixtures: Annotated[dict[Key, Mixture], Field(min_length=1)]
+    """Tasks that are learned at once, by name."""
+    prefixes: dict[str, str] = Field({})
+    """Prefixes of tasks whose rows do not begin with their name; only the rows tell tasks with one prefix apart."""
+    training: MultitaskTraining
+    """Settings of every run; a suite may set its own."""
+
+
+class WrittenTask(RunTask):
+    """A task that is learned."""
+
+    prefix: str
+    """The prefix of its rows."""
+
+
+class OtherTask(RunTask):
+    """A set that is only evaluated on."""
+
+    read_as: str
+    """The learned task that gives it prefix, field names and answers."""
+
+
+class RunMixture(Strict):
+    """The tasks of a run."""
+
+    name: str
+    """Name of the mixture, or of the single task."""
+    tasks: list[WrittenTask]
+    """Tasks that it learns at once."""
+
+
+class MultitaskSpec(RunSpec):
+    """The settings that shape the numbers of a run."""
+
+    protocol: Literal["clean"]
+    """The selection of epoch and hyper-parameters: by rows that are not reported."""
+    task: RunMixture
+    """The tasks that it is trained on."""
+    ood: list[OtherTask]
+    """The other sets that it is evaluated on."""
+    training: MultitaskTraining
+    """The training."""
