@@ -19,7 +19,6 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
-from benchmarks.harness.models.prefix import StatesBelow
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import loads_by_row
 from benchmarks.modularity.activations import concentration, dense_magnitudes, is_active, neurons_used, selected
@@ -55,21 +54,16 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         name: TokenisedRows(split, tokenizer, length, by_length=False, labelled=False) for name, split in splits.items()
     }
     progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
-    below = StatesBelow(model, layer)
-    with below.recording():
-        dense = {name: dense_magnitudes(model, layer, batches(task, collate, size)) for name, task in rows.items()}
+    dense = {name: dense_magnitudes(model, layer, batches(task, collate, size)) for name, task in rows.items()}
     report = apply_method_(model, spec["method"], read.seed)
     converted = [asdict(entry) for entry in report.layers] if report else []
     progress.say("reading them again with experts")
-    loads, top = {}, []
-    with below.replaying():
-        for name, task in rows.items():
-            with emoe.record_routing(model) as record:
-                labelled = _labelled(batches(task, collate, size), record)
-                top.append(neurons_used(model, layer, labelled, "top"))
-            loads[name] = SetLoads(loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers)
-    with below.replaying():
-        bottom = [neurons_used(model, layer, batches(task, collate, size), "bottom") for task in rows.values()]
+    loads, top, bottom = {}, [], []
+    for name, task in rows.items():
+        with emoe.record_routing(model) as record:
+            top.append(neurons_used(model, layer, _labelled(batches(task, collate, size), record), "top"))
+        loads[name] = SetLoads(loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers)
+        bottom.append(neurons_used(model, layer, batches(task, collate, size), "bottom"))
     order = permutations(model)[layer]
     whole = torch.cat([magnitudes[:, order] for magnitudes in dense.values()])
     active = is_active(whole, read.reading.active_share)

@@ -7,8 +7,7 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +44,6 @@ _BEFORE: dict[str, tuple[str, ...]] = {
 }
 _VERSION = 1
 _TOKENS_AT_ONCE = 4096
-_STATES_ROOM = 2**29  # bytes
 
 Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 
@@ -159,11 +157,6 @@ def _stop(_module: nn.Module, _args: object, output: Tensor) -> None:
 
 def _keep_mode(module: nn.Module, _mode: bool = True) -> nn.Module:
     return module
-
-
-def has_prefix(network: nn.Module) -> bool:
-    """Return True if each layer of a network is known to read only the output of the layer before."""
-    return model_type(network) in _BEFORE
 
 
 def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
@@ -295,87 +288,3 @@ def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequenc
         # an old receipt must not describe the new values
         file.with_suffix(".json").unlink(missing_ok=True)
     write_json(file.with_suffix(".json"), receipt)
-
-
-class StatesBelow:
-    """Keeps the output of the layers below one, batch by batch: a second pass over the same batches starts there.
-
-    Both passes are in eval mode, and nothing changes below that layer between them. Results are equal to the last bit.
-    Batches beyond the room, and networks without :func:`has_prefix`, are computed again.
-
-    Args:
-        network: The classifier or language model, converted or not.
-        layer: The number of the first layer that may differ between the passes.
-        room: The bytes to keep at most.
-
-    Example:
-        >>> below = StatesBelow(model, 10)  # doctest: +SKIP
-        >>> with below.recording():
-        ...     dense = evaluate(model)
-        >>> emoe.convert_(model, emoe.EMoEConfig(num_experts=64, top_k=16, layers=(10,)))
-        >>> with below.replaying():
-        ...     sparse = evaluate(model)
-    """
-
-    def __init__(self, network: nn.Module, layer: int, room: int = _STATES_ROOM) -> None:
-        below = find_ffns(network)[:layer] if has_prefix(network) else []
-        self._blocks = [network.get_submodule(block_of(ffn.name)) for ffn in below]
-        self._room = room
-        self._batches: list[tuple[str, Tensor | None]] = []
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep the outputs of the passes inside."""
-        self._batches, room, mark = [], self._room, ""
-
-        def begin(_block: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal mark
-            mark = _batch_mark(args[0])
-
-        def end(_block: nn.Module, _args: object, states: Tensor) -> None:
-            nonlocal room
-            fits = states.nbytes <= room
-            room -= states.nbytes if fits else 0
-            self._batches.append((mark, states.detach().cpu() if fits else None))
-
-        hooks = []
-        if self._blocks:
-            hooks += [self._blocks[0].register_forward_pre_hook(begin), self._blocks[-1].register_forward_hook(end)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Use the kept outputs in the passes inside; raise RuntimeError if they are over other batches."""
-        batches, kept = iter(self._batches), cast(Tensor | None, None)
-        replaced = {block: block.__dict__.get("forward") for block in self._blocks}
-
-        def forward(block: nn.Module, run: Any, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal kept
-            if block is self._blocks[0]:
-                mark, kept = next(batches, ("", None))
-                if mark != _batch_mark(states):
-                    raise RuntimeError("this pass is over other batches than the recorded one")
-            if kept is None:
-                return run(states, *args, **kwargs)
-            return kept.to(states.device) if block is self._blocks[-1] else states
-
-        for block in self._blocks:
-            cast(Any, block).forward = partial(forward, block, block.forward)
-        try:
-            yield
-        finally:
-            for block, before in replaced.items():
-                if before is None:
-                    del block.__dict__["forward"]
-                else:
-                    cast(Any, block).forward = before
-
-
-@torch.no_grad()
-def _batch_mark(states: Tensor) -> str:
-    """Return a mark of a batch's content, which may have NaN."""
-    return f"{tuple(states.shape)} {float(states.double().sum())}"
