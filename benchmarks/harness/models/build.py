@@ -161,11 +161,8 @@ def _converted(
 ) -> Trainable:
     """Convert and adapt a model's network, which is the model itself or one of its modules."""
     seed, tune = spec["seed"], spec["method"]["tune"]
-    dense = {
-        "parameters": _count(model),
-        "ffns": sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network)),
-        "embeddings": _embedding_parameters(model),
-    }
+    dense, embeddings = _count(model), _embedding_parameters(model)
+    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
     prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
     if prefix:
         prefix.check(spec["method"])
@@ -179,15 +176,15 @@ def _converted(
     use_sparse_(model)
     share = report.active_neurons if report else 1.0
     routers = sum(parameter.numel() for layer in routed_layers(network) for parameter in layer.parameters())
-    active = round(dense["parameters"] + (share - 1) * dense["ffns"]) + routers
+    active = round(dense + (share - 1) * dense_ffns) + routers
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     slow = {id(values) for group, members in groups.items() if group not in FAST for _, values in members}
     summary = {
         "source": dict(source),
         "parameters": _count(model),
-        "dense_parameters": dense["parameters"],
+        "dense_parameters": dense,
         "active_parameters": active,
-        "flops_per_token": 2 * (active - dense["embeddings"]),
+        "flops_per_token": 2 * (active - embeddings),
         "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
         "trained": {
             group: {

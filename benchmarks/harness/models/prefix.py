@@ -25,21 +25,12 @@ from emoe.partitioning import tensor_digest
 
 STATES = "prefix_states"  # the argument of a model for the output of its prefix
 
-_LLAMA, _BERT, _VIT = ("embed_tokens",), ("embeddings",), ("embeddings",)
 # modules and parameters before the layers, beside the list of them, by model type or, in timm, by class
 _BEFORE: dict[str, tuple[str, ...]] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "electra": (*_BERT, "embeddings_project"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "vit", "deit", "dinov2"), ("embeddings",)),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("embed_tokens",)),
+    "electra": ("embeddings", "embeddings_project"),
     "gpt2": ("wte", "wpe", "drop"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "vit": _VIT,
-    "deit": _VIT,
-    "dinov2": _VIT,
     "VisionTransformer": ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"),
 }
 _VERSION = 1

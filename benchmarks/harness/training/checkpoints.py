@@ -53,18 +53,18 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def _last_complete(folder: Path) -> Path | None:
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]
-    usable = [checkpoint for checkpoint in complete if _best(checkpoint) in (None, *complete)]
-    for unusable in checkpoints[: checkpoints.index(usable[0]) if usable else None]:
-        shutil.rmtree(unusable)
-    return usable[0] if usable else None
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while checkpoints and not _is_usable(checkpoints[-1]):
+        shutil.rmtree(checkpoints.pop())
+    return checkpoints[-1] if checkpoints else None
 
 
-def _best(checkpoint: Path) -> Path | None:
-    """Return the checkpoint of the best epoch so far, which a complete checkpoint names; None if none is chosen."""
+def _is_usable(checkpoint: Path) -> bool:
+    """Return True if a checkpoint is complete, and that of the best epoch so far, if one is chosen."""
+    if not _is_complete(checkpoint):
+        return False
     best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
-    return checkpoint.with_name(Path(best).name) if best else None
+    return best is None or _is_complete(checkpoint.with_name(Path(best).name))
 
 
 def _is_complete(checkpoint: Path) -> bool:
