@@ -19,7 +19,7 @@ from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import RoutedTrainer, autocast, precision_here
+from benchmarks.harness.training.trainer import RoutedTrainer, precision_here
 from benchmarks.multitask.grid import MultitaskSpec, OtherTask, WrittenTask
 from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
@@ -162,7 +162,7 @@ class MultitaskTrainer(RoutedTrainer):
     def _ranked(self, rows: TokenisedRows, answers: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Compute :func:`log_likelihoods` of all rows, in their order; restores RNG state and train/eval mode."""
         collate, ranked = DataCollatorWithPadding(self._tokenizer), []
-        with restore_rng_and_modes(self._network), autocast(self._network, self._precision):
+        with restore_rng_and_modes(self._network), self.compute_loss_context_manager():
             self._network.eval()
             for batch in batches(rows, collate, self._training.eval_batch_size):
                 inputs = {name: tensor.to(self._network.device) for name, tensor in batch.items()}

@@ -82,8 +82,8 @@ class RoutedTrainer(PrefixTrainer):
     Args:
         order: The order of the rows.
         trainable: The model and its trained parameters.
-        base_lr_ratio: The share of the learning rate for trained parameters other than adapters and head.
         probe: The probe that records the loss of the first batches.
+        base_lr_ratio: The share of the learning rate for trained parameters other than adapters and head.
         by_token: Average the loss of a step over all its learned tokens; otherwise over its batches.
         **kwargs: The arguments of Trainer.
     """
@@ -93,8 +93,8 @@ class RoutedTrainer(PrefixTrainer):
         *,
         order: Sampler[Any],
         trainable: Trainable,
+        probe: Probe,
         base_lr_ratio: float = 1.0,
-        probe: Probe | None = None,
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -103,10 +103,8 @@ class RoutedTrainer(PrefixTrainer):
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
-        self._order, self._trainable, self._probe = order, trainable, probe
-        if probe is not None:
-            self.add_callback(probe)
-        self._base_lr_ratio = base_lr_ratio
+        self._order, self._trainable, self._probe, self._base_lr_ratio = order, trainable, probe, base_lr_ratio
+        self.add_callback(probe)
         if hasattr(order, "set_epoch"):
             self.add_callback(FollowEpochs(order))
         self.add_callback(CompleteCheckpoints())
@@ -123,19 +121,18 @@ class RoutedTrainer(PrefixTrainer):
             raise TrainedSetError(
                 f"{len(wrong)} parameters are trained but must not be, or the other way round, among them '{wrong[0]}'"
             )
-        slow = {identity for identity, name in names.items() if name in self._trainable.slow}
-        for group in list(optimizer.param_groups) if slow else []:
-            members = group["params"]
-            group["params"] = [parameter for parameter in members if id(parameter) not in slow]
-            slower = [parameter for parameter in members if id(parameter) in slow]
-            if slower:
-                optimizer.add_param_group({**group, "params": slower, "lr": group["lr"] * self._base_lr_ratio})
+        for group in list(optimizer.param_groups):
+            by_rate: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+            for parameter in group["params"]:
+                by_rate[names[id(parameter)] in self._trainable.slow].append(parameter)
+            group["params"], slow = by_rate.values()
+            if slow:
+                optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * self._base_lr_ratio})
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self._probe is not None:
-            self._probe.add_loss(loss)
+        self._probe.add_loss(loss)
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
