@@ -6,8 +6,8 @@ import functools
 import hashlib
 import json
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold, write_json
+from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
 from benchmarks.harness.config.methods import block_of, is_below, refuse_below
 from emoe.architectures import find_ffns
 from emoe.layer_numbers import resolve_layers
@@ -176,8 +176,7 @@ class PrefixStates:
 
     All runs with the same prefix and rows read the same memory-mapped file below ``resources/prefixes/``. Its name is a
     digest of everything that shapes the numbers: the prefix's weights and settings, the rows, processor, threads and
-    torch. The first run computes it, in large batches of rows of similar length, while others wait. A damaged file is
-    computed again.
+    torch. The first run computes it, in large batches of rows of similar length, while others wait.
 
     Args:
         prefix: The prefix of the model.
@@ -245,14 +244,11 @@ def _key(prefix: Prefix, rows: str, lengths: Sequence[int]) -> str:
 
 
 def _read(file: Path, tokens: int) -> NDArray[np.float32] | None:
-    """Map the values ``[tokens, width]`` of a file; None if it is missing or damaged."""
-    try:
-        receipt = json.loads(file.with_suffix(".json").read_text())
+    """Map the values ``[tokens, width]`` of a file; None if it is missing or cut short."""
+    with suppress(OSError, ValueError):
         values: NDArray[np.float32] = np.load(file, mmap_mode="r")
-        is_whole = values.ndim == 2 and len(values) == tokens and zlib.crc32(values.data) == receipt["crc32"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return values if is_whole else None
+        return values if len(values) == tokens else None
+    return None
 
 
 def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch) -> None:
@@ -275,7 +271,3 @@ def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequenc
                 values[ends[row] - length : ends[row]] = output[:length]
             start += count
         values.flush()
-        receipt = {"crc32": zlib.crc32(values.data), "rows": len(lengths), "layers": prefix.layers}
-        # an old receipt must not describe the new values
-        file.with_suffix(".json").unlink(missing_ok=True)
-    write_json(file.with_suffix(".json"), receipt)

@@ -1,8 +1,7 @@
-"""Find the checkpoint from which a killed run resumes. A file of digests, written last, says that it is complete."""
+"""Find the checkpoint from which a killed run resumes. A file of sizes, written last, says that it is complete."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,22 +12,25 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from benchmarks.harness.base import write_text
+from benchmarks.harness.base import write_json
 from benchmarks.harness.training.callbacks import SavedCallback
 from benchmarks.harness.training.processes import broadcast, is_main
 
 WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
-DIGESTS = "complete.json"
+SIZES = "complete.json"
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Writes the digests of each new checkpoint's files after all processes have written them."""
+    """Writes the sizes of each new checkpoint's files after all processes have written them."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if is_main():
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            write_text(folder / DIGESTS, _digests(folder, flush=True))
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            write_json(folder / SIZES, _sizes(folder))
 
 
 def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
@@ -69,18 +71,10 @@ def _is_usable(checkpoint: Path) -> bool:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        return (checkpoint / DIGESTS).read_bytes() == _digests(checkpoint).encode()
-    except OSError:  # missing, or a folder in the place of a file
+        return bool(json.loads((checkpoint / SIZES).read_text()) == _sizes(checkpoint))
+    except (OSError, ValueError):
         return False
 
 
-def _digests(folder: Path, *, flush: bool = False) -> str:
-    """Return the sha256 of each file of a checkpoint as JSON, and flush the files to the disk if asked."""
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != DIGESTS:
-            with path.open("rb") as file:
-                if flush:
-                    os.fsync(file.fileno())
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return json.dumps(digests, indent=1) + "\n"
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != SIZES}

@@ -22,16 +22,11 @@ from benchmarks.harness.training.callbacks import FollowEpochs, Probe
 from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, CompleteCheckpoints
 from benchmarks.harness.training.processes import is_sharded, world_size
 from benchmarks.harness.training.sharding import distribute_optimizer_, gather_optimizer, gather_trained
-from emoe.errors import EMoEError
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.records import LayerRecord, RoutingRecord
 
 Result = TypeVar("Result")
-
-
-class TrainedSetError(EMoEError):
-    """Signal that the optimizer trains other parameters than the run's method says."""
 
 
 def precision_here(requested: str) -> str:
@@ -77,11 +72,11 @@ class RoutedTrainer(PrefixTrainer):
     """Trainer for routed and adapted models.
 
     Adds the balance loss to the task's loss, orders the rows by seed and epoch, gives some parameters a share of the
-    learning rate, checks that the right parameters are trained, and saves these alone in its checkpoints.
+    learning rate, and saves the trained parameters alone in its checkpoints.
 
     Args:
         order: The order of the rows.
-        trainable: The model and its trained parameters.
+        trainable: The model.
         probe: The probe that records the loss of the first batches.
         base_lr_ratio: The share of the learning rate for trained parameters other than adapters and head.
         by_token: Average the loss of a step over all its learned tokens; otherwise over its batches.
@@ -115,12 +110,6 @@ class RoutedTrainer(PrefixTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         names = {id(parameter): name for name, parameter in self._trained.named_parameters()}
-        trained = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
-        if trained != self._trainable.trained:
-            wrong = sorted(trained ^ self._trainable.trained)
-            raise TrainedSetError(
-                f"{len(wrong)} parameters are trained but must not be, or the other way round, among them '{wrong[0]}'"
-            )
         for group in list(optimizer.param_groups):
             by_rate: dict[bool, list[nn.Parameter]] = {False: [], True: []}
             for parameter in group["params"]:
