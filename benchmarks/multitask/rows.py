@@ -39,10 +39,8 @@ def answers(tokenizer: PreTrainedTokenizerBase, task: WrittenTask) -> list[list[
     """
     assert isinstance(tokenizer.eos_token_id, int)  # noqa: S101  every encoder-decoder's tokenizer has one
     tokens = [[*tokenizer(name, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for name in task.labels]
-    for number, answer in enumerate(tokens):
-        if answer in tokens[:number]:
-            first = task.labels[tokens.index(answer)]
-            raise DataError(f"task '{task.name}': the tokenizer writes '{first}' and '{task.labels[number]}' alike")
+    if len(set(map(tuple, tokens))) < len(tokens):
+        raise DataError(f"task '{task.name}': the tokenizer writes two of its classes {', '.join(task.labels)} alike")
     return tokens
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -194,12 +193,9 @@ class PrefixStates:
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
         with hold(folder / f".{key}.lock"):
-            values = _read(file, int(ends[-1]))
-            if values is None:
+            if not _is_whole(file, int(ends[-1])):
                 _write(file, prefix, ends, lengths, batch)
-                values = _read(file, int(ends[-1]))
-        assert values is not None  # noqa: S101  it was written just now
-        self._values, self._ends, self._lengths = values, ends, lengths
+        self._values, self._ends, self._lengths = np.load(file, mmap_mode="r"), ends, lengths
 
     def __getitem__(self, row: int) -> Tensor:
         end = int(self._ends[row])
@@ -243,12 +239,11 @@ def _key(prefix: Prefix, rows: str, lengths: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([*shapes, torch.__version__]).encode()).hexdigest()[:24]
 
 
-def _read(file: Path, tokens: int) -> NDArray[np.float32] | None:
-    """Map the values ``[tokens, width]`` of a file; None if it is missing or cut short."""
-    with suppress(OSError, ValueError):
-        values: NDArray[np.float32] = np.load(file, mmap_mode="r")
-        return values if len(values) == tokens else None
-    return None
+def _is_whole(file: Path, tokens: int) -> bool:
+    try:
+        return len(np.load(file, mmap_mode="r")) == tokens
+    except (OSError, ValueError):  # missing, or cut short
+        return False
 
 
 def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch) -> None:
