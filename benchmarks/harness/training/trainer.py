@@ -111,11 +111,11 @@ class RoutedTrainer(PrefixTrainer):
         optimizer = super().create_optimizer(model)
         names = {id(parameter): name for name, parameter in self._trained.named_parameters()}
         for group in list(optimizer.param_groups):
-            by_rate: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-            for parameter in group["params"]:
-                by_rate[names[id(parameter)] in self._trainable.slow].append(parameter)
-            group["params"], slow = by_rate.values()
+            slow = [parameter for parameter in group["params"] if names[id(parameter)] in self._trainable.slow]
             if slow:
+                group["params"] = [
+                    parameter for parameter in group["params"] if names[id(parameter)] not in self._trainable.slow
+                ]
                 optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * self._base_lr_ratio})
         return optimizer
 
