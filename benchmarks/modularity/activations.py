@@ -55,11 +55,6 @@ def is_active(magnitudes: Tensor, share: float) -> Tensor:
     return magnitudes > threshold
 
 
-def is_dead(active: Tensor) -> Tensor:
-    """Mark the neurons, ``[d]``, that are active for none of the tokens ``[tokens, d]``."""
-    return ~active.any(0)
-
-
 def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[str, float]:
     """Measure how far activations are concentrated in a few contiguous blocks of neurons.
 
@@ -71,7 +66,8 @@ def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[s
     Returns:
         ``best_quarter``: the share of a token's active neurons in the quarter of the blocks with most of them, mean
         over tokens with any; ``best_quarter_mass``: the same of all magnitudes, without a threshold; ``usage_gini``:
-        the Gini coefficient of the blocks' active neurons over all tokens.
+        the Gini coefficient of the blocks' active neurons over all tokens; ``dead``: the share of neurons that are
+        active for no token.
     """
     counts = active.unflatten(1, (num_blocks, -1)).sum(-1).double()
     mass = magnitudes.unflatten(1, (num_blocks, -1)).double().sum(-1)
@@ -79,14 +75,14 @@ def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[s
         "best_quarter": _best_quarter(counts),
         "best_quarter_mass": _best_quarter(mass),
         "usage_gini": gini(counts.sum(0)),
+        "dead": float((~active.any(0)).double().mean()),
     }
 
 
 def _best_quarter(by_block: Tensor) -> float:
     blocks = max(by_block.shape[1] // 4, 1)
     total = by_block.sum(1)
-    shares = by_block.topk(blocks, dim=1).values.sum(1)[total > 0] / total[total > 0]
-    return float(shares.mean()) if len(shares) else 0.0
+    return float((by_block.topk(blocks, dim=1).values.sum(1)[total > 0] / total[total > 0]).mean())
 
 
 def gini(values: Tensor) -> float:
@@ -97,8 +93,6 @@ def gini(values: Tensor) -> float:
     """
     ordered = values.double().sort().values
     count, total = len(ordered), float(ordered.sum())
-    if total == 0:
-        return 0.0
     ranks = torch.arange(1, count + 1, dtype=torch.float64)
     return float((2 * (ranks * ordered).sum()) / (count * total) - (count + 1) / count)
 
@@ -119,5 +113,5 @@ def selected(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, floa
     return {
         "kept": float((magnitudes.double() * used).sum() / magnitudes.double().sum()),
         "active": float(((active & used).sum(1) / number).mean()),
-        "dead": float(((is_dead(active) & used).sum(1) / number).mean()),
+        "dead": float(((~active.any(0) & used).sum(1) / number).mean()),
     }

@@ -33,7 +33,18 @@ class ModularityOutcomes(Outcomes):
         super().__init__(benchmark, runs, ["model", "method", "task"])
         self._by_id = {run.id: run for run in runs}
         numbers = collect(runs).pivot_table(index="run_id", columns="metric", values="value", sort=False)
-        rows = pd.DataFrame([_settings(run) for run in runs]).merge(numbers, left_on="run_id", right_index=True)
+        settings = [
+            {
+                "run_id": run.id,
+                "model": run.spec["model"]["name"],
+                "layer": run.spec["method"]["config"]["layers"][0],
+                "num_experts": run.spec["method"]["config"]["num_experts"],
+                "method": run.spec["method"]["name"],
+                "seed": run.spec["seed"],
+            }
+            for run in runs
+        ]
+        rows = pd.DataFrame(settings).merge(numbers, left_on="run_id", right_index=True)
         self.records = self.rows = self.order(rows, [*PLACE, "num_experts", "method", "seed"])
         self.means = self.titled(over_seeds(self.rows, CELL, list(numbers)))
         published = read_published(benchmark)
@@ -55,15 +66,3 @@ class ModularityOutcomes(Outcomes):
     def metrics_of(self, row: Any) -> dict[str, Any]:
         """Read the ``metrics.json`` of a row."""
         return read_metrics(self._by_id[row.run_id])
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    config = run.spec["method"]["config"]
-    return {
-        "run_id": run.id,
-        "model": run.spec["model"]["name"],
-        "layer": config["layers"][0],
-        "num_experts": config["num_experts"],
-        "method": run.spec["method"]["name"],
-        "seed": run.spec["seed"],
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,20 +19,18 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
-from benchmarks.harness.models.prefix import StatesBelow
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import loads_by_row
 from benchmarks.modularity.activations import (
     concentration,
     dense_magnitudes,
     is_active,
-    is_dead,
     neurons_used,
     selected,
 )
 from benchmarks.modularity.definition import EXPERTS, ModularitySpec, Reading
 from benchmarks.text.data import load_part
-from benchmarks.text.tokenization import TokenisedRows
+from benchmarks.text.tokenization import TokenisedRows, batches
 from benchmarks.text.usage import SetLoads, describe_usage
 from emoe.records import RoutingRecord
 
@@ -57,31 +55,25 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
     (layer,) = spec["method"]["config"]["layers"]
-    length = read.reading.max_length
+    length, size, collate = read.reading.max_length, read.reading.batch_size, DataCollatorWithPadding(tokenizer)
     rows = {
         name: TokenisedRows(split, tokenizer, length, by_length=False, labelled=False) for name, split in splits.items()
     }
-    batches = partial(_batches, DataCollatorWithPadding(tokenizer), read.reading.batch_size)
     progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
-    below = StatesBelow(model, layer)
-    with below.recording():
-        dense = {name: dense_magnitudes(model, layer, batches(task)) for name, task in rows.items()}
+    dense = {name: dense_magnitudes(model, layer, batches(task, collate, size)) for name, task in rows.items()}
     report = apply_method_(model, spec["method"], read.seed)
     converted = [asdict(entry) for entry in report.layers] if report else []
     progress.say("reading them again with experts")
-    loads, top = {}, []
-    with below.replaying():
-        for name, task in rows.items():
-            with emoe.record_routing(model) as record:
-                top.append(neurons_used(model, layer, batches(task, record), "top"))
-            loads[name] = SetLoads(loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers)
-    with below.replaying():
-        bottom = [neurons_used(model, layer, batches(task), "bottom") for task in rows.values()]
+    loads, top, bottom = {}, [], []
+    for name, task in rows.items():
+        with emoe.record_routing(model) as record:
+            top.append(neurons_used(model, layer, _labelled(batches(task, collate, size), record), "top"))
+        loads[name] = SetLoads(loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers)
+        bottom.append(neurons_used(model, layer, batches(task, collate, size), "bottom"))
     order = permutations(model)[layer]
     whole = torch.cat([magnitudes[:, order] for magnitudes in dense.values()])
     active = is_active(whole, read.reading.active_share)
     measured = concentration(whole, active, spec["method"]["config"]["num_experts"])
-    measured["dead"] = float(is_dead(active).double().mean())
     for selection, used in (("top", top), ("bottom", bottom)):
         numbers = selected(torch.cat(used), whole, active)
         measured |= {f"{name}_{selection}": value for name, value in numbers.items()}
@@ -98,15 +90,14 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-def _batches(
-    collate: DataCollatorWithPadding, size: int, rows: TokenisedRows, record: RoutingRecord | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yield batches in the order of the rows; the record counts by row."""
-    for start in range(0, len(rows), size):
-        indices = range(start, min(start + size, len(rows)))
-        if record is not None:
-            record.set_labels(torch.tensor(indices))
-        yield dict(collate([rows[index] for index in indices]))
+def _labelled(batches: Iterable[dict[str, Any]], record: RoutingRecord) -> Iterator[dict[str, Any]]:
+    """Yield batches and let the record count by row."""
+    start = 0
+    for batch in batches:
+        end = start + len(batch["input_ids"])
+        record.set_labels(torch.arange(start, end))
+        yield batch
+        start = end
 
 
 def _matrix(tokens: Mapping[str, int], whole: Tensor, active: Tensor, reading: Reading) -> dict[str, Any]:

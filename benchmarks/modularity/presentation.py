@@ -14,29 +14,26 @@ from benchmarks.modularity.figures import draw_activations, draw_activations_3d,
 from benchmarks.modularity.outcomes import CELL, PLACE, ModularityOutcomes
 
 _KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_title": "Neurons in blocks", "n": "n"}
-_IN_PAPER = ("best_quarter", "usage_gini")
 
 
 def concentration(outcomes: ModularityOutcomes) -> Table:
     """Show the concentration by construction, beside the paper's matrices."""
     frame = outcomes.means.copy()
-    for metric in _IN_PAPER:
+    for metric in ("best_quarter", "usage_gini"):
         published = outcomes.paper[outcomes.paper["metric"] == metric].set_index(["method", "num_experts"])["value"]
         frame[f"{metric}_paper"] = [
             published.get((row.method, row.num_experts), float("nan")) for row in frame.itertuples()
         ]
-    shares = ", ".join(
-        f"{share * 100:g}" for share in sorted({run.spec["reading"]["active_share"] for run in outcomes.runs})
-    )
+    (share,) = {run.spec["reading"]["active_share"] for run in outcomes.runs}
     return Table(
         "Activations in blocks of neurons, nothing trained",
         "Means over n random partitions ± standard deviation; the other constructions have no seed. A neuron is active "
-        f"for a token where |activation| is among the {shares} % largest of all tokens and neurons, as many as are not "
-        "zero in the paper's matrix. Best quarter: share of a token's active neurons that are in the N/4 blocks with "
-        "most of them, mean over tokens; of their magnitudes, all neurons counted. Gini: of the blocks' active neurons "
-        "over all tokens. What avg-k keeps is the share of all magnitude in the top k of the row's own experts. "
-        "Unexplained variance is that of the keys. The paper's two matrices are of a model, layer and set that it does "
-        "not name (as they stand, and clustered), so that directions compare and values do not.",
+        f"for a token if |activation| is among the {share * 100:g} % largest of all tokens and neurons, as many as are "
+        "not zero in the paper's matrix. Best quarter: share of a token's active neurons that are in the N/4 blocks "
+        "with most of them, mean over tokens; of their magnitudes, all neurons counted. Gini: of the blocks' active "
+        "neurons over all tokens. What avg-k keeps is the share of all magnitude in the top k experts. Unexplained "
+        "variance is that of the keys. The paper's two matrices are of a model, layer and set that it does not name, "
+        "so directions compare and values do not.",
         dict(_KEYS),
         [
             *(
@@ -56,9 +53,8 @@ def selected(outcomes: ModularityOutcomes) -> Table:
     return Table(
         "Neurons in use by the top and the bottom k experts, nothing trained",
         "Are the experts with the lowest scores dead, which would explain that using them does harm (the paper's Table "
-        "4)? A neuron is dead here if it is active for none of the tokens that are read, and active as above. Shares "
-        "are of the neurons of the experts in use, means over tokens; without a selection the share of dead neurons "
-        "would be that of all. Kept is the share of all magnitude. Means over n random partitions ± standard "
+        "4)? A neuron is dead if it is active, as above, for no token. Shares are of the neurons of the experts in "
+        "use, means over tokens. Kept is the share of all magnitude. Means over n random partitions ± standard "
         "deviation.",
         dict(_KEYS),
         [Column(name, name, std=f"{name}_std") for name in names],
@@ -72,11 +68,11 @@ def usage(outcomes: ModularityOutcomes) -> Table:
     frame = outcomes.means.reindex(columns=list(dict.fromkeys([*_KEYS, *CELL, *metrics])))
     return Table(
         "What the choice of an expert tells, nothing trained",
-        "Mutual information of a token's expert with the task that its row is of, and with the row's class (within a "
-        f"task, mean over the tasks that have classes). Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of "
-        "rows over the tasks, or within their task; more than the quantile is more than chance. Specialised experts "
-        "are those that some task uses more than shuffles explain (5 %, all experts and tasks together); shared ones "
-        "are used above 1/N by every task, and by none more or less than by the others. Means over random partitions.",
+        "Mutual information of a token's expert with the task of its row, and with the row's class (within a task, "
+        f"mean over the tasks with classes). Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of rows over "
+        "the tasks, or within their task. Some task uses a specialised expert more than shuffles explain (5 %, all "
+        "experts and tasks together); every task uses a shared one above 1/N, and as much as the others. Means over "
+        "random partitions.",
         {key: label for key, label in _KEYS.items() if key != "n"},
         [Column(metric, metric) for metric in metrics],
         frame,

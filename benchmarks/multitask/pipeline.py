@@ -39,16 +39,16 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     tokenizer = load_seq2seq_tokenizer(spec["model"])
     trainable = build_seq2seq(spec)
     trainer = MultitaskTrainer(trainable, tokenizer, read, train, dev, folder, progress)
-    epochs, kept = trainer.train()
+    epochs, kept = trainer.fit()
     progress.say("evaluating")
     tested, routing = with_routing(
-        trainable.model, lambda: {task.name: trainer.evaluate(test[task.name], task) for task in tasks}
+        trainable.model, lambda: {task.name: trainer.score(test[task.name], task) for task in tasks}
     )
     return {
         "scores": {
             "dev": trainer.dev_scores(),
             "test": tested,
-            "ood": {other.name: trainer.evaluate(ood[other.name], other) for other in read.ood},
+            "ood": {other.name: trainer.score(ood[other.name], other) for other in read.ood},
         },
         "dev_curve": epochs,
         "kept_epoch": kept["epoch"],

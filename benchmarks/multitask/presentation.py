@@ -47,19 +47,16 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
         parts.append(part.assign(paper=[published.get((domain, name), math.nan) for name in part["method"]]))
     frame = pd.concat(parts).rename(columns={"pairs": "n", "best_delta": "best"}).fillna({"n": 0, "sets": 0})
     frame = frame.astype({"n": int, "sets": int})
-    frame["best_set"] = [
-        outcomes.title("task", name) if pd.notna(name) else MISSING for name in frame["best_eval_task"]
-    ]
+    frame["best_set"] = frame["best_eval_task"].map(outcomes.titles["task"]).fillna(MISSING)
     best_columns = ["best", "best_low", "best_high", "best_set"]
     frame = frame[[*CELL, "where", "sets", *INTERVAL, "n", *best_columns, "paper"]]
     return Table(
         "The paper's best gains beside ours",
         f"Differences to {outcomes.baseline_title} that learned the same tasks at once, in points, paired by seed over "
         "n seeds, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests "
-        "is. Mean: over the sets. Best set: the set with the largest difference, which is the largest of several and "
-        "so an optimistic number. Of the paper nothing but its largest gains is known (T5-Base, N = 32, k = 8 in "
-        "domain; status and source in paper.csv): neither its tasks nor its absolute scores, nor whether its gain is "
-        f"of a task or a mean, so that it stands here for the reader and not for comparison. {_CHOSEN}",
+        "is. Mean: over the sets. Best set: the largest difference of several, so an optimistic number. The paper "
+        "gives only its largest gains (T5-Base, N = 32, k = 8 in domain; status and source in paper.csv), neither "
+        f"tasks nor absolute scores, so they cannot be compared with ours. {_CHOSEN}",
         {**KEYS, "where": "Where", "sets": "Sets", "n": "n"},
         [
             Column("score", "delta", "Δ, mean", interval=("low", "high"), signed=True),
@@ -118,11 +115,11 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
     """Show the gain or loss of learning a task with others, against the same method that learned it alone."""
     table = tests_table(
         "the same method that learned the task alone",
-        "Score of a task where it is learned alone, and where it is learned with the others: as many passes over as "
-        "many of its rows. Δ is the difference, paired by seed over n seeds, with a 95 % confidence interval; below 0 "
-        "the other tasks do harm (negative transfer). p of the paired t-test, and corrected by Holm's procedure over "
-        f"the tasks of a row. Δ less {outcomes.baseline_title}'s is how much more a method gains by the other tasks "
-        f"than {outcomes.baseline_title} does, by which the paper explains its results; not corrected.",
+        "Score of a task that is learned alone, and with the others: as many passes over as many of its rows. Δ is the "
+        "difference, paired by seed over n seeds, with a 95 % confidence interval; below 0 the other tasks do harm. p "
+        "of the paired t-test, and corrected by Holm's procedure over the tasks of a row. Δ less "
+        f"{outcomes.baseline_title}'s: how much more a method gains by the other tasks, by which the paper explains "
+        "its results; not corrected.",
         {**KEYS, "eval_task_title": "Task", "n": "n"},
         "score",
         outcomes.transfer,

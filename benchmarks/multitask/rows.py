@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,18 +17,18 @@ from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
 
 
-def written(texts: Sequence[str], task: WrittenTask) -> str:
-    """Write a row in T5's own form: the task's prefix, then each text behind the name of its field.
-
-    ``mnli premise: He ran. hypothesis: He moved.``
-    """
-    named = (f"{field}: {text}" for field, text in zip(task.fields, texts, strict=True))
-    return " ".join((task.prefix, *named))
-
-
 def as_text(split: TextSplit, task: WrittenTask) -> TextSplit:
-    """Write all rows of a split; a set that is only evaluated on is written as a task that is learned."""
-    return replace(split, texts=[(written(texts, task),) for texts in split.texts])
+    """Write the rows of a split in T5's own form: ``mnli premise: He ran. hypothesis: He moved.``
+
+    Args:
+        split: The rows, of the task or of a set that is read as this task.
+        task: The learned task that gives prefix and names of fields.
+    """
+    rows: list[tuple[str, ...]] = []
+    for texts in split.texts:
+        named = (f"{field}: {text}" for field, text in zip(task.fields, texts, strict=True))
+        rows.append((" ".join((task.prefix, *named)),))
+    return replace(split, texts=rows)
 
 
 def answers(tokenizer: PreTrainedTokenizerBase, task: WrittenTask) -> list[list[int]]:
@@ -39,10 +39,8 @@ def answers(tokenizer: PreTrainedTokenizerBase, task: WrittenTask) -> list[list[
     """
     assert isinstance(tokenizer.eos_token_id, int)  # noqa: S101  every encoder-decoder's tokenizer has one
     tokens = [[*tokenizer(name, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for name in task.labels]
-    for number, answer in enumerate(tokens):
-        if answer in tokens[:number]:
-            first = task.labels[tokens.index(answer)]
-            raise DataError(f"task '{task.name}': the tokenizer writes '{first}' and '{task.labels[number]}' alike")
+    if len(set(map(tuple, tokens))) < len(tokens):
+        raise DataError(f"task '{task.name}': the tokenizer writes two of its classes {', '.join(task.labels)} alike")
     return tokens
 
 
@@ -74,7 +72,7 @@ class MixedOrder(Sampler[int]):
     shuffled together.
 
     Args:
-        tasks: The name of each task, and the number of tokens of each of its rows.
+        tasks: The number of tokens of each row, by task.
         most: The limit of rows of a task in an epoch; None for all.
         batch_size: The rows of a step.
         seed: The seed of the run.
@@ -82,25 +80,25 @@ class MixedOrder(Sampler[int]):
     """
 
     def __init__(
-        self, tasks: Sequence[tuple[str, list[int]]], most: int | None, batch_size: int, seed: int, *, by_length: bool
+        self, tasks: Mapping[str, list[int]], most: int | None, batch_size: int, seed: int, *, by_length: bool
     ) -> None:
-        self._tasks, self._most, self._seed = tasks, most, seed
+        self._tasks, self._seed, self._epoch = tasks, seed, 0
+        self._shares = {name: min(len(lengths), most or len(lengths)) for name, lengths in tasks.items()}
         self._batch_size, self._by_length = batch_size, by_length
-        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, before it begins."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return sum(self._share(len(lengths)) for _, lengths in self._tasks)
+        return sum(self._shares.values())
 
     def __iter__(self) -> Iterator[int]:
         rows: list[int] = []
         tokens: list[int] = []
         start = 0
-        for name, lengths in self._tasks:
-            chosen = self._chosen(name, len(lengths))
+        for name, lengths in self._tasks.items():
+            chosen = self._chosen(name)
             rows += [start + row for row in chosen]
             tokens += [lengths[row] for row in chosen]
             start += len(lengths)
@@ -108,18 +106,14 @@ class MixedOrder(Sampler[int]):
         order.set_epoch(self._epoch)
         return (rows[index] for index in order)
 
-    def _share(self, rows: int) -> int:
-        return rows if self._most is None else min(rows, self._most)
-
-    def _chosen(self, name: str, rows: int) -> list[int]:
+    def _chosen(self, name: str) -> list[int]:
         """Choose a task's rows of this epoch: the next ones in passes over all of them, each pass in a new order."""
-        share = self._share(rows)
+        rows, share = len(self._tasks[name]), self._shares[name]
         first = self._epoch * share
         passes = range(first // rows, (first + share - 1) // rows + 1)
-        shuffled = [row for number in passes for row in self._pass(name, number, rows)]
+        shuffled: list[int] = []
+        for number in passes:
+            generator = torch.Generator().manual_seed(derive_seed("rows of", name, self._seed, number))
+            shuffled += torch.randperm(rows, generator=generator).tolist()
         begin = first - passes[0] * rows
         return shuffled[begin : begin + share]
-
-    def _pass(self, name: str, number: int, rows: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed("rows of", name, self._seed, number))
-        return list(torch.randperm(rows, generator=generator).tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import RoutedTrainer, autocast, precision_here
+from benchmarks.harness.training.trainer import RoutedTrainer, precision_here
 from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTask
 from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
@@ -57,24 +57,8 @@ def log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor], answers: S
     return -losses.view(rows, count, longest).sum(-1)
 
 
-class _ScoringTrainer(RoutedTrainer):
-    """Train, and evaluate by the scores of all tasks instead of the loss of one set."""
-
-    def __init__(self, scores: Callable[[], dict[str, float]], **kwargs: Any) -> None:
-        self._scores = scores
-        super().__init__(**kwargs)
-
-    def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
-        start = time.perf_counter()
-        scores = {f"{metric_key_prefix}_{name}": value for name, value in self._scores().items()}
-        self.log(scores)
-        scores[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
-        return scores
-
-
-class MultitaskTrainer:
-    """Train and evaluate one model as a run's spec says.
+class MultitaskTrainer(RoutedTrainer):
+    """Train one model as a run's spec says, and evaluate it by its scores on all tasks.
 
     It writes a checkpoint every epoch below ``folder``. A run that was killed resumes from the last complete one, and
     ends with the same numbers.
@@ -102,26 +86,22 @@ class MultitaskTrainer:
         self._tokenizer, self._training, self._dev = tokenizer, spec.training, dev
         self._tasks = {task.name: task for task in spec.task.tasks}
         self._answers = {name: answers(tokenizer, task) for name, task in self._tasks.items()}
-        self._model = cast(PreTrainedModel, trainable.model)
+        self._network = cast(PreTrainedModel, trainable.model)
         self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe = Stopwatch(), Probe()
-        self._evaluation = 0.0
         self._precision = precision_here(self._training.precision)
-        learned = [
-            LearnedRows(self._rows(train[name], task), self._answers[name]) for name, task in self._tasks.items()
-        ]
-        all_rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
-        collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
-        self.probe.observe(self._model, collate(fixed_rows(all_rows)))
-        best = _MEAN if self._training.checkpoint_selection == "best" else None
-        arguments = epoch_arguments(
-            self._checkpoints, self._precision, self._training, spec, best, remove_unused_columns=False
-        )
-        self._trainer = _ScoringTrainer(
-            self._mean_and_tasks,
-            args=arguments,
+        self._selects = self._training.checkpoint_selection == "best"
+        tasks = [LearnedRows(self._rows(train[name], task), self._answers[name]) for name, task in self._tasks.items()]
+        rows: ConcatDataset[dict[str, Any]] = ConcatDataset(tasks)
+        collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
+        self.probe.observe(self._network, collate(fixed_rows(rows)))
+        best = _MEAN if self._selects else None
+        super().__init__(
+            args=epoch_arguments(
+                self._checkpoints, self._precision, self._training, spec, best, remove_unused_columns=False
+            ),
             order=MixedOrder(
-                [(name, rows.lengths) for name, rows in zip(self._tasks, learned, strict=True)],
+                {name: task.lengths for name, task in zip(self._tasks, tasks, strict=True)},
                 self._training.rows_per_epoch,
                 self._training.batch_size,
                 spec.seed,
@@ -129,8 +109,8 @@ class MultitaskTrainer:
             ),
             trainable=trainable,
             probe=self.probe,
-            train_dataset=all_rows,
-            eval_dataset=all_rows,  # Trainer asks for one; the scores are of the rows that choose
+            train_dataset=rows,
+            eval_dataset=rows,  # Trainer asks for one; the scores are of the rows that choose
             data_collator=collate,
             callbacks=[progress, self._stopwatch, RetieGates()],
         )
@@ -138,56 +118,55 @@ class MultitaskTrainer:
     @property
     def cost(self) -> dict[str, Any]:
         """Return the cost of training and all evaluations so far, for ``metrics.json``."""
-        cost, evaluation = self._stopwatch.cost(self._trainer.state.global_step), self._stopwatch.evaluation
-        return {**cost, "evaluation_seconds": evaluation + self._evaluation, "precision": self._precision}
+        cost, evaluation = self._stopwatch.cost(self.state.global_step), self._stopwatch.evaluation
+        return {**cost, "evaluation_seconds": evaluation, "precision": self._precision}
 
-    def train(self) -> tuple[list[Epoch], Epoch]:
+    def fit(self) -> tuple[list[Epoch], Epoch]:
         """Train, from the last complete checkpoint if there is one.
 
         Returns:
             All epochs, and the one whose weights the model has.
         """
-        self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
+        self.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         epochs: list[Epoch] = [
             {"epoch": entry["epoch"], **{name: entry[f"eval_{name}"] for name in (_MEAN, *self._tasks)}}
-            for entry in self._trainer.state.log_history
+            for entry in self.state.log_history
             if f"eval_{_MEAN}" in entry
         ]
-        best = self._training.checkpoint_selection == "best"
-        return epochs, max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"])) if best else epochs[-1]
+        best = max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"]))
+        return epochs, best if self._selects else epochs[-1]
 
-    def evaluate(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
-        """Score a split of a task or of another set; the loss is given if the answers are the set's classes."""
-        start = time.perf_counter()
-        scores = self._scored(split, task)
-        self._evaluation += time.perf_counter() - start
-        return scores
+    def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
+        """Score all tasks on the rows that choose, and their mean, which chooses an epoch."""
+        scores = {name: cast(float, scored[self._tasks[name].metric]) for name, scored in self.dev_scores().items()}
+        scores = {_MEAN: sum(scores.values()) / len(scores), **scores}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def dev_scores(self) -> dict[str, dict[str, float | None]]:
         """Score every task on the rows that choose."""
-        return {name: self.evaluate(self._dev[name], task) for name, task in self._tasks.items()}
+        return {name: self.score(self._dev[name], task) for name, task in self._tasks.items()}
 
-    def _mean_and_tasks(self) -> dict[str, float]:
-        """Return the mean that chooses an epoch, and the score of each task."""
-        scored = {name: self._scored(self._dev[name], task)[task.metric] for name, task in self._tasks.items()}
-        scores = cast(dict[str, float], scored)
-        return {_MEAN: sum(scores.values()) / len(scores), **scores}
-
-    def _scored(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
+    def score(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
+        """Score a split of a task or of another set; the loss is given if the answers are the set's classes."""
+        start = time.perf_counter()
         learned = self._tasks[task.read_as if isinstance(task, OtherTask) else task.name]
         rows = self._rows(split, learned, labelled=False)
-        ranked = self._ranked(rows, self._answers[learned.name])
         metrics = task.ood_metrics if isinstance(task, OtherTask) else [task.metric]
-        return score_and_loss(ranked, rows.labels, learned, task, metrics)
+        scores = score_and_loss(self._ranked(rows, self._answers[learned.name]), rows.labels, learned, task, metrics)
+        self._stopwatch.evaluation += time.perf_counter() - start
+        return scores
 
     def _ranked(self, rows: TokenisedRows, answers: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Compute :func:`log_likelihoods` of all rows, in their order; restores RNG state and train/eval mode."""
         collate, ranked = DataCollatorWithPadding(self._tokenizer), []
-        with restore_rng_and_modes(self._model), autocast(self._model, self._precision):
-            self._model.eval()
+        with restore_rng_and_modes(self._network), self.compute_loss_context_manager():
+            self._network.eval()
             for batch in batches(rows, collate, self._training.eval_batch_size):
-                inputs = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-                ranked.append(log_likelihoods(self._model, inputs, answers).cpu().numpy())
+                inputs = {name: tensor.to(self._network.device) for name, tensor in batch.items()}
+                ranked.append(log_likelihoods(self._network, inputs, answers).cpu().numpy())
         return np.concatenate(ranked)
 
     def _rows(self, split: TextSplit, task: WrittenTask, *, labelled: bool = True) -> TokenisedRows:

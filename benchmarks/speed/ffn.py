@@ -1,9 +1,8 @@
-"""One FFN, dense and as experts: ours, the authors' block mask, and the expert layers of transformers."""
+"""One FFN as others compute its experts: the authors' block mask, and the expert layers of transformers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -49,14 +48,6 @@ emoe.register_ffn(
 )
 
 
-def convert_copy(ffn: FFN, num_experts: int, top_k: int, backend: str) -> nn.Module:
-    """Convert a copy of the FFN, by a random partition, which takes no time to compute."""
-    net = SpeedNet(copy.deepcopy(ffn))
-    emoe.convert_(net, emoe.EMoEConfig(num_experts=num_experts, top_k=top_k, layers=[0], partition="random"))
-    emoe.set_backend_(net, backend)
-    return net
-
-
 class BlockMask(nn.Module):
     """Compute every neuron, then a mask by the mean pre-activation of each block, as the authors' Llama code does."""
 
@@ -75,12 +66,9 @@ class BlockMask(nn.Module):
 
 
 class TransformersExperts(nn.Module):
-    """Compute the FFN's blocks in an expert layer of transformers (without biases), chosen by mean keys.
+    """Compute the FFN's blocks, chosen by mean keys, in an expert layer of transformers (without biases).
 
     Args:
-        ffn: The weights.
-        num_experts: N.
-        top_k: k.
         implementation: The implementation of transformers' experts, ``eager`` or ``grouped_mm``.
     """
 
@@ -88,25 +76,18 @@ class TransformersExperts(nn.Module):
         super().__init__()
         self.top_k = top_k
         hidden, size = ffn.inner.in_features, ffn.inner.out_features // num_experts
-        config: Any = SimpleNamespace(
-            _experts_implementation=implementation,
-            num_local_experts=num_experts,
-            n_routed_experts=num_experts,
-            hidden_size=hidden,
-            intermediate_size=size,
-            moe_intermediate_size=size,
-            moe_latent_size=None,
-            hidden_act="silu",
-            mlp_hidden_act="gelu",
-        )
+        shared = {"_experts_implementation": implementation, "hidden_size": hidden}
         inner = ffn.inner.weight.detach().unflatten(0, (num_experts, size))
         self.register_buffer("gate", inner.mean(1))
         if ffn.up is None:
+            sizes = {"n_routed_experts": num_experts, "moe_intermediate_size": size, "moe_latent_size": None}
+            config: Any = SimpleNamespace(**shared, **sizes, mlp_hidden_act="gelu")
             self.experts: nn.Module = NemotronHExperts(config)
             self.experts.up_proj = nn.Parameter(inner.clone())
         else:
+            sizes = {"num_local_experts": num_experts, "intermediate_size": size}
+            self.experts = MixtralExperts(cast(Any, SimpleNamespace(**shared, **sizes, hidden_act="silu")))
             up = ffn.up.weight.detach().unflatten(0, (num_experts, size))
-            self.experts = MixtralExperts(config)
             self.experts.gate_up_proj = nn.Parameter(torch.cat([inner, up], 1))
         values = ffn.outer.weight.detach().unflatten(1, (num_experts, size))
         self.experts.down_proj = nn.Parameter(values.transpose(0, 1).contiguous())
@@ -115,13 +96,3 @@ class TransformersExperts(nn.Module):
         with torch.no_grad():
             chosen = F.linear(x, cast(Tensor, self.gate)).topk(self.top_k, dim=-1).indices
         return cast(Tensor, self.experts(x, chosen, torch.ones_like(chosen, dtype=x.dtype)))
-
-
-CANDIDATES: dict[str, Callable[[FFN, int, int], nn.Module]] = {
-    "dense": lambda ffn, *_: SpeedNet(ffn),
-    "sparse": lambda ffn, n, k: convert_copy(ffn, n, k, "sparse"),
-    "masked": lambda ffn, n, k: convert_copy(ffn, n, k, "masked"),
-    "block_mask": BlockMask,
-    "transformers_eager": lambda ffn, n, k: TransformersExperts(ffn, n, k, "eager"),
-    "transformers_grouped": lambda ffn, n, k: TransformersExperts(ffn, n, k, "grouped_mm"),
-}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.training.progress import Progress
 from benchmarks.speed.definition import Settings
-from benchmarks.speed.ffn import CANDIDATES, FFN
+from benchmarks.speed.ffn import FFN, BlockMask, SpeedNet, TransformersExperts
 from emoe.architectures import find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.sparse.cost_model import predicted_time_ratio
@@ -30,7 +30,6 @@ from emoe.sparse.cost_model import predicted_time_ratio
 _PROMPT = 16  # tokens before an answer
 
 Numbers = dict[str, dict[str, float]]
-Net = TypeVar("Net")
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     return {"measured": _MEASURES[measure](spec["model"], settings), "cost": {}}
 
 
-def time_in_turn(call: Callable[[Net], object], nets: Mapping[str, Net], rounds: int) -> Numbers:
+def time_in_turn(call: Callable[[Any], object], nets: Mapping[str, Any], rounds: int) -> Numbers:
     """Time a call of each net in turn, so that a disturbance slows all of them, after a round that does not count.
 
     Args:
@@ -64,27 +63,45 @@ def time_in_turn(call: Callable[[Net], object], nets: Mapping[str, Net], rounds:
         By name: the ``ratio`` to the dense time in the same round (median, lowest, highest), and the median
         ``seconds``.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in nets}
-    for turn in range(rounds + 1):
-        for name, net in nets.items():
-            start = time.perf_counter()
-            call(net)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    numbers = {}
-    for name, times in seconds.items():
-        ratios = [taken / dense for taken, dense in zip(times, seconds["dense"], strict=True)]
-        ends = {"ratio_low": min(ratios), "ratio_high": max(ratios)}
-        numbers[name] = {"ratio": statistics.median(ratios), **ends, "seconds": statistics.median(times)}
-    return numbers
+
+    def timed(net: Any) -> float:
+        start = time.perf_counter()
+        call(net)
+        return time.perf_counter() - start
+
+    seconds = pd.DataFrame([{name: timed(net) for name, net in nets.items()} for _ in range(rounds + 1)])[1:]
+    ratios = seconds.div(seconds["dense"], axis=0)
+    numbers = {"ratio": ratios.median(), "ratio_low": ratios.min(), "ratio_high": ratios.max()}
+    return cast(Numbers, pd.DataFrame(numbers | {"seconds": seconds.median()}).to_dict("index"))
+
+
+def candidates(dense: Any, settings: Settings) -> dict[str, Any]:
+    """Return the dense net and a copy of it for each candidate; most are the name of a backend."""
+    nets = {"dense": dense}
+    n, k = settings.num_experts, settings.top_k
+    for name in settings.candidates:
+        if name == "block_mask":
+            nets[name] = BlockMask(dense.layers[0], n, k)
+        elif name.startswith("transformers_"):
+            implementation = "eager" if name == "transformers_eager" else "grouped_mm"
+            nets[name] = TransformersExperts(dense.layers[0], n, k, implementation)
+        else:
+            nets[name] = copy.deepcopy(dense)
+            # a random partition takes no time to compute
+            config = emoe.EMoEConfig(num_experts=n, top_k=k, layers=settings.layers, partition="random")
+            emoe.convert_(nets[name], config)
+            if name == "inference":
+                emoe.for_inference_(nets[name])
+            else:
+                emoe.set_backend_(nets[name], name)
+    return nets
 
 
 def measure_layer(model: Mapping[str, Any], settings: Settings) -> Numbers:
     """Measure one FFN, forward and backward: its time, and the memory that is kept for the backward pass."""
-    n, k, dtype = settings.num_experts, settings.top_k, getattr(torch, settings.dtype)
-    hidden, neurons = model["hidden"], model["neurons"]
-    ffn = FFN(hidden, neurons, gated=model["gated"])
-    nets = {name: CANDIDATES[name](ffn, n, k).to(dtype) for name in ("dense", *settings.candidates)}
+    hidden, neurons, dtype = model["hidden"], model["neurons"], getattr(torch, settings.dtype)
+    dense = SpeedNet(FFN(hidden, neurons, gated=model["gated"]))
+    nets = {name: net.to(dtype) for name, net in candidates(dense, settings).items()}
     x = torch.randn(settings.tokens, hidden, dtype=dtype)
     gradient = torch.randn_like(x)
 
@@ -96,7 +113,8 @@ def measure_layer(model: Mapping[str, Any], settings: Settings) -> Numbers:
     kept = {name: kept_bytes(net, x.requires_grad_()) for name, net in nets.items()}
     for name, row in numbers.items():
         row["memory_ratio"] = kept[name] / kept["dense"]
-    expected = predicted_time_ratio(len(x), hidden, neurons // n, k / n, dtype, torch.get_num_threads())
+    n = settings.num_experts
+    expected = predicted_time_ratio(len(x), hidden, neurons // n, settings.top_k / n, dtype, torch.get_num_threads())
     if "sparse" in numbers and expected is not None:
         numbers["sparse"]["expected_ratio"] = expected
     return numbers
@@ -120,7 +138,13 @@ def kept_bytes(net: nn.Module, x: Tensor) -> int:
 def measure_step(model: Mapping[str, Any], settings: Settings) -> Numbers:
     """Measure a training step of a whole model with random weights: forward, backward, AdamW."""
     dense = AutoModel.from_config(AutoConfig.for_model(**model["config"])).train()
-    inputs = _step_inputs(dense, settings)
+    config = dense.config
+    if dense.main_input_name == "pixel_values":
+        shape = (settings.batch_size, config.num_channels, config.image_size, config.image_size)
+        inputs = {"pixel_values": torch.randn(shape)}
+    else:
+        ids = torch.randint(config.vocab_size, (settings.batch_size, settings.length))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def step(trained: tuple[nn.Module, torch.optim.Optimizer]) -> None:
         net, optimizer = trained
@@ -128,42 +152,15 @@ def measure_step(model: Mapping[str, Any], settings: Settings) -> Numbers:
         net(**inputs).last_hidden_state.square().mean().backward()
         optimizer.step()
 
-    nets = _converted(dense, settings, "random")
-    trained = {name: (net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}
-    return time_in_turn(step, trained, settings.rounds)
-
-
-def _step_inputs(model: Any, settings: Settings) -> dict[str, Tensor]:
-    config = model.config
-    if model.main_input_name == "pixel_values":
-        shape = (settings.batch_size, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(shape)}
-    ids = torch.randint(config.vocab_size, (settings.batch_size, settings.length))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _converted(dense: Any, settings: Settings, partition: str) -> dict[str, Any]:
-    """Convert a copy of a model for each candidate, which is the name of a backend or ``inference``."""
-    nets = {"dense": dense}
-    for name in settings.candidates:
-        nets[name] = copy.deepcopy(dense)
-        config = emoe.EMoEConfig(
-            num_experts=settings.num_experts,
-            top_k=settings.top_k,
-            layers=settings.layers,
-            partition=partition,  # type: ignore[arg-type]
-        )
-        emoe.convert_(nets[name], config)
-        if name == "inference":
-            emoe.for_inference_(nets[name])
-        else:
-            emoe.set_backend_(nets[name], name)
-    return nets
+    nets = candidates(dense, settings)
+    return time_in_turn(
+        step, {name: (net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}, settings.rounds
+    )
 
 
 def _language_models(model: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model["config"]))
-    return _converted(dense.to(getattr(torch, settings.dtype)).eval(), settings, "contiguous")
+    return candidates(dense.to(getattr(torch, settings.dtype)).eval(), settings)
 
 
 def measure_ffns(model: Mapping[str, Any], settings: Settings) -> Numbers:

@@ -67,12 +67,10 @@ def layer(measured: Measurements) -> Table:
     return Table(
         "One FFN of experts beside the dense FFN",
         "Forward and backward, random weights and inputs. Time as a ratio to the dense FFN in the same round: median "
-        "[lowest, highest]; the lowest possible is k/N. EMoE is "
-        "emoe.set_backend_(model, 'sparse'); expected is the prediction of emoe.sparse.cost_model, which decides if "
-        "the sparse products are used. The authors' block mask is our version of their Llama code's "
-        "computation; their Tutel fork was not at hand. transformers' experts get the same weights without biases, "
-        "the same choice of experts, and no router's cost beyond it. The last column is what the "
-        "sparse path keeps for the backward pass.",
+        "[lowest, highest]; the lowest possible is k/N. EMoE is emoe.set_backend_(model, 'sparse'); expected is the "
+        "prediction of emoe.sparse.cost_model. The authors' block mask is our version of their Llama code; their Tutel "
+        "fork was not at hand. transformers' experts have the same weights and choice, but no biases. The last column "
+        "is what the sparse path keeps for the backward pass.",
         {"model_title": "FFN", "num_experts": "N", "size": "Neurons an expert", "top_k_fraction": "k/N"}
         | {"tokens": "Tokens", "threads": "Threads", "dtype": "Type"},
         [
@@ -109,11 +107,9 @@ def decode(measured: Measurements) -> Table:
     keys = {"model_title": "Model", "what": "What", **_KEYS, "threads": "Threads", "dtype": "Type"}
     return Table(
         "Decoding beside the dense model",
-        "A language model with random weights and all FFNs converted, in evaluation mode: one token, or the tokens of "
-        "a prompt at once, through all its FFNs one after another, and a greedy answer of 24 tokens to a prompt of 16 "
-        "with "
-        "a key-value cache. Ratios as above. EMoE is emoe.for_inference_(model), which stores a copy of the values by "
-        "neuron, as large as the out-projections.",
+        "A language model with random weights and all FFNs converted, in evaluation mode: one token, or a prompt at "
+        "once, through all its FFNs, and a greedy answer of 24 tokens to a prompt of 16 with a key-value cache. Ratios "
+        "as above. EMoE is emoe.for_inference_(model), which stores a copy of the out-projections.",
         keys,
         _ratio_columns(measured, frame),
         frame.reset_index(drop=True),
@@ -132,9 +128,8 @@ def partition(measured: Measurements) -> Table:
     return Table(
         "Balanced clustering of one layer's keys",
         "Wall time, and the variance between normalised keys that the clusters leave unexplained (lower is better). "
-        "k-means-constrained is called as the authors call it. "
-        "MiniLM's keys are real; the others are Gaussian rows around 128 weak centres, of the sizes of the models "
-        "named.",
+        "k-means-constrained is called as the authors call it. MiniLM's keys are real; the others are Gaussian rows "
+        "around 128 weak centres, as many and as wide as those of the model.",
         {"model_title": "Keys", "num_experts": "N", "starts": "Starts of the library", "threads": "Threads"},
         columns,
         frame,

@@ -7,22 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.models.prefix import StatesBelow
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec, TextTraining
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
 from benchmarks.text.usage import RowRouting
-from emoe.architectures import find_ffns
-from emoe.layer_numbers import resolve_layers
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -53,9 +48,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     progress.say("evaluating")
     scores = {"dev": {task.name: {name: value for name, value in kept.items() if name != "epoch"}}}
     routing = RowRouting(classifier.model)
-    below = StatesBelow(classifier.model, _first_changed(classifier.model, read))
-    with below.recording():
-        scores |= _evaluated(trainer, read, splits["test"], ood, routing)
+    scores |= _evaluated(trainer, read, splits["test"], ood, routing)
     routed, usage = routing.described(task.name)
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
@@ -66,8 +59,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         if kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
             use_as_(classifier.model, read.used_as.config, read.seed)
-            with below.replaying():
-                made = _evaluated(trainer, read, splits["test"], ood)
+            made = _evaluated(trainer, read, splits["test"], ood)
         transformed = {read.used_as.name: {"scores": made}}
     return {
         "scores": scores,
@@ -96,12 +88,6 @@ def _evaluated(
         "test": {spec.task.name: trainer.evaluate(test, routing=routing)},
         "ood": {other.name: trainer.evaluate(ood[other.name], other, routing) for other in spec.ood},
     }
-
-
-def _first_changed(model: nn.Module, spec: TextSpec) -> int:
-    """Return the first layer that differs if the trained model is used as another; 0 if it is not."""
-    config = spec.used_as and (spec.method.config or spec.used_as.config)  # one of them has experts
-    return resolve_layers(config["layers"], len(find_ffns(model)))[0] if config else 0
 
 
 def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:

@@ -14,7 +14,6 @@ from benchmarks.harness.models.build import Trainable, build_classifier
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.tuning import trained_groups
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import TrainedSetError
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.training import TextTrainer
@@ -139,17 +138,6 @@ def test_two_batches_added_up_are_one_of_twice_the_size(tmp_path: Path, method: 
         whole._trainer.model.named_parameters(), parts._trainer.model.named_parameters(), strict=True
     ):
         assert torch.allclose(one, two, atol=2e-5), name
-
-
-def test_a_parameter_that_is_frozen_or_freed_by_somebody_else_is_noticed(tmp_path: Path) -> None:
-    trainer = trainer_of("lora", tmp_path)
-    trainer._trainer.model.bert.pooler.dense.weight.requires_grad_(True)
-    with pytest.raises(TrainedSetError, match=r"1 parameters are trained .* 'bert\.pooler\.dense\.weight'"):
-        trainer.train()
-    trainer = trainer_of("lora", tmp_path)
-    trainer._trainer.model.classifier.bias.requires_grad_(False)
-    with pytest.raises(TrainedSetError, match=r"classifier\.bias"):
-        trainer.train()
 
 
 @pytest.mark.parametrize(

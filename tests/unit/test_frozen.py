@@ -137,10 +137,8 @@ def test_a_run_is_the_same_without_cache_and_after_damage_and_a_kill(
     for pair in zip(trainable.model.parameters(), plain[0][0].model.parameters(), strict=True):
         assert torch.allclose(*pair, rtol=1e-3, atol=1e-4)
     _check_changes(trainable, before, run.spec["training"]["frozen_layers"])
-    assert whole["model"]["trainable_parameters"] == sum(before[key].numel() for key in trainable.trained)
-    # one damaged, one cut short, one without its receipt
-    for file, harm in zip(files, (_flip, _cut, _forget), strict=False):
-        harm(file)
+    for file in files:  # the machine went down during a write
+        file.write_bytes(file.read_bytes()[:-8])
     path = prepare(run, "killed")
     with killed_at(5):
         finish(path)
@@ -157,29 +155,16 @@ def _check_changes(trainable: Trainable, before: dict[str, torch.Tensor], layers
     """Check that frozen parameters are unchanged, and that all others may be trained."""
     assert trainable.prefix is not None
     now = dict(trainable.model.named_parameters())
+    trained = {key for key in now if now[key].requires_grad}
     frozen = {key for key in now if key.removeprefix("network.") in trainable.prefix.names}
     assert len(frozen) == len(trainable.prefix.names)
     assert {int(match[1]) for key in frozen if (match := re.search(r"\.(\d+)\.", key))} == set(range(layers))
     changed = {key for key in now if not torch.equal(now[key], before[key])}
     assert changed
-    assert changed <= trainable.trained
-    assert not trainable.trained & frozen
+    assert changed <= trained
+    assert not trained & frozen
     if trainable.adapters is None:
-        assert trainable.trained | frozen == set(now)
-
-
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-
-
-def _cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-8])
-
-
-def _forget(file: Path) -> None:
-    file.with_suffix(".json").unlink()
+        assert trained | frozen == set(now)
 
 
 def test_an_evaluation_of_kept_weights_begins_where_they_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ from benchmarks.harness.report.presentation import present
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.multitask.definition import MultitaskSpec, WrittenTask
 from benchmarks.multitask.outcomes import MultitaskOutcomes
-from benchmarks.multitask.rows import MixedOrder, answers, as_text, written
+from benchmarks.multitask.rows import MixedOrder, answers, as_text
 from benchmarks.multitask.training import MultitaskTrainer, log_likelihoods
-from benchmarks.text.data import load_part
+from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare
@@ -43,8 +43,11 @@ def task(name: str, prefix: str | None = None) -> WrittenTask:
 
 
 def test_a_row_is_its_tasks_prefix_and_its_named_texts() -> None:
-    assert written(("He ran.", "He moved."), task("mnli")) == "mnli premise: He ran. hypothesis: He moved."
-    assert written(("Fine: very.",), task("amazon", "sentiment")) == "sentiment text: Fine: very."
+    for texts, learned, row in (
+        (("He ran.", "He moved."), task("mnli"), "mnli premise: He ran. hypothesis: He moved."),
+        (("Fine: very.",), task("amazon", "sentiment"), "sentiment text: Fine: very."),
+    ):
+        assert as_text(TextSplit([texts], [0]), learned).texts == [(row,)]
 
 
 def test_answers_are_the_names_of_classes_with_their_end() -> None:
@@ -53,7 +56,7 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
     assert [tokenizer.decode(answer[:-1]) for answer in found] == ["entailment", "not _ entailment"]
     assert {answer[-1] for answer in found} == {tokenizer.eos_token_id}
     alike = task("rte").model_copy(update={"labels": ["Yes", "no", "yes"]})  # the tokenizer knows no capitals
-    with pytest.raises(DataError, match="task 'rte': the tokenizer writes 'Yes' and 'yes' alike"):
+    with pytest.raises(DataError, match="task 'rte': the tokenizer writes two of its classes Yes, no, yes alike"):
         answers(tokenizer, alike)
 
 
@@ -93,7 +96,7 @@ SIZES = {"large": 10, "small": 3}
 
 
 def order(most: int | None, seed: int = 0) -> MixedOrder:
-    lengths = [(name, list(range(5, 5 + rows))) for name, rows in SIZES.items()]
+    lengths = {name: list(range(5, 5 + rows)) for name, rows in SIZES.items()}
     return MixedOrder(lengths, most, 4, seed, by_length=False)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.speed import pipeline
-from benchmarks.speed.ffn import CANDIDATES, FFN
+from benchmarks.speed.definition import Settings
+from benchmarks.speed.ffn import FFN, SpeedNet
 from tests.planned import edited_part, specs
 
 
@@ -26,18 +29,16 @@ def ffn(request: pytest.FixtureRequest) -> FFN:
 
 
 @pytest.mark.usefixtures("always_sparse")
-@pytest.mark.parametrize("name", [name for name in CANDIDATES if name != "dense"])
-def test_with_all_experts_every_candidate_is_the_dense_ffn(name: str, ffn: FFN) -> None:
-    x = torch.randn(10, 8)
-    torch.testing.assert_close(CANDIDATES[name](ffn, 4, 4)(x), ffn(x), atol=1e-5, rtol=1e-5)
-
-
-def test_the_others_choose_the_same_experts(ffn: FFN) -> None:
-    x = torch.randn(10, 8)
-    expected = CANDIDATES["block_mask"](ffn, 4, 2)(x)
-    assert not torch.allclose(expected, ffn(x), atol=1e-3)
-    for name in ("transformers_eager", "transformers_grouped"):
-        torch.testing.assert_close(CANDIDATES[name](ffn, 4, 2)(x), expected, atol=1e-5, rtol=1e-5)
+def test_candidates_are_the_dense_ffn_with_all_experts_and_choose_the_same_ones_with_some(ffn: FFN) -> None:
+    x, others = torch.randn(10, 8), ["block_mask", "transformers_eager", "transformers_grouped"]
+    settings = Settings(num_experts=4, candidates=["sparse", "masked", *others], threads=1)
+    for net in pipeline.candidates(SpeedNet(ffn), settings).values():
+        torch.testing.assert_close(net(x), ffn(x), atol=1e-5, rtol=1e-5)
+    half = Settings(num_experts=4, candidates=others, threads=1, top_k_fraction=0.5)
+    dense, expected, *alike = (net(x) for net in pipeline.candidates(SpeedNet(ffn), half).values())
+    assert not torch.allclose(expected, dense, atol=1e-3)
+    for output in alike:
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_memory_counts_what_is_kept_and_not_the_weights() -> None:
@@ -64,10 +65,6 @@ SMALL_LLAMA = {
 }
 
 
-class Silent:
-    def say(self, text: str) -> None: ...
-
-
 @pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize("measure", ["layer", "step", "decode", "prompt", "generate", "partition"])
 def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> None:
@@ -83,7 +80,7 @@ def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> N
         "seed": 0,
     }
     threads = torch.get_num_threads()
-    found = pipeline.run(spec, tmp_path, Silent())["measured"]
+    found = pipeline.run(spec, tmp_path, cast(Any, SimpleNamespace(say=print)))["measured"]
     torch.set_num_threads(threads)
     assert set(settings["candidates"]) <= set(found)
     assert all(row["ratio"] > 0 and row["seconds"] > 0 for row in found.values())

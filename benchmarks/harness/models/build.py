@@ -42,7 +42,6 @@ class Trainable:
     Attributes:
         model: The model; called with ``labels`` it also returns the loss.
         summary: The ``model`` part of ``metrics.json``.
-        trained: The names of the trained parameters.
         slow: The trained parameters that get a share of the learning rate.
         adapters: The added adapters, which peft can merge.
         prefix: The frozen embeddings and first layers; None if none are frozen.
@@ -50,7 +49,6 @@ class Trainable:
 
     model: nn.Module
     summary: dict[str, Any]
-    trained: frozenset[str]
     slow: frozenset[str]
     adapters: LoraModel | None
     prefix: Prefix | None = None
@@ -161,11 +159,8 @@ def _converted(
 ) -> Trainable:
     """Convert and adapt a model's network, which is the model itself or one of its modules."""
     seed, tune = spec["seed"], spec["method"]["tune"]
-    dense = {
-        "parameters": _count(model),
-        "ffns": sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network)),
-        "embeddings": _embedding_parameters(model),
-    }
+    dense, embeddings = _count(model), _embedding_parameters(model)
+    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
     prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
     if prefix:
         prefix.check(spec["method"])
@@ -179,16 +174,16 @@ def _converted(
     use_sparse_(model)
     share = report.active_neurons if report else 1.0
     routers = sum(parameter.numel() for layer in routed_layers(network) for parameter in layer.parameters())
-    active = round(dense["parameters"] + (share - 1) * dense["ffns"]) + routers
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    slow = {id(values) for group, members in groups.items() if group not in FAST for _, values in members}
+    active = round(dense + (share - 1) * dense_ffns) + routers
+    slow_ids = {id(values) for group, members in groups.items() if group not in FAST for _, values in members}
+    slow = frozenset(name for name, parameter in model.named_parameters() if id(parameter) in slow_ids)
     summary = {
         "source": dict(source),
         "parameters": _count(model),
-        "dense_parameters": dense["parameters"],
+        "dense_parameters": dense,
         "active_parameters": active,
-        "flops_per_token": 2 * (active - dense["embeddings"]),
-        "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "flops_per_token": 2 * (active - embeddings),
+        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "trained": {
             group: {
                 "parameters": sum(values.numel() for _, values in members),
@@ -200,8 +195,7 @@ def _converted(
         "active_neurons": share,
         "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
     }
-    names_of_slow = frozenset(name for name, parameter in trained.items() if id(parameter) in slow)
-    return Trainable(model, summary, frozenset(trained), names_of_slow, adapters, prefix)
+    return Trainable(model, summary, slow, adapters, prefix)
 
 
 def _count(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from emoe.layer import routed_layers
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
-_FIXED = "fixed"  # experts by their use, which is counted while the model routes by avg-k
 # by the modality of the model; text classifiers have none
 _LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "image": load_image_network,
@@ -58,7 +58,7 @@ def apply_method_(
     config = emoe.config_from_dict(method["config"])
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
-    if config.router == _FIXED:
+    if config.router == "fixed":  # experts by their use, which is counted while the model routes by avg-k
         by_token = {**method, "noise": 0.0, "config": dataclasses.replace(config, router="avg_k").to_dict()}
         report = apply_method_(model, by_token, seed, calibration, partition)
         # those of a model that is built again are loaded later
@@ -85,10 +85,8 @@ def use_sparse_(model: nn.Module) -> None:
     """Use the sparse backend on a CPU. FFNs with adapters, or with scores that need every neuron, stay masked."""
     if torch.cuda.is_available() or not routed_layers(model):
         return
-    try:
+    with suppress(emoe.ConversionError):
         emoe.set_backend_(model, "sparse")
-    except emoe.ConversionError:
-        return
 
 
 @torch.no_grad()
@@ -147,7 +145,7 @@ def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfi
 
 
 @torch.no_grad()
-def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> int:
+def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> None:
     """Add uniform noise to the pre-trained weights in place, before fine-tuning.
 
     Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. Parameters with one element have no standard
@@ -157,16 +155,9 @@ def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> int:
         model: The model.
         intensity: The authors' lambda, 0.15.
         seed: The seed of the noise.
-
-    Returns:
-        The number of changed parameters.
     """
     generator = torch.Generator().manual_seed(seed)
-    changed = 0
     for name, parameter in model.named_parameters():
-        if parameter.numel() < 2 or not _HEADS.isdisjoint(name.split(".")):
-            continue
-        noise = torch.rand(parameter.shape, generator=generator) - 0.5
-        parameter.add_((noise * intensity * parameter.float().std().cpu()).to(parameter))
-        changed += parameter.numel()
-    return changed
+        if parameter.numel() > 1 and _HEADS.isdisjoint(name.split(".")):
+            noise = torch.rand(parameter.shape, generator=generator) - 0.5
+            parameter.add_((noise * intensity * parameter.float().std().cpu()).to(parameter))

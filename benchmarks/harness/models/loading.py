@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -112,20 +112,13 @@ def check_stored(network: nn.Module, folder: Path, name: str) -> None:
     shapes = {key: parameter.shape for key, parameter in network.named_parameters()}  # tied ones once
     stored = Weights(folder)
     names = stored.find(network, shapes)
-    stored_shapes = _shapes(stored)
-    for key, shape in shapes.items():
-        if key not in names or stored_shapes[names[key]] != shape:
-            raise DataError(f"{folder} does not hold the weights of '{name}': '{key}' is missing or has another shape")
-
-
-def _shapes(stored: Weights) -> dict[str, torch.Size]:
-    """Read the shapes of all stored tensors, and open each file once."""
-    shapes: dict[str, torch.Size] = {}
+    stored_shapes: dict[str, list[int]] = {}
     for path in set(stored.files.values()):
         with safe_open(path, framework="pt") as file:
-            names = [name for name, its_file in stored.files.items() if its_file == path]
-            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
-    return shapes
+            stored_shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    for key, shape in shapes.items():
+        if key not in names or stored_shapes[names[key]] != list(shape):
+            raise DataError(f"{folder} does not hold the weights of '{name}': '{key}' is missing or has another shape")
 
 
 def _gguf_option(folder: Path) -> dict[str, str]:
@@ -238,7 +231,7 @@ def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty:
             built: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model), dtype=dtype)
         built.tie_weights()
         ffns = find_ffns(built)
-        for number in _layer_numbers(converted, len(ffns)):  # a conversion reads them
+        for number in resolve_layers(converted, len(ffns)) if converted else ():  # a conversion reads them
             for parameter in built.get_submodule(ffns[number].name).parameters():
                 parameter.data.zero_()
         return built
@@ -262,9 +255,10 @@ def _four_bit(model: Mapping[str, Any]) -> Any:
         )
     with torch.device("meta"):
         ffns = find_ffns(AutoModelForCausalLM.from_config(load_config(model)))
+    whole = resolve_layers(model["whole"], len(ffns)) if model["whole"] else ()
     kept = [
         f"{ffns[number].name}.{path}"
-        for number in _layer_numbers(model["whole"], len(ffns))
+        for number in whole
         for path in (*(path for path, _ in ffns[number].inputs()), ffns[number].spec.proj_out)
     ]
     return BitsAndBytesConfig(
@@ -274,10 +268,6 @@ def _four_bit(model: Mapping[str, Any]) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=[*kept, "lm_head"],
     )
-
-
-def _layer_numbers(layers: Any, count: int) -> Sequence[int]:
-    return resolve_layers(layers, count) if layers else ()
 
 
 def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:

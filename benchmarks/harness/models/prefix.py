@@ -6,9 +6,7 @@ import functools
 import hashlib
 import json
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold, write_json
+from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
 from benchmarks.harness.config.methods import block_of, is_below, refuse_below
 from emoe.architectures import find_ffns
 from emoe.layer_numbers import resolve_layers
@@ -26,26 +24,16 @@ from emoe.partitioning import tensor_digest
 
 STATES = "prefix_states"  # the argument of a model for the output of its prefix
 
-_LLAMA, _BERT, _VIT = ("embed_tokens",), ("embeddings",), ("embeddings",)
 # modules and parameters before the layers, beside the list of them, by model type or, in timm, by class
 _BEFORE: dict[str, tuple[str, ...]] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "electra": (*_BERT, "embeddings_project"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "vit", "deit", "dinov2"), ("embeddings",)),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("embed_tokens",)),
+    "electra": ("embeddings", "embeddings_project"),
     "gpt2": ("wte", "wpe", "drop"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "vit": _VIT,
-    "deit": _VIT,
-    "dinov2": _VIT,
     "VisionTransformer": ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"),
 }
 _VERSION = 1
 _TOKENS_AT_ONCE = 4096
-_STATES_ROOM = 2**29  # bytes
 
 Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 
@@ -161,11 +149,6 @@ def _keep_mode(module: nn.Module, _mode: bool = True) -> nn.Module:
     return module
 
 
-def has_prefix(network: nn.Module) -> bool:
-    """Return True if each layer of a network is known to read only the output of the layer before."""
-    return model_type(network) in _BEFORE
-
-
 def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
     """Return the paths of the frozen modules, and of parameters outside modules."""
     kind = model_type(network)
@@ -192,8 +175,7 @@ class PrefixStates:
 
     All runs with the same prefix and rows read the same memory-mapped file below ``resources/prefixes/``. Its name is a
     digest of everything that shapes the numbers: the prefix's weights and settings, the rows, processor, threads and
-    torch. The first run computes it, in large batches of rows of similar length, while others wait. A damaged file is
-    computed again.
+    torch. The first run computes it, in large batches of rows of similar length, while others wait.
 
     Args:
         prefix: The prefix of the model.
@@ -211,12 +193,9 @@ class PrefixStates:
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
         with hold(folder / f".{key}.lock"):
-            values = _read(file, int(ends[-1]))
-            if values is None:
+            if not _is_whole(file, int(ends[-1])):
                 _write(file, prefix, ends, lengths, batch)
-                values = _read(file, int(ends[-1]))
-        assert values is not None  # noqa: S101  it was written just now
-        self._values, self._ends, self._lengths = values, ends, lengths
+        self._values, self._ends, self._lengths = np.load(file, mmap_mode="r"), ends, lengths
 
     def __getitem__(self, row: int) -> Tensor:
         end = int(self._ends[row])
@@ -260,15 +239,11 @@ def _key(prefix: Prefix, rows: str, lengths: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([*shapes, torch.__version__]).encode()).hexdigest()[:24]
 
 
-def _read(file: Path, tokens: int) -> NDArray[np.float32] | None:
-    """Map the values ``[tokens, width]`` of a file; None if it is missing or damaged."""
+def _is_whole(file: Path, tokens: int) -> bool:
     try:
-        receipt = json.loads(file.with_suffix(".json").read_text())
-        values: NDArray[np.float32] = np.load(file, mmap_mode="r")
-        is_whole = values.ndim == 2 and len(values) == tokens and zlib.crc32(values.data) == receipt["crc32"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return values if is_whole else None
+        return len(np.load(file, mmap_mode="r")) == tokens
+    except (OSError, ValueError):  # missing, or cut short
+        return False
 
 
 def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch) -> None:
@@ -291,91 +266,3 @@ def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequenc
                 values[ends[row] - length : ends[row]] = output[:length]
             start += count
         values.flush()
-        receipt = {"crc32": zlib.crc32(values.data), "rows": len(lengths), "layers": prefix.layers}
-        # an old receipt must not describe the new values
-        file.with_suffix(".json").unlink(missing_ok=True)
-    write_json(file.with_suffix(".json"), receipt)
-
-
-class StatesBelow:
-    """Keeps the output of the layers below one, batch by batch: a second pass over the same batches starts there.
-
-    Both passes are in eval mode, and nothing changes below that layer between them. Results are equal to the last bit.
-    Batches beyond the room, and networks without :func:`has_prefix`, are computed again.
-
-    Args:
-        network: The classifier or language model, converted or not.
-        layer: The number of the first layer that may differ between the passes.
-        room: The bytes to keep at most.
-
-    Example:
-        >>> below = StatesBelow(model, 10)  # doctest: +SKIP
-        >>> with below.recording():
-        ...     dense = evaluate(model)
-        >>> emoe.convert_(model, emoe.EMoEConfig(num_experts=64, top_k=16, layers=(10,)))
-        >>> with below.replaying():
-        ...     sparse = evaluate(model)
-    """
-
-    def __init__(self, network: nn.Module, layer: int, room: int = _STATES_ROOM) -> None:
-        below = find_ffns(network)[:layer] if has_prefix(network) else []
-        self._blocks = [network.get_submodule(block_of(ffn.name)) for ffn in below]
-        self._room = room
-        self._batches: list[tuple[str, Tensor | None]] = []
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep the outputs of the passes inside."""
-        self._batches, room, mark = [], self._room, ""
-
-        def begin(_block: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal mark
-            mark = _batch_mark(args[0])
-
-        def end(_block: nn.Module, _args: object, states: Tensor) -> None:
-            nonlocal room
-            fits = states.nbytes <= room
-            room -= states.nbytes if fits else 0
-            self._batches.append((mark, states.detach().cpu() if fits else None))
-
-        hooks = []
-        if self._blocks:
-            hooks += [self._blocks[0].register_forward_pre_hook(begin), self._blocks[-1].register_forward_hook(end)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Use the kept outputs in the passes inside; raise RuntimeError if they are over other batches."""
-        batches, kept = iter(self._batches), cast(Tensor | None, None)
-        replaced = {block: block.__dict__.get("forward") for block in self._blocks}
-
-        def forward(block: nn.Module, run: Any, states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal kept
-            if block is self._blocks[0]:
-                mark, kept = next(batches, ("", None))
-                if mark != _batch_mark(states):
-                    raise RuntimeError("this pass is over other batches than the recorded one")
-            if kept is None:
-                return run(states, *args, **kwargs)
-            return kept.to(states.device) if block is self._blocks[-1] else states
-
-        for block in self._blocks:
-            cast(Any, block).forward = partial(forward, block, block.forward)
-        try:
-            yield
-        finally:
-            for block, before in replaced.items():
-                if before is None:
-                    del block.__dict__["forward"]
-                else:
-                    cast(Any, block).forward = before
-
-
-@torch.no_grad()
-def _batch_mark(states: Tensor) -> str:
-    """Return a mark of a batch's content, which may have NaN."""
-    return f"{tuple(states.shape)} {float(states.double().sum())}"

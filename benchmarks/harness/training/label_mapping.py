@@ -26,11 +26,11 @@ class LabelMapping:
 
     def read(self, predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return predicted and gold classes in the common numbers."""
-        return _renumber(predictions, self.predictions), _renumber(labels, self.labels)
-
-
-def _renumber(classes: NDArray[Any], numbers: tuple[int, ...] | None) -> NDArray[Any]:
-    return classes if numbers is None else np.asarray(numbers)[classes.astype(int)]
+        if self.predictions is not None:
+            predictions = np.asarray(self.predictions)[predictions]
+        if self.labels is not None:
+            labels = np.asarray(self.labels)[labels]
+        return predictions, labels
 
 
 class Labelled(Protocol):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 _PARALLEL = "EMOE_PARALLEL"
 _PATIENCE = timedelta(days=1)  # while the first process loads, or waits for a lock; torchrun ends all when one fails
@@ -74,15 +75,10 @@ def torchrun_command(processes: int, command: Sequence[str]) -> list[str]:
         command: The module and its arguments.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    launcher.append(f"--nproc-per-node={processes}")
     # without the dashes torchrun takes options of the module for its own
-    return [*launcher, "-m", "--", *command]
+    return [*launcher, f"--nproc-per-node={processes}", "-m", "--", *command]
 
 
 def broadcast(value: Any) -> Any:
     """Send a plain value of the main process to all processes."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return value if world_size() == 1 else broadcast_object_list([value])[0]

@@ -22,16 +22,11 @@ from benchmarks.harness.training.callbacks import FollowEpochs, Probe
 from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, CompleteCheckpoints
 from benchmarks.harness.training.processes import is_sharded, world_size
 from benchmarks.harness.training.sharding import distribute_optimizer_, gather_optimizer, gather_trained
-from emoe.errors import EMoEError
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.records import LayerRecord, RoutingRecord
 
 Result = TypeVar("Result")
-
-
-class TrainedSetError(EMoEError):
-    """Signal that the optimizer trains other parameters than the run's method says."""
 
 
 def precision_here(requested: str) -> str:
@@ -77,13 +72,13 @@ class RoutedTrainer(PrefixTrainer):
     """Trainer for routed and adapted models.
 
     Adds the balance loss to the task's loss, orders the rows by seed and epoch, gives some parameters a share of the
-    learning rate, checks that the right parameters are trained, and saves these alone in its checkpoints.
+    learning rate, and saves the trained parameters alone in its checkpoints.
 
     Args:
         order: The order of the rows.
-        trainable: The model and its trained parameters.
-        base_lr_ratio: The share of the learning rate for trained parameters other than adapters and head.
+        trainable: The model.
         probe: The probe that records the loss of the first batches.
+        base_lr_ratio: The share of the learning rate for trained parameters other than adapters and head.
         by_token: Average the loss of a step over all its learned tokens; otherwise over its batches.
         **kwargs: The arguments of Trainer.
     """
@@ -93,8 +88,8 @@ class RoutedTrainer(PrefixTrainer):
         *,
         order: Sampler[Any],
         trainable: Trainable,
+        probe: Probe,
         base_lr_ratio: float = 1.0,
-        probe: Probe | None = None,
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -103,10 +98,8 @@ class RoutedTrainer(PrefixTrainer):
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
-        self._order, self._trainable, self._probe = order, trainable, probe
-        if probe is not None:
-            self.add_callback(probe)
-        self._base_lr_ratio = base_lr_ratio
+        self._order, self._trainable, self._probe, self._base_lr_ratio = order, trainable, probe, base_lr_ratio
+        self.add_callback(probe)
         if hasattr(order, "set_epoch"):
             self.add_callback(FollowEpochs(order))
         self.add_callback(CompleteCheckpoints())
@@ -117,25 +110,18 @@ class RoutedTrainer(PrefixTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         names = {id(parameter): name for name, parameter in self._trained.named_parameters()}
-        trained = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
-        if trained != self._trainable.trained:
-            wrong = sorted(trained ^ self._trainable.trained)
-            raise TrainedSetError(
-                f"{len(wrong)} parameters are trained but must not be, or the other way round, among them '{wrong[0]}'"
-            )
-        slow = {identity for identity, name in names.items() if name in self._trainable.slow}
-        for group in list(optimizer.param_groups) if slow else []:
-            members = group["params"]
-            group["params"] = [parameter for parameter in members if id(parameter) not in slow]
-            slower = [parameter for parameter in members if id(parameter) in slow]
-            if slower:
-                optimizer.add_param_group({**group, "params": slower, "lr": group["lr"] * self._base_lr_ratio})
+        for group in list(optimizer.param_groups):
+            slow = [parameter for parameter in group["params"] if names[id(parameter)] in self._trainable.slow]
+            if slow:
+                group["params"] = [
+                    parameter for parameter in group["params"] if names[id(parameter)] not in self._trainable.slow
+                ]
+                optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * self._base_lr_ratio})
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self._probe is not None:
-            self._probe.add_loss(loss)
+        self._probe.add_loss(loss)
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
