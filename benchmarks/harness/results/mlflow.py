@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from mlflow.entities import Metric, Param
+from mlflow.entities import Run as StoredRun
 from mlflow.tracking import MlflowClient
 
 from benchmarks.harness import base as paths
@@ -24,9 +25,9 @@ _SQLITE = "sqlite:///"
 # the first page of such an experiment in MLflow lists training runs
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 _FILES = ("run.json", "metrics.json", paths.LOG)
-_WAIT_SECONDS = 10.0  # before the second attempt
+_MOST = 50_000  # runs that MLflow returns at once
 
-_Read = Sequence[tuple[Run, dict[str, Any]]]
+_Read = list[tuple[Run, dict[str, Any]]]
 
 
 def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] | None = None) -> dict[str, int]:
@@ -51,51 +52,37 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
     database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
     locked = database or paths.RESULTS / "mlflow"
     locked.parent.mkdir(parents=True, exist_ok=True)
-    with hold(locked.with_name(f".{locked.name}.lock")):
-        for seconds in (_WAIT_SECONDS, 0):  # two mirrors that create the tables of a new database disturb each other
-            try:
-                if database and not database.exists():
-                    _create(database)
-                return _mirror(runs, uri, figures or {})
-            except ModuleNotFoundError as error:
-                problem = f"{error}; for PostgreSQL: pip install 'emoe[postgres]'"
-                break
-            except Exception as error:  # of a database, its driver or a server: MLflow passes them on
-                problem = first_line(_cause(error))
-                time.sleep(seconds)
+    try:
+        with hold(locked.with_name(f".{locked.name}.lock")):
+            if database and not database.exists():
+                with atomic_write(database) as temporary:  # with the permissions of the umask
+                    MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+            return _mirror(runs, uri, figures or {})
+    except ModuleNotFoundError as error:
+        problem = f"{error}; for PostgreSQL: pip install 'emoe[postgres]'"
+    except Exception as error:  # of a database, its driver or a server: MLflow passes them on
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        problem = first_line(cause)
     raise RunError(without_passwords(f"MLflow at {uri}: {problem}"))
-
-
-def _create(database: Path) -> None:
-    """Create the tables in a file with the permissions of the umask."""
-    with atomic_write(database) as temporary:
-        MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
 
 
 def _mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]]) -> dict[str, int]:
     counts = Counter(added=0, replaced=0, unchanged=0)
     client = MlflowClient(uri)
     for benchmark in dict.fromkeys(run.benchmark for run in runs):
+        settings = defaultdict[str, _Read](list)  # everything but the seed
+        for run in runs:
+            if run.benchmark == benchmark:
+                keys = run_keys(run)
+                name = " / ".join(str(keys[key]) for key in GROUP_KEYS[1:] if keys[key] != "")
+                settings[name].append((run, read_metrics(run)))
         experiment = _Experiment(client, benchmark, keeps_files=uri.startswith("http"))
-        for name, members in _settings([run for run in runs if run.benchmark == benchmark]).items():
+        for name, members in settings.items():
             counts[experiment.write_setting(name, members)] += len(members)
         experiment.write_figures([path for path in figures.get(benchmark, ()) if path.exists()])
     return dict(counts)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the error of the database or the server below those of MLflow and SQLAlchemy."""
-    return _cause(error.__cause__) if error.__cause__ else error
-
-
-def _settings(runs: Sequence[Run]) -> dict[str, list[tuple[Run, dict[str, Any]]]]:
-    """Read runs, and group them by everything but their seeds."""
-    groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
-    for run in runs:
-        keys = run_keys(run)
-        name = " / ".join(str(keys[key]) for key in GROUP_KEYS[1:] if keys[key] != "")
-        groups.setdefault(name, []).append((run, read_metrics(run)))
-    return groups
 
 
 class _Experiment:
@@ -112,51 +99,57 @@ class _Experiment:
         experiment = client.get_experiment_by_name(benchmark)
         location = None if keeps_files else (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri()
         self._id = experiment.experiment_id if experiment else client.create_experiment(benchmark, location, _KIND)
-        self._parents: dict[str, dict[str, str | None]] = {}  # digests by setting and identifier
+        self._parents = defaultdict[str, list[StoredRun]](list)
         for run in self._search(f"tags.`{_SETTING}` != ''"):
-            digests = self._parents.setdefault(run.data.tags[_SETTING], {})
-            digests[run.info.run_id] = run.data.tags.get(_DIGEST)
+            self._parents[run.data.tags[_SETTING]].append(run)
 
     def write_setting(self, name: str, members: _Read) -> str:
         """Write a parent with the means of its seeds, and its runs; return ``added``, ``replaced`` or ``unchanged``."""
-        digest = _sha256("\n".join(canonical_json(metrics) for _, metrics in members).encode())
-        if self._has(name, digest):
-            return "unchanged"
-        self._delete(name)
-        records = collect_from(members)
-        times = {run.id: _times(run, metrics) for run, metrics in members}
-        span = (min(start for start, _ in times.values()), max(end for _, end in times.values()))
-        values = records.groupby(["part", "eval_task", "metric"], sort=False)["value"]
-        means = {_metric_name(*key): value for key, value in values.mean().items()}
-        means |= {f"{_metric_name(*key)}.std": value for key, value in values.std().dropna().items()}
-        numbers = [Metric(key, float(value), span[1], 0) for key, value in {**means, "seeds": len(members)}.items()]
-        parent = self._log(name, span, {_SETTING: name}, numbers)
-        rows = dict(iter(records.groupby("run_id", sort=False)))
-        for run, metrics in members:
-            tags = {_PARENT: parent, **_tags(run, metrics["environment"])}
-            params = [Param(_plain(key), str(value)) for key, value in _flat(run.spec).items()]
-            files = [paths.RUNS / run.folder / file for file in _FILES]
-            self._log(run.id, times[run.id], tags, _numbers(rows[run.id], metrics, times[run.id][1]), params, files)
-        self._client.set_tag(parent, _DIGEST, digest)  # at the end: an interrupted mirror writes the setting again
-        return "replaced" if name in self._parents else "added"
+
+        def write() -> str:
+            records = collect_from(members)
+            times = {run.id: _times(run, metrics) for run, metrics in members}
+            span = (min(start for start, _ in times.values()), max(end for _, end in times.values()))
+            values = records.groupby(["part", "eval_task", "metric"], sort=False)["value"]
+            means = {_metric_name(*key): value for key, value in values.mean().items()}
+            means |= {f"{_metric_name(*key)}.std": value for key, value in values.std().dropna().items()}
+            numbers = [Metric(key, float(value), span[1], 0) for key, value in {**means, "seeds": len(members)}.items()]
+            parent = self._log(name, span, {_SETTING: name}, numbers)
+            for run, metrics in members:
+                environment, (settings,) = metrics["environment"], pd.json_normalize(run.spec).to_dict("records")
+                tags = {
+                    _PARENT: parent,
+                    "benchmark": run.benchmark,
+                    "mlflow.source.git.commit": str(environment["git_commit"]),
+                    "git_dirty": str(environment["git_dirty"]),
+                    "processor": environment["processor"],
+                }
+                numbers = _numbers(records[records["run_id"] == run.id], metrics, times[run.id][1])
+                params = [Param(_plain(str(key)), str(value)) for key, value in settings.items()]
+                files = [paths.RUNS / run.folder / file for file in _FILES]
+                self._log(run.id, times[run.id], tags, numbers, params, files)
+            return parent
+
+        return self._replace(name, "\n".join(canonical_json(metrics) for _, metrics in members).encode(), write)
 
     def write_figures(self, files: Sequence[Path]) -> None:
         """Keep the figures of the benchmark in a run of their own."""
-        name, digest = f"figures of {self._benchmark}", _sha256(b"".join(path.read_bytes() for path in files))
-        if files and not self._has(name, digest):
-            self._delete(name)
-            end = round(max(path.stat().st_mtime for path in files) * 1000)
-            self._log(name, (end, end), {_SETTING: name, _DIGEST: digest}, files=files)
+        if files:
+            name, end = f"figures of {self._benchmark}", round(max(path.stat().st_mtime for path in files) * 1000)
+            content = b"".join(path.read_bytes() for path in files)
+            self._replace(name, content, lambda: self._log(name, (end, end), {_SETTING: name}, files=files))
 
-    def _has(self, setting: str, digest: str) -> bool:
-        return list(self._parents.get(setting, {}).values()) == [digest]
-
-    def _delete(self, setting: str) -> None:
-        """Delete a setting and its runs, several times if two folders wrote it at once."""
-        for parent in self._parents.get(setting, ()):
-            for run in self._search(f"tags.`{_PARENT}` = '{parent}'"):
+    def _replace(self, name: str, content: bytes, write: Callable[[], str]) -> str:
+        """Write a parent and its runs, unless they are there with the same content; delete others of its name."""
+        digest = hashlib.sha256(content).hexdigest()
+        stored = self._parents[name]  # several if two folders wrote it at once
+        if [run.data.tags.get(_DIGEST) for run in stored] == [digest]:
+            return "unchanged"
+        for parent in stored:
+            for run in (*self._search(f"tags.`{_PARENT}` = '{parent.info.run_id}'"), parent):
                 self._client.delete_run(run.info.run_id)
-            self._client.delete_run(parent)
+        self._client.set_tag(write(), _DIGEST, digest)  # at the end: an interrupted mirror writes the setting again
+        return "replaced" if stored else "added"
 
     def _log(
         self,
@@ -176,12 +169,8 @@ class _Experiment:
         self._client.set_terminated(identifier, end_time=times[1])
         return identifier
 
-    def _search(self, condition: str) -> Iterator[Any]:
-        token = None
-        while token != "":
-            page = self._client.search_runs([self._id], condition, max_results=1000, page_token=token)
-            yield from page
-            token = page.token or ""
+    def _search(self, condition: str) -> Sequence[StoredRun]:
+        return self._client.search_runs([self._id], condition, max_results=_MOST)
 
 
 def _times(run: Run, metrics: Mapping[str, Any]) -> tuple[int, int]:
@@ -190,16 +179,7 @@ def _times(run: Run, metrics: Mapping[str, Any]) -> tuple[int, int]:
     return round((end - metrics["cost"]["job_seconds"]) * 1000), round(end * 1000)
 
 
-def _tags(run: Run, environment: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "benchmark": run.benchmark,
-        "mlflow.source.git.commit": str(environment["git_commit"]),
-        "git_dirty": str(environment["git_dirty"]),
-        "processor": environment["processor"],
-    }
-
-
-def _numbers(rows: Any, metrics: Mapping[str, Any], time: int) -> list[Metric]:
+def _numbers(rows: pd.DataFrame, metrics: Mapping[str, Any], time: int) -> list[Metric]:
     """List the numbers of a run, and those over its training with their steps."""
     numbers = [
         Metric(_metric_name(row.part, row.eval_task, row.metric), float(row.value), time, 0)
@@ -207,22 +187,15 @@ def _numbers(rows: Any, metrics: Mapping[str, Any], time: int) -> list[Metric]:
     ]
     losses = [{"step": step, "loss": loss} for step, loss in enumerate(metrics.get("curve", []), start=1)]
     histories = {"record": metrics.get("records", []), "epoch": metrics.get("epochs", []), "step": losses}
-    return numbers + [
-        Metric(_plain(f"{word}.{key}"), float(value), time, round(entry[counter]))
-        for word, entries in histories.items()
-        for counter in ["epoch" if word == "epoch" else "step"]
-        for entry in entries
-        for key, value in entry.items()
-        if key != counter and value is not None  # the loss of a model that diverged
-    ]
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings, such as ``training.epochs``, without empty ones."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    for word, entries in histories.items():
+        counter = "epoch" if word == "epoch" else "step"
+        numbers += [
+            Metric(_plain(f"{word}.{key}"), float(value), time, round(entry[counter]))
+            for entry in entries
+            for key, value in entry.items()
+            if key != counter and value is not None  # the loss of a model that diverged
+        ]
+    return numbers
 
 
 def _metric_name(*parts: str) -> str:
@@ -232,7 +205,3 @@ def _metric_name(*parts: str) -> str:
 def _plain(name: str) -> str:
     """Replace the characters that MLflow rejects, as in ``+90%``, an environment of ColoredMNIST."""
     return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
