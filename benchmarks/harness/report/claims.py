@@ -19,7 +19,7 @@ from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
-from benchmarks.harness.config.claims import ClaimTest, Comparison, PaperEffect, load_claims, suites_with
+from benchmarks.harness.config.claims import Comparison, PaperEffect, load_claims, suites_with
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
@@ -67,11 +67,7 @@ def write_claims(suite: Suite) -> None:
 
 
 def claimed_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Collect the numbers that claims compare by benchmark, in the columns ``COMPARED`` of :mod:`.common`.
-
-    Raises:
-        DefinitionError: A run is not finished, or a benchmark has no numbers to compare.
-    """
+    """Collect the numbers that claims compare by benchmark, in the columns ``COMPARED`` of :mod:`.common`."""
     numbers = {}
     for name in suite.claimed:
         benchmark = load_benchmark(name)
@@ -92,9 +88,6 @@ def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> p
     Returns:
         One row per test, in the order of ``claims.yaml``. The differences ``delta``, ``low``, ``high``, ``margin`` and
         the paper's ``effect`` are in the ``unit`` of tables, and ``n`` counts the kind of ``pair``.
-
-    Raises:
-        DefinitionError: A run is not finished, or a benchmark has no numbers to compare.
     """
     numbers = claimed_numbers(suite) if numbers is None else numbers
     rows = []
@@ -103,17 +96,26 @@ def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> p
             row: dict[str, Any] = {"claim": name, "claim_title": claim.title, "test": test.title}
             row |= dict.fromkeys(_TEXTS, "") | dict.fromkeys(_NUMBERS, math.nan)
             row |= {"paper": _paper_text(test.paper), "where": test.paper.where, "unit": test.paper.unit}
-            rows.append(row | {"compare": test.compare, "evidence": None} | _tested(test, numbers))
+            row |= {
+                "compare": test.compare,
+                "evidence": None,
+                "remark": f"not tested in this suite: needs {test.needs}",
+            }
+            rows.append(row | (_tested(test.compare, test.paper, numbers) if test.compare else {}))
     frame = pd.DataFrame(rows)
     frame["p_holm"] = holm(frame["p"])
-    return frame.assign(verdict=[_verdict(row).value for row in frame.itertuples()])
+    return frame.assign(verdict=[str(_verdict(row)) for row in frame.itertuples()])
 
 
-def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def _verdict(row: Any) -> Verdict:
+    if row.evidence is None:
+        return Verdict.NOT_TESTED
+    margin = load_metrics()[row.metric].equivalence_margin or 0.0
+    return judge(row.compare, row.evidence.difference, row.p_holm, margin)
+
+
+def _tested(compare: Comparison, paper: PaperEffect, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """Fill the columns of a row that depend on the comparison and its runs."""
-    compare = test.compare
-    if compare is None:
-        return {"remark": f"not tested in this suite: needs {test.needs}"}
     benchmark, metric = load_benchmark(compare.benchmark), load_metrics()[compare.metric]
     margin = metric.equivalence_margin or math.nan
     row = {
@@ -123,8 +125,8 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
         "margin": margin * metric.scale,
         "pair": benchmark.kind.compared_domains(benchmark.definition)[compare.domain].pair,
     }
-    if test.paper.effect is not None and test.paper.unit == row["unit"]:
-        row["effect"] = float(test.paper.effect)
+    if paper.effect is not None and paper.unit == row["unit"]:
+        row["effect"] = float(paper.effect)
     evidence = find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
     if evidence is None:
         suites = ", ".join(suites_with(compare)) or "no suite"
@@ -138,13 +140,6 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
     return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
 
 
-def _verdict(row: Any) -> Verdict:
-    if row.evidence is None:
-        return Verdict.NOT_TESTED
-    margin = load_metrics()[row.metric].equivalence_margin or 0.0
-    return judge(row.compare, row.evidence.difference, row.p_holm, margin)
-
-
 def _difference_unit(metric: Metric) -> str:
     """Return the unit of a difference: points of a percentage, times of a ratio."""
     if metric.unit == "%":
@@ -154,12 +149,11 @@ def _difference_unit(metric: Metric) -> str:
 
 def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
     titles = benchmark.kind.row_titles(benchmark.definition)
-    method, against = (
-        f"({title})" if "+" in title else title for title in (titles[compare.method], titles[compare.against])
-    )
+    titles = {name: f"({title})" if "+" in title else title for name, title in titles.items()}
+    method, against = titles[compare.method], titles[compare.against]
     if compare.settings:
-        is_all = compare.settings == "all"
-        method += ", all settings" if is_all else f", {'; '.join(map(setting_text, compare.settings))}"
+        settings = "all settings" if compare.settings == "all" else "; ".join(map(setting_text, compare.settings))
+        method += f", {settings}"
     return f"{method} {'÷' if compare.direction == 'near' else '−'} {against}"
 
 
@@ -200,12 +194,7 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     frame = rows.drop(columns=["compare", "evidence"]).assign(
         claim_shown=rows["claim_title"].where(~rows["claim"].duplicated(), ""),
         test_shown=[": ".join(filter(None, (row.test, row.contrast))) for row in rows.itertuples()],
-        n_shown=[
-            MISSING
-            if row.evidence is None
-            else _counted(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
-            for row in rows.itertuples()
-        ],
+        n_shown=[_count_text(row) for row in rows.itertuples()],
         runs_shown=[_runs_text(row) for row in rows.itertuples()],
         equal_shown=[_equal_text(row) for row in rows.itertuples()],
     )
@@ -228,6 +217,12 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         name="claims",
         wraps=True,
     )
+
+
+def _count_text(row: Any) -> str:
+    if row.evidence is None:
+        return MISSING
+    return _counted(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
 
 
 def _runs_text(row: Any) -> str:
@@ -287,19 +282,14 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     heights = [len(panel) + panel["claim"].nunique() for panel in panels]
     space = _BELOW * len(panels)
     inches = _LINE * sum(heights) + space + 0.3
+    layout = {"height_ratios": heights, "left": _LEFT, "right": _RIGHT, "top": 1, "bottom": (_BELOW + 0.3) / inches}
+    layout["hspace"] = space / (_LINE * sum(heights))
     with mpl.rc_context({**STYLE, "font.size": 7, "axes.spines.left": False}):
-        figure, axes = plt.subplots(
-            len(panels), 1, figsize=(WIDTH, inches), squeeze=False, gridspec_kw={"height_ratios": heights}
-        )
-        bottom = (_BELOW + 0.3) / inches
-        figure.subplots_adjust(_LEFT, bottom, _RIGHT, 1, hspace=space / (_LINE * sum(heights)))
+        figure, axes = plt.subplots(len(panels), figsize=(WIDTH, inches), squeeze=False, gridspec_kw=layout)
         for axis, panel, height in zip(axes[:, 0], panels, heights, strict=True):
             _draw_panel(axis, panel, height)
-        handles: list[Artist] = [
-            Line2D([], [], ls="", ms=5, label=str(word), **mark)
-            for word, mark in _MARKS.items()
-            if word in set(drawn["verdict"])
-        ]
+        marks = {word: mark for word, mark in _MARKS.items() if word in set(drawn["verdict"])}
+        handles: list[Artist] = [Line2D([], [], ls="", ms=5, label=str(word), **mark) for word, mark in marks.items()]
         handles.append(Line2D([], [], ls="", marker="|", ms=9, mew=1.6, color=_PAPER, label="the paper"))
         handles.append(Rectangle((0, 0), 1, 1, color=_BAND, label="practically equal"))
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import string
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from benchmarks.harness.report.plots import (
     WIDTH,
     count_text,
     draw_difference,
+    legend_below,
     placeholder_figure,
     save,
 )
@@ -129,8 +130,8 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
 
 _METHODS = {"dense": "dense", "gmoe": "GMoE", "emoe": "EMoE"}
 _STYLES = {"dense": DENSE, "gmoe": GMOE, "emoe": EMOE}
-_NOTHING = "this suite runs none of the main averages"
-_LETTERS = string.ascii_uppercase  # of the axes of a radar
+_COLUMNS = ["axis", "whose", "is_rank", "method", "mean", "delta", "low", "high", "n", "of", "compared"]
+_TITLES = {"ours": "these runs", "paper": "the paper (OOD: ranks, lower is better)"}
 _EXPLANATION, _LABEL = 58, 52  # letters of a line below a radar, and beside a difference
 _RADAR, _LINE = 2.9, 0.135  # inches of a radar with its title, and of a line below it
 _PADDING = 0.25  # of the range of an axis of the radar, inside its least and outside its greatest value
@@ -154,40 +155,36 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for average in load_main_averages().values():
         if average.of.benchmark in numbers:
             averages += _ours(average, numbers[average.of.benchmark])
-        for models, is_rank in ((average.paper, False), (average.paper_ranks, True)):
-            for model, values in models.items():
-                for method in _METHODS:
-                    value, dense = getattr(values, method), values.dense
+        for is_rank, models in ((False, average.paper), (True, average.paper_ranks)):
+            for model, published in models.items():
+                for method, value in published.model_dump().items():
                     row = {"axis": f"{average.title}, {model}", "whose": "paper", "is_rank": is_rank, "method": method}
-                    averages.append({**row, "mean": value, "delta": value - dense, "n": 0, "of": "", "compared": ""})
-    columns = ["axis", "whose", "is_rank", "method", "mean", "delta", "low", "high", "n", "of", "compared"]
-    return pd.DataFrame(averages, columns=columns)
+                    row |= {"mean": value, "delta": value - published.dense, "n": 0, "of": "", "compared": ""}
+                    averages.append(row)
+    return pd.DataFrame(averages, columns=_COLUMNS)
 
 
 def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
     """Average over the tasks and pairs of all methods; compare each with the dense one over the pairs of both."""
     of = average.of
-    rows = numbers[
-        (numbers[["selection", "domain", "metric", "setting"]] == [of.selection, of.domain, of.metric, ""]).all(axis=1)
-    ]
+    selected = [of.selection, of.domain, of.metric, ""]
+    rows = numbers[(numbers[["selection", "domain", "metric", "setting"]] == selected).all(axis=1)]
     averages = []
-    for model, own in rows.groupby("model", sort=False):
-        title = model_title(str(model))
-        wide = own.pivot_table(index=["task", "eval_task", "pair"], columns="method", values="value", aggfunc="mean")
-        if of.dense not in wide or not {of.gmoe, of.emoe} & set(wide):
-            continue
-        shared = wide[[name for name in (of.dense, of.gmoe, of.emoe) if name in wide]].dropna()
+    for model, of_model in rows.groupby("model", sort=False):
+        cell = ["task", "eval_task", "pair"]
+        wide = of_model.pivot_table(index=cell, columns="method", values="value", aggfunc="mean")
+        names = {method: getattr(of, method) for method in _METHODS if getattr(of, method) in wide}
+        shared = wide[list(names.values())].dropna()
         by_pair = shared.groupby("pair")
         means = by_pair.mean()[by_pair.size() == shared.groupby(["task", "eval_task"]).ngroups]
-        for method in _METHODS:
-            name = getattr(of, method)
-            if name not in wide or means.empty:
-                continue
-            evidence = None if name == of.dense else find_evidence(own, of.comparison(name))
+        if "dense" not in names or len(names) == 1 or means.empty:
+            continue
+        for method, name in names.items():
+            evidence = None if method == "dense" else find_evidence(of_model, of.comparison(name))
             difference = evidence.difference if evidence else mean_difference(np.zeros(len(means)))
-            row = {"axis": f"{average.title}, {title}", "whose": "ours", "is_rank": False, "method": method}
-            row |= {"mean": float(means[name].mean()) * 100, "delta": difference.mean * 100, "n": difference.n}
-            row |= {"low": difference.low * 100, "high": difference.high * 100}
+            row = {"axis": f"{average.title}, {model_title(str(model))}", "whose": "ours", "is_rank": False}
+            row |= {"method": method, "mean": float(means[name].mean()) * 100, "n": difference.n}
+            row |= {key: value * 100 for key, value in difference.columns().items() if key != "p"}
             row["of"] = _tasks_text(of.benchmark, shared, len(means))
             row["compared"] = _tasks_text(of.benchmark, wide[[of.dense, name]].dropna(), difference.n)
             averages.append(row)
@@ -204,68 +201,63 @@ def _tasks_text(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
 
 def draw_main(rows: pd.DataFrame, folder: Path) -> None:
     """Draw the radar and the differences into a folder."""
-    radar, differences = (folder / stem.name for stem in main_stems(""))
-    if not (rows["whose"] == "ours").any():
-        placeholder_figure(radar, _NOTHING)
-        placeholder_figure(differences, _NOTHING)
-        return
-    draw_radar(rows, radar)
-    draw_differences(rows, differences)
+    has_runs = (rows["whose"] == "ours").any()
+    for stem, draw in zip(main_stems(""), (draw_radar, draw_differences), strict=True):
+        if has_runs:
+            draw(rows, folder / stem.name)
+        else:
+            placeholder_figure(folder / stem.name, "this suite runs none of the main averages")
 
 
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
     """Draw two radars, ours and the paper's; each axis has its own range and a letter, which is explained below."""
-    letters = map("".join, itertools.product(("", *_LETTERS), _LETTERS))
+    letters = iter(string.ascii_letters)
     sides = []
-    for whose in ("ours", "paper"):
-        group = rows[rows["whose"] == whose]
+    for whose, group in rows.groupby("whose"):
         wide = group.pivot_table(index="axis", columns="method", values="mean", sort=False)
-        named = dict(zip(itertools.islice(letters, len(wide)), wide.index, strict=True))
-        axes = group.drop_duplicates("axis").set_index("axis")
-        sides.append((wide, axes["is_rank"], named, "\n".join(_explained(axes["of"], wide, named))))
+        wide = wide[[method for method in _METHODS if method in wide]]
+        axes = group.drop_duplicates("axis").set_index("axis").loc[wide.index]
+        axes["letter"] = list(itertools.islice(letters, len(axes)))
+        sides.append((str(whose), wide, axes, _explanation(wide, axes)))
     words = _LINE * max(text.count("\n") + 1 for *_, text in sides)
-    with mpl.rc_context({**STYLE, "axes.grid": True, "axes.grid.axis": "both"}):
+    with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure = plt.figure(figsize=(WIDTH, _RADAR + words + 0.3), layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=[_RADAR, words])
-        handles: dict[str, Any] = {}
-        for column, (wide, is_rank, named, text) in enumerate(sides):
+        for column, (whose, wide, axes, text) in enumerate(sides):
             panel: Any = figure.add_subplot(grid[0, column], projection="polar")
-            handles |= _draw_polygons(panel, wide, is_rank, named)
-            panel.set_title(("these runs", "the paper (OOD: ranks, lower is better)")[column], fontsize=8)
+            _draw_polygons(panel, wide, axes)
+            panel.set_title(_TITLES[whose], fontsize=8)
             below = figure.add_subplot(grid[1, column])
             below.axis("off")
             below.text(0, 1, text, va="top", fontsize=7, linespacing=1.25)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+        legend_below(figure, [panel], 3)
         save(figure, path)
 
 
-def _draw_polygons(panel: Any, wide: pd.DataFrame, ranks: pd.Series, named: Mapping[str, str]) -> dict[str, Any]:
-    """Draw the line of each method, with axes from the least to the greatest number, and return the lines by label."""
+def _draw_polygons(panel: Any, wide: pd.DataFrame, axes: pd.DataFrame) -> None:
+    """Draw the line of each method, with axes from the least to the greatest number; lower ranks are further out."""
     angles = np.linspace(0, 2 * np.pi, len(wide), endpoint=False)
-    better = wide.mul(np.where(ranks.loc[wide.index], -1.0, 1.0), axis=0)
+    better = wide.mul(np.where(axes["is_rank"], -1.0, 1.0), axis=0)
     low, high = better.min(axis=1), better.max(axis=1)
-    span = (high - low).where(high > low, 1.0)
-    radii = better.sub(low, axis=0).div(span, axis=0) * (1 - 2 * _PADDING) + _PADDING
-    drawn = {}
-    for method in filter(radii.__contains__, _METHODS):
-        values, style = radii[method].to_numpy(dtype=float), _STYLES[method].mark
-        (line,) = panel.plot([*angles, angles[0]], [*values, values[0]], ms=3.5, lw=1.2, **style)
-        drawn[_METHODS[method]] = line
-    panel.set_xticks(angles, list(named), fontsize=8)
+    radii = better.sub(low, axis=0).div((high - low).where(high > low, 1.0), axis=0) * (1 - 2 * _PADDING) + _PADDING
+    for method, values in radii.items():
+        label, style = _METHODS[str(method)], _STYLES[str(method)].mark
+        panel.plot([*angles, angles[0]], [*values, values.iloc[0]], ms=3.5, lw=1.2, label=label, **style)
+    panel.set_xticks(angles, axes["letter"], fontsize=8)
     panel.tick_params(axis="x", pad=1)
     panel.set_ylim(0, 1)
     panel.set_yticks([_PADDING, 0.5, 1 - _PADDING], ["", "", ""])
-    return drawn
 
 
-def _explained(tasks: pd.Series, wide: pd.DataFrame, named: Mapping[str, str]) -> Iterator[str]:
+def _explanation(wide: pd.DataFrame, axes: pd.DataFrame) -> str:
     """Explain each axis: its letter, its title, its tasks and its numbers."""
-    methods = [method for method in _METHODS if method in wide]
-    yield f"   {' / '.join(_METHODS[method] for method in methods)}"
-    for letter, axis in named.items():
-        numbers = " / ".join(f"{wide.loc[axis, method]:.1f}" for method in methods)
-        of = f" ({tasks[axis]})" if tasks[axis] else ""
-        yield textwrap.fill(f"{letter}  {axis}{of}: {numbers}", _EXPLANATION, subsequent_indent="     ")
+    lines = [f"   {' / '.join(_METHODS[method] for method in wide)}"]
+    for axis, row in axes.iterrows():
+        numbers = " / ".join(f"{value:.1f}" for value in wide.loc[axis])
+        of = f" ({row['of']})" if row["of"] else ""
+        text = f"{row['letter']}  {axis}{of}: {numbers}"
+        lines.append(textwrap.fill(text, _EXPLANATION, subsequent_indent="     "))
+    return "\n".join(lines)
 
 
 def draw_differences(rows: pd.DataFrame, path: Path) -> None:
@@ -285,8 +277,10 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
         panel.set_xlabel("Difference to the dense model (points)")
         note = "bars: 95 % intervals of these runs, over n pairs of seeds or trials; crosses: the paper"
         figure.supxlabel(note, fontsize=7.5)
-        marks = {_METHODS[name]: _STYLES[name].mark for name in ("gmoe", "emoe")}
-        handles = [mpl.lines.Line2D([], [], ls="", ms=5, label=label, **mark) for label, mark in marks.items()]
+        handles = [
+            mpl.lines.Line2D([], [], ls="", ms=5, label=_METHODS[name], **_STYLES[name].mark)
+            for name in ("gmoe", "emoe")
+        ]
         panel.legend(handles=handles, loc="best", fontsize=7, frameon=False)
         save(figure, path)
 
@@ -294,9 +288,6 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
 def _difference_title(axis: str, rows: pd.DataFrame) -> str:
     """Name a row of differences with its tasks and pairs, once if they are equal for all methods."""
     ours = rows[rows["whose"] == "ours"]  # the paper may have a row of the same model
-    compared = dict(zip(ours["method"].map(_METHODS), ours["compared"], strict=True))
-    if not compared:
-        return textwrap.fill(axis, _LABEL)
-    texts = set(compared.values())
-    of = texts.pop() if len(texts) == 1 else ". ".join(f"{name}: {text}" for name, text in compared.items())
-    return "\n".join((textwrap.fill(axis, _LABEL), textwrap.fill(of, _LABEL)))
+    of = [f"{_METHODS[row.method]}: {row.compared}" for row in ours.itertuples()]
+    of = list(ours["compared"].unique()) if ours["compared"].nunique() == 1 else of
+    return "\n".join(textwrap.fill(text, _LABEL) for text in (axis, ". ".join(of)) if text)
