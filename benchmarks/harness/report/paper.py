@@ -211,7 +211,7 @@ def draw_main(rows: pd.DataFrame, folder: Path) -> None:
 
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
     """Draw two radars, ours and the paper's; each axis has its own range and a letter, which is explained below."""
-    letters = iter(string.ascii_letters)
+    letters = iter(string.ascii_uppercase + string.ascii_lowercase)
     sides = []
     for whose, group in rows.groupby("whose"):
         wide = group.pivot_table(index="axis", columns="method", values="mean", sort=False)
