@@ -23,6 +23,7 @@ from benchmarks.harness.base import RUNS, RunError, without_passwords
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.results import mlflow
 from benchmarks.harness.results.mlflow import mirror
+from benchmarks.harness.results.records import read_metrics
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.forked import start as start_fork
@@ -57,13 +58,12 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/m.db"
 
 
-def mirrored(uri: str, benchmark: str = "glue") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the children by name and the parents by id; no name may occur twice."""
+def mirrored(uri: str, benchmark: str = "glue") -> dict[str, Any]:
+    """Return the stored runs by name; no name may occur twice."""
     client = MlflowClient(uri)
     stored = client.search_runs([client.get_experiment_by_name(benchmark).experiment_id], max_results=1000)
     assert len({run.info.run_name for run in stored}) == len(stored)
-    children = {run.info.run_name: run for run in stored if "mlflow.parentRunId" in run.data.tags}
-    return children, {run.info.run_id: run for run in stored if run.info.run_name not in children}
+    return {run.info.run_name: run for run in stored}
 
 
 def edit(run: Run, change: Any) -> None:
@@ -71,7 +71,7 @@ def edit(run: Run, change: Any) -> None:
     os.utime(RUNS / run.folder / "metrics.json", (ENDED, ENDED))
 
 
-def test_runs_have_their_numbers_and_parents_the_means_of_their_seeds(runs: list[Run], uri: str) -> None:
+def test_runs_have_their_numbers_settings_and_files(runs: list[Run], uri: str) -> None:
     picture = Path("results/mini/figures/glue_scores.png")
     picture.parent.mkdir(parents=True)
     picture.write_bytes(b"a picture")
@@ -89,53 +89,42 @@ def test_runs_have_their_numbers_and_parents_the_means_of_their_seeds(runs: list
     assert counts == {"added": len(runs), "replaced": 0, "unchanged": 0}
     assert Path(uri.removeprefix("sqlite:///")).stat().st_mode & 0o777 == 0o664  # the group goes on with it
     client = MlflowClient(uri)
-    children, parents = mirrored(uri)
-    assert set(children) == {run.id for run in runs}
+    stored = mirrored(uri)
+    assert set(stored) == {*(run.id for run in runs), "figures of glue"}
+    drawn = stored["figures of glue"].info.run_id
+    assert [file.path for file in client.list_artifacts(drawn)] == [picture.name]
     for run in runs:
-        child = children[run.id]
+        child = stored[run.id]
         assert (child.info.status, child.info.end_time) == ("FINISHED", 1000 * (ENDED + run.spec["seed"]))
         assert child.info.end_time - child.info.start_time == 2000  # cost.job_seconds
         assert {file.path for file in client.list_artifacts(child.info.run_id)} == {"metrics.json", "log.txt"}
         assert child.data.params["seed"] == str(run.spec["seed"])
-    for identifier, parent in list(parents.items()):
-        seeds = [run for run in children.values() if run.data.tags["mlflow.parentRunId"] == identifier]
-        if not seeds:
-            assert [file.path for file in client.list_artifacts(identifier)] == [picture.name]
-            continue
-        values = [run.data.metrics[SCORE] for run in seeds]
-        assert parent.data.metrics["seeds"] == len(values) == 2
-        assert parent.data.metrics[SCORE] == pytest.approx(sum(values) / 2)
-        assert parent.data.metrics[f"{SCORE}.std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
-        assert (parent.info.start_time, parent.info.end_time) == (1000 * ENDED - 2000, 1000 * (ENDED + 1))
-    assert len(parents) == 3
-    strange = children[runs[0].id]
+        assert child.data.metrics[SCORE] == read_metrics(run)["scores"]["test"]["tweets"]["balanced_accuracy"]
+    assert len({stored[run.id].data.tags["emoe.setting"] for run in runs}) == 2
+    strange = stored[runs[0].id]
     history = client.get_metric_history(strange.info.run_id, "step.loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
     assert strange.data.params["remark._90_"] == strange.data.params["remark.149"] == "1"
     assert strange.data.params["remark.long"].startswith("['xxx")
 
 
-def test_a_second_mirror_does_nothing_and_a_new_number_replaces_its_setting(runs: list[Run], uri: str) -> None:
+def test_a_second_mirror_does_nothing_and_a_new_number_replaces_its_run(runs: list[Run], uri: str) -> None:
     mirror(runs, uri)
-    children, parents = mirrored(uri)
+    first = {name: run.info.run_id for name, run in mirrored(uri).items()}
     assert mirror(runs, uri) == {"added": 0, "replaced": 0, "unchanged": 4}
-    again = mirrored(uri)
-    assert {run.info.run_id for run in again[0].values()} == {run.info.run_id for run in children.values()}
+    assert {name: run.info.run_id for name, run in mirrored(uri).items()} == first
 
     edit(runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25))
-    assert mirror(runs, uri) == {"added": 0, "replaced": 2, "unchanged": 2}
-    children, parents = mirrored(uri)
-    assert (len(children), len(parents)) == (4, 2)
-    assert children[runs[0].id].data.metrics[SCORE] == 0.25
+    assert mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
+    stored = mirrored(uri)
+    assert stored[runs[0].id].data.metrics[SCORE] == 0.25
 
     client = MlflowClient(uri)
-    identifier = children[runs[0].id].data.tags["mlflow.parentRunId"]
-    client.delete_tag(identifier, "emoe.digest")  # the mirror was interrupted
-    other = parents[next(key for key in parents if key != identifier)]
-    experiment = client.get_experiment_by_name("glue").experiment_id
-    client.create_run(experiment, tags=dict(other.data.tags), run_name=other.info.run_name)  # a second folder's
-    assert mirror(runs, uri)["replaced"] == 4
-    assert [len(stored) for stored in mirrored(uri)] == [4, 2]
+    client.delete_tag(first[runs[1].id], "emoe.digest")  # the mirror was interrupted
+    other = stored[runs[2].id]
+    client.create_run(other.info.experiment_id, tags=dict(other.data.tags), run_name=runs[2].id)  # a second folder's
+    assert mirror(runs, uri) == {"added": 0, "replaced": 2, "unchanged": 2}
+    assert len(mirrored(uri)) == 4
 
 
 def mirror_from(folder: Path, runs: list[Run], uri: str) -> None:
@@ -149,7 +138,7 @@ def test_two_folders_mirror_into_one_new_database_at_once(runs: list[Run], uri: 
     for fork in forks:
         fork.join(240)
     assert [fork.exitcode for fork in forks] == [0, 0]
-    assert set(mirrored(uri)[0]) == {run.id for run in runs}
+    assert set(mirrored(uri)) == {run.id for run in runs}
 
 
 NO_DRIVER, PASSWORD = ModuleNotFoundError("No module named 'psycopg2'"), f"no answer of http://lab:{KEPT_QUIET}@db\nx"

@@ -35,7 +35,8 @@ from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
 _TESTED = ("higher", "lower")  # the directions that a test decides
 _PAIRED = (*_TESTED, "same", "not_lower")  # the directions that compare pair by pair
-_TEXTS = ("contrast", "benchmark", "method", "against", "domain", "metric", "pair", "equivalent")
+_COMPARED = ("benchmark", "method", "against", "domain", "metric")
+_TEXTS = ("contrast", *_COMPARED, "pair", "equivalent")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 _RANDOM_WEIGHTS = (
     "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
@@ -119,7 +120,7 @@ def _tested(compare: Comparison, paper: PaperEffect, numbers: Mapping[str, pd.Da
     benchmark, metric = load_benchmark(compare.benchmark), load_metrics()[compare.metric]
     margin = metric.equivalence_margin or math.nan
     row = {
-        **{name: getattr(compare, name) for name in _TEXTS[1:6]},
+        **compare.model_dump(include={*_COMPARED}),
         "contrast": _contrast(compare, benchmark),
         "unit": _difference_unit(metric),
         "margin": margin * metric.scale,
@@ -247,8 +248,8 @@ def _equal_text(row: Any) -> str:
 
 def as_records(rows: pd.DataFrame) -> str:
     """Write all columns of :func:`judged` as a JSON list; a missing number is null."""
-    plain = rows.drop(columns=["compare", "evidence"])
-    return str(plain.to_json(orient="records", indent=1, force_ascii=False, double_precision=15))
+    frame = rows.drop(columns=["compare", "evidence"])
+    return str(frame.to_json(orient="records", indent=1, force_ascii=False, double_precision=15))
 
 
 def sentences(rows: pd.DataFrame) -> Iterator[str]:
@@ -263,10 +264,10 @@ def sentences(rows: pd.DataFrame) -> Iterator[str]:
 
 def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Group the texts of each claim's tests for a report, from the CSV of :func:`claims_table`."""
-    names = {"test_shown": "test", "benchmark": "benchmark", "paper": "paper", "runs_shown": "runs", "n_shown": "n"}
-    names["verdict"] = "verdict"
-    for title, tests in rows.fillna("").groupby("claim_title", sort=False):
-        yield {"title": title, "tests": tests[list(names)].rename(columns=names).to_dict("records")}
+    shown = rows.fillna("").drop(columns=["test", "n"])
+    shown = shown.rename(columns={"test_shown": "test", "runs_shown": "runs", "n_shown": "n"})
+    for title, tests in shown.groupby("claim_title", sort=False):
+        yield {"title": title, "tests": tests.to_dict("records")}
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
@@ -298,12 +299,12 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
 
 def _draw_panel(axis: Any, panel: pd.DataFrame, height: int) -> None:
     """Draw claims from top to bottom: a line for the title, and one for each test."""
-    limits, y = _limits(panel), 0  # of the next line
+    limits, line = _limits(panel), 0
     for title, claim in panel.groupby("claim_title", sort=False):
-        _write(axis, _TEXT, y, str(title), fontweight="bold", bbox=_PATCH)
+        _write(axis, _TEXT, line, str(title), fontweight="bold", bbox=_PATCH)
         for number, row in enumerate(claim.itertuples(), 1):
-            _draw_row(axis, row, y + number, limits)
-        y += 1 + len(claim)
+            _draw_row(axis, row, line + number, limits)
+        line += 1 + len(claim)
     axis.axvline(0, color="#555555", lw=0.8, zorder=1)
     axis.set(xlim=limits, ylim=(height - 0.5, -0.5), yticks=[])
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -316,8 +317,7 @@ def _draw_row(axis: Any, row: Any, y: int, limits: tuple[float, float]) -> None:
     start = limits[0] if row.compare.direction == "near" else -row.margin
     axis.fill_betweenx([y - 0.5, y + 0.5], start, row.margin, color=_BAND, lw=0, zorder=0)
     if not math.isnan(row.low):
-        line = {"lw": 1.4, "zorder": 2, "solid_capstyle": "butt"}
-        draw_interval(axis, (row.low, row.high), y, limits, mark["color"], **line)
+        draw_interval(axis, (row.low, row.high), y, limits, mark["color"], lw=1.4, zorder=2, solid_capstyle="butt")
     axis.plot(row.effect, y, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
     axis.plot(row.delta, y, ms=5, zorder=4, **{"mec": mark["color"], **mark})
     _write(axis, _TEXT, y, row.test)

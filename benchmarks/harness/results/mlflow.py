@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,22 @@ from mlflow.tracking import MlflowClient
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import RunError, atomic_write, first_line, hold, without_passwords
 from benchmarks.harness.config.runs import Run, canonical_json
-from benchmarks.harness.results.records import GROUP_KEYS, collect_from, read_metrics, run_keys
+from benchmarks.harness.results.records import GROUP_KEYS, read_metrics, run_keys, run_numbers
 
-_SETTING, _DIGEST, _PARENT = "emoe.setting", "emoe.digest", "mlflow.parentRunId"
+_SETTING, _DIGEST = "emoe.setting", "emoe.digest"
 _SQLITE = "sqlite:///"
 # the first page of such an experiment in MLflow lists training runs
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 _FILES = ("run.json", "metrics.json", paths.LOG)
 _MOST = 50_000  # runs that MLflow returns at once
 
-_Read = list[tuple[Run, dict[str, Any]]]
-
 
 def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] | None = None) -> dict[str, int]:
-    """Write the finished runs whose settings MLflow lacks, or has with other numbers.
+    """Write the finished runs that MLflow lacks, or has with other numbers.
 
-    A benchmark is an experiment, a setting is a parent run with the means of its seeds, and a run is a child. A second
-    mirror writes nothing. Two mirrors of one results folder, or into one SQLite file, wait for each other.
+    A benchmark is an experiment. Seeds have the tag ``emoe.setting`` in common, by which MLflow's page can group them
+    and show their mean. A second mirror writes nothing. Two mirrors of one results folder, or into one SQLite file,
+    wait for each other.
 
     Args:
         runs: The finished runs.
@@ -69,19 +68,15 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
 
 
 def _mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]]) -> dict[str, int]:
-    counts = Counter(added=0, replaced=0, unchanged=0)
     client = MlflowClient(uri)
-    for benchmark in dict.fromkeys(run.benchmark for run in runs):
-        settings = defaultdict[str, _Read](list)  # everything but the seed
-        for run in runs:
-            if run.benchmark == benchmark:
-                keys = run_keys(run)
-                name = " / ".join(str(keys[key]) for key in GROUP_KEYS[1:] if keys[key] != "")
-                settings[name].append((run, read_metrics(run)))
-        experiment = _Experiment(client, benchmark, keeps_files=uri.startswith("http"))
-        for name, members in settings.items():
-            counts[experiment.write_setting(name, members)] += len(members)
-        experiment.write_figures([path for path in figures.get(benchmark, ()) if path.exists()])
+    experiments = {
+        name: _Experiment(client, name, keeps_files=uri.startswith("http"))
+        for name in dict.fromkeys(run.benchmark for run in runs)
+    }
+    counts = Counter(added=0, replaced=0, unchanged=0)
+    counts.update(experiments[run.benchmark].write_run(run) for run in runs)
+    for name, experiment in experiments.items():
+        experiment.write_figures([path for path in figures.get(name, ()) if path.exists()])
     return dict(counts)
 
 
@@ -99,91 +94,72 @@ class _Experiment:
         experiment = client.get_experiment_by_name(benchmark)
         location = None if keeps_files else (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri()
         self._id = experiment.experiment_id if experiment else client.create_experiment(benchmark, location, _KIND)
-        self._parents = defaultdict[str, list[StoredRun]](list)
-        for run in self._search(f"tags.`{_SETTING}` != ''"):
-            self._parents[run.data.tags[_SETTING]].append(run)
+        self._stored = defaultdict[str, list[StoredRun]](list)  # by name
+        for run in client.search_runs([self._id], max_results=_MOST):
+            self._stored[run.info.run_name].append(run)
 
-    def write_setting(self, name: str, members: _Read) -> str:
-        """Write a parent with the means of its seeds, and its runs; return ``added``, ``replaced`` or ``unchanged``."""
-
-        def write() -> str:
-            records = collect_from(members)
-            times = {run.id: _times(run, metrics) for run, metrics in members}
-            span = (min(start for start, _ in times.values()), max(end for _, end in times.values()))
-            values = records.groupby(["part", "eval_task", "metric"], sort=False)["value"]
-            means = {_metric_name(*key): value for key, value in values.mean().items()}
-            means |= {f"{_metric_name(*key)}.std": value for key, value in values.std().dropna().items()}
-            numbers = [Metric(key, float(value), span[1], 0) for key, value in {**means, "seeds": len(members)}.items()]
-            parent = self._log(name, span, {_SETTING: name}, numbers)
-            for run, metrics in members:
-                environment, (settings,) = metrics["environment"], pd.json_normalize(run.spec).to_dict("records")
-                tags = {
-                    _PARENT: parent,
-                    "benchmark": run.benchmark,
-                    "mlflow.source.git.commit": str(environment["git_commit"]),
-                    "git_dirty": str(environment["git_dirty"]),
-                    "processor": environment["processor"],
-                }
-                numbers = _numbers(records[records["run_id"] == run.id], metrics, times[run.id][1])
-                params = [Param(_plain(str(key)), str(value)) for key, value in settings.items()]
-                files = [paths.RUNS / run.folder / file for file in _FILES]
-                self._log(run.id, times[run.id], tags, numbers, params, files)
-            return parent
-
-        return self._replace(name, "\n".join(canonical_json(metrics) for _, metrics in members).encode(), write)
+    def write_run(self, run: Run) -> str:
+        """Write a run unless it is there; return ``added``, ``replaced`` or ``unchanged``."""
+        metrics, keys = read_metrics(run), run_keys(run)
+        environment, (settings,) = metrics["environment"], pd.json_normalize(run.spec).to_dict("records")
+        tags = {
+            _SETTING: " / ".join(str(keys[key]) for key in GROUP_KEYS[1:] if keys[key] != ""),
+            "benchmark": run.benchmark,
+            "mlflow.source.git.commit": str(environment["git_commit"]),
+            "git_dirty": str(environment["git_dirty"]),
+            "processor": environment["processor"],
+        }
+        end = (paths.RUNS / run.folder / "metrics.json").stat().st_mtime
+        return self._write(
+            run.id,
+            canonical_json(metrics).encode(),
+            (end - metrics["cost"]["job_seconds"], end),
+            [paths.RUNS / run.folder / file for file in _FILES],
+            tags,
+            _numbers(run, metrics, round(end * 1000)),
+            [Param(_plain(str(key)), str(value)) for key, value in settings.items()],
+        )
 
     def write_figures(self, files: Sequence[Path]) -> None:
         """Keep the figures of the benchmark in a run of their own."""
         if files:
-            name, end = f"figures of {self._benchmark}", round(max(path.stat().st_mtime for path in files) * 1000)
+            end = max(path.stat().st_mtime for path in files)
             content = b"".join(path.read_bytes() for path in files)
-            self._replace(name, content, lambda: self._log(name, (end, end), {_SETTING: name}, files=files))
+            self._write(f"figures of {self._benchmark}", content, (end, end), files)
 
-    def _replace(self, name: str, content: bytes, write: Callable[[], str]) -> str:
-        """Write a parent and its runs, unless they are there with the same content; delete others of its name."""
-        digest = hashlib.sha256(content).hexdigest()
-        stored = self._parents[name]  # several if two folders wrote it at once
-        if [run.data.tags.get(_DIGEST) for run in stored] == [digest]:
-            return "unchanged"
-        for parent in stored:
-            for run in (*self._search(f"tags.`{_PARENT}` = '{parent.info.run_id}'"), parent):
-                self._client.delete_run(run.info.run_id)
-        self._client.set_tag(write(), _DIGEST, digest)  # at the end: an interrupted mirror writes the setting again
-        return "replaced" if stored else "added"
-
-    def _log(
+    def _write(
         self,
         name: str,
-        times: tuple[int, int],
-        tags: dict[str, str],
+        content: bytes,
+        times: tuple[float, float],
+        files: Sequence[Path],
+        tags: Mapping[str, str] | None = None,
         numbers: Sequence[Metric] = (),
         params: Sequence[Param] = (),
-        files: Sequence[Path] = (),
     ) -> str:
-        """Write a run of MLflow, and return its identifier."""
-        identifier = str(self._client.create_run(self._id, times[0], tags, name).info.run_id)
+        """Write a run of MLflow unless it is there with the same content; delete others of its name."""
+        digest = hashlib.sha256(content).hexdigest()
+        stored = self._stored[name]  # several if two folders wrote it at once
+        if [run.data.tags.get(_DIGEST) for run in stored] == [digest]:
+            return "unchanged"
+        for run in stored:
+            self._client.delete_run(run.info.run_id)
+        start, end = (round(seconds * 1000) for seconds in times)  # in milliseconds since 1970
+        identifier = self._client.create_run(self._id, start, dict(tags or {}), name).info.run_id
         for file in files:
             if file.exists():
                 self._client.log_artifact(identifier, str(file))
         self._client.log_batch(identifier, numbers, params)
-        self._client.set_terminated(identifier, end_time=times[1])
-        return identifier
-
-    def _search(self, condition: str) -> Sequence[StoredRun]:
-        return self._client.search_runs([self._id], condition, max_results=_MOST)
+        self._client.set_terminated(identifier, end_time=end)
+        self._client.set_tag(identifier, _DIGEST, digest)  # at the end: an interrupted mirror writes the run again
+        return "replaced" if stored else "added"
 
 
-def _times(run: Run, metrics: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the start and the end of a run in milliseconds since 1970."""
-    end = (paths.RUNS / run.folder / "metrics.json").stat().st_mtime
-    return round((end - metrics["cost"]["job_seconds"]) * 1000), round(end * 1000)
-
-
-def _numbers(rows: pd.DataFrame, metrics: Mapping[str, Any], time: int) -> list[Metric]:
+def _numbers(run: Run, metrics: Mapping[str, Any], time: int) -> list[Metric]:
     """List the numbers of a run, and those over its training with their steps."""
     numbers = [
-        Metric(_metric_name(row.part, row.eval_task, row.metric), float(row.value), time, 0)
-        for row in rows.itertuples()
+        Metric(_plain(".".join(filter(None, names))), float(value), time, 0)
+        for *names, value in run_numbers(run, metrics)
     ]
     losses = [{"step": step, "loss": loss} for step, loss in enumerate(metrics.get("curve", []), start=1)]
     histories = {"record": metrics.get("records", []), "epoch": metrics.get("epochs", []), "step": losses}
@@ -196,10 +172,6 @@ def _numbers(rows: pd.DataFrame, metrics: Mapping[str, Any], time: int) -> list[
             if key != counter and value is not None  # the loss of a model that diverged
         ]
     return numbers
-
-
-def _metric_name(*parts: str) -> str:
-    return _plain(".".join(filter(None, parts)))
 
 
 def _plain(name: str) -> str:
