@@ -265,8 +265,7 @@ def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = RE
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
-    machines = {name: dict(parts) for name, parts in numbers.machines.items()}
-    write_json(path.with_suffix(".json"), {"commit": commit, "machines": machines, "code": numbers.code})
+    write_json(path.with_suffix(".json"), {"commit": commit, "machines": numbers.machines, "code": numbers.code})
     return path
 
 
