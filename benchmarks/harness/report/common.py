@@ -44,12 +44,7 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
 
     These are the runs with the row's names in every shared column; an empty name and :data:`ALL` stand for all names.
     If a benchmark chooses among finished runs (DomainBed's draws), all candidates are named. A row of published numbers
-    has none.
-
-    Args:
-        table: The table, with names in its frame.
-        origins: The ``run_id`` and the names, one or more rows per run.
-        benchmark: The name of the benchmark.
+    has none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
     """
     keys = [key for key in _ORIGIN if key in table.frame and key in origins]
     if not keys or RUNS in table.frame:  # the table has named them
@@ -316,7 +311,7 @@ def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tu
     """Summarize the scores of each cell over seeds, and compare it with a reference.
 
     Args:
-        scores: One row per score, with ``value``, ``seed`` and the columns of the cell, one of which is ``method``.
+        scores: One row per score, with ``value``, ``seed``, ``method`` and the other columns of the cell.
         cell: The columns that name a cell.
         references: Each reference with the method that is compared with it, or with None for all methods.
 
@@ -355,9 +350,9 @@ def cost_table(
         frame: One row per cell, with titles.
         cell: The columns that identify a row.
         records: The numbers of the runs of each cell.
-        averaged: The runs of the means, as the caption says it.
-        measured_on: The rows on which loads were counted.
-        published: The rows of others' numbers, with titles and ``source``, below ours.
+        averaged: The runs of the means, for the caption.
+        measured_on: The rows on which loads were counted, for the caption.
+        published: The rows of others' numbers, with titles and ``source``.
     """
     frame = with_numbers(frame, cell, means_by(records, cell, _COST))
     others = ""

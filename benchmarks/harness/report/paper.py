@@ -57,10 +57,7 @@ _COST = "cost"  # the table that verdicts say nothing about
 def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presentation) -> None:
     """Write tables and figures once more into ``results/<suite>/paper/``, under the paper's numbers and with its rows.
 
-    Args:
-        suite: The suite.
-        artifacts: The names of the tables and figures of a benchmark, or of one of its sets.
-        presentation: These tables; the figures are drawn already.
+    The figures of the benchmark, or of one of its sets, are drawn already.
     """
     folder = paths.RESULTS / suite.name / "paper"
     tables = {table.name: table for table in presentation.tables}

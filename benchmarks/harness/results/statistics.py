@@ -118,14 +118,13 @@ class Ranking:
 
 
 def friedman_ranks(scores: pd.DataFrame) -> Ranking:
-    """Compute the average rank of each row over the columns; higher is better, ties share their mean rank.
+    """Compute the average rank of each row (method) over the columns (data sets) of scores without gaps.
 
-    Args:
-        scores: The scores, one row per method, one column per data set, no gaps.
+    Higher is better; ties share their mean rank.
     """
     ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
-    all_tied = bool((scores.nunique(axis=0) == 1).all())
-    if min(scores.shape[0] - 1, scores.shape[1]) < 2 or all_tied:
+    is_tied = (scores.nunique(axis=0) == 1).all()
+    if len(scores) < 3 or scores.shape[1] < 2 or is_tied:
         return Ranking(ranks, math.nan)
     return Ranking(ranks, float(stats.friedmanchisquare(*scores.to_numpy()).pvalue))
 
@@ -145,13 +144,10 @@ def critical_difference(methods: int, sets: int) -> float:
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mutual information, in bits, of a token's expert and its label.
+    """Compute the mutual information, in bits, of a token's expert and its label from ``[..., labels, experts]`` counts.
 
-    It is that of the empirical distribution. Chance alone gives more than 0: the more experts and labels, and the
-    fewer rows (or images), the more (see :func:`shuffled_information`).
-
-    Args:
-        counts: The choices of each expert, ``[..., labels, experts]``.
+    Chance alone gives more than 0: the more experts and labels, and the fewer rows (or images), the more (see
+    :func:`shuffled_information`).
     """
     shares = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1)
     of_labels, of_experts = (special.entr(shares.sum(axis)).sum(-1) for axis in (-1, -2))
