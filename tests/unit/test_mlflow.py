@@ -1,16 +1,12 @@
-"""The mirror in MLflow: its content, SQLite's file, and PostgreSQL behind a server."""
+"""The mirror in MLflow: its content, SQLite's file, and refusals."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -176,51 +172,3 @@ def test_no_library_reports_usage_unless_asked_to(tmp_path: Path) -> None:
     # no variable by which mlflow knows a test
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "True True\n"
-
-
-_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-_INITDB = shutil.which("initdb") or (str(_BINARIES[-1]) if _BINARIES else None)
-postgres_present = pytest.mark.skipif(
-    _INITDB is None or importlib.util.find_spec("psycopg2") is None,
-    reason="needs Debian's postgresql, and pip's psycopg2-binary",
-)
-
-
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    """Start a PostgreSQL server; root starts it as another user, as PostgreSQL demands."""
-    assert _INITDB
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}
-    folder = Path(tempfile.mkdtemp(prefix="emoe-postgres-"))
-    secret = folder / "secret"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    secret.write_text(KEPT_QUIET)
-    for path in (folder, secret) if user else ():
-        shutil.chown(path, "nobody")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-
-    def call(name: str, *words: str, check: bool = True) -> None:
-        command = [Path(_INITDB).resolve().with_name(name), "-D", folder / "data", *words]
-        subprocess.run(command, check=check, cwd=folder, stdout=subprocess.DEVNULL, **user)
-
-    try:
-        call("initdb", "-U", "lab", "-A", "scram-sha-256", "--pwfile", str(secret))
-        call("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
-        yield f"postgresql://lab:{KEPT_QUIET}@127.0.0.1:{port}/postgres"
-    finally:
-        call("pg_ctl", "-m", "immediate", "stop", check=False)
-        shutil.rmtree(folder)
-
-
-@pytest.mark.slow
-@postgres_present
-def test_postgres_takes_several_mirrors_at_once(runs: list[Run], postgres: str, tmp_path: Path) -> None:
-    assert mirror(runs[:1], postgres)["added"] == 1
-    folders = [shutil.copytree(Path.cwd(), tmp_path / f"folder{number}") for number in range(2)]
-    forks = [start_fork(mirror_from, folder, runs[2 * number :][:2], postgres) for number, folder in enumerate(folders)]
-    for fork in forks:
-        fork.join(240)
-    assert [fork.exitcode for fork in forks] == [0, 0]
-    assert mirror(runs, postgres) == {"added": 0, "replaced": 0, "unchanged": 4}
