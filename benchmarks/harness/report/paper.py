@@ -16,31 +16,14 @@ import pandas as pd
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import atomic_write
+from benchmarks.harness.config import paper_items
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, Artifacts
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import model_title
-from benchmarks.harness.config.paper_items import (
-    MainAverage,
-    PaperOutput,
-    item_benchmarks,
-    load_main_averages,
-    load_paper_items,
-    main_stems,
-    outputs_of,
-    paper_files,
-)
+from benchmarks.harness.config.paper_items import MainAverage, PaperOutput
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import SETTING, difference_text, name_or_count
-from benchmarks.harness.report.plots import (
-    REFERENCE,
-    STYLE,
-    WIDTH,
-    count_text,
-    draw_difference,
-    legend_below,
-    placeholder_figure,
-    save,
-)
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.style import DENSE, EMOE, GMOE
 from benchmarks.harness.report.table import MISSING, RUNS, Table
@@ -61,7 +44,7 @@ def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presenta
     """
     folder = paths.RESULTS / suite.name / "paper"
     tables = {table.name: table for table in presentation.tables}
-    for output in outputs_of(artifacts):
+    for output in paper_items.outputs_of(artifacts):
         name = artifacts.stem(output.part.name)
         if output.part.figure:
             for end in FIGURE_FORMATS:
@@ -88,7 +71,7 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite, verdicts
     elif output.part.name != _COST and (summary := _summary(frame, verdicts)):
         caption.append(f"What these runs see: {summary}")
     caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
-    is_named = table.title == load_paper_items()[output.item].title
+    is_named = table.title == paper_items.load_paper_items()[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
     return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=" ".join(caption))
 
@@ -109,13 +92,13 @@ def _summary(frame: pd.DataFrame, verdicts: Sequence[str]) -> str:
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
     """List the paper's items: ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite, and ``status``."""
     rows: list[dict[str, Any]] = []
-    for name, item in load_paper_items().items():
-        files = paper_files(suite, name)
+    for name, item in paper_items.load_paper_items().items():
+        files = paper_items.paper_files(suite, name)
         existing = sum(Path(file).exists() for file in files)
         if item.missing:
             status = f"not made: {item.missing}"
         elif not files:
-            status = f"not in this suite (benchmark {', '.join(item_benchmarks(item))})"
+            status = f"not in this suite (benchmark {', '.join(paper_items.item_benchmarks(item))})"
         else:
             status = "made" if existing == len(files) else f"{existing} of {len(files)} files"
         command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
@@ -149,7 +132,7 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         - ``of`` and ``compared``, the tasks and pairs of our mean and of our difference
     """
     averages = []
-    for average in load_main_averages().values():
+    for average in paper_items.load_main_averages().values():
         if average.of.benchmark in numbers:
             averages += _ours(average, numbers[average.of.benchmark])
         for is_rank, models in ((False, average.paper), (True, average.paper_ranks)):
@@ -193,17 +176,17 @@ def _tasks_text(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
     known = load_benchmark(benchmark)
     titles = known.kind.task_titles(known.definition, known.tasks)
     names = [titles.get(name, name) for name in numbers.index.get_level_values("task").unique()]
-    return f"{name_or_count(names, 'sets')}; {count_text([pairs], 'pairs')}"
+    return f"{name_or_count(names, 'sets')}; {plots.count_text([pairs], 'pairs')}"
 
 
 def draw_main(rows: pd.DataFrame, folder: Path) -> None:
     """Draw the radar and the differences into a folder."""
     has_runs = (rows["whose"] == "ours").any()
-    for stem, draw in zip(main_stems(""), (draw_radar, draw_differences), strict=True):
+    for stem, draw in zip(paper_items.main_stems(""), (draw_radar, draw_differences), strict=True):
         if has_runs:
             draw(rows, folder / stem.name)
         else:
-            placeholder_figure(folder / stem.name, "this suite runs none of the main averages")
+            plots.placeholder_figure(folder / stem.name, "this suite runs none of the main averages")
 
 
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
@@ -217,8 +200,8 @@ def draw_radar(rows: pd.DataFrame, path: Path) -> None:
         axes["letter"] = list(itertools.islice(letters, len(axes)))
         sides.append((str(whose), wide, axes, _explanation(wide, axes)))
     words = _LINE * max(text.count("\n") + 1 for *_, text in sides)
-    with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
-        figure = plt.figure(figsize=(WIDTH, _RADAR + words + 0.3), layout="constrained")
+    with mpl.rc_context({**plots.STYLE, "axes.grid.axis": "both"}):
+        figure = plt.figure(figsize=(plots.WIDTH, _RADAR + words + 0.3), layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=[_RADAR, words])
         for column, (whose, wide, axes, text) in enumerate(sides):
             panel: Any = figure.add_subplot(grid[0, column], projection="polar")
@@ -227,8 +210,8 @@ def draw_radar(rows: pd.DataFrame, path: Path) -> None:
             below = figure.add_subplot(grid[1, column])
             below.axis("off")
             below.text(0, 1, text, va="top", fontsize=7, linespacing=1.25)
-        legend_below(figure, [panel], 3)
-        save(figure, path)
+        plots.legend_below(figure, [panel], 3)
+        plots.save(figure, path)
 
 
 def _draw_polygons(panel: Any, wide: pd.DataFrame, axes: pd.DataFrame) -> None:
@@ -261,13 +244,13 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
     """Draw differences to the dense model in points: ours with 95 % intervals, the paper's as crosses, no ranks."""
     drawn = rows[(rows["method"] != "dense") & ~rows["is_rank"]]
     axes = list(drawn["axis"].drop_duplicates())
-    with mpl.rc_context(STYLE):
-        figure, panel = plt.subplots(figsize=(WIDTH, 0.36 * len(axes) + 1.0), layout="constrained")
+    with mpl.rc_context(plots.STYLE):
+        figure, panel = plt.subplots(figsize=(plots.WIDTH, 0.36 * len(axes) + 1.0), layout="constrained")
         for row in drawn.itertuples():
             style = _STYLES[row.method]
             height = axes.index(row.axis) + (0.14 if row.method == "gmoe" else -0.14)
-            draw_difference(panel, row, height, style if row.whose == "ours" else replace(style, marker="x"))
-        panel.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+            plots.draw_difference(panel, row, height, style if row.whose == "ours" else replace(style, marker="x"))
+        panel.axvline(0, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0)
         labels = [_difference_title(axis, drawn[drawn["axis"] == axis]) for axis in axes]
         panel.set_yticks(range(len(axes)), labels, fontsize=7)
         panel.set_ylim(len(axes) - 0.4, -0.6)
@@ -279,7 +262,7 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
             for name in ("gmoe", "emoe")
         ]
         panel.legend(handles=handles, loc="best", fontsize=7, frameon=False)
-        save(figure, path)
+        plots.save(figure, path)
 
 
 def _difference_title(axis: str, rows: pd.DataFrame) -> str:

@@ -104,7 +104,6 @@ class _Experiment:
         environment, (settings,) = metrics["environment"], pd.json_normalize(run.spec).to_dict("records")
         tags = {
             _SETTING: " / ".join(str(keys[key]) for key in GROUP_KEYS[1:] if keys[key] != ""),
-            "benchmark": run.benchmark,
             "mlflow.source.git.commit": str(environment["git_commit"]),
             "git_dirty": str(environment["git_dirty"]),
             "processor": environment["processor"],
