@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import string
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,16 @@ from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.paper_items import MainAverage, PaperOutput
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report import plots
-from benchmarks.harness.report.common import SETTING, difference_text, name_or_count
+from benchmarks.harness.report.common import SETTING, name_or_count
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.style import DENSE, EMOE, GMOE
-from benchmarks.harness.report.table import MISSING, RUNS, Table
+from benchmarks.harness.report.table import RUNS, Table
 from benchmarks.harness.results.claims import find_evidence
 from benchmarks.harness.results.statistics import mean_difference
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
 _PROTOCOLS = ("published", "clean")  # the paper's own first
-_FEW = 3  # verdicts in a caption
-_COST = "cost"  # the table that verdicts say nothing about
 
 
 def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presentation) -> None:
@@ -51,10 +49,10 @@ def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presenta
                 with atomic_write(folder / f"{output.name}.{end}") as temporary:
                     temporary.write_bytes((folder.parent / "figures" / f"{name}.{end}").read_bytes())
         else:
-            _select_paper_rows(tables[name], output, suite, presentation.verdicts).write(folder)
+            _select_paper_rows(tables[name], output, suite).write(folder)
 
 
-def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite, verdicts: Sequence[str]) -> Table:
+def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
     """Keep the paper's rows of one selection: the authors' if the suite runs it, else the clean one."""
     frame, caption = table.frame, [table.caption]
     if output.part.rows and "method" in frame:
@@ -68,25 +66,10 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite, verdicts
         caption.append(f"p is corrected over all rows of `{table.name}`, of which some stand here.")
     if RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all():
         caption.append("All numbers are published ones: this suite runs none of these rows.")
-    elif output.part.name != _COST and (summary := _summary(frame, verdicts)):
-        caption.append(f"What these runs see: {summary}")
     caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
     is_named = table.title == paper_items.load_paper_items()[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
     return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=" ".join(caption))
-
-
-def _summary(frame: pd.DataFrame, verdicts: Sequence[str]) -> str:
-    """Summarize an ablation by the differences of its first model and set, another table by the first verdicts."""
-    if "is_ours" not in frame:  # no ablation
-        return " ".join(verdicts[:_FEW])
-    rows = frame[frame["is_ours"] & frame["delta"].notna()]
-    if rows.empty:
-        return ""
-    rows = rows.assign(verdict=rows["verdict"].replace(MISSING, ""))
-    first = rows[rows["on"].eq(rows["on"].iloc[0]) & rows["model"].eq(rows["model"].iloc[0])]
-    words = [f"{row.method_title} {difference_text(row)}" for row in first.itertuples()]
-    return f"{first['model_title'].iloc[0]}, {first['on'].iloc[0]}: {'; '.join(words)}."
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
