@@ -185,7 +185,7 @@ def test_paper_table_puts_published_numbers_beside_ours(glue: TextOutcomes) -> N
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("gpt2,CoLA,emoe,1.0,publshed,Fig. 9", "line 2: status is 'publshed'; did you mean 'published'"),
+        ("gpt2,CoLA,emoe,1.0,publshed,Fig. 9", "status' is 'publshed', .* did you mean 'published'"),
         ("gpt2,CoLA,emoe,,published,Fig. 9", "line 2: a value is given if the status is not 'unknown'"),
     ],
 )

@@ -98,7 +98,7 @@ def test_tasks_are_averaged_within_a_seed_and_a_seed_that_lacks_one_is_left_out(
     base = {(task, seed): 0.5 for task in ("a", "b") for seed in (0, 1, 2)}
     ours = {("a", 0): 0.52, ("b", 0): 0.54, ("a", 1): 0.51, ("b", 1): 0.53, ("a", 2): 0.9, ("c", 0): 0.9}
     evidence = compared(numbers({"emoe": ours, "vanilla": base, "gmoe": {("d", 0): 1.0}}))
-    assert (evidence.difference.n, evidence.incomplete, evidence.tasks) == (2, 1, ("a", "b"))
+    assert (evidence.difference.n, evidence.incomplete, evidence.tasks) == (2, 1, ["a", "b"])
     assert evidence.difference.mean == pytest.approx((0.03 + 0.02) / 2)
     # no seed has all tasks
     base = {("a", seed): 0.5 for seed in (0, 1)} | {("b", seed): 0.5 for seed in (2, 3)}

@@ -19,7 +19,7 @@ from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
-from benchmarks.harness.config.claims import ClaimTest, Comparison, PaperEffect, load_claims, suites_with
+from benchmarks.harness.config.claims import Comparison, PaperEffect, load_claims, suites_with
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
@@ -35,7 +35,8 @@ from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
 _TESTED = ("higher", "lower")  # the directions that a test decides
 _PAIRED = (*_TESTED, "same", "not_lower")  # the directions that compare pair by pair
-_TEXTS = ("contrast", "benchmark", "method", "against", "domain", "metric", "pair", "equivalent")
+_COMPARED = ("benchmark", "method", "against", "domain", "metric")
+_TEXTS = ("contrast", *_COMPARED, "pair", "equivalent")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 _RANDOM_WEIGHTS = (
     "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
@@ -73,11 +74,7 @@ def write_claims(suite: Suite) -> None:
 
 
 def claimed_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Collect the numbers that claims compare by benchmark, in the columns ``COMPARED`` of :mod:`.common`.
-
-    Raises:
-        DefinitionError: A run is not finished, or a benchmark has no numbers to compare.
-    """
+    """Collect the numbers that claims compare by benchmark, in the columns ``COMPARED`` of :mod:`.common`."""
     numbers = {}
     for name in suite.claimed:
         benchmark = load_benchmark(name)
@@ -98,9 +95,6 @@ def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> p
     Returns:
         One row per test, in the order of ``claims.yaml``. The differences ``delta``, ``low``, ``high``, ``margin`` and
         the paper's ``effect`` are in the ``unit`` of tables, and ``n`` counts the kind of ``pair``.
-
-    Raises:
-        DefinitionError: A run is not finished, or a benchmark has no numbers to compare.
     """
     numbers = claimed_numbers(suite) if numbers is None else numbers
     rows = []
@@ -109,28 +103,37 @@ def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> p
             row: dict[str, Any] = {"claim": name, "claim_title": claim.title, "test": test.title}
             row |= dict.fromkeys(_TEXTS, "") | dict.fromkeys(_NUMBERS, math.nan)
             row |= {"paper": _paper_text(test.paper), "where": test.paper.where, "unit": test.paper.unit}
-            rows.append(row | {"compare": test.compare, "evidence": None} | _tested(test, numbers))
+            row |= {
+                "compare": test.compare,
+                "evidence": None,
+                "remark": f"not tested in this suite: needs {test.needs}",
+            }
+            rows.append(row | (_tested(test.compare, test.paper, numbers) if test.compare else {}))
     frame = pd.DataFrame(rows)
     frame["p_holm"] = holm(frame["p"])
-    return frame.assign(verdict=[_verdict(row).value for row in frame.itertuples()])
+    return frame.assign(verdict=[str(_verdict(row)) for row in frame.itertuples()])
 
 
-def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def _verdict(row: Any) -> Verdict:
+    if row.evidence is None:
+        return Verdict.NOT_TESTED
+    margin = load_metrics()[row.metric].equivalence_margin or 0.0
+    return judge(row.compare, row.evidence.difference, row.p_holm, margin)
+
+
+def _tested(compare: Comparison, paper: PaperEffect, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """Fill the columns of a row that depend on the comparison and its runs."""
-    compare = test.compare
-    if compare is None:
-        return {"remark": f"not tested in this suite: needs {test.needs}"}
     benchmark, metric = load_benchmark(compare.benchmark), load_metrics()[compare.metric]
     margin = metric.equivalence_margin or math.nan
     row = {
-        **{name: getattr(compare, name) for name in _TEXTS[1:6]},
+        **compare.model_dump(include={*_COMPARED}),
         "contrast": _contrast(compare, benchmark),
         "unit": _difference_unit(metric),
         "margin": margin * metric.scale,
         "pair": benchmark.domains[compare.domain].pair,
     }
-    if test.paper.effect is not None and test.paper.unit == row["unit"]:
-        row["effect"] = float(test.paper.effect)
+    if paper.effect is not None and paper.unit == row["unit"]:
+        row["effect"] = float(paper.effect)
     evidence = find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
     if evidence is None:
         suites = ", ".join(suites_with(compare)) or "no suite"
@@ -144,13 +147,6 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
     return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
 
 
-def _verdict(row: Any) -> Verdict:
-    if row.evidence is None:
-        return Verdict.NOT_TESTED
-    margin = load_metrics()[row.metric].equivalence_margin or 0.0
-    return judge(row.compare, row.evidence.difference, row.p_holm, margin)
-
-
 def _difference_unit(metric: Metric) -> str:
     """Return the unit of a difference: points of a percentage, times of a ratio."""
     if metric.unit == "%":
@@ -160,12 +156,11 @@ def _difference_unit(metric: Metric) -> str:
 
 def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
     titles = benchmark.row_titles
-    method, against = (
-        f"({title})" if "+" in title else title for title in (titles[compare.method], titles[compare.against])
-    )
+    titles = {name: f"({title})" if "+" in title else title for name, title in titles.items()}
+    method, against = titles[compare.method], titles[compare.against]
     if compare.settings:
-        is_all = compare.settings == "all"
-        method += ", all settings" if is_all else f", {'; '.join(map(setting_text, compare.settings))}"
+        settings = "all settings" if compare.settings == "all" else "; ".join(map(setting_text, compare.settings))
+        method += f", {settings}"
     return f"{method} {'÷' if compare.direction == 'near' else '−'} {against}"
 
 
@@ -206,12 +201,7 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     frame = rows.drop(columns=["compare", "evidence"]).assign(
         claim_shown=rows["claim_title"].where(~rows["claim"].duplicated(), ""),
         test_shown=[": ".join(filter(None, (row.test, row.contrast))) for row in rows.itertuples()],
-        n_shown=[
-            MISSING
-            if row.evidence is None
-            else _counted(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
-            for row in rows.itertuples()
-        ],
+        n_shown=[_count_text(row) for row in rows.itertuples()],
         runs_shown=[_runs_text(row) for row in rows.itertuples()],
         equal_shown=[_equal_text(row) for row in rows.itertuples()],
     )
@@ -236,6 +226,12 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     )
 
 
+def _count_text(row: Any) -> str:
+    if row.evidence is None:
+        return MISSING
+    return _counted(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
+
+
 def _runs_text(row: Any) -> str:
     if math.isnan(row.delta):
         return MISSING
@@ -258,8 +254,8 @@ def _equal_text(row: Any) -> str:
 
 def as_records(rows: pd.DataFrame) -> str:
     """Write all columns of :func:`judged` as a JSON list; a missing number is null."""
-    plain = rows.drop(columns=["compare", "evidence"])
-    return str(plain.to_json(orient="records", indent=1, force_ascii=False, double_precision=15))
+    frame = rows.drop(columns=["compare", "evidence"])
+    return str(frame.to_json(orient="records", indent=1, force_ascii=False, double_precision=15))
 
 
 def sentences(rows: pd.DataFrame) -> Iterator[str]:
@@ -274,10 +270,10 @@ def sentences(rows: pd.DataFrame) -> Iterator[str]:
 
 def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Group the texts of each claim's tests for a report, from the CSV of :func:`claims_table`."""
-    names = {"test_shown": "test", "benchmark": "benchmark", "paper": "paper", "runs_shown": "runs", "n_shown": "n"}
-    names["verdict"] = "verdict"
-    for title, tests in rows.fillna("").groupby("claim_title", sort=False):
-        yield {"title": title, "tests": tests[list(names)].rename(columns=names).to_dict("records")}
+    shown = rows.fillna("").drop(columns=["test", "n"])
+    shown = shown.rename(columns={"test_shown": "test", "runs_shown": "runs", "n_shown": "n"})
+    for title, tests in shown.groupby("claim_title", sort=False):
+        yield {"title": title, "tests": tests.to_dict("records")}
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
@@ -293,19 +289,14 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     heights = [len(panel) + panel["claim"].nunique() for panel in panels]
     space = _BELOW * len(panels)
     inches = _LINE * sum(heights) + space + 0.3
+    layout = {"height_ratios": heights, "left": _LEFT, "right": _RIGHT, "top": 1, "bottom": (_BELOW + 0.3) / inches}
+    layout["hspace"] = space / (_LINE * sum(heights))
     with mpl.rc_context({**STYLE, "font.size": 7, "axes.spines.left": False}):
-        figure, axes = plt.subplots(
-            len(panels), 1, figsize=(WIDTH, inches), squeeze=False, gridspec_kw={"height_ratios": heights}
-        )
-        bottom = (_BELOW + 0.3) / inches
-        figure.subplots_adjust(_LEFT, bottom, _RIGHT, 1, hspace=space / (_LINE * sum(heights)))
+        figure, axes = plt.subplots(len(panels), figsize=(WIDTH, inches), squeeze=False, gridspec_kw=layout)
         for axis, panel, height in zip(axes[:, 0], panels, heights, strict=True):
             _draw_panel(axis, panel, height)
-        handles: list[Artist] = [
-            Line2D([], [], ls="", ms=5, label=str(word), **mark)
-            for word, mark in _MARKS.items()
-            if word in set(drawn["verdict"])
-        ]
+        marks = {word: mark for word, mark in _MARKS.items() if word in set(drawn["verdict"])}
+        handles: list[Artist] = [Line2D([], [], ls="", ms=5, label=str(word), **mark) for word, mark in marks.items()]
         handles.append(Line2D([], [], ls="", marker="|", ms=9, mew=1.6, color=_PAPER, label="the paper"))
         handles.append(Rectangle((0, 0), 1, 1, color=_BAND, label="practically equal"))
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
@@ -314,12 +305,12 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
 
 def _draw_panel(axis: Any, panel: pd.DataFrame, height: int) -> None:
     """Draw claims from top to bottom: a line for the title, and one for each test."""
-    limits, y = _limits(panel), 0  # of the next line
+    limits, line = _limits(panel), 0
     for title, claim in panel.groupby("claim_title", sort=False):
-        _write(axis, _TEXT, y, str(title), fontweight="bold", bbox=_PATCH)
+        _write(axis, _TEXT, line, str(title), fontweight="bold", bbox=_PATCH)
         for number, row in enumerate(claim.itertuples(), 1):
-            _draw_row(axis, row, y + number, limits)
-        y += 1 + len(claim)
+            _draw_row(axis, row, line + number, limits)
+        line += 1 + len(claim)
     axis.axvline(0, color="#555555", lw=0.8, zorder=1)
     axis.set(xlim=limits, ylim=(height - 0.5, -0.5), yticks=[])
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -332,8 +323,7 @@ def _draw_row(axis: Any, row: Any, y: int, limits: tuple[float, float]) -> None:
     start = limits[0] if row.compare.direction == "near" else -row.margin
     axis.fill_betweenx([y - 0.5, y + 0.5], start, row.margin, color=_BAND, lw=0, zorder=0)
     if not math.isnan(row.low):
-        line = {"lw": 1.4, "zorder": 2, "solid_capstyle": "butt"}
-        draw_interval(axis, (row.low, row.high), y, limits, mark["color"], **line)
+        draw_interval(axis, (row.low, row.high), y, limits, mark["color"], lw=1.4, zorder=2, solid_capstyle="butt")
     axis.plot(row.effect, y, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
     axis.plot(row.delta, y, ms=5, zorder=4, **{"mec": mark["color"], **mark})
     _write(axis, _TEXT, y, row.test)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.harness.base import DefinitionError
@@ -14,12 +15,11 @@ from benchmarks.harness.config.benchmark import COUNTS, AnyBenchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import NUMBER_COLUMNS
+from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
 from benchmarks.harness.report.style import MethodStyle, style_of
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.harness.results.records import COST, LOADS, MODEL, information_numbers
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences
-from emoe.errors import did_you_mean
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
 ALL = "*"  # in place of a name: a mean over all
@@ -44,26 +44,19 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
 
     These are the runs with the row's names in every shared column; an empty name and :data:`ALL` stand for all names.
     If a benchmark chooses among finished runs (DomainBed's draws), all candidates are named. A row of published numbers
-    has none.
-
-    Args:
-        table: The table, with names in its frame.
-        origins: The ``run_id`` and the names, one or more rows per run.
-        benchmark: The name of the benchmark.
+    has none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
     """
-    frame = table.frame
-    keys = [key for key in _ORIGIN if key in frame and key in origins]
-    if not keys or RUNS in frame:  # the table has named them
+    keys = [key for key in _ORIGIN if key in table.frame and key in origins]
+    if not keys or RUNS in table.frame:  # the table has named them
         return table
-    tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
-    runs = [f"{benchmark}/{run}" for run in tried["run_id"]]
-    numbers = {key: tried.reset_index(drop=True).groupby(key).indices for key in keys}  # of the runs with a name
+    tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
+    numbers = {key: tried.groupby(key).indices for key in keys}  # of the runs with a name
     folders = []
-    for names in frame[keys].fillna("").astype(str).to_dict("records"):
-        matching = (set(numbers[key].get(name, ())) for key, name in names.items() if name not in ("", ALL))
-        of_row = set(range(len(runs))).intersection(*matching)
-        folders.append(" ".join(dict.fromkeys(runs[number] for number in sorted(of_row))))
-    return replace(table, frame=frame.assign(**{RUNS: folders}))
+    for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
+        matching = (numbers[key].get(name, ()) for key, name in names.items() if name not in ("", ALL))
+        of_row = sorted(set(tried.index).intersection(*matching))
+        folders.append(" ".join(f"{benchmark}/{run}" for run in tried["run_id"].iloc[of_row].unique()))
+    return replace(table, frame=table.frame.assign(**{RUNS: folders}))
 
 
 def counts(records: pd.DataFrame) -> pd.DataFrame:
@@ -83,7 +76,6 @@ class Outcomes:
         titles: The titles of other columns by name, in the order of rows.
 
     Attributes:
-        name: The name of the benchmark.
         methods: The methods by name.
         baseline: The name of the baseline.
         titles: The titles by column and name, in the order of rows: models and tasks as they ran, then as they are
@@ -154,11 +146,11 @@ _STATUS = ("published", "inferred", "unknown")
 
 
 def read_published(benchmark: AnyBenchmark, file: str | None = None, of: Sequence[str] | None = None) -> pd.DataFrame:
-    """Read published numbers in points (ranks unchanged), each with status and source, by default from ``paper.csv``.
+    """Read published numbers in points (ranks unchanged), each with status and source.
 
     Args:
         benchmark: The benchmark.
-        file: The name of another file in its folder.
+        file: The name of the file in its folder, by default ``paper`` of its definition.
         of: The columns that identify a number, by default those of the benchmark's kind.
 
     Raises:
@@ -172,11 +164,9 @@ def read_published(benchmark: AnyBenchmark, file: str | None = None, of: Sequenc
     published = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
     if list(published.columns) != columns:
         raise DefinitionError(f"{path}: the columns are {list(published.columns)}, but must be {columns}")
-    for number, row in enumerate(published.itertuples(), 2):
-        if row.status not in _STATUS:
-            raise DefinitionError(f"{path}, line {number}: status is '{row.status}'{did_you_mean(row.status, _STATUS)}")
-        if math.isnan(row.value) != (row.status == "unknown"):
-            raise DefinitionError(f"{path}, line {number}: a value is given if the status is not 'unknown'")
+    check_names(f"{path}: '", "status", published["status"], _STATUS)
+    for number in published.index[published["value"].isna() != (published["status"] == "unknown")]:
+        raise DefinitionError(f"{path}, line {number + 2}: a value is given if the status is not 'unknown'")
     return published
 
 
@@ -209,7 +199,7 @@ def with_columns(
     best: str | None = "mean",
     joint: str = " ",
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add one column of numbers per name.
+    """Add one column of numbers per name, and return the rows with the columns of the table.
 
     Args:
         frame: The rows, with the columns ``on``.
@@ -220,9 +210,6 @@ def with_columns(
         std: The column of the numbers with their standard deviation.
         best: The column of the numbers by which the best row is marked.
         joint: The text between name and column in the columns of the frame.
-
-    Returns:
-        The rows with the numbers, and the columns of the table.
     """
     by, columns = numbers.columns[0], []
     for name, heading in headings.items():
@@ -253,12 +240,7 @@ def difference_text(row: Any, unit: str = "") -> str:
 def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame) -> Table:
     """Make a table of paired differences to the baseline, with intervals, p and verdicts.
 
-    Args:
-        against: The title of the baseline.
-        caption: The explanation of pairs and correction.
-        keys: The columns that name a row, with their headings.
-        metric: The metric of the differences.
-        frame: The rows of :func:`~benchmarks.harness.results.statistics.with_verdicts`, with titles.
+    The rows are those of :func:`~benchmarks.harness.results.statistics.with_verdicts`, with titles.
     """
     return Table(
         f"Tests against {against}",
@@ -278,20 +260,15 @@ def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
     """Compute ``ours`` for :func:`published_table`: means, their 95 % interval and the count ``n``."""
     rows = values.groupby(list(cell), sort=False)
     means = rows.agg(ours="mean", n="size")
-    for number, end in enumerate(("low", "high")):
-        ends = rows.agg(lambda cell_values, number=number: confidence_interval(cell_values.to_numpy())[number])
-        means[end] = ends.where(means["n"] > 1)
+    ends = [confidence_interval(row.to_numpy()) if len(row) > 1 else (math.nan, math.nan) for _, row in rows]
+    means[["low", "high"]] = np.reshape(ends, (-1, 2))
     return means.reset_index()
 
 
 def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame) -> Table:
     """Make a table of published accuracies and ours.
 
-    Args:
-        title: The heading.
-        caption: The explanation of columns and gaps.
-        keys: The columns that name a row, with their headings.
-        frame: The rows with ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
+    The rows have ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
     """
     return Table(
         title,
@@ -303,7 +280,7 @@ def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd
             Column("runs", "n", "n"),
             Column("accuracy", "difference", "Ours − published", signed=True, decimals=2),
         ],
-        frame.assign(status=frame["status"].fillna(MISSING), source=frame["source"].fillna(MISSING)),
+        frame.fillna({"status": MISSING, "source": MISSING}),
         notes={"status": "Status", "source": "Source of the published number"},
     )
 
@@ -311,8 +288,9 @@ def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd
 def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """Compute the means of costs and expert loads, one row per cell and one column per metric."""
     records = records[records["part"].isin(("cost", "model", "routing"))]
-    by_metric = {metric: records[records["metric"] == metric].groupby(list(cell), sort=False) for metric in metrics}
-    return pd.DataFrame({metric: rows["value"].mean() for metric, rows in by_metric.items()}).reset_index()
+    rows = {metric: records[records["metric"] == metric] for metric in metrics}
+    means = {metric: of.groupby(list(cell), sort=False)["value"].mean() for metric, of in rows.items()}
+    return pd.DataFrame(means).reset_index()
 
 
 def name_or_count(names: Sequence[str], noun: str) -> str:
@@ -331,7 +309,7 @@ def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tu
     """Summarize the scores of each cell over seeds, and compare it with a reference.
 
     Args:
-        scores: One row per score, with ``value``, ``seed`` and the columns of the cell, one of which is ``method``.
+        scores: One row per score, with ``value``, ``seed``, ``method`` and the other columns of the cell.
         cell: The columns that name a cell.
         references: Each reference with the method that is compared with it, or with None for all methods.
 
@@ -342,18 +320,13 @@ def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tu
     """
     rows = []
     for key, values in scores.groupby(list(cell), sort=False)["value"]:
-        low, high = confidence_interval(values.to_numpy())
-        rows.append((*key, values.mean(), values.std(), values.std(ddof=0), len(values), low, high))
+        interval = confidence_interval(values.to_numpy())
+        rows.append((*key, values.mean(), values.std(), values.std(ddof=0), len(values), *interval))
     names = [*cell, "mean", "std", "population_std", "n", "low_mean", "high_mean"]
-    differences = [
-        paired_differences(
-            scores if method is None else scores[scores["method"].isin([reference, method])],
-            cell,
-            {"method": reference},
-            "seed",
-        ).drop(columns="values")
-        for reference, method in references
-    ]
+    differences = []
+    for reference, method in references:
+        both = scores if method is None else scores[scores["method"].isin([reference, method])]
+        differences.append(paired_differences(both, cell, {"method": reference}, "seed").drop(columns="values"))
     compared = pd.concat(differences).rename(columns={"n": "pairs"})
     return pd.DataFrame(rows, columns=names).merge(compared, on=list(cell), how="left")
 
@@ -375,16 +348,16 @@ def cost_table(
         frame: One row per cell, with titles.
         cell: The columns that identify a row.
         records: The numbers of the runs of each cell.
-        averaged: The runs of the means, as the caption says it.
-        measured_on: The rows on which loads were counted.
-        published: The rows of others' numbers, with titles and ``source``, below ours.
+        averaged: The runs of the means, for the caption.
+        measured_on: The rows on which loads were counted, for the caption.
+        published: The rows of others' numbers, with titles and ``source``.
     """
-    frame, others = with_numbers(frame, cell, means_by(records, cell, _COST)), ""
+    frame = with_numbers(frame, cell, means_by(records, cell, _COST))
+    others = ""
     if published is not None:
         frame = pd.concat([frame, published], ignore_index=True)
-        others = (
-            f" Below ours: what others report of machines of their own ({'; '.join(published['source'].unique())})."
-        )
+        sources = "; ".join(published["source"].unique())
+        others = f" Below ours: what others report of machines of their own ({sources})."
     return Table(
         "What it took, and how the experts were used",
         f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "

@@ -2,83 +2,60 @@
 // Everything is readable without this: it sorts tables, names runs, and opens what is folded where a link or the printer needs it.
 const runsFolder = document.body.dataset.runsFolder;
 
-function sortBy(heading, column) {
-  const table = heading.closest("table");
-  const descending = heading.getAttribute("aria-sort") === "ascending";
-  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-  heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
-  const body = table.tBodies[0];
-  body.querySelectorAll("tr.runs").forEach((row) => row.remove());
-  body.querySelectorAll("button[aria-expanded=true]").forEach((button) => button.setAttribute("aria-expanded", "false"));
-  const key = (row) => {
-    const cell = row.cells[column];
-    const number = cell.dataset.sort ?? cell.textContent.trim();
-    return number !== "" && isFinite(number) ? Number(number) : cell.textContent.trim();
-  };
-  const empty = (value) => value === "" || value === "–"; // last in both directions
-  const rows = [...body.rows].map((row) => ({ row, value: key(row) }));
-  rows.sort((a, b) => {
-    if (empty(a.value) || empty(b.value)) return empty(a.value) - empty(b.value);
-    const numbers = typeof a.value === "number" && typeof b.value === "number";
-    const order = numbers ? a.value - b.value : String(a.value).localeCompare(String(b.value), "en", { numeric: true });
-    return descending ? -order : order;
+function addButton(cell, act) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = cell.textContent;
+  button.addEventListener("click", act);
+  cell.replaceChildren(button);
+  return button;
+}
+
+function sortBy(heading) {
+  const body = heading.closest("table").tBodies[0];
+  const sign = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
+  heading.setAttribute("aria-sort", sign < 0 ? "descending" : "ascending");
+  body.querySelectorAll("button[aria-expanded=true]").forEach((button) => button.click());
+  const rows = [...body.rows].map((row) => {
+    const cell = row.cells[heading.cellIndex];
+    return { row, key: cell.dataset.sort ?? cell.textContent.trim() };
   });
-  body.append(...rows.map((found) => found.row));
+  const isEmpty = (key) => key === "" || key === "–"; // last in both directions
+  const collate = new Intl.Collator("en", { numeric: true }).compare;
+  rows.sort(({ key: a }, { key: b }) => {
+    if (isEmpty(a) || isEmpty(b)) return isEmpty(a) - isEmpty(b);
+    return sign * (isNaN(a - b) ? collate(a, b) : a - b);
+  });
+  body.append(...rows.map(({ row }) => row));
 }
 
-function button(text, act) {
-  const made = document.createElement("button");
-  made.type = "button";
-  made.textContent = text;
-  made.addEventListener("click", () => act(made));
-  return made;
-}
-
-function link(href, text) {
-  const made = document.createElement("a");
-  made.href = href;
-  made.textContent = text;
-  return made;
-}
-
-function listRuns(cell, pressed) {
+function listRuns(cell, button) {
   const row = cell.parentElement;
-  const open = pressed.getAttribute("aria-expanded") === "true";
-  pressed.setAttribute("aria-expanded", String(!open));
-  if (open) {
+  const isOpen = button.getAttribute("aria-expanded") === "true";
+  button.setAttribute("aria-expanded", String(!isOpen));
+  if (isOpen) {
     row.nextElementSibling.remove();
     return;
   }
-  const list = document.createElement("ul");
-  for (const run of cell.dataset.runs.split(" ")) {
-    const item = document.createElement("li");
-    const at = `${runsFolder}/${run}`;
-    const command = document.createElement("code");
-    command.textContent = `snakemake --cores 1 results/runs/${run}/metrics.json`;
-    item.append(`${run.split("/")[1]}: `, link(`${at}/metrics.json`, "numbers"), " · ", link(`${at}/run.json`, "settings"), " · ");
-    item.append(link(`${at}/log.txt`, "log"), " · ", command);
-    list.append(item);
-  }
-  const below = document.createElement("tr");
-  below.className = "runs";
-  below.insertCell().append(list);
-  below.cells[0].colSpan = row.cells.length;
-  row.after(below);
+  const items = cell.dataset.runs.split(" ").map((run) => {
+    const links = { numbers: "metrics.json", settings: "run.json", log: "log.txt" };
+    const parts = Object.entries(links).map(([name, file]) => `<a href='${runsFolder}/${run}/${file}'>${name}</a>`);
+    parts.push(`<code>snakemake --cores 1 results/runs/${run}/metrics.json</code>`);
+    return `<li>${run.split("/")[1]}: ${parts.join(" · ")}</li>`;
+  });
+  row.insertAdjacentHTML("afterend", `<tr class="runs"><td colspan="${row.cells.length}"><ul>${items.join("")}</ul></td></tr>`);
 }
 
-for (const cell of document.querySelectorAll("td[data-runs]")) {
-  if (!cell.dataset.runs) continue;
-  const pressed = button(cell.textContent, (self) => listRuns(cell, self));
-  pressed.setAttribute("aria-expanded", "false");
-  pressed.setAttribute("aria-label", `${cell.textContent} runs: list them`);
-  pressed.title = cell.dataset.runs.replaceAll(" ", "\n");
-  cell.replaceChildren(pressed);
+for (const cell of document.querySelectorAll("td[data-runs]:not([data-runs=''])")) {
+  const button = addButton(cell, () => listRuns(cell, button));
+  button.setAttribute("aria-expanded", "false");
+  button.setAttribute("aria-label", `${cell.textContent} runs: list them`);
+  button.title = cell.dataset.runs.replaceAll(" ", "\n");
 }
 for (const table of document.querySelectorAll("table.numbers, table.sentences")) {
   if (!table.tHead || table.tBodies[0].rows.length < 2) continue;
-  [...table.tHead.rows[0].cells].forEach((heading, column) => {
-    heading.replaceChildren(button(heading.textContent, () => sortBy(heading, column)));
-  });
+  for (const heading of table.tHead.rows[0].cells) addButton(heading, () => sortBy(heading));
 }
 for (const box of document.querySelectorAll(".wide")) {
   // what scrolls can be reached and scrolled by keyboard
@@ -99,18 +76,6 @@ unfold();
 let folded = [];
 addEventListener("beforeprint", () => {
   folded = [...document.querySelectorAll("details:not([open])")];
-  folded.forEach((one) => (one.open = true));
+  folded.forEach((item) => (item.open = true));
 });
-addEventListener("afterprint", () => folded.forEach((one) => (one.open = false)));
-
-const links = new Map([...document.querySelectorAll("nav li a")].map((found) => [found.hash.slice(1), found]));
-const inSight = new IntersectionObserver(
-  (entries) => {
-    for (const entry of entries.filter((found) => found.isIntersecting)) {
-      links.forEach((found) => found.removeAttribute("aria-current"));
-      links.get(entry.target.id)?.setAttribute("aria-current", "true");
-    }
-  },
-  { rootMargin: "-20% 0px -75% 0px" },
-);
-document.querySelectorAll("main > section").forEach((section) => inSight.observe(section));
+addEventListener("afterprint", () => folded.forEach((item) => (item.open = false)));

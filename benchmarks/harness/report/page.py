@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -36,17 +37,13 @@ _MOST_SENTENCES = 6  # of a benchmark that are not folded
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
-    """Write the page of a suite whose tables and figures exist.
-
-    Args:
-        suite: The suite, with finished runs.
-        output: The path of the page.
-        benchmark: The name of the only benchmark to show, without the claims.
-    """
+    """Write the page of a suite whose tables and figures exist, or of one of its benchmarks without the claims."""
     page = _Page(suite, output.parent.absolute())
     names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
     recorded = {name: [_shown_here(run) for run in suite.runs_of(name)] for name in names}
-    costs, environments = _costs_and_environments(recorded)
+    everything = list(itertools.chain(*recorded.values()))
+    costs = {name: _cost_texts(members) for name, members in {**recorded, "all": everything}.items()}
+    machines = Counter(tuple(_environment(metrics["environment"]).items()) for metrics in everything)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -59,7 +56,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         most=_MOST_SENTENCES,
         paper=[] if benchmark else page.paper_items(),
         costs=costs,
-        environments=environments,
+        environments=[{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()],
         runs_folder=page.link(paths.RUNS),
         style=_read_trusted(_HERE / "page.css"),
         script=_read_trusted(_HERE / "page.js"),
@@ -106,32 +103,40 @@ class _Page:
             "alt": alt,
         }
 
+    def tables_and_figures(self, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
+        """Show the tables and figures of a benchmark or of one of its sets, and name the tables without a row."""
+        tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
+        empty = {name: table.title for name, table in [*tables.items()][1:] if table.frame.empty}
+        drawn = {artifacts.stem(name) for name in artifacts.figures if name not in empty}
+        captions = {name: figure.caption for name, figure in presentation.figures.items() if name in drawn}
+        return {
+            "tables": [self.table(artifacts, name, table.title) for name, table in tables.items() if name not in empty],
+            "figures": self.figures(captions),
+            "empty": list(empty.values()),
+        }
+
     def figures(self, captions: Mapping[str, str]) -> list[dict[str, str]]:
         """Show figures with their captions, by the name of the file without ending."""
         folder = self.results / "figures"
         return [self.figure(folder / name, caption, caption_title(caption)) for name, caption in captions.items()]
-
-    def main_figures(self) -> list[dict[str, str]]:
-        """Show the radar and the differences of the main averages; the caption is below the last."""
-        item = next(item for item in load_paper_items().values() if item.main)
-        radar, differences = main_stems(self.suite.name)
-        return [
-            self.figure(radar, "", f"{item.title}, radar"),
-            self.figure(differences, item.caption or "", f"{item.title}, differences to the dense model"),
-        ]
 
     def claims(self) -> dict[str, Any]:
         """Show the claims, their table and figures; nothing if the suite tests no claim."""
         if not self.suite.claimed:
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
+        main = next(item for item in load_paper_items().values() if item.main)
+        radar, differences = main_stems(self.suite.name)
         return {
             "sentences": list(sentences(verdicts)),
             "random_weights": has_random_weights(self.suite.runs),
             "cards": list(cards(verdicts)),
             "table": self.table(CLAIMS, "", "Every test"),
             "figures": self.figures({CLAIMS.name: CAPTION}),
-            "main": self.main_figures(),
+            "main": [
+                self.figure(radar, "", f"{main.title}, radar"),
+                self.figure(differences, main.caption or "", f"{main.title}, differences to the dense model"),
+            ],
         }
 
     def paper_items(self) -> list[dict[str, Any]]:
@@ -169,82 +174,56 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
         "data": _data(runs, recorded) if presentation.shows_labels else [],
         "training": _training(runs) if presentation.optimizer else {},
         "optimiser": presentation.optimizer,
-        **_tables_and_figures(page, artifacts_of(name), presentation),
+        **page.tables_and_figures(artifacts_of(name), presentation),
         "parts": [
-            {"title": benchmark.tasks[part].title, **_tables_and_figures(page, artifacts_of(name, part), presented)}
+            {"title": benchmark.tasks[part].title, **page.tables_and_figures(artifacts_of(name, part), presented)}
             for part, presented in presentation.parts.items()
         ],
     }
 
 
-def _tables_and_figures(page: _Page, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
-    """Show the tables and figures of a benchmark or of one of its sets, and name the tables without a row."""
-    tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
-    first = next(iter(tables))
-    empty = {name: table.title for name, table in tables.items() if table.frame.empty and name != first}
-    drawn = {artifacts.stem(name) for name in artifacts.figures if name not in empty}
-    captions = {name: figure.caption for name, figure in presentation.figures.items() if name in drawn}
-    return {
-        "tables": [page.table(artifacts, name, table.title) for name, table in tables.items() if name not in empty],
-        "figures": page.figures(captions),
-        "empty": list(empty.values()),
-    }
-
-
 def _data(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Count rows and labels of every split of a task; of splits that differ between runs the largest counts."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    summaries: dict[tuple[str, str], dict[str, Any]] = {}
     for run, metrics in zip(runs, recorded, strict=True):
         for part, summary in metrics["data"].items():
             split, _, task = part.partition(":")  # of another set than the run's own, or of one of several
             key = (task or run.spec["task"]["name"], "test" if split == "ood" else split)
-            if key in rows and rows[key]["rows"] > summary["rows"]:
-                continue
-            labels = summary.get("labels") or {"from": summary["range"][0], "to": summary["range"][1]}
-            text = ", ".join(f"{label}: {count}" for label, count in labels.items())
-            if len(labels) > _FEW_LABELS:
-                text = f"{len(labels)} classes, {min(labels.values())} to {max(labels.values())} each"
-            counts = {"rows": summary["rows"], "labels": text, "dropped": summary["dropped"]}
-            rows[key] = {"task": key[0], "split": key[1], **counts}
-    return [rows[key] for key in sorted(rows)]
+            if key not in summaries or summaries[key]["rows"] <= summary["rows"]:
+                summaries[key] = summary
+    return [
+        {"task": task, "split": split, "labels": _labels(summary), **{key: summary[key] for key in ("rows", "dropped")}}
+        for (task, split), summary in sorted(summaries.items())
+    ]
+
+
+def _labels(summary: dict[str, Any]) -> str:
+    labels = summary.get("labels") or dict(zip(("from", "to"), summary["range"], strict=True))
+    if len(labels) > _FEW_LABELS:
+        return f"{len(labels)} classes, {min(labels.values())} to {max(labels.values())} each"
+    return ", ".join(f"{label}: {count}" for label, count in labels.items())
 
 
 def _training(runs: list[Run]) -> dict[str, str]:
     """Describe the training settings; a setting that differs between tasks has each value with its tasks."""
-    tasks: dict[str, dict[str, dict[str, None]]] = {}  # by setting and value
     settings = [{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs]
+    texts = [{key: str(value) for key, value in values.items() if value is not None} for values in settings]
     keys = dict.fromkeys(key for values in settings for key in values)
-    for run, values in zip(runs, settings, strict=True):
-        for key in keys:
-            text = MISSING if values.get(key) is None else str(values[key])
-            tasks.setdefault(key, {}).setdefault(text, {})[run.spec["task"]["name"]] = None
-    return {
-        key: next(iter(values))
-        if len(values) == 1
-        else "; ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
-        for key, values in tasks.items()
-    }
+    tasks = pd.Series([run.spec["task"]["name"] for run in runs])
+    described = {}
+    for key, values in pd.DataFrame(texts, columns=list(keys)).fillna(MISSING).items():
+        tasks_of = tasks.groupby(values, sort=False).unique()
+        differing = "; ".join(f"{value} ({', '.join(names)})" for value, names in tasks_of.items())
+        described[str(key)] = differing if len(tasks_of) > 1 else str(values[0])
+    return described
 
 
-def _costs_and_environments(
-    recorded: dict[str, list[dict[str, Any]]],
-) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
-    """Sum the costs of each benchmark and of ``all``, and list machines and versions, the commonest first."""
-    costs = {name: [metrics["cost"] for metrics in members] for name, members in recorded.items()}
-    costs["all"] = [cost for members in costs.values() for cost in members]
-    machines = Counter(
-        tuple(_environment(metrics["environment"]).items()) for members in recorded.values() for metrics in members
-    )
-    environments = [{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()]
-    return {name: _cost_texts(members) for name, members in costs.items()}, environments
-
-
-def _cost_texts(costs: Sequence[dict[str, float]]) -> dict[str, str]:
+def _cost_texts(recorded: list[dict[str, Any]]) -> dict[str, str]:
     """Print hours, seconds per run and memory; a dash if no run has them."""
-    seconds = [cost["job_seconds"] for cost in costs if "job_seconds" in cost]
-    memory = [cost["peak_memory_mb"] for cost in costs if "peak_memory_mb" in cost]
+    seconds = [metrics["cost"]["job_seconds"] for metrics in recorded]
+    memory = [metrics["cost"]["peak_memory_mb"] for metrics in recorded if "peak_memory_mb" in metrics["cost"]]
     return {
-        "runs": f"{len(costs):,}",
+        "runs": f"{len(recorded):,}",
         "hours": f"{sum(seconds) / 3600:.2f}" if seconds else MISSING,
         "median": f"{median(seconds):.0f}" if seconds else MISSING,
         "longest": f"{max(seconds):.0f}" if seconds else MISSING,
@@ -253,15 +232,13 @@ def _cost_texts(costs: Sequence[dict[str, float]]) -> dict[str, str]:
 
 
 def _environment(environment: dict[str, Any]) -> dict[str, str]:
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    processor = f"{environment['processor']}, {environment['cores']} cores"
     changes = " with uncommitted changes" if environment["git_dirty"] else ""
     return {
-        "Processor": f"{processor}; {environment['threads']} thread(s) a run",
+        "Processor": "{processor}, {cores} cores; {threads} thread(s) a run".format_map(environment),
         "GPUs": ", ".join(environment["gpus"]) or "none",
         "Memory": f"{environment['memory_gb']} GB",
         "System": f"{environment['platform']}, Python {environment['python']}",
-        "Packages": packages,
+        "Packages": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
         "Commit": f"{environment['git_commit'] or 'unknown'}{changes}",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import string
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,64 +16,43 @@ import pandas as pd
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import atomic_write
+from benchmarks.harness.config import paper_items
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, Artifacts
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import model_title
-from benchmarks.harness.config.paper_items import (
-    MainAverage,
-    PaperOutput,
-    item_benchmarks,
-    load_main_averages,
-    load_paper_items,
-    main_stems,
-    outputs_of,
-    paper_files,
-)
+from benchmarks.harness.config.paper_items import MainAverage, PaperOutput
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.common import SETTING, difference_text, name_or_count
-from benchmarks.harness.report.plots import (
-    REFERENCE,
-    STYLE,
-    WIDTH,
-    count_text,
-    draw_difference,
-    placeholder_figure,
-    save,
-)
+from benchmarks.harness.report import plots
+from benchmarks.harness.report.common import SETTING, name_or_count
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.style import DENSE, EMOE, GMOE
-from benchmarks.harness.report.table import MISSING, RUNS, Table
+from benchmarks.harness.report.table import RUNS, Table
 from benchmarks.harness.results.claims import find_evidence
 from benchmarks.harness.results.statistics import mean_difference
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
 _PROTOCOLS = ("published", "clean")  # the paper's own first
-_FEW = 3  # verdicts in a caption
-_COST = "cost"  # the table that verdicts say nothing about
 
 
 def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presentation) -> None:
     """Write tables and figures once more into ``results/<suite>/paper/``, under the paper's numbers and with its rows.
 
-    Args:
-        suite: The suite.
-        artifacts: The names of the tables and figures of a benchmark, or of one of its sets.
-        presentation: These tables; the figures are drawn already.
+    The figures of the benchmark, or of one of its sets, are drawn already.
     """
     folder = paths.RESULTS / suite.name / "paper"
     tables = {table.name: table for table in presentation.tables}
-    for output in outputs_of(artifacts):
+    for output in paper_items.outputs_of(artifacts):
         name = artifacts.stem(output.part.name)
         if output.part.figure:
             for end in FIGURE_FORMATS:
                 with atomic_write(folder / f"{output.name}.{end}") as temporary:
                     temporary.write_bytes((folder.parent / "figures" / f"{name}.{end}").read_bytes())
         else:
-            _select_paper_rows(tables[name], output, suite, presentation.verdicts).write(folder)
+            _select_paper_rows(tables[name], output, suite).write(folder)
 
 
-def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite, verdicts: Sequence[str]) -> Table:
+def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
     """Keep the paper's rows of one selection: the authors' if the suite runs it, else the clean one."""
     frame, caption = table.frame, [table.caption]
     if output.part.rows and "method" in frame:
@@ -87,37 +66,22 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite, verdicts
         caption.append(f"p is corrected over all rows of `{table.name}`, of which some stand here.")
     if RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all():
         caption.append("All numbers are published ones: this suite runs none of these rows.")
-    elif output.part.name != _COST and (summary := _summary(frame, verdicts)):
-        caption.append(f"What these runs see: {summary}")
     caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
-    is_named = table.title == load_paper_items()[output.item].title
+    is_named = table.title == paper_items.load_paper_items()[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
     return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=" ".join(caption))
-
-
-def _summary(frame: pd.DataFrame, verdicts: Sequence[str]) -> str:
-    """Summarize an ablation by the differences of its first model and set, another table by the first verdicts."""
-    if "is_ours" not in frame:  # no ablation
-        return " ".join(verdicts[:_FEW])
-    rows = frame[frame["is_ours"] & frame["delta"].notna()]
-    if rows.empty:
-        return ""
-    rows = rows.assign(verdict=rows["verdict"].replace(MISSING, ""))
-    first = rows[rows["on"].eq(rows["on"].iloc[0]) & rows["model"].eq(rows["model"].iloc[0])]
-    words = [f"{row.method_title} {difference_text(row)}" for row in first.itertuples()]
-    return f"{first['model_title'].iloc[0]}, {first['on'].iloc[0]}: {'; '.join(words)}."
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
     """List the paper's items: ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite, and ``status``."""
     rows: list[dict[str, Any]] = []
-    for name, item in load_paper_items().items():
-        files = paper_files(suite, name)
+    for name, item in paper_items.load_paper_items().items():
+        files = paper_items.paper_files(suite, name)
         existing = sum(Path(file).exists() for file in files)
         if item.missing:
             status = f"not made: {item.missing}"
         elif not files:
-            status = f"not in this suite (benchmark {', '.join(item_benchmarks(item))})"
+            status = f"not in this suite (benchmark {', '.join(paper_items.item_benchmarks(item))})"
         else:
             status = "made" if existing == len(files) else f"{existing} of {len(files)} files"
         command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
@@ -129,8 +93,8 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
 
 _METHODS = {"dense": "dense", "gmoe": "GMoE", "emoe": "EMoE"}
 _STYLES = {"dense": DENSE, "gmoe": GMOE, "emoe": EMOE}
-_NOTHING = "this suite runs none of the main averages"
-_LETTERS = string.ascii_uppercase  # of the axes of a radar
+_COLUMNS = ["axis", "whose", "is_rank", "method", "mean", "delta", "low", "high", "n", "of", "compared"]
+_TITLES = {"ours": "these runs", "paper": "the paper (OOD: ranks, lower is better)"}
 _EXPLANATION, _LABEL = 58, 52  # letters of a line below a radar, and beside a difference
 _RADAR, _LINE = 2.9, 0.135  # inches of a radar with its title, and of a line below it
 _PADDING = 0.25  # of the range of an axis of the radar, inside its least and outside its greatest value
@@ -151,43 +115,39 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         - ``of`` and ``compared``, the tasks and pairs of our mean and of our difference
     """
     averages = []
-    for average in load_main_averages().values():
+    for average in paper_items.load_main_averages().values():
         if average.of.benchmark in numbers:
             averages += _ours(average, numbers[average.of.benchmark])
-        for models, is_rank in ((average.paper, False), (average.paper_ranks, True)):
-            for model, values in models.items():
-                for method in _METHODS:
-                    value, dense = getattr(values, method), values.dense
+        for is_rank, models in ((False, average.paper), (True, average.paper_ranks)):
+            for model, published in models.items():
+                for method, value in published.model_dump().items():
                     row = {"axis": f"{average.title}, {model}", "whose": "paper", "is_rank": is_rank, "method": method}
-                    averages.append({**row, "mean": value, "delta": value - dense, "n": 0, "of": "", "compared": ""})
-    columns = ["axis", "whose", "is_rank", "method", "mean", "delta", "low", "high", "n", "of", "compared"]
-    return pd.DataFrame(averages, columns=columns)
+                    row |= {"mean": value, "delta": value - published.dense, "n": 0, "of": "", "compared": ""}
+                    averages.append(row)
+    return pd.DataFrame(averages, columns=_COLUMNS)
 
 
 def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
     """Average over the tasks and pairs of all methods; compare each with the dense one over the pairs of both."""
     of = average.of
-    rows = numbers[
-        (numbers[["selection", "domain", "metric", "setting"]] == [of.selection, of.domain, of.metric, ""]).all(axis=1)
-    ]
+    selected = [of.selection, of.domain, of.metric, ""]
+    rows = numbers[(numbers[["selection", "domain", "metric", "setting"]] == selected).all(axis=1)]
     averages = []
-    for model, own in rows.groupby("model", sort=False):
-        title = model_title(str(model))
-        wide = own.pivot_table(index=["task", "eval_task", "pair"], columns="method", values="value", aggfunc="mean")
-        if of.dense not in wide or not {of.gmoe, of.emoe} & set(wide):
-            continue
-        shared = wide[[name for name in (of.dense, of.gmoe, of.emoe) if name in wide]].dropna()
+    for model, of_model in rows.groupby("model", sort=False):
+        cell = ["task", "eval_task", "pair"]
+        wide = of_model.pivot_table(index=cell, columns="method", values="value", aggfunc="mean")
+        names = {method: getattr(of, method) for method in _METHODS if getattr(of, method) in wide}
+        shared = wide[list(names.values())].dropna()
         by_pair = shared.groupby("pair")
         means = by_pair.mean()[by_pair.size() == shared.groupby(["task", "eval_task"]).ngroups]
-        for method in _METHODS:
-            name = getattr(of, method)
-            if name not in wide or means.empty:
-                continue
-            evidence = None if name == of.dense else find_evidence(own, of.comparison(name))
+        if "dense" not in names or len(names) == 1 or means.empty:
+            continue
+        for method, name in names.items():
+            evidence = None if method == "dense" else find_evidence(of_model, of.comparison(name))
             difference = evidence.difference if evidence else mean_difference(np.zeros(len(means)))
-            row = {"axis": f"{average.title}, {title}", "whose": "ours", "is_rank": False, "method": method}
-            row |= {"mean": float(means[name].mean()) * 100, "delta": difference.mean * 100, "n": difference.n}
-            row |= {"low": difference.low * 100, "high": difference.high * 100}
+            row = {"axis": f"{average.title}, {model_title(str(model))}", "whose": "ours", "is_rank": False}
+            row |= {"method": method, "mean": float(means[name].mean()) * 100, "n": difference.n}
+            row |= {key: value * 100 for key, value in difference.columns().items() if key != "p"}
             row["of"] = _tasks_text(of.benchmark, shared, len(means))
             row["compared"] = _tasks_text(of.benchmark, wide[[of.dense, name]].dropna(), difference.n)
             averages.append(row)
@@ -199,104 +159,98 @@ def _tasks_text(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
     known = load_benchmark(benchmark)
     titles = known.task_titles
     names = [titles.get(name, name) for name in numbers.index.get_level_values("task").unique()]
-    return f"{name_or_count(names, 'sets')}; {count_text([pairs], 'pairs')}"
+    return f"{name_or_count(names, 'sets')}; {plots.count_text([pairs], 'pairs')}"
 
 
 def draw_main(rows: pd.DataFrame, folder: Path) -> None:
     """Draw the radar and the differences into a folder."""
-    radar, differences = (folder / stem.name for stem in main_stems(""))
-    if not (rows["whose"] == "ours").any():
-        placeholder_figure(radar, _NOTHING)
-        placeholder_figure(differences, _NOTHING)
-        return
-    draw_radar(rows, radar)
-    draw_differences(rows, differences)
+    has_runs = (rows["whose"] == "ours").any()
+    for stem, draw in zip(paper_items.main_stems(""), (draw_radar, draw_differences), strict=True):
+        if has_runs:
+            draw(rows, folder / stem.name)
+        else:
+            plots.placeholder_figure(folder / stem.name, "this suite runs none of the main averages")
 
 
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
     """Draw two radars, ours and the paper's; each axis has its own range and a letter, which is explained below."""
-    letters = map("".join, itertools.product(("", *_LETTERS), _LETTERS))
+    letters = iter(string.ascii_uppercase + string.ascii_lowercase)
     sides = []
-    for whose in ("ours", "paper"):
-        group = rows[rows["whose"] == whose]
+    for whose, group in rows.groupby("whose"):
         wide = group.pivot_table(index="axis", columns="method", values="mean", sort=False)
-        named = dict(zip(itertools.islice(letters, len(wide)), wide.index, strict=True))
-        axes = group.drop_duplicates("axis").set_index("axis")
-        sides.append((wide, axes["is_rank"], named, "\n".join(_explained(axes["of"], wide, named))))
+        wide = wide[[method for method in _METHODS if method in wide]]
+        axes = group.drop_duplicates("axis").set_index("axis").loc[wide.index]
+        axes["letter"] = list(itertools.islice(letters, len(axes)))
+        sides.append((str(whose), wide, axes, _explanation(wide, axes)))
     words = _LINE * max(text.count("\n") + 1 for *_, text in sides)
-    with mpl.rc_context({**STYLE, "axes.grid": True, "axes.grid.axis": "both"}):
-        figure = plt.figure(figsize=(WIDTH, _RADAR + words + 0.3), layout="constrained")
+    with mpl.rc_context({**plots.STYLE, "axes.grid.axis": "both"}):
+        figure = plt.figure(figsize=(plots.WIDTH, _RADAR + words + 0.3), layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=[_RADAR, words])
-        handles: dict[str, Any] = {}
-        for column, (wide, is_rank, named, text) in enumerate(sides):
+        for column, (whose, wide, axes, text) in enumerate(sides):
             panel: Any = figure.add_subplot(grid[0, column], projection="polar")
-            handles |= _draw_polygons(panel, wide, is_rank, named)
-            panel.set_title(("these runs", "the paper (OOD: ranks, lower is better)")[column], fontsize=8)
+            _draw_polygons(panel, wide, axes)
+            panel.set_title(_TITLES[whose], fontsize=8)
             below = figure.add_subplot(grid[1, column])
             below.axis("off")
             below.text(0, 1, text, va="top", fontsize=7, linespacing=1.25)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-        save(figure, path)
+        plots.legend_below(figure, [panel], 3)
+        plots.save(figure, path)
 
 
-def _draw_polygons(panel: Any, wide: pd.DataFrame, ranks: pd.Series, named: Mapping[str, str]) -> dict[str, Any]:
-    """Draw the line of each method, with axes from the least to the greatest number, and return the lines by label."""
+def _draw_polygons(panel: Any, wide: pd.DataFrame, axes: pd.DataFrame) -> None:
+    """Draw the line of each method, with axes from the least to the greatest number; lower ranks are further out."""
     angles = np.linspace(0, 2 * np.pi, len(wide), endpoint=False)
-    better = wide.mul(np.where(ranks.loc[wide.index], -1.0, 1.0), axis=0)
+    better = wide.mul(np.where(axes["is_rank"], -1.0, 1.0), axis=0)
     low, high = better.min(axis=1), better.max(axis=1)
-    span = (high - low).where(high > low, 1.0)
-    radii = better.sub(low, axis=0).div(span, axis=0) * (1 - 2 * _PADDING) + _PADDING
-    drawn = {}
-    for method in filter(radii.__contains__, _METHODS):
-        values, style = radii[method].to_numpy(dtype=float), _STYLES[method].mark
-        (line,) = panel.plot([*angles, angles[0]], [*values, values[0]], ms=3.5, lw=1.2, **style)
-        drawn[_METHODS[method]] = line
-    panel.set_xticks(angles, list(named), fontsize=8)
+    radii = better.sub(low, axis=0).div((high - low).where(high > low, 1.0), axis=0) * (1 - 2 * _PADDING) + _PADDING
+    for method, values in radii.items():
+        label, style = _METHODS[str(method)], _STYLES[str(method)].mark
+        panel.plot([*angles, angles[0]], [*values, values.iloc[0]], ms=3.5, lw=1.2, label=label, **style)
+    panel.set_xticks(angles, axes["letter"], fontsize=8)
     panel.tick_params(axis="x", pad=1)
     panel.set_ylim(0, 1)
     panel.set_yticks([_PADDING, 0.5, 1 - _PADDING], ["", "", ""])
-    return drawn
 
 
-def _explained(tasks: pd.Series, wide: pd.DataFrame, named: Mapping[str, str]) -> Iterator[str]:
+def _explanation(wide: pd.DataFrame, axes: pd.DataFrame) -> str:
     """Explain each axis: its letter, its title, its tasks and its numbers."""
-    methods = [method for method in _METHODS if method in wide]
-    yield f"   {' / '.join(_METHODS[method] for method in methods)}"
-    for letter, axis in named.items():
-        numbers = " / ".join(f"{wide.loc[axis, method]:.1f}" for method in methods)
-        of = f" ({tasks[axis]})" if tasks[axis] else ""
-        yield textwrap.fill(f"{letter}  {axis}{of}: {numbers}", _EXPLANATION, subsequent_indent="     ")
+    lines = [f"   {' / '.join(_METHODS[method] for method in wide)}"]
+    for axis, row in axes.iterrows():
+        numbers = " / ".join(f"{value:.1f}" for value in wide.loc[axis])
+        of = f" ({row['of']})" if row["of"] else ""
+        text = f"{row['letter']}  {axis}{of}: {numbers}"
+        lines.append(textwrap.fill(text, _EXPLANATION, subsequent_indent="     "))
+    return "\n".join(lines)
 
 
 def draw_differences(rows: pd.DataFrame, path: Path) -> None:
     """Draw differences to the dense model in points: ours with 95 % intervals, the paper's as crosses, no ranks."""
     drawn = rows[(rows["method"] != "dense") & ~rows["is_rank"]]
     axes = list(drawn["axis"].drop_duplicates())
-    with mpl.rc_context(STYLE):
-        figure, panel = plt.subplots(figsize=(WIDTH, 0.36 * len(axes) + 1.0), layout="constrained")
+    with mpl.rc_context(plots.STYLE):
+        figure, panel = plt.subplots(figsize=(plots.WIDTH, 0.36 * len(axes) + 1.0), layout="constrained")
         for row in drawn.itertuples():
             style = _STYLES[row.method]
             height = axes.index(row.axis) + (0.14 if row.method == "gmoe" else -0.14)
-            draw_difference(panel, row, height, style if row.whose == "ours" else replace(style, marker="x"))
-        panel.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+            plots.draw_difference(panel, row, height, style if row.whose == "ours" else replace(style, marker="x"))
+        panel.axvline(0, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0)
         labels = [_difference_title(axis, drawn[drawn["axis"] == axis]) for axis in axes]
         panel.set_yticks(range(len(axes)), labels, fontsize=7)
         panel.set_ylim(len(axes) - 0.4, -0.6)
         panel.set_xlabel("Difference to the dense model (points)")
         note = "bars: 95 % intervals of these runs, over n pairs of seeds or trials; crosses: the paper"
         figure.supxlabel(note, fontsize=7.5)
-        marks = {_METHODS[name]: _STYLES[name].mark for name in ("gmoe", "emoe")}
-        handles = [mpl.lines.Line2D([], [], ls="", ms=5, label=label, **mark) for label, mark in marks.items()]
+        handles = [
+            mpl.lines.Line2D([], [], ls="", ms=5, label=_METHODS[name], **_STYLES[name].mark)
+            for name in ("gmoe", "emoe")
+        ]
         panel.legend(handles=handles, loc="best", fontsize=7, frameon=False)
-        save(figure, path)
+        plots.save(figure, path)
 
 
 def _difference_title(axis: str, rows: pd.DataFrame) -> str:
     """Name a row of differences with its tasks and pairs, once if they are equal for all methods."""
     ours = rows[rows["whose"] == "ours"]  # the paper may have a row of the same model
-    compared = dict(zip(ours["method"].map(_METHODS), ours["compared"], strict=True))
-    if not compared:
-        return textwrap.fill(axis, _LABEL)
-    texts = set(compared.values())
-    of = texts.pop() if len(texts) == 1 else ". ".join(f"{name}: {text}" for name, text in compared.items())
-    return "\n".join((textwrap.fill(axis, _LABEL), textwrap.fill(of, _LABEL)))
+    of = [f"{_METHODS[row.method]}: {row.compared}" for row in ours.itertuples()]
+    of = list(ours["compared"].unique()) if ours["compared"].nunique() == 1 else of
+    return "\n".join(textwrap.fill(text, _LABEL) for text in (axis, ". ".join(of)) if text)

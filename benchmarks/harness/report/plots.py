@@ -102,15 +102,10 @@ def over_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class Panel:
-    """Hold one panel of :func:`score_panels`.
-
-    Attributes:
-        title: The title.
-        rows: One row per method and seed, with ``value``.
-    """
+    """Hold one panel of :func:`score_panels`."""
 
     title: str
-    rows: pd.DataFrame
+    rows: pd.DataFrame  # one per method and seed, with ``value``
 
 
 def score_panels(
@@ -119,25 +114,17 @@ def score_panels(
     path: Path,
     measure: str = "Score (%); large marks: mean over seeds, dots below: seeds",
 ) -> None:
-    """Draw the scores of all methods, one panel per set; all panels share one axis.
+    """Draw the scores of all methods, one panel per set by row and column; all panels share one axis.
 
     Small dots are seeds, the large mark above them is their mean, and the bar its 95 % confidence interval, drawn from
-    five seeds on. The dashed line is the mean of the baseline.
-
-    Args:
-        outcomes: The finished runs, with the order and style of the methods.
-        panels: The panels by row and column.
-        path: The path of the files, without ending.
-        measure: The label of the axis, with what marks and dots are.
+    five seeds on. The dashed line is the mean of the baseline. ``measure`` is the label of the axis.
     """
     lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
     values = pd.concat([panel.rows["value"] for line in lines for panel in line]) * 100
-    low, high = values.min(), values.max()
-    margin = max(high - low, 1.0) * 0.08
-    limits = (low - margin, high + margin)
-    methods = outcomes.methods
+    margin = max(values.max() - values.min(), 1.0) * 0.08
+    limits = (values.min() - margin, values.max() + margin)
     shown = [{name for panel in line for name in panel.rows["method"]} for line in lines]
-    names_of = [[name for name in methods if name in present] for present in shown]
+    names_of = [[name for name in outcomes.methods if name in present] for present in shown]
     columns = max(map(len, lines))
     heights = [len(names) + 1.5 for names in names_of]
     width = min(2.1 * columns + _NAMES, WIDTH)
@@ -146,15 +133,14 @@ def score_panels(
         figure, axes = panel_grid(len(lines), columns, size, height_ratios=heights, sharex=True, sharey="row")
         for axis_row, line, names in zip(axes, lines, names_of, strict=True):
             for axis, panel in zip(axis_row, line, strict=False):
-                for height, method in enumerate(names):
-                    scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
-                    if len(scores):
-                        _draw_scores(axis, height, scores, outcomes.style(method), limits)
-                    if len(scores) and method == outcomes.baseline:
+                for method, rows in panel.rows.groupby("method"):
+                    scores = rows["value"].to_numpy(dtype=float) * 100
+                    _draw_scores(axis, names.index(method), scores, outcomes.style(str(method)), limits)
+                    if method == outcomes.baseline:
                         axis.axvline(scores.mean(), color=REFERENCE, lw=0.8, ls="--", zorder=0)
                 axis.set_title(wrapped(panel.title, (width - _NAMES) / columns), fontsize=8)
                 axis.set_xlim(*limits)
-            axis_row[0].set_yticks(range(len(names)), [methods[name].title for name in names])
+            axis_row[0].set_yticks(range(len(names)), [outcomes.methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
         label = f"{measure}, bars: 95 % confidence interval (from five on; arrows: beyond the panel)"
         hide_empty(axes)
@@ -226,49 +212,35 @@ def plot_routing(record: RoutingRecord, *, layer: int | None = None, width: floa
     if not any(counts.tokens for counts in record.layers.values()):
         raise EMoEError("nothing was recorded; call the model inside `with emoe.record_routing(model) as record:`")
     layer = list(record.layers)[-1] if layer is None else layer
-    by_label = record.layers[layer].by_label
-    heatmaps = [("layer", {index: _relative_loads(counts.loads) for index, counts in record.layers.items()})]
-    if by_label:
-        heatmaps.append(("label", {label: _relative_loads(loads) for label, loads in by_label.items()}))
-    highest = max(2.0, *(np.nan_to_num(row).max() for _, rows in heatmaps for row in rows.values()))
-    norm = mpl.colors.TwoSlopeNorm(1, 0, highest)
-    heights = [min(max(_ROW_HEIGHT * len(rows), _MIN_HEIGHT), _MAX_HEIGHT) for _, rows in heatmaps] + [_BAR_HEIGHT]
+    loads = {"layer": {index: counts.loads for index, counts in record.layers.items()}}
+    if record.layers[layer].by_label:
+        loads["label"] = record.layers[layer].by_label
+    arrays = {name: np.stack([np.asarray(row, dtype=float) for row in rows.values()]) for name, rows in loads.items()}
+    with np.errstate(invalid="ignore"):  # a layer without tokens
+        maps = {name: values / values.mean(axis=1, keepdims=True) for name, values in arrays.items()}
+    highest = max(2.0, *(np.nanmax(values) for values in maps.values()))
+    heights = [min(max(_ROW_HEIGHT * len(rows), _MIN_HEIGHT), _MAX_HEIGHT) for rows in loads.values()]
+    ratios = [*heights, _BAR_HEIGHT]
     with mpl.rc_context(_ROUTING_STYLE):
-        figure = plt.figure(figsize=(width, sum(heights) + _MARGIN * len(heights)), layout="constrained")
-        grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[width - 0.85, 0.85])
-        axes = [figure.add_subplot(grid[row, 0]) for row in range(len(heatmaps))]
-        images = [_draw_loads(axis, rows, name, norm) for axis, (name, rows) in zip(axes, heatmaps, strict=True)]
-        if by_label:
-            axes[1].set_title(f"layer {layer}, by label")
-        _draw_balance(figure.add_subplot(grid[0, 1], sharey=axes[0]), record)
-        bar = figure.colorbar(images[0], figure.add_subplot(grid[-1, 0]), orientation="horizontal")
+        figure = plt.figure(figsize=(width, sum(ratios) + _MARGIN * len(ratios)), layout="constrained")
+        grid = figure.add_gridspec(len(ratios), 2, height_ratios=ratios, width_ratios=[width - 0.85, 0.85])
+        axes = [figure.add_subplot(grid[number, 0]) for number in range(len(maps))]
+        for axis, (name, values), height in zip(axes, maps.items(), heights, strict=True):
+            norm = mpl.colors.TwoSlopeNorm(1, 0, highest)
+            image = axis.imshow(values, cmap=USE.cmap, norm=norm, aspect="auto", interpolation="nearest")
+            axis.set(xlabel="expert", ylabel=name, title=f"layer {layer}, by label" if name == "label" else "")
+            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator("auto", integer=True, min_n_ticks=1))
+            rows = list(map(str, loads[name]))
+            step = math.ceil(len(rows) * _TEXT_HEIGHT / height)
+            axis.set_yticks(range(0, len(rows), step), rows[::step])
+        balance = figure.add_subplot(grid[0, 1], sharey=axes[0])
+        busiest = [counts.max_over_mean if counts.tokens else math.nan for counts in record.layers.values()]
+        balance.axvline(1, color="#888888", lw=0.8, ls="--")
+        balance.plot(busiest, range(len(busiest)), "o-", color="#0072b2", ms=3, lw=1)
+        balance.tick_params(labelleft=False)
+        balance.set(xlim=(0, None), xlabel="max ÷ mean")
+        balance.spines[["top", "right"]].set_visible(False)
+        bar = figure.colorbar(image, figure.add_subplot(grid[-1, 0]), orientation="horizontal")
         bar.set_ticks([0, 1, highest], labels=["0", "1", f"{highest:.1f}"])
         bar.set_label("expert's load ÷ mean load")
     return figure
-
-
-def _relative_loads(loads: Any) -> NDArray[np.float64]:
-    values = np.asarray(loads, dtype=float)
-    with np.errstate(invalid="ignore"):
-        return values / values.mean()
-
-
-def _draw_loads(axis: Any, rows: dict[int, NDArray[np.float64]], name: str, norm: Any) -> Any:
-    image = axis.imshow(np.stack(list(rows.values())), cmap=USE.cmap, norm=norm, aspect="auto", interpolation="nearest")
-    axis.set_xlabel("expert")
-    axis.set_ylabel(name)
-    axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator("auto", integer=True, min_n_ticks=1))
-    height = axis.get_window_extent().height / image.figure.dpi
-    step = max(1, math.ceil(len(rows) * _TEXT_HEIGHT / height))
-    axis.set_yticks(range(0, len(rows), step), [str(number) for number in rows][::step])
-    return image
-
-
-def _draw_balance(axis: Any, record: RoutingRecord) -> None:
-    busiest = [counts.max_over_mean if counts.tokens else math.nan for counts in record.layers.values()]
-    axis.axvline(1, color="#888888", lw=0.8, ls="--")
-    axis.plot(busiest, range(len(busiest)), "o-", color="#0072b2", ms=3, lw=1)
-    axis.tick_params(labelleft=False)
-    axis.set_xlim(left=0)
-    axis.set_xlabel("max ÷ mean")
-    axis.spines[["top", "right"]].set_visible(False)

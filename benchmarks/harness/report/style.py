@@ -13,17 +13,11 @@ from emoe.config import ROUTERS
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """Hold the colour and marker of a method, in the colours of Okabe and Ito, which the colour-blind can distinguish.
-
-    Attributes:
-        colour: The colour of lines and marks.
-        marker: The marker, as matplotlib names it.
-        hollow: True if the mark is empty, as for the authors' own settings.
-    """
+    """Hold the colour and marker of a method, in the colours of Okabe and Ito, which the colour-blind can distinguish."""
 
     colour: str
     marker: str
-    hollow: bool = False
+    hollow: bool = False  # True for the authors' own settings
 
     @property
     def mark(self) -> dict[str, Any]:
@@ -45,12 +39,7 @@ _DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
 def style_of(method: Method) -> MethodStyle:
-    """Return the style of a method with all its settings.
-
-    Example:
-        >>> style_of(Method(title="LoRA + EMoE", kind="emoe")) == style_of(Method(title="EMoE", kind="emoe"))
-        True
-    """
+    """Return the style of a method with all its settings, the same by LoRA and in full."""
     style = _style_of_kind(method)
     return replace(style, hollow=True) if method.as_published or method.also_train else style
 

@@ -35,27 +35,16 @@ _T1 = {*map(chr, range(0x20, 0x7F)), *map(chr, range(0xA1, 0x17F)), *"–—‘�
 
 @dataclass(frozen=True)
 class Column:
-    """Describe one printed column of numbers.
+    """Describe one printed column of numbers."""
 
-    Attributes:
-        metric: The entry of ``metrics.yaml`` with scale, decimals and direction.
-        value: The column of the frame.
-        label: The heading, by default the metric's label.
-        std: The column with the standard deviation, printed as ``mean ± std``.
-        interval: The columns with the ends of a confidence interval, printed as ``value [low, high]``.
-        signed: True to print a plus sign (differences).
-        best: The column by which the best cell of each group is marked; None marks nothing.
-        decimals: The number of decimals, by default the metric's.
-    """
-
-    metric: str
-    value: str
-    label: str = ""
-    std: str | None = None
-    interval: tuple[str, str] | None = None
-    signed: bool = False
-    best: str | None = None
-    decimals: int | None = None
+    metric: str  # entry of metrics.yaml with scale, decimals and direction
+    value: str  # column of the frame
+    label: str = ""  # heading, by default the metric's label
+    std: str | None = None  # column with the standard deviation, printed as "mean ± std"
+    interval: tuple[str, str] | None = None  # columns with its ends, printed as "value [low, high]"
+    signed: bool = False  # True to print a plus sign (differences)
+    best: str | None = None  # column by which the best cell of each group is marked; None marks nothing
+    decimals: int | None = None  # by default the metric's
 
     @property
     def heading(self) -> str:
@@ -75,7 +64,7 @@ class Column:
         return value
 
     def _number(self, value: float, *, signed: bool) -> str:
-        if value is None or math.isnan(value):
+        if pd.isna(value):
             return MISSING
         metric = load_metrics()[self.metric]
         decimals = metric.decimals if self.decimals is None else self.decimals
@@ -84,31 +73,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Hold a table of names, numbers and notes.
-
-    Attributes:
-        title: The heading.
-        caption: The explanation: content, origin, and how much the numbers may be trusted.
-        keys: The text columns of the frame that name a row, with their headings.
-        columns: The columns of numbers.
-        frame: The numbers.
-        group: The text columns within which ``best`` compares.
-        compare: The Boolean column of the rows that are compared; None compares all.
-        notes: The text columns after the numbers, with their headings.
-        name: The name of its files, without ending.
-        wraps: True if cells are sentences, which a page breaks into lines.
-    """
+    """Hold a table of names, numbers and notes."""
 
     title: str
-    caption: str
-    keys: dict[str, str]
+    caption: str  # content, origin, and how much the numbers may be trusted
+    keys: dict[str, str]  # text columns of the frame that name a row, with their headings
     columns: Sequence[Column]
     frame: pd.DataFrame
-    group: Sequence[str] = field(default_factory=tuple)
-    compare: str | None = None
-    notes: dict[str, str] = field(default_factory=dict)
-    name: str = ""
-    wraps: bool = False
+    group: Sequence[str] = ()  # text columns within which the best number is marked
+    compare: str | None = None  # Boolean column of the rows that may be the best; None for all
+    notes: dict[str, str] = field(default_factory=dict)  # text columns after the numbers, with their headings
+    name: str = ""  # of the files, without ending
+    wraps: bool = False  # True if cells are sentences, which a page breaks into lines
 
     @property
     def printed(self) -> list[Column]:
@@ -128,15 +104,14 @@ class Table:
         frame = self.frame.reset_index(drop=True)
         headings = [*self.keys.values(), *(column.heading for column in self.printed), *self.notes.values()]
         mask = pd.DataFrame(False, index=frame.index, columns=headings)
-        compared = frame[self.compare] if self.compare else pd.Series(True, index=frame.index)
+        keys = [frame[key] for key in self.group] or [pd.Series(0, frame.index)]
         for column in self.printed:
             direction = load_metrics()[column.metric].direction
-            if column.best is None or direction == "none" or frame.empty:
-                continue
-            values = frame[column.best].where(compared)
-            groups = values.groupby([frame[key] for key in self.group]) if self.group else values.groupby(lambda _: 0)
-            extreme = groups.transform("max" if direction == "higher" else "min")
-            mask[column.heading] = (values == extreme) & (groups.transform("count") > 1)
+            if column.best and direction != "none" and len(frame):
+                values = frame[column.best].where(frame[self.compare]) if self.compare else frame[column.best]
+                groups = values.groupby(keys)
+                extreme = groups.transform("max" if direction == "higher" else "min")
+                mask[column.heading] = (values == extreme) & (groups.transform("count") > 1)
         return mask
 
     def markdown(self) -> str:
@@ -170,27 +145,31 @@ class Table:
 
     def html(self) -> str:
         """Render an unstyled ``<figure>``; numbers have their value to sort by, rows the names of their runs."""
-        texts, best, sorts = self.texts(), self.best(), self._sort_values()
+        texts, best = self.texts(), self.best()
+        numbers = {column.heading: self.frame[column.value].tolist() for column in self.printed}
         shared = self._shared_texts(texts)
-        columns = [number for number, heading in enumerate(texts.columns) if heading not in shared]
-        headings = [*texts.columns[columns], *(["Runs"] if RUNS in self.frame else [])]
+        shown = [heading for heading in texts if heading not in shared]
         rows = []
-        for row in range(len(texts)):
-            cells = [
-                _html_cell(texts.iat[row, n], sorts[row][n], is_best=best.iat[row, n], is_head=n == columns[0])
-                for n in columns
-            ]
+        for number in range(len(texts)):
+            cells = []
+            for heading in shown:
+                text = html.escape(texts.at[number, heading])
+                text = f"<strong>{text}</strong>" if best.at[number, heading] else text
+                value = numbers[heading][number] if heading in numbers else None
+                sort = "" if pd.isna(value) else f' data-sort="{value:.9g}"'
+                is_head = heading == shown[0] and text != ""  # an empty cell heads nothing
+                cells.append(f'<th scope="row">{text}</th>' if is_head else f"<td{sort}>{text}</td>")
             if RUNS in self.frame:
-                folders = str(self.frame[RUNS].iloc[row])
+                folders = str(self.frame[RUNS].iloc[number])
                 cells.append(f'<td data-runs="{html.escape(folders)}">{len(folders.split()) or MISSING}</td>')
             rows.append(f"<tr>{''.join(cells)}</tr>")
+        headings = [*shown, *(["Runs"] if RUNS in self.frame else [])]
         head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)
-        sentence = _in_all_rows(shared)
+        sentence = f"<p>{html.escape(_in_all_rows(shared))}</p>" if _in_all_rows(shared) else ""
         body = "\n".join(rows)
         return (
             f'<figure id="{html.escape(self.name)}">\n<figcaption><b>{html.escape(self.title)}.</b> '
-            "<details><summary>How to read "
-            f"it</summary>{code_as_html(self.caption)}</details>{f'<p>{html.escape(sentence)}</p>' if sentence else ''}</figcaption>\n"
+            f"<details><summary>How to read it</summary>{code_as_html(self.caption)}</details>{sentence}</figcaption>\n"
             f'<div class="wide"><table class="{"sentences" if self.wraps else "numbers"}">\n'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n</figure>\n"
         )
@@ -203,12 +182,6 @@ class Table:
         if set(names) <= set(shared):
             shared.remove(names[-1])
         return {heading: str(texts[heading].iloc[0]) for heading in shared}
-
-    def _sort_values(self) -> list[list[float | None]]:
-        """Return the number of each printed cell, None if it has none."""
-        numbers = self.frame[[column.value for column in self.printed]].astype(float).to_numpy().tolist()
-        before, after = [None] * len(self.keys), [None] * len(self.notes)
-        return [[*before, *(None if math.isnan(value) else value for value in row), *after] for row in numbers]
 
     def write(self, folder: Path) -> None:
         """Write ``<name>.csv`` (plain numbers), ``.md``, ``.tex`` and ``.html``."""
@@ -244,10 +217,3 @@ def _in_all_rows(shared: Mapping[str, str]) -> str:
     """Name the texts that all rows of a table share, in a sentence; empty if there are none."""
     parts = "; ".join(f"{heading} {text}" for heading, text in shared.items() if text not in ("", MISSING))
     return f"In all rows: {parts}." if parts else ""
-
-
-def _html_cell(text: str, number: float | None, *, is_best: bool, is_head: bool) -> str:
-    text = f"<strong>{html.escape(text)}</strong>" if is_best else html.escape(text)
-    if is_head and text:  # an empty cell heads nothing
-        return f'<th scope="row">{text}</th>'
-    return f"<td>{text}</td>" if number is None else f'<td data-sort="{number:.9g}">{text}</td>'

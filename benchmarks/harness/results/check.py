@@ -56,35 +56,21 @@ _SUITE_SCALES = {"smoke": 0.1}  # of all tolerances: its models are tiny and tra
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of finished runs.
+    """The numbers of finished runs."""
 
-    Attributes:
-        rows: One row per number: :data:`KEYS`, the ``value`` as text with all digits, and the ``machine`` that made it.
-        machines: The fingerprint of each machine by its name. The name is empty if a run recorded no fingerprint.
-        code: The digest of the code that made them, see :func:`code_digest`.
-    """
-
-    rows: pd.DataFrame
-    machines: Mapping[str, Mapping[str, str]]
-    code: str
+    rows: pd.DataFrame  # one per number: KEYS, the value as text with all digits, and the machine that made it
+    machines: Mapping[str, Mapping[str, str]]  # fingerprints by name; the name is empty if a run recorded none
+    code: str  # code_digest() of the code that made them
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of a comparison of two sets of numbers.
+    """The result of a comparison of two sets of numbers."""
 
-    Attributes:
-        differences: One row per number that differs: :data:`KEYS`, ``status`` (changed, missing or new), ``before``,
-            ``after`` and ``tolerance``.
-        equal: The count of numbers that agree.
-        machines: A sentence for each pair of machines that counts the numbers and names the kind of comparison.
-        unfinished: The runs without numbers, with the reason if it is known.
-    """
-
-    differences: pd.DataFrame
-    equal: int
-    machines: tuple[str, ...]
-    unfinished: tuple[str, ...] = ()
+    differences: pd.DataFrame  # KEYS, status (changed, missing or new), before, after and tolerance
+    equal: int  # numbers that agree
+    machines: list[str]  # for each pair of machines the count of numbers and the kind of comparison
+    unfinished: Sequence[str] = ()  # runs without numbers, with the reason if it is known
 
     @property
     def passed(self) -> bool:
@@ -97,30 +83,28 @@ class Comparison:
         return json.dumps({**content, "differences": self.differences.to_dict("records")}, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
-        lines, counts = [], []
-        for status in ("changed", "missing", "new"):
-            rows = self.differences[self.differences["status"] == status]
-            for (run, seed), group in rows.groupby(["run", "seed"], sort=False):
-                start = f"{status:<8} {run} s{seed}"
-                lines += [f"{start} {_describe(row)}" for row in group.head(_LINES).to_dict("records")]
-                lines += [f"{start}: {len(group) - _LINES} more numbers"] if len(group) > _LINES else []
-            counts.append(f"{len(rows)} {status}")
+        lines = []
+        for (status, run, seed), group in self.differences.groupby(["status", "run", "seed"]):
+            start = f"{status:<8} {run} s{seed}"
+            lines += [f"{start} {_describe(row)}" for row in group.head(_LINES).itertuples()]
+            lines += [f"{start}: {len(group) - _LINES} more numbers"] if len(group) > _LINES else []
         if self.unfinished:
             lines.append(f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}")
-        return "\n".join([*lines, *self.machines, f"{self.equal} agree, {', '.join(counts)}"])
+        statuses = list(self.differences["status"])
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("changed", "missing", "new"))
+        return "\n".join([*lines, *self.machines, f"{self.equal} agree, {counts}"])
 
 
-def _describe(row: Mapping[str, Any]) -> str:
+def _describe(row: Any) -> str:
     """Describe one difference in a line."""
-    name = " ".join(row[key] for key in ("part", "set", "metric") if row[key])
-    before, after = (f"{row[key]:.60}" for key in ("before", "after"))
-    if not (before and after):
-        return f"{name}: {before or after}"
+    name = " ".join(filter(None, (row.part, row.set, row.metric)))
+    if row.status != "changed":
+        return f"{name}: {row.before or row.after:.60}"
     try:
-        difference = f" ({float(row['after']) - float(row['before']):+.3g}, tolerance {row['tolerance']:g})"
+        difference = f" ({float(row.after) - float(row.before):+.3g}, tolerance {row.tolerance:g})"
     except ValueError:  # several numbers, or words
         difference = ""
-    return f"{name}: {before} -> {after}{difference}"
+    return f"{name}: {row.before:.60} -> {row.after:.60}{difference}"
 
 
 def tolerance_of(metric: str) -> float | None:
@@ -157,11 +141,11 @@ def compare(
     return Comparison(
         differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
         int(is_equal.sum()),
-        tuple(
+        [
             f"compared {count} numbers {'within tolerances, as asked' if elsewhere else _kind(before, after, *pair)}"
             for pair, count in pairs.items()
-        ),
-        tuple(unfinished),
+        ],
+        unfinished,
     )
 
 
@@ -201,7 +185,9 @@ def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
     numbers, machines = list[tuple[object, ...]](), dict[str, Mapping[str, str]]()
     for run, metrics in results:
         fingerprint = metrics["environment"].get("fingerprint", {})
-        machine = _machine_name(fingerprint)
+        machine = (
+            hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8] if fingerprint else ""
+        )
         machines[machine] = fingerprint
         keys = run_keys(run)
         keys["learning_rate"] = f"{keys['learning_rate']:g}"
@@ -221,11 +207,6 @@ def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, st
         if metric in load_metrics() and part not in ("cost", "dev_best"):
             value = float(number)
             yield part, task, metric, repr(int(value) if value.is_integer() and tolerance_of(metric) == 0 else value)
-
-
-def _machine_name(fingerprint: Mapping[str, str]) -> str:
-    """Return a short hash of a fingerprint; empty if there is none."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8] if fingerprint else ""
 
 
 def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -273,10 +254,8 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
     advice = f"bless a run of the suite (`python -m benchmarks bless --suite {suite}`)"
     try:
         rows = pd.read_csv(path, keep_default_na=False, dtype=str)[_COLUMNS].astype({"seed": int})
-    except FileNotFoundError as error:
-        raise DefinitionError(f"{path} does not exist: {advice}") from error
-    except (KeyError, ValueError) as error:
-        raise DefinitionError(f"{path} is damaged, or of an older form: {advice}") from error
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise DefinitionError(f"{path} is missing, damaged or of an older form: {advice}") from error
     origin = read_json(path.with_suffix(".json"), ReferenceFile, advice)
     return Numbers(rows, origin.machines, origin.code)
 
@@ -286,8 +265,7 @@ def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = RE
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
-    machines = {name: dict(parts) for name, parts in numbers.machines.items()}
-    write_json(path.with_suffix(".json"), {"commit": commit, "machines": machines, "code": numbers.code})
+    write_json(path.with_suffix(".json"), {"commit": commit, "machines": numbers.machines, "code": numbers.code})
     return path
 
 
@@ -298,9 +276,9 @@ def _finished(runs: Sequence[Run], suite: str) -> list[Run]:
     return finished
 
 
-def read_numbers(runs: Sequence[Run], root: Path = RUNS) -> Numbers:
+def read_numbers(runs: Sequence[Run]) -> Numbers:
     """Read the numbers of finished runs; see :func:`numbers_of`."""
-    return numbers_of([(run, read_metrics(run, root)) for run in runs])
+    return numbers_of([(run, read_metrics(run)) for run in runs])
 
 
 def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> Comparison:

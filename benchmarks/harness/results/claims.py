@@ -27,30 +27,20 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """The numbers of one comparison.
+    """The numbers of one comparison."""
 
-    Attributes:
-        difference: The difference of the methods; of a ratio its median less 1, with the range of all rounds.
-        incomplete: The number of pairs that are left out because they lack a model, task or set.
-        models: The models that both methods ran on.
-        tasks: The tasks that both methods ran on.
-    """
-
-    difference: Difference
-    incomplete: int
-    models: tuple[str, ...]
-    tasks: tuple[str, ...]
+    difference: Difference  # of the methods; of a ratio its median less 1, with the range of all rounds
+    incomplete: int  # pairs that are left out because they lack a model, task or set
+    models: list[str]  # that both methods ran on
+    tasks: list[str]  # that both methods ran on
 
 
 def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Compare two methods as the direction of a claim asks for.
+    """Compare two methods as the direction of a claim asks for; None if they share nothing.
 
     Args:
         numbers: The numbers of all runs of a benchmark, see :data:`benchmarks.harness.report.common.COMPARED`.
         compare: The comparison.
-
-    Returns:
-        None if the methods share nothing.
     """
     rows = _select(numbers, compare)
     if compare.direction == "near":
@@ -88,7 +78,9 @@ def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
     by_pair = both.assign(difference=both["value"] - both["other"]).groupby("pair", sort=True)["difference"]
     complete = by_pair.mean()[by_pair.size() == len(both[[*_CELL, "setting"]].drop_duplicates())]
     difference = mean_difference(complete.to_numpy(dtype=float))
-    return Evidence(difference, by_pair.ngroups - len(complete), _names(both, "model"), _names(both, "task"))
+    return Evidence(
+        difference, by_pair.ngroups - len(complete), list(both["model"].unique()), list(both["task"].unique())
+    )
 
 
 def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
@@ -101,7 +93,7 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
     spans = np.concatenate([both["max"] - both["min_other"], both["min"] - both["max_other"]])
     largest = float(spans[np.abs(spans).argmax()])
     difference = Difference(largest, largest, largest, math.nan, int(both["size"].sum()))
-    return Evidence(difference, 0, _names(both, "model"), _names(both, "task"))
+    return Evidence(difference, 0, list(both["model"].unique()), list(both["task"].unique()))
 
 
 def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
@@ -113,11 +105,7 @@ def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
     if ratios.empty:
         return None
     difference = Difference(ratios.median() - 1, low.min() - 1, high.max() - 1, math.nan, len(ratios))
-    return Evidence(difference, 0, _names(rows, "model"), ())
-
-
-def _names(rows: pd.DataFrame, column: str) -> tuple[str, ...]:
-    return tuple(rows[column].drop_duplicates())
+    return Evidence(difference, 0, list(rows["model"].unique()), [])
 
 
 def is_within(difference: Difference, least: float, most: float) -> bool:
@@ -126,14 +114,7 @@ def is_within(difference: Difference, least: float, most: float) -> bool:
 
 
 def judge(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
-    """Judge a claim of more or less by the corrected p of the test, and any other claim by the interval.
-
-    Args:
-        compare: The comparison.
-        difference: The difference that the runs show.
-        p: The corrected p.
-        margin: The largest difference that is practically negligible.
-    """
+    """Judge a claim of more or less by the corrected p of the test, and any other by interval and negligible margin."""
     if compare.direction in ("higher", "lower"):
         if math.isnan(p):
             return Verdict.NO_TEST

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import pandas as pd
-from annotated_types import Ge, Len, MinLen
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
+from annotated_types import Ge, MaxLen, MinLen
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN
@@ -39,7 +39,6 @@ class _Strict(BaseModel):
 
 
 Scores = dict[str, dict[str, Annotated[dict[str, float | None], MinLen(1)]]]  # by part, set and metric
-Loads = dict[str, Annotated[list[list[int]], MinLen(1)]]  # by layer, for each window or class
 Curve = list[dict[str, float | None]]
 
 
@@ -57,6 +56,18 @@ class _Environment(_Strict):
     fingerprint: dict[str, str] = {}
 
 
+class _Cost(_Strict):
+    job_seconds: Annotated[float, Ge(0)]
+
+
+class _Rows(_Strict):
+    """The rows of a set: classes by their counts, the range of their numbers, or their tokens."""
+
+    rows: int
+    labels: Annotated[dict[str, int], MinLen(1)] | None = None
+    range: tuple[float, float] | None = Field(None, strict=False)  # a list in JSON
+
+
 class _Layer(_Strict):
     index: int
     explained: float | None
@@ -65,46 +76,16 @@ class _Layer(_Strict):
 class _Model(_Strict):
     conversion: list[_Layer] = []
     trained: dict[str, dict[str, Any]] = {}
-    source: dict[str, str] = {}
-
-
-class _Cost(_Strict):
-    __pydantic_extra__: dict[str, float | str]
-    job_seconds: Annotated[float, Ge(0)]
-
-
-class _Rows(_Strict):
-    """The rows of a set: classes by their counts, the range of their numbers, or their tokens."""
-
-    __pydantic_extra__: dict[str, int | str]
-    rows: int
-    dropped: int | None = None
-    labels: Annotated[dict[str, int], MinLen(1)] | None = None
-    range: Annotated[list[float], Len(2, 2)] | None = None
-    tokens: int | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.tokens is None and self.labels is None and self.range is None:
-            raise ValueError("it needs 'labels', 'range' or 'tokens'")
-        if self.tokens is None and self.dropped is None:
-            raise ValueError("it needs 'dropped'")
-        return self
-
-
-class _Transformed(_Strict):
-    scores: Scores
 
 
 class _Windows(_Strict):
     ends: list[int]
-    loads: Loads
+    loads: dict[str, list[list[int]]]  # by layer and window
 
 
 class _Routing(_Strict):
     windows: _Windows | None = None
     loads: dict[str, list[list[list[int]]]] = {}
-    chance: dict[str, dict[str, list[float]]] = {}
 
 
 class _SetUsage(_Strict):
@@ -114,17 +95,9 @@ class _SetUsage(_Strict):
 
 
 class _Usage(_Strict):
-    """The use of experts; empty for a model without experts."""
-
-    tasks: dict[str, _SetUsage] = {}
-    shared: list[int] | None = None
-    specialised: list[int] | None = None
-
-    @model_validator(mode="after")
-    def _has_all(self) -> Self:
-        if self.tasks and (self.shared is None or self.specialised is None):
-            raise ValueError("'tasks' needs 'shared' and 'specialised'")
-        return self
+    tasks: dict[str, _SetUsage]
+    shared: list[int]
+    specialised: list[int]
 
 
 class _Matrix(_Strict):
@@ -135,32 +108,13 @@ class _Matrix(_Strict):
     values: list[float]
 
 
-class _Group(_Strict):
-    __pydantic_extra__: dict[str, float]
-    questions: int
-
-
 class _Task(_Strict):
     scores: dict[str, float]
     questions: int
     metric: str
-    categories: dict[str, _Group]
-    subjects: dict[str, _Group]
+    categories: dict[str, dict[str, float]]
+    subjects: dict[str, dict[str, float]]
     correct: dict[str, Annotated[str, StringConstraints(pattern="^[01]+$")]]  # a digit for each question
-    nats_per_byte: dict[str, list[float]] = {}
-
-    @model_validator(mode="after")
-    def _has_metric(self) -> Self:
-        for name, group in {**self.categories, **self.subjects}.items():
-            if self.metric not in (group.model_extra or {}):
-                raise ValueError(f"'{name}' needs '{self.metric}'")
-        return self
-
-
-class _Answer(_Strict):
-    instruction: str
-    input: str
-    answer: str
 
 
 class _Record(_Strict):
@@ -177,14 +131,14 @@ class Metrics(_Strict):
     environment: _Environment
     scores: Scores | None = None
     measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None
-    transformed: dict[str, _Transformed] = {}
+    transformed: dict[str, dict[str, Scores]] = {}
     data: dict[str, _Rows] | None = None
     model: _Model | None = None
     routing: _Routing | None = None
-    usage: _Usage | None = None
+    usage: _Usage | Annotated[dict[str, Any], MaxLen(0)] | None = None  # empty for a model without experts
     matrix: _Matrix | None = None
     tasks: dict[str, _Task] | None = None
-    answers: list[_Answer] | None = None
+    answers: list[dict[str, str]] | None = None
     chosen: dict[str, str | float] | None = None
     epochs: Curve = []
     dev_curve: Curve = []
@@ -195,8 +149,7 @@ class Metrics(_Strict):
     classes: list[str] | None = None
 
 
-# the parts of a run, by the keys of its run.json
-_NEEDED = {
+_NEEDED = {  # the parts of a run, by the keys of its run.json
     "training": ("scores", "data", "model", "routing"),
     "evaluation": ("scores", "data"),
     "candidates": ("chosen", "routing"),
@@ -252,16 +205,13 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
         raise DataError(f"{path} is damaged: {first_problem(error)}; {_again(path)}") from None
     except (LookupError, ValueError, TypeError) as error:
         raise DataError(f"{path} lacks something that such a run records ({error}); {_again(path)}") from None
+    known = load_metrics()
     for part, task, name, value in numbers:
-        low, high = _range(name)
+        low, high = known[name].range if name in known else (None, None)
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
         if not isinstance(value, (int, float)) or not low - _ROUNDING <= value <= high + _ROUNDING:
             number = " ".join(filter(None, (part, task, name)))
             raise DataError(f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {_again(path)}")
-
-
-def _range(metric: str) -> tuple[float, float]:
-    low, high = load_metrics()[metric].range if metric in load_metrics() else (None, None)
-    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _again(path: Path) -> str:
@@ -278,17 +228,6 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
         raise ValueError(f"'{missing[0]}' is missing")
     if "scores" in needed and not any((metrics.scores or {}).values()):
         raise ValueError("'scores' has no number")
-    if "settings" in run.spec and metrics.measured:
-        _check_measured(run.spec, metrics.measured)
-
-
-def _check_measured(spec: Mapping[str, Any], measured: Mapping[str, Mapping[str, float]]) -> None:
-    """Check that a measurement has all its candidates, each with the numbers of the others."""
-    baseline = [] if spec["task"]["name"] == "partition" else ["dense"]
-    names = {name for numbers in measured.values() for name in numbers} - {"expected_ratio"}
-    for candidate in (*baseline, *spec["settings"].get("candidates", ())):
-        if missing := names - measured.get(candidate, {}).keys():
-            raise ValueError(f"'measured.{candidate}' needs '{min(missing)}'")
 
 
 def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:

@@ -20,15 +20,9 @@ PERMUTATIONS = 500
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference.
+    """A paired difference: its mean over ``n`` pairs, 95 % confidence interval (Student's t), and p of the t-test.
 
-    Attributes:
-        mean: The mean of the differences.
-        low: The lower end of the 95 % confidence interval (Student's t); nan with one pair, or if all differences
-            are the same number other than 0.
-        high: The upper end.
-        p: The p of the paired t-test; nan with one pair, or if all differences are equal.
-        n: The number of pairs.
+    With one pair, or if all differences are equal, p is nan, and so are ``low`` and ``high`` unless all are 0.
     """
 
     COLUMNS: ClassVar = ("delta", "low", "high", "p")
@@ -107,21 +101,12 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
 
 
 def with_verdicts(rows: pd.DataFrame, family: list[str], *, lower_is_better: bool = False) -> pd.DataFrame:
-    """Add ``p_holm``, corrected within each family, and a ``verdict`` to rows of differences."""
-    corrected = rows.groupby(family, sort=False)["p"].transform(holm) if len(rows) else math.nan
-    judged = rows.assign(p_holm=corrected)
-    better = [-row.delta if lower_is_better else row.delta for row in judged.itertuples()]
-    rest = zip(better, judged["low"], judged["high"], judged["p_holm"], strict=True)
-    return judged.assign(verdict=[_verdict(*row) for row in rest])
-
-
-def _verdict(better: float, low: float, high: float, p: float) -> str:
-    """Describe a corrected test in words; empty if there is no test."""
-    if low == high == 0:
-        return "equal"
-    if math.isnan(p):
-        return ""
-    return "within noise" if p >= SIGNIFICANCE else "better" if better > 0 else "worse"
+    """Add ``p_holm``, corrected within each family, and a ``verdict``, which is empty without a test."""
+    p = rows.groupby(family, sort=False)["p"].transform(holm) if len(rows) else rows["p"]
+    is_better = rows["delta"] < 0 if lower_is_better else rows["delta"] > 0
+    is_equal = (rows["low"] == 0) & (rows["high"] == 0)
+    words = {"equal": is_equal, "": p.isna(), "within noise": p >= SIGNIFICANCE, "better": is_better}
+    return rows.assign(p_holm=p, verdict=np.select(list(words.values()), list(words), "worse"))
 
 
 @dataclass(frozen=True)
@@ -133,14 +118,13 @@ class Ranking:
 
 
 def friedman_ranks(scores: pd.DataFrame) -> Ranking:
-    """Compute the average rank of each row over the columns; higher is better, ties share their mean rank.
+    """Compute the average rank of each row (method) over the columns (data sets) of scores without gaps.
 
-    Args:
-        scores: The scores, one row per method, one column per data set, no gaps.
+    Higher is better; ties share their mean rank.
     """
     ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
-    all_tied = bool((scores.nunique(axis=0) == 1).all())
-    if min(scores.shape[0] - 1, scores.shape[1]) < 2 or all_tied:
+    is_tied = (scores.nunique(axis=0) == 1).all()
+    if len(scores) < 3 or scores.shape[1] < 2 or is_tied:
         return Ranking(ranks, math.nan)
     return Ranking(ranks, float(stats.friedmanchisquare(*scores.to_numpy()).pvalue))
 
@@ -160,13 +144,10 @@ def critical_difference(methods: int, sets: int) -> float:
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mutual information, in bits, of a token's expert and its label.
+    """Compute the mutual information, in bits, of a token's expert and its label from ``[..., labels, experts]`` counts.
 
-    It is that of the empirical distribution. Chance alone gives more than 0: the more experts and labels, and the
-    fewer rows (or images), the more (see :func:`shuffled_information`).
-
-    Args:
-        counts: The choices of each expert, ``[..., labels, experts]``.
+    Chance alone gives more than 0: the more experts and labels, and the fewer rows (or images), the more (see
+    :func:`shuffled_information`).
     """
     shares = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1)
     of_labels, of_experts = (special.entr(shares.sum(axis)).sum(-1) for axis in (-1, -2))
