@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,15 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from benchmarks.domainbed.batches import augmented, load_pixels, plain, visible
+from benchmarks.domainbed.batches import DEVIATION, MEAN, augmented, load_pixels, plain
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.images import REFUSE, Environment, ImageSet, load_folders
+from benchmarks.domainbed.images import REFUSE, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
 from benchmarks.harness.base import DataError, atomic_write, derive_seed, write_json
 from benchmarks.harness.config.yaml import parse
+
+_SHOWN = 10  # damaged images that a message names
+_SAMPLES = 8  # pictures in a row of the grid
 
 
 def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
@@ -32,12 +34,7 @@ def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
     Raises:
         DataError: The set is missing, or a folder or file of it is damaged.
     """
-    if task.source.mnist:
-        return load_mnist(task, seed)
-    return load_folders(task, truncated=truncated)
-
-
-_SHOWN = 10  # damaged images that a message names
+    return load_mnist(task, seed) if task.source.mnist else load_folders(task, truncated)
 
 
 def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
@@ -59,30 +56,23 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
 
 
 def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
-    """Open every image, and count them by environment, class and conversion.
+    """Open every image, and count them by environment and class.
 
     Raises:
         DataError: Images are damaged; names the first of them.
     """
     damaged: list[str] = []
-    environments = {}
     for environment in image_set.environments:
-        converted: Counter[str] = Counter()
         for row in range(len(environment)):
             try:
-                converted[environment.open(row)[1]] += 1
+                environment.open(row)
             except DataError as error:
                 damaged.append(str(error))
-        converted.pop("", None)
-        environments[environment.name] = {
-            "converted": dict(sorted(converted.items())),
-            "ignored": environment.ignored,
-            **environment.summary(image_set.classes),
-        }
     if damaged:
         total = sum(map(len, image_set.environments))
         first = "\n".join(damaged[:_SHOWN])
         raise DataError(f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used, the first:\n{first}")
+    environments = {environment.name: environment.summary(image_set.classes) for environment in image_set.environments}
     return {"source": image_set.source, "classes": image_set.classes, "environments": environments}
 
 
@@ -95,33 +85,23 @@ def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tup
     image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:
         validate_dataset(image_set)
-    return [
-        (environment.name, len(environment), _by_class(environment, image_set.classes), image_set.source)
-        for environment in image_set.environments
-    ]
-
-
-def _by_class(environment: Environment, classes: list[str]) -> str:
-    by_class = environment.summary(classes)["labels"].values()
-    return f"{len(classes)} classes, {min(by_class)} to {max(by_class)} each{_ignored(environment, '; ')}"
-
-
-def _ignored(environment: Environment, before: str) -> str:
-    """Name the files of an environment that are not read; empty if there are none."""
-    counted = ", ".join(f"{number:,} {ending}" for ending, number in environment.ignored.items())
-    return f"{before}not read: {counted}" if counted else ""
+    rows = []
+    for environment in image_set.environments:
+        counts = environment.summary(image_set.classes)["labels"].values()
+        by_class = f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
+        rows.append((environment.name, len(environment), by_class, image_set.source))
+    return rows
 
 
 def counts(image_set: ImageSet) -> str:
-    """Tabulate images by class and environment, and the files that are not read."""
+    """Tabulate images by class and environment."""
     summaries = {environment.name: environment.summary(image_set.classes) for environment in image_set.environments}
     rows = [[name, *(summary["labels"][name] for summary in summaries.values())] for name in image_set.classes]
     rows.append(["all", *(summary["rows"] for summary in summaries.values())])
-    table = tabulate(rows, headers=["class", *summaries])
-    return table + "".join(_ignored(environment, f"\n{environment.name}: ") for environment in image_set.environments)
+    return tabulate(rows, headers=["class", *summaries])
 
 
-def sample_grid(image_set: ImageSet, size: int, samples: int = 8) -> tuple[list[str], Tensor]:
+def sample_grid(image_set: ImageSet, size: int) -> tuple[list[str], Tensor]:
     """Make a grid of pictures as a model sees them.
 
     Returns:
@@ -133,9 +113,11 @@ def sample_grid(image_set: ImageSet, size: int, samples: int = 8) -> tuple[list[
     for environment in image_set.environments:
         seed = derive_seed("samples", environment.name)
         order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = [order[i % len(order)] for i in range(samples)]
+        chosen = [order[i % len(order)] for i in range(_SAMPLES)]
         transforms = {"": plain(size)} | ({", training": augmented(size)} if environment.places else {})
         for suffix, transform in transforms.items():
             names.append(f"{environment.name}{suffix}")
-            pictures += [visible(load_pixels(environment, row, transform, derive_seed(seed, row))) for row in chosen]
-    return names, make_grid(torch.stack(pictures), nrow=samples, padding=2, pad_value=255)
+            pictures += [load_pixels(environment, row, transform, derive_seed(seed, row)) for row in chosen]
+    mean, deviation = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(DEVIATION).view(3, 1, 1)
+    visible = ((torch.stack(pictures) * deviation + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    return names, make_grid(visible, nrow=_SAMPLES, padding=2, pad_value=255)

@@ -170,8 +170,7 @@ def test_tables_say_whose_validation_and_whose_gmoe_it_is(val_augment: bool, her
     ]
     write_runs(runs)
     found = outcomes(runs)
-    own = "this suite's own choice; DomainBed and the paper's authors augment them"
-    theirs = "augmented, as in DomainBed's code and the paper's authors'"
+    own, theirs = "are not augmented for validation", "are augmented for validation too"
     for table in (results(found, "pacs"), summary(found), choices(found, "pacs")):
         assert (theirs in table.caption, own in table.caption) == (val_augment, not val_augment)
     frame = paper(found).frame.set_index(["set", "method_title", "selection", "model"])

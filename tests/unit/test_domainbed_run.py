@@ -189,7 +189,7 @@ def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(mon
     def spy(self: EvaluationRows, place: int) -> dict[str, Any]:
         found = look(self, place)
         if place == 0:
-            seen.setdefault((self._environment.name, len(self) == 20), []).append(found["pixel_values"])
+            seen.setdefault((self.environment.name, len(self) == 20), []).append(found["pixel_values"])
         return found
 
     monkeypatch.setattr(EvaluationRows, "__getitem__", spy)
