@@ -55,17 +55,17 @@ class EncodedRows(Dataset[dict[str, Any]]):
         self._states: PrefixStates | None = None
         prompts = [template.prompt(row) for row in instructions]
         texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
-        special = template.special_tokens
-        encoded = template.tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True) if texts else {}
-        columns = (encoded.get(name, []) for name in ("input_ids", "offset_mapping"))
+        options = {"add_special_tokens": template.special_tokens, "return_offsets_mapping": True}
+        encoded = template.tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
+        columns = encoded["input_ids"], encoded["offset_mapping"]
         for row, prompt, tokens, offsets in zip(instructions, prompts, *columns, strict=True):
             begin = _begin(prompt, offsets)
-            if begin >= max_length:
+            if begin < max_length:
+                self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
+                self.sources.append(row)
+            else:
                 reason = f"has a prompt of {begin} tokens, so that nothing of the response fits into {max_length}"
                 self.broken.append(f"{row.place} {reason}")
-                continue
-            self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
-            self.sources.append(row)
 
     def chosen(self, numbers: Sequence[int]) -> EncodedRows:
         """Return some of the usable rows, by their numbers."""
@@ -80,7 +80,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
 
         def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
-            return {name: values for name, values in collate([self[i] for i in numbers]).items() if name != "labels"}
+            return inputs_of(collate([self[i] for i in numbers]))
 
         columns = {"tokens": np.concatenate([row.tokens for row in self.rows]), "lengths": np.asarray(lengths)}
         rows = copy.copy(self)
@@ -107,6 +107,11 @@ class EncodedRows(Dataset[dict[str, Any]]):
         }
 
 
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the inputs of a batch, without labels."""
+    return {name: values for name, values in batch.items() if name != "labels"}
+
+
 def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
     """Return the number of the first token of the response in prompt and response tokenised together.
 
@@ -121,9 +126,7 @@ def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
     """Return a collator that pads rows on the right; padding is neither read, nor learned, nor counted in routing.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        packing: Lay the rows end to end instead. Positions restart with each row, which separates their attention.
+    With ``packing``, it lays the rows end to end; positions restart with each row, which separates their attention.
     """
     if packing:
         return with_states(DataCollatorWithFlattening(separator_id=IGNORED))

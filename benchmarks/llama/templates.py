@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAT, RANDOM = "chat", "random"
-_FILE = BENCHMARKS / "llama" / "templates.yaml"
 
 
 @functools.cache
-def _templates() -> dict[str, dict[str, str]]:
-    templates: dict[str, dict[str, str]] = read_yaml(_FILE)
-    return templates
+def _templates() -> Any:
+    return read_yaml(BENCHMARKS / "llama" / "templates.yaml")
 
 
 def template_names() -> list[str]:
@@ -31,12 +29,7 @@ def template_names() -> list[str]:
 
 @dataclass(frozen=True)
 class Template:
-    """Make prompt and response of rows.
-
-    Attributes:
-        name: The name of the template, also if it was drawn.
-        tokenizer: The model's tokenizer, with its chat template and end token.
-    """
+    """Make prompt and response of rows by a named template, and the tokenizer's chat template and end token."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
@@ -80,9 +73,8 @@ class Template:
         if self.name == CHAT:
             return str(self.tokenizer.chat_template)
         before, _, after = _templates()[self.name]["without_input"].partition("{instruction}")
-        begins = (
-            self.tokenizer.bos_token if self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
-        )
+        adds_begin = self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        begins = self.tokenizer.bos_token if adds_begin else ""
         return (
             f"{{{{ {begins!r} }}}}{{% for message in messages %}}{{% if message['role'] == 'user' %}}"
             f"{{{{ {before!r} + message['content'] + {after!r} }}}}"

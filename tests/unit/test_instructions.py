@@ -57,9 +57,6 @@ def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> N
         refuse_broken(result.broken, "x")
 
 
-DEEP = "[" * 100_000 + "]" * 100_000
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -75,8 +72,6 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ('\n{"instruction": "a", "output": "b"}\n', "x.json is no list .*name it .jsonl"),
         ("", "x.json is not JSON: .*name it .jsonl"),
         (json.dumps([GOOD]).encode("utf-16"), "x.json is not JSON: "),
-        (DEEP, "x.json is not JSON: maximum recursion depth"),
-        ("[" + "1" * 5000 + "]", "x.json is not JSON: "),
     ],
 )
 def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | bytes, message: str) -> None:
@@ -85,10 +80,9 @@ def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | byt
 
 
 def test_a_line_that_is_no_json_is_broken() -> None:
-    content = '{"instruction": "a", "output": "b"}\n{"instruction": \n' + DEEP + "\n" + "1" * 5000
-    found = parse(content.encode(), "x.jsonl", lines=True)
-    assert (len(found.rows), [row[:6] for row in found.broken]) == (1, ["line 2", "line 3", "line 4"])
-    assert all("is not JSON (" in row for row in found.broken)
+    found = parse(b'{"instruction": "a", "output": "b"}\n{"instruction": \n', "x.jsonl", lines=True)
+    assert len(found.rows) == 1
+    assert [row.partition(" (")[0] for row in found.broken] == ["line 2 is not JSON"]
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
