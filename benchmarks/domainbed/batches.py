@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,29 +92,32 @@ class EnvironmentBatches(Sampler[Draw]):
             yield number, number // self._batch_size % len(self._rows), row
 
 
-class PrefixedImages:
-    """Hold the outputs of a frozen prefix for some rows of an environment, whose images are then no longer opened.
+@dataclass(frozen=True, kw_only=True)
+class PrefixedEnvironment(Environment):
+    """An environment with the outputs of a model's frozen layers for some rows, whose images are no longer opened.
 
-    Args:
-        prefix: The frozen prefix of the model.
-        environment: The environment.
-        rows: The rows, each once.
-        size: The pixels along each side.
+    Attributes:
+        states: The outputs.
+        indices: The index of each row in them.
+        blank: The pixels of every image, which the model ignores.
     """
 
-    def __init__(self, prefix: Prefix, environment: Environment, rows: Sequence[int], size: int) -> None:
-        transform = plain(size)
+    states: PrefixStates
+    indices: dict[int, int]
+    blank: Tensor
 
-        def batch(indices: Sequence[int]) -> dict[str, Tensor]:
-            return {"pixel_values": torch.stack([load_pixels(environment, rows[i], transform, 0) for i in indices])}
 
-        tokens = prefix.output(batch([0])).shape[1]
-        self._states = PrefixStates(prefix, _pictures_digest(environment, rows, size), [tokens] * len(rows), batch)
-        self._indices = {row: index for index, row in enumerate(rows)}
-        self._blank = torch.zeros(1).expand(3, size, size)  # the model ignores it
+def with_prefix(environment: Environment, prefix: Prefix, rows: Sequence[int], size: int) -> PrefixedEnvironment:
+    """Compute the outputs of a model's frozen layers for some rows, each named once, in images of ``size`` pixels."""
+    transform = plain(size)
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"pixel_values": self._blank, STATES: self._states[self._indices[row]]}
+    def batch(indices: Sequence[int]) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack([load_pixels(environment, rows[i], transform, 0) for i in indices])}
+
+    tokens = prefix.output(batch([0])).shape[1]
+    states = PrefixStates(prefix, _pictures_digest(environment, rows, size), [tokens] * len(rows), batch)
+    indices, blank = {row: index for index, row in enumerate(rows)}, torch.zeros(1).expand(3, size, size)
+    return PrefixedEnvironment(**vars(environment), states=states, indices=indices, blank=blank)
 
 
 def _pictures_digest(environment: Environment, rows: Sequence[int], size: int) -> str:
@@ -130,18 +133,13 @@ def _pictures_digest(environment: Environment, rows: Sequence[int], size: int) -
     return digest.hexdigest()
 
 
-Prefixed = Mapping[str, PrefixedImages]  # by the name of the environment; empty if no layer is frozen
-
-
-def _example(
-    environment: Environment, row: int, transform: Transform, prefixed: Prefixed, *seed: object
-) -> dict[str, Any]:
+def _example(environment: Environment, row: int, transform: Transform, *seed: object) -> dict[str, Any]:
     """Return a row for the training loop: its label, and pixels or the output of the frozen layers."""
-    if environment.name in prefixed:
-        inputs = prefixed[environment.name][row]
-    else:
-        inputs = {"pixel_values": load_pixels(environment, row, transform, derive_seed("augment", *seed))}
-    return {**inputs, "labels": environment.labels[row]}
+    labels = environment.labels[row]
+    if isinstance(environment, PrefixedEnvironment):
+        state = environment.states[environment.indices[row]]
+        return {"pixel_values": environment.blank, STATES: state, "labels": labels}
+    return {"pixel_values": load_pixels(environment, row, transform, derive_seed("augment", *seed)), "labels": labels}
 
 
 @dataclass(eq=False)
@@ -155,14 +153,13 @@ class TrainingRows(Dataset[dict[str, Any]]):
     rows: Sequence[Sequence[int]]
     transform: Transform
     seed: int
-    prefixed: Prefixed
 
     def __len__(self) -> int:
         return sum(map(len, self.rows))
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         number, env, index = draw
-        return _example(self.environments[env], self.rows[env][index], self.transform, self.prefixed, self.seed, number)
+        return _example(self.environments[env], self.rows[env][index], self.transform, self.seed, number)
 
 
 @dataclass(eq=False)
@@ -175,7 +172,6 @@ class EvaluationRows(Dataset[dict[str, Any]]):
     environment: Environment
     rows: Sequence[int]
     transform: Transform
-    prefixed: Prefixed
     step: int = 0
 
     @property
@@ -187,5 +183,5 @@ class EvaluationRows(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        environment, row = self.environment, self.rows[index]
-        return _example(environment, row, self.transform, self.prefixed, environment.name, row, self.step)
+        row = self.rows[index]
+        return _example(self.environment, row, self.transform, self.environment.name, row, self.step)

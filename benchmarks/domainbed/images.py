@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 from PIL import Image, ImageFile
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -21,11 +22,7 @@ from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from emoe.errors import did_you_mean
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-Picture = Union[Image.Image, "Tensor"]
+Picture = Image.Image | Tensor
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 from benchmarks.domainbed.batches import (
     EnvironmentBatches,
     EvaluationRows,
-    PrefixedImages,
     TrainingRows,
     augmented,
     plain,
+    with_prefix,
 )
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.domainbed.images import ImageSet, plain_name
+from benchmarks.domainbed.images import Environment, ImageSet, plain_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
 from benchmarks.domainbed.validation import counts, load_set
@@ -42,7 +42,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     read = parse(spec, ImageSpec, str(folder / "run.json"))
     training, hparams, held_out = read.training, read.hparams, read.test_envs
     image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
-    envs, classes = image_set.environments, image_set.classes
+    envs, classes, size = image_set.environments, image_set.classes, training.image_size
     progress.say(f"{image_set.source}\n{counts(image_set)}")
     entry = load_benchmark(read.benchmark).tasks.get(read.task.name)
     if entry and (note := SetPart(read.task.name, ALL, sum(map(len, envs)), expected=entry.images).note):
@@ -52,16 +52,17 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     names = [", ".join(envs[env].name for env in chosen) for chosen in (held_out, trained)]
     progress.say(f"held out: {names[0]}; trained on: {names[1]}")
     classifier = build_image_classifier(spec, len(classes))
+    if classifier.prefix is not None:
+        envs = _prefixed(classifier.prefix, read, envs, splits)
+    rows = [splits[env].within for env in trained]
     seed = derive_seed("environments", read.seed, *held_out)  # one for the draws of all methods
-    size, rows = training.image_size, [splits[env].within for env in trained]
     transform = augmented(size) if hparams.data_augmentation else plain(size)
-    prefixed = _prefixed(classifier.prefix, read, image_set, splits)
     trainer = DomainTrainer(
         classifier,
         read,
-        TrainingRows([envs[env] for env in trained], rows, transform, seed, prefixed),
+        TrainingRows([envs[env] for env in trained], rows, transform, seed),
         EnvironmentBatches([len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed),
-        _evaluated(read, image_set, splits, prefixed),
+        _evaluated(read, envs, splits),
         folder,
         progress,
     )
@@ -71,7 +72,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     _write_results(folder / "results.jsonl", read, records)
     progress.say("looking at the predictions")
     out = [
-        EvaluationRows(environment, split.out[: training.eval_rows], plain(size), prefixed)
+        EvaluationRows(environment, split.out[: training.eval_rows], plain(size))
         for environment, split in zip(envs, splits, strict=True)
     ]
     confusion, routing = trainer.predict(out, len(classes))
@@ -112,37 +113,33 @@ def _split(spec: ImageSpec, image_set: ImageSet) -> list[Split]:
 
 
 def _prefixed(
-    prefix: Prefix | None, spec: ImageSpec, image_set: ImageSet, splits: list[Split]
-) -> dict[str, PrefixedImages]:
-    """Return the outputs of the model's frozen layers for the rows that are trained on or evaluated, by environment."""
-    if prefix is None:
-        return {}
-    training, prefixed = spec.training, {}
-    environments = list(enumerate(zip(image_set.environments, splits, strict=True)))
+    prefix: Prefix, spec: ImageSpec, environments: list[Environment], splits: list[Split]
+) -> list[Environment]:
+    """Add the outputs of the model's frozen layers for the rows that are trained on or evaluated."""
+    training, prefixed = spec.training, list(environments)
     # methods begin with different ones, so that runs side by side share the work instead of waiting for each other
-    begin = derive_seed("first", spec.method.name) % len(environments)
-    for env, (environment, split) in [*environments[begin:], *environments[:begin]]:
-        within = split.within[: training.eval_rows] if env in spec.test_envs else split.within
+    begin = derive_seed("first", spec.method.name)
+    for number in range(begin, begin + len(environments)):
+        env = number % len(environments)
+        within, out = splits[env]
+        within = within[: training.eval_rows] if env in spec.test_envs else within
         # in an order that does not depend on the split: if all rows are in use, trials share them
-        rows = sorted([*within, *split.out[: training.eval_rows]])
-        prefixed[environment.name] = PrefixedImages(prefix, environment, rows, training.image_size)
+        rows = sorted([*within, *out[: training.eval_rows]])
+        prefixed[env] = with_prefix(environments[env], prefix, rows, training.image_size)
     return prefixed
 
 
-def _evaluated(
-    spec: ImageSpec, image_set: ImageSet, splits: list[Split], prefixed: Mapping[str, PrefixedImages]
-) -> dict[str, EvaluationRows]:
+def _evaluated(spec: ImageSpec, environments: list[Environment], splits: list[Split]) -> dict[str, EvaluationRows]:
     """Return the splits that every record has, by DomainBed's names."""
     training, evaluated = spec.training, {}
-    for name in ("in", "out"):
-        for env, (environment, split) in enumerate(zip(image_set.environments, splits, strict=True)):
+    for number, name in enumerate(("in", "out")):
+        for env, (environment, split) in enumerate(zip(environments, splits, strict=True)):
             is_test = env in spec.test_envs
             if name == "in" and not is_test and training.evaluate == "needed":
                 continue
             augments = spec.hparams.data_augmentation and training.val_augment and not is_test
             transform = augmented(training.image_size) if augments else plain(training.image_size)
-            rows = (split.within if name == "in" else split.out)[: training.eval_rows]
-            evaluated[f"env{env}_{name}"] = EvaluationRows(environment, rows, transform, prefixed)
+            evaluated[f"env{env}_{name}"] = EvaluationRows(environment, split[number][: training.eval_rows], transform)
     return evaluated
 
 
