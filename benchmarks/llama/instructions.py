@@ -44,10 +44,6 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
 
     A file ``<name>.json`` or ``<name>.jsonl`` below the data root (``EMOE_DATA_ROOT``) comes first.
 
-    Args:
-        name: The name of the set.
-        source: The source of its rows.
-
     Raises:
         DataError: The set is missing, or no list of rows.
     """

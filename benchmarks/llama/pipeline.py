@@ -89,15 +89,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 @dataclass(frozen=True)
 class Data:
-    """Hold the rows of a run.
+    """Hold the rows of a run: those to learn, in whole steps, those to evaluate on, and the number of broken ones.
 
-    Attributes:
-        template: The template of the prompts.
-        train: The rows to learn, in whole steps.
-        held_out: The rows to evaluate on.
-        broken: The number of broken rows, if they may be left out.
-        source: The source of the rows.
-        note: The difference from the known number of rows; None without one.
+    ``note`` is the difference from the known number of rows; None without one.
     """
 
     template: Template

@@ -29,16 +29,10 @@ _FORMS = {"default": "", "continuation": "_continuation"}
 
 
 def write_mmlu_dev(folder: Path) -> int:
-    """Write the tasks and their questions.
-
-    Args:
-        folder: The folder for the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines.
-
-    Returns:
-        The number of questions.
+    """Write the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines; return their number.
 
     Raises:
-        DataError: lm-eval's files or questions are not those of lm-eval 0.4.13.
+        DataError: lm-eval's questions are not those of lm-eval 0.4.13.
     """
     import lm_eval
 

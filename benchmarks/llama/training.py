@@ -54,18 +54,8 @@ def train(
 ) -> Trained:
     """Train, from the last complete checkpoint if there is one.
 
-    The rows of a step, and its loss, are the same for any number of processes and for any micro-batch.
-
-    Args:
-        trainable: The model, sharded if several processes share it.
-        tokenizer: The model's tokenizer.
-        spec: The spec of the run.
-        training: The training of the spec, which trains something.
-        rows: The rows to learn.
-        held_out: The rows whose loss is computed every ``eval_every`` steps.
-        folder: The folder of the run, for checkpoints.
-        progress: The progress line.
-        probe: The probe that records the first losses.
+    The rows of a step, and its loss, are the same for any number of processes and for any micro-batch. The loss of
+    ``held_out`` is computed every ``eval_every`` steps.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
     precision = precision_here(training.precision)
@@ -127,10 +117,6 @@ class HeldOutCurve(TrainerCallback):
 
     The last step is left out, because the model is evaluated then. The points are in Trainer's log, which checkpoints
     keep.
-
-    Args:
-        loss: The function that computes the loss of a model, None if the model diverged.
-        every: The steps between two points.
     """
 
     def __init__(self, loss: Callable[[Any], float | None], every: int) -> None:

@@ -16,18 +16,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DefinitionError
+from benchmarks.harness.base import MODEL_ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.models.build import build_image_classifier
 from tests.executed import finish, prepare
 from tests.image_sets import pacs_run
 
-
-@pytest.fixture(autouse=True)
-def workdir(shared_pacs: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DATA_ROOT, str(shared_pacs))
-    return here
+pytestmark = pytest.mark.usefixtures("pacs_here")
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +42,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model_root(models: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model_root(models: Path, pacs_here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model root with links to them."""
-    root = workdir / "models"
+    root = pacs_here / "models"
     root.mkdir()
     for folder in models.iterdir():
         (root / folder.name).symlink_to(folder)

@@ -26,11 +26,7 @@ from benchmarks.harness.results.statistics import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 
-
-@pytest.fixture(autouse=True)
-def workdir(shared_pacs: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DATA_ROOT, str(shared_pacs))
-    return here
+pytestmark = pytest.mark.usefixtures("pacs_here")
 
 
 @pytest.fixture
