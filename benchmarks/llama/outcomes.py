@@ -32,7 +32,7 @@ class InstructionOutcomes(Outcomes):
         metrics: The ``metrics.json`` of the runs by their ids.
         runs: The runs of the chosen learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
-        tasks: The titles of the evaluated tasks, in order.
+        tasks: The evaluated tasks in order, each with the result of its first run.
         tests: Paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned.
         nats_tests: The same differences of the right answers' nats per byte; lower is better.
         rates_chosen: True if some cell had several learning rates.
@@ -49,7 +49,9 @@ class InstructionOutcomes(Outcomes):
         records = collect_from((run, self.metrics[run.id]) for run in chosen)
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
-        self.tasks = list(dict.fromkeys(name for metrics in self.metrics.values() for name in metrics["tasks"]))
+        self.tasks: dict[str, Any] = {}
+        for name, result in (task for metrics in self.metrics.values() for task in metrics["tasks"].items()):
+            self.tasks.setdefault(name, result)
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
         self._questions = {key: self._values_by_question(key) for key in (_CORRECT, NATS)}
@@ -85,7 +87,7 @@ class InstructionOutcomes(Outcomes):
         ]
         tests = pd.concat(differences).rename(columns={"n": "questions"})
         tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
-        tests = tests.sort_values("task", key=lambda names: names.map(self.tasks.index), kind="stable")
+        tests = tests.sort_values("task", key=lambda names: names.map(list(self.tasks).index), kind="stable")
         row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(tests[row], [*CELL, "against"], lower_is_better=lower_is_better)
 

@@ -54,7 +54,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
         frame = with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
         interval = (f"{against} low", f"{against} high")
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
-    for task, tested in _tested(outcomes).items():
+    for task, tested in outcomes.tasks.items():
         parts = {"accuracy": "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
         parts |= {NATS: ", right answer", "task_score": f", {tested['metric']}"}
         for metric, word in parts.items():
@@ -97,10 +97,9 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
         f"{outcomes.baseline_title}, and against the model not tuned{nats}",
         f"{note}Differences of {what} to {outcomes.baseline_title} tuned the same way (each question's a mean over "
         "the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence "
-        "interval; p of the paired t-test over "
-        "questions, and p corrected by Holm's procedure over the tasks of a row. It says what other questions would "
-        "show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no "
-        "test.",
+        "interval; p of the paired t-test over questions, and p corrected by Holm's procedure over the tasks of a row. "
+        "It says what other questions would show, not what other seeds would. The verdict takes the corrected p at "
+        "5 %; a dash means that there is no test.",
         {**_keys(outcomes), "against": "Against", "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
         metric,
         frame,
@@ -109,17 +108,15 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
 
 def categories(outcomes: InstructionOutcomes) -> Table:
     """Tabulate accuracy by category of questions."""
-    caption = "Over all questions of a category, mean over seeds; the number of questions is in brackets."
-    return _parts(outcomes, "categories", "Category", caption)
+    return _parts(outcomes, "categories", "Category")
 
 
 def subjects(outcomes: InstructionOutcomes) -> Table:
     """Tabulate accuracy by subject."""
-    caption = "Mean over seeds; the number of questions is in brackets."
-    return _parts(outcomes, "subjects", "Subject", caption)
+    return _parts(outcomes, "subjects", "Subject")
 
 
-def _parts(outcomes: InstructionOutcomes, key: str, heading: str, caption: str) -> Table:
+def _parts(outcomes: InstructionOutcomes, key: str, heading: str) -> Table:
     """Tabulate parts of tasks by row, and cells by column."""
     rows: dict[tuple[str, str], dict[str, list[float]]] = {}
     names: dict[str, None] = {}
@@ -137,8 +134,13 @@ def _parts(outcomes: InstructionOutcomes, key: str, heading: str, caption: str) 
         ],
         columns=["task_title", "part", *names],
     )
-    columns = [Column("accuracy", name, name) for name in names]
-    return Table(f"Accuracy by {heading.lower()}", caption, {"task_title": "Task", "part": heading}, columns, frame)
+    return Table(
+        f"Accuracy by {heading.lower()}",
+        "Mean over seeds; the number of questions is in brackets.",
+        {"task_title": "Task", "part": heading},
+        [Column("accuracy", name, name) for name in names],
+        frame,
+    )
 
 
 def answers(outcomes: InstructionOutcomes) -> Table:
@@ -279,20 +281,13 @@ def _with(frame: pd.DataFrame, values: pd.Series[float], name: str) -> pd.DataFr
     return frame.merge(grouped, left_on=CELL, right_index=True, how="left", sort=False)
 
 
-def _tested(outcomes: InstructionOutcomes) -> dict[str, Any]:
-    """Return the results of the first run by task."""
-    return {
-        task: tested for metrics in reversed(outcomes.metrics.values()) for task, tested in metrics["tasks"].items()
-    }
-
-
 def _questions(outcomes: InstructionOutcomes) -> str:
     """Describe the numbers of questions and their standard errors."""
     words = [
         f"{task_words(task)} has {tested['questions']:,} questions, so that one accuracy near 30 % is uncertain by "
         f"{45.8 / math.sqrt(tested['questions']):.1f} points (one standard error)"
         f"{'; chance is 25 %' if task.startswith(_MMLU) else ''}"
-        for task, tested in _tested(outcomes).items()
+        for task, tested in outcomes.tasks.items()
         if tested["metric"] == "acc"
     ]
     is_dev = any(task.startswith("mmlu_dev") for task in outcomes.tasks)
