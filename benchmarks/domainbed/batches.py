@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ class EnvironmentBatches(Sampler[Draw]):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixedEnvironment(Environment):
-    """An environment with the outputs of a model's frozen layers for some rows, whose images are no longer opened.
+    """Hold the outputs of a model's frozen layers for some rows of an environment.
 
     Attributes:
         states: The outputs.
@@ -103,28 +102,17 @@ class PrefixedEnvironment(Environment):
 
 def with_prefix(environment: Environment, prefix: Prefix, rows: Sequence[int], size: int) -> PrefixedEnvironment:
     """Compute the outputs of a model's frozen layers for some rows, each named once, in images of ``size`` pixels."""
-    transform = plain(size)
+    transform, digest = plain(size), hashlib.sha256(f"{size}\n".encode())
+    for row in rows:
+        digest.update(np.asarray(environment.open(row)).tobytes())
 
     def batch(indices: Sequence[int]) -> dict[str, Tensor]:
         return {"pixel_values": torch.stack([load_pixels(environment, rows[i], transform, 0) for i in indices])}
 
     tokens = prefix.output(batch([0])).shape[1]
-    states = PrefixStates(prefix, _pictures_digest(environment, rows, size), [tokens] * len(rows), batch)
+    states = PrefixStates(prefix, digest.hexdigest(), [tokens] * len(rows), batch)
     indices, blank = {row: index for index, row in enumerate(rows)}, torch.zeros(1).expand(3, size, size)
     return PrefixedEnvironment(**vars(environment), states=states, indices=indices, blank=blank)
-
-
-def _pictures_digest(environment: Environment, rows: Sequence[int], size: int) -> str:
-    """Hash pictures: files by name, size and time, others by their content."""
-    digest = hashlib.sha256(f"{size}\n".encode())
-    for row in rows:
-        file = Path(environment.places[row]) if environment.places else None
-        if file and file.is_file():
-            state = file.stat()
-            digest.update(f"{file.resolve()}\t{state.st_size}\t{state.st_mtime_ns}\n".encode())
-        else:
-            digest.update(np.asarray(environment.open(row)).tobytes())
-    return digest.hexdigest()
 
 
 def _example(environment: Environment, row: int, transform: Transform, *seed: object) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def summary(outcomes: DomainOutcomes) -> Table:
     keys = ["selection", "model", "method"]
     spread = outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count").reset_index()
     frame = spread.groupby(keys, sort=False).agg(n=("n", "max")).reset_index()
-    headings = {name: outcomes.title("set", name) for name in outcomes.sets if outcomes.held_out(name)}
+    headings = {name: outcomes.title("set", name) for name in outcomes.sets}
     numbers = spread[["set", *keys, "mean", "error"]]
     frame, columns = with_columns(frame, keys, numbers, headings, "accuracy", std="error")
     if len(columns) > 1:

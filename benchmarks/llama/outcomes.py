@@ -50,7 +50,7 @@ class InstructionOutcomes(Outcomes):
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
         self.tasks: dict[str, Any] = {}
-        for name, result in (task for metrics in self.metrics.values() for task in metrics["tasks"].items()):
+        for name, result in (task for finished in self.metrics.values() for task in finished["tasks"].items()):
             self.tasks.setdefault(name, result)
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
