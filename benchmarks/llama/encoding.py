@@ -23,16 +23,12 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Hold the tokens of prompt and response, the begin of the response, and the number of tokens that were cut."""
+    """Hold an instruction, the tokens of prompt and response, the begin of the response, and the number of cut tokens."""
 
+    source: Instruction
     tokens: list[int]
     begin: int
     cut: int
-
-    @property
-    def labels(self) -> list[int]:
-        """Return the tokens of the response; those of the prompt are ignored."""
-        return [IGNORED] * self.begin + self.tokens[self.begin :]
 
 
 class EncodedRows(Dataset[dict[str, Any]]):
@@ -41,7 +37,6 @@ class EncodedRows(Dataset[dict[str, Any]]):
     Attributes:
         rows: The usable rows.
         broken: The rows whose prompt alone fills the whole length.
-        sources: The instructions of the usable rows.
 
     Raises:
         NotImplementedError: The tokenizer has no offsets, which separate prompt and response.
@@ -50,7 +45,6 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
     def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
         self.rows: list[EncodedRow] = []
-        self.sources: list[Instruction] = []
         self.broken: list[str] = []
         self._states: PrefixStates | None = None
         prompts = [template.prompt(row) for row in instructions]
@@ -61,8 +55,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         for row, prompt, tokens, offsets in zip(instructions, prompts, *columns, strict=True):
             begin = _begin(prompt, offsets)
             if begin < max_length:
-                self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
-                self.sources.append(row)
+                self.rows.append(EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             else:
                 reason = f"has a prompt of {begin} tokens, so that nothing of the response fits into {max_length}"
                 self.broken.append(f"{row.place} {reason}")
@@ -70,7 +63,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
     def chosen(self, numbers: Sequence[int]) -> EncodedRows:
         """Return some of the usable rows, by their numbers."""
         rows = copy.copy(self)
-        rows.rows, rows.sources = [self.rows[i] for i in numbers], [self.sources[i] for i in numbers]
+        rows.rows = [self.rows[i] for i in numbers]
         return rows
 
     def prefixed(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
@@ -92,7 +85,8 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        inputs = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
+        labels = [IGNORED] * row.begin + row.tokens[row.begin :]
+        inputs = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": labels}
         return inputs if self._states is None else {**inputs, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:

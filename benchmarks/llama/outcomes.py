@@ -135,9 +135,8 @@ class InstructionOutcomes(Outcomes):
 
     def row_title(self, cell: Mapping[str, str]) -> str:
         """Return a title that distinguishes a cell from the others."""
-        several_models = len({run.spec["model"]["name"] for run in self.runs}) > 1
-        keys = [*["model"] * several_models, *["set"] * self.several_sets, "tuning"]
-        return ", ".join([*(self.title(key, cell[key]) for key in keys), self.method_title(cell)])
+        varying = [key for key in ("model", "set") if len({cell_of(run)[key] for run in self.runs}) > 1]
+        return ", ".join([*(self.title(key, cell[key]) for key in (*varying, "tuning")), self.method_title(cell)])
 
     def method_title(self, cell: Mapping[str, str]) -> str:
         """Return a method's title with its variant."""

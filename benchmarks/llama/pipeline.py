@@ -186,7 +186,7 @@ def _evaluated(
         title = task_title(task.entry)
         progress.say(f"evaluating on {title}")
         evaluated[title] = run_task(model, tokenizer, task, evaluation.batch_size, precision, trainable.prefix)
-    instructions = data.held_out.sources[: evaluation.generations]
+    instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
     return {
         "scores": {

@@ -218,7 +218,7 @@ def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -
     model, rows = small_llama(), random_rows(4)
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
     encoded = EncodedRows([], find_template("plain", tokenizer, 0), 10)
-    encoded.rows = [EncodedRow(row["input_ids"], 2, 0) for row in rows]
+    encoded.rows = [EncodedRow(Instruction("", "", "", ""), row["input_ids"], 2, 0) for row in rows]
     counts = []
     for batch_size in (1, 4):
         with emoe.record_routing(model) as record:
