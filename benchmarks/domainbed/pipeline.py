@@ -19,7 +19,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.images import Environment, ImageSet, plain_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
-from benchmarks.domainbed.validation import counts, load_set
+from benchmarks.domainbed.validation import count_images, load_set
 from benchmarks.harness.base import DataError, derive_seed, write_text
 from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
 from benchmarks.harness.config.yaml import parse
@@ -43,7 +43,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     training, hparams, held_out = read.training, read.hparams, read.test_envs
     image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
     envs, classes, size = image_set.environments, image_set.classes, training.image_size
-    progress.say(f"{image_set.source}\n{counts(image_set)}")
+    progress.say(image_set.source)
+    for name, count, labels in count_images(image_set):
+        progress.say(f"{name}: {count:,} images, {labels}")
     entry = load_benchmark(read.benchmark).tasks.get(read.task.name)
     if entry and (note := SetPart(read.task.name, ALL, sum(map(len, envs)), expected=entry.images).note):
         progress.say(f"warning: {note}")

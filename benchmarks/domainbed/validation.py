@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from tabulate import tabulate
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -69,20 +68,14 @@ def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tup
     image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:
         validate_dataset(image_set)
-    rows = []
+    return [(name, rows, labels, image_set.source) for name, rows, labels in count_images(image_set)]
+
+
+def count_images(image_set: ImageSet) -> Iterator[tuple[str, int, str]]:
+    """Yield name, images and images by class of every environment."""
     for environment in image_set.environments:
         counts = environment.summary(image_set.classes)["labels"].values()
-        by_class = f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
-        rows.append((environment.name, len(environment), by_class, image_set.source))
-    return rows
-
-
-def counts(image_set: ImageSet) -> str:
-    """Tabulate images by class and environment."""
-    summaries = {environment.name: environment.summary(image_set.classes) for environment in image_set.environments}
-    rows = [[name, *(summary["labels"][name] for summary in summaries.values())] for name in image_set.classes]
-    rows.append(["all", *(summary["rows"] for summary in summaries.values())])
-    return tabulate(rows, headers=["class", *summaries])
+        yield environment.name, len(environment), f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
 
 
 def sample_grid(image_set: ImageSet, size: int) -> tuple[list[str], Tensor]:

@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.domainbed.batches import DEVIATION, MEAN, augmented, plain
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.mnist import load_digits
-from benchmarks.domainbed.validation import counts, list_environments, validate_dataset
+from benchmarks.domainbed.validation import list_environments, validate_dataset
 from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from tests.image_sets import CLASSES, FOLDERS, PACS, load
@@ -94,7 +94,6 @@ def test_hidden_folders_are_no_part_of_a_set(pacs: Path) -> None:
 
 
 def test_images_are_counted_by_class_and_environment(pacs: Path) -> None:
-    assert [line.split() for line in counts(load()).splitlines()][-1] == ["all", *["9"] * 4]
     environments = list_environments(RunSet.model_validate(PACS), 0, open_images=True)
     source = str(pacs / "PACS")
     assert environments == [(name, 9, "3 classes, 3 to 3 each", source) for name in "ACPS"]

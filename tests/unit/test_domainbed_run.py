@@ -100,7 +100,9 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
         assert routing[f"{name}_information_chance"] < routing[f"{name}_information_chance_95"]
     assert all(sum(map(sum, matrix)) == 4 for matrix in found["confusion"].values())
     said, warned = capfd.readouterr()
-    assert said.index("all") < said.index("training, 7 steps")  # counts come before training
+    assert said.index("S: 24 images, 3 classes, 8 to 8 each") < said.index(
+        "training, 7 steps"
+    )  # counts come before training
     assert "warning: pacs (all): 96 rows, its makers count 9,991: another version, or not all of it" in warned
     assert "held out: P; trained on: A, C, S" in said
     assert not (path.parent / "checkpoints").exists()
