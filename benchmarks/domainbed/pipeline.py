@@ -134,14 +134,15 @@ def _prefixed(
 def _evaluated(spec: ImageSpec, environments: list[Environment], splits: list[Split]) -> dict[str, EvaluationRows]:
     """Return the splits that every record has, by DomainBed's names."""
     training, evaluated = spec.training, {}
-    for number, name in enumerate(("in", "out")):
+    for name in ("in", "out"):
         for env, (environment, split) in enumerate(zip(environments, splits, strict=True)):
             is_test = env in spec.test_envs
             if name == "in" and not is_test and training.evaluate == "needed":
                 continue
             augments = spec.hparams.data_augmentation and training.val_augment and not is_test
             transform = augmented(training.image_size) if augments else plain(training.image_size)
-            evaluated[f"env{env}_{name}"] = EvaluationRows(environment, split[number][: training.eval_rows], transform)
+            rows = split.within if name == "in" else split.out
+            evaluated[f"env{env}_{name}"] = EvaluationRows(environment, rows[: training.eval_rows], transform)
     return evaluated
 
 

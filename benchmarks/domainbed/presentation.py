@@ -65,8 +65,8 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
         f"{outcomes.title('set', name)}: accuracy by held-out environment",
         f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. "
         f"{_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by "
-        "trial, with a 95 % confidence interval (Student's t), not "
-        "corrected for the number of methods. Bold marks the best method, controls apart.",
+        "trial, with a 95 % confidence interval (Student's t), not corrected for the number of methods. Bold marks the "
+        "best method, controls apart.",
         {**_KEYS, "n": "n"},
         columns,
         outcomes.order(frame, ["model", "selection", "method"]),
