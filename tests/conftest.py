@@ -102,6 +102,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def pacs_here(shared_pacs: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make an empty folder the working one, with a small PACS in the data root, which tests only read."""
+    monkeypatch.setenv(DATA_ROOT, str(shared_pacs))
+    return here
+
+
 @pytest.fixture(scope="module")
 def shared_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Change to a working directory that the tests of a module share."""

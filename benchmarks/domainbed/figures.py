@@ -34,7 +34,7 @@ from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
-_NO_SINGLE = "no run holds out one environment alone"
+_HEATMAPS = {**STYLE, "axes.grid": False, "font.size": 7}
 _FEW = 12  # as many names of classes stand beside an axis
 _COLUMNS = 4
 
@@ -42,9 +42,6 @@ _COLUMNS = 4
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw accuracy by method, a panel a held-out environment, under training-domain validation."""
     cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
-    if cells.empty:
-        placeholder_figure(path, _NO_SINGLE)
-        return
     panels = []
     for model, of_model in cells.groupby("model", sort=False):
         title = f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}"
@@ -66,13 +63,11 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     grid = np.asarray(Image.open(picture))
     labels: list[str] = json.loads(Path(job.file).read_text())["samples"]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
-        width = 6.0
-        figure, axis = plt.subplots(figsize=(width, width * grid.shape[0] / grid.shape[1]), layout="constrained")
+        height, width = grid.shape[:2]
+        figure, axis = plt.subplots(figsize=(6.0, 6.0 * height / width), layout="constrained")
         axis.imshow(grid)
-        step = grid.shape[0] / len(labels)
-        axis.set_yticks(
-            [(row + 0.5) * step for row in range(len(labels))], [outcomes.env_title(name, env) for env in labels]
-        )
+        middles = (np.arange(len(labels)) + 0.5) * height / len(labels)
+        axis.set_yticks(middles, [outcomes.env_title(name, env) for env in labels])
         axis.set_xticks([])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
@@ -81,37 +76,31 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the summed confusion on the held-out environments: a panel a model and method, the first trial of each."""
-    rows = _first_runs(outcomes, name)
-    if not rows:
-        placeholder_figure(path, _NO_SINGLE)
-        return
-    classes: list[str] = read_metrics(next(iter(rows[0][2].values())))["classes"]
-    counts: dict[tuple[str, str], dict[str, NDArray[np.int64]]] = {}
-    for model, env, by_method in rows:
-        for method in (method for method in outcomes.methods if method in by_method):
-            read = np.array(read_metrics(by_method[method])["confusion"][env])
-            counts.setdefault((model, method), {})[outcomes.env_title(name, env)] = read
+    counts: dict[tuple[str, str], NDArray[np.int64]] = {}
+    envs: dict[str, None] = {}
+    for model, env, runs in _first_runs(outcomes, name):
+        envs[outcomes.env_title(name, env)] = None
+        for method in (method for method in outcomes.methods if method in runs):
+            metrics = read_metrics(runs[method])
+            classes: list[str] = metrics["classes"]
+            counts[model, method] = counts.get((model, method), 0) + np.array(metrics["confusion"][env])
     columns = min(_COLUMNS, len(counts))
     lines = -(-len(counts) // columns)
     beside = classes if len(classes) <= _FEW else []
-    models = [outcomes.title("model", model) for model in dict.fromkeys(model for model, _ in counts)]
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = panel_grid(
-            lines, columns, (min(1.5 * columns + 0.9, WIDTH), 1.75 * lines + 0.5), sharex=True, sharey=True
-        )
-        for axis, ((model, method), by_env) in zip(axes.flat, counts.items(), strict=False):
-            total = sum(by_env.values(), np.zeros((len(classes), len(classes)), dtype=np.int64))
-            axis.imshow(total / np.maximum(total.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
-            accuracy = np.trace(total) / max(total.sum(), 1)
-            title = f"{outcomes.title('method', method)}: {accuracy * 100:.0f}\u00a0%"
+    models = list(dict.fromkeys(outcomes.title("model", model) for model, _ in counts))
+    with mpl.rc_context(_HEATMAPS):
+        size = (min(1.5 * columns + 0.9, WIDTH), 1.75 * lines + 0.5)
+        figure, axes = panel_grid(lines, columns, size, sharex=True, sharey=True)
+        for axis, ((model, method), count) in zip(axes.flat, counts.items(), strict=False):
+            axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
+            title = f"{outcomes.title('method', method)}: {np.trace(count) / count.sum() * 100:.0f}\u00a0%"
             title = title if len(models) == 1 else f"{outcomes.title('model', model)}, {title}"
             axis.set_title(wrapped(title, 1.5, 7), fontsize=7)
             axis.set_xticks(range(len(beside)), beside, rotation=90)
             axis.set_yticks(range(len(beside)), beside)
         hide_empty(axes)
-        envs = ", ".join(dict.fromkeys(env for by_env in counts.values() for env in by_env))
         only = f", {models[0]}" if len(models) == 1 else ""
-        figure.suptitle(f"{outcomes.title('set', name)}{only}, held out: {envs}", fontsize=8)
+        figure.suptitle(f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}", fontsize=8)
         figure.supxlabel("predicted class", fontsize=7)
         figure.supylabel("true class", fontsize=7)
         figure.colorbar(_SHARE, ax=axes, shrink=0.6, label="share of the class")
@@ -120,41 +109,33 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the use of experts by class and environment, by method and layer, for the first environment and trial."""
-    rows = _first_runs(outcomes, name)
-    if not rows:
-        placeholder_figure(path, _NO_SINGLE)
-        return
-    model, env, runs = rows[0]
-    metrics_by_method = {method: read_metrics(run) for method, run in runs.items()}
-    shown = [
-        (method, layer, np.array(loads), metrics["routing"]["chance"][layer])
-        for method, metrics in metrics_by_method.items()
-        for layer, loads in sorted(metrics["routing"].get("loads", {}).items(), key=lambda one: int(one[0]))
-    ]
+    model, env, runs = _first_runs(outcomes, name)[0]
+    shown = []
+    for method, run in runs.items():
+        metrics = read_metrics(run)
+        classes: list[str] = metrics["classes"]
+        for layer in sorted(metrics["routing"].get("loads", {}), key=int):
+            loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
+            shown.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
     if not shown:
         placeholder_figure(path, "no method of these runs routes")
         return
-    env_names = [outcomes.env_title(name, one) for one in outcomes.environments(name)]
-    classes: list[str] = next(iter(metrics_by_method.values()))["classes"]
+    env_names = [outcomes.env_title(name, other) for other in outcomes.environments(name)]
     heights = [min(len(classes), 20), len(env_names)]
     columns = min(_COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = panel_grid(
-            2 * lines,
-            columns,
-            (min(1.6 * columns + 1.3, WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5),
-            height_ratios=heights * lines,
-        )
-        for place, (method, layer, loads, chance) in enumerate(shown):
-            above, below = (axes[2 * (place // columns) + half, place % columns] for half in (0, 1))
+    with mpl.rc_context(_HEATMAPS):
+        size = (min(1.6 * columns + 1.3, WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5)
+        figure, axes = panel_grid(2 * lines, columns, size, height_ratios=heights * lines)
+        for number, (title, loads, chance) in enumerate(shown):
+            line, column = divmod(number, columns)
+            above, below = axes[2 * line, column], axes[2 * line + 1, column]
             for axis, counts, labels in ((above, loads.sum(0), classes), (below, loads.sum(1), env_names)):
                 axis.imshow(_relative(counts), norm=USE.norm, cmap=USE.cmap, aspect="auto")
-                beside = labels if place % columns == 0 and len(labels) <= heights[0] else []
+                beside = labels if column == 0 and len(labels) <= heights[0] else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
-            title = wrapped(f"{outcomes.title('method', method)}, block {layer}", 1.4, 7)
-            above.set_title(f"{title}\n{_information('class', loads.sum(0), chance)}", fontsize=7)
+            above.set_title(f"{wrapped(title, 1.4, 7)}\n{_information('class', loads.sum(0), chance)}", fontsize=7)
             below.set_title(_information("environment", loads.sum(1), chance), fontsize=7)
             below.set_xlabel(f"{loads.shape[2]} experts")
         hide_empty(axes)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
-import numpy as np
 from PIL import Image, ImageFile
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -22,11 +22,7 @@ from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from emoe.errors import did_you_mean
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-Picture = Union[Image.Image, "Tensor"]
+Picture = Image.Image | Tensor
 
 
 @dataclass(frozen=True)
@@ -36,17 +32,15 @@ class Environment:
     Attributes:
         name: DomainBed's short name.
         labels: The class number of every row.
-        open: A function that gives the picture of a row (an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in
-            [0, 1]) and the mode that it was converted from.
-        places: The names of the rows in messages; empty for rows that are made, not read.
-        ignored: The number of files that are not read, by their ending.
+        open: A function that returns the picture of a row: an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in
+            [0, 1].
+        places: The names of the rows in messages; empty for digits, which are made and not read.
     """
 
     name: str
     labels: list[int]
-    open: Callable[[int], tuple[Picture, str]]
+    open: Callable[[int], Picture]
     places: list[str] = field(default_factory=list)
-    ignored: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,13 +53,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Hold all environments of a set, in DomainBed's order.
-
-    Attributes:
-        environments: The environments.
-        classes: The names of the classes in the order of their numbers.
-        source: The origin of the images.
-    """
+    """Hold all environments of a set in DomainBed's order, the names of its classes, and the origin of the images."""
 
     environments: list[Environment]
     classes: list[str]
@@ -73,14 +61,10 @@ class ImageSet:
 
 
 REFUSE, LOAD = "refuse", "load"
-_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
-def open_image(file: Path | bytes, where: str, *, truncated: str = REFUSE) -> tuple[Image.Image, str]:
-    """Open an image as RGB, and name the mode that it was converted from (empty for RGB).
-
-    Greyscale becomes three equal channels; CMYK, YCbCr and palettes are converted by Pillow; transparency is dropped,
-    as in DomainBed; 16 bits a channel become 8 by dropping the lower half (DomainBed would cut all above 255 to white).
+def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
+    """Open an image as RGB; transparency is dropped, as in DomainBed.
 
     Args:
         file: The path, or the content of a file.
@@ -88,30 +72,22 @@ def open_image(file: Path | bytes, where: str, *, truncated: str = REFUSE) -> tu
         truncated: ``refuse`` to reject a file that ends early, ``load`` to fill the rest with grey, as DomainBed does.
 
     Raises:
-        DataError: The file is no image, is damaged, or ends early.
+        DataError: The file is no image, is damaged, ends early, or has more than 8 bits a channel.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = truncated == LOAD  # Pillow has it for the whole process
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            image.load()
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits a channel, whose black and white nobody knows; make it 8 or 16")
-            if image.mode in _SIXTEEN_BITS:
-                eight = (np.asarray(image) >> 8).astype(np.uint8)
-                return Image.fromarray(eight).convert("RGB"), image.mode
-            return image.convert("RGB"), "" if image.mode == "RGB" else image.mode
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("it has 16 or 32 bits a channel; make it 8")
+            return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise what their formats' code happens to
         is_short = "truncated" in str(error).lower()
         hint = "; to fill what is missing, as DomainBed does, set training.truncated: load" if is_short else ""
         raise DataError(f"{where} cannot be used: {error}{hint}") from error
 
 
-def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
+def load_folders(task: RunSet, truncated: str) -> ImageSet:
     """Load the environments of a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
-
-    Args:
-        task: The set.
-        truncated: See :func:`open_image`.
 
     Raises:
         DataError: A folder is missing or empty, or classes differ between environments.
@@ -129,37 +105,32 @@ def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
 def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
     folders = [root / name for name in _environment_order(_folders(root), task, str(root))]
     classes = _folders(folders[0])
+    numbers = {class_name: number for number, class_name in enumerate(classes)}
     environments = []
     for (name, _), folder in zip(task.environments, folders, strict=True):
         if odd := sorted(set(_folders(folder)) ^ set(classes)):
             raise DataError(f"classes differ between environments: '{odd[0]}' is only in one of {folders[0]}, {folder}")
-        numbers = {class_name: number for number, class_name in enumerate(classes)}
         try:
             rows = ImageFolder.make_dataset(str(folder), numbers, is_valid_file=_is_image)
         except FileNotFoundError as error:  # a class without images
             raise DataError(f"{folder}: {error}; images are {', '.join(IMG_EXTENSIONS)}") from error
         paths = [path for path, _ in rows]
-        others = {str(path) for path in folder.rglob("*") if path.is_file() and not _is_hidden(path)} - set(paths)
-        ignored = dict(sorted(Counter(Path(path).suffix.lower() or Path(path).name for path in others).items()))
-        open_row = partial(_open_file, paths, truncated)
-        environments.append(Environment(name, [label for _, label in rows], open_row, paths, ignored))
+        labels = [label for _, label in rows]
+        environments.append(Environment(name, labels, partial(_open_file, paths, truncated), paths))
     return ImageSet(environments, classes, str(root))
 
 
 def _environment_order(present: list[str], task: RunSet, where: str) -> list[str]:
     """Return the names of the environments on disk or on the hub, in DomainBed's order.
 
-    Case, spaces and signs do not count. If no name is known, their order is taken, as DomainBed takes all folders.
+    Case, spaces and signs do not count.
     """
-    wanted = [plain_name(str(title)) for _, title in task.environments]
     names = {plain_name(name): name for name in present}
-    if len(present) == len(wanted):
-        if set(names) == set(wanted):
-            return [names[name] for name in wanted]
-        if not set(names) & set(wanted):
-            return sorted(present)
-    expected = ", ".join(f"{title} ({name})" for name, title in task.environments)
-    raise DataError(f"{where} has the environments {', '.join(present)}; it must have {expected}, and no other")
+    wanted = [plain_name(str(title)) for _, title in task.environments]
+    if len(present) != len(wanted) or set(names) != set(wanted):
+        expected = ", ".join(f"{title} ({name})" for name, title in task.environments)
+        raise DataError(f"{where} has the environments {', '.join(present)}; it must have {expected}, and no other")
+    return [names[name] for name in wanted]
 
 
 def plain_name(name: str) -> str:
@@ -167,21 +138,18 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\W_]", "", name).casefold()
 
 
-def _is_hidden(path: Path) -> bool:
-    """Return True for ``.ipynb_checkpoints``, macOS's ``._000.jpg``, and all that is in such a folder of a class."""
-    return any(name.startswith(".") for name in path.parts[-3:])
-
-
 def _is_image(path: str) -> bool:
-    return path.lower().endswith(IMG_EXTENSIONS) and not _is_hidden(Path(path))
+    """Return True for an image, but not for one in ``.ipynb_checkpoints``, nor for macOS's ``._000.jpg``."""
+    is_hidden = any(name.startswith(".") for name in Path(path).parts[-2:])
+    return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden
 
 
 def _folders(here: Path) -> list[str]:
     return sorted(path.name for path in here.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _open_file(paths: list[str], truncated: str, row: int) -> tuple[Image.Image, str]:
-    return open_image(Path(paths[row]), paths[row], truncated=truncated)
+def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
+    return open_image(Path(paths[row]), paths[row], truncated)
 
 
 def _from_hub(task: RunSet, truncated: str) -> ImageSet:
@@ -197,42 +165,33 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
             f"Without it, put {task.source.folder}/<environment>/<class>/<image> below data_root (see config/README.md)"
         ) from error
     rows = datasets.concatenate_datasets(list(parts.values()))
-    read = hub_name(where, task.source.revision, commit_of(parts))
-    missing = sorted({"image", "domain", "label"} - set(rows.column_names))
-    if missing:
-        raise DataError(f"{where} has no column '{missing[0]}'{did_you_mean(missing[0], rows.column_names)}")
+    for column in ("domain", "image", "label"):
+        if column not in rows.column_names:
+            raise DataError(f"{where} has no column '{column}'{did_you_mean(column, rows.column_names)}")
     labels, domains = (_names(rows, column, where) for column in ("label", "domain"))
     classes, present = sorted(set(labels)), _environment_order(sorted(set(domains)), task, where)
     images = rows.cast_column("image", datasets.Image(decode=False))
     environments = []
     for (name, _), domain in zip(task.environments, present, strict=True):
-        chosen = sorted(
-            (i for i, name_of_row in enumerate(domains) if name_of_row == domain), key=lambda i: (labels[i], i)
-        )
+        chosen = sorted((i for i in range(len(rows)) if domains[i] == domain), key=lambda i: (labels[i], i))
         if absent := sorted(set(classes) - {labels[i] for i in chosen}):
             raise DataError(f"{where}: the domain '{domain}' has no image of the class '{absent[0]}'")
         numbers = [classes.index(labels[i]) for i in chosen]
         places = [f"{where}, row {i + 1}" for i in chosen]
         environments.append(Environment(name, numbers, partial(_open_row, images, chosen, places, truncated), places))
-    return ImageSet(environments, classes, f"hub {read}")
+    return ImageSet(environments, classes, f"hub {hub_name(where, task.source.revision, commit_of(parts))}")
 
 
 def _names(rows: Any, column: str, where: str) -> list[str]:
-    """Return a column of the hub's set, with the names of classes.
-
-    Raises:
-        DataError: A row has no value.
-    """
+    """Return a column of the hub's set, with the names of classes (:class:`DataError` if a row has no value)."""
     names = getattr(rows.features[column], "names", None)
-    values = []
     for number, value in enumerate(rows[column], start=1):
-        if value in (None, "", -1) or value != value or (names and value >= len(names)):
+        if value in (None, "", -1):
             raise DataError(f"{where}, row {number}: '{column}' is {value!r}, which names none")
-        values.append(str(names[value] if names else value))
-    return values
+    return [str(names[value] if names else value) for value in rows[column]]
 
 
-def _open_row(rows: Any, chosen: list[int], places: list[str], truncated: str, row: int) -> tuple[Image.Image, str]:
+def _open_row(rows: Any, chosen: list[int], places: list[str], truncated: str, row: int) -> Image.Image:
     content = rows[chosen[row]]["image"]
     file = content["bytes"] if content["bytes"] is not None else Path(content["path"])
-    return open_image(file, places[row], truncated=truncated)
+    return open_image(file, places[row], truncated)

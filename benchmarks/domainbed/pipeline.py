@@ -10,16 +10,16 @@ from typing import Any
 from benchmarks.domainbed.batches import (
     EnvironmentBatches,
     EvaluationRows,
-    PrefixedImages,
     TrainingRows,
     augmented,
     plain,
+    with_prefix,
 )
 from benchmarks.domainbed.definition import ImageSpec, validation_job
-from benchmarks.domainbed.images import ImageSet, plain_name
+from benchmarks.domainbed.images import Environment, ImageSet, plain_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
-from benchmarks.domainbed.validation import counts, load_set, validate_once
+from benchmarks.domainbed.validation import count_images, load_set, validate_once
 from benchmarks.harness.base import DataError, derive_seed, write_text
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.sets import ALL, SetPart
@@ -27,8 +27,6 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_image_classifier
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.training.progress import Progress
-
-_RESULTS = "results.jsonl"
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -46,113 +44,108 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     training, hparams, held_out = read.training, read.hparams, read.test_envs
     validate_once(validation_job(spec))
     image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
-    progress.say(f"{image_set.source}\n{counts(image_set)}")
-    entry, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, image_set.environments))
-    if entry and (note := SetPart(read.task.name, ALL, total, expected=entry.images).note):
+    envs, classes, size = image_set.environments, image_set.classes, training.image_size
+    progress.say(image_set.source)
+    for name, count, labels in count_images(image_set):
+        progress.say(f"{name}: {count:,} images, {labels}")
+    entry = load_benchmark(read.benchmark).tasks.get(read.task.name)
+    if entry and (note := SetPart(read.task.name, ALL, sum(map(len, envs)), expected=entry.images).note):
         progress.say(f"warning: {note}")
-    envs = image_set.environments
-    splits = [
-        split_environment(len(environment), env, read.seed, is_test=env in held_out)
-        for env, environment in enumerate(envs)
-    ]
-    for environment, split in zip(envs, splits, strict=True):
-        if not split.within or not split.out:
-            raise DataError(
-                f"{image_set.source}: the environment '{environment.name}' has {len(environment)} images, too few to "
-                "split"
-            )
+    splits = _split(read, image_set)
     trained = [env for env in range(len(envs)) if env not in held_out]
-    progress.say(
-        f"held out: {', '.join(envs[env].name for env in held_out)}; trained on: "
-        f"{', '.join(envs[env].name for env in trained)}"
-    )
-    classifier = build_image_classifier(spec, len(image_set.classes))
-    # one seed for the draws of all methods
-    seed = derive_seed("environments", read.seed, *held_out)
-    augments, size = hparams.data_augmentation, training.image_size
+    names = [", ".join(envs[env].name for env in chosen) for chosen in (held_out, trained)]
+    progress.say(f"held out: {names[0]}; trained on: {names[1]}")
+    classifier = build_image_classifier(spec, len(classes))
+    if classifier.prefix is not None:
+        envs = _prefixed(classifier.prefix, read, envs, splits)
     rows = [splits[env].within for env in trained]
-    prefixed = _prefixed(classifier.prefix, read, image_set, splits)
+    seed = derive_seed("environments", read.seed, *held_out)  # one for the draws of all methods
+    transform = augmented(size) if hparams.data_augmentation else plain(size)
     trainer = DomainTrainer(
         classifier,
         read,
-        TrainingRows(
-            [envs[env] for env in trained], rows, augmented(size) if augments else plain(size), seed, prefixed
-        ),
+        TrainingRows([envs[env] for env in trained], rows, transform, seed),
         EnvironmentBatches([len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed),
-        _evaluated(read, image_set, splits, prefixed),
+        _evaluated(read, envs, splits),
         folder,
         progress,
     )
-    records = trainer.train()
     # as DomainBed counts: of the smallest environment, held out or not
     epoch = min(len(split.within) for split in splits) / hparams.batch_size
-    records = [record | {"epoch": record["step"] / epoch} for record in records]
-    _write_results(folder / _RESULTS, read, records)
+    records = [record | {"epoch": record["step"] / epoch} for record in trainer.train()]
+    _write_results(folder / "results.jsonl", read, records)
     progress.say("looking at the predictions")
-    confusion, routing = trainer.predict(
-        [
-            EvaluationRows(environment, split.out[: training.eval_rows], plain(size), prefixed)
-            for environment, split in zip(envs, splits, strict=True)
-        ],
-        len(image_set.classes),
-    )
+    out = [
+        EvaluationRows(environment, split.out[: training.eval_rows], plain(size))
+        for environment, split in zip(envs, splits, strict=True)
+    ]
+    confusion, routing = trainer.predict(out, len(classes))
     best = best_record(records, held_out)
     return {
         "records": records,
         "scores": {
             "train": {read.task.name: {"loss": best.record["loss"]}},
             "dev": {read.task.name: {ACCURACY: best.value}},
-            "test": {envs[env].name: {ACCURACY: best.record[f"env{env}_in_acc"]} for env in held_out},
+            "test": {envs[env].name: {ACCURACY: best.test_accuracy(env)} for env in held_out},
         },
         "confusion": {environment.name: matrix.tolist() for environment, matrix in zip(envs, confusion, strict=True)},
-        "classes": image_set.classes,
+        "classes": classes,
         "routing": routing,
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
         "data": {
-            f"{environment.name} {name}": {"source": image_set.source, **environment.summary(image_set.classes, chosen)}
+            f"{environment.name} {name}": {"source": image_set.source, **environment.summary(classes, chosen)}
             for environment, split in zip(envs, splits, strict=True)
             for name, chosen in (("in", split.within), ("out", split.out))
         },
     }
 
 
+def _split(spec: ImageSpec, image_set: ImageSet) -> list[Split]:
+    """Split every environment (:class:`DataError` if one is too small)."""
+    splits = []
+    for env, environment in enumerate(image_set.environments):
+        split = split_environment(len(environment), env, spec.seed, is_test=env in spec.test_envs)
+        if not split.within or not split.out:
+            raise DataError(
+                f"{image_set.source}: the environment '{environment.name}' has {len(environment)} images, too few to "
+                "split"
+            )
+        splits.append(split)
+    return splits
+
+
 def _prefixed(
-    prefix: Prefix | None, spec: ImageSpec, image_set: ImageSet, splits: list[Split]
-) -> dict[str, PrefixedImages]:
-    """Return the outputs of the model's frozen layers for the rows that are trained on or evaluated, by environment."""
-    if prefix is None:
-        return {}
-    training, prefixed = spec.training, {}
-    environments = list(enumerate(zip(image_set.environments, splits, strict=True)))
+    prefix: Prefix, spec: ImageSpec, environments: list[Environment], splits: list[Split]
+) -> list[Environment]:
+    """Add the outputs of the model's frozen layers for the rows that are trained on or evaluated."""
+    training, prefixed = spec.training, list(environments)
     # methods begin with different ones, so that runs side by side share the work instead of waiting for each other
-    begin = derive_seed("first", spec.method.name) % len(environments)
-    for env, (environment, split) in [*environments[begin:], *environments[:begin]]:
-        within = split.within[: training.eval_rows] if env in spec.test_envs else split.within
+    begin = derive_seed("first", spec.method.name)
+    for number in range(begin, begin + len(environments)):
+        env = number % len(environments)
+        within, out = splits[env]
+        within = within[: training.eval_rows] if env in spec.test_envs else within
         # in an order that does not depend on the split: if all rows are in use, trials share them
-        rows = sorted([*within, *split.out[: training.eval_rows]])
-        prefixed[environment.name] = PrefixedImages(prefix, environment, rows, training.image_size)
+        rows = sorted([*within, *out[: training.eval_rows]])
+        prefixed[env] = with_prefix(environments[env], prefix, rows, training.image_size)
     return prefixed
 
 
-def _evaluated(
-    spec: ImageSpec, image_set: ImageSet, splits: list[Split], prefixed: Mapping[str, PrefixedImages]
-) -> dict[str, EvaluationRows]:
+def _evaluated(spec: ImageSpec, environments: list[Environment], splits: list[Split]) -> dict[str, EvaluationRows]:
     """Return the splits that every record has, by DomainBed's names."""
-    training = spec.training
-    size, limit = training.image_size, training.eval_rows
-    chosen = {}
+    training, evaluated = spec.training, {}
     for name in ("in", "out"):
-        for env, (environment, split) in enumerate(zip(image_set.environments, splits, strict=True)):
+        for env, (environment, split) in enumerate(zip(environments, splits, strict=True)):
             is_test = env in spec.test_envs
             if name == "in" and not is_test and training.evaluate == "needed":
                 continue
             augments = spec.hparams.data_augmentation and training.val_augment and not is_test
-            transform = augmented(size) if augments else plain(size)
+            transform = augmented(training.image_size) if augments else plain(training.image_size)
             rows = split.within if name == "in" else split.out
-            chosen[f"env{env}_{name}"] = EvaluationRows(environment, rows[:limit], transform, prefixed)
-    return chosen
+            evaluated[f"env{env}_{name}"] = EvaluationRows(environment, rows[: training.eval_rows], transform)
+    return evaluated
 
 
 def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:

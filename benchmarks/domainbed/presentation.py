@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -36,15 +36,13 @@ _KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title":
 _ROW = {"model_title": "Model", "selection_title": "Selection", "set_title": "Set", "method_title": "Method"}
 _SELECTIONS = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
-    "images of the training environments. Leave-one-domain-out: on each "
-    "other environment, by runs that hold that out too; only where such runs exist. Test-domain validation: the run "
-    "whose last step does best on images of the test environment itself, an oracle."
+    "images of the training environments. Leave-one-domain-out: on each other environment, by runs that hold that out "
+    "too; only where such runs exist. Test-domain validation: the run whose last step does best on images of the test "
+    "environment itself, an oracle."
 )
 _VALIDATION = {
-    True: "Validation sees the images of training environments augmented, as in DomainBed's code and the paper's "
-    "authors'.",
-    False: "Validation sees the images of training environments as they are: this suite's own choice; DomainBed and "
-    "the paper's authors augment them.",
+    True: "Images of training environments are augmented for validation too, as DomainBed and the paper's authors do.",
+    False: "Images of training environments are not augmented for validation, unlike in DomainBed and the authors' code.",
 }
 _ERROR = "± is DomainBed's: the population's standard deviation over trials by the root of their number"
 
@@ -58,7 +56,6 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     envs = [env for env in outcomes.environments(name) if env in set(cells["env"])]
     headings = {env: outcomes.env_title(name, env) for env in envs}
     frame, columns = with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
-    # as DomainBed averages: the mean of the cells, if a row has all of them
     frame, columns = with_average(frame, columns, "accuracy")
     frame = with_numbers(frame, CELL, outcomes.tests[[*CELL, "delta", "low", "high"]])
     delta = f"Δ to {outcomes.baseline_title}"
@@ -67,8 +64,8 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
         f"{outcomes.title('set', name)}: accuracy by held-out environment",
         f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. "
         f"{_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by "
-        "trial, with a 95 % confidence interval (Student's t), not "
-        "corrected for the number of methods. Bold marks the best method, controls apart.",
+        "trial, with a 95 % confidence interval (Student's t), not corrected for the number of methods. Bold marks the "
+        "best method, controls apart.",
         {**_KEYS, "n": "n"},
         columns,
         outcomes.order(frame, ["model", "selection", "method"]),
@@ -99,7 +96,7 @@ def summary(outcomes: DomainOutcomes) -> Table:
     keys = ["selection", "model", "method"]
     spread = outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count").reset_index()
     frame = spread.groupby(keys, sort=False).agg(n=("n", "max")).reset_index()
-    headings = {name: outcomes.title("set", name) for name in outcomes.sets if outcomes.held_out(name)}
+    headings = {name: outcomes.title("set", name) for name in outcomes.sets}
     numbers = spread[["set", *keys, "mean", "error"]]
     frame, columns = with_columns(frame, keys, numbers, headings, "accuracy", std="error")
     if len(columns) > 1:
@@ -181,11 +178,9 @@ def paper(outcomes: DomainOutcomes) -> Table:
     return published_table(
         "Published averages beside ours",
         "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
-        "VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or "
-        "quoted), inferred (published, but the selection or the row is our reading). A dash is a number that this "
-        "suite did not run, or that was not found. Sets of which nothing is published are left out. Rows by other "
-        "authors stand "
-        "there for the reader. Another model and other data can neither confirm nor refute a published value. "
+        "VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or quoted), inferred "
+        "(published, but the selection or the row is our reading). A dash is a number that this suite did not run, or "
+        "that was not found. Another model and other data can neither confirm nor refute a published value. "
         f"{_experts(outcomes, outcomes.sets)}".strip(),
         {key: _ROW[key] for key in ("selection_title", "set_title", "model_title", "method_title")},
         frame,
@@ -205,46 +200,48 @@ TABLES = {"summary": summary, "tests": tests, "cost": cost, "paper": paper}
 SET_TABLES = {"results": results, "choices": choices}
 
 
+def _specs(outcomes: DomainOutcomes, names: list[str]) -> list[Mapping[str, Any]]:
+    """Return the specs of the runs on some sets."""
+    return [run.spec for run in outcomes.runs if run.spec["task"]["name"] in names]
+
+
 def _judged_on(outcomes: DomainOutcomes, name: str) -> str:
     """Describe the images on which accuracy is measured."""
-    limits = {run.spec["training"]["eval_rows"] for run in outcomes.runs if run.spec["task"]["name"] == name}
+    limits = {spec["training"]["eval_rows"] for spec in _specs(outcomes, [name])}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     return f"On the in split of the environment that was held out (80 % of its images{cut})."
 
 
 def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:
     """Explain the selections, and the validation images of sets that are augmented (MNIST's are not)."""
-    asked = {
-        run.spec["training"]["val_augment"]
-        for run in outcomes.runs
-        if run.spec["task"]["name"] in names
-        and run.spec["hparams"]["data_augmentation"]
-        and "mnist" not in run.spec["task"]["source"]
+    augmented = {
+        spec["training"]["val_augment"]
+        for spec in _specs(outcomes, names)
+        if spec["hparams"]["data_augmentation"] and "mnist" not in spec["task"]["source"]
     }
-    return " ".join([_SELECTIONS, *(_VALIDATION[augmented] for augmented in sorted(asked, reverse=True))])
+    return " ".join([_SELECTIONS, *(_VALIDATION[value] for value in sorted(augmented, reverse=True))])
 
 
 def _experts(outcomes: DomainOutcomes, names: list[str]) -> str:
     """List the numbers of experts that tokens of each method use, and the blocks that have them."""
     experts: dict[str, dict[str, None]] = {}
-    for run in outcomes.runs:
-        method, config = run.spec["method"], run.spec["method"]["config"]
-        if run.spec["task"]["name"] in names and config is not None:
+    for spec in _specs(outcomes, names):
+        if config := spec["method"]["config"]:
             layers = config["layers"]
             blocks = layers if isinstance(layers, str) else ", ".join(map(str, layers))
             text = f"{config['top_k']} of {config['num_experts']} in {blocks}"
-            experts.setdefault(outcomes.title("method", method["name"]), {})[text] = None
+            experts.setdefault(outcomes.title("method", spec["method"]["name"]), {})[text] = None
     words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in experts.items())
     return f"Experts that a token uses, and the blocks that have them: {words}. " if words else ""
 
 
 def _partly(outcomes: DomainOutcomes, names: list[str]) -> str:
     """Name every set with environments that were not held out."""
-    sizes = {name: (outcomes.held_out(name), len(outcomes.environments(name))) for name in names}
     return "".join(
-        f"Of {outcomes.title('set', name)} {held_out} of {size} environments were held out. "
-        for name, (held_out, size) in sizes.items()
-        if held_out < size
+        f"Of {outcomes.title('set', name)} {outcomes.held_out(name)} of {len(outcomes.environments(name))} "
+        "environments were held out. "
+        for name in names
+        if outcomes.held_out(name) < len(outcomes.environments(name))
     )
 
 

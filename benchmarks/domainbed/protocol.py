@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,7 @@ def sweep_seed(dataset: str, algorithm: str, test_envs: Sequence[int], hparams_s
     return seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial_seed)
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Hold the indices of one environment: ``within`` (DomainBed's *in*) and ``out``, in DomainBed's order."""
 
     within: list[int]
@@ -63,17 +62,16 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
         is_test: True if it is held out; its *in* split is then shuffled once more, by DomainBed's call for unlabelled
             rows.
     """
-    seed = seed_hash(trial_seed, env)
-    out, within = _shuffled_parts(list(range(rows)), int(rows * HOLDOUT_FRACTION), seed)
-    if is_test:
-        _, within = _shuffled_parts(within, 0, seed)
-    return Split(within, out)
+    seed, count = seed_hash(trial_seed, env), int(rows * HOLDOUT_FRACTION)
+    keys = _shuffled(range(rows), seed)
+    within = keys[count:]
+    return Split(_shuffled(within, seed) if is_test else within, keys[:count])
 
 
-def _shuffled_parts(rows: list[int], count: int, seed: int) -> tuple[list[int], list[int]]:
-    keys = list(range(len(rows)))
-    np.random.RandomState(seed).shuffle(keys)
-    return [rows[key] for key in keys[:count]], [rows[key] for key in keys[count:]]
+def _shuffled(rows: Sequence[int], seed: int) -> list[int]:
+    shuffled = list(rows)
+    np.random.RandomState(seed).shuffle(shuffled)
+    return shuffled
 
 
 def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
@@ -108,26 +106,29 @@ _Draw = Callable[[np.random.RandomState], Any]
 
 
 def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw]]:
-    small = dataset in SMALL_IMAGES
+    """Return default and random draw of every hyper-parameter."""
     definitions: dict[str, tuple[Any, _Draw]] = {
         "data_augmentation": (True, lambda _: True),
         "resnet18": (False, lambda _: False),
         "resnet_dropout": (0.0, _dropout),
         "class_balanced": (False, lambda _: False),
         "nonlinear_classifier": (False, lambda _: False),
-        "lr": (1e-3, _power(10, -4.5, -2.5)) if small else (5e-5, _power(10, -5, -3.5)),
-        "weight_decay": (0.0, lambda _: 0.0) if small else (0.0, _power(10, -6, -2)),
     }
     if registry == "domainbed":
         definitions["vit_dropout"] = (0.0, _dropout)
-    if registry == "emoe" and not small:
-        lr, weight_decay = _FORK.get(dataset, (_FORK_LR, 0.0))
-        definitions["lr"] = (lr, _power(10, -4.5, -2.5) if dataset in _FORK else _power(10, -5, -3.5))
-        definitions["weight_decay"] = (weight_decay, (lambda _: 0.0) if dataset in _FORK else _power(10, -6, -2))
-    if small:
-        definitions["batch_size"] = (64, _whole_power(3, 9))
+    if dataset in SMALL_IMAGES:
+        definitions["lr"] = (1e-3, _power_of_ten(-4.5, -2.5))
+        definitions["weight_decay"] = (0.0, lambda _: 0.0)
+        definitions["batch_size"] = (64, _power_of_two(3, 9))
+        return definitions
+    definitions["batch_size"] = (32, _power_of_two(3, 5 if dataset == "DomainNet" else 5.5))
+    if registry == "emoe" and dataset in _FORK:
+        lr, weight_decay = _FORK[dataset]
+        definitions["lr"] = (lr, _power_of_ten(-4.5, -2.5))
+        definitions["weight_decay"] = (weight_decay, lambda _: 0.0)
     else:
-        definitions["batch_size"] = (32, _whole_power(3, 5 if dataset == "DomainNet" else 5.5))
+        definitions["lr"] = (_FORK_LR if registry == "emoe" else 5e-5, _power_of_ten(-5, -3.5))
+        definitions["weight_decay"] = (0.0, _power_of_ten(-6, -2))
     return definitions
 
 
@@ -135,11 +136,11 @@ def _dropout(random: np.random.RandomState) -> float:
     return float(random.choice([0.0, 0.1, 0.5]))
 
 
-def _power(base: float, low: float, high: float) -> _Draw:
-    return lambda random: float(base ** random.uniform(low, high))
+def _power_of_ten(low: float, high: float) -> _Draw:
+    return lambda random: float(10 ** random.uniform(low, high))
 
 
-def _whole_power(low: float, high: float) -> _Draw:
+def _power_of_two(low: float, high: float) -> _Draw:
     return lambda random: int(2 ** random.uniform(low, high))
 
 
@@ -163,13 +164,7 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Hold the choice of a selection.
-
-    Attributes:
-        value: The value by which it was chosen.
-        record: The record.
-        choice: The number of the draw of its run.
-    """
+    """Hold the record that a selection chose, the value by which it was chosen, and the number of its run's draw."""
 
     value: float
     record: Record
@@ -182,14 +177,11 @@ class Chosen:
 
 def best_record(records: Sequence[Record], test_envs: Sequence[int], choice: int = 0) -> Chosen:
     """Choose the first of a run's records with the highest mean *out* accuracy of the training environments."""
-    best: Chosen | None = None
-    for record in records:
-        value = float(np.mean([record[f"env{env}_out_acc"] for env in _environments(record) if env not in test_envs]))
-        if best is None or value > best.value:
-            best = Chosen(value, record, choice)
-    if best is None:
-        raise ValueError("a run without records")
-    return best
+
+    def value(record: Record) -> float:
+        return float(np.mean([record[f"env{env}_out_acc"] for env in _environments(record) if env not in test_envs]))
+
+    return _first_best([Chosen(value(record), record, choice) for record in records])
 
 
 def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
@@ -216,21 +208,22 @@ def _left_out(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Chosen |
         for pair in runs
         if len(pair.test_envs) == 2 and env in pair.test_envs and pair.choice == run.choice
     }
-    best: Chosen | None = None
+    candidates = []
     for record in run.records:
-        others = [other for other in _environments(record) if other != env]
-        if not all(other in pairs and record["step"] in pairs[other] for other in others):
-            continue
-        value = float(np.sum([pairs[other][record["step"]][f"env{other}_in_acc"] for other in others]) / len(others))
-        if best is None or value > best.value:
-            best = Chosen(value, record, run.choice)
-    return best
+        step, others = record["step"], [other for other in _environments(record) if other != env]
+        if all(step in pairs.get(other, {}) for other in others):
+            value = float(np.sum([pairs[other][step][f"env{other}_in_acc"] for other in others]) / len(others))
+            candidates.append(Chosen(value, record, run.choice))
+    return _first_best(candidates) if candidates else None
 
 
 def oracle_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
     """Choose the run whose *last* record is the best on the held-out environment's *out* split (an oracle)."""
-    last = [(max(run.records, key=lambda record: record["step"]), run.choice) for run in _single(runs, env)]
-    return _best([Chosen(float(record[f"env{env}_out_acc"]), record, choice) for record, choice in last])
+    candidates = []
+    for run in _single(runs, env):
+        last = max(run.records, key=lambda record: record["step"])
+        candidates.append(Chosen(float(last[f"env{env}_out_acc"]), last, run.choice))
+    return _best(candidates)
 
 
 Selection = Callable[[Sequence[RunRecords], int], Chosen | None]
@@ -253,6 +246,10 @@ def _single(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
 def _best(candidates: Sequence[Chosen]) -> Chosen | None:
     """Return the highest value; of equal ones the last choice, as DomainBed's reversed stable sort has it."""
     return max(candidates, key=lambda chosen: (chosen.value, chosen.choice)) if candidates else None
+
+
+def _first_best(candidates: Sequence[Chosen]) -> Chosen:
+    return max(candidates, key=lambda chosen: chosen.value)
 
 
 def _environments(record: Record) -> list[int]:

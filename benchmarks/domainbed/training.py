@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,7 @@ from benchmarks.harness.training.trainer import (
     quiet_arguments,
 )
 from emoe.layer import routed_layers
-
-
-def expert_information(
-    loads: NDArray[np.int64], classes: NDArray[np.int64], environments: NDArray[np.int64], *, seed: int
-) -> dict[str, NDArray[np.float64]]:
-    """Compute the information of experts on ``class`` and ``environment``: as it is, and after shuffles over images.
-
-    Images are shuffled, not tokens, which belong together. Classes are shuffled among the images of an environment and
-    environments among those of a class, so that what one tells of the other is part of chance.
-
-    Args:
-        loads: The number of choices ``[images, layers, experts]``.
-        classes: The classes of the images.
-        environments: The environments of the images, one after the other.
-        seed: The seed of the shuffling.
-
-    Returns:
-        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see
-        :func:`~benchmarks.harness.results.statistics.shuffled_information`.
-    """
-    return {
-        "class": shuffled_information(loads, classes, environments, seed),
-        "environment": shuffled_information(loads, environments, classes, seed),
-    }
-
+from emoe.records import RoutingRecord
 
 ACCURACY = "accuracy"
 
@@ -94,16 +71,7 @@ class DomainTrainer:
     """Train one image classifier as a run's spec says.
 
     A checkpoint is written at every evaluation below ``folder``; a run that was killed goes on from the last complete
-    one and ends with the same numbers.
-
-    Args:
-        classifier: The classifier.
-        spec: The spec of the run.
-        train: The rows of the training environments.
-        draws: The rows of each step.
-        splits: The rows that are evaluated, by name (``env0_in``, ``env0_out``, …).
-        folder: The run's folder.
-        progress: The reporter of progress.
+    one and ends with the same numbers. ``splits`` are evaluated, by name (``env0_in``, ``env0_out``, …).
     """
 
     def __init__(
@@ -117,16 +85,15 @@ class DomainTrainer:
         progress: Progress,
     ) -> None:
         training, hparams = spec.training, spec.hparams
-        self._checkpoints, self._splits, self._classifier = folder / "checkpoints", dict(splits), classifier
-        self._batch_size = training.eval_batch_size
-        self._seed = derive_seed("chance", spec.seed)
+        self._checkpoints, self._splits, self._model = folder / "checkpoints", dict(splits), classifier.model
+        self._batch_size, self._seed = training.eval_batch_size, derive_seed("chance", spec.seed)
         self._stopwatch, self.probe = Stopwatch(), Probe()
         self._precision = precision_here(training.precision)
         arguments = quiet_arguments(
             self._checkpoints,
             max_steps=training.steps,
             per_device_train_batch_size=len(draws) // training.steps,
-            per_device_eval_batch_size=self._batch_size,
+            per_device_eval_batch_size=training.eval_batch_size,
             learning_rate=hparams.lr,
             lr_scheduler_type="constant",
             weight_decay=hparams.weight_decay,
@@ -155,8 +122,8 @@ class DomainTrainer:
     @property
     def cost(self) -> dict[str, Any]:
         """Return the cost of training and of the evaluations during it, for ``metrics.json``."""
-        took = self._stopwatch.cost(self._trainer.args.max_steps)
-        return {**took, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
+        times = self._stopwatch.cost(self._trainer.args.max_steps)
+        return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def train(self) -> list[dict[str, Any]]:
         """Train, from the last complete checkpoint if there is one.
@@ -168,7 +135,8 @@ class DomainTrainer:
         self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         records: dict[int, dict[str, Any]] = {}
         for entry in self._trainer.state.log_history:
-            record = records.setdefault(int(entry["step"]), {"step": int(entry["step"]) - 1})
+            step = int(entry["step"])
+            record = records.setdefault(step, {"step": step - 1})
             if "loss" in entry:
                 record["loss"] = finite(entry["loss"])
             for name in self._splits:
@@ -180,51 +148,54 @@ class DomainTrainer:
     def predict(self, splits: Sequence[EvaluationRows], num_classes: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """Predict the splits once more, one per environment, and record the experts that their images use.
 
-        Args:
-            splits: The split of every environment.
-            num_classes: The number of classes.
-
         Returns:
             The number of images ``[environments, classes, classes]`` by true and predicted class, and a summary of
             the routing with the number of choices ``loads``, ``[environments, classes, experts]``, and the information
             by ``chance`` (mean and 95 % of shuffled labels, in bits), both by layer; empty for a dense model.
         """
-        model = self._classifier.model
-        confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
-        if not routed_layers(model):
-            self._predict(splits, confusion, None)
+        with emoe.record_routing(self._model) if routed_layers(self._model) else nullcontext() as record:
+            confusion = self._confusion(splits, num_classes, record)
+        if record is None:
             return confusion, {}
-        with emoe.record_routing(model) as record:
-            self._predict(splits, confusion, record)
         environments = np.repeat(np.arange(len(splits)), [len(rows) for rows in splits])
         classes = np.concatenate([rows.labels for rows in splits])
         loads = np.stack([loads_by_row(layer, len(classes)) for layer in record.layers.values()], axis=1)
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
-        bits = expert_information(loads, classes, environments, seed=self._seed)
+        # classes are shuffled among the images of an environment and environments among those of a class, so that the
+        # information that one has on the other is part of chance
+        bits = {
+            "class": shuffled_information(loads, classes, environments, self._seed),
+            "environment": shuffled_information(loads, environments, classes, self._seed),
+        }
         routing: dict[str, Any] = record.summary()
         for name, values in bits.items():
             routing |= MutualInformation.mean(values).numbers(name)
-        routing["loads"], routing["chance"] = {}, {}
-        for i, layer in enumerate(record.layers):
-            routing["loads"][str(layer)] = counts[:, :, i].tolist()
-            routing["chance"][str(layer)] = {name: list(by_chance(values[:, i])) for name, values in bits.items()}
+        routing["loads"] = {str(layer): counts[:, :, i].tolist() for i, layer in enumerate(record.layers)}
+        routing["chance"] = {
+            str(layer): {name: list(by_chance(values[:, i])) for name, values in bits.items()}
+            for i, layer in enumerate(record.layers)
+        }
         return confusion, routing
 
-    def _predict(self, splits: Sequence[EvaluationRows], confusion: NDArray[np.int64], record: Any) -> None:
-        model = self._classifier.model.eval()
+    def _confusion(
+        self, splits: Sequence[EvaluationRows], num_classes: int, record: RoutingRecord | None
+    ) -> NDArray[np.int64]:
+        model = self._model.eval()
         device = next(model.parameters()).device
+        confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
         images = 0
         for env, rows in enumerate(splits):
             for batch in DataLoader(rows, self._batch_size, num_workers=reading_workers()):
-                labels = batch["labels"]
+                labels = batch.pop("labels")
                 if record is not None:  # each image by itself
                     record.set_labels(torch.arange(images, images + len(labels)))
                 images += len(labels)
-                inputs = {name: values.to(device) for name, values in batch.items() if name != "labels"}
+                inputs = {name: values.to(device) for name, values in batch.items()}
                 with torch.inference_mode(), self._trainer.compute_loss_context_manager():
                     predicted = model(**inputs)["logits"].argmax(-1).cpu()
                 np.add.at(confusion[env], (labels.numpy(), predicted.numpy()), 1)
+        return confusion
 
 
 def reading_workers() -> int:

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from tabulate import tabulate
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from benchmarks.domainbed.batches import augmented, load_pixels, plain, visible
+from benchmarks.domainbed.batches import DEVIATION, MEAN, augmented, load_pixels, plain
 from benchmarks.domainbed.definition import RunSet, ValidationJob
-from benchmarks.domainbed.images import REFUSE, Environment, ImageSet, load_folders
+from benchmarks.domainbed.images import REFUSE, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
 from benchmarks.harness.base import DataError, atomic_write, derive_seed, hold, write_json
 from benchmarks.harness.config.yaml import parse
 
+_SHOWN = 10  # damaged images that a message names
+_SAMPLES = 8  # pictures in a row of the grid
+
 
 def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
-    """Load a set.
+    """Load a set (:class:`DataError` if it is missing or damaged).
 
     Args:
         task: The set.
         seed: DomainBed's seed of the run; only MNIST's variants depend on it.
         truncated: ``refuse`` to reject image files that end early, ``load`` to fill them.
-
-    Raises:
-        DataError: The set is missing, or a folder or file of it is damaged.
     """
-    if task.source.mnist:
-        return load_mnist(task, seed)
-    return load_folders(task, truncated=truncated)
-
-
-_SHOWN = 10  # damaged images that a message names
+    return load_mnist(task, seed) if task.source.mnist else load_folders(task, truncated)
 
 
 def validate_once(job: ValidationJob) -> None:
@@ -60,83 +54,52 @@ def validate_once(job: ValidationJob) -> None:
 
 
 def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
-    """Open every image, and count them by environment, class and conversion.
-
-    Raises:
-        DataError: Images are damaged; names the first of them.
-    """
+    """Open every image, and count them by environment and class (:class:`DataError` if some are damaged)."""
     damaged: list[str] = []
-    environments = {}
     for environment in image_set.environments:
-        converted: Counter[str] = Counter()
         for row in range(len(environment)):
             try:
-                converted[environment.open(row)[1]] += 1
+                environment.open(row)
             except DataError as error:
                 damaged.append(str(error))
-        converted.pop("", None)
-        environments[environment.name] = {
-            "converted": dict(sorted(converted.items())),
-            "ignored": environment.ignored,
-            **environment.summary(image_set.classes),
-        }
     if damaged:
         total = sum(map(len, image_set.environments))
         first = "\n".join(damaged[:_SHOWN])
         raise DataError(f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used, the first:\n{first}")
+    environments = {environment.name: environment.summary(image_set.classes) for environment in image_set.environments}
     return {"source": image_set.source, "classes": image_set.classes, "environments": environments}
 
 
 def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
-    """Return name, images, images by class and source of every environment.
-
-    Raises:
-        DataError: The set is missing, or a folder or an opened image of it is damaged.
-    """
+    """Return name, images, images by class and source of every environment."""
     image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:
         validate_dataset(image_set)
-    return [
-        (environment.name, len(environment), _by_class(environment, image_set.classes), image_set.source)
-        for environment in image_set.environments
-    ]
+    return [(name, rows, labels, image_set.source) for name, rows, labels in count_images(image_set)]
 
 
-def _by_class(environment: Environment, classes: list[str]) -> str:
-    by_class = environment.summary(classes)["labels"].values()
-    return f"{len(classes)} classes, {min(by_class)} to {max(by_class)} each{_ignored(environment, '; ')}"
+def count_images(image_set: ImageSet) -> Iterator[tuple[str, int, str]]:
+    """Yield name, images and images by class of every environment."""
+    for environment in image_set.environments:
+        counts = environment.summary(image_set.classes)["labels"].values()
+        yield environment.name, len(environment), f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
 
 
-def _ignored(environment: Environment, before: str) -> str:
-    """Name the files of an environment that are not read; empty if there are none."""
-    counted = ", ".join(f"{number:,} {ending}" for ending, number in environment.ignored.items())
-    return f"{before}not read: {counted}" if counted else ""
+def sample_grid(image_set: ImageSet, size: int) -> tuple[list[str], Tensor]:
+    """Make a grid ``[3, height, width]`` of bytes of pictures as a model sees them, with the names of its rows.
 
-
-def counts(image_set: ImageSet) -> str:
-    """Tabulate images by class and environment, and the files that are not read."""
-    summaries = {environment.name: environment.summary(image_set.classes) for environment in image_set.environments}
-    rows = [[name, *(summary["labels"][name] for summary in summaries.values())] for name in image_set.classes]
-    rows.append(["all", *(summary["rows"] for summary in summaries.values())])
-    table = tabulate(rows, headers=["class", *summaries])
-    return table + "".join(_ignored(environment, f"\n{environment.name}: ") for environment in image_set.environments)
-
-
-def sample_grid(image_set: ImageSet, size: int, samples: int = 8) -> tuple[list[str], Tensor]:
-    """Make a grid of pictures as a model sees them.
-
-    Returns:
-        The rows' names, and the grid ``[3, height, width]`` of bytes: a row per environment, and of images one more,
-        augmented.
+    It has a row per environment, and of images one more, augmented.
     """
     names: list[str] = []
     pictures: list[Tensor] = []
     for environment in image_set.environments:
         seed = derive_seed("samples", environment.name)
         order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = [order[i % len(order)] for i in range(samples)]
+        chosen = [order[i % len(order)] for i in range(_SAMPLES)]
         transforms = {"": plain(size)} | ({", training": augmented(size)} if environment.places else {})
         for suffix, transform in transforms.items():
             names.append(f"{environment.name}{suffix}")
-            pictures += [visible(load_pixels(environment, row, transform, derive_seed(seed, row))) for row in chosen]
-    return names, make_grid(torch.stack(pictures), nrow=samples, padding=2, pad_value=255)
+            pictures += [load_pixels(environment, row, transform, derive_seed(seed, row)) for row in chosen]
+    mean, deviation = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(DEVIATION).view(3, 1, 1)
+    visible = ((torch.stack(pictures) * deviation + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    return names, make_grid(visible, nrow=_SAMPLES, padding=2, pad_value=255)

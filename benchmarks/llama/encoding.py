@@ -23,16 +23,12 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Hold the tokens of prompt and response, the begin of the response, and the number of tokens that were cut."""
+    """Hold an instruction, the tokens of prompt and response, the begin of the response, and the number of cut tokens."""
 
+    source: Instruction
     tokens: list[int]
     begin: int
     cut: int
-
-    @property
-    def labels(self) -> list[int]:
-        """Return the tokens of the response; those of the prompt are ignored."""
-        return [IGNORED] * self.begin + self.tokens[self.begin :]
 
 
 class EncodedRows(Dataset[dict[str, Any]]):
@@ -41,7 +37,6 @@ class EncodedRows(Dataset[dict[str, Any]]):
     Attributes:
         rows: The usable rows.
         broken: The rows whose prompt alone fills the whole length.
-        sources: The instructions of the usable rows.
 
     Raises:
         NotImplementedError: The tokenizer has no offsets, which separate prompt and response.
@@ -50,27 +45,25 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
     def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
         self.rows: list[EncodedRow] = []
-        self.sources: list[Instruction] = []
         self.broken: list[str] = []
         self._states: PrefixStates | None = None
         prompts = [template.prompt(row) for row in instructions]
         texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
-        special = template.special_tokens
-        encoded = template.tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True) if texts else {}
-        columns = (encoded.get(name, []) for name in ("input_ids", "offset_mapping"))
+        options = {"add_special_tokens": template.special_tokens, "return_offsets_mapping": True}
+        encoded = template.tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
+        columns = encoded["input_ids"], encoded["offset_mapping"]
         for row, prompt, tokens, offsets in zip(instructions, prompts, *columns, strict=True):
             begin = _begin(prompt, offsets)
-            if begin >= max_length:
+            if begin < max_length:
+                self.rows.append(EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
+            else:
                 reason = f"has a prompt of {begin} tokens, so that nothing of the response fits into {max_length}"
                 self.broken.append(f"{row.place} {reason}")
-                continue
-            self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
-            self.sources.append(row)
 
     def chosen(self, numbers: Sequence[int]) -> EncodedRows:
         """Return some of the usable rows, by their numbers."""
         rows = copy.copy(self)
-        rows.rows, rows.sources = [self.rows[i] for i in numbers], [self.sources[i] for i in numbers]
+        rows.rows = [self.rows[i] for i in numbers]
         return rows
 
     def prefixed(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
@@ -80,7 +73,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
 
         def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
-            return {name: values for name, values in collate([self[i] for i in numbers]).items() if name != "labels"}
+            return inputs_of(collate([self[i] for i in numbers]))
 
         columns = {"tokens": np.concatenate([row.tokens for row in self.rows]), "lengths": np.asarray(lengths)}
         rows = copy.copy(self)
@@ -92,7 +85,8 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        inputs = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
+        labels = [IGNORED] * row.begin + row.tokens[row.begin :]
+        inputs = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": labels}
         return inputs if self._states is None else {**inputs, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:
@@ -105,6 +99,11 @@ class EncodedRows(Dataset[dict[str, Any]]):
             "truncated_responses": sum(row.cut > 0 for row in self.rows),
             "truncated_tokens": sum(row.cut for row in self.rows),
         }
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the inputs of a batch, without labels."""
+    return {name: values for name, values in batch.items() if name != "labels"}
 
 
 def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
@@ -121,9 +120,7 @@ def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
     """Return a collator that pads rows on the right; padding is neither read, nor learned, nor counted in routing.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        packing: Lay the rows end to end instead. Positions restart with each row, which separates their attention.
+    With ``packing``, it lays the rows end to end; positions restart with each row, which separates their attention.
     """
     if packing:
         return with_states(DataCollatorWithFlattening(separator_id=IGNORED))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError, first_line
-from benchmarks.harness.models.loading import DTYPES
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.training.trainer import autocast
@@ -30,19 +28,12 @@ from benchmarks.llama.questions import MMLU_DEV, ensure_mmlu_dev, is_mmlu_dev
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
-_ACCURACY, _BY_LENGTH, _FILTER = "acc", "acc_norm", "none"
+_ACCURACY, _BY_LENGTH = "acc", "acc_norm"
 _SEED, _OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's; NumPy's, torch's and that of the shots
 
 
-@dataclass(frozen=True)
-class LoadedTask:
-    """Hold a task or group of lm-eval, which can be evaluated once.
-
-    Attributes:
-        entry: The entry of ``evaluation.tasks``.
-        loaded: The tasks and groups that lm-eval loaded.
-        sources: The sources of the questions.
-    """
+class LoadedTask(NamedTuple):
+    """Hold what lm-eval loaded for an entry of ``evaluation.tasks``, which can be evaluated once."""
 
     entry: AskedTask
     loaded: dict[str, Any]
@@ -62,16 +53,16 @@ def load_task(entry: AskedTask) -> LoadedTask:
         DefinitionError: The task does not exist, runs code, shows images, or does not have so many shots.
         DataError: The data of the task cannot be loaded.
     """
-    name, shots = entry.task, entry.num_fewshot
-    folder = (QUESTIONS / MMLU_DEV).resolve() if is_mmlu_dev(name) else None
+    name, shots, is_dev = entry.task, entry.num_fewshot, is_mmlu_dev(entry.task)
+    folder = (QUESTIONS / MMLU_DEV).resolve() if is_dev else None
     if folder:
         ensure_mmlu_dev(folder)
-    names = _manager(folder).all_tasks
+    manager = _manager(folder)
     where = f"'evaluation.tasks' names '{name}'"
-    if name not in names:
-        raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, names)}")
+    if name not in manager.all_tasks:
+        raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}")
     try:
-        loaded = _manager(folder).load([name])
+        loaded = manager.load([name])
     except Exception as error:  # whatever hub, parser and the task's own code raise
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     tasks = loaded["tasks"]
@@ -82,7 +73,7 @@ def load_task(entry: AskedTask) -> LoadedTask:
             )
         if shots and task.get_config("num_fewshot") == 0:
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has none in lm-eval; ask for 0")
-        if folder and shots > (others := len(list(task.fewshot_docs())) - 1):  # all but the asked question
+        if is_dev and shots > (others := len(list(task.fewshot_docs())) - 1):  # all but the asked question
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {others} other questions")
     if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
         raise DefinitionError(f"{where}, whose tasks are scored by different metrics; name them one by one")
@@ -123,14 +114,6 @@ def run_task(
 
     This does the same as ``lm_eval.simple_evaluate``, which would load the task again and query pip and git.
 
-    Args:
-        model: The model.
-        tokenizer: The model's tokenizer.
-        task: The loaded task.
-        batch_size: The number of rows at once.
-        precision: The arithmetic of an accelerator.
-        prefix: The frozen layers of the model; None if it has none.
-
     Returns:
         ``scores`` (see below), ``metric``, the number of ``questions``, all metrics of the ``subjects`` and of the
         ``categories`` (groups in the group), ``correct`` (a digit per question) and ``nats_per_byte`` by subject, and
@@ -141,9 +124,12 @@ def run_task(
 
     from benchmarks.llama.shared_prompt import SharedPromptLM
 
-    mixed = DTYPES["bf16"] if precision == "bf16" else None
     wrapped = SharedPromptLM(
-        prefix=prefix, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed
+        prefix=prefix,
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        mixed_precision_dtype=torch.bfloat16 if precision == "bf16" else None,
     )
     random.seed(_SEED)
     np.random.seed(_OTHER_SEED)
@@ -165,53 +151,47 @@ def run_task(
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     """Summarise lm-eval's result by subject and category; see :func:`run_task`."""
-    # groups have results, but no samples
-    counts = {name: int(samples["effective"]) for name, samples in result["n-samples"].items()}
+    counts = {name: int(samples["effective"]) for name, samples in result["n-samples"].items()}  # groups have none
     subjects = {name: _numbers(result["results"][name]) for name in counts}
     metric = _shared_metric([list(values) for values in subjects.values()])
     assert metric is not None  # noqa: S101  load_task checked it
 
-    def mean(names: Sequence[str], of: str = metric) -> float:
+    def mean(names: Iterable[str], of: str = metric) -> float:
         return sum(subjects[name][of] * counts[name] for name in names) / sum(counts[name] for name in names)
 
-    members = result.get("group_subtasks", {})
-    inside = {group: [leaf for leaf in _leaves(group, members) if leaf in counts] for group in members}
-    categories = {
-        _alias(result, group): {metric: mean(leaves), "questions": sum(counts[leaf] for leaf in leaves)}
-        for group, leaves in inside.items()
-        if 0 < len(leaves) < len(counts)
-    }
-    if metric == _ACCURACY:
-        scores: dict[str, float | None] = {"accuracy": mean(list(counts))}
-        if len(counts) > 1:
-            scores["accuracy_macro"] = sum(values[metric] for values in subjects.values()) / len(subjects)
-        if all(_BY_LENGTH in values for values in subjects.values()):
-            scores["accuracy_norm"] = mean(list(counts), _BY_LENGTH)
-    else:
-        scores = {"task_score": mean(list(counts))}
-    samples = result.get("samples", {}) if metric == _ACCURACY else {}
-    correct = {_alias(result, name): _correct(samples[name]) for name in samples}
-    nats = {_alias(result, name): nats_per_byte(samples[name]) for name in samples}
-    likely: dict[str, Any] = {}
-    if nats and None not in nats.values():
-        every = [value for values in nats.values() for value in values or ()]
-        scores[NATS] = sum(cast(list[float], every)) / len(every) if None not in every else None
-        likely = {NATS: nats}
-    return {
-        "scores": scores,
+    members, categories = result.get("group_subtasks", {}), {}
+    for group in members:
+        leaves = [leaf for leaf in _leaves(group, members) if leaf in counts]
+        if 0 < len(leaves) < len(counts):
+            questions = sum(counts[leaf] for leaf in leaves)
+            categories[_alias(result, group)] = {metric: mean(leaves), "questions": questions}
+    summary = {
         "questions": sum(counts.values()),
         "metric": metric,
         "categories": categories,
         "subjects": {_alias(result, name): values | {"questions": counts[name]} for name, values in subjects.items()},
-        "correct": correct if None not in correct.values() else {},
-        **likely,
     }
+    if metric != _ACCURACY:
+        return {**summary, "scores": {"task_score": mean(counts)}, "correct": {}}
+    scores: dict[str, float | None] = {"accuracy": mean(counts)}
+    if len(counts) > 1:
+        scores["accuracy_macro"] = sum(values[metric] for values in subjects.values()) / len(subjects)
+    if all(_BY_LENGTH in values for values in subjects.values()):
+        scores["accuracy_norm"] = mean(counts, _BY_LENGTH)
+    samples = {_alias(result, name): result["samples"][name] for name in counts}
+    correct = {subject: _correct(rows) for subject, rows in samples.items()}
+    summary |= {"scores": scores, "correct": correct if None not in correct.values() else {}}
+    nats = {subject: nats_per_byte(rows) for subject, rows in samples.items()}
+    if None not in nats.values():
+        every = [value for values in nats.values() for value in values or ()]
+        scores[NATS] = sum(cast(list[float], every)) / len(every) if None not in every else None
+        summary[NATS] = nats
+    return summary
 
 
 def _correct(samples: Sequence[Mapping[str, Any]]) -> str | None:
     """Return a digit per question; None if accuracy is no yes or no (truthfulqa_mc2's is a probability)."""
-    in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    values = [float(sample[_ACCURACY]) for sample in in_order]
+    values = [float(sample[_ACCURACY]) for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))]
     return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else None
 
 
@@ -230,7 +210,7 @@ def _alias(result: Mapping[str, Any], name: str) -> str:
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics of a task, without lm-eval's name for no filter."""
     return {
-        key.removesuffix(f",{_FILTER}"): float(value)
+        key.removesuffix(",none"): float(value)
         for key, value in values.items()
         if isinstance(value, int | float) and "_stderr" not in key and "," in key
     }

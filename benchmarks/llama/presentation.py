@@ -42,25 +42,20 @@ _LIKELIHOOD = (
     "By length: the answer that is likeliest a letter counts. "
 )
 _LONGEST = 300  # letters of a text in a table
-_FEW = 50  # questions of a subject
 _MMLU = "mmlu"
 
 
 def results(outcomes: InstructionOutcomes) -> Table:
     """Tabulate held-out loss and accuracy by way of tuning and method."""
-    frame = outcomes.cells()
-    frame = _with(frame, outcomes.losses, "loss")
+    frame = _with(outcomes.cells(), outcomes.losses, "loss")
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best="loss")]
     for against, words in _compared_with(outcomes).items():
         frame = with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
         interval = (f"{against} low", f"{against} high")
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
-    for task in outcomes.tasks:
-        scored = next(
-            metrics["tasks"][task]["metric"] for metrics in outcomes.metrics.values() if task in metrics["tasks"]
-        )
+    for task, tested in outcomes.tasks.items():
         parts = {"accuracy": "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
-        parts |= {NATS: ", right answer", "task_score": f", {scored}"}
+        parts |= {NATS: ", right answer", "task_score": f", {tested['metric']}"}
         for metric, word in parts.items():
             name = f"{task} {metric}"
             frame = _with(frame, outcomes.numbers("test", metric, task), name)
@@ -69,8 +64,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
         "Held-out loss and accuracy",
         "Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out "
         f"instructions. {'' if outcomes.nats_tests.empty else _LIKELIHOOD}{_questions(outcomes)}"
-        f"Δ to {outcomes.baseline_title} is to "
-        f"{outcomes.baseline_title} tuned the same way, paired by seed: "
+        f"Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
         "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: "
         "what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
         f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
@@ -102,10 +96,9 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
         f"{outcomes.baseline_title}, and against the model not tuned{nats}",
         f"{note}Differences of {what} to {outcomes.baseline_title} tuned the same way (each question's a mean over "
         "the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence "
-        "interval; p of the paired t-test over "
-        "questions, and p corrected by Holm's procedure over the tasks of a row. It says what other questions would "
-        "show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no "
-        "test.",
+        "interval; p of the paired t-test over questions, and p corrected by Holm's procedure over the tasks of a row. "
+        "It says what other questions would show, not what other seeds would. The verdict takes the corrected p at "
+        "5 %; a dash means that there is no test.",
         {**_keys(outcomes), "against": "Against", "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
         metric,
         frame,
@@ -114,62 +107,52 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
 
 def categories(outcomes: InstructionOutcomes) -> Table:
     """Tabulate accuracy by category of questions."""
-    caption = "Over all questions of a category, mean over seeds; the number of questions is in brackets."
-    return _parts(outcomes, "categories", "Accuracy by category", caption)
+    return _parts(outcomes, "categories", "Category")
 
 
 def subjects(outcomes: InstructionOutcomes) -> Table:
     """Tabulate accuracy by subject."""
-    counts = [
-        subject["questions"]
-        for metrics in outcomes.metrics.values()
-        for tested in metrics["tasks"].values()
-        for subject in tested["subjects"].values()
-    ]
-    few = f" One question of {min(counts)} is {100 / min(counts):.0f} points." if counts and min(counts) < _FEW else ""
-    return _parts(outcomes, "subjects", "Accuracy by subject", f"Mean over seeds.{few}")
+    return _parts(outcomes, "subjects", "Subject")
 
 
-def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) -> Table:
+def _parts(outcomes: InstructionOutcomes, key: str, heading: str) -> Table:
     """Tabulate parts of tasks by row, and cells by column."""
-    accuracies: dict[tuple[str, str], dict[str, list[float]]] = {}
-    counts: dict[tuple[str, str], int] = {}
+    rows: dict[tuple[str, str], dict[str, list[float]]] = {}
+    names: dict[str, None] = {}
     for run in outcomes.runs:
-        column = outcomes.row_title(cell_of(run))
+        name = outcomes.row_title(cell_of(run))
         for task, tested in outcomes.metrics[run.id]["tasks"].items():
-            for part, values in tested[key].items():
-                if tested["metric"] != "acc":
-                    continue
-                accuracies.setdefault((task, part), {}).setdefault(column, []).append(values["acc"])
-                counts[task, part] = values["questions"]
-    rows = [
-        {
-            "task_title": task_words(task),
-            "part": f"{part_words(part)} ({counts[task, part]})",
-            **{column: sum(values) / len(values) for column, values in by_column.items()},
-        }
-        for (task, part), by_column in accuracies.items()
-    ]
-    names = list(dict.fromkeys(name for by_column in accuracies.values() for name in by_column))
+            for part, values in tested[key].items() if tested["metric"] == "acc" else ():
+                title = f"{part_words(part)} ({values['questions']})"
+                rows.setdefault((task_words(task), title), {}).setdefault(name, []).append(values["acc"])
+                names[name] = None
+    frame = pd.DataFrame(
+        [
+            {"task_title": task, "part": part, **{name: sum(values) / len(values) for name, values in by_name.items()}}
+            for (task, part), by_name in rows.items()
+        ],
+        columns=["task_title", "part", *names],
+    )
     return Table(
-        title,
-        caption,
-        {"task_title": "Task", "part": key.capitalize().replace("ies", "y").rstrip("s")},
+        f"Accuracy by {heading.lower()}",
+        "Mean over seeds; the number of questions is in brackets.",
+        {"task_title": "Task", "part": heading},
         [Column("accuracy", name, name) for name in names],
-        pd.DataFrame(rows, columns=["task_title", "part", *names]),
+        frame,
     )
 
 
 def answers(outcomes: InstructionOutcomes) -> Table:
     """Tabulate greedy answers to held-out instructions."""
+    first: dict[tuple[str, ...], Run] = {}
+    for run in outcomes.runs:
+        first.setdefault(tuple(cell_of(run).values()), run)
     rows = []
-    first = {tuple(cell_of(run).values()): run for run in reversed(outcomes.runs)}
-    for run in reversed(first.values()):
+    for cell, run in first.items():
         for number, answer in enumerate(outcomes.metrics[run.id]["answers"], start=1):
             asked = "\n".join(filter(None, (answer["instruction"], answer["input"])))
-            rows.append({**cell_of(run), "number": number, "asked": _short(asked), "answer": _short(answer["answer"])})
-    frame = outcomes.order(pd.DataFrame(rows, columns=[*CELL, "number", "asked", "answer"]), CELL)
-    frame = frame.sort_values("number", kind="stable").reset_index(drop=True)
+            rows.append((*cell, number, _short(asked), _short(answer["answer"])))
+    frame = outcomes.order(pd.DataFrame(rows, columns=[*CELL, "number", "asked", "answer"]), ["number", *CELL])
     return Table(
         "Answers to held-out instructions",
         f"Greedy, by the first seed of each row, cut at {_LONGEST} letters; whole ones stand in `metrics.json`.",
@@ -180,26 +163,33 @@ def answers(outcomes: InstructionOutcomes) -> Table:
     )
 
 
+_DATA = {
+    "rows": "Rows",
+    "tokens": "Tokens",
+    "learned_tokens": "of responses",
+    "longest": "Longest",
+    "truncated_responses": "Responses cut",
+    "truncated_tokens": "Tokens cut",
+    "broken_rows": "Broken rows",
+}
+
+
 def data(outcomes: InstructionOutcomes) -> Table:
     """Count rows and tokens that were learned, held out, cut or left out."""
     rows = []
     for run in outcomes.runs:
-        for part, counts_of_part in outcomes.metrics[run.id]["data"].items():
+        names = {"model": run.spec["model"]["name"], "set": run.spec["task"]["name"]}
+        for part, counts in outcomes.metrics[run.id]["data"].items():
             if part != "train" or is_trained(run.spec):
-                model, name = (cell_of(run)[key] for key in ("model", "set"))
-                rows.append({"model": model, "set": name, "part": part.replace("_", " "), **counts_of_part})
+                rows.append({**names, "part": part.replace("_", " "), **counts})
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
-    counts = ("rows", "tokens", "learned_tokens", "longest", "truncated_responses", "truncated_tokens", "broken_rows")
-    words = ("Rows", "Tokens", "of responses", "Longest", "Responses cut", "Tokens cut", "Broken rows")
     return Table(
         "Instructions",
         "Only the tokens of responses are learned. Responses are cut at the longest length; a row whose prompt alone "
-        "is longer is broken, and so is one that lacks a field, is empty, or is not UTF-8: broken rows are left out "
-        "of the whole set, "
-        "where the settings allow that.",
+        "is longer is broken, and so is one that lacks a field, is empty, or is not UTF-8.",
         {"set_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
-        [Column("count", name, word) for name, word in zip(counts, words, strict=True)],
+        [Column("count", name, heading) for name, heading in _DATA.items()],
         frame,
         notes={"source": "Source"},
     )
@@ -219,16 +209,16 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 
 def paper(outcomes: InstructionOutcomes) -> Table:
     """Tabulate the paper's MMLU accuracies beside ours."""
-    published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
-    ours = [pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "task"])]
-    for task in outcomes.tasks:
-        values = outcomes.numbers("test", "accuracy", task)
-        ours.append(our_means(values, CELL).assign(task=task_words(task)))
-    measured = pd.concat(ours[1:] or ours)
-    published["task_paper"] = "MMLU (shots unknown)"
+    published = read_published(outcomes.benchmark).assign(
+        value=lambda frame: frame["value"] / 100, task_paper="MMLU (shots unknown)"
+    )
+    ours = [
+        our_means(outcomes.numbers("test", "accuracy", task), CELL).assign(task=task_words(task))
+        for task in outcomes.tasks
+    ]
+    measured = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "task"])
     frame = published.merge(measured, on=["model", "tuning", "method"], how="outer", sort=False)
-    frame["task"] = frame["task"].fillna(frame["task_paper"])
-    frame["variant"] = frame["variant"].fillna("")
+    frame = frame.fillna({"task": frame["task_paper"], "variant": ""})
     is_mmlu = frame["task"].str.startswith(f"{_MMLU.upper()} (")
     frame["difference"] = (frame["ours"] - frame["value"]).where(is_mmlu)
     frame = outcomes.order(frame.assign(set=""), CELL)
@@ -236,9 +226,8 @@ def paper(outcomes: InstructionOutcomes) -> Table:
         "The paper's MMLU accuracies beside ours",
         "Status: published (quoted by others; the paper's full tables could not be consulted). How many shots the "
         "paper used, and its learning rate and epochs of LoRA, are not known. A dash is a number that this suite did "
-        "not run, or that was not found. "
-        "Another model, other data and other questions can neither confirm nor refute a published value; a "
-        "difference is given only for MMLU itself.",
+        "not run, or that was not found. Another model, other data and other questions can neither confirm nor refute "
+        "a published value; a difference is given only for MMLU itself.",
         {**_keys(outcomes), "task": "Task"},
         frame,
     )
@@ -252,24 +241,24 @@ TABLES = {
 def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     """Yield a sentence per way of tuning: differences of methods, and gains of tuning."""
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"].to_dict()
-    losses = outcomes.order(outcomes.loss_differences(), CELL)
+    losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
     losses = losses[losses["method"].map(outcomes.role) == "method"]
     for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
         words = []
         for row in rows.itertuples():
             cell = tuple(getattr(row, key) for key in CELL)
-            same, nats = (_of_cell(tests, cell) for tests in (outcomes.tests, outcomes.nats_tests))
-            accuracies = [f"{task_words(one.task)} {difference_text(one, ' points')}" for one in same.itertuples()]
-            likely = [
-                f"{task_words(test.task)} {test.delta:+z.3f}{interval_text(test.low, test.high, 3)} nats a byte of "
-                f"the right answer, {test.verdict or 'no test'}"
-                for test in nats.itertuples()
-            ]
-            loss = f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"
-            both = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
-            gain = ", ".join(f"{title} {gains[one]:+z.3f}" for title, one in both.items() if one in gains)
-            gained = [f"by tuning: {gain}"] if gain else []
-            words.append(f"{row.method_title}: {'; '.join([loss, *gained, *accuracies, *likely])}")
+            parts = [f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"]
+            tuned = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
+            if gained := [f"{title} {gains[of]:+z.3f}" for title, of in tuned.items() if of in gains]:
+                parts.append(f"by tuning: {', '.join(gained)}")
+            for test in _of_cell(outcomes.tests, cell).itertuples():
+                parts.append(f"{task_words(test.task)} {difference_text(test, ' points')}")
+            for test in _of_cell(outcomes.nats_tests, cell).itertuples():
+                parts.append(
+                    f"{task_words(test.task)} {test.delta:+z.3f}{interval_text(test.low, test.high, 3)} nats a byte of "
+                    f"the right answer, {test.verdict or 'no test'}"
+                )
+            words.append(f"{row.method_title}: {'; '.join(parts)}")
         yield f"{', '.join(key)}, against {outcomes.baseline_title}: {'. '.join(words)}."
 
 
@@ -293,14 +282,12 @@ def _with(frame: pd.DataFrame, values: pd.Series[float], name: str) -> pd.DataFr
 
 def _questions(outcomes: InstructionOutcomes) -> str:
     """Describe the numbers of questions and their standard errors."""
-    counts: dict[str, int] = {}
-    for metrics in outcomes.metrics.values():
-        counts |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
     words = [
-        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by "
-        f"{45.8 / math.sqrt(count):.1f} points (one standard error)"
+        f"{task_words(task)} has {tested['questions']:,} questions, so that one accuracy near 30 % is uncertain by "
+        f"{45.8 / math.sqrt(tested['questions']):.1f} points (one standard error)"
         f"{'; chance is 25 %' if task.startswith(_MMLU) else ''}"
-        for task, count in counts.items()
+        for task, tested in outcomes.tasks.items()
+        if tested["metric"] == "acc"
     ]
     is_dev = any(task.startswith("mmlu_dev") for task in outcomes.tasks)
     dev = "MMLU-dev are MMLU's few-shot development questions, as they ship inside lm-eval, and not its test. "

@@ -37,16 +37,15 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> list[Answer]:
         answers: dict[int, Answer] = {}
         by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for number, request in enumerate(requests):
-            by_prompt.setdefault(tuple(request[1]), []).append(number)
+        for number, (_, prompt, _) in enumerate(requests):
+            by_prompt.setdefault(tuple(prompt), []).append(number)
         questions = [_Question(prompt, [requests[i][2] for i in numbers]) for prompt, numbers in by_prompt.items()]
         shared = [question for question in questions if self._fits(question)]
         states = self._states(shared)
         for row, question in enumerate(shared):
             given = {} if states is None else {STATES: states[row][None]}
             answers |= dict(zip(by_prompt[question.prompt], self._answers(question, given), strict=True))
-        rest = [number for number in range(len(requests)) if number not in answers]
-        if rest:
+        if rest := [number for number in range(len(requests)) if number not in answers]:
             others = super()._loglikelihood_tokens([requests[number] for number in rest], disable_tqdm, override_bs)
             answers |= dict(zip(rest, others, strict=True))
         return [answers[number] for number in range(len(requests))]

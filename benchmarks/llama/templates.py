@@ -70,9 +70,8 @@ class Template:
         if self.text is None:
             return str(self.tokenizer.chat_template)
         before, _, after = self.text.without_input.partition("{instruction}")
-        begins = (
-            self.tokenizer.bos_token if self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
-        )
+        adds_begin = self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        begins = self.tokenizer.bos_token if adds_begin else ""
         return (
             f"{{{{ {begins!r} }}}}{{% for message in messages %}}{{% if message['role'] == 'user' %}}"
             f"{{{{ {before!r} + message['content'] + {after!r} }}}}"

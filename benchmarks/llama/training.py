@@ -31,7 +31,7 @@ class Trained:
 
     Attributes:
         curve: The loss of every step: the mean over its learned tokens.
-        cost: The times: ``steps``, ``step_seconds``, ``train_seconds``.
+        cost: The number of steps and their times.
         held_out: Step and loss on the held-out rows, if the settings ask for it.
     """
 
@@ -53,23 +53,14 @@ def train(
 ) -> Trained:
     """Train, from the last complete checkpoint if there is one.
 
-    The rows of a step, and its loss, are the same for any number of processes and for any micro-batch.
-
-    Args:
-        trainable: The model, sharded if several processes share it.
-        tokenizer: The model's tokenizer.
-        spec: The spec of the run.
-        training: The settings of the training.
-        rows: The rows to learn.
-        held_out: The rows whose loss is computed every ``eval_every`` steps.
-        folder: The folder of the run, for checkpoints.
-        progress: The progress line.
-        probe: The probe that records the first losses.
+    The rows of a step, and its loss, are the same for any number of processes and for any micro-batch. The loss of
+    ``held_out`` is computed every ``eval_every`` steps.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
+    precision = precision_here(training.precision)
     arguments = quiet_arguments(
         checkpoints,
-        precision_here(training.precision),
+        precision,
         num_train_epochs=training.epochs,
         max_steps=training.steps or -1,
         per_device_train_batch_size=training.per_device_train_batch_size,
@@ -92,10 +83,7 @@ def train(
     trainer = RoutedTrainer(
         args=arguments,
         order=EpochOrder(
-            [len(row.tokens) for row in rows.rows],
-            training.per_device_train_batch_size,
-            spec.seed,
-            by_length=False,
+            [len(row.tokens) for row in rows.rows], training.per_device_train_batch_size, spec.seed, by_length=False
         ),
         trainable=trainable,
         base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
@@ -106,13 +94,12 @@ def train(
         callbacks=[progress, stopwatch, RetieGates()],
     )
     if every := training.eval_every:
-        loss = partial(
-            held_out_loss,
-            rows=held_out,
-            tokenizer=tokenizer,
-            batch_size=spec.evaluation.batch_size,
-            precision=precision_here(training.precision),
-        )
+        options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "batch_size": spec.evaluation.batch_size,
+            "precision": precision,
+        }
+        loss = partial(held_out_loss, rows=held_out, **options)
         trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, which does not measure it
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     log = trainer.state.log_history
@@ -129,26 +116,18 @@ class HeldOutCurve(TrainerCallback):
 
     The last step is left out, because the model is evaluated then. The points are in Trainer's log, which checkpoints
     keep.
-
-    Args:
-        loss: The function that computes the loss of a model, None if the model diverged.
-        every: The steps between two points.
     """
 
     def __init__(self, loss: Callable[[Any], float | None], every: int) -> None:
         self._loss, self._every = loss, every
 
-    def on_train_begin(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._add_point(state, model)
+            self._add_point(state, kwargs["model"])
 
-    def on_step_end(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
-            self._add_point(state, model)
+            self._add_point(state, kwargs["model"])
 
     def _add_point(self, state: TrainerState, model: nn.Module) -> None:
         with restore_rng_and_modes(model):

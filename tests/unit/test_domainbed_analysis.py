@@ -13,6 +13,7 @@ from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.domainbed.presentation import choices, paper, results, summary
 from benchmarks.domainbed.protocol import (
     RunRecords,
+    Selection,
     leave_one_domain_out,
     oracle_validation,
     standard_error,
@@ -30,10 +31,18 @@ from tests.planned import plan
 
 
 def record(step: int, within: list[float], out: list[float]) -> dict[str, Any]:
-    found: dict[str, Any] = {"step": step}
-    for env, (first, second) in enumerate(zip(within, out, strict=True)):
-        found |= {f"env{env}_in_acc": first, f"env{env}_out_acc": second}
-    return found
+    accuracies = {f"env{env}_in_acc": value for env, value in enumerate(within)}
+    return {"step": step, **accuracies, **{f"env{env}_out_acc": value for env, value in enumerate(out)}}
+
+
+def pairs(choice: int, values: dict[int, list[float]]) -> list[RunRecords]:
+    """Return runs that hold out 0 and another environment: the accuracy on that, by step."""
+    runs = []
+    for env, by_step in values.items():
+        within = [[value if other == env else 0.0 for other in range(3)] for value in by_step]
+        records = [record(300 * number, row, [1, 1, 1]) for number, row in enumerate(within)]
+        runs.append(RunRecords((0, env), choice, records))
+    return runs
 
 
 # environment 0 is held out
@@ -41,52 +50,35 @@ ALONE = [
     RunRecords((0,), 0, [record(0, [0.5, 0, 0], [0.9, 0.2, 0.4]), record(300, [0.6, 0, 0], [0.1, 0.5, 0.5])]),
     RunRecords((0,), 1, [record(0, [0.7, 0, 0], [0.3, 0.6, 0.4]), record(300, [0.8, 0, 0], [0.2, 0.1, 0.1])]),
 ]
+SHUFFLED = [RunRecords(run.test_envs, run.choice, list(reversed(run.records))) for run in ALONE]
 
 
-def test_training_domain_validation_ignores_the_held_out_environment() -> None:
-    chosen = training_domain_validation(ALONE, 0)
-    assert chosen is not None
-    # both runs have a best value of .5: the run with the larger seed wins, in it the first step
-    assert (chosen.value, chosen.choice, chosen.record["step"], chosen.test_accuracy(0)) == (0.5, 1, 0, 0.7)
-
-
-def test_the_oracle_takes_the_last_record_and_the_held_out_environments_out_split() -> None:
-    chosen = oracle_validation(ALONE, 0)
-    assert chosen is not None
-    assert (chosen.value, chosen.choice, chosen.record["step"], chosen.test_accuracy(0)) == (0.2, 1, 300, 0.8)
-    shuffled = [RunRecords(run.test_envs, run.choice, list(reversed(run.records))) for run in ALONE]
-    assert oracle_validation(shuffled, 0) == chosen
-
-
-def pairs(choice: int, values: dict[int, list[float]]) -> list[RunRecords]:
-    """Runs that hold out 0 and another one: the accuracy on that, by step."""
-    found = []
-    for env, by_step in values.items():
-        records = []
-        for number, value in enumerate(by_step):
-            within = [0.0, 0.0, 0.0]
-            within[env] = value
-            records.append(record(300 * number, within, [1, 1, 1]))
-        found.append(RunRecords((0, env), choice, records))
-    return found
-
-
-def test_leave_one_domain_out_averages_over_the_other_environments_held_out() -> None:
-    runs = [*ALONE, *pairs(0, {1: [0.9, 0.3], 2: [0.1, 0.8]}), *pairs(1, {1: [0.2, 0.6], 2: [0.2, 0.4]})]
-    chosen = leave_one_domain_out(runs, 0)
-    assert chosen is not None
-    # run 0: .5 at step 0, .55 at step 300; run 1: .2 and .5
-    assert (chosen.choice, chosen.record["step"], chosen.test_accuracy(0)) == (0, 300, 0.6)
-    assert chosen.value == pytest.approx(0.55)
-
-
-def test_leave_one_domain_out_needs_every_pair_and_skips_steps_without() -> None:
-    assert leave_one_domain_out(ALONE, 0) is None
-    assert leave_one_domain_out([*ALONE, *pairs(0, {1: [0.9, 0.3]})], 0) is None
-    short = [*ALONE, *pairs(0, {1: [0.1], 2: [0.2, 0.9]})]
-    chosen = leave_one_domain_out(short, 0)
-    assert chosen is not None
-    assert chosen.record["step"] == 0
+@pytest.mark.parametrize(
+    ("select", "runs", "chosen"),
+    [
+        # both runs have a best value of .5: the run with the larger seed wins, in it the first step
+        (training_domain_validation, ALONE, (0.5, 1, 0, 0.7)),
+        # the last record, judged on the held-out environment's out split
+        (oracle_validation, ALONE, (0.2, 1, 300, 0.8)),
+        (oracle_validation, SHUFFLED, (0.2, 1, 300, 0.8)),
+        # run 0: .5 at step 0, .55 at step 300; run 1: .2 and .5
+        (
+            leave_one_domain_out,
+            [*ALONE, *pairs(0, {1: [0.9, 0.3], 2: [0.1, 0.8]}), *pairs(1, {1: [0.2, 0.6], 2: [0.2, 0.4]})],
+            (0.55, 0, 300, 0.6),
+        ),
+        # every pair is needed, and a step without is skipped
+        (leave_one_domain_out, ALONE, None),
+        (leave_one_domain_out, [*ALONE, *pairs(0, {1: [0.9, 0.3]})], None),
+        (leave_one_domain_out, [*ALONE, *pairs(0, {1: [0.1], 2: [0.2, 0.9]})], (0.15, 0, 0, 0.5)),
+    ],
+)
+def test_selections_are_domainbeds(
+    select: Selection, runs: list[RunRecords], chosen: tuple[float, int, int, float] | None
+) -> None:
+    found = select(runs, 0)
+    values = found and (found.value, found.choice, found.record["step"], found.test_accuracy(0))
+    assert values == (chosen and pytest.approx(chosen))
 
 
 def test_the_error_is_domainbeds() -> None:
@@ -171,8 +163,7 @@ def test_tables_say_whose_validation_and_whose_gmoe_it_is(val_augment: bool, her
     ]
     write_runs(runs)
     found = outcomes(runs)
-    own = "this suite's own choice; DomainBed and the paper's authors augment them"
-    theirs = "augmented, as in DomainBed's code and the paper's authors'"
+    own, theirs = "are not augmented for validation", "are augmented for validation too"
     for table in (results(found, "pacs"), summary(found), choices(found, "pacs")):
         assert (theirs in table.caption, own in table.caption) == (val_augment, not val_augment)
     frame = paper(found).frame.set_index(["set", "method_title", "selection", "model"])

@@ -16,7 +16,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DefinitionError
+from benchmarks.harness.base import MODEL_ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.models.build import build_image_classifier
@@ -24,11 +24,7 @@ from tests.executed import finish, prepare
 from tests.image_sets import pacs_run
 from tests.planned import plan
 
-
-@pytest.fixture(autouse=True)
-def workdir(shared_pacs: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DATA_ROOT, str(shared_pacs))
-    return here
+pytestmark = pytest.mark.usefixtures("pacs_here")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +43,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model_root(models: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model_root(models: Path, pacs_here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model root with links to them."""
-    root = workdir / "models"
+    root = pacs_here / "models"
     root.mkdir()
     for folder in models.iterdir():
         (root / folder.name).symlink_to(folder)

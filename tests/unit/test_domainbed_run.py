@@ -25,11 +25,7 @@ from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 from tests.planned import edited_part, specs
 
-
-@pytest.fixture(autouse=True)
-def workdir(shared_pacs: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DATA_ROOT, str(shared_pacs))
-    return here
+pytestmark = pytest.mark.usefixtures("pacs_here")
 
 
 @pytest.fixture
@@ -103,7 +99,9 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
         assert routing[f"{name}_information_chance"] < routing[f"{name}_information_chance_95"]
     assert all(sum(map(sum, matrix)) == 4 for matrix in found["confusion"].values())
     said, warned = capfd.readouterr()
-    assert said.index("all") < said.index("training, 7 steps")  # counts come before training
+    assert said.index("S: 24 images, 3 classes, 8 to 8 each") < said.index(
+        "training, 7 steps"
+    )  # counts come before training
     assert "warning: pacs (all): 96 rows, its makers count 9,991: another version, or not all of it" in warned
     assert "held out: P; trained on: A, C, S" in said
     assert not (path.parent / "checkpoints").exists()
@@ -187,7 +185,7 @@ def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(mon
     def spy(self: EvaluationRows, place: int) -> dict[str, Any]:
         found = look(self, place)
         if place == 0:
-            seen.setdefault((self._environment.name, len(self) == 20), []).append(found["pixel_values"])
+            seen.setdefault((self.environment.name, len(self) == 20), []).append(found["pixel_values"])
         return found
 
     monkeypatch.setattr(EvaluationRows, "__getitem__", spy)

@@ -67,9 +67,6 @@ def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> N
         refuse_broken(result.broken, "x")
 
 
-DEEP = "[" * 100_000 + "]" * 100_000
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -85,8 +82,6 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ('\n{"instruction": "a", "output": "b"}\n', "x.json is no list .*name it .jsonl"),
         ("", "x.json is not JSON: .*name it .jsonl"),
         (json.dumps([GOOD]).encode("utf-16"), "x.json is not JSON: "),
-        (DEEP, "x.json is not JSON: maximum recursion depth"),
-        ("[" + "1" * 5000 + "]", "x.json is not JSON: "),
     ],
 )
 def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | bytes, message: str) -> None:
@@ -95,10 +90,9 @@ def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | byt
 
 
 def test_a_line_that_is_no_json_is_broken() -> None:
-    content = '{"instruction": "a", "output": "b"}\n{"instruction": \n' + DEEP + "\n" + "1" * 5000
-    found = parse(content.encode(), "x.jsonl", lines=True)
-    assert (len(found.rows), [row[:6] for row in found.broken]) == (1, ["line 2", "line 3", "line 4"])
-    assert all("is not JSON (" in row for row in found.broken)
+    found = parse(b'{"instruction": "a", "output": "b"}\n{"instruction": \n', "x.jsonl", lines=True)
+    assert len(found.rows) == 1
+    assert [row.partition(" (")[0] for row in found.broken] == ["line 2 is not JSON"]
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,19 +209,6 @@ def random_rows(count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-@pytest.mark.parametrize("converted", [False, True])
-def test_neither_padding_nor_packing_changes_the_loss(converted: bool, tokenizer: PreTrainedTokenizerFast) -> None:
-    model, rows = small_llama(), random_rows(4)
-    if converted:
-        emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
-    count = sum(len(row["labels"]) - 2 for row in rows)
-    with torch.no_grad():
-        alone = sum(float(model(**collator(tokenizer)([row])).loss) * (len(row["labels"]) - 2) for row in rows)
-        for packing in (False, True):
-            together = model(**collator(tokenizer, packing=packing)(rows))
-            assert float(together.loss) == pytest.approx(alone / count, abs=1e-5)
-
-
 def test_logits_of_prompts_are_left_away_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
     model, rows = small_llama(), random_rows(4)
     rows = [{**row, "labels": [IGNORED] * 4 + row["input_ids"][4:]} for row in rows]  # of the first nothing is learned
@@ -248,7 +229,7 @@ def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -
     model, rows = small_llama(), random_rows(4)
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
     encoded = EncodedRows([], find("plain", tokenizer, 0), 10)
-    encoded.rows = [EncodedRow(row["input_ids"], 2, 0) for row in rows]
+    encoded.rows = [EncodedRow(Instruction("", "", "", ""), row["input_ids"], 2, 0) for row in rows]
     counts = []
     for batch_size in (1, 4):
         with emoe.record_routing(model) as record:

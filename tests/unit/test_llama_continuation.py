@@ -61,24 +61,24 @@ def test_all_subjects_are_there_in_both_forms() -> None:
     assert load_task(AskedTask.model_validate(TASK)).sources[0].startswith("package lm-eval")
 
 
-def sample(number: int, choices: list[str], right: int, logs: list[float], prompt: str = "Q") -> dict[str, Any]:
-    asked = [(prompt, f" {choice}") for choice in choices]
+def sample(number: int, choices: list[str], right: int, logs: list[float], *prompts: str) -> dict[str, Any]:
+    asked = [(prompt, f" {choice}") for prompt, choice in zip(prompts or ["Q"] * len(choices), choices, strict=True)]
     return {"doc_id": number, "arguments": asked, "filtered_resps": [(log, False) for log in logs], "target": right}
 
 
-def test_nats_are_those_of_the_right_answer_over_its_bytes() -> None:
-    first, second = sample(0, ["né", "no"], 0, [-6.0, -1.0]), sample(1, ["5", "four"], 1, [-1.0, -2.0])
-    assert nats_per_byte([second, first]) == [2.0, 0.5]
-    diverged = sample(0, ["yes", "no"], 1, [0.0, -math.inf])
-    assert nats_per_byte([diverged]) == [None]
-
-
-def test_letters_and_several_prompts_have_no_nats() -> None:
-    assert nats_per_byte([sample(0, ["A", "B"], 0, [-1.0, -2.0])]) is None
-    several = sample(0, ["yes", "no"], 0, [-1.0, -2.0])
-    several["arguments"][1] = ("another", " no")
-    assert nats_per_byte([several]) is None
-    assert nats_per_byte([{"doc_id": 0, "acc": 1.0}]) is None
+@pytest.mark.parametrize(
+    ("samples", "nats"),
+    [
+        # of the right answer over its bytes, in order
+        ([sample(1, ["5", "four"], 1, [-1.0, -2.0]), sample(0, ["né", "no"], 0, [-6.0, -1.0])], [2.0, 0.5]),
+        ([sample(0, ["yes", "no"], 1, [0.0, -math.inf])], [None]),  # diverged
+        ([sample(0, ["A", "B"], 0, [-1.0, -2.0])], None),  # letters
+        ([sample(0, ["yes", "no"], 0, [-1.0, -2.0], "Q", "another")], None),
+        ([{"doc_id": 0, "acc": 1.0}], None),
+    ],
+)
+def test_nats_are_those_of_the_right_answer(samples: list[dict[str, Any]], nats: list[float | None] | None) -> None:
+    assert nats_per_byte(samples) == nats
 
 
 def test_nats_are_paired_by_question_and_less_is_better() -> None:

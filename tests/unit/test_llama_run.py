@@ -150,7 +150,8 @@ def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
     def places(seed: int) -> tuple[list[str], list[str]]:
         run = tiny_run("dense", "full", seed=seed)
         data = read_data(InstructionSpec.model_validate(run.spec), load_tokenizer(run.spec["model"]))
-        return [row.place for row in data.train.sources], [row.place for row in data.held_out.sources]
+        train, held_out = ([row.source.place for row in rows.rows] for rows in (data.train, data.held_out))
+        return train, held_out
 
     assert places(0) == places(1)
     train, held_out = places(0)
