@@ -147,7 +147,7 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = (
         "import os, time\n"
         "from benchmarks.harness.run.forkserver import ADDRESS, Server\n"
-        "server = Server(['json'])\n"
+        "server = Server([])\n"
         "server.start()\n"
         "print(server._process.pid, os.environ[ADDRESS], flush=True)\n"
         "time.sleep(600)\n"

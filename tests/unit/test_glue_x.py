@@ -221,7 +221,7 @@ def test_a_three_way_model_is_evaluated_on_hans(workdir: Path, capfd: pytest.Cap
     runs = trainings("bert-large-cased", "mnli", "lora")
     recorded(runs[0])
     (evaluation,) = evaluations(runs, "paper")
-    found = recorded(run_from_spec({**evaluation.spec, "ood": [GLUE_OOD.tasks["hans"].spec("hans")]}))
+    found = recorded(run_from_spec({**evaluation.spec, "ood": [GLUE_OOD.tasks["hans"].spec()]}))
     assert set(found["scores"]["ood"]["hans"]) == {"accuracy"}  # no loss: the classes are others
     assert 0 <= found["scores"]["ood"]["hans"]["accuracy"] <= 1
     assert "warning: hans (test): 2 rows, its makers count 30,000" in capfd.readouterr().err

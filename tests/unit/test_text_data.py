@@ -335,7 +335,7 @@ def test_a_set_that_is_missing_says_where_it_belongs(root: Path) -> None:
 def csv_task(file: str, **changes: object) -> RunTask:
     splits = {"train": "train", "dev": "dev", "test": "test"}
     return RunTask.model_validate(
-        {**task("sst2").model_dump(), "source": TextSource(csv=file).model_dump(), "splits": splits, **changes}
+        {**task("sst2").spec(), "source": TextSource(csv=file).model_dump(), "splits": splits, **changes}
     )
 
 
