@@ -25,7 +25,7 @@ from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
 from benchmarks.text.evaluation import score_and_loss
 from benchmarks.text.tokenization import TokenisedRows, batches
-from benchmarks.text.training import Epoch, epoch_arguments
+from benchmarks.text.training import Epoch, epoch_arguments, kept_epoch
 
 _MEAN = "mean_score"  # over the tasks, on the rows that choose
 _IGNORED = -100
@@ -113,9 +113,9 @@ class MultitaskTrainer:
         all_rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
         self.probe.observe(self._model, collate(fixed_rows(all_rows)))
-        best = _MEAN if self._training.checkpoint_selection == "best" else None
+        self._best = _MEAN if self._training.checkpoint_selection == "best" else None
         arguments = epoch_arguments(
-            self._checkpoints, self._precision, self._training, spec, best, remove_unused_columns=False
+            self._checkpoints, self._precision, self._training, spec, self._best, remove_unused_columns=False
         )
         self._trainer = _ScoringTrainer(
             self._mean_and_tasks,
@@ -153,8 +153,7 @@ class MultitaskTrainer:
             for entry in self._trainer.state.log_history
             if f"eval_{_MEAN}" in entry
         ]
-        best = self._training.checkpoint_selection == "best"
-        return epochs, max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"])) if best else epochs[-1]
+        return epochs, kept_epoch(epochs, self._best)
 
     def evaluate(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
         """Score a split of a task or of another set; the loss is given if the answers are the set's classes."""
