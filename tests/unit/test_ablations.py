@@ -311,7 +311,6 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(h
         ("gpt2-xl,CoLA,lora_any,,60,published,x", "'method' is 'lora_any'|method' is 'lora_any'"),
         ("gpt2-x,CoLA,lora,,60,published,x", r"model' is 'gpt2-x'.*did you mean 'gpt2-xl'"),
         ("gpt2-xl,SST2,lora,,60,published,x", r"scope' is 'SST2'.*did you mean 'SST-2'"),
-        ("gpt2-xl,CoLA,lora,,60,published,x\ngpt2-xl,CoLA,lora,,61,published,x", "stands there twice"),
     ],
 )
 def test_wrong_cells_of_an_ablation_are_named(ablated: TextOutcomes, line: str, message: str, tmp_path: Path) -> None:
