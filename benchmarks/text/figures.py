@@ -139,7 +139,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
         figure, axes = panel_grid(len(rankings), 1, (WIDTH, (1.1 + 0.2 * rows) * len(rankings)))
         for axis, each in zip(axes[:, 0], rankings, strict=True):
             names = {method: outcomes.title("method", method) for method in each.scores.index}
-            ranks, p = each.ranking.ranks.rename(names), nemenyi(each.scores).rename(index=names, columns=names)
+            ranks, p = each.ranks.rename(names), nemenyi(each.scores).rename(index=names, columns=names)
             diagram = scikit_posthocs.critical_difference_diagram(
                 ranks,
                 p,

@@ -267,7 +267,7 @@ def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
     notes = []
     for ranking in rankings:
         rows = "no rows with a common seed" if ranking.scores.empty else f"{len(ranking.scores)} rows"
-        p = "" if math.isnan(ranking.ranking.p) else f", Friedman p = {ranking.ranking.p:.2f}"
+        p = "" if math.isnan(ranking.p) else f", Friedman p = {ranking.p:.2f}"
         notes.append(f"{outcomes.title('task', ranking.key['task'])}: {rows}{p}")
     return f"OOD rank is the average rank over the OOD sets ({'; '.join(notes)})." if notes else ""
 
@@ -348,7 +348,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     notes = []
     for ranking in rankings:
         who = f"{outcomes.title('model', ranking.key['model'])}, {PROTOCOLS[ranking.key['protocol']]} selection"
-        test = "no test" if math.isnan(ranking.ranking.p) else f"Friedman p = {ranking.ranking.p:.3f}"
+        test = "no test" if math.isnan(ranking.p) else f"Friedman p = {ranking.p:.3f}"
         notes.append(f"{who}: {test}, critical difference {critical_difference(*ranking.scores.shape):.2f}")
     pairs = list(dict.fromkeys(pair for ranking in rankings for pair in ranking.scores.columns))
     methods = list(dict.fromkeys(outcomes.title("method", name) for each in rankings for name in each.scores.index))
