@@ -125,14 +125,7 @@ def part_read(splits: Splits, part: str) -> str:
 
 
 def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
-    """Compare the rows of a part with the counts of its makers and of the paper's authors.
-
-    Args:
-        name: The name of the task.
-        part: The part's name.
-        split: The rows.
-        entry: The task's entry in ``tasks.yaml``.
-    """
+    """Compare the rows of a task's part with the counts of its makers and of the paper's authors."""
     if split.has_classes:
         counts = Counter(split.labels)
         labels = ", ".join(f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels))
@@ -159,14 +152,14 @@ def load_part(
     known: Mapping[str, TaskEntry] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TextSplit:
-    """Load the ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``.
+    """Load the ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``; None takes all.
 
     Args:
         task: The task's spec.
         part: The part's name.
-        rows: The row count; None for all.
+        rows: The row count.
         known: The tasks of ``tasks.yaml``, with their row counts.
-        say: The function that takes a warning if the row count is another one.
+        say: The function that takes a warning if the set has another row count.
     """
     part = part_read(task.splits, part)
     split = load_split(task, part)
@@ -197,19 +190,17 @@ def load_split(task: RunTask, part: str) -> TextSplit:
 
 @dataclass(frozen=True)
 class _Table:
-    """Columns of one file, or of one split on the hub.
+    """Rows of one file, or of one split on the hub.
 
     Attributes:
         source: The file, or the hub id and split.
-        columns: The values by the file's column names; of labels the names instead of numbers, where they are known.
+        cells: The cells, with the file's column names; of labels the names instead of numbers, where they are known.
         class_names: The names of the classes, if they are known.
-        rows: The number of each row in the file.
     """
 
     source: str
-    columns: Mapping[str, Sequence[Any]]
-    class_names: Sequence[str] | None
-    rows: Sequence[int]
+    cells: pd.DataFrame
+    class_names: Sequence[str] | None = None
 
 
 def _read_tables(task: RunTask, split: str) -> list[_Table]:
@@ -287,10 +278,9 @@ def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
     Raises:
         DataError: The split is there in two of these forms, or a piece is missing.
     """
-    split_glob = glob.escape(split)
-    pieces = sorted(folder.glob(f"{split_glob}-[0-9]*-of-[0-9]*.{suffix}"))
-    inside = sorted(file for file in folder.glob(f"{split_glob}/*.{suffix}") if not file.name.startswith("."))
-    forms = [files for files in (list(folder.glob(f"{split_glob}.{suffix}")), pieces, inside) if files]
+    pieces = sorted(folder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
+    inside = sorted(file for file in folder.glob(f"{split}/*.{suffix}") if not file.name.startswith("."))
+    forms = [files for files in (list(folder.glob(f"{split}.{suffix}")), pieces, inside) if files]
     if len(forms) > 1:
         first, second = (files[0].relative_to(folder) for files in forms[:2])
         raise DataError(f"{folder} has the split '{split}' twice: {first} and {second}; leave one of them")
@@ -328,22 +318,19 @@ def _read_csv(file: Path) -> _Table:
         cells = pd.read_csv(file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig")
     if cells.empty:
         raise DataError(f"{file} is empty")
-    columns = {str(name): list(values) for name, values in cells.items()}
-    return _Table(str(file), columns, None, range(1, 1 + len(cells)))
+    return _Table(str(file), cells)
 
 
 def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
     """Read the rows of a split from one csv: by its column ``split``, else by the hash of the text."""
     table = _read_file(file, [], task)
-    if "split" in table.columns:
-        splits = table.columns["split"]
+    if "split" in table.cells:
+        splits = table.cells["split"]
     else:
-        splits = [_drawn_split(str(text)) for text in table.columns[_column(table, task.fields[0], task)]]
-    rows = [row for row, name in enumerate(splits) if name == split]
-    if not rows:
-        raise DataError(f"{file} has no row of the split '{split}'{did_you_mean(split, dict.fromkeys(splits))}")
-    columns = {name: [values[row] for row in rows] for name, values in table.columns.items()}
-    return replace(table, columns=columns, rows=[row + 1 for row in rows])
+        splits = table.cells[_column(table, task.fields[0], task)].astype(str).map(_drawn_split)
+    if not (splits == split).any():
+        raise DataError(f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}")
+    return replace(table, cells=table.cells[splits == split])
 
 
 def _drawn_split(text: str) -> str:
@@ -359,8 +346,8 @@ def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     if not batches:
         raise DataError(f"{source} is empty")
-    rows = pa.concat_tables(batches, promote_options="default")
-    table = _Table(source, rows.to_pydict(), None, range(1, 1 + len(rows)))
+    cells = pd.DataFrame(pa.concat_tables(batches, promote_options="default").to_pydict(), dtype=object)
+    table = _Table(source, cells)
     feature = (dataset.features or {}).get(_column(table, task.label, task))
     return _with_class_names(table, feature.names, task) if isinstance(feature, ClassLabel) else table
 
@@ -369,8 +356,8 @@ def _with_class_names(table: _Table, names: Sequence[str], task: RunTask) -> _Ta
     """Replace the numbers of classes by their names; other values (-1, a missing label) stay."""
     column = _column(table, task.label, task)
     by_number = {str(number): name for number, name in enumerate(names)}
-    values = [by_number.get(label_text(value), value) for value in table.columns[column]]
-    return replace(table, columns={**table.columns, column: values}, class_names=names)
+    values = [by_number.get(label_text(value), value) for value in table.cells[column]]
+    return _Table(table.source, table.cells.assign(**{column: values}), names)
 
 
 def _with_names_beside(table: _Table, folders: Sequence[Path], task: RunTask) -> _Table:
@@ -418,17 +405,17 @@ def _checked_split(tables: Sequence[_Table], task: RunTask) -> TextSplit:
     labels: list[Any] = []
     for table in tables:
         read_label = _label_reader(table, task)
-        columns = [table.columns[_column(table, name, task)] for name in (*task.fields, task.label)]
-        for row, (*cells, value) in zip(table.rows, zip(*columns, strict=True), strict=True):
-            present = tuple(str(cell) for cell in cells if cell is not None and cell == cell)
+        columns = table.cells[[_column(table, name, task) for name in (*task.fields, task.label)]]
+        for row, *cells, value in columns.itertuples(name=None):
             if any(isinstance(cell, list | dict) for cell in cells):
-                raise DataError(f"{table.source}, row {row}: a cell is a list or an object, not text")
+                raise DataError(f"{table.source}, row {row + 1}: a cell is a list or an object, not text")
+            present = tuple(str(cell) for cell in cells if cell is not None and cell == cell)
             complete = len(present) == len(cells) and "".join(present).strip()
-            label = read_label(row, value) if complete else None
+            label = read_label(row + 1, value) if complete else None
             if label is not None:
                 texts.append(present)
                 labels.append(label)
-    source, total = ", ".join(table.source for table in tables), sum(len(table.rows) for table in tables)
+    source, total = ", ".join(table.source for table in tables), sum(len(table.cells) for table in tables)
     if not texts:
         raise DataError(f"{source} has no row with text and label ({total} without)")
     return TextSplit(texts, labels, total - len(texts), source)
@@ -440,13 +427,13 @@ def _column(table: _Table, name: str, task: RunTask) -> str:
     Raises:
         DataError: The column is missing, or is there under two names.
     """
-    names = [column for column in table.columns if name in (column, task.column_aliases.get(column))]
+    names = [column for column in table.cells if name in (column, task.column_aliases.get(column))]
     if len(names) > 1:
         raise DataError(
             f"{table.source} has two columns for '{name}': '{names[0]}' and '{names[1]}'; leave one of them"
         )
     if not names:
-        raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.columns)}")
+        raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.cells)}")
     return names[0]
 
 
