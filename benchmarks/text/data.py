@@ -33,7 +33,7 @@ _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "jsonl": "json", "json": "j
 DEV_SHARE, TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # unless the task has a class of this name
-_WHOLE = re.compile(r"(-?\d+)\.0*")
+_WHOLE = re.compile(r"^(-?\d+)\.0*$")
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,6 @@ def load_part(
     """Load the ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``; None takes all.
 
     Args:
-        task: The task's spec.
-        part: The part's name.
-        rows: The row count.
         known: The tasks of ``tasks.yaml``, with their row counts.
         say: The function that takes a warning if the set has another row count.
     """
@@ -290,35 +287,33 @@ def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Read a file with the builder of its format; nothing of it is executed, cached or looked up elsewhere.
-
-    Args:
-        file: The file.
-        folders: The folders of the set, which may hold the class names of its labels.
-        task: The task.
-    """
+    """Read a file of a set whose folders may hold class names; nothing is executed, cached or looked up elsewhere."""
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it once
-    with _errors_named(file):
-        if file.suffix == ".csv":
-            table = _read_csv(file)
-        else:
-            builder = _BUILDERS[file.suffix.removeprefix(".")]
-            files = glob.escape(str(file))
+    if file.suffix == ".csv":
+        table = _Table(str(file), read_csv(file))
+    else:
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it once
+        builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
+        with _errors_named(file):
             dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
             table = _to_table(dataset, str(file), task)
+    with _errors_named(file):
         return _with_names_beside(table, folders, task)
 
 
-def _read_csv(file: Path) -> _Table:
-    """Read a csv; all its cells are text, and rows that end early lack their last ones."""
-    with warnings.catch_warnings():
+def read_csv(file: Path) -> pd.DataFrame:
+    """Read a csv; all its cells are text, and rows that end early lack their last ones.
+
+    Raises:
+        DataError: The file cannot be read, or has no row.
+    """
+    with _errors_named(file), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # the first row has more cells than the header
         cells = pd.read_csv(file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig")
     if cells.empty:
         raise DataError(f"{file} is empty")
-    return _Table(str(file), cells)
+    return cells
 
 
 def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
@@ -439,9 +434,7 @@ def _column(table: _Table, name: str, task: RunTask) -> str:
 
 def label_text(value: object) -> str:
     """Write a label as text, without blanks around it and zeros behind a whole number."""
-    text = "" if value is None else str(value).strip()
-    whole = _WHOLE.fullmatch(text)
-    return whole[1] if whole else text
+    return _WHOLE.sub(r"\1", "" if value is None else str(value).strip())
 
 
 def _label_reader(table: _Table, task: RunTask) -> Callable[[int, object], int | float | None]:

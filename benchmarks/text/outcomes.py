@@ -72,8 +72,6 @@ class TextOutcomes(Outcomes):
     """Collect the finished runs of one text benchmark, by protocol.
 
     Args:
-        benchmark: The benchmark.
-        runs: The finished runs.
         records: The numbers of the runs, if they were read before.
         ablated: True adds the rows of ablations, and makes every setting of a row with several variants a row of its
             own (:attr:`settings`), so that nothing chooses among settings.
@@ -85,9 +83,9 @@ class TextOutcomes(Outcomes):
         seeds: The scores: a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
             evaluation task, method and seed.
         protocols: The protocols that have scores.
-        rows: The statistics over seeds: ``mean``, ``std`` (sample), ``population_std``, ``n``, over ``pairs`` the
-            paired difference to the baseline (``delta``, ``low``, ``high``, ``p``), ``p_holm`` corrected over the
-            tasks, its ``verdict``, and ``common``, the mean over the seeds that all methods have.
+        rows: The statistics over seeds of :func:`~benchmarks.harness.report.common.summarize` and
+            :func:`~benchmarks.harness.results.statistics.with_verdicts` (corrected over the tasks), and ``common``, the
+            mean over the seeds that all methods have.
     """
 
     benchmark: Benchmark[MethodsDefinition, TaskEntry]
