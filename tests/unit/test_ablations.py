@@ -14,7 +14,7 @@ import pytest
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import Benchmark, check_references, load_benchmark, resolve_methods
-from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
+from benchmarks.harness.config.methods import ABLATION, without
 from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.config.yaml import read_yaml
 from benchmarks.harness.report.presentation import Presentation, present
@@ -126,16 +126,6 @@ def test_weights_of_one_row_must_mean_the_same_in_the_other(row: dict[str, str],
         EVALUATION.load(content, OOD.file)
 
 
-# settings in words
-
-
-def test_settings_are_read_back() -> None:
-    assert setting_values("N16-k0.25-L-1-D0.8") == {"N": "16", "k": "0.25", "L": "-1", "D": "0.8"}
-    assert setting_values("Llast-half:2") == {"L": "last-half:2"}
-    assert setting_text("N16-k0.25-L3+5-D0.8") == "N 16, k/N 0.25, layers 3+5, 80 % of the rows"
-    assert without("k0.5-L22", {"L22"}) == "k0.5"
-
-
 TABLES = [("glue", "settings"), ("glue_lora", "selection"), ("glue_lora", "settings"), ("glue_lora", "data")]
 TABLES += [("glue_lora", "steps"), ("glue_lora", "controls"), ("glue", "transformation")]
 TABLES.append(("glue_ood", "transformation"))
@@ -186,14 +176,6 @@ def test_main_tables_have_no_row_of_an_ablation(presented) -> None:
         assert not {name for name in rows if benchmark.kind.row_titles(benchmark.definition).get(name) is None}
         methods = resolve_methods(benchmark.definition)
         assert ABLATION not in {methods[name].role for name in rows}
-
-
-@pytest.mark.parametrize(("benchmark", "name"), TABLES)
-def test_ablations_are_tables_and_figures(presented, benchmark: str, name: str) -> None:
-    shown = presented(benchmark)
-    (table,) = (table for table in shown.tables if table.name == f"{benchmark}_{name}")
-    assert all((table.markdown(), table.latex(), table.html()))
-    assert f"{benchmark}_{name}" in shown.figures  # which test_figures.py draws
 
 
 def test_a_row_says_what_its_runs_say_and_the_paper_stands_beside(ablated: TextOutcomes) -> None:
