@@ -95,12 +95,11 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     ``p``, ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
     ``paper_delta``, ``status``, ``source``), and titles. A scope needs a row of the ablation and the baseline.
     """
-    settings = {row: [name for name, (of, _) in outcomes.settings.items() if of == row] for row in ablation.rows}
-    names = [name for row in ablation.rows for name in (row, *settings[row])]
+    names = [name for row in ablation.rows for name in outcomes.methods if name.partition(SETTING)[0] == row]
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
     seeds = outcomes.with_scopes(seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])])
     seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
-    ablated = {name for name in names if name in outcomes.settings or outcomes.role(name) in (ABLATION, CONTROL)}
+    ablated = {name for name in names if SETTING in name or outcomes.role(name) in (ABLATION, CONTROL)}
     of_cell = seeds.groupby(_CELL)["method"]
     seeds = seeds[
         of_cell.transform(lambda names: not ablated.isdisjoint(names))
@@ -118,7 +117,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         is_baseline=rows["method"] == outcomes.baseline,
         is_average=rows["scope"].str.startswith(_AVERAGE_OF),
     )
-    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _rank(outcomes, ablation, name))
+    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _rank(ablation, name))
     in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods, "is_ours": [True, False]}
     ranks = {column: {name: rank for rank, name in enumerate(names)} for column, names in in_order.items()}
     rows = rows.sort_values(
@@ -129,15 +128,13 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     return _with_settings(outcomes, outcomes.titled(rows.reset_index(drop=True)))
 
 
-def _rank(outcomes: TextOutcomes, ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
+def _rank(ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
     """Return the sort key of a row: its place in the ablation, then the numbers of its setting."""
-    row, setting = _split(outcomes, name)
+    row, _, setting = name.partition(SETTING)
     values = []
     for key, text in setting_values(setting).items():
-        try:
-            values.append((key, float(text), ""))
-        except ValueError:
-            values.append((key, math.inf, text))
+        number = pd.to_numeric(text, errors="coerce")  # layers may be words
+        values.append((key, math.inf if math.isnan(number) else float(number), text))
     return ablation.rows.index(row), values
 
 
@@ -156,12 +153,6 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
         listed = name_or_count(shared, "tasks" if domain == ID else "pairs")
         averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=_AVERAGE_OF + listed))
     return pd.concat(averages)
-
-
-def _split(outcomes: TextOutcomes, name: str) -> tuple[str, str]:
-    """Split a name into its row and its setting."""
-    row, _, setting = name.partition(SETTING)
-    return outcomes.settings.get(name, (row, setting))
 
 
 def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -191,7 +182,7 @@ def _with_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add titles with the settings, their values by letter (k as a share of N), and ``kind``, the plain method."""
     values = []
     for row in rows.itertuples():
-        name, setting = _split(outcomes, row.method)
+        name, _, setting = row.method.partition(SETTING)
         title = outcomes.title("method", name)
         letters = {**dict.fromkeys(_LETTERS, ""), "D": "1", **setting_values(setting)}
         if row.is_ours:

@@ -74,10 +74,9 @@ class TextOutcomes(Outcomes):
     Args:
         records: The numbers of the runs, if they were read before.
         ablated: True adds the rows of ablations, and makes every setting of a row with several variants a row of its
-            own (:attr:`settings`), so that nothing chooses among settings.
+            own, named ``<row>|<setting>``, so that nothing chooses among settings.
 
     Attributes:
-        settings: The method and variant of rows that are one setting, by their name in ``method``.
         records: Every number.
         chosen: The records of the chosen runs, by protocol.
         seeds: The scores: a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
@@ -106,7 +105,6 @@ class TextOutcomes(Outcomes):
         records = collect(shown) if records is None else records
         records = with_transformed(records[records["run_id"].isin({run.id for run in shown})])
         self.records = records[records["method"].isin(main)].reset_index(drop=True)
-        self.settings: dict[str, tuple[str, str]] = {}
         if ablated:
             self._split_settings()
         self.chosen = {protocol: self._chosen(protocol) for protocol in PROTOCOLS}
@@ -122,24 +120,19 @@ class TextOutcomes(Outcomes):
         usual = {
             model: self._usual_settings(rows) for model, rows in records[~is_ablation].groupby("model", sort=False)
         }
-        rows = zip(records["model"], records["variant"], is_ablation, variants, strict=True)
-        setting = pd.Series(
-            [
-                without(variant, usual.get(model, set())) if ablation else variant if several > 1 else ""
-                for model, variant, ablation, several in rows
-            ],
-            index=records.index,
-            dtype=object,
-        )
-        is_split = setting.ne("")
-        names = records["method"].mask(is_split, records["method"] + SETTING + setting)
-        split = pd.DataFrame({"name": names, "row": records["method"], "setting": setting})[is_split]
-        for name, row, variant in split.drop_duplicates("name").itertuples(index=False, name=None):
-            self.settings[name] = (row, variant)
-            method = self.methods[row]
-            self.methods[name] = method.model_copy(update={"title": f"{method.title}, {setting_text(variant)}"})
+        settings = [
+            without(row.variant, usual.get(row.model, set())) if ablation else row.variant if several > 1 else ""
+            for row, ablation, several in zip(records.itertuples(), is_ablation, variants, strict=True)
+        ]
+        names = [
+            row + SETTING * bool(setting) + setting for row, setting in zip(records["method"], settings, strict=True)
+        ]
+        variant = records["variant"].mask(is_ablation | records["method"].ne(names), "")
+        for name in dict.fromkeys(name for name in names if SETTING in name):
+            row, _, setting = name.partition(SETTING)
+            title = f"{self.methods[row].title}, {setting_text(setting)}"
+            self.methods[name] = self.methods[row].model_copy(update={"title": title})
         self.titles["method"] = {name: method.title for name, method in self.methods.items()}
-        variant = records["variant"].mask(is_split | is_ablation, "")
         self.records = records.assign(method=names, variant=variant)
 
     @property
@@ -208,8 +201,8 @@ class TextOutcomes(Outcomes):
         """Return scores of every seed and parameter counts, for claims."""
         scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
         numbers = compared(scores, counts(self.records))
-        rows = [self.settings.get(name, (name, "")) for name in numbers["method"]]
-        return numbers.assign(method=[row for row, _ in rows], setting=[setting for _, setting in rows])
+        names = numbers["method"].str.partition(SETTING)
+        return numbers.assign(method=names[0], setting=names[2])
 
     @property
     def run_protocols(self) -> list[str]:
