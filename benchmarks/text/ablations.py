@@ -42,11 +42,7 @@ _ROW = [*_CELL, "method"]
 
 
 class Ablations:
-    """Compute the ablations of a benchmark, each when it is first asked for.
-
-    Args:
-        benchmark: The benchmark, whose definition has ``ablations``.
-        runs: All its finished runs.
+    """Compute the ablations of a benchmark from all its finished runs, each when it is first asked for.
 
     Attributes:
         usual: The outcomes without the rows of ablations.

@@ -172,15 +172,10 @@ _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
 def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str) -> None:
-    """Draw the difference of each row of an ablation to its reference: a panel for each model, selection and scope.
+    """Draw the differences of :func:`~benchmarks.text.ablations.ablation_rows` to their reference.
 
-    Of many scopes, averages are drawn. Intervals are 95 %, from three seeds on; crosses are the paper's.
-
-    Args:
-        outcomes: The outcomes, for the methods' styles.
-        rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
-        path: The path of the files, without ending.
-        reference: The name of the reference.
+    There is a panel for each model, selection and scope; of many scopes, averages alone. Intervals are 95 %, from three
+    seeds on; crosses are the paper's.
     """
     panels = [(title, group[group["delta"].notna()]) for title, group in panels_of(rows)]
     panels = [(title, group) for title, group in panels if len(group)]
@@ -208,15 +203,10 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
 
 
 def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: str) -> None:
-    """Draw the scores of an ablation over a setting: a panel for each model, selection and scope.
+    """Draw the scores of :func:`~benchmarks.text.ablations.ablation_rows` over the setting with the letter ``axis``.
 
-    Intervals are 95 %, from three seeds on. The dashed line is the baseline.
-
-    Args:
-        outcomes: The outcomes, for the methods' styles.
-        rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
-        path: The path of the files, without ending.
-        axis: The letter of the setting.
+    There is a panel for each model, selection and scope. Intervals are 95 %, from three seeds on. The dashed line is
+    the baseline.
     """
     panels = [
         (title, group, list(_series(group, axis)))
@@ -325,9 +315,8 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def _draw_trace(axis: Any, trace: Trace) -> None:
-    windows, count = trace.shares.shape
-    last = trace.ends[-1] if trace.ends else windows * 100
-    extent = (-0.5, count - 0.5, last, 0)
+    count = trace.shares.shape[1]
+    extent = (-0.5, count - 0.5, trace.steps, 0)
     image = {"norm": USE.norm, "cmap": USE.cmap, "aspect": "auto", "interpolation": "nearest", "extent": extent}
     axis.imshow(trace.shares * count, **image)
     axis.set_xticks([0, count - 1], ["1", str(count)])
@@ -341,13 +330,7 @@ _MOST_PANELS = 3
 
 @dataclass(frozen=True)
 class UsagePanel:
-    """Hold the content of one panel.
-
-    Attributes:
-        title: The panel's title.
-        information: The numbers of :func:`~benchmarks.text.usage.describe_usage`, by their names in metrics.yaml.
-        usage: Its shares and marks.
-    """
+    """Hold a title, and the numbers and shares of :func:`~benchmarks.text.usage.describe_usage`."""
 
     title: str
     information: Mapping[str, float]

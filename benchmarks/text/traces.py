@@ -24,15 +24,10 @@ NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "l
 
 @dataclass(frozen=True)
 class Trace:
-    """Hold the shares of experts in the windows of one layer's training.
-
-    Attributes:
-        shares: ``[windows, N]``; each row sums to 1.
-        ends: The last step of each window; empty if it is not known.
-    """
+    """Hold the shares of experts ``[windows, N]`` over the steps of one layer's training; each row sums to 1."""
 
     shares: Shares
-    ends: list[int]
+    steps: int
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers of a trace, by :data:`NUMBERS`.
@@ -66,7 +61,7 @@ def traces(outcomes: TextOutcomes) -> Iterator[tuple[Any, int, Trace]]:
         windows = content["routing"].get("windows") or {"loads": {}}
         for layer, loads in windows["loads"].items():
             counts = np.asarray(loads, dtype=np.float64)
-            yield record, int(layer), Trace(counts / np.maximum(counts.sum(1, keepdims=True), 1), windows["ends"])
+            yield record, int(layer), Trace(counts / np.maximum(counts.sum(1, keepdims=True), 1), windows["ends"][-1])
 
 
 def published_traces(outcomes: TextOutcomes) -> dict[str, Trace]:
@@ -74,7 +69,7 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, Trace]:
     published = {}
     for name, file in _published(outcomes).rows.items():
         shares = np.loadtxt(outcomes.benchmark.folder / file, delimiter=",", ndmin=2)
-        published[name] = Trace(shares / shares.sum(1, keepdims=True), [])
+        published[name] = Trace(shares / shares.sum(1, keepdims=True), 100 * len(shares))
     return published
 
 
