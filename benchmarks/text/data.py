@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from datasets.info import DatasetInfosDict
 from numpy.typing import NDArray
 
 from benchmarks.harness.base import ROOT, DataError, derive_seed, first_line
@@ -220,8 +222,6 @@ def _read_tables(task: RunTask, split: str) -> list[_Table]:
 
 
 def _read_hub(task: RunTask, split: str) -> _Table:
-    import datasets
-
     source = task.source
     folder = wanted_place(source.model_dump())
     if source.hub is None:
@@ -242,8 +242,6 @@ def _read_hub(task: RunTask, split: str) -> _Table:
 
 def _read_saved(folder: Path, task: RunTask, split: str | None) -> _Table:
     """Read a set that ``datasets`` saved with ``save_to_disk``, or one split of it."""
-    import datasets
-
     with _errors_named(folder):
         dataset: Any = datasets.load_from_disk(str(folder))
         if split is None:
@@ -288,18 +286,13 @@ def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
     """Read a file of a set whose folders may hold class names; nothing is executed, cached or looked up elsewhere."""
-    import datasets
-
-    if file.suffix == ".csv":
-        table = _Table(str(file), read_csv(file))
-    else:
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it once
-        builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
-        with _errors_named(file):
-            dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
-            table = _to_table(dataset, str(file), task)
     with _errors_named(file):
-        return _with_names_beside(table, folders, task)
+        if file.suffix == ".csv":
+            return _with_names_beside(_Table(str(file), read_csv(file)), folders, task)
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it once
+        builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
+        dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
+        return _with_names_beside(_to_table(dataset, str(file), task), folders, task)
 
 
 def read_csv(file: Path) -> pd.DataFrame:
@@ -318,14 +311,14 @@ def read_csv(file: Path) -> pd.DataFrame:
 
 def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
     """Read the rows of a split from one csv: by its column ``split``, else by the hash of the text."""
-    table = _read_file(file, [], task)
-    if "split" in table.cells:
-        splits = table.cells["split"]
+    cells = read_csv(file)
+    if "split" in cells:
+        splits = cells["split"]
     else:
-        splits = table.cells[_column(table, task.fields[0], task)].astype(str).map(_drawn_split)
+        splits = cells[_column(_Table(str(file), cells), task.fields[0], task)].astype(str).map(_drawn_split)
     if not (splits == split).any():
         raise DataError(f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}")
-    return replace(table, cells=table.cells[splits == split])
+    return _Table(str(file), cells[splits == split])
 
 
 def _drawn_split(text: str) -> str:
@@ -336,15 +329,13 @@ def _drawn_split(text: str) -> str:
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
     """Read all rows of a set of ``datasets``."""
-    from datasets import ClassLabel
-
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     if not batches:
         raise DataError(f"{source} is empty")
     cells = pd.DataFrame(pa.concat_tables(batches, promote_options="default").to_pydict(), dtype=object)
     table = _Table(source, cells)
     feature = (dataset.features or {}).get(_column(table, task.label, task))
-    return _with_class_names(table, feature.names, task) if isinstance(feature, ClassLabel) else table
+    return _with_class_names(table, feature.names, task) if isinstance(feature, datasets.ClassLabel) else table
 
 
 def _with_class_names(table: _Table, names: Sequence[str], task: RunTask) -> _Table:
@@ -361,17 +352,14 @@ def _with_names_beside(table: _Table, folders: Sequence[Path], task: RunTask) ->
     Raises:
         DataError: The file has other names, or the names are themselves numbers that the file's numbers may mean.
     """
-    from datasets import ClassLabel, DatasetInfo
-    from datasets.info import DatasetInfosDict
-
     column = _column(table, task.label, task)
     for folder in folders:
         infos = dict(DatasetInfosDict.from_directory(str(folder)))
         if (folder / "dataset_info.json").exists():
-            infos["default"] = DatasetInfo.from_directory(str(folder))
+            infos["default"] = datasets.DatasetInfo.from_directory(str(folder))
         info = infos.get(task.source.config) or infos.get("default")
         feature = info.features.get(column) if info and info.features else None
-        if isinstance(feature, ClassLabel):
+        if isinstance(feature, datasets.ClassLabel):
             names = feature.names
             counts_otherwise = any(name.isdecimal() and int(name) != number for number, name in enumerate(names))
             if names != (table.class_names or names) or (counts_otherwise and not table.class_names):
