@@ -48,15 +48,7 @@ def score_and_loss(
 
 
 class SplitEvaluator:
-    """Predicts and scores splits with a classifier.
-
-    Args:
-        trainer: The trainer that predicts.
-        prefix: The frozen layers of the classifier; None if it has none.
-        tokenizer: The classifier's tokenizer.
-        task: The training task (``task`` of a spec).
-        max_length: The tokens kept of a row.
-    """
+    """Predicts and scores splits with a trainer's classifier of a task; keeps ``max_length`` tokens of a row."""
 
     def __init__(
         self,

@@ -26,14 +26,7 @@ def shown(
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Callable[..., None]],
 ) -> Presentation:
-    """Present a text benchmark: its tables and figures, those of its ablations, and a verdict on every method.
-
-    Args:
-        benchmark: The benchmark.
-        ablations: The ablations of its runs.
-        tables: The function that makes each table of the usual outcomes, by name.
-        figures: The function that draws each figure of the usual outcomes, by name.
-    """
+    """Present a text benchmark: its tables and figures, those of its ablations, and a verdict on every method."""
     return make(
         benchmark,
         {**tables, **ablations.tables},

@@ -120,7 +120,7 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
     """Add columns of the metrics beside the paper's."""
-    records = _chosen_records(outcomes)
+    records = outcomes.origins
     records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
     columns = []
     for (scope, metric), group in outcomes.with_scopes(records).groupby(["scope", "metric"], sort=False):
@@ -252,14 +252,9 @@ def _cells(outcomes: TextOutcomes) -> pd.DataFrame:
     return outcomes.order(rows.drop_duplicates(CELL)[[*CELL, "n"]], CELL)
 
 
-def _chosen_records(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Return the records of the chosen runs, with the protocol that chose them."""
-    return pd.concat([outcomes.chosen[protocol].assign(protocol=protocol) for protocol in outcomes.protocols])
-
-
 def _usual_records(outcomes: TextOutcomes) -> pd.DataFrame:
     """Return the records of the chosen clean runs, and of the others if a cell has no clean ones."""
-    records = _chosen_records(outcomes)
+    records = outcomes.origins
     return records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
 
 
