@@ -98,13 +98,13 @@ class TextOutcomes(Outcomes):
         ablated: bool = False,
     ) -> None:
         methods = resolve_methods(benchmark.definition)
-        main = [name for name, method in methods.items() if ablated or method.role != ABLATION]
-        shown = [run for run in runs if run.spec["method"]["name"] in main]
+        kept = [name for name, method in methods.items() if ablated or method.role != ABLATION]
+        shown = [run for run in runs if run.spec["method"]["name"] in kept]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
         self._evaluates, self._ablated = benchmark.evaluates is not None, ablated
         records = collect(shown) if records is None else records
         records = with_transformed(records[records["run_id"].isin({run.id for run in shown})])
-        self.records = records[records["method"].isin(main)].reset_index(drop=True)
+        self.records = records[records["method"].isin(kept)].reset_index(drop=True)
         if ablated:
             self._split_settings()
         self.chosen = {protocol: self._chosen(protocol) for protocol in PROTOCOLS}
@@ -124,9 +124,8 @@ class TextOutcomes(Outcomes):
             without(row.variant, usual.get(row.model, set())) if ablation else row.variant if several > 1 else ""
             for row, ablation, several in zip(records.itertuples(), is_ablation, variants, strict=True)
         ]
-        names = [
-            row + SETTING * bool(setting) + setting for row, setting in zip(records["method"], settings, strict=True)
-        ]
+        rows = zip(records["method"], settings, strict=True)
+        names = [f"{row}{SETTING}{setting}" if setting else row for row, setting in rows]
         variant = records["variant"].mask(is_ablation | records["method"].ne(names), "")
         for name in dict.fromkeys(name for name in names if SETTING in name):
             row, _, setting = name.partition(SETTING)
