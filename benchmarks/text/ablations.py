@@ -108,11 +108,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     rows = with_verdicts(rows.drop(columns="pairs"), _CELL)
     rows = with_numbers(rows, ["model", "method"], means_by(outcomes.records, ["model", "method"], ["active_neurons"]))
     rows = _with_paper(outcomes, ablation, rows)
-    rows = rows.assign(
-        is_ours=rows["mean"].notna(),
-        is_baseline=rows["method"] == outcomes.baseline,
-        is_average=rows["scope"].str.startswith(_AVERAGE_OF),
-    )
+    rows = rows.assign(is_ours=rows["mean"].notna())
     methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _rank(ablation, name))
     in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods, "is_ours": [True, False]}
     ranks = {column: {name: rank for rank, name in enumerate(names)} for column, names in in_order.items()}
@@ -176,19 +172,24 @@ def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
 
 def _with_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add titles with the settings, their values by letter (k as a share of N), and ``kind``, the plain method."""
-    values = []
+    settings = []
     for row in rows.itertuples():
         name, _, setting = row.method.partition(SETTING)
         title = outcomes.title("method", name)
         letters = {**dict.fromkeys(_LETTERS, ""), "D": "1", **setting_values(setting)}
         if row.is_ours:
             letters |= _letters(outcomes.specs[row.model, row.method])
-        kind = outcomes.benchmark.definition.methods[name].method or name
-        full_title = ", ".join(filter(None, (title, setting_text(setting))))
-        values.append({"method_title": full_title, "row_title": title, "kind": kind, **letters})
-    columns = ["method_title", "row_title", "kind", *_LETTERS]
-    settings = pd.DataFrame(values, index=rows.index, columns=columns)
-    return rows.drop(columns="method_title").join(settings)
+        shown = {
+            "method_title": ", ".join(filter(None, (title, setting_text(setting)))),
+            "row_title": title,
+            "is_baseline": row.method == outcomes.baseline,
+            "is_average": row.scope.startswith(_AVERAGE_OF),
+            **letters,
+            "kind": outcomes.benchmark.definition.methods[name].method or name,
+        }
+        settings.append(shown)
+    columns = ["method_title", "row_title", "is_baseline", "is_average", *_LETTERS, "kind"]
+    return rows.assign(**pd.DataFrame(settings, columns=columns, index=rows.index).to_dict("series"))
 
 
 def _letters(spec: Mapping[str, Any]) -> dict[str, str]:

@@ -167,7 +167,6 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
 
 _COLUMNS, _MOST_SCOPES, _NAMES = 3, 12, 2.3  # panels beside each other and in all, inches of names beside them
 _TITLE, _TICKS = 1.4, 6  # inches of a panel's title, and labels below it
-_NOTHING = "this suite runs too few rows of this ablation"
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
@@ -182,7 +181,7 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
     if len(panels) > _MOST_SCOPES:  # every set is in the table
         panels = [(title, group) for title, group in panels if not group["is_ours"].any() or group["is_average"].any()]
     if not panels:
-        placeholder_figure(path, _NOTHING)
+        placeholder_figure(path, "this suite runs no row of this ablation")
         return
     names = list(dict.fromkeys(name for _, group in panels for name in group["method_title"]))
     with mpl.rc_context(STYLE):
@@ -214,7 +213,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
         if group.loc[group[axis].ne(""), axis].nunique() > 1
     ]
     if not panels:
-        placeholder_figure(path, _NOTHING)
+        placeholder_figure(path, f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}")
         return
     styles = curve_styles(
         (label, outcomes.style(points["method"].iloc[0])) for _, _, series in panels for label, points in series

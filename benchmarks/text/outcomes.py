@@ -190,7 +190,9 @@ class TextOutcomes(Outcomes):
         rows = with_verdicts(rows.join(common, on=cell), ["protocol", "domain", "model", "method"])
         # set by set as they ran, and their methods as they are defined
         rows = self.order(rows.assign(place=rows.groupby(_SET, sort=False).ngroup()), ["place", "method"])
-        return rows.drop(columns=["place", "low_mean", "high_mean"])
+        means = ["mean", "std", "population_std", "n", "common"]
+        unused = ["place", "low_mean", "high_mean"]
+        return rows[[*cell, *means, *rows.columns.difference([*cell, *means, *unused], sort=False)]]
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
         """Return the rows of one domain under one protocol."""
