@@ -41,37 +41,31 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     read = parse(spec, EvaluationSpec, str(folder / "run.json"))
     settings = read.evaluation
     load = partial(load_part, rows=settings.rows, known=load_benchmark(read.benchmark).tasks, say=progress.say)
-    splits = {other.name: _load(other, load) for other in read.ood}
-    own = load(read.task, "test")
+    own, splits = load(read.task, "test"), {other.name: _load(other, load) for other in read.ood}
     chosen = _chosen(read)
-    trained = parse(chosen.spec, TextSpec, str(RUNS / chosen.folder / "run.json"))
-    recorded = read_metrics(chosen)
-    weights = RUNS / chosen.folder / "model"
-    tokenizer = load_tokenizer(chosen.spec["model"])
+    trained, recorded = parse(chosen.spec, TextSpec, chosen.folder), read_metrics(chosen)
+    training, tokenizer = trained.training, load_tokenizer(chosen.spec["model"])
+    build = partial(build_classifier, tokenizer=tokenizer)
     try:
-        build = partial(build_classifier, tokenizer=tokenizer)
-        classifier = reopen(build, chosen.spec, recorded["model"]["source"]["weights"], weights)
+        classifier = reopen(build, chosen.spec, recorded["model"]["source"]["weights"], RUNS / chosen.folder / "model")
     except (DataError, CheckpointError) as error:
         raise DataError(
             f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
     if read.transform is not None:
         use_as_(classifier.model, read.method.config, read.seed)
-    precision = trained.training.precision
     evaluator = TextEvaluator(
-        classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, precision, folder
+        classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, training.precision, folder
     )
-    probe = Probe()
-    if read.ood:  # sets can be excluded
-        probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
-    training, routing = trained.training, RowRouting(classifier.model)
+    probe, routing = Probe(), RowRouting(classifier.model)
+    probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
     if same and not routed_layers(classifier.model):
         tested = recorded["scores"]["test"][read.task.name]  # as it was trained, on the same rows
     else:
         progress.say(f"evaluating on {read.task.name}, {len(own):,} rows")
         tested = evaluator.evaluate(own, routing=routing)
-    scores: dict[str, Any] = {}
+    scores = {}
     for other in read.ood:
         progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
         scores[other.name] = evaluator.evaluate(splits[other.name], other, routing)
@@ -81,11 +75,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "routing": routed,
         "usage": usage,
         "probe": probe.summary(),
-        "chosen": {
-            "run": chosen.folder,
-            "learning_rate": trained.learning_rate,
-            "variant": trained.method.variant,
-        },
+        "chosen": {"run": chosen.folder, "learning_rate": trained.learning_rate, "variant": trained.method.variant},
         "cost": evaluator.cost,
         "data": {"test": own.summary()} | {f"ood:{name}": split.summary() for name, split in splits.items()},
     }
@@ -101,8 +91,7 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
 def _chosen(spec: EvaluationSpec) -> Run:
     """Return the candidate with this seed, and the learning rate and variant of the best mean dev score."""
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
-    records = select(collect(candidates), spec.protocol)
-    best = records.iloc[0][[*CHOICE]]
+    best = select(collect(candidates), spec.protocol).iloc[0][[*CHOICE]]
     for candidate in candidates:
         choice = (candidate.spec["method"]["variant"], candidate.spec["learning_rate"])
         if choice == tuple(best) and candidate.spec["seed"] == spec.seed:

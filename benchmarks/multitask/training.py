@@ -25,7 +25,7 @@ from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
 from benchmarks.text.evaluation import score_and_loss
 from benchmarks.text.tokenization import TokenisedRows, batches
-from benchmarks.text.training import Epoch, epoch_arguments
+from benchmarks.text.training import Epoch, epoch_arguments, kept_epoch
 
 _MEAN = "mean_score"  # over the tasks, on the rows that choose
 _IGNORED = -100
@@ -90,15 +90,14 @@ class MultitaskTrainer(RoutedTrainer):
         self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe = Stopwatch(), Probe()
         self._precision = precision_here(self._training.precision)
-        self._selects = self._training.checkpoint_selection == "best"
+        self._best = _MEAN if self._training.checkpoint_selection == "best" else None
         tasks = [LearnedRows(self._rows(train[name], task), self._answers[name]) for name, task in self._tasks.items()]
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(tasks)
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
         self.probe.observe(self._network, collate(fixed_rows(rows)))
-        best = _MEAN if self._selects else None
         super().__init__(
             args=epoch_arguments(
-                self._checkpoints, self._precision, self._training, spec, best, remove_unused_columns=False
+                self._checkpoints, self._precision, self._training, spec, self._best, remove_unused_columns=False
             ),
             order=MixedOrder(
                 {name: task.lengths for name, task in zip(self._tasks, tasks, strict=True)},
@@ -133,8 +132,7 @@ class MultitaskTrainer(RoutedTrainer):
             for entry in self.state.log_history
             if f"eval_{_MEAN}" in entry
         ]
-        best = max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"]))
-        return epochs, best if self._selects else epochs[-1]
+        return epochs, kept_epoch(epochs, self._best)
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
         """Score all tasks on the rows that choose, and their mean, which chooses an epoch."""

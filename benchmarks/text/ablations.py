@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import ABLATION, CONTROL, setting_text, setting_values
@@ -35,23 +34,16 @@ from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISH
 from benchmarks.text.figures import draw_curves, draw_differences
 from benchmarks.text.outcomes import ARROW, TextOutcomes
 
-_AVERAGE = "average"
-AVERAGE_OF = f"{_AVERAGE} of "
-# letters of the settings that a figure may have on its axis
-_N_AND_K = "top_k_fraction"
-AXES = {"train_share": "D", _N_AND_K: "k"}
-_AXIS_WORDS = {"train_share": "the share of the training rows", _N_AND_K: "the share of experts in use"}
+_AVERAGE_OF = "average of "
+AXES = {"train_share": "D", "top_k_fraction": "k"}  # letters of the settings that a figure may have on its axis
+_AXIS_WORDS = {"train_share": "the share of the training rows", "top_k_fraction": "the share of experts in use"}
+_LETTERS = ["D", "k", "N", "L"]
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
-_AXIS_VALUES = ["D", "k", "N", "L"]
 
 
 class Ablations:
-    """Compute the ablations of a benchmark, each when it is first asked for.
-
-    Args:
-        benchmark: The benchmark, whose definition has ``ablations``.
-        runs: All its finished runs.
+    """Compute the ablations of a benchmark from all its finished runs, each when it is first asked for.
 
     Attributes:
         usual: The outcomes without the rows of ablations.
@@ -115,12 +107,11 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     ``p``, ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
     ``paper_delta``, ``status``, ``source``), and titles. A scope needs a row of the ablation and the baseline.
     """
-    settings = {row: [name for name, (of, _) in outcomes.settings.items() if of == row] for row in ablation.rows}
-    names = [name for row in ablation.rows for name in (row, *settings[row])]
+    names = [name for row in ablation.rows for name in outcomes.methods if name.partition(SETTING)[0] == row]
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
     seeds = outcomes.with_scopes(seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])])
     seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
-    ablated = {name for name in names if name in outcomes.settings or outcomes.role(name) in (ABLATION, CONTROL)}
+    ablated = {name for name in names if SETTING in name or outcomes.role(name) in (ABLATION, CONTROL)}
     of_cell = seeds.groupby(_CELL)["method"]
     seeds = seeds[
         of_cell.transform(lambda names: not ablated.isdisjoint(names))
@@ -133,38 +124,25 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     rows = with_verdicts(rows.drop(columns="pairs"), _CELL)
     rows = with_numbers(rows, ["model", "method"], means_by(outcomes.records, ["model", "method"], ["active_neurons"]))
     rows = _with_paper(outcomes, ablation, rows)
-    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _rank(outcomes, ablation, name))
-    in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods}
+    rows = rows.assign(is_ours=rows["mean"].notna())
+    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _rank(ablation, name))
+    in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods, "is_ours": [True, False]}
     ranks = {column: {name: rank for rank, name in enumerate(names)} for column, names in in_order.items()}
-    rows = rows.assign(is_ours=rows["mean"].notna()).sort_values(
-        ["model", "protocol", "domain", "scope", "method"],
+    rows = rows.sort_values(
+        ["is_ours", "model", "protocol", "domain", "scope", "method"],
         key=lambda column: column.map(ranks[column.name]) if column.name in ranks else column,
         kind="stable",
     )
-    rows = outcomes.titled(rows.sort_values("is_ours", ascending=False, kind="stable").reset_index(drop=True))
-    split = [_split(outcomes, name) for name in rows["method"]]
-    titles = [outcomes.title("method", row) for row, _ in split]
-    rows = rows.assign(
-        method_title=[
-            ", ".join(filter(None, (title, setting_text(setting))))
-            for title, (_, setting) in zip(titles, split, strict=True)
-        ],
-        row_title=titles,
-        is_baseline=rows["method"] == outcomes.baseline,
-        is_average=rows["scope"].str.startswith(AVERAGE_OF),
-    )
-    return _with_axes(outcomes, rows)
+    return _with_settings(outcomes, outcomes.titled(rows.reset_index(drop=True)))
 
 
-def _rank(outcomes: TextOutcomes, ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
+def _rank(ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
     """Return the sort key of a row: its place in the ablation, then the numbers of its setting."""
-    row, setting = _split(outcomes, name)
+    row, _, setting = name.partition(SETTING)
     values = []
     for key, text in setting_values(setting).items():
-        try:
-            values.append((key, float(text), ""))
-        except ValueError:
-            values.append((key, math.inf, text))
+        number = pd.to_numeric(text, errors="coerce")  # layers may be words
+        values.append((key, math.inf if math.isnan(number) else float(number), text))
     return ablation.rows.index(row), values
 
 
@@ -181,14 +159,8 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
         )
         means = wide.dropna().mean(axis=1).rename("value").reset_index()
         listed = name_or_count(shared, "tasks" if domain == ID else "pairs")
-        averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=AVERAGE_OF + listed))
+        averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=_AVERAGE_OF + listed))
     return pd.concat(averages)
-
-
-def _split(outcomes: TextOutcomes, name: str) -> tuple[str, str]:
-    """Split a name into its row and its setting."""
-    row, _, setting = name.partition(SETTING)
-    return outcomes.settings.get(name, (row, setting))
 
 
 def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
@@ -196,38 +168,44 @@ def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
     if ablation.paper:
         published = read_published(outcomes.benchmark, ablation.paper, ABLATION_COLUMNS)
-        where = f"{outcomes.benchmark.folder / ablation.paper}: '"
-        check_names(where, "method", published["method"], ablation.rows)
-        check_names(where, "model", filter(None, published["model"]), load_models())
         tasks = outcomes.benchmark.tasks
         scopes = [outcomes.pair_title(name, other) for name, task in tasks.items() for other in (name, *task.ood)]
-        named = [scope for scope in published["scope"] if not scope.startswith(_AVERAGE)]
-        check_names(where, "scope", named, scopes)
-        twice = published[published.duplicated(list(ABLATION_COLUMNS))]
-        if len(twice):
-            raise DefinitionError(f"{where}{' '.join(twice.iloc[0][list(ABLATION_COLUMNS)])}' stands there twice")
+        valid = {"method": ablation.rows, "model": load_models(), "scope": scopes}
+        for column, names in valid.items():
+            given = [name for name in published[column] if name and not name.startswith("average")]
+            check_names(f"{outcomes.benchmark.folder / ablation.paper}: '", column, given, names)
     settings = published["setting"].astype(str)
     published = published.assign(
         method=published["method"].where(settings.eq(""), published["method"] + SETTING + settings),
-        paper=published["value"].astype(float) / 100,
+        value=published["value"].astype(float) / 100,
         protocol=PUBLISHED,
     )
-    published["paper_delta"] = published_delta(published.assign(value=published["paper"]), outcomes.baseline)
+    published = published.assign(paper=published["value"], paper_delta=published_delta(published, outcomes.baseline))
     on = ["protocol", "model", "scope", "method"]
     rows = rows.merge(published[[*on, "paper", "paper_delta", "status", "source"]], on=on, how="outer", sort=False)
     return rows.assign(domain=rows["domain"].fillna(rows["scope"].map(lambda name: OOD if ARROW in name else ID)))
 
 
-def _with_axes(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add the axes of figures (N, k as a share of N, layers, share of training rows) and ``kind``, the plain method."""
-    values = []
+def _with_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add titles with the settings, their values by letter (k as a share of N), and ``kind``, the plain method."""
+    settings = []
     for row in rows.itertuples():
-        name, setting = _split(outcomes, row.method)
-        letters = {**dict.fromkeys(_AXIS_VALUES, ""), "D": "1", **setting_values(setting)}
+        name, _, setting = row.method.partition(SETTING)
+        title = outcomes.title("method", name)
+        letters = {**dict.fromkeys(_LETTERS, ""), "D": "1", **setting_values(setting)}
         if row.is_ours:
             letters |= _letters(outcomes.specs[row.model, row.method])
-        values.append({**letters, "kind": outcomes.benchmark.definition.methods[name].method or name})
-    return rows.join(pd.DataFrame(values, index=rows.index, columns=[*_AXIS_VALUES, "kind"]))
+        shown = {
+            "method_title": ", ".join(filter(None, (title, setting_text(setting)))),
+            "row_title": title,
+            "is_baseline": row.method == outcomes.baseline,
+            "is_average": row.scope.startswith(_AVERAGE_OF),
+            **letters,
+            "kind": outcomes.benchmark.definition.methods[name].method or name,
+        }
+        settings.append(shown)
+    columns = ["method_title", "row_title", "is_baseline", "is_average", *_LETTERS, "kind"]
+    return rows.assign(**pd.DataFrame(settings, columns=columns, index=rows.index).to_dict("series"))
 
 
 def _letters(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -243,10 +221,10 @@ def _letters(spec: Mapping[str, Any]) -> dict[str, str]:
 
 def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
     """Lay out the rows of :func:`ablation_rows`; a main row on the axis of N and k has both in its title."""
-    needs_n_and_k = rows["N"].ne("") & ~rows["method"].str.contains(SETTING, regex=False)
-    if definition.axis == _N_AND_K:
+    if definition.axis == "top_k_fraction":
+        is_main_row = rows["N"].ne("") & ~rows["method"].str.contains(SETTING, regex=False)
         titles = rows["method_title"] + ", N " + rows["N"] + ", k/N " + rows["k"]
-        rows = rows.assign(method_title=rows["method_title"].where(~needs_n_and_k, titles))
+        rows = rows.assign(method_title=rows["method_title"].mask(is_main_row, titles))
     frame = rows.assign(
         **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
         n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
@@ -257,9 +235,8 @@ def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
         definition.title,
         f"{definition.question} Score (%): mean ± standard deviation over n seeds; Δ is the difference to the "
         f"{'row above' if definition.steps else 'first row'}, paired by seed, with a 95 % confidence interval "
-        "(Student's t); p of the paired t-test is corrected by Holm's procedure over the rows of a set and selection, "
-        "and the verdict takes it at 5 %. The paper's numbers are of its own models and tasks, in rows of their own "
-        "where these did not run here.",
+        "(Student's t); p of the paired t-test is corrected by Holm's procedure over the rows of a set and selection; "
+        "the verdict takes it at 5 %. The paper's numbers are of its own models and tasks.",
         {"model_title": "Model", "selection": "Selection", "on": "On", "method_title": "Method", "n": "n"},
         [
             Column("score", "mean", "Score", std="std"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import glob
 import hashlib
@@ -17,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import yaml
+from datasets.info import DatasetInfosDict
 from numpy.typing import NDArray
 
 from benchmarks.harness.base import ROOT, DataError, derive_seed, first_line
@@ -31,14 +31,11 @@ from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
 from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from emoe.errors import did_you_mean
 
-BUILDERS = {"parquet": "parquet", "arrow": "arrow", "jsonl": "json", "json": "json", "csv": "csv"}  # in this order
+_BUILDERS = {"parquet": "parquet", "arrow": "arrow", "jsonl": "json", "json": "json", "csv": "csv"}  # in this order
 DEV_SHARE, TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # unless the task has a class of this name
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # Python also reads 1_0
-_WHOLE = re.compile(r"(-?\d+)\.0*")
-_LIBRARY_ERRORS = (pa.ArrowException, yaml.YAMLError, pd.errors.ParserWarning, StopIteration)
-_ROWS_AT_ONCE = 10_000
+_WHOLE = re.compile(r"^(-?\d+)\.0*$")
 
 
 @dataclass(frozen=True)
@@ -130,14 +127,7 @@ def part_read(splits: Splits, part: str) -> str:
 
 
 def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
-    """Compare the rows of a part with the counts of its makers and of the paper's authors.
-
-    Args:
-        name: The name of the task.
-        part: The part's name.
-        split: The rows.
-        entry: The task's entry in ``tasks.yaml``.
-    """
+    """Compare the rows of a task's part with the counts of its makers and of the paper's authors."""
     if split.has_classes:
         counts = Counter(split.labels)
         labels = ", ".join(f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels))
@@ -164,14 +154,11 @@ def load_part(
     known: Mapping[str, TaskEntry] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TextSplit:
-    """Load the ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``.
+    """Load the ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``; None takes all.
 
     Args:
-        task: The task's spec.
-        part: The part's name.
-        rows: The row count; None for all.
         known: The tasks of ``tasks.yaml``, with their row counts.
-        say: The function that takes a warning if the row count is another one.
+        say: The function that takes a warning if the set has another row count.
     """
     part = part_read(task.splits, part)
     split = load_split(task, part)
@@ -201,23 +188,21 @@ def load_split(task: RunTask, part: str) -> TextSplit:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Columns of one file, or of one split on the hub.
+class _Table:
+    """Rows of one file, or of one split on the hub.
 
     Attributes:
         source: The file, or the hub id and split.
-        columns: The values by the file's column names.
-        class_names: The stored class names by the names of their columns.
-        rows: The number of each row in the file.
+        cells: The cells, with the file's column names; of labels the names instead of numbers, where they are known.
+        class_names: The names of the classes, if they are known.
     """
 
     source: str
-    columns: Mapping[str, Sequence[Any]]
-    class_names: Mapping[str, Sequence[str]]
-    rows: Sequence[int]
+    cells: pd.DataFrame
+    class_names: Sequence[str] | None = None
 
 
-def _read_tables(task: RunTask, split: str) -> list[Table]:
+def _read_tables(task: RunTask, split: str) -> list[_Table]:
     """Read a split from the user's folder, else from the hub; ``a+b`` names two splits."""
     if task.source.csv:
         return [_csv_split(ROOT / task.source.csv, task, split)]
@@ -230,15 +215,13 @@ def _read_tables(task: RunTask, split: str) -> list[Table]:
                 f"{folder} is one saved set without splits, but '{task.name}' is trained on one split and scored on "
                 "another: save a DatasetDict with its splits"
             )
-        return [_read_saved(folder, None)]
+        return [_read_saved(folder, task, None)]
     if (folder / "dataset_dict.json").exists():
-        return [_read_saved(folder, name) for name in splits]
+        return [_read_saved(folder, task, name) for name in splits]
     return [table for name in splits for table in _read_folder(folder, task, name)]
 
 
-def _read_hub(task: RunTask, split: str) -> Table:
-    import datasets
-
+def _read_hub(task: RunTask, split: str) -> _Table:
     source = task.source
     folder = wanted_place(source.model_dump())
     if source.hub is None:
@@ -254,32 +237,30 @@ def _read_hub(task: RunTask, split: str) -> Table:
             f"Without the hub, put its files into {folder} (config/README.md)"
         ) from error
     name = hub_name(source.hub, source.revision, commit_of(dataset))
-    return _to_table(dataset, f"{name} ({source.config}), split {split}")
+    return _to_table(dataset, f"{name} ({source.config}), split {split}", task)
 
 
-def _read_saved(folder: Path, split: str | None) -> Table:
+def _read_saved(folder: Path, task: RunTask, split: str | None) -> _Table:
     """Read a set that ``datasets`` saved with ``save_to_disk``, or one split of it."""
-    import datasets
-
     with _errors_named(folder):
-        dataset = datasets.load_from_disk(str(folder))
+        dataset: Any = datasets.load_from_disk(str(folder))
         if split is None:
-            return _to_table(dataset, str(folder))
+            return _to_table(dataset, str(folder), task)
         if split not in dataset:
             raise DataError(f"{folder} has no split '{split}'{did_you_mean(split, dataset)}")
-        return _to_table(dataset[split], f"{folder} [{split}]")
+        return _to_table(dataset[split], f"{folder} [{split}]", task)
 
 
-def _read_folder(folder: Path, task: RunTask, split: str) -> list[Table]:
+def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
     """Read a split from files under the hub's names, in the first format that is there."""
     config = task.source.config
     folders = [folder, *([folder / config, folder / "data"] if config else [])]
     for subfolder in folders:
-        for suffix in BUILDERS:
+        for suffix in _BUILDERS:
             if files := _split_files(subfolder, split, suffix):
                 return [_read_file(file, [*dict.fromkeys((*folders, file.parent))], task) for file in files]
     present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    wanted = ", ".join(f"{split}.{suffix}" for suffix in BUILDERS)
+    wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
     convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
     raise DataError(
         f"{folder} has no file for the split '{split}': wanted one of {wanted}; it holds {present}{convert}"
@@ -292,69 +273,52 @@ def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
     Raises:
         DataError: The split is there in two of these forms, or a piece is missing.
     """
-    piece = re.compile(rf"{re.escape(split)}-(\d+)-of-(\d+)\.{suffix}")
-    files = sorted(folder.glob(f"*.{suffix}"))
-    pieces = [file for file in files if piece.fullmatch(file.name)]
-    inside = [file for file in sorted(folder.glob(f"{split}/*.{suffix}")) if not file.name.startswith(".")]
-    forms = [form for form in ([file for file in files if file.stem == split], pieces, inside) if form]
+    pieces = sorted(folder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
+    inside = sorted(file for file in folder.glob(f"{split}/*.{suffix}") if not file.name.startswith("."))
+    forms = [files for files in (list(folder.glob(f"{split}.{suffix}")), pieces, inside) if files]
     if len(forms) > 1:
-        first, second = (form[0].relative_to(folder) for form in forms[:2])
+        first, second = (files[0].relative_to(folder) for files in forms[:2])
         raise DataError(f"{folder} has the split '{split}' twice: {first} and {second}; leave one of them")
-    expected = [f"{split}-{i:05}-of-{len(pieces):05}.{suffix}" for i in range(len(pieces))]
-    if [file.name for file in pieces] != expected:
+    if pieces and not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
         raise DataError(f"{folder} lacks a piece of the split '{split}': {', '.join(file.name for file in pieces)}")
     return forms[0] if forms else []
 
 
-def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> Table:
-    """Read a file with the builder of its format; nothing of it is executed, cached or looked up elsewhere.
+def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
+    """Read a file of a set whose folders may hold class names; nothing is executed, cached or looked up elsewhere."""
+    with _errors_named(file):
+        if file.suffix == ".csv":
+            return _with_names_beside(_Table(str(file), read_csv(file)), folders, task)
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it once
+        builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
+        dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
+        return _with_names_beside(_to_table(dataset, str(file), task), folders, task)
 
-    Args:
-        file: The file.
-        folders: The folders of the set, which may hold the class names of its labels.
-        task: The task.
+
+def read_csv(file: Path) -> pd.DataFrame:
+    """Read a csv; all its cells are text, and rows that end early lack their last ones.
+
+    Raises:
+        DataError: The file cannot be read, or has no row.
     """
-    import datasets
-
-    options: dict[str, Any] = {}
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it once
     with _errors_named(file), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # the first row has more cells than the header
-        if file.suffix == ".csv":  # all its cells are text, and rows that end early lack their last ones
-            names = _csv_header(file)
-            features = datasets.Features({name: datasets.Value("string") for name in names})
-            options = {"names": names, "header": 0, "index_col": False, "features": features}
-            options |= {"na_filter": False, "engine": "python"}
-        builder = BUILDERS[file.suffix.removeprefix(".")]
-        dataset = datasets.load_dataset(
-            builder, data_files=glob.escape(str(file)), split="train", streaming=True, **options
-        )
-        table = _to_table(dataset, str(file))
-        label_columns = [name for name in table.columns if task.column_aliases.get(name, name) == task.label]
-        for name in label_columns:
-            table = _with_names_beside(table, name, folders, task.source.config)
-    return table
+        cells = pd.read_csv(file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig")
+    if cells.empty:
+        raise DataError(f"{file} is empty")
+    return cells
 
 
-def _csv_header(file: Path) -> list[str]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        names = next(csv.reader(lines), [])
-    return [name or f"unnamed {number}" for number, name in enumerate(names)]
-
-
-def _csv_split(file: Path, task: RunTask, split: str) -> Table:
+def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
     """Read the rows of a split from one csv: by its column ``split``, else by the hash of the text."""
-    table = _read_file(file, [], task)
-    if "split" in table.columns:
-        splits = table.columns["split"]
+    cells = read_csv(file)
+    if "split" in cells:
+        splits = cells["split"]
     else:
-        texts = _column(table, task.fields[0], task)
-        splits = [_drawn_split(str(text)) for text in texts]
-    rows = [row for row, name in enumerate(splits) if name == split]
-    if not rows:
-        raise DataError(f"{file} has no row of the split '{split}'{did_you_mean(split, dict.fromkeys(splits))}")
-    columns = {name: [values[row] for row in rows] for name, values in table.columns.items()}
-    return replace(table, columns=columns, rows=[row + 1 for row in rows])
+        splits = cells[_column(_Table(str(file), cells), task.fields[0], task)].astype(str).map(_drawn_split)
+    if not (splits == split).any():
+        raise DataError(f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}")
+    return _Table(str(file), cells[splits == split])
 
 
 def _drawn_split(text: str) -> str:
@@ -363,71 +327,48 @@ def _drawn_split(text: str) -> str:
     return "dev" if fraction < DEV_SHARE else "test" if fraction < DEV_SHARE + TEST_SHARE else "train"
 
 
-def _to_table(dataset: Any, source: str) -> Table:
-    """Read all rows of a set of ``datasets``; of columns with class names, the names instead of the numbers."""
-    from datasets import ClassLabel
-
-    columns: dict[str, list[Any]] = {}
-    for batch in dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-        for name in batch.column_names:
-            columns.setdefault(name, []).extend(batch[name].to_pylist())
-    if not columns:
+def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
+    """Read all rows of a set of ``datasets``."""
+    batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
+    if not batches:
         raise DataError(f"{source} is empty")
-    features = dataset.features or {}
-    names = {name: features[name].names for name in columns if isinstance(features.get(name), ClassLabel)}
-    columns |= {name: [_class_name(value, names[name]) for value in columns[name]] for name in names}
-    return Table(source, columns, names, range(1, 1 + max(map(len, columns.values()))))
+    cells = pd.DataFrame(pa.concat_tables(batches, promote_options="default").to_pydict(), dtype=object)
+    table = _Table(source, cells)
+    feature = (dataset.features or {}).get(_column(table, task.label, task))
+    return _with_class_names(table, feature.names, task) if isinstance(feature, datasets.ClassLabel) else table
 
 
-def _class_name(value: object, names: Sequence[str]) -> object:
-    """Return the name of a class by its number; other values (-1, a missing label) as they are."""
-    text = label_text(value)
-    return names[int(text)] if text.isdecimal() and int(text) < len(names) else value
+def _with_class_names(table: _Table, names: Sequence[str], task: RunTask) -> _Table:
+    """Replace the numbers of classes by their names; other values (-1, a missing label) stay."""
+    column = _column(table, task.label, task)
+    by_number = {str(number): name for number, name in enumerate(names)}
+    values = [by_number.get(label_text(value), value) for value in table.cells[column]]
+    return _Table(table.source, table.cells.assign(**{column: values}), names)
 
 
-def _with_names_beside(table: Table, column: str, folders: Sequence[Path], config: str | None) -> Table:
-    """Replace numbers of a label column by the class names in the set's README.md or ``dataset_info(s).json``.
+def _with_names_beside(table: _Table, folders: Sequence[Path], task: RunTask) -> _Table:
+    """Take the class names from the set's README.md or ``dataset_info(s).json`` if the file has numbers alone.
 
     Raises:
-        DataError: Two files disagree, or the names are themselves numbers that the file's numbers may mean.
+        DataError: The file has other names, or the names are themselves numbers that the file's numbers may mean.
     """
-    stored = table.class_names.get(column)
-    named = [(table.source, stored)] if stored else []
-    named += [pair for folder in folders for pair in _names_beside(folder, config, column)]
-    for source, names in named[1:]:
-        if names != named[0][1]:
-            raise DataError(
-                f"{source} calls the classes of '{column}' {', '.join(names)}, and {named[0][0]} "
-                f"{', '.join(named[0][1])}; correct one of them"
-            )
-    values = table.columns[column]
-    if stored or not named or not any(_NUMBER.fullmatch(label_text(value)) for value in values):
-        return table
-    source, names = named[0]
-    misleading = any(name.isdecimal() and int(name) != number for number, name in enumerate(names))
-    if misleading and any(isinstance(value, str) for value in values):
-        raise DataError(
-            f"{source} calls the classes of '{column}' {', '.join(names)}: a number in {table.source} may be a name "
-            "or count from 0; remove the names"
-        )
-    columns = {**table.columns, column: [_class_name(value, names) for value in values]}
-    return replace(table, columns=columns, class_names={**table.class_names, column: names})
-
-
-def _names_beside(folder: Path, config: str | None, column: str) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield each file in a folder that names the classes of a column, and the names."""
-    from datasets import ClassLabel, DatasetInfo
-    from datasets.info import DatasetInfosDict
-
-    infos = {"README.md or dataset_infos.json": dict(DatasetInfosDict.from_directory(str(folder)))}
-    if (folder / "dataset_info.json").exists():
-        infos["dataset_info.json"] = {"default": DatasetInfo.from_directory(str(folder))}
-    for file, by_config in infos.items():
-        chosen = next((name for name in (config, "default") if name in by_config), None)
-        for name, info in by_config.items():
-            feature = (info.features or {}).get(column)
-            if chosen in (None, name) and isinstance(feature, ClassLabel):
-                yield f"{folder / file} ({name})", feature.names
+    column = _column(table, task.label, task)
+    for folder in folders:
+        infos = dict(DatasetInfosDict.from_directory(str(folder)))
+        if (folder / "dataset_info.json").exists():
+            infos["default"] = datasets.DatasetInfo.from_directory(str(folder))
+        info = infos.get(task.source.config) or infos.get("default")
+        feature = info.features.get(column) if info and info.features else None
+        if isinstance(feature, datasets.ClassLabel):
+            names = feature.names
+            counts_otherwise = any(name.isdecimal() and int(name) != number for number, name in enumerate(names))
+            if names != (table.class_names or names) or (counts_otherwise and not table.class_names):
+                raise DataError(
+                    f"{folder} calls the classes of '{column}' {', '.join(names)}, which {table.source} contradicts "
+                    "or leaves open; correct one of them"
+                )
+            return _with_class_names(table, names, task)
+    return table
 
 
 @contextmanager
@@ -437,61 +378,54 @@ def _errors_named(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except RecursionError as error:
-        raise DataError(f"{path} cannot be read: it is nested too deeply") from error
-    except (ValueError, OSError, KeyError, AttributeError, TypeError, *_LIBRARY_ERRORS) as error:
+    except Exception as error:  # each library raises its own kinds
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _checked_split(tables: Sequence[Table], task: RunTask) -> TextSplit:
+def _checked_split(tables: Sequence[_Table], task: RunTask) -> TextSplit:
     """Join tables into a split, without rows that lack a gold label or a text."""
     texts: list[tuple[str, ...]] = []
     labels: list[Any] = []
-    total = 0
     for table in tables:
         read_label = _label_reader(table, task)
-        columns = [_column(table, name, task) for name in (*task.fields, task.label)]
-        total += len(table.rows)
-        for row, (*cells, value) in zip(table.rows, zip(*columns, strict=True), strict=True):
+        columns = table.cells[[_column(table, name, task) for name in (*task.fields, task.label)]]
+        for row, *cells, value in columns.itertuples(name=None):
+            if any(isinstance(cell, list | dict) for cell in cells):
+                raise DataError(f"{table.source}, row {row + 1}: a cell is a list or an object, not text")
             present = tuple(str(cell) for cell in cells if cell is not None and cell == cell)
-            for cell in cells:
-                if cell is not None and not isinstance(cell, str | int | float):
-                    raise DataError(f"{table.source}, row {row}: a cell is {type(cell).__name__}, not text")
             complete = len(present) == len(cells) and "".join(present).strip()
-            label = read_label(row, value) if complete else None
+            label = read_label(row + 1, value) if complete else None
             if label is not None:
                 texts.append(present)
                 labels.append(label)
-    source = ", ".join(table.source for table in tables)
+    source, total = ", ".join(table.source for table in tables), sum(len(table.cells) for table in tables)
     if not texts:
         raise DataError(f"{source} has no row with text and label ({total} without)")
     return TextSplit(texts, labels, total - len(texts), source)
 
 
-def _column(table: Table, name: str, task: RunTask) -> Sequence[Any]:
-    """Return a column by its name or one of its aliases.
+def _column(table: _Table, name: str, task: RunTask) -> str:
+    """Return the name that a column has in a table: its own, or one of its aliases.
 
     Raises:
         DataError: The column is missing, or is there under two names.
     """
-    names = [column for column in table.columns if name in (column, task.column_aliases.get(column))]
+    names = [column for column in table.cells if name in (column, task.column_aliases.get(column))]
     if len(names) > 1:
         raise DataError(
             f"{table.source} has two columns for '{name}': '{names[0]}' and '{names[1]}'; leave one of them"
         )
     if not names:
-        raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.columns)}")
-    return table.columns[names[0]]
+        raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.cells)}")
+    return names[0]
 
 
 def label_text(value: object) -> str:
     """Write a label as text, without blanks around it and zeros behind a whole number."""
-    text = "" if value is None else str(value).strip()
-    whole = _WHOLE.fullmatch(text)
-    return whole[1] if whole else text
+    return _WHOLE.sub(r"\1", "" if value is None else str(value).strip())
 
 
-def _label_reader(table: Table, task: RunTask) -> Callable[[int, object], int | float | None]:
+def _label_reader(table: _Table, task: RunTask) -> Callable[[int, object], int | float | None]:
     """Return a function that reads the label of a row as a number, or as None if it is missing."""
     unlabelled = {label_text(value) for value in task.unlabelled}
     classes = _classes(table, task)
@@ -502,49 +436,40 @@ def _label_reader(table: Table, task: RunTask) -> Callable[[int, object], int | 
             return None
         number = classes.get(text) if task.labels else _score(text, task)
         if number is None and text.casefold() not in _NO_LABEL:
-            valid = did_you_mean(value, classes or task.labels) if task.labels else _scale(task)
-            raise DataError(f"{table.source}, row {row}: '{value}' is no label of task '{task.name}'{valid}")
+            scale = "; it must be a number" + (" from {:g} to {:g}".format(*task.range) if task.range else "")
+            hint = did_you_mean(value, classes) if task.labels else scale
+            raise DataError(f"{table.source}, row {row}: '{value}' is no label of task '{task.name}'{hint}")
         return number
 
     return read
 
 
-def _classes(table: Table, task: RunTask) -> dict[str, int]:
+def _classes(table: _Table, task: RunTask) -> dict[str, int]:
     """Map the spellings of the classes to their numbers.
 
-    A number stands for the class of that number unless classes are themselves called by numbers. If the file stores
-    class names, only these are spellings, and a name that is none of the task's has no class.
+    A number stands for the class of that number, unless classes are themselves called by numbers, or the file has class
+    names.
     """
     names = task.labels
-    stored = next(
-        (
-            table.class_names[column]
-            for column in table.class_names
-            if task.column_aliases.get(column, column) == task.label
-        ),
-        None,
-    )
-    has_numbers = not any(label_text(name).lstrip("-").isdecimal() for name in (*names, *task.label_names))
-    numbers = {str(number): name for number, name in enumerate(names)} if has_numbers else {}
-    if stored is None:
-        spellings = [numbers, task.label_names, {name: name for name in names}]
-    elif has_numbers and sorted(stored) == sorted(map(str, range(len(stored)))):
-        spellings = [numbers]
-    else:
-        makers = [layout.label_names for layout in task.raw_formats or ()]
-        spellings = [*makers, task.label_names, {name: name for name in names}]
-    numbers_of = {label_text(spelled): names.index(name) for pairs in spellings for spelled, name in pairs.items()}
-    return {spelled: numbers_of[spelled] for spelled in map(label_text, stored or numbers_of) if spelled in numbers_of}
+    by_number = {str(number): name for number, name in enumerate(names)}
+    if any(label_text(name).lstrip("-").isdecimal() for name in (*names, *task.label_names)):
+        by_number = {}
+    spellings = task.label_names | {name: name for name in names}
+    if table.class_names is None:
+        spellings = by_number | spellings
+    elif by_number and set(table.class_names) == {str(number) for number in range(len(table.class_names))}:
+        spellings = by_number
+    else:  # the names may be those of the makers' own files
+        for layout in task.raw_formats or ():
+            spellings = layout.label_names | spellings
+    return {label_text(spelling): names.index(name) for spelling, name in spellings.items()}
 
 
 def _score(text: str, task: RunTask) -> float | None:
     """Read a regression's label; None if it is no number in the task's range."""
-    if not _NUMBER.fullmatch(text):
+    try:
+        number = float(text)
+    except ValueError:
         return None
     low, high = task.range or (-math.inf, math.inf)
-    number = float(text)
     return number if math.isfinite(number) and low <= number <= high else None
-
-
-def _scale(task: RunTask) -> str:
-    return "; it must be a number" + (" from {:g} to {:g}".format(*task.range) if task.range else "")

@@ -16,13 +16,7 @@ from benchmarks.harness.models.prefix import Prefix, with_states
 from benchmarks.harness.training.callbacks import Stopwatch, fixed_rows
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.trainer import (
-    PrefixTrainer,
-    finite,
-    plain_logits,
-    precision_here,
-    quiet_arguments,
-)
+from benchmarks.harness.training.trainer import PrefixTrainer, finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask
 from benchmarks.text.tokenization import TokenisedRows
@@ -54,15 +48,7 @@ def score_and_loss(
 
 
 class SplitEvaluator:
-    """Predicts and scores splits with a classifier.
-
-    Args:
-        trainer: The trainer that predicts.
-        prefix: The frozen layers of the classifier; None if it has none.
-        tokenizer: The classifier's tokenizer.
-        task: The training task (``task`` of a spec).
-        max_length: The tokens kept of a row.
-    """
+    """Predicts and scores splits with a trainer's classifier of a task; keeps ``max_length`` tokens of a row."""
 
     def __init__(
         self,
@@ -93,17 +79,7 @@ class SplitEvaluator:
 
 
 class TextEvaluator(SplitEvaluator):
-    """Evaluates a trained classifier.
-
-    Args:
-        classifier: The classifier.
-        tokenizer: The classifier's tokenizer.
-        task: The training task (``task`` of a spec).
-        batch_size: The number of rows at once.
-        max_length: The tokens kept of a row.
-        precision: The arithmetic of the training.
-        folder: The folder of the run.
-    """
+    """Evaluates a trained classifier, ``batch_size`` rows at once, in the arithmetic of its training."""
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -46,12 +46,7 @@ _CELL, _READABLE = 4.6, 0.27  # inches of all cells beside each other, and of on
 
 def scores_by_training_task(outcomes: TextOutcomes, path: Path) -> None:
     """Draw a row of panels for each selection, model and training task, and a panel for each evaluation set."""
-
-    def title(_model: str, task: str, name: str) -> str:
-        titles = " → ".join(outcomes.title("task", one) for one in (task, name))
-        return f"{titles} ({'ID' if name == task else 'OOD'})"
-
-    _scores(outcomes, path, [ID, OOD], ["protocol", "model", "task"], title)
+    _scores(outcomes, path, [ID, OOD], ["protocol", "model", "task"])
 
 
 def id_scores(outcomes: TextOutcomes, path: Path) -> None:
@@ -64,13 +59,7 @@ def ood_scores(outcomes: TextOutcomes, path: Path) -> None:
     _scores(outcomes, path, [OOD], ["protocol", "model"])
 
 
-def _scores(
-    outcomes: TextOutcomes,
-    path: Path,
-    domains: list[str],
-    line: list[str],
-    title: Callable[[str, str, str], str] | None = None,
-) -> None:
+def _scores(outcomes: TextOutcomes, path: Path, domains: list[str], line: list[str]) -> None:
     """Draw the scores of the protocols that have runs of their own: a panel for each set, lines by columns."""
     seeds = outcomes.seeds
     seeds = seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(outcomes.run_protocols)]
@@ -78,14 +67,11 @@ def _scores(
     if len(seeds[sets].drop_duplicates()) > _MOST_SETS:
         difference_map(outcomes, path, domains)
         return
-
-    def panel_title(protocol: str, model: str, task: str, name: str) -> str:
-        if title:
-            return _selected(outcomes, protocol, title(model, task, name))
-        return f"{_selected(outcomes, protocol, outcomes.title('model', model))}\n{outcomes.pair_title(task, name)}"
-
     panels = [
-        [Panel(panel_title(*key), rows) for key, rows in of_line.groupby(sets, sort=False)]
+        [
+            Panel(f"{_model_title(outcomes, protocol, model)}\n{outcomes.pair_title(task, name)}", rows)
+            for (protocol, model, task, name), rows in of_line.groupby(sets, sort=False)
+        ]
         for _, of_line in seeds.groupby(line, sort=False)
     ]
     score_panels(outcomes, panels, path)
@@ -126,7 +112,7 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
             axis.imshow(table, norm=norm, cmap=_DIFFERENCE, aspect="auto")
             axis.set_yticks(range(len(methods)), [outcomes.title("method", name) for name in methods])
             axis.set_xticks(range(len(pairs)), [outcomes.pair_title(*pair) for pair in pairs], rotation=90)
-            axis.set_title(_selected(outcomes, str(protocol), outcomes.title("model", str(model))), fontsize=8)
+            axis.set_title(_model_title(outcomes, protocol, model), fontsize=8)
         hide_empty(axes)
         bar = mpl.cm.ScalarMappable(norm, _DIFFERENCE)
         label = f"difference to {outcomes.baseline_title} (points)"
@@ -134,9 +120,10 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
         save(figure, path)
 
 
-def _selected(outcomes: TextOutcomes, protocol: str, title: str) -> str:
-    """Add the selection to a title if there are two."""
-    return title if len(outcomes.run_protocols) == 1 else f"{title}, {PROTOCOLS[protocol]} selection"
+def _model_title(outcomes: TextOutcomes, protocol: Any, model: Any) -> str:
+    """Name a model, with the selection if there are two."""
+    selection = "" if len(outcomes.run_protocols) == 1 else f", {PROTOCOLS[protocol]} selection"
+    return outcomes.title("model", model) + selection
 
 
 def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> None:
@@ -147,11 +134,11 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
         placeholder_figure(path, "the ranked rows have no common set and seed")
         return
     with mpl.rc_context({**STYLE, "axes.grid": False}):
-        rows = max(len(one.scores) for one in rankings)
+        rows = max(len(each.scores) for each in rankings)
         figure, axes = panel_grid(len(rankings), 1, (WIDTH, (1.1 + 0.2 * rows) * len(rankings)))
-        for axis, one in zip(axes[:, 0], rankings, strict=True):
-            names = {method: outcomes.title("method", method) for method in one.scores.index}
-            ranks, p = one.ranking.ranks.rename(names), nemenyi(one.scores).rename(index=names, columns=names)
+        for axis, each in zip(axes[:, 0], rankings, strict=True):
+            names = {method: outcomes.title("method", method) for method in each.scores.index}
+            ranks, p = each.ranks.rename(names), nemenyi(each.scores).rename(index=names, columns=names)
             diagram = scikit_posthocs.critical_difference_diagram(
                 ranks,
                 p,
@@ -170,8 +157,8 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
             axis.spines["top"].set(visible=True, color="black")  # the diagram hides its own axis
             title = (
-                f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank "
-                f"over {one.scores.shape[1]} sets, critical difference {critical_difference(*one.scores.shape):.2f}"
+                f"{outcomes.title('model', each.key['model'])}, {PROTOCOLS[each.key['protocol']]} selection: mean rank "
+                f"over {each.scores.shape[1]} sets, critical difference {critical_difference(*each.scores.shape):.2f}"
             )
             axis.set_title(wrapped(title, WIDTH), fontsize=8)
         save(figure, path)
@@ -179,28 +166,21 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
 
 _COLUMNS, _MOST_SCOPES, _NAMES = 3, 12, 2.3  # panels beside each other and in all, inches of names beside them
 _TITLE, _TICKS = 1.4, 6  # inches of a panel's title, and labels below it
-_NOTHING = "this suite runs no row of this ablation"
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
 def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str) -> None:
-    """Draw the difference of each row to its reference: a panel for each model, selection and scope.
+    """Draw the differences of :func:`~benchmarks.text.ablations.ablation_rows` to their reference.
 
-    Of many scopes, averages are drawn. All panels share one axis. Intervals are 95 %, from three seeds on; crosses are
-    the paper's.
-
-    Args:
-        outcomes: The outcomes, for the methods' styles.
-        rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
-        path: The path of the files, without ending.
-        reference: The name of the reference.
+    There is a panel for each model, selection and scope; of many scopes, averages alone. Intervals are 95 %, from three
+    seeds on; crosses are the paper's.
     """
     panels = [(title, group[group["delta"].notna()]) for title, group in panels_of(rows)]
     panels = [(title, group) for title, group in panels if len(group)]
     if len(panels) > _MOST_SCOPES:  # every set is in the table
         panels = [(title, group) for title, group in panels if not group["is_ours"].any() or group["is_average"].any()]
     if not panels:
-        placeholder_figure(path, _NOTHING)
+        placeholder_figure(path, "this suite runs no row of this ablation")
         return
     names = list(dict.fromkeys(name for _, group in panels for name in group["method_title"]))
     with mpl.rc_context(STYLE):
@@ -221,52 +201,41 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
 
 
 def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: str) -> None:
-    """Draw the score of each method over a setting: a panel for each model, selection and scope.
+    """Draw the scores of :func:`~benchmarks.text.ablations.ablation_rows` over the setting with the letter ``axis``.
 
-    Intervals are 95 %, from three seeds on. The dashed line is the baseline.
-
-    Args:
-        outcomes: The outcomes, for the methods' styles.
-        rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
-        path: The path of the files, without ending.
-        axis: The letter of the setting.
+    There is a panel for each model, selection and scope. Intervals are 95 %, from three seeds on. The dashed line is
+    the baseline.
     """
-    panels = [(title, group) for title, group in panels_of(rows) if group.loc[group[axis].ne(""), axis].nunique() > 1]
+    panels = [
+        (title, group, list(_series(group, axis)))
+        for title, group in panels_of(rows)
+        if group.loc[group[axis].ne(""), axis].nunique() > 1
+    ]
     if not panels:
-        missing = f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}"
-        placeholder_figure(path, missing if rows["is_ours"].any() else _NOTHING)
+        placeholder_figure(path, f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}")
         return
-    series = [(label, part) for _, group in panels for label, part in _series(group, axis)]
-    styles = curve_styles((label, outcomes.style(part["method"].iloc[0])) for label, part in series)
+    styles = curve_styles(
+        (label, outcomes.style(points["method"].iloc[0])) for _, _, series in panels for label, points in series
+    )
     labels = list(styles)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure, axes = _axes(len(panels), 2.2, shared=False)
-        for panel, (title, group) in zip(axes.flat, panels, strict=False):
-            places = sorted({float(value) for value in group[axis] if value})
-            apart = 0.012 * (places[-1] - places[0])
-            for label, part in _series(group, axis):
+        for panel, (title, group, series) in zip(axes.flat, panels, strict=False):
+            values = sorted({float(value) for value in group[axis] if value})
+            apart = 0.012 * (values[-1] - values[0])
+            for label, points in series:
                 shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
-                panel.errorbar(
-                    part[axis].astype(float) + shift,
-                    part["score"] * 100,
-                    yerr=None if part["half"].isna().all() else part["half"] * 100,
-                    label=label,
-                    ms=3.5,
-                    lw=1.2,
-                    capsize=2,
-                    **styles[label],
-                )
-            base = group[group["is_baseline"]]["score"]
-            if len(base):
-                panel.axhline(float(base.iloc[0]) * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+                half = None if points["half"].isna().all() else points["half"] * 100
+                style = {"label": label, "ms": 3.5, "lw": 1.2, "capsize": 2, **styles[label]}
+                panel.errorbar(points[axis].astype(float) + shift, points["score"] * 100, yerr=half, **style)
+            for score in group.loc[group["is_baseline"], "score"].head(1):
+                panel.axhline(score * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds know no bounds
-            panel.set_xticks(places)
-            every = math.ceil(len(places) / _TICKS)
-            panel.set_xticklabels(
-                ["" if (len(places) - 1 - number) % every else f"{place:g}" for number, place in enumerate(places)],
-                size=7,
-            )
+            every = math.ceil(len(values) / _TICKS)
+            is_named = [(len(values) - 1 - number) % every == 0 for number in range(len(values))]
+            names = [f"{value:g}" if named else "" for value, named in zip(values, is_named, strict=True)]
+            panel.set_xticks(values, names, size=7)
             panel.set_title(title, fontsize=8)
             panel.set_xlabel(_AXIS_LABELS[axis], fontsize=7)
         hide_empty(axes)
@@ -344,9 +313,8 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def _draw_trace(axis: Any, trace: Trace) -> None:
-    windows, count = trace.shares.shape
-    last = trace.ends[-1] if trace.ends else windows * 100
-    extent = (-0.5, count - 0.5, last, 0)
+    count = trace.shares.shape[1]
+    extent = (-0.5, count - 0.5, trace.steps, 0)
     image = {"norm": USE.norm, "cmap": USE.cmap, "aspect": "auto", "interpolation": "nearest", "extent": extent}
     axis.imshow(trace.shares * count, **image)
     axis.set_xticks([0, count - 1], ["1", str(count)])
@@ -360,13 +328,7 @@ _MOST_PANELS = 3
 
 @dataclass(frozen=True)
 class UsagePanel:
-    """Hold the content of one panel.
-
-    Attributes:
-        title: The panel's title.
-        information: The numbers of :func:`~benchmarks.text.usage.describe_usage`, by their names in metrics.yaml.
-        usage: Its shares and marks.
-    """
+    """Hold a title, and the numbers and shares of :func:`~benchmarks.text.usage.describe_usage`."""
 
     title: str
     information: Mapping[str, float]
@@ -375,17 +337,18 @@ class UsagePanel:
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
     """Draw a panel for each routed method (no controls, three at most) of the first model, training task and seed."""
-    panels: dict[tuple[str, str], dict[str, UsagePanel]] = {}
+    panels: dict[str, UsagePanel] = {}
+    cell = None
     for record, content in outcomes.training:
-        if content["usage"] and outcomes.role(record.method) != CONTROL:
+        if not content["usage"] or outcomes.role(record.method) == CONTROL:
+            continue
+        cell = cell or (record.model, record.task)
+        if cell == (record.model, record.task) and record.method not in panels:
             sets = content["usage"]["tasks"]
-            in_order = {name: sets[name] for name in dict.fromkeys([record.task, *sets])}
+            usage = {**content["usage"], "tasks": {record.task: sets[record.task], **sets}}
             method, model, task = (outcomes.title(key, getattr(record, key)) for key in ("method", "model", "task"))
-            usage = {**content["usage"], "tasks": in_order}
-            panel = UsagePanel(f"{method}, {model}, trained on {task}", content["routing"], usage)
-            panels.setdefault((record.model, record.task), {}).setdefault(record.method, panel)
-    first = next(iter(panels.values()), {})
-    draw_usage(list(first.values())[:_MOST_PANELS], outcomes, path)
+            panels[record.method] = UsagePanel(f"{method}, {model}, trained on {task}", content["routing"], usage)
+    draw_usage(list(panels.values())[:_MOST_PANELS], outcomes, path)
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
@@ -393,7 +356,7 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     if not panels:
         placeholder_figure(path, "this suite has no experts to show")
         return
-    heights = [sum(1 + len(one["classes"]) for one in panel.usage["tasks"].values()) for panel in panels]
+    heights = [sum(1 + len(use["classes"]) for use in panel.usage["tasks"].values()) for panel in panels]
     classes = sum(heights) <= _MOST_LINES
     if not classes:
         heights = [len(panel.usage["tasks"]) for panel in panels]
@@ -418,29 +381,25 @@ def _information_text(numbers: Mapping[str, float]) -> str:
     )
 
 
-def _draw_use(axis: Any, outcomes: Outcomes, used: Mapping[str, Any], *, classes: bool) -> None:
-    sets = used["tasks"]
-    mean = np.mean([one["shares"] for one in sets.values()], axis=0)
-    lines, labels, marked = [], [], []
-    for name, one in sets.items():
-        lines.append(one["shares"])
-        labels.append(outcomes.title("task", name))
-        marked.append(one["marks"])
-        known = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
-        for number, shares in one["classes"].items() if classes else ():
-            lines.append(shares)
-            labels.append(f"{known[int(number)] if known else number} ")
-            marked.append([0] * len(mean))
-    axis.imshow(over_mean(np.array(lines), mean), norm=USE.norm, cmap=USE.cmap, aspect="auto")
-    axis.set_yticks(range(len(labels)), labels)
-    for tick, label in zip(axis.get_yticklabels(), labels, strict=True):
-        tick.set_fontweight("normal" if label.endswith(" ") else "bold")
+def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classes: bool) -> None:
+    sets = usage["tasks"]
+    mean = np.mean([use["shares"] for use in sets.values()], axis=0)
+    lines: list[tuple[str, list[float], list[int] | None]] = []  # label, shares, and the marks of a set
+    for name, use in sets.items():
+        lines.append((outcomes.title("task", name), use["shares"], use["marks"]))
+        labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
+        lines += [(f"{labels[int(number)]} ", shares, None) for number, shares in use["classes"].items() if classes]
+    shares = np.array([shares for _, shares, _ in lines])
+    axis.imshow(over_mean(shares, mean), norm=USE.norm, cmap=USE.cmap, aspect="auto")
+    axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])
+    for tick, (_, _, marks) in zip(axis.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("normal" if marks is None else "bold")
     axis.set_xticks([])
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    for line, marks in enumerate(marked if len(mean) <= _MOST_MARKED else ()):
-        for expert, mark in enumerate(marks):
+    for line, (_, _, marks) in enumerate(lines if len(mean) <= _MOST_MARKED else ()):
+        for expert, mark in enumerate(marks or ()):
             if mark:
                 axis.plot(expert, line, "^" if mark > 0 else "v", ms=3, color="black", mec="white", mew=0.4)
-    if used["shared"]:  # a line without points would be drawn in the corner of the figure
-        axis.plot(used["shared"], [len(labels) - 0.15] * len(used["shared"]), "o", ms=2.5, color="black", clip_on=False)
+    if shared := usage["shared"]:  # a line without points would be drawn in the corner of the figure
+        axis.plot(shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False)

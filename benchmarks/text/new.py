@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.harness.base import BENCHMARKS, CONFIG, ROOT, DataError, DefinitionError
-from benchmarks.text.data import label_text
+from benchmarks.text.data import label_text, read_csv
 from emoe.errors import did_you_mean
 
 _TEMPLATE = Path(__file__).with_name("template")
@@ -60,17 +59,12 @@ def _check_name(name: str) -> None:
 
 def _labels(file: Path, text: str, label: str) -> list[str]:
     """Read the labels of a csv: numbers in their order, names by the alphabet."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines, strict=True)
-            for column in (text, label):
-                if column not in (rows.fieldnames or []):
-                    near = did_you_mean(column, rows.fieldnames or [])
-                    raise DataError(f"{file} has no column '{column}'{near}; name yours by --text and --label")
-            labels = {label_text(row[label]) for row in rows}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file} cannot be read as a csv in UTF-8: {error}") from error
-    labels = {name for name in labels if name.casefold() not in _NO_LABEL}
+    rows = read_csv(file)
+    for column in (text, label):
+        if column not in rows:
+            near = did_you_mean(column, rows)
+            raise DataError(f"{file} has no column '{column}'{near}; name yours by --text and --label")
+    labels = {name for name in map(label_text, rows[label]) if name.casefold() not in _NO_LABEL}
     if len(labels) < 2:
         raise DataError(f"{file}: all rows have the label {labels or None}; a benchmark needs two labels")
     return sorted(labels, key=int if all(re.fullmatch(r"-?\d+", name) for name in labels) else None)

@@ -20,16 +20,10 @@ from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 CELL = ["model", "task", "method"]
 KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}  # their headings
 CHOICE = ["variant", "learning_rate"]
-PROTOCOLS = {
-    # a split that is not reported chooses epoch, learning rate and variant
-    CLEAN: "clean",
-    # the authors': the dev split chooses them and is itself reported, which is optimistic
-    PUBLISHED: "authors'",
-}
+PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
 ARROW = " → "  # from the set that was trained on to the one that is evaluated on
 _PAIR = ["model", "task", "eval_task"]
 _SET = ["protocol", "domain", *_PAIR]
-_UNUSED = ("place", "low_mean", "high_mean")
 
 
 def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
@@ -77,22 +71,19 @@ class TextOutcomes(Outcomes):
     """Collect the finished runs of one text benchmark, by protocol.
 
     Args:
-        benchmark: The benchmark.
-        runs: The finished runs.
         records: The numbers of the runs, if they were read before.
         ablated: True adds the rows of ablations, and makes every setting of a row with several variants a row of its
-            own (:attr:`settings`), so that nothing chooses among settings.
+            own, named ``<row>|<setting>``, so that nothing chooses among settings.
 
     Attributes:
-        settings: The method and variant of rows that are one setting, by their name in ``method``.
         records: Every number.
         chosen: The records of the chosen runs, by protocol.
         seeds: The scores: a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
             evaluation task, method and seed.
         protocols: The protocols that have scores.
-        rows: The statistics over seeds: ``mean``, ``std`` (sample), ``population_std``, ``n``, over ``pairs`` the
-            paired difference to the baseline (``delta``, ``low``, ``high``, ``p``), ``p_holm`` corrected over the
-            tasks, its ``verdict``, and ``common``, the mean over the seeds that all methods have.
+        rows: The statistics over seeds of :func:`~benchmarks.harness.report.common.summarize` and
+            :func:`~benchmarks.harness.results.statistics.with_verdicts` (corrected over the tasks), and ``common``, the
+            mean over the seeds that all methods have.
     """
 
     benchmark: AnyBenchmark
@@ -105,17 +96,14 @@ class TextOutcomes(Outcomes):
         *,
         ablated: bool = False,
     ) -> None:
-        roles = {name: method.role for name, method in resolve_methods(benchmark.definition).items()}
-        shown = [run for run in runs if ablated or roles[run.spec["method"]["name"]] != ABLATION]
+        methods = resolve_methods(benchmark.definition)
+        kept = [name for name, method in methods.items() if ablated or method.role != ABLATION]
+        shown = [run for run in runs if run.spec["method"]["name"] in kept]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
+        self._evaluates, self._ablated = benchmark.evaluates is not None, ablated
         records = collect(shown) if records is None else records
-        self._evaluates = benchmark.evaluates is not None
-        self._ablated = ablated
         records = with_transformed(records[records["run_id"].isin({run.id for run in shown})])
-        if not ablated:
-            records = records[records["method"].map(lambda name: roles[name] != ABLATION)]
-        self.records = records.reset_index(drop=True)
-        self.settings: dict[str, tuple[str, str]] = {}
+        self.records = records[records["method"].isin(kept)].reset_index(drop=True)
         if ablated:
             self._split_settings()
         self.chosen = {protocol: self._chosen(protocol) for protocol in PROTOCOLS}
@@ -132,22 +120,18 @@ class TextOutcomes(Outcomes):
             model: self._usual_settings(rows) for model, rows in records[~is_ablation].groupby("model", sort=False)
         }
         settings = [
-            without(variant, usual.get(model, set())) if ablation else variant if several > 1 else ""
-            for model, variant, ablation, several in zip(
-                records["model"], records["variant"], is_ablation, variants, strict=True
-            )
+            without(row.variant, usual.get(row.model, set())) if ablation else row.variant if several > 1 else ""
+            for row, ablation, several in zip(records.itertuples(), is_ablation, variants, strict=True)
         ]
-        records = records.assign(row=records["method"], setting=settings)
-        split = records["setting"].ne("")
-        records["method"] = records["row"].where(~split, records["row"] + SETTING + records["setting"])
-        records["variant"] = records["variant"].where(~split & ~is_ablation, "")
-        rows = records.loc[split, ["method", "row", "setting"]].drop_duplicates("method")
-        self.settings = {name: (row, setting) for name, row, setting in rows.itertuples(index=False, name=None)}
-        self.records = records.drop(columns=["row", "setting"])
-        for name, (row, variant) in self.settings.items():
-            method = self.methods[row]
-            self.methods[name] = method.model_copy(update={"title": f"{method.title}, {setting_text(variant)}"})
+        rows = zip(records["method"], settings, strict=True)
+        names = [f"{row}{SETTING}{setting}" if setting else row for row, setting in rows]
+        variant = records["variant"].mask(is_ablation | records["method"].ne(names), "")
+        for name in dict.fromkeys(name for name in names if SETTING in name):
+            row, _, setting = name.partition(SETTING)
+            title = f"{self.methods[row].title}, {setting_text(setting)}"
+            self.methods[name] = self.methods[row].model_copy(update={"title": title})
         self.titles["method"] = {name: method.title for name, method in self.methods.items()}
+        self.records = records.assign(method=names, variant=variant)
 
     @property
     def origins(self) -> pd.DataFrame:
@@ -177,12 +161,11 @@ class TextOutcomes(Outcomes):
         if not self.run_protocols:
             return []
         chosen = self.chosen[self.run_protocols[0]].drop_duplicates("run_id")
+        records = list(self.order(chosen, [*CELL, "seed"]).itertuples())
         by_id = {run.id: run for run in self.runs}
-        contents = []
-        for record in self.order(chosen, ["model", "task", "method", "seed"]).itertuples():
-            metrics = read_metrics(by_id[str(record.run_id)])
-            contents.append((record, {part: metrics.get(part, {}) for part in ("routing", "usage")}))
-        return contents
+        metrics = [read_metrics(by_id[str(record.run_id)]) for record in records]
+        parts = [{part: each.get(part, {}) for part in ("routing", "usage")} for each in metrics]
+        return list(zip(records, parts, strict=True))
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         # a benchmark that evaluates the chosen runs of another has no others
@@ -207,7 +190,8 @@ class TextOutcomes(Outcomes):
         # set by set as they ran, and their methods as they are defined
         rows = self.order(rows.assign(place=rows.groupby(_SET, sort=False).ngroup()), ["place", "method"])
         means = ["mean", "std", "population_std", "n", "common"]
-        return rows[[*cell, *means, *(name for name in rows if name not in (*cell, *means, *_UNUSED))]]
+        unused = ["place", "low_mean", "high_mean"]
+        return rows[[*cell, *means, *rows.columns.difference([*cell, *means, *unused], sort=False)]]
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
         """Return the rows of one domain under one protocol."""
@@ -217,8 +201,8 @@ class TextOutcomes(Outcomes):
         """Return scores of every seed and parameter counts, for claims."""
         scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
         numbers = compared(scores, counts(self.records))
-        rows = [self.settings.get(name, (name, "")) for name in numbers["method"]]
-        return numbers.assign(method=[row for row, _ in rows], setting=[setting for _, setting in rows])
+        names = numbers["method"].str.partition(SETTING)
+        return numbers.assign(method=names[0], setting=names[2])
 
     @property
     def run_protocols(self) -> list[str]:
@@ -254,18 +238,16 @@ def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class Ranked(Ranking):
     """Hold ranks over the sets that all ranked methods have.
 
     Attributes:
         key: The values of the keys that were ranked within.
         scores: The ranked scores: methods in rows, pairs of training task and OOD set in columns.
-        ranking: The ranks.
     """
 
     key: dict[str, str]
     scores: pd.DataFrame
-    ranking: Ranking
 
 
 def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> list[Ranked]:
@@ -279,7 +261,8 @@ def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> lis
         by_seed = group.pivot_table(index="method", columns=["scope", "seed"], values="value", sort=False)
         table = by_seed.dropna(axis=1).T.groupby(level="scope", sort=False).mean().T
         table = table.loc[[name for name in methods if name in table.index]]
-        rankings.append(Ranked(dict(zip(within, key, strict=True)), table, friedman_ranks(table)))
+        ranking = friedman_ranks(table)
+        rankings.append(Ranked(ranking.ranks, ranking.p, dict(zip(within, key, strict=True)), table))
     return rankings
 
 
@@ -287,9 +270,9 @@ def rank_rows(rankings: list[Ranked], column: str) -> pd.DataFrame:
     """List the ranks: a row for each ranking and method, with the numbers of ``sets`` and of ``ranked`` methods."""
     return pd.DataFrame(
         [
-            {**one.key, "method": method, column: rank, "sets": one.scores.shape[1], "ranked": len(one.scores)}
-            for one in rankings
-            for method, rank in one.ranking.ranks.items()
+            {**each.key, "method": method, column: rank, "sets": each.scores.shape[1], "ranked": len(each.scores)}
+            for each in rankings
+            for method, rank in each.ranks.items()
         ],
         columns=["protocol", "model", "task", "method", column, "sets", "ranked"],
     )

@@ -54,13 +54,13 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         save_trained(classifier.model, folder / "model")
     transformed = {}
     if read.used_as:
-        made = {part: scores[part] for part in ("test", "ood")}
+        as_other = {part: scores[part] for part in ("test", "ood")}
         # a model that diverged has no weights to cluster, so its scores stay
         if kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
             use_as_(classifier.model, read.used_as.config, read.seed)
-            made = _evaluated(trainer, read, splits["test"], ood)
-        transformed = {read.used_as.name: {"scores": made}}
+            as_other = _evaluated(trainer, read, splits["test"], ood)
+        transformed = {read.used_as.name: {"scores": as_other}}
     return {
         "scores": scores,
         "transformed": transformed,

@@ -79,15 +79,7 @@ def shown(
     figures: Mapping[str, Figure],
     optimizer: str,
 ) -> Presentation:
-    """Present a text benchmark: its tables and figures, those of its ablations, and a verdict on every method.
-
-    Args:
-        benchmark: The benchmark.
-        ablations: The ablations of its runs.
-        tables: The function that makes each table of the usual outcomes, by name.
-        figures: The figures of the usual outcomes, by name.
-        optimizer: The optimizer, for the report.
-    """
+    """Present a text benchmark: its tables and figures, those of its ablations, and a verdict on every method."""
     return make(
         benchmark,
         {**tables, **ablations.tables},

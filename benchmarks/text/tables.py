@@ -41,12 +41,13 @@ from benchmarks.text.outcomes import (
 )
 from benchmarks.text.traces import trace_table
 
+AVERAGE, RANK = "average", "OOD Friedman rank"  # scopes of the paper's numbers
 _ROW = ["model", "protocol", "method"]
 _BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
-    "Selection says what chose epoch, learning rate and variant. Clean: a split that is not reported (of tasks without "
-    "a test split a tenth of the training rows, held out). Authors': the dev split, which is also reported, so that "
-    "the number is optimistic (of tasks with a test split the score of the best dev epoch)."
+    "Selection is how epoch, learning rate and variant were chosen. Clean: by a split that is not reported (of tasks "
+    "without a test split, a tenth of the training rows). Authors': by the dev split, which is also reported and so "
+    "optimistic (of tasks with a test split, the score of the best dev epoch)."
 )
 
 
@@ -70,16 +71,14 @@ def results(outcomes: TextOutcomes) -> Table:
     frame = with_numbers(frame, CELL, rank_rows(rankings, "ood_rank")[[*CELL, "ood_rank"]])
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = with_numbers(frame, CELL, means_by(_usual_records(outcomes), CELL, took))
-    baseline, has_ood = outcomes.baseline_title, OOD in set(outcomes.rows["domain"])
     return Table(
-        f"Scores under both selections, and differences to {baseline}",
-        "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs); "
-        f"differences to {baseline} are paired by seed, with a 95 % confidence interval (Student's t), not corrected "
-        "for their number: the table of tests is. ID is the training "
-        f"task{', OOD the mean over the other sets without further training' if has_ood else ''}. {_SELECTIONS} "
+        f"Scores under both selections, and differences to {outcomes.baseline_title}",
+        "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs); differences are "
+        "paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. ID is the "
+        f"training task, OOD the mean over the other sets, without further training. {_SELECTIONS} "
         f"{_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks compare the "
-        "seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean runs, "
-        f"of rows without such of the others. {_metric_note(outcomes)}",
+        "seeds that all rows of a training task have. n, time, neurons and parameters are of the clean runs, if there "
+        f"are any. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
         [
             *columns["id"],
@@ -109,8 +108,8 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
         columns += others
     return Table(
         "Scores by task" if domain == ID else "Scores by OOD set",
-        "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs). The "
-        f"average is over all tasks, where a row has all. {_SELECTIONS} {_metric_note(outcomes, domain)}",
+        "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs). "
+        f"{_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**_BY_SELECTION, "n": "n"},
         columns,
         outcomes.order(frame, ["protocol", "model", "method"]),
@@ -121,19 +120,17 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
     """Add columns of the metrics beside the paper's."""
-    chosen = [outcomes.chosen[protocol].assign(protocol=protocol) for protocol in outcomes.protocols]
-    records = pd.concat(chosen) if chosen else outcomes.records.iloc[:0]
+    records = outcomes.origins
     records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
-    rows = []
-    for key, values in outcomes.with_scopes(records).groupby(["protocol", "scope", "metric", *_ROW[::2]], sort=False):
-        protocol, scope, metric, model, method = key
-        std = values["value"].std(ddof=1 if protocol == CLEAN else 0)
-        label = f"{scope}, {load_metrics()[metric].label}"
-        rows.append([label, metric, model, protocol, method, values["value"].mean(), std])
     columns = []
-    numbers = pd.DataFrame(rows, columns=["label", "metric", *_ROW, "mean", "std"])
-    for (label, metric), of_label in numbers.groupby(["label", "metric"], sort=False):
-        frame, more = with_columns(frame, _ROW, of_label.drop(columns="metric"), {label: label}, metric, best=None)
+    for (scope, metric), group in outcomes.with_scopes(records).groupby(["scope", "metric"], sort=False):
+        label = f"{scope}, {load_metrics()[metric].label}"
+        rows = [
+            [label, *key, values.mean(), values.std(ddof=1 if key[1] == CLEAN else 0)]
+            for key, values in group.groupby(_ROW, sort=False)["value"]
+        ]
+        numbers = pd.DataFrame(rows, columns=["label", *_ROW, "mean", "std"])
+        frame, more = with_columns(frame, _ROW, numbers, {label: label}, metric, best=None)
         columns += more
     return frame, columns
 
@@ -146,18 +143,11 @@ def tests(outcomes: TextOutcomes) -> Table:
     return tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title}, paired by seed, over n seeds, with a 95 % confidence interval; p "
-        "of the paired t-test, and p corrected by Holm's procedure over all tasks of a model, method and selection "
-        "(in domain and out of domain apart). The verdict takes the corrected p at 5 %; “equal”: every difference is "
-        "zero; a dash means that there is no test: one seed, or differences that are all the same and not zero. "
-        f"{_SELECTIONS}",
-        {
-            "model_title": "Model",
-            "selection": "Selection",
-            "task_title": "Trained on",
-            "eval_task_title": "Evaluated on",
-            "method_title": "Method",
-            "n": "n",
-        },
+        "of the paired t-test, and p corrected by Holm's procedure over all tasks of a model, method and selection (in "
+        "and out of domain apart). The verdict takes the corrected p at 5 %; “equal”: every difference is zero; a "
+        f"dash: one seed, or all differences are the same and not zero. {_SELECTIONS}",
+        {"model_title": "Model", "selection": "Selection", "task_title": "Trained on"}
+        | {"eval_task_title": "Evaluated on", "method_title": "Method", "n": "n"},
         "score",
         rows,
     )
@@ -213,11 +203,10 @@ def chosen(outcomes: TextOutcomes) -> Table:
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
     shown = Table(
         "Hyper-parameters and what was chosen",
-        "Choosing score is the mean over n seeds of the score that chooses; the best one of every method is chosen "
-        "(✓). ID and OOD stand beside it for the reader and chose nothing. Where several tasks were trained on, the "
-        "rows of “all” are means over them, with the best one choice for all. A method with more choices has more "
-        "chances: compare with that in mind. In a variant N is the number of experts, k the share of them that is "
-        f"used, L the converted layers. {_SELECTIONS}",
+        "The best mean over n seeds of the choosing score is chosen (✓); ID and OOD chose nothing. The rows of “all” "
+        "are means over the training tasks, with the best one choice for all. A method with more choices has more "
+        "chances. In a variant N is the number of experts, k the share of them that is used, L the converted layers. "
+        f"{_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", **KEYS}
         | {"variant_shown": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
         [
@@ -250,11 +239,9 @@ def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
         return f"{difference_text(row)} ({outcomes.pair_title(row['task'], row['eval_task'])}, n = {row['n']})"
     words = []
     for verdict in ("better", "worse", "within noise", "equal", ""):
-        of_verdict = outcomes.with_scopes(rows[rows["verdict"] == verdict])
-        where = ", ".join(of_verdict["scope"])
-        if verdict not in ("better", "worse"):
-            where = f"{len(of_verdict)} of {len(rows)}"
-        words += [f"{verdict or 'no test'} on {where}"] if len(of_verdict) else []
+        scopes = outcomes.with_scopes(rows[rows["verdict"] == verdict])["scope"]
+        where = ", ".join(scopes) if verdict in ("better", "worse") else f"{len(scopes)} of {len(rows)}"
+        words += [f"{verdict or 'no test'} on {where}"] if len(scopes) else []
     return f"{rows['delta'].mean() * 100:+z.1f} on average, {', '.join(words)}"
 
 
@@ -267,23 +254,17 @@ def _cells(outcomes: TextOutcomes) -> pd.DataFrame:
 
 def _usual_records(outcomes: TextOutcomes) -> pd.DataFrame:
     """Return the records of the chosen clean runs, and of the others if a cell has no clean ones."""
-    records = pd.concat([outcomes.chosen[protocol].assign(chosen_by=protocol) for protocol in outcomes.protocols])
-    return records[records["chosen_by"] == records.groupby(CELL)["chosen_by"].transform("first")]
+    records = outcomes.origins
+    return records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
 
 
 def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
-    notes = [
-        f"{outcomes.title('task', one.key['task'])}: "
-        + ("no rows with a common seed" if one.scores.empty else f"{len(one.ranking.ranks)} rows")
-        + ("" if math.isnan(one.ranking.p) else f", Friedman p = {one.ranking.p:.2f}")
-        for one in rankings
-    ]
-    return (
-        "OOD rank is the average rank over the OOD sets among the rows of the same training domain "
-        f"({'; '.join(notes)})."
-        if notes
-        else ""
-    )
+    notes = []
+    for ranking in rankings:
+        rows = "no rows with a common seed" if ranking.scores.empty else f"{len(ranking.scores)} rows"
+        p = "" if math.isnan(ranking.p) else f", Friedman p = {ranking.p:.2f}"
+        notes.append(f"{outcomes.title('task', ranking.key['task'])}: {rows}{p}")
+    return f"OOD rank is the average rank over the OOD sets ({'; '.join(notes)})." if notes else ""
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
@@ -311,36 +292,26 @@ def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
     return joint.assign(task=ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")
 
 
-AVERAGE, RANK = "average", "OOD Friedman rank"
 _PUBLISHED_KEY = ["model", "scope", "method"]
 _OURS = {"mean": "", "delta": "_delta", "low": "_low", "high": "_high", "n": "_n"}  # after the selection's name
-_PAPERS_RANKS = (
-    "; which ones the paper ranks is unknown, so that its ranks stand here for the reader and not for comparison"
-)
 
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """Lay out the paper's numbers beside ours, under both selections.
-
-    Args:
-        outcomes: The finished runs.
-        domain: The domain, ``id`` or ``ood``.
-    """
-    published = read_published(outcomes.benchmark)
-    published = published[published["scope"] != RANK].assign(value=lambda frame: frame["value"] / 100)
-    published["paper_delta"] = published_delta(published, outcomes.baseline)
-    frame = published
-    columns = []
+    """Lay out the paper's numbers of a domain beside ours, under both selections."""
+    frame = read_published(outcomes.benchmark)
+    frame = frame[frame["scope"] != RANK].assign(value=lambda published: published["value"] / 100)
+    frame["paper_delta"] = published_delta(frame, outcomes.baseline)
+    columns = [
+        Column("score", "value", "Paper", decimals=2),
+        Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
+    ]
     for protocol in (PUBLISHED, CLEAN):
-        ours = _ours(outcomes, domain, protocol)
-        frame = frame.merge(ours, on=_PUBLISHED_KEY, how="outer", sort=False)
-        ends = (f"{protocol}_low", f"{protocol}_high")
+        frame = frame.merge(_ours(outcomes, domain, protocol), on=_PUBLISHED_KEY, how="outer", sort=False)
+        title, delta, ends = PROTOCOLS[protocol], f"{protocol}_delta", (f"{protocol}_low", f"{protocol}_high")
         columns += [
-            Column("score", protocol, f"Ours, {PROTOCOLS[protocol]} selection", decimals=2),
-            Column(
-                "score", f"{protocol}_delta", f"Δ ours, {PROTOCOLS[protocol]}", interval=ends, signed=True, decimals=2
-            ),
-            Column("runs", f"{protocol}_n", f"n, {PROTOCOLS[protocol]}"),
+            Column("score", protocol, f"Ours, {title} selection", decimals=2),
+            Column("score", delta, f"Δ ours, {title}", interval=ends, signed=True, decimals=2),
+            Column("runs", f"{protocol}_n", f"n, {title}"),
         ]
     # a number that was not found has a row only if we have one ourselves
     frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
@@ -353,16 +324,11 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     return Table(
         "The paper's numbers beside ours",
         f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed, with a 95 % confidence interval "
-        "where it is of one task. A mean is over n seeds, a difference over those that both methods have. Status: "
-        "published (typed in the authors' notebooks or quoted from the paper), inferred (published, but the row is "
-        "our reading), unknown (in the paper, but not found by us). A dash is a number that was not found, or that "
-        "this suite did not run. Another model and other data can neither confirm nor refute the paper's value.",
+        "for a single task. Status: published (typed in the authors' notebooks or quoted from the paper), inferred "
+        "(published, but the row is our reading), unknown (in the paper, but not found by us). A dash was not found, "
+        "or not run by this suite.",
         {"model_title": "Model", "scope": "Task", "method_title": "Method"},
-        [
-            Column("score", "value", "Paper", decimals=2),
-            Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
-            *columns,
-        ],
+        columns,
         frame,
         notes={"status": "Status", "source": "Source of the paper's number"},
     )
@@ -374,22 +340,19 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
     frame = rank_rows(rankings, "rank").drop(columns="task")
     frame["paper"] = [published.get((row.model, row.method), math.nan) for row in frame.itertuples()]
-    notes = [
-        f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: "
-        + ("no test" if math.isnan(one.ranking.p) else f"Friedman p = {one.ranking.p:.3f}")
-        + f", critical difference {critical_difference(*one.scores.shape):.2f}"
-        for one in rankings
-    ]
-    notes = notes or ["No ranks: the rows have no common set and seed"]
-    pairs = list(dict.fromkeys(pair for one in rankings for pair in one.scores.columns))
-    methods = list(dict.fromkeys(outcomes.title("method", name) for one in rankings for name in one.scores.index))
+    notes = []
+    for ranking in rankings:
+        who = f"{outcomes.title('model', ranking.key['model'])}, {PROTOCOLS[ranking.key['protocol']]} selection"
+        test = "no test" if math.isnan(ranking.p) else f"Friedman p = {ranking.p:.3f}"
+        notes.append(f"{who}: {test}, critical difference {critical_difference(*ranking.scores.shape):.2f}")
+    pairs = list(dict.fromkeys(pair for ranking in rankings for pair in ranking.scores.columns))
+    methods = list(dict.fromkeys(outcomes.title("method", name) for each in rankings for name in each.scores.index))
     return Table(
         "Friedman ranks out of domain",
-        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. A rank means "
-        "something only among the rows that are ranked "
-        f"together{_PAPERS_RANKS if frame['paper'].notna().any() else ''}. Sets ({len(pairs)}): {', '.join(pairs)}. "
-        f"{'; '.join(notes)}. Ranks that are further apart than the critical difference differ by Nemenyi's test at 5 "
-        "%.",
+        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. It is unknown which "
+        f"rows the paper ranks, so its ranks cannot be compared with ours. Sets ({len(pairs)}): {', '.join(pairs)}. "
+        f"{'; '.join(notes) or 'No ranks: the rows have no common set and seed'}. Ranks that are further apart than "
+        "the critical difference differ by Nemenyi's test at 5 %.",
         _BY_SELECTION,
         [
             Column("ood_rank", "rank", "Rank", best="rank"),
@@ -434,8 +397,7 @@ def _scope(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
 
 def usage_table(outcomes: TextOutcomes) -> Table:
     """Lay out the mutual information of experts with set and class, by model, training task and method."""
-    information, counted = information_numbers("task", "class"), ["specialised_experts", "shared_experts"]
-    deviations = [f"{name}_std" for name in information]
+    information, counted = [*information_numbers("task", "class")], ["specialised_experts", "shared_experts"]
     rows = [
         {
             **{key: getattr(record, key) for key in CELL},
@@ -445,23 +407,18 @@ def usage_table(outcomes: TextOutcomes) -> Table:
         for record, content in outcomes.training
         if content["usage"]
     ]
-    means = over_seeds(pd.DataFrame(rows, columns=[*CELL, *information, *counted]), CELL, [*information, *counted])
-    shown = outcomes.order(means[[*CELL, *information, *counted, *deviations, "n"]], CELL)
+    numbers = [*information, *counted]
+    means = over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
     return Table(
         "What the choice of an expert tells after training",
-        "Mutual information, in bits, of a token's expert (of the last converted layer) with the set that its row is "
-        "of, over the training task and the sets that were evaluated on, and with the row's class (within a set, mean "
-        f"over the sets); of 200 rows a set. Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of rows over "
-        "the sets, or within their set; more than the quantile is more than chance. Specialised experts are those that "
-        "some set uses more than shuffles explain (5 %, all experts and sets together); shared ones are used above 1/N "
-        "by every set, and by none more or less than by the others. Means over n seeds ± standard deviation. Before "
-        "training: the benchmark modularity.",
+        "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "
+        "row's class (within a set, mean over the sets); of 200 rows a set. Chance: mean and 95 % quantile of "
+        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: some set uses them "
+        "more than shuffles explain (5 %, all experts and sets together); shared: every set uses them above 1/N, and "
+        "none differs from chance. Means over n seeds ± standard deviation. Before training: the benchmark modularity.",
         {**KEYS, "n": "n"},
-        [
-            Column(name, name, std=f"{name}_std" if name.endswith("_information") else None)
-            for name in (*information, *counted)
-        ],
-        shown.assign(n=shown["n"].astype(str)),
+        [Column(name, name, std=f"{name}_std" if name.endswith("_information") else None) for name in numbers],
+        outcomes.order(means[[*CELL, *numbers, *(f"{name}_std" for name in information), "n"]], CELL),
     )
 
 

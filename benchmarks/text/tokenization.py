@@ -57,8 +57,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
     ) -> None:
         columns = _cached(split, tokenizer, max_length)
         lengths = columns.pop(_LENGTHS)
-        self._columns, self._ends = columns, np.cumsum(lengths)
-        self._lengths = lengths
+        self._columns, self._lengths, self._ends = columns, lengths, np.cumsum(lengths)
         self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
         self._labels = split.labels if labelled else None
         self.labels = np.asarray(split.labels)[self.order]

@@ -11,7 +11,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import entr
 
-from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.report.common import over_seeds
 from benchmarks.harness.report.table import MISSING, Column, Table
@@ -25,35 +24,30 @@ NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "l
 
 @dataclass(frozen=True)
 class Trace:
-    """Hold the shares of experts in the windows of one layer's training.
-
-    Attributes:
-        shares: ``[windows, N]``; each row sums to 1.
-        ends: The last step of each window; empty if it is not known.
-    """
+    """Hold the shares of experts ``[windows, N]`` over the steps of one layer's training; each row sums to 1."""
 
     shares: Shares
-    ends: list[int]
+    steps: int
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers of a trace, by :data:`NUMBERS`.
 
-        Entropy (by ln N) and load of the busiest expert over the mean load are means over windows, and so is the L1
-        distance of a window's shares to the next one's. That distance is larger the fewer tokens a window has, so that
-        it compares rows of one run with each other, and not runs of other lengths. Drift is the L1 distance between the
-        first and the last quarter of the training. Its chance is the distance between two halves of as many windows,
-        taken in turn, which differ by the tokens in them alone.
+        Entropy (by ln N), load of the busiest expert over the mean load, and L1 distance of a window's shares to the
+        next one's are means over windows. That distance is larger the fewer tokens a window has, so it compares rows of
+        one run only. Drift is the L1 distance between the first and the last quarter of the training. Its chance is the
+        distance between two halves of as many windows, taken in turn, which differ by their tokens alone.
         """
         shares = self.shares
         windows, experts = shares.shape
         entropy = entr(shares).sum(1) / np.log(experts) if experts > 1 else np.ones(windows)
-        quarter = max(windows // _PERIODS, 1)
-        halves = [period for period in (shares[: 2 * quarter], shares[-2 * quarter :]) if windows > 1]
-        changes = [
-            np.abs(np.diff(shares, axis=0)).sum(1).mean() if windows > 1 else np.nan,
-            _distance(shares[:quarter], shares[-quarter:]) if windows > 1 else np.nan,
-            np.mean([_distance(half[::2], half[1::2]) for half in halves]) if halves else np.nan,
-        ]
+        changes: list[Any] = [np.nan] * 3
+        if windows > 1:
+            quarter = max(windows // _PERIODS, 1)
+            changes = [
+                np.abs(np.diff(shares, axis=0)).sum(1).mean(),
+                _distance(shares[:quarter], shares[-quarter:]),
+                np.mean([_distance(half[::2], half[1::2]) for half in (shares[: 2 * quarter], shares[-2 * quarter :])]),
+            ]
         return dict(zip(NUMBERS, map(float, (entropy.mean(), shares.max(1).mean() * experts, *changes)), strict=True))
 
 
@@ -67,23 +61,15 @@ def traces(outcomes: TextOutcomes) -> Iterator[tuple[Any, int, Trace]]:
         windows = content["routing"].get("windows") or {"loads": {}}
         for layer, loads in windows["loads"].items():
             counts = np.asarray(loads, dtype=np.float64)
-            yield record, int(layer), Trace(counts / np.maximum(counts.sum(1, keepdims=True), 1), windows["ends"])
+            yield record, int(layer), Trace(counts / np.maximum(counts.sum(1, keepdims=True), 1), windows["ends"][-1])
 
 
 def published_traces(outcomes: TextOutcomes) -> dict[str, Trace]:
-    """Read the paper's traces, by row (``published_traces`` of the definition).
-
-    Raises:
-        DefinitionError: A file is no table of numbers.
-    """
+    """Read the paper's traces, by row (``published_traces`` of the definition)."""
     published = {}
     for name, file in _published(outcomes).rows.items():
-        path = outcomes.benchmark.folder / file
-        try:
-            shares = np.loadtxt(path, delimiter=",", ndmin=2)
-        except (OSError, ValueError) as error:
-            raise DefinitionError(f"{path} is no table of shares, a row a window: {error}") from error
-        published[name] = Trace(shares / shares.sum(1, keepdims=True), [])
+        shares = np.loadtxt(outcomes.benchmark.folder / file, delimiter=",", ndmin=2)
+        published[name] = Trace(shares / shares.sum(1, keepdims=True), 100 * len(shares))
     return published
 
 
@@ -94,39 +80,29 @@ def _published(outcomes: TextOutcomes) -> PublishedTraces:
 
 def trace_table(outcomes: TextOutcomes) -> Table:
     """Lay out a row for each model, task and routed method, and the paper's."""
-    keys = [*CELL, "seed"]
+    numbers, keys = ["windows", *NUMBERS], [*CELL, "seed"]
     rows = [
         {**{key: getattr(record, key) for key in keys}, "windows": len(trace.shares), **trace.numbers()}
         for record, _, trace in traces(outcomes)
     ]
-    frame = pd.DataFrame(rows, columns=[*keys, "windows", *NUMBERS])
-    layer_means = frame.groupby(keys, sort=False).mean().reset_index()
-    means = outcomes.order(over_seeds(layer_means, CELL, ["windows", *NUMBERS]), CELL)
-    paper = [
-        {
-            "model_title": MISSING,
-            "task_title": f"{outcomes.title('task', _published(outcomes).task)} (the paper)",
-            "method_title": outcomes.title("method", name),
-            "method": name,
-            "n": 1,
-            "windows": len(trace.shares),
-            **trace.numbers(),
-        }
-        for name, trace in published_traces(outcomes).items()
-    ]
-    shown = pd.concat([means, pd.DataFrame(paper)], ignore_index=True) if paper else means
-    shown = shown.assign(n=shown["n"].astype(int).astype(str), windows=shown["windows"].map("{:.0f}".format))
+    layer_means = pd.DataFrame(rows, columns=[*keys, *numbers]).groupby(keys, sort=False).mean().reset_index()
+    frame = outcomes.order(over_seeds(layer_means, CELL, numbers), CELL)
+    task_title = f"{outcomes.title('task', _published(outcomes).task)} (the paper)"
+    if published := published_traces(outcomes):
+        paper = [{"method": name, "windows": len(trace.shares), **trace.numbers()} for name, trace in published.items()]
+        of_paper = outcomes.titled(pd.DataFrame(paper)).assign(model_title=MISSING, task_title=task_title, n=1)
+        frame = pd.concat([frame, of_paper], ignore_index=True)
+    frame = frame.assign(n=frame["n"].astype(int).astype(str), windows=frame["windows"].map("{:.0f}".format))
     return Table(
         "Shares of experts over training",
-        "Loads of training batches, in windows of 100 steps as in the authors' code (of fewer where a run would have "
-        "less than 20 windows), padding left out; means over layers and n seeds ± standard deviation. Entropy is 1, "
-        "and the busiest expert over the mean 1, where loads are balanced in every window. Change is the L1 distance "
-        "between the shares of a window and of the next, which is the larger the fewer tokens a window has. Drift is "
-        "that between the first and the last quarter of the training; within quarters is what as many windows differ "
-        "by when nothing but their tokens differs: drift above it is a change of routing.",
+        "Loads of training batches without padding, in windows of 100 steps as in the authors' code (of fewer where a "
+        "run would have less than 20 windows); means over layers and n seeds ± standard deviation. Entropy and busiest "
+        "expert over the mean are 1 where loads are balanced in every window. Change is the L1 distance between the "
+        "shares of a window and of the next, larger the fewer tokens a window has. Drift is that between the first and "
+        "the last quarter of the training; drift above that within quarters is a change of routing.",
         {**KEYS, "n": "n", "windows": "Windows"},
         [Column(name, name, std=f"{name}_std") for name in NUMBERS],
-        shown[[*KEYS, "method", "n", "windows", *NUMBERS, *(f"{name}_std" for name in NUMBERS)]],
+        frame[[*KEYS, "method", "n", *numbers, *(f"{name}_std" for name in NUMBERS)]],
     )
 
 

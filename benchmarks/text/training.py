@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import (
     EvalPrediction,
@@ -35,30 +35,15 @@ _LOSS = "mean_loss"
 Epoch = dict[str, Any]  # its number, and the dev scores after it
 
 
-class EpochSettings(Protocol):
-    """Describe the settings of runs that train, and choose a checkpoint, by epochs."""
-
-    epochs: float
-    batch_size: int
-    gradient_accumulation_steps: int
-    warmup: float
-    weight_decay: float
-
-
 def epoch_arguments(
-    folder: Path,
-    precision: str,
-    training: EpochSettings,
-    spec: RunSpec,
-    best: str | None,
-    **options: Any,
+    folder: Path, precision: str, training: Any, spec: RunSpec, best: str | None, **options: Any
 ) -> TrainingArguments:
     """Return Trainer's arguments for a run that evaluates, and saves a checkpoint, after every epoch.
 
     Args:
         folder: The folder of the checkpoints.
         precision: The arithmetic.
-        training: The settings of the run.
+        training: The settings ``training`` of the spec.
         spec: The spec of the run, with learning rate and seed.
         best: The metric that chooses the epoch; None keeps the last epoch.
         **options: Other arguments of Trainer.
@@ -83,6 +68,11 @@ def epoch_arguments(
         logging_strategy="epoch",
         **options,
     )
+
+
+def kept_epoch(epochs: list[Epoch], best: str | None) -> Epoch:
+    """Return the epoch whose weights Trainer keeps: the first one with the best score, or the last for None."""
+    return max(epochs, key=lambda epoch: epoch[best]) if best else epochs[-1]
 
 
 class Patience(TrainerCallback):
@@ -121,34 +111,31 @@ class TextTrainer(SplitEvaluator):
         folder: Path,
         progress: Progress,
     ) -> None:
-        self._training, self._metric = spec.training, spec.task.metric
+        training, self._metric = spec.training, spec.task.metric
         self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
-        self._precision = precision_here(self._training.precision)
-        self._selects = self._training.checkpoint_selection == "best"
-        arguments = epoch_arguments(
-            self._checkpoints,
-            self._precision,
-            self._training,
-            spec,
-            self._metric if self._selects else None,
-            per_device_eval_batch_size=self._training.eval_batch_size,
-        )
-        patience = self._training.patience
-        self._patience = None if patience is None else Patience(self._metric, patience)
-        read = partial(
-            TokenisedRows, tokenizer=tokenizer, max_length=self._training.max_length, prefix=classifier.prefix
-        )
+        self._precision = precision_here(training.precision)
+        self._best = self._metric if training.checkpoint_selection == "best" else None
+        self._patience = None if training.patience is None else Patience(self._metric, training.patience)
+        read = partial(TokenisedRows, tokenizer=tokenizer, max_length=training.max_length, prefix=classifier.prefix)
         rows, self._dev = read(train, by_length=False), read(dev, by_length=True)
-        by_length = self._training.sampling == "group_by_length"
         collate = padding_collator(tokenizer, self._precision)
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
         callbacks = [progress, self._stopwatch, self.routing_trace, RetieGates(), self._patience]
         trainer = RoutedTrainer(
-            args=arguments,
-            order=EpochOrder(rows.lengths, self._training.batch_size, spec.seed, by_length=by_length),
+            args=epoch_arguments(
+                self._checkpoints,
+                self._precision,
+                training,
+                spec,
+                self._best,
+                per_device_eval_batch_size=training.eval_batch_size,
+            ),
+            order=EpochOrder(
+                rows.lengths, training.batch_size, spec.seed, by_length=training.sampling == "group_by_length"
+            ),
             trainable=classifier,
-            base_lr_ratio=self._training.lora.base_lr_ratio if self._training.lora else 1.0,
+            base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
             probe=self.probe,
             train_dataset=rows,
             eval_dataset=self._dev,
@@ -156,7 +143,7 @@ class TextTrainer(SplitEvaluator):
             compute_metrics=self._scores,
             callbacks=[callback for callback in callbacks if callback],
         )
-        super().__init__(trainer, classifier.prefix, tokenizer, spec.task, self._training.max_length)
+        super().__init__(trainer, classifier.prefix, tokenizer, spec.task, training.max_length)
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -179,13 +166,8 @@ class TextTrainer(SplitEvaluator):
         else:
             self._trainer.train(resume_from_checkpoint=checkpoint)
         epochs: list[Epoch] = [
-            {
-                "epoch": entry["epoch"],
-                self._metric: entry[f"eval_{self._metric}"],
-                "loss": finite(entry[f"eval_{_LOSS}"]),
-            }
-            for entry in self._trainer.state.log_history
-            if f"eval_{_LOSS}" in entry
+            {"epoch": log["epoch"], self._metric: log[f"eval_{self._metric}"], "loss": finite(log[f"eval_{_LOSS}"])}
+            for log in self._trainer.state.log_history
+            if f"eval_{_LOSS}" in log
         ]
-        best = max(epochs, key=lambda entry: (entry[self._metric], -entry["epoch"]))
-        return epochs, best if self._selects else epochs[-1]
+        return epochs, kept_epoch(epochs, self._best)

@@ -1,4 +1,8 @@
-"""Measure how the rows of sets are routed, and what the choice of an expert says about set and class."""
+"""Measure how the rows of sets are routed, and what the choice of an expert says about set and class.
+
+``loads`` counts how often the tokens of each row chose each expert, ``[rows, N]``. ``tasks`` are the tasks of the rows,
+numbered from 0; ``classes`` are their classes, negative if a task has none.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +26,12 @@ Loads = NDArray[np.int64]
 
 
 def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
-    """Measure the information of experts on the task; rows are shuffled over all tasks.
-
-    Args:
-        loads: How often the tokens of a row chose each expert, ``[rows, N]``.
-        tasks: The tasks of the rows.
-        seed: The seed of the shuffles.
-    """
+    """Measure the information of experts on the task; rows are shuffled over all tasks."""
     return MutualInformation.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
 
 
 def class_information(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> MutualInformation | None:
-    """Measure the information of experts on the class within a task, as a mean over tasks with classes.
-
-    Args:
-        loads: How often the tokens of a row chose each expert, ``[rows, N]``.
-        tasks: The tasks of the rows.
-        classes: The classes of the rows; negative if a task has none.
-        seed: The seed of the shuffles.
-    """
+    """Measure the information of experts on the class within a task, as a mean over tasks with classes."""
     bits = []
     for task in np.unique(tasks):
         rows = (tasks == task) & (classes >= 0)
@@ -50,19 +41,11 @@ def class_information(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> 
 
 
 def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
-    """Mark experts that a task uses more (1) or less (-1) than chance explains, over all tasks and experts; else 0.
+    """Mark experts that a task uses more (1) or less (-1) than chance explains; else 0. Return ``[tasks, N]``.
 
     Rows are shuffled over the tasks. A use is marked if it is farther from its mean over shuffles, in their deviations,
     than the farthest of all uses is in 95 % of the shuffles. By chance alone one mark in twenty such matrices is
     expected.
-
-    Args:
-        loads: How often the tokens of a row chose each expert, ``[rows, N]``.
-        tasks: The tasks of the rows, numbered from 0.
-        seed: The seed of the shuffles.
-
-    Returns:
-        The marks, ``[tasks, N]``.
     """
     random = np.random.default_rng(seed)
     shares = shares_by(loads, tasks)
@@ -91,37 +74,29 @@ def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[
 
 @dataclass(frozen=True)
 class SetLoads:
-    """Hold the routing of one set's rows.
-
-    Attributes:
-        loads: How often the tokens of a row chose each expert, ``[rows, N]``.
-        classes: The classes of the rows; -1 if the set has none.
-    """
+    """Hold the routing and the classes of one set's rows."""
 
     loads: Loads
     classes: Loads
 
 
 def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Describe the information of experts on sets and classes, and the shares behind it.
-
-    Args:
-        sets: At least two sets, by name.
+    """Describe the information of experts on at least two sets and their classes, and the shares behind it.
 
     Returns:
         Numbers by the names of metrics.yaml; and, by set, shares of the experts, marks (see :func:`marks`) and shares
         by class, with the shared and the specialised experts.
     """
-    rows = np.concatenate([one.loads for one in sets.values()])
-    tasks = np.repeat(np.arange(len(sets)), [len(one.loads) for one in sets.values()])
-    classes = np.concatenate([one.classes for one in sets.values()])
+    rows = np.concatenate([routing.loads for routing in sets.values()])
+    tasks = np.repeat(np.arange(len(sets)), [len(routing.loads) for routing in sets.values()])
+    classes = np.concatenate([routing.classes for routing in sets.values()])
     seed = derive_seed("shuffles")
     of_tasks, of_classes = task_information(rows, tasks, seed), class_information(rows, tasks, classes, seed)
     marked, shares = marks(rows, tasks, seed), shares_by(rows, tasks)
     shared, specialised = shared_and_specialised(shares, marked)
     by_set = {
-        name: {"shares": shares[number].tolist(), "marks": marked[number].tolist(), "classes": _by_class(one)}
-        for number, (name, one) in enumerate(sets.items())
+        name: {"shares": shares[number].tolist(), "marks": marked[number].tolist(), "classes": _by_class(routing)}
+        for number, (name, routing) in enumerate(sets.items())
     }
     information = of_tasks.numbers("task") | (of_classes.numbers("class") if of_classes else {})
     return information, {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
@@ -139,13 +114,7 @@ _ROWS = 200  # of every set, whose loads are kept row by row
 
 
 class RowRouting:
-    """Collect the experts that the rows of each set use, in the evaluations that are watched.
-
-    Of the last converted layer, the loads of some rows are kept row by row. A dense model has none.
-
-    Args:
-        model: The model that is evaluated.
-    """
+    """Collect the experts that some rows of each set use in the last converted layer; nothing of a dense model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -154,12 +123,7 @@ class RowRouting:
 
     @contextmanager
     def watching(self, name: str, classes: Loads) -> Iterator[None]:
-        """Watch the model while it is called once with every row of a set, batch by batch.
-
-        Args:
-            name: The name of the set.
-            classes: The classes of its rows, in the order in which they come; -1 if there are none.
-        """
+        """Watch the model while it is called once with every row of a set, batch by batch, in the order of classes."""
         if not routed_layers(self._model):
             yield
             return
@@ -188,13 +152,9 @@ class RowRouting:
     def described(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Describe the routing of a set.
 
-        Args:
-            name: The name of the set.
-
         Returns:
-            The routing of its tokens (:func:`~benchmarks.harness.training.trainer.routing_summary`), with the
-            information of experts on sets and classes if there are several sets; and then also the shares of experts
-            by set and class (:func:`describe_usage`).
+            Its :func:`~benchmarks.harness.training.trainer.routing_summary`; of several sets with the numbers of
+            :func:`describe_usage`, and its shares.
         """
         if len(self._sets) < 2:
             return self._summaries.get(name, {}), {}

@@ -252,7 +252,7 @@ def test_p_is_corrected_over_the_tasks_of_a_method(adapted: TextOutcomes) -> Non
 def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:
     rankings = ranked(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"])
     assert [ranking.scores.shape for ranking in rankings] == [(5, 15)] * 4
-    assert {ranking.ranking.ranks.idxmin() for ranking in rankings} == {"lora_emoe"}
+    assert {ranking.ranks.idxmin() for ranking in rankings} == {"lora_emoe"}
     table = ranks(evaluated, rankings)
     assert "of 5 rows: LoRA, LoRA + Block, LoRA + GMoE, LoRA + EMoE, LoRA + EMoE-learn" in table.caption
     assert "critical difference 1.57" in table.caption  # 2.728 * sqrt(5 * 6 / (6 * 15)), Demšar's table

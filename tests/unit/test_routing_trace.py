@@ -17,12 +17,12 @@ LORA = load_benchmark("glue_lora")
 
 
 def test_numbers_of_a_trace_that_turns_from_one_expert_to_another() -> None:
-    still = Trace(np.tile([0.5, 0.5], (8, 1)), [])
+    still = Trace(np.tile([0.5, 0.5], (8, 1)), 8)
     assert still.numbers() == {
         "load_entropy": pytest.approx(1), "load_max_over_mean": pytest.approx(1),
         "load_change": 0, "load_drift": 0, "load_drift_chance": 0,
     }  # fmt: skip
-    turning = Trace(np.array([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 4), [])
+    turning = Trace(np.array([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 4), 8)
     found = turning.numbers()
     assert found["load_entropy"] == pytest.approx(0)
     assert found["load_max_over_mean"] == 2
@@ -32,7 +32,7 @@ def test_numbers_of_a_trace_that_turns_from_one_expert_to_another() -> None:
 
 
 def test_one_window_has_no_change_and_one_expert_is_balanced() -> None:
-    found = Trace(np.ones((1, 1)), [3]).numbers()
+    found = Trace(np.ones((1, 1)), 3).numbers()
     assert found["load_entropy"] == 1
     assert np.isnan([found["load_change"], found["load_drift"], found["load_drift_chance"]]).all()
 

@@ -32,84 +32,55 @@ def write_file(root: Path, name: str, file: str, content: str | bytes) -> Path:
 # labels
 
 
-@pytest.mark.parametrize("form", [*FILES, "saved", "hub"])
+# formats, task, stored class names, written labels, and the labels that are read or the error
+LABELS: list[tuple[list[str], str, list[str] | None, list[object], list[float] | str]] = [
+    # missing labels are dropped and counted, and whole floats are labels
+    ([*FILES, "saved", "hub"], "mnli", None, [2, -1, 0, None, 1], [2, 0, 1]),
+    ([*FILES, "saved", "hub"], "mnli", None, ["neutral", None, "-", "entailment", "-1", ""], [1, 0]),
+    ([*FILES, "saved", "hub"], "rte", None, [1.0, None, math.nan, 0.0, -1.0], [1, 0]),
+    ([*FILES, "saved", "hub"], "rte", None, ["1.0", "nan", "null", "0", " "], [1, 0]),
+    ([*FILES, "saved", "hub"], "stsb", None, [4.8, -1.0, math.nan, None, 0.0, 5.0], [4.8, 0.0, 5.0]),
+    ([*FILES, "saved", "hub"], "stsb", None, ["3", "-1", "", "NaN"], [3.0]),
+    # labels out of range
+    ([*FILES, "saved", "hub"], "stsb", None, [1, 0, 7.3], r"row 3: '7\.3' is no label of task 'stsb'"),
+    ([*FILES, "saved", "hub"], "stsb", None, [1, 0, -0.5], r"row 3: '-0\.5' is no label of task 'stsb'"),
+    ([*FILES, "saved", "hub"], "rte", None, [1, 0, 2], r"row 3: '2(\.0)?' is no label of task 'rte'"),
+    ([*FILES, "saved", "hub"], "rte", None, [1, 0, 0.5], r"row 3: '0\.5' is no label of task 'rte'"),
+    # numbers are read by the stored class names
+    (NAMED, "mnli", ["contradiction", "entailment", "neutral"], [0, 1, 2, -1], [2, 0, 1]),
+    (NAMED, "sst2", ["positive", "negative"], [0, 1], [1, 0]),
+    (NAMED, "rte", ["0", "1"], [0, 1], [0, 1]),  # such names say no more than the numbers
+    (NAMED, "rte", ["1", "0"], [0, 1], [1, 0]),
+    (NAMED, "rte", ["yes", "no"], [0], "row 1: 'yes' is no label of task 'rte'; choose from entailment, not_entail"),
+    (NAMED, "rte", ["entailment", "neutral"], [0, 1], "row 2: 'neutral' is no label of task 'rte'"),
+    (NAMED, "rte", ["1", "2"], [0, 1], "row 1: '1' is no label of task 'rte'"),  # not the number 1
+    (NAMED, "rte", ["0", "1", "2"], [0, 1, 2], "row 3: '2' is no label of task 'rte'"),
+    # numbers that are class names do not count from 0
+    (["csv"], "stars", None, [3, 1.0, 2, -1], [2, 0, 1]),
+    (["csv"], "stars", None, [0, 1, 2], "row 1: '0' is no label of task 'sst2'; choose from 1, 2, 3$"),
+    (["parquet"], "stars", ["3", "1", "2"], [0, 1, 2], [2, 0, 1]),
+    (["parquet"], "stars", ["0", "1", "2"], [0, 1, 2], "row 1: '0' is no label of task 'sst2'"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "written", "labels"),
-    [
-        ("mnli", [2, -1, 0, None, 1], [2, 0, 1]),
-        ("mnli", ["neutral", None, "-", "entailment", "-1", ""], [1, 0]),
-        ("rte", [1.0, None, math.nan, 0.0, -1.0], [1, 0]),
-        ("rte", ["1.0", "nan", "null", "0", " "], [1, 0]),
-        ("stsb", [4.8, -1.0, math.nan, None, 0.0, 5.0], [4.8, 0.0, 5.0]),
-        ("stsb", ["3", "-1", "", "NaN"], [3.0]),
-    ],
+    ("form", "name", "names", "written", "labels"), [(form, *case) for forms, *case in LABELS for form in forms]
 )
-def test_missing_labels_are_dropped_and_counted_and_whole_floats_are_labels(
-    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, written: list[object], labels: list[object]
+def test_labels_are_read_dropped_and_counted_or_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, names, written: list[object], labels
 ) -> None:
-    write_rows(root, name, written, form, monkeypatch)
-    split = load_split(task(name), "dev")
+    name, changes = ("sst2", {"labels": ["1.0", "2", "3"]}) if name == "stars" else (name, {})
+    write_rows(root, name, list(written), form, monkeypatch, names)
+    read = task(name).model_copy(update=changes)
+    if isinstance(labels, str):
+        with pytest.raises(DataError, match=labels):
+            load_split(read, "dev")
+        return
+    split = load_split(read, "dev")
     assert (split.labels, split.dropped) == (labels, len(written) - len(labels))
     missing = ("None", "nan", "NaN", "null", "", "-", "-1", "-1.0")
     kept = [i for i, value in enumerate(written) if str(value).strip() not in missing]
     assert [texts[0] for texts in split.texts] == [f"{TASKS[name]['fields'][0]} {i}" for i in kept]
-
-
-@pytest.mark.parametrize("form", [*FILES, "saved", "hub"])
-@pytest.mark.parametrize(("name", "wrong"), [("stsb", 7.3), ("stsb", -0.5), ("rte", 2), ("rte", 0.5)])
-def test_labels_out_of_range_are_refused(
-    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, wrong: float
-) -> None:
-    write_rows(root, name, [1, 0, wrong], form, monkeypatch)
-    with pytest.raises(DataError, match=rf"row 3: '{wrong}(\.0)?' is no label of task '{name}'"):
-        load_split(task(name), "dev")
-
-
-@pytest.mark.parametrize("form", NAMED)
-@pytest.mark.parametrize(
-    ("name", "names", "written", "labels"),
-    [
-        ("mnli", ["contradiction", "entailment", "neutral"], [0, 1, 2, -1], [2, 0, 1]),
-        ("sst2", ["positive", "negative"], [0, 1], [1, 0]),
-        ("rte", ["0", "1"], [0, 1], [0, 1]),  # such names say no more than the numbers
-        ("rte", ["1", "0"], [0, 1], [1, 0]),
-        ("rte", ["yes", "no"], [0], r"row 1: 'yes' is no label of task 'rte'; choose from entailment, not_entailment"),
-        ("rte", ["entailment", "neutral"], [0, 1], "row 2: 'neutral' is no label of task 'rte'"),
-        ("rte", ["1", "2"], [0, 1], "row 1: '1' is no label of task 'rte'"),  # not the number 1
-        ("rte", ["0", "1", "2"], [0, 1, 2], "row 3: '2' is no label of task 'rte'"),
-    ],
-)
-def test_numbers_are_read_by_the_stored_class_names(
-    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, names: list[str], written: list[int], labels
-) -> None:
-    write_rows(root, name, list(written), form, monkeypatch, names)
-    if isinstance(labels, str):
-        with pytest.raises(DataError, match=labels):
-            load_split(task(name), "dev")
-    else:
-        split = load_split(task(name), "dev")
-        assert (split.labels, split.dropped) == (labels, written.count(-1))
-
-
-@pytest.mark.parametrize(
-    ("form", "written", "names", "labels"),
-    [
-        ("csv", [3, 1.0, 2, -1], None, [2, 0, 1]),
-        ("csv", [0, 1, 2], None, "row 1: '0' is no label of task 'sst2'; choose from 1, 2, 3$"),
-        ("parquet", [0, 1, 2], ["3", "1", "2"], [2, 0, 1]),
-        ("parquet", [0, 1, 2], ["0", "1", "2"], "row 1: '0' is no label of task 'sst2'"),
-    ],
-)
-def test_numbers_that_are_class_names_do_not_count_from_0(
-    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, written: list[object], names: list[str] | None, labels
-) -> None:
-    stars = task("sst2").model_copy(update={"labels": ["1.0", "2", "3"]})
-    write_rows(root, "sst2", written, form, monkeypatch, names)
-    if isinstance(labels, str):
-        with pytest.raises(DataError, match=labels):
-            load_split(stars, "dev")
-    else:
-        assert load_split(stars, "dev").labels == labels
 
 
 NAMES = ("contradiction", "entailment", "neutral")  # not in the task's order
@@ -120,7 +91,7 @@ README = "---\ndataset_info:\n  features:\n  - name: label\n    dtype:\n      cl
 BESIDE = {
     "README.md": f"{README}---\n# SNLI\n",
     "dataset_info.json": json.dumps({"features": FEATURES}),
-    "dataset_infos.json": json.dumps({"other": {"features": {}}, "plain_text": {"features": FEATURES}}),
+    "dataset_infos.json": json.dumps({"other": {"features": {}}, "mnli": {"features": FEATURES}}),
 }
 
 
@@ -150,9 +121,6 @@ def test_class_names_beside_a_file_are_those_of_the_configuration(root: Path, mo
     }
     (root / "RTE/dataset_infos.json").write_text(json.dumps(infos))
     assert load_split(task("rte"), "dev").labels == [1, 0]
-    (root / "RTE/dataset_infos.json").write_text(json.dumps({"wnli": infos["rte"], "qnli": infos["qnli"]}))
-    with pytest.raises(DataError, match=r"dataset_infos.json \(qnli\) calls .* entailment, not_entailment, and .*wnli"):
-        load_split(task("rte"), "dev")
 
 
 def test_class_names_that_contradict_each_other_or_the_numbers_are_refused(
@@ -160,16 +128,14 @@ def test_class_names_that_contradict_each_other_or_the_numbers_are_refused(
 ) -> None:
     write_rows(root, "mnli", [0, 1, 2], "parquet", monkeypatch, list(NAMES[::-1]))
     (root / "MNLI/README.md").write_text(BESIDE["README.md"])
-    with pytest.raises(
-        DataError, match=r"calls the classes of 'label' contradiction, .*parquet neutral, .*correct one"
-    ):
+    with pytest.raises(DataError, match=r"MNLI calls the classes of 'label' contradiction, .*parquet contradicts"):
         load_split(task("mnli"), "dev")
     stars = task("sst2").model_copy(update={"labels": ["1", "2", "3"]})
     write_rows(root, "sst2", [1, 2], "csv", monkeypatch)  # is 1 the first class, or the second?
     info = {"features": {"label": {"names": ["1", "2", "3"], "_type": "ClassLabel"}}}
     (root / "SST-2/dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(
-        DataError, match=r"dataset_info\.json .*calls the classes of 'label' 1, 2, 3: a number in .*csv"
+        DataError, match=r"SST-2 calls the classes of 'label' 1, 2, 3, which .*csv contradicts or leaves"
     ):
         load_split(stars, "dev")
 
@@ -229,7 +195,7 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
             "sst2",
             "validation.csv",
             "sentence;label\nfine;1\n",
-            "has no column 'sentence'; did you mean 'sentence;label'",
+            "has no column 'label'; choose from sentence;label",
         ),
         ("sst2", "validation.csv", b"sentence,label\ncaf\xe9,0\n", "cannot be read: .*utf-8"),
         ("sst2", "validation.csv", "", "cannot be read: No columns"),
@@ -237,13 +203,13 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
         ("sst2", "validation.csv", 'sentence,label\nfine,1\n"dull,0\n', "cannot be read: unexpected end of data"),
         ("sst2", "validation.csv", "sentence,label\n", "is empty"),
         ("sst2", "validation.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', "cannot be read: JSON parse"),
-        ("sst2", "validation.jsonl", '{"sentence": ["a"], "label": 1}\n', "row 1: a cell is list, not text$"),
+        ("sst2", "validation.jsonl", '{"sentence": ["a"], "label": 1}\n', "row 1: a cell is a list or"),
         ("sst2", "validation.parquet", b"PAR1 nothing", "cannot be read: "),
-        ("sst2", "dataset_info.json", "[" * 100_000, "cannot be read: it is nested too deeply"),
+        ("sst2", "dataset_info.json", "[", "cannot be read: "),
         ("sst2", "README.md", f"{README} : [\n---\n", "cannot be read: "),
         ("flipkart", "test.csv", "Summary,sentence,label\na,b,positive\n", "two columns for 'sentence': 'Summary'"),
         ("rte", "validation.csv", "sentence1,sentence2,label\na,b,not_entailmnt\n", "row 1: .*mean 'not_entailment'"),
-        ("stsb", "validation.csv", "sentence1,sentence2,label\na,b,0_5\n", "row 1: '0_5' .* a number from 0 to 5$"),
+        ("stsb", "validation.csv", "sentence1,sentence2,label\na,b,five\n", "row 1: 'five' .* a number from 0 to 5$"),
     ],
 )
 def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused_in_one_line(

@@ -99,8 +99,6 @@ def test_they_are_read_and_checked_with_the_run(workdir: Path) -> None:
     ("row", "message"),
     [
         ({"trained": "vanila", "used_as": "emoe"}, r"transformed\.more\.trained' is 'vanila'.*did you mean 'vanilla'"),
-        ({"trained": "vanilla", "used_as": "gmoe"}, "must name a dense row and one with experts"),
-        ({"trained": "emoe_learn", "used_as": "vanilla"}, r"trained' is 'EMoE-learn', whose router has state"),
         ({"trained": "vanilla", "used_as": "random_partition"}, "'transformed' makes two things of 'vanilla'"),
     ],
 )
