@@ -23,7 +23,9 @@ try:
     SUITE = suites.load_suite(config)
     SHOWN = artifacts.all_artifacts()
     paper_items.load_paper_items()
-    if workflow.is_main_process:  # a job on a cluster has its run from the main process, and plans nothing
+    if (
+        workflow.is_main_process
+    ):  # a job on a cluster has its run from the main process, and plans nothing
         SUITE.runs
         SUITE.claims_digest()
 except EMoEError as error:
@@ -169,7 +171,11 @@ def part_outputs(benchmark, part):
 
 def run_of(wildcards):
     folder = f"{wildcards.benchmark}/{wildcards.run}"
-    return suites.find_run(folder, SUITE)[0] if workflow.is_main_process else suites.planned_run(folder, SUITE)
+    return (
+        suites.find_run(folder, SUITE)[0]
+        if workflow.is_main_process
+        else suites.planned_run(folder, SUITE)
+    )
 
 
 def run_json(wildcards):
@@ -203,7 +209,9 @@ def run_threads(wildcards):
 
 
 def partition_of(wildcards):
-    find = suites.find_partition if workflow.is_main_process else suites.planned_partition
+    find = (
+        suites.find_partition if workflow.is_main_process else suites.planned_partition
+    )
     return find(wildcards.partition, SUITE)
 
 
