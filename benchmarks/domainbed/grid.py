@@ -28,6 +28,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     """Image classifiers, trained on some environments of a set and judged on those held out."""
 
     definition_model, part_model = ImageDefinition, ImagePart
+    recorded = ("scores", "data", "model", "routing", "records", "confusion", "classes")
     task_files: ClassVar = {"image_sets": SetFile}
     paper_columns = ("model", "set", "method", "selection")
 

@@ -30,6 +30,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     """Evaluate the chosen runs of another benchmark on the OOD sets of their tasks."""
 
     definition_model, part_model = EvaluationFile, EvaluationPart
+    recorded = ("scores", "data", "chosen", "routing", "usage")
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:

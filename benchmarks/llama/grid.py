@@ -52,6 +52,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     """Language models, tuned on instructions and evaluated by lm-eval: a run per point of the grid."""
 
     definition_model, part_model = InstructionDefinition, InstructionPart
+    recorded = ("scores", "data", "model", "routing", "tasks", "answers")
     task_files: ClassVar = {"instruction_sets": SetFile, "templates": TemplateFile}
     paper_columns = ("model", "tuning", "method")
 

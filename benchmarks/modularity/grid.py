@@ -26,6 +26,7 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
     """Pre-trained text models that read rows of several tasks; nothing is trained."""
 
     definition_model, part_model = ModularityDefinition, ModularityPart
+    recorded = ("measured", "matrix", "usage")
     paper_columns = ("method", "num_experts", "metric")
 
     @classmethod

@@ -36,6 +36,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
     """Encoder-decoder models that learn several tasks at once and are evaluated on each and on other sets."""
 
     definition_model, part_model = MultitaskDefinition, MultitaskPart
+    recorded = ("scores", "data", "model", "routing")
     paper_columns = ("domain", "method")
 
     @classmethod

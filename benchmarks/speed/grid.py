@@ -31,6 +31,7 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
     """Measurements side by side, each run under one setting; nothing is trained."""
 
     definition_model, part_model = MeasurementDefinition, MeasurementPart
+    recorded = ("measured",)
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:

@@ -94,6 +94,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
     """Classifiers of texts, fine-tuned on one task and evaluated on it and on other sets."""
 
     definition_model, part_model = TextDefinition, TextPart
+    recorded = ("scores", "data", "model", "routing", "usage")
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:

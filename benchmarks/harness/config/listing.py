@@ -51,7 +51,7 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
     by_method: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         spec = run.spec
-        method = spec["method"]["name"] or ", ".join(spec["settings"]["candidates"])
+        method = spec["method"]["name"] or "–"  # a measurement has none
         by_method.setdefault((run.benchmark, spec["model"]["name"], method), []).append(run)
     rows: dict[tuple[str, ...], Row] = {}
     for (benchmark, model, method), group in by_method.items():

@@ -12,7 +12,7 @@ from annotated_types import Ge, MaxLen, MinLen
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
-from benchmarks.harness.config.benchmark import OOD_MEAN
+from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
 
@@ -124,7 +124,7 @@ class _Record(_Strict):
 
 
 class Metrics(_Strict):
-    """The content of a ``metrics.json``; :data:`_NEEDED` lists the parts that a run must have."""
+    """The content of a ``metrics.json``; ``Benchmark.recorded`` lists the parts that a run must have."""
 
     run_id: str
     cost: _Cost
@@ -147,17 +147,6 @@ class Metrics(_Strict):
     curve: list[float | None] = []
     confusion: dict[str, list[list[int]]] | None = None
     classes: list[str] | None = None
-
-
-_NEEDED = {  # the parts of a run, by the keys of its run.json
-    "training": ("scores", "data", "model", "routing"),
-    "evaluation": ("scores", "data"),
-    "candidates": ("chosen", "routing"),
-    "settings": ("measured",),
-    "reading": ("measured", "matrix", "usage"),
-    "finetuning": ("tasks", "answers"),
-    "test_envs": ("records", "confusion", "classes"),
-}
 
 
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
@@ -221,9 +210,7 @@ def _again(path: Path) -> str:
 def _check_parts(run: Run, metrics: Metrics) -> None:
     if metrics.run_id != run.id:
         raise ValueError(f"it belongs to the run '{metrics.run_id}'")
-    needed = [part for key, parts in _NEEDED.items() if key in run.spec for part in parts]
-    if "protocol" in run.spec and "tasks" not in run.spec["task"]:
-        needed.append("usage")
+    needed = load_benchmark(run.benchmark).recorded
     if missing := [part for part in needed if getattr(metrics, part) is None]:
         raise ValueError(f"'{missing[0]}' is missing")
     if "scores" in needed and not any((metrics.scores or {}).values()):
