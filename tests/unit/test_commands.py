@@ -149,7 +149,7 @@ def test_what_cannot_be_done_is_one_line(
 
 def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "suite_names", lambda: ["domainbed_large"])  # planning the others takes seconds
-    amounts = {row["kind"]: row["how many"] for row in json.loads(call("list", "--json"))}
+    amounts = {row["kind"]: row["how_many"] for row in json.loads(call("list", "--json"))}
     assert list(amounts) == list(listing.LISTS)
     for kind, many in amounts.items():
         rows = json.loads(call("list", kind, "--json"))
@@ -196,7 +196,7 @@ def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(
         "running": 1,
         "failed": 1,
         "missing": 1,
-        "median seconds": 2.0,
+        "median_seconds": 2.0,
     }
     assert content["benchmarks"][0] == row
     assert [(run["run"], run["state"], run["last"]) for run in content["runs"]] == [

@@ -163,7 +163,7 @@ def test_a_suite_is_listed_by_what_it_runs() -> None:
         "methods": ["vanilla", "emoe"],
         "tasks": ["tweets", "amazon"],
         "settings": ["clean"],
-        "learning rates": ["0.0001"],
+        "learning_rates": ["0.0001"],
         "seeds": [str(seed) for seed in range(8)],
         "runs": 32,
     }

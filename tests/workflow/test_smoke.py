@@ -196,6 +196,8 @@ def test_what_was_killed_or_deleted_is_run_again_alone_with_the_same_numbers(che
     ("words", "message"),
     [
         (["--config", "suite=minni"], "there is no suite 'minni'; did you mean 'mini'?"),
+        (["table_5"], "error: table_5: its content is not known to this suite"),
+        (["figure_1"], "error: figure_1: a drawn diagram without numbers"),
         (
             ["table_multitask", "--config", "suite=mini"],
             "error: the suite 'mini' does not run multitask; mini_full, smoke, paper do: "

@@ -157,12 +157,15 @@ def page_of(benchmark):
     return f"results/{benchmark}/report.html"
 
 
-def not_here(target, wanted):
-    # for targets that the suite does not have: says which has them, where they are asked for
-    def refuse(wildcards):
-        sys.exit(f"error: {suites.elsewhere(target, wanted, SUITE)}")
+# inputs of targets that cannot be made: they end with the reason when the target is asked for
+def refused(reason):
+    return lambda wildcards: sys.exit(f"error: {reason}")
 
-    return refuse
+
+def not_here(target, wanted):
+    return lambda wildcards: sys.exit(
+        f"error: {suites.elsewhere(target, wanted, SUITE)}"
+    )
 
 
 def part_outputs(benchmark, part):

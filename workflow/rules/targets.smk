@@ -64,6 +64,16 @@ for shown in SHOWN:
                 "The tables and figures of the set are up to date"
 
 
+# those of the paper that nothing here makes say why
+for name, reason in paper_items.missing_items().items():
+
+    rule:
+        name:
+            name
+        input:
+            refused(f"{name}: {reason}"),
+
+
 # one target per table and figure of the paper: `snakemake table_4`, `snakemake figure_7`
 for name, item in paper_items.load_paper_items().items():
     if item.missing is None:

@@ -20,7 +20,7 @@ def overview() -> list[Row]:
     """Count what there is of each kind."""
     # the runs of suites take seconds to plan
     names = {kind: suite_names() if kind == "suites" else rows() for kind, rows in LISTS.items()}
-    return [{"kind": kind, "how many": len(entries)} for kind, entries in names.items()]
+    return [{"kind": kind, "how_many": len(entries)} for kind, entries in names.items()]
 
 
 def _suites() -> list[Row]:
@@ -59,7 +59,7 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
         values = {
             "tasks": _values(spec["task"]["name"] for spec in specs),
             "settings": _values(" ".join(filter(None, (spec.get("protocol"), spec["variant"]))) for spec in specs),
-            "learning rates": _values(f"{spec['learning_rate']:g}" for spec in specs if spec["learning_rate"]),
+            "learning_rates": _values(f"{spec['learning_rate']:g}" for spec in specs if spec["learning_rate"]),
             "seeds": _values(str(spec["seed"]) for spec in specs),
         }
         row = rows.setdefault(

@@ -119,6 +119,8 @@ class PaperFile(Strict):
 
     items: Annotated[dict[Key, PaperItem], Field(min_length=1)]
     """By name: `table_` or `figure_`, and the number in the first version."""
+    unknown: list[Key]
+    """Tables of the first version whose content is not known to this suite."""
     main: dict[Key, MainAverage]
     """The main averages, in the order of the figure."""
 
@@ -174,6 +176,12 @@ def load_main_averages() -> Mapping[str, MainAverage]:
         DefinitionError: As :func:`load_paper_items`.
     """
     return _load().main
+
+
+def missing_items() -> dict[str, str]:
+    """Return the paper's tables and figures that nothing makes, each with the reason."""
+    missing = {name: item.missing for name, item in load_paper_items().items() if item.missing}
+    return missing | dict.fromkeys(_load().unknown, "its content is not known to this suite (docs/reproducing.md)")
 
 
 @functools.cache

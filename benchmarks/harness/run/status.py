@@ -108,7 +108,7 @@ def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int 
     advice = "delete it and run the suite again"
     seconds = [read_json(file, _Metrics, advice).cost.job_seconds for file in files]
     row = {state: states[state] for state in get_args(State)}
-    return {"benchmark": benchmark, **row, "median seconds": round(statistics.median(seconds), 1) if seconds else None}
+    return {"benchmark": benchmark, **row, "median_seconds": round(statistics.median(seconds), 1) if seconds else None}
 
 
 def estimate_text(runs: Sequence[Run]) -> str:
