@@ -87,7 +87,7 @@ def test_snakemake_plans_without_waiting_for_what_trains() -> None:
     ("program", "words", "begun", "offered"),
     [
         ("emoe-bench", [], "b", ["bless"]),
-        ("emoe-bench", ["list"], "m", ["methods", "models", "metrics"]),
+        ("emoe-bench", ["list"], "me", ["methods", "metrics"]),
         ("emoe", ["convert"], "--part", ["--partition"]),
         ("emoe", ["convert", "--kind"], "g", ["gmoe"]),
     ],

@@ -83,8 +83,8 @@ def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
     if asking and not visible():
         raise RunError(
             f"the suite '{suite}' asks for accelerators, and none is visible here: start it on a machine that has "
-            f"one, or on a cluster (docs/cluster.md), or set 'suites.{suite}.resources.gpu: 0' in "
-            f"benchmarks/{asking.benchmark}/benchmark.yaml to run it on the CPU"
+            f"one, or on a cluster (docs/cluster.md), or set 'benchmarks.{asking.benchmark}.resources.gpu: 0' in "
+            f"config/{suite}.yaml to run it on the CPU"
         )
 
 
