@@ -35,7 +35,8 @@ _SUITES = sorted(path.stem for path in CONFIG.glob("*.yaml") if path.stem not in
 for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
 
-_PATH = click.Path(path_type=Path, resolve_path=True)  # before a command changes the folder
+_PATH = click.Path(path_type=Path)
+_RESOLVED = click.Path(path_type=Path, resolve_path=True)  # of commands that may change the folder
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
 _benchmark = click.option("--benchmark", help="Only this benchmark.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -152,7 +153,7 @@ def export(spec: Path, output: Path, form: str) -> None:
     """
     from benchmarks.llama.export import export as export_run
 
-    click.echo(f"Written to {output}: {export_run(spec, output, form)}")
+    click.echo(f"wrote {output}: {export_run(spec, output, form)}")
 
 
 @cli.command()
@@ -200,9 +201,9 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
 
 @cli.command()
 @_suite
-@click.option("--output", type=_PATH, required=True, help="The HTML page.")
+@click.option("--output", type=_RESOLVED, required=True, help="The HTML page.")
 @_benchmark
-@click.option("--copy", type=_PATH, help="Copy this page, and adapt its links.")
+@click.option("--copy", type=_RESOLVED, help="Copy this page, and adapt its links.")
 def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
     """Write the one-page report of a suite with its tables."""
     from benchmarks.harness.report.page import copy_report, write_report
@@ -217,7 +218,7 @@ def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -
 
 @cli.command()
 @_suite
-@click.option("--output", type=_PATH, help="Receipt to write.")
+@click.option("--output", type=_RESOLVED, help="Receipt to write.")
 def mirror(suite: str, output: Path | None) -> None:
     """Mirror finished runs to MLflow.
 

@@ -227,8 +227,12 @@ def test_exports_are_what_was_trained(tuning: str, tmp_path: Path) -> None:
     path = prepare(tiny_run("emoe", tuning, training={"keep_weights": True}))
     finish(path)
     assert export(path, Path("dense"), "dense").startswith("LlamaForCausalLM, dense")
-    said = CliRunner().invoke(cli, ["export", str(path), "--output", "experts", "--form", "emoe"], catch_exceptions=False).output
-    assert "Written to experts: LlamaForCausalLM, experts in layers 2, 3" in said
+    said = (
+        CliRunner()
+        .invoke(cli, ["export", str(path), "--output", "experts", "--form", "emoe"], catch_exceptions=False)
+        .output
+    )
+    assert "wrote experts: LlamaForCausalLM, experts in layers 2, 3" in said
     dense = AutoModelForCausalLM.from_pretrained("dense")
     experts: Any = emoe.from_pretrained(AutoModelForCausalLM, "experts")
     tokenizer = AutoTokenizer.from_pretrained("dense")
