@@ -223,3 +223,13 @@ def test_estimates_are_within_a_factor_of_three(here: Path) -> None:
     hours = estimate([next(run for run in llama if run.spec["finetuning"] == "full")])
     assert hours
     assert 1 < hours["an A100"] / 8 < 9
+
+
+def test_commands_work_in_the_checkout_from_a_folder_without_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(suite_cli, ["status", "--suite", "smoke"], catch_exceptions=False)
+    assert f"there is no results/ here; working in {ROOT}" in result.output
+    assert Path.cwd() == ROOT
+    assert not list(tmp_path.iterdir())
