@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -13,14 +14,19 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-# pages that lie outside docs/: from their path in the repository to the one in the site
+BENCHMARKS = {
+    f"benchmarks/{path.parent.name}/README.md": f"benchmarks/{path.parent.name}.md"
+    for path in sorted(ROOT.glob("benchmarks/*/README.md"))
+}
+# pages that are no Markdown in docs/: from their path in the repository to the one in the site
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "config/README.md": "configuration.md",
+    **BENCHMARKS,
     **{
-        f"benchmarks/{path.parent.name}/README.md": f"benchmarks/{path.parent.name}.md"
-        for path in sorted(ROOT.glob("benchmarks/*/README.md"))
+        f"docs/notebooks/{path.name}": f"notebooks/{path.stem}.md"
+        for path in sorted(ROOT.glob("docs/notebooks/*.ipynb"))
     },
 }
 _PATH_IN_REPOSITORY = {place: path for path, place in OUTSIDE.items()}
@@ -29,11 +35,36 @@ _ROLE = re.compile(r":(?:class|func|meth|mod):`([^`]+)`")
 _EXAMPLE = re.compile(r"^>>> .*?(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List the benchmarks in the navigation."""
+    (results,) = (entry["Results"] for entry in config.nav or [] if "Results" in entry)
+    results[-1]["Benchmarks"] = list(BENCHMARKS.values())
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages outside docs/."""
+    """Add the pages outside docs/, and the notebooks."""
     for path, place in OUTSIDE.items():
-        files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+        if path.endswith(".ipynb"):
+            files.append(File.generated(config, place, content=notebook_page(ROOT / path)))
+        else:
+            files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
     return files
+
+
+def notebook_page(path: Path) -> str:
+    """Write a notebook as Markdown: texts, code and outputs."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {"text/plain": output.get("text", ())})
+            kind = next(kind for kind in ("image/png", "text/html", "text/plain") if kind in data)
+            text = "".join(data[kind]).rstrip()
+            forms = {"image/png": f"![output](data:image/png;base64,{text})", "text/plain": f"```text\n{text}\n```"}
+            parts.append(forms.get(kind, text))
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:

@@ -71,3 +71,10 @@ def test_every_public_name_is_on_a_page_and_no_page_needs_the_network(site: Path
     api = "".join(text for page, text in pages.items() if page.parent.name == "api")
     assert [name for name in (*emoe.__all__, "TrainerCallback") if f'id="emoe.{name}"' not in api] == []
     assert [page.name for page, text in pages.items() if FETCHED.search(text)] == []
+
+
+def test_notebooks_are_pages(site: Path) -> None:
+    page = (site / "notebooks/read_results.html").read_text()
+    assert "load_suite" in page
+    assert 'src="data:image/png;base64,' in page
+    assert not list(site.rglob("*.ipynb"))
