@@ -86,7 +86,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
 
 class Docstrings(griffe.Extension):
-    """Reads docstrings as Markdown, without the roles of Sphinx and with examples as code; and defaults without their bounds."""
+    """Read docstrings as Markdown, without Sphinx's roles and with examples as code; show defaults without their bounds."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
         """Show ``_number(0.0, minimum=0.0)``, a field with bounds, as its default."""

@@ -49,7 +49,7 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
 
 
 def load_mnist(task: RunSet, seed: int) -> ImageSet:
-    """Load the environments of a variant of MNIST; the seed shuffles the digits, and draws flipped labels and colours."""
+    """Load the environments of a variant of MNIST. The seed shuffles digits and draws flipped labels and colours."""
     images, labels, source = load_digits(str(task.source.digits))
     settings = [float(setting) for _, setting in task.environments]
     if task.source.mnist == "rotated":

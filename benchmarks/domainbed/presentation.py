@@ -42,7 +42,7 @@ _SELECTIONS = (
 )
 _VALIDATION = {
     True: "Images of training environments are augmented for validation too, as DomainBed and the paper's authors do.",
-    False: "Images of training environments are not augmented for validation, unlike in DomainBed and the authors' code.",
+    False: "Images of training environments are not augmented for validation, as DomainBed's and the authors' are.",
 }
 _ERROR = "± is DomainBed's: the population's standard deviation over trials by the root of their number"
 

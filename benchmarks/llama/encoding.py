@@ -23,7 +23,7 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Hold an instruction, the tokens of prompt and response, the begin of the response, and the number of cut tokens."""
+    """Hold an instruction, the tokens of prompt and response, the first token of the response, and the number of cut tokens."""
 
     source: Instruction
     tokens: list[int]

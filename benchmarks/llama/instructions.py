@@ -32,7 +32,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Instructions:
-    """Hold the usable rows of a set, the places of the broken ones with the reasons, and the file, package or hub id."""
+    """Hold the usable rows of a set, the broken ones with their reasons, and the file, package or hub id."""
 
     rows: list[Instruction]
     broken: list[str]

@@ -63,7 +63,7 @@ wildcard_constraints:
 os.environ.update(SUITE.environment())
 
 
-# Jobs of this machine fork from a process that has imported what they need, unless each has a Python of its own (`--sdm`).
+# Jobs of this machine fork from a process that has imported what they need, unless `--sdm` gives each its own Python.
 FORKSERVER = Server(SUITE.settings.benchmarks)
 
 

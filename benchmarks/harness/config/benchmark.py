@@ -319,8 +319,8 @@ class Benchmark(ABC, Generic[D, E, P]):
     def presentation(self) -> ModuleType:
         """Import the module that shows its finished runs.
 
-        It has ``TABLES`` and ``FIGURES``, and ``SET_TABLES`` and ``SET_FIGURES`` if sets are shown one by one: functions
-        by name. Its function ``present(benchmark, runs)`` makes a
+        It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if sets are
+        shown one by one. Its function ``present(benchmark, runs)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
 

@@ -508,7 +508,8 @@ def _check_divisible(model: str, num_experts: int, where: str) -> None:
     if shape and shape.neurons % num_experts:
         raise DefinitionError(
             f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be "
-            f"split into so many equal experts; the nearest number that can is {nearest_divisor(shape.neurons, num_experts)}"
+            f"split into so many equal experts; the nearest number that can is "
+            f"{nearest_divisor(shape.neurons, num_experts)}"
         )
 
 

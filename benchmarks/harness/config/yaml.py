@@ -200,7 +200,7 @@ class Strict(BaseModel):
 
 
 class AsGiven(Strict):
-    """Hold data in which null differs from a missing key: the dump has the given keys, and defaults that are not null."""
+    """Hold data in which null differs from a missing key: the dump has the given keys and defaults that are not null."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from emoe.config import ROUTERS
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """Hold the colour and marker of a method, in the colours of Okabe and Ito, which the colour-blind can distinguish."""
+    """Hold the colour and marker of a method, in Okabe and Ito's colours, which the colour-blind can distinguish."""
 
     colour: str
     marker: str
