@@ -133,20 +133,6 @@ def test_bf16(whole: bool, score: str, implementation: str) -> None:
     assert torch.equal(*loads)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
-    values = tiny_models.inputs(name)
-    plain, checkpointed = (
-        without_dropout(converted.model(name, "sparse", router="cosine", weighting="softmax")) for _ in range(2)
-    )
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    if use_reentrant:  # its segments need an input with a gradient
-        for model in (plain, checkpointed):
-            model.enable_input_require_grads()
-    assert_same(step(checkpointed, values), step(plain, values))
-
-
 def check_products(tokens: int, n: int, s: int, h: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
     """Compare an FFN and all gradients with the dense products and a mask on them, in three memory layouts."""
     random = torch.Generator().manual_seed(seed)
