@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,88 +22,44 @@ CONFIG = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1, 3])
 ROW = emoe.FFNSpec("layers", "inner", "act", "outer")
 
 
-def bert(change: Callable[[Any], Any]) -> nn.Module:
-    """Build a BERT and change its last layer."""
-    model: Any = tiny_models.build("bert")
-    with torch.no_grad():
-        change(model.encoder.layer[3])
-    return model
+def put_norm_between(_bert: Any) -> None:
+    row = dataclasses.replace(emoe.architectures.registered_ffns()["bert"][0], between=("output.LayerNorm",))
+    emoe.register_ffn("bert", row)
 
 
-def quantize(layer: Any) -> None:
-    layer.intermediate.dense.weight = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
-
-
-def build_for_inference(layer: Any) -> None:
-    with torch.inference_mode():
-        layer.output.dense = nn.Linear(64, 32)
-
-
-def shared_weight() -> nn.Module:
-    model: Any = tiny_models.build("bert")
-    model.encoder.layer[1].intermediate.dense.weight = model.encoder.layer[3].intermediate.dense.weight
-    return model
-
-
-def norm_inside() -> nn.Module:
-    model: Any = tiny_models.build("VisionTransformer")
-    model.blocks[3].mlp.norm = nn.LayerNorm(192)
-    return model
-
-
-def zero_keys() -> nn.Module:
-    return bert(lambda layer: layer.intermediate.dense.weight[3:5].zero_())
-
-
-def equal_keys() -> nn.Module:
-    return bert(lambda layer: layer.intermediate.dense.weight[9].copy_(layer.intermediate.dense.weight[3]))
-
-
-# models, and the module or tensor that the error names
-BROKEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "nan": (
-        lambda: bert(lambda layer: layer.output.dense.weight[0, 0].fill_(torch.nan)),
-        r"layer\.3\.output\.dense\.w",
-    ),
-    "infinite bias": (
-        lambda: bert(lambda layer: layer.intermediate.dense.bias[5].fill_(torch.inf)),
-        r"intermediate\.dense\.bias",
-    ),
-    "zero keys": (zero_keys, r"2 keys are all zero, the first of neuron 3; .*partition='random'"),
-    "equal keys": (equal_keys, r"neurons 3 and 9 have the same key; .*partition='random'"),
-    "quantised": (
-        lambda: bert(quantize),
-        r"intermediate\.dense has a weight of torch\.int8: convert before quantising",
-    ),
-    "pruned": (
-        lambda: bert(lambda layer: prune.random_unstructured(layer.output.dense, "weight", 0.5)),
-        "no plain weight",
-    ),
-    "meta": (lambda: bert(lambda layer: layer.output.dense.to("meta")), r"output\.dense\.weight is on the meta device"),
-    "inference": (lambda: bert(build_for_inference), r"output\.dense\.weight .*inference_mode"),
-    "activation": (
-        lambda: bert(lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.PReLU())),
-        r"intermediate_act_fn \(PReLU\) has parameters",
-    ),
-    "width": (
-        lambda: bert(lambda layer: setattr(layer.output, "dense", nn.Linear(32, 32))),
-        r"intermediate\.dense has 64 outputs, but output\.dense has 32 inputs",
-    ),
-    "shared": (shared_weight, r"layer\.1\.intermediate\.dense\.weight is shared with encoder\.layer\.3\.intermediate"),
-    "norm": (norm_inside, r"blocks\.3\.mlp\.norm is LayerNorm"),
-    "adapter": (
-        lambda: get_peft_model(tiny_models.build("bert"), LoraConfig(target_modules=["intermediate.dense"])),
-        r"intermediate\.dense has an adapter",
-    ),
+# changes of a BERT, its last layer, and the layer's projections; and the module or tensor that the error names
+BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "nan": (lambda bert: bert.down.weight[0, 0].fill_(torch.nan), r"layer\.3\.output\.dense\.weight"),
+    "infinite": (lambda bert: bert.up.bias[5].fill_(torch.inf), r"intermediate\.dense\.bias"),
+    "zero keys": (lambda bert: bert.up.weight[3:5].zero_(), "2 keys are all zero, the first of neuron 3"),
+    "equal keys": (lambda bert: bert.up.weight[9].copy_(bert.up.weight[3]), "neurons 3 and 9 have the same key"),
+    "quantised": (lambda bert: setattr(bert.up, "weight", INT8), r"dense has a weight of torch\.int8: convert before"),
+    "pruned": (lambda bert: prune.random_unstructured(bert.up, "weight", 0.5), "no plain weight"),
+    "meta": (lambda bert: bert.down.to("meta"), r"output\.dense\.weight is on the meta device"),
+    "activation": (lambda bert: setattr(bert.layer.intermediate, ACT, nn.PReLU()), "PReLU.*parameters"),
+    "width": (lambda bert: setattr(bert.layer.output, "dense", nn.Linear(32, 32)), "64 outputs.*32 inputs"),
+    "norm": (put_norm_between, r"layer\.1\.output\.LayerNorm is LayerNorm"),
+    "shared": (lambda bert: setattr(bert.other, "weight", bert.up.weight), r"layer\.1.*is shared with .*layer\.3"),
+    "adapter": (lambda bert: get_peft_model(bert.model, LORA), r"intermediate\.dense has an adapter"),
 }
+ACT, LORA = "intermediate_act_fn", LoraConfig(target_modules=["intermediate.dense"])
+INT8 = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
+
+
+def broken(case: str) -> Any:
+    model: Any = tiny_models.build("bert")
+    layer, other = model.encoder.layer[3], model.encoder.layer[1].intermediate.dense
+    with torch.no_grad():
+        up, down = layer.intermediate.dense, layer.output.dense
+        BROKEN[case][0](SimpleNamespace(model=model, layer=layer, up=up, down=down, other=other))
+    return model
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_models_that_cannot_be_converted_are_named_and_unchanged(case: str) -> None:
-    build, message = BROKEN[case]
-    model = build()
+    model = broken(case)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(emoe.ConversionError, match=message):
+    with pytest.raises(emoe.ConversionError, match=BROKEN[case][1]):
         emoe.convert_(model, CONFIG)
     assert not routed_layers(model)
     for name, tensor in model.state_dict().items():
@@ -110,9 +67,9 @@ def test_models_that_cannot_be_converted_are_named_and_unchanged(case: str) -> N
 
 
 @pytest.mark.parametrize("partition", ["random", "contiguous"])
-@pytest.mark.parametrize("build", [zero_keys, equal_keys])
-def test_zero_and_equal_keys_are_split_if_nothing_is_clustered(build: Callable[[], nn.Module], partition: Any) -> None:
-    model, values = build(), tiny_models.inputs("bert")
+@pytest.mark.parametrize("case", ["zero keys", "equal keys"])
+def test_zero_and_equal_keys_are_split_if_nothing_is_clustered(case: str, partition: Any) -> None:
+    model, values = broken(case), tiny_models.inputs("bert")
     dense = tiny_models.output(model, values)
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=8, layers=[3], partition=partition))
     torch.testing.assert_close(tiny_models.output(model, values), dense, atol=1e-5, rtol=1e-5)
