@@ -87,20 +87,11 @@ def test_learned_routers_are_the_same_each_time(source: Path) -> None:
     assert not list((source / "a").glob(".*"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--num-experts", 7, "--top-k", 2], "64 neurons cannot be split into 7"),
-        ([*SIZE, "--set", "selection"], "write name=value"),
-        ([*SIZE, "--partition", "coactivation"], "needs calibration data"),
-    ],
-)
-def test_wrong_settings_are_named(bert: Path, tmp_path: Path, options: list[Any], message: str) -> None:
-    assert_refused("convert", bert, tmp_path / "out", *options, message=message)
-
-
-def test_wrong_folders_are_named(bert: Path, tmp_path: Path) -> None:
+def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> None:
     out, converted = tmp_path / "out", tmp_path / "converted"
+    assert_refused("convert", bert, out, "--num-experts", 7, "--top-k", 2, message="64 neurons cannot be split into 7")
+    assert_refused("convert", bert, out, *SIZE, "--set", "selection", message="write name=value")
+    assert_refused("convert", bert, out, *SIZE, "--partition", "coactivation", message="needs calibration data")
     call("convert", bert, converted, *SIZE)
     assert "is not empty" in call("convert", bert, bert, *SIZE, fails=True)
     assert "holds no experts" in call("inspect", bert, fails=True)
