@@ -66,26 +66,15 @@ def test_drops_windows_and_the_table() -> None:
     assert len(str(record).splitlines()) == 4
 
 
-class Wrapper(torch.nn.Module):
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, **values: torch.Tensor) -> object:
-        return self.inner(**values)
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda model: model, Wrapper, lambda model: get_peft_model(model, LoraConfig(target_modules=["q"]))]
-)
-def test_each_stack_of_an_encoder_decoder_has_its_own_padding(wrap) -> None:
-    masks = {
-        "attention_mask": (torch.arange(11) < 4).long().repeat(3, 1),
-        "decoder_attention_mask": (torch.arange(7) < 5).long().repeat(3, 1),
-    }
-    model = wrap(converted.model("t5"))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_each_stack_of_an_encoder_decoder_has_its_own_padding(wrapped: bool) -> None:
+    model, values = converted.model("t5"), tiny_models.inputs("t5")
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["q"]))
+    values["attention_mask"] = (torch.arange(11) < 4).long().repeat(3, 1)
+    values["decoder_attention_mask"] = (torch.arange(7) < 5).long().repeat(3, 1)
     with emoe.record_routing(model) as record:
-        model(**tiny_models.inputs("t5"), **masks)
+        model(**values)
     assert [layer.tokens for layer in record.layers.values()] == [12, 12, 15, 15]
 
 
