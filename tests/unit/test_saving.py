@@ -16,7 +16,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequence
 
 import emoe
 from tests import converted, tiny_models
-from tests.classifiers import METHODS, SIZES, SOME, bert, logits
+from tests.classifiers import METHODS, SIZES, SOME, bert, load, logits
 from tests.model_folders import assert_same, edit_json
 from tests.plain_net import plain_net
 
@@ -28,19 +28,19 @@ def test_a_wrapped_model_is_saved_as_the_model_inside(wrap: Any, tmp_path: Path)
     model = bert(METHODS["emoe"])
     expected = logits(model)
     emoe.save_pretrained(wrap(model), tmp_path)
-    assert torch.equal(logits(emoe.from_pretrained(BERT, tmp_path)), expected)
+    assert torch.equal(logits(load(tmp_path)), expected)
 
 
 def test_a_partly_offloaded_model_is_loaded_and_saved(tmp_path: Path) -> None:
     emoe.save_pretrained(bert(METHODS["emoe"]), tmp_path / "first")
     options = {"device_map": "auto", "max_memory": {"cpu": "60KB"}, "offload_folder": tmp_path / "disk"}
-    model = emoe.from_pretrained(BERT, tmp_path / "first", **options)
+    model = load(tmp_path / "first", **options)
     assert any(parameter.is_meta for parameter in model.parameters())
     emoe.save_pretrained(model, tmp_path / "again")
-    torch.testing.assert_close(logits(emoe.from_pretrained(BERT, tmp_path / "again")), logits(model))
+    torch.testing.assert_close(logits(load(tmp_path / "again")), logits(model))
     emoe.save_pretrained(bert(METHODS["emoe-learn"]), tmp_path / "learned")
     with pytest.raises(emoe.CheckpointError, match="device_map offloads"):
-        emoe.from_pretrained(BERT, tmp_path / "learned", **options)
+        load(tmp_path / "learned", **options)
 
 
 @pytest.mark.parametrize("method", ["gmoe", "emoe, momentum"])
@@ -48,7 +48,7 @@ def test_experts_that_need_their_weights_are_not_quantised(method: str, tmp_path
     emoe.save_pretrained(bert(METHODS[method]), tmp_path)
     eight_bits = transformers.BitsAndBytesConfig(load_in_8bit=True)
     with pytest.raises(emoe.CheckpointError, match="cannot be loaded quantised"):
-        emoe.from_pretrained(BERT, tmp_path, quantization_config=eight_bits)
+        load(tmp_path, quantization_config=eight_bits)
 
 
 def test_adapters_are_merged_before_saving_and_do_not_copy_half_an_ffn(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_new_head_may_be_missing(
     model = BertForMaskedLM(BertConfig(vocab_size=60, **SIZES))
     emoe.convert_(model, METHODS[method])
     save(model, tmp_path)
-    again: Any = emoe.from_pretrained(BERT, tmp_path)
+    again = load(tmp_path)
     assert_same(again.bert.encoder.state_dict(), model.bert.encoder.state_dict())
     if method == "gmoe":
         assert "bert.pooler.dense.bias" in caplog.text

@@ -78,14 +78,11 @@ def test_the_weights_of_another_model_leave_the_first_order_unknown() -> None:
 
 
 def test_states_that_cannot_be_compared_are_loaded() -> None:
-    dense = tiny_models.build("bert")
-    converted(partition="contiguous").load_state_dict(dense.state_dict())  # the experts keep the dense order
+    converted(partition="contiguous").load_state_dict(
+        tiny_models.build("bert").state_dict()
+    )  # the experts keep the dense order
     model = converted()
     model.load_state_dict({"pooler.dense.bias": torch.ones(32)}, strict=False)
     empty = copy.deepcopy(model).to("meta")
     empty.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(empty.pooler.dense.bias, torch.ones(32))
-    copies = tiny_models.build("bert")
-    emoe.convert_(copies, emoe.GMoEConfig(num_experts=2, layers=[3]))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        copies.load_state_dict(dense.state_dict(), strict=False)

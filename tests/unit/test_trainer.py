@@ -21,8 +21,9 @@ from transformers import (
 import emoe
 from emoe.layer import routed_layers
 from tests import converted, tiny_models
-from tests.classifiers import METHODS, SIZES, SOME, bert, logits, rows
+from tests.classifiers import METHODS, SIZES, SOME, bert, load, logits, rows
 from tests.converted import without_dropout
+from tests.model_folders import assert_same
 
 # plain gradient descent over the rows in their order
 BY_HAND = {
@@ -46,15 +47,9 @@ def trainer(
     return Trainer(model, arguments, callbacks=[callback or emoe.TrainerCallback()], **parts)
 
 
-def load(folder: Path) -> Any:
-    return emoe.from_pretrained(BertForSequenceClassification, folder)
-
-
 def assert_same_experts(again: Any, model: Any) -> None:
     assert torch.equal(logits(again), logits(model))
-    state, expected = again.state_dict(), model.state_dict()
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert_same(again.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("method", METHODS)
