@@ -176,10 +176,13 @@ def test_random_shapes(implementation: str, shape: tuple[int, int, int, int, int
         check_products(tokens, n, s, h, seed, torch.float64)
 
 
+LARGE = [(700, 2, 24, 40), (300, 3, 48, 300), (150, 2, 88, 520), (900, 1, 33, 8), (60, 5, 16, 1100), (4200, 2, 12, 20)]
+
+
 @pytest.mark.parametrize(
-    "shape",
-    [(700, 2, 24, 40), (300, 3, 48, 300), (150, 2, 88, 520), (900, 1, 33, 8), (60, 5, 16, 1100), (4200, 2, 12, 20)],
-    ids=str,
+    ("implementation", "shape"),
+    [*(("compiled", shape) for shape in LARGE), ("grouped", LARGE[0]), ("pytorch", LARGE[0])],
+    indirect=["implementation"],
 )
 def test_larger_shapes(implementation: str, shape: tuple[int, int, int, int]) -> None:
     """Pairs that fill more than a block, panel or tile of the compiled products, on one and two threads."""
