@@ -211,6 +211,7 @@ class Scaled(nn.Linear):
 
 CUSTOM: dict[str, Callable[[], FFN]] = {
     "clamp": lambda: CustomFFN(lambda hidden: hidden.clamp(max=0.1)),
+    "norm": lambda: CustomFFN(lambda hidden: nn.functional.layer_norm(hidden, (64,))),
     "order": lambda: CustomFFN(lambda hidden: hidden.roll(1, -1)),
     "linear subclass": lambda: CustomFFN(nn.Identity(), inner=Scaled(16, 64)),
     "activation across neurons": lambda: CustomFFN(nn.Identity(), act=nn.Softmax(-1)),

@@ -36,6 +36,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "quantised": (lambda bert: setattr(bert.up, "weight", INT8), r"dense has a weight of torch\.int8: convert before"),
     "pruned": (lambda bert: prune.random_unstructured(bert.up, "weight", 0.5), "no plain weight"),
     "meta": (lambda bert: bert.down.to("meta"), r"output\.dense\.weight is on the meta device"),
+    "inference": (lambda bert: setattr(bert.layer.output, "dense", FOR_INFERENCE), r"dense\.weight .*inference_mode"),
     "activation": (lambda bert: setattr(bert.layer.intermediate, ACT, nn.PReLU()), "PReLU.*parameters"),
     "width": (lambda bert: setattr(bert.layer.output, "dense", nn.Linear(32, 32)), "64 outputs.*32 inputs"),
     "norm": (put_norm_between, r"layer\.1\.output\.LayerNorm is LayerNorm"),
@@ -43,6 +44,8 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "adapter": (lambda bert: get_peft_model(bert.model, LORA), r"intermediate\.dense has an adapter"),
 }
 ACT, LORA = "intermediate_act_fn", LoraConfig(target_modules=["intermediate.dense"])
+with torch.inference_mode():
+    FOR_INFERENCE = nn.Linear(64, 32)
 INT8 = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
 
 
@@ -104,6 +107,7 @@ def test_models_that_do_not_fit_their_row_are_named() -> None:
         ({"layers": ""}, "non-empty string"),
         ({"proj_out": "inner"}, "the path 'inner' occurs twice"),
         ({"between": "dropout"}, "write a tuple of paths"),
+        ({"fused": "frist"}, "did you mean 'first'"),
         ({"fused": "first", "proj_up": "up"}, "leave out proj_up"),
     ],
 )
@@ -117,6 +121,8 @@ def test_objects_that_are_not_a_configuration_are_refused(config: Any) -> None:
     for call in (emoe.convert_, emoe.partition):
         with pytest.raises(emoe.ConfigError):
             call(plain_net(4, 16), config)
+    with pytest.raises(emoe.ConfigError, match="GMoE copies whole FFNs"):
+        emoe.partition(plain_net(4, 16), emoe.GMoEConfig())  # type: ignore[arg-type]
 
 
 def test_two_lists_of_layers_need_a_choice_or_a_star() -> None:

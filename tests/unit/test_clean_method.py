@@ -136,3 +136,4 @@ def test_the_corrected_balance_loss_prefers_balance(noise: float) -> None:
     balanced, skewed = torch.eye(4).repeat(8, 1) * 4, torch.tensor([[4.0, 0, 0, 0]]).repeat(32, 1)
     losses = [float(balance_loss(s, s, expert_mask(s.topk(1).indices, 4), noise)) for s in (balanced, skewed)]
     assert losses[0] < 1e-3 < losses[1]
+    assert float(balance_loss(torch.ones(3, 1), torch.ones(3, 1), torch.ones(3, 1).bool(), noise)) == 0.0

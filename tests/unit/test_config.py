@@ -25,6 +25,7 @@ def test_round_trip_through_plain_values() -> None:
         ({"num_expert": 8}, "did you mean 'num_experts'"),
         ({"top_k": 9}, "top_k is 9; it must be at most num_experts"),
         ({"top_k": 2.0}, "whole number"),
+        ({"partition": "kmean"}, "did you mean 'kmeans'"),
         ({"expert_dropout": 1.0}, "below 1.0"),
         ({"score_bias": 1}, "true or false"),
         ({"capacity_factor": 0}, "above 0, or null"),

@@ -144,6 +144,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "newer release": (mark(config={"version": 9, "new": 1}), "newer release"),
     "code": (settings(attn_implementation="kernels-community/flash-attn2"), "code from a hub"),
     "code inside": (settings(vision_config={"attn_implementation": "org/kernel"}), "code from a hub"),
+    "no object": (lambda folder: (folder / "config.json").write_text("3"), r"config\.json is damaged"),
     "no number": (settings(hidden_size="x"), ""),
 }
 
