@@ -28,6 +28,10 @@ def bert(config: emoe.EMoEConfig | emoe.GMoEConfig | None) -> Any:
     return model
 
 
+def load(folder: Any, **options: Any) -> Any:
+    return emoe.from_pretrained(BertForSequenceClassification, folder, **options)
+
+
 def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [

@@ -18,11 +18,6 @@ EMOE = emoe.EMoEConfig(num_experts=8, top_k=2, layers="last-half:1")
 LEARNED = emoe.EMoEConfig(num_experts=8, top_k=4, layers=[1], router="cosine", weighting="softmax_times_k")
 
 
-def reload(model: torch.nn.Module, name: str, folder: Path) -> torch.nn.Module:
-    emoe.save_pretrained(model, folder)
-    return emoe.from_pretrained(tiny_models.loader(name), folder, **tiny_models.load_options(name))
-
-
 def test_each_row_has_a_tiny_model() -> None:
     assert {name.split()[0] for name in ARCHITECTURES} == SHIPPED
 
@@ -35,12 +30,15 @@ class TestContract:
         emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=8, layers="all"))
         torch.testing.assert_close(tiny_models.output(model, values), dense, atol=1e-5, rtol=1e-5)
 
-    def test_fewer_experts_change_the_output_and_not_the_state_dict(self, name: str) -> None:
+    def test_fewer_experts_change_the_output_until_they_are_folded_back(self, name: str) -> None:
         model, values = tiny_models.build(name), tiny_models.inputs(name)
-        dense, shapes = tiny_models.output(model, values), {k: v.shape for k, v in model.state_dict().items()}
+        dense, state = tiny_models.output(model, values), copy.deepcopy(model.state_dict())
         emoe.convert_(model, EMOE)
-        assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
         assert (tiny_models.output(model, values) - dense).abs().max() > 1e-3
+        emoe.to_dense_(model, restore_order=True)
+        assert torch.equal(tiny_models.output(model, values), dense)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
     def test_gradient_is_zero_for_neurons_that_no_token_used(self, name: str) -> None:
         model, values = tiny_models.build(name), tiny_models.inputs(name, rows=1)
@@ -54,30 +52,17 @@ class TestContract:
         assert grads[loads == 0].eq(0).all()
         assert grads[loads > 0].gt(0).all()
 
-    def test_to_dense_restores_function_and_order(self, name: str) -> None:
-        model, values = tiny_models.build(name), tiny_models.inputs(name)
-        dense, state = tiny_models.output(model, values), copy.deepcopy(model.state_dict())
-        emoe.convert_(model, EMOE)
-        emoe.to_dense_(model, restore_order=True)
-        torch.testing.assert_close(tiny_models.output(model, values), dense, atol=0, rtol=0)
-        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-
-    def test_checkpoint_loads_as_emoe_and_in_the_stock_class(self, name: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("config", [EMOE, LEARNED])
+    def test_checkpoint_loads_with_experts_and_in_the_stock_class(self, name: str, config, tmp_path: Path) -> None:
         model, values = tiny_models.build(name), tiny_models.inputs(name)
         dense = tiny_models.output(model, values)
-        emoe.convert_(model, EMOE)
-        routed = tiny_models.output(model, values)
-        again = reload(model, name, tmp_path)
-        torch.testing.assert_close(tiny_models.output(again, values), routed, atol=1e-6, rtol=1e-6)
+        assert (emoe.convert_(model, config).added_parameters > 0) == (config is LEARNED)
+        expected = tiny_models.output(model, values)
+        emoe.save_pretrained(model, tmp_path)
+        again = emoe.from_pretrained(tiny_models.loader(name), tmp_path, **tiny_models.load_options(name))
+        torch.testing.assert_close(tiny_models.output(again, values), expected, atol=1e-6, rtol=1e-6)
         stock = tiny_models.stock(name, tmp_path)
         torch.testing.assert_close(tiny_models.output(stock, values), dense, atol=1e-5, rtol=1e-5)
-
-    def test_emoe_learn_saves_its_router(self, name: str, tmp_path: Path) -> None:
-        model, values = tiny_models.build(name), tiny_models.inputs(name)
-        assert emoe.convert_(model, LEARNED).added_parameters > 0
-        routed = tiny_models.output(model, values)
-        again = reload(model, name, tmp_path)
-        torch.testing.assert_close(tiny_models.output(again, values), routed, atol=1e-6, rtol=1e-6)
 
     def test_gmoe_starts_as_the_dense_model_and_learns(self, name: str, tmp_path: Path) -> None:
         model, values = tiny_models.build(name), tiny_models.inputs(name)
@@ -88,7 +73,8 @@ class TestContract:
         (tiny_models.output(model, values).square().mean() + emoe.aux_loss(model)).backward()
         optimizer.step()
         trained = tiny_models.output(model.eval(), values)
-        again = reload(model, name, tmp_path)
+        emoe.save_pretrained(model, tmp_path)
+        again = emoe.from_pretrained(tiny_models.loader(name), tmp_path, **tiny_models.load_options(name))
         torch.testing.assert_close(tiny_models.output(again, values), trained, atol=1e-6, rtol=1e-6)
         with pytest.raises(emoe.ConversionError, match="no dense equal"):
             emoe.to_dense_(model)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import multiprocessing
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -21,10 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import emoe
 from emoe.architectures import find_ffns
-from tests import tiny_models
+from tests import forked, tiny_models
 
 WORLD, ROWS, STEPS = 2, 4, 2
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def as_ddp(model: nn.Module) -> nn.Module:
@@ -39,8 +35,6 @@ def as_fsdp(model: nn.Module) -> nn.Module:
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": as_ddp, "fsdp2": as_fsdp}
-
-
 CLEAN = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
 # state beside the weights: output biases of the experts and a running gate
 WITH_STATE = dataclasses.replace(CLEAN, output_bias="per_expert", gate_momentum=0.5)
@@ -48,8 +42,6 @@ CASES = {
     **dict.fromkeys([*tiny_models.BUILDERS, "bert, sparse", "gpt2, sparse", "llama, sparse", "phi3, sparse"], CLEAN),
     **dict.fromkeys(("bert, state", "gpt2, state", "bert, state, sparse"), WITH_STATE),
 }
-
-
 # FSDP2 wraps each architecture's blocks; DDP sees only the parameters, so one of each kind of FFN is enough
 DDP = ["bert", "gpt2", "llama", "phi3", "t5", "VisionTransformer", "TransformerEncoder"]
 PAIRS = [(name, kind) for name in CASES for kind in WRAPPERS if kind == "fsdp2" or name in DDP or "," in name]
@@ -76,7 +68,7 @@ def losses(case: str, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> li
     return before
 
 
-def main(folder: Path, rank: int) -> None:
+def train_all(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     share = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
@@ -95,9 +87,11 @@ def main(folder: Path, rank: int) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
     folder = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "tests.contract.test_distributed", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
+    processes = [forked.start(train_all, folder, rank) for rank in range(WORLD)]
+    for process in processes:
+        process.join(timeout=600)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
     return json.loads((folder / "losses.json").read_text())
 
 
@@ -113,13 +107,3 @@ def test_two_processes_have_the_loss_of_one(two_processes, name: str, kind: str)
     alone = losses_of_one_process(name)
     assert alone[-1] < alone[0]
     assert two_processes[name][kind] == pytest.approx(alone, rel=1e-4)
-
-
-if __name__ == "__main__":
-    meeting = Path(sys.argv[1])
-    # forked, because the child then need not import again; daemon, so that it ends with this process
-    second = multiprocessing.get_context("fork").Process(target=main, args=(meeting, 1), daemon=True)
-    second.start()
-    main(meeting, 0)
-    second.join()
-    sys.exit(second.exitcode)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests import tiny_models
 from tests.converted import SETTINGS, Settings, inputs, model, net
@@ -29,20 +29,13 @@ def test_exported_programs(settings: str, strict: bool) -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "llama", "phi3", "t5"])
 def test_traced_models(name: str) -> None:
     network, values = model(name), tiny_models.inputs(name)
-    if hasattr(network, "config"):
-        network.config.use_cache = False
+    network.requires_grad_(False).config.use_cache = False
 
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = network
+    def last_states(*tensors: Tensor) -> Tensor:
+        return tiny_models.output(network, dict(zip(values, tensors, strict=True)))
 
-        def forward(self, *tensors: Tensor) -> Tensor:
-            return tiny_models.output(self.model, dict(zip(values, tensors, strict=True)))
-
-    arguments = tuple(values.values())
-    traced = torch.jit.trace(Wrapped().eval(), arguments, check_trace=False)
-    torch.testing.assert_close(traced(*arguments), tiny_models.output(network, values))
+    traced = torch.jit.trace(last_states, tuple(values.values()), check_trace=False)
+    torch.testing.assert_close(traced(*values.values()), tiny_models.output(network, values))
 
 
 @pytest.fixture

@@ -24,10 +24,6 @@ def usage(model: nn.Module, values: dict[str, Tensor]) -> Usage:
     return {number: layer.loads for number, layer in record.layers.items()}
 
 
-def most_used(counts: Tensor) -> Tensor:
-    return counts.argsort(descending=True, stable=True)[:2]
-
-
 @pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", converted.BACKENDS)
@@ -35,15 +31,11 @@ def test_all_tokens_have_the_neurons_of_the_most_used_experts(name: str, backend
     values, model = tiny_models.inputs(name), converted.model(name, backend)
     counts = usage(model, values)
     emoe.fix_experts_(model, counts)
-    for number, loads in usage(model, values).items():
-        assert set(loads.nonzero().flatten().tolist()) == set(most_used(counts[number]).tolist())
-        assert loads.max() == loads.sum() / 2
-
     # compare with the dense model without the other neurons, in the order of the experts
     pruned = emoe.to_dense_(converted.model(name))
     for ffn in find_ffns(pruned):
         keep = torch.zeros(8, ffn.d // 8)
-        keep[most_used(counts[ffn.index])] = 1
+        keep[counts[ffn.index].argsort(descending=True, stable=True)[:2]] = 1
         ffn.proj_out.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep.flatten(),))
     torch.testing.assert_close(
         tiny_models.output(model, values), tiny_models.output(pruned, values), atol=1e-5, rtol=1e-4
@@ -63,9 +55,7 @@ def test_they_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
 
 UNSUITABLE: dict[str, Callable[[Usage], Usage]] = {
     "missing layer": lambda counts: {},
-    "other number of experts": lambda counts: {n: c[:4] for n, c in counts.items()},
     "shares": lambda counts: {n: c.double() / c.sum() for n, c in counts.items()},
-    "negative": lambda counts: {n: c - 10**6 for n, c in counts.items()},
     "all zero": lambda counts: {n: c * 0 for n, c in counts.items()},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -60,11 +61,8 @@ def gradients_by_row(network: nn.Module, x: Tensor) -> Tensor:
 
 
 DERIVATIVES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "hvp": lambda f, x: torch.autograd.functional.hvp(lambda v: f(v).square().sum(), x, torch.ones_like(x))[1],
     "gradient penalty": gradient_penalty,
-    "hessian": lambda f, x: torch.func.hessian(lambda v: f(v).square().sum())(x),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
-    "vmap": lambda f, x: torch.func.vmap(f)(x.expand(3, *x.shape)),
     "gradients by row": gradients_by_row,
 }
 
@@ -123,16 +121,15 @@ def test_threads_share_a_model(name: str, backend: str) -> None:
 
 @pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_pass_does_not_change_the_next(backend: str, error: type[BaseException]) -> None:
+def test_an_interrupted_pass_does_not_change_the_next(backend: str) -> None:
     network, values = model("bert", backend, aux_loss_coefficient=0.1), tiny_models.inputs("bert")
     expected, loss = tiny_models.output(network, values), float(emoe.aux_loss(network))
 
     def interrupt(*_args: object) -> None:
-        raise error
+        raise KeyboardInterrupt
 
     hook = network.encoder.layer[2].output.register_forward_pre_hook(interrupt)
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         tiny_models.output(network, values)
     hook.remove()
     assert torch.equal(tiny_models.output(network, values), expected)
@@ -142,7 +139,7 @@ def test_an_interrupted_pass_does_not_change_the_next(backend: str, error: type[
 # ---------------------------------------------------------------- copies
 
 
-@pytest.mark.parametrize("settings", [{}, {"aux_loss_coefficient": 0.1, "capacity_factor": 1.0}, SETTINGS["learned"]])
+@pytest.mark.parametrize("settings", [{"aux_loss_coefficient": 0.1, "capacity_factor": 1.0}, SETTINGS["learned"]])
 def test_peft_trains_whole_ffns(settings: Settings) -> None:
     """PEFT copies the modules that ``modules_to_save`` names."""
     values = {**tiny_models.inputs("llama"), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
@@ -192,8 +189,7 @@ def test_offloaded_weights_give_the_same(name: str, settings: Settings, tmp_path
 
 
 def test_the_balance_loss_is_that_of_each_layers_last_call() -> None:
-    settings = {"count_padding": True, "aux_loss_coefficient": 0.1, **SETTINGS["learned"]}
-    network, values = model("bert", **settings), tiny_models.inputs("bert")
+    network, values = model("bert", aux_loss_coefficient=0.1, **SETTINGS["learned"]), tiny_models.inputs("bert")
     tiny_models.output(network, values)
     expected = float(emoe.aux_loss(network))
     assert expected == pytest.approx(0.1 * sum(float(layer.aux_loss) for layer in routed_layers(network)))
@@ -201,10 +197,6 @@ def test_the_balance_loss_is_that_of_each_layers_last_call() -> None:
     for _ in range(2):  # a second backward pass through the first loss would fail
         (adapted(**values).last_hidden_state.sum() + emoe.aux_loss(adapted)).backward()
         assert float(emoe.aux_loss(adapted)) == pytest.approx(expected)
-    embedded = network.embeddings(input_ids=values["input_ids"])
-    for call in (lambda: network.encoder(embedded), lambda: network.forward(**values)):
-        call()
-        assert float(emoe.aux_loss(network)) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------- unusual inputs, types and optimizers
@@ -230,55 +222,34 @@ def test_t5_in_half_precision_keeps_its_out_projection_in_single() -> None:
     torch.testing.assert_close(actual, expected, atol=1e-2, rtol=1e-2)
 
 
-def test_a_model_without_weights_has_shapes() -> None:
-    network = net().to("meta")
-    assert network(torch.empty(1, 16, device="meta")).shape == (1, 16)
-
-
-class Float64Outputs(TorchDispatchMode):
-    """Collect the operations that give float64 numbers, except single ones, which the CPU can compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: set[str] = set()
+class NoFloat64(TorchDispatchMode):
+    """Fail at operations that give float64 numbers, except single ones, which the CPU can compute."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dtype == torch.float64 and result.ndim:
-            self.operations.add(str(function))
+        assert not (isinstance(result, Tensor) and result.dtype == torch.float64 and result.ndim), function
         return result
 
 
 @pytest.mark.parametrize("config", [emoe.EMoEConfig, emoe.GMoEConfig])
 def test_published_layers_need_no_float64_on_the_device(config: Any) -> None:
+    """MPS has no float64."""
     network = model("bert", config=config.as_published("tutel", num_experts=8, top_k=2, layers="all")).train()
-    values = {**tiny_models.inputs("bert"), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
-    with Float64Outputs() as seen:
-        (tiny_models.output(network, values).sum() + emoe.aux_loss(network)).backward()
-    assert seen.operations == set()
+    with NoFloat64():
+        step(network, {**tiny_models.inputs("bert"), "attention_mask": torch.ones(3, 11, dtype=torch.long)})
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", output_bias="per_expert"),
-        emoe.GMoEConfig(num_experts=3, layers="all", aux_loss_coefficient=0.0),
-    ],
-)
-def test_an_optimizer_from_before_the_conversion_trains_what_it_has(config: Any) -> None:
+@pytest.mark.parametrize("config", [emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2), emoe.GMoEConfig()])
+def test_an_optimizer_from_before_the_conversion_trains_all_but_a_new_router(config: Any) -> None:
     network = tiny_models.build("bert").train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    emoe.convert_(network, config)
+    emoe.convert_(network, dataclasses.replace(config, aux_loss_coefficient=0.0))
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
     tiny_models.output(network, tiny_models.inputs("bert")).square().sum().backward()
     optimizer.step()
-    unchanged = {
-        name
-        for name, parameter in network.named_parameters()
-        if torch.equal(parameter, before[name]) and parameter.grad is not None and parameter.grad.any()
-    }
-    # a router is new: an optimizer that trains it has to be made after the conversion
-    assert all(".router." in name for name in unchanged)
+    for name, parameter in network.named_parameters():
+        has_gradient = parameter.grad is not None and parameter.grad.any()
+        assert torch.equal(parameter, before[name]) == (not has_gradient or ".router." in name), name
 
 
 def test_torchs_fused_encoder_layer_does_not_bypass_the_experts() -> None:

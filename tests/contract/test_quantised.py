@@ -72,38 +72,25 @@ def test_what_loses_its_projection_is_an_error_that_names_it() -> None:
             network(x())
 
 
-def nf4() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-
-
-def bitsandbytes_int8() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-def torchao_int8() -> TorchAoConfig:
-    return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+QUANTIZATIONS: dict[str, Callable[[], Any]] = {
+    "nf4": lambda: BitsAndBytesConfig(**NF4),
+    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "torchao": lambda: TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()),
+}
 
 
 @pytest.mark.parametrize("settings", [{}, SETTINGS["learned"]])
-@pytest.mark.parametrize("quantization", [nf4, bitsandbytes_int8, torchao_int8])
-def test_a_converted_checkpoint_loads_quantized(
-    quantization: Callable[[], Any], settings: Settings, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_converted_checkpoint_loads_quantized(quantization: str, settings: Settings, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", **settings))
     emoe.save_pretrained(model, tmp_path)
-    quantized = emoe.from_pretrained(LlamaForCausalLM, tmp_path, quantization_config=quantization())
+    quantized = emoe.from_pretrained(LlamaForCausalLM, tmp_path, quantization_config=QUANTIZATIONS[quantization]())
     ids = torch.arange(3, 20)[None]
     with torch.no_grad(), emoe.record_routing(quantized) as record:
         logits, expected = quantized(ids).logits.float(), model(ids).logits
     assert (logits - expected).norm() < 0.3 * expected.norm()
     assert record.layers[0].experts_per_token == 2
-
-
-def test_quantized_weights_cannot_be_converted() -> None:
-    network = plain_net(64, 128, gated=True)
-    by_hand(network)
-    with pytest.raises(emoe.ConversionError, match="convert before quanti"):
-        emoe.convert_(network, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0]))

@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import emoe
 from emoe.config import ROUTERS
-from emoe.layer import routed_layers
 from tests import converted, tiny_models
 from tests.converted import BACKENDS, assert_same, step
 from tests.pages import python_blocks
@@ -23,12 +22,9 @@ pytestmark = pytest.mark.usefixtures("always_sparse")
 
 
 @pytest.fixture(autouse=True)
-def router(registry: None) -> type[emoe.Router]:
+def router(registry: None) -> None:
     """Register the page's router as the page registers it."""
-    names: dict[str, Any] = {}
-    exec(python_blocks("docs/adding.md")[0], names)  # noqa: S102 -- our own page
-    assert ROUTERS["linear"].load() is names["LinearRouter"]
-    return names["LinearRouter"]
+    exec(python_blocks("docs/adding.md")[0], {})  # noqa: S102 -- our own page
 
 
 def model_of(name: str, backend: str = "masked", **settings: Any) -> Any:
@@ -48,17 +44,16 @@ def test_both_backends_agree_and_train_it(name: str, output_bias: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_saved_and_loaded_and_removed(name: str, tmp_path: Path) -> None:
-    values, dense, model = tiny_models.inputs(name), tiny_models.build(name), model_of(name)
+    values, model = tiny_models.inputs(name), model_of(name)
     step(model, values)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     expected = tiny_models.output(model, values)
     emoe.save_pretrained(model, tmp_path)
     again = emoe.from_pretrained(tiny_models.loader(name), tmp_path)
     for twin in (again, copy.deepcopy(model)):
-        assert torch.equal(routed_layers(twin)[0].router.linear.weight, routed_layers(model)[0].router.linear.weight)
         torch.testing.assert_close(tiny_models.output(twin, values), expected)
-    assert emoe.to_dense_(again, restore_order=True).state_dict().keys() == dense.state_dict().keys()
-    assert type(tiny_models.stock(name, tmp_path)) is type(dense)
+    stock = tiny_models.stock(name, tmp_path)
+    assert emoe.to_dense_(again, restore_order=True).state_dict().keys() == stock.state_dict().keys()
 
 
 def test_it_is_trained_and_saved_beside_adapters(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import pytest
@@ -89,39 +88,23 @@ def test_a_sparse_model_is_saved_and_folded_back(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("settings", converted.SETTINGS)
 def test_compiled_exported_and_traced_models_give_the_masked_result(settings: str) -> None:
     torch.compiler.reset()
-    model, x = net("sparse", **converted.SETTINGS[settings]), inputs()
-    expected = step(net("masked", **converted.SETTINGS[settings]), x)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_same({key.removeprefix("_orig_mod."): grad for key, grad in step(compiled, x).items()}, expected)
-    exported = torch.export.export(model, (x,)).module()
-    traced = torch.jit.trace(model, (x,), check_trace=False)
+    masked, sparse = (net(backend, **converted.SETTINGS[settings]) for backend in converted.BACKENDS)
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+    actual = {key.removeprefix("_orig_mod."): tensor for key, tensor in step(compiled, inputs()).items()}
+    assert_same(actual, step(masked, inputs()))
+    exported = torch.export.export(sparse, (inputs(),)).module()
+    traced = torch.jit.trace(sparse, (inputs(),), check_trace=False)
     for function in (exported, traced):
-        torch.testing.assert_close(function(inputs(5, seed=1)), model(inputs(5, seed=1)), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(function(inputs(seed=1)), masked(inputs(seed=1)), atol=1e-4, rtol=1e-4)
 
 
-def test_other_settings_apply_to_a_sparse_model() -> None:
-    masked, sparse = (net(backend, aux_loss_coefficient=0.1, expert_dropout=0.3) for backend in converted.BACKENDS)
-    for model in (masked, sparse):
-        emoe.set_top_k_(model, 3)
-        with emoe.record_routing(model) as record:
-            model(inputs())
-        assert record.layers[0].experts_per_token == 3
-    assert float(emoe.aux_loss(sparse)) == pytest.approx(float(emoe.aux_loss(masked)))
-    assert_same(step(sparse.train(), inputs()), step(masked.train(), inputs()))
-
-
-def test_lora_on_attention_trains_beside_sparse_ffns() -> None:
-    results = []
+def test_lora_trains_beside_sparse_ffns_and_is_refused_in_them() -> None:
+    settings, results = LoraConfig(target_modules=["q_proj"], init_lora_weights=False), []
     for backend in converted.BACKENDS:
         base = converted.model("llama", backend)
         torch.manual_seed(1)
-        adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
-        results.append(step(adapted, tiny_models.inputs("llama")))
-        assert all("lora_" in name for name in results[-1] if name != "output")
+        results.append(step(get_peft_model(base, settings).eval(), tiny_models.inputs("llama")))
     assert_same(results[1], results[0])
-
-
-def test_peft_refuses_lora_on_a_sparse_projection() -> None:
     for target in ("gate_proj", "up_proj", "down_proj"):
         with pytest.raises(ValueError, match="not supported"):
             get_peft_model(converted.model("llama", "sparse"), LoraConfig(target_modules=[target]))
@@ -137,16 +120,12 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def add_hook(path: str, kind: str = "forward") -> Callable[[PlainNet], object]:
+def add_hook(path: str, kind: str) -> Callable[[PlainNet], object]:
     return lambda model: getattr(model.layers[0].get_submodule(path), f"register_{kind}_hook")(lambda *_: None)
 
 
 def offload(model: nn.Module) -> None:
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def shard_projection(model: PlainNet) -> None:
-    fully_shard(model.layers[0].outer, mesh=init_device_mesh("cpu", (1,)))
 
 
 def shard_weights(model: PlainNet) -> None:
@@ -161,54 +140,44 @@ def quantize(model: nn.Module) -> None:
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
 
 
-def add_lora(model: PlainNet) -> None:
-    get_peft_model(model, LoraConfig(target_modules=["up"]))
-
-
-def parametrize(model: PlainNet) -> None:
-    nn.utils.parametrizations.weight_norm(model.layers[0].outer)
-
-
-BEFORE: dict[str, tuple[dict[str, Any], Callable[[PlainNet], object]]] = {
-    "score inter": ({"score": "inter"}, lambda model: None),
-    "score up_abs": ({"score": "up_abs"}, lambda model: None),
-    "hook on in": ({}, add_hook("inner")),
-    "hook on up": ({}, add_hook("up", "forward_pre")),
-    "hook on out": ({}, add_hook("outer", "full_backward")),
-    "hook on activation": ({}, add_hook("act")),
-    "adapter": ({}, add_lora),
-    "offloaded": ({}, offload),
-    "sharded": ({}, shard_projection),
-    "parametrized": ({}, parametrize),
+Change = Callable[[PlainNet], object]
+HOOKS: dict[str, Change] = {
+    "hook on in": add_hook("inner", "forward_pre"),
+    "hook on up": add_hook("up", "forward"),
+    "hook on out": add_hook("outer", "full_backward"),
+    "hook on activation": add_hook("act", "full_backward_pre"),
+    "offloaded": offload,
 }
+BEFORE: dict[str, Change] = {
+    **HOOKS,
+    "adapter": lambda model: get_peft_model(model, LoraConfig(target_modules=["up"])),
+    "sharded": lambda model: fully_shard(model.layers[0].outer, mesh=init_device_mesh("cpu", (1,))),
+    "parametrized": lambda model: nn.utils.parametrizations.weight_norm(model.layers[0].outer),
+}
+AFTER: dict[str, Change] = {
+    **HOOKS,
+    "sharded weight": shard_weights,
+    "quantized": quantize,
+    "second derivative": lambda model: None,
+}
+
+
+def assert_rejected(model: PlainNet, message: str) -> None:
+    before, expected = types(model), model(inputs())
+    with pytest.raises(emoe.ConversionError, match=message) as error:
+        emoe.set_backend_(model, "sparse")
+    assert "\n" not in str(error.value)
+    assert types(model) == before  # unchanged, and still usable
+    emoe.set_backend_(model, "masked")
+    assert torch.equal(model(inputs()), expected)
 
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("case", BEFORE)
 def test_set_backend_rejects(case: str) -> None:
-    settings, change = BEFORE[case]
-    model = net(**settings)
-    change(model)
-    before = types(model)
-    with pytest.raises(emoe.ConversionError) as error:
-        emoe.set_backend_(model, "sparse")
-    assert "\n" not in str(error.value)
-    assert "layers.0" in str(error.value)
-    assert types(model) == before  # unchanged, and still usable
-    emoe.set_backend_(model, "masked")
-    assert model(inputs()).shape == (5, 16)
-
-
-AFTER: dict[str, Callable[[PlainNet], object]] = {
-    "hook on in": add_hook("inner", "forward_pre"),
-    "hook on up": add_hook("up"),
-    "hook on out": add_hook("outer"),
-    "hook on activation": add_hook("act", "full_backward_pre"),
-    "offloaded": offload,
-    "sharded weight": shard_weights,
-    "quantized": quantize,
-    "second derivative": lambda model: None,
-}
+    model = net()
+    BEFORE[case](model)
+    assert_rejected(model, r"layers\.0")
 
 
 @pytest.mark.usefixtures("one_process")
@@ -225,9 +194,11 @@ def test_a_forward_pass_rejects(case: str) -> None:
 class CustomFFN(FFN):
     """An FFN whose code does more between its projections than its row says."""
 
-    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, between: Callable[[Tensor], Tensor], **modules: nn.Module) -> None:
         super().__init__(16, 64)
         self.between = between
+        for name, module in modules.items():
+            setattr(self, name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.between(self.act(self.inner(x))))
@@ -238,19 +209,13 @@ class Scaled(nn.Linear):
         return super().forward(x) * 3
 
 
-def replaced(name: str, module: nn.Module) -> FFN:
-    ffn = FFN(16, 64)
-    setattr(ffn, name, module)
-    return ffn
-
-
 CUSTOM: dict[str, Callable[[], FFN]] = {
     "clamp": lambda: CustomFFN(lambda hidden: hidden.clamp(max=0.1)),
     "norm": lambda: CustomFFN(lambda hidden: nn.functional.layer_norm(hidden, (64,))),
     "order": lambda: CustomFFN(lambda hidden: hidden.roll(1, -1)),
-    "linear subclass": lambda: replaced("inner", Scaled(16, 64)),
-    "activation across neurons": lambda: replaced("act", nn.Softmax(-1)),
-    "activation in place": lambda: replaced("act", nn.ReLU(inplace=True)),
+    "linear subclass": lambda: CustomFFN(nn.Identity(), inner=Scaled(16, 64)),
+    "activation across neurons": lambda: CustomFFN(nn.Identity(), act=nn.Softmax(-1)),
+    "activation in place": lambda: CustomFFN(nn.Identity(), act=nn.ReLU(inplace=True)),
 }
 
 
@@ -259,18 +224,17 @@ def test_an_ffn_that_does_more_than_its_row_says_is_rejected(case: str) -> None:
     torch.manual_seed(0)
     model = PlainNet(CUSTOM[case]())
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0]))
-    expected, before = model(inputs()), types(model)
-    with pytest.raises(emoe.ConversionError, match=r"layers\.0"):
-        emoe.set_backend_(model, "sparse")
-    assert types(model) == before
-    assert torch.equal(model(inputs()), expected)
+    assert_rejected(model, r"layers\.0")
 
 
-def test_other_calls_of_set_backend_are_errors() -> None:
-    with pytest.raises(emoe.ConversionError, match="convert"):
-        emoe.set_backend_(tiny_models.build("bert"), "sparse")
-    with pytest.raises(emoe.EMoEError, match="'sparse'"):
-        emoe.set_backend_(converted.model("bert"), "spares")
+@pytest.mark.parametrize("score", ["inter", "up_abs"])
+def test_scores_that_need_every_neuron_are_rejected(score: str) -> None:
+    assert_rejected(net(score=score), r"layers\.0")
+
+
+def test_other_backends_are_errors() -> None:
+    with pytest.raises(emoe.ConfigError, match="'sparse'"):
+        emoe.set_backend_(net(), "spares")
 
 
 @pytest.mark.parametrize("selection", ["top", "random"])

@@ -132,15 +132,22 @@ def test_generation_with_the_cache_is_generation_without_it(name: str) -> None:
     assert len(routed_layers(model)) == tiny_models.LAYERS
 
 
+SPARSE = dataclasses.replace(SOME, router="cosine", weighting="softmax")
+CHECKPOINTED = [("bert", "masked", config) for config in converted.PUBLISHED.values()]
+CHECKPOINTED += [("bert", "sparse", SPARSE), ("llama", "sparse", SPARSE)]
+
+
+@pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("method", converted.PUBLISHED)
-def test_checkpointing_replays_noise_dropout_and_drops(method: str, use_reentrant: bool) -> None:
-    config = converted.PUBLISHED[method]
+@pytest.mark.parametrize(("name", "backend", "config"), CHECKPOINTED)
+def test_checkpointing_replays_noise_dropout_and_drops(
+    name: str, backend: str, config: Any, use_reentrant: bool
+) -> None:
     if use_reentrant:  # runs the forward pass without gradients, so also the balance loss
         config = dataclasses.replace(config, aux_loss_coefficient=0.0)
-    plain, checkpointed = (converted.model("bert", config=config).train() for _ in range(2))
+    plain, checkpointed = (without_dropout(converted.model(name, backend, config)) for _ in range(2))
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     for model in (plain, checkpointed) if use_reentrant else ():
         model.enable_input_require_grads()
-    values = {**tiny_models.inputs("bert"), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
+    values = {**tiny_models.inputs(name), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
     assert_same(step(checkpointed, values), step(plain, values))

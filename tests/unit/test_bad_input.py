@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,97 +19,50 @@ from tests import tiny_models
 from tests.plain_net import PlainNet, plain_net
 
 CONFIG = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1, 3])
+ROW = emoe.FFNSpec("layers", "inner", "act", "outer")
 
 
-class Subclass(torch.Tensor):
-    """Represent sharded and quantised weights, which are tensors of other classes."""
+def put_norm_between(_bert: Any) -> None:
+    row = dataclasses.replace(emoe.architectures.registered_ffns()["bert"][0], between=("output.LayerNorm",))
+    emoe.register_ffn("bert", row)
 
 
-def made_for_inference(layer: Any) -> None:
-    with torch.inference_mode():
-        layer.output.dense = nn.Linear(64, 32)
-
-
-def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    module.weight = nn.Parameter(weight, requires_grad=False)
-
-
-# changes of BERT's last layer, and the module or tensor that the error names
-LAYERS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "nan": (
-        lambda layer: layer.output.dense.weight[0, 0].fill_(torch.nan),
-        r"encoder\.layer\.3\.output\.dense\.weight",
-    ),
-    "infinite bias": (lambda layer: layer.intermediate.dense.bias[5].fill_(torch.inf), r"intermediate\.dense\.bias"),
-    "zero keys": (
-        lambda layer: layer.intermediate.dense.weight[3:5].zero_(),
-        r"2 keys are all zero, the first of neuron 3; .*partition='random'",
-    ),
-    "equal keys": (
-        lambda layer: layer.intermediate.dense.weight[9].copy_(layer.intermediate.dense.weight[3]),
-        r"neurons 3 and 9 have the same key; .*partition='random'",
-    ),
-    "quantised": (
-        lambda layer: set_weight(layer.intermediate.dense, torch.zeros(64, 32, dtype=torch.int8)),
-        r"intermediate\.dense has a weight of torch\.int8: convert before quantising",
-    ),
-    "sharded": (
-        lambda layer: set_weight(layer.output.dense, layer.output.dense.weight.detach().as_subclass(Subclass)),
-        r"output\.dense has a weight of Subclass",
-    ),
-    "pruned": (lambda layer: prune.random_unstructured(layer.intermediate.dense, "weight", 0.5), "no plain weight"),
-    "meta": (lambda layer: layer.output.dense.to("meta"), r"output\.dense\.weight is on the meta device"),
-    "inference": (made_for_inference, r"output\.dense\.weight .*inference_mode"),
-    "activation": (
-        lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.PReLU()),
-        r"intermediate_act_fn \(PReLU\) has parameters",
-    ),
-    "width": (
-        lambda layer: setattr(layer.output, "dense", nn.Linear(32, 32)),
-        r"intermediate\.dense has 64 outputs, but output\.dense has 32 inputs",
-    ),
+# changes of a BERT, its last layer, and the layer's projections; and the module or tensor that the error names
+BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "nan": (lambda bert: bert.down.weight[0, 0].fill_(torch.nan), r"layer\.3\.output\.dense\.weight"),
+    "infinite": (lambda bert: bert.up.bias[5].fill_(torch.inf), r"intermediate\.dense\.bias"),
+    "zero keys": (lambda bert: bert.up.weight[3:5].zero_(), "2 keys are all zero, the first of neuron 3"),
+    "equal keys": (lambda bert: bert.up.weight[9].copy_(bert.up.weight[3]), "neurons 3 and 9 have the same key"),
+    "quantised": (lambda bert: setattr(bert.up, "weight", INT8), r"dense has a weight of torch\.int8: convert before"),
+    "pruned": (lambda bert: prune.random_unstructured(bert.up, "weight", 0.5), "no plain weight"),
+    "meta": (lambda bert: bert.down.to("meta"), r"output\.dense\.weight is on the meta device"),
+    "inference": (lambda bert: setattr(bert.layer.output, "dense", FOR_INFERENCE), r"dense\.weight .*inference_mode"),
+    "activation": (lambda bert: setattr(bert.layer.intermediate, ACT, nn.PReLU()), "PReLU.*parameters"),
+    "width": (lambda bert: setattr(bert.layer.output, "dense", nn.Linear(32, 32)), "64 outputs.*32 inputs"),
+    "norm": (put_norm_between, r"layer\.1\.output\.LayerNorm is LayerNorm"),
+    "shared": (lambda bert: setattr(bert.other, "weight", bert.up.weight), r"layer\.1.*is shared with .*layer\.3"),
+    "adapter": (lambda bert: get_peft_model(bert.model, LORA), r"intermediate\.dense has an adapter"),
 }
+ACT, LORA = "intermediate_act_fn", LoraConfig(target_modules=["intermediate.dense"])
+with torch.inference_mode():
+    FOR_INFERENCE = nn.Linear(64, 32)
+INT8 = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
 
 
-def changed(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        model: Any = tiny_models.build("bert")
-        with torch.no_grad():
-            change(model.encoder.layer[3])
-        return model
-
-    return build
-
-
-def shared_weight() -> nn.Module:
+def broken(case: str) -> Any:
     model: Any = tiny_models.build("bert")
-    model.encoder.layer[1].intermediate.dense.weight = model.encoder.layer[3].intermediate.dense.weight
+    layer, other = model.encoder.layer[3], model.encoder.layer[1].intermediate.dense
+    with torch.no_grad():
+        up, down = layer.intermediate.dense, layer.output.dense
+        BROKEN[case][0](SimpleNamespace(model=model, layer=layer, up=up, down=down, other=other))
     return model
-
-
-def norm_inside() -> nn.Module:
-    model: Any = tiny_models.build("VisionTransformer")
-    model.blocks[3].mlp.norm = nn.LayerNorm(192)
-    return model
-
-
-def adapted() -> nn.Module:
-    return get_peft_model(tiny_models.build("bert"), LoraConfig(target_modules=["intermediate.dense"]))
-
-
-BROKEN = {name: (changed(change), message) for name, (change, message) in LAYERS.items()} | {
-    "shared": (shared_weight, r"layer\.1\.intermediate\.dense\.weight is shared with encoder\.layer\.3\.intermediate"),
-    "norm": (norm_inside, r"blocks\.3\.mlp\.norm is LayerNorm"),
-    "adapter": (adapted, r"intermediate\.dense has an adapter"),
-}
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_models_that_cannot_be_converted_are_named_and_unchanged(case: str) -> None:
-    build, message = BROKEN[case]
-    model = build()
+    model = broken(case)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(emoe.ConversionError, match=message):
+    with pytest.raises(emoe.ConversionError, match=BROKEN[case][1]):
         emoe.convert_(model, CONFIG)
     assert not routed_layers(model)
     for name, tensor in model.state_dict().items():
@@ -117,35 +72,33 @@ def test_models_that_cannot_be_converted_are_named_and_unchanged(case: str) -> N
 @pytest.mark.parametrize("partition", ["random", "contiguous"])
 @pytest.mark.parametrize("case", ["zero keys", "equal keys"])
 def test_zero_and_equal_keys_are_split_if_nothing_is_clustered(case: str, partition: Any) -> None:
-    model, values = BROKEN[case][0](), tiny_models.inputs("bert")
+    model, values = broken(case), tiny_models.inputs("bert")
     dense = tiny_models.output(model, values)
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=8, layers=[3], partition=partition))
     torch.testing.assert_close(tiny_models.output(model, values), dense, atol=1e-5, rtol=1e-5)
 
 
 def test_a_frozen_ffn_is_refused_by_gmoe_and_taken_by_emoe() -> None:
-    model, values = tiny_models.build("bert"), tiny_models.inputs("bert")
-    model.requires_grad_(False)
+    model = tiny_models.build("bert").requires_grad_(False)
     with pytest.raises(emoe.ConversionError, match=r"intermediate\.dense is frozen"):
         emoe.convert_(model, emoe.GMoEConfig(layers=[1]))
-    assert not routed_layers(model)
     emoe.convert_(model, emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers=[1]))
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    tiny_models.output(model, values)
+    tiny_models.output(model, tiny_models.inputs("bert"))
 
 
-def test_layers_without_the_modules_of_their_row_are_named() -> None:
-    net = plain_net(4, 8, layers=2)
+def test_models_that_do_not_fit_their_row_are_named() -> None:
+    with pytest.raises(emoe.ConversionError, match="register_ffn"):
+        emoe.convert_(nn.Sequential(), CONFIG)
+    net: Any = plain_net(4, 8, layers=2)
+    net.__class__ = type("OneRow", (PlainNet,), {})
+    emoe.register_ffn("OneRow", ROW)
     del net.layers[1].act
-    emoe.register_ffn("OneRow", emoe.FFNSpec("layers", "inner", "act", "outer"))
-    one_row = type("OneRow", (PlainNet,), {})(*net.layers)
     with pytest.raises(emoe.ConversionError, match=r"layers\.1 has no module 'act'"):
-        emoe.convert_(one_row, CONFIG)
-    one_row.layers = None
+        emoe.convert_(net, CONFIG)
+    net.layers = None
     with pytest.raises(emoe.ConversionError, match="no list of layers 'layers'"):
-        emoe.convert_(one_row, CONFIG)
-    with pytest.raises(emoe.ConversionError, match=r"layers\.0 has no module 'inner'"):
-        emoe.convert_(PlainNet(*[nn.Identity()]), CONFIG)  # type: ignore[arg-type]
+        emoe.convert_(net, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -159,12 +112,11 @@ def test_layers_without_the_modules_of_their_row_are_named() -> None:
     ],
 )
 def test_rows_that_no_model_can_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    paths = {"layers": "layers", "proj_in": "inner", "activation": "act", "proj_out": "outer"}
     with pytest.raises(emoe.ConversionError, match=message):
-        emoe.register_ffn("Net", emoe.FFNSpec(**{**paths, **change}))
+        emoe.register_ffn("Net", dataclasses.replace(ROW, **change))
 
 
-@pytest.mark.parametrize("config", [{"num_experts": 8, "top_k": 2}, emoe.EMoEConfig, None])
+@pytest.mark.parametrize("config", [{"num_experts": 8, "top_k": 2}, emoe.EMoEConfig])
 def test_objects_that_are_not_a_configuration_are_refused(config: Any) -> None:
     for call in (emoe.convert_, emoe.partition):
         with pytest.raises(emoe.ConfigError):
@@ -179,34 +131,25 @@ def test_two_lists_of_layers_need_a_choice_or_a_star() -> None:
             super().__init__()
             self.left, self.right = plain_net(4, 8), plain_net(4, 8, seed=1)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.right(self.left(x))
-
-    emoe.register_ffn("TwoTowers", emoe.FFNSpec("layers", "inner", "act", "outer"))
+    emoe.register_ffn("TwoTowers", ROW)
     with pytest.raises(emoe.ConversionError, match=r"several lists of layers 'layers': left\.layers, right\.layers"):
         emoe.convert_(TwoTowers(), CONFIG)
-    emoe.register_ffn("TwoTowers", emoe.FFNSpec("*.layers", "inner", "act", "outer"))
-    model, x = TwoTowers(), torch.randn(3, 4)
-    dense = model(x)
-    report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=4, layers="all"))
+    emoe.register_ffn("TwoTowers", dataclasses.replace(ROW, layers="*.layers"))
+    report = emoe.convert_(TwoTowers(), emoe.EMoEConfig(num_experts=4, top_k=4, layers="all"))
     assert [layer.name for layer in report.layers] == ["left.layers.0", "right.layers.0"]
-    torch.testing.assert_close(model(x), dense)
 
 
 def test_nested_tensors_are_refused_and_padding_of_torchs_encoder_is_not() -> None:
-    def stack(**options: bool) -> nn.Module:
-        torch.manual_seed(0)
-        return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, **options).eval()
-
     x, padding = torch.randn(3, 9, 32), torch.arange(9).repeat(3, 1) >= torch.tensor([[9], [5], [4]])
-    config = emoe.EMoEConfig(num_experts=8, top_k=8, layers="all")
-    with torch.no_grad():
-        model = stack()
-        emoe.convert_(model, config)
-        with pytest.raises(RuntimeError, match="enable_nested_tensor=False"):
-            model(x, src_key_padding_mask=padding)
-        model = stack(enable_nested_tensor=False)
-        dense = model(x, src_key_padding_mask=padding)
-        emoe.convert_(model, config)
-        routed = model(x, src_key_padding_mask=padding)
-    torch.testing.assert_close(routed[~padding], dense[~padding], atol=1e-5, rtol=1e-5)
+    for nested in (True, False):
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+        with torch.no_grad():
+            dense = model(x, src_key_padding_mask=padding)
+            emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=8, layers="all"))
+            if nested:
+                with pytest.raises(RuntimeError, match="enable_nested_tensor=False"):
+                    model(x, src_key_padding_mask=padding)
+            else:
+                routed = model(x, src_key_padding_mask=padding)
+                torch.testing.assert_close(routed[~padding], dense[~padding], atol=1e-5, rtol=1e-5)

@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import emoe
 from emoe.__main__ import cli
-from emoe.files import save_weights
 from emoe.layer import routed_layers
-from tests.model_folders import assert_same, edit_json, loaded, tensors
+from tests import classifiers
+from tests.model_folders import assert_same, edit_json, loaded, save, tensors
 
 SIZE = ("--num-experts", 8, "--top-k", 2)
 
 
 @pytest.fixture
 def bert(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
     folder = tmp_path / "bert"
-    BertForSequenceClassification(config).save_pretrained(folder)
+    classifiers.bert(None).save_pretrained(folder)
     (folder / "vocab.txt").write_text("[PAD]\n")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
     return folder
 
 
-@pytest.fixture
-def vit(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    save_weights(timm.create_model("test_vit"), tmp_path / "vit")
-    return tmp_path / "vit"
+@pytest.fixture(params=["bert", "vit"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "vit":
+        return save("VisionTransformer", tmp_path / "vit")
+    return request.getfixturevalue("bert")
 
 
 def call(*arguments: object, fails: bool = False) -> str:
@@ -63,64 +55,43 @@ def assert_refused(*arguments: object, message: str) -> None:
     assert not Path(str(arguments[2])).exists()
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_convert_inspect_and_fold_back(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    source, out, dense = request.getfixturevalue(kind), tmp_path / "out", tmp_path / "dense"
+def test_convert_inspect_and_fold_back(source: Path, tmp_path: Path) -> None:
+    out, dense = tmp_path / "out", tmp_path / "dense"
     text = call("convert", source, out, *SIZE, "--layers", "last:2", "--set", "selection=bottom")
     assert "% of FFN neurons active" in text
     assert '"bottom"' in call("inspect", out)
     content = json.loads(call("inspect", out, "--json"))
     assert content["config"]["selection"] == "bottom"
-    assert [(row["experts"], row["size"]) for row in content["layers"]] == [
-        (8, row["neurons"] // 8) for row in content["layers"]
-    ]
+    assert all((row["experts"], row["size"]) == (8, row["neurons"] // 8) for row in content["layers"])
     assert content["files"].keys() == {path.name for path in out.iterdir() if path.is_file()}
     assert [layer.config.selection for layer in routed_layers(loaded(out))] == ["bottom", "bottom"]
     call("to-dense", out, dense, "--restore-order")
     assert_same(tensors(dense), tensors(source))
-    if kind == "bert":
-        for folder in (out, dense):
-            assert (folder / "vocab.txt").exists()
-            assert (folder / "1_Pooling" / "config.json").exists()
+    for file in source.rglob("*"):  # vocabulary and settings too
+        assert (dense / file.relative_to(source)).exists()
 
 
 def test_published_settings_and_copies(bert: Path, tmp_path: Path) -> None:
     call("convert", bert, tmp_path / "a", *SIZE, "--layers", "1,3", "--as-published", "tutel")
-    text = call("inspect", tmp_path / "a")
-    assert '"per_expert"' in text
-    assert "numbers that the stock class has no place for" in text
+    assert '"per_expert"' in call("inspect", tmp_path / "a")
     call("convert", bert, tmp_path / "b", "--kind", "gmoe", "--num-experts", 3, "--top-k", 2, "--layers", "1")
     assert [layer.config.kind for layer in routed_layers(loaded(tmp_path / "b"))] == ["gmoe"]
     assert_refused("to-dense", tmp_path / "b", tmp_path / "c", message="no dense equal")
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_learned_routers_are_the_same_each_time(kind: str, request: pytest.FixtureRequest) -> None:
+def test_learned_routers_are_the_same_each_time(source: Path) -> None:
     """The new folders may lie in the model's folder."""
-    source, learned = request.getfixturevalue(kind), ("--set", "router=cosine", "--set", "weighting=softmax")
     for name in ("a", "b"):
-        call("convert", source, source / name, *SIZE, *learned)
+        call("convert", source, source / name, *SIZE, "--set", "router=cosine", "--set", "weighting=softmax")
     assert_same(tensors(source / "a"), tensors(source / "b"))
     assert not list((source / "a").glob(".*"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num-experts", 7, "--top-k", 2], "64 neurons cannot be split into 7"),
-        ([*SIZE, "--set", "selection"], "write name=value"),
-        ([*SIZE, "--partition", "coactivation"], "needs calibration data"),
-        ([*SIZE, "--as-published", "tutle"], "did you mean 'tutel'"),
-    ],
-)
-def test_wrong_settings_are_named_and_nothing_is_written(
-    bert: Path, tmp_path: Path, arguments: list[Any], message: str
-) -> None:
-    assert_refused("convert", bert, tmp_path / "out", *arguments, message=message)
-
-
-def test_wrong_folders_are_named(bert: Path, tmp_path: Path) -> None:
+def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> None:
     out, converted = tmp_path / "out", tmp_path / "converted"
+    assert_refused("convert", bert, out, "--num-experts", 7, "--top-k", 2, message="64 neurons cannot be split into 7")
+    assert_refused("convert", bert, out, *SIZE, "--set", "selection", message="write name=value")
+    assert_refused("convert", bert, out, *SIZE, "--partition", "coactivation", message="needs calibration data")
     call("convert", bert, converted, *SIZE)
     assert "is not empty" in call("convert", bert, bert, *SIZE, fails=True)
     assert "holds no experts" in call("inspect", bert, fails=True)
@@ -129,38 +100,47 @@ def test_wrong_folders_are_named(bert: Path, tmp_path: Path) -> None:
     assert_refused("to-dense", bert, out, message="holds no experts")
 
 
+def settings(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def shards(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        (folder / "shard.bin").write_bytes(b"")
+        index = {"metadata": {}, "weight_map": {"a": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def own_code(folder: Path) -> None:
+    (folder / "own.py").write_text("raise SystemExit('it ran')")
+    auto_map = {"AutoModel": "own.X", "AutoConfig": "own.X"}
+    edit_json(folder / "config.json", architectures=None, model_type="own", auto_map=auto_map)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("change", "message"),
     [
-        ({"architectures": ["NoSuchModel"]}, "'architectures' names 'NoSuchModel', which is not a model"),
-        ({"architectures": ["LlamaForCausalLM"]}, ""),
-        ({"hidden_size": "x"}, "cannot be loaded by BertForSequenceClassification"),
-        ({"num_hidden_layers": 9}, "lack bert.encoder.layer.4.attention.output.LayerNorm.bias"),
-        ({"attn_implementation": "org/kernel"}, "attn_implementation 'org/kernel' is code from a hub"),
-        ({"emoe": 3}, "config.json is damaged"),
+        (settings(architectures=["NoSuchModel"]), "'architectures' names 'NoSuchModel', which is not a model"),
+        (settings(architectures=["LlamaForCausalLM"]), ""),
+        (settings(hidden_size="x"), "cannot be loaded by BertForSequenceClassification"),
+        (settings(num_hidden_layers=9), "lack bert.encoder.layer.4.attention.output.LayerNorm.bias"),
+        (shards("../outside.safetensors"), "must be a .safetensors file of this folder"),
+        (shards("shard.bin"), "must be a .safetensors file of this folder"),
+        (shards("missing.safetensors"), "missing.safetensors does not exist"),
+        (own_code, "cannot be loaded by AutoModel"),
     ],
 )
-def test_odd_configurations_are_one_line(bert: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    converted = tmp_path / "converted"
+def test_damaged_folders_are_one_line_and_run_no_code(
+    bert: Path, tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    converted = tmp_path / "converted" / "bert"
     call("convert", bert, converted, *SIZE)
-    for command, source, options in (("convert", bert, SIZE), ("to-dense", converted, ())):
-        edit_json(source / "config.json", **changes)
-        assert_refused(command, source, tmp_path / "out", *options, message=message)
-
-
-@pytest.mark.parametrize("shards", [{"a": "../outside.safetensors"}, {"a": "shard.bin"}, {"a": "missing.safetensors"}])
-def test_shards_outside_the_folder_and_pickled_ones_are_refused(bert: Path, tmp_path: Path, shards: Any) -> None:
-    (bert / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    (bert / "shard.bin").write_bytes(b"")
-    (bert / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    assert_refused("convert", bert, tmp_path / "out", *SIZE, message=str(bert))
-
-
-def test_code_that_comes_with_a_model_is_not_run(bert: Path, tmp_path: Path) -> None:
-    (bert / "own.py").write_text("raise SystemExit('it ran')")
-    auto_map = {"AutoModel": "own.X", "AutoConfig": "own.X"}
-    edit_json(bert / "config.json", architectures=None, model_type="own", auto_map=auto_map)
-    assert_refused("convert", bert, tmp_path / "out", *SIZE, message="cannot be loaded by AutoModel")
+    for command, folder, options in (("convert", bert, SIZE), ("to-dense", converted, ())):
+        change(folder)
+        assert_refused(command, folder, tmp_path / "out", *options, message=message)
 
 
 def test_links_are_copied_from_the_hubs_cache_and_not_from_elsewhere(bert: Path, tmp_path: Path) -> None:
@@ -178,41 +158,37 @@ def test_links_are_copied_from_the_hubs_cache_and_not_from_elsewhere(bert: Path,
     assert not (tmp_path / "out" / "special_tokens_map.json").exists()
 
 
-def test_a_folder_that_the_models_library_saved_is_shown_and_folded_back(bert: Path, tmp_path: Path) -> None:
-    for name, settings in (("plain", {}), ("learned", {"router": "cosine", "weighting": "softmax"})):
-        model: Any = BertForSequenceClassification.from_pretrained(bert)
-        emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="last:2", **settings))
-        source, out = tmp_path / name, tmp_path / f"{name} dense"
-        model.save_pretrained(source)
-        assert "the original order of the neurons is unknown" in call("inspect", source)
-        assert_refused("to-dense", source, out, "--restore-order", message="leave out restore_order")
-        call("to-dense", source, out)
-        assert "emoe" not in json.loads((out / "config.json").read_text())
-        assert_same(tensors(out), emoe.to_dense_(model).state_dict())
+@pytest.mark.parametrize("method", ["emoe", "emoe-learn"])
+def test_a_folder_that_the_models_library_saved_is_shown_and_folded_back(method: str, tmp_path: Path) -> None:
+    model, folder, out = classifiers.bert(classifiers.METHODS[method]), tmp_path / "saved", tmp_path / "dense"
+    model.save_pretrained(folder)
+    assert "the original order of the neurons is unknown" in call("inspect", folder)
+    assert_refused("to-dense", folder, out, "--restore-order", message="leave out restore_order")
+    call("to-dense", folder, out)
+    assert "emoe" not in json.loads((out / "config.json").read_text())
+    assert_same(tensors(out), emoe.to_dense_(model).state_dict())
 
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     """Write a tiny language model whose tokens are words."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, eos_token_id=1
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     folder = tmp_path / "llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=40, eos_token_id=1, **sizes)).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 40)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("score", ["keys", "inter_abs"])
-def test_a_folder_answers_with_experts_and_without(llama: Path, tmp_path: Path, score: str) -> None:
+@pytest.mark.parametrize(("score", "backend"), [("keys", "sparse"), ("inter_abs", "masked")])
+def test_a_folder_answers_with_experts_and_without(llama: Path, tmp_path: Path, score: str, backend: str) -> None:
     experts = tmp_path / "experts"
     call("convert", llama, experts, *SIZE, "--layers", "all", "--set", f"score={score}")
     text = call("generate", experts, "w3 w4 w5", "--max-new-tokens", 6)
     assert "[6 tokens in" in text
-    assert ("sparse experts]" in text) == (score == "keys")
+    assert f"{backend} experts]" in text
     model: Any = loaded(experts)
     expected = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, do_sample=False, pad_token_id=1)[0, 3:]
     assert " ".join(f"w{token}" for token in expected.tolist() if token > 1) in text

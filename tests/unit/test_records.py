@@ -1,24 +1,24 @@
+"""``record_routing`` counts every token's experts, by label and window, and leaves padding out."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 import emoe
-from tests import converted, tiny_models
+from tests import classifiers, converted, tiny_models
 from tests.plain_net import plain_net
-
-T5_MASKS = {
-    "attention_mask": (torch.arange(11) < 4).long().repeat(3, 1),
-    "decoder_attention_mask": (torch.arange(7) < 5).long().repeat(3, 1),
-}
 
 
 def test_loads_count_every_token_and_leave_padding_out() -> None:
     model, values = converted.model("bert", layers=[1]), tiny_models.inputs("bert")
     with emoe.record_routing(model) as record:
         model(**values)
+        with pytest.raises(emoe.ConversionError, match="already"), emoe.record_routing(model):
+            pass
+    model(**values)  # not recorded
     layer = record.layers[1]
     assert layer.tokens == 33
     assert int(layer.loads.sum()) == 66
@@ -36,34 +36,16 @@ def test_loads_count_every_token_and_leave_padding_out() -> None:
 
 
 def test_loads_by_label() -> None:
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    model = BertForSequenceClassification(config).eval()
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1]))
+    model = classifiers.bert(classifiers.METHODS["emoe"])
     ids, labels = torch.randint(3, 60, (4, 6)), torch.tensor([0, 1, 1, -100])
     for given in (True, False):
         with emoe.record_routing(model) as record:
             if given:
                 record.set_labels(labels)
             model(input_ids=ids, labels=None if given else labels)
-        layer = record.layers[1]
+        layer = record.layers[2]
         assert {label: int(loads.sum()) for label, loads in layer.by_label.items()} == {0: 12, 1: 24}
         assert int(layer.loads.sum()) == 48
-
-
-def test_recording_ends_and_needs_a_routed_model() -> None:
-    model, values = tiny_models.build("bert"), tiny_models.inputs("bert")
-    with pytest.raises(emoe.ConversionError, match="convert it first"), emoe.record_routing(model):
-        pass
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1]))
-    with (
-        emoe.record_routing(model) as record,
-        pytest.raises(emoe.ConversionError, match="already"),
-        emoe.record_routing(model),
-    ):
-        pass
-    model(**values)
-    assert record.layers[1].tokens == 0
 
 
 def test_drops_windows_and_the_table() -> None:
@@ -84,25 +66,16 @@ def test_drops_windows_and_the_table() -> None:
     assert len(str(record).splitlines()) == 4
 
 
-def test_wrapped_encoder_decoders_count_the_padding_of_each_stack() -> None:
-    class Wrapper(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, **values: torch.Tensor) -> object:
-            return self.inner(**values)
-
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_each_stack_of_an_encoder_decoder_has_its_own_padding(wrapped: bool) -> None:
     model, values = converted.model("t5"), tiny_models.inputs("t5")
-    for build in (
-        lambda: model,
-        lambda: Wrapper(model),
-        lambda: get_peft_model(model, LoraConfig(target_modules=["q"])),
-    ):
-        whole = build()
-        with emoe.record_routing(whole) as record:
-            whole(**values, **T5_MASKS)
-        assert [layer.tokens for layer in record.layers.values()] == [12, 12, 15, 15]
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["q"]))
+    values["attention_mask"] = (torch.arange(11) < 4).long().repeat(3, 1)
+    values["decoder_attention_mask"] = (torch.arange(7) < 5).long().repeat(3, 1)
+    with emoe.record_routing(model) as record:
+        model(**values)
+    assert [layer.tokens for layer in record.layers.values()] == [12, 12, 15, 15]
 
 
 def test_masks_of_other_tokens_are_not_taken() -> None:
