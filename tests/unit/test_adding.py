@@ -69,6 +69,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     tuning, bitfit = PAGE["A way of tuning"]
     task, task_block = PAGE["A task"]
     score, metric, metric_of_task = PAGE["A metric"]
+    table, tables = PAGE["A table"]
     _, _, architecture, _ = PAGE["An architecture"]
 
     append(files["methods.yaml"], method)
@@ -90,6 +91,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     glue = root / "benchmarks/glue/benchmark.yaml"
     replace(glue, "\nmethods:\n", f"\nmethods:\n{elsewhere}")
     replace(root / "config/smoke.yaml", "\n\n  glue_lora:\n", f"\n{elsewhere_block}\n  glue_lora:\n")
+    append(root / "benchmarks/text/tables.py", f"\n\n{table}")
+    replace(mine["benchmark.yaml"], "tables: [results, tasks, tests, cost, choices]\n", tables)
     append(plugin, score)
     append(plugin, architecture)
     append(files["metrics.yaml"], metric)
@@ -179,3 +182,16 @@ def test_its_router_its_tuning_its_metric_and_its_architecture_run(project: Path
     assert set(model["trained"]) == {"head", "bias"}
     assert 0 < model["trained"]["bias"]["parameters"] < model["parameters"] / 100
     assert model["trainable_parameters"] == sum(group["parameters"] for group in model["trained"].values())
+
+
+def test_its_table_is_made(project: Path) -> None:
+    made_up = (
+        "import benchmarks.kinds\n"
+        "from benchmarks.harness.config.suite import load_suite\n"
+        "from tests.fake_runs import write_runs\n"
+        "write_runs(load_suite({'suite': 'reviews'}).runs)\n"
+    )
+    run(project, [sys.executable, "-c", made_up])
+    run(project, [sys.executable, "-m", "benchmarks", "tables", "--suite", "reviews", "--benchmark", "reviews"])
+    frame = pd.read_csv(project / "results/reviews/tables/reviews_trained.csv")
+    assert "BitFit" in set(frame["title"])
