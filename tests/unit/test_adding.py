@@ -91,7 +91,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     glue = root / "benchmarks/glue/benchmark.yaml"
     replace(glue, "\nmethods:\n", f"\nmethods:\n{elsewhere}")
     replace(root / "config/smoke.yaml", "\n\n  glue_lora:\n", f"\n{elsewhere_block}\n  glue_lora:\n")
-    append(root / "benchmarks/text/tables.py", f"\n\n{table}")
+    append(plugin, table)
     replace(mine["benchmark.yaml"], "tables: [results, tasks, tests, cost, choices]\n", tables)
     append(plugin, score)
     append(plugin, architecture)
