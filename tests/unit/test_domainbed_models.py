@@ -9,12 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
 
 from benchmarks.harness.base import MODEL_ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import load_models

@@ -125,10 +125,7 @@ def test_rotated_mnist_is_domainbeds(digits: tuple[torch.Tensor, torch.Tensor]) 
         x, y = found[env]
         assert torch.equal(y, labels[order][env::6])
         turned = rotate(
-            Image.fromarray(images[order][env::6][3].numpy()),
-            angle,
-            fill=[0],
-            interpolation=InterpolationMode.BILINEAR,
+            Image.fromarray(images[order][env::6][3].numpy()), angle, fill=[0], interpolation=InterpolationMode.BILINEAR
         )
         assert torch.equal(x[3], to_tensor(turned))
         assert x.shape == (10, 1, 28, 28)

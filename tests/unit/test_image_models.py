@@ -93,9 +93,7 @@ def test_it_gives_logits_and_with_labels_the_mean_loss() -> None:
     assert found["loss"].item() == pytest.approx(torch.nn.functional.cross_entropy(found["logits"], labels).item())
 
 
-def test_random_weights_do_not_depend_on_the_release_of_torch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_random_weights_do_not_depend_on_the_release_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's ``trunc_normal_`` draws other numbers from one release to the next."""
 
     def loaded() -> dict[str, torch.Tensor]:

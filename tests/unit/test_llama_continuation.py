@@ -100,9 +100,7 @@ def test_nats_are_paired_by_question_and_less_is_better() -> None:
 
 
 @pytest.mark.parametrize("frozen_layers", [0, 2])
-def test_choices_that_share_their_prompt_are_as_likely_as_alone(
-    frozen_layers: int,
-) -> None:
+def test_choices_that_share_their_prompt_are_as_likely_as_alone(frozen_layers: int) -> None:
     from lm_eval.models.huggingface import HFLM
 
     from benchmarks.llama.shared_prompt import SharedPromptLM

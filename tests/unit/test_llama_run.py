@@ -166,8 +166,7 @@ def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr("benchmarks.llama.pipeline.build_language_model", None)  # no model is loaded
         with pytest.raises(
-            DataError,
-            match=r"own.json has 2 broken rows: row 41 lacks 'output'; row 42 has a prompt of",
+            DataError, match=r"own.json has 2 broken rows: row 41 lacks 'output'; row 42 has a prompt of"
         ):
             finish(refused)
     skipped = finish(prepare(tiny_run("dense", "full", data={"broken_rows": "skip"})))

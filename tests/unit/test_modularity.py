@@ -13,14 +13,7 @@ import emoe
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
-from benchmarks.modularity.activations import (
-    concentration,
-    dense_magnitudes,
-    gini,
-    is_active,
-    neurons_used,
-    selected,
-)
+from benchmarks.modularity.activations import concentration, dense_magnitudes, gini, is_active, neurons_used, selected
 from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.usage import class_information, marks, shared_and_specialised, task_information
 from tests import fake_runs, tiny_models

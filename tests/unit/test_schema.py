@@ -60,9 +60,7 @@ class File(Strict):
 
 def changed(file: File) -> Whole:
     return overlay(
-        Whole,
-        ("some.yaml", ("whole",), file.whole.model_dump(exclude_unset=True)),
-        ("some.yaml", ("part",), file.part),
+        Whole, ("some.yaml", ("whole",), file.whole.model_dump(exclude_unset=True)), ("some.yaml", ("part",), file.part)
     )
 
 

@@ -191,12 +191,7 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        (
-            "sst2",
-            "validation.csv",
-            "sentence;label\nfine;1\n",
-            "has no column 'label'; choose from sentence;label",
-        ),
+        ("sst2", "validation.csv", "sentence;label\nfine;1\n", "has no column 'label'; choose from sentence;label"),
         ("sst2", "validation.csv", b"sentence,label\ncaf\xe9,0\n", "cannot be read: .*utf-8"),
         ("sst2", "validation.csv", "", "cannot be read: No columns"),
         ("sst2", "validation.csv", "sentence,label\nfine,1\nfine, really,1\n", "cannot be read: .*line 3, saw 3"),

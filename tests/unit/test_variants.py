@@ -124,8 +124,7 @@ def test_checkpoints_keep_biases_and_gates_and_load_in_the_stock_class(name: str
     model, values = tiny_models.build(name), tiny_models.inputs(name)
     dense = tiny_models.output(model, values)
     emoe.convert_(
-        model,
-        emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers=[1, 3], gate_momentum=0.5),
+        model, emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers=[1, 3], gate_momentum=0.5)
     )
     with torch.no_grad():
         for layer in routed_layers(model):
