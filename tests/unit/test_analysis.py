@@ -15,7 +15,7 @@ from scipy import stats
 from benchmarks.harness.base import RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import holm
@@ -31,8 +31,10 @@ from tests.planned import changed
 
 @pytest.fixture(scope="module")
 def finished(shared_here: Path) -> Suite:
-    """Finish the text of the mini suite with made-up numbers."""
-    return fake_runs.text_suite()
+    """Finish the text of the mini suite with made-up numbers and a gain of EMoE."""
+    suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood"]})
+    fake_runs.write_runs(suite.runs, {"emoe": 0.05, "random_partition": -0.1})
+    return suite
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,6 @@ def test_parameters_are_compared_exactly(ours: list[int], verdict: str) -> None:
     equal = claimed("equal", domain="model", metric="parameters", selection=None)
     values = {"emoe": {("t", seed): value for seed, value in enumerate(ours)}, "vanilla": {("t", 0): 1000}}
     difference = compared(numbers(values, domain="model", metric="parameters"), equal).difference
-    assert (difference.mean, difference.n) == (ours[1] - 1000, 2)
     assert judge(equal, difference, math.nan, 0.0) == verdict
 
 

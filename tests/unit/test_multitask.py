@@ -55,10 +55,7 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
 def test_the_same_sentences_have_another_label_where_strength_is_asked(workdir: Path) -> None:
     sign, strength = (load_part(task(name), "test", None) for name in ("amazon", "amazon_strength"))
     assert sign.texts == strength.texts
-    assert 0.4 < np.mean(strength.labels) < 0.7
-    assert sign.labels != strength.labels
-    assert strength.source.endswith("amazon, strength, test")
-    assert strength.labels == load_vader("amazon", "test", strength=True)[1]
+    assert sign.labels != strength.labels == load_vader("amazon", "test", strength=True)[1]
 
 
 # answers by likelihood
@@ -67,13 +64,12 @@ def test_the_same_sentences_have_another_label_where_strength_is_asked(workdir: 
 @torch.no_grad()
 def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -> None:
     model, tokenizer = load_seq2seq(TINY).eval(), load_seq2seq_tokenizer(TINY)
-    found = answers(tokenizer, task("rte"))
-    assert len({len(answer) for answer in found}) == 2  # one is padded
-    batch = tokenizer(["a fine film", "rain"], padding=True, return_tensors="pt")
-    ranked = log_likelihoods(model, dict(batch), found)
-    for row, text in enumerate(["a fine film", "rain"]):
+    possible, texts = answers(tokenizer, task("rte")), ["a fine film", "rain"]
+    assert len({len(answer) for answer in possible}) == 2  # one is padded
+    ranked = log_likelihoods(model, dict(tokenizer(texts, padding=True, return_tensors="pt")), possible)
+    for row, text in enumerate(texts):
         alone = tokenizer([text], return_tensors="pt")
-        for number, answer in enumerate(found):
+        for number, answer in enumerate(possible):
             said, total = [model.config.decoder_start_token_id], 0.0
             for token in answer:
                 logits = model(**alone, decoder_input_ids=torch.tensor([said])).logits[0, -1]
@@ -236,10 +232,3 @@ def test_the_papers_gains_stand_beside_ours(here: Path) -> None:
     assert row["low"] < row["delta"] < row["high"]
     assert np.isnan(gains.loc[("six", "gmoe", "in domain"), "paper"])
     assert transfer.loc[transfer["method"] == "emoe", "less_delta"].notna().all()
-
-
-def test_a_suite_without_single_tasks_has_an_empty_table_of_transfer(outcomes: MultitaskOutcomes) -> None:
-    runs = [run for run in outcomes.runs if run.spec["task"]["name"] == "sentences"]
-    table = next(table for table in present(BENCHMARK, runs).tables if table.name == "multitask_transfer")
-    assert table.frame.empty
-    assert "Learned together" in table.markdown()

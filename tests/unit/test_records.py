@@ -81,25 +81,23 @@ def test_drops_windows_and_the_table() -> None:
     assert len(str(record).splitlines()) == 4
 
 
-def test_wrapped_encoder_decoders_count_the_padding_of_each_stack() -> None:
-    class Wrapper(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
 
-        def forward(self, **values: torch.Tensor) -> object:
-            return self.inner(**values)
+    def forward(self, **values: torch.Tensor) -> object:
+        return self.inner(**values)
 
-    model, values = converted.model("t5"), tiny_models.inputs("t5")
-    for build in (
-        lambda: model,
-        lambda: Wrapper(model),
-        lambda: get_peft_model(model, LoraConfig(target_modules=["q"])),
-    ):
-        whole = build()
-        with emoe.record_routing(whole) as record:
-            whole(**values, **T5_MASKS)
-        assert [layer.tokens for layer in record.layers.values()] == [12, 12, 15, 15]
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, Wrapper, lambda model: get_peft_model(model, LoraConfig(target_modules=["q"]))]
+)
+def test_wrapped_encoder_decoders_count_the_padding_of_each_stack(wrap) -> None:
+    whole = wrap(converted.model("t5"))
+    with emoe.record_routing(whole) as record:
+        whole(**tiny_models.inputs("t5"), **T5_MASKS)
+    assert [layer.tokens for layer in record.layers.values()] == [12, 12, 15, 15]
 
 
 def test_masks_of_other_tokens_are_not_taken() -> None:

@@ -147,27 +147,20 @@ def test_it_is_readable_at_every_width_and_for_everybody(
     assert violations(page) == []
 
 
-def test_a_click_on_a_heading_sorts_by_the_number(browser: Browser, page_file: Path) -> None:
+def test_a_heading_sorts_by_the_number_and_the_keyboard_lists_runs(browser: Browser, page_file: Path) -> None:
     page, _ = opened(browser, page_file)
     heading = page.locator("#glue_results thead button", has_text="ID (%)").first
     values = "[...document.querySelectorAll('#glue_results tbody tr')].map((row) => Number(row.cells[3].dataset.sort))"
     for order in (False, True):
         heading.click()
-        found = page.evaluate(values)
-        assert found == sorted(found, reverse=order)
-        assert len(set(found)) > 1
-    assert heading.locator("..").get_attribute("aria-sort") == "descending"
-
-
-def test_runs_are_listed_by_keyboard_and_their_links_hold(browser: Browser, page_file: Path) -> None:
-    page, _ = opened(browser, page_file)
+        shown = page.evaluate(values)
+        assert shown == sorted(shown, reverse=order)
+        assert len(set(shown)) > 1
     pressed = page.locator("#glue_results tbody button").first
-    assert pressed.get_attribute("title").startswith("glue/")  # type: ignore[union-attr]
     pressed.focus()
     page.keyboard.press("Enter")
     listed = page.locator("#glue_results tr.runs li")
     assert listed.count() == int(pressed.inner_text())
-    assert "snakemake --cores 1 results/runs/glue/" in listed.first.inner_text()
     href = listed.first.locator("a").first.get_attribute("href")
     assert (page_file.parent / str(href)).exists()
     page.keyboard.press("Enter")

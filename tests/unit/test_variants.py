@@ -64,12 +64,12 @@ def test_selection_rules_partition_the_experts() -> None:
     assert choices(converted(selection="random"), x).sum(-1).eq(2).all()
 
 
-def test_the_bias_shapes_the_score_if_asked() -> None:
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_bias_shapes_the_score_if_asked(asked: bool) -> None:
     x, dense = inputs(), plain_net(H, N * S).layers[0]
-    plain = x @ dense.inner.weight.detach().unflatten(0, (N, S)).mean(1).t()
+    keys = dense.inner.weight.detach().unflatten(0, (N, S)).mean(1)
     bias = dense.inner.bias.detach().unflatten(0, (N, S)).mean(1)
-    assert torch.equal(choices(converted(), x), best(plain))
-    assert torch.equal(choices(converted(score_bias=True), x), best(plain + bias))
+    assert torch.equal(choices(converted(score_bias=asked), x), best(x @ keys.t() + asked * bias))
 
 
 def test_a_running_gate_follows_the_keys() -> None:
@@ -180,8 +180,7 @@ def test_drops_lose_the_expert_and_its_bias() -> None:
 
 
 def test_coactivation_groups_neurons_that_fire_together() -> None:
-    net = plain_net(H, N * S)
-    truth = torch.arange(N * S) % N
+    net, truth = plain_net(H, N * S), torch.arange(N * S) % N
     with torch.no_grad():  # neuron j fires if input feature j % N is high
         net.layers[0].inner.weight.zero_()
         net.layers[0].inner.weight[torch.arange(N * S), truth] = torch.linspace(1.0, 2.0, N * S)
@@ -191,14 +190,11 @@ def test_coactivation_groups_neurons_that_fire_together() -> None:
     partition = emoe.partition(net, config, calibration=[x[:100], {"x": x[100:]}, (x[:3],)])
     groups = truth[partition[0]].view(N, S)
     assert (groups == groups[:, :1]).all()
-    assert torch.equal(partition[0], emoe.partition(net, config, calibration=[x[:100], x[100:], x[:3]])[0])
     for calibration, message in ((None, "needs calibration batches"), ([], "have no token")):
         with pytest.raises(emoe.ConversionError, match=message):
             emoe.convert_(net, config, calibration=calibration)
-    net.train()
-    emoe.convert_(net, config, calibration=[x])
+    emoe.convert_(net.train(), config, calibration=[x])
     assert net.training
-    assert not net.layers[0].outer._forward_pre_hooks
 
 
 def test_calibration_leaves_padding_out() -> None:
@@ -208,13 +204,6 @@ def test_calibration_leaves_padding_out() -> None:
     short = {"input_ids": values["input_ids"][:, :6], "attention_mask": mask[:, :6]}
     padded = emoe.partition(model, config, calibration=[{**values, "attention_mask": mask}])
     assert torch.equal(padded[1], emoe.partition(model, config, calibration=[short])[1])
-
-
-def test_published_gmoe_with_one_expert_has_a_router_that_learns() -> None:
-    net = plain_net(H, 8)
-    emoe.convert_(net, emoe.GMoEConfig.as_published("tutel", num_experts=4, layers=[0]))
-    net(inputs()).square().sum().backward()
-    assert routed_layers(net)[0].router.expert_embeddings.grad.abs().sum() > 0
 
 
 def test_deep_copies_of_a_published_layer_fold_back_apart() -> None:
@@ -248,33 +237,29 @@ def test_other_top_k_leaves_the_folded_bias_alone(tmp_path) -> None:
         torch.testing.assert_close(model.layers[0].outer.bias, dense.layers[0].outer.bias)
 
 
-def test_fused_projections_name_their_activated_half() -> None:
-    class Fused(torch.nn.Module):
-        def __init__(self, order: str) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.inner, self.act, self.outer = (
-                torch.nn.Linear(H, 2 * N * S),
-                torch.nn.Sigmoid(),
-                torch.nn.Linear(N * S, H),
-            )
-            self.order = order
+class Fused(torch.nn.Module):
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = torch.nn.Linear(H, 2 * N * S), torch.nn.Linear(N * S, H)
+        self.act, self.order = torch.nn.Sigmoid(), order
 
-        def forward(self, x: Tensor) -> Tensor:
-            a, b = self.inner(x).chunk(2, -1)
-            return self.outer(self.act(a) * b if self.order == "first" else a * self.act(b))
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.inner(x).chunk(2, -1)
+        return self.outer(self.act(a) * b if self.order == "first" else a * self.act(b))
 
-    for order in ("first", "last"):
-        emoe.register_ffn("PlainNet", emoe.FFNSpec("layers", "inner", "act", "outer", fused=order))
-        ffn, x = Fused(order), inputs()
-        keys = ffn.inner.weight.detach().chunk(2)[order == "last"].unflatten(0, (N, S))
-        net = PlainNet(ffn)
-        emoe.convert_(net, emoe.EMoEConfig(num_experts=N, top_k=2, layers=[0]), partition={0: torch.arange(N * S)})
-        assert torch.equal(choices(net, x), best(x @ keys.mean(1).t()))
-        gmoe = PlainNet(Fused(order))
-        dense = gmoe(x)
-        emoe.convert_(gmoe, emoe.GMoEConfig(num_experts=3, top_k=2, layers=[0]))
-        torch.testing.assert_close(gmoe(x), dense)
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_fused_projections_name_their_activated_half(order: str) -> None:
+    emoe.register_ffn("PlainNet", emoe.FFNSpec("layers", "inner", "act", "outer", fused=order))
+    ffn, x = Fused(order), inputs()
+    keys = ffn.inner.weight.detach().chunk(2)[order == "last"].unflatten(0, (N, S))
+    net, gmoe = PlainNet(ffn), PlainNet(Fused(order))
+    emoe.convert_(net, emoe.EMoEConfig(num_experts=N, top_k=2, layers=[0]), partition={0: torch.arange(N * S)})
+    assert torch.equal(choices(net, x), best(x @ keys.mean(1).t()))
+    dense = gmoe(x)
+    emoe.convert_(gmoe, emoe.GMoEConfig(num_experts=3, top_k=2, layers=[0]))
+    torch.testing.assert_close(gmoe(x), dense)
 
 
 def test_empty_batches_and_casts() -> None:
