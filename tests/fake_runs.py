@@ -53,6 +53,7 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
             for name, keys in sets.items()
         }
 
+    ood_names = [f"ood:{name}" for name in others]
     if several:
         parts = [f"{part}:{name}" for name in tasks for part in ("train", "dev", "test")]
         return {
@@ -62,40 +63,28 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
             "probe": {"losses": ["0.7"], "loads": {"1": [10, 10]} if config else {}},
             "routing": _ROUTING if config else {},
             **_trained({}),
-            "data": dict.fromkeys([*parts, *(f"ood:{name}" for name in others)], _ROWS),
+            "data": dict.fromkeys([*parts, *ood_names], _ROWS),
         }
     ood = scores(0.75, others)
     used = _used(config["num_experts"], [*tasks, *others], draw) if config else {"routing": {}, "usage": {}}
-    data = dict.fromkeys(["test", *(f"ood:{name}" for name in others)], _ROWS)
+    data = dict.fromkeys(["test", *ood_names], _ROWS)
     if "candidates" in run.spec:
         chosen = {"run": run.spec["candidates"][0], "learning_rate": 0.1, "variant": ""}
-        return {"scores": {"test": scores(0.88, tasks), "ood": ood}, **used, "chosen": chosen} | {
-            "cost": _EVALUATION,
-            "data": data,
-        }
+        evaluated = {"scores": {"test": scores(0.88, tasks), "ood": ood}, **used, "chosen": chosen}
+        return evaluated | {"cost": _EVALUATION, "data": data}
     made: dict[str, Any] = {"scores": {"dev": scores(0.9, tasks), "test": scores(0.88, tasks), "ood": ood}}
-    made["epochs"] = [
-        {"epoch": epoch, **scores(base, tasks)[task["name"]]} for epoch, base in ((1.0, 0.85), (2.0, 0.9))
-    ]
+    made["epochs"] = [{"epoch": e, **scores(base, tasks)[task["name"]]} for e, base in ((1.0, 0.85), (2.0, 0.9))]
     if config:
         loads = np.random.default_rng(draw.randrange(2**32)).integers(1, 99, (20, config["num_experts"])).tolist()
         used["routing"]["windows"] = {"ends": [*range(100, 2001, 100)], "loads": {"1": loads}}
     if used_as := run.spec.get("used_as"):
-        other_scores = {"ood": scores(0.74, others), "test": scores(0.87, tasks)}
-        made["transformed"] = {used_as["name"]: {"scores": other_scores}}
+        made["transformed"] = {used_as["name"]: {"scores": {"ood": scores(0.74, others), "test": scores(0.87, tasks)}}}
     same = {"parameters": 10, "names": "same"}
     probe: dict[str, Any] = {"losses": [repr(0.7 - 0.01 * step) for step in range(8)]}
     probe |= {"logits": {"mean": 0.1, "deviation": 1.0, "rms": 1.1, "projection": 0.5}}
     probe |= {"loads": {"1": [10, 10, 10, 10]} if config else {}}
-    trained = _trained({"adapters": same, "head": same} if run.spec["training"]["lora"] else {})
-    return {
-        **made,
-        **used,
-        **trained,
-        "kept_epoch": 2.0,
-        "probe": probe,
-        "data": {"train": _ROWS, "dev": _ROWS, **data},
-    }
+    made |= {"kept_epoch": 2.0, "probe": probe, "data": {"train": _ROWS, "dev": _ROWS, **data}}
+    return {**made, **used, **_trained({"adapters": same, "head": same} if run.spec["training"]["lora"] else {})}
 
 
 def _used(experts: int, sets: list[str], draw: random.Random) -> dict[str, Any]:
@@ -152,8 +141,9 @@ def _domains(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
     routing: dict[str, Any] = {}
     if config:
         loads = [[[draw.randrange(9) for _ in range(config["num_experts"])] for _ in range(2)] for _ in names]
-        bits = {"class_information": (0.1, 0.03, 0.05), "environment_information": (0.01, 0.01, 0.02)}
-        routing = {f"{name}{end}": n for name, ns in bits.items() for end, n in zip(("", "_chance", "_chance_95"), ns)}  # noqa: B905
+        ends = ("", "_chance", "_chance_95")
+        for name, bits in {"class": (0.1, 0.03, 0.05), "environment": (0.01, 0.01, 0.02)}.items():
+            routing |= {f"{name}_information{end}": value for end, value in zip(ends, bits, strict=True)}
         chance = {"8": {"class": [0.031, 0.052], "environment": [0.011, 0.022]}}
         routing |= {"load_entropy": 0.9, "chance": chance, "loads": {"8": loads}}
     held_out = {names[env]: {"accuracy": records[-1][f"env{env}_in_acc"]} for env in run.spec["test_envs"]}

@@ -6,6 +6,7 @@ import json
 import math
 import socket
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pandas as pd
@@ -224,12 +225,9 @@ def test_files_of_other_names_are_not_the_split(root: Path) -> None:
 
 
 def test_local_files_need_no_network_and_copy_no_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a socket was opened")
-
     cache = root / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", mock.Mock(side_effect=AssertionError("a socket was opened")))
     for number, form in enumerate([*FILES, "saved"]):
         folder = root / f"[{number}] *"  # no pattern
         folder.mkdir()
