@@ -13,10 +13,10 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.presentation import categories, paper, results, subjects, verdicts
+from benchmarks.llama.presentation import paper, results, verdicts
 from benchmarks.llama.presentation import tests as paired_tests
 from emoe.layer_numbers import resolve_layers
-from tests.fake_runs import SUBJECTS, edit, write_runs
+from tests.fake_runs import edit, write_runs
 from tests.planned import edited_part, paper_runs, plan, specs
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -88,16 +88,6 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
     assert row["low"] < row["delta"] < row["high"]
     assert row["verdict"] == "better"
     assert any("LoRA, against dense: EMoE: held-out loss -0." in sentence for sentence in verdicts(outcomes))
-
-
-def test_parts_are_means_over_seeds_and_count_their_questions(runs: list[Run]) -> None:
-    outcomes = InstructionOutcomes(LLAMA, runs)
-    by_subject = subjects(outcomes).frame
-    assert by_subject["part"].tolist() == [f"{name} ({count})" for name, count in SUBJECTS.items()]
-    assert list(categories(outcomes).frame["part"]) == ["stem (40)", "other (60)"]
-    base = next(run for run in runs if run.spec["finetuning"] == "base")
-    found = [read_metrics(base)["tasks"][TASK]["subjects"][name]["acc"] for name in SUBJECTS]
-    assert by_subject["not tuned, dense"].tolist() == found
 
 
 def test_of_several_learning_rates_the_lowest_loss_stands(runs: list[Run]) -> None:

@@ -211,14 +211,12 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
 
 
 def test_files_of_other_names_are_not_the_split(root: Path) -> None:
-    (root / "RTE/rte").mkdir(parents=True)
+    (root / "RTE/rte/validation").mkdir(parents=True)
     for name in ("validation-hard", "validation_2", "._validation", "old-validation"):
         frame("no").to_csv(root / f"RTE/{name}.csv", index=False)
     with pytest.raises(DataError, match=r"RTE has no file for the split 'validation'.*; it holds \._validation\.csv"):
         load_split(task("rte"), "dev")
-    (root / "RTE/rte/validation").mkdir()
     frame("yes").to_csv(root / "RTE/rte/validation/0.csv")
-    (root / "RTE/rte/validation/._0.csv").write_text("Mac OS X")
     assert load_split(task("rte"), "dev").texts == [("yes", "b")]
     frame("first").to_parquet(root / "RTE/validation.parquet")  # Parquet comes before csv
     assert load_split(task("rte"), "dev").texts == [("first", "b")]
