@@ -14,20 +14,13 @@ from PIL import Image
 from benchmarks.domainbed.definition import validation_job
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.evaluation import task_title
 from tests.planned import plan
 
 SUBJECTS = {"anatomy": 40, "astronomy": 40, "virology": 20}
-_ENVIRONMENT: dict[str, Any] = {
-    "packages": {"torch": "2"},
-    "python": "3",
-    "platform": "Linux",
-    "git_commit": "abc",
-    "git_dirty": False,
-}
-_ENVIRONMENT |= {"processor": "CPU", "cores": 2, "threads": 1, "memory_gb": 4.0, "gpus": []}
+_ENVIRONMENT: dict[str, Any] = {"python": "3", "platform": "Linux", "git_commit": "abc", "git_dirty": False}
+_ENVIRONMENT |= {"packages": {"torch": "2"}, "processor": "CPU", "cores": 2, "threads": 1, "memory_gb": 4.0, "gpus": []}
 _ENVIRONMENT |= {"fingerprint": {"processor": "CPU", "threads": "1", "package torch": "2"}}
 _EVALUATION = {"evaluation_seconds": 1.0, "startup_seconds": 0.2, "job_seconds": 2.0, "peak_memory_mb": 100.0}
 _TRAINING = {**_EVALUATION, "evaluation_seconds": 0.7, "steps": 2, "step_seconds": 0.5, "train_seconds": 1.0}
@@ -37,15 +30,9 @@ _ROWS = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
 
 def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
     """Make up plausible numbers; the same for the same run."""
-    draw = random.Random(run.id)
-    makers: dict[str, Callable[[Run, random.Random, float], dict[str, Any]]] = {
-        "settings": _measured,
-        "finetuning": _instructions,
-        "reading": _modularity,
-        "test_envs": _domains,
-    }
+    makers = {"settings": _measured, "finetuning": _instructions, "reading": _modularity, "test_envs": _domains}
     make = next((maker for key, maker in makers.items() if key in run.spec), _text)
-    return {"run_id": run.id, **make(run, draw, gain), "environment": _ENVIRONMENT}
+    return {"run_id": run.id, **make(run, random.Random(run.id), gain), "environment": _ENVIRONMENT}
 
 
 def _trained(trained: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +53,7 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
             for name, keys in sets.items()
         }
 
+    ood_names = [f"ood:{name}" for name in others]
     if several:
         parts = [f"{part}:{name}" for name in tasks for part in ("train", "dev", "test")]
         return {
@@ -75,40 +63,28 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
             "probe": {"losses": ["0.7"], "loads": {"1": [10, 10]} if config else {}},
             "routing": _ROUTING if config else {},
             **_trained({}),
-            "data": dict.fromkeys([*parts, *(f"ood:{name}" for name in others)], _ROWS),
+            "data": dict.fromkeys([*parts, *ood_names], _ROWS),
         }
     ood = scores(0.75, others)
     used = _used(config["num_experts"], [*tasks, *others], draw) if config else {"routing": {}, "usage": {}}
-    data = dict.fromkeys(["test", *(f"ood:{name}" for name in others)], _ROWS)
+    data = dict.fromkeys(["test", *ood_names], _ROWS)
     if "candidates" in run.spec:
         chosen = {"run": run.spec["candidates"][0], "learning_rate": 0.1, "variant": ""}
-        return {"scores": {"test": scores(0.88, tasks), "ood": ood}, **used, "chosen": chosen} | {
-            "cost": _EVALUATION,
-            "data": data,
-        }
+        evaluated = {"scores": {"test": scores(0.88, tasks), "ood": ood}, **used, "chosen": chosen}
+        return evaluated | {"cost": _EVALUATION, "data": data}
     made: dict[str, Any] = {"scores": {"dev": scores(0.9, tasks), "test": scores(0.88, tasks), "ood": ood}}
-    made["epochs"] = [
-        {"epoch": epoch, **scores(base, tasks)[task["name"]]} for epoch, base in ((1.0, 0.85), (2.0, 0.9))
-    ]
+    made["epochs"] = [{"epoch": e, **scores(base, tasks)[task["name"]]} for e, base in ((1.0, 0.85), (2.0, 0.9))]
     if config:
         loads = np.random.default_rng(draw.randrange(2**32)).integers(1, 99, (20, config["num_experts"])).tolist()
         used["routing"]["windows"] = {"ends": [*range(100, 2001, 100)], "loads": {"1": loads}}
     if used_as := run.spec.get("used_as"):
-        other_scores = {"ood": scores(0.74, others), "test": scores(0.87, tasks)}
-        made["transformed"] = {used_as["name"]: {"scores": other_scores}}
+        made["transformed"] = {used_as["name"]: {"scores": {"ood": scores(0.74, others), "test": scores(0.87, tasks)}}}
     same = {"parameters": 10, "names": "same"}
     probe: dict[str, Any] = {"losses": [repr(0.7 - 0.01 * step) for step in range(8)]}
     probe |= {"logits": {"mean": 0.1, "deviation": 1.0, "rms": 1.1, "projection": 0.5}}
     probe |= {"loads": {"1": [10, 10, 10, 10]} if config else {}}
-    trained = _trained({"adapters": same, "head": same} if run.spec["training"]["lora"] else {})
-    return {
-        **made,
-        **used,
-        **trained,
-        "kept_epoch": 2.0,
-        "probe": probe,
-        "data": {"train": _ROWS, "dev": _ROWS, **data},
-    }
+    made |= {"kept_epoch": 2.0, "probe": probe, "data": {"train": _ROWS, "dev": _ROWS, **data}}
+    return {**made, **used, **_trained({"adapters": same, "head": same} if run.spec["training"]["lora"] else {})}
 
 
 def _used(experts: int, sets: list[str], draw: random.Random) -> dict[str, Any]:
@@ -165,8 +141,9 @@ def _domains(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
     routing: dict[str, Any] = {}
     if config:
         loads = [[[draw.randrange(9) for _ in range(config["num_experts"])] for _ in range(2)] for _ in names]
-        bits = {"class_information": (0.1, 0.03, 0.05), "environment_information": (0.01, 0.01, 0.02)}
-        routing = {f"{name}{end}": n for name, ns in bits.items() for end, n in zip(("", "_chance", "_chance_95"), ns)}  # noqa: B905
+        ends = ("", "_chance", "_chance_95")
+        for name, bits in {"class": (0.1, 0.03, 0.05), "environment": (0.01, 0.01, 0.02)}.items():
+            routing |= {f"{name}_information{end}": value for end, value in zip(ends, bits, strict=True)}
         chance = {"8": {"class": [0.031, 0.052], "environment": [0.011, 0.022]}}
         routing |= {"load_entropy": 0.9, "chance": chance, "loads": {"8": loads}}
     held_out = {names[env]: {"accuracy": records[-1][f"env{env}_in_acc"]} for env in run.spec["test_envs"]}
@@ -183,24 +160,20 @@ def _domains(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
 
 
 def _instructions(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
+    def answers(count: int) -> str:
+        return "".join(str(int(draw.random() < 0.4 + gain)) for _ in range(count))
+
     tasks = {}
     for entry in InstructionSpec.model_validate(run.spec).evaluation.tasks:
-        correct = {
-            name: "".join(str(int(draw.random() < 0.4 + gain)) for _ in range(count))
-            for name, count in SUBJECTS.items()
-        }
-
-        def group(*names: str, correct: dict[str, str] = correct) -> dict[str, float]:
-            digits = "".join(correct[name] for name in names)
-            return {"acc": digits.count("1") / len(digits), "questions": len(digits)}
-
-        subjects = {name: group(name) for name in correct}
+        correct = {name: answers(count) for name, count in SUBJECTS.items()}
+        subjects = {name: _share(digits) for name, digits in correct.items()}
         macro = sum(subject["acc"] for subject in subjects.values()) / len(subjects)
+        other = _share(correct["anatomy"] + correct["virology"])
         tasks[task_title(entry)] = task = {
-            "scores": {"accuracy": group(*correct)["acc"], "accuracy_macro": macro},
+            "scores": {"accuracy": _share("".join(correct.values()))["acc"], "accuracy_macro": macro},
             "questions": sum(SUBJECTS.values()),
             "metric": "acc",
-            "categories": {"stem": group("astronomy"), "other": group("anatomy", "virology")},
+            "categories": {"stem": subjects["astronomy"], "other": other},
             "subjects": subjects,
             "correct": correct,
         }
@@ -210,15 +183,8 @@ def _instructions(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
             task["nats_per_byte"] = nats
             task["scores"] |= {"accuracy_norm": 0.5, "nats_per_byte": sum(values) / len(values)}
     config = run.spec["method"]["config"]
-    data: dict[str, Any] = {
-        "rows": 8,
-        "tokens": 900,
-        "learned_tokens": 300,
-        "longest": 128,
-        "source": "made up",
-        "template": "alpaca",
-    }
-    data |= {"truncated_responses": 2, "truncated_tokens": 31, "broken_rows": 1}
+    data: dict[str, Any] = {"rows": 8, "tokens": 900, "learned_tokens": 300, "longest": 128, "source": "made up"}
+    data |= {"template": "alpaca", "truncated_responses": 2, "truncated_tokens": 31, "broken_rows": 1}
     shares = {"16": [1 / config["num_experts"]] * config["num_experts"]} if config else {}
     return {
         "scores": {
@@ -234,11 +200,15 @@ def _instructions(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
     }
 
 
+def _share(digits: str) -> dict[str, float]:
+    return {"acc": digits.count("1") / len(digits), "questions": len(digits)}
+
+
 def write(
     folder: Path, suite: str = "mini", gains: dict[str, float] | None = None, benchmarks: Iterable[str] = ("glue",)
 ) -> list[Run]:
     """Write the runs of a suite below ``folder``; ``gains`` shifts all scores of a method."""
-    runs = plan(list(benchmarks), suite)
+    runs = plan([*benchmarks], suite)
     write_runs(runs, gains, folder)
     return runs
 
@@ -258,19 +228,6 @@ def write_samples(runs: list[Run]) -> None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80, 60)).save(picture)
         Path(job.file).write_text(json.dumps({"samples": ["0", "15", "30", "45", "60", "75"]}))
-
-
-def text_and_measurements() -> list[Run]:
-    """Write runs of glue, some seeds of three methods, and measurements, into the working directory."""
-    text = [run for run in write(RUNS) if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
-    return [*text, *write(RUNS, "smoke", benchmarks=("speed",))]
-
-
-def text_suite() -> Suite:
-    """Finish the text of the mini suite in the working directory with a gain of EMoE."""
-    benchmarks = ("glue", "glue_lora", "glue_ood")
-    write(RUNS, gains={"emoe": 0.05, "random_partition": -0.1}, benchmarks=benchmarks)
-    return load_suite({"benchmarks": list(benchmarks)})
 
 
 def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:

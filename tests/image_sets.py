@@ -43,25 +43,19 @@ def write_pacs(root: Path, rows: int = 8) -> Path:
     return write_images(root, "pacs", rows)
 
 
-def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training: Any) -> Run:
+def pacs_run(method: str = "erm", held_out: int = 0, **training: Any) -> Run:
     """Return a run on PACS with timm's test_vit, cut to seconds; ``training`` are settings on top."""
-    spec = next(
-        run.spec
-        for run in paper_runs("domainbed")
-        if run.spec["task"]["name"] == "pacs"
-        and run.spec["method"]["name"] == method
-        and run.spec["test_envs"] == [held_out]
-        and run.spec["seed"] == trial
+    cell = ("pacs", method, [held_out], 0)
+    planned = (run.spec for run in paper_runs("domainbed"))
+    keys = ("test_envs", "seed")
+    spec = copy.deepcopy(
+        next(s for s in planned if (s["task"]["name"], s["method"]["name"], *(s[key] for key in keys)) == cell)
     )
-    spec, smoke = copy.deepcopy(spec), plan(["domainbed"], "smoke")[0].spec
-    config = spec["method"]["config"]
-    if config is not None:
-        narrow = {"layers": [2, 4], "num_experts": 8, "top_k": 8 if method == "all_experts" else 2}
-        spec = {**spec, "method": {**spec["method"], "config": {**config, **narrow}}}
-    short = {"steps": 7, "eval_every": 3, "image_size": 32, "eval_batch_size": 8, **training}
-    hparams = {**spec["hparams"], "lr": 1e-3, "batch_size": 4}
-    found = {**spec, "model": smoke["model"], "training": {**spec["training"], **short}, "hparams": hparams}
-    return run_from_spec({**found, "learning_rate": 1e-3})
+    if spec["method"]["config"] is not None:
+        spec["method"]["config"] |= {"layers": [2, 4], "num_experts": 8, "top_k": 8 if method == "all_experts" else 2}
+    spec["training"] |= {"steps": 7, "eval_every": 3, "image_size": 32, "eval_batch_size": 8, **training}
+    spec["hparams"] |= {"lr": 1e-3, "batch_size": 4}
+    return run_from_spec({**spec, "model": plan(["domainbed"], "smoke")[0].spec["model"], "learning_rate": 1e-3})
 
 
 def load(truncated: str = "refuse", task: dict[str, Any] = PACS) -> ImageSet:

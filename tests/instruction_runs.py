@@ -53,28 +53,15 @@ def offer_only(folder: str, patch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_run(method: str = "emoe", tuning: str = "lora", changes: Mapping[str, Any] | None = None, **parts: Any) -> Run:
-    """Return a run of the smoke suite on the set ``own``, with no task of lm-eval.
-
-    Args:
-        method: dense, or one that the smoke suite has.
-        tuning: base, lora or full.
-        changes: of parts of the spec, by name.
-        **parts: the same, for names that are free.
-    """
-    found = next(
-        run
-        for run in plan(["llama"], "smoke")
-        if run.spec["finetuning"] == tuning and run.spec["method"]["name"] == method
-    )
-    spec = copy.deepcopy(found.spec)
+    """Return a run of the smoke suite on the set ``own``, with no task of lm-eval, and with changes to parts."""
+    planned = (run.spec for run in plan(["llama"], "smoke"))
+    cell = (tuning, method)
+    spec = copy.deepcopy(next(spec for spec in planned if (spec["finetuning"], spec["method"]["name"]) == cell))
     spec["task"] = {"name": "own", "source": {}}
     spec["data"] |= {"max_length": 48, "train_rows": 12, "held_out_rows": 6}
     spec["evaluation"] |= {"tasks": [], "generations": 1}
     if "steps" in spec["training"]:
         spec["training"] |= {"epochs": 2, "batch_size": 4, "per_device_train_batch_size": 2, "save_steps": 2}
     for part, values in {**(changes or {}), **parts}.items():
-        if isinstance(values, dict):
-            spec[part] = {**spec[part], **values}
-        else:
-            spec[part] = values
+        spec[part] = {**spec[part], **values} if isinstance(values, dict) else values
     return run_from_spec(spec)

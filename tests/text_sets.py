@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import datasets
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +16,15 @@ from tools.convert_glue_x import main as convert
 
 TASKS = {name: task.model_dump() for name, task in load_benchmark("glue").tasks.items()}
 
+_PARSES = "( x )\t( y )\t(R x)\t(R y)"
+_PREMISES = [("moved", "entailment"), ("won", "neutral"), ("slept", "contradiction"), ("fell", "-")]
+
+
+def _entailed(premise: str, *others: str) -> list[str]:
+    labels = ("entailment", "not_entailment")
+    return [f"{row}\t{premise}\t{other}\t{labels[row]}" for row, other in enumerate(others)]
+
+
 # the headers are those of the files that gluebenchmark.com hands out
 TSV = {
     "cola": ("dev.tsv", ['gj04\t1\t\tThe dog "barked.', "gj04\t0\t*\tDog the barked."]),
@@ -25,8 +33,7 @@ TSV = {
         "dev.tsv",
         [
             "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-            '1\t10\t11\tHe "said so.\tSo he said.',
-            "0\t12\t13\tRain.\tSun.",
+            *('1\t10\t11\tHe "said so.\tSo he said.', "0\t12\t13\tRain.\tSun."),
         ],
     ),
     "stsb": (
@@ -41,48 +48,27 @@ TSV = {
         "dev.tsv",
         [
             "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
-            "7\t1\t2\tHow?\tIn what way?\t1",
-            "9\t5\t6\tThis row ends early",
-            "8\t3\t4\tWho?\tWhere?\t0",
+            *("7\t1\t2\tHow?\tIn what way?\t1", "9\t5\t6\tThis row ends early", "8\t3\t4\tWho?\tWhere?\t0"),
         ],
     ),
     "mnli": (
         "dev_matched.tsv",
         [
-            "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
-            "\tsentence1\tsentence2\tlabel1\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label",
-            "0\t1\t1n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe moved.\te\te\te\te\te\tentailment",
-            "1\t1\t2n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe won.\tn\tn\tn\tn\tn\tneutral",
-            "2\t1\t3n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe slept.\tc\tc\tc\tc\tc\tcontradiction",
-            "3\t1\t4n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tPerhaps.\te\tn\tc\te\tn\t-",
+            "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse"
+            "\tsentence2_parse\tsentence1\tsentence2\tlabel1\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label",
+            *(
+                f"{row}\t1\t{row}n\tfiction\t{_PARSES}\tHe ran.\tHe {word}.\tn\tn\tn\tn\tn\t{label}"
+                for row, (word, label) in enumerate(_PREMISES)
+            ),
         ],
     ),
-    "qnli": (
-        "dev.tsv",
-        ["index\tquestion\tsentence\tlabel", "0\tWhen?\tIn 1990.\tentailment", "1\tWhen?\tBlue.\tnot_entailment"],
-    ),
-    "rte": (
-        "dev.tsv",
-        [
-            "index\tsentence1\tsentence2\tlabel",
-            "0\tRain fell.\tIt rained.\tentailment",
-            "1\tRain fell.\tSnow.\tnot_entailment",
-        ],
-    ),
+    "qnli": ("dev.tsv", ["index\tquestion\tsentence\tlabel", *_entailed("When?", "In 1990.", "Blue.")]),
+    "rte": ("dev.tsv", ["index\tsentence1\tsentence2\tlabel", *_entailed("Rain fell.", "It rained.", "Snow.")]),
 }
-LABELS = {
-    "cola": [1, 0],
-    "sst2": [1, 0],
-    "mrpc": [1, 0],
-    "stsb": [4.8, 0.0],
-    "qqp": [1, 0],
-    "mnli": [0, 1, 2],
-    "qnli": [0, 1],
-    "rte": [0, 1],
-}
+LABELS = {name: [1, 0] for name in ("cola", "sst2", "mrpc", "qqp")} | {"stsb": [4.8, 0.0], "mnli": [0, 1, 2]}
+LABELS |= {"qnli": [0, 1], "rte": [0, 1]}
 GLUE = list(TSV)
 
-_PARSES = "( x )\t( y )\t(R x)\t(R y)"
 _PIT = "49\tShocking\t{}\t{}\t{}\tIt/O/PRP\tSo/O/RB"
 _SICK = "pair_ID\tsentence_A\tsentence_B\tentailment_label\trelatedness_score\tentailment_AB\tentailment_BA\tsentence_A_original"
 _SICK += "\tsentence_B_original\tsentence_A_dataset\tsentence_B_dataset\tSemEval_set"
@@ -124,20 +110,9 @@ OWN_FILES: dict[str, dict[str, str]] = {
     },
     "snli": {
         "snli_1.0_test.jsonl": "".join(
-            json.dumps(
-                {
-                    "annotator_labels": ["neutral"],
-                    "captionID": "1.jpg#0",
-                    "gold_label": label,
-                    "pairID": "1.jpg#0r1n",
-                    "sentence1": 'He "ran".',
-                    "sentence1_parse": "x",
-                    "sentence2": f"He {word}.",
-                    "sentence2_parse": "y",
-                }
-            )
+            json.dumps({"pairID": "1.jpg#0r1n", "gold_label": label, "sentence1": 'He "ran".', "sentence2": "He won."})
             + "\n"
-            for label, word in (("neutral", "won"), ("entailment", "moved"), ("-", "swam"), ("contradiction", "slept"))
+            for label in ("neutral", "entailment", "-", "contradiction")
         )
     },
     "scitail": {
@@ -199,15 +174,14 @@ def write_own(root: Path, name: str, *, raw: bool = False) -> Path:
 
 def write_saved(
     root: Path, name: str, labels: list[object], *, split: str | None = None, names: list[str] | None = None
-) -> Path:
+) -> None:
     """Write a set as `datasets` saves it: flat, as GLUE-X hands them out, or with a split; perhaps with class names."""
-    folder: Path = root / TASKS[name]["source"]["folder"]
     fields = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
-    saved = datasets.Dataset.from_pandas(pd.DataFrame({**fields, TASKS[name]["label"]: labels}))
+    saved = datasets.Dataset.from_dict({**fields, TASKS[name]["label"]: labels})
     if names:
         saved = saved.cast_column(TASKS[name]["label"], datasets.ClassLabel(names=names))
+    folder = root / TASKS[name]["source"]["folder"]
     (datasets.DatasetDict({split: saved}) if split else saved).save_to_disk(str(folder))
-    return folder
 
 
 def task(name: str) -> RunTask:
@@ -227,17 +201,11 @@ def write_rows(
     folder, split = root / TASKS[name]["source"]["folder"], TASKS[name]["splits"]["dev"]
     columns = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
     columns |= {TASKS[name]["label"]: labels}
+    file = folder / f"{split}.{form}"
+    file.parent.mkdir()
     if form == "csv":  # as text, so that every row is written as it is given
-        lines = [
-            ",".join("" if cell is None else str(cell) for cell in row) for row in zip(*columns.values(), strict=True)
-        ]
-        folder.mkdir()
-        (folder / f"{split}.csv").write_text("\n".join([",".join(columns), *lines]) + "\n")
-        return
-    if form == "jsonl":
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        folder.mkdir()
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = (["" if cell is None else str(cell) for cell in row] for row in zip(*columns.values(), strict=True))
+        file.write_text("\n".join(",".join(row) for row in [[*columns], *rows]) + "\n")
         return
     loaded = datasets.Dataset.from_dict(columns)
     if names:
@@ -245,15 +213,15 @@ def write_rows(
     if form == "saved":
         datasets.DatasetDict({split: loaded}).save_to_disk(str(folder))
     elif form == "hub":
+        folder.rmdir()
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: loaded)
+    elif form == "jsonl":
+        loaded.to_json(file)
     else:
-        folder.mkdir()
         table = loaded.with_format("arrow")[:]
-        if form == "parquet":
-            pq.write_table(table, folder / f"{split}.parquet")
-        else:
-            with (
-                pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink,
-                pa.ipc.new_stream(sink, table.schema) as writer,
-            ):
-                writer.write_table(table)
+        with (
+            pq.ParquetWriter(file, table.schema)
+            if form == "parquet"
+            else pa.ipc.new_stream(str(file), table.schema) as writer
+        ):
+            writer.write_table(table)

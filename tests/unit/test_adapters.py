@@ -44,46 +44,42 @@ def trained(method: str, model: str) -> dict[str, set[str]]:
     return {group: {name for name, _ in parameters} for group, parameters in found.items()}
 
 
-EXTRA = {
+ALSO_TRAINED = {
     "lora": set(),
     "lora_block": {"blocks"},
     "lora_gmoe": {"blocks", "routers"},
     "lora_emoe": set(),
     "lora_emoe_learn": {"routers"},
-    "lora_random": set(),
     "lora_all_experts": set(),
-    "lora_block_published": {"blocks", "also"},
     "lora_gmoe_published": {"blocks", "routers", "also"},
     "lora_emoe_published": {"also"},
     "lora_emoe_learn_published": {"routers", "also"},
 }
 
 
-@pytest.mark.parametrize("model", ["tiny-bert", "tiny-gpt2"])
-def test_every_row_trains_the_same_adapters_and_head_and_what_its_name_says(model: str) -> None:
-    rows = {method: trained(method, model) for method in EXTRA}
+@pytest.mark.parametrize(
+    ("model", "targets", "head", "also"),
+    [
+        ("tiny-bert", {"query", "value"}, {"classifier.weight", "classifier.bias"}, "pooler.dense"),
+        ("tiny-gpt2", {"c_attn"}, {"score.weight"}, "ln_f"),
+    ],
+)
+def test_every_row_trains_the_same_adapters_and_head_and_what_its_name_says(
+    model: str, targets: set[str], head: set[str], also: str
+) -> None:
+    rows = {method: trained(method, model) for method in ALSO_TRAINED}
     for method, groups in rows.items():
         assert groups["adapters"] == rows["lora"]["adapters"], method
-        assert groups["head"] == rows["lora"]["head"], method
-        assert set(groups) - {"adapters", "head"} == EXTRA[method], method
-    targets = {"tiny-bert": ("query", "value"), "tiny-gpt2": ("c_attn",)}[model]
-    assert {name.split(".lora_")[0].rpartition(".")[2] for name in rows["lora"]["adapters"]} == set(targets)
-    assert (
-        rows["lora"]["head"]
-        == {"tiny-bert": {"classifier.weight", "classifier.bias"}, "tiny-gpt2": {"score.weight"}}[model]
-    )
-    also = {name.rpartition(".")[0].split(".", 1)[1] for name in rows["lora_emoe_published"]["also"]}
-    assert also == {"tiny-bert": {"pooler.dense"}, "tiny-gpt2": {"ln_f"}}[model]
+        assert groups["head"] == head, method
+        assert set(groups) - {"adapters", "head"} == ALSO_TRAINED[method], method
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in rows["lora"]["adapters"]} == targets
+    assert {name.rpartition(".")[0].split(".", 1)[1] for name in rows["lora_emoe_published"]["also"]} == {also}
 
 
 def test_adapters_start_the_same_for_all_methods_and_differ_by_seed() -> None:
     def first(method: str, seed: int) -> dict[str, torch.Tensor]:
-        model = build(method, seed=seed)[0].model
-        return {
-            name: value.detach()
-            for name, value in model.named_parameters()
-            if ".lora_" in name or name.startswith("score")
-        }
+        named = build(method, seed=seed)[0].model.named_parameters()
+        return {name: value.detach() for name, value in named if ".lora_" in name or name.startswith("score")}
 
     lora = first("lora", 0)
     for method in ("lora_block", "lora_gmoe", "lora_emoe_learn"):
@@ -108,9 +104,8 @@ def test_blocks_routers_and_the_rest_learn_at_a_tenth_of_the_rate(tmp_path: Path
     names = {id(parameter): name for name, parameter in trainer._trainer.model.named_parameters()}
     optimizer = trainer._trainer.create_optimizer()
     rates = {names[id(parameter)]: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-    assert set(rates) == {
-        name for name, parameter in trainer._trainer.model.named_parameters() if parameter.requires_grad
-    }
+    trained = {name for name, parameter in trainer._trainer.model.named_parameters() if parameter.requires_grad}
+    assert set(rates) == trained
     for name, rate in rates.items():
         fast = ".lora_" in name or name.startswith("classifier")
         assert rate == pytest.approx(1e-2 if fast else 1e-3), name
@@ -126,32 +121,27 @@ def test_both_rates_decay_to_nothing_and_frozen_weights_stay(tmp_path: Path) -> 
         assert torch.equal(value, before[name]) != value.requires_grad, name
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_block"])
-def test_two_batches_added_up_are_one_of_twice_the_size(tmp_path: Path, method: str) -> None:
+def test_two_batches_added_up_are_one_of_twice_the_size(tmp_path: Path) -> None:
     settings = {"epochs": 1, "checkpoint_selection": "last"}
-    whole = trainer_of(method, tmp_path / "whole", batch_size=16, gradient_accumulation_steps=1, **settings)
-    parts = trainer_of(method, tmp_path / "parts", batch_size=8, gradient_accumulation_steps=2, **settings)
-    # the order of rows is drawn for the batch size only where rows are grouped by length
+    whole = trainer_of("lora_block", tmp_path / "whole", batch_size=16, gradient_accumulation_steps=1, **settings)
+    parts = trainer_of("lora_block", tmp_path / "parts", batch_size=8, gradient_accumulation_steps=2, **settings)
     whole.train(), parts.train()
     assert whole._trainer.state.global_step == parts._trainer.state.global_step == 3
-    for (name, one), (_, two) in zip(
-        whole._trainer.model.named_parameters(), parts._trainer.model.named_parameters(), strict=True
-    ):
+    models = (trainer._trainer.model.named_parameters() for trainer in (whole, parts))
+    for (name, one), (_, two) in zip(*models, strict=True):
         assert torch.allclose(one, two, atol=2e-5), name
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("part", "values", "message"),
     [
-        ({"lora": {"targets": {"gpt": ["c_attn"]}}}, r"targets has no layers for 'gpt2'; did you mean 'gpt'"),
-        ({"lora": {"targets": {"gpt2": ["c_atn"]}}}, r"training\.lora\.targets\.gpt2: .*c_atn"),
-        ({"tune": {"blocks": [], "also": ["poolr"]}}, "'also_train' names poolr, none of which the model has"),
-        ({"tune": {"blocks": [7], "also": []}}, r"layers \[7\]|layer 7"),
+        ("training", {"targets": {"gpt": ["c_attn"]}}, r"has no layers for 'gpt2'; did you mean 'gpt'"),
+        ("training", {"targets": {"gpt2": ["c_atn"]}}, r"training\.lora\.targets\.gpt2: .*c_atn"),
+        ("method", {"also": ["poolr"]}, "'also_train' names poolr, none of which the model has"),
     ],
 )
-def test_names_that_match_nothing_are_refused(change: dict[str, Any], message: str) -> None:
+def test_names_that_match_nothing_are_refused(part: str, values: dict[str, Any], message: str) -> None:
     spec = spec_of("lora")
-    spec["training"]["lora"] |= change.get("lora", {})
-    spec["method"]["tune"] |= change.get("tune", {})
+    spec[part]["lora" if part == "training" else "tune"] |= values
     with pytest.raises(EMoEError, match=message):
         build_classifier(spec, load_tokenizer(spec["model"]))

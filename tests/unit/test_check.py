@@ -45,7 +45,8 @@ SCORES = ("dev", "test", "ood", "ood_mean")
 @pytest.fixture
 def runs(here: Path) -> list[Run]:
     """Write finished runs of text and measurements to an empty working directory."""
-    return fake_runs.text_and_measurements()
+    text = [run for run in fake_runs.write(RUNS) if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
+    return [*text, *fake_runs.write(RUNS, "smoke", benchmarks=("speed",))]
 
 
 @pytest.fixture
@@ -101,7 +102,6 @@ def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
     [
         ("balanced_accuracy", "0.5", "0.52", True),
         ("balanced_accuracy", "0.5", "0.54", False),
-        ("loss", "0.5", "0.509", True),
         ("loss", "10.0", "10.09", True),  # relative above 1
         ("loss_3", "nan", "nan", True),
         ("loss_3", "0.5", "nan", False),
@@ -111,16 +111,13 @@ def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
     ],
 )
 def test_numbers_of_two_machines_agree_within_the_tolerance(metric: str, before: str, after: str, agrees: bool) -> None:
-    tolerance = tolerance_of(metric)
-    assert tolerance is not None
-    assert agree(before, after, tolerance) == agrees
+    assert agree(before, after, tolerance_of(metric)) == agrees
     assert agree(before, after, 0) == (before == after)
 
 
 def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherwise(
     runs: list[Run], blessed: Path
 ) -> None:
-    assert "numbers exactly" in str(check(runs, "mini", blessed))
     score = add_to_score(runs[0], 2e-16)
     assert changed(runs, blessed) == {score}
     assert changed(runs, blessed, elsewhere=True) == set()
@@ -129,18 +126,15 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
     content = json.loads(reference.read_text())
     for code in ({"code": "0" * 64}, {}):  # older code, and a reference without a digest
         reference.write_text(json.dumps({"commit": content["commit"], "machines": content["machines"], **code}))
-        comparison = check(runs, "mini", blessed)
-        assert comparison.passed
-        assert "within tolerances: the reference was made by older code" in str(comparison)
+        assert "within tolerances: the reference was made by older code" in str(check(runs, "mini", blessed))
+        assert changed(runs, blessed) == set()
     reference.write_text(json.dumps(content))
     for run in runs:
         edit(run, lambda content: content["environment"]["fingerprint"].update({"threads": "2"}))
-    comparison = check(runs, "mini", blessed)
-    assert comparison.passed
-    assert "within tolerances: the reference was made on another machine (threads: 1 -> 2)" in str(comparison)
+    assert "the reference was made on another machine (threads: 1 -> 2)" in str(check(runs, "mini", blessed))
+    assert changed(runs, blessed) == set()
     add_to_score(runs[0], -0.3)
     assert changed(runs, blessed) == {score}
-    assert "-0.3, tolerance 0.03" in str(check(runs, "mini", blessed))
 
 
 def test_the_digest_is_of_the_code_that_numbers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,12 +153,12 @@ def test_the_digest_is_of_the_code_that_numbers_depend_on(tmp_path: Path, monkey
 
 
 def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(runs: list[Run], blessed: Path) -> None:
+    layer = {"index": 1, "experts": 4, "expert_size": 8, "top_k": 2, "explained": None}
+
     def change(content: dict[str, Any]) -> None:
         content["probe"].update(losses=["0.75", *content["probe"]["losses"][1:]], loads={"1": [12, 8, 10, 10]})
         content["probe"]["logits"].update(projection=0.51)
-        content["model"].update(
-            conversion=[{"index": 1, "experts": 4, "expert_size": 8, "top_k": 2, "explained": None}]
-        )
+        content["model"].update(conversion=[layer])
         content["data"]["train"].update(rows=9)
 
     edit(next(run for run in runs if run.spec["method"].get("name") == "emoe"), change)
@@ -179,47 +173,29 @@ def test_times_are_not_compared_but_the_work_of_a_measurement_is(runs: list[Run]
 
 
 def test_lost_and_new_runs_fail(runs: list[Run], blessed: Path) -> None:
-    lost = check(runs[1:], "mini", blessed)
-    assert set(lost.differences["status"]) == {"missing"}
-    assert set(lost.differences["seed"]) == {runs[0].spec["seed"]}
+    assert set(check(runs[1:], "mini", blessed).differences["status"]) == {"missing"}
     (RUNS / runs[1].folder / "metrics.json").unlink()
     unfinished = check(runs, "mini", blessed)
     assert not unfinished.passed
-    assert f"1 runs are not finished, the first is {runs[1].id}" in str(unfinished)
     assert json.loads(unfinished.to_json())["unfinished"] == [runs[1].id]
-
-    kept = [run for run in runs if run not in runs[:2]]
-    write_reference("mini", read_numbers(kept[1:]), "0" * 40, blessed)
-    assert set(check(kept, "mini", blessed).differences["status"]) == {"new"}
+    write_reference("mini", read_numbers(runs[3:]), "0" * 40, blessed)
+    assert set(check(runs[2:], "mini", blessed).differences["status"]) == {"new"}
 
 
 def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: list[Run], blessed: Path) -> None:
-    reference, content = read_reference("mini", blessed), read_metrics(runs[0])
-    edit(runs[0], lambda content: content["model"].update(parameters=32_528_943_617))
-    value = content["scores"]["test"][runs[0].spec["task"]["name"]][runs[0].spec["task"]["metric"]]
-    assert repr(value) in set(reference.rows["value"])
-    assert "32528943617" in set(read_numbers(runs[:1]).rows["value"])  # a count is whole
+    reference, content, task = read_reference("mini", blessed), read_metrics(runs[0]), runs[0].spec["task"]
+    assert repr(content["scores"]["test"][task["name"]][task["metric"]]) in set(reference.rows["value"])
+    assert list(reference.machines.values()) == [content["environment"]["fingerprint"]]
     assert set(reference.rows["machine"]) == set(reference.machines)
-    assert next(iter(reference.machines.values())) == content["environment"]["fingerprint"]
     assert not reference.rows.duplicated(KEYS).any()
     with pytest.raises(DefinitionError, match="two finished runs have the same number"):
         numbers_of([(run, content) for run in (runs[0], Run("other", runs[0].spec))])
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("mini.csv", None, r"mini\.csv is missing, damaged or .*: bless a run of the suite"),
-        ("mini.csv", "benchmark,mean\n", r"mini\.csv is missing, damaged or of an older form: bless"),
-        ("mini.json", None, r"mini\.json cannot be read: No such file or directory; bless"),
-        ("mini.json", "{", r"mini\.json is damaged"),
-    ],
-)
-def test_a_missing_or_damaged_reference_says_to_bless_again(
-    file: str, text: str | None, message: str, runs: list[Run], blessed: Path
-) -> None:
-    (blessed / file).unlink() if text is None else (blessed / file).write_text(text)
-    with pytest.raises(EMoEError, match=message):
+@pytest.mark.parametrize(("file", "text"), [("mini.csv", "benchmark,mean\n"), ("mini.json", "{")])
+def test_a_damaged_reference_is_named(file: str, text: str, runs: list[Run], blessed: Path) -> None:
+    (blessed / file).write_text(text)
+    with pytest.raises(EMoEError, match=rf"{file} is .*damaged"):
         check(runs[:1], "mini", blessed)
 
 
@@ -228,18 +204,17 @@ def test_a_missing_or_damaged_reference_says_to_bless_again(
 
 def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = next(run for run in plan(["modularity"], "smoke") if run.spec["method"]["name"] == "random_partition")
-    path = prepare(run, str(RUNS))
+    path, verify = prepare(run, str(RUNS)), ("verify", "--suite", "smoke")
     with pytest.raises(DefinitionError, match="no run of the suite 'smoke' is finished"):
-        call("verify", "--suite", "smoke")
+        call(*verify)
     finish(path)
     edit(run, lambda content: next(iter(content["data"].values())).update(rows=7))
     before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
-    found = json.loads(call("verify", "--suite", "smoke", "--runs", "5", "--json", status=1))
-    assert [(row["status"], row["metric"]) for row in found["differences"]] == [("changed", "content")]
-    assert found["equal"] > 10
-    assert found["unfinished"] == []
+    output = json.loads(call(*verify, "--runs", "5", "--json", status=1))
+    assert [(row["status"], row["metric"]) for row in output["differences"]] == [("changed", "content")]
+    assert output["equal"] > 10
     monkeypatch.setattr(sys, "executable", "false")
-    assert f"1 runs are not finished, the first is {run.id}: no output" in call("verify", "--suite", "smoke", status=1)
+    assert f"1 runs are not finished, the first is {run.id}: no output" in call(*verify, status=1)
     assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before
 
 
@@ -284,9 +259,6 @@ def test_only_numbers_that_repeat_are_blessed(runs: list[Run], tmp_path: Path, m
         bless_runs(lambda content: content["environment"]["fingerprint"].update(threads="2"))
     failures.append("minilm: ValueError: odd")
     with pytest.raises(RunError, match="failed when it was executed again: minilm: ValueError: odd"):
-        bless_runs()
-    edit(runs[0], lambda content: content["environment"].pop("fingerprint"))
-    with pytest.raises(DefinitionError, match="recorded no machine"):
         bless_runs()
     (RUNS / runs[1].folder / "metrics.json").unlink()
     with pytest.raises(DefinitionError, match=r"1 of \d+ runs .* is missing"):

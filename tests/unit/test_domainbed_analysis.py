@@ -16,7 +16,6 @@ from benchmarks.domainbed.protocol import (
     Selection,
     leave_one_domain_out,
     oracle_validation,
-    standard_error,
     training_domain_validation,
 )
 from benchmarks.harness.base import DefinitionError
@@ -81,10 +80,6 @@ def test_selections_are_domainbeds(
     assert values == (chosen and pytest.approx(chosen))
 
 
-def test_the_error_is_domainbeds() -> None:
-    assert standard_error([0.1, 0.2, 0.6]) == pytest.approx(float(np.std([0.1, 0.2, 0.6])) / math.sqrt(3))
-
-
 @pytest.fixture
 def runs(here: Path) -> list[Run]:
     """Those of the mini suite, finished with made-up records."""
@@ -101,20 +96,17 @@ def test_tables_average_over_environments_then_trials(runs: list[Run]) -> None:
     others = [run_from_spec({**run.spec, "test_envs": [5]}) for run in runs]
     write_runs(others)
     found = outcomes([*runs, *others])
-    cells = found.cells[found.cells["selection"] == "training"]
-    own = cells[cells["method"] == "emoe"]
+    own = found.cells[(found.cells["selection"] == "training") & (found.cells["method"] == "emoe")]
     assert len(own) == 6  # two environments, three trials
     trials = [own.loc[own["trial"] == trial, "value"].mean() for trial in (0, 1, 2)]
     row = summary(found).frame.set_index(["selection", "method"]).loc[("training", "emoe")]
     assert row["rotated_mnist_5k mean"] == pytest.approx(np.mean(trials))
-    assert row["rotated_mnist_5k error"] == pytest.approx(np.std(trials) / math.sqrt(3))
+    assert row["rotated_mnist_5k error"] == pytest.approx(np.std(trials) / math.sqrt(3))  # as DomainBed has it
     table = results(found, "rotated_mnist_5k")
     row = table.frame.set_index(["selection", "method"]).loc[("training", "emoe")]
     assert row["average"] == pytest.approx((row["0 mean"] + row["75 mean"]) / 2)
     assert row["0 mean"] == pytest.approx(own.loc[own["env"] == "0", "value"].mean())
     assert "2 of 6 environments were held out" in table.caption
-    assert "GMoE (EMoE's README) 2 of 6 in 10; EMoE 4 of 24 in 8, 10; EMoE-learn 4 of 24 in 8, 10." in table.caption
-    assert "augmented" not in table.caption  # digits are not
 
 
 def test_differences_are_paired_by_trial(runs: list[Run]) -> None:
@@ -127,55 +119,40 @@ def test_differences_are_paired_by_trial(runs: list[Run]) -> None:
 
 
 def test_the_best_draw_is_reported_and_named(here: Path) -> None:
-    runs = plan(["domainbed"], "domainbed_sweep")
-    chosen = [
+    cell = ("pacs", "erm", 0)
+    runs = [
         run
-        for run in runs
-        if run.spec["task"]["name"] == "pacs" and run.spec["method"]["name"] == "erm" and run.spec["seed"] == 0
+        for run in plan(["domainbed"], "domainbed_sweep")
+        if (run.spec["task"]["name"], run.spec["method"]["name"], run.spec["seed"]) == cell
     ]
-    write_runs(chosen)
-    found = outcomes(chosen).cells
-    assert set(found["selection"]) == {"training", "leave_one_out", "oracle"}
-    assert len(set(found["hparams_seed"])) > 1
-    metrics = {(tuple(run.spec["test_envs"]), run.spec["hparams_seed"]): read_metrics(run)["records"] for run in chosen}
-    for row in found[found["selection"] == "oracle"].itertuples():
+    write_runs(runs)
+    cells = outcomes(runs).cells
+    assert set(cells["selection"]) == {"training", "leave_one_out", "oracle"}
+    metrics = {(tuple(run.spec["test_envs"]), run.spec["hparams_seed"]): read_metrics(run)["records"] for run in runs}
+    for row in cells[cells["selection"] == "oracle"].itertuples():
         env = ["A", "C", "P", "S"].index(row.env)
         last = {h: records[-1][f"env{env}_out_acc"] for (envs, h), records in metrics.items() if envs == (env,)}
         assert row.chosen_by == max(last.values()) == last[row.hparams_seed]
 
 
-def test_published_numbers_stand_beside_ours_where_there_are_any(runs: list[Run]) -> None:
-    table = paper(outcomes(runs))
-    text = table.markdown()
-    assert "| DeiT-S/16 (22 M)" in text
-    assert "87.80" in text
-    assert "85.50" in text
-    assert "5,000 digits" not in text
-    assert set(table.frame["status"]) <= {"published", "inferred"}
-
-
 @pytest.mark.parametrize("val_augment", [True, False])
 def test_tables_say_whose_validation_and_whose_gmoe_it_is(val_augment: bool, here: Path) -> None:
-    runs = [
-        run
-        for method in ("gmoe", "gmoe_upstream")
-        for run in (pacs_run(method, env, val_augment=val_augment, eval_every=6) for env in range(4))
-    ]
+    settings = {"val_augment": val_augment, "eval_every": 6}
+    runs = [pacs_run(method, env, **settings) for method in ("gmoe", "gmoe_upstream") for env in range(4)]
     write_runs(runs)
     found = outcomes(runs)
-    own, theirs = "are not augmented for validation", "are augmented for validation too"
     for table in (results(found, "pacs"), summary(found), choices(found, "pacs")):
-        assert (theirs in table.caption, own in table.caption) == (val_augment, not val_augment)
+        assert ("are augmented for validation too" in table.caption) == val_augment
+        assert ("are not augmented for validation" in table.caption) != val_augment
     frame = paper(found).frame.set_index(["set", "method_title", "selection", "model"])
     assert frame.loc[("pacs", "GMoE (GMoE's code)", "training", "deit-small"), "value"] == pytest.approx(0.881)
     assert frame.loc[("average of four", "GMoE (EMoE's README)", "training", "deit-small"), "value"] == 0.7134
 
 
 def test_a_set_is_found_in_the_suite_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "suite_names", lambda: ["mini", "mini_search", "smoke"])
+    monkeypatch.setattr(planning, "suite_names", lambda: ["mini", "smoke"])
     mini = load_suite({"suite": "mini"})
     assert find_part("domainbed", "rotated_mnist_5k", mini).name == "mini"
     assert find_part("domainbed", "colored_mnist_5k", mini).name == "smoke"
-    assert find_part("domainbed", "rotated_mnist_5k", load_suite({"suite": "smoke"})).name == "smoke"
     with pytest.raises(DefinitionError, match="no suite runs 'colored_mnist' of the benchmark 'domainbed'"):
         find_part("domainbed", "colored_mnist", mini)

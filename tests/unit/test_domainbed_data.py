@@ -17,9 +17,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed.batches import DEVIATION, MEAN, augmented, plain
-from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.mnist import load_digits
-from benchmarks.domainbed.validation import list_environments, validate_dataset
+from benchmarks.domainbed.validation import validate_dataset
 from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from tests.image_sets import CLASSES, FOLDERS, PACS, load
@@ -40,43 +39,28 @@ def test_the_transforms_are_domainbeds(pacs: Path) -> None:
     image = load().environments[0].open(0)
     normal = [transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
     assert torch.equal(plain(32)(image), transforms.Compose([transforms.Resize((32, 32)), *normal])(image))
-    theirs = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(32, scale=(0.7, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
-            transforms.RandomGrayscale(),
-            *normal,
-        ]
-    )
-    torch.manual_seed(3)
-    expected = theirs(image)
-    torch.manual_seed(3)
-    assert torch.equal(augmented(32)(image), expected)
+    drawn = [transforms.RandomResizedCrop(32, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip()]
+    drawn += [transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale()]
+    images = []
+    for transform in (augmented(32), transforms.Compose([*drawn, *normal])):
+        torch.manual_seed(3)
+        images.append(transform(image))
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda root: shutil.rmtree(root / "photo"),
-            r"PACS has the environments art_painting, cartoon, sketch; it must have art_painting \(A\), cartoon",
-        ),
+        (lambda root: shutil.rmtree(root / "photo"), "the environments art_painting, cartoon, sketch; it must have"),
         (lambda root: (root / "splits").mkdir(), "PACS has the environments .* splits; it must have"),
-        (lambda root: (root / "photo").rename(root / "sketch_old"), "PACS has the environments .* sketch_old; it must"),
         (lambda root: [path.unlink() for path in (root / "cartoon/dog").iterdir()], "PACS/cartoon: .*dog.* images are"),
-        (
-            lambda root: (root / "sketch/dog").rename(root / "sketch/dogs"),
-            "'dog' is only in one of .*/art_painting, .*",
-        ),
+        (lambda root: (root / "sketch/dog").rename(root / "sketch/dogs"), "'dog' is only in one of .*/art_painting, "),
     ],
 )
 def test_folders_that_are_not_the_sets_are_named(pacs: Path, change: Callable[[Path], object], message: str) -> None:
     change(pacs / "PACS")
     with pytest.raises(DataError, match=message):
         load()
-    with pytest.raises(DataError, match=r"VLCS does not exist; it must hold <environment>/<class>/<image>"):
-        load(task={**PACS, "source": {"folder": "VLCS"}})
 
 
 def test_other_spellings_of_environments_are_known(pacs: Path) -> None:
@@ -93,22 +77,13 @@ def test_hidden_folders_are_no_part_of_a_set(pacs: Path) -> None:
     assert [environment.places for environment in load().environments] == whole
 
 
-def test_images_are_counted_by_class_and_environment(pacs: Path) -> None:
-    environments = list_environments(RunSet.model_validate(PACS), 0, open_images=True)
-    source = str(pacs / "PACS")
-    assert environments == [(name, 9, "3 classes, 3 to 3 each", source) for name in "ACPS"]
-
-
 def test_damaged_images_are_all_named_before_anything_is_trained(pacs: Path) -> None:
     folder = pacs / "PACS" / "photo" / "dog"
     short, text = folder / "000.jpg", folder / "001.jpg"
     short.write_bytes(short.read_bytes()[:-200])
     text.write_text("not an image")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=f"2 of 36 images cannot be used(.|\n)*{short} cannot(.|\n)*{text} cannot"):
         validate_dataset(load())
-    for words in ("2 of 36 images cannot be used", f"{short} cannot be used: image file is trunc", "truncated: load"):
-        assert words in str(error.value)
-    assert f"{text} cannot be used: cannot identify image file" in str(error.value)
     text.unlink()
     assert validate_dataset(load("load"))["environments"]["P"]["rows"] == 8
     assert load("load").environments[2].open(0).size == (40, 40)
@@ -158,23 +133,19 @@ def test_a_hub_set_has_the_same_environments_and_classes(
 
 
 @pytest.mark.parametrize(
-    ("names", "columns", "message"),
+    ("columns", "message"),
     [
-        (["dog", "cat"], {"label": [0] * 4 + [1] * 3 + [-1]}, "row 8: 'label' is -1, which names none"),  # not the last
-        (None, {"domain": [*FOLDERS, *FOLDERS[:3], None]}, "row 8: 'domain' is None"),
-        (
-            None,
-            {"domain": [*FOLDERS[1:], "zoo"] * 2},
-            "has the environments cartoon, photo, sketch, zoo; it must have art_painting",
-        ),
+        ({"label": [0] * 4 + [1] * 3 + [-1]}, "row 8: 'label' is -1, which names none"),  # not the last class
+        ({"domain": [*FOLDERS, *FOLDERS[:3], None]}, "row 8: 'domain' is None"),
+        ({"domain": [*FOLDERS[1:], "zoo"] * 2}, "has the environments cartoon, photo, sketch, zoo; it must have art"),
     ],
 )
 def test_rows_of_a_hub_set_without_class_or_environment_are_refused(
-    monkeypatch: pytest.MonkeyPatch, names: list[str] | None, columns: dict[str, Any], message: str
+    monkeypatch: pytest.MonkeyPatch, columns: dict[str, Any], message: str
 ) -> None:
     usual = {"image": [None] * 8, "domain": [*FOLDERS, *FOLDERS], "label": [0] * 4 + [1] * 4}
     rows = datasets.Dataset.from_dict({**usual, **columns})
-    rows = rows.cast_column("label", datasets.ClassLabel(names=names)) if names else rows
+    rows = rows.cast_column("label", datasets.ClassLabel(names=["dog", "cat"]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=rows))
     monkeypatch.delenv(DATA_ROOT, raising=False)
     with pytest.raises(DataError, match=rf"^flwrlabs/pacs,? {message}"):
@@ -194,27 +165,18 @@ def test_every_set_has_domainbeds_environments() -> None:
             assert folders == sorted(folders)  # DomainBed's order is that of the folders
 
 
-def write_idx(folder: Path, rows: dict[str, int]) -> None:
-    """Write MNIST's four files with random digits."""
-    folder.mkdir(parents=True)
-    draw = np.random.default_rng(0)
-    for name, count in rows.items():
-        images = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
-        labels = draw.integers(0, 10, count, dtype=np.uint8).tobytes()
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images)
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
-
-
-def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+def test_all_of_mnist_is_read_train_before_test(root: Path) -> None:
     with pytest.raises(DataError, match=r"MNIST/raw lacks MNIST's files"):
         load_digits("all")
-    write_idx(tmp_path / "MNIST" / "raw", {"train": 12, "t10k": 4})
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, count, value in (("train", 12, 1), ("t10k", 4, 2)):
+        pixels, labels = bytes([value]) * count * 28 * 28, bytes([value]) * count
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
     images, labels, source = load_digits("all")
-    assert images.shape == (16, 28, 28)
-    assert images.dtype == torch.uint8
-    assert len(labels) == 16
-    assert source == str(tmp_path / "MNIST")
+    assert (images.shape, images.dtype, source) == ((16, 28, 28), torch.uint8, str(root / "MNIST"))
+    assert images[:, 0, 0].tolist() == labels.tolist() == [1] * 12 + [2] * 4
     task = {"name": "mnist", "domainbed": "ColoredMNIST", "source": {"mnist": "colored", "digits": "all"}}
     task["environments"] = [["+90%", 0.1], ["+80%", 0.2], ["-90%", 0.9]]
     assert [len(environment) for environment in load(task=task).environments] == [6, 5, 5]

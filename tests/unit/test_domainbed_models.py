@@ -9,12 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
 
 from benchmarks.harness.base import MODEL_ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import load_models
@@ -69,10 +64,9 @@ def with_model(name: str, method: str = "emoe", tune: dict[str, Any] | None = No
 def test_every_library_of_models_trains_from_a_local_folder(
     model_root: Path, name: str, size: int, drop_path: float
 ) -> None:
-    found = finish(prepare(with_model(name, image_size=size, drop_path=drop_path)))
-    assert found["model"]["source"]["from"] == str(model_root / name)
-    assert [layer["index"] for layer in found["model"]["conversion"]] == [1, 3]
-    assert found["model"]["parameters"] == found["model"]["dense_parameters"] == found["model"]["trainable_parameters"]
+    metrics = finish(prepare(with_model(name, image_size=size, drop_path=drop_path)))
+    assert metrics["model"]["source"]["from"] == str(model_root / name)
+    assert [layer["index"] for layer in metrics["model"]["conversion"]] == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -101,16 +95,13 @@ def test_a_model_without_stochastic_depth_says_so(model_root: Path) -> None:
         finish(prepare(with_model("vit-large", image_size=32)))
 
 
-@pytest.mark.parametrize("method", ["gmoe", "emoe_learn"])
-def test_vit_large_by_adapters(model_root: Path, method: str) -> None:
-    plan_of = {run.spec["method"]["name"]: run.spec for run in plan(["domainbed"], "domainbed_large")}
-    spec = plan_of[method]
-    assert spec["training"]["lora"]["rank"] == 32
-    tune = spec["method"]["tune"] | {"blocks": [1, 3] if method == "gmoe" else []}
-    lora = spec["training"]["lora"]
+@pytest.mark.parametrize(
+    ("method", "blocks", "groups"), [("gmoe", [1, 3], {"blocks", "routers"}), ("emoe_learn", [], {"routers"})]
+)
+def test_vit_large_by_adapters(model_root: Path, method: str, blocks: list[int], groups: set[str]) -> None:
+    spec = next(run.spec for run in plan(["domainbed"], "domainbed_large") if run.spec["method"]["name"] == method)
+    lora, tune = spec["training"]["lora"], {**spec["method"]["tune"], "blocks": blocks}
     run = with_model("vit-large", method, tune, image_size=32, drop_path=0.0, lora=lora)
     trained = finish(prepare(run))["model"]["trained"]
-    blocks, routers = {"gmoe": {"blocks", "routers"}, "emoe_learn": {"routers"}}, {"gmoe", "emoe_learn"}
-    expected = {"adapters", "head", "also"} | ({"routers"} if method in routers else set()) | blocks.get(method, set())
-    assert set(trained) == expected
+    assert set(trained) == {"adapters", "head", "also", *groups}
     assert trained["adapters"]["parameters"] == 4 * 3 * 2 * 32 * 32  # layers, projections, two factors of rank 32

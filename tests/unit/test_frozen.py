@@ -60,17 +60,12 @@ def workdir(roots: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def text_run(method: str, model: str = "bert-base-cased", **training: Any) -> Run:
     spec = paper_spec("glue", task="rte", model=model, method=method)
-    return run_from_spec(
-        {
-            **spec,
-            "ood": [],
-            "training": {**spec["training"], "epochs": 2, "batch_size": 4, "frozen_layers": 8, **training},
-        }
-    )
+    training = {**spec["training"], "epochs": 2, "batch_size": 4, "frozen_layers": 8, **training}
+    return run_from_spec({**spec, "ood": [], "training": training})
 
 
-def image_run(method: str, **training: Any) -> Run:
-    spec = copy.deepcopy(pacs_run(method, **FROZEN, drop_path=0.1, **training).spec)
+def image_run(method: str) -> Run:
+    spec = copy.deepcopy(pacs_run(method, **FROZEN, drop_path=0.1).spec)
     spec["hparams"]["data_augmentation"] = False
     return run_from_spec(spec)
 
@@ -79,15 +74,13 @@ RUNS: dict[str, tuple[Any, Callable[[], Run]]] = {
     "bert": (texts, lambda: text_run("vanilla")),
     "gpt2, EMoE": (texts, lambda: text_run("emoe", "gpt2")),
     "ViT, EMoE": (images, lambda: image_run("emoe")),
-    "Llama, EMoE, recomputed": (
-        instructions,
-        lambda: tiny_run("emoe", "full", training={**FROZEN, "gradient_checkpointing": True}),
-    ),
-    "Llama, EMoE, adapters, packed": (
-        instructions,
-        lambda: tiny_run("emoe", "lora", training={**FROZEN, "packing": True}),
-    ),
+    "Llama, recomputed": (instructions, lambda: llama_run("full", gradient_checkpointing=True)),
+    "Llama, adapters, packed": (instructions, lambda: llama_run("lora", packing=True)),
 }
+
+
+def llama_run(tuning: str, **training: Any) -> Run:
+    return tiny_run("emoe", tuning, training={**FROZEN, **training})
 
 
 def watched(
@@ -191,7 +184,7 @@ def test_an_evaluation_of_kept_weights_begins_where_they_were_trained(monkeypatc
 
 
 def test_an_exported_model_is_whole() -> None:
-    path = prepare(tiny_run("emoe", "lora", training={**FROZEN, "keep_weights": True}))
+    path = prepare(llama_run("lora", keep_weights=True))
     finish(path)
     export(path, Path("dense"), "dense")
     before = build_language_model(tiny_run("dense", "base").spec).model.state_dict()
@@ -213,53 +206,38 @@ def test_a_model_goes_on_from_given_states_and_is_whole_without() -> None:
     prefix = Prefix(model, model, 2)
     prefix.freeze_()
     states = prefix.output(inputs).clone()
-    assert states.shape == (2, 7, 32)
     assert torch.allclose(model(**inputs, **{STATES: states}).logits, wanted, atol=1e-6)
     assert not torch.allclose(model(**inputs, **{STATES: states.flip(0)}).logits, wanted, atol=1e-6)
-    with pytest.raises(TypeError):
-        model(**inputs, **{STATES: states}, odd=1)(1)
+    with pytest.raises(RuntimeError):
+        model(**inputs, **{STATES: states[..., :5]})
     assert torch.equal(model(**inputs).logits, wanted)  # also after a pass that failed
     model.train()
-    assert not any(part.training for part in model.bert.embeddings.modules())
     assert [layer.training for layer in model.bert.encoder.layer] == [False, False, True]
 
 
-def test_weights_and_settings_are_in_the_digest() -> None:
+def test_the_digest_is_of_the_frozen_weights_and_settings() -> None:
     models = [bert(), bert(), bert(layer_norm_eps=1e-3), bert()]
     with torch.no_grad():
+        models[1].bert.encoder.layer[2].output.dense.bias[0] += 1  # above the frozen layers
         models[3].bert.encoder.layer[1].output.dense.bias[0] += 1
     digests = [Prefix(model, model, 2).digest for model in models]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
-    with torch.no_grad():
-        models[1].bert.encoder.layer[2].output.dense.bias[0] += 1
-    assert Prefix(models[1], models[1], 2).digest == digests[0]
 
 
 @pytest.mark.parametrize(
-    ("layers", "wrong"),
-    [([2, 4], 2), ("all", 0), ("1::2", 1), (":4", 0), ([3], None), ("3::2", None), ("last:2", None), ([-1], None)],
+    ("layers", "wrong"), [([2, 4], 2), ("all", 0), ("1::2", 1), ([3], None), ("3::2", None), ([-1], None)]
 )
-@pytest.mark.parametrize("part", ["config", "blocks"])
-def test_a_method_below_is_refused_in_the_plan(layers: Any, wrong: int | None, part: str) -> None:
-    tune = {"blocks": layers, "also": []} if part == "blocks" else None
-    method = {"name": "mine", "config": {"layers": layers} if part == "config" else None, "tune": tune}
-    if wrong is None:
-        check_frozen({"frozen_layers": 3}, method, "b.yaml: 'grid[0]")
-        return
-    with pytest.raises(
-        DefinitionError, match=rf"b\.yaml: 'grid\[0\]': method 'mine' \w+ layer {wrong}, .*is 3.*from 3 on"
-    ):
-        check_frozen({"frozen_layers": 3}, method, "b.yaml: 'grid[0]")
-    check_frozen({}, method, "b.yaml: 'grid[0]")
+def test_a_method_below_the_frozen_layers_is_refused_in_the_plan(layers: Any, wrong: int | None) -> None:
+    for method in ({"config": {"layers": layers}, "tune": None}, {"config": None, "tune": {"blocks": layers}}):
+        if wrong is None:
+            check_frozen({"frozen_layers": 3}, {"name": "mine", **method}, "b.yaml: 'grid[0]")
+            continue
+        with pytest.raises(DefinitionError, match=rf"method 'mine' \w+ layer {wrong}, .*is 3.*from 3 on"):
+            check_frozen({"frozen_layers": 3}, {"name": "mine", **method}, "b.yaml: 'grid[0]")
 
 
-def test_unknown_architectures_and_too_many_layers_are_refused_before_a_conversion() -> None:
-    run = tiny_run("emoe", "full", training={"frozen_layers": 4})
-    run.spec["method"]["config"]["layers"] = "last:2"
-    with pytest.raises(DefinitionError, match=r"the method .emoe. converts layer 2, but training\.frozen_layers is 4"):
-        finish(prepare(run_from_spec(run.spec)))
-    assert not PREFIXES.exists()
+def test_unknown_architectures_and_too_many_layers_are_refused() -> None:
     model = bert()
     with pytest.raises(DefinitionError, match="frozen_layers is 4, but the model has 3 layers"):
         Prefix(model, model, 4)

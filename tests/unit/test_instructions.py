@@ -53,73 +53,54 @@ def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> N
         ({"instruction": "Add.", "input": ""}, "lacks 'output'"),
         ({**GOOD, "output": "  "}, "'output' is empty"),
         ({**GOOD, "instruction": 7}, "'instruction' is int, not text"),
-        ("just text", "is str, not an object with instruction, input, output"),
         ({**GOOD, "output": "caf\u00e9"}, "'output' is not UTF-8"),
         ({**GOOD, "input": None}, ""),
     ]
     encoded = [json.dumps(row, ensure_ascii=False).encode("latin-1") for row, _ in rows]
-    content = b"\n".join(encoded) if lines else b"[\n" + b",\n".join(encoded) + b"\n]"
-    result = parse(content, "x", lines=lines)
-    places = [f"line {n}" if lines else f"row {n}" for n in range(1, 8)]
-    assert result.rows == [Instruction(places[0], "Add.", "1 and 2", "3"), Instruction(places[6], "Add.", "", "3")]
+    result = parse(b"\n".join(encoded) if lines else b"[\n" + b",\n".join(encoded) + b"\n]", "x", lines=lines)
+    places = [f"{'line' if lines else 'row'} {number}" for number in range(1, 7)]
+    assert result.rows == [Instruction(places[0], "Add.", "1 and 2", "3"), Instruction(places[5], "Add.", "", "3")]
     assert result.broken == [f"{place} {reason}" for place, (_, reason) in zip(places, rows, strict=True) if reason]
-    with pytest.raises(DataError, match=rf"x has 5 broken rows: {re.escape(places[1])} lacks 'output'; .*rows: skip"):
+    with pytest.raises(DataError, match=rf"x has 4 broken rows: {re.escape(places[1])} lacks 'output'; .*rows: skip"):
         refuse_broken(result.broken, "x")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            json.dumps([GOOD], indent=1) + "\n\n}",
-            r"x.json is not JSON: Extra data: line 9 column 1 \(char \d+\); name it .jsonl",
-        ),
-        (" [\n]\n", "x.json is no list of objects, or an empty one"),
-        (
-            '[\n{"instruction": "a", "output": "b"},\n{"instruction": ]',
-            "x.json is not JSON: Expecting value: line 3 column",
-        ),
-        ('\n{"instruction": "a", "output": "b"}\n', "x.json is no list .*name it .jsonl"),
-        ("", "x.json is not JSON: .*name it .jsonl"),
-        (json.dumps([GOOD]).encode("utf-16"), "x.json is not JSON: "),
+        (json.dumps([GOOD]) + "\n}", r"is not JSON: Extra data: line 2 column 1 .*; name it .jsonl"),
+        (" [\n]\n", "is no list of objects, or an empty one"),
+        ('\n{"instruction": "a", "output": "b"}\n', "is no list .*name it .jsonl"),
+        ("", "is not JSON: .*name it .jsonl"),
     ],
 )
-def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | bytes, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        parse(content if isinstance(content, bytes) else content.encode(), "x.json", lines=False)
-
-
-def test_a_line_that_is_no_json_is_broken() -> None:
-    found = parse(b'{"instruction": "a", "output": "b"}\n{"instruction": \n', "x.jsonl", lines=True)
-    assert len(found.rows) == 1
-    assert [row.partition(" (")[0] for row in found.broken] == ["line 2 is not JSON"]
+def test_a_damaged_list_is_refused(content: str, message: str) -> None:
+    with pytest.raises(DataError, match=rf"x\.json {message}"):
+        parse(content.encode(), "x.json", lines=False)
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = InstructionSource(package="llamafactory-0.9.5/data/alpaca_en_demo.json")
-    archive = fetched(packaged("llamafactory"))
+    archive, path = fetched(packaged("llamafactory")), packaged("llamafactory").path
     with pytest.raises(DataError, match=r"python -m benchmarks fetch llamafactory-0.9.5.tar.gz"):
         load_instructions("alpaca_demo", package)
-    packaged("llamafactory").path.parent.mkdir(parents=True)
-    packaged("llamafactory").path.symlink_to(archive)
-    found = load_instructions("alpaca_demo", package)
-    assert (len(found.rows), len(found.broken), found.source) == (999, 0, "package llamafactory 0.9.5")
+    path.parent.mkdir(parents=True)
+    path.symlink_to(archive)
+    loaded = load_instructions("alpaca_demo", package)
+    assert (len(loaded.rows), len(loaded.broken), loaded.source) == (999, 0, "package llamafactory 0.9.5")
     monkeypatch.setenv(DATA_ROOT, str(here))
     (here / "alpaca_demo.jsonl").write_text(json.dumps(GOOD))
     assert load_instructions("alpaca_demo", package).source == str(here / "alpaca_demo.jsonl")
-    with pytest.raises(DataError, match=r"put .*/own.json or .*/own.jsonl there"):
-        load_instructions("own", InstructionSource())
 
 
 def test_templates_put_instruction_and_input_in_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Instruction("line 1", "Repeat {input} and {x}.", "a {instruction} b", "done")
-    plain = find("plain", tokenizer, 0)
+    plain, alpaca = (find(name, tokenizer, 0) for name in ("plain", "alpaca"))
     assert plain.prompt(row) == "Repeat {input} and {x}.\n\na {instruction} b\n\n"
     assert plain.response(row) == "done</s>"
-    alpaca = find("alpaca", tokenizer, 0)
-    without = Instruction("line 1", "Add.", "", "3")
-    assert alpaca.prompt(without).startswith("Below is an instruction that describes a task. Write")
-    assert alpaca.prompt(without).endswith("### Instruction:\nAdd.\n\n### Response:")
+    without = alpaca.prompt(Instruction("line 1", "Add.", "", "3"))
+    assert without.startswith("Below is an instruction that describes a task. Write")
+    assert without.endswith("### Instruction:\nAdd.\n\n### Response:")
     assert "### Input:\n1 and 2\n\n### Response:" in alpaca.prompt(Instruction("", "Add.", "1 and 2", "3"))
 
 
@@ -154,42 +135,34 @@ def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenize
 
 
 def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = find("plain", tokenizer, 0)
     rows = [
         Instruction("line 1", "one two three", "", "four five"),
         Instruction("line 2", "one two three", "four", "five six seven eight"),
         Instruction("line 3", "one " * 10_000, "", "two"),
     ]
-    found = EncodedRows(rows, template, 7)
-    assert [(row.begin, len(row.tokens), row.cut) for row in found.rows] == [(3, 6, 0), (4, 7, 2)]
-    assert found[0]["labels"] == [IGNORED] * 3 + found[0]["input_ids"][3:]
-    assert found[0]["input_ids"][-1] == tokenizer.eos_token_id  # the end is learned too
-    assert found.broken == ["line 3 has a prompt of 10000 tokens, so that nothing of the response fits into 7"]
-    summary = found.summary()
-    assert (summary["rows"], summary["truncated_responses"], summary["truncated_tokens"]) == (2, 1, 2)
-    assert (summary["tokens"], summary["learned_tokens"], summary["longest"]) == (13, 6, 7)
+    encoded = EncodedRows(rows, find("plain", tokenizer, 0), 7)
+    assert [(row.begin, len(row.tokens), row.cut) for row in encoded.rows] == [(3, 6, 0), (4, 7, 2)]
+    assert encoded[0]["labels"] == [IGNORED] * 3 + encoded[0]["input_ids"][3:]
+    assert encoded[0]["input_ids"][-1] == tokenizer.eos_token_id  # the end is learned too
+    assert encoded.broken == ["line 3 has a prompt of 10000 tokens, so that nothing of the response fits into 7"]
+    counts = {"rows": 2, "truncated_responses": 1, "truncated_tokens": 2}
+    counts |= {"tokens": 13, "learned_tokens": 6, "longest": 7}
+    assert encoded.summary() | counts == encoded.summary()
 
 
-def test_the_split_of_prompt_and_response_is_that_of_the_texts() -> None:
+@pytest.mark.parametrize("name", sorted({*TEMPLATES} - {CHAT, RANDOM}))
+def test_the_split_of_prompt_and_response_is_that_of_the_texts(name: str) -> None:
     """With a real tokenizer: what is learned reads as the response, and nothing of it is missing."""
     tokenizer = load_tokenizer({"name": "tiny-llama", "config": {}, "tokenizer": "minilm"})
-    row = Instruction("line 1", "Name two colours", "bright ones", "Red, and yellow!")
-    for name in [*TEMPLATES, CHAT, RANDOM]:
-        if name in ("chat", "random"):
-            continue
-        encoded = EncodedRows([row], find(name, tokenizer, 0), 200).rows[0]
-        learned = tokenizer.decode(encoded.tokens[encoded.begin :], skip_special_tokens=True)
-        assert learned == "red, and yellow!"
+    row, template = Instruction("", "Name two colours", "bright ones", "Red, and yellow!"), find(name, tokenizer, 0)
+    encoded = EncodedRows([row], template, 200).rows[0]
+    assert tokenizer.decode(encoded.tokens[encoded.begin :], skip_special_tokens=True) == "red, and yellow!"
+    assert not template.prompt(row).endswith(" ")  # byte-level tokenizers put a blank and the word after it together
 
 
-def test_a_blank_before_the_response_is_learned_with_its_first_word(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Byte-level tokenizers put a blank and the word after it into one token."""
+def test_a_blank_before_the_response_is_learned_with_its_first_word() -> None:
     assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 11)]) == 3
     assert _begin("Answer:", [(0, 0), (0, 6), (6, 9), (9, 11)]) == 3  # ":Re" belongs to the prompt
-    assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 8), (8, 11), (0, 0)]) == 4
-    for name in [*TEMPLATES, CHAT, RANDOM]:
-        if name not in ("chat", "random"):
-            assert not find(name, tokenizer, 0).prompt(Instruction("", "a", "b", "c")).endswith(" ")
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -210,19 +183,14 @@ def random_rows(count: int) -> list[dict[str, list[int]]]:
 
 
 def test_logits_of_prompts_are_left_away_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
-    model, rows = small_llama(), random_rows(4)
-    rows = [{**row, "labels": [IGNORED] * 4 + row["input_ids"][4:]} for row in rows]  # of the first nothing is learned
+    model = small_llama()
+    rows = [{**row, "labels": [IGNORED] * 4 + row["input_ids"][4:]} for row in random_rows(4)]  # the first has none
     plain, short = collator(tokenizer)(rows), without_prompt_logits(collator(tokenizer), model)(rows)
     whole, cut = model(**plain), model(**short)
-    assert float(cut.loss) == pytest.approx(float(whole.loss), rel=1e-6)
+    assert float(cut.loss.detach()) == pytest.approx(float(whole.loss.detach()), rel=1e-6)
     assert cut.logits.shape[1] == whole.logits.shape[1] - 3  # the fourth token predicts the first that is learned
     assert int((short["labels"] != IGNORED).sum()) == int((plain["labels"] != IGNORED).sum())
     assert len(without_prompt_logits(collator(tokenizer), model)(rows[:1])["labels"][0]) == 1
-
-    class Other(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor) -> None: ...
-
-    assert "logits_to_keep" not in without_prompt_logits(collator(tokenizer), Other())(rows)
 
 
 def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -> None:

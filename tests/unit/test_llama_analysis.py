@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,10 +13,10 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.presentation import categories, paper, results, subjects, verdicts
+from benchmarks.llama.presentation import paper, results, verdicts
 from benchmarks.llama.presentation import tests as paired_tests
 from emoe.layer_numbers import resolve_layers
-from tests.fake_runs import SUBJECTS, edit, write_runs
+from tests.fake_runs import edit, write_runs
 from tests.planned import edited_part, paper_runs, plan, specs
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -36,32 +36,31 @@ def runs() -> list[Run]:
     return found
 
 
-def number(run: Run, metric: str = "accuracy") -> float:
-    return float(read_metrics(run)["scores"]["test"][TASK][metric])
+def number(run: Run) -> float:
+    return float(read_metrics(run)["scores"]["test"][TASK]["accuracy"])
+
+
+def of(runs: list[Run], tuning: str, method: str) -> list[Run]:
+    return [run for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == (tuning, method)]
 
 
 def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
-    frame = results(InstructionOutcomes(LLAMA, runs)).frame
-    rows = list(zip(frame["tuning"], frame["method"], strict=True))
-    assert rows == [(tuning, method) for tuning in ("base", "lora", "full") for method in ("dense", "emoe")]
-    assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
-    lora = [run for run in runs if run.spec["finetuning"] == "lora" and run.spec["method"]["name"] == "emoe"]
-    row = frame[(frame["tuning"] == "lora") & (frame["method"] == "emoe")].iloc[0]
-    values = pd.Series([number(run) for run in lora])
+    table = results(InstructionOutcomes(LLAMA, runs))
+    rows = table.frame.set_index(["tuning", "method"])
+    assert list(rows.index) == [(tuning, method) for tuning in ("base", "lora", "full") for method in ("dense", "emoe")]
+    assert rows["n"].tolist() == [1, 1, 2, 2, 1, 1]
+    values = pd.Series([number(run) for run in of(runs, "lora", "emoe")])
+    row = rows.loc[("lora", "emoe")]
     assert row[f"{TASK} accuracy"] == pytest.approx(values.mean())
     assert row[f"{TASK} accuracy std"] == pytest.approx(values.std())
     assert row["baseline delta"] == pytest.approx(-0.3, abs=0.02)
-    assert frame.loc[frame["method"] == "dense", "baseline delta"].isna().all()
-    text = results(InstructionOutcomes(LLAMA, runs)).markdown()
-    assert "MMLU-dev (0-shot, first 2), mean of subjects (%)" in text
-    assert "and not its test" in text  # said wherever it stands
-    assert "has 100 questions" in text
+    assert "has 100 questions" in table.markdown()
 
 
 def test_the_cost_of_conversion_and_the_gain_of_tuning_are_told_apart(runs: list[Run]) -> None:
     def loss(tuning: str, method: str) -> float:
-        found = [run for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == (tuning, method)]
-        return sum(read_metrics(run)["scores"]["dev"]["alpaca_demo"]["loss"] for run in found) / len(found)
+        losses = [read_metrics(run)["scores"]["dev"]["alpaca_demo"]["loss"] for run in of(runs, tuning, method)]
+        return sum(losses) / len(losses)
 
     outcomes = InstructionOutcomes(LLAMA, runs)
     frame = results(outcomes).frame.set_index(["tuning", "method"])
@@ -73,70 +72,39 @@ def test_the_cost_of_conversion_and_the_gain_of_tuning_are_told_apart(runs: list
         assert row["untuned low"] < gain < row["untuned high"]
     tested = outcomes.tests.set_index(["tuning", "method", "against"])
     accuracy = frame[f"{TASK} accuracy"]
-    assert tested.loc[("lora", "emoe", "untuned"), "delta"] == pytest.approx(
-        accuracy["lora", "emoe"] - accuracy["base", "emoe"]
-    )
-    assert (tested.loc[("lora", "dense", "untuned"), "seeds"], len(tested)) == (2, 7)
-    said = list(verdicts(outcomes))
-    assert "not tuned, against dense: EMoE: held-out loss -0." in said[0]
-    gains = [f"{loss('lora', method) - loss('base', method):+z.3f}" for method in ("emoe", "dense")]
-    assert f"; by tuning: EMoE {gains[0]}, dense {gains[1]}; " in said[1]
+    gain = accuracy["lora", "emoe"] - accuracy["base", "emoe"]
+    assert tested.loc[("lora", "emoe", "untuned"), "delta"] == pytest.approx(gain)
 
 
 def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
     outcomes = InstructionOutcomes(LLAMA, runs)
     frame = paired_tests(outcomes).frame
-    frame = frame[frame["against"] == "dense"].reset_index()
-    assert list(zip(frame["tuning"], frame["questions"], frame["seeds"], strict=True)) == [
-        ("base", 100, 1),
-        ("lora", 100, 2),
-        ("full", 100, 1),
-    ]
-    mean = {
-        method: sum(
-            number(run) for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == ("lora", method)
-        )
-        / 2
-        for method in ("dense", "emoe")
-    }
-    row = frame.iloc[1]
-    assert row["delta"] == pytest.approx(mean["emoe"] - mean["dense"])
+    frame = frame[frame["against"] == "dense"].set_index("tuning")
+    assert frame["questions"].tolist() == [100] * 3
+    assert frame["seeds"].to_dict() == {"base": 1, "lora": 2, "full": 1}
+    dense, routed = (sum(map(number, of(runs, "lora", method))) / 2 for method in ("dense", "emoe"))
+    row = frame.loc["lora"]
+    assert row["delta"] == pytest.approx(routed - dense)
     assert row["low"] < row["delta"] < row["high"]
     assert row["verdict"] == "better"
-    assert any(
-        "LoRA, against dense: EMoE: held-out loss -0." in text and ", better." in text for text in verdicts(outcomes)
-    )
-
-
-def test_parts_are_means_over_seeds_and_count_their_questions(runs: list[Run]) -> None:
-    outcomes = InstructionOutcomes(LLAMA, runs)
-    by_subject = subjects(outcomes).frame
-    assert by_subject["part"].tolist() == [f"{name} ({count})" for name, count in SUBJECTS.items()]
-    assert list(categories(outcomes).frame["part"]) == ["stem (40)", "other (60)"]
-    base = next(run for run in runs if run.spec["finetuning"] == "base")
-    found = [read_metrics(base)["tasks"][TASK]["subjects"][name]["acc"] for name in SUBJECTS]
-    assert by_subject["not tuned, dense"].tolist() == found
+    assert any("LoRA, against dense: EMoE: held-out loss -0." in sentence for sentence in verdicts(outcomes))
 
 
 def test_of_several_learning_rates_the_lowest_loss_stands(runs: list[Run]) -> None:
-    first = [run for run in runs if run.spec["finetuning"] == "lora" and run.spec["method"]["name"] == "dense"]
-    others = [run_from_spec({**copy.deepcopy(run.spec), "learning_rate": 0.5}) for run in first]
+    others = [run_from_spec({**run.spec, "learning_rate": 0.5}) for run in of(runs, "lora", "dense")]
     write_runs(others, {"dense": -0.5})
     outcomes = InstructionOutcomes(LLAMA, [*runs, *others])
     assert {run.id for run in outcomes.runs} == {run.id for run in runs}
     assert "Of several learning rates" in results(outcomes).caption
-    assert "Of several learning rates" not in results(InstructionOutcomes(LLAMA, runs)).caption
 
 
 def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
     frame = paper(InstructionOutcomes(LLAMA, runs)).frame
-    published = frame[frame["value"].notna()]
-    assert published["value"].tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
+    assert frame["value"].dropna().tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
     assert frame["difference"].isna().all()  # MMLU-dev is not MMLU
-    found = [run for run in paper_runs("llama") if run.spec["seed"] == 0]
-    write_runs(found)
-    outcomes = InstructionOutcomes(LLAMA, found)
-    frame = paper(outcomes).frame
+    published = [run for run in paper_runs("llama") if run.spec["seed"] == 0]
+    write_runs(published)
+    frame = paper(InstructionOutcomes(LLAMA, published)).frame
     row = frame[(frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")]
     assert set(row["task"]) == {"MMLU (5-shot)", "MMLU (0-shot)"}
     assert (row["difference"] == row["ours"] - row["value"]).all()
@@ -151,32 +119,38 @@ def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) ->
     assert not math.isnan(frame.loc[2, "loss"])  # that of the other seed
 
 
-def test_wrong_settings_are_refused_by_name() -> None:
-    block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["lora"], "method": ["dense"], "seed": [0]}
-    trains = {**block, "finetuning": ["full"], "learning_rate": [0.1]}
-    for change, message in (
-        ({"grid": [block]}, "the finetuning 'lora' trains, so it needs 'learning_rate'"),
-        ({"grid": [{**block, "finetuning": ["lorra"]}]}, "'lorra', which does not exist; did you mean 'lora'"),
-        ({"grid": [{**block, "learning_rate": [0.1]}], "finetuning": {"lora": {"lora": None}}}, "says which adapters"),
-        ({"grid": [trains], "finetuning": {"full": {"quantize": "nf4"}}}, "weights in 4 bits cannot be trained"),
-        ({"grid": [trains], "finetuning": {"full": {"layers": "all"}}}, "'layers' says which blocks"),
-    ):
-        with pytest.raises(DefinitionError, match=message):
-            specs(LLAMA, edited_part("llama", "smoke", {"grid_defaults": {}, **change}))
+BLOCK = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["lora"], "method": ["dense"], "seed": [0]}
+TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": [BLOCK]}, "the finetuning 'lora' trains, so it needs 'learning_rate'"),
+        ({"grid": [{**BLOCK, "finetuning": ["lorra"]}]}, "did you mean 'lora'"),
+        ({"grid": [TRAINS], "finetuning": {"full": {"quantize": "nf4"}}}, "weights in 4 bits cannot be trained"),
+        ({"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}}, "'layers' says which blocks"),
+    ],
+)
+def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        specs(LLAMA, edited_part("llama", "smoke", {"grid_defaults": {}, **change}))
 
 
 def test_the_papers_grid_is_as_published() -> None:
-    found = paper_runs("llama")
-    full = [run for run in found if run.spec["finetuning"] == "full"]
-    training = full[0].spec["training"]
-    schedule = [training[name] for name in ("epochs", "batch_size", "schedule", "warmup")]
-    assert schedule == [3, 128, "cosine", 0.03]
-    assert {run.spec["learning_rate"] for run in full} == {2e-5}
-    assert full[0].spec["data"]["max_length"] == 512
-    lora = next(run for run in found if run.spec["finetuning"] == "lora").spec["training"]["lora"]
-    assert [lora[name] for name in ("rank", "alpha", "dropout")] == [8, 16, 0.05]
-    assert lora["targets"]["llama"] == ["q_proj", "v_proj"]
-    configs = [(run.spec["model"]["name"], run.spec["method"]["config"]) for run in found]
+    published = paper_runs("llama")
+    for run in published:
+        spec, training = run.spec, run.spec["training"]
+        if spec["finetuning"] == "full":
+            schedule = {"epochs": 3, "batch_size": 128, "schedule": "cosine", "warmup": 0.03}
+            assert training | schedule == training
+            assert (spec["learning_rate"], spec["data"]["max_length"]) == (2e-5, 512)
+        if spec["finetuning"] == "lora":
+            assert training["lora"] | {"rank": 8, "alpha": 16, "dropout": 0.05} == training["lora"]
+            assert training["lora"]["targets"]["llama"] == ["q_proj", "v_proj"]
+        if spec["learning_rate"]:
+            assert (run.resources["processes"], run.resources["parallel"]) == (8, "fsdp")
+    configs = [(run.spec["model"]["name"], run.spec["method"]["config"]) for run in published]
     configs = [(name, config) for name, config in configs if config]
     cells = {(name, config["num_experts"], config["top_k"]) for name, config in configs}
     assert cells == {("llama2-7b", 64, 16), ("llama2-7b", 64, 32), ("llama-30b", 256, 64)}
@@ -188,8 +162,3 @@ def test_the_papers_grid_is_as_published() -> None:
         ("llama-30b", tuple(range(30, 60, 4))),
     }
     assert {config["score"] for _, config in configs} == {"gate"}
-    assert all(
-        (run.resources["processes"], run.resources["parallel"]) == (8, "fsdp")
-        for run in found
-        if run.spec["learning_rate"]
-    )

@@ -92,17 +92,18 @@ def model_root(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_folder_is_refused_in_one_line(model_root: Path, kind: str, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [*((damage, "classifier") for damage in DAMAGE), *(("code of its own", kind) for kind in LOADERS)],
+)
+def test_a_damaged_folder_is_refused_in_one_line(model_root: Path, damage: str, kind: str) -> None:
     name, load = LOADERS[kind]
     file, change = DAMAGE[damage]
     change(model_root / name / file)
     with pytest.raises(DataError) as caught:
         load({"name": name, "hub": f"nobody/{name}"})
-    message = str(caught.value)
-    assert str(model_root / name) in message
-    assert "\n" not in message
+    assert str(model_root / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (model_root / "executed").exists()
 
 
@@ -112,7 +113,7 @@ def test_a_whole_folder_loads(model_root: Path, kind: str) -> None:
     assert load({"name": name, "hub": f"nobody/{name}"})
 
 
-@pytest.mark.parametrize("damage", ["no file", "cut", "code"])
+@pytest.mark.parametrize("damage", ["cut", "code"])
 def test_a_damaged_tokenizer_is_refused_in_one_line(model_root: Path, damage: str) -> None:
     folder = model_root / "gpt2"
     if damage == "code":
@@ -120,12 +121,8 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(model_root: Path, damage: st
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}))
         (folder / "code.py").write_text(CODE)
-    elif damage == "cut":
-        cut(folder / "tokenizer.json")
     else:
-        for file in folder.glob("tokenizer*"):
-            file.unlink()
-        (folder / CONFIG).unlink()
+        cut(folder / "tokenizer.json")
     with pytest.raises(DataError) as caught:
         loading.load_tokenizer({"name": "gpt2", "hub": "nobody/gpt2"})
     assert "\n" not in str(caught.value)

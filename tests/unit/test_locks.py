@@ -19,8 +19,7 @@ from benchmarks.harness.base import hold, is_held
 from tests.checkout import wait_for
 from tests.forked import start as start_fork
 
-# errors of flock: none, NFS without its lock server, file systems of clusters, kernels without flock
-SYSTEMS = {"flock": None, "no lock server": errno.ENOLCK, "not supported": errno.EOPNOTSUPP, "unknown": errno.ENOSYS}
+SYSTEMS = {"flock": None, "no lock server": errno.ENOLCK}  # errors of flock: none, and NFS without its lock server
 
 
 @contextmanager

@@ -89,26 +89,6 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return use
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ({"title": "Mine", "kind": "emo"}, r"'methods\.mine\.kind' is 'emo'; did you mean 'emoe'"),
-        ({"title": "Mine"}, r"'methods\.mine' needs the key 'kind'"),
-        (
-            {"title": "Mine", "kind": "emoe", "top_k": 2, "top_k_fraction": 0.5},
-            r"'methods\.mine': it has both top_k and top_k_fraction; keep one",
-        ),
-        (
-            {"title": "Mine", "kind": "dense", "tune": "blocsk"},
-            r"'methods\.mine\.tune' is 'blocsk'; did you mean 'blocks'",
-        ),
-    ],
-)
-def test_what_is_wrong_in_methods_yaml_is_named_there(read, method: dict[str, Any], message: str) -> None:
-    with pytest.raises(DefinitionError, match=r"/methods\.yaml: " + message):
-        read(method)
-
-
 def test_a_plugin_makes_its_router_and_its_tuning_known(read, tmp_path: Path) -> None:
     (tmp_path / "my_router.py").write_text(
         "import emoe\nfrom benchmarks.harness.config.methods import register_tuning\n"
@@ -117,23 +97,16 @@ def test_a_plugin_makes_its_router_and_its_tuning_known(read, tmp_path: Path) ->
     )
     named = {"title": "Mine", "kind": "emoe", "router": "linear", "weighting": "softmax", "tune": "bias"}
     assert read(named, plugins=["my_router"]) == named
-    with pytest.raises(DefinitionError, match=r"'methods\.mine\.router' is 'linaer'; did you mean 'linear'"):
-        read({**named, "router": "linaer"}, plugins=["my_router"])
-    with pytest.raises(DefinitionError, match=r"'methods\.mine\.tune' is 'bais'; did you mean 'bias'"):
-        read({**named, "tune": "bais"}, plugins=["my_router"])
+    for key, wrong, nearest in (("router", "linaer", "linear"), ("tune", "bais", "bias")):
+        with pytest.raises(DefinitionError, match=rf"'methods\.mine\.{key}' is '{wrong}'; did you mean '{nearest}'"):
+            read({**named, key: wrong}, plugins=["my_router"])
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        ("brokne", r"'plugins' names 'brokne', which cannot be imported; did you mean 'broken'"),
-        ("broken", r"'plugins' names 'broken', which cannot be imported: No module named 'no_such_package'"),
-        ("damaged", r"'plugins' names 'damaged', which cannot be imported: SyntaxError: "),
-        ("my plugin", r"'plugins\[0\]' is 'my plugin': String should match"),
-    ],
+    [("brokne", "did you mean 'broken'"), ("broken", "cannot be imported: No module named 'no_such_package'")],
 )
 def test_a_plugin_that_cannot_be_imported_is_named(read, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package\n")
-    (tmp_path / "damaged.py").write_text("def\n")
-    with pytest.raises(DefinitionError, match=r"/methods\.yaml: " + message):
+    with pytest.raises(DefinitionError, match=rf"/methods\.yaml: 'plugins' names '{name}', .*{message}"):
         read(plugins=[name])

@@ -32,28 +32,16 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
 @pytest.mark.parametrize(
     ("benchmark", "keys", "value", "message"),
     [
-        ("glue", [], [], "should be a valid dictionary"),
         ("glue", ["run_id"], "other", "belongs to the run 'other'"),
-        ("glue", ["scores"], GONE, "'scores' is missing"),
         ("glue", ["scores"], {}, "'scores' has no number"),
         ("glue", ["scores", "ood"], {}, "lacks something"),
-        ("glue", [*SCORES, "balanced_accuracy"], None, "balanced_accuracy is None, not a number from 0 to 1"),
         ("glue", [*SCORES, "balanced_accuracy"], 17.0, "is 17.0, not a number from 0 to 1"),
-        ("glue", [*SCORES, "balanced_accuracy"], True, "should be a valid number"),
         ("glue", [*SCORES, "loss"], float("nan"), "is damaged"),
         ("glue", ["cost", "job_seconds"], GONE, "'cost.job_seconds': Field required"),
-        ("glue", ["model"], [], "'model'"),
-        ("glue", ["usage"], GONE, "'usage' is missing"),
         ("glue_ood", ["chosen"], GONE, "'chosen' is missing"),
-        ("domainbed", ["records"], GONE, "'records' is missing"),
-        ("llama", ["tasks"], GONE, "'tasks' is missing"),
-        ("modularity", ["matrix"], GONE, "'matrix' is missing"),
-        ("modularity", ["matrix", "places"], GONE, "'matrix.places': Field required"),
         ("domainbed", ["records", 0, "step"], GONE, "'records.0.step': Field required"),
-        ("domainbed", ["records", 0, "env0_out_acc"], None, "'records.0.env0_out_acc': Input should be a valid number"),
-        ("glue", ["data", "train", "rows"], GONE, "'data.train.rows': Field required"),
-        ("glue_ood", ["usage", "shared"], GONE, "'usage._Usage.shared': Field required"),
-        ("glue", ["environment", "gpus"], GONE, "'environment.gpus': Field required"),
+        ("llama", ["tasks"], GONE, "'tasks' is missing"),
+        ("modularity", ["matrix", "places"], GONE, "'matrix.places': Field required"),
         ("speed", ["measured"], GONE, "lacks something"),
     ],
 )
@@ -61,16 +49,14 @@ def test_a_damaged_file_is_named(benchmark: str, keys: Sequence[str], value: Any
     run = RUN[benchmark]
     fake_runs.write_runs([run])
     path = RUNS / run.folder / "metrics.json"
-    content = {"": json.loads(path.read_text())}
-    inner: Any = content
-    *above, last = ["", *keys]
+    content = json.loads(path.read_text())
+    inner, (*above, last) = content, keys
     for key in above:
         inner = inner[key]
     inner.pop(last) if value is GONE else inner.update({last: value})
-    path.write_text(json.dumps(content[""]))
+    path.write_text(json.dumps(content))
     with pytest.raises(DataError) as damaged:
         read_metrics(run)
     assert message in str(damaged.value)
     assert str(damaged.value).startswith(str(path))
-    assert str(damaged.value).endswith(f"delete it and run `snakemake --cores all {path}`")
     assert "\n" not in str(damaged.value)

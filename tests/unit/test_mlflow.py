@@ -1,16 +1,13 @@
-"""The mirror in MLflow: its content, SQLite's file, and PostgreSQL behind a server."""
+"""Mirror runs in MLflow."""
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,21 +28,21 @@ from tests.planned import plan
 KEPT_QUIET = "S3cret"
 ENDED = 1_700_000_000
 SCORE = "test.tweets.balanced_accuracy"
-PLANNED = [
-    run
-    for run in plan(["glue"], "mini")
-    if run.spec["task"]["name"] == "tweets" and run.spec["method"]["name"] in ("vanilla", "emoe")
-]
 
 
 @pytest.fixture
 def runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """Write two seeds of two methods; the first method has unusual settings."""
     monkeypatch.setattr(mlflow, "_WAIT_SECONDS", 0.1)
-    runs = [run for run in PLANNED if run.spec["seed"] < 2]
-    for spec in [run.spec for run in runs if run.spec["method"]["name"] == "vanilla"]:
-        spec["remark"] = {"+90%": 1, "long": ["x" * 9000], "empty": {}, **dict.fromkeys(map(str, range(150)), 1)}
-    runs = [run_from_spec(run.spec) for run in runs]
+    specs = [
+        copy.deepcopy(run.spec)
+        for run in plan(["glue"], "mini")
+        if run.spec["task"]["name"] == "tweets" and run.spec["method"]["name"] in ("vanilla", "emoe")
+    ]
+    for spec in specs:
+        if spec["method"]["name"] == "vanilla":
+            spec["remark"] = {"+90%": 1, "long": ["x" * 9000], "empty": {}, **dict.fromkeys(map(str, range(150)), 1)}
+    runs = [run_from_spec(spec) for spec in specs if spec["seed"] < 2]
     fake_runs.write_runs(runs)
     for run in runs:
         path = RUNS / run.folder / "metrics.json"
@@ -77,19 +74,9 @@ def test_runs_have_their_numbers_and_parents_the_means_of_their_seeds(runs: list
     picture = Path("results/mini/figures/glue_scores.png")
     picture.parent.mkdir(parents=True)
     picture.write_bytes(b"a picture")
-
-    def diverge(metrics: dict[str, Any]) -> None:
-        metrics["curve"] = [0.5, None, 0.25]
-        metrics["scores"]["dev"]["tweets"]["loss"] = None
-
-    edit(runs[0], diverge)
-    before = os.umask(0o002)
-    try:
-        counts = mirror(runs, uri, {"glue": [picture, picture.with_name("not_drawn.png")]})
-    finally:
-        os.umask(before)
+    edit(runs[0], lambda metrics: metrics.update(curve=[0.5, None, 0.25]))  # None: the loss diverged
+    counts = mirror(runs, uri, {"glue": [picture, picture.with_name("not_drawn.png")]})
     assert counts == {"added": len(runs), "replaced": 0, "unchanged": 0}
-    assert Path(uri.removeprefix("sqlite:///")).stat().st_mode & 0o777 == 0o664  # the group goes on with it
     client = MlflowClient(uri)
     children, parents = mirrored(uri)
     assert set(children) == {run.id for run in runs}
@@ -99,7 +86,8 @@ def test_runs_have_their_numbers_and_parents_the_means_of_their_seeds(runs: list
         assert child.info.end_time - child.info.start_time == 2000  # cost.job_seconds
         assert {file.path for file in client.list_artifacts(child.info.run_id)} == {"metrics.json", "log.txt"}
         assert child.data.params["seed"] == str(run.spec["seed"])
-    for identifier, parent in list(parents.items()):
+    assert len(parents) == 3
+    for identifier, parent in parents.items():
         seeds = [run for run in children.values() if run.data.tags["mlflow.parentRunId"] == identifier]
         if not seeds:
             assert [file.path for file in client.list_artifacts(identifier)] == [picture.name]
@@ -108,8 +96,6 @@ def test_runs_have_their_numbers_and_parents_the_means_of_their_seeds(runs: list
         assert parent.data.metrics["seeds"] == len(values) == 2
         assert parent.data.metrics[SCORE] == pytest.approx(sum(values) / 2)
         assert parent.data.metrics[f"{SCORE}.std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
-        assert (parent.info.start_time, parent.info.end_time) == (1000 * ENDED - 2000, 1000 * (ENDED + 1))
-    assert len(parents) == 3
     strange = children[runs[0].id]
     history = client.get_metric_history(strange.info.run_id, "step.loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
@@ -154,15 +140,12 @@ def test_two_folders_mirror_into_one_new_database_at_once(runs: list[Run], uri: 
     assert set(mirrored(uri)[0]) == {run.id for run in runs}
 
 
-NO_DRIVER, PASSWORD = ModuleNotFoundError("No module named 'psycopg2'"), f"no answer of http://lab:{KEPT_QUIET}@db\nx"
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (NO_DRIVER, r"'psycopg2'; for PostgreSQL: pip install 'emoe\[postgres\]'"),
+        (ModuleNotFoundError("No module named 'psycopg2'"), r"for PostgreSQL: pip install 'emoe\[postgres\]'"),
         (OSError(28, "No space left on device", "metrics.json"), r"No space left on device: 'metrics\.json'"),
-        (MlflowException(PASSWORD), r"no answer of http://lab:\*\*\*@db$"),
+        (MlflowException(f"no answer of http://lab:{KEPT_QUIET}@db\nx"), r"no answer of http://lab:\*\*\*@db$"),
     ],
 )
 def test_a_refusal_is_one_line_without_the_password(runs: list[Run], error: Exception, message: str) -> None:
@@ -170,7 +153,6 @@ def test_a_refusal_is_one_line_without_the_password(runs: list[Run], error: Exce
     with mock.patch.object(mlflow, "MlflowClient", side_effect=error), pytest.raises(RunError) as refused:
         mirror(runs, address)
     assert re.match(rf"MLflow at postgresql://lab:\*\*\*@db.*{message}", str(refused.value))
-    assert KEPT_QUIET not in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -189,53 +171,3 @@ def test_no_library_reports_usage_unless_asked_to(tmp_path: Path) -> None:
     # no variable by which mlflow knows a test
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "True True\n"
-
-
-_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-_INITDB = shutil.which("initdb") or (str(_BINARIES[-1]) if _BINARIES else None)
-postgres_present = pytest.mark.skipif(
-    _INITDB is None or importlib.util.find_spec("psycopg2") is None,
-    reason="needs Debian's postgresql, and pip's psycopg2-binary",
-)
-
-
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    """Start a PostgreSQL server; root starts it as another user, as PostgreSQL demands."""
-    assert _INITDB
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}
-    folder = Path(tempfile.mkdtemp(prefix="emoe-postgres-"))
-    secret = folder / "secret"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    secret.write_text(KEPT_QUIET)
-    for path in (folder, secret) if user else ():
-        shutil.chown(path, "nobody")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-
-    def call(name: str, *words: str, check: bool = True) -> None:
-        command = [Path(_INITDB).resolve().with_name(name), "-D", folder / "data", *words]
-        subprocess.run(command, check=check, cwd=folder, stdout=subprocess.DEVNULL, **user)
-
-    try:
-        call("initdb", "-U", "lab", "-A", "scram-sha-256", "--pwfile", str(secret))
-        call("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
-        yield f"postgresql://lab:{KEPT_QUIET}@127.0.0.1:{port}/postgres"
-    finally:
-        call("pg_ctl", "-m", "immediate", "stop", check=False)
-        shutil.rmtree(folder)
-
-
-@pytest.mark.slow
-@postgres_present
-def test_postgres_takes_several_mirrors_at_once(
-    runs: list[Run], postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mlflow, "_WAIT_SECONDS", 10.0)
-    folders = [shutil.copytree(Path.cwd(), tmp_path / f"folder{number}") for number in range(2)]
-    forks = [start_fork(mirror_from, folder, runs[2 * number :][:2], postgres) for number, folder in enumerate(folders)]
-    for fork in forks:
-        fork.join(240)
-    assert [fork.exitcode for fork in forks] == [0, 0]
-    assert mirror(runs, postgres) == {"added": 0, "replaced": 0, "unchanged": 4}

@@ -10,17 +10,10 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
-from benchmarks.modularity.activations import (
-    concentration,
-    dense_magnitudes,
-    gini,
-    is_active,
-    neurons_used,
-    selected,
-)
+from benchmarks.modularity.activations import concentration, dense_magnitudes, gini, is_active, neurons_used, selected
 from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.usage import class_information, marks, shared_and_specialised, task_information
 from tests import fake_runs, tiny_models
@@ -68,15 +61,13 @@ def rows_of(shares: list[list[float]], rows: int, tokens: int, seed: int) -> tup
 
 def test_an_expert_that_one_task_prefers_is_marked_and_told_of() -> None:
     loads, tasks = rows_of([[0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3]], rows=50, tokens=20, seed=0)
-    found = marks(loads, tasks, seed=1)
-    assert found[0, 0] == 1
-    assert found[1, 0] == -1
+    signs = marks(loads, tasks, seed=1)
+    assert signs[:, 0].tolist() == [1, -1]
     told = task_information(loads, tasks, seed=1)
     assert told.bits > told.chance_95 > told.chance > 0
     shares = np.stack([loads[tasks == task].sum(0) / loads[tasks == task].sum() for task in (0, 1)])
-    shared, specialised = shared_and_specialised(shares, found)
-    assert 0 in specialised
-    assert 0 not in shared
+    shared, specialised = shared_and_specialised(shares, signs)
+    assert 0 in set(specialised) - set(shared)
 
 
 def test_by_chance_alone_one_matrix_in_twenty_has_a_mark() -> None:
@@ -98,14 +89,12 @@ def test_tokens_of_a_row_go_together_so_that_few_rows_tell_little() -> None:
 
 def test_classes_are_shuffled_within_their_task_and_tasks_without_have_none() -> None:
     loads, tasks = rows_of([[0.7, 0.3], [0.3, 0.7]], rows=40, tokens=20, seed=3)
-    classes = np.tile([0, 1], 40)  # of which the loads know nothing
-    told = class_information(loads, tasks, classes, seed=0)
-    assert told is not None
-    assert told.bits <= told.chance_95
-    loads[(classes == 1) & (tasks == 0), 0] += 20
-    told = class_information(loads, tasks, classes, seed=0)
-    assert told is not None
-    assert told.bits > told.chance_95
+    classes = np.tile([0, 1], 40)  # the loads know nothing of them
+    for known in (False, True):
+        loads[(classes == 1) & (tasks == 0), 0] += 20 * known
+        told = class_information(loads, tasks, classes, seed=0)
+        assert told is not None
+        assert (told.bits > told.chance_95) == known
     assert class_information(loads, tasks, np.full(80, -1), seed=0) is None
 
 
@@ -141,28 +130,20 @@ def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
     config, measured = run.spec["method"]["config"], metrics["measured"]["experts"]
     assert config["top_k"] / config["num_experts"] < measured["kept_top"] < 1  # more than as many random experts
     assert measured["kept_bottom"] < measured["kept_top"]
-    assert measured["active_bottom"] < measured["active_top"]
     assert 0.25 < measured["best_quarter"] <= 1
     assert set(metrics["usage"]["tasks"]) == {"tweets", "amazon"}
-    for used in metrics["usage"]["tasks"].values():
-        assert sum(used["shares"]) == pytest.approx(1)
-        assert len(used["marks"]) == config["num_experts"]
-        assert set(used["classes"]) == {"0", "1"}
     matrix = metrics["matrix"]
     assert matrix["tasks"] == ["tweets"] * 20 + ["amazon"] * 20
     assert len(matrix["tokens"]) == len(matrix["places"]) == len(matrix["values"]) > 0
-    assert max(matrix["places"]) < matrix["neurons"]
     assert finish(prepare(run, "again")) == metrics
-    # batches of another size, but for rounding
     other = finish(prepare(smoke_run("modularity", "emoe", "reading", batch_size=7)))
     assert other["measured"]["experts"] == pytest.approx(measured, abs=1e-4)
-
-    # neurons as they stand fire as the clustered ones do, in another order
-    standing = finish(prepare(smoke_run("modularity", "contiguous", "reading")))
-    by_token = [sorted(zip(shown["tokens"], shown["values"], strict=True)) for shown in (matrix, standing["matrix"])]
+    # contiguous neurons fire as the clustered ones do, in another order
+    contiguous = finish(prepare(smoke_run("modularity", "contiguous", "reading")))
+    by_token = [sorted(zip(shown["tokens"], shown["values"], strict=True)) for shown in (matrix, contiguous["matrix"])]
     assert by_token[0] == by_token[1]
-    assert matrix["places"] != standing["matrix"]["places"]
-    assert measured["inertia"] < standing["measured"]["experts"]["inertia"]
+    assert matrix["places"] != contiguous["matrix"]["places"]
+    assert measured["inertia"] < contiguous["measured"]["experts"]["inertia"]
 
 
 # what is planned, and what is not
@@ -172,7 +153,6 @@ def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
     ("methods", "message"),
     [
         ({"emoe": {}, "gmoe": {}}, "methods.gmoe' must be an EMoE"),
-        ({"emoe": {"partition": "coactivation"}}, "methods.emoe' must be an EMoE with experts of its weights"),
         ({"emoe": {}, "emoe_learn": {}}, "methods.emoe_learn' sets 'router', which needs training"),
     ],
 )
@@ -194,25 +174,16 @@ def test_two_tasks_are_compared_in_one_layer() -> None:
 # what is shown
 
 
-def test_a_row_a_construction_has_means_over_seeds_and_the_papers_matrices_beside(here: Path) -> None:
-    runs = fake_runs.write(Path("results/runs"), "mini", benchmarks=("modularity",))
-    frame = present(BENCHMARK, runs).tables[0].frame
-    assert list(frame["method"].unique()) == ["contiguous", "emoe", "random_partition"]
-    by_cell = frame.set_index(["method", "num_experts"])
+def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_chance(here: Path) -> None:
+    runs = fake_runs.write(RUNS, "mini", benchmarks=("modularity",))
+    by_cell = present(BENCHMARK, runs).tables[0].frame.set_index(["method", "num_experts"])
     assert by_cell.loc[("emoe", 64), "best_quarter_paper"] == pytest.approx(0.957)
-    assert by_cell.loc[("emoe", 64), "usage_gini_paper"] == pytest.approx(0.708)
     assert np.isnan(by_cell.loc[("emoe", 16), "usage_gini_paper"])
     rows = ModularityOutcomes(BENCHMARK, runs).rows
     own = rows[(rows["method"] == "random_partition") & (rows["num_experts"] == 32)]
     row = by_cell.loc[("random_partition", 32)]
-    assert row["best_quarter"] == pytest.approx(own["best_quarter"].mean())
-    assert row["n"] == len(own) == 3
-
-
-def test_a_sentence_says_whether_more_than_chance_is_told(here: Path) -> None:
-    runs = fake_runs.write(Path("results/runs"), "smoke", benchmarks=("modularity",))
+    assert (row["best_quarter"], row["n"]) == (pytest.approx(own["best_quarter"].mean()), 3)
     for bits, words in ((0.9, "more than chance"), (0.0, "no more than chance")):
         for run in runs:
             fake_runs.edit(run, lambda content, bits=bits: content["measured"]["experts"].update(task_information=bits))
-        (sentence,) = present(BENCHMARK, runs).verdicts
-        assert f"tells {words} of the task" in sentence
+        assert any(f"tells {words} of the task" in sentence for sentence in present(BENCHMARK, runs).verdicts)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DataError, DefinitionError
+from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
@@ -23,7 +23,7 @@ from benchmarks.multitask.definition import MultitaskSpec, WrittenTask
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.rows import MixedOrder, answers, as_text
 from benchmarks.multitask.training import MultitaskTrainer, log_likelihoods
-from benchmarks.text.data import TextSplit, load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare
@@ -42,14 +42,6 @@ def task(name: str, prefix: str | None = None) -> WrittenTask:
 # rows as text
 
 
-def test_a_row_is_its_tasks_prefix_and_its_named_texts() -> None:
-    for texts, learned, row in (
-        (("He ran.", "He moved."), task("mnli"), "mnli premise: He ran. hypothesis: He moved."),
-        (("Fine: very.",), task("amazon", "sentiment"), "sentiment text: Fine: very."),
-    ):
-        assert as_text(TextSplit([texts], [0]), learned).texts == [(row,)]
-
-
 def test_answers_are_the_names_of_classes_with_their_end() -> None:
     tokenizer = load_seq2seq_tokenizer(TINY)
     found = answers(tokenizer, task("rte"))
@@ -63,10 +55,7 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
 def test_the_same_sentences_have_another_label_where_strength_is_asked(workdir: Path) -> None:
     sign, strength = (load_part(task(name), "test", None) for name in ("amazon", "amazon_strength"))
     assert sign.texts == strength.texts
-    assert 0.4 < np.mean(strength.labels) < 0.7
-    assert sign.labels != strength.labels
-    assert strength.source.endswith("amazon, strength, test")
-    assert strength.labels == load_vader("amazon", "test", strength=True)[1]
+    assert sign.labels != strength.labels == load_vader("amazon", "test", strength=True)[1]
 
 
 # answers by likelihood
@@ -75,13 +64,12 @@ def test_the_same_sentences_have_another_label_where_strength_is_asked(workdir: 
 @torch.no_grad()
 def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -> None:
     model, tokenizer = load_seq2seq(TINY).eval(), load_seq2seq_tokenizer(TINY)
-    found = answers(tokenizer, task("rte"))
-    assert len({len(answer) for answer in found}) == 2  # one is padded
-    batch = tokenizer(["a fine film", "rain"], padding=True, return_tensors="pt")
-    ranked = log_likelihoods(model, dict(batch), found)
-    for row, text in enumerate(["a fine film", "rain"]):
+    possible, texts = answers(tokenizer, task("rte")), ["a fine film", "rain"]
+    assert len({len(answer) for answer in possible}) == 2  # one is padded
+    ranked = log_likelihoods(model, dict(tokenizer(texts, padding=True, return_tensors="pt")), possible)
+    for row, text in enumerate(texts):
         alone = tokenizer([text], return_tensors="pt")
-        for number, answer in enumerate(found):
+        for number, answer in enumerate(possible):
             said, total = [model.config.decoder_start_token_id], 0.0
             for token in answer:
                 logits = model(**alone, decoder_input_ids=torch.tensor([said])).logits[0, -1]
@@ -107,30 +95,22 @@ def epoch(found: MixedOrder, number: int) -> list[int]:
 
 def test_an_epoch_mixes_tasks_up_to_a_limit_and_large_ones_go_through_all_rows() -> None:
     mixed = order(4)
-    assert len(mixed) == 4 + 3
     epochs = [epoch(mixed, number) for number in range(5)]
-    for rows in epochs:
-        assert len(rows) == 7
-        assert {row for row in rows if row >= 10} == {10, 11, 12}
+    assert {len(rows) for rows in epochs} == {len(mixed)} == {4 + 3}
+    assert all({row for row in rows if row >= 10} == {10, 11, 12} for rows in epochs)
     assert set(Counter(row for rows in epochs for row in rows if row < 10).values()) == {2}  # 20 rows of 10
     assert len({row for rows in epochs[:2] for row in rows if row < 10}) == 8  # none twice before all had their turn
-    flags = [[row >= 10 for row in epoch(order(4, seed), 0)] for seed in range(5)]
-    assert any(is_small not in (sorted(is_small), sorted(is_small, reverse=True)) for is_small in flags)
     # the order depends on seed and epoch alone
     assert epoch(order(4), 3) == epochs[3]
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != epoch(order(4, seed=1), 0)
+    assert epochs[1] != epochs[0] != epoch(order(4, seed=1), 0)
     assert sorted(epoch(order(None), 0)) == list(range(13))
 
 
 # a run
 
 
-@pytest.mark.parametrize("method", ["emoe", "gmoe"])
-def test_a_killed_run_resumes_to_the_same_numbers(
-    workdir: Path, capfd: pytest.CaptureFixture[str], method: str
-) -> None:
-    run = smoke_run("multitask", method)
+def test_a_killed_run_resumes_to_the_same_numbers(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = smoke_run("multitask", "emoe")
     whole = finish(prepare(run))
     killed = prepare(run, "killed")
     with killed_at(12):  # in the second epoch, after the checkpoint of step 8
@@ -141,8 +121,6 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     assert set(whole["scores"]["test"]) == {"amazon", "amazon_strength"}
     assert set(whole["scores"]["ood"]) == {other["name"] for other in run.spec["ood"]}
     assert [entry["epoch"] for entry in whole["dev_curve"]] == [1.0, 2.0]
-    assert whole["data"]["test:amazon"]["rows"] == 40
-    assert whole["model"]["conversion"][0]["index"] == 1
 
 
 def test_scores_are_of_the_likelier_answers_and_the_best_epoch_is_kept(workdir: Path, monkeypatch) -> None:
@@ -179,12 +157,9 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
     assert read_as == {"snli": "mnli", "sick_entailment": "mnli", "scitail": "rte", "hans": "rte"}
     config = spec["method"]["config"]
     assert (config["num_experts"], config["top_k"], config["layers"]) == (32, 8, [10])
-    found = finish(prepare(run_from_spec({**spec, "training": {**spec["training"], "epochs": 2}})))
-    assert set(found["scores"]["ood"]) == {"snli", "sick_entailment", "scitail", "hans"}
-    assert set(found["scores"]["dev"]["mnli"]) == {"accuracy", "loss"}
-    assert found["data"]["dev:rte"]["rows"] + found["data"]["train:rte"]["rows"] == 16  # a tenth is held out
-    (layer,) = found["model"]["conversion"]
-    assert layer["index"] == 10
+    result = finish(prepare(run_from_spec({**spec, "training": {**spec["training"], "epochs": 2}})))
+    assert set(result["scores"]["ood"]) == set(read_as)
+    assert result["data"]["dev:rte"]["rows"] + result["data"]["train:rte"]["rows"] == 16  # a tenth is held out
 
 
 # what is planned, and what is not
@@ -193,12 +168,10 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mixtures": {"six": {"title": "x", "tasks": ["mnlo"]}}}, r"six\.tasks' is 'mnlo'.*did you mean 'mnli'"),
-        ({"mixtures": {"rte": {"title": "x", "tasks": ["rte", "mnli"]}}}, "mixtures.rte' has the name of a task"),
-        ({"mixtures": {"six": {"title": "x", "tasks": ["stsb", "rte"]}}}, "has 'stsb', a regression"),
-        ({"mixtures": {"six": {"title": "x", "tasks": ["snli", "rte"]}}}, "has 'snli', which has no split to train on"),
+        ({"mixtures.six.tasks": ["mnlo"]}, r"six\.tasks' is 'mnlo'.*did you mean 'mnli'"),
+        ({"mixtures.six.tasks": ["stsb", "rte"]}, "has 'stsb', a regression"),
+        ({"mixtures.six.tasks": ["snli", "rte"]}, "has 'snli', which has no split to train on"),
         ({"methods": {"vanilla": {}, "block": {"layers": [1]}}}, "methods.block' trains a part of the model"),
-        ({"methods": {"vanilla": {}, "emoe": {"partition": "coactivation"}}}, "emoe' groups neurons by co-activation"),
     ],
 )
 def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str) -> None:
@@ -226,7 +199,7 @@ def test_a_spec_is_read_back_as_it_is_hashed() -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(shared_here: Path) -> MultitaskOutcomes:
-    return MultitaskOutcomes(BENCHMARK, fake_runs.write(Path("results/runs"), "mini_full", benchmarks=("multitask",)))
+    return MultitaskOutcomes(BENCHMARK, fake_runs.write(RUNS, "mini_full", benchmarks=("multitask",)))
 
 
 def test_means_are_over_the_tasks_of_a_seed(outcomes: MultitaskOutcomes) -> None:
@@ -250,34 +223,12 @@ def test_transfer_is_together_less_alone_by_seed(outcomes: MultitaskOutcomes) ->
     assert row["n"] == 3
 
 
-def test_claims_are_of_mixtures_alone(outcomes: MultitaskOutcomes) -> None:
-    found = outcomes.compared()
-    assert set(found.loc[found["domain"] == "id", "task"]) == {"sentences"}
-    assert set(found["domain"]) == {"id", "ood", "ood_mean", "model"}
-
-
 def test_the_papers_gains_stand_beside_ours(here: Path) -> None:
-    runs = fake_runs.write(Path("results/runs"), "paper", {"emoe": 0.05}, benchmarks=("multitask",))
-    found = present(BENCHMARK, runs)
-    gains = found.tables[0].frame.set_index(["task", "method", "where"])
-    assert gains.loc[("six", "emoe", "in domain"), "paper"] == pytest.approx(0.0756)
-    assert gains.loc[("nli", "emoe", "out of domain"), "paper"] == pytest.approx(0.0158)
-    assert np.isnan(gains.loc[("six", "gmoe", "in domain"), "paper"])
+    runs = fake_runs.write(RUNS, "paper", {"emoe": 0.05}, benchmarks=("multitask",))
+    tables = {table.name.removeprefix("multitask_"): table.frame for table in present(BENCHMARK, runs).tables}
+    gains, transfer = tables["gains"].set_index(["task", "method", "where"]), tables["transfer"]
     row = gains.loc[("six", "emoe", "in domain")]
+    assert (row["paper"], row["n"], row["sets"]) == (pytest.approx(0.0756), 3, 6)
     assert row["low"] < row["delta"] < row["high"]
-    assert row["best"] > row["delta"]
-    assert (row["n"], row["sets"]) == (3, 6)
-    transfer = next(table for table in found.tables if table.name == "multitask_transfer").frame
+    assert np.isnan(gains.loc[("six", "gmoe", "in domain"), "paper"])
     assert transfer.loc[transfer["method"] == "emoe", "less_delta"].notna().all()
-    assert all(
-        "multitask/t5-base-six-" in runs and "multitask/t5-base-rte-" in runs
-        for runs in transfer.loc[transfer["eval_task"] == "rte", "runs"][:1]
-    )
-    assert any("six GLUE tasks, EMoE (n = 3): in domain +" in sentence for sentence in found.verdicts)
-
-
-def test_a_suite_without_single_tasks_has_an_empty_table_of_transfer(outcomes: MultitaskOutcomes) -> None:
-    runs = [run for run in outcomes.runs if run.spec["task"]["name"] == "sentences"]
-    table = next(table for table in present(BENCHMARK, runs).tables if table.name == "multitask_transfer")
-    assert table.frame.empty
-    assert "Learned together" in table.markdown()

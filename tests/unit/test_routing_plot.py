@@ -64,10 +64,3 @@ def test_text_is_readable_and_does_not_overlap(experts: int, depth: int, labels:
         assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, text
     for (first, first_box, _), (second, second_box, _) in itertools.combinations(texts, 2):
         assert not first_box.overlaps(second_box), (first, second)
-
-
-def test_an_empty_record_and_a_dense_layer_are_errors() -> None:
-    with pytest.raises(emoe.EMoEError, match="nothing was recorded"):
-        plot_routing(record(8, [0], passes=0))
-    with pytest.raises(KeyError, match="layer 2 has no experts; the layers with experts are 1, 3"):
-        plot_routing(record(8, [1, 3]), layer=2)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-import yaml
 from pydantic import Field
 
 from benchmarks.domainbed.definition import ImageSpec
@@ -60,9 +59,7 @@ class File(Strict):
 
 def changed(file: File) -> Whole:
     return overlay(
-        Whole,
-        ("some.yaml", ("whole",), file.whole.model_dump(exclude_unset=True)),
-        ("some.yaml", ("part",), file.part),
+        Whole, ("some.yaml", ("whole",), file.whole.model_dump(exclude_unset=True)), ("some.yaml", ("part",), file.part)
     )
 
 
@@ -96,48 +93,25 @@ def test_a_mistake_is_named_with_key_value_and_what_is_valid(content: Any, text:
     assert message({"whole": {}, "part": content}) == f"some.yaml: {text.replace('whole', 'part')}"
 
 
-def test_a_part_that_is_parsed_alone_is_named_by_its_place_in_the_file() -> None:
-    with pytest.raises(DefinitionError, match=r"^f\.yaml: unknown key 'methods\.emoe\.rnk'; did you mean 'rank'"):
-        parse({"rank": 1, "rnk": 2}, Inner, "f.yaml", "methods", "emoe")
-
-
 BOMB = "[&a [x, x, x], " + ", ".join(f"&{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghijk")) + "]"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
-        (
-            "kind: dense, noise: 0.15",
-            "kind: dens, noise: 0.15",
-            "'methods.noisy_tuning.kind' is 'dens'; did you mean 'dense'",
-        ),
+        ("kind: dense, noise: 0.15", "kind: dens", "'methods.noisy_tuning.kind' is 'dens'; did you mean 'dense'"),
         ("kind: dense, noise: 0.15", "knd: dense", "unknown key 'methods.noisy_tuning.knd'; did you mean 'kind'"),
         ("noise: 0.15", "noise: -1", "'methods.noisy_tuning.noise' is -1: Input should be greater than"),
         ("noise: 0.15", "noise: .nan", "'methods.noisy_tuning.noise' is nan: Input should be"),
-        ("noise: 0.15", "noise: [1]", "'methods.noisy_tuning.noise' is [1]: Input should be a valid number"),
-        ("noise: 0.15", "noise: 2024-01-01", "'methods.noisy_tuning.noise' is datetime.date(2024, 1, 1): Input"),
         ("noise: 0.15", "noise: 2024-13-45", "is not valid YAML: month must be in 1..12"),
-        ("noise: 0.15", f"noise: {'9' * 5000}", "is not valid YAML: "),
-        ("noise: 0.15", f"noise: 1:{':'.join('1' * 400)}.5", "is not valid YAML: "),
         ("noise: 0.15", "noise: *nope", "found undefined alias"),
         ("noise: 0.15", "noise: &r [*r]", "is not valid YAML: it is too large or too deep"),
         ("noise: 0.15", f"noise: {BOMB}", "is not valid YAML: it is too large or too deep"),
-        ("noise: 0.15", f"noise: {'[' * 99}{']' * 99}", "is not valid YAML: it is too large or too deep"),
         ("noise: 0.15", "noise: !!bool maybe", "is not valid YAML: the tag 'tag:yaml.org,2002:bool' is not allowed"),
-        ("noise: 0.15", "noise: !!timestamp x", "is not valid YAML: the tag"),
-        ("noise: 0.15", "noise: !!set {a, b}", "is not valid YAML: the tag"),
-        ("noise: 0.15", "noise: !!str 3", "is not valid YAML: the tag"),
-        ("noise: 0.15", "noise: !own x", "is not valid YAML: the tag '!own' is not allowed at line "),
-        ("noise: 0.15", '"noi\\n\\nse": 1', "unknown key 'methods.noisy_tuning.noi se'; did you mean 'noise'"),
-        ("noise: 0.15", "? [noise]: 1", "is not valid YAML: while"),
-        ("noise: 0.15", "<<: 3", "is not valid YAML: while constructing a mapping"),
         ("noise: 0.15", "noise: 0.15, noise: 0.2", "the key 'noise' is given twice"),
         ("noise: 0.15}", "noise: 0.15", "is not valid YAML: while parsing"),
-        ("plugins: []", "plugins: [my plugin]", "'plugins[0]' is 'my plugin': String should match pattern"),
         ("methods:\n", "methods: 3\nrest:\n", "unknown key 'rest'"),
         ("noisy_tuning:", "Noisy Tuning:", "'methods.Noisy Tuning' is 'Noisy Tuning': String should match pattern"),
-        ("noisy_tuning:", "1:", "'methods[1]' is 1: Input should be a valid string"),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path: Path, old: str, new: str, text: str) -> None:
@@ -148,15 +122,13 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, old: str, new: str, text: st
     assert str(caught.value).startswith(str(path))
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
 
 
 def test_values_stay_as_they_are_written() -> None:
     """Keep 1 from becoming 1.0, and null from being left out, because a run's id is a hash of JSON."""
     file = parse({"whole": {"number": 1, "inner": {"rank": 2}}, "part": {"number": 2.0, "inner": None}}, File, "f")
     dumped = file.whole.model_dump()
-    assert repr(dumped["number"]) == "1"
-    assert repr(dumped["inner"]["scale"]) == "1"
+    assert (repr(dumped["number"]), repr(dumped["inner"]["scale"])) == ("1", "1")
     assert "number" not in Whole().model_dump()
     result = changed(file)
     assert (result.number, result.inner, result.count) == (2.0, None, 3)
@@ -166,11 +138,8 @@ def test_values_stay_as_they_are_written() -> None:
         revision: str | None = None
         digits: str = "all"
 
-    assert Source.model_validate({"hub": "a", "revision": None}).model_dump() == {
-        "hub": "a",
-        "revision": None,
-        "digits": "all",
-    }
+    dumped = Source.model_validate({"hub": "a", "revision": None}).model_dump()
+    assert dumped == {"hub": "a", "revision": None, "digits": "all"}
     assert Source.model_validate({"hub": "a"}).model_dump(exclude={"digits"}) == {"hub": "a"}
 
 
@@ -191,9 +160,6 @@ def test_every_yaml_file_names_a_schema_that_editors_can_read(tmp_path: Path, mo
         named = (file.parent / first.removeprefix("# yaml-language-server: $schema=")).resolve()
         assert named.parent == BENCHMARKS / "schemas", file
         assert named.name in written, file
-        if file.name == "benchmark.yaml":
-            kind = yaml.safe_load(file.read_text(encoding="utf-8"))["kind"]
-            assert named.name == f"{kind}.schema.json"
     described = written["config.schema.json"]["properties"]["benchmarks"]["description"]
     assert described.startswith("Benchmarks to run, in the order of the report")
 

@@ -47,22 +47,8 @@ def test_memory_counts_what_is_kept_and_not_the_weights() -> None:
     assert pipeline.kept_bytes(torch.nn.Sequential(net, torch.nn.Sigmoid()), x) == 2 * 6 * 4 * 4
 
 
-def test_calls_run_in_turn_after_a_round_that_does_not_count() -> None:
-    order: list[str] = []
-    numbers = pipeline.time_in_turn(order.append, {"dense": "dense", "other": "other"}, 3)
-    assert order == ["dense", "other"] * 4
-    assert numbers["dense"]["ratio"] == 1
-    assert numbers["other"]["ratio_low"] <= numbers["other"]["ratio"] <= numbers["other"]["ratio_high"]
-
-
-SMALL_LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+SMALL_LLAMA = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 64}
+SMALL_LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.mark.usefixtures("always_sparse")
@@ -73,49 +59,28 @@ def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> N
     usual = load_benchmark("speed").definition.measures[measure].settings
     small = {"num_experts": 8, "tokens": 20, "rounds": 2, "batch_size": 2, "length": 4, "starts": 1}
     settings = usual | {name: value for name, value in small.items() if name in usual}
-    spec = {
-        "task": {"name": measure},
-        "model": {"name": "small", **models.get(measure, {"config": SMALL_LLAMA})},
-        "settings": settings,
-        "seed": 0,
-    }
+    model = {"name": "small", **models.get(measure, {"config": SMALL_LLAMA})}
+    spec = {"task": {"name": measure}, "model": model, "settings": settings, "seed": 0}
     threads = torch.get_num_threads()
-    found = pipeline.run(spec, tmp_path, cast(Any, SimpleNamespace(say=print)))["measured"]
+    measured = pipeline.run(spec, tmp_path, cast(Any, SimpleNamespace(say=print)))["measured"]
     torch.set_num_threads(threads)
-    assert set(settings["candidates"]) <= set(found)
-    assert all(row["ratio"] > 0 and row["seconds"] > 0 for row in found.values())
+    assert set(settings["candidates"]) <= set(measured)
+    assert all(row["ratio"] > 0 and row["seconds"] > 0 for row in measured.values())
     if measure == "layer":
-        assert found["sparse"]["memory_ratio"] < 1
-        assert found["sparse"]["expected_ratio"] > 0.25
+        assert measured["sparse"]["memory_ratio"] < 1
     if measure == "partition":
-        assert 0 < found["emoe"]["inertia"] <= found["kmeans_constrained"]["inertia"] + 0.05 < 1
-
-
-def test_keys_are_real_or_made_up_and_the_same_each_time() -> None:
-    sizes = {"hidden": 16, "neurons": 64}
-    keys = pipeline.layer_keys(sizes)
-    assert keys.shape == (64, 16)
-    assert torch.equal(keys, pipeline.layer_keys(sizes))
-    assert pipeline.layer_keys({"model": "minilm", "layer": 5}).shape == (1536, 384)
+        assert 0 < measured["emoe"]["inertia"] <= measured["kmeans_constrained"]["inertia"] + 0.05 < 1
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
+    ("change", "message"),
     [
-        ({"measure": "layers", "model": ["bert-base"]}, "did you mean 'layer'"),
-        ({"measure": "layer", "model": ["bert-bass"]}, "did you mean 'bert-base'"),
-        ({"measure": "layer", "model": ["bert-base"], "settings": {"token": [1]}}, "did you mean 'tokens'"),
-        (
-            {"measure": "layer", "model": ["bert-base"], "settings": {"tokens": ["1"]}},
-            r"'benchmarks.speed.grid\[0\].settings.tokens' is '1': Input should be a valid integer",
-        ),
-        (
-            {"measure": "layer", "model": ["bert-base"], "settings": {"candidates": [["spars"]]}},
-            "did you mean 'sparse'",
-        ),
-        ({"measure": "layer", "models": ["bert-base"]}, "unknown key"),
+        ({"measure": "layers"}, "did you mean 'layer'"),
+        ({"settings": {"token": [1]}}, "did you mean 'tokens'"),
+        ({"settings": {"candidates": [["spars"]]}}, "did you mean 'sparse'"),
     ],
 )
-def test_a_wrong_grid_is_refused_with_the_nearest_name(block, message) -> None:
+def test_a_wrong_grid_is_refused_with_the_nearest_name(change: dict[str, Any], message: str) -> None:
+    block = {"measure": "layer", "model": ["bert-base"], **change}
     with pytest.raises(DefinitionError, match=message):
         specs(load_benchmark("speed"), edited_part("speed", "smoke", {"grid": [block]}))

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.harness.config.benchmark import MethodsDefinition, benchmark_names, load_benchmark, resolve_methods
 from benchmarks.harness.config.methods import load_methods
-from benchmarks.harness.report.style import DENSE, EMOE, GMOE, curve_styles, style_of
+from benchmarks.harness.report.style import DENSE, EMOE, GMOE, style_of
 
 BENCHMARKS = [name for name in benchmark_names() if isinstance(load_benchmark(name).definition, MethodsDefinition)]
 
@@ -35,12 +35,3 @@ def test_methods_of_one_figure_have_different_styles() -> None:
     rows = resolve_methods(load_benchmark("glue_lora").definition)
     selected = [style_of(rows[name]) for name in ("lora", "lora_emoe", "lora_bottom", "lora_random", "lora_contiguous")]
     assert len(set(selected)) == len(selected)
-
-
-def test_curves_of_a_method_have_a_style_each_in_all_panels() -> None:
-    curves = [("N 64", EMOE), ("N 16", EMOE), ("dense", DENSE), ("N 16", EMOE), ("N 32", EMOE)]
-    arguments = curve_styles(curves)
-    assert list(arguments) == ["N 64", "N 16", "dense", "N 32"]
-    styles = [(str(style["ls"]), style.get("mfc"), style["color"]) for style in arguments.values()]
-    assert len(set(styles)) == len(styles)
-    assert {style["color"] for name, style in arguments.items() if name != "dense"} == {EMOE.colour}

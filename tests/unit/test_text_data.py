@@ -6,6 +6,7 @@ import json
 import math
 import socket
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pandas as pd
@@ -20,6 +21,7 @@ from tests.text_sets import TASKS, task, write_glue, write_own, write_rows, writ
 
 FILES = ["parquet", "arrow", "jsonl", "csv"]
 NAMED = ["parquet", "arrow", "saved", "hub"]  # formats that store class names
+ALL = [*FILES, "saved", "hub"]
 
 
 def write_file(root: Path, name: str, file: str, content: str | bytes) -> Path:
@@ -35,31 +37,25 @@ def write_file(root: Path, name: str, file: str, content: str | bytes) -> Path:
 # formats, task, stored class names, written labels, and the labels that are read or the error
 LABELS: list[tuple[list[str], str, list[str] | None, list[object], list[float] | str]] = [
     # missing labels are dropped and counted, and whole floats are labels
-    ([*FILES, "saved", "hub"], "mnli", None, [2, -1, 0, None, 1], [2, 0, 1]),
-    ([*FILES, "saved", "hub"], "mnli", None, ["neutral", None, "-", "entailment", "-1", ""], [1, 0]),
-    ([*FILES, "saved", "hub"], "rte", None, [1.0, None, math.nan, 0.0, -1.0], [1, 0]),
-    ([*FILES, "saved", "hub"], "rte", None, ["1.0", "nan", "null", "0", " "], [1, 0]),
-    ([*FILES, "saved", "hub"], "stsb", None, [4.8, -1.0, math.nan, None, 0.0, 5.0], [4.8, 0.0, 5.0]),
-    ([*FILES, "saved", "hub"], "stsb", None, ["3", "-1", "", "NaN"], [3.0]),
+    (ALL, "mnli", None, [2, -1, 0, None, 1], [2, 0, 1]),
+    (ALL, "mnli", None, ["neutral", None, "-", "entailment", "-1", ""], [1, 0]),
+    (ALL, "rte", None, [1.0, None, math.nan, 0.0, -1.0], [1, 0]),
+    (["csv"], "rte", None, ["1.0", "nan", "null", "0", " "], [1, 0]),
+    (ALL, "stsb", None, [4.8, -1.0, math.nan, None, 0.0, 5.0], [4.8, 0.0, 5.0]),
     # labels out of range
-    ([*FILES, "saved", "hub"], "stsb", None, [1, 0, 7.3], r"row 3: '7\.3' is no label of task 'stsb'"),
-    ([*FILES, "saved", "hub"], "stsb", None, [1, 0, -0.5], r"row 3: '-0\.5' is no label of task 'stsb'"),
-    ([*FILES, "saved", "hub"], "rte", None, [1, 0, 2], r"row 3: '2(\.0)?' is no label of task 'rte'"),
-    ([*FILES, "saved", "hub"], "rte", None, [1, 0, 0.5], r"row 3: '0\.5' is no label of task 'rte'"),
+    (["csv", "hub"], "stsb", None, [1, 0, 7.3], r"row 3: '7\.3' is no label of task 'stsb'"),
+    (["csv", "hub"], "rte", None, [1, 0, 2], r"row 3: '2(\.0)?' is no label of task 'rte'"),
+    (["csv", "hub"], "rte", None, [1, 0, 0.5], r"row 3: '0\.5' is no label of task 'rte'"),
     # numbers are read by the stored class names
     (NAMED, "mnli", ["contradiction", "entailment", "neutral"], [0, 1, 2, -1], [2, 0, 1]),
-    (NAMED, "sst2", ["positive", "negative"], [0, 1], [1, 0]),
-    (NAMED, "rte", ["0", "1"], [0, 1], [0, 1]),  # such names say no more than the numbers
-    (NAMED, "rte", ["1", "0"], [0, 1], [1, 0]),
-    (NAMED, "rte", ["yes", "no"], [0], "row 1: 'yes' is no label of task 'rte'; choose from entailment, not_entail"),
-    (NAMED, "rte", ["entailment", "neutral"], [0, 1], "row 2: 'neutral' is no label of task 'rte'"),
-    (NAMED, "rte", ["1", "2"], [0, 1], "row 1: '1' is no label of task 'rte'"),  # not the number 1
-    (NAMED, "rte", ["0", "1", "2"], [0, 1, 2], "row 3: '2' is no label of task 'rte'"),
+    (["hub"], "sst2", ["positive", "negative"], [0, 1], [1, 0]),
+    (["hub"], "rte", ["0", "1"], [0, 1], [0, 1]),  # such names say no more than the numbers
+    (["hub"], "rte", ["yes", "no"], [0], "row 1: 'yes' is no label of task 'rte'; choose from entailment, not_entail"),
+    (["hub"], "rte", ["1", "2"], [0, 1], "row 1: '1' is no label of task 'rte'"),  # not the number 1
     # numbers that are class names do not count from 0
     (["csv"], "stars", None, [3, 1.0, 2, -1], [2, 0, 1]),
     (["csv"], "stars", None, [0, 1, 2], "row 1: '0' is no label of task 'sst2'; choose from 1, 2, 3$"),
     (["parquet"], "stars", ["3", "1", "2"], [0, 1, 2], [2, 0, 1]),
-    (["parquet"], "stars", ["0", "1", "2"], [0, 1, 2], "row 1: '0' is no label of task 'sst2'"),
 ]
 
 
@@ -95,8 +91,7 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("form", FILES)
-@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize(("form", "beside"), zip(FILES, [*BESIDE, "README.md"], strict=True))
 def test_numbers_are_read_by_the_class_names_beside_a_file(
     root: Path, monkeypatch: pytest.MonkeyPatch, form: str, beside: str
 ) -> None:
@@ -106,23 +101,6 @@ def test_numbers_are_read_by_the_class_names_beside_a_file(
     assert (split.labels, split.dropped) == ([2, 0, 1], 1)
 
 
-@pytest.mark.parametrize("front", ["# A set\n---\nand a line.\n", "---\n# nothing\n---\n# A set\n"])
-def test_a_readme_need_not_name_classes(root: Path, monkeypatch: pytest.MonkeyPatch, front: str) -> None:
-    write_rows(root, "sst2", [1, 0], "parquet", monkeypatch)
-    (root / "SST-2/README.md").write_text(front)
-    assert load_split(task("sst2"), "dev").labels == [1, 0]
-
-
-def test_class_names_beside_a_file_are_those_of_the_configuration(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(root, "rte", [0, 1], "parquet", monkeypatch)
-    names = {"rte": ["not_entailment", "entailment"], "qnli": ["entailment", "not_entailment"]}
-    infos = {
-        config: {"features": {"label": {"names": values, "_type": "ClassLabel"}}} for config, values in names.items()
-    }
-    (root / "RTE/dataset_infos.json").write_text(json.dumps(infos))
-    assert load_split(task("rte"), "dev").labels == [1, 0]
-
-
 def test_class_names_that_contradict_each_other_or_the_numbers_are_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,14 +108,13 @@ def test_class_names_that_contradict_each_other_or_the_numbers_are_refused(
     (root / "MNLI/README.md").write_text(BESIDE["README.md"])
     with pytest.raises(DataError, match=r"MNLI calls the classes of 'label' contradiction, .*parquet contradicts"):
         load_split(task("mnli"), "dev")
-    stars = task("sst2").model_copy(update={"labels": ["1", "2", "3"]})
     write_rows(root, "sst2", [1, 2], "csv", monkeypatch)  # is 1 the first class, or the second?
     info = {"features": {"label": {"names": ["1", "2", "3"], "_type": "ClassLabel"}}}
     (root / "SST-2/dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(
-        DataError, match=r"SST-2 calls the classes of 'label' 1, 2, 3, which .*csv contradicts or leaves"
+        DataError, match=r"SST-2 calls the classes of 'label' 1, 2, 3, which .*csv contradicts or leave"
     ):
-        load_split(stars, "dev")
+        load_split(task("sst2").model_copy(update={"labels": ["1", "2", "3"]}), "dev")
 
 
 @pytest.mark.parametrize(
@@ -165,15 +142,14 @@ def test_saved_sets_of_glue_x_are_read_whole(root: Path, name: str, written, nam
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_text_that_looks_like_something_else_stays_text(root: Path, form: str) -> None:
     rows = [("007", 1), ("1e5", 0), ("True", 1), ("2020-01-01", 1), ("NA", 0), ("a\u2028b", 1), ('q"u,o\n', 0)]
-    content = {
-        "csv": "\ufeffid,sentence,label\n"
-        + "".join('1,"' + text.replace('"', '""') + f'",{label}\n' for text, label in rows),
-        "jsonl": "".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows),
-    }[form]
+    if form == "csv":
+        lines = ('1,"' + text.replace('"', '""') + f'",{label}\n' for text, label in rows)
+        content = "\ufeffid,sentence,label\n" + "".join(lines)
+    else:
+        content = "".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows)
     write_file(root, "cola", f"validation.{form}", content)
     split = load_split(task("cola"), "dev")
-    assert split.texts == [(text,) for text, _ in rows]
-    assert split.labels == [label for _, label in rows]
+    assert list(zip(split.texts, split.labels, strict=True)) == [((text,), label) for text, label in rows]
 
 
 def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Path) -> None:
@@ -191,23 +167,14 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        (
-            "sst2",
-            "validation.csv",
-            "sentence;label\nfine;1\n",
-            "has no column 'label'; choose from sentence;label",
-        ),
+        ("sst2", "validation.csv", "sentence;label\nfine;1\n", "no column 'label'; choose from sentence;label"),
         ("sst2", "validation.csv", b"sentence,label\ncaf\xe9,0\n", "cannot be read: .*utf-8"),
-        ("sst2", "validation.csv", "", "cannot be read: No columns"),
         ("sst2", "validation.csv", "sentence,label\nfine,1\nfine, really,1\n", "cannot be read: .*line 3, saw 3"),
         ("sst2", "validation.csv", 'sentence,label\nfine,1\n"dull,0\n', "cannot be read: unexpected end of data"),
         ("sst2", "validation.csv", "sentence,label\n", "is empty"),
         ("sst2", "validation.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', "cannot be read: JSON parse"),
         ("sst2", "validation.jsonl", '{"sentence": ["a"], "label": 1}\n', "row 1: a cell is a list or"),
         ("sst2", "validation.parquet", b"PAR1 nothing", "cannot be read: "),
-        ("sst2", "dataset_info.json", "[", "cannot be read: "),
-        ("sst2", "README.md", f"{README} : [\n---\n", "cannot be read: "),
-        ("flipkart", "test.csv", "Summary,sentence,label\na,b,positive\n", "two columns for 'sentence': 'Summary'"),
         ("rte", "validation.csv", "sentence1,sentence2,label\na,b,not_entailmnt\n", "row 1: .*mean 'not_entailment'"),
         ("stsb", "validation.csv", "sentence1,sentence2,label\na,b,five\n", "row 1: 'five' .* a number from 0 to 5$"),
     ],
@@ -216,10 +183,8 @@ def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused_in_one_line(
     root: Path, name: str, file: str, content: str | bytes, message: str
 ) -> None:
     path = write_file(root, name, file, content)
-    if not file.startswith(("validation", "test")):
-        path = write_file(root, name, "validation.csv", "sentence,label\nfine,1\n")
     with pytest.raises(DataError, match=message) as caught:
-        load_split(task(name), "dev" if TASKS[name]["splits"].get("dev") else "test")
+        load_split(task(name), "dev")
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
@@ -246,26 +211,21 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
 
 
 def test_files_of_other_names_are_not_the_split(root: Path) -> None:
-    (root / "RTE/rte").mkdir(parents=True)
+    (root / "RTE/rte/validation").mkdir(parents=True)
     for name in ("validation-hard", "validation_2", "._validation", "old-validation"):
         frame("no").to_csv(root / f"RTE/{name}.csv", index=False)
     with pytest.raises(DataError, match=r"RTE has no file for the split 'validation'.*; it holds \._validation\.csv"):
         load_split(task("rte"), "dev")
-    (root / "RTE/rte/validation").mkdir()
     frame("yes").to_csv(root / "RTE/rte/validation/0.csv")
-    (root / "RTE/rte/validation/._0.csv").write_text("Mac OS X")
     assert load_split(task("rte"), "dev").texts == [("yes", "b")]
     frame("first").to_parquet(root / "RTE/validation.parquet")  # Parquet comes before csv
     assert load_split(task("rte"), "dev").texts == [("first", "b")]
 
 
 def test_local_files_need_no_network_and_copy_no_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a socket was opened")
-
     cache = root / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", mock.Mock(side_effect=AssertionError("a socket was opened")))
     for number, form in enumerate([*FILES, "saved"]):
         folder = root / f"[{number}] *"  # no pattern
         folder.mkdir()
@@ -276,50 +236,42 @@ def test_local_files_need_no_network_and_copy_no_rows(root: Path, monkeypatch: p
 
 
 def test_a_set_that_is_missing_says_where_it_belongs(root: Path) -> None:
-    with pytest.raises(DataError, match="could not load 'nyu-mll/glue'") as caught:
+    with pytest.raises(DataError, match=rf"could not load 'nyu-mll/glue'(.|\n)*{root / 'CoLA'}"):
         load_split(task("cola"), "dev")
-    assert str(root / "CoLA") in str(caught.value)
     with pytest.raises(
         DataError, match=r"'flipkart' is not on the hub and not in .*; `python -m benchmarks data --che"
     ):
         load_split(task("flipkart"), "test")
     write_glue(root, "rte", raw=True)
-    with pytest.raises(
-        DataError, match=r"holds dev\.tsv; `python tools/convert_glue_x\.py` converts its makers' files"
-    ):
+    with pytest.raises(DataError, match=r"holds dev\.tsv; `python tools/convert_glue_x\.py` converts"):
         load_split(task("rte"), "dev")
     write_saved(root, "sst2", [0, 1])
     with pytest.raises(DataError, match="is one saved set without splits, but 'sst2' is trained on one split"):
         load_split(task("sst2"), "train")
-    write_saved(root, "hans", [0, 1], split="validation")
-    assert load_split(task("hans"), "test").labels == [0, 1]
+    write_own(root, "snli").rename(root / "snli")  # a folder of the task's name will do
+    assert load_split(task("snli"), "test").labels == [1, 0, 2]
 
 
 # one csv
 
 
-def csv_task(file: str, **changes: object) -> RunTask:
-    splits = {"train": "train", "dev": "dev", "test": "test"}
-    return RunTask.model_validate(
-        {**task("sst2").spec(), "source": TextSource(csv=file).model_dump(), "splits": splits, **changes}
-    )
-
-
 def test_one_csv_holds_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "ROOT", tmp_path)
     rows = [f"text {number},{number % 2}" for number in range(2000)]
+    splits = {part: part for part in ("train", "dev", "test")}
+    source = TextSource(csv="rows.csv").model_dump()
+    read = RunTask.model_validate({**task("sst2").spec(), "source": source, "splits": splits})
 
     def texts(*lines: str) -> dict[str, set[tuple[str, ...]]]:
         (tmp_path / "rows.csv").write_text("\n".join(lines))
-        return {part: set(load_split(csv_task("rows.csv"), part).texts) for part in ("train", "dev", "test")}
+        return {part: set(load_split(read, part).texts) for part in splits}
 
     drawn = texts("sentence,label", *rows)
-    shares = [len(drawn[part]) / 2000 for part in ("train", "dev", "test")]
-    assert shares == pytest.approx([0.7, 0.15, 0.15], abs=0.02)
+    assert [len(drawn[part]) / 2000 for part in splits] == pytest.approx([0.7, 0.15, 0.15], abs=0.02)
     other = texts("label,sentence", *(",".join(row.split(",")[::-1]) for row in [*rows[1000:], "new,1"]))
-    assert all(found - {("new",)} <= drawn[part] for part, found in other.items())  # the text alone decides
-    named = texts("sentence,label,split", *(f"{row},{('train', 'dev', 'test')[i % 3]}" for i, row in enumerate(rows)))
-    assert {len(found) for found in named.values()} == {666, 667}
+    assert all(split - {("new",)} <= drawn[part] for part, split in other.items())  # the text alone decides
+    named = texts("sentence,label,split", *(f"{row},{[*splits][i % 3]}" for i, row in enumerate(rows)))
+    assert {len(split) for split in named.values()} == {666, 667}
     with pytest.raises(DataError, match=r"rows\.csv has no row of the split 'dev'; choose from train"):
         texts("sentence,label,split", "a,1,train")
 
@@ -344,11 +296,9 @@ def test_rows_are_drawn_once_and_for_all() -> None:
     ("name", "written", "rows", "published", "note"),
     [
         ("imdb", [0, 1], 2, None, None),
-        ("imdb", [0, 1], 3, None, "imdb (test): 2 rows, its makers count 3: another version, or not all of it"),
         ("snli", [0, 1, -1], 3, 3, "snli (test): 2 rows are scored, not 3 as by the authors' script"),
         ("snli", [0, 1, -1], 4, 3, "snli (test): 3 rows, its makers count 4"),
         ("scitail", ["entails"] * 2, 3, 2, None),  # GLUE-X's own copy
-        ("flipkart", ["positive", "", "negative"], 3, None, "flipkart (test): 2 rows beside 1 dropped, its makers"),
     ],
 )
 def test_other_numbers_of_rows_than_known_are_told(
@@ -363,34 +313,19 @@ def test_other_numbers_of_rows_than_known_are_told(
     assert [line[: len(f"warning: {note}")] for line in said] == ([f"warning: {note}"] if note else [])
 
 
-def test_without_a_test_split_the_dev_split_is_reported(root: Path) -> None:
-    write_glue(root, "rte")
-    assert load_part(task("rte"), "test", None) == load_part(task("rte"), "dev", None)
-
-
-def test_a_folder_of_the_tasks_name_will_do(root: Path) -> None:
-    write_own(root, "snli").rename(root / "snli")
-    assert load_split(task("snli"), "test").labels == [1, 0, 2]
-
-
 # human ratings
 
 
-@pytest.mark.parametrize("domain", ["amazon", "movie", "nyt", "tweets"])
-def test_the_real_sentiment_set(archive: Path, domain: str) -> None:
+@pytest.mark.parametrize(("domain", "total"), [("amazon", 3708), ("movie", 10605), ("nyt", 5190), ("tweets", 4200)])
+def test_the_real_sentiment_set(archive: Path, domain: str, total: int) -> None:
     parts = {split: load_vader(domain, split, archive) for split in ("train", "dev", "test")}
     sizes = {split: len(texts) for split, (texts, _, _) in parts.items()}
     assert sizes["train"] > sizes["test"] > sizes["dev"] > 400
-    for texts, labels, _ in parts.values():
-        assert set(labels) == {0, 1}
-        assert all(texts)
-    total = {"amazon": 3708, "movie": 10605, "nyt": 5190, "tweets": 4200}[domain]
+    assert all(set(labels) == {0, 1} and all(texts) for texts, labels, _ in parts.values())
     assert sum(len(texts) + dropped for texts, _, dropped in parts.values()) == total
 
 
-def test_sentiment_errors(archive: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="did you mean 'tweets'"):
-        load_vader("tweet", "train", archive)
+def test_a_damaged_sentiment_set_is_named(archive: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.tar.gz"
     damaged.write_bytes(archive.read_bytes()[:-1])
     with pytest.raises(DataError, match="damaged or another version: sha256"):

@@ -131,13 +131,11 @@ def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Finished) -> 
 
 
 def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Finished) -> None:
-    file = "benchmarks/glue/benchmark.yaml"
+    file = "config/smoke.yaml"
     original = (checkout.folder / file).read_text()
     try:
-        checkout.edit(file, "  smoke:\n", "  smoke: # only a comment\n")
-        checkout.edit(
-            file, "learning_rate: [3.0e-3]\n        seed: [0, 1]", "learning_rate: [3.0e-3]\n        seed: [0, 1, 2]"
-        )
+        checkout.edit(file, "  glue_ood:\n", "  glue_ood: # only a comment\n")
+        checkout.edit(file, "method: [vanilla, emoe], seed: [0, 1]", "method: [vanilla, emoe], seed: [0, 1, 2]")
         plan = jobs(checkout.snakemake("-n", "smoke"))
         assert plan["run_glue"] == 2
         assert "partition_neurons" not in plan
