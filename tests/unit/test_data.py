@@ -23,6 +23,7 @@ from tests.tiny_hub import write_data
 @pytest.fixture
 def root(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plan_once(monkeypatch)
+    (here / "results").mkdir()  # so that commands work here
     (here / "sets").mkdir()
     return here / "sets"
 

@@ -101,7 +101,7 @@ def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: py
     check_accelerators("paper", paper)
     monkeypatch.setenv(VISIBLE, "")
     check_accelerators("smoke", smoke)
-    with pytest.raises(RunError, match=r"^the suite 'paper' asks .*'suites\.paper\.resources\.gpu: 0'"):
+    with pytest.raises(RunError, match=r"^the suite 'paper' .*'benchmarks\.modularity\.resources\.gpu: 0' in config"):
         check_accelerators("paper", paper)
 
 
