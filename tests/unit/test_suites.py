@@ -50,6 +50,14 @@ def test_wrong_configuration_is_named(overrides, message) -> None:
         suite.load_suite(overrides)
 
 
+def test_excluded_sets_are_neither_trained_on_nor_evaluated() -> None:
+    runs = suite.load_suite({"benchmarks": ["glue"], "exclude": ["amazon"]}).runs
+    assert {run.spec["task"]["name"] for run in runs} == {"tweets"}
+    assert {other["name"] for run in runs for other in run.spec["ood"]} == {"movie", "nyt"}
+    with pytest.raises(DefinitionError, match="'exclude' leaves no run of 'domainbed'"):
+        suite.load_suite({"benchmarks": ["domainbed"], "exclude": ["rotated_mnist_5k"]}).runs  # noqa: B018
+
+
 def test_jobs_see_the_command_lines_values(monkeypatch, tmp_path) -> None:
     chosen = suite.load_suite({"suite": "smoke", "data_root": str(tmp_path)})
     for name, value in chosen.environment().items():

@@ -93,6 +93,8 @@ def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
                 run = run_from_spec(spec | {"files": _file_digests(spec)})
                 reserved = resources if spec["learning_rate"] else resources | fewer
                 planned[name].append(replace(run, resources=dict(reserved)))
+            if not planned[name]:
+                raise DefinitionError(f"{part.file}: 'exclude' leaves no run of '{name}'; leave out the benchmark too")
         return planned[name]
 
     return list({run.id: run for name in parts for run in runs_of(name)}.values())
@@ -368,7 +370,7 @@ def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
         DefinitionError: No suite has such a run; names the nearest.
     """
     for suite in _suites(first):
-        if _may_have(suite, folder) and folder in suite.runs_by_folder:
+        if (suite is first or _may_have(suite, folder)) and folder in suite.runs_by_folder:
             return suite.runs_by_folder[folder], suite
     raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
 
