@@ -104,14 +104,16 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         rows = sum(settings["rows"] or self.tasks[other["name"]].rows.test or 0 for other in spec["ood"])
         return text_tokens(rows, settings["max_length"], 1 / 3)
 
-    def offer(self, part: Part[EvaluationPart]) -> Offer:
+    def offers(self, part: Part[EvaluationPart]) -> list[Offer]:
         evaluated = self.definition.evaluates
-        trained = load_benchmark(evaluated).offer(suite_parts(evaluated)[part.suite])
-        methods = trained.methods & set(self.definition.methods)
-        transformed = {
-            name for name, row in self.definition.transformed.items() if {row.trained, row.used_as} <= trained.methods
-        }
-        return replace(trained, methods=methods | transformed, domains=frozenset(self.domains))
+        trained = load_benchmark(evaluated).offers(suite_parts(evaluated)[part.suite])
+        transformed = self.definition.transformed.items()
+        offers = []
+        for offer in trained:
+            methods = {name for name, row in transformed if {row.trained, row.used_as} <= offer.methods}
+            methods |= offer.methods & set(self.definition.methods)
+            offers.append(replace(offer, methods=frozenset(methods), domains=frozenset(self.domains)))
+        return offers
 
     def pipeline(self) -> ModuleType:
         from benchmarks.glue_ood import pipeline

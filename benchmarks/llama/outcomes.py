@@ -114,9 +114,12 @@ class InstructionOutcomes(Outcomes):
         return self._differences(self.losses.reset_index(), CELL, against, "seed").drop(columns=["n", "values"])
 
     def compared(self) -> pd.DataFrame:
-        """Return held-out losses by seed, answers and nats per byte by question, and parameters, for claims."""
-        losses = self.losses.reset_index().rename(columns={"set": "task", "seed": "pair"})
-        names = {"task": "eval_task", "set": "task", "question": "pair"}
+        """Return held-out losses by seed, answers and nats per byte by question, and parameters, for claims.
+
+        A variant is a setting, so that a claim names its layers.
+        """
+        losses = self.losses.reset_index().rename(columns={"set": "task", "seed": "pair", "variant": "setting"})
+        names = {"task": "eval_task", "set": "task", "question": "pair", "variant": "setting"}
         questions = [
             self._questions[key].rename(columns=names).assign(domain=QUESTIONS, metric=metric)
             for key, metric in ((_CORRECT, "accuracy"), (NATS, NATS))

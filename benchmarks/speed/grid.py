@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -71,9 +70,9 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
                     seed=0,
                 )
 
-    def offer(self, part: Part[MeasurementPart]) -> Offer:
-        measures = frozenset(block.measure for block in part.settings.grid)
-        return replace(super().offer(part), methods=frozenset(self.definition.candidates), domains=measures)
+    def offers(self, part: Part[MeasurementPart]) -> list[Offer]:
+        candidates = frozenset(self.definition.candidates)
+        return [Offer(candidates, frozenset(block.model), frozenset({block.measure})) for block in part.settings.grid]
 
     def pipeline(self) -> ModuleType:
         from benchmarks.speed import pipeline

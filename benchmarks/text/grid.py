@@ -155,14 +155,20 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         training, rows = spec["training"], self.tasks[spec["task"]["name"]].rows
         return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
 
-    def offer(self, part: Part[TextPart]) -> Offer:
-        offer = super().offer(part)
-        transformed = {name for name, row in self.definition.transformed.items() if row.trained in offer.methods}
-        offer = replace(offer, methods=offer.methods | transformed)
+    def offers(self, part: Part[TextPart]) -> list[Offer]:
         # claims need the scores of all methods that the suite runs
-        if self.settings("training", part).evaluate_ood is True:
-            return offer
-        return replace(offer, domains=offer.domains - {OOD, OOD_MEAN})
+        has_ood = self.settings("training", part).evaluate_ood is True
+        domains = frozenset(self.domains) if has_ood else frozenset(self.domains) - {OOD, OOD_MEAN}
+        offers = []
+        for block, offer in zip(part.settings.grid, super().offers(part), strict=True):
+            transformed = {name for name, row in self.definition.transformed.items() if row.trained in offer.methods}
+            tasks = [self.tasks[name] for name in block.task]
+            selections = set(block.protocol or map(_usual_protocol, tasks))
+            if any(task.splits.test for task in tasks):  # of these runs the best dev epoch is a number too
+                selections.add(PUBLISHED)
+            offer = replace(offer, methods=offer.methods | transformed, domains=domains)
+            offers.append(replace(offer, selections=frozenset(selections)))
+        return offers
 
     def pipeline(self) -> ModuleType:
         from benchmarks.text import pipeline
@@ -326,9 +332,13 @@ def _used_as(
     return {}
 
 
+def _usual_protocol(task: TaskEntry) -> str:
+    return PUBLISHED if task.splits.test is None else CLEAN
+
+
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
     """Return the protocol: a split chooses that is also reported (the authors'), or one that is not."""
-    usual = PUBLISHED if task.splits.test is None else CLEAN
+    usual = _usual_protocol(task)
     asked = point.get("protocol", usual)
     if asked == PUBLISHED != usual:
         raise DefinitionError(

@@ -17,7 +17,7 @@ from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DefinitionError
 from benchmarks.harness.config.claims import Claim, Comparison, load_claims, suites_with
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.claims import claims_table, judged
-from benchmarks.harness.results.claims import Evidence, Verdict, find_evidence, judge
+from benchmarks.harness.results.claims import Evidence, Verdict, compare_with_paper, find_evidence, judge
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import holm
 from tests import fake_runs
@@ -72,8 +72,8 @@ def evidence_of(differences: list[float], compare: Comparison = HIGHER) -> Evide
         ([0.001, -0.002, 0.002, 0.000], "undecided,undecided,supported,supported"),
         ([0.050, 0.052, 0.049, 0.051], "supported,contradicted,contradicted,supported"),
         ([-0.050, -0.052, -0.049, -0.051], "contradicted,supported,contradicted,contradicted"),
-        ([0.01, 0.01, 0.01], "no test,no test,no test,no test"),
-        ([0.0, 0.0, 0.0], "no test,no test,supported,supported"),
+        ([0.01, 0.01, 0.01], "untestable,untestable,untestable,untestable"),
+        ([0.0, 0.0, 0.0], "untestable,untestable,supported,supported"),
     ],
 )
 def test_more_or_less_is_judged_by_the_test_and_sameness_by_the_interval(
@@ -92,6 +92,23 @@ def test_the_difference_is_scipys_paired_one_and_the_corrected_p_decides() -> No
     assert difference.p == pytest.approx(expected.pvalue)
     assert judge(HIGHER, difference, 0.049, MARGIN) is Verdict.SUPPORTED
     assert judge(HIGHER, difference, 0.05, MARGIN) is Verdict.UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("direction", "effect", "expected"),
+    [
+        ("higher", 0.02, "smaller"),
+        ("higher", 0.012, "compatible"),
+        ("higher", 0.001, "larger"),
+        ("lower", -0.001, "smaller"),
+        ("lower", -0.02, "smaller"),
+    ],
+)
+def test_an_interval_excludes_the_papers_effect_or_is_compatible_with_it(
+    direction: str, effect: float, expected: str
+) -> None:
+    difference = evidence_of([0.010, 0.012, 0.009, 0.013]).difference
+    assert compare_with_paper(claimed(direction), difference, effect) == expected
 
 
 def test_tasks_are_averaged_within_a_seed_and_a_seed_that_lacks_one_is_left_out() -> None:
@@ -115,6 +132,10 @@ def test_a_claim_of_all_settings_is_of_their_mean_and_a_setting_counts_if_it_is_
         difference = compared(pd.concat(rows), claimed("higher", settings=settings)).difference
         assert (difference.mean, difference.n) == (pytest.approx(mean), 4)
     assert find_evidence(pd.concat(rows), claimed("higher", settings=["D0.9"])) is None
+    # against a row that only runs with settings: in the same one
+    rows.append(numbers({"gmoe": {key: value - 0.01 for key, value in base.items()}}, setting="D0.8"))
+    against = claimed("higher", settings=["D0.8"], against="gmoe")
+    assert compared(pd.concat(rows), against).difference.mean == pytest.approx(0.03)
 
 
 def test_only_what_is_named_is_compared() -> None:
@@ -184,9 +205,14 @@ def test_a_wrong_name_ends_with_file_key_and_the_nearest(
 
 
 def test_the_suites_that_have_the_runs_are_named() -> None:
-    assert suites_with(HIGHER) == ["mini", "mini_full", "paper"]
+    assert suites_with(HIGHER) == ["full", "mini", "paper"]
     # the paper's glue leaves out of domain to glue_ood
-    assert suites_with(claimed("higher", domain="ood_mean")) == ["mini", "mini_full"]
+    assert suites_with(claimed("higher", domain="ood_mean")) == ["full", "mini"]
+    # a row that runs by the published protocol alone has no clean numbers
+    assert "paper" not in suites_with(claimed("higher", against="all_experts"))
+    assert suites_with(claimed("higher", against="all_experts", selection="published")) == ["paper"]
+    part = claimed("higher", benchmark="glue_lora", method="lora_emoe_part", against="lora_part", settings=["D0.9"])
+    assert suites_with(part) == ["paper"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +249,7 @@ def test_every_test_has_a_row_with_p_corrected_over_the_table(rows: pd.DataFrame
     assert list(zip(rows["claim"], rows["test"], strict=True)) == expected
     assert rows["p"].notna().sum() > 5
     pd.testing.assert_series_equal(rows["p_holm"], holm(rows["p"]), check_names=False)
-    missing = rows[rows["verdict"] == "not tested"].set_index(["claim", "test"])["remark"]
+    missing = rows[rows["verdict"] == "missing"].set_index(["claim", "test"])["remark"]
     assert missing["llama", "questions, full fine-tuning"].endswith("its runs are in paper")
 
 

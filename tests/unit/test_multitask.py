@@ -27,7 +27,7 @@ from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare
-from tests.planned import edited_benchmark, paper_spec, plan, smoke_run
+from tests.planned import edited_benchmark, edited_part, paper_spec, plan, smoke_run
 from tests.text_sets import write_glue, write_own
 from tests.tiny_hub import write_seq2seq
 
@@ -180,17 +180,18 @@ def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str
 
 
 def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_read() -> None:
-    run = next(run for run in plan(["multitask"], "mini_full") if run.spec["task"]["name"] == "sentences")
-    read_as = {other["name"]: other["read_as"] for other in run.spec["ood"]}
+    part = edited_part("multitask", "smoke", {"grid.0.mixture": ["sentences"]})
+    spec = next(BENCHMARK.specs(part, (), ()))
+    read_as = {other["name"]: other["read_as"] for other in spec["ood"]}
     strength = {"tweets_strength": "amazon_strength", "nyt_strength": "amazon_strength"}
     assert read_as == {"tweets": "amazon", "nyt": "amazon", **strength}
-    assert {one["prefix"] for one in run.spec["task"]["tasks"]} == {"sentiment", "strength"}
-    without = next(iter(plan(["multitask"], "mini_full", exclude=["tweets"])))
-    assert [other["name"] for other in without.spec["ood"]] == ["nyt", "tweets_strength", "nyt_strength"]
+    assert {one["prefix"] for one in spec["task"]["tasks"]} == {"sentiment", "strength"}
+    without = next(BENCHMARK.specs(part, ("tweets",), ()))
+    assert [other["name"] for other in without["ood"]] == ["nyt", "tweets_strength", "nyt_strength"]
 
 
 def test_a_spec_is_read_back_as_it_is_hashed() -> None:
-    for run in [*plan(["multitask"], "smoke"), *plan(["multitask"], "mini_full")]:
+    for run in [*plan(["multitask"], "smoke"), *plan(["multitask"], "paper")]:
         assert canonical_json(parse(run.spec, MultitaskSpec, "run.json").model_dump()) == run.to_json()
 
 
@@ -199,27 +200,27 @@ def test_a_spec_is_read_back_as_it_is_hashed() -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(shared_here: Path) -> MultitaskOutcomes:
-    return MultitaskOutcomes(BENCHMARK, fake_runs.write(RUNS, "mini_full", benchmarks=("multitask",)))
+    return MultitaskOutcomes(BENCHMARK, fake_runs.write(RUNS, "paper", benchmarks=("multitask",)))
 
 
 def test_means_are_over_the_tasks_of_a_seed(outcomes: MultitaskOutcomes) -> None:
     rows = outcomes.rows.set_index(["domain", "task", "eval_task", "method"])
-    tasks = outcomes.benchmark.definition.mixtures["sentences"].tasks
-    mean = rows.loc[("id_mean", "sentences", "", "emoe"), "mean"]
-    assert mean == pytest.approx(np.mean([rows.loc[("id", "sentences", name, "emoe"), "mean"] for name in tasks]))
-    seeds = outcomes.seeds[(outcomes.seeds["task"] == "sentences") & (outcomes.seeds["domain"] == "id")]
+    tasks = outcomes.benchmark.definition.mixtures["six"].tasks
+    mean = rows.loc[("id_mean", "six", "", "emoe"), "mean"]
+    assert mean == pytest.approx(np.mean([rows.loc[("id", "six", name, "emoe"), "mean"] for name in tasks]))
+    seeds = outcomes.seeds[(outcomes.seeds["task"] == "six") & (outcomes.seeds["domain"] == "id")]
     by_seed = seeds.pivot_table(index="seed", columns="method", values="value")
-    row = rows.loc[("id_mean", "sentences", "", "emoe")]
+    row = rows.loc[("id_mean", "six", "", "emoe")]
     assert row["delta"] == pytest.approx((by_seed["emoe"] - by_seed["vanilla"]).mean())
     assert row["pairs"] == 3
 
 
 def test_transfer_is_together_less_alone_by_seed(outcomes: MultitaskOutcomes) -> None:
-    row = outcomes.transfer.set_index(["method", "eval_task"]).loc[("vanilla", "movie")]
-    own = outcomes.seeds[(outcomes.seeds["eval_task"] == "movie") & (outcomes.seeds["method"] == "vanilla")]
+    row = outcomes.transfer.set_index(["method", "eval_task"]).loc[("vanilla", "rte")]
+    own = outcomes.seeds[(outcomes.seeds["eval_task"] == "rte") & (outcomes.seeds["method"] == "vanilla")]
     own = own[own["domain"] == "id"].pivot_table(index="seed", columns="task", values="value")
-    assert row["alone"] == pytest.approx(own["movie"].mean())
-    assert row["delta"] == pytest.approx((own["sentences"] - own["movie"]).mean())
+    assert row["alone"] == pytest.approx(own["rte"].mean())
+    assert row["delta"] == pytest.approx((own["six"] - own["rte"]).mean())
     assert row["n"] == 3
 
 

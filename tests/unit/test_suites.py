@@ -18,8 +18,15 @@ from tests.planned import plan
 
 
 def test_suites_share_runs() -> None:
-    full = {run.id for run in plan(["glue"], "mini_full")}
-    assert {run.id for run in plan(["glue"], "mini")} < full
+    others = {run.id for run in plan(["modularity"], "mini")}
+    assert {run.id for run in suite.load_suite({"benchmarks": ["modularity"], "seeds": 2}).runs} < others
+
+
+def test_one_flag_sets_the_number_of_seeds() -> None:
+    runs = suite.load_suite({"benchmarks": ["domainbed", "llama"], "seeds": 2}).runs
+    assert {run.spec["seed"] for run in runs} == {0, 1}
+    untuned = [run for run in runs if run.spec.get("finetuning") == "base"]
+    assert {run.spec["seed"] for run in untuned} == {0}  # a block with one seed keeps it
 
 
 def test_the_default_grid_has_the_promised_seeds() -> None:
@@ -77,7 +84,7 @@ def test_runs_are_found_in_any_suite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_clustered_methods_wait_for_a_partition() -> None:
-    planned = [*suite.load_suite({}).runs, *plan(["glue_lora"], "mini_full")]
+    planned = [*suite.load_suite({}).runs, *plan(["glue_lora"], "paper")]
     trained = [run for run in planned if run.benchmark in ("glue", "glue_lora")]
     needs = {run.spec["method"]["name"]: bool(runs.partition_jobs(run)) for run in trained}
     assert [name for name, needed in needs.items() if not needed] == [

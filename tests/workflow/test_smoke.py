@@ -198,8 +198,8 @@ def test_what_was_killed_or_deleted_is_run_again_alone_with_the_same_numbers(che
         (["figure_1"], "error: figure_1: a drawn diagram without numbers"),
         (
             ["table_multitask", "--config", "suite=mini"],
-            "error: the suite 'mini' does not run multitask; mini_full, smoke, paper do: "
-            "`snakemake --cores all table_multitask --config suite=mini_full`",
+            "error: the suite 'mini' does not run multitask; smoke, paper do: "
+            "`snakemake --cores all table_multitask --config suite=smoke`",
         ),
     ],
 )

@@ -55,7 +55,7 @@ class Artifacts:
         return list(self.figure_labels(suite))
 
 
-CLAIMS = Artifacts("claims", None, [""], [""])
+CLAIMS = Artifacts("claims", None, [""], ["", "all"])
 
 
 def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:

@@ -15,7 +15,15 @@ from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.methods import ABLATION, Method, load_methods, merge_methods
+from benchmarks.harness.config.methods import (
+    ABLATION,
+    OF_TRAINING,
+    VARIANT_KEYS,
+    Method,
+    load_methods,
+    merge_methods,
+    variant_of,
+)
 from benchmarks.harness.config.overlay import Changes, Layer, merge, overlay
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import SetReader
@@ -188,19 +196,38 @@ COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
 
 @dataclass(frozen=True)
 class Offer:
-    """Name the methods, models, domains and ways of tuning in the grid of a suite."""
+    """Name the rows of a block in a suite's grid, and the numbers that they have.
+
+    Attributes:
+        methods: The names of its rows.
+        models: The names of its models.
+        domains: The names of its numbers.
+        tunings: The names of its ways of tuning.
+        settings: The variants of its rows; empty text for the rows of main tables.
+        selections: The selections that it reports; None for all of the benchmark's.
+    """
 
     methods: frozenset[str]
     models: frozenset[str]
     domains: frozenset[str]
     tunings: frozenset[str] = frozenset()
+    settings: frozenset[str] = frozenset({""})
+    selections: frozenset[str] | None = None
+
+
+def _variants(lists: Mapping[str, Any]) -> frozenset[str]:
+    """Return the variants of a block of lists; layers alone may be those of all rows, so that no variant names them."""
+    axes = [key for key in (*VARIANT_KEYS, *OF_TRAINING) if lists.get(key)]
+    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*(lists[key] for key in axes))]
+    named = {variant_of({key: point[key] for key in axes if key != "layers"}) for point in points}
+    return frozenset({variant_of(point) for point in points} | named)
 
 
 class Benchmark(ABC, Generic[D, E, P]):
     """One folder of benchmarks/: its definition, its tasks, and what its kind does with them.
 
     A kind is a subclass, named in benchmarks/kinds.py. It gives the models of its YAML and eight hooks: :meth:`load`,
-    :meth:`specs`, :meth:`sets`, :meth:`tokens`, :meth:`offer`, :meth:`check_processes`, :meth:`pipeline` and
+    :meth:`specs`, :meth:`sets`, :meth:`tokens`, :meth:`offers`, :meth:`check_processes`, :meth:`pipeline` and
     :meth:`presentation`. Only the abstract ones are necessary.
 
     Attributes:
@@ -287,14 +314,14 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
         return None
 
-    def offer(self, part: Part[P]) -> Offer:
-        """Return the names in the grid of a suite."""
-        blocks: Sequence[Any] = getattr(part.settings, "grid", ())
-
-        def names(key: str) -> frozenset[str]:
-            return frozenset(name for block in blocks for name in getattr(block, key, ()))
-
-        return Offer(names("method"), names("model"), frozenset(self.domains), names("finetuning"))
+    def offers(self, part: Part[P]) -> list[Offer]:
+        """Return the names in each block of a suite's grid."""
+        domains = frozenset(self.domains)
+        offers = []
+        for block in getattr(part.settings, "grid", ()):
+            methods, models, tunings = (frozenset(getattr(block, key, ())) for key in ("method", "model", "finetuning"))
+            offers.append(Offer(methods, models, domains, tunings, _variants(block.given())))
+        return offers
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """Check that a run can be spread over several processes, by ``ddp`` or ``fsdp``, before any starts to work.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,6 @@ from pydantic import Field
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark, Offer, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
-from benchmarks.harness.config.methods import ABLATION, OF_TRAINING, VARIANT_KEYS, variant_of
 from benchmarks.harness.config.suite_file import suite_parts
 from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
 
@@ -57,6 +56,8 @@ class Comparison(Strict):
     """Only these tasks (sets of images or instructions); left out: all that both methods have."""
     tunings: Names | None = left_out()
     """Only these ways of instruction tuning."""
+    questions: Names | None = left_out()
+    """Only these sets of questions, such as `mmlu 5-shot`; left out: all that both methods have."""
     settings: Names | Literal["all"] | None = left_out()
     """Settings of a method that runs with several (`[D0.8]`), or `all` of them: a pair's numbers are averaged over
     them. Left out: the method as in main tables."""
@@ -73,6 +74,8 @@ class ClaimTest(Strict):
     """The comparison."""
     needs: str | None = left_out()
     """Things that every suite lacks."""
+    headline: bool = False
+    """True to draw the test in the small picture of README and report."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("compare", "needs")
@@ -163,33 +166,44 @@ def compared_benchmarks(names: Collection[str]) -> list[str]:
 
 
 def _settings(benchmark: AnyBenchmark, method: str) -> list[str]:
-    """Return the variants of a method in the grids of all suites."""
-    is_ablation = method in benchmark.methods() and benchmark.methods()[method].role == ABLATION
-    variants: list[str] = []
-    for part in suite_parts(benchmark.name).values():
-        for block in getattr(part.settings, "grid", ()):
-            values = block.given()
-            axes = [key for key in (*VARIANT_KEYS, *OF_TRAINING) if values.get(key) and method in values["method"]]
-            for point in itertools.product(*(values[key] for key in axes)):
-                varied = dict(zip(axes, point, strict=True))
-                # layers that all rows of a model have are said of none
-                other = variant_of({key: varied[key] for key in axes if key != "layers"})
-                variants += [variant_of(varied), other] if other or is_ablation else []
-    return [variant for variant in dict.fromkeys(variants) if variant]
+    """Return the settings of a method in the grids of all suites."""
+    offers = [offer for part in suite_parts(benchmark.name).values() for offer in benchmark.offers(part)]
+    return sorted({setting for offer in offers if method in offer.methods for setting in offer.settings if setting})
 
 
 def suites_with(compare: Comparison) -> list[str]:
     """List the suites that run both methods, on models with real weights."""
     benchmark = load_benchmark(compare.benchmark)
-    return [suite for suite, part in suite_parts(compare.benchmark).items() if _offers(benchmark.offer(part), compare)]
+    parts = suite_parts(compare.benchmark)
+    return [suite for suite, part in parts.items() if _can_compare(benchmark.offers(part), compare)]
 
 
-def _offers(offer: Offer, compare: Comparison) -> bool:
-    real: Mapping[str, bool] = {name: not (model.config or model.random) for name, model in load_models().items()}
-    return (
-        {compare.method, compare.against} <= offer.methods
-        and compare.domain in offer.domains
-        and (not compare.models or bool(offer.models & set(compare.models)))
-        and (not compare.tunings or bool(offer.tunings & set(compare.tunings)))
-        and any(real.get(model, True) for model in offer.models)
-    )
+def _can_compare(offers: Sequence[Offer], compare: Comparison) -> bool:
+    """Return True if both rows share a model with real weights, the selection and the way of tuning."""
+    models = load_models()
+    # the other row has the settings of main tables, or those of the first if it runs with settings alone
+    ours = [offer for offer in offers if compare.method in offer.methods and _has_settings(offer, compare.settings)]
+    others = [offer for offer in offers if compare.against in offer.methods]
+    others = [offer for offer in others if "" in offer.settings] or [
+        offer for offer in others if _has_settings(offer, compare.settings)
+    ]
+    for first, second in itertools.product(ours, others):
+        shared = {name for name in first.models & second.models if not compare.models or name in compare.models}
+        if (
+            any(name not in models or not (models[name].config or models[name].random) for name in shared)
+            and all(compare.domain in offer.domains for offer in (first, second))
+            and all(_has_selection(offer, compare.selection) for offer in (first, second))
+            and (not compare.tunings or first.tunings & second.tunings & set(compare.tunings))
+        ):
+            return True
+    return False
+
+
+def _has_selection(offer: Offer, selection: str | None) -> bool:
+    return selection is None or offer.selections is None or selection in offer.selections
+
+
+def _has_settings(offer: Offer, settings: Sequence[str] | str | None) -> bool:
+    if settings == "all":
+        return any(offer.settings)
+    return bool(offer.settings & set(settings or [""]))

@@ -135,7 +135,7 @@ def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
         wanted: The benchmarks, each of which shows it.
         here: The suite.
     """
-    ready = ("mini", "mini_full", "smoke")  # on any machine
+    ready = ("mini", "full", "smoke")  # on any machine
     names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
     others = [name for name in names if set(wanted) & set(plain_suite(name).settings.benchmarks)]
     where = (
@@ -380,8 +380,8 @@ def _may_have(suite: Suite, folder: str) -> bool:
     name, _, run = folder.partition("/")
     if name not in suite.settings.benchmarks:
         return False
-    models = load_benchmark(name).offer(suite.benchmark_parts[name]).models
-    return any(run.startswith(slug(model)) for model in models)
+    offers = load_benchmark(name).offers(suite.benchmark_parts[name])
+    return any(run.startswith(slug(model)) for offer in offers for model in offer.models)
 
 
 def find_partition(name: str, first: Suite) -> PartitionJob:

@@ -12,19 +12,21 @@ from pydantic import Field
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
-from benchmarks.harness.config.yaml import UNIQUE, Key, Strict, check_names, parse, read_yaml
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse, read_yaml
 from emoe.errors import did_you_mean
 
 
 class SuiteSettings(Strict):
-    """A suite. `exclude`, `tracking_uri` and the folders can also be given on the command line (`--config key=value`),
-    and `benchmarks=[glue,llama]` runs only these.
+    """A suite. `exclude`, `seeds`, `tracking_uri` and the folders can also be given on the command line
+    (`--config key=value`), and `benchmarks=[glue,llama]` runs only these.
     """
 
     benchmarks: Annotated[dict[Key, Any], Field(min_length=1)]
     """Benchmarks to run, in the order of the report, each with its grid and what differs from its benchmark.yaml."""
     exclude: Annotated[list[str], UNIQUE] = Field([])
     """Sets to leave out, by their names, for those that you could not obtain. Tables say which sets they cover."""
+    seeds: Count | None = None
+    """Number of seeds (of trials for images), from 0 on, in place of those in each block of a grid that has several."""
     data_root: str | None = None
     """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
     hub.
@@ -84,7 +86,7 @@ def read_suite_file(name: str, overrides: Mapping[str, Any]) -> SuiteFile:
     settings = parse({**content, **values}, SuiteSettings, where)
     check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
     parts = {
-        benchmark: parse_part(load_benchmark(benchmark), name, file, part)
+        benchmark: parse_part(load_benchmark(benchmark), name, file, _with_seeds(part, settings.seeds))
         for benchmark, part in settings.benchmarks.items()
     }
     excludable = {task for benchmark in parts for task in load_benchmark(benchmark).tasks}
@@ -94,6 +96,16 @@ def read_suite_file(name: str, overrides: Mapping[str, Any]) -> SuiteFile:
         if other and other not in parts:
             raise DefinitionError(f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too")
     return SuiteFile(settings, parts)
+
+
+def _with_seeds(part: Any, seeds: int | None) -> Any:
+    """Put so many seeds into the lists of a part, as the file gives it, that hold several seeds or trials."""
+    if isinstance(part, dict):
+        return {
+            key: list(range(seeds)) if seeds and key in ("seed", "trial") and len(value) > 1 else _with_seeds(value, seeds)
+            for key, value in part.items()
+        }
+    return [_with_seeds(value, seeds) for value in part] if isinstance(part, list) else part
 
 
 @functools.cache

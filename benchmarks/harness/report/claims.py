@@ -28,7 +28,14 @@ from benchmarks.harness.report.paper import draw_main, main_rows
 from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.claims import Evidence, Verdict, find_evidence, is_within, judge
+from benchmarks.harness.results.claims import (
+    Evidence,
+    Verdict,
+    compare_with_paper,
+    find_evidence,
+    is_within,
+    judge,
+)
 from benchmarks.harness.results.statistics import holm
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
@@ -36,7 +43,7 @@ from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 _TESTED = ("higher", "lower")  # the directions that a test decides
 _PAIRED = (*_TESTED, "same", "not_lower")  # the directions that compare pair by pair
 _COMPARED = ("benchmark", "method", "against", "domain", "metric")
-_TEXTS = ("contrast", *_COMPARED, "pair", "equivalent")
+_TEXTS = ("contrast", *_COMPARED, "pair", "against_paper", "equivalent")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 _RANDOM_WEIGHTS = (
     "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
@@ -44,21 +51,24 @@ _RANDOM_WEIGHTS = (
 )
 
 CAPTION = (
-    "The claims of the paper, as these runs see them: differences with their 95 % intervals (of a ratio its range), those "
-    "that a test was made of. Blue circles are supported, orange crosses contradicted, grey diamonds undecided; open "
-    "diamonds have no test. The band is the margin below which a difference makes no odds; a thin line marks what the "
-    "paper says."
+    "The claims of the paper and the differences that these runs measured, each with its 95 % interval (of a ratio its "
+    "range). Blue circles are supported, orange crosses contradicted, grey diamonds undecided. A purple triangle is "
+    "undecided too, but the paper's effect (thin line) lies above the whole interval. Within the band a difference does "
+    "not matter."
 )
 _LINE, _BELOW = 0.19, 0.5  # inches of a line of the figure, and of the space below a panel
 _LEFT, _RIGHT = 0.36, 0.715  # of the width: the edges of the axes
 _TEXT = 0.01 - _LEFT / (_RIGHT - _LEFT)  # of the axes' width: the left edge of texts
 _REACH = 6.0  # intervals are cut at so many margins, or beyond the means
-_MARKS: dict[Verdict, dict[str, Any]] = {
+_SMALLER = "undecided, smaller than the paper's"
+_MARKS: dict[str, dict[str, Any]] = {
     Verdict.SUPPORTED: {"marker": "o", "color": "#0072b2"},
     Verdict.CONTRADICTED: {"marker": "X", "color": "#d55e00"},
+    _SMALLER: {"marker": "<", "color": "#8a5a9e"},
     Verdict.UNDECIDED: {"marker": "D", "color": "#777777"},
-    Verdict.NO_TEST: {"marker": "D", "color": "#777777", "mfc": "white"},
+    Verdict.UNTESTABLE: {"marker": "D", "color": "#777777", "mfc": "white"},
 }
+_PLAIN = {"marker": "o", "color": "#777777"}  # of random weights, which have no verdicts
 _PAPER, _BAND = "#222222", "#dcebf5"
 _PATCH = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 
@@ -69,7 +79,8 @@ def write_claims(suite: Suite) -> None:
     rows = judged(suite, numbers)
     folder = paths.RESULTS / suite.name
     claims_table(suite, rows).write(folder / "tables")
-    draw_claims(rows, folder / "figures" / CLAIMS.name)
+    draw_claims(rows[rows["headline"]], folder / "figures" / CLAIMS.name)
+    draw_claims(rows, folder / "figures" / CLAIMS.stem("all"))
     draw_main(main_rows(numbers), folder / "paper")
 
 
@@ -101,22 +112,20 @@ def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> p
     for name, claim in load_claims().items():
         for test in claim.tests:
             row: dict[str, Any] = {"claim": name, "claim_title": claim.title, "test": test.title}
+            row |= {"headline": test.headline}
             row |= dict.fromkeys(_TEXTS, "") | dict.fromkeys(_NUMBERS, math.nan)
             row |= {"paper": _paper_text(test.paper), "where": test.paper.where, "unit": test.paper.unit}
-            row |= {
-                "compare": test.compare,
-                "evidence": None,
-                "remark": f"not tested in this suite: needs {test.needs}",
-            }
+            row |= {"compare": test.compare, "evidence": None, "remark": f"needs {test.needs}"}
             rows.append(row | (_tested(test.compare, test.paper, numbers) if test.compare else {}))
     frame = pd.DataFrame(rows)
     frame["p_holm"] = holm(frame["p"])
-    return frame.assign(verdict=[str(_verdict(row)) for row in frame.itertuples()])
+    is_random = has_random_weights(suite.runs)
+    return frame.assign(verdict=[MISSING if is_random else str(_verdict(row)) for row in frame.itertuples()])
 
 
 def _verdict(row: Any) -> Verdict:
     if row.evidence is None:
-        return Verdict.NOT_TESTED
+        return Verdict.MISSING
     margin = load_metrics()[row.metric].equivalence_margin or 0.0
     return judge(row.compare, row.evidence.difference, row.p_holm, margin)
 
@@ -137,13 +146,15 @@ def _tested(compare: Comparison, paper: PaperEffect, numbers: Mapping[str, pd.Da
     evidence = find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
     if evidence is None:
         suites = ", ".join(suites_with(compare)) or "no suite"
-        return row | {"remark": f"not tested in this suite: its runs are in {suites}"}
+        return row | {"remark": f"its runs are in {suites}"}
     difference, is_paired = evidence.difference, compare.direction in _PAIRED
     scale = metric.scale if is_paired else 1
     row |= {"delta": difference.mean * scale, "low": difference.low * scale, "high": difference.high * scale}
     row |= {"n": difference.n, "p": difference.p if compare.direction in _TESTED else math.nan}
     if is_paired and not math.isnan(difference.low):
         row["equivalent"] = is_within(difference, -margin, margin)
+        if "effect" in row and compare.direction in _TESTED:
+            row["against_paper"] = compare_with_paper(compare, difference, row["effect"] / scale)
     return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
 
 
@@ -182,7 +193,7 @@ def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBe
         remarks.append(f"{_counted(evidence.incomplete, pair)} left out, which lack a part of it")
     if math.isnan(difference.p if compare.direction in _TESTED else difference.low):
         reason = _counted(difference.n, pair) if difference.n < 2 else "all differences are equal"
-        remarks.append(f"no test: {reason}")
+        remarks.append(f"untestable: {reason}")
     return "; ".join(filter(None, remarks))
 
 
@@ -203,6 +214,7 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         test_shown=[": ".join(filter(None, (row.test, row.contrast))) for row in rows.itertuples()],
         n_shown=[_count_text(row) for row in rows.itertuples()],
         runs_shown=[_runs_text(row) for row in rows.itertuples()],
+        against_shown=rows["against_paper"].replace("", MISSING),
         equal_shown=[_equal_text(row) for row in rows.itertuples()],
     )
     return Table(
@@ -210,17 +222,18 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         f"{_RANDOM_WEIGHTS if has_random_weights(suite.runs) else ''}Differences are means over n pairs, with a 95 % "
         "confidence interval (Student's t). The numbers of a pair, a seed or a trial, are averaged over tasks first. "
         f"p is of the paired t-test, corrected by Holm's procedure over the {int(rows['p'].notna().sum())} tests of "
-        "this table. Supported or contradicted: corrected p below 5 %, in the claimed direction or the other. A claim "
-        "that two numbers are the same, that one is not lower, or that a time is near the dense one is judged by the "
-        "interval, not corrected: supported if all of it lies within the margin of benchmarks/metrics.yaml, "
-        "contradicted if all of it lies beyond. The interval of a time is the range over all rounds and settings. "
-        "Practically equal: all of the interval lies within the margin, whatever the verdict. Parameters are counted, "
-        "without a test.",
+        "this table. Supported or contradicted: corrected p below 5 %, with the claimed sign or the other. Next to the "
+        "paper: the whole interval is smaller or larger than the paper's effect, or compatible with it. No difference "
+        "that matters: the whole interval lies within the margin of benchmarks/metrics.yaml. The interval alone decides "
+        "other claims (the same, not lower, near the dense time): supported if all of it lies within the margin, "
+        "contradicted if all of it lies outside. The interval of a time is its range over all rounds and settings. "
+        "Parameters are counted. Untestable: one pair, or equal differences. Missing: no such runs in this suite.",
         {"claim_shown": "Claim", "test_shown": "Tested on", "paper": "The paper"}
         | {"runs_shown": "These runs", "n_shown": "n"},
         [Column("p_value", "p", "p"), Column("p_value", "p_holm", "p (Holm)")],
         frame,
-        notes={"verdict": "Verdict", "equal_shown": "Practically equal", "remark": "Over, and remarks"},
+        notes={"verdict": "Verdict", "against_shown": "Next to the paper"}
+        | {"equal_shown": "No difference that matters", "remark": "Over, and remarks"},
         name="claims",
         wraps=True,
     )
@@ -249,7 +262,7 @@ def _equal_text(row: Any) -> str:
     if row.equivalent == "":
         return MISSING
     margin = f"{row.margin:g} {row.unit.removesuffix('s') if row.margin == 1 else row.unit}"
-    return f"yes, within {margin}" if row.equivalent else f"not shown ({margin})"
+    return f"yes, within {margin}" if row.equivalent else f"not shown within {margin}"
 
 
 def as_records(rows: pd.DataFrame) -> str:
@@ -259,13 +272,20 @@ def as_records(rows: pd.DataFrame) -> str:
 
 
 def sentences(rows: pd.DataFrame) -> Iterator[str]:
-    """Summarise the verdicts."""
-    counts = rows["verdict"].value_counts()
-    verdicts = ", ".join(f"{counts[word]} {word}" for word in map(str, Verdict) if word in counts)
-    yield f"{rows['claim'].nunique()} claims, {len(rows)} tests: {verdicts}."
-    equal = int((rows["equivalent"] == True).sum())  # noqa: E712  (a column of objects)
-    if equal:
-        yield f"Of {_counted(equal, 'comparison')} the whole interval lies within the margin."
+    """Summarise the verdicts: tests of gains first, then those of equality and cost."""
+    tested = rows[rows["verdict"] != Verdict.MISSING]
+    missing = f"; {len(rows) - len(tested)} more lack their runs in this suite" if len(tested) < len(rows) else ""
+    yield f"{_counted(len(tested), 'test')} of {_counted(tested['claim'].nunique(), 'claim')} of the paper{missing}."
+    is_gain = tested["p"].notna()
+    for name, group in (("gains", tested[is_gain]), ("equality, parameters and time", tested[~is_gain])):
+        counts = group["verdict"].value_counts()
+        verdicts = ", ".join(f"{counts[word]} {word}" for word in map(str, Verdict) if word in counts)
+        if verdicts:
+            yield f"Of {_counted(len(group), 'test')} of {name}: {verdicts}."
+    undecided = tested[is_gain & (tested["verdict"] == Verdict.UNDECIDED)]
+    smaller = int((undecided["against_paper"] == "smaller").sum())
+    if smaller:
+        yield f"In {smaller} of the undecided ones any gain is smaller than the paper's."
 
 
 def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -288,18 +308,19 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     panels = [panel for _, panel in drawn.groupby("unit", sort=False)]
     heights = [len(panel) + panel["claim"].nunique() for panel in panels]
     space = _BELOW * len(panels)
-    inches = _LINE * sum(heights) + space + 0.3
-    layout = {"height_ratios": heights, "left": _LEFT, "right": _RIGHT, "top": 1, "bottom": (_BELOW + 0.3) / inches}
+    inches = _LINE * sum(heights) + space + 0.5
+    layout = {"height_ratios": heights, "left": _LEFT, "right": _RIGHT, "top": 1, "bottom": (_BELOW + 0.5) / inches}
     layout["hspace"] = space / (_LINE * sum(heights))
     with mpl.rc_context({**STYLE, "font.size": 7, "axes.spines.left": False}):
         figure, axes = plt.subplots(len(panels), figsize=(WIDTH, inches), squeeze=False, gridspec_kw=layout)
         for axis, panel, height in zip(axes[:, 0], panels, heights, strict=True):
             _draw_panel(axis, panel, height)
-        marks = {word: mark for word, mark in _MARKS.items() if word in set(drawn["verdict"])}
+        kinds = {_kind(row) for row in drawn.itertuples()}
+        marks = {word: mark for word, mark in _MARKS.items() if word in kinds}
         handles: list[Artist] = [Line2D([], [], ls="", ms=5, label=str(word), **mark) for word, mark in marks.items()]
         handles.append(Line2D([], [], ls="", marker="|", ms=9, mew=1.6, color=_PAPER, label="the paper"))
-        handles.append(Rectangle((0, 0), 1, 1, color=_BAND, label="practically equal"))
-        figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
+        handles.append(Rectangle((0, 0), 1, 1, color=_BAND, label="no difference that matters"))
+        figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
         save(figure, path)
 
 
@@ -318,8 +339,14 @@ def _draw_panel(axis: Any, panel: pd.DataFrame, height: int) -> None:
     axis.set_xlabel("Time ÷ dense − 1" if is_ratio else f"Difference in {panel['unit'].iloc[0]}")
 
 
+def _kind(row: Any) -> str:
+    """Return the name of a row's mark: its verdict, or an undecided gain that is smaller than the paper's."""
+    is_smaller = row.verdict == Verdict.UNDECIDED and row.against_paper == "smaller"
+    return _SMALLER if is_smaller else str(row.verdict)
+
+
 def _draw_row(axis: Any, row: Any, y: int, limits: tuple[float, float]) -> None:
-    mark = _MARKS[Verdict(row.verdict)]
+    mark = _MARKS.get(_kind(row), _PLAIN)
     start = limits[0] if row.compare.direction == "near" else -row.margin
     axis.fill_betweenx([y - 0.5, y + 0.5], start, row.margin, color=_BAND, lw=0, zorder=0)
     if not math.isnan(row.low):

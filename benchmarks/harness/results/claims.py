@@ -21,8 +21,8 @@ class Verdict(StrEnum):
     SUPPORTED = "supported"
     CONTRADICTED = "contradicted"
     UNDECIDED = "undecided"
-    NO_TEST = "no test"
-    NOT_TESTED = "not tested"
+    UNTESTABLE = "untestable"  # one pair, or differences that are all equal
+    MISSING = "missing"  # the suite has no such runs
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,19 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
 
 
 def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
-    """Select the numbers of both methods; the other method has no setting, as in main tables."""
+    """Select the numbers of both methods: of the other one as in main tables, or in the same settings if it has no such
+    numbers.
+    """
     setting, is_main = numbers["setting"], numbers["setting"].eq("")
     is_compared = ~is_main if compare.settings == "all" else setting.isin(compare.settings or [""])
-    kept = numbers["method"].eq(compare.method) & is_compared | numbers["method"].eq(compare.against) & is_main
+    is_against = numbers["method"].eq(compare.against)
+    is_against &= is_main if (is_against & is_main).any() else is_compared
+    kept = numbers["method"].eq(compare.method) & is_compared | is_against
     kept &= numbers["domain"] == compare.domain
     if compare.selection is not None:
         kept &= numbers["selection"] == compare.selection
-    for column, names in (("model", compare.models), ("task", compare.tasks), ("tuning", compare.tunings)):
+    named = {"model": compare.models, "task": compare.tasks, "tuning": compare.tunings, "eval_task": compare.questions}
+    for column, names in named.items():
         if names:
             kept &= numbers[column].isin(names)
     return numbers[kept]
@@ -113,17 +118,30 @@ def is_within(difference: Difference, least: float, most: float) -> bool:
     return least <= difference.low and difference.high <= most
 
 
+def compare_with_paper(compare: Comparison, difference: Difference, effect: float) -> str:
+    """Say if the whole interval of a gain is ``smaller`` or ``larger`` than the paper's; else it is ``compatible``.
+
+    Args:
+        compare: A comparison that claims more or less.
+        difference: The difference of these runs.
+        effect: The paper's difference in the same unit.
+    """
+    sign = 1 if compare.direction == "higher" else -1
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    return "smaller" if high < sign * effect else "larger" if low > sign * effect else "compatible"
+
+
 def judge(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
     """Judge a claim of more or less by the corrected p of the test, and any other by interval and negligible margin."""
     if compare.direction in ("higher", "lower"):
         if math.isnan(p):
-            return Verdict.NO_TEST
+            return Verdict.UNTESTABLE
         if p >= SIGNIFICANCE:
             return Verdict.UNDECIDED
         is_claimed = (difference.mean > 0) == (compare.direction == "higher")
         return Verdict.SUPPORTED if is_claimed else Verdict.CONTRADICTED
     if math.isnan(difference.low):
-        return Verdict.NO_TEST
+        return Verdict.UNTESTABLE
     bounds = {"same": (-margin, margin), "not_lower": (-margin, math.inf), "near": (-math.inf, margin)}
     least, most = bounds.get(compare.direction, (0, 0))
     if is_within(difference, least, most):

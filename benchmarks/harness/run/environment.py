@@ -66,8 +66,6 @@ def capture() -> dict[str, Any]:
 def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, str]:
     """Return the facts that numbers depend on beside the code: if all are equal, numbers are equal to the last digit.
 
-    Call it at the end of a run, which may have compiled kernels.
-
     Args:
         packages: The versions of the packages.
         gpus: The names of the accelerators.

@@ -27,6 +27,7 @@ from benchmarks.harness.results.records import check_content
 from benchmarks.harness.run import environment
 from benchmarks.harness.training import processes as group
 from benchmarks.harness.training.progress import Progress
+from emoe.sparse.build import prepare_kernels
 
 _LAUNCHER = "EMOE_LAUNCHER"  # the id of the process that started several processes for a run
 
@@ -65,6 +66,8 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             progress = Progress(run.id, terminal)
             captured = environment.capture()
             pipeline = load_benchmark(run.benchmark).pipeline()
+            if not torch.cuda.is_available():  # before the first run, so that all runs of a suite have them, or none
+                prepare_kernels()
             startup = time.time() - started
             torch.manual_seed(derive_seed("run", run.spec["seed"]))
             metrics: dict[str, Any] = pipeline.run(run.spec, folder, progress)
