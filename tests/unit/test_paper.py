@@ -84,7 +84,7 @@ def test_paper_tables_have_the_papers_rows_by_one_selection(here: Path) -> None:
                 (drawn / f"{figure}.{end}").write_text(f"{figure}, {end}")
         write_paper_items(suite, artifacts_of(name), presented)
     write_claims(suite)
-    assert (folder / "figure_5a.pdf").read_text() == "glue_settings, pdf"
+    assert (folder / "figure_5a.pdf").read_text() == "glue_lora_settings, pdf"
     assert {path.name for path in folder.iterdir()} == {Path(file).name for file in paper_files(suite)}
     for name, rows, others in (("4a", "bottom k", "all but the top k"), ("2a", "Vanilla", "random partition")):
         table = (folder / f"table_{name}.md").read_text()
