@@ -12,7 +12,7 @@ from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
-from benchmarks.harness.results.statistics import paired_differences, with_verdicts
+from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 
 CELL = ["selection", "model", "set", "method"]
 
@@ -25,8 +25,10 @@ class DomainOutcomes(Outcomes):
             accuracy that is reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed``
             and ``variant``.
         records: Every number of every run.
-        tests: The paired difference to the baseline, by cell, over trials, of the mean over the environments that both
-            have.
+        shared: The cells of the trials that have all methods and environments of a selection, model and set.
+        differences: The paired difference to the baseline, by cell, over these trials, of the mean over environments.
+        tests: The same over all trials of both methods and the environments that both have, with verdicts, corrected
+            over all rows.
     """
 
     benchmark: AnyBenchmark
@@ -39,10 +41,14 @@ class DomainOutcomes(Outcomes):
         self.records = collect_from(self._read())
         columns = [*CELL, "env", "trial", "value", "chosen_by", "step", "hparams_seed", "variant"]
         self.cells = pd.DataFrame(self._cells(), columns=columns)
+        self.shared = shared_pairs(self.cells, ["selection", "model", "set"], ["method", "env"], "trial")
+        self.differences = self._differences(self.shared)
+        self.tests = with_verdicts(self._differences(self.cells))
+
+    def _differences(self, cells: pd.DataFrame) -> pd.DataFrame:
         # environment by environment: the order in which values are summed shows in the last digit
-        scores = self.cells[[*CELL, "env", "trial", "value"]].sort_values(["env", "trial"], kind="stable")
-        tests = paired_differences(scores, CELL, {"method": self.baseline}, "trial")
-        self.tests = with_verdicts(tests, ["selection", "model", "method"])
+        scores = cells[[*CELL, "env", "trial", "value"]].sort_values(["env", "trial"], kind="stable")
+        return paired_differences(scores, CELL, {"method": self.baseline}, "trial").drop(columns="values")
 
     def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
         """Read every run's ``metrics.json`` once, and keep only the records of its steps."""
@@ -54,6 +60,12 @@ class DomainOutcomes(Outcomes):
     @property
     def origins(self) -> pd.DataFrame:
         return self.records.rename(columns={"task": "set"})
+
+    @property
+    def shared_origins(self) -> pd.DataFrame:
+        """Return the runs of the shared trials."""
+        keys = ["model", "set", "method", "seed"]
+        return self.origins.merge(self.shared.rename(columns={"trial": "seed"})[keys].drop_duplicates(), on=keys)
 
     @property
     def sets(self) -> list[str]:
@@ -89,8 +101,8 @@ class DomainOutcomes(Outcomes):
                         yield (*row, *choices[chosen.choice])
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Average over the held-out environments, by cell and trial; if ``complete``, only if all were held out."""
-        grouped = self.cells.groupby([*CELL, "trial"], sort=False)["value"]
+        """Average the shared cells over environments, by cell and trial; if ``complete``, only if all were held out."""
+        grouped = self.shared.groupby([*CELL, "trial"], sort=False)["value"]
         means, counts = grouped.mean(), grouped.count()
         if not complete:
             return means

@@ -16,6 +16,7 @@ from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import (
     cost_table,
+    counts_by,
     difference_text,
     our_means,
     published_table,
@@ -24,6 +25,7 @@ from benchmarks.harness.report.common import (
     with_average,
     with_columns,
     with_numbers,
+    with_runs,
 )
 from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
@@ -49,7 +51,7 @@ _ERROR = "± is DomainBed's: the population's standard deviation over trials by 
 
 def results(outcomes: DomainOutcomes, name: str) -> Table:
     """Tabulate one set in DomainBed's layout: a column a held-out environment, and their mean."""
-    cells = outcomes.cells[outcomes.cells["set"] == name]
+    cells = outcomes.shared[outcomes.shared["set"] == name]
     grouped = cells.groupby([*CELL, "env"], sort=False)["value"]
     numbers = grouped.agg(mean="mean", error=_error).reset_index()[["env", *CELL, "mean", "error"]]
     frame = cells.groupby(CELL, sort=False).agg(n=("trial", "nunique")).reset_index()
@@ -57,12 +59,12 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     headings = {env: outcomes.env_title(name, env) for env in envs}
     frame, columns = with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
     frame, columns = with_average(frame, columns, "accuracy")
-    frame = with_numbers(frame, CELL, outcomes.tests[[*CELL, "delta", "low", "high"]])
+    frame = with_numbers(frame, CELL, outcomes.differences[[*CELL, "delta", "low", "high"]])
     delta = f"Δ to {outcomes.baseline_title}"
     columns.append(Column("accuracy", "delta", delta, interval=("low", "high"), signed=True))
-    return Table(
+    table = Table(
         f"{outcomes.title('set', name)}: accuracy by held-out environment",
-        f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. "
+        f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. {_shared_note(outcomes)} "
         f"{_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by "
         "trial, with a 95 % confidence interval (Student's t), not corrected for the number of methods. Bold marks the "
         "best method, controls apart.",
@@ -72,6 +74,7 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
         group=("model", "selection"),
         compare="is_method",
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
@@ -95,15 +98,15 @@ def summary(outcomes: DomainOutcomes) -> Table:
     """Average over the environments of every set, as DomainBed summarises them."""
     keys = ["selection", "model", "method"]
     spread = outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count").reset_index()
-    frame = spread.groupby(keys, sort=False).agg(n=("n", "max")).reset_index()
+    frame = counts_by(spread, keys)
     headings = {name: outcomes.title("set", name) for name in outcomes.sets}
     numbers = spread[["set", *keys, "mean", "error"]]
     frame, columns = with_columns(frame, keys, numbers, headings, "accuracy", std="error")
     if len(columns) > 1:
         frame, columns = with_average(frame, columns, "accuracy")
-    return Table(
+    table = Table(
         "Accuracy on held-out environments, by set",
-        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. "
+        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {_shared_note(outcomes)} "
         f"{_partly(outcomes, outcomes.sets)}The average is over all sets, where a row has all. "
         f"{_selections(outcomes, outcomes.sets)} {_experts(outcomes, outcomes.sets)}".strip(),
         {**_KEYS, "n": "n"},
@@ -112,20 +115,18 @@ def summary(outcomes: DomainOutcomes) -> Table:
         group=("model", "selection"),
         compare="is_method",
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def tests(outcomes: DomainOutcomes) -> Table:
-    """Test against the baseline, paired over trials, corrected over the sets."""
+    """Test against the baseline, paired over trials."""
     return tests_table(
         outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over n "
-        "trials, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's "
-        "procedure over the sets of a model, method and selection. The verdict takes the corrected p at 5 %; “equal”: "
-        "every difference is zero; a dash means that there is no test: one trial, or differences that are all the "
-        "same and not zero.",
+        f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over "
+        "all n trials that both rows have; other tables use the trials that all their rows have.",
         {**_ROW, "n": "n"},
         "accuracy",
-        outcomes.order(outcomes.tests.drop(columns="values"), _ORDER),
+        outcomes.order(outcomes.tests, _ORDER),
     )
 
 
@@ -175,16 +176,17 @@ def paper(outcomes: DomainOutcomes) -> Table:
     frame = published.merge(ours, on=["model", "set", "method", "selection"], how="outer", sort=False)
     frame["difference"] = frame["ours"] - frame["value"]
     frame = outcomes.order(frame, ["selection", "set", "model", "method"])
-    return published_table(
+    table = published_table(
         "Published averages beside ours",
         "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
         "VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or quoted), inferred "
         "(published, but the selection or the row is our reading). A dash is a number that this suite did not run, or "
         "that was not found. Another model and other data can neither confirm nor refute a published value. "
-        f"{_experts(outcomes, outcomes.sets)}".strip(),
+        f"{_shared_note(outcomes)} {_experts(outcomes, outcomes.sets)}".strip(),
         {key: _ROW[key] for key in ("selection_title", "set_title", "model_title", "method_title")},
         frame,
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
@@ -245,6 +247,10 @@ def _partly(outcomes: DomainOutcomes, names: list[str]) -> str:
     )
 
 
+def _shared_note(outcomes: DomainOutcomes) -> str:
+    return outcomes.shared_note(outcomes.cells, outcomes.shared, ["model", "set", "selection"], "trial")
+
+
 def _error(values: pd.Series) -> float:
     """Return DomainBed's ±; nan for one trial."""
     return standard_error(list(values)) if len(values) > 1 else math.nan
@@ -252,8 +258,8 @@ def _error(values: pd.Series) -> float:
 
 _NOTE = (
     "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; "
-    "verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "
-    "sets, not over methods. With two trials a test rests on two differences: read it as a hint."
+    "verdicts by paired t-tests at 5 %, corrected by Holm's procedure over all rows of the table of tests. With two "
+    "trials a test rests on two differences: read it as a hint."
 )
 FIGURES: dict[str, Figure] = {}
 SET_FIGURES = {

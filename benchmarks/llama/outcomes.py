@@ -11,7 +11,7 @@ from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
-from benchmarks.harness.results.statistics import Difference, paired_differences, with_verdicts
+from benchmarks.harness.results.statistics import Difference, paired_differences, shared_pairs, with_verdicts
 from benchmarks.llama.definition import HELD_OUT, QUESTIONS, is_trained
 from benchmarks.llama.likelihood import NATS
 
@@ -31,8 +31,10 @@ class InstructionOutcomes(Outcomes):
         metrics: The ``metrics.json`` of the runs by their ids.
         runs: The runs of the chosen learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
+        shared: The numbers of the seeds that all methods tuned the same way have.
         tasks: The evaluated tasks in order, each with the result of its first run.
-        tests: Paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned.
+        tests: Paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned,
+            with verdicts, corrected over all rows.
         nats_tests: The same differences of the right answers' nats per byte; lower is better.
         rates_chosen: True if some cell had several learning rates.
     """
@@ -48,6 +50,7 @@ class InstructionOutcomes(Outcomes):
         records = collect_from((run, self.metrics[run.id]) for run in chosen)
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
+        self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
         self.tasks: dict[str, Any] = {}
         for name, result in (task for finished in self.metrics.values() for task in finished["tasks"].items()):
             self.tasks.setdefault(name, result)
@@ -61,22 +64,27 @@ class InstructionOutcomes(Outcomes):
     def origins(self) -> pd.DataFrame:
         return self.records.drop(columns="task")  # in tables, the task that questions are of
 
+    @property
+    def shared_origins(self) -> pd.DataFrame:
+        return self.shared.drop(columns="task")
+
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
-        """Return one number of every run by cell and seed, of the task of that name if the part has several."""
-        chosen = self.records[(self.records["part"] == part) & (self.records["metric"] == metric)]
+        """Return one number of the shared seeds by cell and seed, of the task of that name if the part has several."""
+        chosen = self.shared[(self.shared["part"] == part) & (self.shared["metric"] == metric)]
         if name is not None:
             chosen = chosen[chosen["eval_task"] == name]
         return chosen.set_index([*CELL, "seed"])["value"]
 
     @property
     def losses(self) -> pd.Series[float]:
-        """Return the held-out loss by cell and seed."""
+        """Return the held-out loss of the shared seeds by cell and seed."""
         return self.numbers("dev", _LOSS)
 
     def cells(self) -> pd.DataFrame:
-        """Return a row per cell, with the number of its runs."""
-        rows = pd.DataFrame([cell_of(run) for run in self.runs], columns=CELL)
-        return rows.groupby(CELL, sort=False).size().rename("n").reset_index()
+        """Return a row per cell, with the number of its shared seeds."""
+        cells = self.records[CELL].drop_duplicates()
+        seeds = self.shared.groupby(CELL)["seed"].nunique().rename("n")
+        return cells.join(seeds, on=CELL).fillna({"n": 0}).astype({"n": int}).reset_index(drop=True)
 
     def _tests(self, key: str, *, lower_is_better: bool = False) -> pd.DataFrame:
         """Return paired differences over questions, by cell, reference and task; a question has its mean over seeds."""
@@ -84,11 +92,11 @@ class InstructionOutcomes(Outcomes):
             self._differences(self._questions[key], [*CELL, "task"], against, "question").assign(against=against)
             for against in self._references
         ]
-        tests = pd.concat(differences).rename(columns={"n": "questions"})
+        tests = pd.concat(differences, ignore_index=True).rename(columns={"n": "questions"})
         tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
         tests = tests.sort_values("task", key=lambda names: names.map(list(self.tasks).index), kind="stable")
         row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
-        return with_verdicts(tests[row], [*CELL, "against"], lower_is_better=lower_is_better)
+        return with_verdicts(tests[row], lower_is_better=lower_is_better)
 
     def _values_by_question(self, key: str) -> pd.DataFrame:
         """Return a row per question of each run: 1 if the answer is right, or the right answer's nats per byte."""
@@ -110,7 +118,7 @@ class InstructionOutcomes(Outcomes):
         return paired_differences(scores, cell, self._references[against], pair, averaged)
 
     def loss_differences(self, against: str) -> pd.DataFrame:
-        """Return the difference of the held-out loss to a reference by cell, paired by seed."""
+        """Return the difference of the held-out loss to a reference by cell, paired by shared seed."""
         return self._differences(self.losses.reset_index(), CELL, against, "seed").drop(columns=["n", "values"])
 
     def compared(self) -> pd.DataFrame:
@@ -118,7 +126,9 @@ class InstructionOutcomes(Outcomes):
 
         A variant is a setting, so that a claim names its layers.
         """
-        losses = self.losses.reset_index().rename(columns={"set": "task", "seed": "pair", "variant": "setting"})
+        is_loss = (self.records["part"] == "dev") & (self.records["metric"] == _LOSS)
+        losses = self.records.loc[is_loss, [*CELL, "seed", "value"]]
+        losses = losses.rename(columns={"set": "task", "seed": "pair", "variant": "setting"})
         names = {"task": "eval_task", "set": "task", "question": "pair", "variant": "setting"}
         questions = [
             self._questions[key].rename(columns=names).assign(domain=QUESTIONS, metric=metric)

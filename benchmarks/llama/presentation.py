@@ -19,6 +19,7 @@ from benchmarks.harness.report.common import (
     read_published,
     tests_table,
     with_numbers,
+    with_runs,
 )
 from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
@@ -48,7 +49,7 @@ _MMLU = "mmlu"
 def results(outcomes: InstructionOutcomes) -> Table:
     """Tabulate held-out loss and accuracy by way of tuning and method."""
     frame = _with(outcomes.cells(), outcomes.losses, "loss")
-    columns = [Column("loss", "loss", "Held-out loss", std="loss std", best="loss")]
+    columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
     for against, words in _compared_with(outcomes).items():
         frame = with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
         interval = (f"{against} low", f"{against} high")
@@ -59,11 +60,12 @@ def results(outcomes: InstructionOutcomes) -> Table:
         for metric, word in parts.items():
             name = f"{task} {metric}"
             frame = _with(frame, outcomes.numbers("test", metric, task), name)
-            columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=name))
-    return Table(
+            columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=True))
+    table = Table(
         "Held-out loss and accuracy",
-        "Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out "
-        f"instructions. {'' if outcomes.nats_tests.empty else _LIKELIHOOD}{_questions(outcomes)}"
+        f"Mean ± standard deviation over n seeds. {_shared_note(outcomes)} The loss is the mean over the "
+        f"responses' tokens of held-out instructions. {'' if outcomes.nats_tests.empty else _LIKELIHOOD}"
+        f"{_questions(outcomes)}"
         f"Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
         "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: "
         "what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
@@ -74,6 +76,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
         group=("model", "set", "tuning"),
         compare="is_method",
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def tests(outcomes: InstructionOutcomes) -> Table:
@@ -95,10 +98,8 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
     return tests_table(
         f"{outcomes.baseline_title}, and against the model not tuned{nats}",
         f"{note}Differences of {what} to {outcomes.baseline_title} tuned the same way (each question's a mean over "
-        "the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence "
-        "interval; p of the paired t-test over questions, and p corrected by Holm's procedure over the tasks of a row. "
-        "It says what other questions would show, not what other seeds would. The verdict takes the corrected p at "
-        "5 %; a dash means that there is no test.",
+        "the seeds that both have) and to the same method not tuned, paired by question. A test over "
+        "questions says what other questions would show, not what other seeds would.",
         {**_keys(outcomes), "against": "Against", "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
         metric,
         frame,
@@ -119,7 +120,8 @@ def _parts(outcomes: InstructionOutcomes, key: str, heading: str) -> Table:
     """Tabulate parts of tasks by row, and cells by column."""
     rows: dict[tuple[str, str], dict[str, list[float]]] = {}
     names: dict[str, None] = {}
-    for run in outcomes.runs:
+    shared = set(outcomes.shared["run_id"])
+    for run in (run for run in outcomes.runs if run.id in shared):
         name = outcomes.row_title(cell_of(run))
         for task, tested in outcomes.metrics[run.id]["tasks"].items():
             for part, values in tested[key].items() if tested["metric"] == "acc" else ():
@@ -135,7 +137,7 @@ def _parts(outcomes: InstructionOutcomes, key: str, heading: str) -> Table:
     )
     return Table(
         f"Accuracy by {heading.lower()}",
-        "Mean over seeds; the number of questions is in brackets.",
+        f"Mean over n seeds; the number of questions is in brackets. {_shared_note(outcomes)}",
         {"task_title": "Task", "part": heading},
         [Column("accuracy", name, name) for name in names],
         frame,
@@ -222,15 +224,17 @@ def paper(outcomes: InstructionOutcomes) -> Table:
     is_mmlu = frame["task"].str.startswith(f"{_MMLU.upper()} (")
     frame["difference"] = (frame["ours"] - frame["value"]).where(is_mmlu)
     frame = outcomes.order(frame.assign(set=""), CELL)
-    return published_table(
+    table = published_table(
         "The paper's MMLU accuracies beside ours",
         "Status: published (quoted by others; the paper's full tables could not be consulted). How many shots the "
         "paper used, and its learning rate and epochs of LoRA, are not known. A dash is a number that this suite did "
         "not run, or that was not found. Another model, other data and other questions can neither confirm nor refute "
-        "a published value; a difference is given only for MMLU itself.",
+        "a published value; a difference is given only for MMLU itself. "
+        f"{_shared_note(outcomes)}",
         {**_keys(outcomes), "task": "Task"},
         frame,
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 TABLES = {
@@ -254,10 +258,8 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
             for test in _of_cell(outcomes.tests, cell).itertuples():
                 parts.append(f"{task_words(test.task)} {difference_text(test, ' points')}")
             for test in _of_cell(outcomes.nats_tests, cell).itertuples():
-                parts.append(
-                    f"{task_words(test.task)} {test.delta:+z.3f}{interval_text(test.low, test.high, 3)} nats a byte of "
-                    f"the right answer, {test.verdict or 'no test'}"
-                )
+                nats = f"{test.delta:+z.3f}{interval_text(test.low, test.high, 3)} nats a byte of the right answer"
+                parts.append(", ".join(filter(None, (f"{task_words(test.task)} {nats}", test.verdict))))
             words.append(f"{row.method_title}: {'; '.join(parts)}")
         yield f"{', '.join(key)}, against {outcomes.baseline_title}: {'. '.join(words)}."
 
@@ -294,6 +296,10 @@ def _questions(outcomes: InstructionOutcomes) -> str:
     return f"{'; '.join(words)}. {dev if is_dev else ''}" if words else ""
 
 
+def _shared_note(outcomes: InstructionOutcomes) -> str:
+    return outcomes.shared_note(outcomes.records, outcomes.shared, GROUP)
+
+
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
@@ -306,8 +312,8 @@ def _compared_with(outcomes: InstructionOutcomes) -> dict[str, str]:
 
 _NOTE = (
     "Losses are paired by seed, with a 95 % confidence interval over seeds where there are several; accuracies are "
-    "paired by question, with an interval over questions, corrected by Holm's procedure over the tasks "
-    "of a row, not over rows."
+    "paired by question, with an interval over questions, corrected by Holm's procedure over all rows "
+    "of the table of tests."
 )
 FIGURES = {
     "curves": Figure(

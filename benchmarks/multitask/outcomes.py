@@ -9,7 +9,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import compared, counts
-from benchmarks.harness.results.statistics import paired_differences, with_verdicts
+from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.multitask.definition import ID_MEAN
 from benchmarks.text.definition import CLEAN, ID
 from benchmarks.text.outcomes import TextOutcomes
@@ -28,8 +28,8 @@ class MultitaskOutcomes(TextOutcomes):
     Attributes:
         mixtures: The mixtures that ran.
         transfer: The scores ``alone`` and ``together`` by model, mixture, task and method, their difference, paired by
-            seed (``delta``, ``low``, ``high``, ``p``, ``n``) and corrected over the tasks (``p_holm``, ``verdict``),
-            and the same difference less the baseline's (``less_delta`` …).
+            seed (``delta``, ``low``, ``high``, ``p``, ``n``) and corrected over all rows (``p_holm``, ``verdict``), and
+            the same difference less the baseline's (``less_delta`` …); over the seeds that all methods have.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
@@ -59,6 +59,7 @@ class MultitaskOutcomes(TextOutcomes):
         seeds = self.seeds[(self.seeds["protocol"] == CLEAN) & (self.seeds["domain"] == ID)]
         alone = seeds[seeds["task"] == seeds["eval_task"]].set_index(_KEY)["value"].rename("alone")
         both = self.of_mixtures(seeds).merge(alone, left_on=_KEY, right_index=True)
+        both = shared_pairs(both, ["model", "task", "eval_task"], ["method"], "seed")
         means = both.groupby(_TRANSFER, sort=False, as_index=False)[["alone", "value"]].mean()
         pairs = [both.assign(how="alone", value=both["alone"]), both.assign(how="together")]
         stacked = pd.concat([rows[[*_TRANSFER, "seed", "how", "value"]] for rows in pairs], ignore_index=True)
@@ -66,6 +67,6 @@ class MultitaskOutcomes(TextOutcomes):
         by_seed = both.assign(value=both["value"] - both["alone"])[[*_TRANSFER, "seed", "value"]]
         less = paired_differences(by_seed, _TRANSFER, {"method": self.baseline}, "seed")
         less = less[[*_TRANSFER, *INTERVAL]].rename(columns={name: f"less_{name}" for name in INTERVAL})
-        rows = with_verdicts(gains.drop(columns=["how", "values"]), ["model", "task", "method"])
+        rows = with_verdicts(gains.drop(columns=["how", "values"]))
         rows = rows.merge(means.rename(columns={"value": "together"}), on=_TRANSFER)
         return self.order(rows.merge(less, on=_TRANSFER, how="left"), _TRANSFER)

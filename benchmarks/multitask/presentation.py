@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import (
-    difference_text,
+    counts_by,
     means_by,
     read_published,
     tests_table,
@@ -26,9 +26,9 @@ from benchmarks.multitask.figures import draw_differences
 from benchmarks.multitask.outcomes import INTERVAL, MultitaskOutcomes
 from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, KEYS
-from benchmarks.text.tables import cost, ood, tests
+from benchmarks.text.tables import DOMAINS, cost, differences_text, ood, shared_note, tests
 
-_MEANS = {ID: (ID_MEAN, "in domain"), OOD: (OOD_MEAN, "out of domain")}
+_MEANS = {ID: ID_MEAN, OOD: OOD_MEAN}
 _CHOSEN = "Epoch and learning rate are chosen by the mean score over the tasks on rows that are not reported."
 
 
@@ -38,11 +38,11 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
     rows = outcomes.of_mixtures(outcomes.rows)
     rows = rows[rows["method"] != outcomes.baseline]
     parts = []
-    for domain, (mean, words) in _MEANS.items():
+    for domain, mean in _MEANS.items():
         sets = rows[(rows["domain"] == domain) & rows["delta"].notna()]
         best = sets.loc[sets.groupby(CELL, sort=False)["delta"].idxmax(), [*CELL, *INTERVAL, "eval_task"]]
         sizes = sets.groupby(CELL, sort=False).size().rename("sets").reset_index()
-        part = rows.loc[rows["domain"] == mean, [*CELL, *INTERVAL, "pairs"]].assign(where=words)
+        part = rows.loc[rows["domain"] == mean, [*CELL, *INTERVAL, "pairs"]].assign(where=DOMAINS[domain])
         part = with_numbers(with_numbers(part, CELL, sizes), CELL, best, "best_")
         parts.append(part.assign(paper=[published.get((domain, name), math.nan) for name in part["method"]]))
     frame = pd.concat(parts).rename(columns={"pairs": "n", "best_delta": "best"}).fillna({"n": 0, "sets": 0})
@@ -50,13 +50,13 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
     frame["best_set"] = frame["best_eval_task"].map(outcomes.titles["task"]).fillna(MISSING)
     best_columns = ["best", "best_low", "best_high", "best_set"]
     frame = frame[[*CELL, "where", "sets", *INTERVAL, "n", *best_columns, "paper"]]
-    return Table(
+    table = Table(
         "The paper's best gains beside ours",
         f"Differences to {outcomes.baseline_title} that learned the same tasks at once, in points, paired by seed over "
         "n seeds, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests "
-        "is. Mean: over the sets. Best set: the largest difference of several, so an optimistic number. The paper "
-        "gives only its largest gains (T5-Base, N = 32, k = 8 in domain; status and source in paper.csv), neither "
-        f"tasks nor absolute scores, so they cannot be compared with ours. {_CHOSEN}",
+        f"is. {shared_note(outcomes)} Mean: over the sets. Best set: the largest difference of several, so an "
+        "optimistic number. The paper gives only its largest gains (T5-Base, N = 32, k = 8 in domain; status and "
+        f"source in paper.csv), neither tasks nor absolute scores, so they cannot be compared with ours. {_CHOSEN}",
         {**KEYS, "where": "Where", "sets": "Sets", "n": "n"},
         [
             Column("score", "delta", "Δ, mean", interval=("low", "high"), signed=True),
@@ -66,6 +66,7 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
         outcomes.order(frame, CELL),
         notes={"best_set": "Best set"},
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def results(outcomes: MultitaskOutcomes) -> Table:
@@ -73,40 +74,42 @@ def results(outcomes: MultitaskOutcomes) -> Table:
     rows = outcomes.rows
     alone = ~rows["task"].isin(outcomes.mixtures)
     in_domain = rows[(rows["domain"] == ID_MEAN) | (alone & (rows["domain"] == ID))]
-    frame = outcomes.order(in_domain[[*CELL, "n"]], CELL)
+    frame = outcomes.order(counts_by(in_domain, CELL), CELL)
     columns = []
     for name, numbers in (("ID", in_domain), ("OOD", rows[rows["domain"] == OOD_MEAN])):
-        kept = numbers[[*CELL, "mean", "std", "common", "delta", "low", "high"]]
+        kept = numbers[[*CELL, "mean", "std", "delta", "low", "high"]]
         frame = with_numbers(frame, CELL, kept, f"{name}_")
         interval = (f"{name}_low", f"{name}_high")
         columns += [
-            Column("score", f"{name}_mean", name, std=f"{name}_std", best=f"{name}_common"),
+            Column("score", f"{name}_mean", name, std=f"{name}_std", best=True),
             Column("score", f"{name}_delta", f"Δ {name}", interval=interval, signed=True),
         ]
     chosen = outcomes.chosen[CLEAN]
     rates = chosen.groupby(CELL, sort=False)["learning_rate"].first().map("{:.1e}".format).rename("rate")
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = frame.merge(rates, left_on=CELL, right_index=True, how="left")
-    frame = with_numbers(frame, CELL, means_by(chosen, CELL, took))
-    return Table(
+    frame = with_numbers(frame, CELL, means_by(outcomes.shared_origins, CELL, took))
+    table = Table(
         "Several tasks at once: means over tasks and over other sets",
         "Mean ± sample standard deviation over n seeds of the mean over the tasks (ID) and over the sets that no task "
         f"is trained on (OOD), each scored by its own metric; differences to {outcomes.baseline_title} trained on the "
         "same, paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. Rows of "
-        f"one task are models that learned it alone. {_CHOSEN} Bold marks the best method, controls apart.",
+        f"one task are models that learned it alone. {shared_note(outcomes)} {_CHOSEN} Bold marks the best method, "
+        "controls apart.",
         {**KEYS, "rate": "Learning rate", "n": "n"},
         [*columns, *(Column(metric, metric) for metric in took)],
         frame,
         group=("model", "task"),
         compare="is_method",
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def sets(outcomes: MultitaskOutcomes) -> Table:
     """Show the score on every set."""
     caption = (
         "Mean ± sample standard deviation over n seeds. Sets that a row is trained on are in domain, the others are "
-        f"read as the task that names them. {_CHOSEN}"
+        f"read as the task that names them. {shared_note(outcomes)} {_CHOSEN}"
     )
     return replace(ood(outcomes), caption=caption)
 
@@ -116,10 +119,9 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
     table = tests_table(
         "the same method that learned the task alone",
         "Score of a task that is learned alone, and with the others: as many passes over as many of its rows. Δ is the "
-        "difference, paired by seed over n seeds, with a 95 % confidence interval; below 0 the other tasks do harm. p "
-        "of the paired t-test, and corrected by Holm's procedure over the tasks of a row. Δ less "
-        f"{outcomes.baseline_title}'s: how much more a method gains by the other tasks, by which the paper explains "
-        "its results; not corrected.",
+        "difference, paired by seed over the n seeds that all rows of a task have; below 0 the other tasks do harm. Δ "
+        f"less {outcomes.baseline_title}'s: how much more a method gains by the other tasks, by which the paper "
+        "explains its results; not corrected.",
         {**KEYS, "eval_task_title": "Task", "n": "n"},
         "score",
         outcomes.transfer,
@@ -155,16 +157,11 @@ FIGURES = {
 
 def verdicts(outcomes: MultitaskOutcomes) -> Iterator[str]:
     """Yield a sentence a model, mixture and method of the paper: its differences to the baseline."""
-    rows = outcomes.of_mixtures(outcomes.rows)
-    rows = rows[(rows["method"].map(outcomes.role) == "method") & rows["delta"].notna()]
-    for (model, task, method), group in outcomes.order(rows, CELL).groupby(CELL, sort=False):
-        parts = [
-            f"{words} {difference_text(row)}"
-            for mean, words in _MEANS.values()
-            for row in group[group["domain"] == mean].itertuples()
-        ]
-        titles = ", ".join(outcomes.title(key, name) for key, name in zip(CELL, (model, task, method), strict=True))
-        yield f"{titles} (n = {int(group['pairs'].max())}): {'; '.join(parts)}, means over sets."
+    rows = outcomes.of_mixtures(outcomes.tests)
+    rows = rows[rows["method"].map(outcomes.role) == "method"]
+    for names, group in outcomes.order(rows, CELL).groupby(CELL, sort=False):
+        titles = ", ".join(outcomes.title(key, name) for key, name in zip(CELL, names, strict=True))
+        yield f"{titles} (n = {group['n'].max()}): {differences_text(group, outcomes)}."
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:

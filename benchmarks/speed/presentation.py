@@ -25,6 +25,7 @@ class Measurements:
     """Hold the numbers of finished runs.
 
     Attributes:
+        runs: The finished runs.
         titles: The titles of the candidates.
         records: Every number with the settings of its run; the candidate stands in ``eval_task``.
         origins: The same, as tables name their runs.
@@ -32,6 +33,7 @@ class Measurements:
 
     def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
         definition = benchmark.definition
+        self.runs = runs
         self.measures = definition.measures
         self.titles = {name: candidate.title for name, candidate in definition.candidates.items()}
         settings = [

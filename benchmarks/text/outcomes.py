@@ -14,7 +14,13 @@ from benchmarks.harness.config.methods import ABLATION, setting_text, setting_va
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
-from benchmarks.harness.results.statistics import Ranking, friedman_ranks, with_verdicts
+from benchmarks.harness.results.statistics import (
+    Ranking,
+    friedman_ranks,
+    paired_differences,
+    shared_pairs,
+    with_verdicts,
+)
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
 CELL = ["model", "task", "method"]
@@ -24,6 +30,7 @@ PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
 ARROW = " → "  # from the set that was trained on to the one that is evaluated on
 _PAIR = ["model", "task", "eval_task"]
 _SET = ["protocol", "domain", *_PAIR]
+_ROW = [*_SET, "method"]
 
 
 def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
@@ -80,10 +87,12 @@ class TextOutcomes(Outcomes):
         chosen: The records of the chosen runs, by protocol.
         seeds: The scores: a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
             evaluation task, method and seed.
+        shared: The scores of the seeds that all methods of a set have.
         protocols: The protocols that have scores.
-        rows: The statistics over seeds of :func:`~benchmarks.harness.report.common.summarize` and
-            :func:`~benchmarks.harness.results.statistics.with_verdicts` (corrected over the tasks), and ``common``, the
-            mean over the seeds that all methods have.
+        rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over the shared seeds; ``n`` is 0 if
+            there are none.
+        tests: The paired differences to the baseline in and out of domain, over all seeds that both methods have, with
+            verdicts, corrected over all rows.
     """
 
     benchmark: AnyBenchmark
@@ -109,7 +118,8 @@ class TextOutcomes(Outcomes):
         self.chosen = {protocol: self._chosen(protocol) for protocol in PROTOCOLS}
         self.seeds = pd.concat([self._seeds(protocol) for protocol in PROTOCOLS], ignore_index=True)
         self.protocols = [protocol for protocol in PROTOCOLS if protocol in set(self.seeds["protocol"])]
-        self.rows = self._rows()
+        self.shared = shared_pairs(self.seeds, _SET, ["method"], "seed")
+        self.rows, self.tests = self._rows(), self._tests()
 
     def _split_settings(self) -> None:
         """Make every setting of an ablation, and of a row with several variants, a row of its own."""
@@ -137,6 +147,12 @@ class TextOutcomes(Outcomes):
     def origins(self) -> pd.DataFrame:
         """Return the chosen runs by selection; the authors' takes runs of the clean protocol too."""
         return pd.concat([chosen.assign(protocol=protocol) for protocol, chosen in self.chosen.items()])
+
+    @property
+    def shared_origins(self) -> pd.DataFrame:
+        """Return the chosen runs of the shared seeds, by selection."""
+        keys = ["protocol", *CELL, "seed"]
+        return self.origins.merge(self.shared[keys].drop_duplicates(), on=keys)
 
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
         """Return the settings that the variants of all rows with experts share, such as the model's layers."""
@@ -182,16 +198,19 @@ class TextOutcomes(Outcomes):
         return pd.concat(scores)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
 
     def _rows(self) -> pd.DataFrame:
-        cell = [*_SET, "method"]
-        rows = summarize(self.seeds, cell, [(self.baseline, None)])
-        methods, here = (self.seeds.groupby(keys)["method"].transform("nunique") for keys in (_SET, [*_SET, "seed"]))
-        common = self.seeds[methods == here].groupby(cell)["value"].agg(pd.Series.mean).rename("common")
-        rows = with_verdicts(rows.join(common, on=cell), ["protocol", "domain", "model", "method"])
-        # set by set as they ran, and their methods as they are defined
-        rows = self.order(rows.assign(place=rows.groupby(_SET, sort=False).ngroup()), ["place", "method"])
-        means = ["mean", "std", "population_std", "n", "common"]
-        unused = ["place", "low_mean", "high_mean"]
-        return rows[[*cell, *means, *rows.columns.difference([*cell, *means, *unused], sort=False)]]
+        rows = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns=["low_mean", "high_mean", "p"])
+        rows = self.seeds[_ROW].drop_duplicates().merge(rows, how="left", on=_ROW)
+        return self._by_set(rows.fillna({"n": 0}).astype({"n": int}))
+
+    def _tests(self) -> pd.DataFrame:
+        scores = self.seeds[self.seeds["domain"].isin([ID, OOD])]
+        tests = paired_differences(scores, _ROW, {"method": self.baseline}, "seed").drop(columns="values")
+        return self._by_set(with_verdicts(tests))
+
+    def _by_set(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Sort set by set as they ran, and the methods of a set as they are defined; add titles."""
+        rows = rows.assign(place=rows.groupby(_SET, sort=False).ngroup())
+        return self.order(rows, ["place", "method"]).drop(columns="place")
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
         """Return the rows of one domain under one protocol."""

@@ -12,6 +12,7 @@ from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report.common import (
     ALL,
     cost_table,
+    counts_by,
     difference_text,
     means_by,
     over_seeds,
@@ -42,6 +43,7 @@ from benchmarks.text.outcomes import (
 from benchmarks.text.traces import trace_table
 
 AVERAGE, RANK = "average", "OOD Friedman rank"  # scopes of the paper's numbers
+DOMAINS = {ID: "in domain", OOD: "out of domain"}
 _ROW = ["model", "protocol", "method"]
 _BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
@@ -53,37 +55,36 @@ _SELECTIONS = (
 
 def results(outcomes: TextOutcomes) -> Table:
     """Lay out scores under both selections, differences to the baseline, ranks and costs."""
-    frame = _cells(outcomes)
+    frame = outcomes.order(counts_by(outcomes.rows, CELL), CELL)
     columns = {}
     for prefix, domain, protocol, score, delta, std in (
         ("id", ID, CLEAN, "ID", "Δ ID", "std"),
         ("ood", OOD_MEAN, CLEAN, "OOD", "Δ OOD", "std"),
         ("published", ID, PUBLISHED, "ID, authors' selection", "Δ, authors' selection", "population_std"),
     ):
-        numbers = ["mean", "std", "population_std", "common", "delta", "low", "high", "verdict"]
+        numbers = ["mean", "std", "population_std", "delta", "low", "high"]
         frame = with_numbers(frame, CELL, outcomes.of(domain, protocol)[[*CELL, *numbers]], f"{prefix}_")
         columns[prefix] = [
-            Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=f"{prefix}_common"),
+            Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=True),
             Column("score", f"{prefix}_delta", delta, interval=(f"{prefix}_low", f"{prefix}_high"), signed=True),
         ]
     rankings = ranked(outcomes, list(outcomes.methods), ["protocol", *CELL[:2]])
     rankings = [ranking for ranking in rankings if ranking.key["protocol"] == CLEAN]
     frame = with_numbers(frame, CELL, rank_rows(rankings, "ood_rank")[[*CELL, "ood_rank"]])
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
-    frame = with_numbers(frame, CELL, means_by(_usual_records(outcomes), CELL, took))
-    return Table(
+    frame = with_numbers(frame, CELL, means_by(_usual_records(outcomes.shared_origins), CELL, took))
+    table = Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs); differences are "
-        "paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. ID is the "
-        f"training task, OOD the mean over the other sets, without further training. {_SELECTIONS} "
-        f"{_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks compare the "
-        "seeds that all rows of a training task have. n, time, neurons and parameters are of the clean runs, if there "
-        f"are any. {_metric_note(outcomes)}",
+        "paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. "
+        f"{shared_note(outcomes)} ID is the training task, OOD the mean over the other sets, without further "
+        f"training. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart. Time, "
+        f"neurons and parameters are of the clean runs, if there are any. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
         [
             *columns["id"],
             *columns["ood"],
-            Column("ood_rank", "ood_rank", "OOD rank", best="ood_rank"),
+            Column("ood_rank", "ood_rank", "OOD rank", best=True),
             *columns["published"],
             *(Column(metric, metric) for metric in took),
         ],
@@ -91,36 +92,37 @@ def results(outcomes: TextOutcomes) -> Table:
         group=("model", "task"),
         compare="is_method",
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Lay out scores as the paper does: a column for each task (or pair of tasks), and the average."""
     rows = outcomes.with_scopes(outcomes.rows[outcomes.rows["domain"] == domain])
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
-    frame = rows.groupby(_ROW, sort=False).agg(n=("n", "max")).reset_index()
+    frame = counts_by(rows, _ROW)
     headings = {scope: scope for scope in rows["scope"].unique()}
-    numbers = rows[["scope", *_ROW, "mean", "common", "std"]]
-    frame, columns = with_columns(frame, _ROW, numbers, headings, "score", best="common")
+    frame, columns = with_columns(frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score")
     if len(columns) > 1:
         frame, columns = with_average(frame, columns, "score")
     if domain == OOD:
         frame, others = _with_other_metrics(outcomes, frame)
         columns += others
-    return Table(
+    table = Table(
         "Scores by task" if domain == ID else "Scores by OOD set",
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs). "
-        f"{_SELECTIONS} {_metric_note(outcomes, domain)}",
+        f"{shared_note(outcomes)} {_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**_BY_SELECTION, "n": "n"},
         columns,
         outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),
         compare="is_method",
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
     """Add columns of the metrics beside the paper's."""
-    records = outcomes.origins
+    records = outcomes.shared_origins
     records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
     columns = []
     for (scope, metric), group in outcomes.with_scopes(records).groupby(["scope", "metric"], sort=False):
@@ -130,26 +132,21 @@ def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd
             for key, values in group.groupby(_ROW, sort=False)["value"]
         ]
         numbers = pd.DataFrame(rows, columns=["label", *_ROW, "mean", "std"])
-        frame, more = with_columns(frame, _ROW, numbers, {label: label}, metric, best=None)
+        frame, more = with_columns(frame, _ROW, numbers, {label: label}, metric, best=False)
         columns += more
     return frame, columns
 
 
 def tests(outcomes: TextOutcomes) -> Table:
-    """Lay out paired tests over seeds against the baseline, corrected over the tasks."""
-    rows = outcomes.rows
-    rows = rows[rows["domain"].isin([ID, OOD]) & (rows["method"] != outcomes.baseline)]
-    rows = rows.assign(n=rows["pairs"].fillna(0).astype(int))  # seeds of both
+    """Lay out paired tests over seeds against the baseline."""
     return tests_table(
         outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title}, paired by seed, over n seeds, with a 95 % confidence interval; p "
-        "of the paired t-test, and p corrected by Holm's procedure over all tasks of a model, method and selection (in "
-        "and out of domain apart). The verdict takes the corrected p at 5 %; “equal”: every difference is zero; a "
-        f"dash: one seed, or all differences are the same and not zero. {_SELECTIONS}",
+        f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds that both rows have; other tables "
+        f"use the seeds that all their rows have. {_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", "task_title": "Trained on"}
         | {"eval_task_title": "Evaluated on", "method_title": "Method", "n": "n"},
         "score",
-        rows,
+        outcomes.tests,
     )
 
 
@@ -158,26 +155,28 @@ def ood(outcomes: TextOutcomes) -> Table:
     rows = outcomes.rows
     rows = rows[(rows["protocol"] == CLEAN) & rows["domain"].isin([ID, OOD])]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
-    numbers = rows[["eval_task", *CELL, "mean", "std", "common"]]
-    frame, columns = with_columns(_cells(outcomes), CELL, numbers, headings, "score", best="common", joint="_")
-    return Table(
+    numbers = rows[["eval_task", *CELL, "mean", "std"]]
+    frame = outcomes.order(counts_by(rows, CELL), CELL)
+    frame, columns = with_columns(frame, CELL, numbers, headings, "score", joint="_")
+    table = Table(
         "Scores by evaluation set",
         "Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID "
-        f"score. {_metric_note(outcomes)}",
+        f"score. {shared_note(outcomes)} {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
         columns,
         frame,
         group=("model", "task"),
         compare="is_method",
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def cost(outcomes: TextOutcomes) -> Table:
     """Lay out time, memory, parameters and the use of experts."""
-    records = _usual_records(outcomes)
+    records = _usual_records(outcomes.origins)
     return cost_table(
         KEYS,
-        _cells(outcomes),
+        outcomes.order(outcomes.rows[CELL].drop_duplicates(), CELL),
         CELL,
         records[~records["metric"].str.contains("_information")],  # which stand in a table of their own
         averaged="Means over seeds of the chosen runs",
@@ -221,15 +220,17 @@ def chosen(outcomes: TextOutcomes) -> Table:
 
 def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
     """Yield a sentence for each model, method of the paper and selection: does it differ from the baseline?"""
-    rows = outcomes.rows
-    rows = rows[(rows["method"].map(outcomes.role) == "method") & rows["delta"].notna()]
+    rows = outcomes.tests[outcomes.tests["method"].map(outcomes.role) == "method"]
     keys = ["protocol", "model", "method"]
     for (protocol, model, method), group in outcomes.order(rows, keys).groupby(keys, sort=False):
-        out = OOD_MEAN if ID in set(group["domain"]) else OOD
-        domains = [("in domain", group[group["domain"] == ID]), ("out of domain", group[group["domain"] == out])]
-        phrases = "; ".join(f"{label} {_phrase(part, outcomes)}" for label, part in domains if len(part))
         title = f"{outcomes.title('method', method)}, {outcomes.title('model', model)}"
-        yield f"{title}, {PROTOCOLS[protocol]} selection: {phrases}."
+        yield f"{title}, {PROTOCOLS[protocol]} selection: {differences_text(group, outcomes)}."
+
+
+def differences_text(tests: pd.DataFrame, outcomes: TextOutcomes) -> str:
+    """Write the differences of a method in and out of domain, in points."""
+    domains = [(words, tests[tests["domain"] == domain]) for domain, words in DOMAINS.items()]
+    return "; ".join(f"{words} {_phrase(rows, outcomes)}" for words, rows in domains if len(rows))
 
 
 def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
@@ -238,23 +239,20 @@ def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
         row = rows.iloc[0]
         return f"{difference_text(row)} ({outcomes.pair_title(row['task'], row['eval_task'])}, n = {row['n']})"
     words = []
-    for verdict in ("better", "worse", "within noise", "equal", ""):
+    for verdict in ("better", "worse", "within noise", "equal"):
         scopes = outcomes.with_scopes(rows[rows["verdict"] == verdict])["scope"]
         where = ", ".join(scopes) if verdict in ("better", "worse") else f"{len(scopes)} of {len(rows)}"
-        words += [f"{verdict or 'no test'} on {where}"] if len(scopes) else []
-    return f"{rows['delta'].mean() * 100:+z.1f} on average, {', '.join(words)}"
+        words += [f"{verdict} on {where}"] if len(scopes) else []
+    return ", ".join([f"{rows['delta'].mean() * 100:+z.1f} on average", *words])
 
 
-def _cells(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Return a row for each model, task and method with its number of seeds, of the clean runs if there are any."""
-    rows = outcomes.rows[outcomes.rows["domain"] == ID]
-    rows = rows.sort_values("protocol", key=lambda column: column != CLEAN, kind="stable")
-    return outcomes.order(rows.drop_duplicates(CELL)[[*CELL, "n"]], CELL)
+def shared_note(outcomes: TextOutcomes) -> str:
+    """Explain n, and name the tasks that leave out seeds."""
+    return outcomes.shared_note(outcomes.seeds, outcomes.shared, ["model", "task", "protocol"])
 
 
-def _usual_records(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Return the records of the chosen clean runs, and of the others if a cell has no clean ones."""
-    records = outcomes.origins
+def _usual_records(records: pd.DataFrame) -> pd.DataFrame:
+    """Keep the records of the clean runs, and of the others if a cell has no clean ones."""
     return records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
 
 
@@ -321,17 +319,18 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     )
     frame = outcomes.titled(frame)
     frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
-    return Table(
+    table = Table(
         "The paper's numbers beside ours",
         f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed, with a 95 % confidence interval "
-        "for a single task. Status: published (typed in the authors' notebooks or quoted from the paper), inferred "
-        "(published, but the row is our reading), unknown (in the paper, but not found by us). A dash was not found, "
-        "or not run by this suite.",
+        f"for a single task. {shared_note(outcomes)} Status: published (typed in the authors' notebooks or quoted from "
+        "the paper), inferred (published, but the row is our reading), unknown (in the paper, but not found by us). A "
+        "dash was not found, or not run by this suite.",
         {"model_title": "Model", "scope": "Task", "method_title": "Method"},
         columns,
         frame,
         notes={"status": "Status", "source": "Source of the paper's number"},
     )
+    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
@@ -343,7 +342,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     notes = []
     for ranking in rankings:
         who = f"{outcomes.title('model', ranking.key['model'])}, {PROTOCOLS[ranking.key['protocol']]} selection"
-        test = "no test" if math.isnan(ranking.p) else f"Friedman p = {ranking.p:.3f}"
+        test = "no Friedman test" if math.isnan(ranking.p) else f"Friedman p = {ranking.p:.3f}"
         notes.append(f"{who}: {test}, critical difference {critical_difference(*ranking.scores.shape):.2f}")
     pairs = list(dict.fromkeys(pair for ranking in rankings for pair in ranking.scores.columns))
     methods = list(dict.fromkeys(outcomes.title("method", name) for each in rankings for name in each.scores.index))
@@ -355,7 +354,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
         "the critical difference differ by Nemenyi's test at 5 %.",
         _BY_SELECTION,
         [
-            Column("ood_rank", "rank", "Rank", best="rank"),
+            Column("ood_rank", "rank", "Rank", best=True),
             Column("sets", "sets", "Sets"),
             Column("sets", "ranked", "Rows ranked"),
             Column("ood_rank", "paper", "Rank in the paper"),

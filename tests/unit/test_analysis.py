@@ -114,8 +114,7 @@ def test_records_name_unfinished_damaged_and_foreign_files(finished: Suite) -> N
 def test_results_table_says_what_was_put_in(glue: TextOutcomes) -> None:
     frame = results(glue).frame.set_index(["task", "method"])
     assert len(frame) == 7
-    assert frame.loc[("tweets", "vanilla"), "n"] == 8
-    assert frame.loc[("tweets", "gmoe"), "n"] == 5
+    assert frame["n"].to_dict() == {row: "5" if row[0] == "tweets" else "8" for row in frame.index}
     assert frame.loc[("tweets", "emoe"), "id_delta"] == pytest.approx(0.05, abs=0.03)
     assert frame.loc[("tweets", "random_partition"), "ood_delta"] < -0.05
     assert math.isnan(frame.loc[("tweets", "vanilla"), "id_delta"])
@@ -123,7 +122,18 @@ def test_results_table_says_what_was_put_in(glue: TextOutcomes) -> None:
     assert frame.loc[("tweets", "random_partition"), "ood_rank"] == 5
 
 
-def test_ranks_and_marks_compare_the_seeds_that_all_rows_have(finished: Suite) -> None:
+def test_means_differ_by_the_difference_beside_them_and_tests_keep_all_seeds(glue: TextOutcomes) -> None:
+    frame = results(glue).frame.set_index(["task", "method"])
+    for prefix in ("id", "ood", "published"):
+        by_row = frame.loc["tweets"].drop(index="vanilla")  # vanilla and EMoE have eight seeds, the others five
+        gaps = by_row[f"{prefix}_mean"] - frame.loc[("tweets", "vanilla"), f"{prefix}_mean"]
+        assert by_row[f"{prefix}_delta"].tolist() == pytest.approx(gaps.tolist())
+    tested = paired_tests(glue).frame.set_index(["task", "method"])["n"]
+    assert set(tested.loc[("tweets", "emoe")]) == {8}
+    assert "Tweets, clean: 5 of 8" in results(glue).caption
+
+
+def test_ranks_and_means_compare_the_seeds_that_all_rows_have(finished: Suite) -> None:
     records = collect(finished.runs_of("glue"))
     others = records[records["method"] != "random_partition"]
     # one that trains exactly like the dense model
@@ -132,9 +142,8 @@ def test_ranks_and_marks_compare_the_seeds_that_all_rows_have(finished: Suite) -
     twins = twins.merge(ids[["task", "seed", "run_id"]], on=["task", "seed"]).assign(method="random_partition")
     outcomes = TextOutcomes(load_benchmark("glue"), finished.runs_of("glue"), pd.concat([others, twins]))
     frame = results(outcomes).frame.set_index(["task", "method"])
-    for column in ("id_common", "ood_common", "ood_rank"):
+    for column in ("id_mean", "ood_mean", "ood_rank"):
         assert frame.loc[("tweets", "random_partition"), column] == frame.loc[("tweets", "vanilla"), column]
-    assert frame.loc[("tweets", "random_partition"), "id_mean"] != frame.loc[("tweets", "vanilla"), "id_mean"]
 
 
 def test_choices_name_the_best_one_for_all_tasks(glue: TextOutcomes) -> None:
@@ -206,11 +215,9 @@ def test_an_average_is_over_all_tasks_or_not_given(paper: list[Run]) -> None:
     assert not math.isnan(by_row.loc[("gpt2-xl", "clean", "lora"), "average"])
 
 
-def test_p_is_corrected_over_the_tasks_of_a_method(adapted: TextOutcomes) -> None:
+def test_p_is_corrected_over_all_tests_of_the_table(adapted: TextOutcomes) -> None:
     frame = paired_tests(adapted).frame
-    family = frame[(frame["model"] == "gpt2-xl") & (frame["protocol"] == "clean") & (frame["method"] == "lora_emoe")]
-    assert len(family) == 8
-    assert family["p_holm"].tolist() == pytest.approx(holm(family["p"]).tolist())
+    assert frame["p_holm"].tolist() == pytest.approx(holm(frame["p"]).tolist())
     decided = frame[frame["p_holm"] < 0.05]
     assert decided["verdict"].tolist() == ["better" if delta > 0 else "worse" for delta in decided["delta"]]
     assert set(frame.loc[frame["p_holm"] >= 0.05, "verdict"]) == {"within noise"}

@@ -17,6 +17,7 @@ from benchmarks.harness.results.statistics import (
     mean_difference,
     nemenyi,
     paired_differences,
+    with_verdicts,
 )
 
 
@@ -68,6 +69,12 @@ def test_holm_by_hand() -> None:
     p = pd.Series([0.01, math.nan, 0.04, 0.03], index=list("abcd"))
     assert holm(p).fillna(-1).to_dict() == pytest.approx({"a": 0.03, "b": -1, "c": 0.06, "d": 0.06})
     assert holm(pd.Series([math.nan])).isna().all()
+
+
+def test_all_tests_of_a_table_are_one_family() -> None:
+    rows = pd.DataFrame({"method": ["a", "b"], "delta": -0.1, "low": -0.2, "high": -0.01, "p": 0.03})
+    assert with_verdicts(rows)["verdict"].tolist() == ["within noise"] * 2
+    assert with_verdicts(rows, ["method"])["verdict"].tolist() == ["worse"] * 2
 
 
 def test_critical_differences_are_demsars() -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -22,8 +23,8 @@ TABLE = Table(
     "50 % of_it",
     {"g": "Group", "name": "Name"},
     [
-        Column("accuracy", "a", std="s", best="a"),
-        Column("loss", "l", best="l"),
+        Column("accuracy", "a", std="s", best=True),
+        Column("loss", "l", best=True),
         Column("accuracy", "d", "Δ", interval=("lo", "hi"), signed=True),
     ],
     pd.DataFrame(
@@ -50,6 +51,9 @@ def test_cells_and_the_best_by_number() -> None:
     best = TABLE.best()
     assert best["Accuracy (%)"].tolist() == [True, False, False]  # a group of one has no best
     assert best["Loss"].tolist() == [True, False, False]  # 2 is better than 10, though "10" sorts first
+    judged = replace(TABLE, frame=TABLE.frame.assign(verdict="better"), notes={"verdict": "Verdict"})
+    bare = judged.without_verdicts("Random weights. ")
+    assert (bare.best().to_numpy().any(), set(bare.texts()["Verdict"])) == (False, {"–"})
 
 
 def test_every_format_escapes() -> None:
@@ -63,7 +67,7 @@ def test_every_format_escapes() -> None:
 
 def odd_table(rows: int = 60) -> Table:
     frame = pd.DataFrame({"name": (ODD * rows)[:rows], "a": 0.5, "b": [*range(rows)], "note": "é > | " * 9})
-    columns = [Column("accuracy", "a", label="Ac|<i>"), Column("loss", "b", best="b")]
+    columns = [Column("accuracy", "a", label="Ac|<i>"), Column("loss", "b", best=True)]
     return Table("T < U", "α | β\n\nγ", {"name": "N | M"}, columns, frame, notes={"note": "Note"}, name="odd_table")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
 from benchmarks.harness.config.claims import Comparison, PaperEffect, load_claims, suites_with
 from benchmarks.harness.config.methods import setting_text
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.common import interval_text, name_or_count
+from benchmarks.harness.report.common import RANDOM_WEIGHTS, interval_text, name_or_count
+from benchmarks.harness.report.common import has_random_weights as has_random_weights
 from benchmarks.harness.report.paper import draw_main, main_rows
 from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present
@@ -45,10 +45,6 @@ _PAIRED = (*_TESTED, "same", "not_lower")  # the directions that compare pair by
 _COMPARED = ("benchmark", "method", "against", "domain", "metric")
 _TEXTS = ("contrast", *_COMPARED, "pair", "against_paper", "equivalent")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
-_RANDOM_WEIGHTS = (
-    "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
-    "verdicts mean anything. "
-)
 
 CAPTION = (
     "The claims of the paper and the differences that these runs measured, each with its 95 % interval (of a ratio its "
@@ -201,12 +197,6 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:g} {noun}{'' if count == 1 else 's'}"
 
 
-def has_random_weights(runs: Sequence[Run]) -> bool:
-    """Return True if the models of all runs have random weights, so that their scores mean nothing."""
-    models = [run.spec["model"] for run in runs if run.spec["method"]["name"]]  # no measurements
-    return bool(models) and all({"config", "random"} & set(model) for model in models)
-
-
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     """Lay out the rows of :func:`judged`."""
     frame = rows.drop(columns=["compare", "evidence"]).assign(
@@ -219,7 +209,7 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     )
     return Table(
         "Claims of the paper",
-        f"{_RANDOM_WEIGHTS if has_random_weights(suite.runs) else ''}Differences are means over n pairs, with a 95 % "
+        f"{RANDOM_WEIGHTS if has_random_weights(suite.runs) else ''}Differences are means over n pairs, with a 95 % "
         "confidence interval (Student's t). The numbers of a pair, a seed or a trial, are averaged over tasks first. "
         f"p is of the paired t-test, corrected by Holm's procedure over the {int(rows['p'].notna().sum())} tests of "
         "this table. Supported or contradicted: corrected p below 5 %, with the claimed sign or the other. Next to the "

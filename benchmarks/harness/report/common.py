@@ -23,6 +23,10 @@ from benchmarks.harness.results.statistics import confidence_interval, paired_di
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
 ALL = "*"  # in place of a name: a mean over all
+RANDOM_WEIGHTS = (
+    "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
+    "verdicts mean anything. "
+)
 _ORIGIN = (
     *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
     *("layer", "num_experts", "seed"),
@@ -63,6 +67,12 @@ def counts(records: pd.DataFrame) -> pd.DataFrame:
     """Return the numbers of parameters of all runs, for :func:`compared`."""
     rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
     return rows.rename(columns={"seed": "pair"}).assign(domain="model")
+
+
+def has_random_weights(runs: Sequence[Run]) -> bool:
+    """Return True if the models of all runs have random weights, so that their scores mean nothing."""
+    models = [run.spec["model"] for run in runs if run.spec["method"]["name"]]  # no measurements
+    return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 
 class Outcomes:
@@ -141,6 +151,18 @@ class Outcomes:
 
         return self.titled(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
 
+    def shared_note(self, scores: pd.DataFrame, shared: pd.DataFrame, keys: Sequence[str], pair: str = "seed") -> str:
+        """Explain n for a caption, and name the tables that leave out pairs; for :func:`.statistics.shared_pairs`."""
+        counts = [rows.groupby(list(keys), sort=False)[pair].nunique() for rows in (scores, shared)]
+        both = pd.concat(counts, axis=1, keys=["all", "used"]).fillna(0).astype(int)
+        left_out = [
+            f"{', '.join(self.title(*named) for named in zip(keys, names, strict=True))}: {row.used} of {row.all}"
+            for names, row in zip(both.index, both.itertuples(), strict=True)
+            if row.used < row.all
+        ]
+        listed = f" ({'; '.join(left_out)})" if left_out else ""
+        return f"n counts the {pair}s that all compared rows have, and scores, Δ and marks are over these{listed}."
+
 
 _STATUS = ("published", "inferred", "unknown")
 
@@ -196,7 +218,7 @@ def with_columns(
     metric: str,
     *,
     std: str = "std",
-    best: str | None = "mean",
+    best: bool = True,
     joint: str = " ",
 ) -> tuple[pd.DataFrame, list[Column]]:
     """Add one column of numbers per name, and return the rows with the columns of the table.
@@ -204,25 +226,25 @@ def with_columns(
     Args:
         frame: The rows, with the columns ``on``.
         on: The columns that numbers and rows share.
-        numbers: These columns, ``mean``, ``std``, ``best``, and as the first column the name.
+        numbers: These columns, ``mean``, ``std``, and as the first column the name.
         headings: The headings by name, in the order of the columns.
         metric: The metric of the numbers.
         std: The column of the numbers with their standard deviation.
-        best: The column of the numbers by which the best row is marked.
+        best: True to mark the best row.
         joint: The text between name and column in the columns of the frame.
     """
     by, columns = numbers.columns[0], []
     for name, heading in headings.items():
         prefix = f"{name}{joint}"
         frame = with_numbers(frame, on, numbers[numbers[by] == name].drop(columns=by), prefix)
-        columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=best and f"{prefix}{best}"))
+        columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=best))
     return frame, columns
 
 
 def with_average(frame: pd.DataFrame, columns: list[Column], metric: str) -> tuple[pd.DataFrame, list[Column]]:
     """Add the average of the columns for the rows with all of them; an average over fewer is another number."""
     averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
-    average = Column(metric, "average", "Average", best="average")
+    average = Column(metric, "average", "Average", best=True)
     return frame.assign(average=averages), [*columns, average]
 
 
@@ -232,19 +254,23 @@ def interval_text(low: float, high: float, decimals: int = 1) -> str:
 
 
 def difference_text(row: Any, unit: str = "") -> str:
-    """Print a difference of shares in points, with its interval and verdict."""
+    """Print a difference of shares in points, with its interval, and its verdict if there is one."""
     interval = interval_text(row.low * 100, row.high * 100)
-    return f"{row.delta * 100:+z.1f}{unit}{interval}, {row.verdict or 'no test'}"
+    return ", ".join(filter(None, (f"{row.delta * 100:+z.1f}{unit}{interval}", row.verdict)))
 
 
 def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame) -> Table:
     """Make a table of paired differences to the baseline, with intervals, p and verdicts.
 
-    The rows are those of :func:`~benchmarks.harness.results.statistics.with_verdicts`, with titles.
+    The rows are those of :func:`~benchmarks.harness.results.statistics.with_verdicts`, corrected over all of them, with
+    titles.
     """
     return Table(
         f"Tests against {against}",
-        caption,
+        f"{caption} Intervals are 95 % confidence intervals (Student's t). p is of the paired t-test; p (Holm) is "
+        f"corrected by Holm's procedure over all {frame['p'].notna().sum()} tests of this table, and the verdict takes "
+        "it at 5 %. “equal”: every difference is zero. A dash: no test, because there is one pair, or all differences "
+        "are the same and not zero.",
         dict(keys),
         [
             Column(metric, "delta", "Δ", interval=("low", "high"), signed=True),
@@ -291,6 +317,13 @@ def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str])
     rows = {metric: records[records["metric"] == metric] for metric in metrics}
     means = {metric: of.groupby(list(cell), sort=False)["value"].mean() for metric, of in rows.items()}
     return pd.DataFrame(means).reset_index()
+
+
+def counts_by(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
+    """Write the number ``n`` of each cell, such as ``5``, or ``5–8`` if the rows of the cell differ."""
+    ends = rows.groupby(list(cell), sort=False)["n"].agg(["min", "max"])
+    texts = [f"{low}" if low == high else f"{low}–{high}" for low, high in ends.to_numpy()]
+    return ends.assign(n=texts)[["n"]].reset_index()
 
 
 def name_or_count(names: Sequence[str], noun: str) -> str:

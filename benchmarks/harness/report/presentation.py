@@ -14,12 +14,12 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names
-from benchmarks.harness.report.common import compared, with_runs
+from benchmarks.harness.report.common import RANDOM_WEIGHTS, compared, has_random_weights, with_runs
 from benchmarks.harness.report.table import Table
 
 NOTE = (
     "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected "
-    "by Holm's procedure over a method's tasks, not over methods. With two seeds a test rests on two differences: read "
+    "by Holm's procedure over all rows of the table of tests. With two seeds a test rests on two differences: read "
     "it as a hint."
 )
 
@@ -81,13 +81,13 @@ def make(
     part: str = "",
     **sentences: Any,
 ) -> Presentation:
-    """Make the tables and figures that ``benchmark.yaml`` names.
+    """Make the tables and figures that ``benchmark.yaml`` names; tables on random weights have no verdicts and marks.
 
     Args:
         benchmark: The benchmark.
         tables: The functions that make a table from ``outcomes`` (and ``part``), by name.
         figures: The figures, by name; their functions take the same and a path.
-        outcomes: The finished runs, with their ``origins``.
+        outcomes: The finished ``runs``, with their ``origins``.
         part: The name of a set that is shown alone, by ``set_tables`` and ``set_figures``.
         sentences: The other attributes of the presentation.
     """
@@ -100,7 +100,8 @@ def make(
 
     def make_table(name: str) -> Table:
         table = replace(tables[name](*arguments), name=f"{stem}_{name}")
-        return with_runs(table, outcomes.origins, benchmark.name)
+        table = with_runs(table, outcomes.origins, benchmark.name)
+        return table.without_verdicts(RANDOM_WEIGHTS) if has_random_weights(outcomes.runs) else table
 
     return Presentation(
         {f"{stem}_{name}": partial(make_table, name) for name in shown},

@@ -7,7 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -43,7 +43,7 @@ class Column:
     std: str | None = None  # column with the standard deviation, printed as "mean ± std"
     interval: tuple[str, str] | None = None  # columns with its ends, printed as "value [low, high]"
     signed: bool = False  # True to print a plus sign (differences)
-    best: str | None = None  # column by which the best cell of each group is marked; None marks nothing
+    best: bool = False  # True to mark the best cell of each group
     decimals: int | None = None  # by default the metric's
 
     @property
@@ -108,7 +108,7 @@ class Table:
         for column in self.printed:
             direction = load_metrics()[column.metric].direction
             if column.best and direction != "none" and len(frame):
-                values = frame[column.best].where(frame[self.compare]) if self.compare else frame[column.best]
+                values = frame[column.value].where(frame[self.compare]) if self.compare else frame[column.value]
                 groups = values.groupby(keys)
                 extreme = groups.transform("max" if direction == "higher" else "min")
                 mask[column.heading] = (values == extreme) & (groups.transform("count") > 1)
@@ -182,6 +182,14 @@ class Table:
         if set(names) <= set(shared):
             shared.remove(names[-1])
         return {heading: str(texts[heading].iloc[0]) for heading in shared}
+
+    def without_verdicts(self, reason: str) -> Table:
+        """Remove verdicts and marks, and put the reason before the caption of a table that had some."""
+        if "verdict" not in self.notes and not any(column.best for column in self.columns):
+            return self
+        columns = [replace(column, best=False) for column in self.columns]
+        frame = self.frame.assign(verdict=MISSING) if "verdict" in self.frame else self.frame
+        return replace(self, caption=reason + self.caption, columns=columns, frame=frame)
 
     def write(self, folder: Path) -> None:
         """Write ``<name>.csv`` (plain numbers), ``.md``, ``.tex`` and ``.html``."""

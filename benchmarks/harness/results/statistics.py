@@ -92,6 +92,22 @@ def paired_differences(
     return pd.DataFrame(rows, columns=[*cell, *Difference.COLUMNS, "n", "values"])
 
 
+def shared_pairs(scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str) -> pd.DataFrame:
+    """Keep the scores of the pairs, such as seeds, that every row of a table has: so means differ by the differences.
+
+    Args:
+        scores: The scores, with the columns below.
+        table: The columns that name a table.
+        row: The columns that name a row within its table.
+        pair: The column of the pairs.
+    """
+    rows = scores.groupby(list(row), sort=False).ngroup()
+    all_rows, rows_with_pair = (
+        rows.groupby([scores[key] for key in keys]).transform("nunique") for keys in (table, [*table, pair])
+    )
+    return scores[all_rows == rows_with_pair]
+
+
 def holm(p: pd.Series[float]) -> pd.Series[float]:
     """Correct the p of one family by Holm's step-down procedure; nan is not counted."""
     # statsmodels' multipletests collects garbage at every call, which takes longer than the rest
@@ -100,9 +116,12 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
     return steps.cummax().clip(upper=1.0).reindex(p.index)
 
 
-def with_verdicts(rows: pd.DataFrame, family: list[str], *, lower_is_better: bool = False) -> pd.DataFrame:
-    """Add ``p_holm``, corrected within each family, and a ``verdict``, which is empty without a test."""
-    p = rows.groupby(family, sort=False)["p"].transform(holm) if len(rows) else rows["p"]
+def with_verdicts(rows: pd.DataFrame, family: Sequence[str] = (), *, lower_is_better: bool = False) -> pd.DataFrame:
+    """Add ``p_holm`` and a ``verdict``, which is empty without a test.
+
+    p is corrected over all rows, or within each family that the columns ``family`` name.
+    """
+    p = rows.groupby(list(family), sort=False)["p"].transform(holm) if family and len(rows) else holm(rows["p"])
     is_better = rows["delta"] < 0 if lower_is_better else rows["delta"] > 0
     is_equal = (rows["low"] == 0) & (rows["high"] == 0)
     words = {"equal": is_equal, "": p.isna(), "within noise": p >= SIGNIFICANCE, "better": is_better}
