@@ -85,11 +85,8 @@ class Ablations:
                 f"is the mean of {baseline}. The paper's numbers are in panels of their own. Axes do not start at zero."
             )
         reference = "the row above" if definition.steps else baseline
-        crosses = ", crosses the paper's" if definition.paper else ""
-        return (
-            f"{definition.title}. Differences to {reference}, paired by seed: filled marks are ours with their 95 % "
-            f"intervals{crosses}."
-        )
+        crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
+        return f"{definition.title}. Differences to {reference}, paired by seed, with their 95 % intervals{crosses}."
 
     def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
         definition = self._definitions[name]
