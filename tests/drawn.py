@@ -11,12 +11,15 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 NARROWEST, WIDEST, HIGHEST, SMALLEST = 1.6, 6.95, 9.6, 6.9  # inches, the last in points
 
 
 def _write_dot(_: Figure, path: Any, **options: Any) -> None:
-    Image.new("RGB", (1, 1)).save(path, options["format"])
+    texts = PngInfo()
+    texts.add_text("Description", options["metadata"].get("Description") or "")
+    Image.new("RGB", (1, 1)).save(path, options["format"], pnginfo=texts)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from benchmarks.harness.report.plots import (
     USE,
     WIDTH,
     Panel,
+    count_text,
     hide_empty,
     over_mean,
     panel_grid,
@@ -75,21 +76,24 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw the summed confusion on the held-out environments: a panel a model and method, the first trial of each."""
+    """Draw the confusion on the held-out environments, summed over trials: a panel a model and method."""
     counts: dict[tuple[str, str], NDArray[np.int64]] = {}
     envs: dict[str, None] = {}
+    trials = set()
     for model, env, runs in _first_runs(outcomes, name):
         envs[outcomes.env_title(name, env)] = None
         for method in (method for method in outcomes.methods if method in runs):
-            metrics = read_metrics(runs[method])
-            classes: list[str] = metrics["classes"]
-            counts[model, method] = counts.get((model, method), 0) + np.array(metrics["confusion"][env])
+            for run in runs[method]:
+                metrics = read_metrics(run)
+                classes: list[str] = metrics["classes"]
+                counts[model, method] = counts.get((model, method), 0) + np.array(metrics["confusion"][env])
+                trials.add(run.spec["seed"])
     columns = min(_COLUMNS, len(counts))
     lines = -(-len(counts) // columns)
     beside = classes if len(classes) <= _FEW else []
     models = list(dict.fromkeys(outcomes.title("model", model) for model, _ in counts))
     with mpl.rc_context(_HEATMAPS):
-        size = (min(1.5 * columns + 0.9, WIDTH), 1.75 * lines + 0.5)
+        size = (min(1.5 * columns + 0.9, WIDTH), 1.75 * lines + 0.6)
         figure, axes = panel_grid(lines, columns, size, sharex=True, sharey=True)
         for axis, ((model, method), count) in zip(axes.flat, counts.items(), strict=False):
             axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
@@ -100,7 +104,10 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             axis.set_yticks(range(len(beside)), beside)
         hide_empty(axes)
         only = f", {models[0]}" if len(models) == 1 else ""
-        figure.suptitle(f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}", fontsize=8)
+        title = (
+            f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}; {count_text([len(trials)], 'trials')}"
+        )
+        figure.suptitle(wrapped(title, size[0]), fontsize=8)
         figure.supxlabel("predicted class", fontsize=7)
         figure.supylabel("true class", fontsize=7)
         figure.colorbar(_SHARE, ax=axes, shrink=0.6, label="share of the class")
@@ -111,7 +118,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the use of experts by class and environment, by method and layer, for the first environment and trial."""
     model, env, runs = _first_runs(outcomes, name)[0]
     shown = []
-    for method, run in runs.items():
+    for method, (run, *_) in runs.items():
         metrics = read_metrics(run)
         classes: list[str] = metrics["classes"]
         for layer in sorted(metrics["routing"].get("loads", {}), key=int):
@@ -141,7 +148,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         hide_empty(axes)
         figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         held_out = outcomes.env_title(name, env)
-        title = f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {held_out} held out"
+        title = f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {held_out} held out, first trial"
         figure.suptitle(wrapped(title, WIDTH), fontsize=8)
         save(figure, path)
 
@@ -157,14 +164,15 @@ def _relative(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return over_mean(shares, shares.mean(0, keepdims=True))
 
 
-def _first_runs(outcomes: DomainOutcomes, name: str) -> list[tuple[str, str, dict[str, Run]]]:
-    """Return the first run of every method, by model and single held-out environment."""
-    first: dict[tuple[str, str], dict[str, Run]] = {}
+def _first_runs(outcomes: DomainOutcomes, name: str) -> list[tuple[str, str, dict[str, list[Run]]]]:
+    """Return the first run of every trial of every method, by model and single held-out environment."""
+    first: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
     for run in outcomes.runs:
         held_out = held_out_names(run.spec)
         if run.spec["task"]["name"] == name and len(held_out) == 1:
-            first.setdefault((run.spec["model"]["name"], held_out[0]), {}).setdefault(run.spec["method"]["name"], run)
+            trials = first.setdefault((run.spec["model"]["name"], held_out[0]), {})
+            trials.setdefault(run.spec["method"]["name"], {}).setdefault(run.spec["seed"], run)
     order = outcomes.environments(name)
     models = list(dict.fromkeys(model for model, _ in first))
     keys = sorted(first, key=lambda key: (models.index(key[0]), order.index(key[1])))
-    return [(model, env, first[model, env]) for model, env in keys]
+    return [(*key, {method: list(trials.values()) for method, trials in first[key].items()}) for key in keys]

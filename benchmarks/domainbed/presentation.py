@@ -276,7 +276,7 @@ SET_FIGURES = {
     "confusion": Figure(
         draw_confusion,
         "Confusion on the held-out environment, by method: each row a true class, as shares of its images, last step "
-        "of the first trial, held-out images (out splits).",
+        "of all trials together, held-out images (out splits).",
     ),
     "routing": Figure(
         draw_routing,

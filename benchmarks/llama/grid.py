@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
-from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part, text_tokens
+from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Offer, Part, text_tokens
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import (
     TUNINGS,
@@ -41,6 +42,7 @@ from benchmarks.llama.definition import (
     accumulation,
 )
 from benchmarks.llama.instructions import load_instructions
+from benchmarks.llama.likelihood import NATS
 from benchmarks.llama.questions import is_mmlu_dev
 from benchmarks.llama.templates import CHAT, RANDOM
 
@@ -61,7 +63,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         definition = parse(content, InstructionDefinition, str(file))
         domains = {
             HELD_OUT: Domain(("loss",)),
-            QUESTIONS: Domain(("accuracy", "nats_per_byte"), "question"),
+            QUESTIONS: Domain(("accuracy", NATS), "question"),
             "model": COUNTS,
         }
         return cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
@@ -113,6 +115,11 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             rows, epochs = training["steps"] * training["batch_size"], 1
         trained = text_tokens(rows, data["max_length"], epochs)
         return None if trained is None else trained + read
+
+    def offers(self, part: Part[InstructionPart]) -> list[Offer]:
+        tasks = self.settings("evaluation", part).tasks
+        lacks = frozenset() if any(entry.task.endswith("continuation") for entry in tasks) else frozenset({NATS})
+        return [replace(offer, lacks=lacks) for offer in super().offers(part)]
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         run = InstructionSpec.model_validate(spec)

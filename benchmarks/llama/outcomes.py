@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
+from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
@@ -51,6 +52,11 @@ class InstructionOutcomes(Outcomes):
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
         self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
+        self._layers = {
+            (run.spec["model"]["name"], run.spec["method"]["variant"]): sorted(routing["shares"], key=int)
+            for run in chosen
+            if (routing := self.metrics[run.id]["routing"])
+        }
         self.tasks: dict[str, Any] = {}
         for name, result in (task for finished in self.metrics.values() for task in finished["tasks"].items()):
             self.tasks.setdefault(name, result)
@@ -151,8 +157,9 @@ class InstructionOutcomes(Outcomes):
         return ", ".join([*(self.title(key, cell[key]) for key in (*varying, "tuning")), self.method_title(cell)])
 
     def method_title(self, cell: Mapping[str, str]) -> str:
-        """Return a method's title with its variant."""
-        return " ".join(filter(None, (self.title("method", cell["method"]), cell["variant"])))
+        """Return a method's title with its variant, and the numbers of the layers that it converted."""
+        setting = setting_text(cell["variant"], self._layers.get((cell["model"], cell["variant"]), ()))
+        return ", ".join(filter(None, (self.title("method", cell["method"]), setting)))
 
 
 def cell_of(run: Run) -> dict[str, str]:

@@ -243,12 +243,11 @@ TABLES = {
 
 
 def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
-    """Yield a sentence per way of tuning: differences of methods, and gains of tuning."""
+    """Yield a sentence per way of tuning and method: its differences, and gains of tuning."""
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"].to_dict()
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
     losses = losses[losses["method"].map(outcomes.role) == "method"]
     for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
-        words = []
         for row in rows.itertuples():
             cell = tuple(getattr(row, key) for key in CELL)
             parts = [f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"]
@@ -260,8 +259,7 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
             for test in _of_cell(outcomes.nats_tests, cell).itertuples():
                 nats = f"{test.delta:+z.3f}{interval_text(test.low, test.high, 3)} nats a byte of the right answer"
                 parts.append(", ".join(filter(None, (f"{task_words(test.task)} {nats}", test.verdict))))
-            words.append(f"{row.method_title}: {'; '.join(parts)}")
-        yield f"{', '.join(key)}, against {outcomes.baseline_title}: {'. '.join(words)}."
+            yield f"{', '.join(key)}, against {outcomes.baseline_title}: {row.method_title}: {'; '.join(parts)}."
 
 
 def _of_cell(tests: pd.DataFrame, cell: tuple[str, ...]) -> pd.DataFrame:

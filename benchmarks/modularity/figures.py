@@ -98,7 +98,7 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
         figure, axes = panel_grid(lines, columns, (2.6 * columns + 1.4, 2.4 * lines + 0.3), sharey=True)
         for axis, (title, rows) in zip(axes.flat, panels, strict=False):
             sizes = sorted(rows["num_experts"].unique())
-            axis.axhline(25, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
+            axis.axhline(25, color="#888888", lw=0.8, ls=":", zorder=0, label="every expert alike (25 %)")
             for number, name in enumerate(outcomes.methods):
                 if name in set(rows["method"]):
                     _draw_series(axis, outcomes, rows[rows["method"] == name], sizes, number)

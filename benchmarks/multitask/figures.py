@@ -4,26 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
-
 from benchmarks.harness.config.benchmark import OOD_MEAN
-from benchmarks.harness.report.plots import (
-    REFERENCE,
-    STYLE,
-    WIDTH,
-    difference_label,
-    draw_difference,
-    panel_grid,
-    placeholder_figure,
-    save,
-    wrapped,
-)
+from benchmarks.harness.report.plots import difference_label, draw_forest, placeholder_figure
 from benchmarks.multitask.definition import ID_MEAN
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.text.definition import ID, OOD
 
 _DOMAINS = {ID: "", ID_MEAN: "mean of the tasks", OOD: " (OOD)", OOD_MEAN: "mean out of domain"}
-_LINE, _APART = 0.27, 0.8  # inches of a set, and the share of it that its methods take
 
 
 def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
@@ -32,33 +19,15 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
     rows = rows[rows["delta"].notna()].sort_values(
         "domain", key=lambda names: names.map(list(_DOMAINS).index), kind="stable"
     )
-    methods = [name for name in outcomes.methods if name in set(rows["method"])]
-    if not methods:
+    if rows.empty:
         placeholder_figure(path, "this suite compares nothing on several tasks")
         return
-    labels = [outcomes.title("task", row.eval_task) + _DOMAINS[row.domain] for row in rows.itertuples()]
-    rows = rows.assign(n=rows["pairs"], line=labels)
-    panels = []
-    for (model, task), group in rows.groupby(["model", "task"], sort=False):
-        if group.loc[group["domain"] == OOD, "eval_task"].nunique() < 2:
-            group = group[group["domain"] != OOD_MEAN]  # a mean over one set
-        panels.append((f"{outcomes.title('model', model)}, {outcomes.title('task', task)}", group))
-    heights = [group["line"].nunique() + 0.6 for _, group in panels]
-    with mpl.rc_context(STYLE):
-        figure, axes = panel_grid(
-            len(panels), 1, (WIDTH, _LINE * sum(heights) + 0.3 * len(panels) + 0.6), height_ratios=heights, sharex=True
-        )
-        for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
-            lines = list(group["line"].unique())
-            for row in group.itertuples():
-                shift = _APART * ((methods.index(row.method) + 0.5) / len(methods) - 0.5)
-                draw_difference(axis, row, lines.index(row.line) + shift, outcomes.style(row.method), 100)
-            axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
-            axis.set_title(wrapped(title, WIDTH), fontsize=8)
-            axis.set_yticks(range(len(lines)), lines)
-            axis.set_ylim(len(lines) - 0.4, -0.6)
-        handles = [mpl.lines.Line2D([], [], ls="", ms=4.5, **outcomes.style(name).mark) for name in methods]
-        titles = [outcomes.title("method", name) for name in methods]
-        figure.legend(handles, titles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-        axes[-1, 0].set_xlabel(difference_label(outcomes.baseline_title, rows["n"]))
-        save(figure, path)
+    panels = [f"{outcomes.title('model', row.model)}, {outcomes.title('task', row.task)}" for row in rows.itertuples()]
+    lines = [outcomes.title("task", row.eval_task) + _DOMAINS[row.domain] for row in rows.itertuples()]
+    series = [outcomes.title("method", name) for name in rows["method"]]
+    rows = rows.assign(
+        n=rows["pairs"], panel=panels, line=lines, series=series, style=rows["method"].map(outcomes.style)
+    )
+    sets = rows[rows["domain"] == OOD].groupby("panel")["eval_task"].nunique()
+    rows = rows[(rows["domain"] != OOD_MEAN) | rows["panel"].map(sets).gt(1)]  # no mean over one set
+    draw_forest(rows, path, difference_label(outcomes.baseline_title, rows["n"]))

@@ -29,7 +29,7 @@ from benchmarks.harness.report.common import (
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
-from benchmarks.harness.results.statistics import with_verdicts
+from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
 from benchmarks.text.figures import draw_curves, draw_differences
 from benchmarks.text.outcomes import ARROW, TextOutcomes
@@ -85,11 +85,8 @@ class Ablations:
                 f"is the mean of {baseline}. The paper's numbers are in panels of their own. Axes do not start at zero."
             )
         reference = "the row above" if definition.steps else baseline
-        crosses = ", crosses the paper's" if definition.paper else ""
-        return (
-            f"{definition.title}. Differences to {reference}, paired by seed: filled marks are ours with their 95 % "
-            f"intervals{crosses}."
-        )
+        crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
+        return f"{definition.title}. Differences to {reference}, paired by seed, with their 95 % intervals{crosses}."
 
     def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
         definition = self._definitions[name]
@@ -117,6 +114,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         of_cell.transform(lambda names: not ablated.isdisjoint(names))
         & of_cell.transform(lambda names: outcomes.baseline in set(names))
     ]
+    seeds = shared_pairs(seeds, _CELL, ["method"], "seed")
     rows = summarize(seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)])
     # grouped means, so that no last digit of a published csv changes
     rows[["mean", "std"]] = seeds.groupby(_ROW, sort=False)["value"].agg(["mean", "std"]).to_numpy()
@@ -233,7 +231,7 @@ def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
     )
     return Table(
         definition.title,
-        f"{definition.question} Score (%): mean ± standard deviation over n seeds; Δ is the difference to the "
+        f"{definition.question} Score (%): mean ± standard deviation over the n seeds that all rows of a set and selection have; Δ is the difference to the "
         f"{'row above' if definition.steps else 'first row'}, paired by seed, with a 95 % confidence interval "
         "(Student's t); p of the paired t-test is corrected by Holm's procedure over the rows of a set and selection; "
         "the verdict takes it at 5 %. The paper's numbers are of its own models and tasks.",

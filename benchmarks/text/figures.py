@@ -13,8 +13,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.config.methods import CONTROL
-from benchmarks.harness.report.common import Outcomes
+from benchmarks.harness.config.methods import CONTROL, setting_text
+from benchmarks.harness.report.common import Outcomes, has_random_weights
 from benchmarks.harness.report.plots import (
     FEW,
     REFERENCE,
@@ -23,7 +23,7 @@ from benchmarks.harness.report.plots import (
     WIDTH,
     Panel,
     difference_label,
-    draw_difference,
+    draw_forest,
     hide_empty,
     legend_below,
     over_mean,
@@ -33,7 +33,7 @@ from benchmarks.harness.report.plots import (
     score_panels,
     wrapped,
 )
-from benchmarks.harness.report.style import curve_styles
+from benchmarks.harness.report.style import MethodStyle, curve_styles
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
 from benchmarks.text.definition import ID, OOD, TaskEntry
 from benchmarks.text.outcomes import PROTOCOLS, Ranked, TextOutcomes
@@ -80,7 +80,7 @@ def _scores(outcomes: TextOutcomes, path: Path, domains: list[str], line: list[s
 def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> None:
     """Map paired differences to the baseline: a panel for each model and selection, methods down, sets across.
 
-    Cells have numbers if there is room, in bold if the interval excludes 0.
+    Cells have numbers if there is room, in bold if the interval excludes 0 and the weights are not random.
     """
     rows = outcomes.rows[outcomes.rows["domain"].isin(domains) & outcomes.rows["protocol"].isin(outcomes.run_protocols)]
     rows = rows[rows["method"] != outcomes.baseline]
@@ -94,6 +94,7 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
     columns = min(len(outcomes.run_protocols), len(shown))  # a line a model, where all ran under all selections
     lines = -(-len(shown) // columns)
     has_numbers = _CELL / (columns * len(pairs)) >= _READABLE
+    tested = not has_random_weights(outcomes.runs)
     most = max(1.0, float(rows["delta"].abs().quantile(0.95)) * 100)
     norm = mpl.colors.Normalize(-most, most)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
@@ -105,7 +106,7 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
                 line, column = methods.index(row.method), pairs.index((row.task, row.eval_task))
                 table[line, column] = delta = row.delta * 100
                 if has_numbers:
-                    weight = "bold" if row.low > 0 or row.high < 0 else "normal"
+                    weight = "bold" if tested and (row.low > 0 or row.high < 0) else "normal"
                     colour = "w" if abs(norm(delta) - 0.5) > 0.35 else "k"
                     style = {"ha": "center", "va": "center", "weight": weight, "color": colour}
                     axis.text(column, line, f"{delta:+.1f}", **style)
@@ -115,7 +116,8 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
             axis.set_title(_model_title(outcomes, protocol, model), fontsize=8)
         hide_empty(axes)
         bar = mpl.cm.ScalarMappable(norm, _DIFFERENCE)
-        label = f"difference to {outcomes.baseline_title} (points)"
+        bold = "; bold: the 95 % interval excludes 0" if has_numbers and tested else ""
+        label = f"difference to {outcomes.baseline_title} (points){bold}"
         figure.colorbar(bar, ax=axes, orientation="horizontal", shrink=0.5, aspect=40, label=label, extend="both")
         save(figure, path)
 
@@ -164,40 +166,52 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
         save(figure, path)
 
 
-_COLUMNS, _MOST_SCOPES, _NAMES = 3, 12, 2.3  # panels beside each other and in all, inches of names beside them
-_TITLE, _TICKS = 1.4, 6  # inches of a panel's title, and labels below it
+_COLUMNS, _NAMES = 3, 2.3  # panels beside each other, inches of names beside them
+_TITLE, _TICKS, _LINE = 1.4, 6, 34  # inches of a panel's title, labels below it, letters beside a forest plot
+_MOST_DIFFERENCES = 40  # of a forest plot
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
+_NO_RUNS = "this suite runs no row of this ablation"
 
 
 def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str) -> None:
-    """Draw the differences of :func:`~benchmarks.text.ablations.ablation_rows` to their reference.
+    """Draw the differences of :func:`~benchmarks.text.ablations.ablation_rows` to their reference as one forest plot.
 
-    There is a panel for each model, selection and scope; of many scopes, averages alone. Intervals are 95 %, from three
-    seeds on; crosses are the paper's.
+    Lines are sets, and marks are rows; if there is one set of each side, lines are rows, and marks are sides. Of many
+    sets, averages alone. Intervals are 95 %, from three seeds on; crosses are the paper's, averaged over its sets.
     """
-    panels = [(title, group[group["delta"].notna()]) for title, group in panels_of(rows)]
-    panels = [(title, group) for title, group in panels if len(group)]
-    if len(panels) > _MOST_SCOPES:  # every set is in the table
-        panels = [(title, group) for title, group in panels if not group["is_ours"].any() or group["is_average"].any()]
-    if not panels:
-        placeholder_figure(path, "this suite runs no row of this ablation")
+    rows = _sides(rows)
+    rows = rows[rows["delta"].notna()]
+    ours = rows[rows["is_ours"]]
+    if ours.empty:
+        placeholder_figure(path, _NO_RUNS)
         return
-    names = list(dict.fromkeys(name for _, group in panels for name in group["method_title"]))
-    with mpl.rc_context(STYLE):
-        figure, axes = _axes(len(panels), 0.24 * len(names) + 0.9, shared=True)
-        for axis, (title, group) in zip(axes.flat, panels, strict=False):
-            for row in group.itertuples():
-                style = outcomes.style(row.method)
-                style = style if row.is_ours else replace(style, marker="x", hollow=False)
-                draw_difference(axis, row, names.index(row.method_title), style, 100)
-            axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
-            axis.set_title(title, fontsize=8)
-            axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
-            axis.set_ylim(len(names) - 0.4, -0.6)
-        hide_empty(axes)
-        counts = (n for _, group in panels for n in group.loc[group["is_ours"], "n"])
-        figure.supxlabel(difference_label(reference, counts), fontsize=8)
-        save(figure, path)
+    if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
+        ours = ours[ours["is_average"]]
+    paper = rows[~rows["is_ours"]]
+    rows = pd.concat([ours, _paper_means(paper)]) if len(paper) else ours
+    styles: dict[str, MethodStyle] = {}
+    if rows.groupby("who")["where"].nunique().max() == 1:
+        rows = rows.assign(panel="", line=rows["method_title"], series=rows["who"] + ", " + rows["where"])
+    else:
+        rows = rows.assign(panel=rows["who"], line=rows["where"], series=rows["method_title"])
+        for name in rows["method"].unique():
+            style = outcomes.style(name)
+            styles[name] = replace(style, hollow=True) if style in styles.values() else style
+    marks = [styles.get(name, outcomes.style(name)) for name in rows["method"]]
+    shown = zip(marks, rows["is_ours"], strict=True)
+    marks = [style if is_ours else replace(style, marker="x") for style, is_ours in shown]
+    lines = [textwrap.fill(line, _LINE) for line in rows["line"]]
+    draw_forest(rows.assign(style=marks, line=lines), path, difference_label(reference, ours["n"]))
+
+
+def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Average the paper's differences over its sets, in and out of domain."""
+    rows = rows.groupby(["who", "domain", "method", "method_title", "is_ours"], sort=False).agg(
+        delta=("delta", "mean"), n=("n", "first"), where=("where", "first"), sets=("where", "size")
+    )
+    rows = rows.reset_index()
+    means = "mean of " + rows["sets"].astype(str) + " sets" + np.where(rows["domain"] == OOD, " (OOD)", "")
+    return rows.assign(where=rows["where"].where(rows["sets"].eq(1), means))
 
 
 def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: str) -> None:
@@ -211,15 +225,17 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
         for title, group in panels_of(rows)
         if group.loc[group[axis].ne(""), axis].nunique() > 1
     ]
-    if not panels:
-        placeholder_figure(path, f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}")
+    if not any(group["is_ours"].any() for _, group, _ in panels):
+        placeholder_figure(path, _NO_RUNS)
         return
     styles = curve_styles(
         (label, outcomes.style(points["method"].iloc[0])) for _, _, series in panels for label, points in series
     )
     labels = list(styles)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
-        figure, axes = _axes(len(panels), 2.2, shared=False)
+        columns = min(len(panels), _COLUMNS)
+        lines = math.ceil(len(panels) / columns)
+        figure, axes = panel_grid(lines, columns, (min(2.1 * columns + _NAMES, WIDTH), 2.2 * lines + 0.5))
         for panel, (title, group, series) in zip(axes.flat, panels, strict=False):
             values = sorted({float(value) for value in group[axis] if value})
             apart = 0.012 * (values[-1] - values[0])
@@ -229,7 +245,8 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
                 style = {"label": label, "ms": 3.5, "lw": 1.2, "capsize": 2, **styles[label]}
                 panel.errorbar(points[axis].astype(float) + shift, points["score"] * 100, yerr=half, **style)
             for score in group.loc[group["is_baseline"], "score"].head(1):
-                panel.axhline(score * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+                label = f"mean of {outcomes.baseline_title}"
+                panel.axhline(score * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0, label=label)
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds know no bounds
             every = math.ceil(len(values) / _TICKS)
@@ -244,28 +261,25 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
         save(figure, path)
 
 
-def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, Any]:
-    """Make a figure of panels, at most three beside each other, all of one width."""
-    columns = min(panels, _COLUMNS)
-    lines = math.ceil(panels / columns)
-    size = (min(2.1 * columns + _NAMES, WIDTH), height * lines + 0.5)
-    return panel_grid(lines, columns, size, sharex=shared, sharey=shared)
+def _sides(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return our rows and then the paper's, with the titles ``who`` (model, selection) and ``where`` (set)."""
+    several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
+    ours = rows[rows["is_ours"]]
+    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= FEW)
+    who = [f"{row.model_title}{f', {PROTOCOLS[row.protocol]}' if several else ''}" for row in ours.itertuples()]
+    ours = ours.assign(score=ours["mean"], half=half, who=who)
+    paper = rows[rows["paper"].notna()]
+    paper = paper.assign(score=paper["paper"], delta=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan)
+    paper["who"] = [f"the paper, {model}".removesuffix(", ") for model in paper["model_title"]]
+    both = pd.concat([ours, paper])
+    where = [row.scope + (" (OOD)" if row.domain == OOD else "") for row in both.itertuples()]
+    return both.assign(where=where)
 
 
 def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield title and rows of each model, selection and scope: ours first, then the paper's in panels of their own."""
-    several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
-    ours = rows[rows["is_ours"]]
-    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= FEW)
-    ours = ours.assign(score=ours["mean"], half=half)
-    paper = rows[rows["paper"].notna()]
-    paper = paper.assign(score=paper["paper"], delta=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan)
-    keys = ["is_ours", "model_title", "protocol", "domain", "scope"]
-    for (is_ours, model, protocol, domain, scope), group in pd.concat([ours, paper]).groupby(keys, sort=False):
-        who = model if is_ours else ", ".join(filter(None, ("the paper", model)))
-        selection = f", {PROTOCOLS[protocol]}" if several and is_ours else ""
-        where = scope if domain == ID else f"{scope} (OOD)"
-        yield wrapped(f"{who}{selection}\n{where}", _TITLE), group
+    for (who, _, where), group in _sides(rows).groupby(["who", "protocol", "where"], sort=False):
+        yield wrapped(f"{who}\n{where}", _TITLE), group
 
 
 def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -274,7 +288,7 @@ def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]
     others = [key for key in ("N", "L", "k", "D") if key != axis and rows.groupby("kind")[key].nunique().max() > 1]
     for key, group in rows.groupby(["kind", *others], sort=False):
         values = dict(zip(others, key[1:], strict=True))
-        named = ", ".join(f"{'layers' if name == 'L' else name} {value}" for name, value in values.items() if value)
+        named = setting_text("-".join(f"{name}{value}" for name, value in values.items() if value))
         title = group["row_title"].iloc[0]
         # a main row, and the same setting among those of an ablation: the main row stands first
         points = group.drop_duplicates(axis).sort_values(axis, key=lambda column: column.astype(float))
@@ -295,19 +309,18 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     if not rows:
         placeholder_figure(path, "this suite trains no routed method")
         return
-    names = [name for name in outcomes.methods if any(name in by_method for _, by_method in rows)]
+    columns = max(len(by_method) for _, by_method in rows)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = panel_grid(len(rows), len(names), (WIDTH, 1.75 * len(rows) + 0.3))
+        figure, axes = panel_grid(len(rows), columns, (WIDTH, 1.75 * len(rows) + 0.3), sharey="row")
         for axis_row, (title, by_method) in zip(axes, rows, strict=True):
-            for axis, name in zip(axis_row, names, strict=True):
-                axis.set_visible(name in by_method)
-                if name in by_method:
-                    label, trace = by_method[name]
-                    _draw_trace(axis, trace)
-                    axis.set_title(wrapped(label, (WIDTH - 1.1) / len(names), 7), fontsize=7)
-            next(axis for axis in axis_row if axis.get_visible()).set_ylabel(f"{title}\nstep")
-        for axis in axes[-1]:
-            axis.set_xlabel("experts")
+            shown = [by_method[name] for name in outcomes.methods if name in by_method]
+            for axis, (label, trace) in zip(axis_row, shown, strict=False):
+                _draw_trace(axis, trace)
+                axis.set_title(wrapped(label, (WIDTH - 1.7) / columns, 7), fontsize=7)
+                axis.set_xlabel("experts")
+            axis_row[0].set_ylim(max(trace.steps for _, trace in shown), 0)
+            axis_row[0].set_ylabel(f"{wrapped(title, 1.6, 7)}\nstep")
+        hide_empty(axes)
         figure.colorbar(USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
         save(figure, path)
 
@@ -324,6 +337,11 @@ def _draw_trace(axis: Any, trace: Trace) -> None:
 _MOST_MARKED = 32  # experts that a panel has room to mark
 _MOST_LINES = 40  # of sets and classes
 _MOST_PANELS = 3
+_MARKS = {
+    "^": "more than shuffled rows explain at 5 % over the panel",
+    "v": "less than shuffled rows explain at 5 % over the panel",
+    "o": "below a panel: every set uses the expert above the average and alike",
+}
 
 
 @dataclass(frozen=True)
@@ -358,15 +376,20 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
         return
     heights = [sum(1 + len(use["classes"]) for use in panel.usage["tasks"].values()) for panel in panels]
     classes = sum(heights) <= _MOST_LINES
+    marked = not has_random_weights(outcomes.runs)
     if not classes:
         heights = [len(panel.usage["tasks"]) for panel in panels]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        size = (WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2)
+        size = (WIDTH, 0.16 * sum(heights) + 0.5 * len(panels) + 0.8)
         figure, axes = panel_grid(len(panels), 1, size, height_ratios=heights)
         for axis, panel in zip(axes[:, 0], panels, strict=True):
-            _draw_use(axis, outcomes, panel.usage, classes=classes)
+            _draw_use(axis, outcomes, panel.usage, classes=classes, marked=marked)
             axis.set_title("\n".join(filter(None, (panel.title, _information_text(panel.information)))), fontsize=7.5)
         axes[-1, 0].set_xlabel("experts")
+        if marked:
+            for marker, meaning in _MARKS.items():
+                axes[0, 0].plot([], [], marker, ms=4, color="black", label=meaning)
+            legend_below(figure, axes[:1, 0], 1)
         figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
         save(figure, path)
 
@@ -381,7 +404,7 @@ def _information_text(numbers: Mapping[str, float]) -> str:
     )
 
 
-def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classes: bool) -> None:
+def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classes: bool, marked: bool) -> None:
     sets = usage["tasks"]
     mean = np.mean([use["shares"] for use in sets.values()], axis=0)
     lines: list[tuple[str, list[float], list[int] | None]] = []  # label, shares, and the marks of a set
@@ -397,9 +420,11 @@ def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classe
     axis.set_xticks([])
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
+    if not marked:
+        return
     for line, (_, _, marks) in enumerate(lines if len(mean) <= _MOST_MARKED else ()):
         for expert, mark in enumerate(marks or ()):
             if mark:
-                axis.plot(expert, line, "^" if mark > 0 else "v", ms=3, color="black", mec="white", mew=0.4)
+                axis.plot(expert, line, "^" if mark > 0 else "v", ms=4, color="black", mec="white", mew=0.4)
     if shared := usage["shared"]:  # a line without points would be drawn in the corner of the figure
         axis.plot(shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False)

@@ -19,6 +19,7 @@ _PART = {"learning_rate": 3e-4, "protocol": "published"}  # of the paper's by ad
     ("suite", "benchmark"),
     [
         *(("mini", name) for name in ("glue", "glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
+        ("smoke", "multitask"),
         *(("paper", name) for name in ("glue_lora", "glue_ood", "multitask", "modularity", "domainbed", "llama")),
     ],
 )

@@ -86,8 +86,9 @@ def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page
     shown = re.sub(r'<details class="item">.*?</table>.*?</details>', "", glue, flags=re.DOTALL)
     assert shown.count("<table") == 1
     assert 'id="glue_results"' in shown
-    assert '<a href="paper/figure_5b.png">figure_5b.png</a>' in text
-    assert (page_file.parent / "paper/figure_5b.png").exists()
+    assert '<a href="paper/figure_4a.png">figure_4a.png</a>' in text
+    assert (page_file.parent / "paper/figure_5b.png").exists()  # for the workflow: only the paper has its numbers
+    assert ("figure_5b.png" in text, '<figure id="glue_settings"><img' in text) == (False, False)
     assert "`" not in re.sub(r"<(script|style)>.*?</\1>", "", text, flags=re.DOTALL)  # code in captions is marked
 
 

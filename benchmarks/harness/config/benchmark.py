@@ -205,6 +205,7 @@ class Offer:
         tunings: The names of its ways of tuning.
         settings: The variants of its rows; empty text for the rows of main tables.
         selections: The selections that it reports; None for all of the benchmark's.
+        lacks: The metrics of its domains that it does not have.
     """
 
     methods: frozenset[str]
@@ -213,6 +214,7 @@ class Offer:
     tunings: frozenset[str] = frozenset()
     settings: frozenset[str] = frozenset({""})
     selections: frozenset[str] | None = None
+    lacks: frozenset[str] = frozenset()
 
 
 def _variants(lists: Mapping[str, Any]) -> frozenset[str]:

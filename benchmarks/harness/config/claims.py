@@ -192,6 +192,7 @@ def _can_compare(offers: Sequence[Offer], compare: Comparison) -> bool:
         if (
             any(name not in models or not (models[name].config or models[name].random) for name in shared)
             and all(compare.domain in offer.domains for offer in (first, second))
+            and compare.metric not in first.lacks | second.lacks
             and all(_has_selection(offer, compare.selection) for offer in (first, second))
             and (not compare.tunings or first.tunings & second.tunings & set(compare.tunings))
         ):

@@ -136,7 +136,7 @@ register_tuning("blocks", _block_parameters, needs_layers=True)
 # letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data), times the
 # usual epochs
 _LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D", "epochs_factor": "E"}
-_WORDS = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows", "E": "{} times the epochs"}
+_WORDS = {"N": "N {}", "k": "k/N {}", "L": "{}", "D": "{:g} % of the rows", "E": "{} times the epochs"}
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:
@@ -161,14 +161,35 @@ def setting_values(variant: str) -> dict[str, str]:
     return dict(re.findall(rf"(?:^|-)([{''.join(_WORDS)}])(.*?)(?=-[{''.join(_WORDS)}]|$)", variant))
 
 
-def setting_text(variant: str) -> str:
-    """Describe a variant in words.
+def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
+    """Describe a variant in words, with the numbers of its layers if they are known.
 
-    >>> setting_text("N32-k0.5-D0.8")
-    'N 32, k/N 0.5, 80 % of the rows'
+    >>> setting_text("N32-k0.5-L28::2-D0.8")
+    'N 32, k/N 0.5, layer 28 on, every 2nd, 80 % of the rows'
+    >>> setting_text("L16::4", ["16", "20", "24", "28"])
+    'layers 16, 20, 24, 28'
     """
-    values = setting_values(variant)
-    return ", ".join(_WORDS[key].format(float(value) * 100 if key == "D" else value) for key, value in values.items())
+    read = {"D": lambda value: float(value) * 100, "L": lambda value: _layers_text("+".join(layers) or value)}
+    return ", ".join(_WORDS[key].format(read.get(key, str)(value)) for key, value in setting_values(variant).items())
+
+
+def _layers_text(layers: str) -> str:
+    """Describe a request for layers in words.
+
+    >>> [_layers_text(layers) for layers in ("5", "3+5", "8:12:2", "last-half:4", "all")]
+    ['layer 5', 'layers 3, 5', 'layers 8, 10', 'last half of the layers, every 4th', 'all layers']
+    """
+    if bounds := re.fullmatch(r"(\d+):(\d+):?(\d*)", layers):
+        layers = "+".join(map(str, range(int(bounds[1]), int(bounds[2]), int(bounds[3] or 1))))
+    start, _, step = layers.rpartition(":")
+    every = {"1": "", "2": ", every 2nd", "3": ", every 3rd"}.get(step, f", every {step}th")
+    if start.endswith(":"):
+        return f"layer {start.rstrip(':')} on{every}"
+    if start.startswith("last-"):
+        return f"{start.replace('-', ' ')} of the layers{every}"
+    if layers == "all":
+        return "all layers"
+    return f"layer{'s' if '+' in layers or start else ''} {layers.replace('+', ', ')}"
 
 
 def without(variant: str, usual: Collection[str]) -> str:

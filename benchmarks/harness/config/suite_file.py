@@ -102,7 +102,9 @@ def _with_seeds(part: Any, seeds: int | None) -> Any:
     """Put so many seeds into the lists of a part, as the file gives it, that hold several seeds or trials."""
     if isinstance(part, dict):
         return {
-            key: list(range(seeds)) if seeds and key in ("seed", "trial") and len(value) > 1 else _with_seeds(value, seeds)
+            key: list(range(seeds))
+            if seeds and key in ("seed", "trial") and len(value) > 1
+            else _with_seeds(value, seeds)
             for key, value in part.items()
         }
     return [_with_seeds(value, seeds) for value in part] if isinstance(part, list) else part

@@ -22,8 +22,7 @@ from benchmarks.harness.config.catalogue import Metric, load_metrics, model_titl
 from benchmarks.harness.config.claims import Comparison, PaperEffect, load_claims, suites_with
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.common import RANDOM_WEIGHTS, interval_text, name_or_count
-from benchmarks.harness.report.common import has_random_weights as has_random_weights
+from benchmarks.harness.report.common import RANDOM_WEIGHTS, has_random_weights, interval_text, name_or_count
 from benchmarks.harness.report.paper import draw_main, main_rows
 from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present
@@ -165,9 +164,10 @@ def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
     titles = benchmark.row_titles
     titles = {name: f"({title})" if "+" in title else title for name, title in titles.items()}
     method, against = titles[compare.method], titles[compare.against]
-    if compare.settings:
-        settings = "all settings" if compare.settings == "all" else "; ".join(map(setting_text, compare.settings))
-        method += f", {settings}"
+    if compare.settings == "all":
+        method += ", all settings"
+    elif compare.settings and len(compare.settings) == 1:  # several are those of several models, which the title names
+        method += f", {setting_text(compare.settings[0])}"
     return f"{method} {'÷' if compare.direction == 'near' else '−'} {against}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import math
 import os
 import re
 from collections import Counter
@@ -22,18 +23,21 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.paper_items import load_paper_items, main_stems
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.claims import CAPTION, cards, has_random_weights, sentences
+from benchmarks.harness.report.claims import CAPTION, cards, sentences
+from benchmarks.harness.report.common import has_random_weights, name_or_count
 from benchmarks.harness.report.paper import paper_index
+from benchmarks.harness.report.plots import is_drawn
 from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.harness.report.table import MISSING, code_as_html
 from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
 _FEW_LABELS = 10
-_MOST_SENTENCES = 6  # of a benchmark that are not folded
+_SUMMARY, _LETTERS = 5, 115  # lines of a benchmark's summary that are not folded, and letters of a line
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
@@ -53,7 +57,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         claims={} if benchmark else page.claims(),
         shown_names=names,
         sections=[{**_section(page, name, recorded[name]), "cost": costs[name]} for name in names],
-        most=_MOST_SENTENCES,
+        models=_model_titles([run for name in names for run in suite.runs_of(name)]),
         paper=[] if benchmark else page.paper_items(),
         costs=costs,
         environments=[{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()],
@@ -104,21 +108,24 @@ class _Page:
         }
 
     def tables_and_figures(self, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
-        """Show the tables and figures of a benchmark or of one of its sets, and name the tables without a row."""
+        """Show the tables and figures of a benchmark or of one of its sets, and name those without a number."""
         tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
         empty = {name: table.title for name, table in [*tables.items()][1:] if table.frame.empty}
-        drawn = {artifacts.stem(name) for name in artifacts.figures if name not in empty}
-        captions = {name: figure.caption for name, figure in presentation.figures.items() if name in drawn}
+        captions = {name: figure.caption for name, figure in presentation.figures.items()}
+        undrawn = [
+            caption_title(text) for name, text in captions.items() if not is_drawn(self.results / "figures" / name)
+        ]
         return {
             "tables": [self.table(artifacts, name, table.title) for name, table in tables.items() if name not in empty],
             "figures": self.figures(captions),
-            "empty": list(empty.values()),
+            "empty": list(dict.fromkeys([*empty.values(), *undrawn])),
         }
 
     def figures(self, captions: Mapping[str, str]) -> list[dict[str, str]]:
-        """Show figures with their captions, by the name of the file without ending."""
+        """Show figures with their captions, by the name of the file without ending, and no placeholders."""
         folder = self.results / "figures"
-        return [self.figure(folder / name, caption, caption_title(caption)) for name, caption in captions.items()]
+        shown = {folder / name: caption for name, caption in captions.items() if is_drawn(folder / name)}
+        return [self.figure(path, caption, caption_title(caption)) for path, caption in shown.items()]
 
     def claims(self) -> dict[str, Any]:
         """Show the claims, their table and figures; nothing if the suite tests no claim."""
@@ -126,7 +133,9 @@ class _Page:
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
         main = next(item for item in load_paper_items().values() if item.main)
-        radar, differences = main_stems(self.suite.name)
+        pictures = zip(
+            main_stems(self.suite.name), ("", main.caption), ("radar", "differences to the dense model"), strict=True
+        )
         return {
             "sentences": list(sentences(verdicts)),
             "random_weights": has_random_weights(self.suite.runs),
@@ -134,8 +143,9 @@ class _Page:
             "table": self.table(CLAIMS, "", "Every test"),
             "figures": self.figures({CLAIMS.name: CAPTION}),
             "main": [
-                self.figure(radar, "", f"{main.title}, radar"),
-                self.figure(differences, main.caption or "", f"{main.title}, differences to the dense model"),
+                self.figure(path, caption or "", f"{main.title}, {kind}")
+                for path, caption, kind in pictures
+                if is_drawn(path)
             ],
         }
 
@@ -163,13 +173,15 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
     benchmark = load_benchmark(name)
     runs = page.suite.runs_of(name)
     presentation = present(benchmark, runs)
+    verdicts = [] if has_random_weights(runs) else presentation.verdicts
     return {
         "name": name,
         "title": benchmark.definition.title,
         "runs": len(runs),
         "random_weights": has_random_weights(runs),
         "suite_note": page.suite.benchmark_parts[name].settings.note or "",
-        "verdicts": presentation.verdicts,
+        "verdicts": verdicts,
+        "shown_verdicts": _count_shown(verdicts),
         "note": presentation.note,
         "data": _data(runs, recorded) if presentation.shows_labels else [],
         "training": _training(runs) if presentation.optimizer else {},
@@ -180,6 +192,19 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
             for part, presented in presentation.parts.items()
         ],
     }
+
+
+def _model_titles(runs: list[Run]) -> str:
+    """List the models of runs, or count them."""
+    return name_or_count(
+        [model_title(name) for name in dict.fromkeys(run.spec["model"]["name"] for run in runs)], "models"
+    )
+
+
+def _count_shown(sentences: list[str]) -> int:
+    """Count the sentences that fit into the lines of a summary, at least one."""
+    lines = itertools.accumulate(math.ceil(len(sentence) / _LETTERS) for sentence in sentences)
+    return max(1, sum(number <= _SUMMARY for number in lines))
 
 
 def _data(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:

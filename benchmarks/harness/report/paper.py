@@ -86,6 +86,9 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
             status = "made" if existing == len(files) else f"{existing} of {len(files)} files"
         command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
         shown = [file for file in files if file.endswith((".md", ".png"))]
+        if status == "made":
+            shown = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
+            status = "made" if shown else "no run of this suite is of it"
         row = {"item": name, "title": item.title, "naacl": item.naacl, "command": command}
         rows.append({**row, "files": shown, "status": status})
     return rows
@@ -214,7 +217,7 @@ def _draw_polygons(panel: Any, wide: pd.DataFrame, axes: pd.DataFrame) -> None:
 
 def _explanation(wide: pd.DataFrame, axes: pd.DataFrame) -> str:
     """Explain each axis: its letter, its title, its tasks and its numbers."""
-    lines = [f"   {' / '.join(_METHODS[method] for method in wide)}"]
+    lines = [f"   {' / '.join(_METHODS[method] for method in wide)} (rings: worst, middle, best)"]
     for axis, row in axes.iterrows():
         numbers = " / ".join(f"{value:.1f}" for value in wide.loc[axis])
         of = f" ({row['of']})" if row["of"] else ""

@@ -7,7 +7,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from PIL import Image
 
 from benchmarks.harness.base import atomic_write
 from benchmarks.harness.report.common import Outcomes
@@ -47,6 +48,7 @@ WIDTH = 6.9  # inches of a page's text, the largest width of a figure
 FEW = 3  # with fewer pairs no interval of a difference is drawn
 _NAMES, _COLUMNS = 1.7, 4  # inches beside the panels of scores; panels in a line
 _FEW_SCORES, _BELOW = 5, 0.26  # with fewer scores no interval is drawn; distance of the scores below their mean
+_FOREST, _LINE, _APART = 6.0, 0.085, 0.8  # inches of a forest plot's width and of a series; share of a line with marks
 
 
 def draw_difference(axis: Any, row: Any, height: float, style: MethodStyle, scale: float = 1) -> None:
@@ -79,6 +81,39 @@ def draw_interval(
     for end, position, arrow in zip(ends, cut, "<>", strict=True):
         if end != position:
             axis.plot(position, height, arrow, ms=4.5, color=colour, mew=0, clip_on=False, zorder=3)
+
+
+def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
+    """Draw differences with their 95 % intervals: a panel below the other, a line per set or row, marks by series.
+
+    Args:
+        rows: One row per difference, with the titles ``panel``, ``line`` and ``series``, the ``style``, and the columns
+            of :func:`draw_difference`.
+        path: The path without ending.
+        label: The label of the axis.
+    """
+    panels = list(rows.groupby("panel", sort=False))
+    series = rows.groupby("series", sort=False)["style"].agg(list)
+    heights = [group["line"].nunique() + 0.6 for _, group in panels]
+    line = min(max(_LINE * len(series), 0.24), 0.28)
+    with mpl.rc_context(STYLE):
+        size = (_FOREST, line * sum(heights) + 0.3 * len(panels) + 0.07 * len(series) + 0.5)
+        figure, axes = panel_grid(len(panels), 1, size, height_ratios=heights, sharex=True)
+        for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
+            lines = list(group["line"].unique())
+            for row in group.itertuples():
+                shift = _APART * ((series.index.get_loc(row.series) + 0.5) / len(series) - 0.5)
+                draw_difference(axis, row, lines.index(row.line) + shift, row.style, 100)
+            axis.axvline(0, color=REFERENCE, lw=0.8, zorder=0)
+            axis.set_title(wrapped(title, _FOREST), fontsize=8)
+            axis.set_yticks(range(len(lines)), lines, fontsize=7)
+            axis.set_ylim(len(lines) - 0.4, -0.6)
+        for name, (style, *others) in series.items():
+            one = style if {style.colour} >= {other.colour for other in others} else replace(style, colour=REFERENCE)
+            axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **one.mark)
+        legend_below(figure, axes[:1, 0], 3 if series.index.str.len().max() < 30 else 1)
+        axes[-1, 0].set_xlabel(wrapped(label, 3.5))
+        save(figure, path)
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
@@ -142,7 +177,10 @@ def score_panels(
                 axis.set_xlim(*limits)
             axis_row[0].set_yticks(range(len(names)), [outcomes.methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
-        label = f"{measure}, bars: 95 % confidence interval (from five on; arrows: beyond the panel)"
+        label = (
+            f"{measure}, bars: 95 % confidence interval (from five on; arrows: beyond the panel), dashed: mean of "
+            f"{outcomes.baseline_title}"
+        )
         hide_empty(axes)
         figure.supxlabel(wrapped(label, width), fontsize=7.5)
         save(figure, path)
@@ -169,10 +207,14 @@ def hide_empty(axes: NDArray[np.object_]) -> None:
             visible[-1].tick_params(labelbottom=True)
 
 
-def save(figure: Any, path: Path) -> None:
+_PLACEHOLDER = "no run of this suite has a number of this figure"
+
+
+def save(figure: Any, path: Path, description: str | None = None) -> None:
     """Write ``<path>.pdf`` and ``.png``, the same bytes for the same numbers, and close the figure."""
     with atomic_write(path.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+        metadata = {"Software": None, "Description": description}
+        figure.savefig(temporary, format="png", dpi=160, metadata=metadata)
     figure.set_layout_engine("none")  # a second layout would take as long as drawing
     with atomic_write(path.with_suffix(".pdf")) as temporary:
         figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
@@ -180,12 +222,18 @@ def save(figure: Any, path: Path) -> None:
 
 
 def placeholder_figure(path: Path, text: str) -> None:
-    """Write a figure that says why there is none."""
+    """Write the files that the workflow expects of a figure for which no run has a number; pages leave it out."""
     with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(3, 0.6))
         axis.text(0.5, 0.5, text, ha="center", va="center")
         axis.axis("off")
-        save(figure, path)
+        save(figure, path, _PLACEHOLDER)
+
+
+def is_drawn(path: Path) -> bool:
+    """Return False if a figure is only a placeholder."""
+    with Image.open(path.with_suffix(".png")) as image:
+        return image.info.get("Description") != _PLACEHOLDER
 
 
 _ROUTING_STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8}
@@ -238,7 +286,7 @@ def plot_routing(record: RoutingRecord, *, layer: int | None = None, width: floa
         balance.axvline(1, color="#888888", lw=0.8, ls="--")
         balance.plot(busiest, range(len(busiest)), "o-", color="#0072b2", ms=3, lw=1)
         balance.tick_params(labelleft=False)
-        balance.set(xlim=(0, None), xlabel="max ÷ mean")
+        balance.set(xlim=(0, None), xlabel="max ÷ mean\n(dashed: even)")
         balance.spines[["top", "right"]].set_visible(False)
         bar = figure.colorbar(image, figure.add_subplot(grid[-1, 0]), orientation="horizontal")
         bar.set_ticks([0, 1, highest], labels=["0", "1", f"{highest:.1f}"])
