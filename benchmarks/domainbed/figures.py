@@ -38,6 +38,7 @@ _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
 _HEATMAPS = {**STYLE, "axes.grid": False, "font.size": 7}
 _FEW = 12  # as many names of classes stand beside an axis
 _COLUMNS = 4
+_HIGHEST = 9.5  # inches, of a page
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -93,7 +94,7 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     beside = classes if len(classes) <= _FEW else []
     models = list(dict.fromkeys(outcomes.title("model", model) for model, _ in counts))
     with mpl.rc_context(_HEATMAPS):
-        size = (min(1.5 * columns + 0.9, WIDTH), 1.75 * lines + 0.6)
+        size = (min(1.5 * columns + 0.9, WIDTH), min(1.75 * lines + 0.6, _HIGHEST))
         figure, axes = panel_grid(lines, columns, size, sharex=True, sharey=True)
         for axis, ((model, method), count) in zip(axes.flat, counts.items(), strict=False):
             axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)

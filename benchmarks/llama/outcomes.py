@@ -140,7 +140,11 @@ class InstructionOutcomes(Outcomes):
             self._questions[key].rename(columns=names).assign(domain=QUESTIONS, metric=metric)
             for key, metric in ((_CORRECT, "accuracy"), (NATS, NATS))
         ]
-        return compared(losses.assign(domain=HELD_OUT, metric=_LOSS), *questions, counts(self.records))
+        return compared(
+            losses.assign(domain=HELD_OUT, metric=_LOSS),
+            *questions,
+            counts(self.records.rename(columns={"variant": "setting"})),
+        )
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add titles; a method's title names its variant."""

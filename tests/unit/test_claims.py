@@ -182,7 +182,10 @@ def test_a_ratio_is_near_one_if_all_of_its_range_is(low: float, high: float, ver
         ({"method": "emo"}, "compare.method' is 'emo', which does not exist; did you mean 'emoe'?"),
         ({"against": "emoe"}, "compare.against' is 'emoe', which is the method itself"),
         ({"selection": None}, "compare' needs the key 'selection'; choose from clean, published"),
-        ({"settings": ["N16"]}, "compare.settings' is for rows with several settings; 'emoe' has one"),
+        (
+            {"method": "emoe_learn_softmax", "settings": ["N16"]},
+            "compare.settings' is for rows with several settings; 'emoe_learn_softmax' has one",
+        ),
         ({"method": "emoe_search", "settings": ["N16-k.25"]}, "compare.settings' is 'N16-k.25', which does not exist"),
         ({"direction": "near"}, "compare.direction' is 'near', but score has no interval of its own"),
         ({"domain": "model", "metric": "parameters", "selection": None}, "has no equivalence_margin in metrics.yaml"),
