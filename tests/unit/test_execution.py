@@ -213,7 +213,7 @@ def planned(here: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         path.parent.mkdir(parents=True)
         path.write_text("{")
     runs = [*done, "glue/a-s1-11111111", run.folder]
-    Path("plan.json").write_text(json.dumps({"started": 1000.0, "before": 1, "runs": runs}))
+    Path("plan.json").write_text(json.dumps({"started": 1000.0, "before": 1, "runs": dict.fromkeys(runs, 1)}))
     monkeypatch.setenv("EMOE_PLAN", "plan.json")
     now = iter([0.0, 0.0, 20.0, 25.0, 40.0])
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: next(now), time=lambda: 1060.0))
@@ -236,7 +236,17 @@ def test_progress_counts_files_and_reads_none(planned: Run) -> None:
     assert clock(3725) == "1:02:05"
 
 
-@pytest.mark.parametrize("content", ["", '{"runs": ["glue/RUN"], "before": null}'])
+@pytest.mark.parametrize(("left", "text"), [(5, ", 1:30 left"), (1000, "")])
+def test_time_left_weighs_runs_by_usual_seconds_and_is_not_guessed_early(planned: Run, left: int, text: str) -> None:
+    plan_of = json.loads(Path("plan.json").read_text())
+    plan_of["runs"] = dict(zip(plan_of["runs"], [1, 1, 9, 10, left], strict=True))
+    Path("plan.json").write_text(json.dumps(plan_of))
+    stream = Terminal()
+    Progress(planned.id, stream).finish(75)
+    assert stream.getvalue() == f"[3 of 5 runs done{text}; {planned.id}] finished in 1:15\n"
+
+
+@pytest.mark.parametrize("content", ["", '{"runs": {"glue/RUN": 1}, "before": null}', '{"runs": ["glue/RUN"]}'])
 def test_a_damaged_plan_or_a_closed_terminal_fails_no_finished_run(planned: Run, content: str) -> None:
     Path("plan.json").write_text(content.replace("RUN", planned.id))
     stream = Terminal()

@@ -218,7 +218,9 @@ def test_means_are_over_the_tasks_of_a_seed(outcomes: MultitaskOutcomes) -> None
 def test_transfer_is_together_less_alone_by_seed(outcomes: MultitaskOutcomes) -> None:
     row = outcomes.transfer.set_index(["task", "method", "eval_task"]).loc[("six", "vanilla", "rte")]
     seeds = outcomes.seeds[(outcomes.seeds["eval_task"] == "rte") & (outcomes.seeds["method"] == "vanilla")]
-    scores = seeds[(seeds["domain"] == "id") & (seeds["protocol"] == "clean")].pivot_table(index="seed", columns="task", values="value")
+    scores = seeds[(seeds["domain"] == "id") & (seeds["protocol"] == "clean")].pivot_table(
+        index="seed", columns="task", values="value"
+    )
     assert row["alone"] == pytest.approx(scores["rte"].mean())
     assert row["delta"] == pytest.approx((scores["six"] - scores["rte"]).mean())
     assert row["n"] == 3

@@ -314,6 +314,12 @@ class Suite:
         return json.loads(line.partition("\t")[2]) if line else None
 
     @property
+    def _usual_seconds(self) -> Mapping[str, float]:
+        """Return the duration of a run of each benchmark when the suite was blessed; empty if it was not."""
+        path = paths.REFERENCE / f"{self.name}.json"
+        return json.loads(path.read_text()).get("seconds", {}) if path.exists() else {}
+
+    @property
     def by_size(self) -> list[str]:
         """Return all benchmarks, those of the suite first, with the fewest runs before the others."""
         sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
@@ -335,7 +341,7 @@ class Suite:
         ]
 
     def write_plan(self, folders: Collection[str]) -> None:
-        """Write the list of runs that progress lines count, the start of the work, and the name of the machine.
+        """Write the runs that progress lines count with their usual seconds, the start of the work, and the name of the machine.
 
         A second file has the runs themselves and their partitions, for jobs on a cluster: :func:`planned_run`.
 
@@ -346,8 +352,9 @@ class Suite:
         lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
         lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
         write_text(self._planned, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
-        before = sum((paths.RUNS / folder / "metrics.json").exists() for folder in folders)
-        plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": sorted(folders)}
+        seconds = {run.folder: self._usual_seconds.get(run.benchmark, 1.0) for run in runs}
+        before = sum(seconds[folder] for folder in folders if (paths.RUNS / folder / "metrics.json").exists())
+        plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": seconds}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from benchmarks.harness.base import (
     BENCHMARKS,
@@ -61,6 +63,7 @@ class Numbers:
     rows: pd.DataFrame  # one per number: KEYS, the value as text with all digits, and the machine that made it
     machines: Mapping[str, Mapping[str, str]]  # fingerprints by name; the name is empty if a run recorded none
     code: str  # code_digest() of the code that made them
+    seconds: Mapping[str, float]  # the median duration of a run of each benchmark
 
 
 @dataclass(frozen=True)
@@ -183,12 +186,14 @@ def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
         DefinitionError: Two runs have the same name.
     """
     numbers, machines = list[tuple[object, ...]](), dict[str, Mapping[str, str]]()
+    seconds = dict[str, list[float]]()
     for run, metrics in results:
         fingerprint = metrics["environment"].get("fingerprint", {})
         machine = (
             hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8] if fingerprint else ""
         )
         machines[machine] = fingerprint
+        seconds.setdefault(run.benchmark, []).append(float(metrics["cost"]["job_seconds"]))
         keys = run_keys(run)
         keys["learning_rate"] = f"{keys['learning_rate']:g}"
         name = " ".join(str(keys[key]) for key in GROUP_KEYS if keys[key])
@@ -198,7 +203,8 @@ def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
     twice = rows[rows.duplicated(KEYS)]
     if len(twice):
         raise DefinitionError(f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
-    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest())
+    medians = {name: round(statistics.median(times), 1) for name, times in seconds.items()}
+    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest(), medians)
 
 
 def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -242,6 +248,8 @@ class ReferenceFile(Strict):
     """Fingerprint of each machine, by the name in the rows."""
     code: str = ""
     """Digest of the code that numbers depend on."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Median duration of a run of each benchmark, by which progress lines weigh the runs that are left."""
 
 
 def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
@@ -257,15 +265,16 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise DefinitionError(f"{path} is missing, damaged or of an older form: {advice}") from error
     origin = read_json(path.with_suffix(".json"), ReferenceFile, advice)
-    return Numbers(rows, origin.machines, origin.code)
+    return Numbers(rows, origin.machines, origin.code, origin.seconds)
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
-    """Write blessed numbers, their machines and the digest of the code."""
+    """Write blessed numbers, their machines, durations and the digest of the code."""
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
-    write_json(path.with_suffix(".json"), {"commit": commit, "machines": numbers.machines, "code": numbers.code})
+    origin = {"commit": commit, "machines": numbers.machines, "code": numbers.code, "seconds": numbers.seconds}
+    write_json(path.with_suffix(".json"), origin)
     return path
 
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from benchmarks.harness.base import PLAN, RUNS
 
 _SECONDS_BETWEEN_LINES = 15.0
+_EARLY = 0.05  # of the work: before, the first runs and the start of the workflow would mislead
 
 
 class Progress(TrainerCallback):
@@ -71,17 +72,17 @@ def clock(seconds: float) -> str:
 def _position(run_id: str) -> str:
     """Return ``7 of 24 runs done, 9:10 left; ``, counted by files, or nothing outside a workflow.
 
-    The time left assumes the pace since the workflow started. A damaged plan gives nothing, because a progress line
-    must never fail a run.
+    The time left assumes the pace since the workflow started, in usual seconds of finished runs. It is left out until
+    a twentieth of the work is done. A damaged plan gives nothing, because a progress line must never fail a run.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         plan = json.loads(Path(os.environ[PLAN]).read_text())
-        folders: list[str] = plan["runs"]
-        if not any(folder.endswith(f"/{run_id}") for folder in folders):
+        runs: dict[str, float] = plan["runs"]
+        if not any(folder.endswith(f"/{run_id}") for folder in runs):
             return ""
-        done = sum((RUNS / folder / "metrics.json").exists() for folder in folders)
-        new = done - plan["before"]
-        seconds = (time.time() - plan["started"]) / new * (len(folders) - done) if new > 0 else None
-        left = "" if seconds is None else f", {clock(seconds)} left"
-        return f"{done} of {len(folders)} runs done{left}; "
+        done = [seconds for folder, seconds in runs.items() if (RUNS / folder / "metrics.json").exists()]
+        new, left = sum(done) - plan["before"], sum(runs.values()) - sum(done)
+        is_early = new <= _EARLY * (new + left)
+        text = "" if is_early else f", {clock((time.time() - plan['started']) / new * left)} left"
+        return f"{len(done)} of {len(runs)} runs done{text}; "
     return ""
