@@ -246,6 +246,7 @@ def test_the_papers_effects_are_those_of_its_published_averages(
     [
         ("out_of_domain", "glue_ood/transformation"),
         ("training", "glue_ood/transformation"),
+        ("use", "glue_ood/transformation"),
         ("clustering", "glue_lora/selection"),
         ("selection", "glue_lora/selection"),
         ("robust", "glue_lora/settings"),

@@ -111,9 +111,7 @@ class Metric(Strict):
     tolerance: Annotated[float, Field(ge=0)] | None = None
     """Largest difference, as stored, that `make check` accepts between two machines; null: not compared (times)."""
     equivalence_margin: Positive | None = None
-    """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against
-    it.
-    """
+    """Largest difference between two methods, as stored, that does not matter; claims are tested against it."""
 
 
 class MetricFile(Strict):
