@@ -18,6 +18,12 @@ from benchmarks.harness.run import devices
 from benchmarks.harness.run.forkserver import Server
 from emoe.errors import EMoEError
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
+
+# a finished run is news; that the scheduler starts the next one is not
+logger.addFilter(
+    lambda record: not record.getMessage().startswith(("Select jobs", "Execute "))
+)
 
 try:
     SUITE = suites.load_suite(config)
