@@ -13,6 +13,7 @@ from benchmarks.harness.report.common import compared
 from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
+from benchmarks.speed.definition import Settings
 
 _NOTE = (
     "Each ratio is the median over rounds in which all candidates ran in turn in one process. The middle here is the "
@@ -41,7 +42,9 @@ class Measurements:
             | run.spec["settings"]
             for run in runs
         ]
-        self.records = self.origins = collect(runs).merge(pd.DataFrame(settings), on="run_id")
+        # a suite may lack a measure, and so its settings
+        frame = pd.DataFrame(settings, columns=["run_id", "neurons", "hidden", *Settings.model_fields])
+        self.records = self.origins = collect(runs).merge(frame, on="run_id")
         self.records["model_title"] = self.records["model"].map(lambda name: definition.models[name].title)
 
     def wide(self, measure: str) -> pd.DataFrame:

@@ -11,9 +11,11 @@ import torch
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.report.presentation import present
 from benchmarks.speed import pipeline
 from benchmarks.speed.definition import Settings
 from benchmarks.speed.ffn import FFN, SpeedNet
+from tests import fake_runs
 from tests.planned import edited_part, specs
 
 
@@ -84,3 +86,11 @@ def test_a_wrong_grid_is_refused_with_the_nearest_name(change: dict[str, Any], m
     block = {"measure": "layer", "model": ["bert-base"], **change}
     with pytest.raises(DefinitionError, match=message):
         specs(load_benchmark("speed"), edited_part("speed", "smoke", {"grid": [block]}))
+
+
+def test_a_suite_with_one_measure_has_its_table_and_empty_ones_of_the_others(here: Path) -> None:
+    runs = fake_runs.write(Path("results/runs"), "smoke", benchmarks=("speed",))
+    shown = present(load_benchmark("speed"), [run for run in runs if run.spec["task"]["name"] == "step"])
+    for table in shown.tables:
+        table.write(here)
+        assert len(table.texts()) == (1 if table.name == "speed_step" else 0)

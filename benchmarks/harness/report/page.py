@@ -110,15 +110,16 @@ class _Page:
     def tables_and_figures(self, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
         """Show the tables and figures of a benchmark or of one of its sets, and name those without a number."""
         tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
-        empty = {name: table.title for name, table in [*tables.items()][1:] if table.frame.empty}
+        shown = [name for name, table in tables.items() if len(table.frame)] or [*tables][:1]  # the page opens with one
+        empty = [table.title for name, table in tables.items() if name not in shown]
         captions = {name: figure.caption for name, figure in presentation.figures.items()}
         undrawn = [
             caption_title(text) for name, text in captions.items() if not is_drawn(self.results / "figures" / name)
         ]
         return {
-            "tables": [self.table(artifacts, name, table.title) for name, table in tables.items() if name not in empty],
+            "tables": [self.table(artifacts, name, tables[name].title) for name in shown],
             "figures": self.figures(captions),
-            "empty": list(dict.fromkeys([*empty.values(), *undrawn])),
+            "empty": list(dict.fromkeys([*empty, *undrawn])),
         }
 
     def figures(self, captions: Mapping[str, str]) -> list[dict[str, str]]:

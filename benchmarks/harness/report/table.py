@@ -88,14 +88,14 @@ class Table:
 
     @property
     def printed(self) -> list[Column]:
-        """Return the columns with at least one number, or all columns of an empty table."""
-        return [column for column in self.columns if self.frame.empty or self.frame[column.value].notna().any()]
+        """Return the columns with at least one number."""
+        return [column for column in self.columns if len(self.frame) and self.frame[column.value].notna().any()]
 
     def texts(self) -> pd.DataFrame:
         """Print all cells."""
         cells = {heading: self.frame[key].astype(str) for key, heading in self.keys.items()}
         for column in self.printed:
-            cells[column.heading] = self.frame.apply(column.text, axis=1) if len(self.frame) else pd.Series(dtype=str)
+            cells[column.heading] = self.frame.apply(column.text, axis=1)
         cells |= {heading: self.frame[key].astype(str) for key, heading in self.notes.items()}
         return pd.DataFrame(cells).reset_index(drop=True)
 
