@@ -24,6 +24,7 @@ _PRESENT = all(map(shutil.which, ("slurmctld", "slurmd", "munged"))) and importl
 )
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("cluster"),
     pytest.mark.skipif(
         "EMOE_NEED_SLURM" not in os.environ
         and (not _PRESENT or os.geteuid() != 0 or Path("/etc/slurm/slurm.conf").exists()),
@@ -42,14 +43,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     subprocess.run([_CLUSTER, "start", folder], env={**os.environ, "GPUS": "2"}, check=True)
     yield
     subprocess.run([_CLUSTER, "stop", folder], check=True)
-
-
-@pytest.fixture
-def checkout(cluster: None, tmp_path: Path, archive: Path) -> Checkout:
-    """Copy the working tree, with the sentences fetched."""
-    made = Checkout(tmp_path)
-    made.put(archive)
-    return made
 
 
 def submit(checkout: Checkout, *words: str) -> str:
