@@ -18,7 +18,7 @@ import torch
 
 import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
 import emoe
-from benchmarks.harness.base import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.config.methods import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.sources.vader import ARCHIVE
@@ -87,14 +87,6 @@ def pacs(root: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def shared_pacs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a data root with a small PACS, which tests only read."""
-    from tests.image_sets import write_pacs
-
-    return write_pacs(tmp_path_factory.mktemp("data")).parent
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Change to an empty working directory."""
@@ -102,10 +94,28 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write narrow models under the paper's names, GLUE, GLUE-X, a small PACS and instructions, which tests only read."""
+    from tests.image_sets import write_pacs
+    from tests.instruction_runs import write_rows
+    from tests.tiny_hub import LAYERS, write_data, write_glue_x, write_models, write_seq2seq
+
+    root = tmp_path_factory.mktemp("roots")
+    write_models(root / "models", [*LAYERS])
+    write_seq2seq(root / "models", "t5-base", 12)
+    write_rows(root / "data")
+    write_data(root / "data")
+    write_glue_x(root / "data")
+    write_pacs(root / "data")
+    return root
+
+
 @pytest.fixture
-def pacs_here(shared_pacs: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make an empty folder the working one, with a small PACS in the data root, which tests only read."""
-    monkeypatch.setenv(DATA_ROOT, str(shared_pacs))
+def hub_here(roots: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make an empty folder the working one, with the models and sets of the paper, which tests only read."""
+    monkeypatch.setenv(MODEL_ROOT, str(roots / "models"))
+    monkeypatch.setenv(DATA_ROOT, str(roots / "data"))
     return here
 
 

@@ -44,36 +44,36 @@ def undraw(patch: pytest.MonkeyPatch) -> None:
 def faults(figure: Figure) -> list[str]:
     """Describe the faults of a figure, a sentence each."""
     width, height = figure.get_size_inches()
-    found = []
+    problems = []
     if not NARROWEST < width <= WIDEST or not NARROWEST / 3 < height <= HIGHEST:
-        found.append(f"is {width:.1f} by {height:.1f} inches")
+        problems.append(f"is {width:.1f} by {height:.1f} inches")
     texts = drawn_texts(figure)
-    found += [f"{text!r} has {size:g} points" for text, _, size in texts if size < SMALLEST]
+    problems += [f"{text!r} has {size:g} points" for text, _, size in texts if size < SMALLEST]
     page = figure.bbox
     for text, box, _ in texts:
         if box.x0 < page.x0 - 1 or box.x1 > page.x1 + 1 or box.y0 < page.y0 - 1 or box.y1 > page.y1 + 1:
-            found.append(f"{text!r} is cut at the edge")
-    for place, (text, box, _) in enumerate(texts):
-        for other, beside, _ in texts[place + 1 :]:
+            problems.append(f"{text!r} is cut at the edge")
+    for number, (text, box, _) in enumerate(texts):
+        for other, beside, _ in texts[number + 1 :]:
             across = min(box.x1, beside.x1) - max(box.x0, beside.x0)
             along = min(box.y1, beside.y1) - max(box.y0, beside.y0)
             if across > 1.5 and along > 1.5:
-                found.append(f"{text!r} touches {other!r}")
-    return found
+                problems.append(f"{text!r} touches {other!r}")
+    return problems
 
 
 def drawn_texts(figure: Figure) -> list[tuple[str, Any, float]]:
     """List the drawn texts (no ticks outside the limits), with their boxes and sizes in points."""
-    found = []
+    texts = []
     draw = Text.draw
 
     def noted(text: Text, renderer: Any, *rest: Any, **named: Any) -> None:
         if text.get_visible() and text.get_text().strip():
-            found.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
+            texts.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
         draw(text, renderer, *rest, **named)
 
     figure.draw_without_rendering()  # lays it out
     figure.set_layout_engine("none")
     with mock.patch.object(Text, "draw", noted):
         figure.draw_without_rendering()
-    return found
+    return texts

@@ -72,3 +72,12 @@ def killed_at(step: int) -> Iterator[None]:
         patch.setattr(Progress, "on_step_end", die)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+def killed_and_resumed(run: Run, step: int) -> dict[str, Any]:
+    """Kill a run when a step ends, execute it again, and return its numbers."""
+    path = prepare(run, "killed")
+    with killed_at(step):
+        finish(path)
+    assert not (path.parent / "metrics.json").exists()
+    return finish(path)

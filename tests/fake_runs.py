@@ -44,7 +44,7 @@ def _trained(trained: dict[str, Any]) -> dict[str, Any]:
 def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
     task, config = run.spec["task"], run.spec["method"]["config"]
     several = task.get("tasks")
-    tasks = {one["name"]: [one["metric"]] for one in several or [task]}
+    tasks = {entry["name"]: [entry["metric"]] for entry in several or [task]}
     others = {other["name"]: other["ood_metrics"] for other in run.spec["ood"]}
 
     def scores(base: float, sets: dict[str, list[str]]) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
     """Start a process that calls a function."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.unit.test_streaming", "tests.unit.test_mlflow"])
+    context.set_forkserver_preload(["tests.unit.test_streaming"])
     process = context.Process(target=work, args=arguments)
     process.start()
     return process

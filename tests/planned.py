@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from benchmarks.harness import base
 from benchmarks.harness.base import CONFIG
 from benchmarks.harness.config import suite as suites
 from benchmarks.harness.config.benchmark import KINDS, AnyBenchmark, Part, load_benchmark, parse_part
@@ -16,6 +21,7 @@ from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.suite import plain_suite
 from benchmarks.harness.config.suite_file import suite_parts
 from benchmarks.harness.config.yaml import read_yaml
+from benchmarks.harness.sources import packages
 
 Edits = Mapping[str, Any]  # values by the dotted path of their keys
 
@@ -55,11 +61,11 @@ def edit(content: Any, edits: Edits) -> Any:
     """Copy the content of a YAML file with other values; a number in a path is a place in a list."""
     content = copy.deepcopy(content)
     for path, value in edits.items():
-        place = content
+        inner = content
         *parents, last = path.split(".")
         for key in parents:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-        place[int(last) if isinstance(place, list) else last] = value
+            inner = inner[int(key)] if isinstance(inner, list) else inner.setdefault(key, {})
+        inner[int(last) if isinstance(inner, list) else last] = value
     return content
 
 
@@ -101,3 +107,23 @@ def smoke_run(benchmark: str, method: str, section: str = "training", **changes:
 def evaluations(runs: list[Run], suite: str = "smoke", **changes: Any) -> list[Run]:
     """Return glue_ood's evaluations of these runs in a suite, with another definition."""
     return [run_from_spec(spec | {"files": {}}) for spec in specs(changed("glue_ood", **changes), suite, runs)]
+
+
+@contextmanager
+def edited_project(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
+    """Plan from a copy of the project's files in which one has another text."""
+    for name in ("config", "benchmarks"):
+        shutil.copytree(base.ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+    entries = yaml.safe_load((folder / "benchmarks/harness/sources/packages.yaml").read_text())
+    files = {name: packages.PackageFile(package=name, **fields) for name, fields in entries.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "CONFIG", folder / "config")
+        for module in ("harness.config.benchmark", "llama.grid"):
+            patch.setattr(f"benchmarks.{module}.BENCHMARKS", folder / "benchmarks")
+        patch.setattr(packages, "package_files", lambda: files)
+        load_benchmark.cache_clear()
+        yield
+    load_benchmark.cache_clear()

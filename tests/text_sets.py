@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -172,16 +171,13 @@ def write_own(root: Path, name: str, *, raw: bool = False) -> Path:
     return folder
 
 
-def write_saved(
-    root: Path, name: str, labels: list[object], *, split: str | None = None, names: list[str] | None = None
-) -> None:
-    """Write a set as `datasets` saves it: flat, as GLUE-X hands them out, or with a split; perhaps with class names."""
+def write_saved(root: Path, name: str, labels: list[object], names: list[str] | None = None) -> None:
+    """Write a set as `datasets` saves it: without splits, as GLUE-X hands them out; perhaps with class names."""
     fields = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
     saved = datasets.Dataset.from_dict({**fields, TASKS[name]["label"]: labels})
     if names:
         saved = saved.cast_column(TASKS[name]["label"], datasets.ClassLabel(names=names))
-    folder = root / TASKS[name]["source"]["folder"]
-    (datasets.DatasetDict({split: saved}) if split else saved).save_to_disk(str(folder))
+    saved.save_to_disk(str(root / TASKS[name]["source"]["folder"]))
 
 
 def task(name: str) -> RunTask:
@@ -218,10 +214,4 @@ def write_rows(
     elif form == "jsonl":
         loaded.to_json(file)
     else:
-        table = loaded.with_format("arrow")[:]
-        with (
-            pq.ParquetWriter(file, table.schema)
-            if form == "parquet"
-            else pa.ipc.new_stream(str(file), table.schema) as writer
-        ):
-            writer.write_table(table)
+        pq.write_table(loaded.with_format("arrow")[:], file)

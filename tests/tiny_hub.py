@@ -12,6 +12,7 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2Model,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -34,21 +35,11 @@ def _words(words: list[str]) -> tuple[dict[str, int], Tokenizer]:
 def write_seq2seq(root: Path, name: str, layers: int) -> None:
     """Write an encoder-decoder and its tokenizer, which knows the answers of NLI, below a model root."""
     vocabulary, raw = _words([*WORDS, *ANSWERS])
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 64, "num_layers": layers, "num_heads": 2}
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=len(vocabulary),
-        d_model=16,
-        d_kv=8,
-        d_ff=64,
-        num_layers=layers,
-        num_heads=2,
-        pad_token_id=0,
-        eos_token_id=2,
-        decoder_start_token_id=0,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(root / name)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
-    tokenizer.save_pretrained(root / name)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(vocabulary), **sizes, **tokens))
+    _save(root / name, model, raw, pad_token="[PAD]", eos_token="[EOS]")
 
 
 def write_models(root: Path, names: list[str]) -> None:
@@ -58,16 +49,16 @@ def write_models(root: Path, names: list[str]) -> None:
         torch.manual_seed(0)
         size, layers = {"vocab_size": len(vocabulary)}, LAYERS[name]
         if name.startswith("bert"):
-            config = BertConfig(
-                **size, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=64
-            )
-            BertModel(config).save_pretrained(root / name)
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+            sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 64}
+            _save(root / name, BertModel(BertConfig(**size, **sizes)), raw, pad_token="[PAD]")
         else:
-            gpt2 = GPT2Config(**size, n_embd=16, n_layer=layers, n_head=2, n_inner=64, bos_token_id=2, eos_token_id=2)
-            GPT2Model(gpt2).save_pretrained(root / name)
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="[EOS]", unk_token="[UNK]")
-        tokenizer.save_pretrained(root / name)
+            sizes = {"n_embd": 16, "n_layer": layers, "n_head": 2, "n_inner": 64, "bos_token_id": 2, "eos_token_id": 2}
+            _save(root / name, GPT2Model(GPT2Config(**size, **sizes)), raw, eos_token="[EOS]")
+
+
+def _save(folder: Path, model: PreTrainedModel, raw: Tokenizer, **tokens: str) -> None:
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", **tokens).save_pretrained(folder)
 
 
 def write_data(root: Path) -> None:

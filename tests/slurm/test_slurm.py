@@ -24,6 +24,7 @@ _PRESENT = all(map(shutil.which, ("slurmctld", "slurmd", "munged"))) and importl
 )
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("cluster"),
     pytest.mark.skipif(
         "EMOE_NEED_SLURM" not in os.environ
         and (not _PRESENT or os.geteuid() != 0 or Path("/etc/slurm/slurm.conf").exists()),
@@ -44,14 +45,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     subprocess.run([_CLUSTER, "stop", folder], check=True)
 
 
-@pytest.fixture
-def checkout(cluster: None, tmp_path: Path, archive: Path) -> Checkout:
-    """Copy the working tree, with the sentences fetched."""
-    made = Checkout(tmp_path)
-    made.put(archive)
-    return made
-
-
 def submit(checkout: Checkout, *words: str) -> str:
     done = checkout.run(SNAKEMAKE, *SLURM, *words)
     return done.stdout + done.stderr
@@ -64,7 +57,7 @@ def queued() -> list[list[str]]:
 
 
 def test_a_benchmark_runs_from_its_partitions_to_its_tables_on_the_gpu_that_it_asks_for(checkout: Checkout) -> None:
-    checkout.edit("benchmarks/modularity/benchmark.yaml", "  smoke:\n", "  smoke:\n    resources: {gpu: 1}\n")
+    checkout.edit("config/smoke.yaml", "  modularity:\n", "  modularity:\n    resources: {gpu: 1}\n")
     ask = "from benchmarks.harness.run.devices import visible; print(visible())"
     assert checkout.run("srun", "--gpus", 1, sys.executable, "-c", ask).stdout.strip() in ("['0']", "['1']")
     table = "results/smoke/tables/modularity_usage.csv"
@@ -82,14 +75,13 @@ def test_a_benchmark_runs_from_its_partitions_to_its_tables_on_the_gpu_that_it_a
 
 def test_jobs_that_the_cluster_ends_are_tried_again_with_more_and_go_on(checkout: Checkout) -> None:
     """End one job for its memory, one by a user, and one for its time."""
-    files = {name: f"benchmarks/{name}/benchmark.yaml" for name in ("glue", "glue_lora", "modularity")}
-    checkout.edit(files["modularity"], "  smoke:\n", "  smoke:\n    resources: {mem_mb: 300}\n")
-    checkout.edit(
-        files["glue"],
-        "  smoke:\n    training: {epochs: 3,",
-        "  smoke:\n    resources: {runtime: 1}\n    training: {epochs: 600,",
-    )
-    checkout.edit(files["glue_lora"], "  smoke:\n    training: {epochs: 2,", "  smoke:\n    training: {epochs: 60,")
+    glue, lora, modularity = "  glue:\n", "  glue_lora:\n", "  modularity:\n"
+    for old, new in (
+        (modularity, f"{modularity}    resources: {{mem_mb: 300}}\n"),
+        (f"{glue}    training: {{epochs: 3,", f"{glue}    resources: {{runtime: 1}}\n    training: {{epochs: 600,"),
+        (f"{lora}    training: {{epochs: 2,", f"{lora}    training: {{epochs: 60,"),
+    ):
+        checkout.edit("config/smoke.yaml", old, new)
     listed = checkout.run(sys.executable, "-c", _LISTED).stdout.splitlines()
     cancelled = next(name for name in listed if "glue_lora" in name)
     with (checkout.folder / "shown.txt").open("w") as stream:

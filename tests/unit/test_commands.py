@@ -1,4 +1,4 @@
-"""Both programs' command lines: help, completion, lists, and what `status` and `verify` print."""
+"""The suite's command line: imports, lists, errors of one line, and the numbers that `status` prints."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import click
 import pytest
-from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from filelock import FileLock
 
@@ -22,7 +18,6 @@ from benchmarks.harness.config import listing
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import plain_suite
 from benchmarks.harness.run.status import estimate
-from emoe import __main__ as library
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.executed import prepare
@@ -30,22 +25,6 @@ from tests.planned import plan
 from tests.programs import call
 
 RUNS = Path("results/runs")
-PROGRAMS = {"emoe-bench": suite_cli, "emoe": library.cli}
-
-
-def shown(command: click.Command, program: str) -> str:
-    """Return a help page at 80 columns."""
-    return command.get_help(click.Context(command, info_name=program, terminal_width=80, max_content_width=80))
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_the_help_of_a_program_is_whole_at_80_columns(program: str) -> None:
-    cli = PROGRAMS[program]
-    rows = [" ".join(line.split()) for line in shown(cli, program).splitlines()]
-    for name, command in cli.commands.items():
-        assert (f"{name} {command.get_short_help_str(60)}" in rows) != command.hidden
-        assert [option.name for option in command.params if isinstance(option, click.Option) and not option.help] == []
-        assert max(map(len, shown(command, program).splitlines())) <= 80
 
 
 def test_every_command_of_the_suite_is_on_its_page() -> None:
@@ -63,7 +42,7 @@ START = "sys.argv[1:] = {}; runpy.run_module('benchmarks', run_name='__main__')"
 
 @pytest.mark.parametrize(
     "program",
-    [PLAN, *(START.format(words) for words in (["check", "--help"], ["list"], ["status", "--suite", "smoke"]))],
+    [PLAN, *(START.format(words) for words in (["check", "--help"], ["status", "--suite", "smoke"]))],
 )
 def test_what_computes_nothing_imports_nothing_heavy(program: str) -> None:
     """Neither PyTorch, which takes a second, nor what takes longer."""
@@ -71,31 +50,6 @@ def test_what_computes_nothing_imports_nothing_heavy(program: str) -> None:
     program = f"import runpy, sys\ntry: {program}\nfinally: print({heavy})\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
-
-
-def test_a_shell_completes_names() -> None:
-    items = ShellComplete(suite_cli, {}, "emoe-bench", "_COMPLETE").get_completions(["list"], "me")
-    assert [item.value for item in items] == ["methods", "metrics"]
-
-
-def test_the_packages_scripts_start_the_programs_which_know_their_version() -> None:
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    started = {name: EntryPoint(name, target, "console_scripts").load() for name, target in scripts.items()}
-    assert started == {"emoe": library.main, "emoe-bench": main}
-    for program, cli in PROGRAMS.items():
-        done = CliRunner().invoke(cli, ["--version"], prog_name=program)
-        assert done.output == f"{program} {library.emoe.__version__}\n"
-
-
-def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(library, "build_kernels", interrupted)
-    monkeypatch.setattr(sys, "argv", ["emoe", "build"])
-    with pytest.raises(SystemExit) as end:
-        library.main()
-    assert end.value.code == 130
 
 
 @pytest.mark.parametrize(
@@ -170,14 +124,8 @@ def test_estimates_are_within_a_factor_of_three(here: Path) -> None:
     took = {"domainbed": 62.9, "glue": 33.3, "glue_lora": 15.4, "glue_ood": 5.4, "llama": 54.0, "modularity": 9.2}
     for name, seconds in took.items():
         runs = suite.runs_of(name)
-        hours = estimate(runs)
-        assert hours
+        hours = estimate(runs) or {}
         assert 1 / 3 < hours["one CPU core"] * 3600 / (seconds * len(runs)) < 3
-    # Stanford's authors trained Llama-7B on Alpaca in three hours on eight A100
-    llama = (run for run in plain_suite("paper").runs_of("llama") if run.spec["model"]["name"] == "llama2-7b")
-    hours = estimate([next(run for run in llama if run.spec["finetuning"] == "full")])
-    assert hours
-    assert 1 < hours["an A100"] / 8 < 9
 
 
 def test_commands_work_in_the_checkout_from_a_folder_without_results(

@@ -1,56 +1,39 @@
-"""Mistakes in YAML files are one line; runs and tables depend on what shapes them alone."""
+"""Mistakes in YAML files are one line; runs and tables depend on their own definitions alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-import shutil
-import string
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
+from benchmarks.domainbed.definition import ImageSpec
+from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config import benchmark, suite
-from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
-from benchmarks.harness.config.catalogue import load_metrics, load_models
-from benchmarks.harness.config.runs import run_from_spec
-from benchmarks.harness.config.suite_file import SuiteSettings
-from benchmarks.harness.config.yaml import read, read_yaml
-from benchmarks.text.definition import TaskEntry
-from tests.planned import edited_benchmark, edited_part, plan, specs
-
-SAFE = set(string.ascii_letters + string.digits + "._+-")
-
-
-def with_task(name: str, **changes: object) -> AnyBenchmark:
-    """Load a benchmark with other keys in a task."""
-    tasks = load_benchmark("glue").tasks
-    task = TaskEntry.model_validate({**tasks[name].model_dump(), **changes})
-    with mock.patch("benchmarks.text.grid.read", return_value=SimpleNamespace(tasks={**tasks, name: task})):
-        return edited_benchmark("glue", {})
-
-
-def test_every_shipped_file_is_valid() -> None:
-    for name in benchmark.benchmark_names():
-        load_benchmark(name)
-    load_models()
-    load_metrics()
+from benchmarks.harness.base import BENCHMARKS, DefinitionError
+from benchmarks.harness.config import suite
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.methods import Method, MethodFile
+from benchmarks.harness.config.runs import canonical_json, run_from_spec
+from benchmarks.harness.config.yaml import Strict, parse, read, read_yaml
+from benchmarks.llama.definition import InstructionSpec
+from benchmarks.multitask.definition import MultitaskSpec
+from benchmarks.text.definition import TaskEntry, TextSpec
+from emoe.config import EMoEConfig, GMoEConfig
+from tests.planned import edited_benchmark, edited_part, edited_project, plan, specs
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
         ("methods.emoe.num_expert", 8, r"unknown key 'methods\.emoe\.num_expert'; did you mean 'num_experts'"),
-        ("methods.vanilla.tune", "block", r"'methods\.vanilla\.tune' is 'block'; did you mean 'blocks'"),
         ("methods.emoe.partition", "k-means", r"'methods\.emoe\.partition' is 'k-means'; did you mean 'kmeans'"),
-        ("training.checkpoint_selection", "lst", r"did you mean 'last'"),
         ("training.epochs", "2", r"'training\.epochs' is '2': Input should be a valid number"),
-        ("method_defaults.emo", {}, r"'method_defaults' is 'emo', which does not exist; did you mean 'emoe'"),
         ("methods.emo", {}, r"'methods' is 'emo', which does not exist; did you mean 'emoe'"),
-        ("baseline", "vanila", r"'baseline' is 'vanila', which does not exist; did you mean 'vanilla'"),
         ("paper", "papers.csv", r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'"),
     ],
 )
@@ -63,36 +46,21 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(path, va
     ("path", "value", "message"),
     [
         ("methods.emoe.layer", [1], r"unknown key 'benchmarks\.glue\.methods\.emoe\.layer'; did you mean 'layers'"),
-        ("methods.emo", {}, r"'benchmarks\.glue\.methods' is 'emo', which does not exist; did you mean 'emoe'"),
         ("grid.0.seed", ["a"], r"'benchmarks\.glue\.grid\[0\]\.seed\[0\]' is 'a': Input should be a valid integer"),
-        ("grid.0.sed", [0], r"unknown key 'benchmarks\.glue\.grid\[0\]\.sed'; did you mean 'seed'"),
         ("grid_defaults.sed", [0], r"unknown key 'benchmarks\.glue\.grid_defaults\.sed'; did you mean 'seed'"),
-        ("grid_defaults.learning_rate", ["5e-5"], r"'benchmarks\.glue\.grid_defaults\.learning_rate\[0\]' is '5e-5'"),
         ("grid.0.learning_rate", ["5e-5"], r"YAML reads 5e-5 as text; write 5\.0e-05"),
         ("note", ["long"] * 3000, r"'benchmarks\.glue\.note' is \['long', .{80,120}…: Input should be a valid string"),
         ("training.batch_sice", 8, r"unknown key 'benchmarks\.glue\.training\.batch_sice'; did you mean 'batch_size'"),
-        ("training.epochs", 0, r"'benchmarks\.glue\.training\.epochs' is 0: Input should be greater than 0"),
-        (
-            "training.by_model",
-            {"minilm": {"precision": "fp23"}},
-            r"'benchmarks\.glue\.training\.by_model\.minilm\.precision' is 'fp23'; did you mean 'fp32'",
-        ),
-        ("training.by_model", {"gpt2-x": {"batch_size": 8}}, "did you mean 'gpt2-xl'"),
-        ("training.by_model", {"gpt2-xl": {"epoch": 8}}, r"by_model\.gpt2-xl\.epoch'; did you mean 'epochs'"),
+        ("training.by_model", {"minilm": {"precision": "fp23"}}, r"minilm\.precision' is 'fp23'; did you mean 'fp32'"),
         ("training.validation_fraction", 0, "clean runs need rows to choose by"),
         ("training.patience", 3, r"'benchmarks\.glue\.training\.patience' needs checkpoint_selection: best"),
-        (
-            "grid.0.task",
-            ["tweet"],
-            r"'benchmarks\.glue\.grid\[0\]\.task' is 'tweet', which does not exist; did you mean 'tweets'",
-        ),
+        ("grid.0.task", ["tweet"], r"grid\[0\]\.task' is 'tweet', which does not exist; did you mean 'tweets'"),
         (
             "methods.emoe.num_experts",
             40,
             "num_experts is 40, but the 1536 neurons of an FFN of 'minilm' cannot be split into so many equal "
             "experts; the nearest number that can is 32",
         ),
-        ("grid.0.task", ["imdb"], "task' is 'imdb', which does not exist"),  # it has no training split
         ("grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
         ("methods.random_partition.also_train", ["pooler"], "sets 'also_train', which needs training.lora or 'tune'"),
@@ -104,26 +72,6 @@ def test_mistakes_in_a_suite_are_named_with_the_nearest_valid_value(path, value,
     assert str(caught.value).startswith(f"{paths.CONFIG / 'mini.yaml'}: ")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [1", "is not valid YAML"),
-        ("a: 1\na: 2", "the key 'a' is given twice"),
-        ("[a, b]: 1", "found unhashable key"),
-        ("a: " + "9" * 5000, "is not valid YAML"),
-        ("a: " + "[" * 50_000, "is not valid YAML"),
-        ("[]", "should be a valid dictionary"),
-    ],
-)
-def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    with pytest.raises(DefinitionError, match=message) as caught:
-        read(path, SuiteSettings)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text("")
     with pytest.raises(DefinitionError, match=r"did you mean 'mini\.yaml'"):
@@ -133,51 +81,24 @@ def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "value", "message"),
+    ("name", "changes", "message"),
     [
-        (
-            "cola",
-            "metric",
-            "acuracy",
-            r"'tasks\.cola\.metric' is 'acuracy', which does not exist; did you mean 'accuracy'",
-        ),
-        ("rte", "ood", ["hnas"], r"'tasks\.rte\.ood' is 'hnas', which does not exist; did you mean 'hans'"),
-        ("stsb", "ood", ["hans"], r"'tasks\.stsb\.ood': 'hans' has classes as labels, the model numbers"),
-        (
-            "rte",
-            "range",
-            [0, 1],
-            r"'tasks\.rte\.range' is \[0, 1\], but must be lowest and highest score of a regression",
-        ),
-        (
-            "flipkart",
-            "download_instructions",
-            None,
-            r"'tasks\.flipkart' is neither on the hub nor in a package, so it needs 'download_instructions'",
-        ),
-        (
-            "flipkart",
-            "label_names",
-            {"neutral": "negativ"},
-            r"label_names' is 'negativ', which does not exist; did you mean 'negative'",
-        ),
+        ("cola", {"metric": "acuracy"}, "metric' is 'acuracy', which does not exist; did you mean 'accuracy'"),
+        ("stsb", {"ood": ["hans"]}, "ood': 'hans' has classes as labels, the model numbers"),
+        ("mnli", {"ood": ["hans"], "label_map": {}}, "ood': 'hans' has 2 classes, the model 3"),
+        ("rte", {"range": [0, 1]}, r"range' is \[0, 1\], but must be lowest and highest score of a regression"),
+        ("flipkart", {"download_instructions": None}, "' is neither on the hub nor in a package, so it needs 'downl"),
     ],
 )
-def test_tasks_that_lead_nowhere_are_refused(name: str, key: str, value: object, message: str) -> None:
-    with pytest.raises(DefinitionError, match=message) as caught:
-        with_task(name, **{key: value})
-    assert "tasks.yaml: " in str(caught.value)
-
-
-@pytest.mark.parametrize(("other", "message"), [("speed", "trains no text classifiers"), ("glue_lra", "did you mean")])
-def test_only_trained_benchmarks_can_be_evaluated(other: str, message: str) -> None:
-    with pytest.raises(DefinitionError, match=f"'evaluates' is '{other}', which .*{message}"):
-        edited_benchmark("glue_ood", {"evaluates": other})
-
-
-def test_classes_without_a_fold_are_refused() -> None:
-    with pytest.raises(DefinitionError, match=r"'tasks\.mnli\.ood': 'hans' has 2 classes, the model 3"):
-        with_task("mnli", ood=["hans"], label_map={})
+def test_tasks_that_lead_nowhere_are_refused(name: str, changes: dict[str, object], message: str) -> None:
+    tasks = load_benchmark("glue").tasks
+    task = TaskEntry.model_validate({**tasks[name].model_dump(), **changes})
+    entries = SimpleNamespace(tasks={**tasks, name: task})
+    with (
+        mock.patch("benchmarks.text.grid.read", return_value=entries),
+        pytest.raises(DefinitionError, match=rf"tasks\.yaml: 'tasks\.{name}.*{message}"),
+    ):
+        edited_benchmark("glue", {})
 
 
 def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:
@@ -191,12 +112,6 @@ def ids(edits: dict[str, object], part_edits: dict[str, object]) -> set[str]:
     return {run_from_spec(spec | {"files": {}}).id for spec in specs(glue, edited_part(glue, "mini", part_edits))}
 
 
-def test_layers_of_any_form_make_a_safe_id() -> None:
-    planned = ids({}, {"grid.0.layers": ["last-half:2", "4:6"]})
-    assert all(set(run) <= SAFE for run in planned)
-    assert any("Llast-half_2" in run for run in planned)
-
-
 def test_a_seed_adds_runs_titles_change_none_and_the_version_all() -> None:
     before = ids({}, {})
     after = ids({}, {"grid.0.seed": [0, 1, 2, 3, 4, 5, 6, 7, 8]})
@@ -207,43 +122,70 @@ def test_a_seed_adds_runs_titles_change_none_and_the_version_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "line", "made_again"),
+    ("file", "old", "new", "is_glue_made_again"),
     [
-        ("config/mini.yaml", ("seed: [0, 1, 2, 3, 4, 5, 6, 7]", "seed: [0, 1]"), {"glue"}),
-        ("config/mini.yaml", ("  glue:\n    note: >-\n      A small", "  glue:\n    note: >-\n      A tiny"), {"glue"}),
-        ("config/smoke.yaml", ("seed: [0, 1]", "seed: [0]"), set()),
-        ("benchmarks/glue/benchmark.yaml", ("EMoE, N, k and layers searched", "EMoE, searched"), {"glue"}),
-        ("benchmarks/glue/benchmark.yaml", ("# names", "# other names"), set()),
+        ("config/mini.yaml", "seed: [0, 1, 2, 3, 4, 5, 6, 7]", "seed: [0, 1]", True),
+        ("config/smoke.yaml", "seed: [0, 1]", "seed: [0]", False),
+        ("benchmarks/glue/benchmark.yaml", "EMoE, N, k and layers searched", "EMoE, searched", True),
+        ("benchmarks/glue/benchmark.yaml", "# The same weights", "# Trained weights", False),
     ],
 )
-def test_tables_are_made_again_for_their_benchmarks_own_runs(file, line, made_again, tmp_path, monkeypatch) -> None:
+def test_tables_are_made_again_for_their_benchmarks_own_runs(
+    file: str, old: str, new: str, is_glue_made_again: bool, tmp_path: Path
+) -> None:
     def digests() -> dict[str, str]:
         loaded = suite.load_suite({"suite": "mini"})
         return {name: loaded.digest(name) for name in loaded.settings.benchmarks}
 
     before = digests()
-    for folder in ("config", "benchmarks"):
-        shutil.copytree(paths.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    text = (tmp_path / file).read_text()
-    (tmp_path / file).write_text(text.replace(*line))
-    monkeypatch.setattr(paths, "CONFIG", tmp_path / "config")
-    monkeypatch.setattr(benchmark, "BENCHMARKS", tmp_path / "benchmarks")
-    load_benchmark.cache_clear()
-    after = digests()
-    load_benchmark.cache_clear()
-    assert {name for name in before if before[name] != after[name]} == made_again
+    with edited_project(tmp_path, file, old, new):
+        after = digests()
+    assert {name for name in before if before[name] != after[name]} == ({"glue"} if is_glue_made_again else set())
+
+
+BOMB = "[&a [x, x, x], " + ", ".join(f"&{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghijk")) + "]"
 
 
 @pytest.mark.parametrize(
-    ("model", "made_again"),
-    [("another", False), ("llama-30b", False), ("minilm", True), ("bert-large-cased", True)],
+    ("old", "new", "text"),
+    [
+        ("kind: dense, noise: 0.15", "kind: dens", "'methods.noisy_tuning.kind' is 'dens'; did you mean 'dense'"),
+        ("noise: 0.15", f"noise: {BOMB}", "is not valid YAML: it is too large or too deep"),
+        ("noise: 0.15", "noise: !!bool maybe", "is not valid YAML: the tag 'tag:yaml.org,2002:bool' is not allowed"),
+        ("noise: 0.15", "noise: 0.15, noise: 0.2", "the key 'noise' is given twice"),
+        ("noise: 0.15}", "noise: 0.15", "is not valid YAML: while parsing"),
+        ("methods:\n", "methods: 3\nrest:\n", "unknown key 'rest'"),
+        ("noisy_tuning:", "Noisy Tuning:", "'methods.Noisy Tuning' is 'Noisy Tuning': String should match pattern"),
+    ],
 )
-def test_tables_are_made_again_for_titles_of_the_models_that_they_show(
-    model: str, made_again: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that the suite runs, and those of published numbers."""
-    found, models = suite.load_suite({"suite": "mini"}), load_models()
-    before = found.digest("glue")
-    entry = models.get(model, models["minilm"]).model_copy(update={"title": "Another title"})
-    monkeypatch.setattr(suite, "load_models", lambda: {**models, model: entry})
-    assert (found.digest("glue") != before) == made_again
+def test_a_damaged_file_is_one_line(tmp_path: Path, old: str, new: str, text: str) -> None:
+    content, path = (BENCHMARKS / "methods.yaml").read_text(), tmp_path / "methods.yaml"
+    path.write_text(content.replace(old, new, 1))
+    with pytest.raises(DefinitionError) as caught:
+        read(path, MethodFile)
+    assert str(caught.value).startswith(str(path))
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_takes_every_field_of_a_configuration() -> None:
+    fields = {field.name for config in (EMoEConfig, GMoEConfig) for field in dataclasses.fields(config)} - {"version"}
+    assert fields <= set(Method.model_fields)
+    method = parse({"title": "A", "kind": "emoe", "capacity_factor": None, "top_k": 2}, Method, "f")
+    assert method.config_values() == {"capacity_factor": None, "top_k": 2}
+    with pytest.raises(DefinitionError, match=r"'router' is 'cosin'; did you mean 'cosine'"):
+        parse({"title": "A", "kind": "emoe", "router": "cosin"}, Method, "f")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "spec"),
+    [
+        *(("glue", TextSpec), ("glue_lora", TextSpec), ("glue_ood", EvaluationSpec)),
+        *(("domainbed", ImageSpec), ("llama", InstructionSpec), ("multitask", MultitaskSpec)),
+    ],
+)
+def test_a_spec_is_read_back_as_it_is_hashed(benchmark: str, spec: type[Strict]) -> None:
+    for run in [*plan([benchmark], "mini"), *plan([benchmark], "smoke")]:
+        assert canonical_json(parse(run.spec, spec, "run.json").model_dump()) == run.to_json()
+    with pytest.raises(DefinitionError, match=r"^run\.json: unknown key 'method\.nam'; did you mean 'name'"):
+        parse({**run.spec, "method": {**run.spec["method"], "nam": ""}}, spec, "run.json")

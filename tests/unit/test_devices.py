@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.harness.base import RunError
 from benchmarks.harness.config.suite import plain_suite
@@ -109,10 +108,8 @@ def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: py
     ("value", "names"),
     [
         ("", []),
-        (" 1, 0 ", ["1", "0"]),
-        ("0,-1,1", ["0"]),
         ("NoDevFiles", []),
-        ("GPU-8f,MIG-1/2", ["GPU-8f", "MIG-1/2"]),
+        ("GPU-8f, MIG-1/2,-1,1", ["GPU-8f", "MIG-1/2"]),
     ],
 )
 def test_visible_devices_are_those_that_cuda_reads(
@@ -120,18 +117,5 @@ def test_visible_devices_are_those_that_cuda_reads(
 ) -> None:
     monkeypatch.setenv(VISIBLE, value)
     assert visible() == names
-    with reserved(0, "a run on the CPU") as nothing:
-        assert nothing == []
-        assert os.environ[VISIBLE] == value
     with reserved(1, "a run") as given:  # waits for nothing on a machine without any
         assert given == names[:1]
-
-
-def test_without_a_variable_torch_counts_and_an_error_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VISIBLE)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ZeroDivisionError), reserved(2, "a run"):
-        1 / (os.environ[VISIBLE] != "0,1")
-    assert VISIBLE not in os.environ
-    with reserved(2, "another"):
-        pass

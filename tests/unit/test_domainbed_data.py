@@ -6,7 +6,6 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -25,10 +24,10 @@ from tests.image_sets import CLASSES, FOLDERS, PACS, load
 
 
 def test_rows_are_those_of_image_folder_in_its_order(pacs: Path) -> None:
-    found = load()
-    assert [environment.name for environment in found.environments] == ["A", "C", "P", "S"]
-    assert found.classes == list(CLASSES)
-    for environment, folder in zip(found.environments, FOLDERS, strict=True):
+    image_set = load()
+    assert [environment.name for environment in image_set.environments] == ["A", "C", "P", "S"]
+    assert image_set.classes == list(CLASSES)
+    for environment, folder in zip(image_set.environments, FOLDERS, strict=True):
         theirs = ImageFolder(str(pacs / "PACS" / folder))
         assert environment.places == [path for path, _ in theirs.samples]
         assert environment.labels == theirs.targets
@@ -52,7 +51,6 @@ def test_the_transforms_are_domainbeds(pacs: Path) -> None:
     ("change", "message"),
     [
         (lambda root: shutil.rmtree(root / "photo"), "the environments art_painting, cartoon, sketch; it must have"),
-        (lambda root: (root / "splits").mkdir(), "PACS has the environments .* splits; it must have"),
         (lambda root: [path.unlink() for path in (root / "cartoon/dog").iterdir()], "PACS/cartoon: .*dog.* images are"),
         (lambda root: (root / "sketch/dog").rename(root / "sketch/dogs"), "'dog' is only in one of .*/art_painting, "),
     ],
@@ -63,17 +61,11 @@ def test_folders_that_are_not_the_sets_are_named(pacs: Path, change: Callable[[P
         load()
 
 
-def test_other_spellings_of_environments_are_known(pacs: Path) -> None:
-    (pacs / "PACS" / "art_painting").rename(pacs / "PACS" / "Art Painting")
-    assert "Art Painting" in load().environments[0].places[0]
-
-
 def test_hidden_folders_are_no_part_of_a_set(pacs: Path) -> None:
     whole = [environment.places for environment in load().environments]
-    for place in ("PACS", "PACS/photo", "PACS/photo/dog"):
-        shutil.copytree(pacs / "PACS/sketch/dog", pacs / place / ".ipynb_checkpoints")
-        (pacs / place / ".DS_Store").touch()
-        (pacs / place / "._000.jpg").write_bytes(b"\0\5\x16\7Mac OS X")
+    for folder in ("PACS", "PACS/photo", "PACS/photo/dog"):
+        shutil.copytree(pacs / "PACS/sketch/dog", pacs / folder / ".ipynb_checkpoints")
+        (pacs / folder / "._000.jpg").write_bytes(b"\0\5\x16\7Mac OS X")
     assert [environment.places for environment in load().environments] == whole
 
 
@@ -103,9 +95,6 @@ def test_other_kinds_of_images_become_rgb(pacs: Path) -> None:
     assert {image.mode for image in images.values()} == {"RGB"}
     for name in ("a.png", "c.png"):
         assert np.array_equal(np.asarray(images[name])[..., 1], grey), name
-    Image.fromarray(grey.astype(np.uint16)).save(folder / "d.png")
-    with pytest.raises(DataError, match=r"d.png cannot be used: it has 16 or 32 bits a channel; make it 8"):
-        validate_dataset(load())
 
 
 def test_a_hub_set_has_the_same_environments_and_classes(
@@ -123,33 +112,11 @@ def test_a_hub_set_has_the_same_environments_and_classes(
     table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     table.to_parquet(str(hub / "train-00000-of-00001.parquet"))
     monkeypatch.delenv(DATA_ROOT)
-    found = load(task={**PACS, "source": {"folder": "PACS", "hub": str(hub), "revision": None}})
-    assert [environment.name for environment in found.environments] == ["A", "C", "P", "S"]
-    assert found.classes == local.classes
-    for ours, theirs in zip(found.environments, local.environments, strict=True):
-        assert ours.labels == theirs.labels
+    loaded = load(task={**PACS, "source": {"folder": "PACS", "hub": str(hub), "revision": None}})
+    assert loaded.classes == local.classes
+    for ours, theirs in zip(loaded.environments, local.environments, strict=True):
+        assert (ours.name, ours.labels) == (theirs.name, theirs.labels)
         assert {ours.open(row).tobytes() for row in range(9)} == {theirs.open(row).tobytes() for row in range(9)}
-    assert validate_dataset(found)["environments"]["A"]["rows"] == 9
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"label": [0] * 4 + [1] * 3 + [-1]}, "row 8: 'label' is -1, which names none"),  # not the last class
-        ({"domain": [*FOLDERS, *FOLDERS[:3], None]}, "row 8: 'domain' is None"),
-        ({"domain": [*FOLDERS[1:], "zoo"] * 2}, "has the environments cartoon, photo, sketch, zoo; it must have art"),
-    ],
-)
-def test_rows_of_a_hub_set_without_class_or_environment_are_refused(
-    monkeypatch: pytest.MonkeyPatch, columns: dict[str, Any], message: str
-) -> None:
-    usual = {"image": [None] * 8, "domain": [*FOLDERS, *FOLDERS], "label": [0] * 4 + [1] * 4}
-    rows = datasets.Dataset.from_dict({**usual, **columns})
-    rows = rows.cast_column("label", datasets.ClassLabel(names=["dog", "cat"]))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=rows))
-    monkeypatch.delenv(DATA_ROOT, raising=False)
-    with pytest.raises(DataError, match=rf"^flwrlabs/pacs,? {message}"):
-        load()
 
 
 def test_every_set_has_domainbeds_environments() -> None:
@@ -159,9 +126,9 @@ def test_every_set_has_domainbeds_environments() -> None:
     assert names["terra_incognita"] == "L100 L38 L43 L46"
     assert names["domain_net"] == "clip info paint quick real sketch"
     assert (names["rotated_mnist"], names["colored_mnist"]) == ("0 15 30 45 60 75", "+90% +80% -90%")
-    for found in sets.values():
-        if found.source.folder:
-            folders = list(found.environments.values())
+    for entry in sets.values():
+        if entry.source.folder:
+            folders = list(entry.environments.values())
             assert folders == sorted(folders)  # DomainBed's order is that of the folders
 
 

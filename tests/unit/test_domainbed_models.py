@@ -1,4 +1,4 @@
-"""DomainBed's runs with models of every library, from local folders."""
+"""Image models: of every library from local folders, with heads by seed, clustered as they are trained."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
 
-from benchmarks.harness.base import MODEL_ROOT, DefinitionError
+import emoe
+from benchmarks.harness.base import MODEL_ROOT
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.models.build import build_image_classifier
+from benchmarks.harness.models.image import load_image_classifier, load_image_network
+from emoe.partitioning import partition_key
 from tests.executed import finish, prepare
 from tests.image_sets import pacs_run
 from tests.planned import plan
 
-pytestmark = pytest.mark.usefixtures("pacs_here")
+pytestmark = pytest.mark.usefixtures("hub_here")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model_root(models: Path, pacs_here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model root with links to them."""
-    root = pacs_here / "models"
-    root.mkdir()
-    for folder in models.iterdir():
-        (root / folder.name).symlink_to(folder)
-    monkeypatch.setenv(MODEL_ROOT, str(root))
-    return root
+def model_root(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(MODEL_ROOT, str(models))
+    return models
 
 
 def with_model(name: str, method: str = "emoe", tune: dict[str, Any] | None = None, **changes: Any) -> Run:
@@ -69,39 +66,41 @@ def test_every_library_of_models_trains_from_a_local_folder(
     assert [layer["index"] for layer in metrics["model"]["conversion"]] == [1, 3]
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("test-vit", 32), ("dinov2-small", 28), ("vit-large", 32)], ids=["timm", "dinov2", "vit"]
-)
-def test_vit_dropout_is_in_front_of_the_head_in_training_only(model_root: Path, name: str, size: int) -> None:
-    """As DomainBed has it: of what the network gives to its classifier."""
-    spec = with_model(name, "erm", image_size=size, drop_path=0.0).spec
-    spec = {**spec, "hparams": {**spec["hparams"], "vit_dropout": 0.5}}
-    model = build_image_classifier(spec, 3).model
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    head = next(module for module in linear if module.out_features == 3)
-    seen: list[torch.Tensor] = []
-    head.register_forward_pre_hook(lambda _head, args: seen.append(args[0].detach()))
-    images = torch.randn(8, 3, size, size)
-    for mode in (True, False, False):
-        model.train(mode)(images)
-    kept = seen[0] != 0
-    assert 0.3 < kept.float().mean() < 0.7
-    torch.testing.assert_close(seen[0][kept], 2 * seen[1][kept])
-    assert torch.equal(seen[1], seen[2])
-
-
-def test_a_model_without_stochastic_depth_says_so(model_root: Path) -> None:
-    with pytest.raises(DefinitionError, match=r"'vit-large' has no drop_path; set training.drop_path to 0"):
-        finish(prepare(with_model("vit-large", image_size=32)))
-
-
-@pytest.mark.parametrize(
-    ("method", "blocks", "groups"), [("gmoe", [1, 3], {"blocks", "routers"}), ("emoe_learn", [], {"routers"})]
-)
-def test_vit_large_by_adapters(model_root: Path, method: str, blocks: list[int], groups: set[str]) -> None:
-    spec = next(run.spec for run in plan(["domainbed"], "domainbed_large") if run.spec["method"]["name"] == method)
-    lora, tune = spec["training"]["lora"], {**spec["method"]["tune"], "blocks": blocks}
-    run = with_model("vit-large", method, tune, image_size=32, drop_path=0.0, lora=lora)
+def test_vit_large_is_trained_by_adapters(model_root: Path) -> None:
+    spec = next(run.spec for run in plan(["domainbed"], "domainbed_large") if run.spec["method"]["name"] == "gmoe")
+    lora, tune = spec["training"]["lora"], {**spec["method"]["tune"], "blocks": [1, 3]}
+    run = with_model("vit-large", "gmoe", tune, image_size=32, drop_path=0.0, lora=lora)
     trained = finish(prepare(run))["model"]["trained"]
-    assert set(trained) == {"adapters", "head", "also", *groups}
+    assert set(trained) == {"adapters", "head", "also", "blocks", "routers"}
     assert trained["adapters"]["parameters"] == 4 * 3 * 2 * 32 * 32  # layers, projections, two factors of rank 32
+
+
+TEST_VIT = load_models()["test-vit"].spec("test-vit")
+
+
+def test_the_head_hangs_on_its_seed_and_the_rest_does_not() -> None:
+    first, same, other = (load_image_classifier(TEST_VIT, 7, 32, 0.1, seed).network for seed in (1, 1, 2))
+    assert torch.equal(first.head.weight, same.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+    assert torch.equal(first.blocks[3].mlp.fc1.weight, other.blocks[3].mlp.fc1.weight)
+
+
+def test_a_partition_is_of_the_weights_that_are_trained_at_any_size() -> None:
+    config = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[2])
+    keys = {partition_key(load_image_classifier(TEST_VIT, 7, size, 0.1, 0).network, config) for size in (32, 160)}
+    assert keys == {partition_key(load_image_network(TEST_VIT), config)}
+
+
+def test_random_weights_do_not_depend_on_the_release_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's ``trunc_normal_`` draws other numbers from one release to the next."""
+    wanted = load_image_classifier(TEST_VIT, 10, 32, 0.0, 3).state_dict()
+
+    def other(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        with torch.no_grad():
+            return tensor.uniform_(-1, 1)
+
+    torch.rand(7)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", other)
+    monkeypatch.setattr("timm.models.vision_transformer.trunc_normal_", other)
+    weights = load_image_classifier(TEST_VIT, 10, 32, 0.0, 3).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in weights.items())

@@ -1,17 +1,25 @@
-"""Files that exist as a whole or not at all."""
+"""Files that exist as a whole or not at all, and locks that one process holds at a time."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from contextlib import suppress
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from filelock import Timeout
 from pydantic import BaseModel
 
-from benchmarks.harness.base import DataError, atomic_write, read_json, write_json
+from benchmarks.harness.base import DataError, atomic_write, hold, is_held, read_json, write_json
+from tests.checkout import wait_for
+from tests.forked import start as start_fork
 
 
 class Receipt(BaseModel):
@@ -26,25 +34,6 @@ DAMAGE = {
     "a missing key": b"{}",
     "another type": b'{"rows": "many"}',
 }
-
-
-def test_after_a_power_cut_a_name_has_its_content(tmp_path: Path) -> None:
-    """A disk may take a file's name long before what it holds, unless it is asked to."""
-    path, replace, synced = tmp_path / "metrics.json", Path.replace, {}
-
-    def sync(handle: int) -> None:
-        state = os.fstat(handle)
-        synced[state.st_ino] = (state.st_size, state.st_mtime_ns)
-
-    def name(temporary: Path, target: Path) -> Path:
-        state = temporary.stat()
-        if synced.get(state.st_ino) != (state.st_size, state.st_mtime_ns):
-            os.truncate(temporary, 0)  # the cut comes right after
-        return replace(temporary, target)
-
-    with mock.patch.object(os, "fsync", sync), mock.patch.object(Path, "replace", name):
-        write_json(path, {"loss": 0.5})
-    assert json.loads(path.read_text()) == {"loss": 0.5}
 
 
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -70,9 +59,40 @@ def test_a_damaged_file_is_one_line_that_names_it(content: bytes | None, tmp_pat
     assert "\n" not in str(error.value)
 
 
-def test_a_json_file_is_read_as_its_model(tmp_path: Path) -> None:
-    write_json(tmp_path / "receipt.json", {"rows": 3})
-    assert read_json(tmp_path / "receipt.json", Receipt).rows == 3
-    assert read_json(tmp_path / "receipt.json", dict[str, float]) == {"rows": 3.0}
-    with pytest.raises(DataError, match=r"other\.json cannot be read: No such file"):
-        read_json(tmp_path / "other.json", Receipt)
+SYSTEMS = {"flock": None, "no lock server": errno.ENOLCK}  # errors of flock: none, and NFS without its lock server
+
+
+@contextmanager
+def system(name: str) -> Iterator[None]:
+    refusal = SYSTEMS[name]
+    patch = mock.patch.object(fcntl, "flock", side_effect=OSError(refusal, "no flock"))
+    with patch if refusal else nullcontext():
+        yield
+
+
+def hold_for_ever(file: Path, name: str) -> None:
+    with system(name), hold(file):
+        file.with_name("holds").touch()
+        time.sleep(600)
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_one_process_holds_it_until_it_ends(name: str, tmp_path: Path) -> None:
+    file = tmp_path / ".lock"
+    with system(name):
+        assert not is_held(file)
+        with hold(file):
+            assert is_held(file)
+        assert not is_held(file)
+
+        other = start_fork(hold_for_ever, file, name)
+        wait_for(file.with_name("holds").exists, 60)
+        assert is_held(file)
+        with pytest.raises(Timeout):
+            hold(file, blocking=False)
+        assert other.pid
+        os.kill(other.pid, signal.SIGKILL)
+        other.join()
+        with hold(file):
+            assert is_held(file)

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn import metrics
 
-import emoe
-from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, RUNS, DataError, DefinitionError
+from benchmarks.harness.base import MODEL_ROOT, RUNS, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.training.label_mapping import LabelMapping, label_mapping
@@ -23,28 +22,10 @@ from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from tests import fake_runs
 from tests.executed import recorded, reopened
-from tests.planned import evaluations, paper_runs, plan
+from tests.planned import evaluations, paper_runs
 from tests.text_sets import MEANING, TASKS
-from tests.tiny_hub import write_data, write_glue_x, write_models
 
 GLUE_OOD = load_benchmark("glue_ood")
-
-
-@pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Write a model root with BERT-large and GPT2-XL, and a data root with GLUE and GLUE-X."""
-    model_root, data_root = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
-    write_models(model_root, ["bert-large-cased", "gpt2-xl"])
-    write_data(data_root)
-    write_glue_x(data_root)
-    return model_root, data_root
-
-
-@pytest.fixture
-def workdir(roots: tuple[Path, Path], here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
-    monkeypatch.setenv(DATA_ROOT, str(roots[1]))
-    return here
 
 
 def trainings(model: str, task: str, method: str, *, rates: int = 1, seeds: int = 1) -> list[Run]:
@@ -66,7 +47,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("task", sorted({name for name, _ in PAIRS}))
-def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str) -> None:
+def test_every_pair_is_evaluated_as_the_libraries_would(hub_here: Path, task: str) -> None:
     """Compare: scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets'
     documentation."""
     model = "gpt2-xl" if task in ("cola", "stsb", "rte") else "bert-large-cased"
@@ -102,7 +83,7 @@ def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str
         assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_chosen_runs_of_all_seeds_are_evaluated(workdir: Path) -> None:
+def test_the_chosen_runs_of_all_seeds_are_evaluated(hub_here: Path) -> None:
     runs = trainings("bert-large-cased", "mrpc", "lora_emoe", rates=2, seeds=2)
     rates = sorted({run.spec["learning_rate"] for run in runs})
     # made-up dev scores: one rate has the best single run, the other the best mean over seeds
@@ -118,7 +99,7 @@ def test_the_chosen_runs_of_all_seeds_are_evaluated(workdir: Path) -> None:
 
 
 def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
-    workdir: Path, roots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub_here: Path, roots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = trainings("bert-large-cased", "rte", "lora_emoe")
     recorded(runs[0])
@@ -129,13 +110,7 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     with pytest.raises(DataError, match=f"is damaged.*delete {RUNS / runs[0].folder / 'metrics.json'}"):
         recorded(evaluation)
     kept.write_bytes(whole)
-    grouping = kept.with_name("partition.safetensors")  # without it, the model would be routed in another way
-    moved = grouping.rename(grouping.with_suffix(".away"))
-    with pytest.raises(DataError, match=r"partition\.safetensors does not exist"):
-        recorded(evaluation)
-    moved.rename(grouping)
-
-    changed = shutil.copytree(roots[0], tmp_path / "models")
+    changed = shutil.copytree(roots / "models", tmp_path / "models")
     weights = changed / "bert-large-cased" / "model.safetensors"
     state = load_file(weights)
     state["embeddings.word_embeddings.weight"][0, 0] += 1
@@ -145,27 +120,13 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
         recorded(evaluation)
 
 
-@pytest.mark.parametrize(("method", "dropping"), [("lora_gmoe", False), ("lora_emoe_published", True)])
-def test_the_evaluation_batch_size_changes_no_number_unless_experts_drop_tokens(
-    workdir: Path, method: str, dropping: bool
-) -> None:
-    """As published, experts are full when a batch is, and choices are dropped."""
-    (run,) = trainings("bert-large-cased", "cola", method)
-    if dropping:  # so that few sentences fill the experts
-        config = {**run.spec["method"]["config"], "capacity_factor": 0.5}
-        run = run_from_spec({**run.spec, "method": {**run.spec["method"], "config": config}})
+def test_a_row_is_evaluated_alone_as_in_a_batch(hub_here: Path) -> None:
+    (run,) = trainings("bert-large-cased", "cola", "lora_gmoe")
     opened, tokenizer = reopened(run, recorded(run))
     task = RunTask.model_validate(run.spec["task"])
-    split, rates, scores = load_part(task, "train", None), [], []
-    for size in (1, 8, 32):
-        with emoe.record_routing(opened.model) as record:
-            evaluator = TextEvaluator(opened, tokenizer, task, size, 128, "fp32", workdir)
-            scores.append(evaluator.evaluate(split, task))
-        rates.append(record.summary()["drop_rate"])
-    if dropping:
-        assert rates[0] != rates[2]
-    else:
-        assert scores[1:] == [pytest.approx(scores[0], abs=1e-6)] * 2
+    evaluators = (TextEvaluator(opened, tokenizer, task, size, 128, "fp32", hub_here) for size in (1, 8, 32))
+    alone, *in_batches = (evaluator.evaluate(load_part(task, "train", None), task) for evaluator in evaluators)
+    assert in_batches == [pytest.approx(alone, abs=1e-6)] * 2
 
 
 # classes that differ in number
@@ -185,24 +146,3 @@ def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
 
 
 # plans
-
-
-def test_sets_that_one_cannot_obtain_are_left_out() -> None:
-    runs = plan(["glue_ood"], "paper", exclude=["flipkart", "newsqa_qnli"])
-    sets = {other["name"] for run in runs for other in run.spec["ood"]}
-    assert {"imdb", "hans"} <= sets
-    assert not {"flipkart", "newsqa_qnli"} & sets
-    assert not any(run.spec["task"]["name"] == "qnli" for run in runs)
-    with pytest.raises(DefinitionError, match="has an OOD set left"):
-        plan(["glue_ood"], "mini", exclude=["amazon", "movie", "nyt"])
-
-
-def test_an_evaluation_waits_for_all_runs_of_its_cell() -> None:
-    runs = paper_runs("glue_lora", "glue_ood")
-    trained = {run.folder: run.spec for run in runs if run.benchmark == "glue_lora"}
-    for spec in (run.spec for run in runs if run.benchmark == "glue_ood"):
-        candidates, method = [trained[folder] for folder in spec["candidates"]], spec["method"]["name"]
-        row = GLUE_OOD.definition.transformed.get(method)
-        cells = {(candidate["method"]["name"], candidate["protocol"]) for candidate in candidates}
-        assert cells == {(row.trained if row else method, spec["protocol"])}
-        assert len(candidates) == 9 * (3 if method == "lora_emoe_search" else 1)

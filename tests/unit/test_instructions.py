@@ -14,17 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import emoe
 from benchmarks.harness.base import BENCHMARKS, DATA_ROOT, DataError, DefinitionError
-from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import read
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.packages import packaged
 from benchmarks.llama.definition import InstructionSource, TemplateFile
-from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator, without_prompt_logits
+from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken
 from benchmarks.llama.templates import CHAT, RANDOM, Template, find_template
 from tests.conftest import fetched
-from tests.planned import edited_part, specs
 
 TEMPLATES = read(BENCHMARKS / "llama/templates.yaml", TemplateFile).templates
 
@@ -70,8 +68,6 @@ def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> N
     [
         (json.dumps([GOOD]) + "\n}", r"is not JSON: Extra data: line 2 column 1 .*; name it .jsonl"),
         (" [\n]\n", "is no list of objects, or an empty one"),
-        ('\n{"instruction": "a", "output": "b"}\n', "is no list .*name it .jsonl"),
-        ("", "is not JSON: .*name it .jsonl"),
     ],
 )
 def test_a_damaged_list_is_refused(content: str, message: str) -> None:
@@ -112,14 +108,6 @@ def test_a_random_template_is_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFa
     assert random.getstate() == state
 
 
-def test_wrong_templates_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    part = edited_part("llama", "smoke", {"data.template": "alpacca"})
-    with pytest.raises(DefinitionError, match=r"data.template' is 'alpacca', which .* did you mean 'alpaca'"):
-        specs(load_benchmark("llama"), part)
-    with pytest.raises(DefinitionError, match="has no chat template; take one of templates"):
-        find("chat", tokenizer, 0)
-
-
 def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Instruction("line 1", "Add.", "1 and 2", "3")
     plain = find("alpaca", tokenizer, 0)
@@ -129,6 +117,8 @@ def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenize
     whole = Instruction("line 1", "Add.\n\n1 and 2", "", "3")
     assert chat.prompt(row) == plain.prompt(whole)
     assert chat.response(row) == plain.response(whole)
+    with pytest.raises(DefinitionError, match="has no chat template; take one of templates"):
+        find("chat", tokenizer, 0)
     chatting.chat_template = "{% for message in messages %}{{ messages | length }}{{ message['content'] }}{% endfor %}"
     with pytest.raises(DefinitionError, match="rewrites the prompt"):
         find("chat", chatting, 0).response(row)
@@ -158,11 +148,6 @@ def test_the_split_of_prompt_and_response_is_that_of_the_texts(name: str) -> Non
     encoded = EncodedRows([row], template, 200).rows[0]
     assert tokenizer.decode(encoded.tokens[encoded.begin :], skip_special_tokens=True) == "red, and yellow!"
     assert not template.prompt(row).endswith(" ")  # byte-level tokenizers put a blank and the word after it together
-
-
-def test_a_blank_before_the_response_is_learned_with_its_first_word() -> None:
-    assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 11)]) == 3
-    assert _begin("Answer:", [(0, 0), (0, 6), (6, 9), (9, 11)]) == 3  # ":Re" belongs to the prompt
 
 
 def small_llama() -> LlamaForCausalLM:

@@ -28,12 +28,13 @@ TASK = "mmlu_dev (0-shot, first 2)"
 def runs() -> list[Run]:
     """The smoke suite's runs, with questions in letters and a second seed of LoRA, finished, EMoE better."""
     evaluation = {"tasks": [{"task": "mmlu_dev", "num_fewshot": 0, "limit": 2}]}
-    found = []
+    planned = []
     for run in plan(["llama"], "smoke"):
         spec = {**run.spec, "evaluation": {**run.spec["evaluation"], **evaluation}}
-        found += [run_from_spec({**spec, "seed": seed}) for seed in ((0, 1) if spec["finetuning"] == "lora" else (0,))]
-    write_runs(found, {"emoe": 0.3})
-    return found
+        seeds = (0, 1) if spec["finetuning"] == "lora" else (0,)
+        planned += [run_from_spec({**spec, "seed": seed}) for seed in seeds]
+    write_runs(planned, {"emoe": 0.3})
+    return planned
 
 
 def number(run: Run) -> float:
@@ -57,23 +58,18 @@ def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
     assert "has 100 questions" in table.markdown()
 
 
-def test_the_cost_of_conversion_and_the_gain_of_tuning_are_told_apart(runs: list[Run]) -> None:
+def test_the_cost_of_conversion_and_the_gain_of_tuning_are_separate(runs: list[Run]) -> None:
     def loss(tuning: str, method: str) -> float:
         losses = [read_metrics(run)["scores"]["dev"]["alpaca_demo"]["loss"] for run in of(runs, tuning, method)]
         return sum(losses) / len(losses)
 
-    outcomes = InstructionOutcomes(LLAMA, runs)
-    frame = results(outcomes).frame.set_index(["tuning", "method"])
+    frame = results(InstructionOutcomes(LLAMA, runs)).frame.set_index(["tuning", "method"])
     assert frame.loc[("base", "emoe"), "baseline delta"] == pytest.approx(loss("base", "emoe") - loss("base", "dense"))
     assert frame.loc["base", "untuned delta"].isna().all()
     for method in ("dense", "emoe"):
         row, gain = frame.loc[("lora", method)], loss("lora", method) - loss("base", method)
         assert row["untuned delta"] == pytest.approx(gain)
         assert row["untuned low"] < gain < row["untuned high"]
-    tested = outcomes.tests.set_index(["tuning", "method", "against"])
-    accuracy = frame[f"{TASK} accuracy"]
-    gain = accuracy["lora", "emoe"] - accuracy["base", "emoe"]
-    assert tested.loc[("lora", "emoe", "untuned"), "delta"] == pytest.approx(gain)
 
 
 def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
@@ -90,14 +86,6 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
     assert any("LoRA, against dense: EMoE: held-out loss -0." in sentence for sentence in verdicts(outcomes))
 
 
-def test_of_several_learning_rates_the_lowest_loss_stands(runs: list[Run]) -> None:
-    others = [run_from_spec({**run.spec, "learning_rate": 0.5}) for run in of(runs, "lora", "dense")]
-    write_runs(others, {"dense": -0.5})
-    outcomes = InstructionOutcomes(LLAMA, [*runs, *others])
-    assert {run.id for run in outcomes.runs} == {run.id for run in runs}
-    assert "Of several learning rates" in results(outcomes).caption
-
-
 def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
     frame = paper(InstructionOutcomes(LLAMA, runs)).frame
     assert frame["value"].dropna().tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
@@ -110,13 +98,17 @@ def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
     assert (row["difference"] == row["ours"] - row["value"]).all()
 
 
-def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) -> None:
-    diverged = next(run for run in runs if run.spec["finetuning"] == "lora")
-    edit(diverged, lambda found: found["scores"]["dev"]["alpaca_demo"].update(loss=None))
-    edit(diverged, lambda found: found.update(curve=[3.0, None, None]))
-    frame = results(InstructionOutcomes(LLAMA, runs)).frame
-    assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
-    assert not math.isnan(frame.loc[2, "loss"])  # that of the other seed
+def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_diverged(runs: list[Run]) -> None:
+    others = [
+        run_from_spec({**run.spec, "learning_rate": rate}) for run in of(runs, "lora", "dense") for rate in (0.5, 0.6)
+    ]
+    write_runs(others, {"dense": -0.5})
+    for run in others:
+        if run.spec["learning_rate"] == 0.6:
+            edit(run, lambda content: content["scores"]["dev"]["alpaca_demo"].update(loss=None))
+    outcomes = InstructionOutcomes(LLAMA, [*runs, *others])
+    assert {run.id for run in outcomes.runs} == {run.id for run in runs}
+    assert not math.isnan(results(outcomes).frame.loc[2, "loss"])
 
 
 BLOCK = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["lora"], "method": ["dense"], "seed": [0]}
@@ -128,13 +120,14 @@ TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
     [
         ({"grid": [BLOCK]}, "the finetuning 'lora' trains, so it needs 'learning_rate'"),
         ({"grid": [{**BLOCK, "finetuning": ["lorra"]}]}, "did you mean 'lora'"),
+        ({"data.template": "alpacca"}, r"data.template' is 'alpacca', which .* did you mean 'alpaca'"),
         ({"grid": [TRAINS], "finetuning": {"full": {"quantize": "nf4"}}}, "weights in 4 bits cannot be trained"),
         ({"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}}, "'layers' says which blocks"),
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        specs(LLAMA, edited_part("llama", "smoke", {"grid_defaults": {}, **change}))
+        specs(LLAMA, edited_part("llama", "smoke", change if "grid" not in change else {"grid_defaults": {}, **change}))
 
 
 def test_the_papers_grid_is_as_published() -> None:

@@ -16,7 +16,7 @@ from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.presentation import nats_tests, results, verdicts
+from benchmarks.llama.presentation import nats_tests
 from benchmarks.llama.questions import write_mmlu_dev
 from tests.fake_runs import write_runs
 from tests.instruction_runs import offer_only, tiny_run
@@ -50,8 +50,8 @@ def test_questions_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatc
     assert asked[0][2][1] == f" {rows[0]['choices'][0]}"
 
 
-def sample(number: int, choices: list[str], right: int, logs: list[float], *prompts: str) -> dict[str, Any]:
-    asked = [(prompt, f" {choice}") for prompt, choice in zip(prompts or ["Q"] * len(choices), choices, strict=True)]
+def sample(number: int, choices: list[str], right: int, logs: list[float]) -> dict[str, Any]:
+    asked = [("Q", f" {choice}") for choice in choices]
     return {"doc_id": number, "arguments": asked, "filtered_resps": [(log, False) for log in logs], "target": right}
 
 
@@ -62,7 +62,6 @@ def sample(number: int, choices: list[str], right: int, logs: list[float], *prom
         ([sample(1, ["5", "four"], 1, [-1.0, -2.0]), sample(0, ["né", "no"], 0, [-6.0, -1.0])], [2.0, 0.5]),
         ([sample(0, ["yes", "no"], 1, [0.0, -math.inf])], [None]),  # diverged
         ([sample(0, ["A", "B"], 0, [-1.0, -2.0])], None),  # letters
-        ([sample(0, ["yes", "no"], 0, [-1.0, -2.0], "Q", "another")], None),
         ([{"doc_id": 0, "acc": 1.0}], None),
     ],
 )
@@ -80,9 +79,6 @@ def test_nats_are_paired_by_question_and_less_is_better() -> None:
     assert (row["questions"], row["seeds"], row["verdict"]) == (100, 2, "better")
     means = outcomes.numbers("test", "nats_per_byte").groupby(["tuning", "method"]).mean()
     assert row["delta"] == pytest.approx(means["lora", "emoe"] - means["lora", "dense"])
-    assert "chance is 25 %" in results(outcomes).markdown()
-    (said,) = [text for text in verdicts(outcomes) if text.partition(", against")[0].endswith("LoRA")]
-    assert "nats a byte of the right answer, better" in said
 
 
 @pytest.mark.parametrize("frozen_layers", [0, 2])

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emoe
 from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError
@@ -20,13 +16,12 @@ from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.definition import AskedTask, InstructionSpec
-from benchmarks.llama.encoding import IGNORED
 from benchmarks.llama.evaluation import load_task, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import write_mmlu_dev
-from tests.executed import finish, killed_at, prepare
-from tests.instruction_runs import ROWS, enter, offer_only, tiny_run, write_rows
+from tests.executed import finish, killed_and_resumed, prepare
+from tests.instruction_runs import ROWS, enter, tiny_run
 from tests.programs import call
 
 LETTERS, ANSWERS = "mmlu_dev_anatomy", "mmlu_dev_anatomy_continuation"
@@ -47,10 +42,10 @@ def test_a_run_leaves_its_numbers() -> None:
     assert metrics["curve"][-1] < metrics["curve"][0]
     assert (metrics["data"]["train"]["rows"], metrics["data"]["held_out"]["rows"]) == (12, 6)
     assert metrics["scores"]["dev"]["own"]["loss"] > 0
-    task, scores = (part[f"{LETTERS} (0-shot)"] for part in (metrics["tasks"], metrics["scores"]["test"]))
+    task, scores = (by_task[f"{LETTERS} (0-shot)"] for by_task in (metrics["tasks"], metrics["scores"]["test"]))
     assert (task["questions"], len(task["correct"]["anatomy"])) == (5, 5)
     assert scores == {"accuracy": task["correct"]["anatomy"].count("1") / 5}
-    task, scores = (part[f"{ANSWERS} (0-shot)"] for part in (metrics["tasks"], metrics["scores"]["test"]))
+    task, scores = (by_task[f"{ANSWERS} (0-shot)"] for by_task in (metrics["tasks"], metrics["scores"]["test"]))
     nats = task["nats_per_byte"]["anatomy"]
     assert len(nats) == task["questions"] == len(task["correct"]["anatomy"]) == 5
     assert scores["nats_per_byte"] == pytest.approx(sum(nats) / 5)
@@ -66,19 +61,14 @@ def test_a_run_leaves_its_numbers() -> None:
 def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[str], method: str, tuning: str) -> None:
     run = tiny_run(method, tuning)
     whole = finish(prepare(run, "whole"))
-
-    killed = prepare(run, "killed")
-    with killed_at(5):  # in the second epoch, after the checkpoint of step 4
-        finish(killed)
-    assert not (killed.parent / "metrics.json").exists()
-    assert finish(killed) == whole
+    assert killed_and_resumed(run, 5) == whole  # in the second epoch, after the checkpoint of step 4
     assert "resumed at step 4" in "".join(capfd.readouterr())
 
 
 def test_neither_micro_batch_nor_packing_nor_checkpointing_changes_the_curve() -> None:
     size = "per_device_train_batch_size"
     settings = [{}, {size: 4}, {size: 1, "packing": True}, {"gradient_checkpointing": True}]
-    first, *others = (finish(prepare(tiny_run("emoe", "full", training=part)))["curve"] for part in settings)
+    first, *others = (finish(prepare(tiny_run("emoe", "full", training=training)))["curve"] for training in settings)
     assert others == [pytest.approx(first, abs=1e-4)] * 3
 
 
@@ -88,30 +78,6 @@ def test_all_experts_train_exactly_like_the_dense_model() -> None:
     dense, same = (finish(prepare(run)) for run in (tiny_run("dense", "full"), routed))
     assert same["curve"] == pytest.approx(dense["curve"], abs=1e-4)
     assert same["scores"]["dev"]["own"]["loss"] == pytest.approx(dense["scores"]["dev"]["own"]["loss"], abs=1e-4)
-
-
-def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
-    step = Trainer.training_step
-
-    def spy(self: Trainer, model: object, inputs: dict, *args: object) -> torch.Tensor:
-        seen.append(copy.deepcopy(inputs))
-        return step(self, model, inputs, *args)
-
-    monkeypatch.setattr(Trainer, "training_step", spy)
-    run = tiny_run("dense", "full", training={"epochs": 1, "batch_size": 12, "per_device_train_batch_size": 4})
-    curve = finish(prepare(run))["curve"]
-    model = build_language_model(run.spec).model.eval()
-    loss, tokens = 0.0, 0
-    for batch in seen:
-        keep, targets = batch["logits_to_keep"], batch["labels"][:, 1:].flatten()
-        assert keep < batch["input_ids"].shape[1]  # nothing before is learned
-        with torch.no_grad():
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -keep:-1]
-        loss += float(F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"))
-        tokens += int((targets != IGNORED).sum())
-        assert ((batch["labels"] == IGNORED) | (batch["attention_mask"][:, -keep:] == 1)).all()
-    assert curve == [pytest.approx(loss / tokens, abs=1e-4)]
 
 
 def test_an_untrained_model_is_only_evaluated() -> None:
@@ -134,18 +100,6 @@ def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
     train, held_out = places(0)
     assert not set(train) & set(held_out)
     assert (len(train), len(held_out)) == (12, 6)
-
-
-def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = [{"instruction": "Say.", "input": ""}, {"instruction": "x " * 500, "output": "y"}]
-    write_rows(tmp_path / "data", [*ROWS, *broken])
-    refused, skipped = (tiny_run("dense", "full", data={"broken_rows": way}) for way in ("refuse", "skip"))
-    with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.llama.pipeline.build_language_model", None)  # no model is loaded
-        message = r"own.json has 2 broken rows: row 41 lacks 'output'; row 42 has a prompt of"
-        with pytest.raises(DataError, match=message):
-            finish(prepare(refused))
-    assert finish(prepare(skipped))["data"]["train"]["broken_rows"] == 2
 
 
 def samples(digits: str) -> list[dict[str, Any]]:
@@ -174,13 +128,6 @@ def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
     assert numbers["correct"] == {"first": "1010", "second": "1", "third": "00000"}
 
 
-def test_what_is_no_yes_or_no_has_no_questions_to_pair() -> None:
-    results = {"a": {"exact_match,strict": 0.2, "exact_match_stderr,strict": 0.0}}
-    numbers = summarise({"results": results, "n-samples": {"a": {"effective": 1}}, "samples": {"a": []}})
-    assert numbers["scores"] == {"task_score": 0.2}
-    assert (numbers["metric"], numbers["correct"]) == ("exact_match,strict", {})
-
-
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
     group, wrong = (AskedTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie"))
     load_task(group)  # which writes the questions
@@ -195,8 +142,8 @@ def test_exports_are_what_was_trained(tuning: str) -> None:
     path = prepare(tiny_run("emoe", tuning, training={"keep_weights": True}))
     finish(path)
     assert export(path, Path("dense"), "dense").startswith("LlamaForCausalLM, dense")
-    said = call("export", str(path), "--output", "experts", "--form", "emoe")
-    assert "wrote experts: LlamaForCausalLM, experts in layers 2, 3" in said
+    output = call("export", str(path), "--output", "experts", "--form", "emoe")
+    assert "wrote experts: LlamaForCausalLM, experts in layers 2, 3" in output
     dense = AutoModelForCausalLM.from_pretrained("dense")
     experts: Any = emoe.from_pretrained(AutoModelForCausalLM, "experts")
     tokenizer = AutoTokenizer.from_pretrained("dense")
@@ -215,28 +162,6 @@ def test_exports_are_what_was_trained(tuning: str) -> None:
     assert changed == (adapted if tuning == "lora" else set(after))
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Say 1."}], tokenize=False)
     assert prompt.endswith("### Instruction:\nSay 1.\n\n### Response:\n")
-
-
-def test_lm_evals_own_command_line_agrees_on_the_exported_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval.__main__ import cli_evaluate
-
-    offer_only("mmlu", monkeypatch)
-    write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    task = {"task": LETTERS, "num_fewshot": 2, "limit": None}
-    path = prepare(tiny_run("dense", "full", evaluation={"tasks": [task]}))
-    ours = finish(path)["tasks"][f"{LETTERS} (2-shot)"]
-    export(path, Path("out"), "dense")
-    command = [
-        *("lm_eval", "run", "--model", "hf", "--model_args", "pretrained=out,dtype=float32"),
-        *("--tasks", LETTERS, "--num_fewshot", "2", "--device", "cpu", "--batch_size", "8"),
-        *("--include_path", str(QUESTIONS / "mmlu_dev"), "--output_path", "theirs", "--log_samples"),
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # it would stay for other tests
-    cli_evaluate()
-    (file,) = Path("theirs").rglob("samples_*.jsonl")
-    samples = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-    assert "".join(str(int(sample["acc"])) for sample in samples) == ours["correct"]["anatomy"]
 
 
 def test_the_held_out_curve_changes_no_other_number() -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.base import RUNS, DataError
+from benchmarks.harness.base import RUNS, DataError, DefinitionError
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.results.records import read_metrics
 from tests import fake_runs
 
 BENCHMARKS = ("glue", "glue_ood", "domainbed", "llama", "modularity", "speed")
 GONE, SCORES = object(), ("scores", "test", "tweets")
+TRANSFORMED = ("transformed", "emoe2vanilla", *SCORES)
 RUN = {
     benchmark: next(run for run in load_suite({"suite": "smoke"}).runs_of(benchmark) if run.spec["method"]["config"])
     for benchmark in BENCHMARKS[:-1]
@@ -33,10 +34,10 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
     ("benchmark", "keys", "value", "message"),
     [
         ("glue", ["run_id"], "other", "belongs to the run 'other'"),
-        ("glue", ["scores"], {}, "'scores' has no number"),
         ("glue", ["scores", "ood"], {}, "lacks something"),
         ("glue", [*SCORES, "balanced_accuracy"], 17.0, "is 17.0, not a number from 0 to 1"),
         ("glue", [*SCORES, "loss"], float("nan"), "is damaged"),
+        ("glue", [*TRANSFORMED, "balanced_accuracy"], 17.0, "test as emoe2vanilla tweets balanced_accuracy is 17.0"),
         ("glue", ["cost", "job_seconds"], GONE, "'cost.job_seconds': Field required"),
         ("glue_ood", ["chosen"], GONE, "'chosen' is missing"),
         ("domainbed", ["records", 0, "step"], GONE, "'records.0.step': Field required"),
@@ -60,3 +61,8 @@ def test_a_damaged_file_is_named(benchmark: str, keys: Sequence[str], value: Any
     assert message in str(damaged.value)
     assert str(damaged.value).startswith(str(path))
     assert "\n" not in str(damaged.value)
+
+
+def test_a_run_without_a_file_is_not_finished(here: Path) -> None:
+    with pytest.raises(DefinitionError, match="is not finished"):
+        read_metrics(RUN["glue"])

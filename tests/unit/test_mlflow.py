@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +14,12 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from benchmarks.harness.base import RUNS, RunError, without_passwords
-from benchmarks.harness.config.runs import Run, run_from_spec
+from benchmarks.harness.base import RUNS, RunError
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results import mlflow
 from benchmarks.harness.results.mlflow import mirror
 from tests import fake_runs
 from tests.conftest import ROOT
-from tests.forked import start as start_fork
 from tests.planned import plan
 
 KEPT_QUIET = "S3cret"
@@ -32,17 +29,14 @@ SCORE = "test.tweets.balanced_accuracy"
 
 @pytest.fixture
 def runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Write two seeds of two methods; the first method has unusual settings."""
+    """Write two seeds of two methods."""
     monkeypatch.setattr(mlflow, "_WAIT_SECONDS", 0.1)
-    specs = [
-        copy.deepcopy(run.spec)
+    runs = [
+        run
         for run in plan(["glue"], "mini")
-        if run.spec["task"]["name"] == "tweets" and run.spec["method"]["name"] in ("vanilla", "emoe")
+        if run.spec["method"]["name"] in ("vanilla", "emoe")
+        and (run.spec["task"]["name"], run.spec["seed"] < 2) == ("tweets", True)
     ]
-    for spec in specs:
-        if spec["method"]["name"] == "vanilla":
-            spec["remark"] = {"+90%": 1, "long": ["x" * 9000], "empty": {}, **dict.fromkeys(map(str, range(150)), 1)}
-    runs = [run_from_spec(spec) for spec in specs if spec["seed"] < 2]
     fake_runs.write_runs(runs)
     for run in runs:
         path = RUNS / run.folder / "metrics.json"
@@ -96,11 +90,8 @@ def test_runs_have_their_numbers_and_parents_the_means_of_their_seeds(runs: list
         assert parent.data.metrics["seeds"] == len(values) == 2
         assert parent.data.metrics[SCORE] == pytest.approx(sum(values) / 2)
         assert parent.data.metrics[f"{SCORE}.std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
-    strange = children[runs[0].id]
-    history = client.get_metric_history(strange.info.run_id, "step.loss")
+    history = client.get_metric_history(children[runs[0].id].info.run_id, "step.loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
-    assert strange.data.params["remark._90_"] == strange.data.params["remark.149"] == "1"
-    assert strange.data.params["remark.long"].startswith("['xxx")
 
 
 def test_a_second_mirror_does_nothing_and_a_new_number_replaces_its_setting(runs: list[Run], uri: str) -> None:
@@ -115,29 +106,10 @@ def test_a_second_mirror_does_nothing_and_a_new_number_replaces_its_setting(runs
     children, parents = mirrored(uri)
     assert (len(children), len(parents)) == (4, 2)
     assert children[runs[0].id].data.metrics[SCORE] == 0.25
-
-    client = MlflowClient(uri)
     identifier = children[runs[0].id].data.tags["mlflow.parentRunId"]
-    client.delete_tag(identifier, "emoe.digest")  # the mirror was interrupted
-    other = parents[next(key for key in parents if key != identifier)]
-    experiment = client.get_experiment_by_name("glue").experiment_id
-    client.create_run(experiment, tags=dict(other.data.tags), run_name=other.info.run_name)  # a second folder's
-    assert mirror(runs, uri)["replaced"] == 4
+    MlflowClient(uri).delete_tag(identifier, "emoe.digest")  # the mirror was interrupted
+    assert mirror(runs, uri)["replaced"] == 2
     assert [len(stored) for stored in mirrored(uri)] == [4, 2]
-
-
-def mirror_from(folder: Path, runs: list[Run], uri: str) -> None:
-    os.chdir(folder)
-    mirror(runs, uri)
-
-
-def test_two_folders_mirror_into_one_new_database_at_once(runs: list[Run], uri: str, tmp_path: Path) -> None:
-    folders = [Path.cwd(), shutil.copytree(Path.cwd(), tmp_path / "other")]
-    forks = [start_fork(mirror_from, folder, runs[2 * number :][:2], uri) for number, folder in enumerate(folders)]
-    for fork in forks:
-        fork.join(240)
-    assert [fork.exitcode for fork in forks] == [0, 0]
-    assert set(mirrored(uri)[0]) == {run.id for run in runs}
 
 
 @pytest.mark.parametrize(
@@ -154,13 +126,6 @@ def test_a_refusal_is_one_line_without_the_password(runs: list[Run], error: Exce
         mirror(runs, address)
     assert re.match(rf"MLflow at postgresql://lab:\*\*\*@db.*{message}", str(refused.value))
     assert "\n" not in str(refused.value)
-
-
-def test_passwords_are_hidden() -> None:
-    for rest in ("lab:{}@db:5432/mlflow", "db/mlflow?user=lab&password={}&sslmode=require", "lab:{}@/@db/mlflow"):
-        text = without_passwords(f"no answer of postgresql://{rest.format(KEPT_QUIET)} today")
-        assert KEPT_QUIET not in text
-        assert "***" in text
 
 
 def test_no_library_reports_usage_unless_asked_to(tmp_path: Path) -> None:

@@ -59,8 +59,7 @@ def test_a_csv_becomes_a_benchmark_that_runs(project: Path) -> None:
     ("content", "labels"),
     [
         ("text,label\na,10\nb,9\nc,-1\nd,nan\ne,\nf,9.0\n", ["-1", "9", "10"]),
-        ("text,label\na,yes\nb,no\n", ["no", "yes"]),  # YAML would read them as true and false
-        ('\ufefftext,label\na,größer\nb,"x, y"\n', ["größer", "x, y"]),
+        ('\ufefftext,label\na,größer\nb,"x, y"\nc,yes\n', ["größer", "x, y", "yes"]),  # YAML would read yes as true
     ],
 )
 def test_labels_are_read_from_the_csv(project: Path, content: str, labels: list[str]) -> None:
@@ -81,8 +80,8 @@ def test_columns_are_named_and_other_rows_are_other_runs(project: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        *((name, CSV, "is no name for a benchmark") for name in ("2nd", "../x", "")),
-        *((name, CSV, "is a target or a folder") for name in ("smoke", "figure_7", "reference", "run_mine")),
+        ("../x", CSV, "is no name for a benchmark"),
+        ("smoke", CSV, "is a target or a folder"),
         ("glue", CSV, r"benchmarks/glue exists; take another name than 'glue'"),
         ("mine", "txt,label\na,b\n", r"mine\.csv has no column 'text'; did you mean 'txt'"),
         ("mine", "text;label\na;b\n", r"has no column 'text'; .*; name yours by --text and --label"),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.artifacts import all_artifacts, artifacts_of, code_files
+from benchmarks.harness.config.artifacts import all_artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
-from benchmarks.harness.config.paper_items import PaperPart, check_part, outputs_of, paper_files, paper_outputs
+from benchmarks.harness.config.paper_items import outputs_of, paper_files, paper_outputs
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.claims import claimed_numbers, write_claims
 from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
@@ -22,13 +21,6 @@ from tests.drawn import watched
 from tests.planned import edited_benchmark
 
 
-def test_the_code_of_a_table_is_its_package_its_kind_and_the_report() -> None:
-    glue_ood, llama = ({Path(file).as_posix() for file in code_files(name)} for name in ("glue_ood", "llama"))
-    assert {"benchmarks/glue_ood/presentation.py", "benchmarks/text/tables.py"} <= glue_ood - llama
-    assert "benchmarks/llama/presentation.py" in llama - glue_ood
-    assert {"benchmarks/harness/report/table.py", "benchmarks/harness/results/statistics.py"} <= glue_ood & llama
-
-
 def test_every_part_is_made_by_one_rule() -> None:
     made = [output.name for shown in all_artifacts() for output in outputs_of(shown)]
     assert sorted(made) == sorted(output.name for output in paper_outputs())
@@ -36,41 +28,11 @@ def test_every_part_is_made_by_one_rule() -> None:
     assert {"table_4a", "table_3a", "table_3d", "table_8_pacs", "figure_5b"} <= set(made)
 
 
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ({"benchmark": "glue", "table": "taks"}, r"'items\.table_9\.table' is 'taks'.* did you mean 'tasks'"),
-        ({"benchmark": "glue", "table": "tasks", "rows": ["emo"]}, r"rows' is 'emo'.* did you mean 'emoe'"),
-    ],
-)
-def test_parts_name_what_exists(part: dict[str, object], message: str) -> None:
-    with pytest.raises(DefinitionError, match=message):
-        check_part(PaperPart.model_validate(part), "paper.yaml: 'items.table_9")
-
-
 def test_every_benchmark_names_tables_and_figures_that_exist() -> None:
     check_presentations(benchmark_names())
     for name, tables, wrong in (("glue", "tables", "test"), ("domainbed", "set_tables", "choice")):
         with pytest.raises(DefinitionError, match=rf"{tables}' is '{wrong}', .* did you mean '{wrong}s'"):
             present(edited_benchmark(name, {tables: [wrong]}), [])
-
-
-def test_other_columns_of_published_numbers_are_refused_before_runs_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(shutil.copytree(load_benchmark("glue").folder, tmp_path / "glue"))
-    (folder / "paper.csv").write_text("model,b\n")
-    monkeypatch.setattr("benchmarks.harness.config.benchmark.BENCHMARKS", tmp_path)
-    with pytest.raises(DefinitionError, match=r"paper\.csv: the columns are \['model', 'b'\], but must be \["):
-        edited_benchmark("glue", {})
-
-
-def test_a_suite_makes_what_it_runs() -> None:
-    suite = load_suite({"suite": "mini"})
-    names = {Path(file).stem for file in paper_files(suite)}
-    assert "table_8_rotated_mnist_5k" in names
-    assert "table_8_pacs" not in names
-    assert paper_files(load_suite({"suite": "speed"})) == []
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -9,25 +9,23 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from benchmarks.speed import pipeline
 from benchmarks.speed.definition import Settings
 from benchmarks.speed.ffn import FFN, SpeedNet
 from tests import fake_runs
-from tests.planned import edited_part, specs
 
 
 @pytest.fixture(params=[False, True])
 def ffn(request: pytest.FixtureRequest) -> FFN:
     """A plain one without biases, which transformers' plain experts do not have, and a gated one."""
     torch.manual_seed(0)
-    found = FFN(8, 32, gated=request.param)
+    built = FFN(8, 32, gated=request.param)
     if not request.param:
-        for module in (found.inner, found.outer):
+        for module in (built.inner, built.outer):
             torch.nn.init.zeros_(module.bias)
-    return found
+    return built
 
 
 @pytest.mark.usefixtures("always_sparse")
@@ -41,12 +39,6 @@ def test_candidates_are_the_dense_ffn_with_all_experts_and_choose_the_same_ones_
     assert not torch.allclose(expected, dense, atol=1e-3)
     for output in alike:
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_memory_counts_what_is_kept_and_not_the_weights() -> None:
-    net, x = torch.nn.Linear(4, 4), torch.randn(6, 4, requires_grad=True)
-    assert pipeline.kept_bytes(net, x) == 6 * 4 * 4
-    assert pipeline.kept_bytes(torch.nn.Sequential(net, torch.nn.Sigmoid()), x) == 2 * 6 * 4 * 4
 
 
 SMALL_LLAMA = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 64}
@@ -72,20 +64,6 @@ def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> N
         assert measured["sparse"]["memory_ratio"] < 1
     if measure == "partition":
         assert 0 < measured["emoe"]["inertia"] <= measured["kmeans_constrained"]["inertia"] + 0.05 < 1
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"measure": "layers"}, "did you mean 'layer'"),
-        ({"settings": {"token": [1]}}, "did you mean 'tokens'"),
-        ({"settings": {"candidates": [["spars"]]}}, "did you mean 'sparse'"),
-    ],
-)
-def test_a_wrong_grid_is_refused_with_the_nearest_name(change: dict[str, Any], message: str) -> None:
-    block = {"measure": "layer", "model": ["bert-base"], **change}
-    with pytest.raises(DefinitionError, match=message):
-        specs(load_benchmark("speed"), edited_part("speed", "smoke", {"grid": [block]}))
 
 
 def test_a_suite_with_one_measure_has_its_table_and_empty_ones_of_the_others(here: Path) -> None:

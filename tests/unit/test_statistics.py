@@ -26,28 +26,28 @@ def test_a_difference_is_scipys_paired_t_test_over_the_seeds_that_both_have() ->
     scores = pd.DataFrame(
         {"method": ["ours"] * 4 + ["base"] * 5, "seed": [0, 1, 2, 3, 0, 1, 2, 3, 9], "value": ours + base}
     )
-    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
+    (row,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
     expected = stats.ttest_rel(ours, base[:4])
-    assert (found["method"], found["n"], found["p"]) == ("ours", 4, pytest.approx(expected.pvalue))
-    assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval()))
+    assert (row["method"], row["n"], row["p"]) == ("ours", 4, pytest.approx(expected.pvalue))
+    assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()))
 
 
 def test_values_of_one_pair_are_averaged_over_what_both_have() -> None:
     rows = [("ours", 0, "a", 0.9), ("ours", 0, "b", 0.7), ("ours", 1, "a", 0.6), ("ours", 1, "c", 0.0)]
     rows += [("base", 0, "a", 0.5), ("base", 0, "b", 0.5), ("base", 1, "a", 0.5), ("base", 2, "a", 0.1)]
     scores = pd.DataFrame(rows, columns=["method", "seed", "env", "value"])
-    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
-    assert (found["delta"], found["n"], found["values"]) == (pytest.approx((0.3 + 0.1) / 2), 2, 3)
-    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed", ["seed"]).to_dict("records")
+    (row,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
+    assert (row["delta"], row["n"], row["values"]) == (pytest.approx((0.3 + 0.1) / 2), 2, 3)
+    (row,) = paired_differences(scores, ["method"], {"method": "base"}, "seed", ["seed"]).to_dict("records")
     means = {"a": (0.5 + 0.5 + 0.1) / 3, "b": 0.5}
     first, second = (0.9 + 0.7 - means["a"] - means["b"]) / 2, 0.6 - means["a"]
-    assert found["delta"] == pytest.approx((first + second) / 2)
+    assert row["delta"] == pytest.approx((first + second) / 2)
 
 
 def test_differences_without_spread_or_with_one_pair() -> None:
-    one = mean_difference(np.array([0.1]))
-    assert one.mean == pytest.approx(0.1)
-    assert math.isnan(one.low)
+    single = mean_difference(np.array([0.1]))
+    assert single.mean == pytest.approx(0.1)
+    assert math.isnan(single.low)
     equal = mean_difference(np.array([0.125, 0.125]))
     assert equal.mean == 0.125
     assert math.isnan(equal.low)  # two equal differences are no certainty
@@ -58,9 +58,9 @@ def test_differences_without_spread_or_with_one_pair() -> None:
 
 def test_friedman_ranks() -> None:
     table = pd.DataFrame({"x": [0.9, 0.8, 0.7], "y": [0.5, 0.6, 0.4], "z": [0.3, 0.3, 0.1]}, index=["a", "b", "c"])
-    found = friedman_ranks(table)
-    assert found.ranks.to_dict() == pytest.approx({"a": 4.5 / 3, "b": 4.5 / 3, "c": 3})
-    assert found.p == pytest.approx(stats.friedmanchisquare(*table.to_numpy()).pvalue)
+    result = friedman_ranks(table)
+    assert result.ranks.to_dict() == pytest.approx({"a": 4.5 / 3, "b": 4.5 / 3, "c": 3})
+    assert result.p == pytest.approx(stats.friedmanchisquare(*table.to_numpy()).pvalue)
     assert math.isnan(friedman_ranks(table.head(2)).p)
     assert math.isnan(friedman_ranks(table * 0).p)  # ties everywhere
 

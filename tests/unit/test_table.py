@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-import re
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
-from unittest import mock
 
 import pandas as pd
-import pytest
 
-from benchmarks.harness.report.plots import placeholder_figure
-from benchmarks.harness.report.table import Column, Table, escape_latex, escape_markdown
+from benchmarks.harness.report.table import Column, Table, escape_markdown
 
 TABLE = Table(
     "A & B",
@@ -41,7 +32,6 @@ TABLE = Table(
     ),
     group=("g",),
 )
-ODD = ["a < b > c | d", "α 中 ŧ é ł “x” ✓ ≤", "\\ { } $ # % & _ ^ ~ \" '", "x\n\ny\t \x07", "word " * 40]
 
 
 def test_cells_and_the_best_by_number() -> None:
@@ -61,27 +51,9 @@ def test_every_format_escapes() -> None:
     latex = TABLE.latex()
     for text in (r"\toprule", r"\textbf{100.0 $\pm$ 1.0}", r"\caption{A \& B.}", r"two\_\textless{}b", "% How to read"):
         assert text in latex
+    assert escape_markdown("[x](javascript:alert(1))") == r"[x\](javascript:alert(1))"
     assert "two_&lt;b&gt;" in TABLE.html()
     assert "<strong>100.0 ± 1.0</strong>" in TABLE.html()
-
-
-def odd_table(rows: int = 60) -> Table:
-    frame = pd.DataFrame({"name": (ODD * rows)[:rows], "a": 0.5, "b": [*range(rows)], "note": "é > | " * 9})
-    columns = [Column("accuracy", "a", label="Ac|<i>"), Column("loss", "b", best=True)]
-    return Table("T < U", "α | β\n\nγ", {"name": "N | M"}, columns, frame, notes={"note": "Note"}, name="odd_table")
-
-
-def test_pdflatex_compiles_any_text_over_several_pages(tmp_path: Path) -> None:
-    if shutil.which("pdflatex") is None:
-        pytest.skip("no LaTeX on this machine (Debian: apt-get install texlive-latex-recommended)")
-    text = odd_table().latex()
-    packages = "".join(re.findall(r"^% (\\usepackage.*)", text, re.MULTILINE))
-    document = rf"\documentclass{{article}}{packages}\begin{{document}}{text}\end{{document}}"
-    (tmp_path / "odd.tex").write_text(document)
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "odd.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False)
-    assert done.returncode == 0, done.stdout
-    assert escape_latex("<b> | 中") == r"\textless{}b\textgreater{} \textbar{} \texttt{U+4E2D}"
 
 
 def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
@@ -92,26 +64,3 @@ def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
     assert "N \\| M" in heading
     assert row.startswith("| a \\| b # c \\<script>x\\</script> |")
     assert caption == "p < 0.05 \\| `a|b`\\<br>"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (r"a \| b", r"a \\\| b"),  # an escaped backslash before an escaped bar, so that the cell goes on
-        ("[x](javascript:alert(1))", r"[x\](javascript:alert(1))"),
-        ("<javascript:alert(1)>", r"\<javascript:alert(1)>"),
-        ("0.5 [-0.1, +0.1]", "0.5 [-0.1, +0.1]"),
-    ],
-)
-def test_markdown_of_a_cell_stays_in_it_and_links_nowhere(text: str, expected: str) -> None:
-    assert escape_markdown(text) == expected
-
-
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    full = OSError(errno.ENOSPC, "No space left on device")
-    for write, name in ((TABLE.write, ".csv"), (lambda folder: placeholder_figure(folder / "f", "none"), "f.png")):
-        with mock.patch.object(os, "fsync", side_effect=full), pytest.raises(OSError, match="No space left") as caught:
-            write(tmp_path)
-        assert caught.value.filename == str(tmp_path / name)
-        full.filename = None
-    assert list(tmp_path.iterdir()) == []

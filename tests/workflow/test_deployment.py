@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,13 +46,3 @@ def test_the_image_has_a_python_extras_and_a_user_that_fit() -> None:
     assert set(extras.split(",")) <= set(PYPROJECT["project"]["optional-dependencies"])
     (user,) = re.findall(r"^USER (\d+)$", DOCKERFILE, re.MULTILINE)
     assert int(user) > 0
-
-
-def test_an_image_is_built_of_what_git_tracks() -> None:
-    git = ["git", "ls-files", "--cached", "--ignored", "--exclude-from", ".dockerignore"]
-    assert subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
-    git_ignores, docker_ignores = (
-        {re.sub(r"^(\*\*)?/|/$", "", line) for line in (ROOT / name).read_text().splitlines() if line[:1] not in "#!"}
-        for name in (".gitignore", ".dockerignore")
-    )
-    assert git_ignores == docker_ignores

@@ -146,15 +146,3 @@ def test_it_works_with_what_it_asks_for(environment: dict[str, str], tmp_path: P
     assert all(command in result.stdout for command in ("convert", "inspect", "to-dense"))
     assert lines[-1] == "ended with 1"
     assert result.stderr.splitlines()[-1] == "Error: this needs the package 'transformers': pip install transformers"
-
-
-def test_an_editable_install_has_the_benchmarks_too(checkout: Path, tmp_path: Path) -> None:
-    hook = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", hook, str(tmp_path)], cwd=checkout, check=True, capture_output=True)
-    (built,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(built) as archive:
-        archive.extractall(tmp_path)
-    find = "import site, sys; site.addsitedir(sys.argv[1]); import benchmarks; print(benchmarks.__file__)"
-    command = [sys.executable, "-S", "-c", find, str(tmp_path)]  # -S: without what is installed here
-    result = subprocess.run(command, cwd=tmp_path, env={"PATH": os.defpath}, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == str(checkout / "benchmarks/__init__.py")
