@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import emoe
+from emoe.layer import routed_layers
 from tests import tiny_models
 from tests.plain_net import PlainNet, plain_net
 
@@ -18,19 +24,31 @@ SETTINGS: dict[str, Settings] = {
     "learned": {"router": "cosine", "weighting": "softmax_times_k"},
     "output biases": {"output_bias": "per_expert"},
 }
+USUAL: Settings = {"num_experts": 8, "top_k": 2, "layers": "all"}
 PUBLISHED: dict[str, Config] = {
-    "emoe": emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers="all"),
-    "emoe_learn": emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers="all", router="cosine"),
+    "emoe": emoe.EMoEConfig.as_published("tutel", **USUAL),
+    "emoe_learn": emoe.EMoEConfig.as_published("tutel", **USUAL, router="cosine"),
     "gmoe": emoe.GMoEConfig.as_published("tutel", num_experts=4, layers="all", count_padding=False),
+}
+VARIANTS: dict[str, Config] = {
+    **{name: emoe.EMoEConfig(**USUAL, **settings) for name, settings in SETTINGS.items()},
+    **{name: dataclasses.replace(config, expert_dropout=0.0) for name, config in PUBLISHED.items() if name != "gmoe"},
+    "clean gmoe": emoe.GMoEConfig(num_experts=4, top_k=2, layers="all"),
+    "score bias": emoe.EMoEConfig(**USUAL, score_bias=True, expert_dropout=0.3),
+    "not_top": emoe.EMoEConfig(**USUAL, selection="not_top"),
+    "gate": emoe.EMoEConfig(**USUAL, score="gate", weighting="softmax_times_k"),
+    "up": emoe.EMoEConfig(**USUAL, score="up", weighting="softmax_times_k"),
+    "momentum": emoe.EMoEConfig(**USUAL, gate_momentum=0.5, weighting="softmax"),
 }
 BACKENDS = ("masked", "sparse")
 
 
 def net(backend: str = "masked", gated: bool | None = None, config: Config | None = None, **settings: Any) -> PlainNet:
     """Convert one FFN of 64 neurons and width 16, two of eight experts; gated unless experts have output biases."""
-    network = plain_net(16, 64, gated="output_bias" not in settings if gated is None else gated)
+    config = config or emoe.EMoEConfig(**{**USUAL, **settings})
+    network = plain_net(16, 64, gated=config.output_bias == "shared" if gated is None else gated)
     torch.manual_seed(0)
-    emoe.convert_(network, config or emoe.EMoEConfig(**{"num_experts": 8, "top_k": 2, "layers": [0], **settings}))
+    emoe.convert_(network, config)
     emoe.set_backend_(network, backend)
     return network
 
@@ -39,7 +57,7 @@ def model(name: str, backend: str = "masked", config: Config | None = None, **se
     """Convert a tiny model; two of eight experts in every FFN unless a configuration or settings differ."""
     converted = tiny_models.build(name)
     torch.manual_seed(0)
-    emoe.convert_(converted, config or emoe.EMoEConfig(**{"num_experts": 8, "top_k": 2, "layers": "all", **settings}))
+    emoe.convert_(converted, config or emoe.EMoEConfig(**{**USUAL, **settings}))
     emoe.set_backend_(converted, backend)
     return converted.eval()
 
@@ -47,6 +65,15 @@ def model(name: str, backend: str = "masked", config: Config | None = None, **se
 def inputs(rows: int = 5, seed: int = 0) -> Tensor:
     """Draw inputs of :func:`net`."""
     return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def active_neurons(network: PlainNet, x: Tensor) -> Tensor:
+    """Return the neurons that a net of one FFN activates, ``[tokens, experts, neurons]``; no activation may be zero."""
+    layer, outputs = routed_layers(network)[0], []
+    hook = layer.register_forward_hook(lambda module, args, y: outputs.append(y.detach()))
+    network(x)
+    hook.remove()
+    return outputs[0].unflatten(-1, (layer.config.num_experts, -1)).ne(0)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -74,3 +101,13 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     scale = max(float(tensor.abs().max()) for tensor in expected.values())
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, atol=1e-5 * scale, rtol=1e-3, msg=name)
+
+
+@contextmanager
+def process_group(folder: Path, backend: str = "gloo") -> Iterator[None]:
+    """Join a process group of one process."""
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -12,99 +13,68 @@ from safetensors.torch import load_file
 from torch import nn
 
 HIDDEN, WIDTH, LAYERS, VOCABULARY = 32, 64, 4, 60
-_HF: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "intermediate_size": WIDTH,
-}
-_TEXT = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_GROUPED = {**_TEXT, **_HF, "num_key_value_heads": 2, "head_dim": 8}
+_BODY = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+_HF = {**_BODY, "intermediate_size": WIDTH}
+_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TEXT = {**_TOKENS, **_HF}
+_GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
 _IMAGE = {"image_size": 32, "patch_size": 8}
-_T5 = {
-    **_TEXT,
-    "d_model": HIDDEN,
-    "d_ff": WIDTH,
-    "d_kv": 8,
-    "num_layers": LAYERS // 2,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
+_T5_SIZES = {"d_model": HIDDEN, "d_ff": WIDTH, "d_kv": 8, "num_layers": LAYERS // 2, "num_heads": 4}
+_T5 = {**_TOKENS, **_T5_SIZES, "decoder_start_token_id": 0}
+# class names without "Model", and the options of their configurations
+_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", _TEXT),
+    "roberta": ("Roberta", _TEXT),
+    "xlm-roberta": ("XLMRoberta", _TEXT),
+    "electra": ("Electra", {**_TEXT, "embedding_size": HIDDEN}),
+    "deberta-v2": ("DebertaV2", _TEXT),
+    "distilbert": ("DistilBert", {**_TOKENS, "dim": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": WIDTH}),
+    "modernbert": ("ModernBert", {**_TEXT, "cls_token_id": 1, "sep_token_id": 2, "mlp_bias": True}),
+    "gpt2": ("GPT2", {**_TOKENS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_inner": WIDTH}),
+    "gpt_neox": ("GPTNeoX", _TEXT),
+    "opt": ("OPT", {**_TOKENS, **_BODY, "ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN}),
+    "t5": ("T5", _T5),
+    "t5 v1.1": ("T5", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "llama": ("Llama", _GROUPED),
+    "mistral": ("Mistral", _GROUPED),
+    "qwen2": ("Qwen2", _GROUPED),
+    "qwen3": ("Qwen3", _GROUPED),
+    "gemma": ("Gemma", _GROUPED),
+    "gemma2": ("Gemma2", _GROUPED),
+    "gemma3_text": ("Gemma3Text", _GROUPED),
+    "phi": ("Phi", _TEXT),
+    "phi3": ("Phi3", _TEXT),
+    "vit": ("ViT", {**_HF, **_IMAGE}),
+    "deit": ("DeiT", {**_HF, **_IMAGE}),
+    "dinov2": ("Dinov2", {**_BODY, "mlp_ratio": 2, **_IMAGE}),
+    "clip_vision_model": ("CLIPVision", {**_HF, **_IMAGE}),
 }
 # what timm needs to build them again
+_BEIT = {"embed_dim": HIDDEN, "depth": LAYERS, "num_heads": 4, "mlp_ratio": 2, "img_size": 32, "patch_size": 8}
+_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 32, "window_size": 4}
 TIMM: dict[str, dict[str, Any]] = {
     "VisionTransformer": {"model_name": "test_vit"},
-    "Beit": {
-        "model_name": "beit_base_patch16_224",
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": HIDDEN,
-        "depth": LAYERS,
-        "num_heads": 4,
-        "mlp_ratio": 2,
-    },
-    "SwinTransformer": {
-        "model_name": "swin_tiny_patch4_window7_224",
-        "img_size": 32,
-        "window_size": 4,
-        "embed_dim": 16,
-        "depths": (2, 2),
-        "num_heads": (2, 2),
-    },
+    "Beit": {"model_name": "beit_base_patch16_224", **_BEIT},
+    "SwinTransformer": {"model_name": "swin_tiny_patch4_window7_224", **_SWIN},
 }
 
 
-def _torch_layer(kind: type[nn.Module]) -> nn.Module:
-    return kind(HIDDEN, 4, WIDTH, dropout=0.1, activation=nn.functional.gelu, batch_first=True)
+def _from_transformers(name: str) -> nn.Module:
+    kind, options = _TRANSFORMERS[name]
+    return getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(**options))
+
+
+def _torch_stack(kind: str) -> nn.Module:
+    layer = getattr(nn, f"{kind}Layer")(HIDDEN, 4, WIDTH, dropout=0.1, activation=nn.functional.gelu, batch_first=True)
+    return getattr(nn, kind)(layer, LAYERS)
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "bert": lambda: hf.BertModel(hf.BertConfig(**_TEXT, **_HF)),
-    "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**_TEXT, **_HF)),
-    "xlm-roberta": lambda: hf.XLMRobertaModel(hf.XLMRobertaConfig(**_TEXT, **_HF)),
-    "electra": lambda: hf.ElectraModel(hf.ElectraConfig(**_TEXT, **_HF, embedding_size=HIDDEN)),
-    "deberta-v2": lambda: hf.DebertaV2Model(hf.DebertaV2Config(**_TEXT, **_HF)),
-    "distilbert": lambda: hf.DistilBertModel(
-        hf.DistilBertConfig(**_TEXT, dim=HIDDEN, n_layers=LAYERS, n_heads=4, hidden_dim=WIDTH)
-    ),
-    "modernbert": lambda: hf.ModernBertModel(
-        hf.ModernBertConfig(**_TEXT, **_HF, cls_token_id=1, sep_token_id=2, mlp_bias=True)
-    ),
-    "gpt2": lambda: hf.GPT2Model(hf.GPT2Config(**_TEXT, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_inner=WIDTH)),
-    "gpt_neox": lambda: hf.GPTNeoXModel(hf.GPTNeoXConfig(**_TEXT, **_HF)),
-    "opt": lambda: hf.OPTModel(
-        hf.OPTConfig(
-            **_TEXT,
-            hidden_size=HIDDEN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            ffn_dim=WIDTH,
-            word_embed_proj_dim=HIDDEN,
-        )
-    ),
-    "t5": lambda: hf.T5Model(hf.T5Config(**_T5)),
-    "t5 v1.1": lambda: hf.T5Model(hf.T5Config(**_T5, feed_forward_proj="gated-gelu")),
-    "llama": lambda: hf.LlamaModel(hf.LlamaConfig(**_GROUPED)),
-    "mistral": lambda: hf.MistralModel(hf.MistralConfig(**_GROUPED)),
-    "qwen2": lambda: hf.Qwen2Model(hf.Qwen2Config(**_GROUPED)),
-    "qwen3": lambda: hf.Qwen3Model(hf.Qwen3Config(**_GROUPED)),
-    "gemma": lambda: hf.GemmaModel(hf.GemmaConfig(**_GROUPED)),
-    "gemma2": lambda: hf.Gemma2Model(hf.Gemma2Config(**_GROUPED)),
-    "gemma3_text": lambda: hf.Gemma3TextModel(hf.Gemma3TextConfig(**_GROUPED)),
-    "phi": lambda: hf.PhiModel(hf.PhiConfig(**_TEXT, **_HF)),
-    "phi3": lambda: hf.Phi3Model(hf.Phi3Config(**_TEXT, **_HF)),
-    "vit": lambda: hf.ViTModel(hf.ViTConfig(**_HF, **_IMAGE)),
-    "deit": lambda: hf.DeiTModel(hf.DeiTConfig(**_HF, **_IMAGE)),
-    "dinov2": lambda: hf.Dinov2Model(
-        hf.Dinov2Config(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4, mlp_ratio=2, **_IMAGE)
-    ),
-    "clip_vision_model": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**_HF, **_IMAGE)),
-    "TransformerEncoder": lambda: nn.TransformerEncoder(_torch_layer(nn.TransformerEncoderLayer), LAYERS),
-    "TransformerDecoder": lambda: nn.TransformerDecoder(_torch_layer(nn.TransformerDecoderLayer), LAYERS),
-    **{name: (lambda options=options: timm.create_model(**options)) for name, options in TIMM.items()},
+    **{name: partial(_from_transformers, name) for name in _TRANSFORMERS},
+    **{name: partial(_torch_stack, name) for name in ("TransformerEncoder", "TransformerDecoder")},
+    **{name: partial(timm.create_model, **options) for name, options in TIMM.items()},
 }
-# the decoders, which generate, stand together
-_NAMES = list(BUILDERS)
-DECODERS = _NAMES[_NAMES.index("gpt2") : _NAMES.index("phi3") + 1]
+DECODERS = [*BUILDERS][[*BUILDERS].index("gpt2") : [*BUILDERS].index("vit")]  # which generate
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import emoe
 from emoe.architectures import find_ffns
-from tests import forked, tiny_models
+from tests import converted, forked, tiny_models
 
 WORLD, ROWS, STEPS = 2, 4, 2
 
@@ -35,9 +34,9 @@ def as_fsdp(model: nn.Module) -> nn.Module:
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": as_ddp, "fsdp2": as_fsdp}
-CLEAN = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
+CLEAN = emoe.EMoEConfig(**converted.USUAL)
 # state beside the weights: output biases of the experts and a running gate
-WITH_STATE = dataclasses.replace(CLEAN, output_bias="per_expert", gate_momentum=0.5)
+WITH_STATE = emoe.EMoEConfig(**converted.USUAL, output_bias="per_expert", gate_momentum=0.5)
 CASES = {
     **dict.fromkeys([*tiny_models.BUILDERS, "bert, sparse", "gpt2, sparse", "llama, sparse", "phi3, sparse"], CLEAN),
     **dict.fromkeys(("bert, state", "gpt2, state", "bert, state, sparse"), WITH_STATE),
@@ -50,10 +49,7 @@ PAIRS = [(name, kind) for name in CASES for kind in WRAPPERS if kind == "fsdp2" 
 def losses(case: str, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> list[float]:
     """Train a few steps on these rows of the batch. Return the loss before each step."""
     name = case.split(",")[0]
-    model = tiny_models.build(name)
-    emoe.convert_(model, CASES[case])
-    emoe.set_backend_(model, "sparse" if case.endswith("sparse") else "masked")
-    model = wrap(model)
+    model = wrap(converted.model(name, "sparse" if case.endswith("sparse") else "masked", CASES[case]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     values = {key: value[rows] for key, value in tiny_models.inputs(name, rows=ROWS).items()}
     before = []
@@ -72,12 +68,12 @@ def train_all(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     share = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
-    results: dict[str, dict[str, list[float]]] = {}
+    results = {}
     for name, kind in PAIRS:
         with mock.patch("emoe.sparse.module.pays_off", return_value=True):
             total = torch.tensor(losses(name, WRAPPERS[kind], share), dtype=torch.float64)
         dist.all_reduce(total)
-        results.setdefault(name, {})[kind] = (total / WORLD).tolist()
+        results[f"{name} {kind}"] = (total / WORLD).tolist()
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(results))
     dist.barrier()  # keep the connection until both have used it
@@ -85,7 +81,7 @@ def train_all(folder: Path, rank: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     folder = tmp_path_factory.mktemp("distributed")
     processes = [forked.start(train_all, folder, rank) for rank in range(WORLD)]
     for process in processes:
@@ -106,4 +102,4 @@ def test_two_processes_have_the_loss_of_one(two_processes, name: str, kind: str)
         pytest.skip("FSDP2 of this torch sums gradients on gloo instead of averaging them")
     alone = losses_of_one_process(name)
     assert alone[-1] < alone[0]
-    assert two_processes[name][kind] == pytest.approx(alone, rel=1e-4)
+    assert two_processes[f"{name} {kind}"] == pytest.approx(alone, rel=1e-4)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -15,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 import emoe
 from emoe.architectures import find_ffns
-from emoe.layer import routed_layers
 from tests import converted, tiny_models
 from tests.converted import assert_same, step, without_dropout
 
@@ -25,18 +26,13 @@ SOME = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
 
 
 def attention_projections(model: nn.Module) -> list[str]:
-    ffns = [ffn.name for ffn in find_ffns(model)]
-    whole = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    if whole:  # torch's attention does not call its projections as modules
-        return whole
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and any(name.startswith(f"{prefix}.") for prefix in ffns)
-        and ("att" in name.lower() or "EncDec" in name)
-        and not (name.endswith("qkv") and "Beit" in type(model).__name__)  # timm's Beit does not call it as a module
-    ]
+    ffns = find_ffns(model)
+    modules = [item for item in model.named_modules() if any(item[0].startswith(f"{ffn.name}.") for ffn in ffns)]
+    # torch's attention does not call its projections as modules, and timm's Beit not its first
+    whole = [name for name, module in modules if isinstance(module, nn.MultiheadAttention)]
+    linear = [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+    is_beit = isinstance(model, timm.models.beit.Beit)
+    return whole or [x for x in linear if re.search("att|EncDec", x, re.I) and not (is_beit and x.endswith("qkv"))]
 
 
 def ffn_projections(model: nn.Module) -> list[str]:
@@ -49,6 +45,23 @@ def with_adapters(model: nn.Module, targets: list[str]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+
+
+def assert_checkpointing_changes_nothing(name: str, backend: str, config: Any, use_reentrant: bool) -> None:
+    """Compare gradients and records with and without gradient checkpointing."""
+    plain, checkpointed = (without_dropout(converted.model(name, backend, config)) for _ in range(2))
+    if name in tiny_models.TIMM:
+        checkpointed.set_grad_checkpointing(True)
+    else:
+        checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    values = tiny_models.inputs(name)
+    if "input_ids" in values:
+        values["attention_mask"] = torch.ones(3, 11, dtype=torch.long)
+        for model in (plain, checkpointed) if use_reentrant else ():  # segments need an input with a gradient
+            model.enable_input_require_grads()
+    with emoe.record_routing(plain) as expected, emoe.record_routing(checkpointed) as record:
+        assert_same(step(checkpointed, values), step(plain, values))
+    assert [layer.tokens for layer in record.layers.values()] == [x.tokens for x in expected.layers.values()]
 
 
 @pytest.fixture(autouse=True)
@@ -89,18 +102,7 @@ class TestTools:
     def test_gradient_checkpointing_gives_the_same_gradients(self, name: str, use_reentrant: bool) -> None:
         if name.startswith("Transformer") or (use_reentrant and name in tiny_models.TIMM):
             pytest.skip("torch's stacks have no checkpointing, timm's have one kind")
-        values = tiny_models.inputs(name)
-        plain, checkpointed = (without_dropout(converted.model(name)) for _ in range(2))
-        if name in tiny_models.TIMM:
-            checkpointed.set_grad_checkpointing(True)
-        else:
-            checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        if use_reentrant and "input_ids" in values:  # segments need an input with a gradient
-            for model in (plain, checkpointed):
-                model.enable_input_require_grads()
-        with emoe.record_routing(plain) as expected, emoe.record_routing(checkpointed) as record:
-            assert_same(step(checkpointed, values), step(plain, values))
-        assert [layer.tokens for layer in record.layers.values()] == [x.tokens for x in expected.layers.values()]
+        assert_checkpointing_changes_nothing(name, "masked", SOME, use_reentrant)
 
     def test_bf16(self, name: str) -> None:
         values, model, dense = tiny_models.inputs(name), converted.model(name, top_k=8), tiny_models.build(name)
@@ -115,21 +117,20 @@ class TestTools:
 
 
 @pytest.mark.parametrize("name", tiny_models.DECODERS)
-def test_generation_with_the_cache_is_generation_without_it(name: str) -> None:
+def test_generation_is_the_same_with_and_without_a_cache_and_frozen(name: str) -> None:
     model = tiny_models.build_generator(name)
     emoe.convert_(model, SOME)
     ids = torch.randint(3, tiny_models.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :2] = 0  # padded on the left
     options = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    texts = []
-    for cache in (True, False):
-        with emoe.record_routing(model) as record:
-            texts.append(model.generate(ids, use_cache=cache, **options))
-        if cache and not model.config.is_encoder_decoder:
-            assert record.layers[0].tokens == int(mask.sum()) + 2 * 7
-    assert torch.equal(*texts)
-    assert len(routed_layers(model)) == tiny_models.LAYERS
+    without = model.generate(ids, use_cache=False, **options)
+    with emoe.record_routing(model) as record:
+        assert torch.equal(model.generate(ids, **options), without)
+    if not model.config.is_encoder_decoder:
+        assert record.layers[0].tokens == int(mask.sum()) + 2 * 7
+    emoe.for_inference_(model)
+    assert torch.equal(model.generate(ids, **options), without)
 
 
 SPARSE = dataclasses.replace(SOME, router="cosine", weighting="softmax")
@@ -145,9 +146,4 @@ def test_checkpointing_replays_noise_dropout_and_drops(
 ) -> None:
     if use_reentrant:  # runs the forward pass without gradients, so also the balance loss
         config = dataclasses.replace(config, aux_loss_coefficient=0.0)
-    plain, checkpointed = (without_dropout(converted.model(name, backend, config)) for _ in range(2))
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    for model in (plain, checkpointed) if use_reentrant else ():
-        model.enable_input_require_grads()
-    values = {**tiny_models.inputs(name), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
-    assert_same(step(checkpointed, values), step(plain, values))
+    assert_checkpointing_changes_nothing(name, backend, config, use_reentrant)

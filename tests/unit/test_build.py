@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -20,27 +19,23 @@ pytestmark = pytest.mark.usefixtures("always_sparse")
 
 
 @pytest.fixture
-def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use an empty cache of compiled kernels."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (build.prepare_kernels, build.compiled_kernels):
-        cached.cache_clear()
-    yield
-    for cached in (build.prepare_kernels, build.compiled_kernels):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def compilations(nothing_compiled: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Collect the calls of the compiler, which fails."""
+def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Use an empty cache of compiled kernels, and collect the calls of the compiler, which fails."""
     commands: list[Any] = []
 
     def fail(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "ninja: in a folder\nno compiler\n")
 
+    def forget() -> None:
+        build.prepare_kernels.cache_clear()
+        build.compiled_kernels.cache_clear()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build.subprocess, "run", fail)
-    return commands
+    forget()
+    yield commands
+    forget()
 
 
 def test_only_set_backend_compiles(compilations: list[Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -66,19 +61,3 @@ def test_build_prints_the_library_or_why_it_fails(request: pytest.FixtureRequest
     assert result.exit_code == 1
     assert "no compiler" in result.output
     assert result.output.count("\n") == 1
-
-
-def test_a_damaged_library_is_named_and_not_used(compilations: list[Any], caplog: pytest.LogCaptureFixture) -> None:
-    build.library_file().parent.mkdir(parents=True)
-    build.library_file().write_bytes(b"damaged")
-    expected = step(net(), inputs())
-    assert_same(step(net("sparse"), inputs()), expected)
-    assert [record for record in caplog.records if str(build.library_file()) in record.message]
-    assert not compilations
-
-
-def test_without_a_readable_cache_pytorch_computes(nothing_compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, model = step(net(), inputs()), net()
-    monkeypatch.setattr(Path, "exists", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
-    emoe.set_backend_(model, "sparse")
-    assert_same(step(model, inputs()), expected)

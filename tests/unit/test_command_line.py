@@ -26,9 +26,8 @@ SIZE = ("--num-experts", 8, "--top-k", 2)
 def bert(tmp_path: Path) -> Path:
     folder = tmp_path / "bert"
     classifiers.bert(None).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("[PAD]\n")
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "1_Pooling" / "vocab.txt").write_text("[PAD]\n")
     return folder
 
 
@@ -51,7 +50,6 @@ def assert_refused(*arguments: object, message: str) -> None:
     lines = call(*arguments, fails=True).strip().splitlines()
     assert lines[-1].startswith("Error: ")
     assert message in lines[-1]
-    assert len(lines[-1]) < 600
     assert not Path(str(arguments[2])).exists()
 
 
@@ -59,16 +57,13 @@ def test_convert_inspect_and_fold_back(source: Path, tmp_path: Path) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
     text = call("convert", source, out, *SIZE, "--layers", "last:2", "--set", "selection=bottom")
     assert "% of FFN neurons active" in text
-    assert '"bottom"' in call("inspect", out)
     content = json.loads(call("inspect", out, "--json"))
     assert content["config"]["selection"] == "bottom"
     assert all((row["experts"], row["size"]) == (8, row["neurons"] // 8) for row in content["layers"])
-    assert content["files"].keys() == {path.name for path in out.iterdir() if path.is_file()}
     assert [layer.config.selection for layer in routed_layers(loaded(out))] == ["bottom", "bottom"]
     call("to-dense", out, dense, "--restore-order")
     assert_same(tensors(dense), tensors(source))
-    for file in source.rglob("*"):  # vocabulary and settings too
-        assert (dense / file.relative_to(source)).exists()
+    assert all((dense / file.relative_to(source)).exists() for file in source.rglob("*"))  # vocabulary too
 
 
 def test_published_settings_and_copies(bert: Path, tmp_path: Path) -> None:
@@ -79,39 +74,25 @@ def test_published_settings_and_copies(bert: Path, tmp_path: Path) -> None:
     assert_refused("to-dense", tmp_path / "b", tmp_path / "c", message="no dense equal")
 
 
-def test_learned_routers_are_the_same_each_time(source: Path) -> None:
-    """The new folders may lie in the model's folder."""
-    for name in ("a", "b"):
-        call("convert", source, source / name, *SIZE, "--set", "router=cosine", "--set", "weighting=softmax")
-    assert_same(tensors(source / "a"), tensors(source / "b"))
-    assert not list((source / "a").glob(".*"))
-
-
 def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> None:
     out, converted = tmp_path / "out", tmp_path / "converted"
-    assert_refused("convert", bert, out, "--num-experts", 7, "--top-k", 2, message="64 neurons cannot be split into 7")
-    assert_refused("convert", bert, out, *SIZE, "--set", "selection", message="write name=value")
-    assert_refused("convert", bert, out, *SIZE, "--partition", "coactivation", message="needs calibration data")
     call("convert", bert, converted, *SIZE)
+    for words, message in (
+        (("convert", bert, out, "--num-experts", 7, "--top-k", 2), "64 neurons cannot be split into 7"),
+        (("convert", bert, out, *SIZE, "--set", "selection"), "write name=value"),
+        (("convert", bert, out, *SIZE, "--partition", "coactivation"), "needs calibration data"),
+        (("convert", "no/such-model", out, *SIZE), "the hub gave no model"),
+        (("convert", converted, out, *SIZE), "holds experts already"),
+        (("to-dense", bert, out), "holds no experts"),
+    ):
+        assert_refused(*words, message=message)
     assert "is not empty" in call("convert", bert, bert, *SIZE, fails=True)
-    assert "holds no experts" in call("inspect", bert, fails=True)
-    assert_refused("convert", "no/such-model", out, *SIZE, message="the hub gave no model")
-    assert_refused("convert", converted, out, *SIZE, message="holds experts already")
-    assert_refused("to-dense", bert, out, message="holds no experts")
 
 
-def settings(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "config.json", **changes)
-
-
-def shards(name: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
-        (folder / "shard.bin").write_bytes(b"")
-        index = {"metadata": {}, "weight_map": {"a": name}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-    return change
+def unsafe_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def own_code(folder: Path) -> None:
@@ -123,13 +104,9 @@ def own_code(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (settings(architectures=["NoSuchModel"]), "'architectures' names 'NoSuchModel', which is not a model"),
-        (settings(architectures=["LlamaForCausalLM"]), ""),
-        (settings(hidden_size="x"), "cannot be loaded by BertForSequenceClassification"),
-        (settings(num_hidden_layers=9), "lack bert.encoder.layer.4.attention.output.LayerNorm.bias"),
-        (shards("../outside.safetensors"), "must be a .safetensors file of this folder"),
-        (shards("shard.bin"), "must be a .safetensors file of this folder"),
-        (shards("missing.safetensors"), "missing.safetensors does not exist"),
+        (lambda folder: edit_json(folder / "config.json", architectures=["NoSuchModel"]), "names 'NoSuchModel'"),
+        (lambda folder: edit_json(folder / "config.json", hidden_size="x"), "cannot be loaded by BertFor"),
+        (unsafe_shard, "must be a .safetensors file of this folder"),
         (own_code, "cannot be loaded by AutoModel"),
     ],
 )
@@ -143,19 +120,14 @@ def test_damaged_folders_are_one_line_and_run_no_code(
         assert_refused(command, folder, tmp_path / "out", *options, message=message)
 
 
-def test_links_are_copied_from_the_hubs_cache_and_not_from_elsewhere(bert: Path, tmp_path: Path) -> None:
-    """The hub's cache keeps the files beside its snapshots."""
-    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "abc"
-    blobs.mkdir(parents=True)
+def test_the_hubs_cache_of_links_is_converted(bert: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
-    for number, name in enumerate(("config.json", "model.safetensors", "vocab.txt")):
-        (bert / name).rename(blobs / str(number))
-        (snapshot / name).symlink_to(blobs / str(number))
-    (tmp_path / "secret.json").write_text("{}")
-    (snapshot / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    bert.rename(tmp_path / "cache" / "blobs")
+    for name in ("config.json", "model.safetensors", "1_Pooling/vocab.txt"):
+        (snapshot / Path(name).name).symlink_to(tmp_path / "cache" / "blobs" / name)
     call("convert", snapshot, tmp_path / "out", *SIZE)
-    assert (tmp_path / "out" / "vocab.txt").exists()
-    assert not (tmp_path / "out" / "special_tokens_map.json").exists()
+    assert (tmp_path / "out" / "vocab.txt").read_text()
 
 
 @pytest.mark.parametrize("method", ["emoe", "emoe-learn"])
@@ -187,7 +159,6 @@ def test_a_folder_answers_with_experts_and_without(llama: Path, tmp_path: Path, 
     experts = tmp_path / "experts"
     call("convert", llama, experts, *SIZE, "--layers", "all", "--set", f"score={score}")
     text = call("generate", experts, "w3 w4 w5", "--max-new-tokens", 6)
-    assert "[6 tokens in" in text
     assert f"{backend} experts]" in text
     model: Any = loaded(experts)
     expected = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, do_sample=False, pad_token_id=1)[0, 3:]
@@ -201,9 +172,7 @@ def test_a_chat_template_is_used_unless_the_prompt_is_raw(llama: Path) -> None:
     assert answer.split("[")[0] == call("generate", llama, "w9 w3 w10", "--raw", "--max-new-tokens", 4).split("[")[0]
 
 
-def test_folders_that_cannot_answer_are_named(bert: Path, llama: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_answer_are_named(bert: Path, llama: Path) -> None:
     assert "which does not generate text" in call("generate", bert, "w3", fails=True)
-    for file in llama.glob("tokenizer*"):
-        file.unlink()
+    (llama / "tokenizer.json").unlink()
     assert "holds no tokenizer" in call("generate", llama, "w3", fails=True)
-    assert "is not a folder" in call("generate", tmp_path / "nothing", "w3", fails=True)

@@ -1,64 +1,48 @@
-"""Conversions, partitions and what the checks of both reject."""
+"""Reports of conversions, partitions, and models and rows that are rejected without a change."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch import nn
 
 import emoe
-from emoe.layer import routed_layers
 from emoe.partitioning import load_partition, partition_key, save_partition
 from tests import tiny_models
 from tests.model_folders import assert_same
+from tests.plain_net import plain_net
 
 CONFIG = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1, 3])
 
 
 @pytest.mark.parametrize(
-    ("settings", "partition", "message"),
-    [
-        ({"num_experts": 7}, None, "64 neurons.*7.*8"),
-        ({"layers": [4]}, None, r"layers \[4\] do not exist: the model has layers 0 to 3"),
-        ({"router": "fixed"}, None, r"emoe\.fix_experts_"),
-        ({"score": "up"}, None, "not gated"),
-        ({}, {1: torch.arange(64)}, "layer 3"),
-        ({}, {1: torch.arange(64), 3: torch.arange(32)}, "layer 3"),
-    ],
-)
-def test_rejected_conversions_leave_the_model_unchanged(settings, partition, message: str) -> None:
-    model, same = tiny_models.build("bert"), tiny_models.build("bert")
-    config = emoe.EMoEConfig(**{"num_experts": 8, "top_k": 2, "layers": [1, 3], **settings})
-    with pytest.raises(emoe.EMoEError, match=message):
-        emoe.convert_(model, config, partition=partition)
-    assert_same(model.state_dict(), same.state_dict())
-    assert not routed_layers(model)
-
-
-@pytest.mark.parametrize(
     "call",
     [
-        lambda model, path: emoe.save_pretrained(model, path),
-        lambda model, path: emoe.to_dense_(model),
-        lambda model, path: emoe.set_top_k_(model, 2),
-        lambda model, path: emoe.set_backend_(model, "sparse"),
-        lambda model, path: emoe.record_routing(model).__enter__(),
+        lambda model: emoe.save_pretrained(model, "unused"),
+        emoe.to_dense_,
+        lambda model: emoe.set_top_k_(model, 2),
+        emoe.for_inference_,
+        lambda model: emoe.record_routing(model).__enter__(),
     ],
 )
-def test_dense_models_are_rejected(call, tmp_path) -> None:
+def test_dense_models_are_rejected(call: Callable[[Any], object]) -> None:
     with pytest.raises(emoe.ConversionError, match="no routed FFN"):
-        call(tiny_models.build("bert"), tmp_path)
+        call(tiny_models.build("bert"))
 
 
-def test_report_counts_and_prints() -> None:
-    model = tiny_models.build("bert")
-    report = emoe.convert_(model, CONFIG)
+def test_the_report_counts_active_neurons_and_added_parameters() -> None:
+    report = emoe.convert_(tiny_models.build("bert"), CONFIG)
     assert report.active_neurons == pytest.approx((2 + 2 * 0.25) / 4)
     assert report.added_parameters == 0
     assert "encoder.layer.3" in str(report)
-    assert "62.5% of FFN neurons active" in str(report)
     gmoe = emoe.convert_(tiny_models.build("bert"), emoe.GMoEConfig(num_experts=4, top_k=2, layers=[0]))
     assert gmoe.active_neurons == pytest.approx((3 + 2) / 4)
     assert gmoe.added_parameters > 3 * 2 * 64 * 32
@@ -79,34 +63,110 @@ def test_partition_kinds_differ_and_are_reproducible() -> None:
     assert not torch.equal(other[1], orders["random"][1])
 
 
-def test_partition_key_is_of_content_and_settings() -> None:
-    model, same, other = tiny_models.build("bert"), tiny_models.build("bert"), tiny_models.build("bert", seed=1)
-    assert partition_key(model, CONFIG) == partition_key(same, CONFIG) != partition_key(other, CONFIG)
-    assert partition_key(model, CONFIG) != partition_key(model, dataclasses.replace(CONFIG, num_experts=4))
-    assert partition_key(model, CONFIG) == partition_key(model, dataclasses.replace(CONFIG, top_k=4))
-
-
-def test_partition_file_round_trip_and_damage(tmp_path) -> None:
-    model = tiny_models.build("bert")
-    partition = emoe.partition(model, CONFIG)
-    path = tmp_path / "p.safetensors"
+def test_partitions_are_cached_by_content(tmp_path: Path) -> None:
+    model, same, other = (tiny_models.build("bert", seed=seed) for seed in (0, 0, 1))
+    assert partition_key(model, CONFIG) == partition_key(same, dataclasses.replace(CONFIG, top_k=4))
+    assert partition_key(model, CONFIG) != partition_key(other, CONFIG)
+    partition, path = emoe.partition(model, CONFIG), tmp_path / "p.safetensors"
     save_partition(partition, path)
-    again = load_partition(path)
-    assert_same(dict(again), dict(partition))
-    assert again.explained == partition.explained
-    emoe.convert_(model, CONFIG, partition=again)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(emoe.CheckpointError, match="damaged"):
-        load_partition(path)
+    assert_same(dict(load_partition(path)), dict(partition))
     save_file({"layer.1": torch.zeros(64, dtype=torch.int64)}, path)  # no permutation
     with pytest.raises(emoe.CheckpointError, match=r"layer\.1"):
         load_partition(path)
 
 
-def test_checkpoint_loads_in_another_precision(tmp_path) -> None:
-    model = tiny_models.build("bert")
-    emoe.convert_(model, CONFIG)
-    emoe.save_pretrained(model, tmp_path)
-    model = emoe.from_pretrained(type(model), tmp_path, dtype=torch.bfloat16)
-    assert next(model.parameters()).dtype == torch.bfloat16
-    assert len(routed_layers(model)) == 2
+def put_norm_between(_bert: Any) -> None:
+    row = dataclasses.replace(emoe.architectures.registered_ffns()["bert"][0], between=("output.LayerNorm",))
+    emoe.register_ffn("bert", row)
+
+
+Change = Callable[[Any], Any]
+ROW = emoe.FFNSpec("layers", "inner", "act", "outer")
+ACT, LORA = "intermediate_act_fn", LoraConfig(target_modules=["intermediate.dense"])
+INT8 = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
+# changes of a BERT, its last layer, and the layer's projections; and the module or tensor that the error names
+BROKEN: dict[str, tuple[Change, str]] = {
+    "nan": (lambda bert: bert.down.weight[0, 0].fill_(torch.nan), r"layer\.3\.output\.dense\.weight"),
+    "zero keys": (lambda bert: bert.up.weight[3:5].zero_(), "2 keys are all zero, the first of neuron 3"),
+    "equal keys": (lambda bert: bert.up.weight[9].copy_(bert.up.weight[3]), "neurons 3 and 9 have the same key"),
+    "quantised": (lambda bert: setattr(bert.up, "weight", INT8), r"dense has a weight of torch\.int8: convert before"),
+    "activation": (lambda bert: setattr(bert.layer.intermediate, ACT, nn.PReLU()), "PReLU.*parameters"),
+    "norm": (put_norm_between, r"layer\.1\.output\.LayerNorm is LayerNorm"),
+    "shared": (lambda bert: setattr(bert.other, "weight", bert.up.weight), r"layer\.1.*is shared with .*layer\.3"),
+    "adapter": (lambda bert: get_peft_model(bert.model, LORA), r"intermediate\.dense has an adapter"),
+    "converted": (lambda bert: emoe.convert_(bert.model, CONFIG), "already"),
+}
+
+
+def broken(case: str) -> Any:
+    model: Any = tiny_models.build("bert")
+    layer, other = model.encoder.layer[3], model.encoder.layer[1].intermediate.dense
+    with torch.no_grad():
+        up, down = layer.intermediate.dense, layer.output.dense
+        BROKEN[case][0](SimpleNamespace(model=model, layer=layer, up=up, down=down, other=other))
+    return model
+
+
+def assert_rejected(model: nn.Module, message: str, config: Any = CONFIG, **options: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(emoe.EMoEError, match=message) as error:
+        emoe.convert_(model, config, **options)
+    assert "\n" not in str(error.value)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_models_that_cannot_be_converted_are_named_and_unchanged(case: str) -> None:
+    assert_rejected(broken(case), BROKEN[case][1])
+
+
+@pytest.mark.parametrize(
+    ("config", "partition", "message"),
+    [
+        (dataclasses.replace(CONFIG, num_experts=7), None, "64 neurons.*7.*8"),
+        (dataclasses.replace(CONFIG, layers=[4]), None, r"layers \[4\] do not exist: the model has layers 0 to 3"),
+        (dataclasses.replace(CONFIG, score="up"), None, "not gated"),
+        (CONFIG, {1: torch.arange(64)}, "layer 3"),
+        (CONFIG, {1: torch.arange(64), 3: torch.arange(32)}, "layer 3"),
+        ({"num_experts": 8, "top_k": 2}, None, "configuration"),
+        (emoe.GMoEConfig(layers=[1]), None, r"intermediate\.dense is frozen"),
+    ],
+)
+def test_configurations_that_do_not_fit_the_model_are_named(config: Any, partition: Any, message: str) -> None:
+    assert_rejected(tiny_models.build("bert").requires_grad_(False), message, config, partition=partition)
+
+
+@pytest.mark.parametrize("partition", ["random", "contiguous"])
+@pytest.mark.parametrize("case", ["zero keys", "equal keys"])
+def test_zero_and_equal_keys_are_split_if_nothing_is_clustered(case: str, partition: Any) -> None:
+    emoe.convert_(broken(case), dataclasses.replace(CONFIG, partition=partition))
+
+
+def test_models_and_rows_that_do_not_fit_are_named() -> None:
+    assert_rejected(nn.Sequential(), "register_ffn")
+    emoe.register_ffn("PlainNet", ROW)
+    net: Any = plain_net(4, 8)
+    del net.layers[0].act
+    assert_rejected(net, r"layers\.0 has no module 'act'")
+    net.layers = None
+    assert_rejected(net, "no list of layers 'layers'")
+    for change, message in (({"between": "dropout"}, "write a tuple"), ({"fused": "frist"}, "did you mean 'first'")):
+        with pytest.raises(emoe.ConversionError, match=message):
+            emoe.register_ffn("Net", dataclasses.replace(ROW, **change))
+
+
+def test_two_lists_of_layers_need_a_choice_or_a_star() -> None:
+    towers = nn.ModuleDict({"left": plain_net(4, 8), "right": plain_net(4, 8, seed=1)})
+    emoe.register_ffn("ModuleDict", ROW)
+    assert_rejected(towers, r"several lists of layers 'layers': left\.layers, right\.layers")
+    emoe.register_ffn("ModuleDict", dataclasses.replace(ROW, layers="*.layers"))
+    report = emoe.convert_(towers, emoe.EMoEConfig(num_experts=4, top_k=4, layers="all"))
+    assert [layer.name for layer in report.layers] == ["left.layers.0", "right.layers.0"]
+
+
+def test_nested_tensors_are_refused() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=8, layers="all"))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="enable_nested_tensor=False"):
+        model(torch.randn(2, 9, 32), src_key_padding_mask=torch.arange(9).repeat(2, 1) >= 5)
