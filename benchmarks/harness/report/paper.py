@@ -104,18 +104,12 @@ _PADDING = 0.25  # of the range of an axis of the radar, inside its least and ou
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Compute the main averages of a suite, and add the paper's.
+    """Compute the main averages of a suite from the numbers of its claims, and add the paper's.
 
-    Args:
-        numbers: The numbers of :func:`~benchmarks.harness.report.claims.claimed_numbers`, by benchmark.
-
-    Returns:
-        One row per average, model and method (``dense``, ``gmoe``, ``emoe``), with these columns:
-
-        - ``axis`` (title and model), ``whose`` (``ours``, ``paper``), ``is_rank``
-        - ``mean`` in points, or a rank
-        - ``delta``, ``low``, ``high`` and ``n``, the paired difference to the dense row in points
-        - ``of`` and ``compared``, the tasks and pairs of our mean and of our difference
+    Returns one row per average, model and method (``dense``, ``gmoe``, ``emoe``), with the ``axis`` (title and model),
+    ``whose`` (``ours``, ``paper``), the ``mean`` in points, or a rank if ``is_rank``, the paired difference to the
+    dense row in points (``delta``, ``low``, ``high``, ``n``), and in words the tasks and pairs ``of`` our mean and of
+    our difference (``compared``).
     """
     averages = []
     for average in paper_items.load_main_averages().values():
