@@ -35,8 +35,8 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
                 _draw_matrix(axis, matrix, int(row.num_experts))
                 axis.set_title(f"{outcomes.title('method', name)}, N = {row.num_experts}", fontsize=7.5)
                 if axis is axis_row[0]:
-                    tasks = pd.Series(range(len(matrix["tasks"]))).groupby(matrix["tasks"], sort=False).mean()
-                    axis.set_yticks(tasks, [outcomes.title("task", str(name)) for name in tasks.index])
+                    middles = pd.Series(range(len(matrix["tasks"]))).groupby(matrix["tasks"], sort=False).mean()
+                    axis.set_yticks(middles, [outcomes.title("task", str(name)) for name in middles.index])
                     axis.tick_params(axis="y", length=0)
             axis_row[0].set_ylabel(f"{title}\ntokens of")
             for axis in axis_row:

@@ -78,17 +78,17 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
     for name, item in paper_items.load_paper_items().items():
         files = paper_items.paper_files(suite, name)
         existing = sum(Path(file).exists() for file in files)
+        shown = [file for file in files if file.endswith((".md", ".png"))]
         if item.missing:
             status = f"not made: {item.missing}"
         elif not files:
             status = f"not in this suite (benchmark {', '.join(paper_items.item_benchmarks(item))})"
+        elif existing < len(files):
+            status = f"{existing} of {len(files)} files"
         else:
-            status = "made" if existing == len(files) else f"{existing} of {len(files)} files"
-        command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
-        shown = [file for file in files if file.endswith((".md", ".png"))]
-        if status == "made":
             shown = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
             status = "made" if shown else "no run of this suite is of it"
+        command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
         row = {"item": name, "title": item.title, "naacl": item.naacl, "command": command}
         rows.append({**row, "files": shown, "status": status})
     return rows
