@@ -1,4 +1,4 @@
-"""Figures of one set: samples, accuracy, confusion, routing."""
+"""Draw the figures of one set: samples, accuracy, confusion, routing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,26 +15,12 @@ from benchmarks.domainbed.definition import held_out_names, validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base import DataError
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.plots import (
-    STYLE,
-    USE,
-    WIDTH,
-    Panel,
-    count_text,
-    hide_empty,
-    over_mean,
-    panel_grid,
-    placeholder_figure,
-    save,
-    score_panels,
-    wrapped,
-)
+from benchmarks.harness.report import plots
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
-_HEATMAPS = {**STYLE, "axes.grid": False, "font.size": 7}
 _FEW = 12  # as many names of classes stand beside an axis
 _COLUMNS = 4
 _HIGHEST = 9.5  # inches, of a page
@@ -48,32 +33,28 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     for model, of_model in cells.groupby("model", sort=False):
         title = f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}"
         by_env = of_model.groupby("env", sort=False)
-        panels.append([Panel(f"{title}, {outcomes.env_title(name, str(env))} held out", rows) for env, rows in by_env])
-    score_panels(outcomes, panels, path, "Accuracy (%); large marks: mean over trials, dots below: trials")
+        held_out = [(outcomes.env_title(name, str(env)), rows) for env, rows in by_env]
+        panels.append([(f"{title}, {env} held out", rows) for env, rows in held_out])
+    plots.score_panels(outcomes, panels, path, "Accuracy (%); large marks: mean over trials, dots below: trials")
 
 
 def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw the grid that the validation of the set made, with the environments' names beside it.
-
-    Raises:
-        DataError: The grid is missing.
-    """
+    """Draw the grid that the validation of the set made, with the environments' names beside it."""
     job = next(validation_job(run.spec) for run in outcomes.runs if run.spec["task"]["name"] == name)
     picture = Path(job.picture)
     if not picture.exists():
         raise DataError(f"{picture} does not exist; delete {job.file} and a run of the set, which makes both again")
     grid = np.asarray(Image.open(picture))
     labels: list[str] = json.loads(Path(job.file).read_text())["samples"]
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
-        height, width = grid.shape[:2]
-        figure, axis = plt.subplots(figsize=(6.0, 6.0 * height / width), layout="constrained")
+    height, width = grid.shape[:2]
+    size = (6.0, 6.0 * height / width)
+    with plots.panel_figure(path, 1, 1, size, {**plots.STYLE, "axes.grid": False}) as (_, ((axis,),)):
         axis.imshow(grid)
         middles = (np.arange(len(labels)) + 0.5) * height / len(labels)
         axis.set_yticks(middles, [outcomes.env_title(name, env) for env in labels])
         axis.set_xticks([])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        save(figure, path)
 
 
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -93,26 +74,22 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     lines = -(-len(counts) // columns)
     beside = classes if len(classes) <= _FEW else []
     models = list(dict.fromkeys(outcomes.title("model", model) for model, _ in counts))
-    with mpl.rc_context(_HEATMAPS):
-        size = (min(1.5 * columns + 0.9, WIDTH), min(1.75 * lines + 0.6, _HIGHEST))
-        figure, axes = panel_grid(lines, columns, size, sharex=True, sharey=True)
+    size = (min(1.5 * columns + 0.9, plots.WIDTH), min(1.75 * lines + 0.6, _HIGHEST))
+    with plots.panel_figure(path, lines, columns, size, plots.HEATMAP, sharex=True, sharey=True) as (figure, axes):
         for axis, ((model, method), count) in zip(axes.flat, counts.items(), strict=False):
             axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
             title = f"{outcomes.title('method', method)}: {np.trace(count) / count.sum() * 100:.0f}\u00a0%"
             title = title if len(models) == 1 else f"{outcomes.title('model', model)}, {title}"
-            axis.set_title(wrapped(title, 1.5, 7), fontsize=7)
+            axis.set_title(plots.wrapped(title, 1.5, 7), fontsize=7)
             axis.set_xticks(range(len(beside)), beside, rotation=90)
             axis.set_yticks(range(len(beside)), beside)
-        hide_empty(axes)
         only = f", {models[0]}" if len(models) == 1 else ""
-        title = (
-            f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}; {count_text([len(trials)], 'trials')}"
-        )
-        figure.suptitle(wrapped(title, size[0]), fontsize=8)
+        trial_count = plots.count_text([len(trials)], "trials")
+        title = f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}; {trial_count}"
+        figure.suptitle(plots.wrapped(title, size[0]), fontsize=8)
         figure.supxlabel("predicted class", fontsize=7)
         figure.supylabel("true class", fontsize=7)
         figure.colorbar(_SHARE, ax=axes, shrink=0.6, label="share of the class")
-        save(figure, path)
 
 
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -126,43 +103,37 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
             shown.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
     if not shown:
-        placeholder_figure(path, "no method of these runs routes")
+        plots.placeholder_figure(path, "no method of these runs routes")
         return
     env_names = [outcomes.env_title(name, other) for other in outcomes.environments(name)]
     heights = [min(len(classes), 20), len(env_names)]
     columns = min(_COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
-    with mpl.rc_context(_HEATMAPS):
-        size = (min(1.6 * columns + 1.3, WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5)
-        figure, axes = panel_grid(2 * lines, columns, size, height_ratios=heights * lines)
+    size = (min(1.6 * columns + 1.3, plots.WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5)
+    ratios = heights * lines
+    with plots.panel_figure(path, 2 * lines, columns, size, plots.HEATMAP, height_ratios=ratios) as (figure, axes):
         for number, (title, loads, chance) in enumerate(shown):
             line, column = divmod(number, columns)
             above, below = axes[2 * line, column], axes[2 * line + 1, column]
             for axis, counts, labels in ((above, loads.sum(0), classes), (below, loads.sum(1), env_names)):
-                axis.imshow(_relative(counts), norm=USE.norm, cmap=USE.cmap, aspect="auto")
+                shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of a row's choices
+                plots.show_use(axis, plots.over_mean(shares, shares.mean(0, keepdims=True)))
                 beside = labels if column == 0 and len(labels) <= heights[0] else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
-            above.set_title(f"{wrapped(title, 1.4, 7)}\n{_information('class', loads.sum(0), chance)}", fontsize=7)
+            by_class = _information("class", loads.sum(0), chance)
+            above.set_title(f"{plots.wrapped(title, 1.4, 7)}\n{by_class}", fontsize=7)
             below.set_title(_information("environment", loads.sum(1), chance), fontsize=7)
             below.set_xlabel(f"{loads.shape[2]} experts")
-        hide_empty(axes)
-        figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
+        figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         held_out = outcomes.env_title(name, env)
         title = f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {held_out} held out, first trial"
-        figure.suptitle(wrapped(title, WIDTH), fontsize=8)
-        save(figure, path)
+        figure.suptitle(plots.wrapped(title, plots.WIDTH), fontsize=8)
 
 
 def _information(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float, float]]) -> str:
     mean, high = chance[name]
     return f"{name} {mutual_information(counts):.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
-
-
-def _relative(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Divide each row's share of every expert by the expert's share in all rows together."""
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return over_mean(shares, shares.mean(0, keepdims=True))
 
 
 def _first_runs(outcomes: DomainOutcomes, name: str) -> list[tuple[str, str, dict[str, list[Run]]]]:

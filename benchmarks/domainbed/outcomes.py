@@ -1,4 +1,4 @@
-"""Finished runs: the record that each selection chose, and the differences between methods."""
+"""Collect the records that each selection chose of finished runs, and compare methods."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class DomainOutcomes(Outcomes):
         columns = [*CELL, "env", "trial", "value", "chosen_by", "step", "hparams_seed", "variant"]
         self.cells = pd.DataFrame(self._cells(), columns=columns)
         self.shared = shared_pairs(self.cells, ["selection", "model", "set"], ["method", "env"], "trial")
+        self.shared_note = self.explain_n(self.cells, self.shared, ["model", "set", "selection"], "trial")
         self.differences = self._differences(self.shared)
         self.tests = with_verdicts(self._differences(self.cells))
 

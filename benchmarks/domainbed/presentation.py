@@ -1,4 +1,4 @@
-"""Tables, figures and verdicts of domain generalisation."""
+"""Present domain generalisation: tables, figures and verdicts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,7 @@ from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.protocol import standard_error
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import (
-    cost_table,
-    counts_by,
-    difference_text,
-    our_means,
-    published_table,
-    read_published,
-    tests_table,
-    with_average,
-    with_columns,
-    with_numbers,
-    with_runs,
-)
+from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import PERMUTATIONS
@@ -52,19 +40,22 @@ _ERROR = "± is DomainBed's: the population's standard deviation over trials by 
 def results(outcomes: DomainOutcomes, name: str) -> Table:
     """Tabulate one set in DomainBed's layout: a column a held-out environment, and their mean."""
     cells = outcomes.shared[outcomes.shared["set"] == name]
+    limits = {spec["training"]["eval_rows"] for spec in _specs(outcomes, [name])}
+    cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     grouped = cells.groupby([*CELL, "env"], sort=False)["value"]
     numbers = grouped.agg(mean="mean", error=_error).reset_index()[["env", *CELL, "mean", "error"]]
     frame = cells.groupby(CELL, sort=False).agg(n=("trial", "nunique")).reset_index()
     envs = [env for env in outcomes.environments(name) if env in set(cells["env"])]
     headings = {env: outcomes.env_title(name, env) for env in envs}
-    frame, columns = with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
-    frame, columns = with_average(frame, columns, "accuracy")
-    frame = with_numbers(frame, CELL, outcomes.differences[[*CELL, "delta", "low", "high"]])
+    frame, columns = common.with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
+    frame, columns = common.with_average(frame, columns, "accuracy")
+    frame = common.with_numbers(frame, CELL, outcomes.differences[[*CELL, "delta", "low", "high"]])
     delta = f"Δ to {outcomes.baseline_title}"
     columns.append(Column("accuracy", "delta", delta, interval=("low", "high"), signed=True))
-    table = Table(
+    return Table(
         f"{outcomes.title('set', name)}: accuracy by held-out environment",
-        f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. {_shared_note(outcomes)} "
+        f"On the in split of the environment that was held out (80 % of its images{cut}). Mean over n trials. "
+        f"{_ERROR}. {outcomes.shared_note} "
         f"{_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by "
         "trial, with a 95 % confidence interval (Student's t), not corrected for the number of methods. Bold marks the "
         "best method, controls apart.",
@@ -72,9 +63,8 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
         columns,
         outcomes.order(frame, ["model", "selection", "method"]),
         group=("model", "selection"),
-        compare="is_method",
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
@@ -98,29 +88,28 @@ def summary(outcomes: DomainOutcomes) -> Table:
     """Average over the environments of every set, as DomainBed summarises them."""
     keys = ["selection", "model", "method"]
     spread = outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count").reset_index()
-    frame = counts_by(spread, keys)
+    frame = common.counts_by(spread, keys)
     headings = {name: outcomes.title("set", name) for name in outcomes.sets}
     numbers = spread[["set", *keys, "mean", "error"]]
-    frame, columns = with_columns(frame, keys, numbers, headings, "accuracy", std="error")
+    frame, columns = common.with_columns(frame, keys, numbers, headings, "accuracy", std="error")
     if len(columns) > 1:
-        frame, columns = with_average(frame, columns, "accuracy")
-    table = Table(
+        frame, columns = common.with_average(frame, columns, "accuracy")
+    return Table(
         "Accuracy on held-out environments, by set",
-        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {_shared_note(outcomes)} "
+        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {outcomes.shared_note} "
         f"{_partly(outcomes, outcomes.sets)}The average is over all sets, where a row has all. "
         f"{_selections(outcomes, outcomes.sets)} {_experts(outcomes, outcomes.sets)}".strip(),
         {**_KEYS, "n": "n"},
         columns,
         outcomes.order(frame, ["model", "selection", "method"]),
         group=("model", "selection"),
-        compare="is_method",
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def tests(outcomes: DomainOutcomes) -> Table:
     """Test against the baseline, paired over trials."""
-    return tests_table(
+    return common.tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over "
         "all n trials that both rows have; other tables use the trials that all their rows have.",
@@ -134,7 +123,7 @@ def cost(outcomes: DomainOutcomes) -> Table:
     """Tabulate time, memory, parameters, loads, and the information of experts on classes and environments."""
     cell = ["model", "set", "method"]
     records = outcomes.records.rename(columns={"task": "set"})
-    return cost_table(
+    return common.cost_table(
         {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
         outcomes.order(records[cell].drop_duplicates(), cell),
         cell,
@@ -155,7 +144,7 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
     if not file:
         return None
     keys = list(COST_COLUMNS[:-1])
-    published = read_published(outcomes.benchmark, file, COST_COLUMNS)
+    published = common.read_published(outcomes.benchmark, file, COST_COLUMNS)
     numbers = published.pivot_table(index=keys, columns="metric", values="value", sort=False)
     sources = published.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
     rows = numbers.join(sources).reset_index()
@@ -165,28 +154,28 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
 
 def paper(outcomes: DomainOutcomes) -> Table:
     """Compare published averages with ours."""
-    published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
+    published = common.read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     trials = outcomes.trials(complete=True)
-    ours = our_means(trials, CELL)
+    ours = common.our_means(trials, CELL)
     of_four = trials[trials.index.get_level_values("set").isin(FOUR)]
     four = of_four.groupby(["selection", "model", "method", "trial"], sort=False)
     whole = four.mean()[four.count() == len(FOUR)]
-    averages = our_means(whole, ["selection", "model", "method"]).assign(set=_FOUR)
+    averages = common.our_means(whole, ["selection", "model", "method"]).assign(set=_FOUR)
     ours = pd.concat([ours[ours["set"].isin(published["set"])], averages])
     frame = published.merge(ours, on=["model", "set", "method", "selection"], how="outer", sort=False)
     frame["difference"] = frame["ours"] - frame["value"]
     frame = outcomes.order(frame, ["selection", "set", "model", "method"])
-    table = published_table(
+    return common.published_table(
         "Published averages beside ours",
         "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
         "VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or quoted), inferred "
         "(published, but the selection or the row is our reading). A dash is a number that this suite did not run, or "
         "that was not found. Another model and other data can neither confirm nor refute a published value. "
-        f"{_shared_note(outcomes)} {_experts(outcomes, outcomes.sets)}".strip(),
+        f"{outcomes.shared_note} {_experts(outcomes, outcomes.sets)}".strip(),
         {key: _ROW[key] for key in ("selection_title", "set_title", "model_title", "method_title")},
         frame,
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
@@ -194,7 +183,7 @@ def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
     rows = outcomes.order(outcomes.tests, _ORDER)
     rows = rows[rows["method"].map(outcomes.role) == "method"]
     for key, group in rows.groupby(["model_title", "selection_title", "set_title"], sort=False):
-        words = [f"{row.method_title} {difference_text(row)} (n = {row.n})" for row in group.itertuples()]
+        words = [f"{row.method_title} {common.difference_text(row)} (n = {row.n})" for row in group.itertuples()]
         yield f"{key[0]}, {key[2]}, {key[1]}: {'; '.join(words)}."
 
 
@@ -205,13 +194,6 @@ SET_TABLES = {"results": results, "choices": choices}
 def _specs(outcomes: DomainOutcomes, names: list[str]) -> list[Mapping[str, Any]]:
     """Return the specs of the runs on some sets."""
     return [run.spec for run in outcomes.runs if run.spec["task"]["name"] in names]
-
-
-def _judged_on(outcomes: DomainOutcomes, name: str) -> str:
-    """Describe the images on which accuracy is measured."""
-    limits = {spec["training"]["eval_rows"] for spec in _specs(outcomes, [name])}
-    cut = "".join(f", of which {limit} are used" for limit in limits if limit)
-    return f"On the in split of the environment that was held out (80 % of its images{cut})."
 
 
 def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:
@@ -245,10 +227,6 @@ def _partly(outcomes: DomainOutcomes, names: list[str]) -> str:
         for name in names
         if outcomes.held_out(name) < len(outcomes.environments(name))
     )
-
-
-def _shared_note(outcomes: DomainOutcomes) -> str:
-    return outcomes.shared_note(outcomes.cells, outcomes.shared, ["model", "set", "selection"], "trial")
 
 
 def _error(values: pd.Series) -> float:
@@ -292,6 +270,6 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
     parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "compared": outcomes.compared}
-    sentences |= {"optimizer": "Adam, constant rate, no clipping", "shows_labels": True}
-    return make(benchmark, TABLES, FIGURES, outcomes, **sentences, parts=parts)
+    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "shows_labels": True}
+    sentences |= {"optimizer": "Adam, constant rate, no clipping", "compared": outcomes.compared, "parts": parts}
+    return make(benchmark, TABLES, FIGURES, outcomes, **sentences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,7 @@ from benchmarks.harness.report.presentation import Figure, Presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import OOD
-from benchmarks.text.figures import ood_scores, rank_diagram
+from benchmarks.text.figures import draw_scores, rank_diagram
 from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
 from benchmarks.text.presentation import USAGE, shown
 from benchmarks.text.tables import paper, ranks, tasks, tests, usage_table
@@ -29,24 +30,16 @@ def _ranks(outcomes: TextOutcomes) -> Table:
     return ranks(outcomes, _rankings(outcomes))
 
 
-def _scores(outcomes: TextOutcomes) -> Table:
-    return tasks(outcomes, OOD)
-
-
-def _paper(outcomes: TextOutcomes) -> Table:
-    return paper(outcomes, OOD)
-
-
 def _draw_ranks(outcomes: TextOutcomes, path: Path) -> None:
     rank_diagram(outcomes, path, _rankings(outcomes))
 
 
 TABLES: dict[str, Callable[[TextOutcomes], Table]] = {
     "ranks": _ranks,
-    "scores": _scores,
+    "scores": partial(tasks, domain=OOD),
     "tests": tests,
     "usage": usage_table,
-    "paper": _paper,
+    "paper": partial(paper, domain=OOD),
 }
 FIGURES = {
     "ranks": Figure(
@@ -54,7 +47,7 @@ FIGURES = {
         "Mean rank over the OOD sets (left is better). Methods joined by a bar do not differ by Nemenyi's test at 5 %.",
     ),
     "scores": Figure(
-        ood_scores,
+        partial(draw_scores, domains=[OOD]),
         "Scores by method and OOD set. The dashed line is the baseline's mean. All panels share one axis, which does "
         "not start at zero.",
     ),

@@ -12,19 +12,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.plots import (
-    REFERENCE,
-    STYLE,
-    USE,
-    WIDTH,
-    count_text,
-    hide_empty,
-    legend_below,
-    panel_grid,
-    placeholder_figure,
-    save,
-    wrapped,
-)
+from benchmarks.harness.report import plots
 from benchmarks.harness.report.style import DENSE, MethodStyle, curve_styles
 from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.definition import is_trained
@@ -43,7 +31,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         lines = groups.setdefault(tuple(cell[key] for key in GROUP), {})
         lines.setdefault(outcomes.method_title(cell), []).append(run)
     if not groups:
-        placeholder_figure(path, "no run of these trains")
+        plots.placeholder_figure(path, "no run of these trains")
         return
     panels: dict[str, Callable[[Run], list[_Point]]] = {
         "training loss": lambda run: list(enumerate(outcomes.metrics[run.id]["curve"], start=1))
@@ -55,9 +43,9 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         for lines in groups.values()
         for title, runs in lines.items()
     )
-    with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
-        size = (min(3.0 * len(groups) + 0.6, WIDTH), 2.3 * len(panels) + 0.3)
-        figure, axes = panel_grid(len(panels), len(groups), size, sharex="col", sharey="row")
+    size = (min(3.0 * len(groups) + 0.6, plots.WIDTH), 2.3 * len(panels) + 0.3)
+    shared = {"sharex": "col", "sharey": "row"}
+    with plots.panel_figure(path, len(panels), len(groups), size, plots.CURVES, **shared) as (figure, axes):
         for column, ((model, name, tuning), lines) in enumerate(groups.items()):
             for axis, (label, points) in zip(axes[:, column], panels.items(), strict=True):
                 for title, runs in lines.items():
@@ -66,11 +54,10 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
             tuned = outcomes.title("tuning", tuning)
             below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
             title = f"{outcomes.title('model', model)}\n{below}"
-            axes[0, column].set_title(wrapped(title, (size[0] - 0.6) / len(groups)), fontsize=8)
-            axes[-1, column].set_xlabel(f"step; means of {count_text(len(runs) for runs in lines.values())}")
+            axes[0, column].set_title(plots.wrapped(title, (size[0] - 0.6) / len(groups)), fontsize=8)
+            axes[-1, column].set_xlabel(f"step; means of {plots.count_text(len(runs) for runs in lines.values())}")
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-        legend_below(figure, axes.flat, len(groups) + 1)
-        save(figure, path)
+        plots.legend_below(figure, axes.flat, len(groups) + 1)
 
 
 def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
@@ -101,27 +88,24 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
                 rows = panels.setdefault(task, {}).setdefault(name, {})
                 rows.setdefault(tuple(cell_of(run).values()), []).append((values["acc"], values["questions"]))
     if not panels:
-        placeholder_figure(path, "no task of these is scored by accuracy")
+        plots.placeholder_figure(path, "no task of these is scored by accuracy")
         return
     names = [outcomes.row_title(cell) for cell in cells[CELL].to_dict("records")]
     columns = max(map(len, panels.values()))
-    size = (min(1.5 * columns + _NAMES, WIDTH), (0.17 * len(names) + 0.95) * len(panels) + 0.4)
-    with mpl.rc_context(STYLE):
-        figure, axes = panel_grid(len(panels), columns, size, sharex=True, sharey=True)
+    size = (min(1.5 * columns + _NAMES, plots.WIDTH), (0.17 * len(names) + 0.95) * len(panels) + 0.4)
+    with plots.panel_figure(path, len(panels), columns, size, sharex=True, sharey=True) as (figure, axes):
         for axis_row, (task, categories) in zip(axes, panels.items(), strict=True):
             for axis, (name, rows) in zip(axis_row, categories.items(), strict=False):
                 for place, key in enumerate(cells[CELL].itertuples(index=False, name=None)):
                     if key in rows:
                         _draw_shares(axis, place, rows[key], outcomes.style(key[CELL.index("method")]))
                 if task.startswith(_FOUR_CHOICES):
-                    axis.axvline(_CHANCE * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+                    axis.axvline(_CHANCE * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0)
                 title = f"{task_words(task)}\n{part_words(name)} ({next(iter(rows.values()))[0][1]:,})"
-                axis.set_title(wrapped(title, (size[0] - _NAMES) / columns, 7), fontsize=7)
+                axis.set_title(plots.wrapped(title, (size[0] - _NAMES) / columns, 7), fontsize=7)
             axis_row[0].set_yticks(range(len(names)), names)
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
-        hide_empty(axes)
         figure.supxlabel("Accuracy (%); in brackets: questions; dashed: chance among four answers", fontsize=7.5)
-        save(figure, path)
 
 
 def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], style: MethodStyle) -> None:
@@ -141,19 +125,17 @@ def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
         if routing := outcomes.metrics[run.id]["routing"]:
             shown.setdefault(outcomes.row_title(cell_of(run)), routing)
     if not shown:
-        placeholder_figure(path, "no method of these runs routes")
+        plots.placeholder_figure(path, "no method of these runs routes")
         return
     heights = [len(routing["shares"]) + 1.5 for routing in shown.values()]
     size = (6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5)
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = panel_grid(len(shown), 1, size, height_ratios=heights)
+    with plots.panel_figure(path, len(shown), 1, size, plots.HEATMAP, height_ratios=heights) as (figure, axes):
         for axis, (title, routing) in zip(axes[:, 0], shown.items(), strict=True):
             layers = sorted(routing["shares"], key=int)
             shares = np.array([routing["shares"][layer] for layer in layers])
-            axis.imshow(shares * shares.shape[1], norm=USE.norm, cmap=USE.cmap, aspect="auto")
+            plots.show_use(axis, shares * shares.shape[1])
             axis.set_yticks(range(len(layers)), layers)
             axis.set_ylabel("layer")
             axis.set_title(f"{title}: load entropy {routing['load_entropy']:.3f}", fontsize=8)
         axes[-1, 0].set_xlabel("expert")
-        figure.colorbar(USE, ax=axes, shrink=0.8, label="load ÷ mean load", extend="max")
-        save(figure, path)
+        figure.colorbar(plots.USE, ax=axes, shrink=0.8, label="load ÷ mean load", extend="max")

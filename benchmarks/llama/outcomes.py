@@ -52,6 +52,7 @@ class InstructionOutcomes(Outcomes):
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
         self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
+        self.shared_note = self.explain_n(self.records, self.shared, GROUP)
         self._layers = {
             (run.spec["model"]["name"], run.spec["method"]["variant"]): sorted(routing["shares"], key=int)
             for run in chosen

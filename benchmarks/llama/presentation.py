@@ -1,26 +1,17 @@
-"""Tables, figures and verdicts of instruction tuning."""
+"""Present instruction tuning: tables, figures and verdicts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import (
-    cost_table,
-    difference_text,
-    interval_text,
-    our_means,
-    published_table,
-    read_published,
-    tests_table,
-    with_numbers,
-    with_runs,
-)
+from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.llama.definition import is_trained
@@ -51,7 +42,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
     frame = _with(outcomes.cells(), outcomes.losses, "loss")
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
     for against, words in _compared_with(outcomes).items():
-        frame = with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
+        frame = common.with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
         interval = (f"{against} low", f"{against} high")
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
     for task, tested in outcomes.tasks.items():
@@ -61,9 +52,9 @@ def results(outcomes: InstructionOutcomes) -> Table:
             name = f"{task} {metric}"
             frame = _with(frame, outcomes.numbers("test", metric, task), name)
             columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=True))
-    table = Table(
+    return Table(
         "Held-out loss and accuracy",
-        f"Mean ± standard deviation over n seeds. {_shared_note(outcomes)} The loss is the mean over the "
+        f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over the "
         f"responses' tokens of held-out instructions. {'' if outcomes.nats_tests.empty else _LIKELIHOOD}"
         f"{_questions(outcomes)}"
         f"Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
@@ -74,9 +65,8 @@ def results(outcomes: InstructionOutcomes) -> Table:
         columns,
         outcomes.order(frame, CELL),
         group=("model", "set", "tuning"),
-        compare="is_method",
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def tests(outcomes: InstructionOutcomes) -> Table:
@@ -95,7 +85,7 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
     frame["against"] = frame["against"].map(_compared_with(outcomes))
     frame["task_title"] = frame["task"].map(task_words)
     nats = ", by nats a byte" if metric == NATS else ""
-    return tests_table(
+    return common.tests_table(
         f"{outcomes.baseline_title}, and against the model not tuned{nats}",
         f"{note}Differences of {what} to {outcomes.baseline_title} tuned the same way (each question's a mean over "
         "the seeds that both have) and to the same method not tuned, paired by question. A test over "
@@ -106,18 +96,8 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
     )
 
 
-def categories(outcomes: InstructionOutcomes) -> Table:
-    """Tabulate accuracy by category of questions."""
-    return _parts(outcomes, "categories", "Category")
-
-
-def subjects(outcomes: InstructionOutcomes) -> Table:
-    """Tabulate accuracy by subject."""
-    return _parts(outcomes, "subjects", "Subject")
-
-
-def _parts(outcomes: InstructionOutcomes, key: str, heading: str) -> Table:
-    """Tabulate parts of tasks by row, and cells by column."""
+def accuracy_by(outcomes: InstructionOutcomes, heading: str, key: str) -> Table:
+    """Tabulate accuracy by category or subject: parts of tasks by row, and cells by column."""
     rows: dict[tuple[str, str], dict[str, list[float]]] = {}
     names: dict[str, None] = {}
     shared = set(outcomes.shared["run_id"])
@@ -137,7 +117,7 @@ def _parts(outcomes: InstructionOutcomes, key: str, heading: str) -> Table:
     )
     return Table(
         f"Accuracy by {heading.lower()}",
-        f"Mean over n seeds; the number of questions is in brackets. {_shared_note(outcomes)}",
+        f"Mean over n seeds; the number of questions is in brackets. {outcomes.shared_note}",
         {"task_title": "Task", "part": heading},
         [Column("accuracy", name, name) for name in names],
         frame,
@@ -199,7 +179,7 @@ def data(outcomes: InstructionOutcomes) -> Table:
 
 def cost(outcomes: InstructionOutcomes) -> Table:
     """Tabulate time, memory, parameters and loads."""
-    return cost_table(
+    return common.cost_table(
         _keys(outcomes),
         outcomes.order(outcomes.cells(), CELL),
         CELL,
@@ -211,11 +191,11 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 
 def paper(outcomes: InstructionOutcomes) -> Table:
     """Tabulate the paper's MMLU accuracies beside ours."""
-    published = read_published(outcomes.benchmark).assign(
+    published = common.read_published(outcomes.benchmark).assign(
         value=lambda frame: frame["value"] / 100, task_paper="MMLU (shots unknown)"
     )
     ours = [
-        our_means(outcomes.numbers("test", "accuracy", task), CELL).assign(task=task_words(task))
+        common.our_means(outcomes.numbers("test", "accuracy", task), CELL).assign(task=task_words(task))
         for task in outcomes.tasks
     ]
     measured = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "task"])
@@ -224,21 +204,22 @@ def paper(outcomes: InstructionOutcomes) -> Table:
     is_mmlu = frame["task"].str.startswith(f"{_MMLU.upper()} (")
     frame["difference"] = (frame["ours"] - frame["value"]).where(is_mmlu)
     frame = outcomes.order(frame.assign(set=""), CELL)
-    table = published_table(
+    return common.published_table(
         "The paper's MMLU accuracies beside ours",
         "Status: published (quoted by others; the paper's full tables could not be consulted). How many shots the "
         "paper used, and its learning rate and epochs of LoRA, are not known. A dash is a number that this suite did "
         "not run, or that was not found. Another model, other data and other questions can neither confirm nor refute "
-        "a published value; a difference is given only for MMLU itself. "
-        f"{_shared_note(outcomes)}",
+        f"a published value; a difference is given only for MMLU itself. {outcomes.shared_note}",
         {**_keys(outcomes), "task": "Task"},
         frame,
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
-TABLES = {
-    table.__name__: table for table in (results, tests, nats_tests, categories, subjects, answers, data, cost, paper)
+TABLES: dict[str, Callable[..., Table]] = {
+    **{table.__name__: table for table in (results, tests, nats_tests, answers, data, cost, paper)},
+    "categories": partial(accuracy_by, heading="Category", key="categories"),
+    "subjects": partial(accuracy_by, heading="Subject", key="subjects"),
 }
 
 
@@ -250,14 +231,15 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
         for row in rows.itertuples():
             cell = tuple(getattr(row, key) for key in CELL)
-            parts = [f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"]
+            parts = [f"held-out loss {row.delta:+z.3f}{common.interval_text(row.low, row.high, 3)}"]
             tuned = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
             if gained := [f"{title} {gains[of]:+z.3f}" for title, of in tuned.items() if of in gains]:
                 parts.append(f"by tuning: {', '.join(gained)}")
             for test in _of_cell(outcomes.tests, cell).itertuples():
-                parts.append(f"{task_words(test.task)} {difference_text(test, ' points')}")
+                parts.append(f"{task_words(test.task)} {common.difference_text(test, ' points')}")
             for test in _of_cell(outcomes.nats_tests, cell).itertuples():
-                nats = f"{test.delta:+z.3f}{interval_text(test.low, test.high, 3)} nats a byte of the right answer"
+                interval = common.interval_text(test.low, test.high, 3)
+                nats = f"{test.delta:+z.3f}{interval} nats a byte of the right answer"
                 parts.append(", ".join(filter(None, (f"{task_words(test.task)} {nats}", test.verdict))))
             yield f"{', '.join(key)}, against {outcomes.baseline_title}: {row.method_title}: {'; '.join(parts)}."
 
@@ -292,10 +274,6 @@ def _questions(outcomes: InstructionOutcomes) -> str:
     is_dev = any(task.startswith("mmlu_dev") for task in outcomes.tasks)
     dev = "MMLU-dev are MMLU's few-shot development questions, as they ship inside lm-eval, and not its test. "
     return f"{'; '.join(words)}. {dev if is_dev else ''}" if words else ""
-
-
-def _shared_note(outcomes: InstructionOutcomes) -> str:
-    return outcomes.shared_note(outcomes.records, outcomes.shared, GROUP)
 
 
 def _short(text: str) -> str:
@@ -336,5 +314,5 @@ FIGURES = {
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = InstructionOutcomes(benchmark, runs)
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "compared": outcomes.compared}
-    return make(benchmark, TABLES, FIGURES, outcomes, optimizer="AdamW", **sentences)
+    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "optimizer": "AdamW"}
+    return make(benchmark, TABLES, FIGURES, outcomes, compared=outcomes.compared, **sentences)

@@ -1,4 +1,4 @@
-"""Figures of pre-trained models as they are: active neurons, their concentration, and the experts of each task."""
+"""Draw pre-trained models as they are: active neurons, their concentration, and the experts of each task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.report.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
+from benchmarks.harness.report import plots
 from benchmarks.harness.report.style import EMOE
 from benchmarks.modularity.definition import EXPERTS
 from benchmarks.modularity.outcomes import ModularityOutcomes
@@ -25,8 +25,8 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw a dot for every active neuron: a row a model (its first layer), a column a construction."""
     panels = outcomes.first_panels()
     names = [name for name in outcomes.methods if name in set(outcomes.rows["method"])]
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = panel_grid(len(panels), len(names), (WIDTH, 2.3 * len(panels) + 0.4), sharex="row", sharey="row")
+    size, shared = (plots.WIDTH, 2.3 * len(panels) + 0.4), {"sharex": "row", "sharey": "row"}
+    with plots.panel_figure(path, len(panels), len(names), size, plots.HEATMAP, **shared) as (_, axes):
         for axis_row, (title, rows) in zip(axes, panels, strict=True):
             for axis, (name, row) in zip(axis_row, _shown(rows, names), strict=True):
                 if row is None:
@@ -35,12 +35,12 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
                 _draw_matrix(axis, matrix, int(row.num_experts))
                 axis.set_title(f"{outcomes.title('method', name)}, N = {row.num_experts}", fontsize=7.5)
                 if axis is axis_row[0]:
-                    _name_tasks(axis, matrix["tasks"], outcomes)
+                    middles = pd.Series(range(len(matrix["tasks"]))).groupby(matrix["tasks"], sort=False).mean()
+                    axis.set_yticks(middles, [outcomes.title("task", str(name)) for name in middles.index])
+                    axis.tick_params(axis="y", length=0)
             axis_row[0].set_ylabel(f"{title}\ntokens of")
             for axis in axis_row:
                 axis.set_xlabel("neurons, expert by expert")
-        hide_empty(axes)
-        save(figure, path)
 
 
 def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
@@ -53,22 +53,15 @@ def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
     axis.set_xticks([0, matrix["neurons"]])
 
 
-def _name_tasks(axis: Any, tasks: list[str], outcomes: ModularityOutcomes) -> None:
-    names = list(dict.fromkeys(tasks))
-    middles = [np.mean([line for line, task in enumerate(tasks) if task == name]) for name in names]
-    axis.set_yticks(middles, [outcomes.title("task", name) for name in names])
-    axis.tick_params(axis="y", length=0)
-
-
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the first model and layer as the paper does: before clustering and after, the height is the magnitude."""
     title, rows = outcomes.first_panels()[0]
     shown = [(name, row) for name, row in _shown(rows, ["contiguous", outcomes.baseline]) if row is not None]
     if not shown:
-        placeholder_figure(path, "this suite runs neither clusters nor neurons as they stand")
+        plots.placeholder_figure(path, "this suite runs neither clusters nor neurons as they stand")
         return
-    with mpl.rc_context({**STYLE, "font.size": 7}):
-        figure = plt.figure(figsize=(WIDTH, 3.0), layout="constrained")
+    with mpl.rc_context({**plots.STYLE, "font.size": 7}):
+        figure = plt.figure(figsize=(plots.WIDTH, 3.0), layout="constrained")
         for number, (name, row) in enumerate(shown, 1):
             matrix = outcomes.metrics_of(row)["matrix"]
             axis: Any = figure.add_subplot(1, len(shown), number, projection="3d")
@@ -86,7 +79,7 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
                 side.set_major_locator(mpl.ticker.MaxNLocator(4))
             axis.set_title(f"{outcomes.title('method', name)}, N = {row.num_experts}", fontsize=7.5)
         figure.suptitle(title, fontsize=8)
-        save(figure, path)
+        plots.save(figure, path)
 
 
 def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
@@ -94,8 +87,8 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
     panels = list(outcomes.panels())
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    with mpl.rc_context({**STYLE, "axes.grid.axis": "y"}):
-        figure, axes = panel_grid(lines, columns, (2.6 * columns + 1.4, 2.4 * lines + 0.3), sharey=True)
+    size, style = (2.6 * columns + 1.4, 2.4 * lines + 0.3), {**plots.STYLE, "axes.grid.axis": "y"}
+    with plots.panel_figure(path, lines, columns, size, style, sharey=True) as (figure, axes):
         for axis, (title, rows) in zip(axes.flat, panels, strict=False):
             sizes = sorted(rows["num_experts"].unique())
             axis.axhline(25, color="#888888", lw=0.8, ls=":", zorder=0, label="every expert alike (25 %)")
@@ -107,13 +100,11 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
             axis.set_ylim(0, 102)
             axis.set_xlabel("number of experts, N")
             axis.set_title(title, fontsize=8)
-        hide_empty(axes)
         for axis in axes[:, 0]:
             axis.set_ylabel("active neurons in the\nbest quarter of experts (%)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        handles.append(mpl.lines.Line2D([], [], color=REFERENCE, marker="x", ls="", ms=5))
+        handles.append(mpl.lines.Line2D([], [], color=plots.REFERENCE, marker="x", ls="", ms=5))
         figure.legend(handles, [*labels, "the paper's matrices"], loc="outside right center", frameon=False, fontsize=7)
-        save(figure, path)
 
 
 def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, sizes: list[int], number: int) -> None:
@@ -133,13 +124,12 @@ def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, si
 
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the use of experts by task and class, a panel a model (its first layer), with its smallest N."""
-    panels = []
+    panels: list[UsagePanel] = []
     for title, rows in outcomes.first_panels():
         clusters = rows[rows["method"] == outcomes.baseline].sort_values("num_experts", kind="stable")
         for row in clusters.head(1).itertuples():
             metrics = outcomes.metrics_of(row)
-            numbers = metrics["measured"][EXPERTS]
-            panels.append(UsagePanel(f"{title}, N = {row.num_experts}", numbers, metrics["usage"]))
+            panels.append((f"{title}, N = {row.num_experts}", metrics["measured"][EXPERTS], metrics["usage"]))
     draw_usage(panels, outcomes, path)
 
 

@@ -1,4 +1,4 @@
-"""Tables, figures and verdicts of pre-trained models as they are."""
+"""Present pre-trained models as they are: tables, figures and verdicts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ _KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_t
 
 def concentration(outcomes: ModularityOutcomes) -> Table:
     """Show the concentration by construction, beside the paper's matrices."""
-    frame = outcomes.means.copy()
-    for metric in ("best_quarter", "usage_gini"):
-        published = outcomes.paper[outcomes.paper["metric"] == metric].set_index(["method", "num_experts"])["value"]
-        frame[f"{metric}_paper"] = [
-            published.get((row.method, row.num_experts), float("nan")) for row in frame.itertuples()
-        ]
+    published = outcomes.paper.pivot(index=["method", "num_experts"], columns="metric", values="value")
+    published = published[["best_quarter", "usage_gini"]].add_suffix("_paper")
+    frame = outcomes.means.join(published, on=["method", "num_experts"])
     (share,) = {run.spec["reading"]["active_share"] for run in outcomes.runs}
     return Table(
         "Activations in blocks of neurons, nothing trained",

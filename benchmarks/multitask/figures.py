@@ -1,11 +1,11 @@
-"""Figure of models that learn several tasks at once: the difference of each method, set by set."""
+"""Draw models that learn several tasks at once: the difference of each method, set by set."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from benchmarks.harness.config.benchmark import OOD_MEAN
-from benchmarks.harness.report.plots import difference_label, draw_forest, placeholder_figure
+from benchmarks.harness.report import plots
 from benchmarks.multitask.definition import ID_MEAN
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.text.definition import ID, OOD
@@ -20,7 +20,7 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
         "domain", key=lambda names: names.map(list(_DOMAINS).index), kind="stable"
     )
     if rows.empty:
-        placeholder_figure(path, "this suite compares nothing on several tasks")
+        plots.placeholder_figure(path, "this suite compares nothing on several tasks")
         return
     panels = [f"{outcomes.title('model', row.model)}, {outcomes.title('task', row.task)}" for row in rows.itertuples()]
     lines = [outcomes.title("task", row.eval_task) + _DOMAINS[row.domain] for row in rows.itertuples()]
@@ -30,4 +30,4 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
     )
     sets = rows[rows["domain"] == OOD].groupby("panel")["eval_task"].nunique()
     rows = rows[(rows["domain"] != OOD_MEAN) | rows["panel"].map(sets).gt(1)]  # no mean over one set
-    draw_forest(rows, path, difference_label(outcomes.baseline_title, rows["n"]))
+    plots.draw_forest(rows, path, plots.difference_label(outcomes.baseline_title, rows["n"]))

@@ -1,4 +1,4 @@
-"""Tables, figure and verdicts of models that learn several tasks at once."""
+"""Present models that learn several tasks at once: tables, figure and verdicts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import (
-    counts_by,
-    means_by,
-    read_published,
-    tests_table,
-    with_numbers,
-    with_runs,
-)
+from benchmarks.harness.report.common import counts_by, means_by, read_published, tests_table, with_numbers, with_runs
 from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, make
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.multitask.definition import ID_MEAN
@@ -26,7 +19,7 @@ from benchmarks.multitask.figures import draw_differences
 from benchmarks.multitask.outcomes import INTERVAL, MultitaskOutcomes
 from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, KEYS
-from benchmarks.text.tables import DOMAINS, cost, differences_text, ood, shared_note, tests
+from benchmarks.text.tables import DOMAINS, cost, differences_text, ood, tests
 
 _MEANS = {ID: ID_MEAN, OOD: OOD_MEAN}
 _CHOSEN = "Epoch and learning rate are chosen by the mean score over the tasks on rows that are not reported."
@@ -50,11 +43,11 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
     frame["best_set"] = frame["best_eval_task"].map(outcomes.titles["task"]).fillna(MISSING)
     best_columns = ["best", "best_low", "best_high", "best_set"]
     frame = frame[[*CELL, "where", "sets", *INTERVAL, "n", *best_columns, "paper"]]
-    table = Table(
+    return Table(
         "The paper's best gains beside ours",
         f"Differences to {outcomes.baseline_title} that learned the same tasks at once, in points, paired by seed over "
         "n seeds, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests "
-        f"is. {shared_note(outcomes)} Mean: over the sets. Best set: the largest difference of several, so an "
+        f"is. {outcomes.shared_note} Mean: over the sets. Best set: the largest difference of several, so an "
         "optimistic number. The paper gives only its largest gains (T5-Base, N = 32, k = 8 in domain; status and "
         f"source in paper.csv), neither tasks nor absolute scores, so they cannot be compared with ours. {_CHOSEN}",
         {**KEYS, "where": "Where", "sets": "Sets", "n": "n"},
@@ -65,8 +58,8 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
         ],
         outcomes.order(frame, CELL),
         notes={"best_set": "Best set"},
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def results(outcomes: MultitaskOutcomes) -> Table:
@@ -89,27 +82,26 @@ def results(outcomes: MultitaskOutcomes) -> Table:
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = frame.merge(rates, left_on=CELL, right_index=True, how="left")
     frame = with_numbers(frame, CELL, means_by(outcomes.shared_origins, CELL, took))
-    table = Table(
+    return Table(
         "Several tasks at once: means over tasks and over other sets",
         "Mean ± sample standard deviation over n seeds of the mean over the tasks (ID) and over the sets that no task "
         f"is trained on (OOD), each scored by its own metric; differences to {outcomes.baseline_title} trained on the "
         "same, paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. Rows of "
-        f"one task are models that learned it alone. {shared_note(outcomes)} {_CHOSEN} Bold marks the best method, "
+        f"one task are models that learned it alone. {outcomes.shared_note} {_CHOSEN} Bold marks the best method, "
         "controls apart.",
         {**KEYS, "rate": "Learning rate", "n": "n"},
         [*columns, *(Column(metric, metric) for metric in took)],
         frame,
         group=("model", "task"),
-        compare="is_method",
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def sets(outcomes: MultitaskOutcomes) -> Table:
     """Show the score on every set."""
     caption = (
         "Mean ± sample standard deviation over n seeds. Sets that a row is trained on are in domain, the others are "
-        f"read as the task that names them. {shared_note(outcomes)} {_CHOSEN}"
+        f"read as the task that names them. {outcomes.shared_note} {_CHOSEN}"
     )
     return replace(ood(outcomes), caption=caption)
 
@@ -151,7 +143,7 @@ FIGURES = {
         "means over seeds, with 95 % intervals from three seeds on. Sets marked OOD are none that the model "
         "was trained on. The paper's numbers are its largest gains alone (7.56 points in domain, 1.58 out "
         "of domain, T5-Base); they are in the table of gains.",
-    ),
+    )
 }
 
 
@@ -167,6 +159,6 @@ def verdicts(outcomes: MultitaskOutcomes) -> Iterator[str]:
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = MultitaskOutcomes(benchmark, runs)
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": NOTE, "compared": outcomes.compared}
-    sentences |= {"optimizer": "AdamW, linear decay, no clipping", "shows_labels": True}
-    return make(benchmark, TABLES, FIGURES, outcomes, **sentences)
+    optimizer = "AdamW, linear decay, no clipping"
+    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": NOTE, "optimizer": optimizer}
+    return make(benchmark, TABLES, FIGURES, outcomes, compared=outcomes.compared, shows_labels=True, **sentences)

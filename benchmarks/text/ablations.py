@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from benchmarks.harness.report.common import (
     read_published,
     summarize,
     with_numbers,
-    with_runs,
 )
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.table import MISSING, Column, Table
@@ -43,17 +43,11 @@ _ROW = [*_CELL, "method"]
 
 
 class Ablations:
-    """Compute the ablations of a benchmark from all its finished runs, each when it is first asked for.
-
-    Attributes:
-        usual: The outcomes without the rows of ablations.
-        tables: The function that makes each table, by name.
-        figures: The figures, by name.
-    """
+    """Compute the ablations of a benchmark from all its finished runs, each when it is first asked for."""
 
     def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
         self._benchmark, self._runs, self._records = benchmark, runs, collect(runs)
-        self.usual = TextOutcomes(benchmark, runs, self._records)
+        self.usual = TextOutcomes(benchmark, runs, self._records)  # without the rows of ablations
         self._definitions: Mapping[str, Ablation] = benchmark.definition.ablations
         self._rows = cache(lambda name: ablation_rows(self._outcomes, self._definitions[name]))
         self.tables = {name: partial(self._table, name) for name in self._definitions}
@@ -74,7 +68,7 @@ class Ablations:
 
     def _table(self, name: str, _usual: TextOutcomes) -> Table:
         table = ablation_table(self._definitions[name], self._rows(name))
-        return with_runs(table, self._outcomes.origins, self._benchmark.name)
+        return replace(table, origins=self._outcomes.origins)
 
     def _caption(self, name: str) -> str:
         """Describe the figure of an ablation."""
@@ -231,8 +225,9 @@ def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
     )
     return Table(
         definition.title,
-        f"{definition.question} Score (%): mean ± standard deviation over the n seeds that all rows of a set and selection have; Δ is the difference to the "
-        f"{'row above' if definition.steps else 'first row'}, paired by seed, with a 95 % confidence interval "
+        f"{definition.question} Score (%): mean ± standard deviation over the n seeds that all rows of a set and "
+        f"selection have; Δ is the difference to the {'row above' if definition.steps else 'first row'}, paired by "
+        "seed, with a 95 % confidence interval "
         "(Student's t); p of the paired t-test is corrected by Holm's procedure over the rows of a set and selection; "
         "the verdict takes it at 5 %. The paper's numbers are of its own models and tasks.",
         {"model_title": "Model", "selection": "Selection", "on": "On", "method_title": "Method", "n": "n"},

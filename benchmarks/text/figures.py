@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,28 +14,11 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.harness.config.methods import CONTROL, setting_text
+from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, has_random_weights
-from benchmarks.harness.report.plots import (
-    FEW,
-    REFERENCE,
-    STYLE,
-    USE,
-    WIDTH,
-    Panel,
-    difference_label,
-    draw_forest,
-    hide_empty,
-    legend_below,
-    over_mean,
-    panel_grid,
-    placeholder_figure,
-    save,
-    score_panels,
-    wrapped,
-)
 from benchmarks.harness.report.style import MethodStyle, curve_styles
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
-from benchmarks.text.definition import ID, OOD, TaskEntry
+from benchmarks.text.definition import OOD, TaskEntry
 from benchmarks.text.outcomes import PROTOCOLS, Ranked, TextOutcomes
 from benchmarks.text.traces import Trace, published_traces, shown_traces
 
@@ -44,37 +27,26 @@ _MOST_SETS = 12  # panels of scores; of more sets a map of differences is drawn
 _CELL, _READABLE = 4.6, 0.27  # inches of all cells beside each other, and of one that a number fits in
 
 
-def scores_by_training_task(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw a row of panels for each selection, model and training task, and a panel for each evaluation set."""
-    _scores(outcomes, path, [ID, OOD], ["protocol", "model", "task"])
+def draw_scores(outcomes: TextOutcomes, path: Path, *, domains: list[str], by_task: bool = False) -> None:
+    """Draw the scores of the protocols that have runs of their own: a panel for each set, or a map of many.
 
-
-def id_scores(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw a panel for each training task, or a map of many."""
-    _scores(outcomes, path, [ID], ["protocol", "model"])
-
-
-def ood_scores(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw a panel for each pair of training task and OOD set, or a map of many."""
-    _scores(outcomes, path, [OOD], ["protocol", "model"])
-
-
-def _scores(outcomes: TextOutcomes, path: Path, domains: list[str], line: list[str]) -> None:
-    """Draw the scores of the protocols that have runs of their own: a panel for each set, lines by columns."""
+    There is a line of panels for each selection and model, and perhaps for each training task.
+    """
     seeds = outcomes.seeds
     seeds = seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(outcomes.run_protocols)]
     sets = ["protocol", "model", "task", "eval_task"]
+    line = sets[: 3 if by_task else 2]
     if len(seeds[sets].drop_duplicates()) > _MOST_SETS:
         difference_map(outcomes, path, domains)
         return
     panels = [
         [
-            Panel(f"{_model_title(outcomes, protocol, model)}\n{outcomes.pair_title(task, name)}", rows)
+            (f"{_model_title(outcomes, protocol, model)}\n{outcomes.pair_title(task, name)}", rows)
             for (protocol, model, task, name), rows in of_line.groupby(sets, sort=False)
         ]
         for _, of_line in seeds.groupby(line, sort=False)
     ]
-    score_panels(outcomes, panels, path)
+    plots.score_panels(outcomes, panels, path)
 
 
 def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> None:
@@ -97,9 +69,8 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
     tested = not has_random_weights(outcomes.runs)
     most = max(1.0, float(rows["delta"].abs().quantile(0.95)) * 100)
     norm = mpl.colors.Normalize(-most, most)
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        size = (WIDTH, (0.16 * len(methods) + 0.5) * lines + 1.3)
-        figure, axes = panel_grid(lines, columns, size, sharex=True, sharey=True)
+    size = (plots.WIDTH, (0.16 * len(methods) + 0.5) * lines + 1.3)
+    with plots.panel_figure(path, lines, columns, size, plots.HEATMAP, sharex=True, sharey=True) as (figure, axes):
         for axis, (protocol, model, group) in zip(axes.flat, shown, strict=False):
             table = np.full((len(methods), len(pairs)), np.nan)
             for row in group[group["delta"].notna()].itertuples():
@@ -114,12 +85,10 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
             axis.set_yticks(range(len(methods)), [outcomes.title("method", name) for name in methods])
             axis.set_xticks(range(len(pairs)), [outcomes.pair_title(*pair) for pair in pairs], rotation=90)
             axis.set_title(_model_title(outcomes, protocol, model), fontsize=8)
-        hide_empty(axes)
         bar = mpl.cm.ScalarMappable(norm, _DIFFERENCE)
         bold = "; bold: the 95 % interval excludes 0" if has_numbers and tested else ""
         label = f"difference to {outcomes.baseline_title} (points){bold}"
         figure.colorbar(bar, ax=axes, orientation="horizontal", shrink=0.5, aspect=40, label=label, extend="both")
-        save(figure, path)
 
 
 def _model_title(outcomes: TextOutcomes, protocol: Any, model: Any) -> str:
@@ -133,11 +102,11 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
     import scikit_posthocs  # it imports a plotting library
 
     if not rankings:
-        placeholder_figure(path, "the ranked rows have no common set and seed")
+        plots.placeholder_figure(path, "the ranked rows have no common set and seed")
         return
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
-        rows = max(len(each.scores) for each in rankings)
-        figure, axes = panel_grid(len(rankings), 1, (WIDTH, (1.1 + 0.2 * rows) * len(rankings)))
+    rows = max(len(each.scores) for each in rankings)
+    size = (plots.WIDTH, (1.1 + 0.2 * rows) * len(rankings))
+    with plots.panel_figure(path, len(rankings), 1, size, {**plots.STYLE, "axes.grid": False}) as (_, axes):
         for axis, each in zip(axes[:, 0], rankings, strict=True):
             names = {method: outcomes.title("method", method) for method in each.scores.index}
             ranks, p = each.ranks.rename(names), nemenyi(each.scores).rename(index=names, columns=names)
@@ -149,7 +118,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 label_fmt_left="{label} ({rank:.2f}) ",
                 label_fmt_right=" ({rank:.2f}) {label}",
                 color_palette={names[method]: outcomes.style(method).colour for method in names},
-                crossbar_props={"color": REFERENCE},
+                crossbar_props={"color": plots.REFERENCE},
             )
             for (bar,) in diagram["crossbars"]:  # the library draws their points in the order of a set
                 bar.set_xdata(sorted(bar.get_xdata()))
@@ -162,8 +131,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 f"{outcomes.title('model', each.key['model'])}, {PROTOCOLS[each.key['protocol']]} selection: mean rank "
                 f"over {each.scores.shape[1]} sets, critical difference {critical_difference(*each.scores.shape):.2f}"
             )
-            axis.set_title(wrapped(title, WIDTH), fontsize=8)
-        save(figure, path)
+            axis.set_title(plots.wrapped(title, plots.WIDTH), fontsize=8)
 
 
 _COLUMNS, _NAMES = 3, 2.3  # panels beside each other, inches of names beside them
@@ -183,7 +151,7 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
     rows = rows[rows["delta"].notna()]
     ours = rows[rows["is_ours"]]
     if ours.empty:
-        placeholder_figure(path, _NO_RUNS)
+        plots.placeholder_figure(path, _NO_RUNS)
         return
     if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
         ours = ours[ours["is_average"]]
@@ -201,7 +169,7 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
     shown = zip(marks, rows["is_ours"], strict=True)
     marks = [style if is_ours else replace(style, marker="x") for style, is_ours in shown]
     lines = [textwrap.fill(line, _LINE) for line in rows["line"]]
-    draw_forest(rows.assign(style=marks, line=lines), path, difference_label(reference, ours["n"]))
+    plots.draw_forest(rows.assign(style=marks, line=lines), path, plots.difference_label(reference, ours["n"]))
 
 
 def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -226,16 +194,16 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
         if group.loc[group[axis].ne(""), axis].nunique() > 1
     ]
     if not any(group["is_ours"].any() for _, group, _ in panels):
-        placeholder_figure(path, _NO_RUNS)
+        plots.placeholder_figure(path, _NO_RUNS)
         return
     styles = curve_styles(
         (label, outcomes.style(points["method"].iloc[0])) for _, _, series in panels for label, points in series
     )
     labels = list(styles)
-    with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
-        columns = min(len(panels), _COLUMNS)
-        lines = math.ceil(len(panels) / columns)
-        figure, axes = panel_grid(lines, columns, (min(2.1 * columns + _NAMES, WIDTH), 2.2 * lines + 0.5))
+    columns = min(len(panels), _COLUMNS)
+    lines = math.ceil(len(panels) / columns)
+    size = (min(2.1 * columns + _NAMES, plots.WIDTH), 2.2 * lines + 0.5)
+    with plots.panel_figure(path, lines, columns, size, plots.CURVES) as (figure, axes):
         for panel, (title, group, series) in zip(axes.flat, panels, strict=False):
             values = sorted({float(value) for value in group[axis] if value})
             apart = 0.012 * (values[-1] - values[0])
@@ -246,7 +214,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
                 panel.errorbar(points[axis].astype(float) + shift, points["score"] * 100, yerr=half, **style)
             for score in group.loc[group["is_baseline"], "score"].head(1):
                 label = f"mean of {outcomes.baseline_title}"
-                panel.axhline(score * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0, label=label)
+                panel.axhline(score * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0, label=label)
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds know no bounds
             every = math.ceil(len(values) / _TICKS)
@@ -255,17 +223,15 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
             panel.set_xticks(values, names, size=7)
             panel.set_title(title, fontsize=8)
             panel.set_xlabel(_AXIS_LABELS[axis], fontsize=7)
-        hide_empty(axes)
-        legend_below(figure, axes.flat, 2)
+        plots.legend_below(figure, axes.flat, 2)
         figure.supylabel("Score (%)", fontsize=8)
-        save(figure, path)
 
 
 def _sides(rows: pd.DataFrame) -> pd.DataFrame:
     """Return our rows and then the paper's, with the titles ``who`` (model, selection) and ``where`` (set)."""
     several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
     ours = rows[rows["is_ours"]]
-    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= FEW)
+    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= plots.FEW)
     who = [f"{row.model_title}{f', {PROTOCOLS[row.protocol]}' if several else ''}" for row in ours.itertuples()]
     ours = ours.assign(score=ours["mean"], half=half, who=who)
     paper = rows[rows["paper"].notna()]
@@ -279,7 +245,7 @@ def _sides(rows: pd.DataFrame) -> pd.DataFrame:
 def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield title and rows of each model, selection and scope: ours first, then the paper's in panels of their own."""
     for (who, _, where), group in _sides(rows).groupby(["who", "protocol", "where"], sort=False):
-        yield wrapped(f"{who}\n{where}", _TITLE), group
+        yield plots.wrapped(f"{who}\n{where}", _TITLE), group
 
 
 def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -307,29 +273,25 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     published = {name: (outcomes.title("method", name), trace) for name, trace in published_traces(outcomes).items()}
     rows += [("the paper's", published)] if published else []
     if not rows:
-        placeholder_figure(path, "this suite trains no routed method")
+        plots.placeholder_figure(path, "this suite trains no routed method")
         return
     columns = max(len(by_method) for _, by_method in rows)
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = panel_grid(len(rows), columns, (WIDTH, 1.75 * len(rows) + 0.3), sharey="row")
+    size = (plots.WIDTH, 1.75 * len(rows) + 0.3)
+    with plots.panel_figure(path, len(rows), columns, size, plots.HEATMAP, sharey="row") as (figure, axes):
         for axis_row, (title, by_method) in zip(axes, rows, strict=True):
             shown = [by_method[name] for name in outcomes.methods if name in by_method]
             for axis, (label, trace) in zip(axis_row, shown, strict=False):
                 _draw_trace(axis, trace)
-                axis.set_title(wrapped(label, (WIDTH - 1.7) / columns, 7), fontsize=7)
+                axis.set_title(plots.wrapped(label, (plots.WIDTH - 1.7) / columns, 7), fontsize=7)
                 axis.set_xlabel("experts")
             axis_row[0].set_ylim(max(trace.steps for _, trace in shown), 0)
-            axis_row[0].set_ylabel(f"{wrapped(title, 1.6, 7)}\nstep")
-        hide_empty(axes)
-        figure.colorbar(USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
-        save(figure, path)
+            axis_row[0].set_ylabel(f"{plots.wrapped(title, 1.6, 7)}\nstep")
+        figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
 
 
 def _draw_trace(axis: Any, trace: Trace) -> None:
     count = trace.shares.shape[1]
-    extent = (-0.5, count - 0.5, trace.steps, 0)
-    image = {"norm": USE.norm, "cmap": USE.cmap, "aspect": "auto", "interpolation": "nearest", "extent": extent}
-    axis.imshow(trace.shares * count, **image)
+    plots.show_use(axis, trace.shares * count, interpolation="nearest", extent=(-0.5, count - 0.5, trace.steps, 0))
     axis.set_xticks([0, count - 1], ["1", str(count)])
     axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
 
@@ -344,13 +306,8 @@ _MARKS = {
 }
 
 
-@dataclass(frozen=True)
-class UsagePanel:
-    """Hold a title, and the numbers and shares of :func:`~benchmarks.text.usage.describe_usage`."""
-
-    title: str
-    information: Mapping[str, float]
-    usage: Mapping[str, Any]
+# a title, and the numbers and shares of :func:`~benchmarks.text.usage.describe_usage`
+UsagePanel = tuple[str, Mapping[str, float], Mapping[str, Any]]
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
@@ -365,33 +322,32 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
             sets = content["usage"]["tasks"]
             usage = {**content["usage"], "tasks": {record.task: sets[record.task], **sets}}
             method, model, task = (outcomes.title(key, getattr(record, key)) for key in ("method", "model", "task"))
-            panels[record.method] = UsagePanel(f"{method}, {model}, trained on {task}", content["routing"], usage)
+            panels[record.method] = (f"{method}, {model}, trained on {task}", content["routing"], usage)
     draw_usage(list(panels.values())[:_MOST_PANELS], outcomes, path)
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
     """Draw panels below each other: sets (and, if there is room, their classes) down, experts across."""
     if not panels:
-        placeholder_figure(path, "this suite has no experts to show")
+        plots.placeholder_figure(path, "this suite has no experts to show")
         return
-    heights = [sum(1 + len(use["classes"]) for use in panel.usage["tasks"].values()) for panel in panels]
+    sets = [usage["tasks"].values() for _, _, usage in panels]
+    heights = [sum(1 + len(use["classes"]) for use in uses) for uses in sets]
     classes = sum(heights) <= _MOST_LINES
     marked = not has_random_weights(outcomes.runs)
     if not classes:
-        heights = [len(panel.usage["tasks"]) for panel in panels]
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        size = (WIDTH, 0.16 * sum(heights) + 0.5 * len(panels) + 0.8)
-        figure, axes = panel_grid(len(panels), 1, size, height_ratios=heights)
-        for axis, panel in zip(axes[:, 0], panels, strict=True):
-            _draw_use(axis, outcomes, panel.usage, classes=classes, marked=marked)
-            axis.set_title("\n".join(filter(None, (panel.title, _information_text(panel.information)))), fontsize=7.5)
+        heights = [len(uses) for uses in sets]
+    size = (plots.WIDTH, 0.16 * sum(heights) + 0.5 * len(panels) + 0.8)
+    with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (figure, axes):
+        for axis, (title, information, usage) in zip(axes[:, 0], panels, strict=True):
+            _draw_use(axis, outcomes, usage, classes=classes, marked=marked)
+            axis.set_title("\n".join(filter(None, (title, _information_text(information)))), fontsize=7.5)
         axes[-1, 0].set_xlabel("experts")
         if marked:
             for marker, meaning in _MARKS.items():
                 axes[0, 0].plot([], [], marker, ms=4, color="black", label=meaning)
-            legend_below(figure, axes[:1, 0], 1)
-        figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
-        save(figure, path)
+            plots.legend_below(figure, axes[:1, 0], 1)
+        figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
 
 
 def _information_text(numbers: Mapping[str, float]) -> str:
@@ -413,7 +369,7 @@ def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classe
         labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
         lines += [(f"{labels[int(number)]} ", shares, None) for number, shares in use["classes"].items() if classes]
     shares = np.array([shares for _, shares, _ in lines])
-    axis.imshow(over_mean(shares, mean), norm=USE.norm, cmap=USE.cmap, aspect="auto")
+    plots.show_use(axis, plots.over_mean(shares, mean))
     axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])
     for tick, (_, _, marks) in zip(axis.get_yticklabels(), lines, strict=True):
         tick.set_fontweight("normal" if marks is None else "bold")

@@ -14,13 +14,7 @@ from benchmarks.harness.config.methods import ABLATION, setting_text, setting_va
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
-from benchmarks.harness.results.statistics import (
-    Ranking,
-    friedman_ranks,
-    paired_differences,
-    shared_pairs,
-    with_verdicts,
-)
+from benchmarks.harness.results.statistics import friedman_ranks, paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
 CELL = ["model", "task", "method"]
@@ -45,11 +39,8 @@ def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the mean choosing score of every choice over seeds, and mark the chosen ones.
 
-    A cell is one model, task and method; a choice is a variant and a learning rate. The first of equal
-    choices wins, in the order of the grid.
-
-    Returns:
-        Columns ``model, task, method, variant, learning_rate, mean, std, n, chosen``.
+    A cell is one model, task and method; a choice is a variant and a learning rate. The first of equal choices wins, in
+    the order of the grid. The columns are those of cell and choice, ``mean``, ``std``, ``n`` and ``chosen``.
     """
     grouped = choosing_scores(records, protocol).groupby([*CELL, *CHOICE], sort=False)["value"]
     table = grouped.agg(mean="mean", std="std", n="count").reset_index()
@@ -119,6 +110,7 @@ class TextOutcomes(Outcomes):
         self.seeds = pd.concat([self._seeds(protocol) for protocol in PROTOCOLS], ignore_index=True)
         self.protocols = [protocol for protocol in PROTOCOLS if protocol in set(self.seeds["protocol"])]
         self.shared = shared_pairs(self.seeds, _SET, ["method"], "seed")
+        self.shared_note = self.explain_n(self.seeds, self.shared, ["model", "task", "protocol"])
         self.rows, self.tests = self._rows(), self._tests()
 
     def _split_settings(self) -> None:
@@ -257,16 +249,13 @@ def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Ranked(Ranking):
-    """Hold ranks over the sets that all ranked methods have.
+class Ranked:
+    """Hold the results of :func:`.friedman_ranks` over the sets that all ranked methods have."""
 
-    Attributes:
-        key: The values of the keys that were ranked within.
-        scores: The ranked scores: methods in rows, pairs of training task and OOD set in columns.
-    """
-
-    key: dict[str, str]
-    scores: pd.DataFrame
+    ranks: pd.Series[float]
+    p: float
+    key: dict[str, str]  # the values of the keys that were ranked within
+    scores: pd.DataFrame  # methods in rows, pairs of training task and OOD set in columns
 
 
 def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> list[Ranked]:
@@ -280,8 +269,7 @@ def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> lis
         by_seed = group.pivot_table(index="method", columns=["scope", "seed"], values="value", sort=False)
         table = by_seed.dropna(axis=1).T.groupby(level="scope", sort=False).mean().T
         table = table.loc[[name for name in methods if name in table.index]]
-        ranking = friedman_ranks(table)
-        rankings.append(Ranked(ranking.ranks, ranking.p, dict(zip(within, key, strict=True)), table))
+        rankings.append(Ranked(*friedman_ranks(table), dict(zip(within, key, strict=True)), table))
     return rankings
 
 

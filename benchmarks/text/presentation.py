@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark
@@ -11,7 +12,8 @@ from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, m
 from benchmarks.harness.report.table import Table
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.ablations import Ablations
-from benchmarks.text.figures import draw_traces, draw_usage_by_set, id_scores, scores_by_training_task
+from benchmarks.text.definition import ID, OOD
+from benchmarks.text.figures import draw_scores, draw_traces, draw_usage_by_set
 from benchmarks.text.tables import TABLES, verdicts
 
 USAGE = Figure(
@@ -22,12 +24,12 @@ USAGE = Figure(
 )
 FIGURES = {
     "ood": Figure(
-        scores_by_training_task,
+        partial(draw_scores, domains=[ID, OOD], by_task=True),
         "Scores by method and evaluation set. Each panel is a model trained on one domain and evaluated on one; the "
         "dashed line is the baseline's mean. All panels share one axis, which does not start at zero.",
     ),
     "scores": Figure(
-        id_scores,
+        partial(draw_scores, domains=[ID]),
         "Scores by method and training task. The dashed line is the baseline's mean. All panels share one axis, which "
         "does not start at zero.",
     ),
@@ -39,31 +41,21 @@ FIGURES = {
     ),
     "usage": USAGE,
 }
-# what every row trains; the rest is what the row is about
-_SHARED = ("adapters", "head")
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
-    """Present finished runs.
-
-    Raises:
-        DefinitionError: Two rows of a model do not train the same adapters and head.
-    """
+    """Present finished runs."""
     check_same_trained([run for run in runs if run.spec["training"]["lora"]])
     optimizer = "AdamW, linear decay, no clipping"
     return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES, optimizer)
 
 
 def check_same_trained(runs: list[Run]) -> None:
-    """Check that all rows of a model train the same adapters and the same head.
-
-    Raises:
-        DefinitionError: Two runs do not.
-    """
+    """Check that all rows of a model train the same adapters and the same head."""
     first: dict[tuple[str, str], tuple[Run, object]] = {}
     for run in runs:
         trained = read_metrics(run)["model"]["trained"]
-        groups = [trained[group] for group in _SHARED]
+        groups = [trained["adapters"], trained["head"]]  # the rest is what the row is about
         key = (run.spec["model"]["name"], str(len(run.spec["task"]["labels"])))
         other, expected = first.setdefault(key, (run, groups))
         if groups != expected:

@@ -9,21 +9,7 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.report.common import (
-    ALL,
-    cost_table,
-    counts_by,
-    difference_text,
-    means_by,
-    over_seeds,
-    published_delta,
-    read_published,
-    tests_table,
-    with_average,
-    with_columns,
-    with_numbers,
-    with_runs,
-)
+from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import information_numbers, scores_of
 from benchmarks.harness.results.statistics import PERMUTATIONS, critical_difference
@@ -55,7 +41,7 @@ _SELECTIONS = (
 
 def results(outcomes: TextOutcomes) -> Table:
     """Lay out scores under both selections, differences to the baseline, ranks and costs."""
-    frame = outcomes.order(counts_by(outcomes.rows, CELL), CELL)
+    frame = outcomes.order(common.counts_by(outcomes.rows, CELL), CELL)
     columns = {}
     for prefix, domain, protocol, score, delta, std in (
         ("id", ID, CLEAN, "ID", "Δ ID", "std"),
@@ -63,21 +49,21 @@ def results(outcomes: TextOutcomes) -> Table:
         ("published", ID, PUBLISHED, "ID, authors' selection", "Δ, authors' selection", "population_std"),
     ):
         numbers = ["mean", "std", "population_std", "delta", "low", "high"]
-        frame = with_numbers(frame, CELL, outcomes.of(domain, protocol)[[*CELL, *numbers]], f"{prefix}_")
+        frame = common.with_numbers(frame, CELL, outcomes.of(domain, protocol)[[*CELL, *numbers]], f"{prefix}_")
         columns[prefix] = [
             Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=True),
             Column("score", f"{prefix}_delta", delta, interval=(f"{prefix}_low", f"{prefix}_high"), signed=True),
         ]
     rankings = ranked(outcomes, list(outcomes.methods), ["protocol", *CELL[:2]])
     rankings = [ranking for ranking in rankings if ranking.key["protocol"] == CLEAN]
-    frame = with_numbers(frame, CELL, rank_rows(rankings, "ood_rank")[[*CELL, "ood_rank"]])
+    frame = common.with_numbers(frame, CELL, rank_rows(rankings, "ood_rank")[[*CELL, "ood_rank"]])
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
-    frame = with_numbers(frame, CELL, means_by(_usual_records(outcomes.shared_origins), CELL, took))
-    table = Table(
+    frame = common.with_numbers(frame, CELL, common.means_by(_usual_records(outcomes.shared_origins), CELL, took))
+    return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs); differences are "
         "paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. "
-        f"{shared_note(outcomes)} ID is the training task, OOD the mean over the other sets, without further "
+        f"{outcomes.shared_note} ID is the training task, OOD the mean over the other sets, without further "
         f"training. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart. Time, "
         f"neurons and parameters are of the clean runs, if there are any. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
@@ -90,34 +76,32 @@ def results(outcomes: TextOutcomes) -> Table:
         ],
         frame,
         group=("model", "task"),
-        compare="is_method",
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Lay out scores as the paper does: a column for each task (or pair of tasks), and the average."""
     rows = outcomes.with_scopes(outcomes.rows[outcomes.rows["domain"] == domain])
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
-    frame = counts_by(rows, _ROW)
+    frame = common.counts_by(rows, _ROW)
     headings = {scope: scope for scope in rows["scope"].unique()}
-    frame, columns = with_columns(frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score")
+    frame, columns = common.with_columns(frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score")
     if len(columns) > 1:
-        frame, columns = with_average(frame, columns, "score")
+        frame, columns = common.with_average(frame, columns, "score")
     if domain == OOD:
         frame, others = _with_other_metrics(outcomes, frame)
         columns += others
-    table = Table(
+    return Table(
         "Scores by task" if domain == ID else "Scores by OOD set",
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs). "
-        f"{shared_note(outcomes)} {_SELECTIONS} {_metric_note(outcomes, domain)}",
+        f"{outcomes.shared_note} {_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**_BY_SELECTION, "n": "n"},
         columns,
         outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),
-        compare="is_method",
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
@@ -132,14 +116,14 @@ def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd
             for key, values in group.groupby(_ROW, sort=False)["value"]
         ]
         numbers = pd.DataFrame(rows, columns=["label", *_ROW, "mean", "std"])
-        frame, more = with_columns(frame, _ROW, numbers, {label: label}, metric, best=False)
+        frame, more = common.with_columns(frame, _ROW, numbers, {label: label}, metric, best=False)
         columns += more
     return frame, columns
 
 
 def tests(outcomes: TextOutcomes) -> Table:
     """Lay out paired tests over seeds against the baseline."""
-    return tests_table(
+    return common.tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds that both rows have; other tables "
         f"use the seeds that all their rows have. {_SELECTIONS}",
@@ -156,25 +140,24 @@ def ood(outcomes: TextOutcomes) -> Table:
     rows = rows[(rows["protocol"] == CLEAN) & rows["domain"].isin([ID, OOD])]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
     numbers = rows[["eval_task", *CELL, "mean", "std"]]
-    frame = outcomes.order(counts_by(rows, CELL), CELL)
-    frame, columns = with_columns(frame, CELL, numbers, headings, "score", joint="_")
-    table = Table(
+    frame = outcomes.order(common.counts_by(rows, CELL), CELL)
+    frame, columns = common.with_columns(frame, CELL, numbers, headings, "score", joint="_")
+    return Table(
         "Scores by evaluation set",
         "Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID "
-        f"score. {shared_note(outcomes)} {_metric_note(outcomes)}",
+        f"score. {outcomes.shared_note} {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
         columns,
         frame,
         group=("model", "task"),
-        compare="is_method",
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def cost(outcomes: TextOutcomes) -> Table:
     """Lay out time, memory, parameters and the use of experts."""
     records = _usual_records(outcomes.origins)
-    return cost_table(
+    return common.cost_table(
         KEYS,
         outcomes.order(outcomes.rows[CELL].drop_duplicates(), CELL),
         CELL,
@@ -196,11 +179,12 @@ def chosen(outcomes: TextOutcomes) -> Table:
             table = table.merge(numbers, how="left")
         parts += [part.assign(protocol=protocol) for part in (table, _joint_choices(table))]
     table = outcomes.titled(pd.concat(parts, ignore_index=True))
-    table["task_title"] = table["task_title"].replace(ALL, "all")
+    table["task_title"] = table["task_title"].replace(common.ALL, "all")
     table["variant_shown"] = table["variant"].replace("", MISSING)
     table["mark"] = table["chosen"].map({True: "✓", False: ""})
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
-    shown = Table(
+    tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
+    return Table(
         "Hyper-parameters and what was chosen",
         "The best mean over n seeds of the choosing score is chosen (✓); ID and OOD chose nothing. The rows of “all” "
         "are means over the training tasks, with the best one choice for all. A method with more choices has more "
@@ -213,9 +197,8 @@ def chosen(outcomes: TextOutcomes) -> Table:
             for prefix, label in (("", "Choosing score"), ("id_", "ID"), ("ood_", "OOD"))
         ],
         table,
+        origins=pd.concat(tried),
     )
-    tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
-    return with_runs(shown, pd.concat(tried), outcomes.name)
 
 
 def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
@@ -237,18 +220,13 @@ def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
     """Write the difference over one or many tasks, in points."""
     if len(rows) == 1:
         row = rows.iloc[0]
-        return f"{difference_text(row)} ({outcomes.pair_title(row['task'], row['eval_task'])}, n = {row['n']})"
+        return f"{common.difference_text(row)} ({outcomes.pair_title(row['task'], row['eval_task'])}, n = {row['n']})"
     words = []
     for verdict in ("better", "worse", "within noise", "equal"):
         scopes = outcomes.with_scopes(rows[rows["verdict"] == verdict])["scope"]
         where = ", ".join(scopes) if verdict in ("better", "worse") else f"{len(scopes)} of {len(rows)}"
         words += [f"{verdict} on {where}"] if len(scopes) else []
     return ", ".join([f"{rows['delta'].mean() * 100:+z.1f} on average", *words])
-
-
-def shared_note(outcomes: TextOutcomes) -> str:
-    """Explain n, and name the tasks that leave out seeds."""
-    return outcomes.shared_note(outcomes.seeds, outcomes.shared, ["model", "task", "protocol"])
 
 
 def _usual_records(records: pd.DataFrame) -> pd.DataFrame:
@@ -287,7 +265,7 @@ def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
     joint = joint[joint["tasks"] == joint.groupby(rows)["tasks"].transform("max")]
     best = joint.groupby(rows, sort=False)["mean"].idxmax()
     empty = dict.fromkeys(("std", "id_std", "ood_std"), math.nan)
-    return joint.assign(task=ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")
+    return joint.assign(task=common.ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")
 
 
 _PUBLISHED_KEY = ["model", "scope", "method"]
@@ -296,9 +274,9 @@ _OURS = {"mean": "", "delta": "_delta", "low": "_low", "high": "_high", "n": "_n
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Lay out the paper's numbers of a domain beside ours, under both selections."""
-    frame = read_published(outcomes.benchmark)
+    frame = common.read_published(outcomes.benchmark)
     frame = frame[frame["scope"] != RANK].assign(value=lambda published: published["value"] / 100)
-    frame["paper_delta"] = published_delta(frame, outcomes.baseline)
+    frame["paper_delta"] = common.published_delta(frame, outcomes.baseline)
     columns = [
         Column("score", "value", "Paper", decimals=2),
         Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
@@ -319,23 +297,23 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     )
     frame = outcomes.titled(frame)
     frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
-    table = Table(
+    return Table(
         "The paper's numbers beside ours",
         f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed, with a 95 % confidence interval "
-        f"for a single task. {shared_note(outcomes)} Status: published (typed in the authors' notebooks or quoted from "
+        f"for a single task. {outcomes.shared_note} Status: published (typed in the authors' notebooks or quoted from "
         "the paper), inferred (published, but the row is our reading), unknown (in the paper, but not found by us). A "
         "dash was not found, or not run by this suite.",
         {"model_title": "Model", "scope": "Task", "method_title": "Method"},
         columns,
         frame,
         notes={"status": "Status", "source": "Source of the paper's number"},
+        origins=outcomes.shared_origins,
     )
-    return with_runs(table, outcomes.shared_origins, outcomes.name)
 
 
 def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     """Lay out mean ranks over the OOD sets, the paper's beside ours."""
-    published = read_published(outcomes.benchmark)
+    published = common.read_published(outcomes.benchmark)
     published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
     frame = rank_rows(rankings, "rank").drop(columns="task")
     frame["paper"] = [published.get((row.model, row.method), math.nan) for row in frame.itertuples()]
@@ -407,7 +385,7 @@ def usage_table(outcomes: TextOutcomes) -> Table:
         if content["usage"]
     ]
     numbers = [*information, *counted]
-    means = over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
+    means = common.over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
     return Table(
         "What the choice of an expert tells after training",
         "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "

@@ -78,29 +78,15 @@ def has_random_weights(runs: Sequence[Run]) -> bool:
 class Outcomes:
     """Collect the finished runs of a benchmark that trains; a subclass adds its results.
 
-    Args:
-        benchmark: The benchmark.
-        runs: The finished runs, in the order of the grid.
-        keys: The columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or one of
-            ``titles``.
-        titles: The titles of other columns by name, in the order of rows.
-
-    Attributes:
-        methods: The methods by name.
-        baseline: The name of the baseline.
-        titles: The titles by column and name, in the order of rows: models and tasks as they ran, then as they are
-            defined.
-        records: Every number of every run; a subclass sets it.
+    The runs are in the order of the grid. ``keys`` are the columns whose names have titles: ``model``, ``method``,
+    ``task``, ``eval_task``, ``set``, or one of ``titles``, which has them by name in the order of rows.
     """
 
-    records: pd.DataFrame
+    titles: dict[str, Mapping[str, str]]  # by column and name, in the order of rows: as they ran, then as defined
+    records: pd.DataFrame  # every number of every run; a subclass sets it
 
     def __init__(
-        self,
-        benchmark: AnyBenchmark,
-        runs: Sequence[Run],
-        keys: Sequence[str],
-        **titles: Mapping[str, str],
+        self, benchmark: AnyBenchmark, runs: Sequence[Run], keys: Sequence[str], **titles: Mapping[str, str]
     ) -> None:
         self.benchmark, self.runs, self.name = benchmark, list(runs), benchmark.name
         self.methods = benchmark.methods()
@@ -114,7 +100,7 @@ class Outcomes:
         tasks = in_order(benchmark.task_titles, "task")
         methods = {name: method.title for name, method in self.methods.items()}
         by_key = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
-        self.titles: dict[str, Mapping[str, str]] = {key: by_key[key] for key in keys}
+        self.titles = {key: by_key[key] for key in keys}
 
     def title(self, key: str, name: str) -> str:
         """Return the title of a name, or the name if it has none."""
@@ -151,7 +137,7 @@ class Outcomes:
 
         return self.titled(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
 
-    def shared_note(self, scores: pd.DataFrame, shared: pd.DataFrame, keys: Sequence[str], pair: str = "seed") -> str:
+    def explain_n(self, scores: pd.DataFrame, shared: pd.DataFrame, keys: Sequence[str], pair: str = "seed") -> str:
         """Explain n for a caption, and name the tables that leave out pairs; for :func:`.statistics.shared_pairs`."""
         counts = [rows.groupby(list(keys), sort=False)[pair].nunique() for rows in (scores, shared)]
         both = pd.concat(counts, axis=1, keys=["all", "used"]).fillna(0).astype(int)
@@ -168,15 +154,9 @@ _STATUS = ("published", "inferred", "unknown")
 
 
 def read_published(benchmark: AnyBenchmark, file: str | None = None, of: Sequence[str] | None = None) -> pd.DataFrame:
-    """Read published numbers in points (ranks unchanged), each with status and source.
+    """Read and check published numbers in points (ranks unchanged), each with status and source.
 
-    Args:
-        benchmark: The benchmark.
-        file: The name of the file in its folder, by default ``paper`` of its definition.
-        of: The columns that identify a number, by default those of the benchmark's kind.
-
-    Raises:
-        DefinitionError: A column or status is wrong, or a value does not fit its status.
+    The file is by default ``paper`` of the definition, and the columns ``of`` a number those of the benchmark's kind.
     """
     file = file or benchmark.definition.paper
     columns = [*(of or benchmark.paper_columns), *NUMBER_COLUMNS]
@@ -223,15 +203,8 @@ def with_columns(
 ) -> tuple[pd.DataFrame, list[Column]]:
     """Add one column of numbers per name, and return the rows with the columns of the table.
 
-    Args:
-        frame: The rows, with the columns ``on``.
-        on: The columns that numbers and rows share.
-        numbers: These columns, ``mean``, ``std``, and as the first column the name.
-        headings: The headings by name, in the order of the columns.
-        metric: The metric of the numbers.
-        std: The column of the numbers with their standard deviation.
-        best: True to mark the best row.
-        joint: The text between name and column in the columns of the frame.
+    ``numbers`` has the name as its first column, the columns ``on``, ``mean`` and ``std``. The order is that of
+    ``headings``, which are by name. ``joint`` stands between the name and ``mean`` in the columns of the frame.
     """
     by, columns = numbers.columns[0], []
     for name, heading in headings.items():
@@ -260,11 +233,7 @@ def difference_text(row: Any, unit: str = "") -> str:
 
 
 def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame) -> Table:
-    """Make a table of paired differences to the baseline, with intervals, p and verdicts.
-
-    The rows are those of :func:`~benchmarks.harness.results.statistics.with_verdicts`, corrected over all of them, with
-    titles.
-    """
+    """Make a table of the differences of :func:`.statistics.with_verdicts`, which are corrected over all rows."""
     return Table(
         f"Tests against {against}",
         f"{caption} Intervals are 95 % confidence intervals (Student's t). p is of the paired t-test; p (Holm) is "
@@ -291,7 +260,9 @@ def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
     return means.reset_index()
 
 
-def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame) -> Table:
+def published_table(
+    title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame, origins: pd.DataFrame
+) -> Table:
     """Make a table of published accuracies and ours.
 
     The rows have ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
@@ -308,6 +279,7 @@ def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd
         ],
         frame.fillna({"status": MISSING, "source": MISSING}),
         notes={"status": "Status", "source": "Source of the published number"},
+        origins=origins,
     )
 
 
@@ -339,17 +311,12 @@ def over_seeds(frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str])
 
 
 def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
-    """Summarize the scores of each cell over seeds, and compare it with a reference.
+    """Summarize the ``value`` of each cell over seeds, and compare it with a reference.
 
-    Args:
-        scores: One row per score, with ``value``, ``seed``, ``method`` and the other columns of the cell.
-        cell: The columns that name a cell.
-        references: Each reference with the method that is compared with it, or with None for all methods.
-
-    Returns:
-        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``; the 95 % interval of the mean
-        (``low_mean``, ``high_mean``); and over ``pairs`` of seeds the difference to the reference (``delta``, ``low``,
-        ``high``, ``p``), without a correction.
+    Each reference comes with the method that is compared with it, or with None for all methods. Returns one row per
+    cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``; the 95 % interval of the mean (``low_mean``,
+    ``high_mean``); and over ``pairs`` of seeds the difference to the reference (``delta``, ``low``, ``high``, ``p``),
+    without a correction.
     """
     rows = []
     for key, values in scores.groupby(list(cell), sort=False)["value"]:
@@ -374,16 +341,10 @@ def cost_table(
     measured_on: str,
     published: pd.DataFrame | None = None,
 ) -> Table:
-    """Make a table of time, memory, parameters and loads.
+    """Make a table of time, memory, parameters and loads: the means of the records of each cell, a row of the frame.
 
-    Args:
-        keys: The columns that name a row, with their headings.
-        frame: One row per cell, with titles.
-        cell: The columns that identify a row.
-        records: The numbers of the runs of each cell.
-        averaged: The runs of the means, for the caption.
-        measured_on: The rows on which loads were counted, for the caption.
-        published: The rows of others' numbers, with titles and ``source``.
+    The caption says over which runs they are ``averaged``, and what loads are ``measured_on``. ``published`` has rows
+    of others' numbers, with titles and ``source``.
     """
     frame = with_numbers(frame, cell, means_by(records, cell, _COST))
     others = ""

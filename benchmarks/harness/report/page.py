@@ -46,6 +46,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
     recorded = {name: [_shown_here(run) for run in suite.runs_of(name)] for name in names}
     everything = list(itertools.chain(*recorded.values()))
+    models = dict.fromkeys(run.spec["model"]["name"] for name in names for run in suite.runs_of(name))
     costs = {name: _cost_texts(members) for name, members in {**recorded, "all": everything}.items()}
     machines = Counter(tuple(_environment(metrics["environment"]).items()) for metrics in everything)
     environment = jinja2.Environment(
@@ -57,7 +58,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         claims={} if benchmark else page.claims(),
         shown_names=names,
         sections=[{**_section(page, name, recorded[name]), "cost": costs[name]} for name in names],
-        models=_model_titles([run for name in names for run in suite.runs_of(name)]),
+        models=name_or_count([model_title(model) for model in models], "models"),
         paper=[] if benchmark else page.paper_items(),
         costs=costs,
         environments=[{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()],
@@ -193,13 +194,6 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
             for part, presented in presentation.parts.items()
         ],
     }
-
-
-def _model_titles(runs: list[Run]) -> str:
-    """List the models of runs, or count them."""
-    return name_or_count(
-        [model_title(name) for name in dict.fromkeys(run.spec["model"]["name"] for run in runs)], "models"
-    )
 
 
 def _count_shown(sentences: list[str]) -> int:

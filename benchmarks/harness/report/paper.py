@@ -78,17 +78,17 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
     for name, item in paper_items.load_paper_items().items():
         files = paper_items.paper_files(suite, name)
         existing = sum(Path(file).exists() for file in files)
+        shown = [file for file in files if file.endswith((".md", ".png"))]
         if item.missing:
             status = f"not made: {item.missing}"
         elif not files:
             status = f"not in this suite (benchmark {', '.join(paper_items.item_benchmarks(item))})"
+        elif existing < len(files):
+            status = f"{existing} of {len(files)} files"
         else:
-            status = "made" if existing == len(files) else f"{existing} of {len(files)} files"
-        command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
-        shown = [file for file in files if file.endswith((".md", ".png"))]
-        if status == "made":
             shown = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
             status = "made" if shown else "no run of this suite is of it"
+        command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
         row = {"item": name, "title": item.title, "naacl": item.naacl, "command": command}
         rows.append({**row, "files": shown, "status": status})
     return rows
@@ -104,18 +104,12 @@ _PADDING = 0.25  # of the range of an axis of the radar, inside its least and ou
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Compute the main averages of a suite, and add the paper's.
+    """Compute the main averages of a suite from the numbers of its claims, and add the paper's.
 
-    Args:
-        numbers: The numbers of :func:`~benchmarks.harness.report.claims.claimed_numbers`, by benchmark.
-
-    Returns:
-        One row per average, model and method (``dense``, ``gmoe``, ``emoe``), with these columns:
-
-        - ``axis`` (title and model), ``whose`` (``ours``, ``paper``), ``is_rank``
-        - ``mean`` in points, or a rank
-        - ``delta``, ``low``, ``high`` and ``n``, the paired difference to the dense row in points
-        - ``of`` and ``compared``, the tasks and pairs of our mean and of our difference
+    Returns one row per average, model and method (``dense``, ``gmoe``, ``emoe``), with the ``axis`` (title and model),
+    ``whose`` (``ours``, ``paper``), the ``mean`` in points, or a rank if ``is_rank``, the paired difference to the
+    dense row in points (``delta``, ``low``, ``high``, ``n``), and in words the tasks and pairs ``of`` our mean and of
+    our difference (``compared``).
     """
     averages = []
     for average in paper_items.load_main_averages().values():

@@ -6,8 +6,9 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "pdf.fonttype": 42,
 }
+CURVES = {**STYLE, "axes.grid.axis": "both"}
+HEATMAP = {**STYLE, "axes.grid": False, "font.size": 7}
 
 WIDTH = 6.9  # inches of a page's text, the largest width of a figure
 FEW = 3  # with fewer pairs no interval of a difference is drawn
@@ -86,19 +89,14 @@ def draw_interval(
 def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
     """Draw differences with their 95 % intervals: a panel below the other, a line per set or row, marks by series.
 
-    Args:
-        rows: One row per difference, with the titles ``panel``, ``line`` and ``series``, the ``style``, and the columns
-            of :func:`draw_difference`.
-        path: The path without ending.
-        label: The label of the axis.
+    Rows have the titles ``panel``, ``line`` and ``series``, the ``style``, and the columns of :func:`draw_difference`.
     """
     panels = list(rows.groupby("panel", sort=False))
     series = rows.groupby("series", sort=False)["style"].agg(list)
     heights = [group["line"].nunique() + 0.6 for _, group in panels]
     line = min(max(_LINE * len(series), 0.24), 0.28)
-    with mpl.rc_context(STYLE):
-        size = (_FOREST, line * sum(heights) + 0.3 * len(panels) + 0.07 * len(series) + 0.5)
-        figure, axes = panel_grid(len(panels), 1, size, height_ratios=heights, sharex=True)
+    size = (_FOREST, line * sum(heights) + 0.3 * len(panels) + 0.07 * len(series) + 0.5)
+    with panel_figure(path, len(panels), 1, size, height_ratios=heights, sharex=True) as (figure, axes):
         for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
             lines = list(group["line"].unique())
             for row in group.itertuples():
@@ -113,7 +111,6 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
             axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **one.mark)
         legend_below(figure, axes[:1, 0], 3 if series.index.str.len().max() < 30 else 1)
         axes[-1, 0].set_xlabel(wrapped(label, 3.5))
-        save(figure, path)
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
@@ -130,60 +127,54 @@ def wrapped(text: str, inches: float, size: float = 8) -> str:
     return "\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in text.split("\n"))
 
 
+def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
+    """Show the use of experts over their mean use in the colours of :data:`USE`."""
+    axis.imshow(use, norm=USE.norm, cmap=USE.cmap, aspect="auto", **options)
+
+
 def over_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
     """Divide each row's shares of experts by their mean use, for :data:`USE`; 1 if the mean is zero."""
     return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Hold one panel of :func:`score_panels`."""
-
-    title: str
-    rows: pd.DataFrame  # one per method and seed, with ``value``
-
-
 def score_panels(
     outcomes: Outcomes,
-    panels: list[list[Panel]],
+    panels: list[list[tuple[str, pd.DataFrame]]],
     path: Path,
     measure: str = "Score (%); large marks: mean over seeds, dots below: seeds",
 ) -> None:
     """Draw the scores of all methods, one panel per set by row and column; all panels share one axis.
 
-    Small dots are seeds, the large mark above them is their mean, and the bar its 95 % confidence interval, drawn from
-    five seeds on. The dashed line is the mean of the baseline. ``measure`` is the label of the axis.
+    A panel is its title and rows, one per method and seed, with ``value``. Small dots are seeds, the large mark above
+    them is their mean, and the bar its 95 % confidence interval, drawn from five seeds on. The dashed line is the mean
+    of the baseline. ``measure`` is the label of the axis.
     """
     lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
-    values = pd.concat([panel.rows["value"] for line in lines for panel in line]) * 100
+    values = pd.concat([rows["value"] for line in lines for _, rows in line]) * 100
     margin = max(values.max() - values.min(), 1.0) * 0.08
     limits = (values.min() - margin, values.max() + margin)
-    shown = [{name for panel in line for name in panel.rows["method"]} for line in lines]
+    shown = [{name for _, rows in line for name in rows["method"]} for line in lines]
     names_of = [[name for name in outcomes.methods if name in present] for present in shown]
     columns = max(map(len, lines))
     heights = [len(names) + 1.5 for names in names_of]
     width = min(2.1 * columns + _NAMES, WIDTH)
     size = (width, 0.27 * sum(heights) + 0.6 * len(lines) + 0.3)
-    with mpl.rc_context(STYLE):
-        figure, axes = panel_grid(len(lines), columns, size, height_ratios=heights, sharex=True, sharey="row")
+    options: Any = {"height_ratios": heights, "sharex": True, "sharey": "row"}
+    with panel_figure(path, len(lines), columns, size, **options) as (figure, axes):
         for axis_row, line, names in zip(axes, lines, names_of, strict=True):
-            for axis, panel in zip(axis_row, line, strict=False):
-                for method, rows in panel.rows.groupby("method"):
-                    scores = rows["value"].to_numpy(dtype=float) * 100
+            for axis, (title, rows) in zip(axis_row, line, strict=False):
+                for method, of_method in rows.groupby("method"):
+                    scores = of_method["value"].to_numpy(dtype=float) * 100
                     _draw_scores(axis, names.index(method), scores, outcomes.style(str(method)), limits)
                     if method == outcomes.baseline:
                         axis.axvline(scores.mean(), color=REFERENCE, lw=0.8, ls="--", zorder=0)
-                axis.set_title(wrapped(panel.title, (width - _NAMES) / columns), fontsize=8)
+                axis.set_title(wrapped(title, (width - _NAMES) / columns), fontsize=8)
                 axis.set_xlim(*limits)
             axis_row[0].set_yticks(range(len(names)), [outcomes.methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
-        label = (
-            f"{measure}, bars: 95 % confidence interval (from five on; arrows: beyond the panel), dashed: mean of "
-            f"{outcomes.baseline_title}"
-        )
-        hide_empty(axes)
+        bars = "bars: 95 % confidence interval (from five on; arrows: beyond the panel)"
+        label = f"{measure}, {bars}, dashed: mean of {outcomes.baseline_title}"
         figure.supxlabel(wrapped(label, width), fontsize=7.5)
-        save(figure, path)
 
 
 def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits: tuple[float, float]) -> None:
@@ -193,18 +184,25 @@ def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits
     axis.plot(scores, [height + _BELOW] * len(scores), "o", ms=2.6, color=style.colour, alpha=0.55, mew=0)
 
 
-def panel_grid(lines: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """Make a figure of a size in inches and its axes ``[lines, columns]``, with options of ``plt.subplots``."""
-    return plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **options)
+@contextmanager
+def panel_figure(
+    path: Path, lines: int, columns: int, size: tuple[float, float], style: Any = STYLE, **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Make a figure and its axes ``[lines, columns]`` to draw on; then hide the axes without data and write it.
 
-
-def hide_empty(axes: NDArray[np.object_]) -> None:
-    """Hide the empty axes ``[lines, columns]``; the last visible ones of each column label their ticks."""
-    for column in axes.T:
-        for axis in column:
-            axis.set_visible(axis.has_data())
-        if visible := [axis for axis in column if axis.get_visible()]:
-            visible[-1].tick_params(labelbottom=True)
+    ``size`` is in inches, and ``options`` are those of ``plt.subplots``. If columns share their axis, the last visible
+    axes of each label their ticks.
+    """
+    with mpl.rc_context(style):
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **options)
+        yield figure, axes
+        for column in axes.T:
+            shown = [axis for axis in column if axis.has_data()]
+            for axis in column:
+                axis.set_visible(axis in shown)
+            if shown and "sharex" in options:
+                shown[-1].tick_params(labelbottom=True)
+        save(figure, path)
 
 
 _PLACEHOLDER = "no run of this suite has a number of this figure"

@@ -26,41 +26,24 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Figure:
-    """Name the function that draws a figure, and its caption.
+    """Name the function that draws a figure, and its caption."""
 
-    Attributes:
-        draw: The function; its last argument is a path without ending, to which it writes a PDF and a PNG.
-        caption: The caption, of which the first sentence is the title.
-    """
-
-    draw: Callable[..., None]
-    caption: str
+    draw: Callable[..., None]  # its last argument is a path without ending, to which it writes a PDF and a PNG
+    caption: str  # its first sentence is the title
 
 
 @dataclass(frozen=True)
 class Presentation:
-    """Hold the tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it.
+    """Hold the tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it."""
 
-    Attributes:
-        makers: The functions that make the tables, by the name of the file without ending.
-        figures: The figures, by the name of the file without ending; they take a path alone.
-        verdicts: Sentences that say how the methods differ from the dense model.
-        note: A sentence that says how to read the verdicts.
-        optimizer: The optimizer, for the report; empty if nothing is trained.
-        shows_labels: True if the report shows the labels of the sets.
-        compared: The function that gives the numbers of the claims: one row per number, with the columns
-            :data:`~benchmarks.harness.report.common.COMPARED`.
-        parts: The presentation of each set alone, by its name; empty if the sets are shown together.
-    """
-
-    makers: Mapping[str, Callable[[], Table]]
-    figures: Mapping[str, Figure]
-    verdicts: list[str] = field(default_factory=list)
-    note: str = ""
-    optimizer: str = ""
-    shows_labels: bool = False
-    compared: Callable[[], pd.DataFrame] = compared
-    parts: Mapping[str, Presentation] = field(default_factory=dict)
+    makers: Mapping[str, Callable[[], Table]]  # make the tables, by the name of the file without ending
+    figures: Mapping[str, Figure]  # by the name of the file without ending; they take a path alone
+    verdicts: list[str] = field(default_factory=list)  # sentences: how do methods differ from the dense model?
+    note: str = ""  # explains the verdicts
+    optimizer: str = ""  # for the report; empty if nothing is trained
+    shows_labels: bool = False  # True if the report shows the labels of the sets
+    compared: Callable[[], pd.DataFrame] = compared  # returns the numbers of the claims, with the columns COMPARED
+    parts: Mapping[str, Presentation] = field(default_factory=dict)  # each set alone; empty if shown together
 
     @cached_property
     def tables(self) -> list[Table]:
@@ -83,13 +66,8 @@ def make(
 ) -> Presentation:
     """Make the tables and figures that ``benchmark.yaml`` names; tables on random weights have no verdicts and marks.
 
-    Args:
-        benchmark: The benchmark.
-        tables: The functions that make a table from ``outcomes`` (and ``part``), by name.
-        figures: The figures, by name; their functions take the same and a path.
-        outcomes: The finished ``runs``, with their ``origins``.
-        part: The name of a set that is shown alone, by ``set_tables`` and ``set_figures``.
-        sentences: The other attributes of the presentation.
+    Their functions take ``outcomes``, which has ``runs`` and ``origins``; for a set that is shown alone its name
+    ``part``; and figures a path. ``sentences`` are the other attributes of the presentation.
     """
     definition: Any = benchmark.definition
     stem, shown, drawn = benchmark.name, definition.tables, definition.figures
@@ -100,7 +78,7 @@ def make(
 
     def make_table(name: str) -> Table:
         table = replace(tables[name](*arguments), name=f"{stem}_{name}")
-        table = with_runs(table, outcomes.origins, benchmark.name)
+        table = with_runs(table, outcomes.origins if table.origins is None else table.origins, benchmark.name)
         return table.without_verdicts(RANDOM_WEIGHTS) if has_random_weights(outcomes.runs) else table
 
     return Presentation(
@@ -111,21 +89,13 @@ def make(
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
-    """Present the finished runs of a benchmark.
-
-    Raises:
-        DefinitionError: ``benchmark.yaml`` names a table or figure that does not exist; names the nearest.
-    """
+    """Present the finished runs of a benchmark."""
     presentation: Presentation = _module(benchmark).present(benchmark, runs)
     return presentation
 
 
 def check_presentations(benchmarks: Iterable[str]) -> None:
-    """Check the names of tables and figures in ``benchmark.yaml`` before the first run starts.
-
-    Raises:
-        DefinitionError: A table or figure does not exist; names the nearest.
-    """
+    """Check the names of tables and figures in ``benchmark.yaml`` before the first run starts."""
     for name in benchmarks:
         _module(load_benchmark(name))
 

@@ -63,11 +63,7 @@ def _style_of_kind(method: Method) -> MethodStyle:
 
 
 def curve_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, dict[str, Any]]:
-    """Return the arguments of ``plot`` for the curves of a figure; curves of one method differ in dashes and marks.
-
-    Args:
-        labelled: The label of each curve and the style of its method; of equal labels the first counts.
-    """
+    """Return the arguments of ``plot`` by label, with other dashes and marks for other curves of one method."""
     arguments: dict[str, dict[str, Any]] = {}
     seen: Counter[MethodStyle] = Counter()
     for label, style in labelled:

@@ -80,11 +80,11 @@ class Table:
     keys: dict[str, str]  # text columns of the frame that name a row, with their headings
     columns: Sequence[Column]
     frame: pd.DataFrame
-    group: Sequence[str] = ()  # text columns within which the best number is marked
-    compare: str | None = None  # Boolean column of the rows that may be the best; None for all
+    group: Sequence[str] = ()  # text columns within which the best number is marked, if the row ``is_method``
     notes: dict[str, str] = field(default_factory=dict)  # text columns after the numbers, with their headings
     name: str = ""  # of the files, without ending
     wraps: bool = False  # True if cells are sentences, which a page breaks into lines
+    origins: pd.DataFrame | None = None  # the runs of its rows, by their names; None for all finished runs
 
     @property
     def printed(self) -> list[Column]:
@@ -108,7 +108,8 @@ class Table:
         for column in self.printed:
             direction = load_metrics()[column.metric].direction
             if column.best and direction != "none" and len(frame):
-                values = frame[column.value].where(frame[self.compare]) if self.compare else frame[column.value]
+                values = frame[column.value]
+                values = values.where(frame["is_method"]) if "is_method" in frame else values
                 groups = values.groupby(keys)
                 extreme = groups.transform("max" if direction == "higher" else "min")
                 mask[column.heading] = (values == extreme) & (groups.transform("count") > 1)

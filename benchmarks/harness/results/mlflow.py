@@ -30,21 +30,11 @@ _Read = Sequence[tuple[Run, dict[str, Any]]]
 
 
 def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] | None = None) -> dict[str, int]:
-    """Write the finished runs whose settings MLflow lacks, or has with other numbers.
+    """Write the finished runs whose settings MLflow lacks, or has with other numbers, and the figures by benchmark.
 
     A benchmark is an experiment, a setting is a parent run with the means of its seeds, and a run is a child. A second
-    mirror writes nothing. Two mirrors of one results folder, or into one SQLite file, wait for each other.
-
-    Args:
-        runs: The finished runs.
-        uri: The tracking store of MLflow.
-        figures: The figures of each benchmark.
-
-    Returns:
-        The numbers of runs that were ``added``, ``replaced`` and ``unchanged``.
-
-    Raises:
-        RunError: The store refuses; names it without its password.
+    mirror writes nothing. Two mirrors of one results folder, or into one SQLite file, wait for each other. An error of
+    the store names it without its password. Returns how many runs were ``added``, ``replaced`` and ``unchanged``.
     """
     for name in ("alembic", "mlflow"):  # they report the creation of tables, and errors with tracebacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -55,7 +45,8 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
         for seconds in (_WAIT_SECONDS, 0):  # two mirrors that create the tables of a new database disturb each other
             try:
                 if database and not database.exists():
-                    _create(database)
+                    with atomic_write(database) as temporary:  # so that it has the permissions of the umask
+                        MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
                 return _mirror(runs, uri, figures or {})
             except ModuleNotFoundError as error:
                 problem = f"{error}; for PostgreSQL: pip install 'emoe[postgres]'"
@@ -64,12 +55,6 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
                 problem = first_line(_cause(error))
                 time.sleep(seconds)
     raise RunError(without_passwords(f"MLflow at {uri}: {problem}"))
-
-
-def _create(database: Path) -> None:
-    """Create the tables in a file with the permissions of the umask."""
-    with atomic_write(database) as temporary:
-        MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
 
 
 def _mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]]) -> dict[str, int]:
@@ -99,13 +84,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[tuple[Run, dict[str, Any]]]
 
 
 class _Experiment:
-    """The experiment of a benchmark, which is created if it is missing.
-
-    Args:
-        client: The client of the store.
-        benchmark: The name of the benchmark and of the experiment.
-        keeps_files: True for a server, which chooses where files are.
-    """
+    """Hold the experiment of a benchmark, which is created if it is missing; a server chooses where files are."""
 
     def __init__(self, client: MlflowClient, benchmark: str, *, keeps_files: bool) -> None:
         self._client, self._benchmark = client, benchmark
@@ -133,7 +112,10 @@ class _Experiment:
         parent = self._log(name, span, {_SETTING: name}, numbers)
         rows = dict(iter(records.groupby("run_id", sort=False)))
         for run, metrics in members:
-            tags = {_PARENT: parent, **_tags(run, metrics["environment"])}
+            environment = metrics["environment"]
+            tags = {_PARENT: parent, "benchmark": run.benchmark, "processor": environment["processor"]}
+            commit, is_dirty = str(environment["git_commit"]), str(environment["git_dirty"])
+            tags |= {"mlflow.source.git.commit": commit, "git_dirty": is_dirty}
             params = [Param(_plain(key), str(value)) for key, value in _flat(run.spec).items()]
             files = [paths.RUNS / run.folder / file for file in _FILES]
             self._log(run.id, times[run.id], tags, _numbers(rows[run.id], metrics, times[run.id][1]), params, files)
@@ -188,15 +170,6 @@ def _times(run: Run, metrics: Mapping[str, Any]) -> tuple[int, int]:
     """Return the start and the end of a run in milliseconds since 1970."""
     end = (paths.RUNS / run.folder / "metrics.json").stat().st_mtime
     return round((end - metrics["cost"]["job_seconds"]) * 1000), round(end * 1000)
-
-
-def _tags(run: Run, environment: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "benchmark": run.benchmark,
-        "mlflow.source.git.commit": str(environment["git_commit"]),
-        "git_dirty": str(environment["git_dirty"]),
-        "processor": environment["processor"],
-    }
 
 
 def _numbers(rows: Any, metrics: Mapping[str, Any], time: int) -> list[Metric]:

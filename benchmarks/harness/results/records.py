@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-from annotated_types import Ge, MaxLen, MinLen
+from annotated_types import Ge, MinLen
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
@@ -68,38 +68,6 @@ class _Rows(_Strict):
     range: tuple[float, float] | None = Field(None, strict=False)  # a list in JSON
 
 
-class _Layer(_Strict):
-    index: int
-    explained: float | None
-
-
-class _Model(_Strict):
-    conversion: list[_Layer] = []
-    trained: dict[str, dict[str, Any]] = {}
-
-
-class _Windows(_Strict):
-    ends: list[int]
-    loads: dict[str, list[list[int]]]  # by layer and window
-
-
-class _Routing(_Strict):
-    windows: _Windows | None = None
-    loads: dict[str, list[list[list[int]]]] = {}
-
-
-class _SetUsage(_Strict):
-    shares: list[float]
-    marks: list[int]
-    classes: dict[str, list[float]]
-
-
-class _Usage(_Strict):
-    tasks: dict[str, _SetUsage]
-    shared: list[int]
-    specialised: list[int]
-
-
 class _Matrix(_Strict):
     tasks: list[str]
     neurons: int
@@ -133,9 +101,9 @@ class Metrics(_Strict):
     measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None
     transformed: dict[str, dict[str, Scores]] = {}
     data: dict[str, _Rows] | None = None
-    model: _Model | None = None
-    routing: _Routing | None = None
-    usage: _Usage | Annotated[dict[str, Any], MaxLen(0)] | None = None  # empty for a model without experts
+    model: dict[str, Any] | None = None
+    routing: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None  # empty for a model without experts
     matrix: _Matrix | None = None
     tasks: dict[str, _Task] | None = None
     answers: list[dict[str, str]] | None = None
@@ -150,12 +118,7 @@ class Metrics(_Strict):
 
 
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
-    """Read the ``metrics.json`` of a run.
-
-    Raises:
-        DefinitionError: The run is not finished.
-        DataError: Its file is damaged, or belongs to another run.
-    """
+    """Read and check the ``metrics.json`` of a finished run."""
     path = root / run.folder / "metrics.json"
     if not path.exists():
         raise DefinitionError(f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)")
@@ -165,15 +128,9 @@ def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
-    """Check that all runs that a command shows are finished, before it reads any.
+    """Check that all runs that a command shows are finished; else raise an error that counts the others.
 
-    Args:
-        runs: The runs.
-        which: Their name for the message.
-        command: The command that makes them.
-
-    Raises:
-        DefinitionError: Some are missing; counts them.
+    The error says ``which`` runs they are, and the ``command`` that makes them.
     """
     missing = sum(not (RUNS / run.folder / "metrics.json").exists() for run in runs)
     if missing:
@@ -184,8 +141,7 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
 def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
     """Check that a ``metrics.json`` has the parts of its run, and no number beyond its ``range`` in metrics.yaml.
 
-    Raises:
-        DataError: Something is missing or wrong; names the file and the part or number.
+    The error of a damaged one names the file and the part or number.
     """
     try:
         _check_parts(run, Metrics.model_validate(content))

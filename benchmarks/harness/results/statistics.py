@@ -1,4 +1,4 @@
-"""Statistics of runs: paired differences over seeds, ranks over data sets, and mutual information."""
+"""Compute paired differences over seeds, ranks over data sets, and mutual information."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PERMUTATIONS = 500
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference: its mean over ``n`` pairs, 95 % confidence interval (Student's t), and p of the t-test.
+    """Hold a paired difference: its mean over ``n`` pairs, 95 % confidence interval (Student's t), and p of the t-test.
 
     With one pair, or if all differences are equal, p is nan, and so are ``low`` and ``high`` unless all are 0.
     """
@@ -65,18 +65,9 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Compare every cell with the one that differs from it in the columns of ``reference`` alone.
 
-    Values are paired by all other columns; a pair is the mean over its values.
-
-    Args:
-        scores: The values, one ``value`` per row, with the columns of ``cell``, ``pair`` and perhaps more.
-        cell: The columns that name a cell.
-        reference: The columns and values of the reference, which is compared with nothing.
-        pair: The column of the pairs, such as the seed.
-        averaged: The columns over which the reference is averaged.
-
-    Returns:
-        One row per cell that shares pairs with its reference: ``cell``, :attr:`Difference.COLUMNS`, ``n`` pairs and
-        their number of ``values``.
+    The column ``value`` is paired by all other columns; a pair, such as a seed, is the mean over its values. The
+    reference is averaged over the columns ``averaged``. Returns one row per cell that shares pairs with its reference:
+    the columns of the cell, :attr:`Difference.COLUMNS`, ``n`` pairs and their number of ``values``.
     """
     is_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
     shared = [column for column in scores if column not in ("value", *reference, *averaged)]
@@ -95,11 +86,7 @@ def paired_differences(
 def shared_pairs(scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str) -> pd.DataFrame:
     """Keep the scores of the pairs, such as seeds, that every row of a table has: so means differ by the differences.
 
-    Args:
-        scores: The scores, with the columns below.
-        table: The columns that name a table.
-        row: The columns that name a row within its table.
-        pair: The column of the pairs.
+    The columns ``table`` name a table, and the columns ``row`` a row within its table.
     """
     rows = scores.groupby(list(row), sort=False).ngroup()
     all_rows, rows_with_pair = (
@@ -128,24 +115,17 @@ def with_verdicts(rows: pd.DataFrame, family: Sequence[str] = (), *, lower_is_be
     return rows.assign(p_holm=p, verdict=np.select(list(words.values()), list(words), "worse"))
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """Hold Friedman ranks by row (1 is best), and the test's p (nan below three rows or two sets)."""
-
-    ranks: pd.Series[float]
-    p: float
-
-
-def friedman_ranks(scores: pd.DataFrame) -> Ranking:
+def friedman_ranks(scores: pd.DataFrame) -> tuple[pd.Series[float], float]:
     """Compute the average rank of each row (method) over the columns (data sets) of scores without gaps.
 
-    Higher is better; ties share their mean rank.
+    Higher scores are better, and rank 1 is best; ties share their mean rank. Returns the ranks, and p of Friedman's
+    test (nan below three rows or two sets).
     """
     ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
     is_tied = (scores.nunique(axis=0) == 1).all()
     if len(scores) < 3 or scores.shape[1] < 2 or is_tied:
-        return Ranking(ranks, math.nan)
-    return Ranking(ranks, float(stats.friedmanchisquare(*scores.to_numpy()).pvalue))
+        return ranks, math.nan
+    return ranks, float(stats.friedmanchisquare(*scores.to_numpy()).pvalue)
 
 
 def nemenyi(scores: pd.DataFrame) -> pd.DataFrame:
@@ -179,16 +159,8 @@ def shuffled_information(
 ) -> NDArray[np.float64]:
     """Compute the information of experts and labels, as they are and shuffled within strata.
 
-    Rows (or images) are shuffled, not tokens, which go together in their row.
-
-    Args:
-        loads: The choices of each expert by each row, ``[rows, layers, experts]``.
-        labels: The labels of the rows.
-        strata: The strata of the rows; labels stay within a stratum.
-        seed: The seed of the shuffles.
-
-    Returns:
-        ``[1 + PERMUTATIONS, layers]`` bits, the first without a shuffle.
+    Rows (or images) are shuffled, not tokens, which go together in their row. ``loads`` are the choices of each expert
+    by each row, ``[rows, layers, experts]``. Returns ``[1 + PERMUTATIONS, layers]`` bits, the first without a shuffle.
     """
     random = np.random.default_rng(seed)
     in_order = np.argsort(strata, kind="stable")
