@@ -282,7 +282,9 @@ class FFN:
 
     def up(self, x: Tensor) -> Tensor:
         """Compute the up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
-        return self._up_half((self.proj_up or self.proj_in)(x), -1)
+        projection = self.proj_up or self.proj_in
+        projection = getattr(projection, "projection", projection)  # the one that the sparse backend replaced
+        return self._up_half(projection(x), -1)
 
     def neuron_dims(self) -> dict[str, int]:
         """Return the dimension that counts neurons for each projection tensor that has one, by path."""
