@@ -61,7 +61,7 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the confusion on the held-out environments, summed over trials: a panel a model and method."""
     counts: dict[tuple[str, str], NDArray[np.int64]] = {}
     envs: dict[str, None] = {}
-    trials = set()
+    trials: dict[tuple[str, str], set[int]] = {}
     for model, env, runs in _first_runs(outcomes, name):
         envs[outcomes.env_title(name, env)] = None
         for method in (method for method in outcomes.methods if method in runs):
@@ -69,7 +69,7 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
                 metrics = read_metrics(run)
                 classes: list[str] = metrics["classes"]
                 counts[model, method] = counts.get((model, method), 0) + np.array(metrics["confusion"][env])
-                trials.add(run.spec["seed"])
+                trials.setdefault((model, method), set()).add(run.spec["seed"])
     columns = min(_COLUMNS, len(counts))
     lines = -(-len(counts) // columns)
     beside = classes if len(classes) <= _FEW else []
@@ -78,14 +78,13 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     with plots.panel_figure(path, lines, columns, size, plots.HEATMAP, sharex=True, sharey=True) as (figure, axes):
         for axis, ((model, method), count) in zip(axes.flat, counts.items(), strict=False):
             axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
-            title = f"{outcomes.title('method', method)}: {np.trace(count) / count.sum() * 100:.0f}\u00a0%"
+            title = f"{outcomes.title('method', method)}, {plots.count_text([len(trials[model, method])], 'trials')}"
             title = title if len(models) == 1 else f"{outcomes.title('model', model)}, {title}"
             axis.set_title(plots.wrapped(title, 1.5, 7), fontsize=7)
             axis.set_xticks(range(len(beside)), beside, rotation=90)
             axis.set_yticks(range(len(beside)), beside)
         only = f", {models[0]}" if len(models) == 1 else ""
-        trial_count = plots.count_text([len(trials)], "trials")
-        title = f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}; {trial_count}"
+        title = f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}"
         figure.suptitle(plots.wrapped(title, size[0]), fontsize=8)
         figure.supxlabel("predicted class", fontsize=7)
         figure.supylabel("true class", fontsize=7)
