@@ -171,7 +171,7 @@ def test_the_papers_protocol() -> None:
         assert run.spec["training"] | training == run.spec["training"]
         assert (run.spec["hparams"]["batch_size"], run.spec["hparams"]["data_augmentation"]) == (32, True)
     cells = {(run.spec["model"]["name"], *run.spec["test_envs"], run.id) for run in runs}
-    assert len(cells) == len(runs) == 2 * 4 * 10 * 4 * 3
+    assert len(cells) == len(runs) == 2 * 4 * 11 * 4 * 3
     configs = {run.spec["method"]["name"]: run.spec["method"]["config"] for run in runs}
     assert configs.pop("erm") is None
     experts = {

@@ -284,7 +284,7 @@ def plot_routing(record: RoutingRecord, *, layer: int | None = None, width: floa
         balance.axvline(1, color="#888888", lw=0.8, ls="--")
         balance.plot(busiest, range(len(busiest)), "o-", color="#0072b2", ms=3, lw=1)
         balance.tick_params(labelleft=False)
-        balance.set(xlim=(0, None), xlabel="max ÷ mean\n(dashed: even)")
+        balance.set(xlim=(0, None), xlabel="max ÷ mean\n(dashed:\neven)")
         balance.spines[["top", "right"]].set_visible(False)
         bar = figure.colorbar(image, figure.add_subplot(grid[-1, 0]), orientation="horizontal")
         bar.set_ticks([0, 1, highest], labels=["0", "1", f"{highest:.1f}"])
