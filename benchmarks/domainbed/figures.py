@@ -80,12 +80,12 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
             title = f"{outcomes.title('method', method)}, {plots.count_text([len(trials[model, method])], 'trials')}"
             title = title if len(models) == 1 else f"{outcomes.title('model', model)}, {title}"
-            axis.set_title(plots.wrapped(title, 1.5, 7), fontsize=7)
+            axis.set_title(plots.wrap_text(title, 1.5, 7), fontsize=7)
             axis.set_xticks(range(len(beside)), beside, rotation=90)
             axis.set_yticks(range(len(beside)), beside)
         only = f", {models[0]}" if len(models) == 1 else ""
         title = f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}"
-        figure.suptitle(plots.wrapped(title, size[0]), fontsize=8)
+        figure.suptitle(plots.wrap_text(title, size[0]), fontsize=8)
         figure.supxlabel("predicted class", fontsize=7)
         figure.supylabel("true class", fontsize=7)
         figure.colorbar(_SHARE, ax=axes, shrink=0.6, label="share of the class")
@@ -116,18 +116,18 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             above, below = axes[2 * line, column], axes[2 * line + 1, column]
             for axis, counts, labels in ((above, loads.sum(0), classes), (below, loads.sum(1), env_names)):
                 shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of a row's choices
-                plots.show_use(axis, plots.over_mean(shares, shares.mean(0, keepdims=True)))
+                plots.show_use(axis, plots.divide_by_mean(shares, shares.mean(0, keepdims=True)))
                 beside = labels if column == 0 and len(labels) <= heights[0] else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
             by_class = _information("class", loads.sum(0), chance)
-            above.set_title(f"{plots.wrapped(title, 1.4, 7)}\n{by_class}", fontsize=7)
+            above.set_title(f"{plots.wrap_text(title, 1.4, 7)}\n{by_class}", fontsize=7)
             below.set_title(_information("environment", loads.sum(1), chance), fontsize=7)
             below.set_xlabel(f"{loads.shape[2]} experts")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         held_out = outcomes.env_title(name, env)
         title = f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {held_out} held out, first trial"
-        figure.suptitle(plots.wrapped(title, plots.WIDTH), fontsize=8)
+        figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
 
 def _information(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float, float]]) -> str:

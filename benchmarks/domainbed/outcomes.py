@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.domainbed.protocol import SELECTIONS, RunRecords
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import Outcomes, compared, counts
+from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 
@@ -110,10 +110,10 @@ class DomainOutcomes(Outcomes):
         sizes = [len(self.environments(name)) for name in means.index.get_level_values("set")]
         return means[counts.to_numpy() == sizes]
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Return accuracies on the held-out environments of every trial, and numbers of parameters, for claims."""
         cells = self.cells.rename(columns={"set": "task", "env": "eval_task", "trial": "pair"})
-        return compared(cells.assign(domain="held_out", metric="accuracy"), counts(self.records))
+        return join_claim_numbers(cells.assign(domain="held_out", metric="accuracy"), parameter_counts(self.records))
 
     def held_out(self, name: str) -> int:
         """Count the environments of a set that were held out."""

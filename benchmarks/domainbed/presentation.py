@@ -88,7 +88,7 @@ def summary(outcomes: DomainOutcomes) -> Table:
     """Average over the environments of every set, as DomainBed summarises them."""
     keys = ["selection", "model", "method"]
     spread = outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count").reset_index()
-    frame = common.counts_by(spread, keys)
+    frame = common.format_counts(spread, keys)
     headings = {name: outcomes.title("set", name) for name in outcomes.sets}
     numbers = spread[["set", *keys, "mean", "error"]]
     frame, columns = common.with_columns(frame, keys, numbers, headings, "accuracy", std="error")
@@ -271,5 +271,9 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     outcomes = DomainOutcomes(benchmark, runs)
     parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "shows_labels": True}
-    sentences |= {"optimizer": "Adam, constant rate, no clipping", "compared": outcomes.compared, "parts": parts}
+    sentences |= {
+        "optimizer": "Adam, constant rate, no clipping",
+        "claim_numbers": outcomes.claim_numbers,
+        "parts": parts,
+    }
     return make(benchmark, TABLES, FIGURES, outcomes, **sentences)

@@ -19,7 +19,7 @@ from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, Tra
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.results.statistics import MutualInformation, by_chance, shuffled_information
+from benchmarks.harness.results.statistics import MutualInformation, shuffle_statistics, shuffled_information
 from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
@@ -173,7 +173,7 @@ class DomainTrainer:
             routing |= MutualInformation.mean(values).numbers(name)
         routing["loads"] = {str(layer): counts[:, :, i].tolist() for i, layer in enumerate(record.layers)}
         routing["chance"] = {
-            str(layer): {name: list(by_chance(values[:, i])) for name, values in bits.items()}
+            str(layer): {name: list(shuffle_statistics(values[:, i])) for name, values in bits.items()}
             for i, layer in enumerate(record.layers)
         }
         return confusion, routing

@@ -54,7 +54,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
             tuned = outcomes.title("tuning", tuning)
             below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
             title = f"{outcomes.title('model', model)}\n{below}"
-            axes[0, column].set_title(plots.wrapped(title, (size[0] - 0.6) / len(groups)), fontsize=8)
+            axes[0, column].set_title(plots.wrap_text(title, (size[0] - 0.6) / len(groups)), fontsize=8)
             axes[-1, column].set_xlabel(f"step; means of {plots.count_text(len(runs) for runs in lines.values())}")
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         plots.legend_below(figure, axes.flat, len(groups) + 1)
@@ -102,7 +102,7 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
                 if task.startswith(_FOUR_CHOICES):
                     axis.axvline(_CHANCE * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0)
                 title = f"{task_words(task)}\n{part_words(name)} ({next(iter(rows.values()))[0][1]:,})"
-                axis.set_title(plots.wrapped(title, (size[0] - _NAMES) / columns, 7), fontsize=7)
+                axis.set_title(plots.wrap_text(title, (size[0] - _NAMES) / columns, 7), fontsize=7)
             axis_row[0].set_yticks(range(len(names)), names)
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
         figure.supxlabel("Accuracy (%); in brackets: questions; dashed: chance among four answers", fontsize=7.5)

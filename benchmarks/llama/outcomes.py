@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import Outcomes, compared, counts
+from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, shared_pairs, with_verdicts
 from benchmarks.llama.definition import HELD_OUT, QUESTIONS, is_trained
@@ -128,7 +128,7 @@ class InstructionOutcomes(Outcomes):
         """Return the difference of the held-out loss to a reference by cell, paired by shared seed."""
         return self._differences(self.losses.reset_index(), CELL, against, "seed").drop(columns=["n", "values"])
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Return held-out losses by seed, answers and nats per byte by question, and parameters, for claims.
 
         A variant is a setting, so that a claim names its layers.
@@ -141,10 +141,10 @@ class InstructionOutcomes(Outcomes):
             self._questions[key].rename(columns=names).assign(domain=QUESTIONS, metric=metric)
             for key, metric in ((_CORRECT, "accuracy"), (NATS, NATS))
         ]
-        return compared(
+        return join_claim_numbers(
             losses.assign(domain=HELD_OUT, metric=_LOSS),
             *questions,
-            counts(self.records.rename(columns={"variant": "setting"})),
+            parameter_counts(self.records.rename(columns={"variant": "setting"})),
         )
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:

@@ -315,4 +315,4 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = InstructionOutcomes(benchmark, runs)
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "optimizer": "AdamW"}
-    return make(benchmark, TABLES, FIGURES, outcomes, compared=outcomes.compared, **sentences)
+    return make(benchmark, TABLES, FIGURES, outcomes, claim_numbers=outcomes.claim_numbers, **sentences)

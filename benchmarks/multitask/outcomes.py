@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import compared, counts
+from benchmarks.harness.report.common import join_claim_numbers, parameter_counts
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.multitask.definition import ID_MEAN
 from benchmarks.text.definition import CLEAN, ID
@@ -42,11 +42,11 @@ class MultitaskOutcomes(TextOutcomes):
         """Select the rows of mixtures, without tasks that are learned alone."""
         return frame[frame["task"].isin(self.mixtures)]
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Collect the scores of mixtures by seed, and the numbers of parameters, for claims."""
         seeds = self.of_mixtures(self.seeds)
         scores = seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
-        return compared(scores[scores["domain"] != ID_MEAN], counts(self.records))
+        return join_claim_numbers(scores[scores["domain"] != ID_MEAN], parameter_counts(self.records))
 
     def _seeds(self, protocol: str) -> pd.DataFrame:
         seeds = super()._seeds(protocol)

@@ -11,7 +11,14 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import counts_by, means_by, read_published, tests_table, with_numbers, with_runs
+from benchmarks.harness.report.common import (
+    cell_means,
+    format_counts,
+    read_published,
+    tests_table,
+    with_numbers,
+    with_runs,
+)
 from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, make
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.multitask.definition import ID_MEAN
@@ -67,7 +74,7 @@ def results(outcomes: MultitaskOutcomes) -> Table:
     rows = outcomes.rows
     alone = ~rows["task"].isin(outcomes.mixtures)
     in_domain = rows[(rows["domain"] == ID_MEAN) | (alone & (rows["domain"] == ID))]
-    frame = outcomes.order(counts_by(in_domain, CELL), CELL)
+    frame = outcomes.order(format_counts(in_domain, CELL), CELL)
     columns = []
     for name, numbers in (("ID", in_domain), ("OOD", rows[rows["domain"] == OOD_MEAN])):
         kept = numbers[[*CELL, "mean", "std", "delta", "low", "high"]]
@@ -81,7 +88,7 @@ def results(outcomes: MultitaskOutcomes) -> Table:
     rates = chosen.groupby(CELL, sort=False)["learning_rate"].first().map("{:.1e}".format).rename("rate")
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = frame.merge(rates, left_on=CELL, right_index=True, how="left")
-    frame = with_numbers(frame, CELL, means_by(outcomes.shared_origins, CELL, took))
+    frame = with_numbers(frame, CELL, cell_means(outcomes.shared_origins, CELL, took))
     return Table(
         "Several tasks at once: means over tasks and over other sets",
         "Mean ± sample standard deviation over n seeds of the mean over the tasks (ID) and over the sets that no task "
@@ -161,4 +168,6 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     outcomes = MultitaskOutcomes(benchmark, runs)
     optimizer = "AdamW, linear decay, no clipping"
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": NOTE, "optimizer": optimizer}
-    return make(benchmark, TABLES, FIGURES, outcomes, compared=outcomes.compared, shows_labels=True, **sentences)
+    return make(
+        benchmark, TABLES, FIGURES, outcomes, claim_numbers=outcomes.claim_numbers, shows_labels=True, **sentences
+    )

@@ -9,7 +9,7 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import compared
+from benchmarks.harness.report.common import join_claim_numbers
 from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
@@ -58,11 +58,11 @@ class Measurements:
             frame[column] = frame[column].map("{:g}".format)
         return frame
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Return the ratios of every setting, for claims."""
         ratios = self.records[self.records["metric"].str.startswith("ratio")]
         names = {"task": "domain", "eval_task": "method", "run_id": "pair"}
-        return compared(ratios.drop(columns="method").rename(columns=names))
+        return join_claim_numbers(ratios.drop(columns="method").rename(columns=names))
 
 
 def layer(measured: Measurements) -> Table:
@@ -179,5 +179,9 @@ FIGURES: dict[str, Figure] = {}
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     measured = Measurements(benchmark, runs)
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(measured)), "note": _NOTE, "compared": measured.compared}
+    sentences: dict[str, Any] = {
+        "verdicts": list(verdicts(measured)),
+        "note": _NOTE,
+        "claim_numbers": measured.claim_numbers,
+    }
     return make(benchmark, TABLES, FIGURES, measured, **sentences)

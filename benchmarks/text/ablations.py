@@ -19,7 +19,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
 from benchmarks.harness.report.common import (
     SETTING,
-    means_by,
+    cell_means,
     name_or_count,
     published_delta,
     read_published,
@@ -53,12 +53,12 @@ class Ablations:
         self.tables = {name: partial(self._table, name) for name in self._definitions}
         self.figures = {name: Figure(partial(self._draw, name), self._caption(name)) for name in self._definitions}
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Return the numbers that claims are tested on, with those of ablations."""
-        usual = self.usual.compared()
+        usual = self.usual.claim_numbers()
         if not self._definitions:
             return usual
-        numbers, keys = self._outcomes.compared(), ["method", "setting", "domain"]
+        numbers, keys = self._outcomes.claim_numbers(), ["method", "setting", "domain"]
         is_new = ~pd.MultiIndex.from_frame(numbers[keys]).isin(pd.MultiIndex.from_frame(usual[keys]))
         return pd.concat([usual, numbers[is_new]], ignore_index=True)
 
@@ -114,7 +114,9 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     rows[["mean", "std"]] = seeds.groupby(_ROW, sort=False)["value"].agg(["mean", "std"]).to_numpy()
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
     rows = with_verdicts(rows.drop(columns="pairs"), _CELL)
-    rows = with_numbers(rows, ["model", "method"], means_by(outcomes.records, ["model", "method"], ["active_neurons"]))
+    rows = with_numbers(
+        rows, ["model", "method"], cell_means(outcomes.records, ["model", "method"], ["active_neurons"])
+    )
     rows = _with_paper(outcomes, ablation, rows)
     rows = rows.assign(is_ours=rows["mean"].notna())
     methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _rank(ablation, name))

@@ -131,7 +131,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 f"{outcomes.title('model', each.key['model'])}, {PROTOCOLS[each.key['protocol']]} selection: mean rank "
                 f"over {each.scores.shape[1]} sets, critical difference {critical_difference(*each.scores.shape):.2f}"
             )
-            axis.set_title(plots.wrapped(title, plots.WIDTH), fontsize=8)
+            axis.set_title(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
 
 _COLUMNS, _NAMES = 3, 2.3  # panels beside each other, inches of names beside them
@@ -245,7 +245,7 @@ def _sides(rows: pd.DataFrame) -> pd.DataFrame:
 def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield title and rows of each model, selection and scope: ours first, then the paper's in panels of their own."""
     for (who, _, where), group in _sides(rows).groupby(["who", "protocol", "where"], sort=False):
-        yield plots.wrapped(f"{who}\n{where}", _TITLE), group
+        yield plots.wrap_text(f"{who}\n{where}", _TITLE), group
 
 
 def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -282,10 +282,10 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
             shown = [by_method[name] for name in outcomes.methods if name in by_method]
             for axis, (label, trace) in zip(axis_row, shown, strict=False):
                 _draw_trace(axis, trace)
-                axis.set_title(plots.wrapped(label, (plots.WIDTH - 1.7) / columns, 7), fontsize=7)
+                axis.set_title(plots.wrap_text(label, (plots.WIDTH - 1.7) / columns, 7), fontsize=7)
                 axis.set_xlabel("experts")
             axis_row[0].set_ylim(max(trace.steps for _, trace in shown), 0)
-            axis_row[0].set_ylabel(f"{plots.wrapped(title, 1.6, 7)}\nstep")
+            axis_row[0].set_ylabel(f"{plots.wrap_text(title, 1.6, 7)}\nstep")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
 
 
@@ -369,7 +369,7 @@ def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classe
         labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
         lines += [(f"{labels[int(number)]} ", shares, None) for number, shares in use["classes"].items() if classes]
     shares = np.array([shares for _, shares, _ in lines])
-    plots.show_use(axis, plots.over_mean(shares, mean))
+    plots.show_use(axis, plots.divide_by_mean(shares, mean))
     axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])
     for tick, (_, _, marks) in zip(axis.get_yticklabels(), lines, strict=True):
         tick.set_fontweight("normal" if marks is None else "bold")

@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts, summarize
+from benchmarks.harness.report.common import SETTING, Outcomes, join_claim_numbers, parameter_counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import friedman_ranks, paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
@@ -208,10 +208,10 @@ class TextOutcomes(Outcomes):
         """Return the rows of one domain under one protocol."""
         return self.rows[(self.rows["domain"] == domain) & (self.rows["protocol"] == protocol)]
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Return scores of every seed and parameter counts, for claims."""
         scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
-        numbers = compared(scores, counts(self.records))
+        numbers = join_claim_numbers(scores, parameter_counts(self.records))
         names = numbers["method"].str.partition(SETTING)
         return numbers.assign(method=names[0], setting=names[2])
 

@@ -81,5 +81,5 @@ def shown(
         note=NOTE,
         optimizer=optimizer,
         shows_labels=True,
-        compared=ablations.compared,
+        claim_numbers=ablations.claim_numbers,
     )

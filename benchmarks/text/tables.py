@@ -41,7 +41,7 @@ _SELECTIONS = (
 
 def results(outcomes: TextOutcomes) -> Table:
     """Lay out scores under both selections, differences to the baseline, ranks and costs."""
-    frame = outcomes.order(common.counts_by(outcomes.rows, CELL), CELL)
+    frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
     columns = {}
     for prefix, domain, protocol, score, delta, std in (
         ("id", ID, CLEAN, "ID", "Δ ID", "std"),
@@ -58,7 +58,7 @@ def results(outcomes: TextOutcomes) -> Table:
     rankings = [ranking for ranking in rankings if ranking.key["protocol"] == CLEAN]
     frame = common.with_numbers(frame, CELL, rank_rows(rankings, "ood_rank")[[*CELL, "ood_rank"]])
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
-    frame = common.with_numbers(frame, CELL, common.means_by(_usual_records(outcomes.shared_origins), CELL, took))
+    frame = common.with_numbers(frame, CELL, common.cell_means(_usual_records(outcomes.shared_origins), CELL, took))
     return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs); differences are "
@@ -84,7 +84,7 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Lay out scores as the paper does: a column for each task (or pair of tasks), and the average."""
     rows = outcomes.with_scopes(outcomes.rows[outcomes.rows["domain"] == domain])
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
-    frame = common.counts_by(rows, _ROW)
+    frame = common.format_counts(rows, _ROW)
     headings = {scope: scope for scope in rows["scope"].unique()}
     frame, columns = common.with_columns(frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score")
     if len(columns) > 1:
@@ -140,7 +140,7 @@ def ood(outcomes: TextOutcomes) -> Table:
     rows = rows[(rows["protocol"] == CLEAN) & rows["domain"].isin([ID, OOD])]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
     numbers = rows[["eval_task", *CELL, "mean", "std"]]
-    frame = outcomes.order(common.counts_by(rows, CELL), CELL)
+    frame = outcomes.order(common.format_counts(rows, CELL), CELL)
     frame, columns = common.with_columns(frame, CELL, numbers, headings, "score", joint="_")
     return Table(
         "Scores by evaluation set",
@@ -385,7 +385,7 @@ def usage_table(outcomes: TextOutcomes) -> Table:
         if content["usage"]
     ]
     numbers = [*information, *counted]
-    means = common.over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
+    means = common.average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
     return Table(
         "What the choice of an expert tells after training",
         "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import entr
 
 from benchmarks.harness.config.methods import CONTROL
-from benchmarks.harness.report.common import over_seeds
+from benchmarks.harness.report.common import average_over_seeds
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.definition import PublishedTraces
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
@@ -86,7 +86,7 @@ def trace_table(outcomes: TextOutcomes) -> Table:
         for record, _, trace in traces(outcomes)
     ]
     layer_means = pd.DataFrame(rows, columns=[*keys, *numbers]).groupby(keys, sort=False).mean().reset_index()
-    frame = outcomes.order(over_seeds(layer_means, CELL, numbers), CELL)
+    frame = outcomes.order(average_over_seeds(layer_means, CELL, numbers), CELL)
     task_title = f"{outcomes.title('task', _published(outcomes).task)} (the paper)"
     if published := published_traces(outcomes):
         paper = [{"method": name, "windows": len(trace.shares), **trace.numbers()} for name, trace in published.items()]
