@@ -48,7 +48,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         and ``matrix``, the active neurons of some tokens, by their position in the order of the experts.
     """
     read = parse(spec, ModularitySpec, str(folder / "run.json"))
-    load = partial(load_part, rows=read.reading.rows, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    load = partial(load_part, rows=read.reading.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = {task.name: load(task, "test") for task in (read.task, *read.ood)}
     tokenizer = load_tokenizer(spec["model"])
     model = load_backbone(spec["model"])

@@ -31,7 +31,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """
     read = parse(spec, MultitaskSpec, str(folder / "run.json"))
     tasks, training = read.task.tasks, read.training
-    load = partial(load_part, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    load = partial(load_part, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = {task.name: _splits(task, training, load) for task in tasks}
     ood = {other.name: load(other, "test", training.eval_rows) for other in read.ood}
     train, dev, test = ({name: parts[part] for name, parts in splits.items()} for part in ("train", "dev", "test"))
@@ -70,6 +70,6 @@ def _splits(task: WrittenTask, training: MultitaskTraining, load: Callable[..., 
     if task.splits.test:
         dev = load(task, "dev", training.dev_rows)
     else:
-        train, dev = train.divided(training.validation_fraction, f"{task.name}/held out")
-        dev = dev.head(training.dev_rows, f"{task.name}/held out rows")
+        train, dev = train.hold_out(training.validation_fraction, f"{task.name}/held out")
+        dev = dev.sample(training.dev_rows, f"{task.name}/held out rows")
     return {"train": train, "dev": dev, "test": test}
