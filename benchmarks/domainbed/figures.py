@@ -21,13 +21,13 @@ from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
-_FEW = 12  # as many names of classes stand beside an axis
+_FEW = 12  # maximum number of classes with axis labels
 _COLUMNS = 4
 _HIGHEST = 9.5  # inches, of a page
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw accuracy by method, a panel a held-out environment, under training-domain validation."""
+    """Draw accuracy by method under training-domain validation, a panel per held-out environment."""
     cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
     panels = []
     for model, of_model in cells.groupby("model", sort=False):
@@ -39,11 +39,11 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw the grid that the validation of the set made, with the environments' names beside it."""
+    """Draw the grid of samples from the set's validation, with the names of environments."""
     job = next(validation_job(run.spec) for run in outcomes.runs if run.spec["task"]["name"] == name)
     picture = Path(job.picture)
     if not picture.exists():
-        raise DataError(f"{picture} does not exist; delete {job.file} and a run of the set, which makes both again")
+        raise DataError(f"{picture} does not exist; delete {job.file} and a run of the set to make both again")
     grid = np.asarray(Image.open(picture))
     labels: list[str] = json.loads(Path(job.file).read_text())["samples"]
     height, width = grid.shape[:2]
@@ -58,7 +58,7 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw the confusion on the held-out environments, summed over trials: a panel a model and method."""
+    """Draw confusion matrices of the held-out environments, summed over trials, a panel per model and method."""
     counts: dict[tuple[str, str], NDArray[np.int64]] = {}
     envs: dict[str, None] = {}
     trials: dict[tuple[str, str], set[int]] = {}
@@ -102,7 +102,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
             shown.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
     if not shown:
-        plots.placeholder_figure(path, "no method of these runs routes")
+        plots.placeholder_figure(path, "no method of these runs has experts")
         return
     env_names = [outcomes.env_title(name, other) for other in outcomes.environments(name)]
     heights = [min(len(classes), 20), len(env_names)]
