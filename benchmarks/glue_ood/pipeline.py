@@ -28,7 +28,7 @@ from emoe.layer import routed_layers
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Evaluate the chosen run of one spec.
 
     Args:
         spec: The content of ``run.json``.

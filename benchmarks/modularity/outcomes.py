@@ -1,4 +1,4 @@
-"""Collect the numbers of pre-trained models as they are."""
+"""Collect the numbers of pre-trained models without training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModularityOutcomes(Outcomes):
         rows: The numbers, a row per run, in the order of models and methods: ``model``, ``layer``, ``num_experts``,
             ``method``, ``seed``, ``run_id``, a column per metric, and titles.
         means: The means over seeds, with ``<metric>_std``, ``n`` and titles.
-        paper: The numbers of the paper's matrices, as they are stored, by ``method``, ``num_experts`` and ``metric``.
+        paper: The unscaled numbers of the paper's matrices, by ``method``, ``num_experts`` and ``metric``.
     """
 
     benchmark: AnyBenchmark

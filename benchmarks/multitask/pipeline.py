@@ -13,13 +13,13 @@ from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_seq2seq_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
-from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask
+from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, MultitaskTraining
 from benchmarks.multitask.training import MultitaskTrainer
 from benchmarks.text.data import TextSplit, load_part
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Train and evaluate the model of one spec.
 
     Args:
         spec: The content of ``run.json``.
@@ -61,10 +61,10 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-def _splits(task: WrittenTask, training: MultitaskTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
-    """Load train, dev (which chooses) and test (which is reported) of a task.
+def _splits(task: LearnedTask, training: MultitaskTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
+    """Load the splits of a task: train, dev (for selection) and test (reported).
 
-    Without a test split the dev split is reported, and a share of the training rows is held out to choose by.
+    A task without a test split reports the dev split, and selects with held-out training rows.
     """
     train, test = load(task, "train", None), load(task, "test", training.eval_rows)
     if task.splits.test:

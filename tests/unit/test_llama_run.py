@@ -85,7 +85,7 @@ def test_an_untrained_model_is_only_evaluated() -> None:
     metrics = finish(path)
     assert (metrics["curve"], metrics["model"]["trainable_parameters"]) == ([], 0)
     assert metrics["routing"]
-    with pytest.raises(DataError, match="keeps no weights"):
+    with pytest.raises(DataError, match="has no weights"):
         export(path, Path("out"), "dense")
 
 
