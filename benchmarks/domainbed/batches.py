@@ -26,8 +26,8 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _NORMAL = (transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION))
 
 
-def test_transform(size: int) -> Transform:
-    """Return the test transform: resize to ``size`` × ``size`` pixels and normalise."""
+def evaluation_transform(size: int) -> Transform:
+    """Return the evaluation transform: resize to ``size`` × ``size`` pixels and normalise."""
     return partial(_transform, transforms.Compose([transforms.Resize((size, size)), *_NORMAL]), size)
 
 
@@ -102,7 +102,7 @@ class PrefixedEnvironment(Environment):
 
 def with_prefix(environment: Environment, prefix: Prefix, rows: Sequence[int], size: int) -> PrefixedEnvironment:
     """Compute the outputs of a model's frozen layers for distinct rows, with images of ``size`` pixels."""
-    transform, digest = test_transform(size), hashlib.sha256(f"{size}\n".encode())
+    transform, digest = evaluation_transform(size), hashlib.sha256(f"{size}\n".encode())
     for row in rows:
         digest.update(np.asarray(environment.open(row)).tobytes())
 

@@ -11,7 +11,7 @@ from benchmarks.domainbed.batches import (
     EnvironmentBatches,
     EvaluationRows,
     TrainingRows,
-    test_transform,
+    evaluation_transform,
     training_transform,
     with_prefix,
 )
@@ -60,7 +60,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         envs = _add_prefixes(classifier.prefix, read, envs, splits)
     rows = [splits[env].within for env in trained]
     seed = derive_seed("environments", read.seed, *held_out)  # the same draws for all methods
-    transform = training_transform(size) if hparams.data_augmentation else test_transform(size)
+    transform = training_transform(size) if hparams.data_augmentation else evaluation_transform(size)
     trainer = DomainTrainer(
         classifier,
         read,
@@ -76,7 +76,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     _write_results(folder / "results.jsonl", read, records)
     progress.say("predicting the out splits")
     out = [
-        EvaluationRows(environment, split.out[: training.eval_rows], test_transform(size))
+        EvaluationRows(environment, split.out[: training.eval_rows], evaluation_transform(size))
         for environment, split in zip(envs, splits, strict=True)
     ]
     confusion, routing = trainer.predict(out, len(classes))
@@ -144,7 +144,9 @@ def _evaluation_splits(
             if name == "in" and not is_test and training.evaluate == "needed":
                 continue
             augments = spec.hparams.data_augmentation and training.val_augment and not is_test
-            transform = training_transform(training.image_size) if augments else test_transform(training.image_size)
+            transform = (
+                training_transform(training.image_size) if augments else evaluation_transform(training.image_size)
+            )
             rows = split.within if name == "in" else split.out
             evaluated[f"env{env}_{name}"] = EvaluationRows(environment, rows[: training.eval_rows], transform)
     return evaluated

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from benchmarks.domainbed.batches import DEVIATION, MEAN, load_pixels, test_transform, training_transform
+from benchmarks.domainbed.batches import DEVIATION, MEAN, evaluation_transform, load_pixels, training_transform
 from benchmarks.domainbed.definition import RunSet, ValidationJob
 from benchmarks.domainbed.images import REFUSE, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
@@ -96,7 +96,7 @@ def sample_grid(image_set: ImageSet, size: int) -> tuple[list[str], Tensor]:
         seed = derive_seed("samples", environment.name)
         order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [order[i % len(order)] for i in range(_SAMPLES)]
-        transforms = {"": test_transform(size)} | (
+        transforms = {"": evaluation_transform(size)} | (
             {", training": training_transform(size)} if environment.places else {}
         )
         for suffix, transform in transforms.items():

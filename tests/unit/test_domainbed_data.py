@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.domainbed.batches import DEVIATION, MEAN, test_transform, training_transform
+from benchmarks.domainbed.batches import DEVIATION, MEAN, evaluation_transform, training_transform
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.validation import validate_dataset
 from benchmarks.harness.base import DATA_ROOT, DataError
@@ -37,7 +37,9 @@ def test_rows_are_those_of_image_folder_in_its_order(pacs: Path) -> None:
 def test_the_transforms_are_domainbeds(pacs: Path) -> None:
     image = load().environments[0].open(0)
     normal = [transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
-    assert torch.equal(test_transform(32)(image), transforms.Compose([transforms.Resize((32, 32)), *normal])(image))
+    assert torch.equal(
+        evaluation_transform(32)(image), transforms.Compose([transforms.Resize((32, 32)), *normal])(image)
+    )
     drawn = [transforms.RandomResizedCrop(32, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip()]
     drawn += [transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale()]
     images = []

@@ -60,7 +60,7 @@ def test_an_evaluation_as_another_method_changes_no_other_number(workdir: Path, 
 def test_a_row_that_nothing_trains_is_of_the_runs_of_another(here: Path) -> None:
     runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")]
     fake_runs.write_runs(runs)
-    main, ablated = (TextOutcomes(GLUE, runs, ablated=ablated) for ablated in (False, True))
+    main, ablated = (TextOutcomes(GLUE, runs, include_ablations=ablated) for ablated in (False, True))
     assert set(main.rows["method"]) == {"vanilla", "emoe"}
     assert set(ablated.rows["method"]) == {"vanilla", "emoe", "vanilla2emoe", "emoe2vanilla"}
     seeds = ablated.seeds[(ablated.seeds["method"] == "vanilla2emoe") & (ablated.seeds["domain"] == "id")]
