@@ -59,7 +59,8 @@ def test_an_expert_that_one_task_prefers_is_marked_and_informs_about_the_task() 
 
 def test_by_chance_alone_one_matrix_in_twenty_has_a_mark() -> None:
     marked = sum(
-        bool(mark_experts(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any()) for seed in range(60)
+        bool(mark_experts(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any())
+        for seed in range(60)
     )
     assert marked <= 8  # 3 are expected; 9 or more happen once in 300
 
