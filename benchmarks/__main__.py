@@ -1,6 +1,6 @@
-"""``python -m benchmarks``: the commands of the suite, by hand and for the workflow.
+"""Define ``python -m benchmarks``, the commands for users and for the workflow.
 
-Heavy imports stay inside the commands, so that help comes at once.
+Heavy imports stay inside the commands, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from emoe.errors import EMoEError
 if TYPE_CHECKING:
     from benchmarks.harness.config.suite import Suite
 
-# the machine's fault, not the suite's: no permission, a full disk, too many open files
+# errors of the machine: no permission, a full disk, too many open files
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 _KINDS = ("suites", "benchmarks", "methods", "tasks", "models", "metrics", "claims", "paper")
 _SUITES = sorted(path.stem for path in CONFIG.glob("*.yaml") if path.stem not in _KINDS)
-# both libraries report each use to their makers, unless the user decides; they read this when they are imported
+# both libraries send telemetry unless this is set before their import
 for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
 
 _PATH = click.Path(path_type=Path)
-_RESOLVED = click.Path(path_type=Path, resolve_path=True)  # of commands that may change the folder
+_RESOLVED = click.Path(path_type=Path, resolve_path=True)  # for commands that may change the working directory
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
 _benchmark = click.option("--benchmark", help="Only this benchmark.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -125,7 +125,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
     It writes metrics.json beside it.
     Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
-    gc.disable()  # nothing that is imported becomes garbage, neither now nor in training nor at the end of the process
+    gc.disable()  # imports create no garbage
 
     from benchmarks.harness.run.devices import reserved
     from benchmarks.harness.run.execution import execute, launch_distributed
@@ -187,16 +187,16 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
 @click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
 def claims(suite: str, as_json: bool, write: bool) -> None:
     """Test the paper's claims on finished runs."""
-    from benchmarks.harness.report.claims import as_records, claims_table, judged, write_claims
+    from benchmarks.harness.report.claims import claims_json, claims_table, judge_claims, write_claims
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.claimed, which=" that claims compare")
     if write:
         write_claims(loaded)
     elif as_json:
-        click.echo(as_records(judged(loaded)))
+        click.echo(claims_json(judge_claims(loaded)))
     else:
-        click.echo(claims_table(loaded, judged(loaded)).markdown())
+        click.echo(claims_table(loaded, judge_claims(loaded)).markdown())
 
 
 @cli.command()
@@ -395,9 +395,9 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
 
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
-    """Load a suite as a job of the workflow sees it, and check that it runs the benchmark.
+    """Load a suite with a workflow job's settings, and check that it runs the benchmark.
 
-    Works in the checkout if the current folder has no results.
+    Change to the checkout if the current folder has no results.
     """
     from benchmarks.harness.base import RESULTS, ROOT
     from benchmarks.harness.config.suite import suite_of_job
@@ -412,7 +412,7 @@ def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
 
 
 def _check_finished(suite: Suite, benchmarks: Collection[str], part: str | None = None, which: str = "") -> None:
-    """Raise an error that counts the missing runs, instead of one that names the first."""
+    """Raise an error that counts the missing runs, if there are any."""
     from benchmarks.harness.results.records import check_finished
 
     runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
@@ -432,14 +432,14 @@ def _echo_table(rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _cell(value: object) -> object:
-    """Shorten a long list to its first values and its length."""
+    """Join a list to a text; shorten a long one to its first values and its length."""
     if not isinstance(value, list):
         return value
     return ", ".join(value) if len(value) <= 12 else f"{', '.join(value[:4])}, … ({len(value)})"
 
 
 def _status(arguments: list[str]) -> int:
-    """Do a command, and return its exit status."""
+    """Run a command, and return its exit status."""
     sys.argv[1:] = arguments
     try:
         _main()
@@ -449,7 +449,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Do the command in a fork of the workflow's server if there is one, else in this process."""
+    """Run the command in a fork of the workflow's server if there is one, else in this process."""
     exit_status = ask(sys.argv[1:])
     if exit_status is None:
         _main()
@@ -458,7 +458,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    """Do the command of ``sys.argv``; an expected error is one line, not a traceback."""
+    """Run the command in ``sys.argv``; print an expected error as one line, not a traceback."""
     try:
         cli(standalone_mode=False, obj=time.time())
     except click.ClickException as error:

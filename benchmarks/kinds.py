@@ -1,4 +1,4 @@
-"""The kinds of benchmarks, by the names that ``kind`` in a benchmark.yaml takes: one line for each."""
+"""Register the kinds of benchmarks under the values of ``kind`` in benchmark.yaml."""
 
 from benchmarks.domainbed.grid import DomainBenchmark
 from benchmarks.glue_ood.grid import EvaluationBenchmark

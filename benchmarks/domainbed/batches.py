@@ -1,4 +1,4 @@
-"""Transforms of pictures, the rows of each training step, and the rows that are evaluated."""
+"""Transform pictures, and draw the rows of training steps and evaluations."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _NORMAL = (transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION))
 
 
-def plain(size: int) -> Transform:
-    """Make the transform of test environments: both sides resized to ``size``, normalised."""
+def evaluation_transform(size: int) -> Transform:
+    """Return the evaluation transform: resize to ``size`` × ``size`` pixels and normalise."""
     return partial(_transform, transforms.Compose([transforms.Resize((size, size)), *_NORMAL]), size)
 
 
-def augmented(size: int) -> Transform:
-    """Make the transform of training environments: a random crop, mirror, colour jitter.
+def training_transform(size: int) -> Transform:
+    """Return the training transform: random crop, mirror and colour jitter, from torch's global generator.
 
-    MNIST's digits stay as they are, as in DomainBed. Draws from torch's global generator.
+    As in DomainBed, MNIST's digits are not augmented.
     """
     crop, mirror = transforms.RandomResizedCrop(size, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip()
     colours = [transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale()]
@@ -42,9 +42,9 @@ def augmented(size: int) -> Transform:
 
 
 def _transform(of_images: Callable[[Image.Image], Tensor], size: int, picture: Picture) -> Tensor:
-    """Transform an image; of a digit make colours: one channel three times, or two as red and green.
+    """Transform an image, or convert a digit to RGB: one channel is repeated, two channels become red and green.
 
-    DomainBed gives its digits to a small network of their own size and channels, so their transform is ours.
+    DomainBed has no transform to RGB, because its network for digits takes their size and channels.
     """
     if isinstance(picture, Image.Image):
         return of_images(picture)
@@ -53,7 +53,7 @@ def _transform(of_images: Callable[[Image.Image], Tensor], size: int, picture: P
 
 
 def load_pixels(environment: Environment, row: int, transform: Transform, seed: int) -> Tensor:
-    """Read a row of an environment as a model sees it; a random transform depends on the seed alone."""
+    """Return the transformed pixels of a row; a random transform depends only on the seed."""
     picture = environment.open(row)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -64,10 +64,10 @@ Draw = tuple[int, int, int]  # the number of the draw, of the environment, and o
 
 
 class EnvironmentBatches(Sampler[Draw]):
-    """Draw batches of every training environment, one after the other, ``batch_size`` rows of each in every step.
+    """Draw ``batch_size`` rows of every training environment per step, environment by environment.
 
-    Rows are drawn with replacement, as in DomainBed. The draws depend on the seed alone, so all methods see the
-    same rows, and a resumed run sees the rows of an uninterrupted one. ``rows`` are the numbers of rows by environment.
+    As in DomainBed, rows are drawn with replacement. Draws depend only on the seed, so they are the same for all methods
+    and for resumed runs. ``rows`` has the number of rows of each environment.
     """
 
     def __init__(self, rows: Sequence[int], batch_size: int, steps: int, seed: int) -> None:
@@ -91,8 +91,8 @@ class PrefixedEnvironment(Environment):
 
     Attributes:
         states: The outputs.
-        indices: The index of each row in them.
-        blank: The pixels of every image, which the model ignores.
+        indices: The index in ``states`` of each row.
+        blank: The placeholder pixels, which the model ignores.
     """
 
     states: PrefixStates
@@ -101,8 +101,8 @@ class PrefixedEnvironment(Environment):
 
 
 def with_prefix(environment: Environment, prefix: Prefix, rows: Sequence[int], size: int) -> PrefixedEnvironment:
-    """Compute the outputs of a model's frozen layers for some rows, each named once, in images of ``size`` pixels."""
-    transform, digest = plain(size), hashlib.sha256(f"{size}\n".encode())
+    """Compute the outputs of a model's frozen layers for distinct rows, with images of ``size`` pixels."""
+    transform, digest = evaluation_transform(size), hashlib.sha256(f"{size}\n".encode())
     for row in rows:
         digest.update(np.asarray(environment.open(row)).tobytes())
 
@@ -116,7 +116,7 @@ def with_prefix(environment: Environment, prefix: Prefix, rows: Sequence[int], s
 
 
 def _example(environment: Environment, row: int, transform: Transform, *seed: object) -> dict[str, Any]:
-    """Return a row for the training loop: its label, and pixels or the output of the frozen layers."""
+    """Return a row as model inputs: its label, and pixels or the output of the frozen layers."""
     labels = environment.labels[row]
     if isinstance(environment, PrefixedEnvironment):
         state = environment.states[environment.indices[row]]
@@ -148,7 +148,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
 class EvaluationRows(Dataset[dict[str, Any]]):
     """Hold the rows of one split in its order.
 
-    A random transform draws anew at every ``step`` after which the rows are evaluated, as in DomainBed.
+    As in DomainBed, a random transform draws anew for the evaluation after each ``step``.
     """
 
     environment: Environment

@@ -21,13 +21,13 @@ from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
-_FEW = 12  # as many names of classes stand beside an axis
+_FEW = 12  # maximum number of classes with axis labels
 _COLUMNS = 4
 _HIGHEST = 9.5  # inches, of a page
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw accuracy by method, a panel a held-out environment, under training-domain validation."""
+    """Draw accuracy by method under training-domain validation, a panel per held-out environment."""
     cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
     panels = []
     for model, of_model in cells.groupby("model", sort=False):
@@ -39,11 +39,11 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw the grid that the validation of the set made, with the environments' names beside it."""
+    """Draw the grid of samples from the set's validation, with the names of environments."""
     job = next(validation_job(run.spec) for run in outcomes.runs if run.spec["task"]["name"] == name)
     picture = Path(job.picture)
     if not picture.exists():
-        raise DataError(f"{picture} does not exist; delete {job.file} and a run of the set, which makes both again")
+        raise DataError(f"{picture} does not exist; delete {job.file} and a run of the set to make both again")
     grid = np.asarray(Image.open(picture))
     labels: list[str] = json.loads(Path(job.file).read_text())["samples"]
     height, width = grid.shape[:2]
@@ -58,7 +58,7 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw the confusion on the held-out environments, summed over trials: a panel a model and method."""
+    """Draw confusion matrices of the held-out environments, summed over trials, a panel per model and method."""
     counts: dict[tuple[str, str], NDArray[np.int64]] = {}
     envs: dict[str, None] = {}
     trials: dict[tuple[str, str], set[int]] = {}
@@ -80,12 +80,12 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
             title = f"{outcomes.title('method', method)}, {plots.count_text([len(trials[model, method])], 'trials')}"
             title = title if len(models) == 1 else f"{outcomes.title('model', model)}, {title}"
-            axis.set_title(plots.wrapped(title, 1.5, 7), fontsize=7)
+            axis.set_title(plots.wrap_text(title, 1.5, 7), fontsize=7)
             axis.set_xticks(range(len(beside)), beside, rotation=90)
             axis.set_yticks(range(len(beside)), beside)
         only = f", {models[0]}" if len(models) == 1 else ""
         title = f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}"
-        figure.suptitle(plots.wrapped(title, size[0]), fontsize=8)
+        figure.suptitle(plots.wrap_text(title, size[0]), fontsize=8)
         figure.supxlabel("predicted class", fontsize=7)
         figure.supylabel("true class", fontsize=7)
         figure.colorbar(_SHARE, ax=axes, shrink=0.6, label="share of the class")
@@ -102,7 +102,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
             shown.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
     if not shown:
-        plots.placeholder_figure(path, "no method of these runs routes")
+        plots.placeholder_figure(path, "no method of these runs has experts")
         return
     env_names = [outcomes.env_title(name, other) for other in outcomes.environments(name)]
     heights = [min(len(classes), 20), len(env_names)]
@@ -116,18 +116,18 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             above, below = axes[2 * line, column], axes[2 * line + 1, column]
             for axis, counts, labels in ((above, loads.sum(0), classes), (below, loads.sum(1), env_names)):
                 shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of a row's choices
-                plots.show_use(axis, plots.over_mean(shares, shares.mean(0, keepdims=True)))
+                plots.show_use(axis, plots.divide_by_mean(shares, shares.mean(0, keepdims=True)))
                 beside = labels if column == 0 and len(labels) <= heights[0] else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
             by_class = _information("class", loads.sum(0), chance)
-            above.set_title(f"{plots.wrapped(title, 1.4, 7)}\n{by_class}", fontsize=7)
+            above.set_title(f"{plots.wrap_text(title, 1.4, 7)}\n{by_class}", fontsize=7)
             below.set_title(_information("environment", loads.sum(1), chance), fontsize=7)
             below.set_xlabel(f"{loads.shape[2]} experts")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         held_out = outcomes.env_title(name, env)
         title = f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {held_out} held out, first trial"
-        figure.suptitle(plots.wrapped(title, plots.WIDTH), fontsize=8)
+        figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
 
 def _information(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float, float]]) -> str:

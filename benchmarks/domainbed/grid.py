@@ -1,4 +1,4 @@
-"""Specs of domain generalisation: a run for each set, method, held-out environments, draw and trial."""
+"""Plan runs of domain generalisation: one per set, method, held-out environments, draw and trial."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
 
 class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
-    """Image classifiers, trained on some environments of a set and judged on those held out."""
+    """Plan runs of image classifiers, trained on some environments of a set and evaluated on the held-out ones."""
 
     definition_model, part_model = ImageDefinition, ImagePart
     recorded = ("scores", "data", "model", "routing", "records", "confusion", "classes")
@@ -53,7 +53,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
                 if name in exclude:
                     continue
                 values = block.model_dump()
-                values["test_envs"] = _held_out(block.test_envs, list(self.tasks[name].environments), where)
+                values["test_envs"] = _test_env_tuples(block.test_envs, list(self.tasks[name].environments), where)
                 axes = {key: values[key] for key in _AXES if key in values}
                 for chosen in itertools.product(*axes.values()):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, chosen, strict=True))}
@@ -96,8 +96,8 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         return presentation
 
 
-def _held_out(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
-    """Return the numbers of the environments that are held out together."""
+def _test_env_tuples(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
+    """Return the tuples of environments that are held out together, by number."""
     if isinstance(asked, str):
         return [envs for envs in held_out_combinations(len(environments)) if asked == "all" or len(envs) == 1]
     for names in asked:
@@ -125,8 +125,8 @@ def _spec(
     if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
         raise DefinitionError(
             f"{benchmark.file}: 'training.frozen_layers' is {settings.frozen_layers}, but images of "
-            f"'{point['set']}' are augmented anew at every step, so that nothing "
-            "could be kept of them; set hparams.data_augmentation: false"
+            f"'{point['set']}' are augmented at every step and cannot be cached; "
+            "set hparams.data_augmentation: false"
         )
     envs = list(task.environments)
     draws = [f"T{'+'.join(envs[env] for env in point['test_envs'])}", f"h{draw}" if draw else ""]
@@ -142,7 +142,7 @@ def _spec(
         sweep=_sweep(benchmark.definition.version, methods[point["method"]], settings),
         training=training,
         learning_rate=float(hparams["lr"]),
-        # one for all methods, so that they see the same digits: that of DomainBed's own baseline
+        # DomainBed's seed of the baseline, so that all methods see the same digits
         data_seed=sweep_seed(task.domainbed, BASELINE, point["test_envs"], draw, trial),
         seed=trial,
     )

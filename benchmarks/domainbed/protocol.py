@@ -19,7 +19,7 @@ BASELINE = "ERM"
 SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST")
 Registry = Literal["domainbed", "emoe"]
 
-# lr and weight decay by data set in the authors' fork, for GMoE and EMoE; what is not listed has DomainBed's own
+# lr and weight decay by data set in the authors' fork, for GMoE and EMoE; other sets use defaults
 _FORK: Mapping[str, tuple[float, float]] = {
     "VLCS": (3e-5, 1e-6),
     "PACS": (3e-5, 1e-6),
@@ -31,7 +31,7 @@ _FORK_LR = 3e-5
 
 
 def seed_hash(*parts: object) -> int:
-    """Return DomainBed's seed of named parts: the md5 of the tuple's text, below 2**31.
+    """Return DomainBed's seed for a tuple of values: the md5 of its text, modulo 2**31.
 
     >>> seed_hash(0, 3)
     1796103049
@@ -41,7 +41,7 @@ def seed_hash(*parts: object) -> int:
 
 
 def sweep_seed(dataset: str, algorithm: str, test_envs: Sequence[int], hparams_seed: int, trial_seed: int) -> int:
-    """Return the seed that a sweep gives a run for everything without a seed of its own."""
+    """Return the general seed that DomainBed's sweep passes to a run."""
     return seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial_seed)
 
 
@@ -59,16 +59,15 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
         rows: The number of its rows.
         env: The number of the environment.
         trial_seed: The seed of the trial.
-        is_test: True if it is held out; its *in* split is then shuffled once more, by DomainBed's call for unlabelled
-            rows.
+        is_test: True if it is held out. Its *in* split is then shuffled again, as DomainBed does for unlabelled rows.
     """
     seed, count = seed_hash(trial_seed, env), int(rows * HOLDOUT_FRACTION)
-    keys = _shuffled(range(rows), seed)
+    keys = _shuffle(range(rows), seed)
     within = keys[count:]
-    return Split(_shuffled(within, seed) if is_test else within, keys[:count])
+    return Split(_shuffle(within, seed) if is_test else within, keys[:count])
 
 
-def _shuffled(rows: Sequence[int], seed: int) -> list[int]:
+def _shuffle(rows: Sequence[int], seed: int) -> list[int]:
     shuffled = list(rows)
     np.random.RandomState(seed).shuffle(shuffled)
     return shuffled
@@ -92,8 +91,8 @@ def hyper_parameters(registry: Registry, dataset: str, hparams_seed: int, trial_
         trial_seed: The seed of the trial; random draws differ between trials.
 
     Returns:
-        DomainBed's hyper-parameters by name. Those of a ResNet shape nothing here; they are kept so that a draw can
-        be compared. The fork's older registry has no ``vit_dropout``.
+        DomainBed's hyper-parameters by name. Those of a ResNet have no effect; they make draws comparable with
+        DomainBed's. The fork's older registry has no ``vit_dropout``.
     """
     definitions = _definitions(registry, dataset)
     if hparams_seed == 0:
@@ -106,7 +105,7 @@ _Draw = Callable[[np.random.RandomState], Any]
 
 
 def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw]]:
-    """Return default and random draw of every hyper-parameter."""
+    """Return the default and the drawing function of every hyper-parameter."""
     definitions: dict[str, tuple[Any, _Draw]] = {
         "data_augmentation": (True, lambda _: True),
         "resnet18": (False, lambda _: False),
@@ -153,7 +152,7 @@ class RunRecords:
 
     Attributes:
         test_envs: The numbers of the environments that it held out.
-        choice: The number of the draw, in the order in which it was tried (DomainBed's ``hparams_seed``).
+        choice: The number of the draw, in DomainBed's order (``hparams_seed``).
         records: Dictionaries with ``step``, ``env<i>_in_acc`` and ``env<i>_out_acc``.
     """
 
@@ -163,8 +162,8 @@ class RunRecords:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Hold the record that a selection chose, the value by which it was chosen, and the number of its run's draw."""
+class SelectedRecord:
+    """Hold the record that a selection chose, its selection value, and the number of its run's draw."""
 
     value: float
     record: Record
@@ -175,34 +174,36 @@ class Chosen:
         return float(self.record[f"env{env}_in_acc"])
 
 
-def best_record(records: Sequence[Record], test_envs: Sequence[int], choice: int = 0) -> Chosen:
+def best_record(records: Sequence[Record], test_envs: Sequence[int], choice: int = 0) -> SelectedRecord:
     """Choose the first of a run's records with the highest mean *out* accuracy of the training environments."""
 
     def value(record: Record) -> float:
         return float(np.mean([record[f"env{env}_out_acc"] for env in _environments(record) if env not in test_envs]))
 
-    return _first_best([Chosen(value(record), record, choice) for record in records])
+    return _first_best([SelectedRecord(value(record), record, choice) for record in records])
 
 
-def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
+def training_domain_validation(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the step and run with the highest mean *out* accuracy of the training environments.
 
     Args:
         runs: The runs of one set, method and trial, for all held-out environments.
-        env: The held-out environment that is judged.
+        env: The number of the held-out environment.
     """
-    return _best([best_record(run.records, run.test_envs, run.choice) for run in _single(runs, env)])
+    return _best([best_record(run.records, run.test_envs, run.choice) for run in _runs_holding_out(runs, env)])
 
 
-def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> Chosen | None:
-    """Choose the step and run with the highest mean accuracy on each other environment, when that is held out too.
+def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
+    """Choose the step and run with the highest cross-validated accuracy over the other environments.
 
-    Needs the runs that hold out ``env`` and one more, for every other environment; None without them.
+    Each other environment is evaluated by the run that holds out it and ``env``; None if such a run is missing.
     """
-    return _best([chosen for run in _single(runs, env) if (chosen := _left_out(run, runs, env)) is not None])
+    return _best(
+        [chosen for run in _runs_holding_out(runs, env) if (chosen := _cross_validate(run, runs, env)) is not None]
+    )
 
 
-def _left_out(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Chosen | None:
+def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     pairs = {
         next(other for other in pair.test_envs if other != env): {record["step"]: record for record in pair.records}
         for pair in runs
@@ -213,20 +214,20 @@ def _left_out(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Chosen |
         step, others = record["step"], [other for other in _environments(record) if other != env]
         if all(step in pairs.get(other, {}) for other in others):
             value = float(np.sum([pairs[other][step][f"env{other}_in_acc"] for other in others]) / len(others))
-            candidates.append(Chosen(value, record, run.choice))
+            candidates.append(SelectedRecord(value, record, run.choice))
     return _first_best(candidates) if candidates else None
 
 
-def oracle_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
+def oracle_validation(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the run whose *last* record is the best on the held-out environment's *out* split (an oracle)."""
     candidates = []
-    for run in _single(runs, env):
+    for run in _runs_holding_out(runs, env):
         last = max(run.records, key=lambda record: record["step"])
-        candidates.append(Chosen(float(last[f"env{env}_out_acc"]), last, run.choice))
+        candidates.append(SelectedRecord(float(last[f"env{env}_out_acc"]), last, run.choice))
     return _best(candidates)
 
 
-Selection = Callable[[Sequence[RunRecords], int], Chosen | None]
+Selection = Callable[[Sequence[RunRecords], int], SelectedRecord | None]
 SELECTIONS: dict[str, tuple[str, Selection]] = {
     "training": ("training-domain validation", training_domain_validation),
     "leave_one_out": ("leave-one-domain-out", leave_one_domain_out),
@@ -235,20 +236,20 @@ SELECTIONS: dict[str, tuple[str, Selection]] = {
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return DomainBed's ±: the population's standard deviation over the root of the number of trials."""
+    """Return DomainBed's ±: the population standard deviation divided by the root of the number of trials."""
     return float(np.std(values) / math.sqrt(len(values)))
 
 
-def _single(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
+def _runs_holding_out(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
     return [run for run in runs if tuple(run.test_envs) == (env,)]
 
 
-def _best(candidates: Sequence[Chosen]) -> Chosen | None:
-    """Return the highest value; of equal ones the last choice, as DomainBed's reversed stable sort has it."""
+def _best(candidates: Sequence[SelectedRecord]) -> SelectedRecord | None:
+    """Return the candidate with the highest value, and among equal ones the last choice, as in DomainBed."""
     return max(candidates, key=lambda chosen: (chosen.value, chosen.choice)) if candidates else None
 
 
-def _first_best(candidates: Sequence[Chosen]) -> Chosen:
+def _first_best(candidates: Sequence[SelectedRecord]) -> SelectedRecord:
     return max(candidates, key=lambda chosen: chosen.value)
 
 

@@ -1,4 +1,4 @@
-"""Train on some environments and evaluate on all of them, in the suite's one training loop."""
+"""Train on some environments and evaluate on all of them, with the suite's training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, Tra
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.results.statistics import MutualInformation, by_chance, shuffled_information
+from benchmarks.harness.results.statistics import MutualInformation, shuffle_statistics, shuffled_information
 from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
@@ -52,9 +52,9 @@ class _DomainLoop(RoutedTrainer):
 
 
 class EvaluationSteps(TrainerCallback):
-    """Evaluate, log and save when DomainBed does: at steps 0, ``every``, 2 · ``every``, … and at the last one.
+    """Evaluate, log and save at DomainBed's steps 0, ``every``, 2 · ``every``, … and at the last one.
 
-    DomainBed numbers a step before its update is counted: its step 0 is the state after one update.
+    DomainBed's step 0 is the state after one update.
     """
 
     def __init__(self, every: int) -> None:
@@ -64,14 +64,14 @@ class EvaluationSteps(TrainerCallback):
         step = state.global_step - 1
         if step % self._every == 0 or state.global_step == state.max_steps:
             control.should_log = control.should_evaluate = True
-            control.should_save = step > 0  # the first step is sooner done again than saved
+            control.should_save = step > 0  # repeating the first step is faster than saving it
 
 
 class DomainTrainer:
-    """Train one image classifier as a run's spec says.
+    """Train one image classifier according to a run's spec.
 
-    A checkpoint is written at every evaluation below ``folder``; a run that was killed goes on from the last complete
-    one and ends with the same numbers. ``splits`` are evaluated, by name (``env0_in``, ``env0_out``, …).
+    Every evaluation writes a checkpoint below ``folder``. A killed run resumes from the last complete one, with the same
+    final numbers. ``splits`` are the evaluated splits by name (``env0_in``, ``env0_out``, …).
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class DomainTrainer:
             seed=derive_seed("dropout", spec.seed),
             save_strategy="no",
             logging_strategy="no",
-            logging_nan_inf_filter=False,  # a loss that is no number shall be seen
+            logging_nan_inf_filter=False,  # show losses that are nan
             dataloader_num_workers=reading_workers(),
         )
         self.probe.observe(classifier.model, default_collate(fixed_rows(next(iter(splits.values())))))
@@ -126,11 +126,10 @@ class DomainTrainer:
         return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def train(self) -> list[dict[str, Any]]:
-        """Train, from the last complete checkpoint if there is one.
+        """Train from the last complete checkpoint, if any.
 
         Returns:
-            DomainBed's records: ``step``, ``loss`` (the mean since the record before) and ``<split>_acc`` of every
-            split.
+            DomainBed's records, with ``step``, ``loss`` (mean since the previous record) and ``<split>_acc``.
         """
         self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         records: dict[int, dict[str, Any]] = {}
@@ -142,16 +141,16 @@ class DomainTrainer:
             for name in self._splits:
                 if f"eval_{name}_{ACCURACY}" in entry:
                     record[f"{name}_acc"] = entry[f"eval_{name}_{ACCURACY}"]
-        # Trainer ends its log with an entry of its own, without an evaluation
+        # Trainer's last log entry has no evaluation
         return [record for record in records.values() if len(record) > 2]
 
     def predict(self, splits: Sequence[EvaluationRows], num_classes: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
-        """Predict the splits once more, one per environment, and record the experts that their images use.
+        """Predict one split per environment, and record the routing of its images.
 
         Returns:
-            The number of images ``[environments, classes, classes]`` by true and predicted class, and a summary of
-            the routing with the number of choices ``loads``, ``[environments, classes, experts]``, and the information
-            by ``chance`` (mean and 95 % of shuffled labels, in bits), both by layer; empty for a dense model.
+            The confusion counts ``[environments, true classes, predicted classes]``, and a routing summary, which is
+            empty for a dense model. By layer it has ``loads``, the expert choices ``[environments, classes, experts]``,
+            and ``chance``, the mean and 95 % quantile of the information of shuffled labels, in bits.
         """
         with emoe.record_routing(self._model) if routed_layers(self._model) else nullcontext() as record:
             confusion = self._confusion(splits, num_classes, record)
@@ -162,8 +161,7 @@ class DomainTrainer:
         loads = np.stack([loads_by_row(layer, len(classes)) for layer in record.layers.values()], axis=1)
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
-        # classes are shuffled among the images of an environment and environments among those of a class, so that the
-        # information that one has on the other is part of chance
+        # labels are shuffled within strata of the other label, so chance includes the dependence of the two
         bits = {
             "class": shuffled_information(loads, classes, environments, self._seed),
             "environment": shuffled_information(loads, environments, classes, self._seed),
@@ -173,7 +171,7 @@ class DomainTrainer:
             routing |= MutualInformation.mean(values).numbers(name)
         routing["loads"] = {str(layer): counts[:, :, i].tolist() for i, layer in enumerate(record.layers)}
         routing["chance"] = {
-            str(layer): {name: list(by_chance(values[:, i])) for name, values in bits.items()}
+            str(layer): {name: list(shuffle_statistics(values[:, i])) for name, values in bits.items()}
             for i, layer in enumerate(record.layers)
         }
         return confusion, routing
@@ -199,7 +197,7 @@ class DomainTrainer:
 
 
 def reading_workers() -> int:
-    """Return the number of processes that read images: the cores if a GPU computes, else none."""
+    """Return the number of data loader workers: the cores with a GPU, else 0."""
     return torch.get_num_threads() if torch.cuda.is_available() else 0
 
 

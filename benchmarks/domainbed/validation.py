@@ -1,4 +1,4 @@
-"""Load a set, and open every image of it once, before anything is trained on it."""
+"""Load an image set, and validate it once by opening every image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from benchmarks.domainbed.batches import DEVIATION, MEAN, augmented, load_pixels, plain
+from benchmarks.domainbed.batches import DEVIATION, MEAN, evaluation_transform, load_pixels, training_transform
 from benchmarks.domainbed.definition import RunSet, ValidationJob
 from benchmarks.domainbed.images import REFUSE, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
@@ -35,7 +35,7 @@ def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
 
 
 def validate_once(job: ValidationJob) -> None:
-    """Validate a set unless another run has done so: write its counts, and a grid of samples. Other runs wait.
+    """Validate a set unless it is done; write its counts and a grid of samples. Concurrent runs wait.
 
     Raises:
         DataError: The set is missing or damaged.
@@ -54,7 +54,7 @@ def validate_once(job: ValidationJob) -> None:
 
 
 def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
-    """Open every image, and count them by environment and class (:class:`DataError` if some are damaged)."""
+    """Open every image; return counts by environment and class (:class:`DataError` if some are damaged)."""
     damaged: list[str] = []
     for environment in image_set.environments:
         for row in range(len(environment)):
@@ -71,7 +71,7 @@ def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
 
 
 def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
-    """Return name, images, images by class and source of every environment."""
+    """Return name, number of images, class summary and source of every environment."""
     image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:
         validate_dataset(image_set)
@@ -79,16 +79,16 @@ def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tup
 
 
 def count_images(image_set: ImageSet) -> Iterator[tuple[str, int, str]]:
-    """Yield name, images and images by class of every environment."""
+    """Yield name, number of images and class summary of every environment."""
     for environment in image_set.environments:
         counts = environment.summary(image_set.classes)["labels"].values()
         yield environment.name, len(environment), f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
 
 
 def sample_grid(image_set: ImageSet, size: int) -> tuple[list[str], Tensor]:
-    """Make a grid ``[3, height, width]`` of bytes of pictures as a model sees them, with the names of its rows.
+    """Return the names of rows, and a grid of transformed pictures ``[3, height, width]`` (uint8).
 
-    It has a row per environment, and of images one more, augmented.
+    Each environment has a row, and a second, augmented one unless it holds digits.
     """
     names: list[str] = []
     pictures: list[Tensor] = []
@@ -96,7 +96,9 @@ def sample_grid(image_set: ImageSet, size: int) -> tuple[list[str], Tensor]:
         seed = derive_seed("samples", environment.name)
         order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [order[i % len(order)] for i in range(_SAMPLES)]
-        transforms = {"": plain(size)} | ({", training": augmented(size)} if environment.places else {})
+        transforms = {"": evaluation_transform(size)} | (
+            {", training": training_transform(size)} if environment.places else {}
+        )
         for suffix, transform in transforms.items():
             names.append(f"{environment.name}{suffix}")
             pictures += [load_pixels(environment, row, transform, derive_seed(seed, row)) for row in chosen]

@@ -73,7 +73,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         has_specs = False
         for name, folders, used_as in _rows(self.definition, cells):
             first = trained[folders[0]]
-            changes = _changes(name, used_as, trained, self.file)
+            changes = _transform_overrides(name, used_as, trained, self.file)
             ood = [task for task in self.tasks[first["task"]["name"]].ood if task not in exclude]
             if not ood:
                 continue
@@ -127,7 +127,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
 
 
 class _Cell(NamedTuple):
-    """Group the candidates of one evaluation: the chosen run of every seed."""
+    """Identify a group of candidate runs, from which one run per seed is chosen."""
 
     model: str
     task: str
@@ -142,8 +142,7 @@ class _Cell(NamedTuple):
 def _rows(
     definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield every row, the runs that it chooses among, and the runs of the method that it is evaluated as, if
-    another."""
+    """Yield each row's name, its candidate runs, and the runs of the method that it is converted to, if any."""
     for cell, folders in cells.items():
         yield cell.method, folders, []
     for name, row in definition.transformed.items():
@@ -153,13 +152,13 @@ def _rows(
                 yield name, folders, used_as
 
 
-def _changes(
+def _transform_overrides(
     name: str, used_as: list[str], others: Mapping[str, Mapping[str, Any]], file: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return the changes to the spec of a transformed row, by seed.
+    """Return the spec overrides of a transformed row, by seed.
 
     Raises:
-        DefinitionError: The row that it is used as has several settings.
+        DefinitionError: The target method has several settings.
     """
     changes: dict[int, dict[str, Any]] = {}
     for folder in used_as:
@@ -170,7 +169,6 @@ def _changes(
         }
         if changes.setdefault(seed, change) != change:
             raise DefinitionError(
-                f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers, so that it is open which are "
-                "meant"
+                f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers; it must have one setting"
             )
     return changes

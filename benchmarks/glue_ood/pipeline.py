@@ -21,14 +21,14 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import TextEvaluator
-from benchmarks.text.outcomes import CHOICE, select
-from benchmarks.text.usage import RowRouting
+from benchmarks.text.outcomes import CHOICE, select_runs
+from benchmarks.text.usage import RoutingRecorder
 from emoe.errors import CheckpointError
 from emoe.layer import routed_layers
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Evaluate the chosen run of one spec.
 
     Args:
         spec: The content of ``run.json``.
@@ -40,7 +40,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """
     read = parse(spec, EvaluationSpec, str(folder / "run.json"))
     settings = read.evaluation
-    load = partial(load_part, rows=settings.rows, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    load = partial(load_part, rows=settings.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
     own, splits = load(read.task, "test"), {other.name: _load(other, load) for other in read.ood}
     chosen = _chosen(read)
     trained, recorded = parse(chosen.spec, TextSpec, chosen.folder), read_metrics(chosen)
@@ -57,7 +57,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     evaluator = TextEvaluator(
         classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, training.precision, folder
     )
-    probe, routing = Probe(), RowRouting(classifier.model)
+    probe, routing = Probe(), RoutingRecorder(classifier.model)
     probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
     if same and not routed_layers(classifier.model):
@@ -69,7 +69,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     for other in read.ood:
         progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
         scores[other.name] = evaluator.evaluate(splits[other.name], other, routing)
-    routed, usage = routing.described(read.task.name)
+    routed, usage = routing.set_routing(read.task.name)
     return {
         "scores": {"test": {read.task.name: tested}, "ood": scores},
         "routing": routed,
@@ -91,7 +91,7 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
 def _chosen(spec: EvaluationSpec) -> Run:
     """Return the candidate with this seed, and the learning rate and variant of the best mean dev score."""
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
-    best = select(collect(candidates), spec.protocol).iloc[0][[*CHOICE]]
+    best = select_runs(collect(candidates), spec.protocol).iloc[0][[*CHOICE]]
     for candidate in candidates:
         choice = (candidate.spec["method"]["variant"], candidate.spec["learning_rate"])
         if choice == tuple(best) and candidate.spec["seed"] == spec.seed:

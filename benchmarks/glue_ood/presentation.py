@@ -15,14 +15,14 @@ from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import OOD
 from benchmarks.text.figures import draw_scores, rank_diagram
-from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
-from benchmarks.text.presentation import USAGE, shown
+from benchmarks.text.outcomes import Ranking, TextOutcomes, rank_methods
+from benchmarks.text.presentation import USAGE, present_text
 from benchmarks.text.tables import paper, ranks, tasks, tests, usage_table
 
 
-def _rankings(outcomes: TextOutcomes) -> list[Ranked]:
+def _rankings(outcomes: TextOutcomes) -> list[Ranking]:
     definition = cast(EvaluationDefinition, outcomes.benchmark.definition)
-    rankings = ranked(outcomes, definition.ranked, ["protocol", "model"])
+    rankings = rank_methods(outcomes, definition.ranked, ["protocol", "model"])
     return [ranking for ranking in rankings if not ranking.scores.empty]
 
 
@@ -57,4 +57,4 @@ FIGURES = {
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES, optimizer="")
+    return present_text(benchmark, Ablations(benchmark, runs), TABLES, FIGURES, optimizer="")

@@ -1,4 +1,4 @@
-"""Define the files of a benchmark of instruction tuning: ways of tuning, suites and sets."""
+"""Define the files of an instruction-tuning benchmark: fine-tuning methods, suites and sets."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
 
 
 class Finetuning(Entry):
-    """The trained parts of a model."""
+    """A fine-tuning method: which parameters are trained."""
 
     train: Annotated[str, Registered(TUNINGS, beside=("all", "adapters", "nothing"))]
-    """Trained part of a language model: everything; adapters; nothing (it is only evaluated); or a registered way of
-    tuning, such as `blocks`: the transformer blocks of `layers`."""
+    """Trained parameters: all; adapters; nothing (evaluation only); or a registered tuning, such as `blocks` (the
+    transformer blocks of `layers`)."""
     layers: Layers | None = None
     """The trained blocks, named like converted layers; with `quantize`, the layers whose FFNs are not quantised."""
     lora: LoRA | None = None
     """The adapters."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """Type of the weights that are not trained; trained ones are float32. A CPU computes in float32."""
+    """Type of the untrained weights; trained weights are float32. A CPU computes in float32."""
     quantize: Literal["nf4", "fp4"] | None = None
-    """Load in 4 bits by bitsandbytes, all but the head and the FFNs of `layers`."""
+    """Load in 4 bits with bitsandbytes, except the head and the FFNs of `layers`."""
 
 
 class Data(Strict):
-    """Settings that make rows of instructions; a suite may change them."""
+    """Settings of the instruction data; a suite may change them."""
 
     template: str
-    """Prompt template: one of templates.yaml, `chat` for the model's own, or `random` for one of templates.yaml drawn
-    by the seed."""
+    """Prompt template: a name in templates.yaml, `chat` for the model's own, or `random` for one of templates.yaml,
+    drawn with the seed."""
     max_length: Annotated[int, Field(ge=2)]
-    """Tokens of prompt and response; what is longer is cut off the response and counted."""
+    """Maximum tokens of prompt and response; longer responses are cut and counted."""
     train_rows: Count | None
-    """Number of rows to learn, the same rows for all runs; null for all that are not held out."""
+    """Number of training rows, the same rows for all runs; null for all rows that are not held out."""
     held_out_rows: Count
     """Number of rows for the held-out loss, the same rows for all runs."""
     broken_rows: Literal["refuse", "skip"]
@@ -70,29 +70,29 @@ class InstructionTraining(Training):
     epochs: Positive
     """Passes over the rows."""
     steps: Count | None
-    """Steps, whatever `epochs` says; null for none."""
+    """Steps, which override `epochs`; null to use `epochs`."""
     batch_size: Count
-    """Rows of a step, over all processes. Rows that do not fill a step are left out."""
+    """Rows per step, over all processes. Rows of an incomplete step are omitted."""
     per_device_train_batch_size: Count
-    """Rows of a process at once; the rest of the batch is accumulated."""
+    """Rows per micro-batch of a process; gradients accumulate over micro-batches."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
     """Schedule of the learning rate."""
     warmup: Rate
     """Share of the steps over which the learning rate rises."""
     weight_decay: NotNegative
-    """AdamW's."""
+    """AdamW's weight decay."""
     max_grad_norm: NotNegative
-    """Gradients are cut to this norm; 0 for not at all."""
+    """Gradient clipping norm; 0 for no clipping."""
     precision: Literal["fp32", "bf16"]
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     gradient_checkpointing: bool
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them."""
     packing: bool
-    """Lay the rows of a micro-batch end to end, each attending to itself, instead of padding them."""
+    """Concatenate the rows of a micro-batch, without attention between rows, instead of padding them."""
     save_steps: Count
     """Steps between checkpoints."""
     eval_every: Count | None = left_out()
-    """Steps between two held-out losses during training, the first before any step; none unless given."""
+    """Steps between held-out losses during training, the first one before any step; left out: no such losses."""
     keep_weights: bool
     """Keep the trained weights, so that the run can be exported."""
     frozen_layers: Whole | None = zero_left_out()
@@ -101,37 +101,37 @@ class InstructionTraining(Training):
     converts or trains a layer below. 0, or left out: none."""
 
 
-class AskedTask(Strict):
+class EvaluationTask(Strict):
     """One task of lm-eval."""
 
     task: str
-    """Name of a task or group; `mmlu_dev` are the few-shot questions of MMLU that ship inside its package."""
+    """Name of a task or group; `mmlu_dev` are MMLU's few-shot questions, which are part of the lm-eval package."""
     num_fewshot: Whole
-    """Solved questions before each question."""
+    """Few-shot examples per question."""
     limit: Count | None = None
-    """Questions of every single task, the first ones; null for all; part of the title."""
+    """Number of first questions per task; null for all."""
 
 
 class Evaluation(Strict):
     """Settings of the evaluation; a suite may change them."""
 
-    tasks: list[AskedTask]
+    tasks: list[EvaluationTask]
     """Tasks of lm-eval."""
     batch_size: Count
-    """Rows at once."""
+    """Rows per batch."""
     generations: Whole
-    """Held-out rows that are answered greedily and kept for reading."""
+    """Held-out rows for which a greedy answer is generated and recorded."""
     new_tokens: Count
-    """Longest answer."""
+    """Maximum tokens of an answer."""
 
 
 class ParallelResources(Resources):
-    """Reservations of the scheduler for one run, and its processes; they change numbers only by rounding."""
+    """Scheduler resources and processes of one run; they change numbers only by rounding."""
 
     processes: Count = 1
-    """Processes that torchrun starts; one a GPU."""
+    """Processes that torchrun starts, one per GPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Way to share the work: each process has the whole model (ddp), or a part of it (fsdp: FSDP2)."""
+    """Parallelism: each process has the whole model (ddp) or a shard of it (fsdp: FSDP2)."""
 
 
 class InstructionBlock(VariantAxes):
@@ -146,9 +146,9 @@ class InstructionBlock(VariantAxes):
     method: Names
     """Names of methods."""
     learning_rate: Positives | None = left_out()
-    """Peak learning rates; for tunings that train."""
+    """Peak learning rates; required unless nothing is trained."""
     seed: Wholes
-    """Seeds: of the order, of adapters, of dropout, of drawn templates."""
+    """Seeds of row order, adapters, dropout and random templates."""
 
 
 class InstructionPart(TrainingPart):
@@ -161,22 +161,22 @@ class InstructionPart(TrainingPart):
     evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = Field({})
     """Settings of the evaluation that differ in this suite."""
     finetuning: dict[str, dict[str, Any]] = Field({})
-    """Settings of single ways of finetuning that differ in this suite, by their names."""
+    """Settings of fine-tuning methods that differ in this suite, by name."""
     resources: ParallelResources = ParallelResources()
-    """Reservations of the scheduler for one run, and its processes."""
+    """Scheduler resources and processes of one run."""
     grid: Annotated[list[InstructionBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
 
 
 class InstructionDefinition(MethodsDefinition):
-    """A benchmark that tunes language models on instructions and evaluates them by lm-eval."""
+    """A benchmark that tunes language models on instructions and evaluates them with lm-eval."""
 
     sets: str
     """File with the sets of instructions, in the benchmark's folder."""
     finetuning: Annotated[dict[Key, Finetuning], Field(min_length=1)]
-    """Ways of tuning, in the order of the rows."""
+    """Fine-tuning methods, in the order of table rows."""
     data: Data
-    """Settings that make rows of instructions; a suite may change them."""
+    """Settings of the instruction data; a suite may change them."""
     training: InstructionTraining
     """Settings of the training; a suite may change them."""
     evaluation: Evaluation
@@ -184,12 +184,12 @@ class InstructionDefinition(MethodsDefinition):
 
 
 class PromptTemplate(Strict):
-    """The prompts of rows."""
+    """A prompt template."""
 
     with_input: str
-    """Of rows with an input: {instruction} and {input} stand for theirs."""
+    """Prompt of rows with an input, with the placeholders {instruction} and {input}."""
     without_input: str
-    """Of the other rows."""
+    """Prompt of rows without an input, with the placeholder {instruction}."""
 
 
 class TemplateFile(Strict):
@@ -220,7 +220,7 @@ class InstructionSet(Entry):
     source: InstructionSource
     """Source of the rows if there is no file `<name>.json` or `<name>.jsonl` below data_root."""
     rows: Count | None = left_out()
-    """Number of rows according to its makers."""
+    """Row count according to the makers."""
     download_instructions: str
     """Instructions to download the set."""
 
@@ -249,7 +249,7 @@ class RunInstructionTraining(InstructionTraining):
     """Settings of a run's training."""
 
     lora: LoRA | None
-    """The adapters, if there are some."""
+    """The adapters; null for none."""
 
 
 class Untrained(Strict):
@@ -267,13 +267,13 @@ class InstructionSpec(RunSpec):
     task: RunInstructions
     """The set of instructions."""
     ood: Annotated[list[Any], Field(max_length=0)]
-    """Empty: it is evaluated on tasks of lm-eval."""
+    """Always empty; evaluation uses tasks of lm-eval."""
     finetuning: str
-    """Name of the way of tuning."""
+    """Name of the fine-tuning method."""
     data: Data
-    """Settings that make rows of instructions."""
+    """Settings of the instruction data."""
     templates: dict[str, PromptTemplate]
-    """The templates that `data.template` names, by name; of `random` all, of `chat` none."""
+    """Templates by name: the one of `data.template`; all for `random`; empty for `chat`."""
     training: RunInstructionTraining | Untrained
     """Settings of the training."""
     evaluation: Evaluation
@@ -281,16 +281,16 @@ class InstructionSpec(RunSpec):
 
 
 def accumulation(training: InstructionTraining, processes: int) -> int:
-    """Return the micro-batches of a step on each process (:class:`DefinitionError` if the batch cannot be divided)."""
+    """Return the number of micro-batches per step and process (:class:`DefinitionError` if it is no whole number)."""
     at_once = training.per_device_train_batch_size * processes
     if training.batch_size % at_once:
         raise DefinitionError(
-            f"training.batch_size {training.batch_size} is no multiple of training.per_device_train_batch_size "
+            f"training.batch_size {training.batch_size} is not a multiple of training.per_device_train_batch_size "
             f"{training.per_device_train_batch_size} times {processes} processes"
         )
     return training.batch_size // at_once
 
 
 def is_trained(spec: Mapping[str, Any]) -> bool:
-    """Return True if a run trains."""
+    """Return True if a run trains its model."""
     return "batch_size" in spec["training"]

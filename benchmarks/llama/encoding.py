@@ -1,4 +1,4 @@
-"""Instructions as a model reads them: tokens, and which of them it learns."""
+"""Encode instructions as tokens, with labels for the tokens of responses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Hold an instruction, the tokens of prompt and response, the first token of the response, and the number of cut tokens."""
+    """Hold an instruction, its prompt and response tokens, the response's first index, and the number of cut tokens."""
 
     source: Instruction
     tokens: list[int]
@@ -32,15 +32,15 @@ class EncodedRow:
 
 
 class EncodedRows(Dataset[dict[str, Any]]):
-    """Encoded rows, for the training loop.
+    """Encode instructions for training.
 
     Attributes:
         rows: The usable rows.
-        broken: The rows whose prompt alone fills the whole length.
+        broken: Messages on the rows whose prompt alone fills the maximum length.
 
     Raises:
         NotImplementedError: The tokenizer has no offsets, which separate prompt and response.
-        DefinitionError: The chat template rewrites the prompt.
+        DefinitionError: The chat template changes the prompt.
     """
 
     def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
@@ -53,27 +53,27 @@ class EncodedRows(Dataset[dict[str, Any]]):
         encoded = template.tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
         columns = encoded["input_ids"], encoded["offset_mapping"]
         for row, prompt, tokens, offsets in zip(instructions, prompts, *columns, strict=True):
-            begin = _begin(prompt, offsets)
+            begin = _response_start(prompt, offsets)
             if begin < max_length:
                 self.rows.append(EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             else:
-                reason = f"has a prompt of {begin} tokens, so that nothing of the response fits into {max_length}"
+                reason = f"has a prompt of {begin} tokens, so the response does not fit into {max_length}"
                 self.broken.append(f"{row.place} {reason}")
 
-    def chosen(self, numbers: Sequence[int]) -> EncodedRows:
-        """Return some of the usable rows, by their numbers."""
+    def select(self, numbers: Sequence[int]) -> EncodedRows:
+        """Return the usable rows with these indices."""
         rows = copy.copy(self)
         rows.rows = [self.rows[i] for i in numbers]
         return rows
 
-    def prefixed(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
-        """Return these rows with the output of a model's frozen layers, if it has some."""
+    def with_prefix(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
+        """Return a copy whose rows include the output of the frozen layers; the same rows if ``prefix`` is None."""
         if prefix is None:
             return self
         collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
 
         def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
-            return inputs_of(collate([self[i] for i in numbers]))
+            return model_inputs(collate([self[i] for i in numbers]))
 
         columns = {"tokens": np.concatenate([row.tokens for row in self.rows]), "lengths": np.asarray(lengths)}
         rows = copy.copy(self)
@@ -90,7 +90,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return inputs if self._states is None else {**inputs, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:
-        """Return the counts for the record."""
+        """Return the counts of rows and tokens for ``metrics.json``."""
         return {
             "rows": len(self.rows),
             "tokens": sum(len(row.tokens) for row in self.rows),
@@ -101,26 +101,27 @@ class EncodedRows(Dataset[dict[str, Any]]):
         }
 
 
-def inputs_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the inputs of a batch, without labels."""
     return {name: values for name, values in batch.items() if name != "labels"}
 
 
-def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
-    """Return the number of the first token of the response in prompt and response tokenised together.
+def _response_start(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
+    """Return the index of the first response token, if prompt and response are tokenised together.
 
-    A token that begins in the prompt belongs to it, unless it takes only blanks of the prompt.
+    A token that starts in the prompt belongs to the prompt, unless it covers only blanks there.
     """
-    for place, (start, end) in enumerate(offsets):
+    for index, (start, end) in enumerate(offsets):
         if end > len(prompt) and not prompt[start:].strip():
-            return place
+            return index
     return len(offsets)
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
-    """Return a collator that pads rows on the right; padding is neither read, nor learned, nor counted in routing.
+    """Return a collator that pads rows on the right, or with ``packing`` concatenates them.
 
-    With ``packing``, it lays the rows end to end; positions restart with each row, which separates their attention.
+    Padding is masked in attention, loss and routing records. Packed rows restart their positions, which separates their
+    attention.
     """
     if packing:
         return with_states(DataCollatorWithFlattening(separator_id=IGNORED))
@@ -128,9 +129,9 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Co
 
 
 def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
-    """Return a collator whose batches need logits only from the first response on, if the model can leave others out.
+    """Return a collator whose batches request logits only from the first response token on, if the model can.
 
-    The others are not learned, and the projection on the vocabulary is a fifth of a token's cost in SmolLM2-135M.
+    Prompts have no loss, and the projection to the vocabulary is a fifth of a token's cost in SmolLM2-135M.
     """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return collate

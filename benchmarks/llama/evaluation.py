@@ -1,4 +1,4 @@
-"""Evaluate a tuned model: tasks of lm-eval, the loss on held-out instructions, and answers to read."""
+"""Evaluate a tuned model: tasks of lm-eval, held-out loss, and generated answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError, first
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.training.trainer import autocast
-from benchmarks.llama.definition import AskedTask
+from benchmarks.llama.definition import EvaluationTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.likelihood import NATS, nats_per_byte
@@ -29,28 +29,28 @@ from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
 _ACCURACY, _BY_LENGTH = "acc", "acc_norm"
-_SEED, _OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's; NumPy's, torch's and that of the shots
+_SEED, _OTHER_SEED = 0, 1234  # defaults of lm-eval's command: Python; NumPy, torch and few-shot examples
 
 
 class LoadedTask(NamedTuple):
-    """Hold what lm-eval loaded for an entry of ``evaluation.tasks``, which can be evaluated once."""
+    """Hold the loaded lm-eval tasks of an entry of ``evaluation.tasks``; they can be evaluated only once."""
 
-    entry: AskedTask
+    entry: EvaluationTask
     loaded: dict[str, Any]
     sources: list[str]
 
 
-def task_title(entry: AskedTask) -> str:
+def task_title(entry: EvaluationTask) -> str:
     """Return the name of an entry in records: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
     limit = f", first {entry.limit}" if entry.limit else ""
     return f"{entry.task} ({entry.num_fewshot}-shot{limit})"
 
 
-def load_task(entry: AskedTask) -> LoadedTask:
-    """Load a task of lm-eval, and check that it can be evaluated, before any other work.
+def load_task(entry: EvaluationTask) -> LoadedTask:
+    """Load a task of lm-eval, and check that it can be evaluated.
 
     Raises:
-        DefinitionError: The task does not exist, runs code, shows images, or does not have so many shots.
+        DefinitionError: The task does not exist, executes code, needs images, or has too few few-shot examples.
         DataError: The data of the task cannot be loaded.
     """
     name, shots, is_dev = entry.task, entry.num_fewshot, is_mmlu_dev(entry.task)
@@ -63,17 +63,17 @@ def load_task(entry: AskedTask) -> LoadedTask:
         raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}")
     try:
         loaded = manager.load([name])
-    except Exception as error:  # whatever hub, parser and the task's own code raise
+    except Exception as error:  # the hub, parsers and the task's own code raise many types
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     tasks = loaded["tasks"]
     for subject, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise DefinitionError(
-                f"{where}, but '{subject}' runs a model's code, or shows images; neither is done here"
+                f"{where}, but '{subject}' executes generated code or needs images, which is not supported"
             )
         if shots and task.get_config("num_fewshot") == 0:
-            raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has none in lm-eval; ask for 0")
-        if is_dev and shots > (others := len(list(task.fewshot_docs())) - 1):  # all but the asked question
+            raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0")
+        if is_dev and shots > (others := len(list(task.fewshot_docs())) - 1):  # without the question itself
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {others} other questions")
     if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
         raise DefinitionError(f"{where}, whose tasks are scored by different metrics; name them one by one")
@@ -81,7 +81,7 @@ def load_task(entry: AskedTask) -> LoadedTask:
 
 
 def _source(name: str, task: Any) -> str:
-    """Return the source of a loaded task's questions; lm-eval pins hardly any."""
+    """Return the source of a task's questions, with its revision or commit; lm-eval pins few of them."""
     if is_mmlu_dev(name):
         return f"package lm-eval {version('lm-eval')}"
     revision = (task.get_config("dataset_kwargs") or {}).get("revision")
@@ -89,7 +89,7 @@ def _source(name: str, task: Any) -> str:
 
 
 def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
-    """Return the metric of tasks: accuracy, or else the first metric that they share."""
+    """Return accuracy or else the first metric that all tasks share; None if they share no metric."""
     shared = [metric for metric in metrics[0] if all(metric in names for names in metrics)]
     return _ACCURACY if _ACCURACY in shared else next(iter(shared), None)
 
@@ -110,15 +110,13 @@ def run_task(
     precision: str,
     prefix: Prefix | None = None,
 ) -> dict[str, Any]:
-    """Evaluate one task or group of lm-eval.
-
-    This does the same as ``lm_eval.simple_evaluate``, which would load the task again and query pip and git.
+    """Evaluate one task or group of lm-eval, like ``lm_eval.simple_evaluate`` but without loading the task again.
 
     Returns:
-        ``scores`` (see below), ``metric``, the number of ``questions``, all metrics of the ``subjects`` and of the
-        ``categories`` (groups in the group), ``correct`` (a digit per question) and ``nats_per_byte`` by subject, and
-        ``source``. The scores are ``accuracy`` over all questions, ``accuracy_macro`` over subjects, and
-        ``accuracy_norm`` and ``nats_per_byte`` if the task has them. Tasks without accuracy have ``task_score``.
+        ``scores``, ``metric``, the number of ``questions``, all metrics of the ``subjects`` and the ``categories``
+        (subgroups), ``correct`` (a digit per question) and ``nats_per_byte`` by subject, and ``source``. The scores are
+        ``accuracy`` over all questions, ``accuracy_macro`` over subjects, and ``accuracy_norm`` and ``nats_per_byte``
+        if the task has them; a task without accuracy has only ``task_score``.
     """
     from lm_eval import evaluate
 
@@ -135,7 +133,7 @@ def run_task(
     np.random.seed(_OTHER_SEED)
     torch.manual_seed(_OTHER_SEED)
     for member in task.loaded["tasks"].values():
-        if member.get_config("num_fewshot") != 0:  # a task's own 0 is fixed
+        if member.get_config("num_fewshot") != 0:  # 0 means that the task forbids few-shot examples
             member.set_config(key="num_fewshot", value=task.entry.num_fewshot)
         member.set_fewshot_seed(seed=_OTHER_SEED)
     result = evaluate(
@@ -152,7 +150,7 @@ def run_task(
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     """Summarise lm-eval's result by subject and category; see :func:`run_task`."""
     counts = {name: int(samples["effective"]) for name, samples in result["n-samples"].items()}  # groups have none
-    subjects = {name: _numbers(result["results"][name]) for name in counts}
+    subjects = {name: _metric_values(result["results"][name]) for name in counts}
     metric = _shared_metric([list(values) for values in subjects.values()])
     assert metric is not None  # noqa: S101  load_task checked it
 
@@ -179,7 +177,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     if all(_BY_LENGTH in values for values in subjects.values()):
         scores["accuracy_norm"] = mean(counts, _BY_LENGTH)
     samples = {_alias(result, name): result["samples"][name] for name in counts}
-    correct = {subject: _correct(rows) for subject, rows in samples.items()}
+    correct = {subject: _correct_digits(rows) for subject, rows in samples.items()}
     summary |= {"scores": scores, "correct": correct if None not in correct.values() else {}}
     nats = {subject: nats_per_byte(rows) for subject, rows in samples.items()}
     if None not in nats.values():
@@ -189,8 +187,8 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def _correct(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return a digit per question; None if accuracy is no yes or no (truthfulqa_mc2's is a probability)."""
+def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return ``1`` or ``0`` per question; None if accuracies are not binary (truthfulqa_mc2's is a probability)."""
     values = [float(sample[_ACCURACY]) for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))]
     return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else None
 
@@ -207,8 +205,8 @@ def _alias(result: Mapping[str, Any], name: str) -> str:
     return str(result["results"].get(name, {}).get("alias", name)).strip(" -")
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of a task, without lm-eval's name for no filter."""
+def _metric_values(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a task by name, without standard errors and lm-eval's suffix ``,none``."""
     return {
         key.removesuffix(",none"): float(value)
         for key, value in values.items()
@@ -220,7 +218,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def held_out_loss(
     model: PreTrainedModel, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, batch_size: int, precision: str
 ) -> float | None:
-    """Return the mean loss over the learned tokens of rows; None if the model diverged."""
+    """Return the mean loss per response token of the rows, in nats; None if the model diverged."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows.rows[i].tokens))
     total, tokens, collate = 0.0, 0, without_prompt_logits(collator(tokenizer), model)
@@ -237,10 +235,10 @@ def held_out_loss(
 
 
 @torch.no_grad()
-def answers(
+def generate_answers(
     model: PreTrainedModel, template: Template, instructions: Sequence[Instruction], new_tokens: int, precision: str
 ) -> list[dict[str, str]]:
-    """Generate greedy answers, one row at a time, without padding."""
+    """Generate greedy answers, row by row; return ``instruction``, ``input``, ``reference`` and ``answer`` of each."""
     model.eval()
     tokenizer, rows = template.tokenizer, []
     for row in instructions:

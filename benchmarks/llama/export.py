@@ -1,4 +1,4 @@
-"""Export a tuned model as a folder: dense, or with its experts; adapters merged."""
+"""Export a tuned model with merged adapters, dense or with experts."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ DENSE, EXPERTS = "dense", "emoe"
 
 
 def export(path: Path, output: Path, form: str) -> str:
-    """Write the model of a finished run.
+    """Export the model of a finished run to a folder.
 
     The run's prompt template becomes the tokenizer's chat template, and its ``run.json`` is copied.
 
     Args:
         path: The ``run.json``.
         output: The new folder.
-        form: ``dense`` for stock transformers, with neurons in their old order; ``emoe`` for
+        form: The format: ``dense`` for stock transformers, with neurons in their original order, or ``emoe`` for
             :func:`emoe.from_pretrained`.
 
     Returns:
         A description of the written model.
 
     Raises:
-        DefinitionError: There is no run, or it is not finished.
-        DataError: The run is not of a language model, kept no weights, or has no experts.
-        CheckpointError: The folder is not new.
+        DefinitionError: The run does not exist, or is not finished.
+        DataError: The run has no language model, no saved weights, or no experts.
+        CheckpointError: The folder exists.
     """
     path = path.resolve()
     run = read_run(path)
     spec: dict[str, Any] = dict(run.spec)
     if "finetuning" not in spec:
-        raise DataError(f"{path} is no run of instruction tuning; only those are exported")
+        raise DataError(f"{path} is not an instruction-tuning run; only such runs can be exported")
     if not (path.parent / "model").is_dir():
         raise DataError(
-            f"{path.parent} keeps no weights: the run is not finished, trains nothing, "
+            f"{path.parent} has no weights: the run is not finished, trains nothing, "
             "or has training.keep_weights: false"
         )
     check_new(output)
     recorded = read_metrics(run, path.parents[2])["model"]["source"]["weights"]
-    # adapters of quantised weights are merged into whole ones
+    # adapters cannot be merged into quantised weights
     spec["model"] = {key: value for key, value in spec["model"].items() if key != "quantize"}
     trained = reopen(build_language_model, spec, recorded, path.parent / "model")
     if trained.adapters is not None:

@@ -16,7 +16,7 @@ from benchmarks.harness.report import plots
 from benchmarks.harness.report.style import DENSE, MethodStyle, curve_styles
 from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.definition import is_trained
-from benchmarks.llama.outcomes import CELL, GROUP, InstructionOutcomes, cell_of, part_words, task_words
+from benchmarks.llama.outcomes import CELL, GROUP, InstructionOutcomes, cell_of, format_part, format_task
 
 _Point = tuple[int, float | None]  # step and loss
 _FOUR_CHOICES, _CHANCE = "mmlu", 0.25
@@ -24,14 +24,14 @@ _NAMES = 1.8  # inches beside the panels
 
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Draw the loss by step, averaged over seeds: a column per model and way of tuning, a line per method."""
+    """Draw the loss by step, averaged over seeds: a column of panels per model and tuning, a line per method."""
     groups: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for run in (run for run in outcomes.runs if is_trained(run.spec)):
         cell = cell_of(run)
         lines = groups.setdefault(tuple(cell[key] for key in GROUP), {})
         lines.setdefault(outcomes.method_title(cell), []).append(run)
     if not groups:
-        plots.placeholder_figure(path, "no run of these trains")
+        plots.placeholder_figure(path, "none of these runs trains a model")
         return
     panels: dict[str, Callable[[Run], list[_Point]]] = {
         "training loss": lambda run: list(enumerate(outcomes.metrics[run.id]["curve"], start=1))
@@ -54,7 +54,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
             tuned = outcomes.title("tuning", tuning)
             below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
             title = f"{outcomes.title('model', model)}\n{below}"
-            axes[0, column].set_title(plots.wrapped(title, (size[0] - 0.6) / len(groups)), fontsize=8)
+            axes[0, column].set_title(plots.wrap_text(title, (size[0] - 0.6) / len(groups)), fontsize=8)
             axes[-1, column].set_xlabel(f"step; means of {plots.count_text(len(runs) for runs in lines.values())}")
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         plots.legend_below(figure, axes.flat, len(groups) + 1)
@@ -65,18 +65,18 @@ def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
 
 
 def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], curves: list[list[_Point]]) -> None:
-    """Draw the mean over seeds. Lines on each other show between the other's dashes, and by their marks."""
+    """Draw the mean over seeds. Dashes and marks keep overlapping lines visible."""
     steps = [step for step, _ in curves[0]]
     if not steps:
         return
     losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in curves]
-    is_dense = style["color"] == DENSE.colour  # wide, so that it shows below the others
+    is_dense = style["color"] == DENSE.colour  # wide, to stay visible below the others
     width = {"lw": 2.6, "alpha": 0.55} if is_dense else {"lw": 1.2}
     axis.plot(steps, np.mean(losses, axis=0), label=title, ms=4, **width, **style, markevery=max(1, len(steps) // 8))
 
 
 def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Draw accuracy by category: a row of panels per task, a panel per category, a line per cell."""
+    """Draw accuracy by category: a line of panels per task, a panel per category, a row per cell."""
     cells = outcomes.order(outcomes.cells(), CELL)
     panels: dict[str, dict[str, dict[tuple[str, ...], list[tuple[float, int]]]]] = {}
     for run in outcomes.runs:
@@ -88,7 +88,7 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
                 rows = panels.setdefault(task, {}).setdefault(name, {})
                 rows.setdefault(tuple(cell_of(run).values()), []).append((values["acc"], values["questions"]))
     if not panels:
-        plots.placeholder_figure(path, "no task of these is scored by accuracy")
+        plots.placeholder_figure(path, "none of these tasks has an accuracy")
         return
     names = [outcomes.row_title(cell) for cell in cells[CELL].to_dict("records")]
     columns = max(map(len, panels.values()))
@@ -96,36 +96,36 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
     with plots.panel_figure(path, len(panels), columns, size, sharex=True, sharey=True) as (figure, axes):
         for axis_row, (task, categories) in zip(axes, panels.items(), strict=True):
             for axis, (name, rows) in zip(axis_row, categories.items(), strict=False):
-                for place, key in enumerate(cells[CELL].itertuples(index=False, name=None)):
+                for height, key in enumerate(cells[CELL].itertuples(index=False, name=None)):
                     if key in rows:
-                        _draw_shares(axis, place, rows[key], outcomes.style(key[CELL.index("method")]))
+                        _draw_shares(axis, height, rows[key], outcomes.style(key[CELL.index("method")]))
                 if task.startswith(_FOUR_CHOICES):
                     axis.axvline(_CHANCE * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0)
-                title = f"{task_words(task)}\n{part_words(name)} ({next(iter(rows.values()))[0][1]:,})"
-                axis.set_title(plots.wrapped(title, (size[0] - _NAMES) / columns, 7), fontsize=7)
+                title = f"{format_task(task)}\n{format_part(name)} ({next(iter(rows.values()))[0][1]:,})"
+                axis.set_title(plots.wrap_text(title, (size[0] - _NAMES) / columns, 7), fontsize=7)
             axis_row[0].set_yticks(range(len(names)), names)
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
         figure.supxlabel("Accuracy (%); in brackets: questions; dashed: chance among four answers", fontsize=7.5)
 
 
-def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], style: MethodStyle) -> None:
-    """Draw the seeds, their mean, and the interval of the first seed over questions."""
+def _draw_shares(axis: Any, height: int, shares: list[tuple[float, int]], style: MethodStyle) -> None:
+    """Draw the accuracies of seeds, their mean, and the first seed's interval over questions."""
     share, count = shares[0]
     interval = stats.binomtest(round(share * count), count).proportion_ci(CONFIDENCE, "wilson")
     values = [value * 100 for value, _ in shares]
-    axis.plot([interval.low * 100, interval.high * 100], [place, place], color=style.colour, alpha=0.4, lw=1.2)
-    axis.plot(values, [place] * len(values), "o", ms=2.6, color=style.colour, alpha=0.6, mew=0)
-    axis.plot(np.mean(values), place, ls="", ms=4, **{"mec": "white", "mew": 0.6, **style.mark})
+    axis.plot([interval.low * 100, interval.high * 100], [height, height], color=style.colour, alpha=0.4, lw=1.2)
+    axis.plot(values, [height] * len(values), "o", ms=2.6, color=style.colour, alpha=0.6, mew=0)
+    axis.plot(np.mean(values), height, ls="", ms=4, **{"mec": "white", "mew": 0.6, **style.mark})
 
 
 def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Draw the load of every expert by layer: a panel per routed cell, for its first seed."""
+    """Draw expert loads by layer as heatmaps: a panel per routed cell, for its first seed."""
     shown: dict[str, dict[str, Any]] = {}
     for run in outcomes.runs:
         if routing := outcomes.metrics[run.id]["routing"]:
             shown.setdefault(outcomes.row_title(cell_of(run)), routing)
     if not shown:
-        plots.placeholder_figure(path, "no method of these runs routes")
+        plots.placeholder_figure(path, "no method of these runs has experts")
         return
     heights = [len(routing["shares"]) + 1.5 for routing in shown.values()]
     size = (6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5)

@@ -1,4 +1,4 @@
-"""Plan runs of instruction tuning: one per model, set, way of tuning, method, learning rate and seed."""
+"""Plan instruction-tuning runs: one per model, set, fine-tuning, method, learning rate and seed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _UNTRAINED = "nothing"
 
 
 class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, InstructionPart]):
-    """Language models, tuned on instructions and evaluated by lm-eval: a run per point of the grid."""
+    """Plan runs of language models that are tuned on instructions and evaluated with lm-eval."""
 
     definition_model, part_model = InstructionDefinition, InstructionPart
     recorded = ("scores", "data", "model", "routing", "tasks", "answers")
@@ -93,16 +93,16 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         return [SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]), unpinned)]
 
     def _describe(self, name: str, source: Mapping[str, Any], _open_files: bool) -> Iterator[SetPart]:
-        """Describe a set; rows that are broken without regard to their length count as dropped."""
-        known = self.tasks[name]
+        """Describe a set. Broken rows count as dropped, except those with too long prompts."""
+        entry = self.tasks[name]
         try:
             instructions = load_instructions(name, InstructionSource.model_validate(source))
         except DataError as error:
-            yield missing_set(name, first_line(error), known.download_instructions, known.rows)
+            yield missing_set(name, first_line(error), entry.download_instructions, entry.rows)
             return
         inputs = f"{sum(bool(row.input) for row in instructions.rows):,} with an input"
         yield SetPart(
-            name, ALL, len(instructions.rows), len(instructions.broken), known.rows, inputs, instructions.source
+            name, ALL, len(instructions.rows), len(instructions.broken), entry.rows, inputs, instructions.source
         )
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
@@ -129,9 +129,9 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             return
         accumulation(training, processes)
         if processes > 1 and training.frozen_layers:
-            raise RunError("a run with training.frozen_layers is not spread over several processes; start it on one")
+            raise RunError("a run with training.frozen_layers needs a single process")
         if processes > 1 and parallel == "fsdp" and run.model.quantize:
-            raise RunError("weights in 4 bits are not sharded; take --parallel ddp")
+            raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
 
     def pipeline(self) -> ModuleType:
         import lm_eval.evaluator
@@ -148,7 +148,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
 
 
 def _templates(name: str, where: str) -> dict[str, dict[str, str]]:
-    """Return the templates of ``templates.yaml`` that a name stands for."""
+    """Return the templates that ``data.template`` selects from ``templates.yaml``, by name."""
     templates = read(BENCHMARKS / "llama" / "templates.yaml", TemplateFile).templates
     check_names(where, "template", [name], [*templates, CHAT, RANDOM])
     chosen = templates if name == RANDOM else {key: text for key, text in templates.items() if key == name}
@@ -169,23 +169,22 @@ def _spec(
         raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
     training = settings.spec() | tuning.model_dump(include={"lora"})
     method = method_spec(methods, point, point["seed"], None, where)
-    method |= {"tune": _tuned(tuning, f"{where}': finetuning '{point['finetuning']}'")}
+    method |= {"tune": _partial_tuning_spec(tuning, f"{where}': finetuning '{point['finetuning']}'")}
     if settings.frozen_layers and not untrained:
         check_frozen(training, method, where)
         if tuning.quantize:
             raise DefinitionError(
-                f"{benchmark.file}: 'training.frozen_layers' does not go with weights in 4 bits ('quantize'); take "
-                "one of them"
+                f"{benchmark.file}: 'training.frozen_layers' cannot be combined with weights in 4 bits ('quantize')"
             )
     return benchmark.spec(
         "-".join(filter(None, (point["finetuning"], method["variant"]))),
-        model={**load_models()[point["model"]].spec(point["model"]), **_form(tuning)},
+        model={**load_models()[point["model"]].spec(point["model"]), **_weight_settings(tuning)},
         task=benchmark.tasks[point["set"]].spec(point["set"]),
         ood=[],
         method=method,
         finetuning=point["finetuning"],
         **copy.deepcopy(dict(usual)),
-        # what shapes no number of an untrained model must not make it a new run
+        # settings without effect on an untrained model must not change its id
         training={"lora": None, "precision": settings.precision, "keep_weights": False} if untrained else training,
         learning_rate=0.0 if untrained else float(point["learning_rate"]),
         seed=point["seed"],
@@ -193,7 +192,7 @@ def _spec(
 
 
 def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> dict[str, Finetuning]:
-    """Return the ways of tuning as a suite changes them."""
+    """Return the fine-tuning methods by name, with a suite's changes."""
     usual, changes = benchmark.definition.finetuning, part.settings.finetuning
     check_names(part.where(), "finetuning", changes, usual)
     return {
@@ -206,25 +205,22 @@ def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> di
     }
 
 
-def _form(tuning: Finetuning) -> dict[str, Any]:
-    """Return the form of the weights, if it is not float32."""
+def _weight_settings(tuning: Finetuning) -> dict[str, Any]:
+    """Return the model settings for weights that are not float32; empty otherwise."""
     form: dict[str, Any] = {"weights": tuning.weights} if tuning.weights != "fp32" else {}
     return form | ({"quantize": tuning.quantize, "whole": tuning.layers} if tuning.quantize else {})
 
 
-def _tuned(tuning: Finetuning, named: str) -> dict[str, Any] | None:
-    """Return the trained parts; None for everything."""
+def _partial_tuning_spec(tuning: Finetuning, named: str) -> dict[str, Any] | None:
+    """Return the parameters trained in addition to adapters, head and routers; None for full fine-tuning."""
     if (tuning.train == "adapters") != (tuning.lora is not None):
-        raise DefinitionError(
-            f"{named}: 'lora' says which adapters there are, and 'train: adapters' that they are trained; give both "
-            "or none"
-        )
+        raise DefinitionError(f"{named}: 'lora' and 'train: adapters' need each other; set both or none")
     if tuning.quantize and tuning.train != "adapters":
         raise DefinitionError(f"{named}: weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
     if (needs_layers(tuning.train) or tuning.quantize is not None) != (tuning.layers is not None):
         raise DefinitionError(
-            f"{named}: 'layers' says which blocks 'train: blocks' trains, or which FFNs 'quantize' leaves whole; it "
-            "goes with one of them"
+            f"{named}: 'layers' needs 'train: blocks' (the trained blocks) or 'quantize' (the FFNs that are not "
+            "quantised), and they need 'layers'"
         )
     if tuning.train == "all":
         return None

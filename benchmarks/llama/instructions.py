@@ -15,14 +15,14 @@ from benchmarks.harness.sources.local import OWN_SUFFIXES, own_file
 from benchmarks.harness.sources.packages import packaged
 from benchmarks.llama.definition import InstructionSource
 
-ALPACA_DEMO = "llamafactory"  # the package with a set that needs no hub
+ALPACA_DEMO = "llamafactory"  # the package that contains a set
 _SHOWN = 5
 _FIELDS = ("instruction", "input", "output")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """Hold one row: task, material (often empty), response, and the place for messages (``line 7``, ``row 2``)."""
+    """Hold one row: instruction, input (often empty), output, and its position for messages (``line 7``)."""
 
     place: str
     instruction: str
@@ -32,7 +32,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Instructions:
-    """Hold the usable rows of a set, the broken ones with their reasons, and the file, package or hub id."""
+    """Hold the usable rows of a set, messages on the broken ones, and the source (file, package or hub id)."""
 
     rows: list[Instruction]
     broken: list[str]
@@ -40,12 +40,12 @@ class Instructions:
 
 
 def load_instructions(name: str, source: InstructionSource) -> Instructions:
-    """Read a set.
+    """Read a set of instructions.
 
-    A file ``<name>.json`` or ``<name>.jsonl`` below the data root (``EMOE_DATA_ROOT``) comes first.
+    A file ``<name>.json`` or ``<name>.jsonl`` below the data root (``EMOE_DATA_ROOT``) has precedence.
 
     Raises:
-        DataError: The set is missing, or no list of rows.
+        DataError: The set is missing, or is not a list of rows.
     """
     if file := own_file(name):
         return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
@@ -58,7 +58,7 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
         return _read_hub(source.hub, source.revision)
     root = os.environ.get(DATA_ROOT) or "<data_root>"
     files = " or ".join(f"{root}/{name}{suffix}" for suffix in OWN_SUFFIXES)
-    raise DataError(f"the set '{name}' is a file of yours: put {files} there")
+    raise DataError(f"the set '{name}' needs your own file: {files}")
 
 
 def _read_hub(hub: str, revision: str | None) -> Instructions:
@@ -66,12 +66,12 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
 
     try:
         loaded = datasets.load_dataset(hub, split="train", revision=revision)
-    except Exception as error:  # whatever hub, network and parser raise
+    except Exception as error:  # the hub, the network and parsers raise many types
         raise DataError(
             f"could not load {hub} from the hub: {first_line(error)}; "
             "without the hub, put its rows below data_root (config/README.md)"
         ) from error
-    return _checked(_numbered("row", loaded), hub_name(hub, revision, commit_of(loaded)))
+    return _split_usable(_number_rows("row", loaded), hub_name(hub, revision, commit_of(loaded)))
 
 
 def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
@@ -83,33 +83,33 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
         lines: True for JSON lines, False for one JSON list.
 
     Raises:
-        DataError: The content is no list, or an empty one.
+        DataError: The content is not a list, or is empty.
     """
     text = content.decode("utf-8-sig", errors="surrogateescape")
     if lines:
-        numbered = _numbered("line", text.split("\n"))
-        return _checked(((place, _decode(line)) for place, line in numbered if line.strip()), where)
+        numbered = _number_rows("line", text.split("\n"))
+        return _split_usable(((place, _decode(line)) for place, line in numbered if line.strip()), where)
     values = _decode(text)
     if isinstance(values, ValueError):
         raise DataError(f"{where} is not JSON: {values}; name it .jsonl if every line is an object")
     if not isinstance(values, list) or not values:
-        raise DataError(f"{where} is no list of objects, or an empty one; name it .jsonl if every line is an object")
-    return _checked(_numbered("row", values), where)
+        raise DataError(f"{where} is not a list of objects, or is empty; name it .jsonl if every line is an object")
+    return _split_usable(_number_rows("row", values), where)
 
 
-def _numbered(noun: str, values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def _number_rows(noun: str, values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"{noun} {number}", value) for number, value in enumerate(values, start=1))
 
 
 def _decode(text: str) -> Any:
-    """Decode JSON; return the error if the text is none."""
+    """Decode JSON; return the error if the text is not JSON."""
     try:
         return json.loads(text)
     except ValueError as error:
         return error
 
 
-def _checked(rows: Iterable[tuple[str, Any]], source: str) -> Instructions:
+def _split_usable(rows: Iterable[tuple[str, Any]], source: str) -> Instructions:
     usable, broken = [], []
     for place, value in rows:
         if reason := _problem(value):
@@ -120,7 +120,7 @@ def _checked(rows: Iterable[tuple[str, Any]], source: str) -> Instructions:
 
 
 def _problem(value: Any) -> str | None:
-    """Return the reason for which a row is unusable, or None."""
+    """Return the problem of an unusable row; None for a usable one."""
     if isinstance(value, ValueError):
         return f"is not JSON ({value})"
     if not isinstance(value, Mapping):
@@ -146,5 +146,5 @@ def refuse_broken(broken: list[str], source: str) -> None:
         more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise DataError(
             f"{source} has {len(broken)} broken rows: {'; '.join(broken[:_SHOWN])}{more}. "
-            "Mend them, or leave them out with data.broken_rows: skip"
+            "Fix them, or skip them with data.broken_rows: skip"
         )

@@ -10,14 +10,16 @@ NATS = "nats_per_byte"
 
 
 def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
-    """Return minus the logarithm of the right answer's probability over its bytes, which varies at chance accuracy too.
+    """Return the negative log-likelihood of each right answer, divided by its bytes.
+
+    It differs between models even if their accuracy is at chance.
 
     Args:
         samples: The samples of one task of lm-eval.
 
     Returns:
-        A number per question in order, None if it is not finite. None instead of the list if the questions do not offer
-        several answers to one prompt, or offer letters. A blank before the answer does not count, as in ``acc_bytes``.
+        A number per question in order (None if it is not finite). None instead of the list if questions do not have
+        several answers to one prompt, or if answers are letters. As in ``acc_bytes``, surrounding blanks do not count.
     """
     in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     if not all(_is_choice(sample) for sample in in_order):
@@ -28,7 +30,7 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
 
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
-    """Return True if a sample is one prompt with several answers, one of them right."""
+    """Return True if a sample has one prompt and several answers, with one marked as right."""
     asked, right = sample.get("arguments", ()), sample.get("target")
     if type(right) is not int or len(asked) < 2 or any(len(pair) != 2 for pair in asked):
         return False

@@ -1,4 +1,4 @@
-"""Collect losses and accuracies of finished runs, and compare methods with the dense model tuned the same way."""
+"""Collect losses and accuracies of finished runs, and compare methods with equally tuned dense models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import Outcomes, compared, counts
+from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, shared_pairs, with_verdicts
 from benchmarks.llama.definition import HELD_OUT, QUESTIONS, is_trained
@@ -24,25 +24,25 @@ _TITLES = {"mmlu": "MMLU", "mmlu_dev": "MMLU-dev", "mmlu_dev_continuation": "MML
 
 
 class InstructionOutcomes(Outcomes):
-    """Collect the finished runs of a benchmark of instruction tuning.
+    """Collect the finished runs of an instruction-tuning benchmark.
 
-    A cell with several learning rates has the runs of the one with the lowest mean held-out loss.
+    Each cell has the runs of its best learning rate, with the lowest mean held-out loss.
 
     Attributes:
-        metrics: The ``metrics.json`` of the runs by their ids.
-        runs: The runs of the chosen learning rates.
+        metrics: The ``metrics.json`` of the runs by run id.
+        runs: The runs of the best learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
-        shared: The numbers of the seeds that all methods tuned the same way have.
+        shared: The numbers of the seeds that all methods of a model, set and tuning share.
         tasks: The evaluated tasks in order, each with the result of its first run.
-        tests: Paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned,
-            with verdicts, corrected over all rows.
+        tests: The paired differences of accuracy to the equally tuned baseline and to the same untuned method, with
+            verdicts, corrected over all rows.
         nats_tests: The same differences of the right answers' nats per byte; lower is better.
-        rates_chosen: True if some cell had several learning rates.
+        rates_chosen: True if a cell had several learning rates.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
         metrics = {run.id: read_metrics(run) for run in runs}
-        chosen = _chosen(runs, metrics)
+        chosen = _best_rate_runs(runs, metrics)
         tunings = {name: tuning.title for name, tuning in benchmark.definition.finetuning.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
         super().__init__(benchmark, chosen, [*GROUP, "method"], set=sets, tuning=tunings)
@@ -69,14 +69,14 @@ class InstructionOutcomes(Outcomes):
 
     @property
     def origins(self) -> pd.DataFrame:
-        return self.records.drop(columns="task")  # in tables, the task that questions are of
+        return self.records.drop(columns="task")  # a table's "task" is an lm-eval task
 
     @property
     def shared_origins(self) -> pd.DataFrame:
         return self.shared.drop(columns="task")
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
-        """Return one number of the shared seeds by cell and seed, of the task of that name if the part has several."""
+        """Return a metric of the shared seeds, indexed by cell and seed; ``name`` selects a task of the part."""
         chosen = self.shared[(self.shared["part"] == part) & (self.shared["metric"] == metric)]
         if name is not None:
             chosen = chosen[chosen["eval_task"] == name]
@@ -84,17 +84,17 @@ class InstructionOutcomes(Outcomes):
 
     @property
     def losses(self) -> pd.Series[float]:
-        """Return the held-out loss of the shared seeds by cell and seed."""
+        """Return the held-out loss of the shared seeds, indexed by cell and seed."""
         return self.numbers("dev", _LOSS)
 
     def cells(self) -> pd.DataFrame:
-        """Return a row per cell, with the number of its shared seeds."""
+        """Return a row per cell, with its number ``n`` of shared seeds."""
         cells = self.records[CELL].drop_duplicates()
         seeds = self.shared.groupby(CELL)["seed"].nunique().rename("n")
         return cells.join(seeds, on=CELL).fillna({"n": 0}).astype({"n": int}).reset_index(drop=True)
 
     def _tests(self, key: str, *, lower_is_better: bool = False) -> pd.DataFrame:
-        """Return paired differences over questions, by cell, reference and task; a question has its mean over seeds."""
+        """Return paired differences over questions, averaged over seeds, a row per cell, reference and task."""
         differences = [
             self._differences(self._questions[key], [*CELL, "task"], against, "question").assign(against=against)
             for against in self._references
@@ -106,7 +106,7 @@ class InstructionOutcomes(Outcomes):
         return with_verdicts(tests[row], lower_is_better=lower_is_better)
 
     def _values_by_question(self, key: str) -> pd.DataFrame:
-        """Return a row per question of each run: 1 if the answer is right, or the right answer's nats per byte."""
+        """Return a row per run and question with its ``value``: 1 if correct, or the right answer's nats per byte."""
         columns = [*CELL, "seed", "task", "question", "value"]
         rows = [
             (*cell_of(run).values(), run.spec["seed"], task, f"{subject} {number}", float(value))
@@ -120,18 +120,18 @@ class InstructionOutcomes(Outcomes):
         return pd.DataFrame(rows, columns=columns, dtype=object)
 
     def _differences(self, scores: pd.DataFrame, cell: list[str], against: str, pair: str) -> pd.DataFrame:
-        # a model that is not tuned has no seed, and is the same for all of them
+        # untuned models do not depend on the seed
         averaged = ["seed"] if against == UNTUNED else []
         return paired_differences(scores, cell, self._references[against], pair, averaged)
 
     def loss_differences(self, against: str) -> pd.DataFrame:
-        """Return the difference of the held-out loss to a reference by cell, paired by shared seed."""
+        """Return the differences of held-out loss to a reference, a row per cell, paired by shared seed."""
         return self._differences(self.losses.reset_index(), CELL, against, "seed").drop(columns=["n", "values"])
 
-    def compared(self) -> pd.DataFrame:
-        """Return held-out losses by seed, answers and nats per byte by question, and parameters, for claims.
+    def claim_numbers(self) -> pd.DataFrame:
+        """Return losses by seed, accuracy and nats per byte by question, and parameter counts, for claims.
 
-        A variant is a setting, so that a claim names its layers.
+        The column ``setting`` has the variant, so that a claim can name its layers.
         """
         is_loss = (self.records["part"] == "dev") & (self.records["metric"] == _LOSS)
         losses = self.records.loc[is_loss, [*CELL, "seed", "value"]]
@@ -141,14 +141,14 @@ class InstructionOutcomes(Outcomes):
             self._questions[key].rename(columns=names).assign(domain=QUESTIONS, metric=metric)
             for key, metric in ((_CORRECT, "accuracy"), (NATS, NATS))
         ]
-        return compared(
+        return join_claim_numbers(
             losses.assign(domain=HELD_OUT, metric=_LOSS),
             *questions,
-            counts(self.records.rename(columns={"variant": "setting"})),
+            parameter_counts(self.records.rename(columns={"variant": "setting"})),
         )
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add titles; a method's title names its variant."""
+        """Add titles; method titles include the variant."""
         return super().titled(frame).assign(method_title=[self.method_title(row) for row in frame.to_dict("records")])
 
     @property
@@ -162,7 +162,7 @@ class InstructionOutcomes(Outcomes):
         return ", ".join([*(self.title(key, cell[key]) for key in (*varying, "tuning")), self.method_title(cell)])
 
     def method_title(self, cell: Mapping[str, str]) -> str:
-        """Return a method's title with its variant, and the numbers of the layers that it converted."""
+        """Return a method's title with its variant and the numbers of its converted layers."""
         setting = setting_text(cell["variant"], self._layers.get((cell["model"], cell["variant"]), ()))
         return ", ".join(filter(None, (self.title("method", cell["method"]), setting)))
 
@@ -179,19 +179,19 @@ def cell_of(run: Run) -> dict[str, str]:
     }
 
 
-def task_words(task: str) -> str:
+def format_task(task: str) -> str:
     """Return the title of a task."""
     name, _, shots = task.partition(" ")
     return " ".join((_TITLES.get(name, name), shots)).strip()
 
 
-def part_words(part: str) -> str:
+def format_part(part: str) -> str:
     """Return the title of a category or subject, without the group around it."""
     return part.rpartition("::")[2].replace("_", " ")
 
 
-def _chosen(runs: Sequence[Run], metrics: dict[str, dict[str, Any]]) -> list[Run]:
-    """Return the runs of the best learning rate of each cell."""
+def _best_rate_runs(runs: Sequence[Run], metrics: dict[str, dict[str, Any]]) -> list[Run]:
+    """Return the runs of each cell's learning rate with the lowest mean held-out loss."""
     by_cell: dict[tuple[str, ...], dict[float, list[Run]]] = {}
     for run in runs:
         rates = by_cell.setdefault(tuple(cell_of(run).values()), {})

@@ -1,4 +1,4 @@
-"""Tune a language model on instructions, in full or by adapters, and evaluate it by lm-eval."""
+"""Tune a language model on instructions, fully or with adapters, and evaluate it with lm-eval."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.sharding import gather_trained, shard_
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
-from benchmarks.llama.encoding import EncodedRows, collator, inputs_of
-from benchmarks.llama.evaluation import LoadedTask, answers, held_out_loss, load_task, run_task, task_title
+from benchmarks.llama.encoding import EncodedRows, collator, model_inputs
+from benchmarks.llama.evaluation import LoadedTask, generate_answers, held_out_loss, load_task, run_task, task_title
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
-from benchmarks.llama.training import Trained, train
+from benchmarks.llama.training import TrainingResult, train
 from emoe.layer import routed_layers
 
 _CALIBRATION_ROWS = 256
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Train and evaluate the language model of one spec.
 
     Args:
         spec: The content of ``run.json``.
@@ -61,21 +61,21 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         f"{data.train.summary()['truncated_responses']} responses cut at {read.data.max_length} tokens"
     )
     trainable = _build(spec, data)
-    data = data.prefixed(trainable.prefix)
+    data = data.with_prefix(trainable.prefix)
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
     probe = Probe()
     probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
-    trained = Trained([], Stopwatch().cost(0))
+    trained = TrainingResult([], Stopwatch().cost(0))
     if isinstance(training, RunInstructionTraining):
         trained = train(trainable, tokenizer, read, training, data.train, data.held_out, folder, progress, probe)
-        trainable = _whole_again(spec, trainable)
+        trainable = _gather_model(spec, trainable)
     destroy_process_group()
     if not is_main():
         return {}
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
-    evaluated = _evaluated(read, trainable, data, tasks, progress)
+    evaluated = _evaluate(read, trainable, data, tasks, progress)
     if trained.held_out:
         last = {"step": trained.cost["steps"], "loss": evaluated["scores"]["dev"][read.task.name]["loss"]}
         evaluated["held_out_curve"] = [*trained.held_out, last]
@@ -90,9 +90,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 @dataclass(frozen=True)
 class Data:
-    """Hold the rows of a run: those to learn, in whole steps, those to evaluate on, and the number of broken ones.
+    """Hold the training rows of a run (whole steps), the held-out rows, and the number of broken rows.
 
-    ``note`` is the difference from the known number of rows; None without one.
+    ``note`` is a warning about an unexpected row count; None without one.
     """
 
     template: Template
@@ -102,9 +102,9 @@ class Data:
     source: str
     note: str | None
 
-    def prefixed(self, prefix: Prefix | None) -> Data:
-        """Return the rows with the output of a model's frozen layers, if it has some."""
-        train, held_out = (rows.prefixed(prefix, self.template.tokenizer) for rows in (self.train, self.held_out))
+    def with_prefix(self, prefix: Prefix | None) -> Data:
+        """Return a copy whose rows include the output of the frozen layers; the same data if ``prefix`` is None."""
+        train, held_out = (rows.with_prefix(prefix, self.template.tokenizer) for rows in (self.train, self.held_out))
         return replace(self, train=train, held_out=held_out)
 
     def summary(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Data:
 
 
 def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read, check, divide and encode the rows of a run (:class:`DataError` if some are broken, or too few)."""
+    """Read, check, split and encode the rows of a run (:class:`DataError` if rows are broken or too few)."""
     settings, training, name = spec.data, spec.training, spec.task.name
     instructions = load_instructions(name, spec.task.source)
     template = find_template(settings.template, spec.templates, tokenizer, spec.seed)
@@ -130,21 +130,21 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     if not learned:
         raise DataError(
             f"{instructions.source} has {len(whole)} usable rows: {len(held_out)} are held out, "
-            f"and what is left fills no step of {batch}"
+            f"and the rest does not fill a step of {batch}"
         )
     entry = load_benchmark(spec.benchmark).tasks.get(name)
     note = SetPart(name, ALL, len(instructions.rows), len(instructions.broken), entry.rows).note if entry else None
-    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), instructions.source, note)
+    return Data(template, whole.select(learned), whole.select(held_out), len(broken), instructions.source, note)
 
 
 def _calibration(data: Data) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the first training rows, each as inputs of a model."""
     collate = collator(data.template.tokenizer)
-    return (inputs_of(collate([data.train[row]])) for row in range(min(len(data.train), _CALIBRATION_ROWS)))
+    return (model_inputs(collate([data.train[row]])) for row in range(min(len(data.train), _CALIBRATION_ROWS)))
 
 
 def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
-    """Build the model; if processes share it, only the main one loads weights, which all of them get a part of."""
+    """Build the model; if it is sharded, only the main process loads weights and distributes them."""
     if not is_sharded():
         return build_language_model(spec, _calibration(data))
     built = build_language_model(spec, _calibration(data)) if is_main() else None
@@ -155,8 +155,8 @@ def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
     return built
 
 
-def _whole_again(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
-    """Build the whole trained model on the main process."""
+def _gather_model(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
+    """Gather the trained model on the main process; return it unchanged if it is not sharded."""
     if not is_sharded():
         return trainable
     state, partition = gather_trained(trainable.model), permutations(trainable.model)
@@ -167,7 +167,7 @@ def _whole_again(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
     return replace(whole, summary=trainable.summary)
 
 
-def _evaluated(
+def _evaluate(
     spec: InstructionSpec, trainable: Trainable, data: Data, tasks: Sequence[LoadedTask], progress: Progress
 ) -> dict[str, Any]:
     evaluation, precision = spec.evaluation, precision_here(spec.training.precision)
@@ -195,6 +195,6 @@ def _evaluated(
             "test": {name: result["scores"] for name, result in evaluated.items()},
         },
         "tasks": evaluated,
-        "answers": answers(model, data.template, instructions, evaluation.new_tokens, precision),
+        "answers": generate_answers(model, data.template, instructions, evaluation.new_tokens, precision),
         "routing": routing,
     }

@@ -24,24 +24,24 @@ from benchmarks.llama.outcomes import (
     UNTUNED,
     InstructionOutcomes,
     cell_of,
-    part_words,
-    task_words,
+    format_part,
+    format_task,
 )
 
-_CHOSEN = "Of several learning rates the one with the lowest held-out loss stands here. "
+_CHOSEN = "Rows show the learning rate with the lowest held-out loss. "
 _LIKELIHOOD = (
-    "Right answer: minus the logarithm of its probability, over its bytes; less is better. "
-    "By length: the answer that is likeliest a letter counts. "
+    "Right answer: its negative log-likelihood per byte; less is better. "
+    "By length: the answer is the choice with the highest likelihood per letter. "
 )
 _LONGEST = 300  # letters of a text in a table
 _MMLU = "mmlu"
 
 
 def results(outcomes: InstructionOutcomes) -> Table:
-    """Tabulate held-out loss and accuracy by way of tuning and method."""
-    frame = _with(outcomes.cells(), outcomes.losses, "loss")
+    """Make a table of held-out loss and accuracy by tuning and method."""
+    frame = _add_mean(outcomes.cells(), outcomes.losses, "loss")
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
-    for against, words in _compared_with(outcomes).items():
+    for against, words in _reference_titles(outcomes).items():
         frame = common.with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
         interval = (f"{against} low", f"{against} high")
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
@@ -50,18 +50,17 @@ def results(outcomes: InstructionOutcomes) -> Table:
         parts |= {NATS: ", right answer", "task_score": f", {tested['metric']}"}
         for metric, word in parts.items():
             name = f"{task} {metric}"
-            frame = _with(frame, outcomes.numbers("test", metric, task), name)
-            columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=True))
+            frame = _add_mean(frame, outcomes.numbers("test", metric, task), name)
+            columns.append(Column(metric, name, f"{format_task(task)}{word}", std=f"{name} std", best=True))
     return Table(
         "Held-out loss and accuracy",
-        f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over the "
-        f"responses' tokens of held-out instructions. {'' if outcomes.nats_tests.empty else _LIKELIHOOD}"
-        f"{_questions(outcomes)}"
-        f"Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
-        "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: "
-        "what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
-        f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
-        {**_keys(outcomes), "n": "n"},
+        f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over the response tokens "
+        f"of held-out instructions. {'' if outcomes.nats_tests.empty else _LIKELIHOOD}{_questions_note(outcomes)}"
+        f"Δ to {outcomes.baseline_title} compares with the equally tuned {outcomes.baseline_title}, paired by seed; for "
+        "an untuned model it is the cost of conversion. Δ to not tuned compares with the same untuned method; it is the "
+        "gain of tuning. Both have a 95 % confidence interval over seeds (Student's t). "
+        f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a tuning, without controls.",
+        {**_key_headings(outcomes), "n": "n"},
         columns,
         outcomes.order(frame, CELL),
         group=("model", "set", "tuning"),
@@ -70,34 +69,40 @@ def results(outcomes: InstructionOutcomes) -> Table:
 
 
 def tests(outcomes: InstructionOutcomes) -> Table:
-    """Tabulate paired tests of accuracy against the baseline tuned the same way, and against the untuned method."""
+    """Make a table of paired accuracy tests against the equally tuned baseline and the same untuned method."""
     return _tests(outcomes, outcomes.tests, "accuracy", "accuracy", "")
 
 
 def nats_tests(outcomes: InstructionOutcomes) -> Table:
-    """Tabulate the same tests of the right answers' nats per byte."""
-    what = "the right answers' nats a byte (minus the logarithm of their probability over their bytes)"
+    """Make a table of the same tests for the right answers' nats per byte."""
+    what = "the right answers' nats per byte (negative log-likelihood divided by bytes)"
     return _tests(outcomes, outcomes.nats_tests, NATS, what, "Less is better. ")
 
 
 def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what: str, note: str) -> Table:
     frame = outcomes.order(tests, CELL)
-    frame["against"] = frame["against"].map(_compared_with(outcomes))
-    frame["task_title"] = frame["task"].map(task_words)
-    nats = ", by nats a byte" if metric == NATS else ""
+    frame["against"] = frame["against"].map(_reference_titles(outcomes))
+    frame["task_title"] = frame["task"].map(format_task)
+    nats = ", by nats per byte" if metric == NATS else ""
     return common.tests_table(
-        f"{outcomes.baseline_title}, and against the model not tuned{nats}",
-        f"{note}Differences of {what} to {outcomes.baseline_title} tuned the same way (each question's a mean over "
-        "the seeds that both have) and to the same method not tuned, paired by question. A test over "
-        "questions says what other questions would show, not what other seeds would.",
-        {**_keys(outcomes), "against": "Against", "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
+        f"{outcomes.baseline_title}, and against the untuned model{nats}",
+        f"{note}Differences of {what} to the equally tuned {outcomes.baseline_title} and to the same untuned method, "
+        "paired by question. Each question is averaged over the seeds that both have. A test over questions "
+        "generalises to other questions, not to other seeds.",
+        {
+            **_key_headings(outcomes),
+            "against": "Against",
+            "task_title": "Task",
+            "questions": "Questions",
+            "seeds": "Seeds",
+        },
         metric,
         frame,
     )
 
 
 def accuracy_by(outcomes: InstructionOutcomes, heading: str, key: str) -> Table:
-    """Tabulate accuracy by category or subject: parts of tasks by row, and cells by column."""
+    """Make a table of accuracy by category or subject: a row per part of a task, a column per cell."""
     rows: dict[tuple[str, str], dict[str, list[float]]] = {}
     names: dict[str, None] = {}
     shared = set(outcomes.shared["run_id"])
@@ -105,8 +110,8 @@ def accuracy_by(outcomes: InstructionOutcomes, heading: str, key: str) -> Table:
         name = outcomes.row_title(cell_of(run))
         for task, tested in outcomes.metrics[run.id]["tasks"].items():
             for part, values in tested[key].items() if tested["metric"] == "acc" else ():
-                title = f"{part_words(part)} ({values['questions']})"
-                rows.setdefault((task_words(task), title), {}).setdefault(name, []).append(values["acc"])
+                title = f"{format_part(part)} ({values['questions']})"
+                rows.setdefault((format_task(task), title), {}).setdefault(name, []).append(values["acc"])
                 names[name] = None
     frame = pd.DataFrame(
         [
@@ -125,20 +130,20 @@ def accuracy_by(outcomes: InstructionOutcomes, heading: str, key: str) -> Table:
 
 
 def answers(outcomes: InstructionOutcomes) -> Table:
-    """Tabulate greedy answers to held-out instructions."""
+    """Make a table of greedy answers to held-out instructions."""
     first: dict[tuple[str, ...], Run] = {}
     for run in outcomes.runs:
         first.setdefault(tuple(cell_of(run).values()), run)
     rows = []
     for cell, run in first.items():
         for number, answer in enumerate(outcomes.metrics[run.id]["answers"], start=1):
-            asked = "\n".join(filter(None, (answer["instruction"], answer["input"])))
-            rows.append((*cell, number, _short(asked), _short(answer["answer"])))
+            instruction = "\n".join(filter(None, (answer["instruction"], answer["input"])))
+            rows.append((*cell, number, _shorten(instruction), _shorten(answer["answer"])))
     frame = outcomes.order(pd.DataFrame(rows, columns=[*CELL, "number", "asked", "answer"]), ["number", *CELL])
     return Table(
         "Answers to held-out instructions",
-        f"Greedy, by the first seed of each row, cut at {_LONGEST} letters; whole ones stand in `metrics.json`.",
-        {"number": "No", "asked": "Instruction", **_keys(outcomes)},
+        f"Greedy answers of the first seed of each row, cut at {_LONGEST} letters. `metrics.json` has the whole answers.",
+        {"number": "No", "asked": "Instruction", **_key_headings(outcomes)},
         [],
         frame,
         notes={"answer": "Answer"},
@@ -157,7 +162,7 @@ _DATA = {
 
 
 def data(outcomes: InstructionOutcomes) -> Table:
-    """Count rows and tokens that were learned, held out, cut or left out."""
+    """Make a table of row and token counts: learned, held out, cut and broken."""
     rows = []
     for run in outcomes.runs:
         names = {"model": run.spec["model"]["name"], "set": run.spec["task"]["name"]}
@@ -168,8 +173,8 @@ def data(outcomes: InstructionOutcomes) -> Table:
     frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
     return Table(
         "Instructions",
-        "Only the tokens of responses are learned. Responses are cut at the longest length; a row whose prompt alone "
-        "is longer is broken, and so is one that lacks a field, is empty, or is not UTF-8.",
+        "Only the tokens of responses are learned. Responses are cut at the maximum length. A row is broken if its prompt "
+        "alone is longer, or if it lacks a field, is empty, or is not UTF-8.",
         {"set_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
         [Column("count", name, heading) for name, heading in _DATA.items()],
         frame,
@@ -178,9 +183,9 @@ def data(outcomes: InstructionOutcomes) -> Table:
 
 
 def cost(outcomes: InstructionOutcomes) -> Table:
-    """Tabulate time, memory, parameters and loads."""
+    """Make a table of time, memory, parameters and expert loads."""
     return common.cost_table(
-        _keys(outcomes),
+        _key_headings(outcomes),
         outcomes.order(outcomes.cells(), CELL),
         CELL,
         outcomes.records,
@@ -190,12 +195,12 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 
 
 def paper(outcomes: InstructionOutcomes) -> Table:
-    """Tabulate the paper's MMLU accuracies beside ours."""
+    """Make a table of the paper's MMLU accuracies beside ours."""
     published = common.read_published(outcomes.benchmark).assign(
         value=lambda frame: frame["value"] / 100, task_paper="MMLU (shots unknown)"
     )
     ours = [
-        common.our_means(outcomes.numbers("test", "accuracy", task), CELL).assign(task=task_words(task))
+        common.our_means(outcomes.numbers("test", "accuracy", task), CELL).assign(task=format_task(task))
         for task in outcomes.tasks
     ]
     measured = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "task"])
@@ -206,11 +211,11 @@ def paper(outcomes: InstructionOutcomes) -> Table:
     frame = outcomes.order(frame.assign(set=""), CELL)
     return common.published_table(
         "The paper's MMLU accuracies beside ours",
-        "Status: published (quoted by others; the paper's full tables could not be consulted). How many shots the "
-        "paper used, and its learning rate and epochs of LoRA, are not known. A dash is a number that this suite did "
-        "not run, or that was not found. Another model, other data and other questions can neither confirm nor refute "
-        f"a published value; a difference is given only for MMLU itself. {outcomes.shared_note}",
-        {**_keys(outcomes), "task": "Task"},
+        "Status: published (quoted by others; the paper's full tables were not available). The paper's number of shots, "
+        "and its learning rate and epochs of LoRA, are unknown. A dash: not run by this suite, or unavailable. Results "
+        "with another model, other data and other questions neither confirm nor refute a published value. Only MMLU "
+        f"itself has a difference. {outcomes.shared_note}",
+        {**_key_headings(outcomes), "task": "Task"},
         frame,
         origins=outcomes.shared_origins,
     )
@@ -224,89 +229,88 @@ TABLES: dict[str, Callable[..., Table]] = {
 
 
 def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
-    """Yield a sentence per way of tuning and method: its differences, and gains of tuning."""
+    """Yield a sentence per tuning and method, with its differences to the baseline and the gains of tuning."""
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"].to_dict()
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
     losses = losses[losses["method"].map(outcomes.role) == "method"]
-    for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
+    for key, rows in losses.groupby(list(_key_headings(outcomes))[:-1], sort=False):
         for row in rows.itertuples():
             cell = tuple(getattr(row, key) for key in CELL)
             parts = [f"held-out loss {row.delta:+z.3f}{common.interval_text(row.low, row.high, 3)}"]
             tuned = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
-            if gained := [f"{title} {gains[of]:+z.3f}" for title, of in tuned.items() if of in gains]:
-                parts.append(f"by tuning: {', '.join(gained)}")
-            for test in _of_cell(outcomes.tests, cell).itertuples():
-                parts.append(f"{task_words(test.task)} {common.difference_text(test, ' points')}")
-            for test in _of_cell(outcomes.nats_tests, cell).itertuples():
+            if texts := [f"{title} {gains[of]:+z.3f}" for title, of in tuned.items() if of in gains]:
+                parts.append(f"by tuning: {', '.join(texts)}")
+            for test in _baseline_tests(outcomes.tests, cell).itertuples():
+                parts.append(f"{format_task(test.task)} {common.difference_text(test, ' points')}")
+            for test in _baseline_tests(outcomes.nats_tests, cell).itertuples():
                 interval = common.interval_text(test.low, test.high, 3)
-                nats = f"{test.delta:+z.3f}{interval} nats a byte of the right answer"
-                parts.append(", ".join(filter(None, (f"{task_words(test.task)} {nats}", test.verdict))))
+                nats = f"{test.delta:+z.3f}{interval} nats per byte of the right answer"
+                parts.append(", ".join(filter(None, (f"{format_task(test.task)} {nats}", test.verdict))))
             yield f"{', '.join(key)}, against {outcomes.baseline_title}: {row.method_title}: {'; '.join(parts)}."
 
 
-def _of_cell(tests: pd.DataFrame, cell: tuple[str, ...]) -> pd.DataFrame:
+def _baseline_tests(tests: pd.DataFrame, cell: tuple[str, ...]) -> pd.DataFrame:
     """Return a cell's tests against the baseline."""
     return tests[(tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)]
 
 
-def _keys(outcomes: InstructionOutcomes) -> dict[str, str]:
-    """Return the key columns with their headings, with the set if there are several."""
+def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
+    """Return the headings of the key columns; include the set if there are several."""
     sets = {"set_title": "Set"} if outcomes.several_sets else {}
     return {"model_title": "Model", **sets, "tuning_title": "Tuned", "method_title": "Method"}
 
 
-def _with(frame: pd.DataFrame, values: pd.Series[float], name: str) -> pd.DataFrame:
-    """Add the mean of a number over a cell's seeds, and its standard deviation."""
+def _add_mean(frame: pd.DataFrame, values: pd.Series[float], name: str) -> pd.DataFrame:
+    """Add the columns ``<name>`` and ``<name> std``: mean and standard deviation over a cell's seeds."""
     grouped = values.groupby(CELL, sort=False).agg(["mean", "std"])
     grouped.columns = [name, f"{name} std"]
     return frame.merge(grouped, left_on=CELL, right_index=True, how="left", sort=False)
 
 
-def _questions(outcomes: InstructionOutcomes) -> str:
-    """Describe the numbers of questions and their standard errors."""
+def _questions_note(outcomes: InstructionOutcomes) -> str:
+    """Return sentences on the number of questions of each task and the standard error of its accuracy."""
     words = [
-        f"{task_words(task)} has {tested['questions']:,} questions, so that one accuracy near 30 % is uncertain by "
-        f"{45.8 / math.sqrt(tested['questions']):.1f} points (one standard error)"
+        f"{format_task(task)} has {tested['questions']:,} questions; the standard error of one accuracy near 30 % is "
+        f"{45.8 / math.sqrt(tested['questions']):.1f} points"
         f"{'; chance is 25 %' if task.startswith(_MMLU) else ''}"
         for task, tested in outcomes.tasks.items()
         if tested["metric"] == "acc"
     ]
     is_dev = any(task.startswith("mmlu_dev") for task in outcomes.tasks)
-    dev = "MMLU-dev are MMLU's few-shot development questions, as they ship inside lm-eval, and not its test. "
+    dev = "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test questions. "
     return f"{'; '.join(words)}. {dev if is_dev else ''}" if words else ""
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def _compared_with(outcomes: InstructionOutcomes) -> dict[str, str]:
-    """Return the references of comparisons in words."""
+def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
+    """Return the titles of the references of comparisons, by key."""
     return {BASELINE: outcomes.baseline_title, UNTUNED: "not tuned"}
 
 
 _NOTE = (
-    "Losses are paired by seed, with a 95 % confidence interval over seeds where there are several; accuracies are "
-    "paired by question, with an interval over questions, corrected by Holm's procedure over all rows "
-    "of the table of tests."
+    "Losses are paired by seed, with a 95 % confidence interval if there are several seeds. Accuracies are paired by "
+    "question, with an interval over questions; verdicts are corrected with Holm's procedure over all rows of the table "
+    "of tests."
 )
 FIGURES = {
     "curves": Figure(
         draw_curves,
-        "Loss of the training steps by way of tuning and method: the mean over the learned tokens of a "
-        "step, averaged over seeds. Every step has other rows; the held-out loss, below where runs took it "
-        "while training (`training.eval_every`), is always that of the same rows. The axes do not start at "
-        "zero.",
+        "Loss of the training steps by tuning and method: the mean over the response tokens of a step, averaged over "
+        "seeds. Every step has different rows. The held-out loss, shown below if runs computed it while training "
+        "(`training.eval_every`), is always over the same rows. The axes do not start at zero.",
     ),
     "categories": Figure(
         draw_categories,
-        "Accuracy by category of questions: dots are seeds, larger marks their mean, the line is chance. "
-        "Bars are 95 % intervals of a share of that many questions (Wilson), for the first seed.",
+        "Accuracy by category of questions. Dots are seeds, larger marks their mean; the line is chance. Bars are 95 % "
+        "Wilson intervals over the questions, for the first seed.",
     ),
     "routing": Figure(
         draw_routing,
-        "Share of each expert in the choices of the held-out tokens, over the mean share, by converted layer.",
+        "Load of each expert on the held-out tokens, divided by the mean load, by converted layer.",
     ),
 }
 
@@ -315,4 +319,4 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = InstructionOutcomes(benchmark, runs)
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "optimizer": "AdamW"}
-    return make(benchmark, TABLES, FIGURES, outcomes, compared=outcomes.compared, **sentences)
+    return make(benchmark, TABLES, FIGURES, outcomes, claim_numbers=outcomes.claim_numbers, **sentences)

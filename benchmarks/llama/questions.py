@@ -1,8 +1,8 @@
 """MMLU-dev: the few-shot development questions of MMLU, which ship inside lm-eval, as tasks of lm-eval.
 
-There are 281, about five per subject; they are not MMLU's 14,042 test questions and not comparable with them.
-Prompt, choices, metric and categories come from lm-eval's own files of MMLU, so the same code scores both.
-They are asked in two of lm-eval's forms: by the letters of the choices, and by the choices as continuations.
+There are 281 questions, about five per subject. Scores are not comparable with those of MMLU's 14,042 test questions.
+Prompt, choices, metric and categories come from lm-eval's MMLU files, so the same code scores both. The questions
+have two of lm-eval's forms: the answer is the letter of a choice, or the choice itself as a continuation.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from benchmarks.harness.base import DataError, hold, write_text
 MMLU_DEV = "mmlu_dev"
 _CHOICES = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
 _ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
-_FIFTH = "(E)"  # one question of college chemistry came with five choices, and the fifth as its answer
+_FIFTH = "(E)"  # one question of college chemistry has five choices, and the fifth is right
 _SPLIT = "questions"
 _SHA256 = "5a94b761c7aa948a3d5117848440662f6cd9a2a44821344f95f550d02f4bf8bf"  # of all subjects and questions
-# forms: the folder of lm-eval's files inside those of MMLU, and the ending of the tasks' names
+# lm-eval's folder of each form, and the suffix of our task names
 _FORMS = {"default": "", "continuation": "_continuation"}
 
 
 def ensure_mmlu_dev(folder: Path) -> None:
-    """Write the tasks into a folder unless they are there; other runs wait."""
+    """Write the tasks into a folder unless they exist; concurrent runs wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold(folder.with_suffix(".lock")):
         if not all((folder / f"{MMLU_DEV}{ending}.yaml").exists() for ending in _FORMS.values()):
@@ -64,8 +64,8 @@ def write_mmlu_dev(folder: Path) -> int:
             "from which MMLU-dev is made"
         )
     for form, ending in _FORMS.items():
-        groups = [_renamed(_read(file)) for file in sorted((mmlu / form).glob("_mmlu*.yaml"))]
-        # the group of all subjects is last: if it is there, so are the others
+        groups = [_rename_to_dev(_read(file)) for file in sorted((mmlu / form).glob("_mmlu*.yaml"))]
+        # the group of all subjects is last, because its file marks the folder as complete
         for group in sorted(groups, key=lambda group: group["group"] == f"{MMLU_DEV}{ending}"):
             _write_task(folder / f"{group['group']}.yaml", group)
     return count
@@ -77,7 +77,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _question(sample: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """Return a question in MMLU's form, from one with its choices in a line and an answer in words."""
+    """Convert a few-shot example to MMLU's form: question, choices and number of the answer."""
     match, answer = _CHOICES.fullmatch(sample["question"].strip()), _ANSWER.search(sample["target"].strip())
     if match is None or answer is None:
         raise DataError(f"{file}: cannot read the question '{sample['question'][:60]}…'")
@@ -90,7 +90,7 @@ def _subject(template: Mapping[str, Any], task: Mapping[str, Any], subject: str,
     return {
         **template,
         "task_alias": subject,
-        **_renamed(task),
+        **_rename_to_dev(task),
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {_SPLIT: str((folder / f"{subject}.jsonl").resolve())}},
         # shots are the other questions of the subject: lm-eval leaves out the one that is asked
@@ -99,12 +99,14 @@ def _subject(template: Mapping[str, Any], task: Mapping[str, Any], subject: str,
     }
 
 
-def _renamed(content: Any) -> Any:
-    """Rename lm-eval's definitions: ``mmlu_…`` becomes ``mmlu_dev_…``."""
+def _rename_to_dev(content: Any) -> Any:
+    """Rename groups, tasks and tags in lm-eval's definitions: ``mmlu_…`` becomes ``mmlu_dev_…``."""
     if isinstance(content, Mapping):
-        return {key: _renamed(value) if key in ("group", "task", "tag") else value for key, value in content.items()}
+        return {
+            key: _rename_to_dev(value) if key in ("group", "task", "tag") else value for key, value in content.items()
+        }
     if isinstance(content, list):
-        return [_renamed(value) for value in content]
+        return [_rename_to_dev(value) for value in content]
     return re.sub(r"^mmlu(?=_|$)", MMLU_DEV, content)
 
 

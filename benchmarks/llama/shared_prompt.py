@@ -1,4 +1,4 @@
-"""Answer lm-eval's questions on a CPU in one pass each: all choices of a question share their prompt."""
+"""Score lm-eval's questions on a CPU with one forward pass per question: all choices share the prompt."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Answer = tuple[float, bool]
 
 
 class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """lm-eval's model for transformers, with one row per question: the prompt, then each choice, which sees both.
+    """Replace lm-eval's model for transformers with one that computes each prompt once for all its choices.
 
-    A CPU gains nothing from batches of several questions. Only positions that predict a choice get logits. Likelihoods
-    equal lm-eval's up to rounding. On accelerators, and for models that take no such mask, lm-eval's own code runs.
+    A row has the prompt and all choices; a choice attends to the prompt and to itself. Only positions that predict a
+    choice get logits. Likelihoods equal lm-eval's up to rounding. On accelerators, and for models without support for
+    such masks, lm-eval's own code runs.
 
     Args:
-        prefix: The frozen layers of the model, whose output is computed once for all runs; None if there are none.
-        settings: The settings of lm-eval.
+        prefix: The frozen layers of the model, whose output is computed once for all runs; None for none.
+        settings: The arguments of lm-eval's ``HFLM``.
     """
 
     def __init__(self, *, prefix: Prefix | None = None, **settings: Any) -> None:
@@ -51,7 +52,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return [answers[number] for number in range(len(requests))]
 
     def _fits(self, question: _Question) -> bool:
-        """Return True if a prompt with its longest choice fits one mask."""
+        """Return True if a question can share its prompt: on a CPU, with SDPA, and within the length limits."""
         config = cast(Any, self.model).config
         tokens = len(question.prompt) + max(map(len, question.choices))
         longest = min(self.max_length, getattr(config, "sliding_window", None) or self.max_length)
@@ -70,7 +71,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     @torch.inference_mode()
     def _answers(self, question: _Question, states: dict[str, Tensor]) -> list[Answer]:
-        """Return the log-likelihood of each choice, and True if it is the greedy continuation."""
+        """Return the log-likelihood of each choice, and if it is the greedy continuation."""
         keep = len(question.tokens) - len(question.prompt) + 1
         logits = cast(Any, self.model)(**_inputs([question]), **states, logits_to_keep=keep, use_cache=False).logits[0]
         logs = torch.log_softmax(logits.float(), dim=-1)
@@ -103,20 +104,20 @@ class _Question:
         return [token for part in self.parts for token in part]
 
     def mask(self) -> Tensor:
-        """Return the mask ``[tokens, tokens]``: a token sees the prompt, and its choice up to itself."""
+        """Return the causal mask ``[tokens, tokens]``: a token attends to the prompt and its own choice."""
         sizes = torch.tensor([len(part) for part in self.parts])
         part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         return ((part[:, None] == part[None, :]) | (part[None, :] == 0)).tril()
 
     def positions(self) -> Tensor:
-        """Return the positions ``[tokens]`` as if every choice came right after the prompt."""
+        """Return the position ids ``[tokens]``; every choice starts after the prompt."""
         prompt, *choices = self.parts
         starts = [0, *[len(prompt)] * len(choices)]
         return torch.cat([torch.arange(len(part)) + start for part, start in zip(self.parts, starts, strict=True)])
 
 
 def _inputs(questions: Sequence[_Question]) -> dict[str, Tensor]:
-    """Return the model's inputs, padded on the right by tokens that see only themselves."""
+    """Return the model's inputs, padded on the right with tokens that attend only to themselves."""
     count, longest = len(questions), max(len(question.tokens) for question in questions)
     tokens, positions = (torch.zeros(count, longest, dtype=torch.long) for _ in range(2))
     mask = torch.eye(longest, dtype=torch.bool).repeat(count, 1, 1)

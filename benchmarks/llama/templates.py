@@ -1,4 +1,4 @@
-"""Make prompts and responses by named templates."""
+"""Make prompts and responses from named templates."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CHAT, RANDOM = "chat", "random"
 
 @dataclass(frozen=True)
 class Template:
-    """Make prompt and response of rows.
+    """Make the prompts and responses of rows.
 
     Attributes:
-        name: The name of the template, also if it was drawn.
-        text: The prompts; None for the tokenizer's chat template.
-        tokenizer: The model's tokenizer, with its chat template and end token.
+        name: The name of the template.
+        text: The prompts; None to use the tokenizer's chat template.
+        tokenizer: The model's tokenizer, with an end token.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Template:
 
     @property
     def special_tokens(self) -> bool:
-        """Return True if the tokenizer adds special tokens (Llama's ``<s>``); a chat template has them already."""
+        """Return True if the tokenizer must add special tokens (Llama's ``<s>``); chat templates contain them."""
         return self.text is not None
 
     def prompt(self, row: Instruction) -> str:
@@ -46,27 +46,27 @@ class Template:
         return before + row.instruction + rest.replace("{input}", row.input)
 
     def response(self, row: Instruction) -> str:
-        """Return the response with its end token (:class:`DefinitionError` if the template rewrites the prompt)."""
+        """Return the response with its end token (:class:`DefinitionError` if a chat template changes the prompt)."""
         if self.text is not None:
             return f"{row.output}{self.tokenizer.eos_token}"
         prompt = self.prompt(row)
         whole = str(self._chat([*self._messages(row), {"role": "assistant", "content": row.output}]))
         if not whole.startswith(prompt):
             raise DefinitionError(
-                f"data.template: the chat template of {self.tokenizer.name_or_path} rewrites the prompt when there is "
-                "an answer; take a template by name"
+                f"data.template: the chat template of {self.tokenizer.name_or_path} changes the prompt if there is an "
+                "answer; use a template of templates.yaml"
             )
         return whole[len(prompt) :]
 
     @property
     def end_tokens(self) -> list[int]:
-        """Return the tokens that end an answer: the tokenizer's, and the chat template's if it has another."""
+        """Return the ids of the end tokens: the tokenizer's, and the chat template's if it differs."""
         tokens = self.tokenizer(self.response(Instruction("", "a", "", "b")), add_special_tokens=False)["input_ids"]
         special = [token for token in tokens if token in self.tokenizer.all_special_ids]
         return list(dict.fromkeys([int(self.tokenizer.eos_token_id), *special]))
 
     def as_chat_template(self) -> str:
-        """Return a chat template (Jinja) that renders a message as :meth:`prompt` renders an instruction."""
+        """Return a Jinja chat template that renders messages like :meth:`prompt` renders instructions."""
         if self.text is None:
             return str(self.tokenizer.chat_template)
         before, _, after = self.text.without_input.partition("{instruction}")
@@ -91,8 +91,8 @@ def find_template(
     """Return the template of a run.
 
     Args:
-        name: A name in ``templates``, ``chat`` for the model's own, or ``random`` for one drawn once per run, as the
-            authors do (``moe_train.py``), but from the seed.
+        name: A name in ``templates``, ``chat`` for the model's own, or ``random`` for one drawn per run with the seed
+            (the authors' ``moe_train.py`` draws without a seed).
         templates: The templates of the run's spec, by name.
         tokenizer: The model's tokenizer.
         seed: The seed of the run.
@@ -103,9 +103,9 @@ def find_template(
     if name == RANDOM:
         name = random.Random(derive_seed("template", seed)).choice(sorted(templates))
     if tokenizer.eos_token is None:
-        raise DefinitionError(f"the tokenizer of {tokenizer.name_or_path} has no token that ends an answer")
+        raise DefinitionError(f"the tokenizer of {tokenizer.name_or_path} has no end token")
     if name == CHAT and not tokenizer.chat_template:
         raise DefinitionError(
-            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; take one of templates.yaml"
+            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; use one of templates.yaml"
         )
     return Template(name, templates.get(name), tokenizer)

@@ -26,13 +26,13 @@ from benchmarks.llama.evaluation import held_out_loss
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Hold the numbers of a training.
+class TrainingResult:
+    """Hold the results of a training.
 
     Attributes:
-        curve: The loss of every step: the mean over its learned tokens.
+        curve: The loss of every step, the mean over its response tokens.
         cost: The number of steps and their times.
-        held_out: Step and loss on the held-out rows, if the settings ask for it.
+        held_out: The ``step`` and ``loss`` of held-out evaluations during training; empty without ``eval_every``.
     """
 
     curve: list[float | None]
@@ -50,10 +50,10 @@ def train(
     folder: Path,
     progress: Progress,
     probe: Probe,
-) -> Trained:
-    """Train, from the last complete checkpoint if there is one.
+) -> TrainingResult:
+    """Train from the last complete checkpoint, if any.
 
-    The rows of a step, and its loss, are the same for any number of processes and for any micro-batch. The loss of
+    The rows and the loss of a step do not depend on the number of processes or the micro-batch size. The loss on
     ``held_out`` is computed every ``eval_every`` steps.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
@@ -100,12 +100,12 @@ def train(
             "precision": precision,
         }
         loss = partial(held_out_loss, rows=held_out, **options)
-        trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, which does not measure it
+        trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, so that it is not timed
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     log = trainer.state.log_history
     curve = [finite(entry["loss"]) for entry in log if "loss" in entry]
     points = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
-    return Trained(curve, stopwatch.cost(trainer.state.global_step), points)
+    return TrainingResult(curve, stopwatch.cost(trainer.state.global_step), points)
 
 
 _KEY = "held_out_loss"
@@ -114,8 +114,8 @@ _KEY = "held_out_loss"
 class HeldOutCurve(TrainerCallback):
     """Compute the held-out loss before training and every few steps, without changing the training.
 
-    The last step is left out, because the model is evaluated then. The points are in Trainer's log, which checkpoints
-    keep.
+    The last step is omitted, because the final evaluation follows. Losses are stored in Trainer's log, which
+    checkpoints keep.
     """
 
     def __init__(self, loss: Callable[[Any], float | None], every: int) -> None:

@@ -1,4 +1,4 @@
-"""Measure which neurons of an FFN fire: how concentrated they are in blocks, and which ones the chosen experts use."""
+"""Measure the active neurons of an FFN: their concentration in blocks, and their use by chosen experts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ Batches = Iterable[Mapping[str, Any]]
 
 
 def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
-    """Record ``|activation|`` in a layer's FFN, ``[tokens, d]``, of the same tokens each time, without padding."""
+    """Record ``|activation|`` in a layer's FFN, ``[tokens, d]``; tokens are sampled with a fixed seed, without padding."""
     ffn = find_ffns(model)[layer]
     return record_activations(model, [ffn], batches, seed=derive_seed("tokens"))[layer].t()
 
 
 def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Selection) -> Tensor:
-    """Find the neurons, ``[tokens, d]`` bool, that a selection uses for the tokens of :func:`dense_magnitudes`.
+    """Return the neurons that a selection of experts uses, ``[tokens, d]`` bool, for the same tokens as above.
 
-    An activation that returns 1 for every neuron makes the input of the out-projection the mask itself. The model
-    is restored.
+    With an activation that always returns 1, the input of the out-projection is the mask. The model is restored.
     """
     (routed,) = routed_layers(model)
     config, activation = routed.config, routed.activation
@@ -47,8 +46,8 @@ class _Ones(nn.Module):
         return torch.ones_like(z)
 
 
-def is_active(magnitudes: Tensor, share: float) -> Tensor:
-    """Mark the entries among a share of the largest ones; ties with the smallest of them are left out."""
+def active_mask(magnitudes: Tensor, share: float) -> Tensor:
+    """Return a boolean mask of the largest entries, up to a share of all; ties at the threshold are excluded."""
     flat = magnitudes.flatten()
     kept = max(1, round(share * flat.numel()))
     threshold = flat.kthvalue(flat.numel() - kept).values if kept < flat.numel() else flat.min() - 1
@@ -56,7 +55,7 @@ def is_active(magnitudes: Tensor, share: float) -> Tensor:
 
 
 def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[str, float]:
-    """Measure how far activations are concentrated in a few contiguous blocks of neurons.
+    """Measure the concentration of activations in contiguous blocks of neurons.
 
     Args:
         magnitudes: The magnitudes ``[tokens, d]``.
@@ -106,8 +105,8 @@ def selected(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, floa
         active: The active neurons ``[tokens, d]``, bool.
 
     Returns:
-        ``kept``: their share of all magnitude; ``active`` and ``dead``: the share of them that is active for the
-        token, and for no token at all, means over tokens.
+        ``kept``: the share of all magnitudes in used neurons; ``active``: the share of used neurons that are active for
+        the token; ``dead``: the share that is active for no token. The last two are means over tokens.
     """
     number = used.sum(1).double()
     return {

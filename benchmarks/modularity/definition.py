@@ -1,4 +1,4 @@
-"""Runs that look into pre-trained models: one for each model, construction of experts, setting and seed."""
+"""Define the files of a benchmark that analyses pre-trained models."""
 
 from __future__ import annotations
 

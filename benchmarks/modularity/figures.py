@@ -22,13 +22,13 @@ _BESIDE = 0.14  # the distance of the paper's cross from our mark
 
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw a dot for every active neuron: a row a model (its first layer), a column a construction."""
+    """Draw a dot per active neuron: a line per model (its first layer), a column per construction."""
     panels = outcomes.first_panels()
     names = [name for name in outcomes.methods if name in set(outcomes.rows["method"])]
     size, shared = (plots.WIDTH, 2.3 * len(panels) + 0.4), {"sharex": "row", "sharey": "row"}
     with plots.panel_figure(path, len(panels), len(names), size, plots.HEATMAP, **shared) as (_, axes):
         for axis_row, (title, rows) in zip(axes, panels, strict=True):
-            for axis, (name, row) in zip(axis_row, _shown(rows, names), strict=True):
+            for axis, (name, row) in zip(axis_row, _first_runs(rows, names), strict=True):
                 if row is None:
                     continue
                 matrix = outcomes.metrics_of(row)["matrix"]
@@ -54,11 +54,11 @@ def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
 
 
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw the first model and layer as the paper does: before clustering and after, the height is the magnitude."""
+    """Draw magnitudes of the first model and layer in 3D, before and after clustering, as the paper does."""
     title, rows = outcomes.first_panels()[0]
-    shown = [(name, row) for name, row in _shown(rows, ["contiguous", outcomes.baseline]) if row is not None]
+    shown = [(name, row) for name, row in _first_runs(rows, ["contiguous", outcomes.baseline]) if row is not None]
     if not shown:
-        plots.placeholder_figure(path, "this suite runs neither clusters nor neurons as they stand")
+        plots.placeholder_figure(path, "this suite runs neither clusters nor contiguous neurons")
         return
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
         figure = plt.figure(figsize=(plots.WIDTH, 3.0), layout="constrained")
@@ -83,7 +83,7 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
 
 
 def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw the share of active neurons in the best quarter of blocks over N, a panel a model and layer."""
+    """Draw the share of active neurons in the best quarter of blocks over N, a panel per model and layer."""
     panels = list(outcomes.panels())
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
@@ -123,7 +123,7 @@ def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, si
 
 
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw the use of experts by task and class, a panel a model (its first layer), with its smallest N."""
+    """Draw the use of experts by task and class, a panel per model (first layer, smallest N)."""
     panels: list[UsagePanel] = []
     for title, rows in outcomes.first_panels():
         clusters = rows[rows["method"] == outcomes.baseline].sort_values("num_experts", kind="stable")
@@ -133,8 +133,8 @@ def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     draw_usage(panels, outcomes, path)
 
 
-def _shown(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the first run of every construction at the paper's N, or at the largest."""
+def _first_runs(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield each construction with its first run at the paper's N (else the largest N), or None without a run."""
     sizes = set(rows["num_experts"])
     size = _PAPERS_N if _PAPERS_N in sizes else max(sizes)
     for name in names:

@@ -1,4 +1,4 @@
-"""Runs that look into pre-trained models: one for each model, construction of experts, setting and seed."""
+"""Plan runs that analyse pre-trained models: one per model, construction of experts, setting and seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.text.grid import TextSets
 
 
 class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
-    """Pre-trained text models that read rows of several tasks; nothing is trained."""
+    """Plan runs that analyse pre-trained text models on rows of several tasks, without training."""
 
     definition_model, part_model = ModularityDefinition, ModularityPart
     recorded = ("measured", "matrix", "usage")

@@ -1,4 +1,4 @@
-"""Collect the numbers of pre-trained models as they are."""
+"""Collect the numbers of pre-trained models without training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import Outcomes, over_seeds, read_published
+from benchmarks.harness.report.common import Outcomes, average_over_seeds, read_published
 from benchmarks.harness.results.records import collect, read_metrics
 
 PLACE = ["model", "layer"]
@@ -24,7 +24,7 @@ class ModularityOutcomes(Outcomes):
         rows: The numbers, a row per run, in the order of models and methods: ``model``, ``layer``, ``num_experts``,
             ``method``, ``seed``, ``run_id``, a column per metric, and titles.
         means: The means over seeds, with ``<metric>_std``, ``n`` and titles.
-        paper: The numbers of the paper's matrices, as they are stored, by ``method``, ``num_experts`` and ``metric``.
+        paper: The unscaled numbers of the paper's matrices, by ``method``, ``num_experts`` and ``metric``.
     """
 
     benchmark: AnyBenchmark
@@ -46,7 +46,7 @@ class ModularityOutcomes(Outcomes):
         ]
         rows = pd.DataFrame(settings).merge(numbers, left_on="run_id", right_index=True)
         self.records = self.rows = self.order(rows, [*PLACE, "num_experts", "method", "seed"])
-        self.means = self.titled(over_seeds(self.rows, CELL, list(numbers)))
+        self.means = self.titled(average_over_seeds(self.rows, CELL, list(numbers)))
         published = read_published(benchmark)
         scales = [load_metrics()[metric].scale for metric in published["metric"]]
         self.paper = published.assign(value=published["value"].astype(float) / pd.Series(scales, dtype=float))

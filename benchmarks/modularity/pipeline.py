@@ -1,4 +1,4 @@
-"""Read rows of several tasks with a pre-trained model: which neurons fire, and which experts are chosen."""
+"""Measure active neurons and chosen experts of a pre-trained model on rows of several tasks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from benchmarks.harness.models.loading import describe, load_backbone, load_toke
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import loads_by_row
 from benchmarks.modularity.activations import (
+    active_mask,
     concentration,
     dense_magnitudes,
-    is_active,
     neurons_used,
     selected,
 )
@@ -36,7 +36,7 @@ from emoe.records import RoutingRecord
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Measure the pre-trained model of one spec.
 
     Args:
         spec: The content of ``run.json``.
@@ -44,11 +44,11 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         progress: The log.
 
     Returns:
-        The content of ``metrics.json``, less the harness's part: ``measured`` numbers, ``usage`` by task and class,
-        and ``matrix``, the active neurons of some tokens, by their position in the order of the experts.
+        The content of ``metrics.json`` without the harness's part: ``measured`` numbers, ``usage`` by task and class,
+        and ``matrix``, the active neurons of some tokens, in the order of the experts.
     """
     read = parse(spec, ModularitySpec, str(folder / "run.json"))
-    load = partial(load_part, rows=read.reading.rows, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    load = partial(load_part, rows=read.reading.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = {task.name: load(task, "test") for task in (read.task, *read.ood)}
     tokenizer = load_tokenizer(spec["model"])
     model = load_backbone(spec["model"])
@@ -67,12 +67,12 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     loads, top, bottom = {}, [], []
     for name, task in rows.items():
         with emoe.record_routing(model) as record:
-            top.append(neurons_used(model, layer, _labelled(batches(task, collate, size), record), "top"))
+            top.append(neurons_used(model, layer, _label_by_row(batches(task, collate, size), record), "top"))
         loads[name] = SetLoads(loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers)
         bottom.append(neurons_used(model, layer, batches(task, collate, size), "bottom"))
     order = permutations(model)[layer]
     whole = torch.cat([magnitudes[:, order] for magnitudes in dense.values()])
-    active = is_active(whole, read.reading.active_share)
+    active = active_mask(whole, read.reading.active_share)
     measured = concentration(whole, active, spec["method"]["config"]["num_experts"])
     for selection, used in (("top", top), ("bottom", bottom)):
         numbers = selected(torch.cat(used), whole, active)
@@ -90,8 +90,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-def _labelled(batches: Iterable[dict[str, Any]], record: RoutingRecord) -> Iterator[dict[str, Any]]:
-    """Yield batches and let the record count by row."""
+def _label_by_row(batches: Iterable[dict[str, Any]], record: RoutingRecord) -> Iterator[dict[str, Any]]:
+    """Yield batches, and set the row numbers as labels of the record."""
     start = 0
     for batch in batches:
         end = start + len(batch["input_ids"])
@@ -101,10 +101,10 @@ def _labelled(batches: Iterable[dict[str, Any]], record: RoutingRecord) -> Itera
 
 
 def _matrix(tokens: Mapping[str, int], whole: Tensor, active: Tensor, reading: Reading) -> dict[str, Any]:
-    """Draw some tokens of every task and list their active neurons.
+    """Sample tokens of every task, and list their active neurons.
 
     Args:
-        tokens: The number of tokens of each task, which stand in ``whole`` one after the other.
+        tokens: The number of tokens of each task, in the order of ``whole``.
         whole: The magnitudes ``[tokens, d]``.
         active: The active neurons ``[tokens, d]``, bool.
         reading: The settings.

@@ -17,7 +17,7 @@ _KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_t
 
 
 def concentration(outcomes: ModularityOutcomes) -> Table:
-    """Show the concentration by construction, beside the paper's matrices."""
+    """Make a table of the concentration by construction, beside the paper's matrices."""
     published = outcomes.paper.pivot(index=["method", "num_experts"], columns="metric", values="value")
     published = published[["best_quarter", "usage_gini"]].add_suffix("_paper")
     frame = outcomes.means.join(published, on=["method", "num_experts"])
@@ -45,7 +45,7 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
 
 
 def selected(outcomes: ModularityOutcomes) -> Table:
-    """Show the neurons that the top k and the bottom k experts use."""
+    """Make a table of the neurons that the top k and the bottom k experts use."""
     names = ["dead", *(f"{name}_{selection}" for name in ("dead", "active", "kept") for selection in ("top", "bottom"))]
     return Table(
         "Neurons in use by the top and the bottom k experts, nothing trained",
@@ -60,15 +60,15 @@ def selected(outcomes: ModularityOutcomes) -> Table:
 
 
 def usage(outcomes: ModularityOutcomes) -> Table:
-    """Show the information in the choice of an expert, beside chance."""
+    """Make a table of the mutual information of experts with task and class, beside chance."""
     metrics = [*information_numbers("task", "class"), "specialised_experts", "shared_experts"]
     frame = outcomes.means.reindex(columns=list(dict.fromkeys([*_KEYS, *CELL, *metrics])))
     return Table(
-        "What the choice of an expert tells, nothing trained",
+        "Information in the choice of an expert, nothing trained",
         "Mutual information of a token's expert with the task of its row, and with the row's class (within a task, "
         f"mean over the tasks with classes). Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of rows over "
-        "the tasks, or within their task. Some task uses a specialised expert more than shuffles explain (5 %, all "
-        "experts and tasks together); every task uses a shared one above 1/N, and as much as the others. Means over "
+        "the tasks, or within their task. Specialised experts: a task uses them more than by chance (5 %, over all "
+        "experts and tasks). Shared experts: every task uses them above 1/N, and no task differs from chance. Means over "
         "random partitions.",
         {key: label for key, label in _KEYS.items() if key != "n"},
         [Column(metric, metric) for metric in metrics],
@@ -77,7 +77,7 @@ def usage(outcomes: ModularityOutcomes) -> Table:
 
 
 def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
-    """Yield a sentence a model and layer, at its largest N."""
+    """Yield a sentence per model and layer, for its largest N."""
     means = outcomes.means
     for key, rows in means.groupby(PLACE, sort=False):
         largest = rows[rows["num_experts"] == rows["num_experts"].max()].set_index("method")
@@ -101,10 +101,9 @@ TABLES = {"concentration": concentration, "selected": selected, "usage": usage}
 FIGURES = {
     "activations": Figure(
         draw_activations,
-        "Active neurons of tokens of several tasks, neurons in the order of the experts: as they stand in "
-        "the checkpoint, in clusters of alike keys, and at random. Each row is a token, tokens task by "
-        "task; vertical lines part the experts. Where few experts hold most of a token's activations, a row "
-        "is a few dashes instead of dust.",
+        "Active neurons of tokens of several tasks. Neurons are in the order of the experts: the checkpoint's order, "
+        "clusters of similar keys, or random. Each row is a token, task by task; vertical lines separate experts. If few "
+        "experts hold most of a token's activations, its row shows a few dashes instead of scattered dots.",
     ),
     "activations_3d": Figure(
         draw_activations_3d,
@@ -119,14 +118,14 @@ FIGURES = {
     ),
     "experts": Figure(
         draw_experts,
-        "Use of experts by task, over an expert's mean use. Triangles mark what is more (▲) or less (▼) "
-        "than shuffled rows explain at 5 % over the whole panel; dots below mark experts that every task "
-        "uses above the average and alike.",
+        "Use of experts by task, divided by the expert's mean use. Triangles mark use above (▲) or below (▼) chance, by "
+        "shuffled rows at 5 % over the whole panel. Dots mark shared experts: every task uses them above the average and "
+        "equally.",
     ),
 }
 _NOTE = (
-    "Nothing is trained, so that nothing varies but random partitions. A mark or a bit above chance says that experts "
-    "are used differently, not that this helps."
+    "Nothing is trained, so only random partitions vary. A mark, or information above chance, shows that experts are "
+    "used differently, not that this helps."
 )
 
 

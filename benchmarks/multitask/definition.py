@@ -1,4 +1,4 @@
-"""Runs of models that learn several tasks at once: one for each model, mixture, method, learning rate and seed."""
+"""Define the files of a multi-task benchmark."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class MultitaskDefinition(MethodsDefinition):
     """Settings of every run; a suite may set its own."""
 
 
-class WrittenTask(RunTask):
+class LearnedTask(RunTask):
     """A task that is learned."""
 
     prefix: str
@@ -135,7 +135,7 @@ class RunMixture(Strict):
 
     name: str
     """Name of the mixture, or of the single task."""
-    tasks: list[WrittenTask]
+    tasks: list[LearnedTask]
     """Tasks that it learns at once."""
 
 

@@ -14,13 +14,13 @@ _DOMAINS = {ID: "", ID_MEAN: "mean of the tasks", OOD: " (OOD)", OOD_MEAN: "mean
 
 
 def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
-    """Draw the differences to the baseline: a panel per model and mixture, a line per set; 95 % intervals."""
-    rows = outcomes.of_mixtures(outcomes.rows)
+    """Draw differences to the baseline with 95 % intervals: a panel per model and mixture, a line per set."""
+    rows = outcomes.select_mixtures(outcomes.rows)
     rows = rows[rows["delta"].notna()].sort_values(
         "domain", key=lambda names: names.map(list(_DOMAINS).index), kind="stable"
     )
     if rows.empty:
-        plots.placeholder_figure(path, "this suite compares nothing on several tasks")
+        plots.placeholder_figure(path, "this suite has no comparison on several tasks")
         return
     panels = [f"{outcomes.title('model', row.model)}, {outcomes.title('task', row.task)}" for row in rows.itertuples()]
     lines = [outcomes.title("task", row.eval_task) + _DOMAINS[row.domain] for row in rows.itertuples()]

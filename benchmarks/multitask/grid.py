@@ -1,4 +1,4 @@
-"""Runs of models that learn several tasks at once: one for each model, mixture, method, learning rate and seed."""
+"""Plan multi-task runs: one per model, mixture, method, learning rate and seed."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 method["variant"],
                 protocol=CLEAN,
                 model=load_models()[point["model"]].spec(point["model"]),
-                task={"name": point["mixture"], "tasks": [self._written(name) for name in tasks]},
+                task={"name": point["mixture"], "tasks": [self._task_spec(name) for name in tasks]},
                 ood=[
                     self.tasks[other].spec() | {"read_as": name}
-                    for other, name in _others(self.tasks, tasks).items()
+                    for other, name in _ood_sets(self.tasks, tasks).items()
                     if other not in exclude
                 ],
                 method=method,
@@ -91,8 +91,8 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 seed=point["seed"],
             )
 
-    def _written(self, name: str) -> dict[str, Any]:
-        """Resolve a task that is learned, for a spec."""
+    def _task_spec(self, name: str) -> dict[str, Any]:
+        """Return the spec of a learned task, with its prefix."""
         return self.tasks[name].spec() | {"prefix": self.definition.prefixes.get(name, name)}
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
@@ -112,8 +112,8 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         return presentation
 
 
-def _others(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[str, str]:
-    """Find the other sets of some tasks, each with the first task that names it."""
+def _ood_sets(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[str, str]:
+    """Map the OOD sets of some tasks to the first task that lists them."""
     others: dict[str, str] = {}
     for name in names:
         for other in tasks[name].ood:
@@ -123,10 +123,10 @@ def _others(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[str,
 
 
 def _check_tasks(where: str, key: str, names: Collection[str], tasks: Mapping[str, TaskEntry]) -> None:
-    """Check that tasks can be learned as text from text, and that their other sets can be read as they are.
+    """Check that tasks can be learned as text to text, and that their OOD sets have the same format.
 
     Raises:
-        DefinitionError: it names the task and the problem.
+        DefinitionError: A check failed; the error names the task and the problem.
     """
     check_names(where, key, names, tasks)
     where = f"{where}.{key}'"
@@ -136,7 +136,7 @@ def _check_tasks(where: str, key: str, names: Collection[str], tasks: Mapping[st
             raise DefinitionError(f"{where} has '{name}', a regression: an answer is the name of a class")
         if not (task.splits.train and task.splits.dev):
             raise DefinitionError(f"{where} has '{name}', which has no split to train on, or none to choose by")
-    for other, name in _others(tasks, names).items():
+    for other, name in _ood_sets(tasks, names).items():
         if len(tasks[other].fields) != len(tasks[name].fields):
             counts = f"{len(tasks[other].fields)} texts a row and {len(tasks[name].fields)}"
             raise DefinitionError(f"{where}: '{other}' cannot be read as '{name}': they have {counts}")

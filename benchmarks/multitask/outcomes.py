@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import compared, counts
+from benchmarks.harness.report.common import join_claim_numbers, parameter_counts
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.multitask.definition import ID_MEAN
 from benchmarks.text.definition import CLEAN, ID
@@ -38,15 +38,15 @@ class MultitaskOutcomes(TextOutcomes):
         self.mixtures = [name for name in benchmark.definition.mixtures if name in ran]
         self.transfer = self._transfer()
 
-    def of_mixtures(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def select_mixtures(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Select the rows of mixtures, without tasks that are learned alone."""
         return frame[frame["task"].isin(self.mixtures)]
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Collect the scores of mixtures by seed, and the numbers of parameters, for claims."""
-        seeds = self.of_mixtures(self.seeds)
+        seeds = self.select_mixtures(self.seeds)
         scores = seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
-        return compared(scores[scores["domain"] != ID_MEAN], counts(self.records))
+        return join_claim_numbers(scores[scores["domain"] != ID_MEAN], parameter_counts(self.records))
 
     def _seeds(self, protocol: str) -> pd.DataFrame:
         seeds = super()._seeds(protocol)
@@ -58,7 +58,7 @@ class MultitaskOutcomes(TextOutcomes):
     def _transfer(self) -> pd.DataFrame:
         seeds = self.seeds[(self.seeds["protocol"] == CLEAN) & (self.seeds["domain"] == ID)]
         alone = seeds[seeds["task"] == seeds["eval_task"]].set_index(_KEY)["value"].rename("alone")
-        both = self.of_mixtures(seeds).merge(alone, left_on=_KEY, right_index=True)
+        both = self.select_mixtures(seeds).merge(alone, left_on=_KEY, right_index=True)
         both = shared_pairs(both, ["model", "task", "eval_task"], ["method"], "seed")
         means = both.groupby(_TRANSFER, sort=False, as_index=False)[["alone", "value"]].mean()
         pairs = [both.assign(how="alone", value=both["alone"]), both.assign(how="together")]

@@ -13,13 +13,13 @@ from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_seq2seq_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
-from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask
+from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, MultitaskTraining
 from benchmarks.multitask.training import MultitaskTrainer
 from benchmarks.text.data import TextSplit, load_part
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Train and evaluate the model of one spec.
 
     Args:
         spec: The content of ``run.json``.
@@ -31,7 +31,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """
     read = parse(spec, MultitaskSpec, str(folder / "run.json"))
     tasks, training = read.task.tasks, read.training
-    load = partial(load_part, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    load = partial(load_part, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = {task.name: _splits(task, training, load) for task in tasks}
     ood = {other.name: load(other, "test", training.eval_rows) for other in read.ood}
     train, dev, test = ({name: parts[part] for name, parts in splits.items()} for part in ("train", "dev", "test"))
@@ -61,15 +61,15 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-def _splits(task: WrittenTask, training: MultitaskTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
-    """Load train, dev (which chooses) and test (which is reported) of a task.
+def _splits(task: LearnedTask, training: MultitaskTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
+    """Load the splits of a task: train, dev (for selection) and test (reported).
 
-    Without a test split the dev split is reported, and a share of the training rows is held out to choose by.
+    A task without a test split reports the dev split, and selects with held-out training rows.
     """
     train, test = load(task, "train", None), load(task, "test", training.eval_rows)
     if task.splits.test:
         dev = load(task, "dev", training.dev_rows)
     else:
-        train, dev = train.divided(training.validation_fraction, f"{task.name}/held out")
-        dev = dev.head(training.dev_rows, f"{task.name}/held out rows")
+        train, dev = train.hold_out(training.validation_fraction, f"{task.name}/held out")
+        dev = dev.sample(training.dev_rows, f"{task.name}/held out rows")
     return {"train": train, "dev": dev, "test": test}

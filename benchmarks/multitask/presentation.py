@@ -11,7 +11,14 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import counts_by, means_by, read_published, tests_table, with_numbers, with_runs
+from benchmarks.harness.report.common import (
+    cell_means,
+    format_counts,
+    read_published,
+    tests_table,
+    with_numbers,
+    with_runs,
+)
 from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, make
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.multitask.definition import ID_MEAN
@@ -22,13 +29,13 @@ from benchmarks.text.outcomes import CELL, KEYS
 from benchmarks.text.tables import DOMAINS, cost, differences_text, ood, tests
 
 _MEANS = {ID: ID_MEAN, OOD: OOD_MEAN}
-_CHOSEN = "Epoch and learning rate are chosen by the mean score over the tasks on rows that are not reported."
+_CHOSEN = "Selection of epoch and learning rate uses the mean dev score over the tasks, which is not reported."
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:
-    """Show the paper's best gains beside ours: the mean over the sets, and the best of them."""
+    """Make a table of the paper's best gains beside ours: the mean over the sets, and the best set."""
     published = read_published(outcomes.benchmark).set_index(["domain", "method"])["value"] / 100
-    rows = outcomes.of_mixtures(outcomes.rows)
+    rows = outcomes.select_mixtures(outcomes.rows)
     rows = rows[rows["method"] != outcomes.baseline]
     parts = []
     for domain, mean in _MEANS.items():
@@ -63,11 +70,11 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
 
 
 def results(outcomes: MultitaskOutcomes) -> Table:
-    """Show means over the tasks and over the other sets, differences to the baseline, and the cost."""
+    """Make a table of means over the tasks and the OOD sets, differences to the baseline, and the cost."""
     rows = outcomes.rows
     alone = ~rows["task"].isin(outcomes.mixtures)
     in_domain = rows[(rows["domain"] == ID_MEAN) | (alone & (rows["domain"] == ID))]
-    frame = outcomes.order(counts_by(in_domain, CELL), CELL)
+    frame = outcomes.order(format_counts(in_domain, CELL), CELL)
     columns = []
     for name, numbers in (("ID", in_domain), ("OOD", rows[rows["domain"] == OOD_MEAN])):
         kept = numbers[[*CELL, "mean", "std", "delta", "low", "high"]]
@@ -81,7 +88,7 @@ def results(outcomes: MultitaskOutcomes) -> Table:
     rates = chosen.groupby(CELL, sort=False)["learning_rate"].first().map("{:.1e}".format).rename("rate")
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = frame.merge(rates, left_on=CELL, right_index=True, how="left")
-    frame = with_numbers(frame, CELL, means_by(outcomes.shared_origins, CELL, took))
+    frame = with_numbers(frame, CELL, cell_means(outcomes.shared_origins, CELL, took))
     return Table(
         "Several tasks at once: means over tasks and over other sets",
         "Mean ± sample standard deviation over n seeds of the mean over the tasks (ID) and over the sets that no task "
@@ -98,7 +105,7 @@ def results(outcomes: MultitaskOutcomes) -> Table:
 
 
 def sets(outcomes: MultitaskOutcomes) -> Table:
-    """Show the score on every set."""
+    """Make a table of the score on every set."""
     caption = (
         "Mean ± sample standard deviation over n seeds. Sets that a row is trained on are in domain, the others are "
         f"read as the task that names them. {outcomes.shared_note} {_CHOSEN}"
@@ -107,7 +114,7 @@ def sets(outcomes: MultitaskOutcomes) -> Table:
 
 
 def transfer(outcomes: MultitaskOutcomes) -> Table:
-    """Show the gain or loss of learning a task with others, against the same method that learned it alone."""
+    """Make a table of the gain or loss of learning a task together with others, against learning it alone."""
     table = tests_table(
         "the same method that learned the task alone",
         "Score of a task that is learned alone, and with the others: as many passes over as many of its rows. Δ is the "
@@ -122,11 +129,11 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
         "score", "less_delta", f"Δ less {outcomes.baseline_title}'s", interval=("less_low", "less_high"), signed=True
     )
     columns = [Column("score", "alone", "Alone"), Column("score", "together", "Together"), *table.columns, less]
-    return _of_both(outcomes, replace(table, title="Learned together against learned alone", columns=columns))
+    return _add_runs_of_both(outcomes, replace(table, title="Learned together against learned alone", columns=columns))
 
 
-def _of_both(outcomes: MultitaskOutcomes, table: Table) -> Table:
-    """Name the runs of both sides, on several tasks and on the task alone."""
+def _add_runs_of_both(outcomes: MultitaskOutcomes, table: Table) -> Table:
+    """Add the runs of both sides: on several tasks, and on the task alone."""
     together, alone = (
         with_runs(replace(table, frame=table.frame.assign(task=table.frame[key])), outcomes.origins, outcomes.name)
         for key in ("task", "eval_task")
@@ -148,8 +155,8 @@ FIGURES = {
 
 
 def verdicts(outcomes: MultitaskOutcomes) -> Iterator[str]:
-    """Yield a sentence a model, mixture and method of the paper: its differences to the baseline."""
-    rows = outcomes.of_mixtures(outcomes.tests)
+    """Yield a sentence per model, mixture and method, with the differences to the baseline; omit controls."""
+    rows = outcomes.select_mixtures(outcomes.tests)
     rows = rows[rows["method"].map(outcomes.role) == "method"]
     for names, group in outcomes.order(rows, CELL).groupby(CELL, sort=False):
         titles = ", ".join(outcomes.title(key, name) for key, name in zip(CELL, names, strict=True))
@@ -161,4 +168,6 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     outcomes = MultitaskOutcomes(benchmark, runs)
     optimizer = "AdamW, linear decay, no clipping"
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": NOTE, "optimizer": optimizer}
-    return make(benchmark, TABLES, FIGURES, outcomes, compared=outcomes.compared, shows_labels=True, **sentences)
+    return make(
+        benchmark, TABLES, FIGURES, outcomes, claim_numbers=outcomes.claim_numbers, shows_labels=True, **sentences
+    )

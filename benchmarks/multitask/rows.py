@@ -1,4 +1,4 @@
-"""Write the rows that an encoder-decoder learns and their answers, and mix the tasks."""
+"""Format rows and answers for an encoder-decoder, and mix tasks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.training.samplers import EpochOrder
-from benchmarks.multitask.definition import WrittenTask
+from benchmarks.multitask.definition import LearnedTask
 from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
 
 
-def as_text(split: TextSplit, task: WrittenTask) -> TextSplit:
+def as_text(split: TextSplit, task: LearnedTask) -> TextSplit:
     """Write the rows of a split in T5's own form: ``mnli premise: He ran. hypothesis: He moved.``
 
     Args:
-        split: The rows, of the task or of a set that is read as this task.
-        task: The learned task that gives prefix and names of fields.
+        split: The rows of the task or of an OOD set.
+        task: The learned task, for the prefix and the names of fields.
     """
     rows: list[tuple[str, ...]] = []
     for texts in split.texts:
@@ -31,7 +31,7 @@ def as_text(split: TextSplit, task: WrittenTask) -> TextSplit:
     return replace(split, texts=rows)
 
 
-def answers(tokenizer: PreTrainedTokenizerBase, task: WrittenTask) -> list[list[int]]:
+def answers(tokenizer: PreTrainedTokenizerBase, task: LearnedTask) -> list[list[int]]:
     """Tokenise the answers of a task, the names of its classes, each with the token that ends it.
 
     Raises:
@@ -65,11 +65,10 @@ class LearnedRows(Dataset[dict[str, Any]]):
 
 
 class MixedOrder(Sampler[int]):
-    """Order the rows of several tasks that stand end to end: a function of seed and epoch alone.
+    """Order the concatenated rows of several tasks; the order depends only on seed and epoch.
 
-    An epoch has ``most`` rows of a task, or all if it has fewer, so tasks are mixed in proportion to their size up to
-    a limit. A larger task goes through all of its rows, shuffled, before any comes again. The rows of an epoch are
-    shuffled together.
+    An epoch has at most ``most`` rows of a task, so tasks are mixed in proportion to their size up to a limit. A larger
+    task uses all its rows, shuffled, before it repeats one. The rows of an epoch are shuffled together.
 
     Args:
         tasks: The number of tokens of each row, by task.
@@ -98,7 +97,7 @@ class MixedOrder(Sampler[int]):
         tokens: list[int] = []
         start = 0
         for name, lengths in self._tasks.items():
-            chosen = self._chosen(name)
+            chosen = self._rows_of_epoch(name)
             rows += [start + row for row in chosen]
             tokens += [lengths[row] for row in chosen]
             start += len(lengths)
@@ -106,8 +105,8 @@ class MixedOrder(Sampler[int]):
         order.set_epoch(self._epoch)
         return (rows[index] for index in order)
 
-    def _chosen(self, name: str) -> list[int]:
-        """Choose a task's rows of this epoch: the next ones in passes over all of them, each pass in a new order."""
+    def _rows_of_epoch(self, name: str) -> list[int]:
+        """Return a task's rows of this epoch, the next ones in passes over its rows; each pass is shuffled anew."""
         rows, share = len(self._tasks[name]), self._shares[name]
         first = self._epoch * share
         passes = range(first // rows, (first + share - 1) // rows + 1)

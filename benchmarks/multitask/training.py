@@ -1,4 +1,4 @@
-"""Train an encoder-decoder on several tasks at once, and score it by the answers that it finds most likely."""
+"""Train an encoder-decoder on several tasks at once, and score its most likely answers."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, 
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, precision_here
-from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTask
+from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, OtherTask
 from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
 from benchmarks.text.evaluation import score_and_loss
 from benchmarks.text.tokenization import TokenisedRows, batches
 from benchmarks.text.training import Epoch, epoch_arguments, kept_epoch
 
-_MEAN = "mean_score"  # over the tasks, on the rows that choose
+_MEAN = "mean_score"  # mean of the tasks' dev scores
 _IGNORED = -100
 
 
 @torch.no_grad()
 def log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
-    """Compute the log-likelihood of each answer, its end included, given the row; rows are encoded once.
+    """Compute the log-likelihood of each answer with its end token, given the row; rows are encoded once.
 
     Args:
         model: The encoder-decoder.
@@ -58,17 +58,17 @@ def log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor], answers: S
 
 
 class MultitaskTrainer(RoutedTrainer):
-    """Train one model as a run's spec says, and evaluate it by its scores on all tasks.
+    """Train one model according to a run's spec, and evaluate it on all tasks.
 
-    It writes a checkpoint every epoch below ``folder``. A run that was killed resumes from the last complete one, and
-    ends with the same numbers.
+    Each epoch saves a checkpoint below ``folder``. A killed run resumes from the last complete one, with the same final
+    numbers.
 
     Args:
         trainable: The model.
         tokenizer: The tokenizer of the model.
         spec: The spec of the run.
-        train: The rows to learn, by task.
-        dev: The rows that choose, by task.
+        train: The training rows by task.
+        dev: The dev rows by task.
         folder: The folder of the run.
         progress: The log.
     """
@@ -109,7 +109,7 @@ class MultitaskTrainer(RoutedTrainer):
             trainable=trainable,
             probe=self.probe,
             train_dataset=rows,
-            eval_dataset=rows,  # Trainer asks for one; the scores are of the rows that choose
+            eval_dataset=rows,  # Trainer requires one; scores use the dev rows
             data_collator=collate,
             callbacks=[progress, self._stopwatch, RetieGates()],
         )
@@ -121,10 +121,10 @@ class MultitaskTrainer(RoutedTrainer):
         return {**cost, "evaluation_seconds": evaluation, "precision": self._precision}
 
     def fit(self) -> tuple[list[Epoch], Epoch]:
-        """Train, from the last complete checkpoint if there is one.
+        """Train from the last complete checkpoint, if any.
 
         Returns:
-            All epochs, and the one whose weights the model has.
+            All epochs, and the one whose weights are kept.
         """
         self.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         epochs: list[Epoch] = [
@@ -135,7 +135,7 @@ class MultitaskTrainer(RoutedTrainer):
         return epochs, kept_epoch(epochs, self._best)
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
-        """Score all tasks on the rows that choose, and their mean, which chooses an epoch."""
+        """Return the dev scores of all tasks and their mean, which selects the epoch; log them."""
         scores = {name: cast(float, scored[self._tasks[name].metric]) for name, scored in self.dev_scores().items()}
         scores = {_MEAN: sum(scores.values()) / len(scores), **scores}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
@@ -144,21 +144,23 @@ class MultitaskTrainer(RoutedTrainer):
         return metrics
 
     def dev_scores(self) -> dict[str, dict[str, float | None]]:
-        """Score every task on the rows that choose."""
+        """Return the dev scores of every task by metric."""
         return {name: self.score(self._dev[name], task) for name, task in self._tasks.items()}
 
-    def score(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
-        """Score a split of a task or of another set; the loss is given if the answers are the set's classes."""
+    def score(self, split: TextSplit, task: LearnedTask | OtherTask) -> dict[str, float | None]:
+        """Score a split of a task or an OOD set; ``loss`` only if the set has the task's classes."""
         start = time.perf_counter()
         learned = self._tasks[task.read_as if isinstance(task, OtherTask) else task.name]
         rows = self._rows(split, learned, labelled=False)
         metrics = task.ood_metrics if isinstance(task, OtherTask) else [task.metric]
-        scores = score_and_loss(self._ranked(rows, self._answers[learned.name]), rows.labels, learned, task, metrics)
+        scores = score_and_loss(
+            self._score_answers(rows, self._answers[learned.name]), rows.labels, learned, task, metrics
+        )
         self._stopwatch.evaluation += time.perf_counter() - start
         return scores
 
-    def _ranked(self, rows: TokenisedRows, answers: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Compute :func:`log_likelihoods` of all rows, in their order; restores RNG state and train/eval mode."""
+    def _score_answers(self, rows: TokenisedRows, answers: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Compute the log-likelihood of every answer, ``[rows, answers]``; restore RNG state and train/eval mode."""
         collate, ranked = DataCollatorWithPadding(self._tokenizer), []
         with restore_rng_and_modes(self._network), self.compute_loss_context_manager():
             self._network.eval()
@@ -167,7 +169,7 @@ class MultitaskTrainer(RoutedTrainer):
                 ranked.append(log_likelihoods(self._network, inputs, answers).cpu().numpy())
         return np.concatenate(ranked)
 
-    def _rows(self, split: TextSplit, task: WrittenTask, *, labelled: bool = True) -> TokenisedRows:
+    def _rows(self, split: TextSplit, task: LearnedTask, *, labelled: bool = True) -> TokenisedRows:
         return TokenisedRows(
             as_text(split, task), self._tokenizer, self._training.max_length, by_length=not labelled, labelled=labelled
         )

@@ -1,4 +1,4 @@
-"""Specs of measurements: a run for each model and setting, with all candidates side by side."""
+"""Define the files of a benchmark that measures speed."""
 
 from __future__ import annotations
 

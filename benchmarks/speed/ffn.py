@@ -1,4 +1,4 @@
-"""One FFN as others compute its experts: the authors' block mask, and the expert layers of transformers."""
+"""Compute the experts of one FFN with other implementations: the authors' block mask, and transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FFN(nn.Module):
 
 
 class SpeedNet(nn.Module):
-    """Hold one FFN in a list, as ``emoe.convert_`` reads it."""
+    """Hold one FFN in a list of layers, which ``emoe.convert_`` needs."""
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ emoe.register_ffn(
 
 
 class BlockMask(nn.Module):
-    """Compute every neuron, then a mask by the mean pre-activation of each block, as the authors' Llama code does."""
+    """Compute all neurons, and mask blocks by their mean pre-activation, as the authors' Llama code does."""
 
     def __init__(self, ffn: FFN, num_experts: int, top_k: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Specs of measurements: a run for each model and setting, with all candidates side by side."""
+"""Plan measurements: a run per model and setting, with all candidates side by side."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
 
 
 def _variant(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """Name the settings that are not the usual ones."""
+    """Return a name for the settings that differ from the usual ones."""
     values = {name: settings[name] for name in settings if name in _LETTERS and settings[name] != usual[name]}
     return "-".join(
         f"{_LETTERS[name]}{value:g}" if isinstance(value, int | float) else f"{_LETTERS[name]}{value}"

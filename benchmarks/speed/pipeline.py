@@ -33,7 +33,7 @@ Numbers = dict[str, dict[str, float]]
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Measure the candidates of one spec.
 
     Args:
         spec: The content of ``run.json``.
@@ -41,7 +41,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         progress: The reporter of progress.
 
     Returns:
-        The content of ``metrics.json``, less what the harness adds: ``measured`` by candidate.
+        The content of ``metrics.json`` without the harness's part: ``measured`` by candidate.
     """
     measure = spec["task"]["name"]
     settings = parse(spec["settings"], Settings, str(folder / "run.json"), "settings")
@@ -52,10 +52,10 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 
 def time_in_turn(call: Callable[[Any], object], nets: Mapping[str, Any], rounds: int) -> Numbers:
-    """Time a call of each net in turn, so that a disturbance slows all of them, after a round that does not count.
+    """Time a call of each net in turn, so that a disturbance affects all; the first round is discarded.
 
     Args:
-        call: The call.
+        call: The function to time.
         nets: The nets by name, ``dense`` among them.
         rounds: The number of rounds.
 
@@ -76,7 +76,7 @@ def time_in_turn(call: Callable[[Any], object], nets: Mapping[str, Any], rounds:
 
 
 def candidates(dense: Any, settings: Settings) -> dict[str, Any]:
-    """Return the dense net and a copy of it for each candidate; most are the name of a backend."""
+    """Return the dense net and a converted copy per candidate, by name; most names are backends."""
     nets = {"dense": dense}
     n, k = settings.num_experts, settings.top_k
     for name in settings.candidates:
@@ -164,7 +164,7 @@ def _language_models(model: Mapping[str, Any], settings: Settings) -> dict[str, 
 
 
 def measure_ffns(model: Mapping[str, Any], settings: Settings) -> Numbers:
-    """Measure ``tokens`` tokens at once through all FFNs of a language model, so that no weight is still in a cache."""
+    """Measure ``tokens`` tokens at once through all FFNs of a language model; the model exceeds CPU caches."""
     nets = _language_models(model, settings)
     x = torch.randn(1, settings.tokens, nets["dense"].config.hidden_size).to(getattr(torch, settings.dtype))
 

@@ -1,4 +1,4 @@
-"""Tables and verdicts of finished measurements."""
+"""Present finished measurements: tables and verdicts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import compared
+from benchmarks.harness.report.common import join_claim_numbers
 from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.speed.definition import Settings
 
 _NOTE = (
-    "Each ratio is the median over rounds in which all candidates ran in turn in one process. The middle here is the "
-    "median over settings."
+    "Each ratio is the median over rounds, in which all candidates ran in turn in one process. Sentences give the median "
+    "over settings."
 )
 _KEYS = {"num_experts": "N", "top_k_fraction": "k/N"}
 
@@ -28,8 +28,8 @@ class Measurements:
     Attributes:
         runs: The finished runs.
         titles: The titles of the candidates.
-        records: Every number with the settings of its run; the candidate stands in ``eval_task``.
-        origins: The same, as tables name their runs.
+        records: Every number with the settings of its run; ``eval_task`` is the candidate.
+        origins: The same frame, for the runs of tables.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
@@ -58,15 +58,15 @@ class Measurements:
             frame[column] = frame[column].map("{:g}".format)
         return frame
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Return the ratios of every setting, for claims."""
         ratios = self.records[self.records["metric"].str.startswith("ratio")]
         names = {"task": "domain", "eval_task": "method", "run_id": "pair"}
-        return compared(ratios.drop(columns="method").rename(columns=names))
+        return join_claim_numbers(ratios.drop(columns="method").rename(columns=names))
 
 
 def layer(measured: Measurements) -> Table:
-    """Compare every candidate with the dense FFN."""
+    """Make a table of every candidate beside the dense FFN."""
     frame = measured.wide("layer")
     frame["size"] = [f"{row.neurons / float(row.num_experts):g}" for row in frame.itertuples()]
     return Table(
@@ -88,7 +88,7 @@ def layer(measured: Measurements) -> Table:
 
 
 def step(measured: Measurements) -> Table:
-    """Compare training steps of a whole model."""
+    """Make a table of training steps of whole models."""
     frame = measured.wide("step")
     frame["batch"] = [f"{row.batch_size:g} × {row.length:g}" for row in frame.itertuples()]
     keys = {"model_title": "Model", "layers": "Layers", **_KEYS, "batch": "Batch", "threads": "Threads"}
@@ -103,7 +103,7 @@ def step(measured: Measurements) -> Table:
 
 
 def decode(measured: Measurements) -> Table:
-    """Compare one token or the tokens of a prompt in all FFNs, and an answer."""
+    """Make a table of decoding times: one token or a prompt through all FFNs, and a generated answer."""
     frame = pd.concat([measured.wide(name) for name in measured.measures if name in ("decode", "prompt", "generate")])
     frame["what"] = [
         f"{measured.measures[row.task].title}{f', {row.tokens} tokens' if row.task == 'prompt' else ''}"
@@ -122,7 +122,7 @@ def decode(measured: Measurements) -> Table:
 
 
 def partition(measured: Measurements) -> Table:
-    """Compare our clustering of keys with the library's."""
+    """Make a table of our clustering of keys beside k-means-constrained."""
     frame = measured.wide("partition")
     columns = [Column("seconds", "emoe_seconds", "EMoE"), Column("inertia", "emoe_inertia", "Unexplained, EMoE")]
     if "kmeans_constrained_seconds" in frame:
@@ -151,20 +151,20 @@ def _ratio_columns(measured: Measurements, frame: pd.DataFrame) -> list[Column]:
 
 
 def verdicts(measured: Measurements) -> Iterator[str]:
-    """Write a sentence for each measure, type and share of experts: the middle over its settings, and both ends."""
+    """Yield a sentence per measure, dtype and k/N, with the median ratio over settings, and its range."""
     rows = measured.records[
         (measured.records["eval_task"].isin(["sparse", "inference"])) & (measured.records["metric"] == "ratio")
     ]
     for (measure, dtype, share), group in rows.groupby(["task", "dtype", "top_k_fraction"], dropna=False, sort=False):
         ordered = group.sort_values("value")
         kind = "" if pd.isna(dtype) else f", {dtype}"
-        ends = f", from {_setting(ordered.iloc[0])} to {_setting(ordered.iloc[-1])}" if len(group) > 1 else ""
+        ends = f", from {_setting_text(ordered.iloc[0])} to {_setting_text(ordered.iloc[-1])}" if len(group) > 1 else ""
         settings = f"{len(group)} setting{'s' if len(group) > 1 else ''}"
         title = measured.measures[measure].title
         yield f"{title}{kind}, k/N {share:g}, {settings}: {group['value'].median():.2f} of the dense time{ends}."
 
 
-def _setting(row: Any) -> str:
+def _setting_text(row: Any) -> str:
     tokens = f"{row['tokens']:g} tokens, {row['threads']:g} thread{'s' if row['threads'] > 1 else ''}"
     where = f"layers {row['layers']}" if row["task"] == "step" else tokens
     return f"{row['value']:.2f} ({row['model_title']}, N {row['num_experts']:g}, {where})"
@@ -179,5 +179,9 @@ FIGURES: dict[str, Figure] = {}
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     measured = Measurements(benchmark, runs)
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(measured)), "note": _NOTE, "compared": measured.compared}
+    sentences: dict[str, Any] = {
+        "verdicts": list(verdicts(measured)),
+        "note": _NOTE,
+        "claim_numbers": measured.claim_numbers,
+    }
     return make(benchmark, TABLES, FIGURES, measured, **sentences)

@@ -19,7 +19,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
 from benchmarks.harness.report.common import (
     SETTING,
-    means_by,
+    cell_means,
     name_or_count,
     published_delta,
     read_published,
@@ -35,7 +35,7 @@ from benchmarks.text.figures import draw_curves, draw_differences
 from benchmarks.text.outcomes import ARROW, TextOutcomes
 
 _AVERAGE_OF = "average of "
-AXES = {"train_share": "D", "top_k_fraction": "k"}  # letters of the settings that a figure may have on its axis
+AXES = {"train_share": "D", "top_k_fraction": "k"}  # letters of settings that may be the x axis of a figure
 _AXIS_WORDS = {"train_share": "the share of the training rows", "top_k_fraction": "the share of experts in use"}
 _LETTERS = ["D", "k", "N", "L"]
 _CELL = ["protocol", "domain", "model", "scope"]
@@ -43,7 +43,7 @@ _ROW = [*_CELL, "method"]
 
 
 class Ablations:
-    """Compute the ablations of a benchmark from all its finished runs, each when it is first asked for."""
+    """Compute the ablations of a benchmark from its finished runs, each at its first use."""
 
     def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
         self._benchmark, self._runs, self._records = benchmark, runs, collect(runs)
@@ -53,18 +53,18 @@ class Ablations:
         self.tables = {name: partial(self._table, name) for name in self._definitions}
         self.figures = {name: Figure(partial(self._draw, name), self._caption(name)) for name in self._definitions}
 
-    def compared(self) -> pd.DataFrame:
-        """Return the numbers that claims are tested on, with those of ablations."""
-        usual = self.usual.compared()
+    def claim_numbers(self) -> pd.DataFrame:
+        """Return the claim numbers of main rows and ablations."""
+        usual = self.usual.claim_numbers()
         if not self._definitions:
             return usual
-        numbers, keys = self._outcomes.compared(), ["method", "setting", "domain"]
+        numbers, keys = self._outcomes.claim_numbers(), ["method", "setting", "domain"]
         is_new = ~pd.MultiIndex.from_frame(numbers[keys]).isin(pd.MultiIndex.from_frame(usual[keys]))
         return pd.concat([usual, numbers[is_new]], ignore_index=True)
 
     @cached_property
     def _outcomes(self) -> TextOutcomes:
-        return TextOutcomes(self._benchmark, self._runs, self._records, ablated=True)
+        return TextOutcomes(self._benchmark, self._runs, self._records, include_ablations=True)
 
     def _table(self, name: str, _usual: TextOutcomes) -> Table:
         table = ablation_table(self._definitions[name], self._rows(name))
@@ -75,12 +75,12 @@ class Ablations:
         definition, baseline = self._definitions[name], self.usual.baseline_title
         if definition.axis:
             return (
-                f"{definition.title}. Scores over {_AXIS_WORDS[definition.axis]}, with 95 % intervals; the dashed line "
-                f"is the mean of {baseline}. The paper's numbers are in panels of their own. Axes do not start at zero."
+                f"{definition.title}. Scores over {_AXIS_WORDS[definition.axis]}, with 95 % intervals. The dashed line is "
+                f"the mean of {baseline}. Separate panels show the paper's numbers. Axes do not start at zero."
             )
         reference = "the row above" if definition.steps else baseline
         crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
-        return f"{definition.title}. Differences to {reference}, paired by seed, with their 95 % intervals{crosses}."
+        return f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals{crosses}."
 
     def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
         definition = self._definitions[name]
@@ -92,11 +92,12 @@ class Ablations:
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
-    """Compute a row for each selection, domain, model, scope (task, pair of tasks or average) and row of the ablation.
+    """Compute the numbers of an ablation, a row per selection, domain, model, scope and method.
 
-    Columns: these keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``,
-    ``p``, ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
-    ``paper_delta``, ``status``, ``source``), and titles. A scope needs a row of the ablation and the baseline.
+    A scope is a task, a pair of tasks or an average, with the baseline and at least one ablated method. Columns: these
+    keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``, ``p_holm``
+    over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``, ``paper_delta``,
+    ``status``, ``source``), and titles.
     """
     names = [name for row in ablation.rows for name in outcomes.methods if name.partition(SETTING)[0] == row]
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
@@ -110,14 +111,16 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     ]
     seeds = shared_pairs(seeds, _CELL, ["method"], "seed")
     rows = summarize(seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)])
-    # grouped means, so that no last digit of a published csv changes
+    # grouped means, because they round differently in the last digit
     rows[["mean", "std"]] = seeds.groupby(_ROW, sort=False)["value"].agg(["mean", "std"]).to_numpy()
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
     rows = with_verdicts(rows.drop(columns="pairs"), _CELL)
-    rows = with_numbers(rows, ["model", "method"], means_by(outcomes.records, ["model", "method"], ["active_neurons"]))
-    rows = _with_paper(outcomes, ablation, rows)
+    rows = with_numbers(
+        rows, ["model", "method"], cell_means(outcomes.records, ["model", "method"], ["active_neurons"])
+    )
+    rows = _join_paper(outcomes, ablation, rows)
     rows = rows.assign(is_ours=rows["mean"].notna())
-    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _rank(ablation, name))
+    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _sort_key(ablation, name))
     in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods, "is_ours": [True, False]}
     ranks = {column: {name: rank for rank, name in enumerate(names)} for column, names in in_order.items()}
     rows = rows.sort_values(
@@ -125,11 +128,11 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         key=lambda column: column.map(ranks[column.name]) if column.name in ranks else column,
         kind="stable",
     )
-    return _with_settings(outcomes, outcomes.titled(rows.reset_index(drop=True)))
+    return _add_settings(outcomes, outcomes.titled(rows.reset_index(drop=True)))
 
 
-def _rank(ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
-    """Return the sort key of a row: its place in the ablation, then the numbers of its setting."""
+def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
+    """Return the sort key of a row: its position in the ablation, then the numbers of its setting."""
     row, _, setting = name.partition(SETTING)
     values = []
     for key, text in setting_values(setting).items():
@@ -139,7 +142,7 @@ def _rank(ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, st
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Average over the tasks (or pairs) that all rows of a selection, domain and model share, by seed."""
+    """Average per seed over the tasks (or pairs) that all rows of a selection, domain and model share."""
     averages = [seeds.iloc[:0]]
     for (protocol, domain, model), group in seeds.groupby(["protocol", "domain", "model"], sort=False):
         scopes = group.groupby("scope", sort=False)["method"].nunique()
@@ -155,8 +158,8 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(averages)
 
 
-def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
-    """Join the paper's numbers, which are by its authors' selection, and add rows that only the paper has."""
+def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
+    """Join the paper's numbers (authors' selection), and add the rows that only the paper has."""
     published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
     if ablation.paper:
         published = read_published(outcomes.benchmark, ablation.paper, ABLATION_COLUMNS)
@@ -178,15 +181,15 @@ def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     return rows.assign(domain=rows["domain"].fillna(rows["scope"].map(lambda name: OOD if ARROW in name else ID)))
 
 
-def _with_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add titles with the settings, their values by letter (k as a share of N), and ``kind``, the plain method."""
+def _add_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add titles with settings, the settings by letter (k as a share of N), and ``kind``, the base method."""
     settings = []
     for row in rows.itertuples():
         name, _, setting = row.method.partition(SETTING)
         title = outcomes.title("method", name)
         letters = {**dict.fromkeys(_LETTERS, ""), "D": "1", **setting_values(setting)}
         if row.is_ours:
-            letters |= _letters(outcomes.specs[row.model, row.method])
+            letters |= _settings_by_letter(outcomes.specs[row.model, row.method])
         shown = {
             "method_title": ", ".join(filter(None, (title, setting_text(setting)))),
             "row_title": title,
@@ -200,8 +203,8 @@ def _with_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**pd.DataFrame(settings, columns=columns, index=rows.index).to_dict("series"))
 
 
-def _letters(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return the values of a run's settings by their letters."""
+def _settings_by_letter(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Return a run's settings by letter."""
     config = spec["method"]["config"]
     letters = {"D": f"{spec.get('training', {}).get('train_share', 1)}"}
     if config and config["kind"] == "emoe":
@@ -212,7 +215,7 @@ def _letters(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
-    """Lay out the rows of :func:`ablation_rows`; a main row on the axis of N and k has both in its title."""
+    """Make a table from the rows of :func:`ablation_rows`; over k, titles of main rows include N and k/N."""
     if definition.axis == "top_k_fraction":
         is_main_row = rows["N"].ne("") & ~rows["method"].str.contains(SETTING, regex=False)
         titles = rows["method_title"] + ", N " + rows["N"] + ", k/N " + rows["k"]
@@ -226,10 +229,10 @@ def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
     return Table(
         definition.title,
         f"{definition.question} Score (%): mean ± standard deviation over the n seeds that all rows of a set and "
-        f"selection have; Δ is the difference to the {'row above' if definition.steps else 'first row'}, paired by "
-        "seed, with a 95 % confidence interval "
-        "(Student's t); p of the paired t-test is corrected by Holm's procedure over the rows of a set and selection; "
-        "the verdict takes it at 5 %. The paper's numbers are of its own models and tasks.",
+        f"selection share. Δ is the difference to the {'row above' if definition.steps else 'first row'}, paired by "
+        "seed, with a 95 % confidence interval (Student's t). p is from the paired t-test, corrected with Holm's "
+        "procedure over the rows of a set and selection; the verdict uses it at 5 %. The paper's numbers are for its "
+        "own models and tasks.",
         {"model_title": "Model", "selection": "Selection", "on": "On", "method_title": "Method", "n": "n"},
         [
             Column("score", "mean", "Score", std="std"),

@@ -34,18 +34,18 @@ from emoe.errors import did_you_mean
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "jsonl": "json", "json": "json", "csv": "csv"}  # in this order
 DEV_SHARE, TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
 
-_NO_LABEL = {"", "-1", "nan", "none", "null"}  # unless the task has a class of this name
+_NO_LABEL = {"", "-1", "nan", "none", "null"}  # missing labels, unless the task has such a class
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Rows of one split.
+    """Hold the rows of one split.
 
     Attributes:
-        texts: One tuple a row, with one text or a pair.
-        labels: Class numbers, or the numbers of a regression.
-        dropped: The count of rows left out because they lack a gold label or a text.
+        texts: One tuple per row, with one text or a pair.
+        labels: The class numbers, or the scores of a regression.
+        dropped: The number of omitted rows, which lack a gold label or a text.
         source: The file, package or hub id.
     """
 
@@ -57,24 +57,24 @@ class TextSplit:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def head(self, rows: int | None, seed_name: str) -> TextSplit:
-        """Draw ``rows`` rows, the same for every run; return all of them for None."""
+    def sample(self, rows: int | None, seed_name: str) -> TextSplit:
+        """Draw ``rows`` rows, the same for every run; None keeps all rows."""
         if rows is None or rows >= len(self):
             return self
         return self._rows(sorted(random.Random(derive_seed("rows", seed_name)).sample(range(len(self)), rows)))
 
-    def divided(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
-        """Hold out a share of the rows, the same for every run; return the other rows and the share."""
+    def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
+        """Hold out a share of the rows, the same for every run; return the other rows and the held-out ones."""
         count = round(len(self) * share)
         if not 0 < count < len(self):
             raise DataError(f"{self.source}: a share of {share:g} of {len(self)} rows cannot be held out")
         chosen = set(random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count))
         return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(sorted(chosen))
 
-    def part(self, share: float, seed_name: str) -> TextSplit:
-        """Draw a share of the rows of every class (of a regression: of every whole score), the same for every run.
+    def stratified_sample(self, share: float, seed_name: str) -> TextSplit:
+        """Draw a share of the rows of every class (for a regression: rounded score), the same for every run.
 
-        Every class keeps a row at least. A smaller share is a subset of a larger one.
+        Every class keeps at least one row. A smaller share is a subset of a larger one.
         """
         by_class: dict[int, list[int]] = {}
         for row, label in enumerate(self.labels):
@@ -95,16 +95,16 @@ class TextSplit:
 
     @property
     def has_classes(self) -> bool:
-        """Return True if labels are class numbers, not the numbers of a regression."""
+        """Return True if labels are class numbers, not regression scores."""
         return all(isinstance(label, int) for label in self.labels)
 
     @property
     def class_numbers(self) -> NDArray[np.int64]:
-        """Return the class of each row; -1 for each row of a regression."""
+        """Return the class of each row, ``[rows]``; all -1 for a regression."""
         return np.asarray(self.labels if self.has_classes else [-1] * len(self), dtype=np.int64)
 
     def summary(self) -> dict[str, Any]:
-        """Return source, digest and counts of the rows, by class (of a regression: their range)."""
+        """Return source, digest and row counts, in total and by class (for a regression: the range of scores)."""
         digest = _digest(zip(self.texts, self.labels, strict=True))[:16]
         summary: dict[str, Any] = {"source": self.source, "digest": digest, "rows": len(self), "dropped": self.dropped}
         if self.has_classes:
@@ -121,13 +121,13 @@ def _digest(rows: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def part_read(splits: Splits, part: str) -> str:
-    """Return the part that is read for a part: without a test split, the dev split is reported."""
+def resolve_part(splits: Splits, part: str) -> str:
+    """Return the part whose split is used; a task without a test split uses the dev split as its test part."""
     return "dev" if part == "test" and splits.test is None else part
 
 
 def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
-    """Compare the rows of a task's part with the counts of its makers and of the paper's authors."""
+    """Compare the rows of a task's part with the row counts of its makers and of the paper's authors."""
     if split.has_classes:
         counts = Counter(split.labels)
         labels = ", ".join(f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels))
@@ -142,7 +142,7 @@ def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> Se
         labels,
         split.source,
         published=entry.published_rows if part == "test" else None,
-        # an empty label is no row of the makers
+        # makers do not count rows with empty labels
         counts_dropped=any(label != "" for label in entry.unlabelled),
     )
 
@@ -151,26 +151,30 @@ def load_part(
     task: RunTask,
     part: str,
     rows: int | None,
-    known: Mapping[str, TaskEntry] | None = None,
+    entries: Mapping[str, TaskEntry] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TextSplit:
-    """Load the ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``; None takes all.
+    """Load the ``train``, ``dev`` or ``test`` part of a task, and sample ``rows`` rows; None keeps all.
 
     Args:
-        known: The tasks of ``tasks.yaml``, with their row counts.
-        say: The function that takes a warning if the set has another row count.
+        task: The task.
+        part: The part.
+        rows: The number of rows.
+        entries: The tasks of ``tasks.yaml``, with their row counts.
+        say: The function that prints a warning if the set has an unexpected row count.
     """
-    part = part_read(task.splits, part)
+    part = resolve_part(task.splits, part)
     split = load_split(task, part)
-    if say and known and task.name in known and (note := compare_rows(task.name, part, split, known[task.name]).note):
+    entry = (entries or {}).get(task.name)
+    if say and entry and (note := compare_rows(task.name, part, split, entry).note):
         say(f"warning: {note}")
-    return split.head(rows, f"{task.name}/{part}")
+    return split.sample(rows, f"{task.name}/{part}")
 
 
 def load_split(task: RunTask, part: str) -> TextSplit:
     """Load the ``train``, ``dev`` or ``test`` part of a task.
 
-    The set's folder below the data root (environment variable ``EMOE_DATA_ROOT``) comes before the hub.
+    The set's folder below the data root (``EMOE_DATA_ROOT``) has precedence over the hub.
 
     Raises:
         DataError: The set, a column or a split is missing, or a label is not one of the task's.
@@ -184,17 +188,17 @@ def load_split(task: RunTask, part: str) -> TextSplit:
         texts, labels, dropped = load_vader(source.vader_sentiment, split, strength=strength)
         name = ", ".join(filter(None, (source.vader_sentiment, source.vader_label, split)))
         return TextSplit([(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {name}")
-    return _checked_split(_read_tables(task, split), task)
+    return _join_tables(_read_tables(task, split), task)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows of one file, or of one split on the hub.
+    """Hold the rows of one file, or of one split on the hub.
 
     Attributes:
         source: The file, or the hub id and split.
-        cells: The cells, with the file's column names; of labels the names instead of numbers, where they are known.
-        class_names: The names of the classes, if they are known.
+        cells: The cells, with the file's column names. Labels are class names if ``class_names`` is given.
+        class_names: The names of the classes, if the file stores them.
     """
 
     source: str
@@ -241,8 +245,8 @@ def _read_hub(task: RunTask, split: str) -> _Table:
 
 
 def _read_saved(folder: Path, task: RunTask, split: str | None) -> _Table:
-    """Read a set that ``datasets`` saved with ``save_to_disk``, or one split of it."""
-    with _errors_named(folder):
+    """Read a set saved by ``save_to_disk`` of ``datasets``, or one of its splits."""
+    with _name_file_in_errors(folder):
         dataset: Any = datasets.load_from_disk(str(folder))
         if split is None:
             return _to_table(dataset, str(folder), task)
@@ -252,7 +256,7 @@ def _read_saved(folder: Path, task: RunTask, split: str | None) -> _Table:
 
 
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
-    """Read a split from files under the hub's names, in the first format that is there."""
+    """Read a split from files with the hub's names, in the first available format."""
     config = task.source.config
     folders = [folder, *([folder / config, folder / "data"] if config else [])]
     for subfolder in folders:
@@ -271,7 +275,7 @@ def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
     """Find the files of a split: one file, numbered pieces, or all files in a folder of its name.
 
     Raises:
-        DataError: The split is there in two of these forms, or a piece is missing.
+        DataError: The split exists in two of these forms, or a piece is missing.
     """
     pieces = sorted(folder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
     inside = sorted(file for file in folder.glob(f"{split}/*.{suffix}") if not file.name.startswith("."))
@@ -285,23 +289,23 @@ def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Read a file of a set whose folders may hold class names; nothing is executed, cached or looked up elsewhere."""
-    with _errors_named(file):
+    """Read a file, with the class names in its folders; execute, cache and download nothing."""
+    with _name_file_in_errors(file):
         if file.suffix == ".csv":
-            return _with_names_beside(_Table(str(file), read_csv(file)), folders, task)
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it once
+            return _add_stored_class_names(_Table(str(file), read_csv(file)), folders, task)
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the raised error is enough
         builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
         dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
-        return _with_names_beside(_to_table(dataset, str(file), task), folders, task)
+        return _add_stored_class_names(_to_table(dataset, str(file), task), folders, task)
 
 
 def read_csv(file: Path) -> pd.DataFrame:
-    """Read a csv; all its cells are text, and rows that end early lack their last ones.
+    """Read a csv as text cells; short rows lack their last cells.
 
     Raises:
         DataError: The file cannot be read, or has no row.
     """
-    with _errors_named(file), warnings.catch_warnings():
+    with _name_file_in_errors(file), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # the first row has more cells than the header
         cells = pd.read_csv(file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig")
     if cells.empty:
@@ -310,49 +314,49 @@ def read_csv(file: Path) -> pd.DataFrame:
 
 
 def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
-    """Read the rows of a split from one csv: by its column ``split``, else by the hash of the text."""
+    """Read the rows of a split from one csv, by its column ``split`` or else by a hash of the text."""
     cells = read_csv(file)
     if "split" in cells:
         splits = cells["split"]
     else:
-        splits = cells[_column(_Table(str(file), cells), task.fields[0], task)].astype(str).map(_drawn_split)
+        splits = cells[_find_column(_Table(str(file), cells), task.fields[0], task)].astype(str).map(_split_by_hash)
     if not (splits == split).any():
         raise DataError(f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}")
     return _Table(str(file), cells[splits == split])
 
 
-def _drawn_split(text: str) -> str:
-    """Draw the split of a text by its hash, so other rows never move it."""
+def _split_by_hash(text: str) -> str:
+    """Return the split of a text, chosen by its hash, so that it does not depend on other rows."""
     fraction = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
     return "dev" if fraction < DEV_SHARE else "test" if fraction < DEV_SHARE + TEST_SHARE else "train"
 
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
-    """Read all rows of a set of ``datasets``."""
+    """Convert a set of ``datasets`` to a table, with class names as labels if it has them."""
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     if not batches:
         raise DataError(f"{source} is empty")
     cells = pd.DataFrame(pa.concat_tables(batches, promote_options="default").to_pydict(), dtype=object)
     table = _Table(source, cells)
-    feature = (dataset.features or {}).get(_column(table, task.label, task))
+    feature = (dataset.features or {}).get(_find_column(table, task.label, task))
     return _with_class_names(table, feature.names, task) if isinstance(feature, datasets.ClassLabel) else table
 
 
 def _with_class_names(table: _Table, names: Sequence[str], task: RunTask) -> _Table:
-    """Replace the numbers of classes by their names; other values (-1, a missing label) stay."""
-    column = _column(table, task.label, task)
+    """Replace class numbers by class names; keep other values (-1, a missing label)."""
+    column = _find_column(table, task.label, task)
     by_number = {str(number): name for number, name in enumerate(names)}
     values = [by_number.get(label_text(value), value) for value in table.cells[column]]
     return _Table(table.source, table.cells.assign(**{column: values}), names)
 
 
-def _with_names_beside(table: _Table, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Take the class names from the set's README.md or ``dataset_info(s).json`` if the file has numbers alone.
+def _add_stored_class_names(table: _Table, folders: Sequence[Path], task: RunTask) -> _Table:
+    """Add class names from the set's README.md or ``dataset_info(s).json``, if it has some.
 
     Raises:
-        DataError: The file has other names, or the names are themselves numbers that the file's numbers may mean.
+        DataError: The file has other names, or the names are numbers, so that the file's labels are ambiguous.
     """
-    column = _column(table, task.label, task)
+    column = _find_column(table, task.label, task)
     for folder in folders:
         infos = dict(DatasetInfosDict.from_directory(str(folder)))
         if (folder / "dataset_info.json").exists():
@@ -372,8 +376,8 @@ def _with_names_beside(table: _Table, folders: Sequence[Path], task: RunTask) ->
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
-    """Turn errors of libraries on a damaged file into one line with its name."""
+def _name_file_in_errors(path: Path) -> Iterator[None]:
+    """Convert errors of libraries on a damaged file to a one-line :class:`DataError` with its name."""
     try:
         yield
     except DataError:
@@ -382,13 +386,13 @@ def _errors_named(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _checked_split(tables: Sequence[_Table], task: RunTask) -> TextSplit:
-    """Join tables into a split, without rows that lack a gold label or a text."""
+def _join_tables(tables: Sequence[_Table], task: RunTask) -> TextSplit:
+    """Join tables into a split; drop rows without a gold label or a text."""
     texts: list[tuple[str, ...]] = []
     labels: list[Any] = []
     for table in tables:
         read_label = _label_reader(table, task)
-        columns = table.cells[[_column(table, name, task) for name in (*task.fields, task.label)]]
+        columns = table.cells[[_find_column(table, name, task) for name in (*task.fields, task.label)]]
         for row, *cells, value in columns.itertuples(name=None):
             if any(isinstance(cell, list | dict) for cell in cells):
                 raise DataError(f"{table.source}, row {row + 1}: a cell is a list or an object, not text")
@@ -404,11 +408,11 @@ def _checked_split(tables: Sequence[_Table], task: RunTask) -> TextSplit:
     return TextSplit(texts, labels, total - len(texts), source)
 
 
-def _column(table: _Table, name: str, task: RunTask) -> str:
-    """Return the name that a column has in a table: its own, or one of its aliases.
+def _find_column(table: _Table, name: str, task: RunTask) -> str:
+    """Return the name of a task's column in a table: ``name`` or one of its aliases.
 
     Raises:
-        DataError: The column is missing, or is there under two names.
+        DataError: The column is missing, or exists under two names.
     """
     names = [column for column in table.cells if name in (column, task.column_aliases.get(column))]
     if len(names) > 1:
@@ -421,20 +425,20 @@ def _column(table: _Table, name: str, task: RunTask) -> str:
 
 
 def label_text(value: object) -> str:
-    """Write a label as text, without blanks around it and zeros behind a whole number."""
+    """Convert a label to text, without surrounding blanks; ``1.0`` becomes ``1``."""
     return _WHOLE.sub(r"\1", "" if value is None else str(value).strip())
 
 
 def _label_reader(table: _Table, task: RunTask) -> Callable[[int, object], int | float | None]:
-    """Return a function that reads the label of a row as a number, or as None if it is missing."""
+    """Return a function ``(row, value)`` that converts a label to a number, or to None if it is missing."""
     unlabelled = {label_text(value) for value in task.unlabelled}
-    classes = _classes(table, task)
+    classes = _class_numbers(table, task)
 
     def read(row: int, value: object) -> int | float | None:
         text = label_text(value)
         if text in unlabelled:
             return None
-        number = classes.get(text) if task.labels else _score(text, task)
+        number = classes.get(text) if task.labels else _parse_score(text, task)
         if number is None and text.casefold() not in _NO_LABEL:
             scale = "; it must be a number" + (" from {:g} to {:g}".format(*task.range) if task.range else "")
             hint = did_you_mean(value, classes) if task.labels else scale
@@ -444,11 +448,10 @@ def _label_reader(table: _Table, task: RunTask) -> Callable[[int, object], int |
     return read
 
 
-def _classes(table: _Table, task: RunTask) -> dict[str, int]:
-    """Map the spellings of the classes to their numbers.
+def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
+    """Map spellings of labels to class numbers.
 
-    A number stands for the class of that number, unless classes are themselves called by numbers, or the file has class
-    names.
+    A number is the number of a class, unless the task's class names are numbers, or the file has class names.
     """
     names = task.labels
     by_number = {str(number): name for number, name in enumerate(names)}
@@ -465,8 +468,8 @@ def _classes(table: _Table, task: RunTask) -> dict[str, int]:
     return {label_text(spelling): names.index(name) for spelling, name in spellings.items()}
 
 
-def _score(text: str, task: RunTask) -> float | None:
-    """Read a regression's label; None if it is no number in the task's range."""
+def _parse_score(text: str, task: RunTask) -> float | None:
+    """Convert a regression's label to a number; None if it is not a number in the task's range."""
     try:
         number = float(text)
     except ValueError:

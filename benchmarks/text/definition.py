@@ -1,4 +1,4 @@
-"""Define the files of a text benchmark: how it trains, what its suites run, and its tasks."""
+"""Define the files of a text benchmark: its training, its part of a suite, and its tasks."""
 
 from __future__ import annotations
 
@@ -57,20 +57,17 @@ class TextTraining(Training):
     max_length: Annotated[int, Field(ge=4)]
     """Tokens kept of a sentence or pair."""
     sampling: Literal["random", "group_by_length"]
-    """Order of the training rows: shuffled, or shuffled in groups of like length (less padding)."""
+    """Order of the training rows: shuffled, or shuffled in groups of similar length (less padding)."""
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
     train_share: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] | None = left_out()
-    """A share of these rows only, every class in proportion; a smaller share is a part of a larger one. Left out:
-    all."""
+    """Share of these rows, sampled per class; a smaller share is a subset of a larger one. Left out: all."""
     eval_rows: Count | None
     """Rows of every evaluation split; null for all."""
     dev_rows: Count | None = left_out()
-    """Rows of the split that selects, of tasks that have one beside a test split, where it is evaluated on fewer; left
-    out, or null: as many as of the others."""
+    """Rows of the dev split, for tasks that also have a test split; left out, or null: `eval_rows`."""
     ood_rows: Count | None = left_out()
-    """Rows of every set that the task is not trained on, where they are not as many as `eval_rows` says; left out, or
-    null: as many."""
+    """Rows of every OOD set; left out, or null: `eval_rows`."""
     weight_decay: NotNegative
     """AdamW's weight decay."""
     warmup: Rate
@@ -78,28 +75,27 @@ class TextTraining(Training):
     checkpoint_selection: Literal["last", "best"]
     """The epoch whose weights are evaluated."""
     patience: Count | None
-    """Stop after that many epochs without a new best, which must be above 0 (needs checkpoint_selection: best); null
-    never."""
+    """Stop after this many epochs without a new best score above 0 (needs checkpoint_selection: best); null: never
+    stop."""
     gradient_accumulation_steps: Count
-    """Batches whose gradients one step adds up."""
+    """Batches per step, whose gradients are summed."""
     precision: Precision
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     validation_fraction: Rate
-    """Share of the training rows that a clean run holds out to choose by, if the task has no split for that."""
+    """Share of the training rows that a clean run holds out for selection, if the task has no test split."""
     frozen_layers: Whole | None = zero_left_out()
-    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a
-    row is computed once and kept
-    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
-    0, or left out: none."""
+    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
+    for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
+    converts or trains a layer below. 0, or left out: none."""
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool
-    """Keep what was trained below the run's folder, for benchmarks that evaluate it."""
+    """Keep the trained weights in the run's folder, for benchmarks that evaluate them."""
     evaluate_ood: bool | Names | None = left_out()
-    """Evaluate every run on the task's OOD sets at its end, or those of some methods; in no run's spec. Large sets are
-    for a benchmark that evaluates the chosen runs only."""
+    """Evaluate all runs, or the runs of these methods, on the task's OOD sets at the end; not part of a run's spec. Use
+    a benchmark that evaluates only chosen runs for large sets."""
     epochs_by_task: dict[str, Positive] | None = left_out()
-    """Epochs of single tasks; in no run's spec."""
+    """Epochs of single tasks; not part of a run's spec."""
 
 
 class TextBlock(VariantAxes):
@@ -118,11 +114,10 @@ class TextBlock(VariantAxes):
     train_share: Annotated[list[Annotated[float, Field(gt=0, lt=1), AS_GIVEN]], Field(min_length=1)] | None = left_out()
     """Shares of the training rows, for rows with `role: ablation`."""
     epochs_factor: Positives | None = left_out()
-    """Times the usual epochs, for rows with `role: ablation`."""
+    """Factors on the usual epochs, for rows with `role: ablation`."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = left_out()
-    """Selection of epoch and hyper-parameters. published: by the dev split, which is also reported. clean: by a split
-    that is not reported.
-    Left out: clean for tasks with a test split, else published."""
+    """Selection of epoch and hyper-parameters. published: with the dev split, which is also reported. clean: with a split
+    that is not reported. Left out: clean for tasks with a test split, else published."""
 
 
 class TextPart(TrainingPart):
@@ -140,46 +135,46 @@ class Transformed(Strict):
     title: str
     """Label in tables and figures."""
     trained: str
-    """The row whose runs are evaluated."""
+    """The row whose trained runs are evaluated."""
     used_as: str
-    """The row as whose model they are evaluated: without experts where that is dense, else with its experts, made of
-    the trained weights. Both train the same."""
+    """The row whose model the runs are converted to: dense without experts, else with its experts, made from the trained
+    weights. Both rows must train the same parameters."""
 
 
 class Ablation(Strict):
-    """A comparison within a comparison, with a table and perhaps a figure of its own name."""
+    """An ablation, with a table and optionally a figure of the same name."""
 
     title: str
     """Heading of the table."""
     question: str
-    """Its question, and the paper's answer."""
+    """Question of the ablation, and the paper's answer."""
     rows: Annotated[Names, UNIQUE]
-    """Rows that are compared with the baseline, which stands first. Of rows with `role: ablation`, and of others with
-    several variants, every setting is a row."""
+    """Compared rows; the first one is the baseline. Every setting is a separate row, for rows with `role: ablation` or
+    several variants."""
     axis: Literal["train_share", "top_k_fraction"] | None = left_out()
-    """Horizontal axis of the figure; left out: the differences, row by row."""
+    """Horizontal axis of the figure; left out: a forest plot of the differences."""
     steps: Literal[True] | None = left_out()
-    """Each row is compared with the one above it, of which it differs in one thing more, and not with the baseline."""
+    """Compare each row with the row above it, instead of with the baseline."""
     paper: str | None = left_out()
-    """CSV with the paper's numbers, in the benchmark's folder: a row a model, scope (task), method, setting."""
+    """CSV with the paper's numbers, in the benchmark's folder: one row per model, scope (task), method and setting."""
 
 
 class Ablated(Strict):
-    """The ablations of a benchmark of texts."""
+    """The ablations of a text benchmark."""
 
     ablations: dict[Key, Ablation] = Field({})
-    """Tables of their own for rows with `role: ablation`, by name; `tables` and `figures` name those that are made."""
+    """Ablations by name; `tables` and `figures` list those to show."""
     transformed: dict[Key, Transformed] = Field({})
-    """Rows that are trained as one thing and evaluated as another, by name; they stand in ablations."""
+    """Rows that are trained as one method and evaluated as another, by name; for ablations."""
 
 
 class PublishedTraces(Strict):
-    """The paper's loads of experts over training."""
+    """The paper's expert loads over training."""
 
     task: str
-    """The task that was trained on."""
+    """Training task."""
     rows: dict[str, str]
-    """By method, a CSV in the benchmark's folder: a row a window, a column an expert's share."""
+    """CSV of each method, in the benchmark's folder: one row per window, one column per expert's share."""
 
 
 class TextDefinition(MethodsDefinition, Ablated):
@@ -188,7 +183,7 @@ class TextDefinition(MethodsDefinition, Ablated):
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
     published_traces: PublishedTraces | None = left_out()
-    """The paper's loads of experts over training, which are shown beside ours."""
+    """The paper's expert loads over training, shown beside ours."""
     training: TextTraining
     """The training of every run; a suite may change it."""
 
@@ -205,12 +200,12 @@ class TextSource(Strict):
     folder: str | None = left_out()
     """Name of the set's folder below data_root."""
     csv: str | None = left_out()
-    """One csv in this project. Its column `split` names the split of each row; without it the hash of the text draws
+    """A csv in this project. Its column `split` names the split of each row; without it, a hash of the text chooses
     it."""
     vader_sentiment: str | None = left_out()
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = left_out()
-    """Take the strength of the rating (weak, strong) as the label; left out: its sign."""
+    """Use the strength of the rating (weak, strong) as the label; left out: its sign."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("folder", "csv", "vader_sentiment")
@@ -244,79 +239,76 @@ class FileLayout(Strict):
     """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text files for each
     label."""
     files: dict[str, str]
-    """File names (of folders, the folder that holds those of the labels) by split name."""
+    """File names by split name; for `folders`, the parent of the labels' folders."""
     columns: dict[str, str | int] = Field({})
-    """Column of each field and of the label: its header, or its place for files without header."""
+    """Column of each field and of the label: its header, or its index in files without header."""
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """Treatment of bytes that are no UTF-8: end with an error, or replace them by a sign."""
+    """Treatment of bytes that are not UTF-8: raise an error, or replace them."""
     header: bool = True
     """True if the first line names the columns."""
     where: WhereRows | None = left_out()
     """Rows of one file that belong to a split, if one file holds several."""
     label_names: dict[str, str] = Field({})
-    """Class names by the labels of these files; nothing else is then a label."""
+    """Class names by the labels of these files; other labels are errors."""
 
 
 class Rows(Strict):
-    """Rows of each part as their makers count them."""
+    """Row counts of each part according to the makers."""
 
     train: int | None = left_out()
     """Rows of the training split."""
     dev: int | None = left_out()
-    """Rows of the split that selects."""
+    """Rows of the dev split."""
     test: int | None = left_out()
-    """Rows of the split that is reported."""
+    """Rows of the test split."""
 
 
 class RunTask(Strict):
-    """A task as a run's spec has it: what shapes its numbers."""
+    """The part of a task that shapes a run's numbers, in the run's spec."""
 
     name: str
-    """Name in tasks.yaml, where the key gives it."""
+    """Key in tasks.yaml."""
     source: TextSource
     """Source of the rows."""
     fields: Annotated[list[str], Field(min_length=1, max_length=2)]
-    """Columns with the text, one or two, under the hub's names."""
+    """One or two columns with texts, with the hub's names."""
     label: str = "label"
     """Column with the label."""
     column_aliases: dict[str, str] = Field({})
-    """Names that columns have in other copies of the set, to the names here."""
+    """Names here by the names in other copies of the set."""
     labels: list[str] = Field([])
-    """Names of the classes in the order of their numbers; empty for a regression. A model's class i is read as class i
-    of any other set with as many classes."""
+    """Names of the classes in the order of their numbers; empty for a regression. Class i of a model corresponds to
+    class i of any other set with as many classes."""
     range: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = left_out()
-    """Lowest and highest score of a regression; a row with another is refused."""
+    """Lowest and highest score of a regression; other scores are errors."""
     label_names: dict[str, str] = Field({})
-    """Other spellings of the labels that files use, to the class names."""
+    """Class names by other spellings in files."""
     unlabelled: list[str | int | float] = Field([])
-    """Label values that mark a row without a gold label, beside -1, null, nan and an empty cell; such rows are dropped
-    and counted, as are rows without any text."""
+    """Label values that mark a row without a gold label, in addition to -1, null, nan and an empty cell. These rows are
+    dropped and counted, as are rows without text."""
     label_map: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
-    """Classes as read if a model or a set has fewer of them: by that number of classes, the new number of each
-    class."""
+    """Merged classes, if a model or a set has fewer: the new number of each class, by the number of classes."""
     metric: str
-    """Name in metrics.yaml: what training on the task selects by and reports."""
+    """Metric for selection and report, if a model is trained on the task; a name in metrics.yaml."""
     ood_metrics: Names
-    """Metrics of a model that was trained on another task: the paper's first, others beside it. Left out in
-    tasks.yaml: metric."""
+    """Metrics if a model was trained on another task; the first is the paper's. Left out in tasks.yaml: metric."""
     splits: Splits
-    """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without
-    train and dev are for evaluation only."""
+    """Split names by part. The dev part is for selection; the test part is reported (without it, dev). Sets without
+    train and dev are only for evaluation."""
     raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = left_out()
-    """Layouts of the makers' own files, for `tools/convert_glue_x.py`; it takes the first whose file is there."""
+    """Layouts of the makers' files, for `tools/convert_glue_x.py`, which uses the first one whose file exists."""
 
 
 class TaskEntry(RunTask, Entry):
-    """One task of ``tasks.yaml``: a run's, and what is shown and checked of it."""
+    """One task of ``tasks.yaml``: a run's task, with entries for display and checks."""
 
     rows: Rows = Rows()
-    """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors
-    made, as their result files count them."""
+    """Row counts of each part according to the makers, including rows without a gold label; for sets of GLUE-X's
+    authors, the counts in their result files."""
     published_rows: PublishedRows | None = left_out()
-    """Another number of rows of the test part that the paper's authors score: how many, who says
-    so, and why."""
+    """Different row count of the test part in the paper's evaluation, with source and reason."""
     download_instructions: str | None = left_out()
-    """For sets that must be fetched by hand: which file, from whom."""
+    """Source and file name, for sets that must be downloaded by hand."""
     ood: list[str] = Field([])
     """Tasks that a model trained on this one is also evaluated on, without further training."""
 
@@ -334,7 +326,7 @@ class TaskFile(Strict):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, content: Any) -> Any:
-        """Give each task its name, and its metric as that of models trained on another task."""
+        """Add each task's name, and ``metric`` as the default of ``ood_metrics``."""
         tasks = content.get("tasks") if isinstance(content, dict) else None
         if not isinstance(tasks, dict):
             return content
@@ -351,9 +343,9 @@ class UsedAs(Strict):
     """The method that a run's model is also evaluated as."""
 
     name: str
-    """The row whose numbers these are."""
+    """Name of the row."""
     config: dict[str, Any] | None
-    """The configuration of its EMoE; null for the dense model."""
+    """Configuration of EMoE; null for the dense model."""
 
 
 class TextSpec(RunSpec):
@@ -362,10 +354,10 @@ class TextSpec(RunSpec):
     protocol: Protocol
     """The protocol that chooses epoch and hyper-parameters."""
     task: RunTask
-    """The task that it is trained on."""
+    """Training task."""
     ood: list[RunTask]
-    """The other sets that it is evaluated on."""
+    """OOD evaluation sets."""
     training: TextTraining
     """The training."""
     used_as: UsedAs | None = left_out()
-    """The method that its model is turned into and evaluated as at the end; left out: none."""
+    """Method that the model is converted to and evaluated as at the end; left out: none."""

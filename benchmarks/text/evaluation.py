@@ -20,24 +20,24 @@ from benchmarks.harness.training.trainer import PrefixTrainer, finite, plain_log
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask
 from benchmarks.text.tokenization import TokenisedRows
-from benchmarks.text.usage import RowRouting
+from benchmarks.text.usage import RoutingRecorder
 
 
 def padding_collator(
     tokenizer: PreTrainedTokenizerBase, precision: str
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return a collator that pads to the longest row; for fp16 to a multiple of 8, as the authors do."""
+    """Return a collator that pads to the longest row, for fp16 to a multiple of 8 (as the authors do)."""
     return with_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
 
 
 def score_and_loss(
     logits: NDArray[np.float32], labels: NDArray[Any], trained: RunTask, evaluated: RunTask, metrics: Sequence[str]
 ) -> dict[str, float | None]:
-    """Compute metrics of a set, and the mean loss if the set has the classes of the training task.
+    """Compute the metrics of a set, and ``loss`` if the set has the same classes as the training task.
 
     Args:
         logits: The logits or log-likelihoods ``[rows, classes of the training task]``.
-        labels: The labels of the rows, as the set has them.
+        labels: The labels of the rows, in the set's own numbering.
         trained: The training task.
         evaluated: The task of the set.
         metrics: The names of the metrics.
@@ -48,7 +48,7 @@ def score_and_loss(
 
 
 class SplitEvaluator:
-    """Predicts and scores splits with a trainer's classifier of a task; keeps ``max_length`` tokens of a row."""
+    """Score splits with the classifier of a trainer; rows are cut to ``max_length`` tokens."""
 
     def __init__(
         self,
@@ -62,24 +62,24 @@ class SplitEvaluator:
         self._task, self._max_length = task, max_length
 
     def evaluate(
-        self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
+        self, split: TextSplit, task: RunTask | None = None, routing: RoutingRecorder | None = None
     ) -> dict[str, float | None]:
-        """Score a split of the training task, or of another one, and record the routing of its rows.
+        """Score a split of the training task, or of another ``task``; record routing if ``routing`` is given.
 
-        Batches have rows of similar length. There is no loss if the set has other classes than the head.
+        Batches have rows of similar length. Return scores by metric; ``loss`` only if the set has the head's classes.
         """
         rows = TokenisedRows(
             split, self._tokenizer, self._max_length, by_length=True, labelled=False, prefix=self._prefix
         )
         evaluated = task or self._task
-        with routing.watching(evaluated.name, split.class_numbers[rows.order]) if routing else nullcontext():
+        with routing.record_set(evaluated.name, split.class_numbers[rows.order]) if routing else nullcontext():
             logits = plain_logits(self._trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
         metrics = task.ood_metrics if task else [self._task.metric]
         return score_and_loss(logits, rows.labels, self._task, evaluated, metrics)
 
 
 class TextEvaluator(SplitEvaluator):
-    """Evaluates a trained classifier, ``batch_size`` rows at once, in the arithmetic of its training."""
+    """Evaluate a trained classifier in its training precision, ``batch_size`` rows at once."""
 
     def __init__(
         self,

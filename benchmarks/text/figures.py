@@ -19,18 +19,18 @@ from benchmarks.harness.report.common import Outcomes, has_random_weights
 from benchmarks.harness.report.style import MethodStyle, curve_styles
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
 from benchmarks.text.definition import OOD, TaskEntry
-from benchmarks.text.outcomes import PROTOCOLS, Ranked, TextOutcomes
-from benchmarks.text.traces import Trace, published_traces, shown_traces
+from benchmarks.text.outcomes import PROTOCOLS, Ranking, TextOutcomes
+from benchmarks.text.traces import Trace, published_traces, select_traces
 
 _DIFFERENCE = mpl.colormaps["PuOr_r"]
-_MOST_SETS = 12  # panels of scores; of more sets a map of differences is drawn
-_CELL, _READABLE = 4.6, 0.27  # inches of all cells beside each other, and of one that a number fits in
+_MOST_SETS = 12  # panels of scores; a map of differences replaces more panels
+_CELL, _READABLE = 4.6, 0.27  # inches of all cells of a line, and of one cell with a number
 
 
 def draw_scores(outcomes: TextOutcomes, path: Path, *, domains: list[str], by_task: bool = False) -> None:
-    """Draw the scores of the protocols that have runs of their own: a panel for each set, or a map of many.
+    """Draw the scores under each protocol with runs: a panel per set, or a map of differences for many sets.
 
-    There is a line of panels for each selection and model, and perhaps for each training task.
+    Each selection and model has a line of panels, and with ``by_task`` each training task too.
     """
     seeds = outcomes.seeds
     seeds = seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(outcomes.run_protocols)]
@@ -50,9 +50,9 @@ def draw_scores(outcomes: TextOutcomes, path: Path, *, domains: list[str], by_ta
 
 
 def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> None:
-    """Map paired differences to the baseline: a panel for each model and selection, methods down, sets across.
+    """Draw paired differences to the baseline as a heatmap ``[methods, sets]``, a panel per model and selection.
 
-    Cells have numbers if there is room, in bold if the interval excludes 0 and the weights are not random.
+    Cells have numbers if they fit, in bold if the interval excludes 0 and the weights are not random.
     """
     rows = outcomes.rows[outcomes.rows["domain"].isin(domains) & outcomes.rows["protocol"].isin(outcomes.run_protocols)]
     rows = rows[rows["method"] != outcomes.baseline]
@@ -63,7 +63,7 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
         for model, of_model in rows.groupby("model", sort=False)
         for protocol, group in of_model.groupby("protocol", sort=False)
     ]
-    columns = min(len(outcomes.run_protocols), len(shown))  # a line a model, where all ran under all selections
+    columns = min(len(outcomes.run_protocols), len(shown))  # a line per model, if all ran under all selections
     lines = -(-len(shown) // columns)
     has_numbers = _CELL / (columns * len(pairs)) >= _READABLE
     tested = not has_random_weights(outcomes.runs)
@@ -92,13 +92,13 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
 
 
 def _model_title(outcomes: TextOutcomes, protocol: Any, model: Any) -> str:
-    """Name a model, with the selection if there are two."""
+    """Return a model's title, with the selection if there are several."""
     selection = "" if len(outcomes.run_protocols) == 1 else f", {PROTOCOLS[protocol]} selection"
     return outcomes.title("model", model) + selection
 
 
-def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> None:
-    """Draw a critical difference diagram (Demšar 2006) for each model and selection that was ranked."""
+def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranking]) -> None:
+    """Draw a critical difference diagram (Demšar 2006) per ranking."""
     import scikit_posthocs  # it imports a plotting library
 
     if not rankings:
@@ -122,32 +122,32 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
             )
             for (bar,) in diagram["crossbars"]:  # the library draws their points in the order of a set
                 bar.set_xdata(sorted(bar.get_xdata()))
-            axis.set_xlim(1, len(ranks))  # all ranks that there are
+            axis.set_xlim(1, len(ranks))  # all possible ranks
             for drawn in (*axis.lines, *axis.collections):
-                drawn.set_clip_on(False)  # the first and the last rank stand on the edge
+                drawn.set_clip_on(False)  # the first and the last rank are on the edge
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
             axis.spines["top"].set(visible=True, color="black")  # the diagram hides its own axis
             title = (
                 f"{outcomes.title('model', each.key['model'])}, {PROTOCOLS[each.key['protocol']]} selection: mean rank "
                 f"over {each.scores.shape[1]} sets, critical difference {critical_difference(*each.scores.shape):.2f}"
             )
-            axis.set_title(plots.wrapped(title, plots.WIDTH), fontsize=8)
+            axis.set_title(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
 
-_COLUMNS, _NAMES = 3, 2.3  # panels beside each other, inches of names beside them
-_TITLE, _TICKS, _LINE = 1.4, 6, 34  # inches of a panel's title, labels below it, letters beside a forest plot
-_MOST_DIFFERENCES = 40  # of a forest plot
+_COLUMNS, _NAMES = 3, 2.3  # panels per line, inches of names beside them
+_TITLE, _TICKS, _LINE = 1.4, 6, 34  # inches of a panel's title, tick labels, letters of a forest plot's labels
+_MOST_DIFFERENCES = 40  # differences in a forest plot
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 _NO_RUNS = "this suite runs no row of this ablation"
 
 
 def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str) -> None:
-    """Draw the differences of :func:`~benchmarks.text.ablations.ablation_rows` to their reference as one forest plot.
+    """Draw the differences of :func:`~benchmarks.text.ablations.ablation_rows` to their reference as a forest plot.
 
-    Lines are sets, and marks are rows; if there is one set of each side, lines are rows, and marks are sides. Of many
-    sets, averages alone. Intervals are 95 %, from three seeds on; crosses are the paper's, averaged over its sets.
+    Lines are sets, and marks are methods. If ours and the paper's have one set each, lines are methods instead. Many
+    sets are replaced by averages. Intervals (95 %) need three seeds; crosses are the paper's means over its sets.
     """
-    rows = _sides(rows)
+    rows = _with_paper_rows(rows)
     rows = rows[rows["delta"].notna()]
     ours = rows[rows["is_ours"]]
     if ours.empty:
@@ -173,7 +173,7 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
 
 
 def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average the paper's differences over its sets, in and out of domain."""
+    """Average the paper's differences over its sets, separately in and out of domain."""
     rows = rows.groupby(["who", "domain", "method", "method_title", "is_ours"], sort=False).agg(
         delta=("delta", "mean"), n=("n", "first"), where=("where", "first"), sets=("where", "size")
     )
@@ -185,12 +185,11 @@ def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
 def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: str) -> None:
     """Draw the scores of :func:`~benchmarks.text.ablations.ablation_rows` over the setting with the letter ``axis``.
 
-    There is a panel for each model, selection and scope. Intervals are 95 %, from three seeds on. The dashed line is
-    the baseline.
+    Each model, selection and scope has a panel. Intervals (95 %) need three seeds. The dashed line is the baseline.
     """
     panels = [
-        (title, group, list(_series(group, axis)))
-        for title, group in panels_of(rows)
+        (title, group, list(_curves(group, axis)))
+        for title, group in panel_rows(rows)
         if group.loc[group[axis].ne(""), axis].nunique() > 1
     ]
     if not any(group["is_ours"].any() for _, group, _ in panels):
@@ -216,7 +215,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
                 label = f"mean of {outcomes.baseline_title}"
                 panel.axhline(score * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0, label=label)
             low, high = panel.get_ylim()
-            panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds know no bounds
+            panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds may exceed the range of scores
             every = math.ceil(len(values) / _TICKS)
             is_named = [(len(values) - 1 - number) % every == 0 for number in range(len(values))]
             names = [f"{value:g}" if named else "" for value, named in zip(values, is_named, strict=True)]
@@ -227,8 +226,8 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
         figure.supylabel("Score (%)", fontsize=8)
 
 
-def _sides(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return our rows and then the paper's, with the titles ``who`` (model, selection) and ``where`` (set)."""
+def _with_paper_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Concatenate our rows and the paper's, with the titles ``who`` (model, selection) and ``where`` (set)."""
     several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
     ours = rows[rows["is_ours"]]
     half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= plots.FEW)
@@ -242,21 +241,21 @@ def _sides(rows: pd.DataFrame) -> pd.DataFrame:
     return both.assign(where=where)
 
 
-def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield title and rows of each model, selection and scope: ours first, then the paper's in panels of their own."""
-    for (who, _, where), group in _sides(rows).groupby(["who", "protocol", "where"], sort=False):
-        yield plots.wrapped(f"{who}\n{where}", _TITLE), group
+def panel_rows(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the title and rows of each panel (model, selection, scope): ours first, then the paper's."""
+    for (who, _, where), group in _with_paper_rows(rows).groupby(["who", "protocol", "where"], sort=False):
+        yield plots.wrap_text(f"{who}\n{where}", _TITLE), group
 
 
-def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield label and points of each curve: rows that differ in one setting alone."""
+def _curves(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the label and points of each curve, whose rows differ only in the setting ``axis``."""
     rows = rows[rows[axis].ne("")]
     others = [key for key in ("N", "L", "k", "D") if key != axis and rows.groupby("kind")[key].nunique().max() > 1]
     for key, group in rows.groupby(["kind", *others], sort=False):
         values = dict(zip(others, key[1:], strict=True))
         named = setting_text("-".join(f"{name}{value}" for name, value in values.items() if value))
         title = group["row_title"].iloc[0]
-        # a main row, and the same setting among those of an ablation: the main row stands first
+        # a main row may repeat a setting of the ablation; it comes first and is kept
         points = group.drop_duplicates(axis).sort_values(axis, key=lambda column: column.astype(float))
         yield ", ".join(filter(None, (title, named))), points
 
@@ -265,10 +264,10 @@ _MOST_TASKS = 4  # rows of panels
 
 
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw experts over training: a row for each model and task (four at most), then the paper's; a panel a method."""
+    """Draw expert loads over training: a row per model and task (at most four), then the paper's; a panel per method."""
     rows = [
         (f"{outcomes.title('model', model)}\n{outcomes.title('task', task)}", by_method)
-        for (model, task), by_method in list(shown_traces(outcomes).items())[:_MOST_TASKS]
+        for (model, task), by_method in list(select_traces(outcomes).items())[:_MOST_TASKS]
     ]
     published = {name: (outcomes.title("method", name), trace) for name, trace in published_traces(outcomes).items()}
     rows += [("the paper's", published)] if published else []
@@ -282,10 +281,10 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
             shown = [by_method[name] for name in outcomes.methods if name in by_method]
             for axis, (label, trace) in zip(axis_row, shown, strict=False):
                 _draw_trace(axis, trace)
-                axis.set_title(plots.wrapped(label, (plots.WIDTH - 1.7) / columns, 7), fontsize=7)
+                axis.set_title(plots.wrap_text(label, (plots.WIDTH - 1.7) / columns, 7), fontsize=7)
                 axis.set_xlabel("experts")
             axis_row[0].set_ylim(max(trace.steps for _, trace in shown), 0)
-            axis_row[0].set_ylabel(f"{plots.wrapped(title, 1.6, 7)}\nstep")
+            axis_row[0].set_ylabel(f"{plots.wrap_text(title, 1.6, 7)}\nstep")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
 
 
@@ -296,13 +295,13 @@ def _draw_trace(axis: Any, trace: Trace) -> None:
     axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
 
 
-_MOST_MARKED = 32  # experts that a panel has room to mark
-_MOST_LINES = 40  # of sets and classes
+_MOST_MARKED = 32  # experts in a panel with marks
+_MOST_LINES = 40  # lines of sets and classes
 _MOST_PANELS = 3
 _MARKS = {
-    "^": "more than shuffled rows explain at 5 % over the panel",
-    "v": "less than shuffled rows explain at 5 % over the panel",
-    "o": "below a panel: every set uses the expert above the average and alike",
+    "^": "used more than by chance (shuffled rows, 5 % over the panel)",
+    "v": "used less than by chance (shuffled rows, 5 % over the panel)",
+    "o": "below a panel: every set uses the expert above the average and equally",
 }
 
 
@@ -311,7 +310,7 @@ UsagePanel = tuple[str, Mapping[str, float], Mapping[str, Any]]
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw a panel for each routed method (no controls, three at most) of the first model, training task and seed."""
+    """Draw expert use per routed method (without controls, at most three), for the first model, task and seed."""
     panels: dict[str, UsagePanel] = {}
     cell = None
     for record, content in outcomes.training:
@@ -327,7 +326,7 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
-    """Draw panels below each other: sets (and, if there is room, their classes) down, experts across."""
+    """Draw expert use as heatmaps below each other: rows are sets (with classes if they fit), columns experts."""
     if not panels:
         plots.placeholder_figure(path, "this suite has no experts to show")
         return
@@ -351,7 +350,7 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
 
 
 def _information_text(numbers: Mapping[str, float]) -> str:
-    """Write the mutual information of experts with set and class; empty if it was not measured."""
+    """Format the mutual information of experts with set and class; empty if it was not measured."""
     return "; ".join(
         f"{label} {numbers[name]:.3f} bit (chance {numbers[f'{name}_chance']:.3f}, 95 % "
         f"{numbers[f'{name}_chance_95']:.3f})"
@@ -369,7 +368,7 @@ def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classe
         labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
         lines += [(f"{labels[int(number)]} ", shares, None) for number, shares in use["classes"].items() if classes]
     shares = np.array([shares for _, shares, _ in lines])
-    plots.show_use(axis, plots.over_mean(shares, mean))
+    plots.show_use(axis, plots.divide_by_mean(shares, mean))
     axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])
     for tick, (_, _, marks) in zip(axis.get_yticklabels(), lines, strict=True):
         tick.set_fontweight("normal" if marks is None else "bold")

@@ -63,18 +63,18 @@ _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 
 
 class TextSets(Benchmark[D, TaskEntry, P]):
-    """Share what all benchmarks on text sets need: which sets they read, and from where."""
+    """List and describe the sets of a benchmark on texts."""
 
     task_files: ClassVar = {"tasks": TaskFile}
     paper_columns: ClassVar[tuple[str, ...]] = PAPER_COLUMNS
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        from benchmarks.text.data import part_read
+        from benchmarks.text.data import resolve_part
 
         trained = ("train", "dev", "test") if "training" in spec else ("test",)
         named = [(task["name"], part) for task in trained_sets(spec) for part in trained]
         named += [(other["name"], "test") for other in spec["ood"]]
-        parts = [(name, part_read(self.tasks[name].splits, part)) for name, part in named]
+        parts = [(name, resolve_part(self.tasks[name].splits, part)) for name, part in named]
         return [SetReader(name, part, functools.partial(self._describe, name, part)) for name, part in parts]
 
     def _describe(self, name: str, part: str, open_files: bool) -> Iterator[SetPart]:
@@ -102,14 +102,14 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         rows = transformed_rows(definition.transformed, definition, file)
         trained = [row.trained for row in definition.transformed.values()]
         if twice := [row for row in trained if trained.count(row) > 1]:
-            raise DefinitionError(f"{file}: 'transformed' makes two things of '{twice[0]}'; a run's model is made one")
+            raise DefinitionError(f"{file}: 'transformed' has '{twice[0]}' twice; a run is converted only once")
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
         benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, DOMAINS)
         benchmark._check()
         return benchmark
 
     def _check(self) -> None:
-        """Check that names in the files exist, and that tasks can be read."""
+        """Check the names and tasks of the definition."""
         definition, tasks, file = self.definition, self.tasks, self.file
         check_ablations(self, definition.ablations)
         if traces := definition.published_traces:
@@ -128,26 +128,26 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         trainable = [name for name, task in self.tasks.items() if task.splits.train and task.splits.dev]
         names = {"model": model_names(None), "task": trainable, "method": trained}
         training = functools.cache(functools.partial(self.settings, "training", part))
-        made: dict[str, dict[str, Any]] = {}
+        cache: dict[str, dict[str, Any]] = {}
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             for key in OF_TRAINING:
                 if key in point and methods[point["method"]].role != ABLATION:
                     raise DefinitionError(
-                        f"{where}.{key}' varies '{point['method']}', whose runs would compete with those that are "
-                        f"trained as usual; take a row with role: {ABLATION}"
+                        f"{where}.{key}' varies '{point['method']}', whose runs would compete with its usual runs; use a "
+                        f"row with role: {ABLATION}"
                     )
             if point["task"] not in exclude:
-                yield _spec(self, training(point["model"]), methods, point, where, exclude, made)
+                yield _spec(self, training(point["model"]), methods, point, where, exclude, cache)
 
     def _check_training(self, part: Part[TextPart]) -> None:
-        """Check the training of a suite."""
+        """Check the training settings of a suite."""
         training: TextTraining = self.settings("training", part)
         where = part.where("training")
         check_names(where, "epochs_by_task", training.epochs_by_task or (), self.tasks)
         if not isinstance(training.evaluate_ood, bool):
             check_names(where, "evaluate_ood", training.evaluate_ood or (), self.definition.methods)
         if not training.validation_fraction:
-            raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows to choose by")
+            raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows for selection")
         if training.patience is not None and training.checkpoint_selection != "best":
             raise DefinitionError(f"{where}.patience' needs checkpoint_selection: best; set patience: null")
 
@@ -156,7 +156,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
 
     def offers(self, part: Part[TextPart]) -> list[Offer]:
-        # claims need the scores of all methods that the suite runs
+        # claims need OOD scores of all methods
         has_ood = self.settings("training", part).evaluate_ood is True
         domains = frozenset(self.domains) if has_ood else frozenset(self.domains) - {OOD, OOD_MEAN}
         offers = []
@@ -164,7 +164,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             transformed = {name for name, row in self.definition.transformed.items() if row.trained in offer.methods}
             tasks = [self.tasks[name] for name in block.task]
             selections = set(block.protocol or map(_usual_protocol, tasks))
-            if any(task.splits.test for task in tasks):  # of these runs the best dev epoch is a number too
+            if any(task.splits.test for task in tasks):  # their best dev epoch is the published protocol's score
                 selections.add(PUBLISHED)
             offer = replace(offer, methods=offer.methods | transformed, domains=domains)
             offers.append(replace(offer, selections=frozenset(selections)))
@@ -184,15 +184,15 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
 ) -> dict[str, Method]:
-    """Make methods of the rows that are trained as one method and evaluated as another.
+    """Return a method for each row that is trained as one method and evaluated as another.
 
     Args:
-        transformed: The rows in the file.
-        definition: The definition, with the methods that train.
+        transformed: The rows by name.
+        definition: The definition with all trained methods.
         file: The file's path, for messages.
 
     Raises:
-        DefinitionError: A row does not exist, or its weights would mean something else in the other's model.
+        DefinitionError: A row does not exist, or one row's weights cannot be used in the other's model.
     """
     check_rows(definition, file)
     resolved = resolve_methods(definition)
@@ -204,17 +204,17 @@ def transformed_rows(
         check_names(where, "used_as", [row.used_as], usual)
         _check_transformed(resolved[row.trained], resolved[row.used_as], where)
         if name in definition.methods:
-            raise DefinitionError(f"{where}' has the name of a method; give it another")
+            raise DefinitionError(f"{where}' has the name of a method; choose another name")
         trained = definition.methods[row.trained].given()
         rows[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
     return rows
 
 
 def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
-    """Check that weights of one row mean the same in the model of another.
+    """Check that trained weights of one row can be used in the model of another.
 
     Raises:
-        DefinitionError: They would not.
+        DefinitionError: They cannot.
     """
     if {trained.kind, used_as.kind} != {"dense", "emoe"}:
         raise DefinitionError(
@@ -226,16 +226,16 @@ def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
                 f"{where}.{key}' is '{row.title}', whose router has state that only the runs that trained it have"
             )
         if row.given().get("partition") == "coactivation":
-            raise DefinitionError(f"{where}.{key}' is '{row.title}', whose experts are made of the rows of its runs")
+            raise DefinitionError(f"{where}.{key}' is '{row.title}', whose experts depend on the data of its runs")
         if row.tune is not None or row.also_train is not None:
             raise DefinitionError(f"{where}.{key}' is '{row.title}', which trains another part of the model")
 
 
 def check_ablations(benchmark: AnyBenchmark, ablations: Mapping[str, Ablation]) -> None:
-    """Check that ablations compare rows that exist, and that each row with this role is in one.
+    """Check that ablations compare existing rows, and that each row with ``role: ablation`` is in an ablation.
 
     Raises:
-        DefinitionError: names the file, the key and the nearest valid value.
+        DefinitionError: A check failed; the error names the file, the key and the nearest valid value.
     """
     definition, methods, file = benchmark.definition, benchmark.methods(), benchmark.file
     for name, ablation in ablations.items():
@@ -264,12 +264,12 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
     low, high = task.range or (0, 1)
     if low >= high or (task.range and task.labels):
         raise DefinitionError(
-            f"{where}.range' is [{low}, {high}], but must be lowest and highest score of a regression"
+            f"{where}.range' is [{low}, {high}], but must be the lowest and highest score of a regression"
         )
     if not (task.source.hub or task.source.csv or task.source.vader_sentiment or task.download_instructions):
         raise DefinitionError(
-            f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions': from whom, which "
-            "file"
+            f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions' with source and file "
+            "name"
         )
     named = {split for part in task.splits.model_dump().values() if part for split in part.split("+")}
     for number, layout in enumerate(task.raw_formats or ()):
@@ -287,16 +287,16 @@ def _spec(
     point: Mapping[str, Any],
     where: str,
     exclude: Collection[str],
-    made: dict[str, dict[str, Any]],
+    cache: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Build a run's spec; ``made`` caches the methods, which thousands of runs share."""
+    """Build a run's spec; ``cache`` holds resolved methods, which thousands of runs share."""
     task = benchmark.tasks[point["task"]]
     protocol = _protocol(task, point, where)
     training = run_training(settings, task, point, protocol)
     shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *OF_TRAINING)])
-    if shaping not in made:
-        made[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
-    method = copy.deepcopy(made[shaping])
+    if shaping not in cache:
+        cache[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
+    method = copy.deepcopy(cache[shaping])
     check_frozen(training, method, where)
     asked = settings.evaluate_ood
     evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
@@ -322,7 +322,7 @@ def _used_as(
     settings: TextTraining,
     where: str,
 ) -> dict[str, Any]:
-    """Return the method that a run's model is also evaluated as, with the settings of the same point of the grid."""
+    """Return ``used_as`` with the method that a run's model is also evaluated as; empty if there is none."""
     for name, row in definition.transformed.items():
         if row.trained == point["method"]:
             config = method_spec(methods, {**point, "method": row.used_as}, point["seed"], settings.lora, where)[
@@ -337,24 +337,23 @@ def _usual_protocol(task: TaskEntry) -> str:
 
 
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
-    """Return the protocol: a split chooses that is also reported (the authors'), or one that is not."""
+    """Return the protocol of a run: the one of its grid point, or the usual one of its task."""
     usual = _usual_protocol(task)
     asked = point.get("protocol", usual)
     if asked == PUBLISHED != usual:
         raise DefinitionError(
-            f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split; a clean run of '{point['task']}' has "
-            "its "
-            "number too, as the score of the best dev epoch"
+            f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split; clean runs of '{point['task']}' also "
+            "record its score, that of the best dev epoch"
         )
     return str(asked)
 
 
 def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """Return the training settings of a run's spec: those of its model, changed by its task, protocol and row."""
+    """Return the training settings of a run's spec: ``settings``, adapted to task, protocol and grid point."""
     training = settings.spec()
     epochs = (settings.epochs_by_task or {}).get(point["task"], settings.epochs)
     training["epochs"] = epochs * point.get("epochs_factor", 1)
-    if protocol == PUBLISHED or task.splits.test is not None:  # a split chooses
+    if protocol == PUBLISHED or task.splits.test is not None:  # selection has its own split
         training["validation_fraction"] = 0.0
     if "train_share" in point:
         training["train_share"] = point["train_share"]
@@ -362,7 +361,7 @@ def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, An
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
-    """Say what is wrong with a set and what to do."""
+    """Return a message with the problem of a set and its solution."""
     source = task.source
     if source.vader_sentiment or source.csv or local_folder(name, source.model_dump()) is not None:
         return f"{name}: {problem}"

@@ -1,4 +1,4 @@
-"""Write a text benchmark from a csv: a copy of ``template/``, the rows beside it, and a suite of its name."""
+"""Create a text benchmark from a csv: a copy of ``template/`` with the rows, and a suite of the same name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.text.data import label_text, read_csv
 from emoe.errors import did_you_mean
 
 _TEMPLATE = Path(__file__).with_name("template")
-_RESULTS = {"all", "logs", "mlflow", "reference", "runs"}  # a suite's folder lies beside these
+_RESULTS = {"all", "logs", "mlflow", "reference", "runs"}  # reserved names below results/
 _NO_LABEL = {"", "nan", "null"}  # but -1 and none may be classes
 
 
@@ -34,7 +34,7 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
     labels = _labels(file, text, label)
     rows = f"rows-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.csv"
     columns = {"text": text, "label": label, "labels": labels}
-    values = {key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()}  # which is YAML too
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()}  # JSON is valid YAML
     values |= {"name": name, "title": name.replace("_", " ").capitalize(), "csv": f"benchmarks/{name}/{rows}"}
     folder = BENCHMARKS / name
     folder.mkdir()
@@ -46,24 +46,26 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise DefinitionError(f"'{name}' is no name for a benchmark: take small letters, digits and _, a letter first")
+        raise DefinitionError(
+            f"'{name}' is not a valid name: use lower-case letters, digits and _, and begin with a letter"
+        )
     rules = "\n".join(path.read_text() for path in (ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")))
     targets = {*re.findall(r"^rule (\w+):", rules, re.MULTILINE), *_RESULTS}
     # tables and figures of the paper have targets too
     if name in targets or re.match(r"(run|tables_of|table|figure)_", name):
-        raise DefinitionError(f"'{name}' is a target or a folder of the workflow; take another name")
+        raise DefinitionError(f"'{name}' is a target or a folder of the workflow; choose another name")
     for path in (BENCHMARKS / name, BENCHMARKS / f"{name}.py", CONFIG / f"{name}.yaml"):
         if path.exists():
-            raise DefinitionError(f"{path} exists; take another name than '{name}'")
+            raise DefinitionError(f"{path} exists; choose another name than '{name}'")
 
 
 def _labels(file: Path, text: str, label: str) -> list[str]:
-    """Read the labels of a csv: numbers in their order, names by the alphabet."""
+    """Return the labels of a csv: numbers sorted by value, names alphabetically."""
     rows = read_csv(file)
     for column in (text, label):
         if column not in rows:
             near = did_you_mean(column, rows)
-            raise DataError(f"{file} has no column '{column}'{near}; name yours by --text and --label")
+            raise DataError(f"{file} has no column '{column}'{near}; set it with --text or --label")
     labels = {name for name in map(label_text, rows[label]) if name.casefold() not in _NO_LABEL}
     if len(labels) < 2:
         raise DataError(f"{file}: all rows have the label {labels or None}; a benchmark needs two labels")

@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts, summarize
+from benchmarks.harness.report.common import SETTING, Outcomes, join_claim_numbers, parameter_counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import friedman_ranks, paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
@@ -28,19 +28,19 @@ _ROW = [*_SET, "method"]
 
 
 def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Return the score of every run by which its hyper-parameters are chosen.
+    """Return the dev score of every run, which chooses hyper-parameters.
 
-    Tasks with a test split have clean runs only; there the authors' protocol is the score of the best dev epoch.
+    Tasks with a test split have clean runs only; for them the authors' protocol uses the score of the best dev epoch.
     """
-    own = scores_of(records[records["protocol"] == protocol], "dev")
-    return own if protocol == CLEAN else pd.concat([own, scores_of(records, "dev_best")])
+    dev = scores_of(records[records["protocol"] == protocol], "dev")
+    return dev if protocol == CLEAN else pd.concat([dev, scores_of(records, "dev_best")])
 
 
 def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Return the mean choosing score of every choice over seeds, and mark the chosen ones.
+    """Average the dev score of every choice (variant and learning rate) over seeds, and mark the best per cell.
 
-    A cell is one model, task and method; a choice is a variant and a learning rate. The first of equal choices wins, in
-    the order of the grid. The columns are those of cell and choice, ``mean``, ``std``, ``n`` and ``chosen``.
+    The columns are those of :data:`CELL` and :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``. Among equal choices
+    the first one of the grid wins.
     """
     grouped = choosing_scores(records, protocol).groupby([*CELL, *CHOICE], sort=False)["value"]
     table = grouped.agg(mean="mean", std="std", n="count").reset_index()
@@ -48,18 +48,18 @@ def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     return table.assign(chosen=table.index.isin(best))
 
 
-def select(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Return the records of the chosen runs only."""
+def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Return the records of the runs with the chosen hyper-parameters."""
     table = choices(records, protocol)
     chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
     runs = choosing_scores(records, protocol)["run_id"]
     return records[records["run_id"].isin(runs)].merge(chosen, on=[*CELL, *CHOICE], how="inner")
 
 
-def reported(chosen: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Return the in-domain score that a protocol reports of each chosen run: a row for each cell and seed.
+def reported_scores(chosen: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Return the in-domain score that a protocol reports, a row per cell and seed.
 
-    It is the score of the reported split. The authors' protocol reports the best dev epoch of a task with a test split.
+    The score is on the reported split. For tasks with a test split, the authors' protocol reports the best dev epoch.
     """
     test = scores_of(chosen[chosen["protocol"] == protocol], "test")
     return test if protocol == CLEAN else pd.concat([test, scores_of(chosen, "dev_best")])
@@ -69,20 +69,20 @@ class TextOutcomes(Outcomes):
     """Collect the finished runs of one text benchmark, by protocol.
 
     Args:
-        records: The numbers of the runs, if they were read before.
-        ablated: True adds the rows of ablations, and makes every setting of a row with several variants a row of its
-            own, named ``<row>|<setting>``, so that nothing chooses among settings.
+        records: The numbers of the runs; None to read them.
+        include_ablations: True adds the rows of ablations. If a row has several variants, each setting becomes a
+            separate row ``<row>|<setting>``, so that none is chosen.
 
     Attributes:
         records: Every number.
         chosen: The records of the chosen runs, by protocol.
-        seeds: The scores: a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
+        seeds: The scores, a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
             evaluation task, method and seed.
-        shared: The scores of the seeds that all methods of a set have.
+        shared: The scores of the seeds that all methods of a set share.
         protocols: The protocols that have scores.
-        rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over the shared seeds; ``n`` is 0 if
-            there are none.
-        tests: The paired differences to the baseline in and out of domain, over all seeds that both methods have, with
+        rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over the shared seeds; ``n`` is 0
+            without shared seeds.
+        tests: The paired differences to the baseline in and out of domain, over all seeds of both methods, with
             verdicts, corrected over all rows.
     """
 
@@ -94,17 +94,17 @@ class TextOutcomes(Outcomes):
         runs: Sequence[Run],
         records: pd.DataFrame | None = None,
         *,
-        ablated: bool = False,
+        include_ablations: bool = False,
     ) -> None:
         methods = resolve_methods(benchmark.definition)
-        kept = [name for name, method in methods.items() if ablated or method.role != ABLATION]
+        kept = [name for name, method in methods.items() if include_ablations or method.role != ABLATION]
         shown = [run for run in runs if run.spec["method"]["name"] in kept]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
-        self._evaluates, self._ablated = benchmark.evaluates is not None, ablated
+        self._evaluates, self._include_ablations = benchmark.evaluates is not None, include_ablations
         records = collect(shown) if records is None else records
         records = with_transformed(records[records["run_id"].isin({run.id for run in shown})])
         self.records = records[records["method"].isin(kept)].reset_index(drop=True)
-        if ablated:
+        if include_ablations:
             self._split_settings()
         self.chosen = {protocol: self._chosen(protocol) for protocol in PROTOCOLS}
         self.seeds = pd.concat([self._seeds(protocol) for protocol in PROTOCOLS], ignore_index=True)
@@ -114,7 +114,7 @@ class TextOutcomes(Outcomes):
         self.rows, self.tests = self._rows(), self._tests()
 
     def _split_settings(self) -> None:
-        """Make every setting of an ablation, and of a row with several variants, a row of its own."""
+        """Turn every setting of an ablation, and of a row with several variants, into a separate row."""
         records = self.records
         is_ablation = records["method"].map(self.role).eq(ABLATION)
         variants = records.groupby(["protocol", "model", "task", "method"])["variant"].transform("nunique")
@@ -137,7 +137,7 @@ class TextOutcomes(Outcomes):
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the chosen runs by selection; the authors' takes runs of the clean protocol too."""
+        """Return the chosen runs by selection; the authors' selection includes runs of the clean protocol."""
         return pd.concat([chosen.assign(protocol=protocol) for protocol, chosen in self.chosen.items()])
 
     @property
@@ -165,7 +165,7 @@ class TextOutcomes(Outcomes):
 
     @cached_property
     def training(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Return the chosen runs of the first selection: the record, and routing and usage of its ``metrics.json``."""
+        """Return the chosen runs of the first selection: record, and ``routing`` and ``usage`` of its metrics."""
         if not self.run_protocols:
             return []
         chosen = self.chosen[self.run_protocols[0]].drop_duplicates("run_id")
@@ -176,17 +176,17 @@ class TextOutcomes(Outcomes):
         return list(zip(records, parts, strict=True))
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
-        # a benchmark that evaluates the chosen runs of another has no others
+        # a benchmark that evaluates another has only chosen runs
         if self._evaluates:
             return self.records[self.records["protocol"] == protocol]
-        return select(self.records, protocol)
+        return select_runs(self.records, protocol)
 
     def _seeds(self, protocol: str) -> pd.DataFrame:
         chosen = self.chosen[protocol]
-        own = chosen[chosen["protocol"] == protocol]
-        scores = [scores_of(own, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
-        if self._ablated or not self._evaluates:
-            scores.insert(0, reported(chosen, protocol).assign(domain=ID))
+        records = chosen[chosen["protocol"] == protocol]
+        scores = [scores_of(records, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
+        if self._include_ablations or not self._evaluates:
+            scores.insert(0, reported_scores(chosen, protocol).assign(domain=ID))
         return pd.concat(scores)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
 
     def _rows(self) -> pd.DataFrame:
@@ -200,32 +200,32 @@ class TextOutcomes(Outcomes):
         return self._by_set(with_verdicts(tests))
 
     def _by_set(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Sort set by set as they ran, and the methods of a set as they are defined; add titles."""
-        rows = rows.assign(place=rows.groupby(_SET, sort=False).ngroup())
-        return self.order(rows, ["place", "method"]).drop(columns="place")
+        """Sort by set in the order of the runs, then by method in the order of the definition; add titles."""
+        rows = rows.assign(set_number=rows.groupby(_SET, sort=False).ngroup())
+        return self.order(rows, ["set_number", "method"]).drop(columns="set_number")
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
         """Return the rows of one domain under one protocol."""
         return self.rows[(self.rows["domain"] == domain) & (self.rows["protocol"] == protocol)]
 
-    def compared(self) -> pd.DataFrame:
+    def claim_numbers(self) -> pd.DataFrame:
         """Return scores of every seed and parameter counts, for claims."""
         scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
-        numbers = compared(scores, counts(self.records))
+        numbers = join_claim_numbers(scores, parameter_counts(self.records))
         names = numbers["method"].str.partition(SETTING)
         return numbers.assign(method=names[0], setting=names[2])
 
     @property
     def run_protocols(self) -> list[str]:
-        """Return the protocols that have runs of their own."""
+        """Return the protocols under which runs were trained."""
         return [protocol for protocol in PROTOCOLS if protocol in set(self.records["protocol"])]
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add titles; that of the protocol is ``selection``."""
+        """Add titles; the protocol's title column is ``selection``."""
         return super().titled(frame).rename(columns={"protocol_title": "selection"})
 
     def pair_title(self, task: str, eval_task: str) -> str:
-        """Write ``SST-2 → IMDB``, or the task alone in domain and over all sets."""
+        """Return ``SST-2 → IMDB``; only the training task if both are equal or ``eval_task`` is empty."""
         titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
         return ARROW.join(titles)
 
@@ -236,32 +236,32 @@ class TextOutcomes(Outcomes):
 
 
 def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
-    """Give the numbers of a model that was evaluated as another method that method's name.
+    """Assign the numbers of converted models to the methods that they were converted to.
 
-    The run's own dev score still chooses it.
+    Each such method gets a copy of the run's dev scores, which choose the run.
     """
     parts = records["part"].str.partition(AS)
-    own = records[parts[2] == ""]
+    trained = records[parts[2] == ""]
     transformed = records.assign(part=parts[0], method=parts[2])[parts[2] != ""]
-    dev = own[own["part"] == "dev"].drop(columns="method")
+    dev = trained[trained["part"] == "dev"].drop(columns="method")
     dev = dev.merge(transformed[["run_id", "method"]].drop_duplicates(), on="run_id")
-    return pd.concat([own, dev, transformed], ignore_index=True)
+    return pd.concat([trained, dev, transformed], ignore_index=True)
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """Hold the results of :func:`.friedman_ranks` over the sets that all ranked methods have."""
+class Ranking:
+    """Hold the results of :func:`.friedman_ranks` over the sets that all ranked methods share."""
 
     ranks: pd.Series[float]
     p: float
-    key: dict[str, str]  # the values of the keys that were ranked within
-    scores: pd.DataFrame  # methods in rows, pairs of training task and OOD set in columns
+    key: dict[str, str]  # protocol, model, and the task if ranks are per task
+    scores: pd.DataFrame  # [methods, pairs of training task and OOD set]
 
 
-def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> list[Ranked]:
-    """Rank methods over all pairs of training task and OOD set, within a protocol, a model, perhaps a task.
+def rank_methods(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> list[Ranking]:
+    """Rank methods over all pairs of training task and OOD set, separately per value of the columns ``within``.
 
-    Means are over the seeds that all ranked methods have. Methods without a common set and seed get no ranks.
+    Means are over the seeds that all ranked methods share. Methods without a common set and seed get no ranks.
     """
     seeds = outcomes.seeds[(outcomes.seeds["domain"] == OOD) & outcomes.seeds["method"].isin(methods)]
     rankings = []
@@ -269,12 +269,12 @@ def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> lis
         by_seed = group.pivot_table(index="method", columns=["scope", "seed"], values="value", sort=False)
         table = by_seed.dropna(axis=1).T.groupby(level="scope", sort=False).mean().T
         table = table.loc[[name for name in methods if name in table.index]]
-        rankings.append(Ranked(*friedman_ranks(table), dict(zip(within, key, strict=True)), table))
+        rankings.append(Ranking(*friedman_ranks(table), dict(zip(within, key, strict=True)), table))
     return rankings
 
 
-def rank_rows(rankings: list[Ranked], column: str) -> pd.DataFrame:
-    """List the ranks: a row for each ranking and method, with the numbers of ``sets`` and of ``ranked`` methods."""
+def rank_rows(rankings: list[Ranking], column: str) -> pd.DataFrame:
+    """List the ranks, a row per ranking and method, with the numbers of ``sets`` and of ``ranked`` methods."""
     return pd.DataFrame(
         [
             {**each.key, "method": method, column: rank, "sets": each.scores.shape[1], "ranked": len(each.scores)}

@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier on one task, in full or by adapters; evaluate it there and, untouched, on others."""
+"""Fine-tune a text classifier on one task, fully or with adapters, and evaluate it on this and other tasks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec, TextTraining
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
-from benchmarks.text.usage import RowRouting
+from benchmarks.text.usage import RoutingRecorder
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run one spec.
+    """Train and evaluate the text classifier of one spec.
 
     Args:
         spec: The content of ``run.json``.
@@ -33,7 +33,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """
     read = parse(spec, TextSpec, str(folder / "run.json"))
     task, training = read.task, read.training
-    load = partial(load_part, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    load = partial(load_part, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = _splits(task, training, load)
     ood = {other.name: load(other, "test", training.ood_rows or training.eval_rows) for other in read.ood}
 
@@ -47,9 +47,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     epochs, kept = trainer.train()
     progress.say("evaluating")
     scores = {"dev": {task.name: {name: value for name, value in kept.items() if name != "epoch"}}}
-    routing = RowRouting(classifier.model)
-    scores |= _evaluated(trainer, read, splits["test"], ood, routing)
-    routed, usage = routing.described(task.name)
+    routing = RoutingRecorder(classifier.model)
+    scores |= _evaluate(trainer, read, splits["test"], ood, routing)
+    routed, usage = routing.set_routing(task.name)
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
     transformed = {}
@@ -59,7 +59,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         if kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
             use_as_(classifier.model, read.used_as.config, read.seed)
-            as_other = _evaluated(trainer, read, splits["test"], ood)
+            as_other = _evaluate(trainer, read, splits["test"], ood)
         transformed = {read.used_as.name: {"scores": as_other}}
     return {
         "scores": scores,
@@ -76,14 +76,14 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-def _evaluated(
+def _evaluate(
     trainer: TextTrainer,
     spec: TextSpec,
     test: TextSplit,
     ood: Mapping[str, TextSplit],
-    routing: RowRouting | None = None,
+    routing: RoutingRecorder | None = None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Score the reported split and the other sets."""
+    """Return the scores on the test split and the OOD sets, by part, set and metric."""
     return {
         "test": {spec.task.name: trainer.evaluate(test, routing=routing)},
         "ood": {other.name: trainer.evaluate(ood[other.name], other, routing) for other in spec.ood},
@@ -91,16 +91,16 @@ def _evaluated(
 
 
 def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
-    """Load the rows that a run uses: train, dev (which selects) and test (which is reported).
+    """Load the splits of a run: train, dev (for selection) and test (reported).
 
-    Without a test split the dev split is reported, and a clean run selects by a share of the training rows.
+    A task without a test split reports the dev split, and a clean run selects with held-out training rows.
     """
     train = load(task, "train", training.train_rows)
     test = load(task, "test", training.eval_rows)
     if training.validation_fraction:
-        train, dev = train.divided(training.validation_fraction, f"{task.name}/held out")
+        train, dev = train.hold_out(training.validation_fraction, f"{task.name}/held out")
     else:
         dev = load(task, "dev", training.dev_rows or training.eval_rows) if task.splits.test else test
     if training.train_share:
-        train = train.part(training.train_share, f"{task.name}/train")
+        train = train.stratified_sample(training.train_share, f"{task.name}/train")
     return {"train": train, "dev": dev, "test": test}

@@ -1,4 +1,4 @@
-"""Present text benchmarks: full fine-tuning, tuning by adapters, and benchmarks made of a csv."""
+"""Present text benchmarks: full fine-tuning, adapters, and benchmarks from a csv."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from benchmarks.text.tables import TABLES, verdicts
 
 USAGE = Figure(
     draw_usage_by_set,
-    "Use of experts by set after training, over an expert's mean use, of the first seed; the set that the model was "
-    "trained on stands first. Triangles mark what is more (▲) or less (▼) than shuffled rows explain at 5 % over the "
-    "whole panel; dots below mark experts that every set uses above the average and alike.",
+    "Use of experts by set after training, divided by the expert's mean use, for the first seed. The training set is "
+    "first. Triangles mark use above (▲) or below (▼) chance, by shuffled rows at 5 % over the whole panel. Dots mark "
+    "shared experts: every set uses them above the average and equally.",
 )
 FIGURES = {
     "ood": Figure(
         partial(draw_scores, domains=[ID, OOD], by_task=True),
-        "Scores by method and evaluation set. Each panel is a model trained on one domain and evaluated on one; the "
-        "dashed line is the baseline's mean. All panels share one axis, which does not start at zero.",
+        "Scores by method and evaluation set. Each panel has one training domain and one evaluation domain. The dashed "
+        "line is the baseline's mean. All panels share one axis, which does not start at zero.",
     ),
     "scores": Figure(
         partial(draw_scores, domains=[ID]),
@@ -35,9 +35,9 @@ FIGURES = {
     ),
     "traces": Figure(
         draw_traces,
-        "Shares of experts over training, in windows of steps, of the first seed: a row a window, a column an expert, "
-        "its load over the mean load. The paper's panels are of QNLI, 16 experts, 330 windows of 100 steps (Fig. 6 of "
-        "the first version); which model they show, and that adapters tune it, is our reading.",
+        "Loads of experts over training, divided by the mean load, for the first seed: rows are windows of steps, columns "
+        "are experts. The paper's panels show QNLI, 16 experts, 330 windows of 100 steps (Fig. 6 of the first version); "
+        "their model, and its tuning with adapters, are our interpretation.",
     ),
     "usage": USAGE,
 }
@@ -45,17 +45,17 @@ FIGURES = {
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    check_same_trained([run for run in runs if run.spec["training"]["lora"]])
+    check_same_parameters([run for run in runs if run.spec["training"]["lora"]])
     optimizer = "AdamW, linear decay, no clipping"
-    return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES, optimizer)
+    return present_text(benchmark, Ablations(benchmark, runs), TABLES, FIGURES, optimizer)
 
 
-def check_same_trained(runs: list[Run]) -> None:
-    """Check that all rows of a model train the same adapters and the same head."""
+def check_same_parameters(runs: list[Run]) -> None:
+    """Raise :class:`DefinitionError` if rows of one model train different adapters or heads."""
     first: dict[tuple[str, str], tuple[Run, object]] = {}
     for run in runs:
         trained = read_metrics(run)["model"]["trained"]
-        groups = [trained["adapters"], trained["head"]]  # the rest is what the row is about
+        groups = [trained["adapters"], trained["head"]]  # other groups may differ between rows
         key = (run.spec["model"]["name"], str(len(run.spec["task"]["labels"])))
         other, expected = first.setdefault(key, (run, groups))
         if groups != expected:
@@ -64,14 +64,14 @@ def check_same_trained(runs: list[Run]) -> None:
             )
 
 
-def shown(
+def present_text(
     benchmark: AnyBenchmark,
     ablations: Ablations,
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Figure],
     optimizer: str,
 ) -> Presentation:
-    """Present a text benchmark: its tables and figures, those of its ablations, and a verdict on every method."""
+    """Present a text benchmark: tables, figures, ablations, and a verdict on every method."""
     return make(
         benchmark,
         {**tables, **ablations.tables},
@@ -81,5 +81,5 @@ def shown(
         note=NOTE,
         optimizer=optimizer,
         shows_labels=True,
-        compared=ablations.compared,
+        claim_numbers=ablations.claim_numbers,
     )

@@ -1,4 +1,4 @@
-"""Lay out the tables of a text benchmark, and write its verdicts."""
+"""Make the tables of a text benchmark, and write its verdicts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from benchmarks.text.outcomes import (
     CHOICE,
     KEYS,
     PROTOCOLS,
-    Ranked,
+    Ranking,
     TextOutcomes,
     choices,
     choosing_scores,
+    rank_methods,
     rank_rows,
-    ranked,
 )
 from benchmarks.text.traces import trace_table
 
@@ -33,15 +33,15 @@ DOMAINS = {ID: "in domain", OOD: "out of domain"}
 _ROW = ["model", "protocol", "method"]
 _BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
-    "Selection is how epoch, learning rate and variant were chosen. Clean: by a split that is not reported (of tasks "
-    "without a test split, a tenth of the training rows). Authors': by the dev split, which is also reported and so "
-    "optimistic (of tasks with a test split, the score of the best dev epoch)."
+    "Selection chooses epoch, learning rate and variant. Clean: with a split that is not reported (for tasks without a "
+    "test split, a tenth of the training rows). Authors': with the dev split, which is also reported and so optimistic "
+    "(for tasks with a test split, the score of the best dev epoch)."
 )
 
 
 def results(outcomes: TextOutcomes) -> Table:
-    """Lay out scores under both selections, differences to the baseline, ranks and costs."""
-    frame = outcomes.order(common.counts_by(outcomes.rows, CELL), CELL)
+    """Make a table of scores under both selections, differences to the baseline, ranks and costs."""
+    frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
     columns = {}
     for prefix, domain, protocol, score, delta, std in (
         ("id", ID, CLEAN, "ID", "Δ ID", "std"),
@@ -54,18 +54,18 @@ def results(outcomes: TextOutcomes) -> Table:
             Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=True),
             Column("score", f"{prefix}_delta", delta, interval=(f"{prefix}_low", f"{prefix}_high"), signed=True),
         ]
-    rankings = ranked(outcomes, list(outcomes.methods), ["protocol", *CELL[:2]])
+    rankings = rank_methods(outcomes, list(outcomes.methods), ["protocol", *CELL[:2]])
     rankings = [ranking for ranking in rankings if ranking.key["protocol"] == CLEAN]
     frame = common.with_numbers(frame, CELL, rank_rows(rankings, "ood_rank")[[*CELL, "ood_rank"]])
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
-    frame = common.with_numbers(frame, CELL, common.means_by(_usual_records(outcomes.shared_origins), CELL, took))
+    frame = common.with_numbers(frame, CELL, common.cell_means(_clean_records(outcomes.shared_origins), CELL, took))
     return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
-        "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs); differences are "
-        "paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. "
+        "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). Differences "
+        "are paired by seed, with a 95 % confidence interval (Student's t), not corrected for multiple tests. "
         f"{outcomes.shared_note} ID is the training task, OOD the mean over the other sets, without further "
-        f"training. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart. Time, "
-        f"neurons and parameters are of the clean runs, if there are any. {_metric_note(outcomes)}",
+        f"training. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, without controls. Time, "
+        f"neurons and parameters are from the clean runs, if there are any. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
         [
             *columns["id"],
@@ -81,10 +81,10 @@ def results(outcomes: TextOutcomes) -> Table:
 
 
 def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """Lay out scores as the paper does: a column for each task (or pair of tasks), and the average."""
+    """Make a table like the paper's: a column of scores per task (or pair of tasks), and the average."""
     rows = outcomes.with_scopes(outcomes.rows[outcomes.rows["domain"] == domain])
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
-    frame = common.counts_by(rows, _ROW)
+    frame = common.format_counts(rows, _ROW)
     headings = {scope: scope for scope in rows["scope"].unique()}
     frame, columns = common.with_columns(frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score")
     if len(columns) > 1:
@@ -94,7 +94,7 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
         columns += others
     return Table(
         "Scores by task" if domain == ID else "Scores by OOD set",
-        "Mean ± standard deviation over n seeds (sample; authors' selection: population, as theirs). "
+        "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). "
         f"{outcomes.shared_note} {_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**_BY_SELECTION, "n": "n"},
         columns,
@@ -105,7 +105,7 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 
 def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
-    """Add columns of the metrics beside the paper's."""
+    """Add the columns of all other metrics."""
     records = outcomes.shared_origins
     records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
     columns = []
@@ -122,11 +122,11 @@ def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd
 
 
 def tests(outcomes: TextOutcomes) -> Table:
-    """Lay out paired tests over seeds against the baseline."""
+    """Make a table of paired tests over seeds against the baseline."""
     return common.tests_table(
         outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds that both rows have; other tables "
-        f"use the seeds that all their rows have. {_SELECTIONS}",
+        f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. Other tables use the "
+        f"seeds that all their rows share. {_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", "task_title": "Trained on"}
         | {"eval_task_title": "Evaluated on", "method_title": "Method", "n": "n"},
         "score",
@@ -135,16 +135,16 @@ def tests(outcomes: TextOutcomes) -> Table:
 
 
 def ood(outcomes: TextOutcomes) -> Table:
-    """Lay out the score on every set, of models trained on one."""
+    """Make a table of scores on every set, by training task."""
     rows = outcomes.rows
     rows = rows[(rows["protocol"] == CLEAN) & rows["domain"].isin([ID, OOD])]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
     numbers = rows[["eval_task", *CELL, "mean", "std"]]
-    frame = outcomes.order(common.counts_by(rows, CELL), CELL)
+    frame = outcomes.order(common.format_counts(rows, CELL), CELL)
     frame, columns = common.with_columns(frame, CELL, numbers, headings, "score", joint="_")
     return Table(
         "Scores by evaluation set",
-        "Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID "
+        "Clean selection. Mean ± sample standard deviation over n seeds. The column of the training task is the ID "
         f"score. {outcomes.shared_note} {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
         columns,
@@ -155,26 +155,26 @@ def ood(outcomes: TextOutcomes) -> Table:
 
 
 def cost(outcomes: TextOutcomes) -> Table:
-    """Lay out time, memory, parameters and the use of experts."""
-    records = _usual_records(outcomes.origins)
+    """Make a table of time, memory, parameters and the use of experts."""
+    records = _clean_records(outcomes.origins)
     return common.cost_table(
         KEYS,
         outcomes.order(outcomes.rows[CELL].drop_duplicates(), CELL),
         CELL,
-        records[~records["metric"].str.contains("_information")],  # which stand in a table of their own
+        records[~records["metric"].str.contains("_information")],  # shown in another table
         averaged="Means over seeds of the chosen runs",
         measured_on="the ID test split without padding",
     )
 
 
-def chosen(outcomes: TextOutcomes) -> Table:
-    """Lay out every choice of hyper-parameters with its dev score, and mark the chosen one."""
+def choices_table(outcomes: TextOutcomes) -> Table:
+    """Make a table of all hyper-parameter choices with their dev scores; mark the chosen ones."""
     parts = []
     for protocol in outcomes.protocols:
         table = choices(outcomes.records, protocol)
-        own = outcomes.records[outcomes.records["protocol"] == protocol]
+        records = outcomes.records[outcomes.records["protocol"] == protocol]
         for part, prefix in (("test", "id_"), (OOD_MEAN, "ood_")):
-            grouped = scores_of(own, part).groupby([*CELL, *CHOICE], sort=False)["value"]
+            grouped = scores_of(records, part).groupby([*CELL, *CHOICE], sort=False)["value"]
             numbers = grouped.agg(mean="mean", std="std").add_prefix(prefix).reset_index()
             table = table.merge(numbers, how="left")
         parts += [part.assign(protocol=protocol) for part in (table, _joint_choices(table))]
@@ -185,10 +185,10 @@ def chosen(outcomes: TextOutcomes) -> Table:
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
     tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
     return Table(
-        "Hyper-parameters and what was chosen",
-        "The best mean over n seeds of the choosing score is chosen (✓); ID and OOD chose nothing. The rows of “all” "
-        "are means over the training tasks, with the best one choice for all. A method with more choices has more "
-        "chances. In a variant N is the number of experts, k the share of them that is used, L the converted layers. "
+        "Hyper-parameters, and the choice",
+        "The choice (✓) has the best mean choosing score over n seeds; ID and OOD scores choose nothing. The rows “all” "
+        "are means over the training tasks, with one choice for all tasks. A method with more choices has more chances. "
+        "In a variant, N is the number of experts, k the share of experts in use, L the converted layers. "
         f"{_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", **KEYS}
         | {"variant_shown": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
@@ -202,7 +202,7 @@ def chosen(outcomes: TextOutcomes) -> Table:
 
 
 def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
-    """Yield a sentence for each model, method of the paper and selection: does it differ from the baseline?"""
+    """Yield a sentence per model, method and selection, with the differences to the baseline; omit controls."""
     rows = outcomes.tests[outcomes.tests["method"].map(outcomes.role) == "method"]
     keys = ["protocol", "model", "method"]
     for (protocol, model, method), group in outcomes.order(rows, keys).groupby(keys, sort=False):
@@ -211,13 +211,13 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
 
 
 def differences_text(tests: pd.DataFrame, outcomes: TextOutcomes) -> str:
-    """Write the differences of a method in and out of domain, in points."""
+    """Format the differences of a method in and out of domain, in points."""
     domains = [(words, tests[tests["domain"] == domain]) for domain, words in DOMAINS.items()]
-    return "; ".join(f"{words} {_phrase(rows, outcomes)}" for words, rows in domains if len(rows))
+    return "; ".join(f"{words} {_differences_phrase(rows, outcomes)}" for words, rows in domains if len(rows))
 
 
-def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
-    """Write the difference over one or many tasks, in points."""
+def _differences_phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
+    """Format the difference over one or many tasks, in points."""
     if len(rows) == 1:
         row = rows.iloc[0]
         return f"{common.difference_text(row)} ({outcomes.pair_title(row['task'], row['eval_task'])}, n = {row['n']})"
@@ -229,12 +229,12 @@ def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
     return ", ".join([f"{rows['delta'].mean() * 100:+z.1f} on average", *words])
 
 
-def _usual_records(records: pd.DataFrame) -> pd.DataFrame:
-    """Keep the records of the clean runs, and of the others if a cell has no clean ones."""
+def _clean_records(records: pd.DataFrame) -> pd.DataFrame:
+    """Keep the records of the clean runs; for cells without clean runs, those of the others."""
     return records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
 
 
-def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
+def _rank_note(outcomes: TextOutcomes, rankings: list[Ranking]) -> str:
     notes = []
     for ranking in rankings:
         rows = "no rows with a common seed" if ranking.scores.empty else f"{len(ranking.scores)} rows"
@@ -244,7 +244,7 @@ def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
-    """Say which task, or out-of-domain set, is scored by which metric."""
+    """Return a sentence that lists the tasks, or out-of-domain sets, of each metric."""
     rows = outcomes.rows[outcomes.rows["domain"] == domain]
     by_metric: dict[str, list[str]] = {}
     for name in rows["eval_task"].unique():
@@ -256,7 +256,7 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
 
 
 def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
-    """Average the choices that all tasks of a model and method share; return no row for a single task."""
+    """Average each choice over the tasks of a model and method, if all of them tried it; skip single tasks."""
     keys, rows = ["model", "method", "variant", "learning_rate"], ["model", "method"]
     tasks = table.groupby(rows)["task"].transform("nunique")
     grouped = table[tasks > 1].groupby(keys, sort=False)
@@ -273,7 +273,7 @@ _OURS = {"mean": "", "delta": "_delta", "low": "_low", "high": "_high", "n": "_n
 
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """Lay out the paper's numbers of a domain beside ours, under both selections."""
+    """Make a table of the paper's numbers of a domain beside ours, under both selections."""
     frame = common.read_published(outcomes.benchmark)
     frame = frame[frame["scope"] != RANK].assign(value=lambda published: published["value"] / 100)
     frame["paper_delta"] = common.published_delta(frame, outcomes.baseline)
@@ -282,14 +282,14 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
         Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
     ]
     for protocol in (PUBLISHED, CLEAN):
-        frame = frame.merge(_ours(outcomes, domain, protocol), on=_PUBLISHED_KEY, how="outer", sort=False)
+        frame = frame.merge(_our_scores(outcomes, domain, protocol), on=_PUBLISHED_KEY, how="outer", sort=False)
         title, delta, ends = PROTOCOLS[protocol], f"{protocol}_delta", (f"{protocol}_low", f"{protocol}_high")
         columns += [
             Column("score", protocol, f"Ours, {title} selection", decimals=2),
             Column("score", delta, f"Δ ours, {title}", interval=ends, signed=True, decimals=2),
             Column("runs", f"{protocol}_n", f"n, {title}"),
         ]
-    # a number that was not found has a row only if we have one ourselves
+    # an unknown number has a row only if there is one of ours
     frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
     ranks = {name: rank for rank, name in enumerate(outcomes.methods)}
     frame = frame.sort_values(
@@ -299,10 +299,10 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
     return Table(
         "The paper's numbers beside ours",
-        f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed, with a 95 % confidence interval "
-        f"for a single task. {outcomes.shared_note} Status: published (typed in the authors' notebooks or quoted from "
-        "the paper), inferred (published, but the row is our reading), unknown (in the paper, but not found by us). A "
-        "dash was not found, or not run by this suite.",
+        f"Δ is the difference to {outcomes.baseline_title}. Ours is paired by seed, with a 95 % confidence interval for "
+        f"single tasks. {outcomes.shared_note} Status: published (from the authors' notebooks or quoted from the "
+        "paper), inferred (published, but the row is our interpretation), unknown (in the paper, but unavailable). A "
+        "dash: unavailable, or not run by this suite.",
         {"model_title": "Model", "scope": "Task", "method_title": "Method"},
         columns,
         frame,
@@ -311,8 +311,8 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     )
 
 
-def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
-    """Lay out mean ranks over the OOD sets, the paper's beside ours."""
+def ranks(outcomes: TextOutcomes, rankings: list[Ranking]) -> Table:
+    """Make a table of mean ranks over the OOD sets, the paper's beside ours."""
     published = common.read_published(outcomes.benchmark)
     published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
     frame = rank_rows(rankings, "rank").drop(columns="task")
@@ -326,10 +326,10 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     methods = list(dict.fromkeys(outcomes.title("method", name) for each in rankings for name in each.scores.index))
     return Table(
         "Friedman ranks out of domain",
-        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. It is unknown which "
-        f"rows the paper ranks, so its ranks cannot be compared with ours. Sets ({len(pairs)}): {', '.join(pairs)}. "
-        f"{'; '.join(notes) or 'No ranks: the rows have no common set and seed'}. Ranks that are further apart than "
-        "the critical difference differ by Nemenyi's test at 5 %.",
+        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. The paper does not name "
+        f"its ranked rows, so its ranks cannot be compared with ours. Sets ({len(pairs)}): {', '.join(pairs)}. "
+        f"{'; '.join(notes) or 'No ranks: the rows have no common set and seed'}. By Nemenyi's test at 5 %, ranks differ "
+        "if they are further apart than the critical difference.",
         _BY_SELECTION,
         [
             Column("ood_rank", "rank", "Rank", best=True),
@@ -342,19 +342,19 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     )
 
 
-def _ours(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
-    """Return our scores by pair of tasks, and in domain the averages over the tasks that a method ran.
+def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
+    """Return our scores by pair of tasks, and in domain also averages over the tasks that a method ran.
 
-    Methods that ran fewer tasks than others form a scope of their own, with the baseline on the same tasks.
+    If methods ran different tasks, each group of tasks is a separate scope, which includes the baseline.
     """
     rows = outcomes.with_scopes(outcomes.of(domain, protocol))
     averages = []
     for model, of_model in rows.groupby("model", sort=False) if domain == ID else ():
         tasks_of = {method: tuple(part["task"]) for method, part in of_model.groupby("method", sort=False)}
         for tasks in dict.fromkeys(tasks for tasks in tasks_of.values() if len(tasks) > 1):
-            scope = {"model": model, "scope": _scope(outcomes, tasks)}
-            for method, own in tasks_of.items():
-                if own == tasks or method == outcomes.baseline:
+            scope = {"model": model, "scope": _average_name(outcomes, tasks)}
+            for method, ran in tasks_of.items():
+                if ran == tasks or method == outcomes.baseline:
                     part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
                     averages.append({**scope, "method": method, **part[["mean", "delta"]].mean()})
     columns = [*_PUBLISHED_KEY, *_OURS]
@@ -362,8 +362,8 @@ def _ours(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
     return ours.rename(columns={name: f"{protocol}{end}" for name, end in _OURS.items()})
 
 
-def _scope(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
-    """Name the tasks of an average; all tasks that the paper trains on have its name."""
+def _average_name(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
+    """Return the name of an average over tasks; :data:`AVERAGE` for all tasks that the paper trains on."""
     glue = {
         name
         for name, task in outcomes.benchmark.tasks.items()
@@ -373,7 +373,7 @@ def _scope(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
-    """Lay out the mutual information of experts with set and class, by model, training task and method."""
+    """Make a table of the mutual information of experts with set and class, by model, training task and method."""
     information, counted = [*information_numbers("task", "class")], ["specialised_experts", "shared_experts"]
     rows = [
         {
@@ -385,14 +385,15 @@ def usage_table(outcomes: TextOutcomes) -> Table:
         if content["usage"]
     ]
     numbers = [*information, *counted]
-    means = common.over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
+    means = common.average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
     return Table(
-        "What the choice of an expert tells after training",
+        "Information in the choice of an expert after training",
         "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "
-        "row's class (within a set, mean over the sets); of 200 rows a set. Chance: mean and 95 % quantile of "
-        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: some set uses them "
-        "more than shuffles explain (5 %, all experts and sets together); shared: every set uses them above 1/N, and "
-        "none differs from chance. Means over n seeds ± standard deviation. Before training: the benchmark modularity.",
+        "row's class (within a set, mean over the sets), on 200 rows per set. Chance: mean and 95 % quantile of "
+        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: a set uses them more "
+        "than by chance (5 %, over all experts and sets). Shared experts: every set uses them above 1/N, and no set "
+        "differs from chance. Means over n seeds ± standard deviation. The benchmark modularity measures the same "
+        "before training.",
         {**KEYS, "n": "n"},
         [Column(name, name, std=f"{name}_std" if name.endswith("_information") else None) for name in numbers],
         outcomes.order(means[[*CELL, *numbers, *(f"{name}_std" for name in information), "n"]], CELL),
@@ -405,7 +406,7 @@ TABLES = {
     "tests": tests,
     "ood": ood,
     "cost": cost,
-    "choices": chosen,
+    "choices": choices_table,
     "traces": trace_table,
     "usage": usage_table,
     "paper": paper,

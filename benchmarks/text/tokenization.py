@@ -27,21 +27,20 @@ _LENGTHS = "lengths"
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
-    """Hold rows of token ids, kept flat, so that a large set takes little memory.
+    """Hold tokenised rows in flat arrays, which take little memory.
 
-    The tokens are taken from the cache (``resources/tokens/``), which is keyed by the texts, the tokenizer and the
-    length, never by name; labels are not part of it.
+    Tokens come from a cache (``resources/tokens/``), keyed by a hash of the texts, the tokenizer and the length.
 
     Args:
         split: The rows.
         tokenizer: The model's tokenizer.
-        max_length: The tokens kept of a row.
+        max_length: The maximum number of tokens of a row.
         by_length: True sorts by length, so that evaluation batches need little padding.
-        labelled: True gives the labels to the model, which then computes a loss.
-        prefix: The model's frozen first layers; rows then have their outputs.
+        labelled: True includes the labels in the model's inputs, which then computes a loss.
+        prefix: The model's frozen first layers, whose outputs are added to the rows.
 
     Attributes:
-        order: The numbers of the rows in the split.
+        order: The index in the split of each row.
         labels: The labels in the order of the rows.
     """
 
@@ -55,7 +54,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         labelled: bool = True,
         prefix: Prefix | None = None,
     ) -> None:
-        columns = _cached(split, tokenizer, max_length)
+        columns = _load_or_tokenise(split, tokenizer, max_length)
         lengths = columns.pop(_LENGTHS)
         self._columns, self._lengths, self._ends = columns, lengths, np.cumsum(lengths)
         self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
@@ -95,28 +94,30 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 def calibration_batches(
     split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield some rows of a split, the same for every run, as batches without labels for a model."""
-    head = split.head(_CALIBRATION_ROWS, "calibration")
-    encoded = TokenisedRows(head, tokenizer, max_length, by_length=True, labelled=False)
+    """Yield batches of model inputs without labels, from a sample of rows that is the same for every run."""
+    rows = split.sample(_CALIBRATION_ROWS, "calibration")
+    encoded = TokenisedRows(rows, tokenizer, max_length, by_length=True, labelled=False)
     return batches(encoded, DataCollatorWithPadding(tokenizer), batch_size)
 
 
 def batches(rows: TokenisedRows, collate: DataCollatorWithPadding, size: int) -> Iterator[dict[str, Any]]:
-    """Yield all rows in their order, ``size`` at a time, as a model's inputs."""
+    """Yield all rows in order, as batches of ``size`` rows of model inputs."""
     for start in range(0, len(rows), size):
         yield dict(collate([rows[index] for index in range(start, min(start + size, len(rows)))]))
 
 
-def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:
-    """Return every column of tokens end to end, and the rows' lengths."""
+def _load_or_tokenise(
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, NDArray[np.int32]]:
+    """Return the concatenated tokens of all rows by column, and the lengths of the rows; cache them in a file."""
     key = hashlib.sha256(f"{_VERSION}\n{_tokenizer_digest(tokenizer)}\n{max_length}\n{split.texts_digest}".encode())
     file = TOKENS / f"{key.hexdigest()[:24]}.safetensors"
-    with suppress(FileNotFoundError, SafetensorError):  # the latter if the machine went down during the write
+    with suppress(FileNotFoundError, SafetensorError):  # the latter after an interrupted write
         columns = load_file(file)
         with safe_open(file, framework="np") as opened:
             if (opened.metadata() or {}).get("sha256") == columns_digest(columns):
                 return columns
-    # a file with other tokens than were written is replaced too
+    # a file with a wrong digest is replaced too
     columns = _tokenise(split, tokenizer, max_length)
     with atomic_write(file) as temporary:
         save_file(columns, temporary, metadata={"sha256": columns_digest(columns)})
@@ -138,7 +139,7 @@ def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: 
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest a tokenizer's description, without the settings that each call sets anew."""
+    """Hash a tokenizer's definition, without truncation and padding, which each call sets."""
     if tokenizer.is_fast:
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         content: Any = {key: value for key, value in described.items() if key not in ("truncation", "padding")}

@@ -1,4 +1,4 @@
-"""Show how routing changes while models are trained: the loads of experts, window by window."""
+"""Show how routing changes during training: the loads of experts, window by window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import entr
 
 from benchmarks.harness.config.methods import CONTROL
-from benchmarks.harness.report.common import over_seeds
+from benchmarks.harness.report.common import average_over_seeds
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.definition import PublishedTraces
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
@@ -30,12 +30,12 @@ class Trace:
     steps: int
 
     def numbers(self) -> dict[str, float]:
-        """Return the numbers of a trace, by :data:`NUMBERS`.
+        """Return the numbers of a trace, by the names in :data:`NUMBERS`.
 
-        Entropy (by ln N), load of the busiest expert over the mean load, and L1 distance of a window's shares to the
-        next one's are means over windows. That distance is larger the fewer tokens a window has, so it compares rows of
-        one run only. Drift is the L1 distance between the first and the last quarter of the training. Its chance is the
-        distance between two halves of as many windows, taken in turn, which differ by their tokens alone.
+        Means over windows: entropy (divided by ln N), load of the busiest expert over the mean load, and change, the L1
+        distance between the shares of consecutive windows. Change grows if windows have fewer tokens, so compare it only
+        within a run. Drift is the L1 distance between the first and the last quarter of training. Its chance is the same
+        distance between the even and odd windows within a quarter.
         """
         shares = self.shares
         windows, experts = shares.shape
@@ -56,7 +56,7 @@ def _distance(one: Shares, other: Shares) -> float:
 
 
 def traces(outcomes: TextOutcomes) -> Iterator[tuple[Any, int, Trace]]:
-    """Yield record, layer and trace of every chosen run of the first selection that routes."""
+    """Yield record, layer and trace of every chosen run with routing, under the first selection."""
     for record, content in outcomes.training:
         windows = content["routing"].get("windows") or {"loads": {}}
         for layer, loads in windows["loads"].items():
@@ -65,7 +65,7 @@ def traces(outcomes: TextOutcomes) -> Iterator[tuple[Any, int, Trace]]:
 
 
 def published_traces(outcomes: TextOutcomes) -> dict[str, Trace]:
-    """Read the paper's traces, by row (``published_traces`` of the definition)."""
+    """Read the paper's traces, by method (``published_traces`` of the definition)."""
     published = {}
     for name, file in _published(outcomes).rows.items():
         shares = np.loadtxt(outcomes.benchmark.folder / file, delimiter=",", ndmin=2)
@@ -79,14 +79,14 @@ def _published(outcomes: TextOutcomes) -> PublishedTraces:
 
 
 def trace_table(outcomes: TextOutcomes) -> Table:
-    """Lay out a row for each model, task and routed method, and the paper's."""
+    """Make a table with a row per model, task and routed method, and the paper's rows."""
     numbers, keys = ["windows", *NUMBERS], [*CELL, "seed"]
     rows = [
         {**{key: getattr(record, key) for key in keys}, "windows": len(trace.shares), **trace.numbers()}
         for record, _, trace in traces(outcomes)
     ]
     layer_means = pd.DataFrame(rows, columns=[*keys, *numbers]).groupby(keys, sort=False).mean().reset_index()
-    frame = outcomes.order(over_seeds(layer_means, CELL, numbers), CELL)
+    frame = outcomes.order(average_over_seeds(layer_means, CELL, numbers), CELL)
     task_title = f"{outcomes.title('task', _published(outcomes).task)} (the paper)"
     if published := published_traces(outcomes):
         paper = [{"method": name, "windows": len(trace.shares), **trace.numbers()} for name, trace in published.items()]
@@ -95,19 +95,19 @@ def trace_table(outcomes: TextOutcomes) -> Table:
     frame = frame.assign(n=frame["n"].astype(int).astype(str), windows=frame["windows"].map("{:.0f}".format))
     return Table(
         "Shares of experts over training",
-        "Loads of training batches without padding, in windows of 100 steps as in the authors' code (of fewer where a "
-        "run would have less than 20 windows); means over layers and n seeds ± standard deviation. Entropy and busiest "
-        "expert over the mean are 1 where loads are balanced in every window. Change is the L1 distance between the "
-        "shares of a window and of the next, larger the fewer tokens a window has. Drift is that between the first and "
-        "the last quarter of the training; drift above that within quarters is a change of routing.",
+        "Loads of training batches without padding, in windows of 100 steps as in the authors' code (shorter if a run "
+        "would have less than 20 windows). Means over layers and n seeds ± standard deviation. Entropy and busiest expert "
+        "over the mean are 1 for balanced loads. Change is the L1 distance between the shares of consecutive windows; it "
+        "grows if windows have fewer tokens. Drift is the distance between the first and the last quarter of training. "
+        "Routing changes if this drift exceeds the drift within quarters.",
         {**KEYS, "n": "n", "windows": "Windows"},
         [Column(name, name, std=f"{name}_std") for name in NUMBERS],
         frame[[*KEYS, "method", "n", *numbers, *(f"{name}_std" for name in NUMBERS)]],
     )
 
 
-def shown_traces(outcomes: TextOutcomes) -> dict[tuple[str, str], dict[str, tuple[str, Trace]]]:
-    """Select the traces of a figure: of the first layer and seed, by model and task (the paper's first) and method."""
+def select_traces(outcomes: TextOutcomes) -> dict[tuple[str, str], dict[str, tuple[str, Trace]]]:
+    """Select the traces of the first layer and seed, by model and task (the paper's first), then by method."""
     shown: dict[tuple[str, str], dict[str, tuple[str, Trace]]] = {}
     for record, layer, trace in traces(outcomes):
         if outcomes.role(record.method) != CONTROL:

@@ -38,12 +38,12 @@ Epoch = dict[str, Any]  # its number, and the dev scores after it
 def epoch_arguments(
     folder: Path, precision: str, training: Any, spec: RunSpec, best: str | None, **options: Any
 ) -> TrainingArguments:
-    """Return Trainer's arguments for a run that evaluates, and saves a checkpoint, after every epoch.
+    """Return Trainer's arguments for a run that evaluates and saves a checkpoint after every epoch.
 
     Args:
         folder: The folder of the checkpoints.
-        precision: The arithmetic.
-        training: The settings ``training`` of the spec.
+        precision: The precision, such as ``bf16``.
+        training: The section ``training`` of the spec.
         spec: The spec of the run, with learning rate and seed.
         best: The metric that chooses the epoch; None keeps the last epoch.
         **options: Other arguments of Trainer.
@@ -71,21 +71,21 @@ def epoch_arguments(
 
 
 def kept_epoch(epochs: list[Epoch], best: str | None) -> Epoch:
-    """Return the epoch whose weights Trainer keeps: the first one with the best score, or the last for None."""
+    """Return the epoch whose weights Trainer keeps: the first with the best score, or the last if ``best`` is None."""
     return max(epochs, key=lambda epoch: epoch[best]) if best else epochs[-1]
 
 
 class Patience(TrainerCallback):
-    """Stops after a number of epochs without a new best dev score above 0, as in the authors' code.
+    """Stop after a number of epochs without a new best dev score above 0, as in the authors' code.
 
-    It counts in Trainer's log, which checkpoints keep, so a resumed run stops where an uninterrupted one does.
+    A resumed run stops at the same epoch, because the count uses Trainer's log, which checkpoints keep.
     """
 
     def __init__(self, metric: str, epochs: int) -> None:
         self._metric, self._epochs = f"eval_{metric}", epochs
 
     def is_over(self, log: list[dict[str, float]]) -> bool:
-        """Return True if that many last evaluations of a log have no new best score."""
+        """Return True if the last evaluations in a log, as many as the patience, have no new best score."""
         scores = [0.0, *(entry[self._metric] for entry in log if self._metric in entry)]
         return len(scores) - 1 - scores.index(max(scores)) >= self._epochs
 
@@ -95,10 +95,10 @@ class Patience(TrainerCallback):
 
 
 class TextTrainer(SplitEvaluator):
-    """Trains and evaluates one text classifier as a run's spec says.
+    """Train and evaluate one text classifier according to a run's spec.
 
-    Checkpoints are saved every epoch below ``folder``. A killed run resumes from the last complete one, and ends with
-    the same numbers.
+    Each epoch saves a checkpoint below ``folder``. A killed run resumes from the last complete one, with the same final
+    numbers.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class TextTrainer(SplitEvaluator):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Return the times of training and evaluations so far, for ``cost`` of ``metrics.json``."""
+        """Return the times of training and evaluation so far, for ``cost`` of ``metrics.json``."""
         times = self._stopwatch.cost(self._trainer.state.global_step)
         return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
@@ -157,11 +157,11 @@ class TextTrainer(SplitEvaluator):
         return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
 
     def train(self) -> tuple[list[Epoch], Epoch]:
-        """Train, from the last complete checkpoint if there is one; return all epochs, and the one that is kept."""
+        """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
         checkpoint = resume(self._checkpoints, self._stopwatch, self.probe, self.routing_trace)
         saved = TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}") if checkpoint else None
         if saved and self._patience and self._patience.is_over(saved.log_history):
-            self._trainer.state = saved  # it had stopped: only the best weights are missing
+            self._trainer.state = saved  # training had stopped early: load the best weights
             self._trainer._load_best_model()
         else:
             self._trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,7 +1,7 @@
-"""Measure how the rows of sets are routed, and what the choice of an expert says about set and class.
+"""Measure the routing of rows, and the information of experts on task and class.
 
-``loads`` counts how often the tokens of each row chose each expert, ``[rows, N]``. ``tasks`` are the tasks of the rows,
-numbered from 0; ``classes`` are their classes, negative if a task has none.
+``loads`` counts the choices of each expert by the tokens of each row, ``[rows, N]``. ``tasks`` are the task numbers of
+the rows, from 0. ``classes`` are their class numbers, negative if a task has no classes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Loads = NDArray[np.int64]
 
 
 def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
-    """Measure the information of experts on the task; rows are shuffled over all tasks."""
+    """Measure the mutual information of expert and task; by chance, rows are shuffled over all tasks."""
     return MutualInformation.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
 
 
 def class_information(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> MutualInformation | None:
-    """Measure the information of experts on the class within a task, as a mean over tasks with classes."""
+    """Measure the mutual information of expert and class within a task, as the mean over tasks with classes."""
     bits = []
     for task in np.unique(tasks):
         rows = (tasks == task) & (classes >= 0)
@@ -40,59 +40,58 @@ def class_information(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> 
     return MutualInformation.mean(np.concatenate(bits, axis=1)) if bits else None
 
 
-def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
-    """Mark experts that a task uses more (1) or less (-1) than chance explains; else 0. Return ``[tasks, N]``.
+def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
+    """Mark experts that a task uses more (1) or less (-1) than by chance, else 0; return ``[tasks, N]``.
 
-    Rows are shuffled over the tasks. A use is marked if it is farther from its mean over shuffles, in their deviations,
-    than the farthest of all uses is in 95 % of the shuffles. By chance alone one mark in twenty such matrices is
-    expected.
+    Rows are shuffled over the tasks. A z-score against the shuffles is marked if it exceeds the 95 % quantile of the
+    largest z-scores of the shuffles, so about one in twenty matrices has a mark by chance.
     """
     random = np.random.default_rng(seed)
     shares = shares_by(loads, tasks)
     shuffled = np.stack([shares_by(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)])
     mean, deviation = shuffled.mean(0), shuffled.std(0)
 
-    def far(uses: NDArray[np.float64]) -> NDArray[np.float64]:
+    def z_scores(uses: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.divide(uses - mean, deviation, out=np.zeros_like(uses), where=deviation > 0)
 
-    limit = np.quantile(np.abs(far(shuffled)).max((1, 2)), CONFIDENCE)
-    return (np.sign(far(shares)) * (np.abs(far(shares)) > limit)).astype(np.int64)
+    limit = np.quantile(np.abs(z_scores(shuffled)).max((1, 2)), CONFIDENCE)
+    return (np.sign(z_scores(shares)) * (np.abs(z_scores(shares)) > limit)).astype(np.int64)
 
 
 def shares_by(loads: Loads, groups: Loads) -> NDArray[np.float64]:
-    """Return ``[groups, N]``, the share of each expert in the choices of a group; groups are numbered from 0."""
+    """Return the share of each expert in the choices of each group, ``[groups, N]``; groups are numbered from 0."""
     counts = np.zeros((int(groups.max()) + 1, loads.shape[1]), dtype=np.int64)
     np.add.at(counts, groups, loads)
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 
 def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[Loads, Loads]:
-    """Return the shared experts (above 1/N in every task, marked in none), and those that some task marks."""
+    """Return the shared experts (above 1/N in all tasks, no mark), and the specialised ones (a positive mark)."""
     shared = (shares > 1 / shares.shape[1]).all(0) & (marked == 0).all(0)
     return np.flatnonzero(shared), np.flatnonzero((marked > 0).any(0))
 
 
 @dataclass(frozen=True)
 class SetLoads:
-    """Hold the routing and the classes of one set's rows."""
+    """Hold the expert loads ``[rows, N]`` and the classes ``[rows]`` of one set."""
 
     loads: Loads
     classes: Loads
 
 
 def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Describe the information of experts on at least two sets and their classes, and the shares behind it.
+    """Measure the information of experts on sets and classes; needs at least two sets.
 
     Returns:
-        Numbers by the names of metrics.yaml; and, by set, shares of the experts, marks (see :func:`marks`) and shares
-        by class, with the shared and the specialised experts.
+        The numbers by metric name, and the expert usage: by set, the shares of experts, marks (see
+        :func:`mark_experts`) and shares by class; and the shared and the specialised experts.
     """
     rows = np.concatenate([routing.loads for routing in sets.values()])
     tasks = np.repeat(np.arange(len(sets)), [len(routing.loads) for routing in sets.values()])
     classes = np.concatenate([routing.classes for routing in sets.values()])
     seed = derive_seed("shuffles")
     of_tasks, of_classes = task_information(rows, tasks, seed), class_information(rows, tasks, classes, seed)
-    marked, shares = marks(rows, tasks, seed), shares_by(rows, tasks)
+    marked, shares = mark_experts(rows, tasks, seed), shares_by(rows, tasks)
     shared, specialised = shared_and_specialised(shares, marked)
     by_set = {
         name: {"shares": shares[number].tolist(), "marks": marked[number].tolist(), "classes": _by_class(routing)}
@@ -103,18 +102,18 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
 
 
 def _by_class(routing: SetLoads) -> dict[str, list[float]]:
-    """Return the shares of every class that has rows; none of a regression's."""
+    """Return the shares of experts by class, for classes with rows; empty for a regression."""
     if (routing.classes < 0).any():
         return {}
     shares = shares_by(routing.loads, routing.classes)
     return {str(label): shares[label].tolist() for label in np.unique(routing.classes)}
 
 
-_ROWS = 200  # of every set, whose loads are kept row by row
+_ROWS = 200  # sampled rows of each set
 
 
-class RowRouting:
-    """Collect the experts that some rows of each set use in the last converted layer; nothing of a dense model."""
+class RoutingRecorder:
+    """Record expert use of sampled rows of each set in the last converted layer. No-op for dense models."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -122,8 +121,8 @@ class RowRouting:
         self._summaries: dict[str, dict[str, Any]] = {}
 
     @contextmanager
-    def watching(self, name: str, classes: Loads) -> Iterator[None]:
-        """Watch the model while it is called once with every row of a set, batch by batch, in the order of classes."""
+    def record_set(self, name: str, classes: Loads) -> Iterator[None]:
+        """Record one evaluation of a set. The model must see each row once, in the order of ``classes``."""
         if not routed_layers(self._model):
             yield
             return
@@ -149,12 +148,12 @@ class RowRouting:
         self._sets[name] = SetLoads(loads, classes[chosen])
         self._summaries[name] = routing_summary(record)
 
-    def described(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Describe the routing of a set.
+    def set_routing(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the routing of a set, and the usage of all sets.
 
         Returns:
-            Its :func:`~benchmarks.harness.training.trainer.routing_summary`; of several sets with the numbers of
-            :func:`describe_usage`, and its shares.
+            The set's :func:`~benchmarks.harness.training.trainer.routing_summary` and an empty mapping. With several
+            sets, the summary includes the numbers of :func:`describe_usage`, and its usage is the second value.
         """
         if len(self._sets) < 2:
             return self._summaries.get(name, {}), {}

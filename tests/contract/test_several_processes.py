@@ -115,7 +115,7 @@ def _is_alive(process: psutil.Process) -> bool:
         (
             {"model": {"quantize": "nf4", "whole": [3]}},
             "fsdp",
-            "weights in 4 bits are not sharded; take --parallel ddp",
+            "weights in 4 bits cannot be sharded; use --parallel ddp",
         ),
     ],
 )

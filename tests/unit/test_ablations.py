@@ -18,7 +18,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.text.ablations import ablation_rows
 from benchmarks.text.data import TextSplit
-from benchmarks.text.figures import panels_of
+from benchmarks.text.figures import panel_rows
 from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
 from tests.executed import recorded
@@ -35,14 +35,20 @@ def split_of(labels: list[Any]) -> TextSplit:
 
 def test_a_part_has_every_class_in_proportion_and_a_smaller_one_lies_within() -> None:
     whole = split_of([0] * 70 + [1] * 20 + [2] * 10)
-    parts = {share: whole.part(share, "t/train") for share in (0.1, 0.5)}
+    parts = {share: whole.stratified_sample(share, "t/train") for share in (0.1, 0.5)}
     counts = {share: Counter(part.labels) for share, part in parts.items()}
     assert counts == {0.1: {0: 7, 1: 2, 2: 1}, 0.5: {0: 35, 1: 10, 2: 5}}
     assert set(parts[0.1].texts) < set(parts[0.5].texts) < set(whole.texts)
-    assert parts[0.5].texts == whole.part(0.5, "t/train").texts != whole.part(0.5, "other/train").texts
+    assert (
+        parts[0.5].texts
+        == whole.stratified_sample(0.5, "t/train").texts
+        != whole.stratified_sample(0.5, "other/train").texts
+    )
     assert parts[0.5].texts == sorted(parts[0.5].texts, key=lambda row: int(row[0]))  # in the order of the set
-    assert Counter(split_of([0] * 99 + [1]).part(0.1, "x").labels)[1] == 1  # of a rare class
-    assert len(split_of([0.1, 0.2] * 5 + [4.9, 5.0] * 5).part(0.2, "x")) == 4  # scores count by their whole part
+    assert Counter(split_of([0] * 99 + [1]).stratified_sample(0.1, "x").labels)[1] == 1  # of a rare class
+    assert (
+        len(split_of([0.1, 0.2] * 5 + [4.9, 5.0] * 5).stratified_sample(0.2, "x")) == 4
+    )  # scores count by their whole part
 
 
 # what is planned
@@ -65,7 +71,7 @@ MORE = {"title": "More", "trained": "vanilla", "used_as": "random_partition"}
         ("glue_lora", {"ablations.selection.paper": "selektion.csv"}, r"did you mean 'selection\.csv'"),
         ("glue_ood", {"transformed.lora2emoe.used_as": "lora_emoe_learn"}, "whose router has state"),
         ("glue_ood", {"transformed.lora2emoe.trained": "lora_block"}, "which trains another part"),
-        ("glue", {"transformed.more": MORE}, "'transformed' makes two things of 'vanilla'"),
+        ("glue", {"transformed.more": MORE}, "'transformed' has 'vanilla' twice"),
     ],
 )
 def test_ablations_that_compare_nothing_sensible_are_refused(
@@ -103,7 +109,7 @@ def presented(finished: list[Run]) -> Callable[[str], Presentation]:
 @pytest.fixture(scope="module")
 def ablated(finished: list[Run]) -> TextOutcomes:
     """Collect the finished runs by adapters, every setting a row."""
-    return TextOutcomes(LORA, of(finished, "glue_lora"), ablated=True)
+    return TextOutcomes(LORA, of(finished, "glue_lora"), include_ablations=True)
 
 
 def test_every_setting_is_a_row_and_main_tables_have_none(
@@ -146,13 +152,13 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(h
     runs = [run for run in runs if run.spec["task"]["name"] in ("cola", "mrpc", "rte")]
     runs = [run for run in runs if run.spec["model"]["name"] == "bert-large-cased"]
     fake_runs.write_runs(runs)
-    rows = ablation_rows(TextOutcomes(LORA, runs, ablated=True), shown)
+    rows = ablation_rows(TextOutcomes(LORA, runs, include_ablations=True), shown)
     rows = rows[rows["model"] == "bert-large-cased"]
     assert rows["paper"].notna().sum() == 39
     assert rows.loc[rows["paper"].notna(), "is_ours"].all()
     cell = rows[(rows["scope"] == "RTE") & (rows["method"] == "lora_emoe_settings|N16-k0.125") & rows["paper"].notna()]
     assert cell["paper_delta"].tolist() == [pytest.approx(0.016889, abs=1e-5)]
-    panels = dict(panels_of(rows))
+    panels = dict(panel_rows(rows))
     paper = set(rows.loc[rows["paper"].notna() & (rows["scope"] == "RTE"), "paper"])
     assert set(panels["the paper, BERT-large\nRTE"]["score"]) == paper
 

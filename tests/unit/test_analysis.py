@@ -18,7 +18,7 @@ from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import scores_of
 from benchmarks.harness.training.metrics import SCORES, score
-from benchmarks.text.outcomes import TextOutcomes, choices, ranked, reported, select
+from benchmarks.text.outcomes import TextOutcomes, choices, rank_methods, reported_scores, select_runs
 from benchmarks.text.tables import paper as paper_table
 from benchmarks.text.tables import ranks, results, tasks
 from benchmarks.text.tables import tests as paired_tests
@@ -77,9 +77,11 @@ def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
     records = pd.DataFrame(rows)
     table = choices(records, "clean")
     assert table.loc[table["chosen"], "learning_rate"].tolist() == [2e-5]
-    assert reported(select(records, "clean"), "clean")["value"].tolist() == [2e-5, 2e-5]
-    assert scores_of(select(records, "published"), "test")["value"].tolist() == [3e-5, 3e-5]
-    assert reported(select(records, "published"), "published")["value"].tolist() == pytest.approx([0.1, 0.4])
+    assert reported_scores(select_runs(records, "clean"), "clean")["value"].tolist() == [2e-5, 2e-5]
+    assert scores_of(select_runs(records, "published"), "test")["value"].tolist() == [3e-5, 3e-5]
+    assert reported_scores(select_runs(records, "published"), "published")["value"].tolist() == pytest.approx(
+        [0.1, 0.4]
+    )
 
 
 # tables and figures
@@ -161,7 +163,7 @@ def test_an_average_is_over_all_tasks_or_not_given(paper: list[Run]) -> None:
 
 
 def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:
-    rankings = ranked(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"])
+    rankings = rank_methods(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"])
     assert [ranking.scores.shape for ranking in rankings] == [(5, 15)] * 4
     assert {ranking.ranks.idxmin() for ranking in rankings} == {"lora_emoe"}
     table = ranks(evaluated, rankings)

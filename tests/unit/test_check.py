@@ -19,16 +19,16 @@ from benchmarks.harness.results import check as checking
 from benchmarks.harness.results.check import (
     KEYS,
     Numbers,
-    agree,
     bless,
     check,
     clean_commit,
     code_digest,
+    collect_numbers,
     compare,
-    numbers_of,
     read_numbers,
     read_reference,
     tolerance_of,
+    values_agree,
     write_reference,
 )
 from benchmarks.harness.results.records import read_metrics
@@ -111,8 +111,8 @@ def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
     ],
 )
 def test_numbers_of_two_machines_agree_within_the_tolerance(metric: str, before: str, after: str, agrees: bool) -> None:
-    assert agree(before, after, tolerance_of(metric)) == agrees
-    assert agree(before, after, 0) == (before == after)
+    assert values_agree(before, after, tolerance_of(metric)) == agrees
+    assert values_agree(before, after, 0) == (before == after)
 
 
 def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherwise(
@@ -189,7 +189,7 @@ def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: li
     assert set(reference.rows["machine"]) == set(reference.machines)
     assert not reference.rows.duplicated(KEYS).any()
     with pytest.raises(DefinitionError, match="two finished runs have the same number"):
-        numbers_of([(run, content) for run in (runs[0], Run("other", runs[0].spec))])
+        collect_numbers([(run, content) for run in (runs[0], Run("other", runs[0].spec))])
 
 
 @pytest.mark.parametrize(("file", "text"), [("mini.csv", "benchmark,mean\n"), ("mini.json", "{")])
@@ -243,7 +243,7 @@ def test_only_numbers_that_repeat_are_blessed(runs: list[Run], tmp_path: Path, m
             repeated.extend(run.id for run in chosen)
             for _, content in results:
                 change(content)
-            return numbers_of(results), failures
+            return collect_numbers(results), failures
 
         monkeypatch.setattr(checking, "run_again", run_again)
         return bless(runs, "mini", print, tmp_path / "reference", root)

@@ -16,7 +16,7 @@ from scipy import stats
 from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DefinitionError
 from benchmarks.harness.config.claims import Claim, Comparison, load_claims, suites_with
 from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.report.claims import claims_table, judged
+from benchmarks.harness.report.claims import claims_table, judge_claims
 from benchmarks.harness.results.claims import Evidence, Verdict, compare_with_paper, find_evidence, judge
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import holm
@@ -284,7 +284,7 @@ def suite(shared_here: Path) -> Suite:
 
 @pytest.fixture(scope="module")
 def rows(suite: Suite) -> pd.DataFrame:
-    return judged(suite)
+    return judge_claims(suite)
 
 
 def test_every_test_has_a_row_with_p_corrected_over_the_table(rows: pd.DataFrame) -> None:

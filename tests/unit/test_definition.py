@@ -52,7 +52,7 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(path, va
         ("note", ["long"] * 3000, r"'benchmarks\.glue\.note' is \['long', .{80,120}…: Input should be a valid string"),
         ("training.batch_sice", 8, r"unknown key 'benchmarks\.glue\.training\.batch_sice'; did you mean 'batch_size'"),
         ("training.by_model", {"minilm": {"precision": "fp23"}}, r"minilm\.precision' is 'fp23'; did you mean 'fp32'"),
-        ("training.validation_fraction", 0, "clean runs need rows to choose by"),
+        ("training.validation_fraction", 0, "clean runs need rows for selection"),
         ("training.patience", 3, r"'benchmarks\.glue\.training\.patience' needs checkpoint_selection: best"),
         ("grid.0.task", ["tweet"], r"grid\[0\]\.task' is 'tweet', which does not exist; did you mean 'tweets'"),
         (
@@ -86,7 +86,7 @@ def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
         ("cola", {"metric": "acuracy"}, "metric' is 'acuracy', which does not exist; did you mean 'accuracy'"),
         ("stsb", {"ood": ["hans"]}, "ood': 'hans' has classes as labels, the model numbers"),
         ("mnli", {"ood": ["hans"], "label_map": {}}, "ood': 'hans' has 2 classes, the model 3"),
-        ("rte", {"range": [0, 1]}, r"range' is \[0, 1\], but must be lowest and highest score of a regression"),
+        ("rte", {"range": [0, 1]}, r"range' is \[0, 1\], but must be the lowest and highest score of a regression"),
         ("flipkart", {"download_instructions": None}, "' is neither on the hub nor in a package, so it needs 'downl"),
     ],
 )

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.domainbed.batches import DEVIATION, MEAN, augmented, plain
+from benchmarks.domainbed.batches import DEVIATION, MEAN, evaluation_transform, training_transform
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.validation import validate_dataset
 from benchmarks.harness.base import DATA_ROOT, DataError
@@ -37,11 +37,13 @@ def test_rows_are_those_of_image_folder_in_its_order(pacs: Path) -> None:
 def test_the_transforms_are_domainbeds(pacs: Path) -> None:
     image = load().environments[0].open(0)
     normal = [transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
-    assert torch.equal(plain(32)(image), transforms.Compose([transforms.Resize((32, 32)), *normal])(image))
+    assert torch.equal(
+        evaluation_transform(32)(image), transforms.Compose([transforms.Resize((32, 32)), *normal])(image)
+    )
     drawn = [transforms.RandomResizedCrop(32, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip()]
     drawn += [transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale()]
     images = []
-    for transform in (augmented(32), transforms.Compose([*drawn, *normal])):
+    for transform in (training_transform(32), transforms.Compose([*drawn, *normal])):
         torch.manual_seed(3)
         images.append(transform(image))
     assert torch.equal(*images)

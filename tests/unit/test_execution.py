@@ -115,7 +115,7 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     evaluate = TextTrainer.evaluate
 
     def spy(self: TextTrainer, split: TextSplit, task: object = None, routing: object = None) -> dict:
-        again.append(evaluate(self, load_split(RunTask.model_validate(SPEC["task"]), "dev").head(30, "tweets/dev")))
+        again.append(evaluate(self, load_split(RunTask.model_validate(SPEC["task"]), "dev").sample(30, "tweets/dev")))
         return evaluate(self, split, task, routing)
 
     with monkeypatch.context() as patch:
@@ -151,7 +151,7 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     assert [metrics["data"][part]["rows"] for part in ("train", "dev", "test")] == [54, 6, 30]
     kept = metrics["scores"]["dev"]["tweets"]
     assert kept in [{k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in metrics["epochs"]]
-    dev = load_split(RunTask.model_validate(spec["task"]), "dev").head(30, "tweets/dev")
+    dev = load_split(RunTask.model_validate(spec["task"]), "dev").sample(30, "tweets/dev")
     assert metrics["data"]["test"] == dev.summary()
 
 

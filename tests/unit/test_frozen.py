@@ -163,5 +163,5 @@ def test_frozen_layers_that_cannot_be_are_refused() -> None:
     with pytest.raises(DefinitionError, match="frozen_layers is 4, but the model has 3 layers"):
         Prefix(model, model, 4)
     run = tiny_run("emoe", "full", training=FROZEN)
-    with pytest.raises(RunError, match="frozen_layers is not spread over several processes"):
+    with pytest.raises(RunError, match="frozen_layers needs a single process"):
         load_benchmark("llama").check_processes(run.spec, 2, "ddp")

@@ -67,7 +67,7 @@ def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> N
     ("content", "message"),
     [
         (json.dumps([GOOD]) + "\n}", r"is not JSON: Extra data: line 2 column 1 .*; name it .jsonl"),
-        (" [\n]\n", "is no list of objects, or an empty one"),
+        (" [\n]\n", "is not a list of objects, or is empty"),
     ],
 )
 def test_a_damaged_list_is_refused(content: str, message: str) -> None:
@@ -117,10 +117,10 @@ def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenize
     whole = Instruction("line 1", "Add.\n\n1 and 2", "", "3")
     assert chat.prompt(row) == plain.prompt(whole)
     assert chat.response(row) == plain.response(whole)
-    with pytest.raises(DefinitionError, match="has no chat template; take one of templates"):
+    with pytest.raises(DefinitionError, match="has no chat template; use one of templates"):
         find("chat", tokenizer, 0)
     chatting.chat_template = "{% for message in messages %}{{ messages | length }}{{ message['content'] }}{% endfor %}"
-    with pytest.raises(DefinitionError, match="rewrites the prompt"):
+    with pytest.raises(DefinitionError, match="changes the prompt"):
         find("chat", chatting, 0).response(row)
 
 
@@ -134,7 +134,7 @@ def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreT
     assert [(row.begin, len(row.tokens), row.cut) for row in encoded.rows] == [(3, 6, 0), (4, 7, 2)]
     assert encoded[0]["labels"] == [IGNORED] * 3 + encoded[0]["input_ids"][3:]
     assert encoded[0]["input_ids"][-1] == tokenizer.eos_token_id  # the end is learned too
-    assert encoded.broken == ["line 3 has a prompt of 10000 tokens, so that nothing of the response fits into 7"]
+    assert encoded.broken == ["line 3 has a prompt of 10000 tokens, so the response does not fit into 7"]
     counts = {"rows": 2, "truncated_responses": 1, "truncated_tokens": 2}
     counts |= {"tokens": 13, "learned_tokens": 6, "longest": 7}
     assert encoded.summary() | counts == encoded.summary()

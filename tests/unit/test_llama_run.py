@@ -15,7 +15,7 @@ from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.llama.definition import AskedTask, InstructionSpec
+from benchmarks.llama.definition import EvaluationTask, InstructionSpec
 from benchmarks.llama.evaluation import load_task, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
@@ -85,7 +85,7 @@ def test_an_untrained_model_is_only_evaluated() -> None:
     metrics = finish(path)
     assert (metrics["curve"], metrics["model"]["trainable_parameters"]) == ([], 0)
     assert metrics["routing"]
-    with pytest.raises(DataError, match="keeps no weights"):
+    with pytest.raises(DataError, match="has no weights"):
         export(path, Path("out"), "dense")
 
 
@@ -129,7 +129,7 @@ def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
 
 
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
-    group, wrong = (AskedTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie"))
+    group, wrong = (EvaluationTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie"))
     load_task(group)  # which writes the questions
     with pytest.raises(
         DefinitionError, match="'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_ana"

@@ -34,7 +34,7 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
     ("benchmark", "keys", "value", "message"),
     [
         ("glue", ["run_id"], "other", "belongs to the run 'other'"),
-        ("glue", ["scores", "ood"], {}, "lacks something"),
+        ("glue", ["scores", "ood"], {}, "lacks a part"),
         ("glue", [*SCORES, "balanced_accuracy"], 17.0, "is 17.0, not a number from 0 to 1"),
         ("glue", [*SCORES, "loss"], float("nan"), "is damaged"),
         ("glue", [*TRANSFORMED, "balanced_accuracy"], 17.0, "test as emoe2vanilla tweets balanced_accuracy is 17.0"),
@@ -43,7 +43,7 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
         ("domainbed", ["records", 0, "step"], GONE, "'records.0.step': Field required"),
         ("llama", ["tasks"], GONE, "'tasks' is missing"),
         ("modularity", ["matrix", "places"], GONE, "'matrix.places': Field required"),
-        ("speed", ["measured"], GONE, "lacks something"),
+        ("speed", ["measured"], GONE, "lacks a part"),
     ],
 )
 def test_a_damaged_file_is_named(benchmark: str, keys: Sequence[str], value: Any, message: str, here: Path) -> None:

@@ -15,7 +15,7 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from benchmarks.modularity.activations import concentration, dense_magnitudes, gini, neurons_used
 from benchmarks.modularity.outcomes import ModularityOutcomes
-from benchmarks.text.usage import class_information, marks, shared_and_specialised, task_information
+from benchmarks.text.usage import class_information, mark_experts, shared_and_specialised, task_information
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare
 from tests.planned import edited_benchmark, smoke_run
@@ -48,7 +48,7 @@ def rows_of(shares: list[list[float]], rows: int, tokens: int, seed: int) -> tup
 
 def test_an_expert_that_one_task_prefers_is_marked_and_informs_about_the_task() -> None:
     loads, tasks = rows_of([[0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3]], rows=50, tokens=20, seed=0)
-    signs = marks(loads, tasks, seed=1)
+    signs = mark_experts(loads, tasks, seed=1)
     assert signs[:, 0].tolist() == [1, -1]
     information = task_information(loads, tasks, seed=1)
     assert information.bits > information.chance_95 > information.chance > 0
@@ -59,7 +59,8 @@ def test_an_expert_that_one_task_prefers_is_marked_and_informs_about_the_task() 
 
 def test_by_chance_alone_one_matrix_in_twenty_has_a_mark() -> None:
     marked = sum(
-        bool(marks(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any()) for seed in range(60)
+        bool(mark_experts(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any())
+        for seed in range(60)
     )
     assert marked <= 8  # 3 are expected; 9 or more happen once in 300
 
@@ -69,7 +70,7 @@ def test_tokens_of_a_row_go_together_so_that_few_rows_tell_little() -> None:
     loads = np.zeros((6, 4), dtype=np.int64)
     loads[np.arange(6), [0, 1, 2, 3, 0, 1]] = 500
     tasks = np.array([0, 0, 0, 1, 1, 1])
-    assert not marks(loads, tasks, seed=0).any()
+    assert not mark_experts(loads, tasks, seed=0).any()
     information = task_information(loads, tasks, seed=0)
     assert information.bits <= information.chance_95
 

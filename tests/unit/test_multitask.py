@@ -16,7 +16,7 @@ from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.loading import load_seq2seq, load_seq2seq_tokenizer
 from benchmarks.harness.report.presentation import present
-from benchmarks.multitask.definition import WrittenTask
+from benchmarks.multitask.definition import LearnedTask
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.rows import MixedOrder, answers
 from benchmarks.multitask.training import log_likelihoods
@@ -28,8 +28,8 @@ BENCHMARK = load_benchmark("multitask")
 TINY = load_models()["tiny-t5"].spec("tiny-t5")
 
 
-def task(name: str, prefix: str | None = None) -> WrittenTask:
-    return WrittenTask(**BENCHMARK.tasks[name].spec(), prefix=prefix or name)
+def task(name: str, prefix: str | None = None) -> LearnedTask:
+    return LearnedTask(**BENCHMARK.tasks[name].spec(), prefix=prefix or name)
 
 
 # rows as text

@@ -80,11 +80,11 @@ def test_columns_are_named_and_other_rows_are_other_runs(project: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("../x", CSV, "is no name for a benchmark"),
+        ("../x", CSV, "is not a valid name"),
         ("smoke", CSV, "is a target or a folder"),
-        ("glue", CSV, r"benchmarks/glue exists; take another name than 'glue'"),
+        ("glue", CSV, r"benchmarks/glue exists; choose another name than 'glue'"),
         ("mine", "txt,label\na,b\n", r"mine\.csv has no column 'text'; did you mean 'txt'"),
-        ("mine", "text;label\na;b\n", r"has no column 'text'; .*; name yours by --text and --label"),
+        ("mine", "text;label\na;b\n", r"has no column 'text'; .*; set it with --text or --label"),
         ("mine", "text,label\na,b\nc,b\n", r"all rows have the label \{'b'\}"),
         ("mine", 'text,label\na,b\n"c,d\n', r"mine\.csv cannot be read: unexpected end of data"),
         ("mine", "", r"cannot be read: No columns"),

@@ -12,7 +12,7 @@ from benchmarks.harness.config.artifacts import all_artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.paper_items import outputs_of, paper_files, paper_outputs
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.claims import claimed_numbers, write_claims
+from benchmarks.harness.report.claims import collect_claim_numbers, write_claims
 from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
 from benchmarks.harness.report.plots import save
 from benchmarks.harness.report.presentation import check_presentations, present
@@ -61,7 +61,7 @@ def test_paper_tables_have_the_papers_rows_by_one_selection(here: Path) -> None:
 def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> None:
     suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood", "domainbed"]})
     fake_runs.write_runs(suite.runs, {"emoe": 0.03})
-    rows = main_rows(claimed_numbers(suite))
+    rows = main_rows(collect_claim_numbers(suite))
     ours = rows[rows["whose"] == "ours"]
     assert ours["axis"].nunique() == 4
     scores: dict[tuple[str, str, int], float] = {}

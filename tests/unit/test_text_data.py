@@ -233,15 +233,15 @@ def test_one_csv_holds_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_rows_are_drawn_once_and_for_all() -> None:
     split = TextSplit([(str(i),) for i in range(100)], list(range(100)))
-    assert split.head(10, "a") == split.head(10, "a") != split.head(10, "b")
-    assert split.head(None, "a") is split
-    assert len(split.head(500, "a")) == 100
-    train, held = split.divided(0.1, "cola/held out")
+    assert split.sample(10, "a") == split.sample(10, "a") != split.sample(10, "b")
+    assert split.sample(None, "a") is split
+    assert len(split.sample(500, "a")) == 100
+    train, held = split.hold_out(0.1, "cola/held out")
     assert (len(train), len(held)) == (90, 10)
     assert sorted(train.labels + held.labels) == list(range(100))
-    assert split.divided(0.1, "cola/held out") == (train, held) != split.divided(0.1, "rte/held out")
+    assert split.hold_out(0.1, "cola/held out") == (train, held) != split.hold_out(0.1, "rte/held out")
     with pytest.raises(DataError, match="cannot be held out"):
-        TextSplit([("a",)], [0], source="x").divided(0.1, "x")
+        TextSplit([("a",)], [0], source="x").hold_out(0.1, "x")
 
 
 # human ratings

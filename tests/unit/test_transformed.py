@@ -16,7 +16,7 @@ from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.outcomes import TextOutcomes
-from benchmarks.text.usage import RowRouting
+from benchmarks.text.usage import RoutingRecorder
 from emoe.layer import routed_layers
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare, recorded, reopened
@@ -60,7 +60,7 @@ def test_an_evaluation_as_another_method_changes_no_other_number(workdir: Path, 
 def test_a_row_that_nothing_trains_is_of_the_runs_of_another(here: Path) -> None:
     runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")]
     fake_runs.write_runs(runs)
-    main, ablated = (TextOutcomes(GLUE, runs, ablated=ablated) for ablated in (False, True))
+    main, ablated = (TextOutcomes(GLUE, runs, include_ablations=ablated) for ablated in (False, True))
     assert set(main.rows["method"]) == {"vanilla", "emoe"}
     assert set(ablated.rows["method"]) == {"vanilla", "emoe", "vanilla2emoe", "emoe2vanilla"}
     seeds = ablated.seeds[(ablated.seeds["method"] == "vanilla2emoe") & (ablated.seeds["domain"] == "id")]
@@ -80,12 +80,12 @@ def test_loads_of_each_row_are_those_of_the_row_alone(batch_size: int) -> None:
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0, 1]))
     values = tiny_models.inputs("bert")
     rows = len(values["input_ids"])
-    routing = RowRouting(model)
+    routing = RoutingRecorder(model)
     for name in ("one", "two"):
-        with routing.watching(name, np.arange(rows) % 2):
+        with routing.record_set(name, np.arange(rows) % 2):
             for start in range(0, rows, batch_size):
                 model(**{key: value[start : start + batch_size] for key, value in values.items()})
-    information, usage = routing.described("one")
+    information, usage = routing.set_routing("one")
     expected = []
     for row in range(rows):
         with emoe.record_routing(model) as record:

@@ -1,4 +1,4 @@
-"""Table and figure of the claims: the paper's numbers, the numbers of these runs, and the verdicts."""
+"""Make the table and figure of the claims: the paper's numbers, these runs' numbers, and the verdicts."""
 
 from __future__ import annotations
 
@@ -46,15 +46,14 @@ _TEXTS = ("contrast", *_COMPARED, "pair", "against_paper", "equivalent")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 
 CAPTION = (
-    "The claims of the paper and the differences that these runs measured, each with its 95 % interval (of a ratio its "
-    "range). Blue circles are supported, orange crosses contradicted, grey diamonds undecided. A purple triangle is "
-    "undecided too, but the paper's effect (thin line) lies above the whole interval. Within the band a difference does "
-    "not matter."
+    "The claims of the paper and the differences that these runs measured, with 95 % intervals (for a ratio, its range). "
+    "Blue circles are supported, orange crosses contradicted, grey diamonds undecided. A purple triangle is undecided "
+    "too, but the paper's effect (thin line) lies above the whole interval. Differences within the band are negligible."
 )
 _LINE, _BELOW = 0.19, 0.5  # inches of a line of the figure, and of the space below a panel
 _LEFT, _RIGHT = 0.36, 0.715  # of the width: the edges of the axes
 _TEXT = 0.01 - _LEFT / (_RIGHT - _LEFT)  # of the axes' width: the left edge of texts
-_REACH = 6.0  # intervals are cut at so many margins, or beyond the means
+_REACH = 6.0  # intervals are cut at this many margins, or further out if a mean is
 _SMALLER = "undecided, smaller than the paper's"
 _MARKS: dict[str, dict[str, Any]] = {
     Verdict.SUPPORTED: {"marker": "o", "color": "#0072b2"},
@@ -69,9 +68,9 @@ _PATCH = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 
 
 def write_claims(suite: Suite) -> None:
-    """Write the table and the figure of the claims of a finished suite, and the figure of the main averages."""
-    numbers = claimed_numbers(suite)
-    rows = judged(suite, numbers)
+    """Write the table and figures of the claims of a finished suite, and the figures of the main averages."""
+    numbers = collect_claim_numbers(suite)
+    rows = judge_claims(suite, numbers)
     folder = paths.RESULTS / suite.name
     claims_table(suite, rows).write(folder / "tables")
     draw_claims(rows[rows["headline"]], folder / "figures" / CLAIMS.name)
@@ -79,30 +78,30 @@ def write_claims(suite: Suite) -> None:
     draw_main(main_rows(numbers), folder / "paper")
 
 
-def claimed_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Collect the numbers that claims compare by benchmark, in the columns ``COMPARED`` of :mod:`.common`."""
+def collect_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Collect the claim numbers of each benchmark, with the columns ``COMPARED`` of :mod:`.common`."""
     numbers = {}
     for name in suite.claimed:
         benchmark = load_benchmark(name)
-        numbers[name] = present(benchmark, suite.runs_of(name)).compared()
+        numbers[name] = present(benchmark, suite.runs_of(name)).claim_numbers()
         if numbers[name].empty:
             file = benchmark.folder / "presentation.py"
-            raise DefinitionError(f"{file} gives no 'compared', which claims.yaml needs")
+            raise DefinitionError(f"{file} gives no 'claim_numbers', which claims.yaml needs")
     return numbers
 
 
-def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> pd.DataFrame:
+def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> pd.DataFrame:
     """Test every claim on the finished runs of a suite.
 
     Args:
         suite: The suite.
-        numbers: The numbers by benchmark; None to collect them.
+        numbers: The claim numbers by benchmark; None to collect them.
 
     Returns:
-        One row per test, in the order of ``claims.yaml``. The differences ``delta``, ``low``, ``high``, ``margin`` and
-        the paper's ``effect`` are in the ``unit`` of tables, and ``n`` counts the kind of ``pair``.
+        One row per test, in the order of ``claims.yaml``. ``delta``, ``low``, ``high``, ``margin`` and the paper's
+        ``effect`` are in the row's ``unit``, and ``n`` counts the row's ``pair`` (seeds, trials, …).
     """
-    numbers = claimed_numbers(suite) if numbers is None else numbers
+    numbers = collect_claim_numbers(suite) if numbers is None else numbers
     rows = []
     for name, claim in load_claims().items():
         for test in claim.tests:
@@ -111,7 +110,7 @@ def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> p
             row |= dict.fromkeys(_TEXTS, "") | dict.fromkeys(_NUMBERS, math.nan)
             row |= {"paper": _paper_text(test.paper), "where": test.paper.where, "unit": test.paper.unit}
             row |= {"compare": test.compare, "evidence": None, "remark": f"needs {test.needs}"}
-            rows.append(row | (_tested(test.compare, test.paper, numbers) if test.compare else {}))
+            rows.append(row | (_test_columns(test.compare, test.paper, numbers) if test.compare else {}))
     frame = pd.DataFrame(rows)
     frame["p_holm"] = holm(frame["p"])
     is_random = has_random_weights(suite.runs)
@@ -125,8 +124,8 @@ def _verdict(row: Any) -> Verdict:
     return judge(row.compare, row.evidence.difference, row.p_holm, margin)
 
 
-def _tested(compare: Comparison, paper: PaperEffect, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """Fill the columns of a row that depend on the comparison and its runs."""
+def _test_columns(compare: Comparison, paper: PaperEffect, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """Return the columns of a row that depend on the comparison and its runs."""
     benchmark, metric = load_benchmark(compare.benchmark), load_metrics()[compare.metric]
     margin = metric.equivalence_margin or math.nan
     row = {
@@ -166,7 +165,9 @@ def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
     method, against = titles[compare.method], titles[compare.against]
     if compare.settings == "all":
         method += ", all settings"
-    elif compare.settings and len(compare.settings) == 1:  # several are those of several models, which the title names
+    elif (
+        compare.settings and len(compare.settings) == 1
+    ):  # several settings belong to several models, which the title names
         method += f", {setting_text(compare.settings[0])}"
     return f"{method} {'÷' if compare.direction == 'near' else '−'} {against}"
 
@@ -186,19 +187,19 @@ def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBe
     remarks = [name_or_count(models, "models"), name_or_count(tasks, "tasks")]
     difference = evidence.difference
     if evidence.incomplete:
-        remarks.append(f"{_counted(evidence.incomplete, pair)} left out, which lack a part of it")
+        remarks.append(f"{_with_noun(evidence.incomplete, pair)} left out as incomplete")
     if math.isnan(difference.p if compare.direction in _TESTED else difference.low):
-        reason = _counted(difference.n, pair) if difference.n < 2 else "all differences are equal"
+        reason = _with_noun(difference.n, pair) if difference.n < 2 else "all differences are equal"
         remarks.append(f"untestable: {reason}")
     return "; ".join(filter(None, remarks))
 
 
-def _counted(count: int, noun: str) -> str:
+def _with_noun(count: int, noun: str) -> str:
     return f"{count:g} {noun}{'' if count == 1 else 's'}"
 
 
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
-    """Lay out the rows of :func:`judged`."""
+    """Make a table from the rows of :func:`judge_claims`."""
     frame = rows.drop(columns=["compare", "evidence"]).assign(
         claim_shown=rows["claim_title"].where(~rows["claim"].duplicated(), ""),
         test_shown=[": ".join(filter(None, (row.test, row.contrast))) for row in rows.itertuples()],
@@ -209,10 +210,10 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     )
     return Table(
         "Claims of the paper",
-        f"{RANDOM_WEIGHTS if has_random_weights(suite.runs) else ''}Differences are means over n pairs, with a 95 % "
-        "confidence interval (Student's t). The numbers of a pair, a seed or a trial, are averaged over tasks first. "
-        f"p is of the paired t-test, corrected by Holm's procedure over the {int(rows['p'].notna().sum())} tests of "
-        "this table. Supported or contradicted: corrected p below 5 %, with the claimed sign or the other. Next to the "
+        f"{RANDOM_WEIGHTS if has_random_weights(suite.runs) else ''}Differences are means over n pairs (seeds or "
+        "trials), with a 95 % confidence interval (Student's t). Each pair is averaged over tasks first. p is from the "
+        f"paired t-test, corrected with Holm's procedure over the {int(rows['p'].notna().sum())} tests of this table. "
+        "Supported or contradicted: corrected p below 5 %, with the claimed sign or the opposite one. Next to the "
         "paper: the whole interval is smaller or larger than the paper's effect, or compatible with it. No difference "
         "that matters: the whole interval lies within the margin of benchmarks/metrics.yaml. The interval alone decides "
         "other claims (the same, not lower, near the dense time): supported if all of it lies within the margin, "
@@ -232,7 +233,7 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
 def _count_text(row: Any) -> str:
     if row.evidence is None:
         return MISSING
-    return _counted(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
+    return _with_noun(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
 
 
 def _runs_text(row: Any) -> str:
@@ -255,31 +256,31 @@ def _equal_text(row: Any) -> str:
     return f"yes, within {margin}" if row.equivalent else f"not shown within {margin}"
 
 
-def as_records(rows: pd.DataFrame) -> str:
-    """Write all columns of :func:`judged` as a JSON list; a missing number is null."""
+def claims_json(rows: pd.DataFrame) -> str:
+    """Return the rows of :func:`judge_claims` as a JSON list; a missing number is null."""
     frame = rows.drop(columns=["compare", "evidence"])
     return str(frame.to_json(orient="records", indent=1, force_ascii=False, double_precision=15))
 
 
-def sentences(rows: pd.DataFrame) -> Iterator[str]:
-    """Summarise the verdicts: tests of gains first, then those of equality and cost."""
+def verdict_sentences(rows: pd.DataFrame) -> Iterator[str]:
+    """Summarise the verdicts in sentences: first the tests of gains, then equality and cost."""
     tested = rows[rows["verdict"] != Verdict.MISSING]
     missing = f"; {len(rows) - len(tested)} more lack their runs in this suite" if len(tested) < len(rows) else ""
-    yield f"{_counted(len(tested), 'test')} of {_counted(tested['claim'].nunique(), 'claim')} of the paper{missing}."
+    yield f"{_with_noun(len(tested), 'test')} of {_with_noun(tested['claim'].nunique(), 'claim')} of the paper{missing}."
     is_gain = tested["p"].notna()
     for name, group in (("gains", tested[is_gain]), ("equality, parameters and time", tested[~is_gain])):
         counts = group["verdict"].value_counts()
         verdicts = ", ".join(f"{counts[word]} {word}" for word in map(str, Verdict) if word in counts)
         if verdicts:
-            yield f"Of {_counted(len(group), 'test')} of {name}: {verdicts}."
+            yield f"Of {_with_noun(len(group), 'test')} of {name}: {verdicts}."
     undecided = tested[is_gain & (tested["verdict"] == Verdict.UNDECIDED)]
     smaller = int((undecided["against_paper"] == "smaller").sum())
     if smaller:
         yield f"In {smaller} of the undecided ones any gain is smaller than the paper's."
 
 
-def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Group the texts of each claim's tests for a report, from the CSV of :func:`claims_table`."""
+def claim_cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield the title and the tests of each claim for a report, from the CSV of :func:`claims_table`."""
     shown = rows.fillna("").drop(columns=["test", "n"])
     shown = shown.rename(columns={"test_shown": "test", "runs_shown": "runs", "n_shown": "n"})
     for title, tests in shown.groupby("claim_title", sort=False):
@@ -287,9 +288,9 @@ def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw each test with its interval, the margin and the paper's number, as ``<path>.pdf`` and ``.png``.
+    """Draw each test with its interval, the margin and the paper's number, one panel per unit.
 
-    Each unit has a panel. Counts and claims without a test are in the table alone.
+    Write ``<path>.pdf`` and ``.png``. Counts and untested claims appear only in the table.
     """
     drawn = rows[rows["delta"].notna() & rows["metric"].ne("") & rows["unit"].ne("parameters")]
     if drawn.empty:
@@ -305,7 +306,7 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
         figure, axes = plt.subplots(len(panels), figsize=(WIDTH, inches), squeeze=False, gridspec_kw=layout)
         for axis, panel, height in zip(axes[:, 0], panels, heights, strict=True):
             _draw_panel(axis, panel, height)
-        kinds = {_kind(row) for row in drawn.itertuples()}
+        kinds = {_mark_key(row) for row in drawn.itertuples()}
         marks = {word: mark for word, mark in _MARKS.items() if word in kinds}
         handles: list[Artist] = [Line2D([], [], ls="", ms=5, label=str(word), **mark) for word, mark in marks.items()]
         handles.append(Line2D([], [], ls="", marker="|", ms=9, mew=1.6, color=_PAPER, label="the paper"))
@@ -315,7 +316,7 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
 
 
 def _draw_panel(axis: Any, panel: pd.DataFrame, height: int) -> None:
-    """Draw claims from top to bottom: a line for the title, and one for each test."""
+    """Draw claims from top to bottom: one line for the title, and one per test."""
     limits, line = _limits(panel), 0
     for title, claim in panel.groupby("claim_title", sort=False):
         _write(axis, _TEXT, line, str(title), fontweight="bold", bbox=_PATCH)
@@ -329,14 +330,14 @@ def _draw_panel(axis: Any, panel: pd.DataFrame, height: int) -> None:
     axis.set_xlabel("Time ÷ dense − 1" if is_ratio else f"Difference in {panel['unit'].iloc[0]}")
 
 
-def _kind(row: Any) -> str:
-    """Return the name of a row's mark: its verdict, or an undecided gain that is smaller than the paper's."""
+def _mark_key(row: Any) -> str:
+    """Return the key of a row's mark: its verdict, or :data:`_SMALLER` if undecided and smaller than the paper's."""
     is_smaller = row.verdict == Verdict.UNDECIDED and row.against_paper == "smaller"
     return _SMALLER if is_smaller else str(row.verdict)
 
 
 def _draw_row(axis: Any, row: Any, y: int, limits: tuple[float, float]) -> None:
-    mark = _MARKS.get(_kind(row), _PLAIN)
+    mark = _MARKS.get(_mark_key(row), _PLAIN)
     start = limits[0] if row.compare.direction == "near" else -row.margin
     axis.fill_betweenx([y - 0.5, y + 0.5], start, row.margin, color=_BAND, lw=0, zorder=0)
     if not math.isnan(row.low):
@@ -348,12 +349,12 @@ def _draw_row(axis: Any, row: Any, y: int, limits: tuple[float, float]) -> None:
 
 
 def _write(axis: Any, x: float, y: int, text: str, **style: Any) -> None:
-    """Write beside the axes; x is a share of their width."""
+    """Write a text beside the axes; x is a fraction of their width."""
     axis.text(x, y, text, va="center", transform=axis.get_yaxis_transform(), zorder=5, **style)
 
 
 def _limits(panel: pd.DataFrame) -> tuple[float, float]:
-    """Return the ends of the axis: all means, margins and the paper's numbers, and intervals cut at a reach."""
+    """Return the ends of an axis that shows all means, margins and paper's effects; far ends of intervals are cut."""
     inner = pd.concat([panel["delta"], panel["effect"], panel["margin"], -panel["margin"]]).dropna()
     reach = max(_REACH * panel["margin"].max(), 1.2 * inner.abs().max())
     ends = pd.concat([panel["low"].clip(lower=-reach), panel["high"].clip(upper=reach), inner])

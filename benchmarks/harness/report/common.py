@@ -31,14 +31,14 @@ _ORIGIN = (
     *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
     *("layer", "num_experts", "seed"),
 )
-# the numbers of the claims, one row per number: Presentation.compared
+# the numbers of the claims, one row per number: Presentation.claim_numbers
 COMPARED = [
     *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
 ]
 
 
-def compared(*parts: pd.DataFrame) -> pd.DataFrame:
-    """Join numbers in the columns :data:`COMPARED`; a missing column is empty text."""
+def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
+    """Join frames of claim numbers, with the columns :data:`COMPARED`; a missing column becomes empty text."""
     frames = [part.reindex(columns=COMPARED, fill_value="") for part in parts]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COMPARED)
 
@@ -46,12 +46,12 @@ def compared(*parts: pd.DataFrame) -> pd.DataFrame:
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     """Name the runs of each row of a table in the column :data:`~benchmarks.harness.report.table.RUNS`.
 
-    These are the runs with the row's names in every shared column; an empty name and :data:`ALL` stand for all names.
-    If a benchmark chooses among finished runs (DomainBed's draws), all candidates are named. A row of published numbers
-    has none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
+    A run belongs to a row if both have the same names in every shared column. An empty name and :data:`ALL` match every
+    name. A benchmark that chooses among finished runs (DomainBed's draws) lists all candidates; a row of published
+    numbers lists none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
     """
     keys = [key for key in _ORIGIN if key in table.frame and key in origins]
-    if not keys or RUNS in table.frame:  # the table has named them
+    if not keys or RUNS in table.frame:  # the table already lists its runs
         return table
     tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
     numbers = {key: tried.groupby(key).indices for key in keys}  # of the runs with a name
@@ -63,26 +63,26 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     return replace(table, frame=table.frame.assign(**{RUNS: folders}))
 
 
-def counts(records: pd.DataFrame) -> pd.DataFrame:
-    """Return the numbers of parameters of all runs, for :func:`compared`."""
+def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
+    """Return the parameter counts of all runs, for :func:`join_claim_numbers`."""
     rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
     return rows.rename(columns={"seed": "pair"}).assign(domain="model")
 
 
 def has_random_weights(runs: Sequence[Run]) -> bool:
-    """Return True if the models of all runs have random weights, so that their scores mean nothing."""
-    models = [run.spec["model"] for run in runs if run.spec["method"]["name"]]  # no measurements
+    """Return True if all models have random weights. Their scores mean nothing."""
+    models = [run.spec["model"] for run in runs if run.spec["method"]["name"]]  # a measurement has no method
     return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 
 class Outcomes:
-    """Collect the finished runs of a benchmark that trains; a subclass adds its results.
+    """Collect the finished runs of a benchmark that trains, in the order of the grid; a subclass adds its results.
 
-    The runs are in the order of the grid. ``keys`` are the columns whose names have titles: ``model``, ``method``,
-    ``task``, ``eval_task``, ``set``, or one of ``titles``, which has them by name in the order of rows.
+    ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or a key of
+    ``titles``. ``titles`` maps names to titles, in the order of rows.
     """
 
-    titles: dict[str, Mapping[str, str]]  # by column and name, in the order of rows: as they ran, then as defined
+    titles: dict[str, Mapping[str, str]]  # by column and name; names that ran come first
     records: pd.DataFrame  # every number of every run; a subclass sets it
 
     def __init__(
@@ -108,7 +108,7 @@ class Outcomes:
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the runs and their names for :func:`with_runs`."""
+        """Return the runs with their names, for :func:`with_runs`."""
         return self.records
 
     @property
@@ -129,7 +129,7 @@ class Outcomes:
         return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Add titles and sort by columns: names as their titles, unknown ones last; other columns by value."""
+        """Add titles and sort by columns: names in the order of their titles, unknown names last, other columns by value."""
 
         def rank(column: pd.Series) -> pd.Series:
             ranks = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
@@ -138,7 +138,7 @@ class Outcomes:
         return self.titled(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
 
     def explain_n(self, scores: pd.DataFrame, shared: pd.DataFrame, keys: Sequence[str], pair: str = "seed") -> str:
-        """Explain n for a caption, and name the tables that leave out pairs; for :func:`.statistics.shared_pairs`."""
+        """Explain n in a caption, and list the tables from which :func:`.statistics.shared_pairs` removed pairs."""
         counts = [rows.groupby(list(keys), sort=False)[pair].nunique() for rows in (scores, shared)]
         both = pd.concat(counts, axis=1, keys=["all", "used"]).fillna(0).astype(int)
         left_out = [
@@ -147,19 +147,21 @@ class Outcomes:
             if row.used < row.all
         ]
         listed = f" ({'; '.join(left_out)})" if left_out else ""
-        return f"n counts the {pair}s that all compared rows have, and scores, Δ and marks are over these{listed}."
+        return f"n counts the {pair}s that all compared rows have. Scores, Δ and marks use only these{listed}."
 
 
 _STATUS = ("published", "inferred", "unknown")
 
 
-def read_published(benchmark: AnyBenchmark, file: str | None = None, of: Sequence[str] | None = None) -> pd.DataFrame:
-    """Read and check published numbers in points (ranks unchanged), each with status and source.
+def read_published(
+    benchmark: AnyBenchmark, file: str | None = None, key_columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Read and check published numbers in points (ranks unchanged), with their status and source.
 
-    The file is by default ``paper`` of the definition, and the columns ``of`` a number those of the benchmark's kind.
+    ``file`` defaults to ``paper`` of the definition, and ``key_columns`` to the columns of the benchmark's kind.
     """
     file = file or benchmark.definition.paper
-    columns = [*(of or benchmark.paper_columns), *NUMBER_COLUMNS]
+    columns = [*(key_columns or benchmark.paper_columns), *NUMBER_COLUMNS]
     if not file:
         return pd.DataFrame(columns=columns)
     path = benchmark.folder / file
@@ -168,12 +170,12 @@ def read_published(benchmark: AnyBenchmark, file: str | None = None, of: Sequenc
         raise DefinitionError(f"{path}: the columns are {list(published.columns)}, but must be {columns}")
     check_names(f"{path}: '", "status", published["status"], _STATUS)
     for number in published.index[published["value"].isna() != (published["status"] == "unknown")]:
-        raise DefinitionError(f"{path}, line {number + 2}: a value is given if the status is not 'unknown'")
+        raise DefinitionError(f"{path}, line {number + 2}: give a value, or the status 'unknown'")
     return published
 
 
 def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
-    """Subtract the baseline of the same ``model`` and ``scope`` from each published ``value``; nan for the baseline."""
+    """Return each published ``value`` minus the baseline's for the same ``model`` and ``scope``; nan for the baseline."""
     base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
     return [
         math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
@@ -185,7 +187,7 @@ _COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
 
 
 def with_numbers(frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
-    """Add the numbers with the same values in the columns ``on``; their columns get the prefix."""
+    """Join numbers on the columns ``on``, and prefix their other columns."""
     named = numbers.set_index(list(on)).add_prefix(prefix)
     return frame.merge(named, left_on=list(on), right_index=True, how="left")
 
@@ -201,10 +203,10 @@ def with_columns(
     best: bool = True,
     joint: str = " ",
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add one column of numbers per name, and return the rows with the columns of the table.
+    """Add one column of numbers per name; return the extended frame and the columns of the table.
 
-    ``numbers`` has the name as its first column, the columns ``on``, ``mean`` and ``std``. The order is that of
-    ``headings``, which are by name. ``joint`` stands between the name and ``mean`` in the columns of the frame.
+    ``numbers`` has the name in its first column, then the columns ``on``, ``mean`` and ``std``. ``headings`` maps names to
+    headings, in the order of columns. ``joint`` separates the name from ``mean`` in the frame's column names.
     """
     by, columns = numbers.columns[0], []
     for name, heading in headings.items():
@@ -215,31 +217,31 @@ def with_columns(
 
 
 def with_average(frame: pd.DataFrame, columns: list[Column], metric: str) -> tuple[pd.DataFrame, list[Column]]:
-    """Add the average of the columns for the rows with all of them; an average over fewer is another number."""
+    """Add the average of the columns; nan for a row that lacks one, because its average could not be compared."""
     averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
     average = Column(metric, "average", "Average", best=True)
     return frame.assign(average=averages), [*columns, average]
 
 
 def interval_text(low: float, high: float, decimals: int = 1) -> str:
-    """Print the confidence interval of a difference after a blank; empty if there is none."""
+    """Format the confidence interval of a difference, with a leading blank; empty if ``low`` is nan."""
     return "" if math.isnan(low) else f" [{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
 
 
 def difference_text(row: Any, unit: str = "") -> str:
-    """Print a difference of shares in points, with its interval, and its verdict if there is one."""
+    """Format a difference of shares in points, with its interval and its verdict, if any."""
     interval = interval_text(row.low * 100, row.high * 100)
     return ", ".join(filter(None, (f"{row.delta * 100:+z.1f}{unit}{interval}", row.verdict)))
 
 
 def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame) -> Table:
-    """Make a table of the differences of :func:`.statistics.with_verdicts`, which are corrected over all rows."""
+    """Make a table from the rows of :func:`.statistics.with_verdicts`, corrected over all rows."""
     return Table(
         f"Tests against {against}",
-        f"{caption} Intervals are 95 % confidence intervals (Student's t). p is of the paired t-test; p (Holm) is "
-        f"corrected by Holm's procedure over all {frame['p'].notna().sum()} tests of this table, and the verdict takes "
-        "it at 5 %. “equal”: every difference is zero. A dash: no test, because there is one pair, or all differences "
-        "are the same and not zero.",
+        f"{caption} Intervals are 95 % confidence intervals (Student's t). p is from the paired t-test; p (Holm) is "
+        f"corrected with Holm's procedure over all {frame['p'].notna().sum()} tests of this table. The verdict uses p "
+        "(Holm) at 5 %. “equal”: every difference is zero. A dash: no test, because there is one pair, or all "
+        "differences are the same and not zero.",
         dict(keys),
         [
             Column(metric, "delta", "Δ", interval=("low", "high"), signed=True),
@@ -252,7 +254,7 @@ def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str
 
 
 def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
-    """Compute ``ours`` for :func:`published_table`: means, their 95 % interval and the count ``n``."""
+    """Compute per cell the mean ``ours``, its 95 % interval ``low`` and ``high``, and the count ``n``."""
     rows = values.groupby(list(cell), sort=False)
     means = rows.agg(ours="mean", n="size")
     ends = [confidence_interval(row.to_numpy()) if len(row) > 1 else (math.nan, math.nan) for _, row in rows]
@@ -265,7 +267,7 @@ def published_table(
 ) -> Table:
     """Make a table of published accuracies and ours.
 
-    The rows have ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
+    ``frame`` has ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
     """
     return Table(
         title,
@@ -283,7 +285,7 @@ def published_table(
     )
 
 
-def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+def cell_means(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """Compute the means of costs and expert loads, one row per cell and one column per metric."""
     records = records[records["part"].isin(("cost", "model", "routing"))]
     rows = {metric: records[records["metric"] == metric] for metric in metrics}
@@ -291,20 +293,20 @@ def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str])
     return pd.DataFrame(means).reset_index()
 
 
-def counts_by(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
-    """Write the number ``n`` of each cell, such as ``5``, or ``5–8`` if the rows of the cell differ."""
+def format_counts(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
+    """Format the count ``n`` of each cell, such as ``5``, or ``5–8`` if its rows differ."""
     ends = rows.groupby(list(cell), sort=False)["n"].agg(["min", "max"])
     texts = [f"{low}" if low == high else f"{low}–{high}" for low, high in ends.to_numpy()]
     return ends.assign(n=texts)[["n"]].reset_index()
 
 
 def name_or_count(names: Sequence[str], noun: str) -> str:
-    """List up to three names, or count more of them."""
+    """List up to three names; count more than three."""
     return ", ".join(names) if len(names) <= 3 else f"{len(names)} {noun}"
 
 
-def over_seeds(frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
-    """Average columns of numbers over the rows of each cell, with ``<number>_std`` and the count ``n``."""
+def average_over_seeds(frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+    """Return per cell the mean of each column of numbers, ``<number>_std`` and the row count ``n``."""
     rows = frame.astype(dict.fromkeys(numbers, float)).groupby(list(cell), sort=False)
     values = rows[list(numbers)]
     return values.mean().join(values.std().add_suffix("_std")).join(rows.size().rename("n")).reset_index()
@@ -313,10 +315,10 @@ def over_seeds(frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str])
 def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
     """Summarize the ``value`` of each cell over seeds, and compare it with a reference.
 
-    Each reference comes with the method that is compared with it, or with None for all methods. Returns one row per
-    cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``; the 95 % interval of the mean (``low_mean``,
-    ``high_mean``); and over ``pairs`` of seeds the difference to the reference (``delta``, ``low``, ``high``, ``p``),
-    without a correction.
+    ``references`` pairs each reference method with the method to compare, or with None for all methods. Returns one row
+    per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``; the 95 % interval of the mean (``low_mean``,
+    ``high_mean``); and the uncorrected difference to the reference over ``pairs`` of seeds (``delta``, ``low``, ``high``,
+    ``p``).
     """
     rows = []
     for key, values in scores.groupby(list(cell), sort=False)["value"]:
@@ -341,26 +343,26 @@ def cost_table(
     measured_on: str,
     published: pd.DataFrame | None = None,
 ) -> Table:
-    """Make a table of time, memory, parameters and loads: the means of the records of each cell, a row of the frame.
+    """Make a table of time, memory, parameters and expert loads, with the mean of the records of each cell.
 
-    The caption says over which runs they are ``averaged``, and what loads are ``measured_on``. ``published`` has rows
-    of others' numbers, with titles and ``source``.
+    ``averaged`` and ``measured_on`` are caption texts: the averaged runs, and the data of the loads. ``published`` has
+    rows of published numbers, with titles and ``source``.
     """
-    frame = with_numbers(frame, cell, means_by(records, cell, _COST))
+    frame = with_numbers(frame, cell, cell_means(records, cell, _COST))
     others = ""
     if published is not None:
         frame = pd.concat([frame, published], ignore_index=True)
         sources = "; ".join(published["source"].unique())
-        others = f" Below ours: what others report of machines of their own ({sources})."
+        others = f" Below ours: published numbers from other machines ({sources})."
     return Table(
-        "What it took, and how the experts were used",
+        "Cost, and use of the experts",
         f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "
-        "rough: they do not compare methods. Start-up is what passes before the run's own work begins, mostly "
-        "imports. Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy "
-        f"is 1 for a perfectly balanced load; loads and drops are measured on {measured_on}. Operations are two for "
-        "every parameter in use that a token is multiplied with, without attention's own products; what a CPU or GPU "
-        "executes is more where the masked path computes experts that are not used. Only the published settings limit "
-        f"the capacity of experts, so only there are choices dropped.{others}",
+        "rough and do not compare methods. Start-up is the time before the run's own work begins, mostly imports. "
+        "Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy is 1 for "
+        f"a perfectly balanced load; loads and drops are measured on {measured_on}. Operations count two per active "
+        "parameter and token, without attention's own products; a CPU or GPU executes more if the masked path computes "
+        "unused experts. Only the published settings limit the capacity of experts, so only they drop choices."
+        f"{others}",
         dict(keys),
         [Column(metric, metric) for metric in _COST],
         frame,

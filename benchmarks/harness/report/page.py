@@ -27,7 +27,7 @@ from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.paper_items import load_paper_items, main_stems
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.claims import CAPTION, cards, sentences
+from benchmarks.harness.report.claims import CAPTION, claim_cards, verdict_sentences
 from benchmarks.harness.report.common import has_random_weights, name_or_count
 from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.plots import is_drawn
@@ -37,18 +37,18 @@ from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
 _FEW_LABELS = 10
-_SUMMARY, _LETTERS = 5, 115  # lines of a benchmark's summary that are not folded, and letters of a line
+_SUMMARY, _LETTERS = 5, 115  # unfolded lines of a benchmark's summary; letters of a line
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
-    """Write the page of a suite whose tables and figures exist, or of one of its benchmarks without the claims."""
+    """Write the page of a suite, or of one benchmark without the claims. The tables and figures must exist."""
     page = _Page(suite, output.parent.absolute())
     names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
-    recorded = {name: [_shown_here(run) for run in suite.runs_of(name)] for name in names}
+    recorded = {name: [_page_metrics(run) for run in suite.runs_of(name)] for name in names}
     everything = list(itertools.chain(*recorded.values()))
     models = dict.fromkeys(run.spec["model"]["name"] for name in names for run in suite.runs_of(name))
     costs = {name: _cost_texts(members) for name, members in {**recorded, "all": everything}.items()}
-    machines = Counter(tuple(_environment(metrics["environment"]).items()) for metrics in everything)
+    machines = Counter(tuple(_environment_texts(metrics["environment"]).items()) for metrics in everything)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -77,7 +77,7 @@ def copy_report(page: Path, output: Path) -> None:
 
 @dataclass(frozen=True)
 class _Page:
-    """Make the parts of a page with links, which are relative to its folder."""
+    """Make the parts of a page that have links. Links are relative to the page's folder."""
 
     suite: Suite
     folder: Path
@@ -109,7 +109,7 @@ class _Page:
         }
 
     def tables_and_figures(self, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
-        """Show the tables and figures of a benchmark or of one of its sets, and name those without a number."""
+        """List the tables and figures of a benchmark or set, and the titles of the empty ones."""
         tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
         shown = [name for name, table in tables.items() if len(table.frame)] or [*tables][:1]  # the page opens with one
         empty = [table.title for name, table in tables.items() if name not in shown]
@@ -124,13 +124,13 @@ class _Page:
         }
 
     def figures(self, captions: Mapping[str, str]) -> list[dict[str, str]]:
-        """Show figures with their captions, by the name of the file without ending, and no placeholders."""
+        """List the figures that are not placeholders. ``captions`` are by file name without ending."""
         folder = self.results / "figures"
         shown = {folder / name: caption for name, caption in captions.items() if is_drawn(folder / name)}
         return [self.figure(path, caption, caption_title(caption)) for path, caption in shown.items()]
 
     def claims(self) -> dict[str, Any]:
-        """Show the claims, their table and figures; nothing if the suite tests no claim."""
+        """Return the claims with their table and figures; empty if the suite tests no claim."""
         if not self.suite.claimed:
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
@@ -139,9 +139,9 @@ class _Page:
             main_stems(self.suite.name), ("", main.caption), ("radar", "differences to the dense model"), strict=True
         )
         return {
-            "sentences": list(sentences(verdicts)),
+            "sentences": list(verdict_sentences(verdicts)),
             "random_weights": has_random_weights(self.suite.runs),
-            "cards": list(cards(verdicts)),
+            "cards": list(claim_cards(verdicts)),
             "table": self.table(CLAIMS, "", "Every test"),
             "figures": self.figures({CLAIMS.name: CAPTION}),
             "main": [
@@ -152,7 +152,7 @@ class _Page:
         }
 
     def paper_items(self) -> list[dict[str, Any]]:
-        """List the files of the paper's items; nothing if the suite makes none of them."""
+        """List the files of the paper's items; empty if the suite makes none of them."""
         rows = paper_index(self.suite)
         for row in rows:
             files = [Path(re.sub(r"\.md$", ".html", file)) for file in row["files"]]  # a browser shows no Markdown
@@ -165,8 +165,8 @@ def caption_title(caption: str) -> str:
     return re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)[0].rstrip(".")
 
 
-def _shown_here(run: Run) -> dict[str, Any]:
-    """Read the parts of a ``metrics.json`` that the page itself shows; tables and figures show the others."""
+def _page_metrics(run: Run) -> dict[str, Any]:
+    """Read the parts of a ``metrics.json`` that the page shows outside tables and figures."""
     metrics = read_metrics(run)
     return {part: metrics.get(part, {}) for part in ("data", "cost", "environment")}
 
@@ -185,8 +185,8 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
         "verdicts": verdicts,
         "shown_verdicts": _count_shown(verdicts),
         "note": presentation.note,
-        "data": _data(runs, recorded) if presentation.shows_labels else [],
-        "training": _training(runs) if presentation.optimizer else {},
+        "data": _data_rows(runs, recorded) if presentation.shows_labels else [],
+        "training": _training_texts(runs) if presentation.optimizer else {},
         "optimiser": presentation.optimizer,
         **page.tables_and_figures(artifacts_of(name), presentation),
         "parts": [
@@ -202,12 +202,12 @@ def _count_shown(sentences: list[str]) -> int:
     return max(1, sum(number <= _SUMMARY for number in lines))
 
 
-def _data(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Count rows and labels of every split of a task; of splits that differ between runs the largest counts."""
+def _data_rows(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """List row and label counts of every split of a task; if a split differs between runs, the largest one."""
     summaries: dict[tuple[str, str], dict[str, Any]] = {}
     for run, metrics in zip(runs, recorded, strict=True):
         for part, summary in metrics["data"].items():
-            split, _, task = part.partition(":")  # of another set than the run's own, or of one of several
+            split, _, task = part.partition(":")  # named "part:task" if a run has several sets
             key = (task or run.spec["task"]["name"], "test" if split == "ood" else split)
             if key not in summaries or summaries[key]["rows"] <= summary["rows"]:
                 summaries[key] = summary
@@ -224,8 +224,8 @@ def _labels(summary: dict[str, Any]) -> str:
     return ", ".join(f"{label}: {count}" for label, count in labels.items())
 
 
-def _training(runs: list[Run]) -> dict[str, str]:
-    """Describe the training settings; a setting that differs between tasks has each value with its tasks."""
+def _training_texts(runs: list[Run]) -> dict[str, str]:
+    """Describe the training settings by key. If a value differs between tasks, list each value with its tasks."""
     settings = [{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs]
     texts = [{key: str(value) for key, value in values.items() if value is not None} for values in settings]
     keys = dict.fromkeys(key for values in settings for key in values)
@@ -239,7 +239,7 @@ def _training(runs: list[Run]) -> dict[str, str]:
 
 
 def _cost_texts(recorded: list[dict[str, Any]]) -> dict[str, str]:
-    """Print hours, seconds per run and memory; a dash if no run has them."""
+    """Format run count, hours, seconds per run and peak memory (MB); a dash if no run has them."""
     seconds = [metrics["cost"]["job_seconds"] for metrics in recorded]
     memory = [metrics["cost"]["peak_memory_mb"] for metrics in recorded if "peak_memory_mb" in metrics["cost"]]
     return {
@@ -251,7 +251,7 @@ def _cost_texts(recorded: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _environment(environment: dict[str, Any]) -> dict[str, str]:
+def _environment_texts(environment: dict[str, Any]) -> dict[str, str]:
     changes = " with uncommitted changes" if environment["git_dirty"] else ""
     return {
         "Processor": "{processor}, {cores} cores; {threads} thread(s) a run".format_map(environment),
@@ -264,5 +264,5 @@ def _environment(environment: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_trusted(path: Path) -> Markup:
-    """Read a stylesheet, a script, or a table whose renderer escapes every cell."""
+    """Read a stylesheet, a script, or a rendered table (its cells are escaped) as safe HTML."""
     return Markup(path.read_text())  # noqa: S704

@@ -32,13 +32,13 @@ from benchmarks.harness.results.statistics import mean_difference
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
-_PROTOCOLS = ("published", "clean")  # the paper's own first
+_PROTOCOLS = ("published", "clean")  # in order of preference
 
 
 def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presentation) -> None:
-    """Write tables and figures once more into ``results/<suite>/paper/``, under the paper's numbers and with its rows.
+    """Write the paper's tables and figures into ``results/<suite>/paper/``, with its numbering and rows.
 
-    The figures of the benchmark, or of one of its sets, are drawn already.
+    The figures of the benchmark or set must be drawn already, because they are copied.
     """
     folder = paths.RESULTS / suite.name / "paper"
     tables = {table.name: table for table in presentation.tables}
@@ -53,7 +53,7 @@ def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presenta
 
 
 def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
-    """Keep the paper's rows of one selection: the authors' if the suite runs it, else the clean one."""
+    """Keep the rows that the paper has, under the authors' selection if the suite runs it, else the clean one."""
     frame, caption = table.frame, [table.caption]
     if output.part.rows and "method" in frame:
         frame = frame[frame["method"].str.split(SETTING, regex=False).str[0].isin(output.part.rows)]
@@ -63,9 +63,9 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
         is_paper = frame["is_ours"].eq(False) if "is_ours" in frame else pd.Series(False, index=frame.index)
         frame = frame[frame["protocol"].eq(protocol) | is_paper]
     if "p_holm" in frame and len(frame) < len(table.frame):
-        caption.append(f"p is corrected over all rows of `{table.name}`, of which some stand here.")
+        caption.append(f"p is corrected over all rows of `{table.name}`; this table shows some of them.")
     if RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all():
-        caption.append("All numbers are published ones: this suite runs none of these rows.")
+        caption.append("All numbers are published: this suite runs none of these rows.")
     caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
     is_named = table.title == paper_items.load_paper_items()[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
@@ -73,7 +73,7 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
-    """List the paper's items: ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite, and ``status``."""
+    """List the paper's items with ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite and ``status``."""
     rows: list[dict[str, Any]] = []
     for name, item in paper_items.load_paper_items().items():
         files = paper_items.paper_files(suite, name)
@@ -100,21 +100,21 @@ _COLUMNS = ["axis", "whose", "is_rank", "method", "mean", "delta", "low", "high"
 _TITLES = {"ours": "these runs", "paper": "the paper (OOD: ranks, lower is better)"}
 _EXPLANATION, _LABEL = 58, 52  # letters of a line below a radar, and beside a difference
 _RADAR, _LINE = 2.9, 0.135  # inches of a radar with its title, and of a line below it
-_PADDING = 0.25  # of the range of an axis of the radar, inside its least and outside its greatest value
+_PADDING = 0.25  # share of a radar axis below the least and above the greatest value
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Compute the main averages of a suite from the numbers of its claims, and add the paper's.
+    """Compute the main averages of a suite from its claim numbers, and add the paper's.
 
-    Returns one row per average, model and method (``dense``, ``gmoe``, ``emoe``), with the ``axis`` (title and model),
-    ``whose`` (``ours``, ``paper``), the ``mean`` in points, or a rank if ``is_rank``, the paired difference to the
-    dense row in points (``delta``, ``low``, ``high``, ``n``), and in words the tasks and pairs ``of`` our mean and of
+    Returns one row per average, model and method (``dense``, ``gmoe``, ``emoe``) with the ``axis`` (title and model),
+    ``whose`` (``ours``, ``paper``), the ``mean`` in points (a rank if ``is_rank``), the paired difference to the dense row
+    in points (``delta``, ``low``, ``high``, ``n``), and texts that name the tasks and pairs of our mean (``of``) and of
     our difference (``compared``).
     """
     averages = []
     for average in paper_items.load_main_averages().values():
         if average.of.benchmark in numbers:
-            averages += _ours(average, numbers[average.of.benchmark])
+            averages += _our_averages(average, numbers[average.of.benchmark])
         for is_rank, models in ((False, average.paper), (True, average.paper_ranks)):
             for model, published in models.items():
                 for method, value in published.model_dump().items():
@@ -124,8 +124,8 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(averages, columns=_COLUMNS)
 
 
-def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
-    """Average over the tasks and pairs of all methods; compare each with the dense one over the pairs of both."""
+def _our_averages(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
+    """Average over the tasks and pairs that all methods share, and compare each method with the dense one."""
     of = average.of
     selected = [of.selection, of.domain, of.metric, ""]
     rows = numbers[(numbers[["selection", "domain", "metric", "setting"]] == selected).all(axis=1)]
@@ -152,9 +152,8 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _tasks_text(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
-    """Name the tasks of numbers, or count them, and count their pairs."""
-    known = load_benchmark(benchmark)
-    titles = known.task_titles
+    """Name or count the tasks of numbers, and add the number of pairs."""
+    titles = load_benchmark(benchmark).task_titles
     names = [titles.get(name, name) for name in numbers.index.get_level_values("task").unique()]
     return f"{name_or_count(names, 'sets')}; {plots.count_text([pairs], 'pairs')}"
 
@@ -170,7 +169,7 @@ def draw_main(rows: pd.DataFrame, folder: Path) -> None:
 
 
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
-    """Draw two radars, ours and the paper's; each axis has its own range and a letter, which is explained below."""
+    """Draw two radars, ours and the paper's. Each axis has its own range, and a letter with a legend below."""
     letters = iter(string.ascii_uppercase + string.ascii_lowercase)
     sides = []
     for whose, group in rows.groupby("whose"):
@@ -178,7 +177,7 @@ def draw_radar(rows: pd.DataFrame, path: Path) -> None:
         wide = wide[[method for method in _METHODS if method in wide]]
         axes = group.drop_duplicates("axis").set_index("axis").loc[wide.index]
         axes["letter"] = list(itertools.islice(letters, len(axes)))
-        sides.append((str(whose), wide, axes, _explanation(wide, axes)))
+        sides.append((str(whose), wide, axes, _axes_legend(wide, axes)))
     words = _LINE * max(text.count("\n") + 1 for *_, text in sides)
     with mpl.rc_context({**plots.STYLE, "axes.grid.axis": "both"}):
         figure = plt.figure(figsize=(plots.WIDTH, _RADAR + words + 0.3), layout="constrained")
@@ -195,7 +194,7 @@ def draw_radar(rows: pd.DataFrame, path: Path) -> None:
 
 
 def _draw_polygons(panel: Any, wide: pd.DataFrame, axes: pd.DataFrame) -> None:
-    """Draw the line of each method, with axes from the least to the greatest number; lower ranks are further out."""
+    """Draw a polygon per method. Each axis spans its least to its greatest number; lower ranks are further out."""
     angles = np.linspace(0, 2 * np.pi, len(wide), endpoint=False)
     better = wide.mul(np.where(axes["is_rank"], -1.0, 1.0), axis=0)
     low, high = better.min(axis=1), better.max(axis=1)
@@ -209,8 +208,8 @@ def _draw_polygons(panel: Any, wide: pd.DataFrame, axes: pd.DataFrame) -> None:
     panel.set_yticks([_PADDING, 0.5, 1 - _PADDING], ["", "", ""])
 
 
-def _explanation(wide: pd.DataFrame, axes: pd.DataFrame) -> str:
-    """Explain each axis: its letter, its title, its tasks and its numbers."""
+def _axes_legend(wide: pd.DataFrame, axes: pd.DataFrame) -> str:
+    """Return the legend of the axes: letter, title, tasks and numbers, one axis per line."""
     lines = [f"   {' / '.join(_METHODS[method] for method in wide)} (rings: worst, middle, best)"]
     for axis, row in axes.iterrows():
         numbers = " / ".join(f"{value:.1f}" for value in wide.loc[axis])
@@ -221,7 +220,7 @@ def _explanation(wide: pd.DataFrame, axes: pd.DataFrame) -> str:
 
 
 def draw_differences(rows: pd.DataFrame, path: Path) -> None:
-    """Draw differences to the dense model in points: ours with 95 % intervals, the paper's as crosses, no ranks."""
+    """Draw differences to the dense model in points: ours with 95 % intervals, the paper's as crosses. Omit ranks."""
     drawn = rows[(rows["method"] != "dense") & ~rows["is_rank"]]
     axes = list(drawn["axis"].drop_duplicates())
     with mpl.rc_context(plots.STYLE):
@@ -231,7 +230,7 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
             height = axes.index(row.axis) + (0.14 if row.method == "gmoe" else -0.14)
             plots.draw_difference(panel, row, height, style if row.whose == "ours" else replace(style, marker="x"))
         panel.axvline(0, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0)
-        labels = [_difference_title(axis, drawn[drawn["axis"] == axis]) for axis in axes]
+        labels = [_difference_label(axis, drawn[drawn["axis"] == axis]) for axis in axes]
         panel.set_yticks(range(len(axes)), labels, fontsize=7)
         panel.set_ylim(len(axes) - 0.4, -0.6)
         panel.set_xlabel("Difference to the dense model (points)")
@@ -245,8 +244,8 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
         plots.save(figure, path)
 
 
-def _difference_title(axis: str, rows: pd.DataFrame) -> str:
-    """Name a row of differences with its tasks and pairs, once if they are equal for all methods."""
+def _difference_label(axis: str, rows: pd.DataFrame) -> str:
+    """Return the label of a row of differences, with its tasks and pairs per method, once if all are equal."""
     ours = rows[rows["whose"] == "ours"]  # the paper may have a row of the same model
     of = [f"{_METHODS[row.method]}: {row.compared}" for row in ours.itertuples()]
     of = list(ours["compared"].unique()) if ours["compared"].nunique() == 1 else of

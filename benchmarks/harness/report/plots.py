@@ -31,7 +31,7 @@ if "MPLBACKEND" not in os.environ:  # a notebook sets it
     mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-REFERENCE = "#444444"  # the colour of lines that others are compared with
+REFERENCE = "#444444"  # the colour of reference lines
 # the use of an expert divided by its mean use: 1 is white; the colour-blind can distinguish purple and orange
 USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 STYLE: Any = {
@@ -55,19 +55,19 @@ _FOREST, _LINE, _APART = 6.0, 0.085, 0.8  # inches of a forest plot's width and 
 
 
 def draw_difference(axis: Any, row: Any, height: float, style: MethodStyle, scale: float = 1) -> None:
-    """Draw ``delta`` of a row and, if it has enough pairs ``n``, the interval from ``low`` to ``high``."""
+    """Draw the ``delta`` of a row, and its interval (``low``, ``high``) if it has at least :data:`FEW` pairs ``n``."""
     if row.n >= FEW and not math.isnan(row.low):
         axis.plot([row.low * scale, row.high * scale], [height, height], color=style.colour, lw=1.4)
     axis.plot(row.delta * scale, height, ls="", ms=4.5, **style.mark)
 
 
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
-    """Say how many seeds or pairs there are, such as ``n = 5 to 8 seeds``; empty if no count is known."""
-    known = sorted({int(count) for count in counts if count and not math.isnan(count)})
-    if not known:
+    """Format counts as ``n = 5 to 8 seeds``; empty if all are zero or nan."""
+    present = sorted({int(count) for count in counts if count and not math.isnan(count)})
+    if not present:
         return ""
-    unit = unit.removesuffix("s") if known == [1] else unit
-    return f"n = {known[0]}{f' to {known[-1]}' if len(known) > 1 else ''} {unit}"
+    unit = unit.removesuffix("s") if present == [1] else unit
+    return f"n = {present[0]}{f' to {present[-1]}' if len(present) > 1 else ''} {unit}"
 
 
 def difference_label(reference: str, counts: Iterable[float]) -> str:
@@ -78,7 +78,7 @@ def difference_label(reference: str, counts: Iterable[float]) -> str:
 def draw_interval(
     axis: Any, ends: tuple[float, float], height: float, limits: tuple[float, float], colour: str, **line: Any
 ) -> None:
-    """Draw an interval within the limits of the panel, with an arrow at an end beyond them."""
+    """Draw an interval, cut at the limits of the panel; an arrow marks a cut end."""
     cut = max(ends[0], limits[0]), min(ends[1], limits[1])
     axis.plot(cut, [height, height], color=colour, **line)
     for end, position, arrow in zip(ends, cut, "<>", strict=True):
@@ -87,9 +87,10 @@ def draw_interval(
 
 
 def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
-    """Draw differences with their 95 % intervals: a panel below the other, a line per set or row, marks by series.
+    """Draw a forest plot: differences with 95 % intervals, one panel below the other.
 
-    Rows have the titles ``panel``, ``line`` and ``series``, the ``style``, and the columns of :func:`draw_difference`.
+    ``rows`` has the titles ``panel``, ``line`` (vertical position) and ``series`` (mark), the ``style``, and the columns of
+    :func:`draw_difference`.
     """
     panels = list(rows.groupby("panel", sort=False))
     series = rows.groupby("series", sort=False)["style"].agg(list)
@@ -103,14 +104,14 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
                 shift = _APART * ((series.index.get_loc(row.series) + 0.5) / len(series) - 0.5)
                 draw_difference(axis, row, lines.index(row.line) + shift, row.style, 100)
             axis.axvline(0, color=REFERENCE, lw=0.8, zorder=0)
-            axis.set_title(wrapped(title, _FOREST), fontsize=8)
+            axis.set_title(wrap_text(title, _FOREST), fontsize=8)
             axis.set_yticks(range(len(lines)), lines, fontsize=7)
             axis.set_ylim(len(lines) - 0.4, -0.6)
         for name, (style, *others) in series.items():
             one = style if {style.colour} >= {other.colour for other in others} else replace(style, colour=REFERENCE)
             axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **one.mark)
         legend_below(figure, axes[:1, 0], 3 if series.index.str.len().max() < 30 else 1)
-        axes[-1, 0].set_xlabel(wrapped(label, 3.5))
+        axes[-1, 0].set_xlabel(wrap_text(label, 3.5))
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
@@ -120,20 +121,20 @@ def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
     figure.legend(named.values(), named.keys(), ncols=min(len(named), columns), **options)
 
 
-def wrapped(text: str, inches: float, size: float = 8) -> str:
-    """Break a text into lines of that width, by the mean width of letters of ``size`` points."""
+def wrap_text(text: str, inches: float, size: float = 8) -> str:
+    """Break a text into lines of at most ``inches``, estimated for letters of ``size`` points."""
     letters = max(8, int(inches * 72 / (0.58 * size)))
-    text = re.sub(r"(?<=\d) (?=[MB]\))", "\u00a0", text)  # a number of parameters and its unit
+    text = re.sub(r"(?<=\d) (?=[MB]\))", "\u00a0", text)  # keep a parameter count with its unit
     return "\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in text.split("\n"))
 
 
 def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
-    """Show the use of experts over their mean use in the colours of :data:`USE`."""
+    """Show expert use relative to the mean use as an image, in the colours of :data:`USE`."""
     axis.imshow(use, norm=USE.norm, cmap=USE.cmap, aspect="auto", **options)
 
 
-def over_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Divide each row's shares of experts by their mean use, for :data:`USE`; 1 if the mean is zero."""
+def divide_by_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divide each row of expert shares by the mean shares, for :data:`USE`; 1 if a mean is zero."""
     return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
 
 
@@ -143,11 +144,11 @@ def score_panels(
     path: Path,
     measure: str = "Score (%); large marks: mean over seeds, dots below: seeds",
 ) -> None:
-    """Draw the scores of all methods, one panel per set by row and column; all panels share one axis.
+    """Draw the scores of all methods, one panel per set; all panels share one axis.
 
-    A panel is its title and rows, one per method and seed, with ``value``. Small dots are seeds, the large mark above
-    them is their mean, and the bar its 95 % confidence interval, drawn from five seeds on. The dashed line is the mean
-    of the baseline. ``measure`` is the label of the axis.
+    Each inner list of ``panels`` starts a new line. A panel has a title and a frame with ``method`` and ``value``, one row
+    per method and seed. Small dots are seeds, and the large mark above them is their mean. The bar is the 95 % confidence
+    interval of the mean, drawn from five seeds on. The dashed line is the baseline's mean. ``measure`` labels the axis.
     """
     lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
     values = pd.concat([rows["value"] for line in lines for _, rows in line]) * 100
@@ -168,13 +169,13 @@ def score_panels(
                     _draw_scores(axis, names.index(method), scores, outcomes.style(str(method)), limits)
                     if method == outcomes.baseline:
                         axis.axvline(scores.mean(), color=REFERENCE, lw=0.8, ls="--", zorder=0)
-                axis.set_title(wrapped(title, (width - _NAMES) / columns), fontsize=8)
+                axis.set_title(wrap_text(title, (width - _NAMES) / columns), fontsize=8)
                 axis.set_xlim(*limits)
             axis_row[0].set_yticks(range(len(names)), [outcomes.methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
         bars = "bars: 95 % confidence interval (from five on; arrows: beyond the panel)"
         label = f"{measure}, {bars}, dashed: mean of {outcomes.baseline_title}"
-        figure.supxlabel(wrapped(label, width), fontsize=7.5)
+        figure.supxlabel(wrap_text(label, width), fontsize=7.5)
 
 
 def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits: tuple[float, float]) -> None:
@@ -188,10 +189,10 @@ def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits
 def panel_figure(
     path: Path, lines: int, columns: int, size: tuple[float, float], style: Any = STYLE, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """Make a figure and its axes ``[lines, columns]`` to draw on; then hide the axes without data and write it.
+    """Yield a figure and its axes ``[lines, columns]``; on exit hide the axes without data and save the figure.
 
-    ``size`` is in inches, and ``options`` are those of ``plt.subplots``. If columns share their axis, the last visible
-    axes of each label their ticks.
+    ``size`` is in inches, and ``options`` go to ``plt.subplots``. If the axes of a column share their x axis, the last
+    visible one labels its ticks.
     """
     with mpl.rc_context(style):
         figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **options)
@@ -209,7 +210,7 @@ _PLACEHOLDER = "no run of this suite has a number of this figure"
 
 
 def save(figure: Any, path: Path, description: str | None = None) -> None:
-    """Write ``<path>.pdf`` and ``.png``, the same bytes for the same numbers, and close the figure."""
+    """Write ``<path>.pdf`` and ``.png`` reproducibly, and close the figure."""
     with atomic_write(path.with_suffix(".png")) as temporary:
         metadata = {"Software": None, "Description": description}
         figure.savefig(temporary, format="png", dpi=160, metadata=metadata)
@@ -220,7 +221,7 @@ def save(figure: Any, path: Path, description: str | None = None) -> None:
 
 
 def placeholder_figure(path: Path, text: str) -> None:
-    """Write the files that the workflow expects of a figure for which no run has a number; pages leave it out."""
+    """Write a figure with only a text, because the workflow expects its files. Pages omit it."""
     with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(3, 0.6))
         axis.text(0.5, 0.5, text, ha="center", va="center")
@@ -241,7 +242,7 @@ _TEXT_HEIGHT = 0.14  # inches of a row's number
 
 
 def plot_routing(record: RoutingRecord, *, layer: int | None = None, width: float = WIDTH) -> Any:
-    """Plot the load of each expert by layer, the busiest expert of each layer and the loads by label.
+    """Plot expert loads by layer and by label, and the busiest expert of each layer; return the figure.
 
     Colours show an expert's load divided by the mean load of its layer or label: 1 (white) is an even load. A layer
     without tokens is empty.

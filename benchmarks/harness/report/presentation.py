@@ -1,4 +1,4 @@
-"""Present the finished runs of a benchmark: tables, figures and sentences, by the module that its kind names."""
+"""Present the finished runs of a benchmark: tables, figures and sentences, from the module of its kind."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names
-from benchmarks.harness.report.common import RANDOM_WEIGHTS, compared, has_random_weights, with_runs
+from benchmarks.harness.report.common import RANDOM_WEIGHTS, has_random_weights, join_claim_numbers, with_runs
 from benchmarks.harness.report.table import Table
 
 NOTE = (
-    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected "
-    "by Holm's procedure over all rows of the table of tests. With two seeds a test rests on two differences: read "
-    "it as a hint."
+    "Differences are in points: means over paired seeds with 95 % confidence intervals. Verdicts use paired t-tests at "
+    "5 %, corrected with Holm's procedure over all rows of the table of tests. With two seeds a test has only two "
+    "differences: read it as a hint."
 )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Name the function that draws a figure, and its caption."""
+    """Pair the function that draws a figure with its caption."""
 
     draw: Callable[..., None]  # its last argument is a path without ending, to which it writes a PDF and a PNG
     caption: str  # its first sentence is the title
@@ -34,20 +34,20 @@ class Figure:
 
 @dataclass(frozen=True)
 class Presentation:
-    """Hold the tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it."""
+    """Hold the tables, figures and sentences of a benchmark or set. Create it with :func:`make`."""
 
-    makers: Mapping[str, Callable[[], Table]]  # make the tables, by the name of the file without ending
-    figures: Mapping[str, Figure]  # by the name of the file without ending; they take a path alone
-    verdicts: list[str] = field(default_factory=list)  # sentences: how do methods differ from the dense model?
+    makers: Mapping[str, Callable[[], Table]]  # functions that make the tables, by file name without ending
+    figures: Mapping[str, Figure]  # by file name without ending; their functions take only a path
+    verdicts: list[str] = field(default_factory=list)  # sentences on differences to the dense model
     note: str = ""  # explains the verdicts
     optimizer: str = ""  # for the report; empty if nothing is trained
     shows_labels: bool = False  # True if the report shows the labels of the sets
-    compared: Callable[[], pd.DataFrame] = compared  # returns the numbers of the claims, with the columns COMPARED
-    parts: Mapping[str, Presentation] = field(default_factory=dict)  # each set alone; empty if shown together
+    claim_numbers: Callable[[], pd.DataFrame] = join_claim_numbers  # returns claim numbers with the columns COMPARED
+    parts: Mapping[str, Presentation] = field(default_factory=dict)  # by set; empty if sets share their tables
 
     @cached_property
     def tables(self) -> list[Table]:
-        """Make all tables, in order. Claims and figures need none."""
+        """Make all tables, in order."""
         return [make() for make in self.makers.values()]
 
     def draw(self, folder: Path) -> None:
@@ -64,10 +64,10 @@ def make(
     part: str = "",
     **sentences: Any,
 ) -> Presentation:
-    """Make the tables and figures that ``benchmark.yaml`` names; tables on random weights have no verdicts and marks.
+    """Make the tables and figures that ``benchmark.yaml`` lists. Tables on random weights have no verdicts or marks.
 
-    Their functions take ``outcomes``, which has ``runs`` and ``origins``; for a set that is shown alone its name
-    ``part``; and figures a path. ``sentences`` are the other attributes of the presentation.
+    The functions of tables and figures take ``outcomes`` (with ``runs`` and ``origins``), the set ``part`` if it is not
+    empty, and, for figures, a path. ``sentences`` are the other attributes of the presentation.
     """
     definition: Any = benchmark.definition
     stem, shown, drawn = benchmark.name, definition.tables, definition.figures
@@ -101,7 +101,7 @@ def check_presentations(benchmarks: Iterable[str]) -> None:
 
 
 def _module(benchmark: AnyBenchmark) -> ModuleType:
-    """Return the module that presents a benchmark, after its names of tables and figures are checked."""
+    """Return the module that presents a benchmark, and check the names of its tables and figures."""
     module = benchmark.presentation()
     ablations = getattr(benchmark.definition, "ablations", {})
     for key in ("tables", "figures", "set_tables", "set_figures"):

@@ -1,4 +1,4 @@
-"""Give a method the same colour and marker in every figure, by its settings and not by its name."""
+"""Choose the colour and marker of a method from its settings, so that it looks the same in every figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emoe.config import ROUTERS
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """Hold the colour and marker of a method, in Okabe and Ito's colours, which the colour-blind can distinguish."""
+    """Hold the colour and marker of a method. Colours are Okabe and Ito's, which are safe for the colour-blind."""
 
     colour: str
     marker: str
@@ -21,7 +21,7 @@ class MethodStyle:
 
     @property
     def mark(self) -> dict[str, Any]:
-        """Return the arguments of ``plot`` for the mark."""
+        """Return the mark as arguments of ``plot``."""
         arguments = {"color": self.colour, "marker": self.marker}
         return {**arguments, "mfc": "white", "mec": self.colour} if self.hollow else arguments
 
@@ -39,7 +39,7 @@ _DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
 def style_of(method: Method) -> MethodStyle:
-    """Return the style of a method with all its settings, the same by LoRA and in full."""
+    """Return the style of a method, the same for LoRA and full fine-tuning."""
     style = _style_of_kind(method)
     return replace(style, hollow=True) if method.as_published or method.also_train else style
 
@@ -63,7 +63,7 @@ def _style_of_kind(method: Method) -> MethodStyle:
 
 
 def curve_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, dict[str, Any]]:
-    """Return the arguments of ``plot`` by label, with other dashes and marks for other curves of one method."""
+    """Return arguments of ``plot`` by label. Curves of one method differ in dashes and marks."""
     arguments: dict[str, dict[str, Any]] = {}
     seen: Counter[MethodStyle] = Counter()
     for label, style in labelled:

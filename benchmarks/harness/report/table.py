@@ -16,12 +16,12 @@ from benchmarks.harness.base import atomic_write, write_text
 from benchmarks.harness.config.catalogue import load_metrics
 
 MISSING = "–"
-RUNS = "runs"  # column of a frame: the folders of the runs that a row is made of, separated by blanks
-_LONG = 28  # a column with longer texts has lines in LaTeX
+RUNS = "runs"  # column with the folders of a row's runs, separated by blanks
+_LONG = 28  # letters; LaTeX wraps a column with longer texts
 _LATEX = r"""{comment}
 % \usepackage[T1]{{fontenc}}
 % \usepackage{{booktabs,longtable}}
-% Is it wider than the page? Put it between \begin{{landscape}} and \end{{landscape}} of the package pdflscape.
+% If it is wider than the page, put it between \begin{{landscape}} and \end{{landscape}} (package pdflscape).
 \begingroup\scriptsize\setlength{{\tabcolsep}}{{2pt}}
 {table}\endgroup
 """
@@ -48,13 +48,13 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """Return label and unit."""
+        """Return the label with its unit."""
         metric = load_metrics()[self.metric]
         label = self.label or metric.label
         return f"{label} ({metric.unit})" if metric.unit else label
 
     def text(self, row: pd.Series) -> str:
-        """Print the cell of a row."""
+        """Format the cell of a row."""
         value = self._number(row[self.value], signed=self.signed)
         if self.std and not math.isnan(row[self.std]):
             return f"{value} ± {self._number(row[self.std], signed=False)}"
@@ -76,15 +76,15 @@ class Table:
     """Hold a table of names, numbers and notes."""
 
     title: str
-    caption: str  # content, origin, and how much the numbers may be trusted
-    keys: dict[str, str]  # text columns of the frame that name a row, with their headings
+    caption: str  # content, origin and limits of the numbers
+    keys: dict[str, str]  # text columns that identify a row, with their headings
     columns: Sequence[Column]
     frame: pd.DataFrame
-    group: Sequence[str] = ()  # text columns within which the best number is marked, if the row ``is_method``
+    group: Sequence[str] = ()  # columns of the groups whose best number is marked, among rows with ``is_method``
     notes: dict[str, str] = field(default_factory=dict)  # text columns after the numbers, with their headings
-    name: str = ""  # of the files, without ending
-    wraps: bool = False  # True if cells are sentences, which a page breaks into lines
-    origins: pd.DataFrame | None = None  # the runs of its rows, by their names; None for all finished runs
+    name: str = ""  # file name without ending
+    wraps: bool = False  # True if cells hold sentences that a page must wrap
+    origins: pd.DataFrame | None = None  # the runs behind the rows; None for all finished runs
 
     @property
     def printed(self) -> list[Column]:
@@ -92,7 +92,7 @@ class Table:
         return [column for column in self.columns if len(self.frame) and self.frame[column.value].notna().any()]
 
     def texts(self) -> pd.DataFrame:
-        """Print all cells."""
+        """Format all cells."""
         cells = {heading: self.frame[key].astype(str) for key, heading in self.keys.items()}
         for column in self.printed:
             cells[column.heading] = self.frame.apply(column.text, axis=1)
@@ -100,7 +100,7 @@ class Table:
         return pd.DataFrame(cells).reset_index(drop=True)
 
     def best(self) -> pd.DataFrame:
-        """Mark the printed cells with the best number of their group, compared as numbers."""
+        """Return a boolean mask of the printed cells that hold the best number of their group."""
         frame = self.frame.reset_index(drop=True)
         headings = [*self.keys.values(), *(column.heading for column in self.printed), *self.notes.values()]
         mask = pd.DataFrame(False, index=frame.index, columns=headings)
@@ -145,7 +145,7 @@ class Table:
         return _LATEX.format(comment=comment, table=table)
 
     def html(self) -> str:
-        """Render an unstyled ``<figure>``; numbers have their value to sort by, rows the names of their runs."""
+        """Render an unstyled ``<figure>``; cells of numbers have a sort value, and rows have the folders of their runs."""
         texts, best = self.texts(), self.best()
         numbers = {column.heading: self.frame[column.value].tolist() for column in self.printed}
         shared = self._shared_texts(texts)
@@ -158,7 +158,7 @@ class Table:
                 text = f"<strong>{text}</strong>" if best.at[number, heading] else text
                 value = numbers[heading][number] if heading in numbers else None
                 sort = "" if pd.isna(value) else f' data-sort="{value:.9g}"'
-                is_head = heading == shown[0] and text != ""  # an empty cell heads nothing
+                is_head = heading == shown[0] and text != ""  # an empty cell is no heading
                 cells.append(f'<th scope="row">{text}</th>' if is_head else f"<td{sort}>{text}</td>")
             if RUNS in self.frame:
                 folders = str(self.frame[RUNS].iloc[number])
@@ -176,7 +176,7 @@ class Table:
         )
 
     def _shared_texts(self, texts: pd.DataFrame) -> dict[str, str]:
-        """Return the texts that all rows share, by heading; at least one column of names is left out."""
+        """Return the texts that all rows share, by heading, without the last key if all keys are shared."""
         names = list(self.keys.values())
         headings = (*names, *self.notes.values())
         shared = [heading for heading in headings if len(texts) > 1 and texts[heading].nunique() == 1]
@@ -185,7 +185,7 @@ class Table:
         return {heading: str(texts[heading].iloc[0]) for heading in shared}
 
     def without_verdicts(self, reason: str) -> Table:
-        """Remove verdicts and marks, and put the reason before the caption of a table that had some."""
+        """Remove verdicts and marks, if any, and put the reason before the caption."""
         if "verdict" not in self.notes and not any(column.best for column in self.columns):
             return self
         columns = [replace(column, best=False) for column in self.columns]
@@ -193,7 +193,7 @@ class Table:
         return replace(self, caption=reason + self.caption, columns=columns, frame=frame)
 
     def write(self, folder: Path) -> None:
-        """Write ``<name>.csv`` (plain numbers), ``.md``, ``.tex`` and ``.html``."""
+        """Write ``<name>.csv`` (unformatted numbers), ``.md``, ``.tex`` and ``.html``."""
         with atomic_write(folder / f"{self.name}.csv") as path:
             self.frame.to_csv(path, index=False)
         write_text(folder / f"{self.name}.md", self.markdown())
@@ -202,12 +202,12 @@ class Table:
 
 
 def code_as_html(text: str) -> str:
-    """Escape a text for HTML and mark the words between backticks as code."""
+    """Escape a text for HTML, and turn backticks into ``<code>``."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def escape_markdown(text: str) -> str:
-    """Escape a text for one line of Markdown: it ends no cell, begins no tag, and is no link."""
+    """Escape cell borders, tags and links in a text, and join its lines, for Markdown."""
     return re.sub(r"\s*\n\s*", " ", re.sub(r"[\\|]|<(?=[A-Za-z/!?])|\](?=[(\[:])", r"\\\g<0>", text))
 
 
@@ -223,6 +223,6 @@ def _latex_heading(text: str) -> str:
 
 
 def _in_all_rows(shared: Mapping[str, str]) -> str:
-    """Name the texts that all rows of a table share, in a sentence; empty if there are none."""
+    """Return a sentence with the texts that all rows of a table share; empty if there are none."""
     parts = "; ".join(f"{heading} {text}" for heading, text in shared.items() if text not in ("", MISSING))
     return f"In all rows: {parts}." if parts else ""

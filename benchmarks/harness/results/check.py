@@ -1,7 +1,7 @@
 """Compare a suite's numbers with the blessed ones, run finished runs again, and bless numbers.
 
-Two numbers of the same machine and code have to be equal to the last digit. Other numbers may be as far apart as the
-``tolerance`` of their metric in ``metrics.yaml``.
+Numbers of the same machine and code must be equal to the last digit. Other numbers may differ by the ``tolerance`` of
+their metric in ``metrics.yaml``.
 """
 
 from __future__ import annotations
@@ -43,37 +43,37 @@ from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
-_LINES = 6  # printed of each run
-# Tolerances of the numbers that a run records only for this check. They were measured like those in metrics.yaml.
+_LINES = 6  # printed differences per run
+# Tolerances of numbers that runs record only for this check, measured like those in metrics.yaml.
 _TOLERANCES = {
     **dict.fromkeys(("content", "conversion", "trained"), 0.0),
     **{f"loss_{step}": 0.007 for step in range(1, 9)},
     "logits": 4e-5,
-    "trained_logits": 0.02,  # of a model that another run has trained
+    "trained_logits": 0.02,  # logits of a model that another run trained
     "loads": 0.05,
 }
-_SHOWING = ("figures.py", "presentation.py", "tables.py")  # these files change no number
-_SUITE_SCALES = {"smoke": 0.1}  # of all tolerances: its models are tiny and train for a few steps
+_PRESENTATION_FILES = ("figures.py", "presentation.py", "tables.py")  # these files change no number
+_SUITE_SCALES = {"smoke": 0.1}  # factors on all tolerances; smoke's tiny models train for a few steps
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of finished runs."""
+    """Hold the numbers of finished runs."""
 
-    rows: pd.DataFrame  # one per number: KEYS, the value as text with all digits, and the machine that made it
-    machines: Mapping[str, Mapping[str, str]]  # fingerprints by name; the name is empty if a run recorded none
-    code: str  # code_digest() of the code that made them
+    rows: pd.DataFrame  # one per number: KEYS, value (text with all digits) and machine
+    machines: Mapping[str, Mapping[str, str]]  # fingerprints by name; the name is empty without a fingerprint
+    code: str  # code_digest() at the time of the runs
     seconds: Mapping[str, float]  # the median duration of a run of each benchmark
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of a comparison of two sets of numbers."""
+    """Hold the result of comparing two sets of numbers."""
 
     differences: pd.DataFrame  # KEYS, status (changed, missing or new), before, after and tolerance
-    equal: int  # numbers that agree
-    machines: list[str]  # for each pair of machines the count of numbers and the kind of comparison
-    unfinished: Sequence[str] = ()  # runs without numbers, with the reason if it is known
+    equal: int  # numbers that values_agree
+    machines: list[str]  # a sentence per pair of machines: count of numbers and kind of comparison
+    unfinished: Sequence[str] = ()  # runs without numbers, with the reason if available
 
     @property
     def passed(self) -> bool:
@@ -81,7 +81,7 @@ class Comparison:
         return self.differences.empty and not self.unfinished
 
     def to_json(self) -> str:
-        """Write everything as JSON."""
+        """Return the comparison as JSON."""
         content = {"passed": self.passed, "equal": self.equal, "machines": self.machines, "unfinished": self.unfinished}
         return json.dumps({**content, "differences": self.differences.to_dict("records")}, indent=1, allow_nan=False)
 
@@ -95,29 +95,29 @@ class Comparison:
             lines.append(f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}")
         statuses = list(self.differences["status"])
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("changed", "missing", "new"))
-        return "\n".join([*lines, *self.machines, f"{self.equal} agree, {counts}"])
+        return "\n".join([*lines, *self.machines, f"{self.equal} values_agree, {counts}"])
 
 
 def _describe(row: Any) -> str:
-    """Describe one difference in a line."""
+    """Describe one difference on one line."""
     name = " ".join(filter(None, (row.part, row.set, row.metric)))
     if row.status != "changed":
         return f"{name}: {row.before or row.after:.60}"
     try:
         difference = f" ({float(row.after) - float(row.before):+.3g}, tolerance {row.tolerance:g})"
-    except ValueError:  # several numbers, or words
+    except ValueError:  # the values are lists of numbers, or text
         difference = ""
     return f"{name}: {row.before:.60} -> {row.after:.60}{difference}"
 
 
 def tolerance_of(metric: str) -> float | None:
-    """Return how far numbers of two machines may be apart; None if the metric is not compared."""
+    """Return the tolerance of a metric between machines; None if the metric is not compared."""
     metrics = load_metrics()
     return metrics[metric].tolerance if metric in metrics else _TOLERANCES.get(metric)
 
 
-def agree(before: str, after: str, tolerance: float) -> bool:
-    """Return True if two values are equal, or no further apart than the tolerance (relative to values above 1)."""
+def values_agree(before: str, after: str, tolerance: float) -> bool:
+    """Return True if two values are equal or differ by at most the tolerance (relative for values above 1)."""
     if before == after or not tolerance:
         return before == after
     old, new = (np.array(value.split(), dtype=float) for value in (before, after))
@@ -129,7 +129,7 @@ def agree(before: str, after: str, tolerance: float) -> bool:
 def compare(
     before: Numbers, after: Numbers, suite: str, *, elsewhere: bool = False, unfinished: Sequence[str] = ()
 ) -> Comparison:
-    """Compare present numbers with those before; with ``elsewhere``, as if all machines were different."""
+    """Compare new numbers with old ones. ``elsewhere`` applies tolerances even on the same machine."""
     rows = before.rows.merge(after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True)
     rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
     rows = rows.dropna(subset="tolerance").fillna("")
@@ -137,7 +137,9 @@ def compare(
         is_same = (rows["machine_before"] == rows["machine_after"]) & (rows["machine_before"] != "")
         rows["tolerance"] = rows["tolerance"].where(~is_same, 0.0)
     values = zip(rows["value_before"], rows["value_after"], rows["tolerance"], strict=True)
-    is_equal = pd.Series([bool(old and new) and agree(old, new, limit) for old, new, limit in values], rows.index, bool)
+    is_equal = pd.Series(
+        [bool(old and new) and values_agree(old, new, limit) for old, new, limit in values], rows.index, bool
+    )
     status = rows["_merge"].astype(str).map({"both": "changed", "left_only": "missing", "right_only": "new"})
     differences = rows.assign(status=status).rename(columns={"value_before": "before", "value_after": "after"})
     pairs = rows[rows["_merge"] == "both"].groupby(["machine_before", "machine_after"]).size()
@@ -145,15 +147,15 @@ def compare(
         differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
         int(is_equal.sum()),
         [
-            f"compared {count} numbers {'within tolerances, as asked' if elsewhere else _kind(before, after, *pair)}"
+            f"compared {count} numbers {'within tolerances, as asked' if elsewhere else _comparison_kind(before, after, *pair)}"
             for pair, count in pairs.items()
         ],
         unfinished,
     )
 
 
-def _kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
-    """Describe the comparison of the numbers of two machines, with its reason."""
+def _comparison_kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
+    """Describe if numbers of two machines are compared exactly or within tolerances, and why."""
     if old == new != "":
         is_older = before.code != after.code
         return "within tolerances: the reference was made by older code" if is_older else "exactly"
@@ -168,19 +170,19 @@ def _kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
 
 
 def code_digest() -> str:
-    """Hash the code that numbers depend on: the experts, the models, the data and the training of all benchmarks."""
+    """Hash the code that numbers depend on: experts, models, data and training of all benchmarks."""
     harness = [BENCHMARKS / "harness" / room for room in ("models", "sources", "training")]
     folders = [ROOT / "emoe", *harness, BENCHMARKS / "text", *(BENCHMARKS / name for name in benchmark_names())]
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
-            if file.name not in _SHOWING:
+            if file.name not in _PRESENTATION_FILES:
                 digest.update(f"{file.relative_to(folder.parent).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
-def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
-    """Collect the numbers of finished runs from their ``metrics.json``, without their costs.
+def collect_numbers(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
+    """Collect the numbers of finished runs from their ``metrics.json``, without costs.
 
     Raises:
         DefinitionError: Two runs have the same name.
@@ -208,7 +210,7 @@ def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
 
 
 def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield part, set, metric and value of the numbers of tables, with all digits; counts are whole numbers."""
+    """Yield part, set, metric and value (text with all digits) of the numbers that tables show."""
     for part, task, metric, number in run_numbers(run, metrics):
         if metric in load_metrics() and part not in ("cost", "dev_best"):
             value = float(number)
@@ -216,7 +218,7 @@ def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, st
 
 
 def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield part, set, metric and value of a run's probe, model and data."""
+    """Yield part, set, metric and value (text) of a run's probe, model and data."""
     probe, model = metrics.get("probe", {}), metrics.get("model", {})
     for step, loss in enumerate(probe.get("losses", ()), 1):
         yield "probe", "", f"loss_{step}", loss
@@ -240,7 +242,7 @@ def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 
 class ReferenceFile(Strict):
-    """Origin of blessed numbers: ``<suite>.json``."""
+    """Describe the origin of blessed numbers (``<suite>.json``)."""
 
     commit: str
     """Commit of the code."""
@@ -249,7 +251,7 @@ class ReferenceFile(Strict):
     code: str = ""
     """Digest of the code that numbers depend on."""
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Median duration of a run of each benchmark, by which progress lines weigh the runs that are left."""
+    """Median duration of a run of each benchmark, for estimates of the remaining time."""
 
 
 def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
@@ -269,7 +271,7 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
-    """Write blessed numbers, their machines, durations and the digest of the code."""
+    """Write blessed numbers and their origin; return the path of the csv."""
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
@@ -278,7 +280,7 @@ def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = RE
     return path
 
 
-def _finished(runs: Sequence[Run], suite: str) -> list[Run]:
+def _finished_runs(runs: Sequence[Run], suite: str) -> list[Run]:
     finished = [run for run in runs if (RUNS / run.folder / "metrics.json").exists()]
     if not finished:
         raise DefinitionError(f"no run of the suite '{suite}' is finished below {RUNS}: `make run SUITE={suite}`")
@@ -286,8 +288,8 @@ def _finished(runs: Sequence[Run], suite: str) -> list[Run]:
 
 
 def read_numbers(runs: Sequence[Run]) -> Numbers:
-    """Read the numbers of finished runs; see :func:`numbers_of`."""
-    return numbers_of([(run, read_metrics(run)) for run in runs])
+    """Read the numbers of finished runs; see :func:`collect_numbers`."""
+    return collect_numbers([(run, read_metrics(run)) for run in runs])
 
 
 def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> Comparison:
@@ -296,7 +298,7 @@ def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewher
     Raises:
         DefinitionError: No run is finished, or a file is missing or damaged.
     """
-    finished = _finished(runs, suite)
+    finished = _finished_runs(runs, suite)
     unfinished = sorted({run.id for run in runs} - {run.id for run in finished})
     before, after = read_reference(suite, folder), read_numbers(finished)
     return compare(before, after, suite, elsewhere=elsewhere, unfinished=unfinished)
@@ -306,7 +308,7 @@ def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers,
     """Execute finished runs again, each in a new process that writes to a temporary folder.
 
     Returns:
-        The new numbers, and the id and last line of output of each run that failed.
+        The new numbers, and for each failed run its id and last line of output.
     """
     results, failures = [], []
     with tempfile.TemporaryDirectory(prefix="again-") as folder:
@@ -322,7 +324,7 @@ def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers,
                 failures.append(f"{run.id}: {(process.stderr.strip() or 'no output').splitlines()[-1]}")
             else:
                 results.append((run, read_metrics(run, Path(folder))))
-    return numbers_of(results), failures
+    return collect_numbers(results), failures
 
 
 def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable[[str], None]) -> Comparison:
@@ -331,7 +333,7 @@ def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable
     Raises:
         DefinitionError: No run is finished, or a file is damaged.
     """
-    finished = _finished(runs, suite)
+    finished = _finished_runs(runs, suite)
     chosen = random.Random(seed).sample(finished, min(count, len(finished)))
     after, failures = run_again(chosen, say)
     return compare(read_numbers(chosen), after, suite, unfinished=failures)
@@ -340,7 +342,9 @@ def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable
 def bless(
     runs: Sequence[Run], suite: str, say: Callable[[str], None], folder: Path = REFERENCE, root: Path = ROOT
 ) -> Path:
-    """Make the present numbers the blessed ones, after the fastest run of every benchmark gave the same numbers again.
+    """Bless the present numbers, if the fastest run of every benchmark repeats its numbers exactly.
+
+    Returns the path of the written csv.
 
     Raises:
         DefinitionError: The checkout is not clean, a run is not finished or recorded no machine, or a number differs.
@@ -349,7 +353,7 @@ def bless(
     commit = clean_commit(root)
     check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
     read = [(run, read_metrics(run)) for run in runs]
-    numbers = numbers_of(read)
+    numbers = collect_numbers(read)
     if "" in numbers.machines:
         raise DefinitionError(f"a run below {RUNS} recorded no machine: older code made it; delete it and run it again")
     by_speed = sorted(read, key=lambda pair: float(pair[1]["cost"]["job_seconds"]), reverse=True)
@@ -359,7 +363,7 @@ def bless(
         raise RunError(f"a run failed when it was executed again: {failures[0]}")
     if not after.machines.keys() <= numbers.machines.keys():
         raise DefinitionError("the runs were made on another machine: run the suite again here, or bless it there")
-    comparison = compare(numbers_of(fastest), after, suite)
+    comparison = compare(collect_numbers(fastest), after, suite)
     if not comparison.passed:
         say(str(comparison))
         raise DefinitionError("numbers do not repeat, so they cannot be blessed")

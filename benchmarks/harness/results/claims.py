@@ -16,7 +16,7 @@ _CELL = ["model", "task", "eval_task", "tuning"]
 
 
 class Verdict(StrEnum):
-    """The verdicts on a claim."""
+    """List the verdicts on a claim."""
 
     SUPPORTED = "supported"
     CONTRADICTED = "contradicted"
@@ -27,16 +27,16 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """The numbers of one comparison."""
+    """Hold the result of one comparison."""
 
-    difference: Difference  # of the methods; of a ratio its median less 1, with the range of all rounds
-    incomplete: int  # pairs that are left out because they lack a model, task or set
-    models: list[str]  # that both methods ran on
-    tasks: list[str]  # that both methods ran on
+    difference: Difference  # between the methods; for a ratio: median − 1, and range over rounds
+    incomplete: int  # omitted pairs, which lack a model, task or set
+    models: list[str]  # shared by both methods
+    tasks: list[str]  # shared by both methods
 
 
 def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Compare two methods as the direction of a claim asks for; None if they share nothing.
+    """Compare two methods in the way that the claim's direction requires; None if they share no model and task.
 
     Args:
         numbers: The numbers of all runs of a benchmark, see :data:`benchmarks.harness.report.common.COMPARED`.
@@ -51,9 +51,7 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
 
 
 def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
-    """Select the numbers of both methods: of the other one as in main tables, or in the same settings if it has no such
-    numbers.
-    """
+    """Select the numbers of both methods. The other one has its main setting, or the same settings without a main one."""
     setting, is_main = numbers["setting"], numbers["setting"].eq("")
     is_compared = ~is_main if compare.settings == "all" else setting.isin(compare.settings or [""])
     is_against = numbers["method"].eq(compare.against)
@@ -70,9 +68,9 @@ def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
 
 
 def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
-    """Compare over pairs: the numbers of a pair are averaged over models, tasks, sets and settings first.
+    """Compare pair by pair, after averaging each pair over models, tasks, sets and settings.
 
-    A pair that lacks a model, task, set or setting of another pair is left out.
+    A pair is omitted if it lacks a model, task, set or setting of another pair.
     """
     # repeated numbers count once
     means = ours.groupby([*_CELL, "setting", "pair"], sort=False)["value"].mean()
@@ -89,7 +87,7 @@ def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
 
 
 def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
-    """Find the largest difference of counts, which do not depend on chance; ``n`` counts the method's runs."""
+    """Return the largest difference of counts, which are deterministic; ``n`` counts the method's runs."""
     cell = ["model", "task", "tuning"]
     ends = [rows.groupby(cell, sort=False)["value"].agg(["min", "max", "size"]) for rows in (ours, others)]
     both = ends[0].join(ends[1], how="inner", rsuffix="_other").reset_index()
@@ -102,7 +100,7 @@ def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None
 
 
 def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Find the median of a ratio less 1, and its range over the rounds of all settings; ``n`` counts the settings."""
+    """Return median ratio − 1, with the range over rounds of all settings; ``n`` counts settings."""
     rows = rows[rows["method"] == compare.method]
     ratios, low, high = (
         rows.loc[rows["metric"] == f"{compare.metric}{end}", "value"].astype(float) for end in ("", "_low", "_high")
@@ -119,10 +117,10 @@ def is_within(difference: Difference, least: float, most: float) -> bool:
 
 
 def compare_with_paper(compare: Comparison, difference: Difference, effect: float) -> str:
-    """Say if the whole interval of a gain is ``smaller`` or ``larger`` than the paper's; else it is ``compatible``.
+    """Return ``smaller`` or ``larger`` if the whole interval of a gain is so against the paper's, else ``compatible``.
 
     Args:
-        compare: A comparison that claims more or less.
+        compare: The comparison; its direction is ``higher`` or ``lower``.
         difference: The difference of these runs.
         effect: The paper's difference in the same unit.
     """
@@ -132,7 +130,7 @@ def compare_with_paper(compare: Comparison, difference: Difference, effect: floa
 
 
 def judge(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
-    """Judge a claim of more or less by the corrected p of the test, and any other by interval and negligible margin."""
+    """Judge ``higher`` and ``lower`` claims by the corrected p, and others by the interval and the margin."""
     if compare.direction in ("higher", "lower"):
         if math.isnan(p):
             return Verdict.UNTESTABLE

@@ -1,4 +1,4 @@
-"""Mirror finished runs to MLflow. The files are the truth; the mirror can be made again at any time."""
+"""Mirror finished runs to MLflow. The mirror can be rebuilt from the files at any time."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _Read = Sequence[tuple[Run, dict[str, Any]]]
 
 
 def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] | None = None) -> dict[str, int]:
-    """Write the finished runs whose settings MLflow lacks, or has with other numbers, and the figures by benchmark.
+    """Write figures, and the runs of all settings that are new or have changed numbers; return counts of runs.
 
-    A benchmark is an experiment, a setting is a parent run with the means of its seeds, and a run is a child. A second
-    mirror writes nothing. Two mirrors of one results folder, or into one SQLite file, wait for each other. An error of
-    the store names it without its password. Returns how many runs were ``added``, ``replaced`` and ``unchanged``.
+    A benchmark is an experiment, a setting is a parent run with the means over its seeds, and a run is a child. A
+    second call writes nothing. Concurrent calls for one results folder or SQLite file wait for each other. Errors name
+    the store without its password. The counts are ``added``, ``replaced`` and ``unchanged``.
     """
-    for name in ("alembic", "mlflow"):  # they report the creation of tables, and errors with tracebacks
+    for name in ("alembic", "mlflow"):  # they log the creation of tables, and tracebacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
     locked = database or paths.RESULTS / "mlflow"
@@ -51,7 +51,7 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
             except ModuleNotFoundError as error:
                 problem = f"{error}; for PostgreSQL: pip install 'emoe[postgres]'"
                 break
-            except Exception as error:  # of a database, its driver or a server: MLflow passes them on
+            except Exception as error:  # MLflow passes on errors of databases, drivers and servers
                 problem = first_line(_cause(error))
                 time.sleep(seconds)
     raise RunError(without_passwords(f"MLflow at {uri}: {problem}"))
@@ -69,12 +69,12 @@ def _mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]]
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the error of the database or the server below those of MLflow and SQLAlchemy."""
+    """Return the root cause of an error."""
     return _cause(error.__cause__) if error.__cause__ else error
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, list[tuple[Run, dict[str, Any]]]]:
-    """Read runs, and group them by everything but their seeds."""
+    """Read the metrics of runs, and group the runs by all keys except the seed."""
     groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
     for run in runs:
         keys = run_keys(run)
@@ -84,7 +84,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[tuple[Run, dict[str, Any]]]
 
 
 class _Experiment:
-    """Hold the experiment of a benchmark, which is created if it is missing; a server chooses where files are."""
+    """Write to the experiment of a benchmark; create it if it is missing. A server chooses its own file location."""
 
     def __init__(self, client: MlflowClient, benchmark: str, *, keeps_files: bool) -> None:
         self._client, self._benchmark = client, benchmark
@@ -97,7 +97,7 @@ class _Experiment:
             digests[run.info.run_id] = run.data.tags.get(_DIGEST)
 
     def write_setting(self, name: str, members: _Read) -> str:
-        """Write a parent with the means of its seeds, and its runs; return ``added``, ``replaced`` or ``unchanged``."""
+        """Write a parent run with means over seeds, and its runs; return ``added``, ``replaced`` or ``unchanged``."""
         digest = _sha256("\n".join(canonical_json(metrics) for _, metrics in members).encode())
         if self._has(name, digest):
             return "unchanged"
@@ -123,7 +123,7 @@ class _Experiment:
         return "replaced" if name in self._parents else "added"
 
     def write_figures(self, files: Sequence[Path]) -> None:
-        """Keep the figures of the benchmark in a run of their own."""
+        """Write the figures of the benchmark into a separate run."""
         name, digest = f"figures of {self._benchmark}", _sha256(b"".join(path.read_bytes() for path in files))
         if files and not self._has(name, digest):
             self._delete(name)
@@ -134,7 +134,7 @@ class _Experiment:
         return list(self._parents.get(setting, {}).values()) == [digest]
 
     def _delete(self, setting: str) -> None:
-        """Delete a setting and its runs, several times if two folders wrote it at once."""
+        """Delete all parents of a setting and their runs; two folders may have written it at once."""
         for parent in self._parents.get(setting, ()):
             for run in self._search(f"tags.`{_PARENT}` = '{parent}'"):
                 self._client.delete_run(run.info.run_id)
@@ -149,7 +149,7 @@ class _Experiment:
         params: Sequence[Param] = (),
         files: Sequence[Path] = (),
     ) -> str:
-        """Write a run of MLflow, and return its identifier."""
+        """Write an MLflow run, and return its identifier."""
         identifier = str(self._client.create_run(self._id, times[0], tags, name).info.run_id)
         for file in files:
             if file.exists():
@@ -173,7 +173,7 @@ def _times(run: Run, metrics: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _numbers(rows: Any, metrics: Mapping[str, Any], time: int) -> list[Metric]:
-    """List the numbers of a run, and those over its training with their steps."""
+    """List the numbers of a run, and its training curves with their steps."""
     numbers = [
         Metric(_metric_name(row.part, row.eval_task, row.metric), float(row.value), time, 0)
         for row in rows.itertuples()
@@ -191,7 +191,7 @@ def _numbers(rows: Any, metrics: Mapping[str, Any], time: int) -> list[Metric]:
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings, such as ``training.epochs``, without empty ones."""
+    """Flatten nested settings to keys such as ``training.epochs``; omit empty mappings."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -18,16 +18,16 @@ from benchmarks.harness.config.runs import Run, trained_sets
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
-AS = " as "  # in a part, before the method that the model of a run was converted to
+AS = " as "  # in a part: separates it from the method that the model was converted to
 _MAY_DIVERGE = ("loss", "nats_per_byte")  # null if the model diverged
-_ROUNDING = 1e-6  # of a share that is computed
+_ROUNDING = 1e-6  # tolerance of range checks
 COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_parameters", "flops_per_token")
 LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
 def information_numbers(*names: str) -> list[str]:
-    """List the metrics of mutual information with the choice of an expert, for each name with its values by chance."""
+    """List the names of the mutual information metrics, each with its mean and 95 % quantile by chance."""
     return [f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")]
 
 
@@ -61,7 +61,7 @@ class _Cost(_Strict):
 
 
 class _Rows(_Strict):
-    """The rows of a set: classes by their counts, the range of their numbers, or their tokens."""
+    """Describe the rows of a set: class counts, range of the labels, or token counts."""
 
     rows: int
     labels: Annotated[dict[str, int], MinLen(1)] | None = None
@@ -92,7 +92,7 @@ class _Record(_Strict):
 
 
 class Metrics(_Strict):
-    """The content of a ``metrics.json``; ``Benchmark.recorded`` lists the parts that a run must have."""
+    """Define the content of a ``metrics.json``; ``Benchmark.recorded`` lists the required parts."""
 
     run_id: str
     cost: _Cost
@@ -122,15 +122,15 @@ def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
     path = root / run.folder / "metrics.json"
     if not path.exists():
         raise DefinitionError(f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)")
-    content = read_json(path, dict[str, Any], _again(path))
+    content = read_json(path, dict[str, Any], _rerun_advice(path))
     check_content(run, content, path)
     return content
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
-    """Check that all runs that a command shows are finished; else raise an error that counts the others.
+    """Raise an error that counts the unfinished runs, if there are any.
 
-    The error says ``which`` runs they are, and the ``command`` that makes them.
+    The error contains ``which``, a description of the runs, and the ``command`` that finishes them.
     """
     missing = sum(not (RUNS / run.folder / "metrics.json").exists() for run in runs)
     if missing:
@@ -139,27 +139,29 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
 
 
 def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
-    """Check that a ``metrics.json`` has the parts of its run, and no number beyond its ``range`` in metrics.yaml.
+    """Check that a ``metrics.json`` has all parts of its run, and that its numbers are in range (metrics.yaml).
 
-    The error of a damaged one names the file and the part or number.
+    Errors name the file and the part or number.
     """
     try:
         _check_parts(run, Metrics.model_validate(content))
         numbers = list(run_numbers(run, content))
     except ValidationError as error:
-        raise DataError(f"{path} is damaged: {first_problem(error)}; {_again(path)}") from None
+        raise DataError(f"{path} is damaged: {first_problem(error)}; {_rerun_advice(path)}") from None
     except (LookupError, ValueError, TypeError) as error:
-        raise DataError(f"{path} lacks something that such a run records ({error}); {_again(path)}") from None
-    known = load_metrics()
+        raise DataError(f"{path} lacks a part that such a run records ({error}); {_rerun_advice(path)}") from None
+    metrics = load_metrics()
     for part, task, name, value in numbers:
-        low, high = known[name].range if name in known else (None, None)
+        low, high = metrics[name].range if name in metrics else (None, None)
         low, high = -math.inf if low is None else low, math.inf if high is None else high
         if not isinstance(value, (int, float)) or not low - _ROUNDING <= value <= high + _ROUNDING:
             number = " ".join(filter(None, (part, task, name)))
-            raise DataError(f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {_again(path)}")
+            raise DataError(
+                f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {_rerun_advice(path)}"
+            )
 
 
-def _again(path: Path) -> str:
+def _rerun_advice(path: Path) -> str:
     return f"delete it and run `snakemake --cores all {path}`"
 
 
@@ -181,38 +183,38 @@ def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
 def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
     """Collect the numbers of runs from their ``metrics.json``, a row for each number.
 
-    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score``:
-    True for the one number that judges a text task. The parts are
+    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score``
+    (True for the main metric of a text task). The parts are
 
-    - ``dev``: the kept epoch on the split that selects. ``dev_best``: the best epoch there, for clean runs of tasks
-      with a dev split of their own; for other runs the reported score, or the score on rows held out.
+    - ``dev``: the kept epoch on the dev split. ``dev_best``: the best epoch there, for clean runs of tasks with their
+      own dev split; for other runs the reported score, or the score on held-out rows.
     - ``test``: the reported split of the training task. ``ood``: each other task.
     - ``ood_mean``: the mean of the scores over the other tasks (metric ``score``).
     - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting to another method.
-    - ``cost``, ``model``, ``routing``: the cost of the run and the sizes of its model.
+    - ``cost``, ``model``, ``routing``: the cost of the run, the sizes of its model and its expert loads.
 
-    For domain generalisation the accuracies are those of the record that training-domain validation selects: ``dev`` is
-    the mean over the training environments' *out* splits, ``test`` each held-out environment's *in* split. A
-    measurement has one part, its measure, with the candidate as the evaluation task.
+    For domain generalisation, accuracies come from the record that training-domain validation selects: ``dev`` is the
+    mean over the training environments' *out* splits, ``test`` each held-out environment's *in* split. A measurement
+    has one part, named after its measure; ``eval_task`` is the candidate.
     """
     rows = []
     for run, metrics in read:
-        judging, keys = _judging_metrics(run), run_keys(run).values()
+        judging, keys = _main_metrics(run), run_keys(run).values()
         for part, task, metric, value in run_numbers(run, metrics):
             is_score = metric == judging.get((part.partition(AS)[0], task), "score")
             rows.append((*keys, run.id, part, task, metric, value, is_score))
     return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
 
 
-def _judging_metrics(run: Run) -> dict[tuple[str, str], str]:
-    """Map each part and set to the metric that judges it: the task's own, or the paper's out of domain."""
+def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
+    """Map each part and set to its main metric: the task's own, or the paper's out of domain."""
     parts, sets = ("dev", "dev_best", "test"), trained_sets(run.spec)
     metrics = {(part, task["name"]): task.get("metric", "") for part in parts for task in sets}
     return metrics | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
 
 
 def run_keys(run: Run) -> dict[str, Any]:
-    """Return the values of :data:`RUN_KEYS` of a run."""
+    """Return a run's values of :data:`RUN_KEYS`."""
     spec = run.spec
     names = [spec[key]["name"] for key in ("model", "task", "method")]
     values = (run.benchmark, *names, spec.get("protocol", ""), spec["variant"], spec["learning_rate"], spec["seed"])
@@ -227,9 +229,9 @@ def run_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str
             for name, value in values.items():
                 yield task, candidate, name, value
         return
-    yield from _scored(run, metrics["scores"])
+    yield from _score_numbers(run, metrics["scores"])
     for method, content in metrics.get("transformed", {}).items():
-        yield from _scored(run, content["scores"], AS + method)
+        yield from _score_numbers(run, content["scores"], AS + method)
     if "epochs" in metrics and run.spec["task"]["splits"]["test"] is not None:
         metric = run.spec["task"]["metric"]
         yield "dev_best", task, metric, max(entry[metric] for entry in metrics["epochs"])
@@ -239,8 +241,8 @@ def run_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str
                 yield part, "", name, metrics[part][name]
 
 
-def _scored(run: Run, scores: Mapping[str, Any], suffix: str = "") -> Iterator[tuple[str, str, str, float]]:
-    """Yield the scores by part and the mean out of domain; ``suffix`` names the method that the model became."""
+def _score_numbers(run: Run, scores: Mapping[str, Any], suffix: str = "") -> Iterator[tuple[str, str, str, float]]:
+    """Yield part, set, metric and value of all scores, and of the OOD mean; the suffix is appended to each part."""
     for part, by_task in scores.items():
         for name, values in by_task.items():
             for key, value in values.items():
@@ -252,5 +254,5 @@ def _scored(run: Run, scores: Mapping[str, Any], suffix: str = "") -> Iterator[t
 
 
 def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:
-    """Return the rows of a part with the number that judges each set, its metric renamed to ``score``."""
+    """Return the rows of a part that hold the main metric of each set, renamed to ``score``."""
     return records[(records["part"] == part) & records["is_score"]].assign(metric="score")

@@ -20,9 +20,9 @@ PERMUTATIONS = 500
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold a paired difference: its mean over ``n`` pairs, 95 % confidence interval (Student's t), and p of the t-test.
+    """Hold a paired difference: mean over ``n`` pairs, 95 % confidence interval (Student's t), and p of the t-test.
 
-    With one pair, or if all differences are equal, p is nan, and so are ``low`` and ``high`` unless all are 0.
+    With one pair, or if all differences are equal, p, ``low`` and ``high`` are nan. The ends are 0 if all differences are.
     """
 
     COLUMNS: ClassVar = ("delta", "low", "high", "p")
@@ -34,18 +34,18 @@ class Difference:
     n: int
 
     def columns(self) -> dict[str, float]:
-        """Return the columns of a frame."""
+        """Return the numbers by column name, without ``n``."""
         return dict(zip(self.COLUMNS, (self.mean, self.low, self.high, self.p), strict=True))
 
 
 def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Difference:
-    """Estimate the mean of the differences of pairs."""
+    """Compute the mean of paired differences, with interval and test."""
     n = len(differences)
     mean = float(differences.mean()) if n else math.nan
     if n < 2:
         return Difference(mean, math.nan, math.nan, math.nan, n)
     if np.allclose(differences, differences[0], rtol=0, atol=1e-12):
-        # equal differences say nothing of their spread, unless there is no difference at all
+        # equal differences give no estimate of the spread, unless all are zero
         end = 0.0 if abs(mean) < 1e-12 else math.nan
         return Difference(mean, end, end, math.nan, n)
     error = float(differences.std(ddof=1)) / math.sqrt(n)
@@ -63,11 +63,11 @@ def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) ->
 def paired_differences(
     scores: pd.DataFrame, cell: Sequence[str], reference: Mapping[str, str], pair: str, averaged: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Compare every cell with the one that differs from it in the columns of ``reference`` alone.
+    """Compare every cell with its reference cell, which differs from it only in the columns of ``reference``.
 
-    The column ``value`` is paired by all other columns; a pair, such as a seed, is the mean over its values. The
+    Rows with equal values in all other columns are compared, and then averaged per ``pair``, such as a seed. The
     reference is averaged over the columns ``averaged``. Returns one row per cell that shares pairs with its reference:
-    the columns of the cell, :attr:`Difference.COLUMNS`, ``n`` pairs and their number of ``values``.
+    the columns of the cell, :attr:`Difference.COLUMNS`, the number ``n`` of pairs and of their ``values``.
     """
     is_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
     shared = [column for column in scores if column not in ("value", *reference, *averaged)]
@@ -84,9 +84,9 @@ def paired_differences(
 
 
 def shared_pairs(scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str) -> pd.DataFrame:
-    """Keep the scores of the pairs, such as seeds, that every row of a table has: so means differ by the differences.
+    """Keep the scores of pairs, such as seeds, that every row of a table has, so that means are over the same pairs.
 
-    The columns ``table`` name a table, and the columns ``row`` a row within its table.
+    The columns ``table`` identify a table, and the columns ``row`` a row in it.
     """
     rows = scores.groupby(list(row), sort=False).ngroup()
     all_rows, rows_with_pair = (
@@ -96,7 +96,7 @@ def shared_pairs(scores: pd.DataFrame, table: Sequence[str], row: Sequence[str],
 
 
 def holm(p: pd.Series[float]) -> pd.Series[float]:
-    """Correct the p of one family by Holm's step-down procedure; nan is not counted."""
+    """Correct the p values of one family by Holm's step-down procedure; nan is not counted."""
     # statsmodels' multipletests collects garbage at every call, which takes longer than the rest
     ordered = p.dropna().sort_values()
     steps = ordered * np.arange(len(ordered), 0, -1)
@@ -104,9 +104,9 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
 
 
 def with_verdicts(rows: pd.DataFrame, family: Sequence[str] = (), *, lower_is_better: bool = False) -> pd.DataFrame:
-    """Add ``p_holm`` and a ``verdict``, which is empty without a test.
+    """Add ``p_holm``, corrected over all rows or per group of the columns ``family``, and a ``verdict``.
 
-    p is corrected over all rows, or within each family that the columns ``family`` name.
+    The verdict is ``better``, ``worse``, ``within noise``, ``equal``, or empty without a test.
     """
     p = rows.groupby(list(family), sort=False)["p"].transform(holm) if family and len(rows) else holm(rows["p"])
     is_better = rows["delta"] < 0 if lower_is_better else rows["delta"] > 0
@@ -116,10 +116,10 @@ def with_verdicts(rows: pd.DataFrame, family: Sequence[str] = (), *, lower_is_be
 
 
 def friedman_ranks(scores: pd.DataFrame) -> tuple[pd.Series[float], float]:
-    """Compute the average rank of each row (method) over the columns (data sets) of scores without gaps.
+    """Compute the mean rank of each row (method) over the columns (data sets) of scores without missing values.
 
-    Higher scores are better, and rank 1 is best; ties share their mean rank. Returns the ranks, and p of Friedman's
-    test (nan below three rows or two sets).
+    The highest score has rank 1; ties share their mean rank. Returns the ranks, and p of Friedman's test (nan below
+    three rows or two sets).
     """
     ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
     is_tied = (scores.nunique(axis=0) == 1).all()
@@ -129,7 +129,7 @@ def friedman_ranks(scores: pd.DataFrame) -> tuple[pd.Series[float], float]:
 
 
 def nemenyi(scores: pd.DataFrame) -> pd.DataFrame:
-    """Compute p of every pair of rows by Nemenyi's test on their Friedman ranks (Demšar 2006)."""
+    """Return p of every pair of rows by Nemenyi's test on their Friedman ranks (Demšar 2006)."""
     import scikit_posthocs  # it imports a plotting library
 
     p = scikit_posthocs.posthoc_nemenyi_friedman(scores.to_numpy().T)
@@ -137,7 +137,7 @@ def nemenyi(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def critical_difference(methods: int, sets: int) -> float:
-    """Return the distance of two mean ranks from which they differ by Nemenyi's test at 5 % (Demšar 2006)."""
+    """Return the critical difference of two mean ranks in Nemenyi's test at 5 % (Demšar 2006)."""
     quantile = float(stats.studentized_range.ppf(CONFIDENCE, methods, math.inf)) / math.sqrt(2)
     return quantile * math.sqrt(methods * (methods + 1) / (6 * sets))
 
@@ -145,8 +145,7 @@ def critical_difference(methods: int, sets: int) -> float:
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Compute the mutual information, in bits, of a token's expert and its label from ``[..., labels, experts]`` counts.
 
-    Chance alone gives more than 0: the more experts and labels, and the fewer rows (or images), the more (see
-    :func:`shuffled_information`).
+    It is above 0 by chance, more so with many experts and labels and few rows; see :func:`shuffled_information`.
     """
     shares = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1)
     of_labels, of_experts = (special.entr(shares.sum(axis)).sum(-1) for axis in (-1, -2))
@@ -157,10 +156,11 @@ def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 def shuffled_information(
     loads: NDArray[np.int64], labels: NDArray[np.int64], strata: NDArray[np.int64], seed: int
 ) -> NDArray[np.float64]:
-    """Compute the information of experts and labels, as they are and shuffled within strata.
+    """Compute the mutual information of experts and labels, unshuffled and shuffled.
 
-    Rows (or images) are shuffled, not tokens, which go together in their row. ``loads`` are the choices of each expert
-    by each row, ``[rows, layers, experts]``. Returns ``[1 + PERMUTATIONS, layers]`` bits, the first without a shuffle.
+    Labels are shuffled among the rows (or images) of each stratum; the tokens of a row stay together. ``loads`` counts
+    the choices of each expert by row, ``[rows, layers, experts]``. Returns ``[1 + PERMUTATIONS, layers]`` bits; the first
+    row is unshuffled.
     """
     random = np.random.default_rng(seed)
     in_order = np.argsort(strata, kind="stable")
@@ -174,14 +174,14 @@ def shuffled_information(
     return mutual_information(np.moveaxis(np.stack(counts), 1, 2))
 
 
-def by_chance(bits: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the mean of the shuffles among ``[1 + PERMUTATIONS]``, and their 95 % quantile."""
+def shuffle_statistics(bits: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean and the 95 % quantile of the shuffled bits among ``[1 + PERMUTATIONS]``."""
     return float(bits[1:].mean()), float(np.quantile(bits[1:], CONFIDENCE))
 
 
 @dataclass(frozen=True)
 class MutualInformation:
-    """Hold the bits that an expert's choice tells of a label, the mean of shuffles, and their 95 % quantile."""
+    """Hold the mutual information of experts and labels in bits, and the mean and 95 % quantile of shuffles."""
 
     bits: float
     chance: float
@@ -189,10 +189,10 @@ class MutualInformation:
 
     @classmethod
     def mean(cls, bits: NDArray[np.float64]) -> MutualInformation:
-        """Average ``[1 + PERMUTATIONS, cases]``, the first without a shuffle, over cases."""
+        """Average bits ``[1 + PERMUTATIONS, cases]`` over cases; the first row is unshuffled."""
         means = bits.mean(1)
-        return cls(float(means[0]), *by_chance(means))
+        return cls(float(means[0]), *shuffle_statistics(means))
 
     def numbers(self, name: str) -> dict[str, float]:
-        """Return the numbers by the names of metrics.yaml; ``name`` is the kind of label."""
+        """Return the numbers by metric name; ``name`` is the kind of label, such as ``task``."""
         return dict(zip(information_numbers(name), (self.bits, self.chance, self.chance_95), strict=True))
