@@ -60,7 +60,7 @@ def _locate(model: Mapping[str, Any]) -> Path:
 
 
 def load_settings(loader: Any, model: Mapping[str, Any]) -> Any:
-    """Load what needs no weights: a configuration or a tokenizer (:class:`DataError`)."""
+    """Load what needs no weights: a configuration or a tokenizer (raises :class:`DataError`)."""
     with _loading(model):
         folder = _locate(model)
         return loader.from_pretrained(str(folder), trust_remote_code=False, **_gguf_option(folder))
@@ -157,7 +157,7 @@ def load_seq2seq_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def load_config(model: Mapping[str, Any]) -> PreTrainedConfig:
-    """Load a model's configuration, without its weights (:class:`DataError`)."""
+    """Load a model's configuration, without its weights (raises :class:`DataError`)."""
     if "config" in model:
         return AutoConfig.for_model(**model["config"])
     return cast(PreTrainedConfig, load_settings(AutoConfig, model))
@@ -170,14 +170,14 @@ def _random_model(loader: Any, model: Mapping[str, Any], **options: Any) -> PreT
 
 
 def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a pre-trained text model without a head, to cluster its neurons (:class:`DataError`)."""
+    """Load a pre-trained text model without a head, to cluster its neurons (raises :class:`DataError`)."""
     if "config" in model:
         return _random_model(AutoModel, model)
     return load_pretrained(AutoModel, model, dtype=torch.float32)[0]
 
 
 def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_token_id: int | None) -> PreTrainedModel:
-    """Load a pre-trained model with a new head (:class:`DataError`).
+    """Load a pre-trained model with a new head (raises :class:`DataError`).
 
     Args:
         model: The resolved entry of ``models.yaml``.
@@ -204,7 +204,7 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
 
 
 def load_seq2seq(model: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a pre-trained encoder-decoder with its language-modelling head, in float32 (:class:`DataError`)."""
+    """Load a pre-trained encoder-decoder with its language-modelling head, in float32 (raises :class:`DataError`)."""
     if "config" in model:
         return _random_model(AutoModelForSeq2SeqLM, model)
     loaded, folder = load_pretrained(AutoModelForSeq2SeqLM, model, dtype=torch.float32)
@@ -292,7 +292,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file (:class:`DataError`)."""
+    """Read the tensors of a safetensors file (raises :class:`DataError`)."""
     try:
         return read_checkpoint_tensors(file)
     except CheckpointError as error:
