@@ -87,9 +87,7 @@ def _save(model: nn.Module, folder: Path, *, write: bool) -> None:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     output, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    folders = [
-        path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()
-    ]  # deeper in a parameter search
+    folders = [path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()]  # a search nests them
     return max(folders, key=lambda path: path.stat().st_mtime, default=output / name)
 
 

@@ -98,7 +98,7 @@ Model = TypeVar("Model", bound="Strict")
 
 if TYPE_CHECKING:
     from yaml import SafeLoader
-else:  # libyaml, which PyYAML's wheels have, takes a tenth of the time, of which every command had half a second
+else:  # libyaml, which PyYAML's wheels have, saves every command half a second
     SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -120,7 +120,7 @@ class _Loader(SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse one YAML file, which has no tags.
+    """Parse one YAML file without tags.
 
     Raises:
         DefinitionError: The file is missing, cannot be read or is not valid YAML; names the line.
@@ -141,9 +141,9 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Refuse tags, and aliases that make the content much larger than the file."""
+    """Reject tags, and aliases that make the content much larger than the file."""
     sizes: dict[str | None, int] = {}  # the characters of each anchor's value
-    anchors, lengths = list[str | None](), [0]  # of the collections around an event
+    anchors, lengths = list[str | None](), [0]  # of the collections that enclose an event
     events: Iterable[Any] = yaml.parse(text, SafeLoader)
     for event in events:
         anchor, size = getattr(event, "anchor", None), 0
@@ -158,7 +158,7 @@ def _check_events(text: str) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             size = len(event.value) + 1
         elif isinstance(event, yaml.AliasEvent):
-            size = _LARGEST + 1 if anchor in anchors else sizes.get(anchor, 0)  # in its own value it has no end
+            size = _LARGEST + 1 if anchor in anchors else sizes.get(anchor, 0)  # an alias in its own value is endless
         sizes[anchor] = size
         lengths[-1] += size
         if lengths[-1] > _LARGEST or len(lengths) > _DEEPEST:
@@ -188,19 +188,19 @@ class Strict(BaseModel):
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def need_one_of(self, *keys: str) -> None:
-        """Refuse several of these keys, and none of them; for a model's own validator."""
+        """Raise unless exactly one of these keys has a value; for a model's own validator."""
         named = [key for key in keys if getattr(self, key) is not None]
         if len(named) != 1:
             raise refusal(f"it needs one of {', '.join(keys)}, but has {' and '.join(named) or 'none'}")
 
     def need_together(self, key: str, other: str) -> None:
-        """Refuse a key without the other that it needs."""
+        """Raise if a key has a value and the other, which it needs, has none."""
         if getattr(self, key) is not None and getattr(self, other) is None:
             raise refusal(f"'{key}' needs the key '{other}'")
 
 
 class AsGiven(Strict):
-    """Hold data in which null differs from a missing key: the dump has the given keys and defaults that are not null."""
+    """Hold data in which null differs from a missing key: the dump has given keys and defaults other than null."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -208,42 +208,42 @@ class AsGiven(Strict):
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """Make the error of a model's own validator; pydantic adds the place."""
+    """Make the error of a model's own validator; pydantic adds the keys."""
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
 
-NUMBER_COLUMNS = ("value", "status", "source")  # columns of every published number, behind those that say what it is of
+NUMBER_COLUMNS = ("value", "status", "source")  # last columns of every CSV of published numbers
 
 
 def left_out() -> Any:
-    """Return the default of an optional key, which is then in no run's spec."""
+    """Return the default of an optional key, which a run's spec omits."""
     return Field(default=None, exclude_if=lambda value: value is None)
 
 
 def zero_left_out() -> Any:
-    """Return the default of an optional number; 0 means the same, and neither is in a run's spec."""
+    """Return the default of an optional number; a run's spec omits it, and a 0 too."""
     return Field(default=None, exclude_if=lambda value: not value)
 
 
-def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Keep an integer an integer where any number is allowed: a run's id is a hash of JSON, where 1 is not 1.0."""
+def _keep_integer(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Keep an integer an integer if any number is allowed: a run's id is a hash of JSON, where 1 is not 1.0."""
     check(value)
     return value
 
 
-def _unique(values: list[Any]) -> list[Any]:
+def _check_unique(values: list[Any]) -> list[Any]:
     if twice := [value for number, value in enumerate(values) if value in values[:number]]:
-        raise refusal(f"{twice[0]!r} stands there twice")
+        raise refusal(f"{twice[0]!r} occurs twice")
     return values
 
 
 class Registered:
-    """Mark a text as one of the names that are registered when it is read. Editors propose those of the project and
-    take others.
+    """Require a string to be a registered name when it is read. Editors propose the project's names and accept
+    others.
 
     Args:
         names: The registry.
-        beside: Further names beside the registry.
+        beside: Valid names besides those of the registry.
     """
 
     def __init__(self, names: Collection[str], beside: Collection[str] = ()) -> None:
@@ -265,8 +265,8 @@ class Registered:
         return {"anyOf": [{"enum": self.options, "type": "string"}, handler(schema)]}
 
 
-AS_GIVEN = WrapValidator(_as_given)
-UNIQUE = AfterValidator(_unique)
+AS_GIVEN = WrapValidator(_keep_integer)
+UNIQUE = AfterValidator(_check_unique)
 _NotEmpty = Field(min_length=1)
 Number = Annotated[float, AS_GIVEN]
 Positive = Annotated[float, Field(gt=0), AS_GIVEN]
@@ -317,7 +317,7 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
     """Check the names that a file gives under a key.
 
     Args:
-        where: The file, a quotation mark, and the keys before this one.
+        where: The beginning of the message: the file, a quotation mark, and the keys before this one.
         key: The key.
         names: The names under the key.
         known: The valid names.
@@ -335,7 +335,7 @@ def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[
     """Check that a CSV that a file names exists, and has the columns of published numbers.
 
     Args:
-        where: The place, see :func:`check_names`.
+        where: See :func:`check_names`.
         key: The key.
         name: The name of the CSV.
         folder: The folder of the CSV.

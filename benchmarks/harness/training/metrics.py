@@ -1,4 +1,4 @@
-"""Compute task scores with the field's libraries."""
+"""Compute task scores with scikit-learn and scipy."""
 
 from __future__ import annotations
 
