@@ -191,12 +191,12 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 2**31
 
 
-def without_passwords(text: str) -> str:
+def hide_passwords(text: str) -> str:
     """Replace the passwords of URLs in a text by ``***``.
 
-    >>> without_passwords("postgresql://lab:secret@db/mlflow?sslmode=require")
+    >>> hide_passwords("postgresql://lab:secret@db/mlflow?sslmode=require")
     'postgresql://lab:***@db/mlflow?sslmode=require'
-    >>> without_passwords("https://lab.org?password=secret&team=a")
+    >>> hide_passwords("https://lab.org?password=secret&team=a")
     'https://lab.org?password=***&team=a'
     """
     text = re.sub(r"(://[^:/@\s]*:)[^\s]*@", r"\1***@", text)

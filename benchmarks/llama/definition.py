@@ -13,8 +13,8 @@ from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
-    AsGiven,
     Count,
+    ExplicitNulls,
     Key,
     Names,
     NotNegative,
@@ -25,8 +25,8 @@ from benchmarks.harness.config.yaml import (
     Strict,
     Whole,
     Wholes,
-    left_out,
-    zero_left_out,
+    optional,
+    optional_zero,
 )
 
 HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
@@ -91,11 +91,11 @@ class InstructionTraining(Training):
     """Lay the rows of a micro-batch end to end, each attending to itself, instead of padding them."""
     save_steps: Count
     """Steps between checkpoints."""
-    eval_every: Count | None = left_out()
+    eval_every: Count | None = optional()
     """Steps between two held-out losses during training, the first before any step; none unless given."""
     keep_weights: bool
     """Keep the trained weights, so that the run can be exported."""
-    frozen_layers: Whole | None = zero_left_out()
+    frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
     for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
     converts or trains a layer below. 0, or left out: none."""
@@ -145,7 +145,7 @@ class InstructionBlock(VariantAxes):
     """Names of `finetuning`."""
     method: Names
     """Names of methods."""
-    learning_rate: Positives | None = left_out()
+    learning_rate: Positives | None = optional()
     """Peak learning rates; for tunings that train."""
     seed: Wholes
     """Seeds: of the order, of adapters, of dropout, of drawn templates."""
@@ -199,7 +199,7 @@ class TemplateFile(Strict):
     """The templates, by name."""
 
 
-class InstructionSource(AsGiven):
+class InstructionSource(ExplicitNulls):
     """Source of the rows if there is no file `<name>.json` or `<name>.jsonl` below data_root."""
 
     hub: str | None = None
@@ -219,7 +219,7 @@ class InstructionSet(Entry):
 
     source: InstructionSource
     """Source of the rows if there is no file `<name>.json` or `<name>.jsonl` below data_root."""
-    rows: Count | None = left_out()
+    rows: Count | None = optional()
     """Number of rows according to its makers."""
     download_instructions: str
     """Instructions to download the set."""

@@ -11,8 +11,8 @@ from typing import IO, Any, cast
 
 from benchmarks.harness.base import DATA_ROOT, DataError, first_line
 from benchmarks.harness.sources.hub import commit_of, hub_name
-from benchmarks.harness.sources.local import OWN_SUFFIXES, own_file
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.local import USER_SUFFIXES, user_file
+from benchmarks.harness.sources.packages import find_package
 from benchmarks.llama.definition import InstructionSource
 
 ALPACA_DEMO = "llamafactory"  # the package with a set that needs no hub
@@ -47,17 +47,17 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     Raises:
         DataError: The set is missing, or no list of rows.
     """
-    if file := own_file(name):
+    if file := user_file(name):
         return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
     if source.package:
-        package = packaged(ALPACA_DEMO)
+        package = find_package(ALPACA_DEMO)
         with tarfile.open(package.check()) as archive:
             content = cast(IO[bytes], archive.extractfile(source.package)).read()
         return parse(content, f"package {package.package} {package.version}", lines=False)
     if source.hub:
         return _read_hub(source.hub, source.revision)
     root = os.environ.get(DATA_ROOT) or "<data_root>"
-    files = " or ".join(f"{root}/{name}{suffix}" for suffix in OWN_SUFFIXES)
+    files = " or ".join(f"{root}/{name}{suffix}" for suffix in USER_SUFFIXES)
     raise DataError(f"the set '{name}' is a file of yours: put {files} there")
 
 

@@ -12,7 +12,7 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_seq2seq_tokenizer
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import with_routing
+from benchmarks.harness.training.trainer import evaluate_with_routing
 from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask
 from benchmarks.multitask.training import MultitaskTrainer
 from benchmarks.text.data import TextSplit, load_part
@@ -41,7 +41,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     trainer = MultitaskTrainer(trainable, tokenizer, read, train, dev, folder, progress)
     epochs, kept = trainer.fit()
     progress.say("evaluating")
-    tested, routing = with_routing(
+    tested, routing = evaluate_with_routing(
         trainable.model, lambda: {task.name: trainer.score(test[task.name], task) for task in tasks}
     )
     return {

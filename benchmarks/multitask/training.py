@@ -16,10 +16,10 @@ from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows, restore_rng_and_modes
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import RoutedTrainer, precision_here
+from benchmarks.harness.training.trainer import RoutedTrainer, available_precision
 from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTask
 from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
@@ -89,7 +89,7 @@ class MultitaskTrainer(RoutedTrainer):
         self._network = cast(PreTrainedModel, trainable.model)
         self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe = Stopwatch(), Probe()
-        self._precision = precision_here(self._training.precision)
+        self._precision = available_precision(self._training.precision)
         self._best = _MEAN if self._training.checkpoint_selection == "best" else None
         tasks = [LearnedRows(self._rows(train[name], task), self._answers[name]) for name, task in self._tasks.items()]
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(tasks)
@@ -111,7 +111,7 @@ class MultitaskTrainer(RoutedTrainer):
             train_dataset=rows,
             eval_dataset=rows,  # Trainer asks for one; the scores are of the rows that choose
             data_collator=collate,
-            callbacks=[progress, self._stopwatch, RetieGates()],
+            callbacks=[progress, self._stopwatch, UpdateGates()],
         )
 
     @property

@@ -18,7 +18,7 @@ from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.sets import PublishedRows
 from benchmarks.harness.config.yaml import (
-    AS_GIVEN,
+    KEEP_INTEGER,
     UNIQUE,
     Count,
     Key,
@@ -31,8 +31,8 @@ from benchmarks.harness.config.yaml import (
     Strict,
     Whole,
     Wholes,
-    left_out,
-    zero_left_out,
+    optional,
+    optional_zero,
 )
 
 Protocol = Literal["published", "clean"]
@@ -60,15 +60,15 @@ class TextTraining(Training):
     """Order of the training rows: shuffled, or shuffled in groups of like length (less padding)."""
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
-    train_share: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] | None = left_out()
+    train_share: Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER] | None = optional()
     """A share of these rows only, every class in proportion; a smaller share is a part of a larger one. Left out:
     all."""
     eval_rows: Count | None
     """Rows of every evaluation split; null for all."""
-    dev_rows: Count | None = left_out()
+    dev_rows: Count | None = optional()
     """Rows of the split that selects, of tasks that have one beside a test split, where it is evaluated on fewer; left
     out, or null: as many as of the others."""
-    ood_rows: Count | None = left_out()
+    ood_rows: Count | None = optional()
     """Rows of every set that the task is not trained on, where they are not as many as `eval_rows` says; left out, or
     null: as many."""
     weight_decay: NotNegative
@@ -86,7 +86,7 @@ class TextTraining(Training):
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     validation_fraction: Rate
     """Share of the training rows that a clean run holds out to choose by, if the task has no split for that."""
-    frozen_layers: Whole | None = zero_left_out()
+    frozen_layers: Whole | None = optional_zero()
     """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a
     row is computed once and kept
     (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
@@ -95,10 +95,10 @@ class TextTraining(Training):
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool
     """Keep what was trained below the run's folder, for benchmarks that evaluate it."""
-    evaluate_ood: bool | Names | None = left_out()
+    evaluate_ood: bool | Names | None = optional()
     """Evaluate every run on the task's OOD sets at its end, or those of some methods; in no run's spec. Large sets are
     for a benchmark that evaluates the chosen runs only."""
-    epochs_by_task: dict[str, Positive] | None = left_out()
+    epochs_by_task: dict[str, Positive] | None = optional()
     """Epochs of single tasks; in no run's spec."""
 
 
@@ -115,11 +115,13 @@ class TextBlock(VariantAxes):
     """Peak learning rates."""
     seed: Wholes
     """Seeds."""
-    train_share: Annotated[list[Annotated[float, Field(gt=0, lt=1), AS_GIVEN]], Field(min_length=1)] | None = left_out()
+    train_share: Annotated[list[Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER]], Field(min_length=1)] | None = (
+        optional()
+    )
     """Shares of the training rows, for rows with `role: ablation`."""
-    epochs_factor: Positives | None = left_out()
+    epochs_factor: Positives | None = optional()
     """Times the usual epochs, for rows with `role: ablation`."""
-    protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = left_out()
+    protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = optional()
     """Selection of epoch and hyper-parameters. published: by the dev split, which is also reported. clean: by a split
     that is not reported.
     Left out: clean for tasks with a test split, else published."""
@@ -156,11 +158,11 @@ class Ablation(Strict):
     rows: Annotated[Names, UNIQUE]
     """Rows that are compared with the baseline, which stands first. Of rows with `role: ablation`, and of others with
     several variants, every setting is a row."""
-    axis: Literal["train_share", "top_k_fraction"] | None = left_out()
+    axis: Literal["train_share", "top_k_fraction"] | None = optional()
     """Horizontal axis of the figure; left out: the differences, row by row."""
-    steps: Literal[True] | None = left_out()
+    steps: Literal[True] | None = optional()
     """Each row is compared with the one above it, of which it differs in one thing more, and not with the baseline."""
-    paper: str | None = left_out()
+    paper: str | None = optional()
     """CSV with the paper's numbers, in the benchmark's folder: a row a model, scope (task), method, setting."""
 
 
@@ -187,7 +189,7 @@ class TextDefinition(MethodsDefinition, Ablated):
 
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
-    published_traces: PublishedTraces | None = left_out()
+    published_traces: PublishedTraces | None = optional()
     """The paper's loads of experts over training, which are shown beside ours."""
     training: TextTraining
     """The training of every run; a suite may change it."""
@@ -196,20 +198,20 @@ class TextDefinition(MethodsDefinition, Ablated):
 class TextSource(Strict):
     """Source of rows: a set on the hub, a folder of the user's, a csv, or a set that ships inside a package."""
 
-    hub: str | None = left_out()
+    hub: str | None = optional()
     """Repository on the hub."""
     config: str | None = None
     """Configuration of the hub's set."""
     revision: str | None = None
     """Commit (or branch) of the hub's set; null is its newest."""
-    folder: str | None = left_out()
+    folder: str | None = optional()
     """Name of the set's folder below data_root."""
-    csv: str | None = left_out()
+    csv: str | None = optional()
     """One csv in this project. Its column `split` names the split of each row; without it the hash of the text draws
     it."""
-    vader_sentiment: str | None = left_out()
+    vader_sentiment: str | None = optional()
     """A domain of the human-rated sentiment set."""
-    vader_label: Literal["strength"] | None = left_out()
+    vader_label: Literal["strength"] | None = optional()
     """Take the strength of the rating (weak, strong) as the label; left out: its sign."""
 
     def model_post_init(self, _context: Any, /) -> None:
@@ -251,7 +253,7 @@ class FileLayout(Strict):
     """Treatment of bytes that are no UTF-8: end with an error, or replace them by a sign."""
     header: bool = True
     """True if the first line names the columns."""
-    where: WhereRows | None = left_out()
+    where: WhereRows | None = optional()
     """Rows of one file that belong to a split, if one file holds several."""
     label_names: dict[str, str] = Field({})
     """Class names by the labels of these files; nothing else is then a label."""
@@ -260,11 +262,11 @@ class FileLayout(Strict):
 class Rows(Strict):
     """Rows of each part as their makers count them."""
 
-    train: int | None = left_out()
+    train: int | None = optional()
     """Rows of the training split."""
-    dev: int | None = left_out()
+    dev: int | None = optional()
     """Rows of the split that selects."""
-    test: int | None = left_out()
+    test: int | None = optional()
     """Rows of the split that is reported."""
 
 
@@ -284,7 +286,7 @@ class RunTask(Strict):
     labels: list[str] = Field([])
     """Names of the classes in the order of their numbers; empty for a regression. A model's class i is read as class i
     of any other set with as many classes."""
-    range: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = left_out()
+    range: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = optional()
     """Lowest and highest score of a regression; a row with another is refused."""
     label_names: dict[str, str] = Field({})
     """Other spellings of the labels that files use, to the class names."""
@@ -302,7 +304,7 @@ class RunTask(Strict):
     splits: Splits
     """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without
     train and dev are for evaluation only."""
-    raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = left_out()
+    raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = optional()
     """Layouts of the makers' own files, for `tools/convert_glue_x.py`; it takes the first whose file is there."""
 
 
@@ -312,10 +314,10 @@ class TaskEntry(RunTask, Entry):
     rows: Rows = Rows()
     """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors
     made, as their result files count them."""
-    published_rows: PublishedRows | None = left_out()
+    published_rows: PublishedRows | None = optional()
     """Another number of rows of the test part that the paper's authors score: how many, who says
     so, and why."""
-    download_instructions: str | None = left_out()
+    download_instructions: str | None = optional()
     """For sets that must be fetched by hand: which file, from whom."""
     ood: list[str] = Field([])
     """Tasks that a model trained on this one is also evaluated on, without further training."""
@@ -367,5 +369,5 @@ class TextSpec(RunSpec):
     """The other sets that it is evaluated on."""
     training: TextTraining
     """The training."""
-    used_as: UsedAs | None = left_out()
+    used_as: UsedAs | None = optional()
     """The method that its model is turned into and evaluated as at the end; left out: none."""

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
-from benchmarks.harness.models.conversion import use_as_
+from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
@@ -58,7 +58,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         # a model that diverged has no weights to cluster, so its scores stay
         if kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
-            use_as_(classifier.model, read.used_as.config, read.seed)
+            convert_trained_(classifier.model, read.used_as.config, read.seed)
             as_other = _evaluated(trainer, read, splits["test"], ood)
         transformed = {read.used_as.name: {"scores": as_other}}
     return {

@@ -17,7 +17,7 @@ from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import (
     ABLATION,
-    OF_TRAINING,
+    TRAINING_KEYS,
     VARIANT_KEYS,
     Method,
     load_methods,
@@ -36,7 +36,7 @@ from benchmarks.harness.config.yaml import (
     Whole,
     check_file,
     check_names,
-    left_out,
+    optional,
     parse,
     read_yaml,
 )
@@ -63,7 +63,7 @@ class Training(Strict):
 
     in_no_spec: ClassVar[set[str]] = {"by_model"}
 
-    by_model: dict[str, dict[str, Any]] | None = left_out()
+    by_model: dict[str, dict[str, Any]] | None = optional()
     """Settings of single models, by name; not part of a run's spec."""
 
     def spec(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class SuitePart(Strict):
 
     resources: Resources = Resources()
     """Resources that the scheduler reserves for one run."""
-    note: str | None = left_out()
+    note: str | None = optional()
     """A sentence for the report: the suite's differences from the paper's experiment."""
 
 
@@ -219,7 +219,7 @@ class Offer:
 
 def _variants(lists: Mapping[str, Any]) -> frozenset[str]:
     """Return the variants of a block, each also without its layers, because tables omit the usual layers."""
-    axes = [key for key in (*VARIANT_KEYS, *OF_TRAINING) if lists.get(key)]
+    axes = [key for key in (*VARIANT_KEYS, *TRAINING_KEYS) if lists.get(key)]
     points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*(lists[key] for key in axes))]
     named = {variant_of({key: point[key] for key in axes if key != "layers"}) for point in points}
     return frozenset({variant_of(point) for point in points} | named)

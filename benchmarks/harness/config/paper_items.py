@@ -18,7 +18,7 @@ from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.claims import Comparison, check_comparison
 from benchmarks.harness.config.runs import canonical_json
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
+from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
 
 _FILE = "paper.yaml"
 
@@ -28,13 +28,13 @@ class PaperPart(Strict):
 
     benchmark: str
     """A folder of benchmarks/."""
-    table: str | None = left_out()
+    table: str | None = optional()
     """One of its `tables`."""
-    set_table: str | None = left_out()
+    set_table: str | None = optional()
     """One of its `set_tables`, of every set that the suite runs."""
-    figure: str | None = left_out()
+    figure: str | None = optional()
     """One of its `figures`."""
-    rows: Names | None = left_out()
+    rows: Names | None = optional()
     """The methods that the paper shows; left out: all rows of the table."""
 
     def model_post_init(self, _context: Any, /) -> None:
@@ -53,13 +53,13 @@ class PaperItem(Strict):
     """Its content in a few words."""
     naacl: str
     """Its number in the NAACL version, as far as known."""
-    parts: Annotated[list[PaperPart], Field(min_length=1)] | None = left_out()
+    parts: Annotated[list[PaperPart], Field(min_length=1)] | None = optional()
     """Our tables and figures with the same content."""
-    missing: str | None = left_out()
+    missing: str | None = optional()
     """The reason why we have none."""
-    main: Literal[True] | None = left_out()
+    main: Literal[True] | None = optional()
     """True for the figure of the main averages, which `main` of this file defines."""
-    caption: str | None = left_out()
+    caption: str | None = optional()
     """The caption of the main averages; other figures have a caption in their benchmark."""
 
     def model_post_init(self, _context: Any, /) -> None:

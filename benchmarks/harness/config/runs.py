@@ -15,8 +15,8 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import DataError, DefinitionError, read_json
 from benchmarks.harness.config.catalogue import ModelSource, load_models
 from benchmarks.harness.config.methods import Layers
-from benchmarks.harness.config.yaml import AsGiven, Count, Number, Strict, Whole, left_out
-from benchmarks.harness.sources.packages import PackageFile, packaged, set_packages
+from benchmarks.harness.config.yaml import Count, ExplicitNulls, Number, Strict, Whole, optional
+from benchmarks.harness.sources.packages import PackageFile, find_package, set_packages
 from emoe.errors import did_you_mean
 
 
@@ -25,15 +25,15 @@ class RunModel(ModelSource):
 
     name: str
     """Name in models.yaml."""
-    weights: Literal["bf16"] | None = left_out()
+    weights: Literal["bf16"] | None = optional()
     """Type of the weights, if it is not float32."""
-    quantize: Literal["nf4", "fp4"] | None = left_out()
+    quantize: Literal["nf4", "fp4"] | None = optional()
     """Quantization to 4 bits."""
-    whole: Layers | None = left_out()
+    whole: Layers | None = optional()
     """The layers whose FFNs are not quantised."""
 
 
-class RunTune(AsGiven):
+class RunTune(ExplicitNulls):
     """The trained parts of a model, if not everything is trained."""
 
     blocks: str | list[int]
@@ -48,7 +48,7 @@ class RunTune(AsGiven):
     """False if the head is frozen."""
 
 
-class RunMethod(AsGiven):
+class RunMethod(ExplicitNulls):
     """The method of a run."""
 
     name: str
@@ -226,7 +226,7 @@ def rebuilt_from(name: str) -> PackageFile:
     rebuilt = {name: model.rebuilt for name, model in load_models().items() if model.rebuilt}
     if name not in rebuilt:
         raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
-    return packaged(rebuilt[name])
+    return find_package(rebuilt[name])
 
 
 def model_files(model: Mapping[str, Any]) -> list[str]:

@@ -32,8 +32,8 @@ from benchmarks.harness.config.runs import (
     slug,
 )
 from benchmarks.harness.config.suite_file import SuiteSettings, read_suite_file, suite_names
-from benchmarks.harness.sources.local import local_folder, own_file
-from benchmarks.harness.sources.packages import packaged, set_packages, sha256
+from benchmarks.harness.sources.local import local_folder, user_file
+from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
 
 # Without them glibc returns memory to the kernel and requests it again in every step, a tenth of a small model's
@@ -103,7 +103,7 @@ def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
     """Return the sha256 of the files that a run's sets and a rebuilt model are read from, by name."""
     digests: dict[str, str] = {}
     if rebuilt := spec["model"].get("rebuilt"):
-        digests[packaged(rebuilt).name] = packaged(rebuilt).sha256
+        digests[find_package(rebuilt).name] = find_package(rebuilt).sha256
     for task in all_sets(spec):
         source = task.get("source", {})
         digests |= {file.name: file.sha256 for file in set_packages(source)}
@@ -126,7 +126,7 @@ def suite_of_job(name: str) -> Suite:
     return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
 
 
-def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
+def suites_hint(what: str, wanted: Collection[str], here: Suite) -> str:
     """Explain which suites have a target that the given one lacks.
 
     Args:
@@ -313,7 +313,7 @@ class Suite:
         return json.loads(path.read_text()).get("seconds", {}) if path.exists() else {}
 
     @property
-    def by_size(self) -> list[str]:
+    def by_number_of_runs(self) -> list[str]:
         """Return all benchmarks: the suite's by ascending number of runs, then the others."""
         sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
         return [
@@ -330,7 +330,7 @@ class Suite:
             if "hub" not in source
             and not set_packages(source)
             and local_folder(name, source) is None
-            and own_file(name) is None
+            and user_file(name) is None
         ]
 
     def write_plan(self, folders: Collection[str]) -> None:

@@ -199,7 +199,7 @@ class Strict(BaseModel):
             raise refusal(f"'{key}' needs the key '{other}'")
 
 
-class AsGiven(Strict):
+class ExplicitNulls(Strict):
     """Hold data in which null differs from a missing key: the dump has given keys and defaults other than null."""
 
     @model_serializer(mode="wrap")
@@ -215,12 +215,12 @@ def refusal(message: str) -> PydanticCustomError:
 NUMBER_COLUMNS = ("value", "status", "source")  # last columns of every CSV of published numbers
 
 
-def left_out() -> Any:
+def optional() -> Any:
     """Return the default of an optional key, which a run's spec omits."""
     return Field(default=None, exclude_if=lambda value: value is None)
 
 
-def zero_left_out() -> Any:
+def optional_zero() -> Any:
     """Return the default of an optional number; a run's spec omits it, and a 0 too."""
     return Field(default=None, exclude_if=lambda value: not value)
 
@@ -265,14 +265,14 @@ class Registered:
         return {"anyOf": [{"enum": self.options, "type": "string"}, handler(schema)]}
 
 
-AS_GIVEN = WrapValidator(_keep_integer)
+KEEP_INTEGER = WrapValidator(_keep_integer)
 UNIQUE = AfterValidator(_check_unique)
 _NotEmpty = Field(min_length=1)
-Number = Annotated[float, AS_GIVEN]
-Positive = Annotated[float, Field(gt=0), AS_GIVEN]
-NotNegative = Annotated[float, Field(ge=0), AS_GIVEN]
-Rate = Annotated[float, Field(ge=0, lt=1), AS_GIVEN]
-Share = Annotated[float, Field(gt=0, le=1), AS_GIVEN]
+Number = Annotated[float, KEEP_INTEGER]
+Positive = Annotated[float, Field(gt=0), KEEP_INTEGER]
+NotNegative = Annotated[float, Field(ge=0), KEEP_INTEGER]
+Rate = Annotated[float, Field(ge=0, lt=1), KEEP_INTEGER]
+Share = Annotated[float, Field(gt=0, le=1), KEEP_INTEGER]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Names = Annotated[list[str], _NotEmpty]

@@ -72,7 +72,7 @@ def apply_method_(
     return emoe.convert_(model, config, partition=partition, calibration=calibration if counts else None)
 
 
-def use_as_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
+def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
     """Make a trained EMoE dense (``config`` None), or a trained dense model an EMoE, in place."""
     if config is None:
         emoe.to_dense_(model)

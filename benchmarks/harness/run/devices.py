@@ -23,7 +23,7 @@ _PAUSE = 1.0  # seconds between two attempts
 
 
 @contextmanager
-def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
+def reserve_devices(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
     """Reserve accelerators for this process and its children, and hide all others.
 
     Waits until no other process of this user on this machine holds the locks of enough accelerators; a process's locks
@@ -42,11 +42,11 @@ def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
         RunError: Fewer accelerators are visible than requested, or than processes.
 
     Example:
-        >>> with reserved(0, "a run on the CPU") as devices:
+        >>> with reserve_devices(0, "a run on the CPU") as devices:
         ...     devices
         []
     """
-    devices = visible() if count else []
+    devices = visible_devices() if count else []
     if devices and (len(devices) < count or count < processes):
         raise RunError(
             f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; give "
@@ -80,7 +80,7 @@ def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
         RunError: A run requests an accelerator, and none is visible.
     """
     asking = next((run for run in runs if run.resources["gpu"]), None)
-    if asking and not visible():
+    if asking and not visible_devices():
         raise RunError(
             f"the suite '{suite}' asks for accelerators, and none is visible here: start it on a machine that has "
             f"one, or on a cluster (docs/cluster.md), or set 'benchmarks.{asking.benchmark}.resources.gpu: 0' in "
@@ -88,7 +88,7 @@ def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
         )
 
 
-def visible() -> list[str]:
+def visible_devices() -> list[str]:
     """Return the accelerators that this process may use: ``CUDA_VISIBLE_DEVICES``, else all of torch's."""
     given = os.environ.get(VISIBLE)
     if given is None:

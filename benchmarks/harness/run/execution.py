@@ -53,7 +53,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     run = read_run(path)
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
-    group.share_by(parallel)
+    group.set_parallelism(parallel)
     _check_processes(run, group.world_size(), parallel)
     if not group.is_main():
         _run_worker(run, folder, log.with_name(f"{log.stem}-{group.rank()}{log.suffix}"))

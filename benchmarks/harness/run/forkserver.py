@@ -36,7 +36,7 @@ _ENVIRONMENT = dict(os.environ)  # read before other imports, because some libra
 _ACCEPTED, _REFUSED = b"+", b"-"
 
 
-def ask(arguments: Sequence[str]) -> int | None:
+def run_in_fork(arguments: Sequence[str]) -> int | None:
     """Run a command in a fork of the server that the environment names.
 
     Args:

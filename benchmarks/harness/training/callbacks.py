@@ -81,7 +81,7 @@ class Stopwatch(SavedCallback):
         self.steps += 1
 
 
-class FollowEpochs(TrainerCallback):
+class SetEpochs(TrainerCallback):
     """Set the epoch of the row order, because accelerate does not in a resumed run on several processes."""
 
     def __init__(self, order: Any) -> None:
@@ -91,7 +91,7 @@ class FollowEpochs(TrainerCallback):
         self._order.set_epoch(int(state.epoch or 0))
 
 
-class RetieGates(TrainerCallback):
+class UpdateGates(TrainerCallback):
     """Update running gates from the keys after each optimizer step."""
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "schedule
 DIGESTS = "complete.json"
 
 
-class CompleteCheckpoints(TrainerCallback):
+class WriteDigests(TrainerCallback):
     """Write the digests of each new checkpoint's files after all processes have written them."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -32,7 +32,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share_by(parallel: str) -> None:
+def set_parallelism(parallel: str) -> None:
     """Set the parallelism of the processes: ``ddp`` or ``fsdp``."""
     os.environ[_PARALLEL] = parallel
 

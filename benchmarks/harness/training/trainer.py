@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import emoe
 from benchmarks.harness.models.build import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.prefix import STATES
-from benchmarks.harness.training.callbacks import FollowEpochs, Probe
-from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, CompleteCheckpoints
+from benchmarks.harness.training.callbacks import Probe, SetEpochs
+from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, WriteDigests
 from benchmarks.harness.training.processes import is_sharded, world_size
 from benchmarks.harness.training.sharding import distribute_optimizer_, gather_optimizer, gather_trained
 from emoe.files import write_tensors
@@ -29,7 +29,7 @@ from emoe.records import LayerRecord, RoutingRecord
 Result = TypeVar("Result")
 
 
-def precision_here(requested: str) -> str:
+def available_precision(requested: str) -> str:
     """Return the requested precision on an accelerator, ``fp32`` on a CPU."""
     return requested if torch.cuda.is_available() else "fp32"
 
@@ -39,7 +39,7 @@ def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[A
     return torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
+def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
     """Return Trainer's arguments without reports and progress bars, for one device per process."""
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -101,8 +101,8 @@ class RoutedTrainer(PrefixTrainer):
         self._order, self._trainable, self._probe, self._base_lr_ratio = order, trainable, probe, base_lr_ratio
         self.add_callback(probe)
         if hasattr(order, "set_epoch"):
-            self.add_callback(FollowEpochs(order))
-        self.add_callback(CompleteCheckpoints())
+            self.add_callback(SetEpochs(order))
+        self.add_callback(WriteDigests())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
@@ -169,7 +169,7 @@ class RoutedTrainer(PrefixTrainer):
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
-def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
+def evaluate_with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
     """Evaluate a model, and summarise the routing of its tokens; the summary of a dense model is empty."""
     if not routed_layers(model):
         return evaluate(), {}
@@ -184,7 +184,7 @@ def routing_summary(record: RoutingRecord) -> dict[str, Any]:
     return record.summary() | {"shares": shares}
 
 
-def plain_logits(predictions: Any) -> NDArray[Any]:
+def extract_logits(predictions: Any) -> NDArray[Any]:
     """Return the logits of a model's predictions, which may be a tuple."""
     return cast(NDArray[Any], predictions[0] if isinstance(predictions, tuple) else predictions)
 
@@ -197,6 +197,6 @@ def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
     return loads
 
 
-def finite(loss: float) -> float | None:
+def finite_or_none(loss: float) -> float | None:
     """Return a loss, or None if it is not finite, which JSON cannot hold."""
     return loss if math.isfinite(loss) else None
