@@ -73,7 +73,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read a folder's ``config.json``; empty if there is none (raises :class:`CheckpointError`)."""
+    """Read a folder's ``config.json``; empty if missing (raises :class:`CheckpointError`)."""
     path = folder / STOCK_CONFIG_FILE
     return read_object(path) if path.exists() else {}
 
@@ -85,7 +85,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file; empty if there are none (raises :class:`CheckpointError`)."""
+    """Read the metadata of a safetensors file; empty if missing (raises :class:`CheckpointError`)."""
     with _readable(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

@@ -90,8 +90,8 @@ def _computes_expected(layer: RoutedActivation, expected: Tensor) -> bool:
 def for_inference_(model: nn.Module) -> None:
     """Freeze a converted model for serving, in place: few tokens read only the weights of their experts.
 
-    Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by neuron: as
-    much memory again as the out-projections. The weights must not change afterwards. ``model.train()`` discards this.
+    Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by neuron, in
+    as much memory as the out-projections take. The weights must not change afterwards. ``model.train()`` discards this.
 
     >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
     >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))

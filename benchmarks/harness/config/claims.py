@@ -64,7 +64,7 @@ class Comparison(Strict):
 
 
 class ClaimTest(Strict):
-    """A test of a claim: a comparison of runs, or the reason that there is none."""
+    """A test of a claim: a comparison of runs, or the requirement that it lacks."""
 
     title: str
     """Models and data of the test, in a few words."""

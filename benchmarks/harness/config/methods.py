@@ -226,20 +226,20 @@ def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: 
                 check_not_frozen(frozen, lowest, f"{named} {verb}")
 
 
-def check_not_frozen(frozen: int, lowest: int, what: str) -> None:
+def check_not_frozen(frozen: int, lowest: int, subject: str) -> None:
     """Raise if a layer is frozen.
 
     Args:
         frozen: The number of frozen layers.
         lowest: The lowest layer that the method uses.
-        what: The beginning of the message.
+        subject: The beginning of the message.
 
     Raises:
         DefinitionError: The layer is frozen.
     """
     if lowest < frozen:
         raise DefinitionError(
-            f"{what} layer {lowest}, but training.{FROZEN_KEY} is {frozen}: layers 0 to {frozen - 1} stay as they are. "
+            f"{subject} layer {lowest}, but training.{FROZEN_KEY} is {frozen}: layers 0 to {frozen - 1} are frozen. "
             f"Freeze fewer, or take layers from {frozen} on"
         )
 
@@ -528,7 +528,7 @@ def _check_divisible(model: str, num_experts: int, where: str) -> None:
     if shape and shape.neurons % num_experts:
         raise DefinitionError(
             f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be "
-            f"split into so many equal experts; the nearest number that can is "
+            f"split into equal experts; the nearest divisor is "
             f"{nearest_divisor(shape.neurons, num_experts)}"
         )
 

@@ -57,7 +57,7 @@ def overlay(model: type[Model], *layers: Layer) -> Model:
 
     Args:
         model: The model of the result.
-        layers: The layers, from the lowest; the first is valid by itself.
+        layers: The layers, from the lowest; the first is valid alone.
 
     Raises:
         DefinitionError: Settings are wrong; names file and keys of the layer that gave them.

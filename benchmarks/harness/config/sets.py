@@ -60,7 +60,7 @@ class SetPart:
 
     @property
     def note(self) -> str | None:
-        """Describe the difference from the makers' number of rows; None if there is none."""
+        """Describe the difference from the makers' number of rows; None if they agree."""
         if self.rows is None or (self.published and self.published.rows == self.rows):
             return None
         if not self.as_expected:

@@ -64,7 +64,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
         if folder and not Path(folder).is_dir():
             where = "--config" if key in overrides else paths.CONFIG / f"{name}.yaml"
-            raise DefinitionError(f"{where}: '{key}' is '{folder}', which is no folder")
+            raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
     return Suite(name, settings, content.parts, dict(overrides))
 
 
@@ -114,7 +114,7 @@ def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def _csv_digest(name: str) -> str:
-    """Return the sha256 of a csv in the project (raises :class:`DefinitionError` if there is none)."""
+    """Return the sha256 of a csv in the project (raises :class:`DefinitionError` if missing)."""
     if not (paths.ROOT / name).is_file():
         raise DefinitionError(f"{paths.ROOT / name} does not exist, but a task's 'source.csv' names it")
     return sha256(paths.ROOT / name)
@@ -126,23 +126,23 @@ def suite_of_job(name: str) -> Suite:
     return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
 
 
-def suites_hint(what: str, wanted: Collection[str], here: Suite) -> str:
+def suites_hint(target: str, benchmarks: Collection[str], given: Suite) -> str:
     """Explain which suites have a target that the given one lacks.
 
     Args:
-        what: The target of the workflow.
-        wanted: The benchmarks that have the target.
-        here: The given suite.
+        target: The target of the workflow.
+        benchmarks: The benchmarks that have the target.
+        given: The given suite.
     """
     ready = ("mini", "full", "smoke")  # on any machine
     names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
-    others = [name for name in names if set(wanted) & set(plain_suite(name).settings.benchmarks)]
+    others = [name for name in names if set(benchmarks) & set(plain_suite(name).settings.benchmarks)]
     where = (
-        f"{', '.join(others)} do: `snakemake --cores all {what} --config suite={others[0]}`"
+        f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`"
         if others
         else "no suite does"
     )
-    return f"the suite '{here.name}' does not run {' or '.join(wanted)}; {where}"
+    return f"the suite '{given.name}' does not run {' or '.join(benchmarks)}; {where}"
 
 
 def find_part(benchmark: str, part: str, first: Suite) -> Suite:
@@ -298,7 +298,7 @@ class Suite:
     def _plan_file(self) -> Path:
         return paths.RESULTS / self.name / "plan.tsv"
 
-    def planned(self, key: str) -> dict[str, Any] | None:
+    def read_planned(self, key: str) -> dict[str, Any] | None:
         """Return the content of a run or partition from the file of :meth:`write_plan`; None if it is not there."""
         if not self._plan_file.exists():
             return None
@@ -353,13 +353,13 @@ class Suite:
 
 def planned_run(folder: str, suite: Suite) -> Run:
     """Return a run by folder in a job on a cluster, without planning the suite."""
-    content = suite.planned(folder)
+    content = suite.read_planned(folder)
     return Run(**content) if content else find_run(folder, suite)[0]
 
 
 def planned_partition(name: str, suite: Suite) -> PartitionJob:
     """Return a clustering by id in a job on a cluster, without planning the suite."""
-    content = suite.planned(name)
+    content = suite.read_planned(name)
     return PartitionJob(**content) if content else find_partition(name, suite)
 
 

@@ -22,7 +22,7 @@ class SuiteSettings(Strict):
     """
 
     benchmarks: Annotated[dict[Key, Any], Field(min_length=1)]
-    """Benchmarks to run, in the order of the report, each with its grid and what differs from its benchmark.yaml."""
+    """Benchmarks to run, in the order of the report, each with its grid and its differences from benchmark.yaml."""
     exclude: Annotated[list[str], UNIQUE] = Field([])
     """Names of sets to leave out because you could not obtain them. Tables state the sets that they cover."""
     seeds: Count | None = None

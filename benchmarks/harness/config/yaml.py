@@ -87,7 +87,7 @@ def _describe(path: KeyPath, problems: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _float_hint(value: object) -> str:
-    """Say how to write ``2e-5``, which YAML 1.1 reads as text."""
+    """Return a hint on writing ``2e-5``, which YAML 1.1 reads as text."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
         return f" (YAML reads {value} as text; write {float(value):.1e})"
     return ""
@@ -134,7 +134,7 @@ def read_yaml(path: Path) -> Any:
         raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near)}") from error
     except OSError as error:
         raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
-    # a number or date beyond what Python reads is a ValueError or an OverflowError
+    # numbers and dates beyond Python's range raise ValueError or OverflowError
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         problem = str(error).replace('in "<unicode string>", ', "at ")
         raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
@@ -313,22 +313,22 @@ def read(path: Path, model: type[Model]) -> Model:
     return parse(read_yaml(path), model, str(path))
 
 
-def check_names(where: str, key: str, names: Iterable[str], known: Collection[str]) -> None:
+def check_names(where: str, key: str, names: Iterable[str], valid: Collection[str]) -> None:
     """Check the names that a file gives under a key.
 
     Args:
         where: The beginning of the message: the file, a quotation mark, and the keys before this one.
         key: The key.
         names: The names under the key.
-        known: The valid names.
+        valid: The valid names.
 
     Raises:
         DefinitionError: A name is not valid; names the nearest.
     """
     for name in names:
-        if name not in known:
+        if name not in valid:
             at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
-            raise DefinitionError(f"{at}' is '{name[:_LONGEST]}', which does not exist{did_you_mean(name, known)}")
+            raise DefinitionError(f"{at}' is '{name[:_LONGEST]}', which does not exist{did_you_mean(name, valid)}")
 
 
 def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:

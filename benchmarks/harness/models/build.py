@@ -54,7 +54,7 @@ class Trainable:
     prefix: Prefix | None = None
 
     def prefix_cost(self) -> dict[str, float]:
-        """Return the seconds that this process spent on frozen layers; empty if there are none."""
+        """Return the seconds that this process spent on frozen layers; empty without frozen layers."""
         return {"prefix_seconds": self.prefix.seconds} if self.prefix else {}
 
 

@@ -90,7 +90,7 @@ def _tuned_names(model: PreTrainedModel, name: str, layers: Any) -> Collection[s
     names, chosen = dict(model.named_parameters()).keys(), set(TUNINGS[name].parameters(model, layers))
     if unknown := sorted(chosen - names):
         near = did_you_mean(unknown[0], names)
-        raise DefinitionError(f"the tuning '{name}' names '{unknown[0]}', which is no parameter of the model{near}")
+        raise DefinitionError(f"the tuning '{name}' names '{unknown[0]}', which is not a parameter of the model{near}")
     return chosen
 
 

@@ -24,7 +24,7 @@ def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
 
 
 def user_file(name: str) -> Path | None:
-    """Return the user's file of a set of instructions; None if there is none."""
+    """Return the user's file of a set of instructions; None if missing."""
     root = os.environ.get(DATA_ROOT)
     files = [Path(root) / f"{name}{suffix}" for suffix in USER_SUFFIXES] if root else []
     return next((file for file in files if file.is_file()), None)
@@ -39,7 +39,7 @@ def expected_path(source: Mapping[str, Any]) -> str:
 
 
 def user_model_folder(model: Mapping[str, Any]) -> Path | None:
-    """Return the folder of the model's name below the model root; None if there is none."""
+    """Return the folder of the model's name below the model root; None if missing."""
     root = os.environ.get(MODEL_ROOT)
     folder = Path(root) / model["name"] if root else None
     return folder if folder and folder.is_dir() else None

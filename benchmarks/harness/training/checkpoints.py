@@ -32,7 +32,7 @@ class WriteDigests(TrainerCallback):
 
 
 def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
-    """Return the newest usable checkpoint for Trainer, and restore the callbacks' state from it; None if there is none.
+    """Return the newest usable checkpoint for Trainer, and restore the callbacks' state from it; None if missing.
 
     Args:
         folder: The folder of a run's checkpoints.
@@ -48,7 +48,7 @@ def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is complete, as is its best epoch's; remove newer ones."""
+    """Return the newest complete checkpoint whose best epoch's checkpoint is complete too; remove newer ones."""
     return cast("Path | None", broadcast(_last_complete(folder) if is_main() else None))
 
 

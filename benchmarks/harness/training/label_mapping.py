@@ -1,4 +1,4 @@
-"""Compare the classes of a model's head with those of a set if their numbers differ."""
+"""Map the classes of a model's head to those of a set if their numbers differ."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LabelMapping:
         """Return True if head and set have the same classes, so that a loss is defined."""
         return self.predictions is None and self.labels is None
 
-    def read(self, predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def apply(self, predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Renumber predicted and gold classes ``[rows]`` to the common classes."""
         if self.predictions is not None:
             predictions = np.asarray(self.predictions)[predictions]
