@@ -55,7 +55,7 @@ class PassThrough(_Replacement):
     Args:
         projection: projection to replace.
         name: qualified name of the projection.
-        output: ``input``, ``one``, or the half (``first``, ``last``) of a fused projection that is the input (the other: 1).
+        output: ``input``, ``one``, or the input's half (``first``, ``last``) of a fused projection; the other is 1.
     """
 
     def __init__(self, projection: nn.Module, name: str, output: str) -> None:
