@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmarks.harness.base import CONFIG
-from benchmarks.harness.run.forkserver import ask, serve
+from benchmarks.harness.run.forkserver import run_in_fork, serve
 from emoe.errors import EMoEError
 
 if TYPE_CHECKING:
@@ -127,14 +127,14 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
     """
     gc.disable()  # imports create no garbage
 
-    from benchmarks.harness.run.devices import reserved
+    from benchmarks.harness.run.devices import reserve_devices
     from benchmarks.harness.run.execution import execute, launch_distributed
     from benchmarks.harness.training.processes import exit_worker
 
     gc.freeze()
     gc.enable()
     log = log or spec.parent / "log.txt"
-    with reserved(gpus, spec.parent.name, processes):
+    with reserve_devices(gpus, spec.parent.name, processes):
         if processes > 1:
             launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
         else:
@@ -223,7 +223,7 @@ def mirror(suite: str, output: Path | None) -> None:
     """Mirror finished runs to MLflow.
 
     A second time adds nothing."""
-    from benchmarks.harness.base import without_passwords, write_json
+    from benchmarks.harness.base import hide_passwords, write_json
     from benchmarks.harness.results.mlflow import mirror as mirror_runs
 
     loaded = _load_suite(suite)
@@ -235,7 +235,7 @@ def mirror(suite: str, output: Path | None) -> None:
     counts = mirror_runs(loaded.runs, loaded.tracking_uri, figures)
     click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
     if output:
-        write_json(output, {"uri": without_passwords(loaded.tracking_uri), "runs": len(loaded.runs)})
+        write_json(output, {"uri": hide_passwords(loaded.tracking_uri), "runs": len(loaded.runs)})
 
 
 @cli.command()

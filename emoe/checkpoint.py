@@ -28,7 +28,16 @@ from emoe import files
 from emoe.architectures import FFN, find_ffns, has_plain_weight
 from emoe.checks import check_divisible, check_one_conversion
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import MARK, attach, mark_, no_experts, numbered_layers, padding_watches, watch_state_, widen
+from emoe.convert import (
+    MARK,
+    attach,
+    hook_padding,
+    mark_,
+    missing_experts_error,
+    numbered_layers,
+    watch_state_,
+    widen,
+)
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
 from emoe.partitioning import is_permutation
@@ -53,8 +62,8 @@ class Mark:
 def read_mark(folder: Path) -> Mark | None:
     """Read the configuration of a folder's experts. None if the folder holds a dense model.
 
-    The mark in ``config.json`` counts, because every library writes it with the weights; without it, the file
-    ``emoe_config.json``. A damaged file raises :class:`CheckpointError`.
+    The mark in ``config.json`` takes precedence over ``emoe_config.json``, because the model's library writes it
+    with the weights. A damaged file raises :class:`CheckpointError`.
     """
     path = folder / files.STOCK_CONFIG_FILE
     content = files.read_settings(folder).get(MARK)
@@ -75,10 +84,10 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tensor]]:
-    """Read the small files of a converted model's folder (:class:`CheckpointError`).
+    """Read the small files of a converted model's folder (raises :class:`CheckpointError`).
 
     Returns:
-        Mark; tensors of the partition file; tensors of the extra file. Both are empty if the library wrote the folder.
+        The mark, and the tensors of the partition file and of the extra file (empty if the library wrote the folder).
     """
     files.check_loadable(folder)
     mark, path = read_mark(folder), folder / PARTITION_FILE
@@ -118,10 +127,10 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ConversionError: the model is not converted, or still carries adapters.
     """
     while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)  # _orig_mod is of torch.compile
+        model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)  # torch.compile sets _orig_mod
     layers = routed_layers(model)
     if not layers:
-        raise no_experts(model, "save_pretrained", "save it with its own library")
+        raise missing_experts_error(model, "save_pretrained", "save it with its own library")
     # PEFT may leave its configuration on a model that it has merged
     if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
@@ -260,7 +269,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     saved_by_library = has_routing_state(mark, stored)
     model = files.load_stock(loader, folder, restored=restored if saved_by_library or is_gmoe else None, **options)
     pairs = converted_ffns(model, mark, tensors, folder)
-    padding = padding_watches(model, [ffn for ffn, _ in pairs], config)
+    padding = hook_padding(model, [ffn for ffn, _ in pairs], config)
     layers = []
     for ffn, permutation in pairs:
         if config.has_routing_state and any(map(is_offloaded, (ffn.proj_in, ffn.proj_out))):
@@ -286,7 +295,7 @@ def has_routing_state(mark: Mark, stored: files.Weights) -> bool:
 def converted_ffns(
     model: nn.Module, mark: Mark, tensors: dict[str, Tensor], folder: Path
 ) -> list[tuple[FFN, Tensor | None]]:
-    """Return the FFNs of a dense model that are experts in its folder, with their permutations (None if unknown)."""
+    """Return the FFNs of a dense model that its folder has as experts, with permutations (None if unknown)."""
     ffns = find_ffns(model)
     if mark.layers[-1] >= len(ffns) or mark.ffns not in (None, len(ffns)):
         raise CheckpointError(
@@ -328,7 +337,7 @@ def _restore_state(
 
 
 def check_key_norms(ffn: FFN, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Check that the partition file, if there is one, belongs to an FFN's weights (:class:`CheckpointError`)."""
+    """Check that the partition file, if there is one, belongs to an FFN's weights (raises :class:`CheckpointError`)."""
     if not tensors:
         return
     saved = tensors[f"key_norms.{ffn.index}"].float()

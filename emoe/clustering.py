@@ -95,6 +95,7 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
 
 
 def _lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """Run balanced k-means. Return labels ``[n]``."""
     size = rows.shape[0] // num_clusters
     centres = _initial_centres(rows, num_clusters, seed)
     best_score = -float("inf")

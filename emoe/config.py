@@ -25,7 +25,7 @@ BalanceLoss = Literal["corrected", "published"]
 
 CONFIG_VERSION = 1
 
-# bounds of numbers under their JSON Schema names, with the words for a message
+# comparison of each bound, by JSON Schema name, and its words in a message
 _BOUNDS = {
     "minimum": (operator.ge, "of at least"),
     "exclusiveMinimum": (operator.gt, "above"),
@@ -75,7 +75,7 @@ _TUTEL: dict[str, Any] = {
 
 
 def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """Return a dataclass field for a number within bounds, which have their JSON Schema names."""
+    """Return a dataclass field for a number with bounds, named as in JSON Schema."""
     return dataclasses.field(default=default, metadata=bounds)
 
 

@@ -29,7 +29,7 @@ _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", 
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
 _ALIGNMENT = ("right", "left", *["right"] * 6)
 MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
-_SIMILAR = 0.5  # mean cosine of keys: a model's own keys after training are above, another model's far below
+_SIMILAR = 0.5  # mean cosine of keys: the same model's stay above it in training, another model's are far below
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def convert_(
                 raise ConversionError(f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}")
     elif partition is not None or calibration is not None:
         raise ConversionError("GMoE copies whole FFNs; it takes no partition")
-    padding = padding_watches(model, chosen, config)
+    padding = hook_padding(model, chosen, config)
     reports = [convert_ffn(ffn, config, partition or {}, padding.get(ffn.index)) for ffn in chosen]
     mark_(model)
     watch_state_(model)
@@ -152,8 +152,8 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
             raise ConversionError(f"{ffn.name} is not gated: choose score 'keys', 'gate', 'inter' or 'inter_abs'")
 
 
-def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingMaskHook]:
-    """Watch the padding masks of FFNs, if the configuration excludes padding from a capacity or a balance loss."""
+def hook_padding(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingMaskHook]:
+    """Hook the padding masks of FFNs if the configuration excludes padding. Return the hooks by layer number."""
     needed = not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0)
     return watch_padding(model, ffns) if needed else {}
 
@@ -179,7 +179,7 @@ def conversion_report(
     reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
 ) -> ConversionReport:
     """Summarize a conversion, given the dense model's number of FFNs and neurons, and the number of new parameters."""
-    dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts  # as many experts equal the dense FFN
+    dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts  # experts that compute the dense FFN
     active = neurons + sum(report.expert_size * (config.num_active_experts - dense_experts) for report in reports)
     return ConversionReport(tuple(reports), ffns, active / neurons, added)
 
@@ -196,7 +196,7 @@ def attach(
 
 @torch.no_grad()
 def widen(ffn: FFN, copies: int) -> None:
-    """Give the projections ``copies`` copies of the neurons side by side, in place; the output bias stays single."""
+    """Repeat the neurons ``copies`` times in each projection, in place. The output bias is not copied."""
     neurons = torch.arange(ffn.d).repeat(copies)
     for path, module in ffn.projections():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -213,8 +213,8 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """Fold the experts back into the dense FFN, in place, by removing the routing (EMoE2Dense).
 
     The weights stay as they are, bit by bit, and adapters stay in place. The outputs change unless every expert was in
-    use (``top_k == num_experts``). Output biases of single experts become one: ``k / N`` times their sum, which is the
-    FFN's own bias until they are trained.
+    use (``top_k == num_experts``). The experts' output biases become one, ``k / N`` times their sum. Before training
+    this is the dense FFN's bias.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -237,7 +237,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """
     layers = routed_layers(model)
     if not layers:
-        raise no_experts(model, "to_dense_", "it is dense already")
+        raise missing_experts_error(model, "to_dense_", "it is dense already")
     check_foldable(layer.config for layer in layers)
     if restore_order:
         check_plain(layer.ffn for layer in layers)
@@ -261,7 +261,7 @@ def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
 
 
 def watch_state_(model: nn.Module) -> None:
-    """Check the state dicts that a converted model loads: a dense model's neurons are in another order."""
+    """Make a converted model reject state dicts of a dense model, whose neurons are in another order."""
     model.register_load_state_dict_pre_hook(_check_state)
 
 
@@ -291,7 +291,7 @@ def mark_(model: nn.Module) -> None:
     """Write the experts' configuration into a transformers model's configuration, and so into its ``config.json``.
 
     The model's library saves it with every checkpoint; a stock class ignores it and reads the model as dense. A
-    model without a transformers configuration gets no mark. Errors are those of :func:`numbered_layers`.
+    model without a transformers configuration gets no mark. Raises the errors of :func:`numbered_layers`.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
@@ -338,8 +338,8 @@ def _marked_configs(model: nn.Module) -> list[Any]:
     return list({id(config): config for config in configs if hasattr(config, MARK)}.values())
 
 
-def no_experts(model: nn.Module, caller: str, hint: str) -> ConversionError:
-    """Return a caller's error for a dense model; the hint of a marked model is emoe.from_pretrained."""
+def missing_experts_error(model: nn.Module, caller: str, hint: str) -> ConversionError:
+    """Build the error for a model without experts. The hint for a marked model is emoe.from_pretrained."""
     if _marked_configs(model):
         hint = "it was saved with experts, but its stock class loaded it as dense: load it with emoe.from_pretrained"
     return ConversionError(f"{caller}: the model has no routed FFN; {hint}")

@@ -25,7 +25,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers and templates
 DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
-Restored = Callable[[nn.Module], set[str]]  # returns the tensors of a model that the caller restores
+Restored = Callable[[nn.Module], set[str]]  # returns the names of the tensors that the caller restores
 
 
 def one_line(error: BaseException) -> str:
@@ -41,7 +41,7 @@ def first_three(names: Collection[object]) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Report in one line that a file cannot be read."""
+    """Raise a one-line :class:`CheckpointError` if a file cannot be read."""
     if not path.is_file():  # opening a named pipe would block
         raise CheckpointError(f"{path} does not exist, or is not a file")
     try:
@@ -52,7 +52,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Report in one line that safetensors cannot write, and apply the umask to its files."""
+    """Raise a one-line :class:`CheckpointError` if safetensors cannot write, and apply the umask to its files."""
     try:
         yield
     except SafetensorError as error:
@@ -64,7 +64,7 @@ def _writable(path: Path) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object (:class:`CheckpointError`)."""
+    """Read a JSON file that holds an object (raises :class:`CheckpointError`)."""
     with _readable(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -73,31 +73,31 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read a folder's ``config.json``; empty if there is none (:class:`CheckpointError`)."""
+    """Read a folder's ``config.json``; empty if missing (raises :class:`CheckpointError`)."""
     path = folder / STOCK_CONFIG_FILE
     return read_object(path) if path.exists() else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file (:class:`CheckpointError`)."""
+    """Read all tensors of a safetensors file (raises :class:`CheckpointError`)."""
     with _readable(path):
         return load_file(path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file; empty if there are none (:class:`CheckpointError`)."""
+    """Read the metadata of a safetensors file; empty if missing (raises :class:`CheckpointError`)."""
     with _readable(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions of a new file (:class:`CheckpointError`)."""
+    """Write a safetensors file with the permissions of a new file (raises :class:`CheckpointError`)."""
     with _writable(path):
         save_file(tensors, path, metadata=metadata)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder's weights (:class:`CheckpointError`)."""
+    """Return the safetensors files of a folder's weights (raises :class:`CheckpointError`)."""
     single, index = (folder / name for name in WEIGHT_FILES)
     if single.exists():
         return [single]
@@ -127,7 +127,7 @@ class Weights:
             return cast(Tensor, file.get_tensor(name))
 
     def find(self, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-        """Return the names that a model's tensors have in the files, without tensors that are not stored."""
+        """Map a model's tensor names to the names in the files, without tensors that are not stored."""
         prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a checkpoint may have it or not
 
         def match(name: str) -> str | None:
@@ -142,9 +142,9 @@ class Weights:
 
 
 def _library_names(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Return the names that transformers gives tensors in files, which may be names of older releases.
+    """Map tensor names to the names that transformers writes, which may be those of older releases.
 
-    Transformers has no function for this: it saves a number under each name, and the file shows the new names.
+    Transformers has no function for this, so save a number under each name and read the names from the file.
     """
     numbers = {name: torch.tensor([number]) for number, name in enumerate(names)}
     with TemporaryDirectory() as folder, quiet():
@@ -154,7 +154,7 @@ def _library_names(model: nn.Module, names: list[str]) -> dict[str, str]:
 
 
 def model_folder(model: str) -> Path:
-    """Return the folder of a model, given as a folder or a hub id, which is downloaded (:class:`CheckpointError`)."""
+    """Return a model's folder, downloaded if the model is a hub id (raises :class:`CheckpointError`)."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -168,7 +168,7 @@ def model_folder(model: str) -> Path:
 
 
 def loader_for(folder: Path) -> Any:
-    """Return the transformers class that a folder names, or ``timm.create_model`` (:class:`CheckpointError`)."""
+    """Return the transformers class that a folder names, or ``timm.create_model`` (raises :class:`CheckpointError`)."""
     settings = read_settings(folder)
     if "architecture" in settings:
         import timm
@@ -208,8 +208,8 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
 
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
-        folder: folder of the checkpoint (:class:`CheckpointError` if it is damaged, or another model's).
-        restored: tensors that the caller restores. All others must be stored, except a new head in transformers.
+        folder: folder of the checkpoint (raises :class:`CheckpointError` if it is damaged or another model's).
+        restored: names the tensors that the caller restores. All others must be stored, except transformers' new head.
         **options: options of the loader.
     """
     check_loadable(folder)
@@ -248,7 +248,7 @@ def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None
 
 
 def _saved_by_writer(model: nn.Module, folder: Path, missing: set[str]) -> set[str]:
-    """Return the missing tensors that the class that wrote a folder has, too. The others belong to a new head."""
+    """Return the missing tensors that the saved class has too. The others belong to a new head."""
     import transformers
 
     name = (read_settings(folder).get("architectures") or [""])[0]
@@ -295,7 +295,7 @@ def quiet() -> Iterator[None]:
 
 
 def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Save a model, or another state of it, with its own library; a plain module as its tensors."""
+    """Save a model with its own library, or a plain module's tensors; ``state`` replaces the model's state."""
     state = model.state_dict() if state is None else state
     if any(tensor.is_meta for tensor in state.values()) and not hasattr(model, "hf_device_map"):
         raise ConversionError("these weights are offloaded; call accelerate.hooks.remove_hook_from_submodules first")
@@ -314,7 +314,7 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
 
 
 def check_new(folder: Path) -> None:
-    """Refuse to write into a folder that is not empty (:class:`CheckpointError`)."""
+    """Refuse to write into a folder that is not empty (raises :class:`CheckpointError`)."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; name a new folder")
 

@@ -22,14 +22,14 @@ from emoe.tokens import PaddingMaskHook, do_nothing
 
 
 class Recorder(Protocol):
-    """Collect the experts that are used."""
+    """Record a layer's use of its experts."""
 
     def update(self, chosen: Tensor, kept: Tensor) -> None:
-        """Add a forward pass: chosen experts ``[T, N]``, and those within the capacity."""
+        """Add a forward pass: masks ``[T, N]`` of the chosen experts and of those within the capacity."""
 
 
 class _CallState:
-    """Hold the tensors that an FFN's modules pass on within one call, and its balance loss."""
+    """Hold the tensors that an FFN's modules exchange in one call, and the balance loss."""
 
     x: Tensor | None = None  # FFN input ``[..., h]``, from the in-projection to the activation
     weights: Tensor | None = None  # expert weights ``[T, N]``, from the activation to the out-projection
@@ -101,7 +101,7 @@ class RoutedActivation(nn.Module):
 
     @property
     def aux_loss(self) -> Tensor | None:
-        """Balance loss of the last call in this thread, None before it or if there is no such loss."""
+        """Balance loss of this thread's last call; None before the first call or without such a loss."""
         return self._eager.loss if self._traced.loss is None else self._traced.loss
 
     @property
@@ -171,7 +171,7 @@ class RoutedActivation(nn.Module):
         rows = z.reshape(-1, z.shape[-1])
         dropout = config.expert_dropout if self.training else 0.0
         is_before = config.dropout_position == "before"
-        # score before the activation, which may write over its input, unless the score needs its output
+        # score first, because the activation may overwrite its input; some scores need its output
         needs_hidden = isinstance(config, EMoEConfig) and config.score.startswith("inter")
         scores = None if needs_hidden else self._scores(x, rows)
         hidden = self.activation(F.dropout(z, dropout) if dropout and is_before else z)
@@ -187,13 +187,13 @@ class RoutedActivation(nn.Module):
         return (blocks * weights.view(*z.shape[:-1], config.num_experts, 1).to(hidden.dtype)).flatten(-2)
 
     def _check_hooked(self) -> None:
-        proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # of an adapter
-        if getattr(proj_out, "projection", proj_out) is not self._hooked[0]:  # of the sparse backend
+        proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # unwrap an adapter
+        if getattr(proj_out, "projection", proj_out) is not self._hooked[0]:  # unwrap the sparse backend
             name = f"{self.ffn_name}.{self.ffn.spec.proj_out}"
             raise RuntimeError(f"{name} was replaced and lost the experts' biases: replace it before converting")
 
     def _with_gradient(self) -> AbstractContextManager[Any]:
-        """Return a context that records gradients of the scores only if something uses them; a binary mask does not."""
+        """Return a context that records gradients of the scores only if they are used, unlike with a binary mask."""
         needed = self.config.weighting != "binary" or self.config.aux_loss_coefficient > 0
         return nullcontext() if needed or not torch.is_grad_enabled() else torch.no_grad()
 
@@ -205,12 +205,12 @@ class RoutedActivation(nn.Module):
             return self.router.scores(x, z, hidden)
 
     def linear_scores(self, x: Tensor) -> Tensor:
-        """Score the experts ``[T, N]`` of inputs ``[T, h]`` without computing neurons."""
+        """Score the experts ``[T, N]`` for inputs ``[T, h]`` without computing neurons."""
         with self._with_gradient():
             return self.router(x)
 
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts by their scores ``[T, N]``, and keep the balance loss.
+        """Choose experts by their scores ``[T, N]``, and store the balance loss.
 
         Returns:
             Mask of the experts in use and their weights, both ``[T, N]``.
@@ -249,7 +249,7 @@ class RoutedActivation(nn.Module):
 
 
 def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
-    """Give a module's parameter values of another shape. It stays the same object unless a graph holds it."""
+    """Set a module's parameter to values of another shape. It stays the same object unless a graph holds it."""
     parameter = cast(nn.Parameter, getattr(module, name))
     resized = nn.Parameter(values.detach(), requires_grad=parameter.requires_grad)
     try:

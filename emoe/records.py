@@ -41,7 +41,7 @@ class LayerRecord:
 
     @torch.no_grad()
     def update(self, chosen: Tensor, kept: Tensor) -> None:
-        """Add the choices ``[T, N]`` bool of one forward pass, and those of them that are within the capacity."""
+        """Add the choices ``[T, N]`` bool of one forward pass, and those within the capacity."""
         if is_recomputed():
             return
         with self._lock:

@@ -122,7 +122,7 @@ class AvgKRouter(Router):
         self.register_buffer("gate", self.mean_keys() if self.config.gate_momentum else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`Router.forward`. Use mean weights, for scores that are linear in the input."""
+        """See :meth:`Router.forward`. Multiply by mean weights, for scores that are linear in the input."""
         config = self.config
         if config.score == "keys":
             gate = self.frozen_keys if self.gate is None else self.gate
@@ -171,7 +171,7 @@ class AvgKRouter(Router):
         return None if bias is None else expert_means(unsharded(bias), self.config.num_experts)
 
     def mean_keys(self) -> Tensor:
-        """Compute the mean keys ``[N, h]`` of the present weights, without gradient."""
+        """Compute the mean keys ``[N, h]`` of the current weights, without gradient."""
         return expert_means(unsharded(self.ffn.keys()), self.config.num_experts)
 
     def train(self, mode: bool = True) -> Self:

@@ -69,7 +69,7 @@ def _stable_order(values: Tensor, *, descending: bool) -> Tensor:
 def capacity_mask(
     scores: Tensor, expert_indices: Tensor, capacity_factor: float, top_k: int, token_mask: Tensor | None = None
 ) -> Tensor:
-    """Select the assignments ``[T, k]`` bool that fit if every expert takes a limited number of them.
+    """Mask the assignments ``[T, k]`` bool that fit into the experts' capacity.
 
     Routing is batch-prioritised: all first choices come before all second choices, and so on. Within a choice, tokens
     are ordered by their highest softmax probability.
@@ -103,7 +103,7 @@ def capacity_mask(
 
 
 def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
-    """Return the mask ``[T, N]`` of experts ``[T, k]``; ``kept`` ``[T, k]`` bool drops some of them."""
+    """Return the mask ``[T, N]`` of experts ``[T, k]``, except those where ``kept`` ``[T, k]`` is False."""
     mask = torch.zeros(expert_indices.shape[0], num_experts, dtype=torch.bool, device=expert_indices.device)
     return mask.scatter(1, expert_indices, torch.ones_like(expert_indices, dtype=torch.bool) if kept is None else kept)
 
@@ -111,7 +111,7 @@ def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = 
 def expert_weights(scores: Tensor, mask: Tensor, weighting: Weighting, top_k: int) -> Tensor:
     """Compute the weights ``[T, N]`` of the chosen experts; the others have weight zero.
 
-    ``softmax`` normalises over the chosen experts, or over all experts if ``top_k`` is 1, where the weight would
+    ``softmax`` normalises over the chosen experts, or over all experts if ``top_k`` is 1, because the weight would
     be constant. ``softmax_times_k`` multiplies by the number of chosen experts: the mean is 1, as with ``binary``.
     """
     if weighting == "binary":

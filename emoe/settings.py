@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emoe.convert import no_experts, update_mark_
+from emoe.convert import missing_experts_error, update_mark_
 from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
 from emoe.routers import FixedRouter
@@ -90,8 +90,8 @@ def _computes_expected(layer: RoutedActivation, expected: Tensor) -> bool:
 def for_inference_(model: nn.Module) -> None:
     """Freeze a converted model for serving, in place: few tokens read only the weights of their experts.
 
-    Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by neuron: as
-    much memory again as the out-projections. The weights must not change afterwards. ``model.train()`` discards this.
+    Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by neuron, in
+    as much memory as the out-projections take. The weights must not change afterwards. ``model.train()`` discards this.
 
     >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
     >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
@@ -112,7 +112,7 @@ def for_inference_(model: nn.Module) -> None:
 
 
 def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
-    """Give every token the experts that were used most, in place: a static control for routing by token.
+    """Give every token the experts that were used most, in place: a static control for token-wise routing.
 
     The configuration's ``router`` becomes ``fixed``, ``top_k`` and ``selection`` stay. The model saves the counts.
 
@@ -156,7 +156,7 @@ def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tenso
 def _converted_layers(model: nn.Module, caller: str) -> list[RoutedActivation]:
     layers = routed_layers(model)
     if not layers:
-        raise no_experts(model, caller, "convert it first")
+        raise missing_experts_error(model, caller, "convert it first")
     return layers
 
 

@@ -28,7 +28,7 @@ _Changes = dict[str, Callable[[Tensor], Tensor]]  # functions of stored tensors,
 
 
 class NotStreamedError(EMoEError):
-    """Report that a folder is not converted from disk to disk. The model can be loaded instead."""
+    """Signal a folder that cannot be converted from disk to disk; load the model instead."""
 
 
 def convert_folder(
@@ -56,7 +56,7 @@ def convert_folder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for ffn in tqdm(chosen, "Grouping neurons", unit="layer", disable=not progress):
-            with _loaded(ffn, model, weights) as stored:
+            with _load_projections(ffn, model, weights) as stored:
                 check_weights(model, [ffn])
                 convert.check_config_fits([ffn], config)
                 if config.partition == "kmeans":
@@ -91,7 +91,7 @@ def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progres
     for ffn, permutation in checkpoint.converted_ffns(model, mark, tensors, source):
         if restore_order and permutation is None:
             raise NotStreamedError("the original order of the neurons is unknown")
-        with _loaded(ffn, model, weights) as stored:
+        with _load_projections(ffn, model, weights) as stored:
             checkpoint.check_key_norms(ffn, tensors, source)
         if restore_order:
             changes |= _reorder(ffn, stored, torch.argsort(cast(Tensor, permutation)))
@@ -111,8 +111,8 @@ def _open(source: Path) -> tuple[nn.Module, files.Weights]:
 
 
 @contextmanager
-def _loaded(ffn: FFN, model: nn.Module, weights: files.Weights) -> Iterator[dict[str, str]]:
-    """Load the projections of an FFN for the duration of the block, which gets the stored names by path."""
+def _load_projections(ffn: FFN, model: nn.Module, weights: files.Weights) -> Iterator[dict[str, str]]:
+    """Load an FFN's projections inside the ``with`` block. Yield their stored names by path."""
     paths = [f"{path}.{name}" for path, module in ffn.projections() for name in module.state_dict()]
     names = weights.find(model, [f"{ffn.name}.{path}" for path in paths])
     if len(names) < len(paths):
@@ -128,7 +128,7 @@ def _loaded(ffn: FFN, model: nn.Module, weights: files.Weights) -> Iterator[dict
 
 
 def _reorder(ffn: FFN, stored: dict[str, str], neurons: Tensor) -> _Changes:
-    """Return the changes that put an FFN's stored tensors in another order of the neurons."""
+    """Return functions that reorder the neurons in an FFN's stored tensors."""
     return {stored[path]: partial(ffn.take, path, neurons=neurons) for path in ffn.neuron_dims() if path in stored}
 
 

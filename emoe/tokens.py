@@ -136,7 +136,7 @@ class LabelHook(_ArgumentHook):
         return None if labels is None or labels.is_floating_point() else labels
 
     def num_labels(self, labels: Tensor) -> int:
-        """Return the highest label plus one. Read it from the device once per forward pass, not once per layer."""
+        """Return the highest label plus one, read from the device only once per forward pass."""
         if self._counted is None or self._counted[0] is not labels:
             self._counted = (labels, int(labels.max()) + 1 if labels.numel() else 0)
         return self._counted[1]

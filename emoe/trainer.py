@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from emoe.checkpoint import save_sidecars
-from emoe.convert import mark_, no_experts
+from emoe.convert import mark_, missing_experts_error
 from emoe.errors import ConfigError
 from emoe.layer import aux_loss, routed_layers, update_gates_
 
@@ -41,11 +41,11 @@ class TrainerCallback(transformers.TrainerCallback):
         model: nn.Module = kwargs["model"]
         layers = routed_layers(model)
         if not layers:
-            raise no_experts(model, "TrainerCallback", "convert it first")
+            raise missing_experts_error(model, "TrainerCallback", "convert it first")
         if not hasattr(model, "peft_config"):
             mark_(model)
         self._is_training = True
-        _stop_adding(model)  # an interrupted training did not
+        _stop_adding(model)  # an interrupted training left its hooks
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
             checkpointing: Any = args.activation_checkpointing_kwargs if args.activation_checkpointing else None
             if checkpointing and checkpointing.get("use_reentrant"):  # the balance loss would have no gradient
@@ -87,7 +87,7 @@ def _save(model: nn.Module, folder: Path, *, write: bool) -> None:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     output, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    folders = [path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()]  # deeper in a search
+    folders = [path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()]  # a search nests them
     return max(folders, key=lambda path: path.stat().st_mtime, default=output / name)
 
 
@@ -97,7 +97,7 @@ def _stop_adding(model: nn.Module) -> None:
 
 
 def _differentiate_count(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Let ``Trainer``'s number of labels in the optimizer step require a gradient, for :func:`_share`."""
+    """Make ``num_items_in_batch`` require a gradient, for :func:`_loss_weight`."""
     if (count := kwargs.get("num_items_in_batch")) is not None:
         kwargs = {**kwargs, "num_items_in_batch": torch.as_tensor(count).float().detach().requires_grad_()}
     return args, kwargs
@@ -114,14 +114,14 @@ def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], outp
             "TrainerCallback: the model returned no loss to add to, as with compute_loss_func or label smoothing; "
             "add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
         )
-    loss = loss + balance * _share(model, kwargs, loss)
+    loss = loss + balance * _loss_weight(model, kwargs, loss)
     if isinstance(output, tuple):
         return (loss, *output[1:])
     output["loss"] = loss
     return output
 
 
-def _share(model: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
+def _loss_weight(model: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
     """Return the weight of one forward pass in the loss of the optimizer step.
 
     Most models get ``num_items_in_batch``, the number of labels in the step, but only some divide their loss by it. The

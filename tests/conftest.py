@@ -20,7 +20,7 @@ import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
 import emoe
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.config.methods import TUNINGS
-from benchmarks.harness.sources.packages import PackageFile, packaged
+from benchmarks.harness.sources.packages import PackageFile, find_package
 from benchmarks.harness.sources.vader import ARCHIVE
 from emoe import architectures
 from emoe.config import ROUTERS
@@ -68,7 +68,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def archive() -> Path:
     """Return the file of the real sentiment set, fetched once per checkout."""
-    return fetched(packaged("vaderSentiment"))
+    return fetched(find_package("vaderSentiment"))
 
 
 @pytest.fixture

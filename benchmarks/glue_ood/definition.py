@@ -9,7 +9,7 @@ from pydantic import Field
 from benchmarks.harness.config.benchmark import Definition, MethodsDefinition, SuitePart
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
-from benchmarks.harness.config.yaml import UNIQUE, Count, Strict, left_out
+from benchmarks.harness.config.yaml import UNIQUE, Count, Strict, optional
 from benchmarks.text.definition import Ablated, Protocol, RunTask
 
 
@@ -56,7 +56,7 @@ class EvaluationSpec(RunSpec):
     """The task that they were trained on."""
     ood: list[RunTask]
     """The other sets that the chosen run is evaluated on."""
-    transform: Literal["dense", "emoe"] | None = left_out()
+    transform: Literal["dense", "emoe"] | None = optional()
     """The model that it is turned into first, by ``method.config``; left out: the model as it was trained."""
     evaluation: Evaluation
     """The evaluation."""

@@ -13,7 +13,7 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, reopen
-from benchmarks.harness.models.conversion import use_as_
+from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.harness.training.callbacks import Probe
@@ -53,7 +53,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
     if read.transform is not None:
-        use_as_(classifier.model, read.method.config, read.seed)
+        convert_trained_(classifier.model, read.method.config, read.seed)
     evaluator = TextEvaluator(
         classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, training.precision, folder
     )

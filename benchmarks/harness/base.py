@@ -1,4 +1,4 @@
-"""Paths, files, locks, seeds and errors, on which everything else rests."""
+"""Paths, files, locks, seeds and errors for all other modules."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Model = TypeVar("Model")
 
 
 class DefinitionError(EMoEError):
-    """Signal a wrong configuration or benchmark file in one line, also if a key or value in it has several."""
+    """Signal a wrong configuration or benchmark file. Line breaks in the message become spaces."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -71,13 +71,13 @@ def first_line(error: BaseException) -> str:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Describe the first problem that pydantic has with a content."""
+    """Describe the first problem that pydantic found."""
     first = error.errors(include_url=False)[0]
     return f"'{'.'.join(map(str, first['loc'])) or 'the file'}': {first['msg']}"
 
 
 def share(path: Path) -> None:
-    """Give a file the permissions of the umask. SQLite and safetensors let only the owner read."""
+    """Give a file the umask's permissions, because SQLite and safetensors let only the owner read."""
     os.umask(umask := os.umask(0))  # the only way to read it
     path.chmod(0o666 & ~umask)
 
@@ -86,7 +86,7 @@ def share(path: Path) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces the path at the end, so that readers see the old file or the new one.
 
-    Its name is unique among all machines. The content reaches the disk before the name, and survives a power cut.
+    The temporary name is unique on all machines. The content is flushed before the rename, to survive a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -142,8 +142,8 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
 def hold(path: Path, *, blocking: bool = True) -> AcquireReturnProxy[Any]:
     """Lock a file, as a context manager or until ``.lock.release()``; the end of the process releases it.
 
-    On file systems without ``flock`` (NFS without its lock server) the file ``<path>.held`` is the lock. If its process
-    was killed on another machine, delete the file.
+    On file systems without ``flock`` (NFS without its lock server) the file ``<path>.held`` is the lock. Delete it if
+    its process was killed on another machine.
 
     Raises:
         Timeout: Another process holds the lock, and ``blocking`` is False.
@@ -180,7 +180,7 @@ def git(root: Path, *arguments: str) -> str:
 
     Raises:
         OSError: Git is not installed.
-        CalledProcessError: The folder is no checkout.
+        CalledProcessError: The folder is not a checkout.
     """
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -191,12 +191,12 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 2**31
 
 
-def without_passwords(text: str) -> str:
-    """Hide the passwords of the addresses in a text.
+def hide_passwords(text: str) -> str:
+    """Replace the passwords of URLs in a text by ``***``.
 
-    >>> without_passwords("postgresql://lab:secret@db/mlflow?sslmode=require")
+    >>> hide_passwords("postgresql://lab:secret@db/mlflow?sslmode=require")
     'postgresql://lab:***@db/mlflow?sslmode=require'
-    >>> without_passwords("https://lab.org?password=secret&team=a")
+    >>> hide_passwords("https://lab.org?password=secret&team=a")
     'https://lab.org?password=***&team=a'
     """
     text = re.sub(r"(://[^:/@\s]*:)[^\s]*@", r"\1***@", text)

@@ -13,8 +13,8 @@ from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
-    AsGiven,
     Count,
+    ExplicitNulls,
     Key,
     Names,
     NotNegative,
@@ -25,8 +25,8 @@ from benchmarks.harness.config.yaml import (
     Strict,
     Whole,
     Wholes,
-    left_out,
-    zero_left_out,
+    optional,
+    optional_zero,
 )
 
 HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
@@ -95,7 +95,7 @@ class InstructionTraining(Training):
     """Steps between held-out losses during training, the first one before any step; left out: no such losses."""
     keep_weights: bool
     """Keep the trained weights, so that the run can be exported."""
-    frozen_layers: Whole | None = zero_left_out()
+    frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
     for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
     converts or trains a layer below. 0, or left out: none."""
@@ -199,7 +199,7 @@ class TemplateFile(Strict):
     """The templates, by name."""
 
 
-class InstructionSource(AsGiven):
+class InstructionSource(ExplicitNulls):
     """Source of the rows if there is no file `<name>.json` or `<name>.jsonl` below data_root."""
 
     hub: str | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest, with_states
+from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, collate_states, columns_digest
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.templates import Template
 
@@ -124,8 +124,8 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Co
     attention.
     """
     if packing:
-        return with_states(DataCollatorWithFlattening(separator_id=IGNORED))
-    return with_states(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
+        return collate_states(DataCollatorWithFlattening(separator_id=IGNORED))
+    return collate_states(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
 
 
 def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:

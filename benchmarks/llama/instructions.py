@@ -11,8 +11,8 @@ from typing import IO, Any, cast
 
 from benchmarks.harness.base import DATA_ROOT, DataError, first_line
 from benchmarks.harness.sources.hub import commit_of, hub_name
-from benchmarks.harness.sources.local import OWN_SUFFIXES, own_file
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.local import USER_SUFFIXES, user_file
+from benchmarks.harness.sources.packages import find_package
 from benchmarks.llama.definition import InstructionSource
 
 ALPACA_DEMO = "llamafactory"  # the package that contains a set
@@ -47,10 +47,10 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     Raises:
         DataError: The set is missing, or is not a list of rows.
     """
-    if file := own_file(name):
+    if file := user_file(name):
         return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
     if source.package:
-        package = packaged(ALPACA_DEMO)
+        package = find_package(ALPACA_DEMO)
         with tarfile.open(package.check()) as archive:
             content = cast(IO[bytes], archive.extractfile(source.package)).read()
         return parse(content, f"package {package.package} {package.version}", lines=False)

@@ -23,7 +23,7 @@ from benchmarks.harness.training.callbacks import Probe, Stopwatch
 from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.sharding import gather_trained, shard_
-from benchmarks.harness.training.trainer import precision_here, with_routing
+from benchmarks.harness.training.trainer import available_precision, evaluate_with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, model_inputs
 from benchmarks.llama.evaluation import LoadedTask, generate_answers, held_out_loss, load_task, run_task, task_title
@@ -83,7 +83,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "curve": trained.curve,
         "probe": probe.summary(),
         "model": trainable.summary,
-        "cost": {**trained.cost, "precision": precision_here(training.precision), **trainable.prefix_cost()},
+        "cost": {**trained.cost, "precision": available_precision(training.precision), **trainable.prefix_cost()},
         "data": data.summary(),
     }
 
@@ -151,7 +151,7 @@ def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
     partition = broadcast(None if built is None else permutations(built.model))
     if built is None:
         built = build_language_model(spec, partition=partition or None, empty=True)
-    shard_(cast(PreTrainedModel, built.model), precision_here(spec["training"]["precision"]))
+    shard_(cast(PreTrainedModel, built.model), available_precision(spec["training"]["precision"]))
     return built
 
 
@@ -170,7 +170,7 @@ def _gather_model(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
 def _evaluate(
     spec: InstructionSpec, trainable: Trainable, data: Data, tasks: Sequence[LoadedTask], progress: Progress
 ) -> dict[str, Any]:
-    evaluation, precision = spec.evaluation, precision_here(spec.training.precision)
+    evaluation, precision = spec.evaluation, available_precision(spec.training.precision)
     model, tokenizer = cast(PreTrainedModel, trainable.model), data.template.tokenizer
     if torch.cuda.is_available():
         gc.collect()  # memory of the training
@@ -179,7 +179,7 @@ def _evaluate(
     model.eval()
     model.config.use_cache = True
     progress.say("evaluating on held-out instructions")
-    loss, routing = with_routing(
+    loss, routing = evaluate_with_routing(
         model, lambda: held_out_loss(model, data.held_out, tokenizer, evaluation.batch_size, precision)
     )
     evaluated = {}

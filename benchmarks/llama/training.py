@@ -14,12 +14,12 @@ from transformers import TrainingArguments as Arguments
 
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, restore_rng_and_modes
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
-from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
+from benchmarks.harness.training.trainer import RoutedTrainer, available_precision, finite_or_none, trainer_arguments
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining, accumulation
 from benchmarks.llama.encoding import EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
@@ -57,8 +57,8 @@ def train(
     ``held_out`` is computed every ``eval_every`` steps.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
-    precision = precision_here(training.precision)
-    arguments = quiet_arguments(
+    precision = available_precision(training.precision)
+    arguments = trainer_arguments(
         checkpoints,
         precision,
         num_train_epochs=training.epochs,
@@ -91,7 +91,7 @@ def train(
         by_token=True,
         train_dataset=rows,
         data_collator=without_prompt_logits(collator(tokenizer, packing=training.packing), trainable.model),
-        callbacks=[progress, stopwatch, RetieGates()],
+        callbacks=[progress, stopwatch, UpdateGates()],
     )
     if every := training.eval_every:
         options: dict[str, Any] = {
@@ -103,7 +103,7 @@ def train(
         trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, so that it is not timed
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     log = trainer.state.log_history
-    curve = [finite(entry["loss"]) for entry in log if "loss" in entry]
+    curve = [finite_or_none(entry["loss"]) for entry in log if "loss" in entry]
     points = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
     return TrainingResult(curve, stopwatch.cost(trainer.state.global_step), points)
 

@@ -110,10 +110,10 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
 def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, sizes: list[int], number: int) -> None:
     name = str(rows["method"].iloc[0])
     style = outcomes.style(name)
-    by_size = rows.groupby("num_experts")["best_quarter"]
+    by_number_of_runs = rows.groupby("num_experts")["best_quarter"]
     shift = 0.12 * (number - 1)
-    means, low, high = by_size.mean() * 100, by_size.min() * 100, by_size.max() * 100
-    x = np.array([sizes.index(size) for size in by_size.groups]) + shift
+    means, low, high = by_number_of_runs.mean() * 100, by_number_of_runs.min() * 100, by_number_of_runs.max() * 100
+    x = np.array([sizes.index(size) for size in by_number_of_runs.groups]) + shift
     axis.vlines(x, low, high, color=style.colour, lw=1.4)
     axis.plot(x, means, ls="", ms=4.5, **style.mark, label=outcomes.title("method", name))
     published = outcomes.paper[(outcomes.paper["method"] == name) & (outcomes.paper["metric"] == "best_quarter")]

@@ -18,7 +18,7 @@ from benchmarks.harness.config.methods import VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
-    AS_GIVEN,
+    KEEP_INTEGER,
     UNIQUE,
     Count,
     Key,
@@ -75,7 +75,7 @@ class MultitaskTraining(Training):
     """Batches whose gradients one step adds up."""
     precision: Literal["fp32", "bf16"]
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER]
     """Share of the training rows that is held out to choose by, of tasks without a split for that."""
 
 

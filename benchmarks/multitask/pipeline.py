@@ -41,7 +41,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     trainer = MultitaskTrainer(trainable, tokenizer, read, train, dev, folder, progress)
     epochs, kept = trainer.fit()
     progress.say("evaluating")
-    tested, routing = with_routing(
+    tested, routing = evaluate_with_routing(
         trainable.model, lambda: {task.name: trainer.score(test[task.name], task) for task in tasks}
     )
     return {

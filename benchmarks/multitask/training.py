@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows, restore_rng_and_modes
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, precision_here
@@ -89,7 +89,7 @@ class MultitaskTrainer(RoutedTrainer):
         self._network = cast(PreTrainedModel, trainable.model)
         self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe = Stopwatch(), Probe()
-        self._precision = precision_here(self._training.precision)
+        self._precision = available_precision(self._training.precision)
         self._best = _MEAN if self._training.checkpoint_selection == "best" else None
         tasks = [LearnedRows(self._rows(train[name], task), self._answers[name]) for name, task in self._tasks.items()]
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(tasks)
@@ -111,7 +111,7 @@ class MultitaskTrainer(RoutedTrainer):
             train_dataset=rows,
             eval_dataset=rows,  # Trainer requires one; scores use the dev rows
             data_collator=collate,
-            callbacks=[progress, self._stopwatch, RetieGates()],
+            callbacks=[progress, self._stopwatch, UpdateGates()],
         )
 
     @property

@@ -13,7 +13,7 @@ from benchmarks.harness.config.benchmark import (
     SuitePart,
 )
 from benchmarks.harness.config.methods import Layers
-from benchmarks.harness.config.yaml import Count, Names, Share, Strict, Whole, left_out
+from benchmarks.harness.config.yaml import Count, Names, Share, Strict, Whole, optional
 
 MEASURES = ("layer", "step", "decode", "prompt", "generate", "partition")
 # settings in a run's name, by their letter; candidates and rounds say how much is measured, not what
@@ -33,17 +33,17 @@ _LETTERS = {
 class MeasuredModel(Entry):
     """One FFN by its sizes, one layer of a model of models.yaml, or a whole model with random weights."""
 
-    hidden: Count | None = left_out()
+    hidden: Count | None = optional()
     """Width of the FFN's input."""
-    neurons: Count | None = left_out()
+    neurons: Count | None = optional()
     """Neurons of the FFN."""
-    gated: bool | None = left_out()
+    gated: bool | None = optional()
     """True for a gated FFN."""
-    model: str | None = left_out()
+    model: str | None = optional()
     """Name in models.yaml."""
-    layer: Whole | None = left_out()
+    layer: Whole | None = optional()
     """Number of its layer."""
-    config: dict[str, Any] | None = left_out()
+    config: dict[str, Any] | None = optional()
     """Configuration of the whole model."""
 
 

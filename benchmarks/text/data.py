@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from benchmarks.harness.base import ROOT, DataError, derive_seed, first_line
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
-from benchmarks.harness.sources.local import local_folder, wanted_place
+from benchmarks.harness.sources.local import expected_path, local_folder
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
 from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from emoe.errors import did_you_mean
@@ -227,7 +227,7 @@ def _read_tables(task: RunTask, split: str) -> list[_Table]:
 
 def _read_hub(task: RunTask, split: str) -> _Table:
     source = task.source
-    folder = wanted_place(source.model_dump())
+    folder = expected_path(source.model_dump())
     if source.hub is None:
         raise DataError(
             f"the set '{task.name}' is not on the hub and not in {folder}; "

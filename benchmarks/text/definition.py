@@ -18,7 +18,7 @@ from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.sets import PublishedRows
 from benchmarks.harness.config.yaml import (
-    AS_GIVEN,
+    KEEP_INTEGER,
     UNIQUE,
     Count,
     Key,
@@ -31,8 +31,8 @@ from benchmarks.harness.config.yaml import (
     Strict,
     Whole,
     Wholes,
-    left_out,
-    zero_left_out,
+    optional,
+    optional_zero,
 )
 
 Protocol = Literal["published", "clean"]
@@ -111,7 +111,9 @@ class TextBlock(VariantAxes):
     """Peak learning rates."""
     seed: Wholes
     """Seeds."""
-    train_share: Annotated[list[Annotated[float, Field(gt=0, lt=1), AS_GIVEN]], Field(min_length=1)] | None = left_out()
+    train_share: Annotated[list[Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER]], Field(min_length=1)] | None = (
+        optional()
+    )
     """Shares of the training rows, for rows with `role: ablation`."""
     epochs_factor: Positives | None = left_out()
     """Factors on the usual epochs, for rows with `role: ablation`."""
@@ -191,18 +193,18 @@ class TextDefinition(MethodsDefinition, Ablated):
 class TextSource(Strict):
     """Source of rows: a set on the hub, a folder of the user's, a csv, or a set that ships inside a package."""
 
-    hub: str | None = left_out()
+    hub: str | None = optional()
     """Repository on the hub."""
     config: str | None = None
     """Configuration of the hub's set."""
     revision: str | None = None
     """Commit (or branch) of the hub's set; null is its newest."""
-    folder: str | None = left_out()
+    folder: str | None = optional()
     """Name of the set's folder below data_root."""
     csv: str | None = left_out()
     """A csv in this project. Its column `split` names the split of each row; without it, a hash of the text chooses
     it."""
-    vader_sentiment: str | None = left_out()
+    vader_sentiment: str | None = optional()
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = left_out()
     """Use the strength of the rating (weak, strong) as the label; left out: its sign."""
@@ -246,7 +248,7 @@ class FileLayout(Strict):
     """Treatment of bytes that are not UTF-8: raise an error, or replace them."""
     header: bool = True
     """True if the first line names the columns."""
-    where: WhereRows | None = left_out()
+    where: WhereRows | None = optional()
     """Rows of one file that belong to a split, if one file holds several."""
     label_names: dict[str, str] = Field({})
     """Class names by the labels of these files; other labels are errors."""
@@ -255,7 +257,7 @@ class FileLayout(Strict):
 class Rows(Strict):
     """Row counts of each part according to the makers."""
 
-    train: int | None = left_out()
+    train: int | None = optional()
     """Rows of the training split."""
     dev: int | None = left_out()
     """Rows of the dev split."""

@@ -12,11 +12,17 @@ from numpy.typing import NDArray
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.models.prefix import Prefix, with_states
+from benchmarks.harness.models.prefix import Prefix, collate_states
 from benchmarks.harness.training.callbacks import Stopwatch, fixed_rows
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.trainer import PrefixTrainer, finite, plain_logits, precision_here, quiet_arguments
+from benchmarks.harness.training.trainer import (
+    PrefixTrainer,
+    available_precision,
+    extract_logits,
+    finite_or_none,
+    trainer_arguments,
+)
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask
 from benchmarks.text.tokenization import TokenisedRows
@@ -44,7 +50,7 @@ def score_and_loss(
     """
     mapping = label_mapping(trained, evaluated, evaluated.name)
     scores: dict[str, float | None] = {name: score(name, logits, labels, mapping) for name in metrics}
-    return {**scores, "loss": finite(mean_loss(logits, labels))} if mapping.same else scores
+    return {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if mapping.same else scores
 
 
 class SplitEvaluator:
@@ -91,11 +97,11 @@ class TextEvaluator(SplitEvaluator):
         precision: str,
         folder: Path,
     ) -> None:
-        self._precision, self._stopwatch = precision_here(precision), Stopwatch()
+        self._precision, self._stopwatch = available_precision(precision), Stopwatch()
         self._collate = padding_collator(tokenizer, self._precision)
         trainer = PrefixTrainer(
             model=classifier.model,
-            args=quiet_arguments(folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size),
+            args=trainer_arguments(folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size),
             data_collator=self._collate,
             callbacks=[self._stopwatch],
         )

@@ -29,7 +29,7 @@ from benchmarks.harness.config.benchmark import (
 from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
 from benchmarks.harness.config.methods import (
     ABLATION,
-    OF_TRAINING,
+    TRAINING_KEYS,
     VARIANT_KEYS,
     Method,
     check_frozen,
@@ -38,7 +38,7 @@ from benchmarks.harness.config.methods import (
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.sets import SetPart, SetReader
 from benchmarks.harness.config.yaml import check_file, check_names, parse, read
-from benchmarks.harness.sources.local import local_folder, wanted_place
+from benchmarks.harness.sources.local import expected_path, local_folder
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import (
     ABLATION_COLUMNS,
@@ -59,7 +59,7 @@ from emoe.errors import EMoEError
 
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
-_OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
+_OTHER_AXES = (*TRAINING_KEYS, "protocol", "learning_rate", "seed")
 
 
 class TextSets(Benchmark[D, TaskEntry, P]):
@@ -130,7 +130,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         training = functools.cache(functools.partial(self.settings, "training", part))
         cache: dict[str, dict[str, Any]] = {}
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
-            for key in OF_TRAINING:
+            for key in TRAINING_KEYS:
                 if key in point and methods[point["method"]].role != ABLATION:
                     raise DefinitionError(
                         f"{where}.{key}' varies '{point['method']}', whose runs would compete with its usual runs; use a "
@@ -367,7 +367,7 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
         return f"{name}: {problem}"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
     columns = ", ".join([*task.fields, task.label])
-    folder = f"{wanted_place(source.model_dump())} ({', '.join(files) or 'its files'}; hub columns {columns})"
+    folder = f"{expected_path(source.model_dump())} ({', '.join(files) or 'its files'}; hub columns {columns})"
     if task.download_instructions:
         return (
             f"{name}: by hand. {task.download_instructions.strip()}.\n"

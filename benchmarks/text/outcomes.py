@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
-from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
+from benchmarks.harness.config.methods import ABLATION, remove_settings, setting_text, setting_values
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import SETTING, Outcomes, join_claim_numbers, parameter_counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
@@ -122,7 +122,11 @@ class TextOutcomes(Outcomes):
             model: self._usual_settings(rows) for model, rows in records[~is_ablation].groupby("model", sort=False)
         }
         settings = [
-            without(row.variant, usual.get(row.model, set())) if ablation else row.variant if several > 1 else ""
+            remove_settings(row.variant, usual.get(row.model, set()))
+            if ablation
+            else row.variant
+            if several > 1
+            else ""
             for row, ablation, several in zip(records.itertuples(), is_ablation, variants, strict=True)
         ]
         rows = zip(records["method"], settings, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
-from benchmarks.harness.models.conversion import use_as_
+from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part

@@ -19,12 +19,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import Probe, RetieGates, RoutingTrace, Stopwatch, fixed_rows
+from benchmarks.harness.training.callbacks import Probe, RoutingTrace, Stopwatch, UpdateGates, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
-from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
+from benchmarks.harness.training.trainer import (
+    RoutedTrainer,
+    available_precision,
+    extract_logits,
+    finite_or_none,
+    trainer_arguments,
+)
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.evaluation import SplitEvaluator, padding_collator
@@ -48,7 +54,7 @@ def epoch_arguments(
         best: The metric that chooses the epoch; None keeps the last epoch.
         **options: Other arguments of Trainer.
     """
-    return quiet_arguments(
+    return trainer_arguments(
         folder,
         precision,
         num_train_epochs=training.epochs,
@@ -114,14 +120,14 @@ class TextTrainer(SplitEvaluator):
         training, self._metric = spec.training, spec.task.metric
         self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
-        self._precision = precision_here(training.precision)
+        self._precision = available_precision(training.precision)
         self._best = self._metric if training.checkpoint_selection == "best" else None
         self._patience = None if training.patience is None else Patience(self._metric, training.patience)
         read = partial(TokenisedRows, tokenizer=tokenizer, max_length=training.max_length, prefix=classifier.prefix)
         rows, self._dev = read(train, by_length=False), read(dev, by_length=True)
         collate = padding_collator(tokenizer, self._precision)
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
-        callbacks = [progress, self._stopwatch, self.routing_trace, RetieGates(), self._patience]
+        callbacks = [progress, self._stopwatch, self.routing_trace, UpdateGates(), self._patience]
         trainer = RoutedTrainer(
             args=epoch_arguments(
                 self._checkpoints,
@@ -153,7 +159,7 @@ class TextTrainer(SplitEvaluator):
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         # Trainer rounds labels to float32, and weights an incomplete last batch like a full one
-        logits, labels = plain_logits(prediction.predictions), self._dev.labels
+        logits, labels = extract_logits(prediction.predictions), self._dev.labels
         return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
 
     def train(self) -> tuple[list[Epoch], Epoch]:
@@ -166,7 +172,11 @@ class TextTrainer(SplitEvaluator):
         else:
             self._trainer.train(resume_from_checkpoint=checkpoint)
         epochs: list[Epoch] = [
-            {"epoch": log["epoch"], self._metric: log[f"eval_{self._metric}"], "loss": finite(log[f"eval_{_LOSS}"])}
+            {
+                "epoch": log["epoch"],
+                self._metric: log[f"eval_{self._metric}"],
+                "loss": finite_or_none(log[f"eval_{_LOSS}"]),
+            }
             for log in self._trainer.state.log_history
             if f"eval_{_LOSS}" in log
         ]

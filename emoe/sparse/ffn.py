@@ -51,7 +51,7 @@ class _SparseFFN(torch.autograd.Function):
     ) -> Tensor:
         pre = [gather_mm(x, weight, bias, pairs) for weight, bias in zip(inputs[::2], inputs[1::2], strict=True)]
         ctx.activation, ctx.pairs = activation, pairs
-        x_needed = any(ctx.needs_input_grad[5::2])  # by the gradients of the in-projections
+        x_needed = any(ctx.needs_input_grad[5::2])  # for the gradients of the in-projections
         ctx.save_for_backward(per_pair, x if x_needed else None, values, *inputs, *pre)
         return scatter_mm(_hidden(activation, pre, per_pair), values, pairs)
 

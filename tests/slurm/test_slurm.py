@@ -58,7 +58,7 @@ def queued() -> list[list[str]]:
 
 def test_a_benchmark_runs_from_its_partitions_to_its_tables_on_the_gpu_that_it_asks_for(checkout: Checkout) -> None:
     checkout.edit("config/smoke.yaml", "  modularity:\n", "  modularity:\n    resources: {gpu: 1}\n")
-    ask = "from benchmarks.harness.run.devices import visible; print(visible())"
+    ask = "from benchmarks.harness.run.devices import visible_devices; print(visible_devices())"
     assert checkout.run("srun", "--gpus", 1, sys.executable, "-c", ask).stdout.strip() in ("['0']", "['1']")
     table = "results/smoke/tables/modularity_usage.csv"
     shown = submit(checkout, "--config", "suite=smoke", "--", table)

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.methods import ABLATION, without
+from benchmarks.harness.config.methods import ABLATION, remove_settings
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.text.ablations import ablation_rows
@@ -119,7 +119,7 @@ def test_every_setting_is_a_row_and_main_tables_have_none(
     methods = [run.spec["method"] for run in of(finished, "glue_lora")]
     planned = [method["variant"] for method in methods if method["name"] == "lora_emoe_settings"]
     shown = {name.partition("|")[2] for name in rows["method"] if name.startswith("lora_emoe_settings|")}
-    assert shown == {without(variant, {"L22", "L44"}) for variant in planned}
+    assert shown == {remove_settings(variant, {"L22", "L44"}) for variant in planned}
     (main,) = (table.frame for table in presented("glue_lora").tables if table.name == "glue_lora_results")
     assert {LORA.methods()[name].role for name in main["method"]}.isdisjoint({ABLATION})
 

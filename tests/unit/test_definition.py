@@ -58,8 +58,8 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(path, va
         (
             "methods.emoe.num_experts",
             40,
-            "num_experts is 40, but the 1536 neurons of an FFN of 'minilm' cannot be split into so many equal "
-            "experts; the nearest number that can is 32",
+            "num_experts is 40, but the 1536 neurons of an FFN of 'minilm' cannot be split into equal experts; "
+            "the nearest divisor is 32",
         ),
         ("grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),

@@ -15,14 +15,14 @@ import pytest
 from benchmarks.harness.base import RunError
 from benchmarks.harness.config.suite import plain_suite
 from benchmarks.harness.run import devices
-from benchmarks.harness.run.devices import VISIBLE, check_accelerators, reserved, visible
+from benchmarks.harness.run.devices import VISIBLE, check_accelerators, reserve_devices, visible_devices
 from tests.conftest import ROOT
 
 # prints what it sees, and keeps it until its input ends
 HOLD = """
 import os, sys
-from benchmarks.harness.run.devices import reserved
-with reserved(int(sys.argv[1]), "a run"):
+from benchmarks.harness.run.devices import reserve_devices
+with reserve_devices(int(sys.argv[1]), "a run"):
     print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
     sys.stdin.read()
 """
@@ -58,12 +58,12 @@ def test_no_two_jobs_see_the_same_and_those_of_a_killed_job_are_free() -> None:
     with held(1) as job, held(2) as other:
         first, second = seen(job), seen(other)
         assert (len(first), len(second)) == (1, 2)
-        with reserved(1, "third") as third:
+        with reserve_devices(1, "third") as third:
             assert os.environ[VISIBLE] == third[0]
             assert sorted([*first, *second, *third]) == ["0", "1", "2", "3"]
         job.kill()
         job.wait()
-        with reserved(1, "small"), held(3, CUDA_VISIBLE_DEVICES="0,1,2,3") as large:
+        with reserve_devices(1, "small"), held(3, CUDA_VISIBLE_DEVICES="0,1,2,3") as large:
             assert large.stderr is not None
             assert large.stderr.readline() == "[a run] waiting for 3 of 4 accelerators\n"
             time.sleep(0.1)
@@ -80,10 +80,10 @@ def test_a_job_of_a_scheduler_takes_the_devices_that_it_was_given(monkeypatch: p
     with held(2, CUDA_VISIBLE_DEVICES="0,1") as other:
         assert seen(other) == ["0", "1"]
         monkeypatch.setenv("SLURM_JOB_ID", "7")
-        with reserved(2, "a run") as given:
+        with reserve_devices(2, "a run") as given:
             assert given == ["0", "1"]
         # the runs of one job share what it has
-        with reserved(1, "a run") as given, held(1, CUDA_VISIBLE_DEVICES="0,1") as beside:
+        with reserve_devices(1, "a run") as given, held(1, CUDA_VISIBLE_DEVICES="0,1") as beside:
             assert given == ["0"]
             assert seen(beside) == ["1"]
 
@@ -91,7 +91,7 @@ def test_a_job_of_a_scheduler_takes_the_devices_that_it_was_given(monkeypatch: p
 @pytest.mark.parametrize(("count", "processes"), [(8, 1), (4, 8)])
 def test_more_than_there_are_and_one_for_two_processes_are_refused(count: int, processes: int) -> None:
     message = rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible;"
-    with pytest.raises(RunError, match=message), reserved(count, "llama", processes):
+    with pytest.raises(RunError, match=message), reserve_devices(count, "llama", processes):
         pass
 
 
@@ -116,6 +116,6 @@ def test_visible_devices_are_those_that_cuda_reads(
     value: str, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VISIBLE, value)
-    assert visible() == names
-    with reserved(1, "a run") as given:  # waits for nothing on a machine without any
+    assert visible_devices() == names
+    with reserve_devices(1, "a run") as given:  # waits for nothing on a machine without any
         assert given == names[:1]

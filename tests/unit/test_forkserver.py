@@ -101,7 +101,7 @@ def test_numbers_are_those_of_a_process_of_ones_own_in_any_order(server: Server)
 
 def test_another_environment_or_no_server_is_no_fork(server: Server) -> None:
     """Variables that a shell keeps for itself do not count."""
-    ask = "from benchmarks.harness.run.forkserver import ask; print(ask(['check', '--sweet']))"
+    ask = "from benchmarks.harness.run.forkserver import run_in_fork; print(run_in_fork(['check', '--sweet']))"
     cases = [({"PS1": "(.venv) "}, "2"), ({"OMP_NUM_THREADS": "2"}, "None"), ({ADDRESS: "/nowhere/socket"}, "None")]
     for variables, status in cases:
         process = start(program=("-c", ask), **variables)

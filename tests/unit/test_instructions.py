@@ -16,7 +16,7 @@ import emoe
 from benchmarks.harness.base import BENCHMARKS, DATA_ROOT, DataError, DefinitionError
 from benchmarks.harness.config.yaml import read
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.packages import find_package
 from benchmarks.llama.definition import InstructionSource, TemplateFile
 from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
@@ -77,7 +77,7 @@ def test_a_damaged_list_is_refused(content: str, message: str) -> None:
 
 def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = InstructionSource(package="llamafactory-0.9.5/data/alpaca_en_demo.json")
-    archive, path = fetched(packaged("llamafactory")), packaged("llamafactory").path
+    archive, path = fetched(find_package("llamafactory")), find_package("llamafactory").path
     with pytest.raises(DataError, match=r"python -m benchmarks fetch llamafactory-0.9.5.tar.gz"):
         load_instructions("alpaca_demo", package)
     path.parent.mkdir(parents=True)

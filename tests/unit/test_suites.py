@@ -25,7 +25,7 @@ def test_one_flag_sets_the_number_of_seeds() -> None:
         ({"suit": "mini"}, "did you mean 'suite'"),
         ({"exclude": ["flipkrt"]}, "'exclude' is 'flipkrt', which does not exist; did you mean 'flipkart'"),
         ({"benchmarks": ["glue_ood"]}, "'benchmarks' has 'glue_ood', which evaluates 'glue_lora'; name that too"),
-        ({"data_root": "/no/such/folder"}, "'data_root' is '/no/such/folder', which is no folder"),
+        ({"data_root": "/no/such/folder"}, "'data_root' is '/no/such/folder', which is not a folder"),
     ],
 )
 def test_wrong_configuration_is_named(overrides, message) -> None:

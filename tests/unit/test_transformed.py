@@ -10,7 +10,7 @@ import pytest
 import emoe
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import run_from_spec
-from benchmarks.harness.models.conversion import use_as_
+from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
@@ -30,7 +30,7 @@ def test_trained_weights_are_evaluated_as_another_methods(workdir: Path, method:
     run = smoke_run("glue", method, epochs=1, keep_weights=True)
     metrics = recorded(run)
     classifier, tokenizer = reopened(run, metrics)
-    use_as_(classifier.model, run.spec["used_as"]["config"], run.spec["seed"])
+    convert_trained_(classifier.model, run.spec["used_as"]["config"], run.spec["seed"])
     assert bool(routed_layers(classifier.model)) == (method == "vanilla")
     task, training = RunTask.model_validate(run.spec["task"]), run.spec["training"]
     evaluator = TextEvaluator(

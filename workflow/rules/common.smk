@@ -10,7 +10,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 import benchmarks.kinds
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import without_passwords
+from benchmarks.harness.base import hide_passwords
 from benchmarks.harness.config import artifacts, paper_items, runs
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config import suite as suites
@@ -170,7 +170,7 @@ def refused(reason):
 
 def not_here(target, wanted):
     return lambda wildcards: sys.exit(
-        f"error: {suites.elsewhere(target, wanted, SUITE)}"
+        f"error: {suites.suites_hint(target, wanted, SUITE)}"
     )
 
 

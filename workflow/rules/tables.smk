@@ -134,7 +134,7 @@ rule mirror_to_mlflow:
         ENVIRONMENT
     params:
         # with its password hidden: Snakemake writes parameters and commands into its logs, and keeps them
-        store=without_passwords(SUITE.tracking_uri),
+        store=hide_passwords(SUITE.tracking_uri),
     message:
         "Mirror the runs to MLflow at {params.store}"
     shell:

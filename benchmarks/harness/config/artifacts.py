@@ -15,7 +15,7 @@ FIGURE_FORMATS = ("pdf", "png")
 
 @dataclass(frozen=True)
 class Artifacts:
-    """The names of tables and figures that are made together: those of a benchmark, or of one of its sets.
+    """Name the tables and figures of a benchmark, of one of its sets, or of the claims.
 
     Attributes:
         benchmark: The name of the benchmark.
@@ -59,7 +59,7 @@ CLAIMS = Artifacts("claims", None, [""], ["", "all"])
 
 
 def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
-    """Name the tables and figures of a benchmark, or of one of its sets."""
+    """Return the tables and figures of a benchmark, or of one of its sets."""
     definition = load_benchmark(benchmark).definition
     if part:
         return Artifacts(benchmark, part, definition.set_tables, definition.set_figures)
@@ -67,9 +67,9 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
 
 
 def code_files(*benchmarks: str) -> list[str]:
-    """List the code of the benchmarks' tables.
+    """List the files of code that make the benchmarks' tables.
 
-    Their packages, those of their kinds, and the harness's results and report.
+    These are the packages of the benchmarks and of their kinds, and the harness's results and report.
     """
     kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name)).__mro__]
     folders = {"harness/report", "harness/results", *benchmarks}
@@ -84,7 +84,7 @@ def page_files() -> list[str]:
 
 
 def all_artifacts() -> list[Artifacts]:
-    """Name the tables and figures of all benchmarks and all their sets, whether a suite runs them or not."""
+    """Return the tables and figures of all benchmarks and all their sets, whether a suite runs them or not."""
     benchmarks = {name: load_benchmark(name) for name in benchmark_names()}
     return [
         artifacts_of(name, part)

@@ -17,7 +17,7 @@ from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import (
     ABLATION,
-    OF_TRAINING,
+    TRAINING_KEYS,
     VARIANT_KEYS,
     Method,
     load_methods,
@@ -36,7 +36,7 @@ from benchmarks.harness.config.yaml import (
     Whole,
     check_file,
     check_names,
-    left_out,
+    optional,
     parse,
     read_yaml,
 )
@@ -46,7 +46,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class Resources(Strict):
-    """Reservations of the scheduler for one run."""
+    """Resources that the scheduler reserves for one run."""
 
     threads: Count = 1
     """CPU threads of one run."""
@@ -63,8 +63,8 @@ class Training(Strict):
 
     in_no_spec: ClassVar[set[str]] = {"by_model"}
 
-    by_model: dict[str, dict[str, Any]] | None = left_out()
-    """Settings of single models; in no run's spec."""
+    by_model: dict[str, dict[str, Any]] | None = optional()
+    """Settings of single models, by name; not part of a run's spec."""
 
     def spec(self) -> dict[str, Any]:
         """Return the settings of a run's spec."""
@@ -84,47 +84,47 @@ class Definition(Strict):
     kind: str
     """The kind of benchmark, which plans, executes and shows its runs: a name in benchmarks/kinds.py."""
     version: Count
-    """Part of every run's identity. Raise it when the same settings would give other numbers, or more of them."""
+    """Part of every run's id. Increase it when the same settings give different or additional numbers."""
     title: str
     """Heading of the benchmark's tables and of its section in the report."""
     tables: Names
-    """The tables that the report shows, in its order: names in the kind's tables, and of `ablations`."""
+    """Names of the report's tables, in order: the kind's tables and those of `ablations`."""
     figures: list[str] = Field([])
-    """The figures that the report shows: names in the kind's figures, and of `ablations`."""
+    """Names of the report's figures: the kind's figures and those of `ablations`."""
     paper: str | None = None
-    """CSV with published numbers, in the benchmark's folder; null where there are none."""
+    """CSV with published numbers, in the benchmark's folder; null if there are none."""
 
 
 class MethodsDefinition(Definition):
     """The keys of a benchmark that compares methods."""
 
     baseline: str
-    """The method that differences are taken against."""
+    """The method that the others are compared with."""
     method_defaults: dict[str, Method] = Field({})
-    """Settings of methods that leave them open, by their kind: dense, emoe or gmoe. A row's own setting goes before
-    it, a suite's default before the benchmark's."""
+    """Default settings by kind of method: dense, emoe or gmoe. A row's own settings override them, and a suite's
+    defaults override the benchmark's."""
     methods: Annotated[dict[Key, Method], Field(min_length=1)]
-    """The compared methods of methods.yaml, each with the settings that differ here, in the order of the rows."""
+    """The compared methods of methods.yaml, in the order of the rows, each with its settings that differ here."""
 
 
 class SuitePart(Strict):
     """A benchmark's part of a suite."""
 
     resources: Resources = Resources()
-    """Reservations of the scheduler for one run."""
-    note: str | None = left_out()
-    """A sentence for the report: how far the suite is from the paper's experiment."""
+    """Resources that the scheduler reserves for one run."""
+    note: str | None = optional()
+    """A sentence for the report: the suite's differences from the paper's experiment."""
 
 
 class TrainingPart(SuitePart):
-    """The suite's part of a benchmark that trains models by methods."""
+    """The suite's part of a benchmark that trains models with methods."""
 
     method_defaults: dict[str, Method] = Field({})
-    """Settings of methods that leave them open, by their kind; before the benchmark's."""
+    """Default settings by kind of method; they override the benchmark's defaults."""
     methods: dict[str, Method] = Field({})
     """Settings of single methods that differ in this suite, by method."""
     grid_defaults: dict[str, Any] = Field({})
-    """Lists that every block of the grid has, unless it gives its own."""
+    """Default lists for every block of the grid."""
 
 
 D = TypeVar("D", bound=Definition)
@@ -149,17 +149,17 @@ class Part(Generic[P]):
     settings: P
 
     def where(self, *keys: str | int) -> str:
-        """Return the file and the keys of a place in the part, as :func:`check_names` takes them."""
+        """Return the file and the keys that lead to a setting, as the ``where`` of :func:`check_names`."""
         path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
         return f"{self.file}: 'benchmarks.{self.benchmark}{path}"
 
     def grid_points(
         self, names: Mapping[str, Collection[str]], axes: Iterable[str]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the points of the grid, each after its block's place in the file.
+        """Yield every point of the grid, after the location of its block in the file.
 
         Args:
-            names: The valid names by key of a block.
+            names: The valid names, by key of a block.
             axes: The keys of a point, the slowest first; a block may lack some.
 
         Raises:
@@ -177,11 +177,11 @@ class Part(Generic[P]):
 
 @dataclass(frozen=True)
 class Domain:
-    """Name the numbers of a kind's runs by which claims compare two methods.
+    """Describe a group of numbers that claims can compare between two methods.
 
     Attributes:
         metrics: The names of the metrics.
-        pair: The unit of pairs that are compared: ``seed``, ``trial``, ``question``, ``setting``.
+        pair: The unit of a paired comparison: ``seed``, ``trial``, ``question``, ``setting``.
         selections: The names of the selections of epoch and hyper-parameters, if several are reported.
     """
 
@@ -190,22 +190,22 @@ class Domain:
     selections: tuple[str, ...] = ()
 
 
-OOD_MEAN = "ood_mean"  # the mean of a run's scores over its other sets
-COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
+OOD_MEAN = "ood_mean"  # the mean of a run's scores over its out-of-distribution sets
+COUNTS = Domain(("parameters", "trainable_parameters"))  # for every model
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Name the rows of a block in a suite's grid, and the numbers that they have.
+    """Describe the rows that a block of a suite's grid runs, and their numbers.
 
     Attributes:
         methods: The names of its rows.
         models: The names of its models.
-        domains: The names of its numbers.
+        domains: The names of the :class:`Domain` of its numbers.
         tunings: The names of its ways of tuning.
-        settings: The variants of its rows; empty text for the rows of main tables.
-        selections: The selections that it reports; None for all of the benchmark's.
-        lacks: The metrics of its domains that it does not have.
+        settings: The variants of its rows; an empty string for the rows of main tables.
+        selections: The names of its selections; None for all of the benchmark's.
+        lacks: The metrics of these domains that its runs do not record.
     """
 
     methods: frozenset[str]
@@ -218,25 +218,25 @@ class Offer:
 
 
 def _variants(lists: Mapping[str, Any]) -> frozenset[str]:
-    """Return the variants of a block of lists; layers alone may be those of all rows, so that no variant names them."""
-    axes = [key for key in (*VARIANT_KEYS, *OF_TRAINING) if lists.get(key)]
+    """Return the variants of a block, each also without its layers, because tables omit the usual layers."""
+    axes = [key for key in (*VARIANT_KEYS, *TRAINING_KEYS) if lists.get(key)]
     points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*(lists[key] for key in axes))]
     named = {variant_of({key: point[key] for key in axes if key != "layers"}) for point in points}
     return frozenset({variant_of(point) for point in points} | named)
 
 
 class Benchmark(ABC, Generic[D, E, P]):
-    """One folder of benchmarks/: its definition, its tasks, and what its kind does with them.
+    """Hold one folder of benchmarks/: its definition, its tasks, and the hooks of its kind.
 
-    A kind is a subclass, named in benchmarks/kinds.py. It gives the models of its YAML and eight hooks: :meth:`load`,
+    A kind is a subclass, named in benchmarks/kinds.py. It has the models of its YAML and eight hooks: :meth:`load`,
     :meth:`specs`, :meth:`sets`, :meth:`tokens`, :meth:`offers`, :meth:`check_processes`, :meth:`pipeline` and
-    :meth:`presentation`. Only the abstract ones are necessary.
+    :meth:`presentation`. Only the abstract ones are required.
 
     Attributes:
         name: The name of the folder.
         definition: The content of benchmark.yaml.
         tasks: The tasks, sets of images or instructions, or measures, by name.
-        domains: The numbers by which claims may compare methods, by name.
+        domains: The groups of numbers that claims may compare, by name.
         row_titles: The titles of the rows that claims may compare, by name.
         task_titles: The titles of the sets of runs, by the names that tables and claims use.
     """
@@ -245,7 +245,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     part_model: ClassVar[type[SuitePart]]
     task_files: ClassVar[Mapping[str, type[Strict]]] = {}  # models of its other YAML files, by name
     paper_columns: ClassVar[tuple[str, ...]] = ()  # of paper.csv, before value, status and source
-    recorded: ClassVar[tuple[str, ...]]  # the parts of metrics.json that each of its runs has
+    recorded: ClassVar[tuple[str, ...]]  # the keys of metrics.json that each of its runs has
 
     def __init__(
         self,
@@ -286,7 +286,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         Args:
             name: The name of the benchmark.
             content: The content of the file.
-            file: ``benchmark.yaml``, beside which the others are.
+            file: The path of ``benchmark.yaml``, in the same folder as the other files.
 
         Raises:
             DefinitionError: A file is wrong; names the key and the nearest valid value.
@@ -306,18 +306,18 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        """Return every part of a set that a run reads."""
+        """Return a reader for each part of each set that a run reads."""
         return []
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        """Count the tokens that a run trains on, roughly; None if that is unknown.
+        """Estimate the number of tokens that a run trains on; None if that is unknown.
 
-        A token that is read and not trained on counts a third: it takes no backward pass.
+        A token without a backward pass counts as a third of a token.
         """
         return None
 
     def offers(self, part: Part[P]) -> list[Offer]:
-        """Return the names in each block of a suite's grid."""
+        """Describe the rows of each block of a suite's grid."""
         domains = frozenset(self.domains)
         offers = []
         for block in getattr(part.settings, "grid", ()):
@@ -326,30 +326,30 @@ class Benchmark(ABC, Generic[D, E, P]):
         return offers
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
-        """Check that a run can be spread over several processes, by ``ddp`` or ``fsdp``, before any starts to work.
+        """Check that a run can be spread over several processes, with ``ddp`` or ``fsdp``.
 
         Raises:
-            RunError: It cannot.
-            DefinitionError: Its settings do not fit.
+            RunError: The run cannot be spread.
+            DefinitionError: Its settings do not fit the number of processes.
         """
         if processes > 1:
             raise RunError(
-                "only runs of instruction tuning that train are spread over several processes; start it on one"
+                "only training runs of instruction tuning are spread over several processes; start this one on one"
             )
 
     @abstractmethod
     def pipeline(self) -> ModuleType:
-        """Import the module that executes its runs, with all that it needs.
+        """Import the module that executes the benchmark's runs.
 
         Its function ``run(spec, folder, progress)`` returns the content of ``metrics.json`` without the environment.
         """
 
     @abstractmethod
     def presentation(self) -> ModuleType:
-        """Import the module that shows its finished runs.
+        """Import the module that makes the tables and figures of finished runs.
 
-        It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if sets are
-        shown one by one. Its function ``present(benchmark, runs)`` makes a
+        It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if each set
+        has tables of its own. Its function ``present(benchmark, runs)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
 
@@ -375,12 +375,12 @@ class Benchmark(ABC, Generic[D, E, P]):
         return resolve_methods(definition, defaults, changes)
 
     def settings(self, key: str, part: Part[P], model: str | None = None) -> Any:
-        """Return settings of the benchmark, changed by a suite and by those of a model.
+        """Return settings of the benchmark, overridden by a suite's and a model's.
 
         Args:
             key: The key of the settings, in the benchmark and in its part of the suite.
             part: The benchmark's part of the suite.
-            model: The name of the model whose ``by_model`` counts; None for no model.
+            model: The name of the model whose ``by_model`` applies; None for no model.
 
         Raises:
             DefinitionError: A setting is wrong; names file and keys of the layer that gave it.
@@ -398,7 +398,7 @@ class Benchmark(ABC, Generic[D, E, P]):
 
     @property
     def evaluates(self) -> str | None:
-        """Return the benchmark whose runs its runs evaluate; None if it has runs of its own."""
+        """Return the name of the benchmark whose runs this one evaluates; None if it evaluates no other runs."""
         return getattr(self.definition, "evaluates", None)
 
     @property
@@ -408,20 +408,20 @@ class Benchmark(ABC, Generic[D, E, P]):
 
     @property
     def published_files(self) -> list[str]:
-        """Return the CSV files that ``benchmark.yaml`` names: published numbers, which its tables show."""
+        """Return the names of the CSV files with published numbers in ``benchmark.yaml``."""
         return sorted(set(_csv_names(self.definition.model_dump())))
 
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
-        """Make the spec of a run, with the keys that every one has.
+        """Make the spec of a run by adding the keys that all specs have.
 
         Args:
-            variant: The settings that vary beside model, task and method, in short.
+            variant: A short text of the settings that vary besides model, task and method.
             content: The other keys.
         """
         return {"benchmark": self.name, "version": self.definition.version, "variant": variant, **content}
 
 
-# as it is loaded by name, whatever its kind
+# a benchmark of any kind
 AnyBenchmark = Benchmark[Any, Any, Any]
 KINDS: dict[str, type[AnyBenchmark]] = {}  # by name; benchmarks/kinds.py fills it
 
@@ -439,12 +439,12 @@ def _method_kinds() -> list[str]:
 
 
 def text_tokens(rows: int | None, max_length: int, times: float) -> float | None:
-    """Estimate the tokens of texts: rows fill about half of their longest length, with the padding of their batches.
+    """Estimate the number of tokens of texts: padded rows have about half of their maximum length.
 
     Args:
         rows: The number of rows; None if unknown.
         max_length: The most tokens of a row.
-        times: The number of passes.
+        times: The number of passes over the rows.
     """
     return None if rows is None else rows * max_length / 2 * times
 
@@ -506,12 +506,12 @@ def load_benchmark(name: str) -> AnyBenchmark:
     if kind not in KINDS:
         near = did_you_mean(kind, KINDS) if KINDS else ", and none is known: `import benchmarks.kinds` first"
         raise DefinitionError(f"{file}: 'kind' is {kind!r}{near}")
-    load_methods()  # first, because its plugins make names known
+    load_methods()  # first, because its plugins register names
     return KINDS[kind].load(name, content, file)
 
 
 def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object) -> Part[Any]:
-    """Validate a benchmark's part of a suite; blocks of its grid get what ``grid_defaults`` gives.
+    """Validate a benchmark's part of a suite, and apply ``grid_defaults`` to the blocks of its grid.
 
     Raises:
         DefinitionError: A key or value is wrong; names it and the nearest valid one.

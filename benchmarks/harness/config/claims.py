@@ -14,18 +14,18 @@ from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark, Offer, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.suite_file import suite_parts
-from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
+from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
 
 _FILE = "claims.yaml"
 
 
 class PaperEffect(Strict):
-    """The number of the paper."""
+    """The paper's number."""
 
     effect: Number | None = None
-    """The difference, the method's number less the other's; null if the paper gives none."""
+    """The method's number minus the other's; null if the paper gives none."""
     unit: str = "points"
-    """Its unit: points of a score in percent, or another one."""
+    """Its unit: percentage points of a score, or another one."""
     where: str
     """Table, figure or section, and the numbers that it is a mean of."""
 
@@ -48,34 +48,34 @@ class Comparison(Strict):
     """The claim on the method's number: `higher` or `lower` (paired t-test), the `same` or `not_lower` (interval within
     the metric's margin, or above its lower end), `equal` (counts), a ratio `near` 1 or below (range within the
     margin)."""
-    selection: str | None = left_out()
+    selection: str | None = optional()
     """The selection of epoch and hyper-parameters, if a benchmark reports several."""
-    models: Names | None = left_out()
+    models: Names | None = optional()
     """Only these models; left out: all that both methods have."""
-    tasks: Names | None = left_out()
+    tasks: Names | None = optional()
     """Only these tasks (sets of images or instructions); left out: all that both methods have."""
-    tunings: Names | None = left_out()
+    tunings: Names | None = optional()
     """Only these ways of instruction tuning."""
-    questions: Names | None = left_out()
+    questions: Names | None = optional()
     """Only these sets of questions, such as `mmlu 5-shot`; left out: all that both methods have."""
-    settings: Names | Literal["all"] | None = left_out()
-    """Settings of a method that runs with several (`[D0.8]`), or `all` of them: a pair's numbers are averaged over
-    them. Left out: the method as in main tables."""
+    settings: Names | Literal["all"] | None = optional()
+    """For a method with several settings: some of them (`[D0.8]`) or `all`; each pair is averaged over them. Left
+    out: the settings of main tables."""
 
 
 class ClaimTest(Strict):
-    """A test of a claim: a comparison of runs, or the reason that there is none."""
+    """A test of a claim: a comparison of runs, or the requirement that it lacks."""
 
     title: str
     """Models and data of the test, in a few words."""
     paper: PaperEffect
-    """The number of the paper."""
-    compare: Comparison | None = left_out()
+    """The paper's number."""
+    compare: Comparison | None = optional()
     """The comparison."""
-    needs: str | None = left_out()
-    """Things that every suite lacks."""
+    needs: str | None = optional()
+    """A requirement that no suite meets."""
     headline: bool = False
-    """True to draw the test in the small picture of README and report."""
+    """True to show the test in the small figure of README and report."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("compare", "needs")
@@ -118,11 +118,11 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
 
     Args:
         compare: The comparison.
-        file: The file that it stands in.
-        at: The keys that lead to it.
+        file: The file of the comparison.
+        at: The keys that lead to it in the file.
 
     Raises:
-        DefinitionError: it names the file, the key and the nearest valid value.
+        DefinitionError: a name does not exist; names the file, the key and the nearest valid value.
     """
 
     def check(key: str, names: Collection[str | None] | None, options: Collection[str]) -> None:
@@ -166,7 +166,7 @@ def compared_benchmarks(names: Collection[str]) -> list[str]:
 
 
 def _settings(benchmark: AnyBenchmark, method: str) -> list[str]:
-    """Return the settings of a method in the grids of all suites."""
+    """Return the variants of a method in the grids of all suites."""
     offers = [offer for part in suite_parts(benchmark.name).values() for offer in benchmark.offers(part)]
     return sorted({setting for offer in offers if method in offer.methods for setting in offer.settings if setting})
 
@@ -181,7 +181,7 @@ def suites_with(compare: Comparison) -> list[str]:
 def _can_compare(offers: Sequence[Offer], compare: Comparison) -> bool:
     """Return True if both rows share a model with real weights, the selection and the way of tuning."""
     models = load_models()
-    # the other row has the settings of main tables, or those of the first if it runs with settings alone
+    # the other row needs the settings of main tables, or the first row's if it has no others
     ours = [offer for offer in offers if compare.method in offer.methods and _has_settings(offer, compare.settings)]
     others = [offer for offer in offers if compare.against in offer.methods]
     others = [offer for offer in others if "" in offer.settings] or [

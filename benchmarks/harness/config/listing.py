@@ -17,8 +17,8 @@ Row = dict[str, Any]
 
 
 def overview() -> list[Row]:
-    """Count what there is of each kind."""
-    # the runs of suites take seconds to plan
+    """Count the entries of each list."""
+    # planning the runs of suites takes seconds
     names = {kind: suite_names() if kind == "suites" else rows() for kind, rows in LISTS.items()}
     return [{"kind": kind, "how_many": len(entries)} for kind, entries in names.items()]
 

@@ -1,4 +1,4 @@
-"""Methods, which are data: their settings, tunings and plugins, and the part of a run's spec that they make."""
+"""Methods as data: settings, tunings, plugins, and the ``method`` part of a run's spec."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pydantic import Field
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, first_line
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import (
-    AsGiven,
     Count,
     Counts,
+    ExplicitNulls,
     Key,
     Names,
     NotNegative,
@@ -29,7 +29,7 @@ from benchmarks.harness.config.yaml import (
     Shares,
     Strict,
     Whole,
-    left_out,
+    optional,
     parse,
     read,
     read_yaml,
@@ -59,8 +59,8 @@ class Tuning:
     """Define one way of tuning.
 
     Attributes:
-        parameters: The function that names the trained parameters of a model; its arguments are the model, converted
-            and with its adapters, and the ``layers`` of the method.
+        parameters: The function that returns the names of the trained parameters, given the converted and adapted
+            model and the ``layers`` of the method.
         needs_layers: True if a method with this tuning must give ``layers``; else the function gets ``None``.
     """
 
@@ -72,28 +72,28 @@ TUNINGS: dict[str, Tuning] = {}
 
 
 def register_tuning(name: str, parameters: Parameters, *, needs_layers: bool = False) -> None:
-    """Add a way of tuning, so that ``tune: name`` takes it (``docs/adding.md`` has a whole one).
+    """Add a way of tuning for ``tune: name``; ``docs/adding.md`` has a complete example.
 
     >>> register_tuning("norms", lambda model, layers: [name for name, _ in model.named_parameters() if "norm" in name])
     >>> del TUNINGS["norms"]
 
     Args:
-        name: The name in YAML, and of the group of parameters in a run's record.
+        name: The name in YAML, and of the parameter group in a run's record.
         parameters: See :class:`Tuning`.
         needs_layers: See :class:`Tuning`.
 
     Raises:
-        DefinitionError: The name or the function is none.
+        DefinitionError: The name or the function is invalid.
     """
     if not isinstance(name, str) or not name.isidentifier():
-        raise DefinitionError(f"register_tuning: {name!r} is no name; write one like 'my_tuning'")
+        raise DefinitionError(f"register_tuning: {name!r} is not a valid name; write one like 'my_tuning'")
     if not callable(parameters):
-        raise DefinitionError(f"register_tuning('{name}'): {parameters!r} is no function of a model and layers")
+        raise DefinitionError(f"register_tuning('{name}'): {parameters!r} is not a function of a model and layers")
     TUNINGS[name] = Tuning(parameters, needs_layers)
 
 
 def needs_layers(name: str | None) -> bool:
-    """Return True if a way of tuning must be given layers; False for None."""
+    """Return True if a way of tuning requires ``layers``; False for None."""
     return name in TUNINGS and TUNINGS[name].needs_layers
 
 
@@ -105,20 +105,20 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
         layers: The layers of the method.
         also: Further modules to train, by the last part of their name.
     """
-    if name is None or name == "blocks":  # which has a key of its own
+    if name is None or name == "blocks":  # blocks have a key of their own
         return {"blocks": layers if name else [], "also": list(also)}
     tune = {"blocks": [], "also": list(also), "tuning": name}
     return tune | ({"layers": layers} if needs_layers(name) else {})
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
-    """Return True if a parameter belongs to one of the modules, which are given by their paths."""
+    """Return True if a parameter belongs to one of the modules, given by path."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
-    """Return the parameters of the transformer blocks whose FFNs are named."""
-    from emoe.architectures import find_ffns  # needs PyTorch, and ways of tuning are named where nothing is trained
+    """Return the parameters of the transformer blocks whose FFNs ``layers`` selects."""
+    from emoe.architectures import find_ffns  # needs PyTorch, unlike planning
 
     ffns = find_ffns(model)
     blocks = [block_of(ffns[layer].name) for layer in resolve_layers(layers, len(ffns))]
@@ -126,7 +126,7 @@ def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
 
 
 def block_of(ffn: str) -> str:
-    """Return the path of the block of an FFN: its own up to the last number."""
+    """Return the path of an FFN's block: the FFN's path up to its last number."""
     parts = ffn.split(".")
     last = max(number for number, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])
@@ -174,7 +174,7 @@ def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
 
 
 def _layers_text(layers: str) -> str:
-    """Describe a request for layers in words.
+    """Describe the layers of a variant in words.
 
     >>> [_layers_text(layers) for layers in ("5", "3+5", "8:12:2", "last-half:4", "all")]
     ['layer 5', 'layers 3, 5', 'layers 8, 10', 'last half of the layers, every 4th', 'all layers']
@@ -192,22 +192,22 @@ def _layers_text(layers: str) -> str:
     return f"layer{'s' if '+' in layers or start else ''} {layers.replace('+', ', ')}"
 
 
-def without(variant: str, usual: Collection[str]) -> str:
+def remove_settings(variant: str, usual: Collection[str]) -> str:
     """Remove the usual settings from a variant.
 
-    >>> without("k0.5-L22", ["L22"])
+    >>> remove_settings("k0.5-L22", ["L22"])
     'k0.5'
     """
     return "-".join(f"{key}{value}" for key, value in setting_values(variant).items() if f"{key}{value}" not in usual)
 
 
-KEY = "frozen_layers"
+FROZEN_KEY = "frozen_layers"
 
 
 def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: str) -> None:
     """Check that a method converts and trains nothing below the frozen layers.
 
-    What hangs on the number of the model's layers (``last:2``, ``-1``) is checked when the model is there.
+    Requests that depend on the number of layers (``last:2``, ``-1``) are checked when the model is loaded.
 
     Args:
         training: The training settings of the run's spec.
@@ -217,35 +217,35 @@ def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: 
     Raises:
         DefinitionError: The method uses a frozen layer.
     """
-    frozen = training.get(KEY) or 0
+    frozen = training.get(FROZEN_KEY) or 0
     named = f"{where}': method '{method['name']}'"
     for part, verb in ((method["config"] or {}, "converts"), (method["tune"] or {}, "trains")):
         for key in ("layers", "blocks"):
-            lowest = _lowest(part[key]) if part.get(key) else None
+            lowest = _lowest_layer(part[key]) if part.get(key) else None
             if lowest is not None:
-                refuse_below(frozen, lowest, f"{named} {verb}")
+                check_not_frozen(frozen, lowest, f"{named} {verb}")
 
 
-def refuse_below(frozen: int, lowest: int, what: str) -> None:
-    """Refuse a layer that is frozen.
+def check_not_frozen(frozen: int, lowest: int, subject: str) -> None:
+    """Raise if a layer is frozen.
 
     Args:
         frozen: The number of frozen layers.
-        lowest: The lowest layer that is used.
-        what: The beginning of the message.
+        lowest: The lowest layer that the method uses.
+        subject: The beginning of the message.
 
     Raises:
         DefinitionError: The layer is frozen.
     """
     if lowest < frozen:
         raise DefinitionError(
-            f"{what} layer {lowest}, but training.{KEY} is {frozen}: layers 0 to {frozen - 1} stay as they are. "
+            f"{subject} layer {lowest}, but training.{FROZEN_KEY} is {frozen}: layers 0 to {frozen - 1} are frozen. "
             f"Freeze fewer, or take layers from {frozen} on"
         )
 
 
-def _lowest(layers: Any) -> int | None:
-    """Return the lowest of some layers; None if it depends on the number of layers."""
+def _lowest_layer(layers: Any) -> int | None:
+    """Return the lowest requested layer; None if it depends on the model's number of layers."""
     if not isinstance(layers, str):
         return None if min(layers) < 0 else int(min(layers))
     if layers == "all":
@@ -259,26 +259,25 @@ CONTROL, ABLATION = "control", "ablation"
 Role = Literal["baseline", "method", "control", "ablation"]
 
 
-class Method(AsGiven):
-    """A method, or some settings of one: methods.yaml defines it, a benchmark, a suite and a grid change it.
+class Method(ExplicitNulls):
+    """A method, or some of its settings: methods.yaml defines it; a benchmark, a suite and a grid may change it.
 
-    Each layer gives some of the keys. :func:`merge_methods` stacks them, and the result has a title and a kind.
+    Each of these files gives some keys. :func:`merge_methods` merges them; the result has a title and a kind.
     """
 
     method: str | None = None
-    """Name in methods.yaml of a benchmark's row, if the row has another name."""
-    title: str = left_out()
+    """The row's name in methods.yaml, if it differs."""
+    title: str = optional()
     """Label in tables and figures."""
-    kind: Literal["dense", "emoe", "gmoe"] = left_out()
+    kind: Literal["dense", "emoe", "gmoe"] = optional()
     """The model that is built: the dense one, EMoE, or GMoE."""
     role: Role = "method"
-    """Purpose of the row. An ablation is in no table but those of `ablations`, each of its settings as a row of its
-    own."""
+    """Purpose of the row. An ablation is shown only in the tables of `ablations`, with one row per setting."""
     noise: NotNegative = 0.0
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, Registered(TUNINGS)] | None = None
-    """A registered way of tuning: the parameters that are trained beside adapters (if training.lora has any), head and
-    routers, instead of everything. `blocks` are the transformer blocks whose FFNs `layers` names."""
+    """A registered way of tuning. It selects the trained parameters besides adapters (with training.lora), head and
+    routers, instead of all parameters. `blocks` selects the transformer blocks whose FFNs `layers` names."""
     also_train: Names | None = None
     """With LoRA or `tune`: further modules to train, by the last part of their name (the authors' pooler and ln_f)."""
     as_published: Literal["tutel", "llama"] | None = None
@@ -333,11 +332,11 @@ class Method(AsGiven):
             raise refusal("it has both top_k and top_k_fraction; keep one")
 
     def config_values(self) -> dict[str, Any]:
-        """Return the given fields of a configuration; ``partition_seed`` may be ``run``."""
+        """Return the configuration's fields that are set; ``partition_seed`` may be ``run``."""
         return {name: value for name, value in self.given().items() if name not in _NO_CONFIG}
 
 
-# keys of a method that are no fields of its configuration
+# keys of a method that are not fields of its configuration
 _NO_CONFIG = {"method", "title", "kind", "role", "noise", "tune", "also_train", "as_published", "top_k_fraction"}
 
 
@@ -353,17 +352,17 @@ class LoRA(Strict):
     targets: Annotated[dict[str, Names], Field(min_length=1)]
     """Names of the adapted layers, by the model's type."""
     base_lr_ratio: Positive = 0.1
-    """Learning rate of what is trained beside adapters and head, as a share of theirs."""
+    """Learning rate of all trained parameters but adapters and head, as a share of theirs."""
 
 
 class VariantAxes(Strict):
     """Lists of method settings, which become part of the method's variant."""
 
-    num_experts: Counts | None = left_out()
+    num_experts: Counts | None = optional()
     """Values of num_experts to try."""
-    top_k_fraction: Shares | None = left_out()
+    top_k_fraction: Shares | None = optional()
     """Values of top_k_fraction to try."""
-    layers: Annotated[list[Layers], Field(min_length=1)] | None = left_out()
+    layers: Annotated[list[Layers], Field(min_length=1)] | None = optional()
     """Values of layers to try."""
 
 
@@ -375,7 +374,7 @@ class _PluginsOnly(Strict):
 
 
 def import_plugins() -> None:
-    """Import the plugins, so that this process knows the names that they register.
+    """Import the plugins, which register routers and tunings in this process.
 
     Raises:
         DefinitionError: A plugin cannot be imported; names the nearest module that exists.
@@ -383,7 +382,7 @@ def import_plugins() -> None:
     file = BENCHMARKS / "methods.yaml"
     content = read_yaml(file)
     given = content.get("plugins", []) if isinstance(content, dict) else []
-    # the methods are checked when the plugins are there: they may name what those register
+    # the methods, which may use the plugins' names, are checked later
     plugins = parse({"plugins": given}, _PluginsOnly, str(file)).plugins
     if plugins and str(ROOT) not in sys.path:  # a job may have another working directory
         sys.path.append(str(ROOT))
@@ -391,15 +390,15 @@ def import_plugins() -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            near = did_you_mean(name, _siblings(name)) if name.startswith(str(error.name)) else f": {error}"
+            near = did_you_mean(name, _sibling_modules(name)) if name.startswith(str(error.name)) else f": {error}"
             raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported{near}") from error
         except Exception as error:  # a module may raise anything
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported: {reason}") from error
 
 
-def _siblings(name: str) -> Iterator[str]:
-    """Return the modules beside the one that was looked for, below the project's folder."""
+def _sibling_modules(name: str) -> Iterator[str]:
+    """Yield the modules in the same package as a missing one, inside the project's folder."""
     parent = name.rpartition(".")[0]
     for module in pkgutil.iter_modules([str(ROOT / parent.replace(".", "/"))]):
         yield f"{parent}.{module.name}" if parent else module.name
@@ -483,7 +482,7 @@ def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | Non
 
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
-OF_TRAINING = ("train_share", "epochs_factor")  # settings that are no method's, but vary a row all the same
+TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that also vary a row
 
 
 def method_spec(
@@ -506,7 +505,7 @@ def method_spec(
         DefinitionError: Settings do not go together.
     """
     base = methods[point["method"]]
-    # a dense model has no experts to vary: it is one run for all variants, but for the blocks that it trains
+    # variants share one dense run, except variants of the blocks that it trains
     varying = VARIANT_KEYS if base.kind != "dense" else ("layers",) if needs_layers(base.tune) else ()
     varied = {key: point[key] for key in varying if key in point}
     method = merge_methods(base, Method(**varied))
@@ -516,30 +515,30 @@ def method_spec(
         _check_divisible(point["model"], config["num_experts"], named)
     return {
         "name": point["method"],
-        "variant": variant_of({**varied, **{key: point[key] for key in OF_TRAINING if key in point}}),
+        "variant": variant_of({**varied, **{key: point[key] for key in TRAINING_KEYS if key in point}}),
         "noise": float(method.noise),
         "config": config,
-        "tune": _tuned(method, lora, named),
+        "tune": _tune_part(method, lora, named),
     }
 
 
 def _check_divisible(model: str, num_experts: int, where: str) -> None:
-    """Check that experts are of equal size, if ``models.yaml`` has the shape of the model."""
+    """Check that N divides the FFN's width, if ``models.yaml`` has the model's shape."""
     shape = load_models()[model].shape
     if shape and shape.neurons % num_experts:
         raise DefinitionError(
             f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be "
-            f"split into so many equal experts; the nearest number that can is "
+            f"split into equal experts; the nearest divisor is "
             f"{nearest_divisor(shape.neurons, num_experts)}"
         )
 
 
-def _tuned(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
+def _tune_part(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
     """Make the ``tune`` part of a run's spec; None if everything is trained."""
     if lora is None and method.tune is None:
         if method.also_train is not None:
             raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
         return None
     if needs_layers(method.tune) and method.layers is None:
-        raise DefinitionError(f"{where} sets 'tune: {method.tune}' but no 'layers', which say where")
+        raise DefinitionError(f"{where} sets 'tune: {method.tune}' but no 'layers', which it needs")
     return tuning_spec(method.tune, method.layers, method.also_train or ())

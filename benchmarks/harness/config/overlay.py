@@ -1,11 +1,11 @@
 """Merge the settings of a benchmark, a suite and a model, and validate the result once.
 
-These rules are no merge:
+These rules are not merges:
 
 - ``top_k`` and ``top_k_fraction`` replace each other (:func:`benchmarks.harness.config.methods.merge_methods`).
 - ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.methods.method_config`).
 - ``by_model`` is a layer after the suite's (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
-- The epochs of a task, of a row, and the rows that choose (:func:`benchmarks.text.grid.run_training`).
+- A task and a row change the epochs, and a protocol the validation rows (:func:`benchmarks.text.grid.run_training`).
 - An untrained model has no training settings (:mod:`benchmarks.llama.grid`).
 - A set of images has its own ``eval_every``, a draw its own hyper-parameters (:mod:`benchmarks.domainbed.grid`).
 """
@@ -25,7 +25,7 @@ Layer = tuple[str, KeyPath, Mapping[str, Any]]  # a file, the keys that lead to 
 
 
 class Changes:
-    """Mark a dictionary as settings that change a model's; the overlay validates them, editors propose its keys."""
+    """Annotate a dictionary as some settings of a model. The overlay validates them, and editors propose the keys."""
 
     def __init__(self, model: type[Strict]) -> None:
         self.model = model
@@ -57,7 +57,7 @@ def overlay(model: type[Model], *layers: Layer) -> Model:
 
     Args:
         model: The model of the result.
-        layers: The layers; the first is valid by itself.
+        layers: The layers, from the lowest; the first is valid alone.
 
     Raises:
         DefinitionError: Settings are wrong; names file and keys of the layer that gave them.

@@ -18,23 +18,23 @@ from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.claims import Comparison, check_comparison
 from benchmarks.harness.config.runs import canonical_json
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
+from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
 
 _FILE = "paper.yaml"
 
 
 class PaperPart(Strict):
-    """A table or a figure of a benchmark of ours."""
+    """One of our tables or figures."""
 
     benchmark: str
     """A folder of benchmarks/."""
-    table: str | None = left_out()
+    table: str | None = optional()
     """One of its `tables`."""
-    set_table: str | None = left_out()
+    set_table: str | None = optional()
     """One of its `set_tables`, of every set that the suite runs."""
-    figure: str | None = left_out()
+    figure: str | None = optional()
     """One of its `figures`."""
-    rows: Names | None = left_out()
+    rows: Names | None = optional()
     """The methods that the paper shows; left out: all rows of the table."""
 
     def model_post_init(self, _context: Any, /) -> None:
@@ -52,14 +52,14 @@ class PaperItem(Strict):
     title: str
     """Its content in a few words."""
     naacl: str
-    """Its place in the NAACL version, as far as that is known."""
-    parts: Annotated[list[PaperPart], Field(min_length=1)] | None = left_out()
+    """Its number in the NAACL version, as far as known."""
+    parts: Annotated[list[PaperPart], Field(min_length=1)] | None = optional()
     """Our tables and figures with the same content."""
-    missing: str | None = left_out()
-    """The reason why there are none."""
-    main: Literal[True] | None = left_out()
-    """It is the figure of the main averages: over several benchmarks, by `main` of this file."""
-    caption: str | None = left_out()
+    missing: str | None = optional()
+    """The reason why we have none."""
+    main: Literal[True] | None = optional()
+    """True for the figure of the main averages, which `main` of this file defines."""
+    caption: str | None = optional()
     """The caption of the main averages; other figures have a caption in their benchmark."""
 
     def model_post_init(self, _context: Any, /) -> None:
@@ -102,7 +102,7 @@ class MainPaper(Strict):
 
 
 class MainAverage(Strict):
-    """A main average: an axis of the paper's radar for each of its models, and one for each of ours."""
+    """A main average: one axis of the radar for each of the paper's models, and for each of ours."""
 
     title: str
     """The sets of the average."""
@@ -118,9 +118,9 @@ class PaperFile(Strict):
     """The paper's tables and figures."""
 
     items: Annotated[dict[Key, PaperItem], Field(min_length=1)]
-    """By name: `table_` or `figure_`, and the number in the first version."""
+    """The items by name: `table_` or `figure_`, and the number in the first version."""
     unknown: list[Key]
-    """Tables of the first version whose content is not known to this suite."""
+    """Tables of the first version whose content is unknown."""
     main: dict[Key, MainAverage]
     """The main averages, in the order of the figure."""
 
@@ -179,7 +179,7 @@ def load_main_averages() -> Mapping[str, MainAverage]:
 
 
 def missing_items() -> dict[str, str]:
-    """Return the paper's tables and figures that nothing makes, each with the reason."""
+    """Return the paper's tables and figures that are not reproduced, each with the reason."""
     missing = {name: item.missing for name, item in load_paper_items().items() if item.missing}
     return missing | dict.fromkeys(_load().unknown, "its content is not known to this suite (docs/reproducing.md)")
 
@@ -244,7 +244,7 @@ def files_of(artifacts: Artifacts, suite: str) -> list[str]:
 
 
 def items_text(artifacts: Artifacts) -> str:
-    """Return the settings of :func:`outputs_of`, so that a change makes them again."""
+    """Return the settings of :func:`outputs_of` as text, so that a change makes the workflow rebuild them."""
     return canonical_json([[output.name, output.part.model_dump(), output.title] for output in outputs_of(artifacts)])
 
 
@@ -260,7 +260,7 @@ def main_files(suite: str) -> list[str]:
 
 
 def main_text() -> str:
-    """Return the settings of the main averages, so that a change makes them again."""
+    """Return the settings of the main averages as text, so that a change makes the workflow rebuild them."""
     items = [item.model_dump() for item in load_paper_items().values() if item.main]
     return canonical_json([items, *(average.model_dump() for average in load_main_averages().values())])
 

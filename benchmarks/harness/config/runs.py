@@ -15,25 +15,25 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import DataError, DefinitionError, read_json
 from benchmarks.harness.config.catalogue import ModelSource, load_models
 from benchmarks.harness.config.methods import Layers
-from benchmarks.harness.config.yaml import AsGiven, Count, Number, Strict, Whole, left_out
-from benchmarks.harness.sources.packages import PackageFile, packaged, set_packages
+from benchmarks.harness.config.yaml import Count, ExplicitNulls, Number, Strict, Whole, optional
+from benchmarks.harness.sources.packages import PackageFile, find_package, set_packages
 from emoe.errors import did_you_mean
 
 
 class RunModel(ModelSource):
-    """The model of a run, and in which form its weights are loaded."""
+    """The model of a run, and the form of its weights."""
 
     name: str
     """Name in models.yaml."""
-    weights: Literal["bf16"] | None = left_out()
+    weights: Literal["bf16"] | None = optional()
     """Type of the weights, if it is not float32."""
-    quantize: Literal["nf4", "fp4"] | None = left_out()
-    """In 4 bits."""
-    whole: Layers | None = left_out()
-    """The FFNs that stay whole in a quantised model."""
+    quantize: Literal["nf4", "fp4"] | None = optional()
+    """Quantization to 4 bits."""
+    whole: Layers | None = optional()
+    """The layers whose FFNs are not quantised."""
 
 
-class RunTune(AsGiven):
+class RunTune(ExplicitNulls):
     """The trained parts of a model, if not everything is trained."""
 
     blocks: str | list[int]
@@ -43,12 +43,12 @@ class RunTune(AsGiven):
     tuning: str | None = None
     """Another registered way of tuning."""
     layers: Layers | None = None
-    """The layers that it is given."""
+    """The layers for that tuning."""
     head: bool | None = None
-    """False if the head stays as it is."""
+    """False if the head is frozen."""
 
 
-class RunMethod(AsGiven):
+class RunMethod(ExplicitNulls):
     """The method of a run."""
 
     name: str
@@ -64,7 +64,7 @@ class RunMethod(AsGiven):
 
 
 class RunSpec(Strict):
-    """The settings that shape a run's numbers; their dump is hashed."""
+    """The settings that determine a run's numbers; the run's id is their hash."""
 
     benchmark: str
     """Name of the benchmark."""
@@ -75,7 +75,7 @@ class RunSpec(Strict):
     method: RunMethod
     """The method."""
     variant: str
-    """The settings that vary beside model, task and method, in short."""
+    """The settings that vary besides model, task and method, in short."""
     learning_rate: Number
     """Peak learning rate; 0 if nothing is trained."""
     seed: Whole
@@ -133,7 +133,7 @@ def canonical_json(value: object) -> str:
 
 
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
-    """Make a run of a spec, named by its content."""
+    """Make a run from a spec; the content determines the id."""
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
     method, task = spec["method"]["name"], spec["task"]
     parts = [spec["model"]["name"], task["name"], method, spec["variant"]]
@@ -159,8 +159,8 @@ def read_run(path: Path) -> Run:
         path: The path of the file.
 
     Raises:
-        DefinitionError: The file is missing, or is not the spec that its folder is named after.
-        DataError: The file is no JSON.
+        DefinitionError: The file is missing, or does not match the name of its folder.
+        DataError: The file is not JSON.
     """
     if not path.exists():
         raise DefinitionError(
@@ -169,15 +169,15 @@ def read_run(path: Path) -> Run:
     spec = read_json(path, dict[str, Any])
     try:
         run = run_from_spec(spec)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a key lacks or has another type
-        raise DefinitionError(f"{path} is no run specification: {error!r}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a key is missing or has another type
+        raise DefinitionError(f"{path} is not a run's specification: {error!r}") from error
     if path.parent.name != run.id:
-        raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
+        raise DefinitionError(f"{path} was changed by hand: its content belongs in a folder named {run.id}")
     return run
 
 
 class Job:
-    """Hold a job whose content is its identity; a frozen dataclass of plain values."""
+    """Base class of jobs that are identified by their content: frozen dataclasses of plain values."""
 
     def to_json(self) -> str:
         return canonical_json(dataclasses.asdict(cast(Any, self)))
@@ -212,7 +212,7 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
         return []
     keys = ("num_experts", "partition", "partition_seed")
     shared = {"kind": "emoe", "top_k": 1, **{key: config[key] for key in keys}}
-    # how many layers a word such as "all" means is known when the model is loaded
+    # the layers of a word such as "all" are known when the model is loaded
     layers = [[layer] for layer in config["layers"]] if isinstance(config["layers"], list) else [config["layers"]]
     return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
 
@@ -226,7 +226,7 @@ def rebuilt_from(name: str) -> PackageFile:
     rebuilt = {name: model.rebuilt for name, model in load_models().items() if model.rebuilt}
     if name not in rebuilt:
         raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
-    return packaged(rebuilt[name])
+    return find_package(rebuilt[name])
 
 
 def model_files(model: Mapping[str, Any]) -> list[str]:
@@ -241,7 +241,7 @@ def set_files(spec: Mapping[str, Any]) -> list[str]:
 
 
 def run_inputs(run: Run) -> list[str]:
-    """List the files beside ``run.json`` that a run needs: packages, weights, partitions, and runs that it chooses."""
+    """List the files that a run needs besides ``run.json``: packages, weights, candidates' metrics, and partitions."""
     return [
         *set_files(run.spec),
         *model_files(run.spec["model"]),

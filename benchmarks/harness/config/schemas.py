@@ -52,5 +52,5 @@ def _suite_schema() -> dict[str, Any]:
 
 
 def _without_grid(schema: dict[str, Any]) -> dict[str, Any]:
-    """Require no key of a block: ``grid_defaults`` may give it."""
+    """Make every key of a block optional, because ``grid_defaults`` may give it."""
     return {key: value for key, value in schema.items() if key != "required"}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from benchmarks.harness.config.yaml import Count, Strict
 
-ALL = "all"  # the one part of a set that is read as a whole
+ALL = "all"  # the only part of a set without a split
 
 
 class PublishedRows(Strict):
-    """Another number of rows that the paper's authors score."""
+    """The number of rows that the paper's authors score, if it differs."""
 
     rows: Count
     """Number of rows."""
@@ -23,14 +23,14 @@ class PublishedRows(Strict):
 
 @dataclass(frozen=True)
 class SetPart:
-    """One part of one set, as it was read.
+    """Describe one part of a set after reading it.
 
     Attributes:
         name: The name of the set.
         part: ``train``, ``dev`` or ``test``; the environment of an image set; ``all`` of instructions.
         rows: The number of rows in use; None if the part is missing.
-        dropped: The number of rows without a gold label or text, or broken, which are left out.
-        expected: The number of rows by the set's makers, if it is known.
+        dropped: The number of rows that are left out: broken, or without a gold label or text.
+        expected: The number of rows according to the set's makers; None if unknown.
         labels: The number of rows by label, as text.
         source: The place that the rows came from.
         advice: The way to get the part if it is missing.
@@ -51,7 +51,7 @@ class SetPart:
 
     @property
     def as_expected(self) -> bool:
-        """Return True if the set's makers count as many rows, or no count of theirs is known."""
+        """Return True if the number of rows is that of the set's makers, or theirs is unknown."""
         return self.expected in (None, self.rows, self._counted)
 
     @property
@@ -60,7 +60,7 @@ class SetPart:
 
     @property
     def note(self) -> str | None:
-        """Describe the difference to the known number of rows; None if there is none."""
+        """Describe the difference from the makers' number of rows; None if they agree."""
         if self.rows is None or (self.published and self.published.rows == self.rows):
             return None
         if not self.as_expected:
@@ -82,9 +82,8 @@ class SetReader:
     Attributes:
         name: The name of the set.
         part: The name of the part; :data:`ALL` of a set that is read as a whole.
-        read: A function that reads and describes it. Its argument is True to open every file of a set of files, which
-            takes minutes.
-        unpinned: Names of things that the run reads beside its sets, at no fixed version.
+        read: A function that reads and describes it. With True it opens every file of a set of files, in minutes.
+        unpinned: Names of other inputs of the run without a fixed version.
     """
 
     name: str
@@ -94,13 +93,13 @@ class SetReader:
 
 
 def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
-    """Describe a set that is read as a whole and cannot be.
+    """Describe a set that cannot be read, as a single part.
 
     Args:
         name: The name of the set.
         problem: The error.
-        instructions: The source of the set.
-        expected: The number of rows by its makers.
+        instructions: The way to get the set.
+        expected: The number of rows according to its makers.
     """
     advice = f"{name}: {problem}\n    {instructions}. Without it: `exclude: [{name}]`"
     return SetPart(name, ALL, None, expected=expected, advice=advice)

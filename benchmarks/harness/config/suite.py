@@ -1,4 +1,4 @@
-"""A suite as the workflow sees it: its configuration, its runs, the files they need and make."""
+"""A suite for the workflow: its configuration, its runs, and their input and output files."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from benchmarks.harness.config.runs import (
     slug,
 )
 from benchmarks.harness.config.suite_file import SuiteSettings, read_suite_file, suite_names
-from benchmarks.harness.sources.local import local_folder, own_file
-from benchmarks.harness.sources.packages import packaged, set_packages, sha256
+from benchmarks.harness.sources.local import local_folder, user_file
+from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
 
-# Without them glibc gives memory back to the kernel and asks for it again in every step, which a small model pays for
-# with a tenth of its training time.
-# Of no account where they are set already, or where the C library is another.
+# Without them glibc returns memory to the kernel and requests it again in every step, a tenth of a small model's
+# training time. Variables that are set already are kept; other C libraries ignore them.
 _GLIBC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
@@ -65,7 +64,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
         if folder and not Path(folder).is_dir():
             where = "--config" if key in overrides else paths.CONFIG / f"{name}.yaml"
-            raise DefinitionError(f"{where}: '{key}' is '{folder}', which is no folder")
+            raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
     return Suite(name, settings, content.parts, dict(overrides))
 
 
@@ -77,7 +76,7 @@ def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
         exclude: The sets to leave out.
 
     Raises:
-        DefinitionError: A name in a grid does not exist, or a method cannot be built.
+        DefinitionError: A name in a grid does not exist, or a method is invalid.
     """
     planned: dict[str, list[Run]] = {}
 
@@ -104,7 +103,7 @@ def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
     """Return the sha256 of the files that a run's sets and a rebuilt model are read from, by name."""
     digests: dict[str, str] = {}
     if rebuilt := spec["model"].get("rebuilt"):
-        digests[packaged(rebuilt).name] = packaged(rebuilt).sha256
+        digests[find_package(rebuilt).name] = find_package(rebuilt).sha256
     for task in all_sets(spec):
         source = task.get("source", {})
         digests |= {file.name: file.sha256 for file in set_packages(source)}
@@ -115,7 +114,7 @@ def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def _csv_digest(name: str) -> str:
-    """Return the sha256 of a csv in the project (:class:`DefinitionError` if there is none)."""
+    """Return the sha256 of a csv in the project (raises :class:`DefinitionError` if missing)."""
     if not (paths.ROOT / name).is_file():
         raise DefinitionError(f"{paths.ROOT / name} does not exist, but a task's 'source.csv' names it")
     return sha256(paths.ROOT / name)
@@ -127,23 +126,23 @@ def suite_of_job(name: str) -> Suite:
     return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
 
 
-def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
-    """Name the suites that have a target which the given one lacks.
+def suites_hint(target: str, benchmarks: Collection[str], given: Suite) -> str:
+    """Explain which suites have a target that the given one lacks.
 
     Args:
-        what: The target.
-        wanted: The benchmarks, each of which shows it.
-        here: The suite.
+        target: The target of the workflow.
+        benchmarks: The benchmarks that have the target.
+        given: The given suite.
     """
     ready = ("mini", "full", "smoke")  # on any machine
     names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
-    others = [name for name in names if set(wanted) & set(plain_suite(name).settings.benchmarks)]
+    others = [name for name in names if set(benchmarks) & set(plain_suite(name).settings.benchmarks)]
     where = (
-        f"{', '.join(others)} do: `snakemake --cores all {what} --config suite={others[0]}`"
+        f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`"
         if others
         else "no suite does"
     )
-    return f"the suite '{here.name}' does not run {' or '.join(wanted)}; {where}"
+    return f"the suite '{given.name}' does not run {' or '.join(benchmarks)}; {where}"
 
 
 def find_part(benchmark: str, part: str, first: Suite) -> Suite:
@@ -193,9 +192,7 @@ class Suite:
         return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
 
     def parts(self, benchmark: str) -> list[str]:
-        """Return the sets of a benchmark with tables and figures of their own and runs in this suite, without planning
-        them.
-        """
+        """Return the benchmark's sets that have tables of their own and are in this suite, without planning runs."""
         loaded = load_benchmark(benchmark)
         if not loaded.shows_parts:
             return []
@@ -209,10 +206,10 @@ class Suite:
         return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
 
     def keeps_weights(self, benchmark: str) -> bool:
-        """Return True if all runs of a benchmark that train keep their weights."""
+        """Return True if the training runs of a benchmark keep their weights."""
         loaded, part = load_benchmark(benchmark), self.benchmark_parts.get(benchmark)
         training = getattr(loaded.definition, "training", None)
-        if training is not None and part is not None:  # another suite's runs are as the benchmark says
+        if training is not None and part is not None:  # another suite's runs follow the benchmark
             training = loaded.settings("training", part)
         return bool(getattr(training, "keep_weights", False))
 
@@ -224,7 +221,7 @@ class Suite:
 
     @property
     def claimed(self) -> list[str]:
-        """Return its benchmarks that claims of the paper are tested on."""
+        """Return the suite's benchmarks that the paper's claims are tested on."""
         return compared_benchmarks(self.settings.benchmarks)
 
     def claim_files(self) -> list[str]:
@@ -232,9 +229,7 @@ class Suite:
         return [*CLAIMS.table_files(self.name), *CLAIMS.figure_files(self.name)] if self.claimed else []
 
     def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """Return tables and figures: of every benchmark and of the claims, of one benchmark with its parts, or of one
-        part.
-        """
+        """Return the files of tables and figures: all with the claims, a benchmark's with its parts, or a part's."""
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         artifacts = [
             artifacts_of(name, shown) for name in names for shown in (None, *self.parts(name)) if part in (None, shown)
@@ -253,9 +248,7 @@ class Suite:
         return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
 
     def digest(self, benchmark: str, part: str | None = None) -> str:
-        """Hash everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not
-        count.
-        """
+        """Hash all inputs of the tables of a benchmark or part except its runs' numbers; comments do not count."""
         loaded = load_benchmark(benchmark)
         definition, runs = loaded.definition, self.runs_of(benchmark, part)
         published = [(loaded.folder / name).read_text() for name in loaded.published_files]
@@ -276,7 +269,7 @@ class Suite:
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     def claims_digest(self) -> str:
-        """Hash everything that shapes the table of claims beside its runs' numbers; comments do not count."""
+        """Hash all inputs of the table of claims except its runs' numbers; comments do not count."""
         claims = {name: claim.model_dump() for name, claim in load_claims().items()}
         content = [claims, *(self.digest(name) for name in self.claimed)]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
@@ -302,26 +295,26 @@ class Suite:
         return variables
 
     @property
-    def _planned(self) -> Path:
+    def _plan_file(self) -> Path:
         return paths.RESULTS / self.name / "plan.tsv"
 
-    def planned(self, key: str) -> dict[str, Any] | None:
-        """Return the content of a run or partition in the file of :meth:`write_plan`; None if it has none."""
-        if not self._planned.exists():
+    def read_planned(self, key: str) -> dict[str, Any] | None:
+        """Return the content of a run or partition from the file of :meth:`write_plan`; None if it is not there."""
+        if not self._plan_file.exists():
             return None
-        with self._planned.open(encoding="utf-8") as lines:
+        with self._plan_file.open(encoding="utf-8") as lines:
             line = next((line for line in lines if line.startswith(f"{key}\t")), "")
         return json.loads(line.partition("\t")[2]) if line else None
 
     @property
-    def _usual_seconds(self) -> Mapping[str, float]:
-        """Return the duration of a run of each benchmark when the suite was blessed; empty if it was not."""
+    def _seconds_by_benchmark(self) -> Mapping[str, float]:
+        """Return the seconds of a run by benchmark, from when the suite was blessed; empty if it was not."""
         path = paths.REFERENCE / f"{self.name}.json"
         return json.loads(path.read_text()).get("seconds", {}) if path.exists() else {}
 
     @property
-    def by_size(self) -> list[str]:
-        """Return all benchmarks, those of the suite first, with the fewest runs before the others."""
+    def by_number_of_runs(self) -> list[str]:
+        """Return all benchmarks: the suite's by ascending number of runs, then the others."""
         sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
         return [
             *sorted(sizes, key=lambda name: sizes[name]),
@@ -329,7 +322,7 @@ class Suite:
         ]
 
     def missing_sets(self) -> list[str]:
-        """Return sets that only exist by hand and are missing; runs that need them will fail."""
+        """Return the missing sets that must be downloaded by hand; runs that need them will fail."""
         sources = {task["name"]: task["source"] for run in self.runs for task in all_sets(run.spec) if "source" in task}
         return [
             name
@@ -337,13 +330,13 @@ class Suite:
             if "hub" not in source
             and not set_packages(source)
             and local_folder(name, source) is None
-            and own_file(name) is None
+            and user_file(name) is None
         ]
 
     def write_plan(self, folders: Collection[str]) -> None:
-        """Write the runs that progress lines count with their usual seconds, the start of the work, and the name of the machine.
+        """Write the plan for progress lines: each run's usual seconds, the start time and the machine's name.
 
-        A second file has the runs themselves and their partitions, for jobs on a cluster: :func:`planned_run`.
+        A second file has the runs and their partitions, for jobs on a cluster: :func:`planned_run`.
 
         Args:
             folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
@@ -351,22 +344,22 @@ class Suite:
         runs = [find_run(folder, self)[0] for folder in sorted(folders)]
         lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
         lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
-        write_text(self._planned, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
-        seconds = {run.folder: self._usual_seconds.get(run.benchmark, 1.0) for run in runs}
+        write_text(self._plan_file, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
+        seconds = {run.folder: self._seconds_by_benchmark.get(run.benchmark, 1.0) for run in runs}
         before = sum(seconds[folder] for folder in folders if (paths.RUNS / folder / "metrics.json").exists())
         plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": seconds}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 
 def planned_run(folder: str, suite: Suite) -> Run:
-    """Return a run of the workflow that a job on a cluster belongs to, without planning the suite."""
-    content = suite.planned(folder)
+    """Return a run by folder in a job on a cluster, without planning the suite."""
+    content = suite.read_planned(folder)
     return Run(**content) if content else find_run(folder, suite)[0]
 
 
 def planned_partition(name: str, suite: Suite) -> PartitionJob:
-    """Return a clustering of the workflow that a job on a cluster belongs to, without planning the suite."""
-    content = suite.planned(name)
+    """Return a clustering by id in a job on a cluster, without planning the suite."""
+    content = suite.read_planned(name)
     return PartitionJob(**content) if content else find_partition(name, suite)
 
 
@@ -377,13 +370,13 @@ def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
         DefinitionError: No suite has such a run; names the nearest.
     """
     for suite in _suites(first):
-        if (suite is first or _may_have(suite, folder)) and folder in suite.runs_by_folder:
+        if (suite is first or _has_model(suite, folder)) and folder in suite.runs_by_folder:
             return suite.runs_by_folder[folder], suite
     raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
 
 
-def _may_have(suite: Suite, folder: str) -> bool:
-    """Return True if a suite runs the model that a run's name begins with. Planning ten thousand runs takes seconds."""
+def _has_model(suite: Suite, folder: str) -> bool:
+    """Return True if a suite has the model of a run's folder. Planning ten thousand runs takes seconds."""
     name, _, run = folder.partition("/")
     if name not in suite.settings.benchmarks:
         return False
@@ -405,12 +398,12 @@ def find_partition(name: str, first: Suite) -> PartitionJob:
 
 @functools.cache
 def plain_suite(name: str) -> Suite:
-    """Load a suite without any value of the command line; it is planned once a process."""
+    """Load a suite without the command line's values; each process plans it once."""
     return load_suite({"suite": name})
 
 
 def _suites(first: Suite) -> Iterator[Suite]:
-    """Yield the given suite, then the others as they are needed, the usual ones first."""
+    """Yield the given suite, then the others, loaded when needed, the usual ones first."""
     yield first
     usual = ("smoke", "mini", "paper")
     for name in sorted(suite_names(), key=lambda name: (usual.index(name) if name in usual else len(usual), name)):

@@ -22,11 +22,11 @@ class SuiteSettings(Strict):
     """
 
     benchmarks: Annotated[dict[Key, Any], Field(min_length=1)]
-    """Benchmarks to run, in the order of the report, each with its grid and what differs from its benchmark.yaml."""
+    """Benchmarks to run, in the order of the report, each with its grid and its differences from benchmark.yaml."""
     exclude: Annotated[list[str], UNIQUE] = Field([])
-    """Sets to leave out, by their names, for those that you could not obtain. Tables say which sets they cover."""
+    """Names of sets to leave out because you could not obtain them. Tables state the sets that they cover."""
     seeds: Count | None = None
-    """Number of seeds (of trials for images), from 0 on, in place of those in each block of a grid that has several."""
+    """Number of seeds (trials for images), from 0 on. It replaces lists of several seeds in the blocks of a grid."""
     data_root: str | None = None
     """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
     hub.
@@ -45,7 +45,7 @@ class _Chosen(Strict):
 
 @dataclass(frozen=True)
 class SuiteFile:
-    """Hold the content of a suite's file, with what the command line changes.
+    """Hold the content of a suite's file, changed by the command line's values.
 
     Attributes:
         settings: The content.
@@ -99,7 +99,7 @@ def read_suite_file(name: str, overrides: Mapping[str, Any]) -> SuiteFile:
 
 
 def _with_seeds(part: Any, seeds: int | None) -> Any:
-    """Put so many seeds into the lists of a part, as the file gives it, that hold several seeds or trials."""
+    """Set lists of several seeds or trials in a part's unvalidated content to the given number of seeds."""
     if isinstance(part, dict):
         return {
             key: list(range(seeds))

@@ -87,7 +87,7 @@ def _describe(path: KeyPath, problems: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _float_hint(value: object) -> str:
-    """Say how to write ``2e-5``, which YAML 1.1 reads as text."""
+    """Return a hint on writing ``2e-5``, which YAML 1.1 reads as text."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
         return f" (YAML reads {value} as text; write {float(value):.1e})"
     return ""
@@ -98,7 +98,7 @@ Model = TypeVar("Model", bound="Strict")
 
 if TYPE_CHECKING:
     from yaml import SafeLoader
-else:  # libyaml, which PyYAML's wheels have, takes a tenth of the time, of which every command had half a second
+else:  # libyaml, which PyYAML's wheels have, saves every command half a second
     SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -120,7 +120,7 @@ class _Loader(SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse one YAML file, which has no tags.
+    """Parse one YAML file without tags.
 
     Raises:
         DefinitionError: The file is missing, cannot be read or is not valid YAML; names the line.
@@ -134,16 +134,16 @@ def read_yaml(path: Path) -> Any:
         raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near)}") from error
     except OSError as error:
         raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
-    # a number or date beyond what Python reads is a ValueError or an OverflowError
+    # numbers and dates beyond Python's range raise ValueError or OverflowError
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         problem = str(error).replace('in "<unicode string>", ', "at ")
         raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
 
 
 def _check_events(text: str) -> None:
-    """Refuse tags, and aliases that make the content much larger than the file."""
+    """Reject tags, and aliases that make the content much larger than the file."""
     sizes: dict[str | None, int] = {}  # the characters of each anchor's value
-    anchors, lengths = list[str | None](), [0]  # of the collections around an event
+    anchors, lengths = list[str | None](), [0]  # of the collections that enclose an event
     events: Iterable[Any] = yaml.parse(text, SafeLoader)
     for event in events:
         anchor, size = getattr(event, "anchor", None), 0
@@ -158,7 +158,7 @@ def _check_events(text: str) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             size = len(event.value) + 1
         elif isinstance(event, yaml.AliasEvent):
-            size = _LARGEST + 1 if anchor in anchors else sizes.get(anchor, 0)  # in its own value it has no end
+            size = _LARGEST + 1 if anchor in anchors else sizes.get(anchor, 0)  # an alias in its own value is endless
         sizes[anchor] = size
         lengths[-1] += size
         if lengths[-1] > _LARGEST or len(lengths) > _DEEPEST:
@@ -188,19 +188,19 @@ class Strict(BaseModel):
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def need_one_of(self, *keys: str) -> None:
-        """Refuse several of these keys, and none of them; for a model's own validator."""
+        """Raise unless exactly one of these keys has a value; for a model's own validator."""
         named = [key for key in keys if getattr(self, key) is not None]
         if len(named) != 1:
             raise refusal(f"it needs one of {', '.join(keys)}, but has {' and '.join(named) or 'none'}")
 
     def need_together(self, key: str, other: str) -> None:
-        """Refuse a key without the other that it needs."""
+        """Raise if a key has a value and the other, which it needs, has none."""
         if getattr(self, key) is not None and getattr(self, other) is None:
             raise refusal(f"'{key}' needs the key '{other}'")
 
 
-class AsGiven(Strict):
-    """Hold data in which null differs from a missing key: the dump has the given keys and defaults that are not null."""
+class ExplicitNulls(Strict):
+    """Hold data in which null differs from a missing key: the dump has given keys and defaults other than null."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -208,42 +208,42 @@ class AsGiven(Strict):
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """Make the error of a model's own validator; pydantic adds the place."""
+    """Make the error of a model's own validator; pydantic adds the keys."""
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
 
-NUMBER_COLUMNS = ("value", "status", "source")  # columns of every published number, behind those that say what it is of
+NUMBER_COLUMNS = ("value", "status", "source")  # last columns of every CSV of published numbers
 
 
-def left_out() -> Any:
-    """Return the default of an optional key, which is then in no run's spec."""
+def optional() -> Any:
+    """Return the default of an optional key, which a run's spec omits."""
     return Field(default=None, exclude_if=lambda value: value is None)
 
 
-def zero_left_out() -> Any:
-    """Return the default of an optional number; 0 means the same, and neither is in a run's spec."""
+def optional_zero() -> Any:
+    """Return the default of an optional number; a run's spec omits it, and a 0 too."""
     return Field(default=None, exclude_if=lambda value: not value)
 
 
-def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Keep an integer an integer where any number is allowed: a run's id is a hash of JSON, where 1 is not 1.0."""
+def _keep_integer(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Keep an integer an integer if any number is allowed: a run's id is a hash of JSON, where 1 is not 1.0."""
     check(value)
     return value
 
 
-def _unique(values: list[Any]) -> list[Any]:
+def _check_unique(values: list[Any]) -> list[Any]:
     if twice := [value for number, value in enumerate(values) if value in values[:number]]:
-        raise refusal(f"{twice[0]!r} stands there twice")
+        raise refusal(f"{twice[0]!r} occurs twice")
     return values
 
 
 class Registered:
-    """Mark a text as one of the names that are registered when it is read. Editors propose those of the project and
-    take others.
+    """Require a string to be a registered name when it is read. Editors propose the project's names and accept
+    others.
 
     Args:
         names: The registry.
-        beside: Further names beside the registry.
+        beside: Valid names besides those of the registry.
     """
 
     def __init__(self, names: Collection[str], beside: Collection[str] = ()) -> None:
@@ -265,14 +265,14 @@ class Registered:
         return {"anyOf": [{"enum": self.options, "type": "string"}, handler(schema)]}
 
 
-AS_GIVEN = WrapValidator(_as_given)
-UNIQUE = AfterValidator(_unique)
+KEEP_INTEGER = WrapValidator(_keep_integer)
+UNIQUE = AfterValidator(_check_unique)
 _NotEmpty = Field(min_length=1)
-Number = Annotated[float, AS_GIVEN]
-Positive = Annotated[float, Field(gt=0), AS_GIVEN]
-NotNegative = Annotated[float, Field(ge=0), AS_GIVEN]
-Rate = Annotated[float, Field(ge=0, lt=1), AS_GIVEN]
-Share = Annotated[float, Field(gt=0, le=1), AS_GIVEN]
+Number = Annotated[float, KEEP_INTEGER]
+Positive = Annotated[float, Field(gt=0), KEEP_INTEGER]
+NotNegative = Annotated[float, Field(ge=0), KEEP_INTEGER]
+Rate = Annotated[float, Field(ge=0, lt=1), KEEP_INTEGER]
+Share = Annotated[float, Field(gt=0, le=1), KEEP_INTEGER]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Names = Annotated[list[str], _NotEmpty]
@@ -313,29 +313,29 @@ def read(path: Path, model: type[Model]) -> Model:
     return parse(read_yaml(path), model, str(path))
 
 
-def check_names(where: str, key: str, names: Iterable[str], known: Collection[str]) -> None:
+def check_names(where: str, key: str, names: Iterable[str], valid: Collection[str]) -> None:
     """Check the names that a file gives under a key.
 
     Args:
-        where: The file, a quotation mark, and the keys before this one.
+        where: The beginning of the message: the file, a quotation mark, and the keys before this one.
         key: The key.
         names: The names under the key.
-        known: The valid names.
+        valid: The valid names.
 
     Raises:
         DefinitionError: A name is not valid; names the nearest.
     """
     for name in names:
-        if name not in known:
+        if name not in valid:
             at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
-            raise DefinitionError(f"{at}' is '{name[:_LONGEST]}', which does not exist{did_you_mean(name, known)}")
+            raise DefinitionError(f"{at}' is '{name[:_LONGEST]}', which does not exist{did_you_mean(name, valid)}")
 
 
 def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
     """Check that a CSV that a file names exists, and has the columns of published numbers.
 
     Args:
-        where: The place, see :func:`check_names`.
+        where: See :func:`check_names`.
         key: The key.
         name: The name of the CSV.
         folder: The folder of the CSV.

@@ -42,7 +42,7 @@ class Trainable:
     Attributes:
         model: The model; called with ``labels`` it also returns the loss.
         summary: The ``model`` part of ``metrics.json``.
-        slow: The trained parameters that get a share of the learning rate.
+        slow: The names of the trained parameters with a lower learning rate.
         adapters: The added adapters, which peft can merge.
         prefix: The frozen embeddings and first layers; None if none are frozen.
     """
@@ -54,7 +54,7 @@ class Trainable:
     prefix: Prefix | None = None
 
     def prefix_cost(self) -> dict[str, float]:
-        """Return the seconds that this process spent on frozen layers, if there are some."""
+        """Return the seconds that this process spent on frozen layers; empty without frozen layers."""
         return {"prefix_seconds": self.prefix.seconds} if self.prefix else {}
 
 
@@ -70,13 +70,13 @@ def build_classifier(
         spec: The spec of a training run.
         tokenizer: The model's tokenizer.
         calibration: Batches of training rows, for a co-activation partition.
-        partition: The partition of a model that is built again.
+        partition: The saved partition of a model that is rebuilt.
     """
     model = load_classifier(
         spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
     )
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model)}
-    return _converted(model, model, source, spec, calibration, partition)
+    return _convert(model, model, source, spec, calibration, partition)
 
 
 def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainable:
@@ -95,7 +95,7 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainab
         derive_seed("head", spec["seed"]),
         spec["hparams"].get("vit_dropout", 0.0),  # not every registry has it
     )
-    return _converted(model, model.network, model.source, spec)
+    return _convert(model, model.network, model.source, spec)
 
 
 def build_language_model(
@@ -110,12 +110,12 @@ def build_language_model(
     Args:
         spec: The spec of a run of instruction tuning.
         calibration: Batches of training rows, for a co-activation partition.
-        partition: The partition of a model that is built again.
+        partition: The saved partition of a model that is rebuilt.
         empty: Leave the weights uninitialised: another process sends them.
 
     Raises:
         DataError: The weights are missing or damaged.
-        DefinitionError: 4 bits without the package that makes them, or adapters for layers that the model lacks.
+        DefinitionError: The package for 4 bits is missing, or the model lacks the layers for adapters.
         EMoEError: The method does not fit the model.
     """
     config = spec["method"]["config"]
@@ -123,7 +123,7 @@ def build_language_model(
     # the digest of quantised weights depends on the machine
     has_digest = not empty and "quantize" not in spec["model"]
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model) if has_digest else ""}
-    trainable = _converted(model, model, source, spec, calibration, partition)
+    trainable = _convert(model, model, source, spec, calibration, partition)
     if "quantize" in spec["model"]:
         cast(Any, model)._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
     elif not torch.cuda.is_available():
@@ -146,10 +146,10 @@ def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
     """
     model = load_seq2seq(spec["model"])
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
-    return _converted(model, model, source, spec)
+    return _convert(model, model, source, spec)
 
 
-def _converted(
+def _convert(
     model: nn.Module,
     network: nn.Module,
     source: Mapping[str, Any],
@@ -187,7 +187,7 @@ def _converted(
         "trained": {
             group: {
                 "parameters": sum(values.numel() for _, values in members),
-                # recognises runs with the same trained parameters
+                # identifies runs with the same trained parameters
                 "names": hashlib.sha256("\n".join(sorted(name for name, _ in members)).encode()).hexdigest()[:16],
             }
             for group, members in groups.items()
@@ -205,7 +205,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _embedding_parameters(model: nn.Module) -> int:
-    """Count the weights of embedding tables, without a table that the output head shares and multiplies with."""
+    """Count the parameters of embedding tables, without a table that the output head shares."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     shared = getattr(head, "weight", None)
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -214,11 +214,11 @@ def _embedding_parameters(model: nn.Module) -> int:
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors that training changes: trained parameters, and buffers such as running gates."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in _trained_tensors(model).items()}
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    # tied weights under their first name, and no states of quantised weights
+def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    # lists tied weights once, and leaves out the states of quantised weights
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept |= {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
@@ -244,7 +244,7 @@ def set_trained_(model: nn.Module, state: Mapping[str, torch.Tensor], source: st
     Raises:
         DataError: The tensors are another model's.
     """
-    expected = {name: tensor.shape for name, tensor in _trained(model).items()}
+    expected = {name: tensor.shape for name, tensor in _trained_tensors(model).items()}
     if {name: tensor.shape for name, tensor in state.items()} != expected:
         wrong = sorted(set(state) ^ set(expected)) or sorted(n for n in expected if state[n].shape != expected[n])
         raise DataError(f"{source} belongs to another model: they differ in '{wrong[0]}'")

@@ -29,7 +29,7 @@ _LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "language": load_language_model,
     "seq2seq": load_seq2seq,
 }
-_HEADS = {"classifier", "score"}  # as transformers names new ones
+_HEADS = {"classifier", "score"}  # transformers' names of new heads
 
 
 def apply_method_(
@@ -39,14 +39,14 @@ def apply_method_(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> emoe.ConversionReport | None:
-    """Convert a dense model, or add noise to it, as the method says, in place.
+    """Convert a dense model or add noise to it, according to the method, in place.
 
     Args:
         model: The pre-trained model.
         method: The ``method`` part of a run's spec.
         seed: The seed of the run, for noisy tuning.
         calibration: Batches of training rows, for a co-activation partition and for fixed experts.
-        partition: The partition of a model that is built again; by default it is computed or cached.
+        partition: The saved partition of a model that is rebuilt; by default it is computed or cached.
 
     Returns:
         The report of the conversion; None for a dense model.
@@ -58,12 +58,12 @@ def apply_method_(
     config = emoe.config_from_dict(method["config"])
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
-    if config.router == "fixed":  # experts by their use, which is counted while the model routes by avg-k
+    if config.router == "fixed":  # fixes the experts that avg-k uses most
         by_token = {**method, "noise": 0.0, "config": dataclasses.replace(config, router="avg_k").to_dict()}
         report = apply_method_(model, by_token, seed, calibration, partition)
-        # those of a model that is built again are loaded later
+        # a rebuilt model loads its counts later
         unknown = torch.ones(config.num_experts, dtype=torch.int64)
-        usage = dict.fromkeys(partition, unknown) if partition is not None else _usage(model, calibration)
+        usage = dict.fromkeys(partition, unknown) if partition is not None else _count_usage(model, calibration)
         emoe.fix_experts_(model, usage)
         return report
     if partition is None and config.partition == "kmeans":
@@ -72,7 +72,7 @@ def apply_method_(
     return emoe.convert_(model, config, partition=partition, calibration=calibration if counts else None)
 
 
-def use_as_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
+def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
     """Make a trained EMoE dense (``config`` None), or a trained dense model an EMoE, in place."""
     if config is None:
         emoe.to_dense_(model)
@@ -90,7 +90,7 @@ def use_sparse_(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
+def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
     """Count how often avg-k uses each expert, by layer."""
     use_sparse_(model.eval())
     with emoe.record_routing(model) as record:
@@ -101,7 +101,7 @@ def _usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, 
 
 
 def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
-    """Cluster the neurons of a model into the cache before the runs, and write a receipt.
+    """Cluster the neurons of a model, cache the partition before the runs, and write a receipt.
 
     Args:
         spec: The resolved ``model`` and the ``config`` of the EMoE as JSON.
@@ -132,7 +132,7 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
         path = folder / f"{partition_key(model, single)}.safetensors"
         try:
             partitions.append(load_partition(path))
-        except CheckpointError:  # not there, or damaged
+        except CheckpointError:  # missing or damaged
             save_partition(emoe.partition(model, single), path)
             partitions.append(load_partition(path))
     return join_partitions(partitions)

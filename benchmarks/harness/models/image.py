@@ -21,15 +21,15 @@ from benchmarks.harness.models.loading import (
     weights_digest,
 )
 from benchmarks.harness.sources.hub import cached_commit, hub_name
-from benchmarks.harness.sources.local import own_folder
+from benchmarks.harness.sources.local import user_model_folder
 from emoe.files import one_line
 
-_DEVIATION = 0.02  # timm cuts these numbers at 100 times of it, which is no cut
-_ANY_CLASSES = 2  # for a network whose head nobody uses
+_DEVIATION = 0.02  # timm truncates at 100 deviations, that is, never
+_ANY_CLASSES = 2  # for a network whose head is not used
 
 
 class ImageClassifier(nn.Module):
-    """Wraps an image network, with the same interface for both libraries.
+    """Wrap an image network of timm or transformers in the same interface.
 
     Attributes:
         network: The model of timm or transformers.
@@ -41,11 +41,11 @@ class ImageClassifier(nn.Module):
         self.network, self.source, self._options = network, dict(source), dict(options)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Classify.
+        """Return the ``logits`` ``[rows, classes]``, and with labels the mean cross entropy ``loss``.
 
         Args:
             pixel_values: Normalised images ``[rows, 3, height, width]``.
-            labels: Classes ``[rows]``; with them the mean cross entropy is returned too.
+            labels: Classes ``[rows]``.
         """
         output = self.network(pixel_values, **self._options)
         logits = output if isinstance(output, Tensor) else output.logits
@@ -67,7 +67,7 @@ def load_image_classifier(
         model: The resolved entry of ``models.yaml``.
         num_classes: The classes of the head.
         image_size: The width and height of the images in pixels.
-        drop_path: The rate of stochastic depth: in timm of the last block, to which it rises linearly; in DINOv2 of
+        drop_path: The rate of stochastic depth: in timm of the last block, with a linear rise before it; in DINOv2 of
             every block.
         seed: The seed of the head.
         dropout: The dropout before the head.
@@ -79,13 +79,13 @@ def load_image_classifier(
     network, source = _load(model, num_classes, image_size, drop_path, seed)
     if dropout:
         head = cast(Any, network).get_classifier() if "timm" in model else cast(Any, network).classifier
-        head.register_forward_pre_hook(partial(_drop, dropout))
+        head.register_forward_pre_hook(partial(_apply_dropout, dropout))
     config = getattr(network, "config", None)
     interpolates = config is not None and config.model_type in ("vit", "deit") and config.image_size != image_size
     return ImageClassifier(network, source, {"interpolate_pos_encoding": True} if interpolates else {})
 
 
-def _drop(rate: float, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+def _apply_dropout(rate: float, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (F.dropout(args[0], rate, head.training),)
 
 
@@ -114,7 +114,7 @@ def _load_timm(
     import timm
 
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
-    repository, revision, folder = f"timm/{model['timm']}", model.get("revision"), own_folder(model)
+    repository, revision, folder = f"timm/{model['timm']}", model.get("revision"), user_model_folder(model)
     from_hub = folder is None and not model.get("random")
     if from_hub and revision:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{revision}"}
@@ -125,7 +125,7 @@ def _load_timm(
             network.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)  # without the head
     except DataError:
         raise
-    except Exception as error:  # of the network, the hub and damaged files
+    except Exception as error:  # the network, the hub and damaged files raise many types
         raise DataError(
             f"could not load the model '{model['name']}' ({folder or repository}): {one_line(error)}; "
             f"without the hub, put its weights below model_root as {model['name']}/model.safetensors "

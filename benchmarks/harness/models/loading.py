@@ -1,6 +1,6 @@
 """Load models and tokenizers by name: from the hub, a folder, a package, or (for tests) a configuration.
 
-All of them are read by the rules of :mod:`emoe.files`: safetensors or GGUF, complete, and without code of their own.
+All are read by the rules of :mod:`emoe.files`: safetensors or GGUF, complete, and without their own code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.initialization import no_init_weights
 from benchmarks.harness.base import MODELS, DataError, DefinitionError, derive_seed
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.sources.hub import hub_name
-from benchmarks.harness.sources.local import own_folder
+from benchmarks.harness.sources.local import user_model_folder
 from benchmarks.harness.sources.packages import package_folder
 from emoe.architectures import find_ffns
 from emoe.errors import CheckpointError
@@ -45,12 +45,12 @@ from emoe.partitioning import tensor_digest
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _locate(model: Mapping[str, Any]) -> Path:
-    """Return the folder of a model's files, which are downloaded if the model is one of the hub.
+def _model_folder(model: Mapping[str, Any]) -> Path:
+    """Return the folder of a model's files. A model of the hub is downloaded.
 
     A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
     """
-    if folder := own_folder(model):
+    if folder := user_model_folder(model):
         return folder
     if "rebuilt" in model:
         return MODELS / model["name"]
@@ -60,9 +60,9 @@ def _locate(model: Mapping[str, Any]) -> Path:
 
 
 def load_settings(loader: Any, model: Mapping[str, Any]) -> Any:
-    """Load what needs no weights: a configuration or a tokenizer (:class:`DataError`)."""
+    """Load a configuration or a tokenizer (raises :class:`DataError`)."""
     with _loading(model):
-        folder = _locate(model)
+        folder = _model_folder(model)
         return loader.from_pretrained(str(folder), trust_remote_code=False, **_gguf_option(folder))
 
 
@@ -81,7 +81,7 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tu
         DataError: The weights are missing, damaged, pickled or another model's.
     """
     with _loading(model):
-        folder = _locate(model)
+        folder = _model_folder(model)
         if not (gguf := _gguf_option(folder)):
             return cast(PreTrainedModel, load_stock(loader, folder, **options)), folder
         loaded, info = loader.from_pretrained(
@@ -94,7 +94,7 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tu
 
 @contextmanager
 def _loading(model: Mapping[str, Any]) -> Iterator[None]:
-    """Report in one line that files cannot be loaded."""
+    """Raise a one-line :class:`DataError` if files cannot be loaded."""
     try:
         yield
     except DataError:
@@ -102,7 +102,7 @@ def _loading(model: Mapping[str, Any]) -> Iterator[None]:
     except Exception as error:  # a damaged file raises anything
         reason = str(error) if isinstance(error, CheckpointError) else one_line(error)
         raise DataError(
-            f"could not load the model '{own_folder(model) or model.get('hub', model['name'])}': {reason}; "
+            f"could not load the model '{user_model_folder(model) or model.get('hub', model['name'])}': {reason}; "
             "without the hub, put its folder below model_root (see config/README.md)"
         ) from error
 
@@ -137,10 +137,10 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, which pads on the right, with the end token if it has no padding token (GPT-2)."""
     if "config" in model:
         name = model["tokenizer"]
-        lent = load_tokenizer(load_models()[name].spec(name))
-        if lent.eos_token is None:  # BERT's, for a decoder
-            lent.bos_token, lent.eos_token = lent.cls_token, lent.sep_token
-        return lent
+        borrowed = load_tokenizer(load_models()[name].spec(name))
+        if borrowed.eos_token is None:  # BERT's, for a decoder
+            borrowed.bos_token, borrowed.eos_token = borrowed.cls_token, borrowed.sep_token
+        return borrowed
     tokenizer: PreTrainedTokenizerBase = load_settings(AutoTokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -150,14 +150,14 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def load_seq2seq_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of an encoder-decoder; another model's gives the inputs of an encoder-decoder."""
+    """Load the tokenizer of an encoder-decoder; another model's tokenizer gets the same inputs."""
     tokenizer = load_tokenizer(model)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
 
 def load_config(model: Mapping[str, Any]) -> PreTrainedConfig:
-    """Load a model's configuration, without its weights (:class:`DataError`)."""
+    """Load a model's configuration, without its weights (raises :class:`DataError`)."""
     if "config" in model:
         return AutoConfig.for_model(**model["config"])
     return cast(PreTrainedConfig, load_settings(AutoConfig, model))
@@ -170,14 +170,14 @@ def _random_model(loader: Any, model: Mapping[str, Any], **options: Any) -> PreT
 
 
 def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a pre-trained text model without a head, to cluster its neurons (:class:`DataError`)."""
+    """Load a pre-trained text model without a head, to cluster its neurons (raises :class:`DataError`)."""
     if "config" in model:
         return _random_model(AutoModel, model)
     return load_pretrained(AutoModel, model, dtype=torch.float32)[0]
 
 
 def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_token_id: int | None) -> PreTrainedModel:
-    """Load a pre-trained model with a new head (:class:`DataError`).
+    """Load a pre-trained model with a new head (raises :class:`DataError`).
 
     Args:
         model: The resolved entry of ``models.yaml``.
@@ -204,7 +204,7 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
 
 
 def load_seq2seq(model: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a pre-trained encoder-decoder with its language-modelling head, in float32 (:class:`DataError`)."""
+    """Load a pre-trained encoder-decoder with its language-modelling head, in float32 (raises :class:`DataError`)."""
     if "config" in model:
         return _random_model(AutoModelForSeq2SeqLM, model)
     loaded, folder = load_pretrained(AutoModelForSeq2SeqLM, model, dtype=torch.float32)
@@ -219,11 +219,11 @@ def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty:
         model: The resolved entry of ``models.yaml``, with ``weights`` (their type, ``fp32`` by default) and perhaps
             ``quantize`` and ``whole`` (layers whose FFNs are not quantised).
         converted: The layers whose FFNs will be converted; only read with ``empty``.
-        empty: Leave the weights uninitialised, but zero in these layers: another process will send them.
+        empty: Leave the weights uninitialised (zero in these layers): another process sends them.
 
     Raises:
         DataError: The weights are missing, damaged or incomplete.
-        DefinitionError: 4 bits are asked for without the package that makes them.
+        DefinitionError: The package for 4 bits is missing.
     """
     dtype = DTYPES[model.get("weights", "fp32")]
     if empty:
@@ -245,7 +245,7 @@ def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty:
 
 
 def _four_bit(model: Mapping[str, Any]) -> Any:
-    """Return bitsandbytes' settings for all but the head and some FFNs, whose keys must be readable."""
+    """Return bitsandbytes' settings, which leave out the head and the FFNs whose keys must be readable."""
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -274,7 +274,7 @@ def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
     """Describe the source of the weights for the record: folder, package, or hub id with its commit."""
     if "config" in model:
         return "random weights"
-    if folder := own_folder(model):
+    if folder := user_model_folder(model):
         return str(folder)
     if "package" in model:
         return f"package {model['package']}"
@@ -292,7 +292,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file (:class:`DataError`)."""
+    """Read the tensors of a safetensors file (raises :class:`DataError`)."""
     try:
         return read_checkpoint_tensors(file)
     except CheckpointError as error:

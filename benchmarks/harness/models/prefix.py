@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
-from benchmarks.harness.config.methods import block_of, is_below, refuse_below
+from benchmarks.harness.config.methods import block_of, check_not_frozen, is_below
 from emoe.architectures import find_ffns
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest
 
 STATES = "prefix_states"  # the argument of a model for the output of its prefix
 
-# modules and parameters before the layers, beside the list of them, by model type or, in timm, by class
+# modules and parameters that run before the layers, by model type or, in timm, by class
 _BEFORE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "vit", "deit", "dinov2"), ("embeddings",)),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("embed_tokens",)),
@@ -39,10 +39,10 @@ Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
 class Prefix:
-    """Runs the embeddings and first layers of a network without gradient, dropout and stochastic depth.
+    """Run the embeddings and first layers of a network without gradient, dropout and stochastic depth.
 
-    If the model is called with ``prefix_states`` ``[rows, tokens, width]``, its frozen layers return them and the rest
-    computes on. Without them the whole model runs. Names of modules and parameters stay the same.
+    If the model is called with ``prefix_states`` ``[rows, tokens, width]``, its frozen layers return them, and the rest
+    continues. Without them the whole model runs. Names of modules and parameters stay the same.
 
     Args:
         model: The model that is called: the network, or a module around it.
@@ -68,7 +68,7 @@ class Prefix:
         self._modules = [modules[path] for path in paths if path in modules]
         config = getattr(network, "config", None)
         settings = {**config.to_dict(), "_name_or_path": ""} if config else {}
-        # a needless difference only costs computing the output again
+        # an irrelevant difference only costs a recomputation
         described = [type(network).__name__, json.dumps(settings, sort_keys=True, default=str), *self._modules]
         self._description = "\n".join(map(str, described))
         self._states: Tensor | None = None
@@ -79,12 +79,12 @@ class Prefix:
         named = f"the method '{method['name']}'"
         config, tune = method["config"], method["tune"]
         if config is not None:
-            refuse_below(self.layers, resolve_layers(config["layers"], self._count)[0], f"{named} converts")
+            check_not_frozen(self.layers, resolve_layers(config["layers"], self._count)[0], f"{named} converts")
         if tune is not None and (trained := tune["blocks"] or tune.get("layers")):
-            refuse_below(self.layers, resolve_layers(trained, self._count)[0], f"{named} trains")
+            check_not_frozen(self.layers, resolve_layers(trained, self._count)[0], f"{named} trains")
 
     def freeze_(self) -> None:
-        """Freeze the prefix for good: no gradient, and eval mode whatever the mode of the model."""
+        """Freeze the prefix permanently: no gradient, and always eval mode."""
         for name in self.names:
             self._network.get_parameter(name).requires_grad_(False)
         for module in self._modules:
@@ -98,7 +98,7 @@ class Prefix:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Return the digest of architecture, settings and weights, which shape the output beside a row."""
+        """Hash the architecture, settings and weights, which determine the output for a row."""
         digest = hashlib.sha256(self._description.encode())
         for name, tensor in sorted(self._network.state_dict().items()):
             if name in self.names:
@@ -171,10 +171,10 @@ def model_type(network: nn.Module) -> str:
 
 
 class PrefixStates:
-    """Gives the prefix's output for every row of a set: ``[tokens, width]`` each, float32.
+    """Cache the prefix's output for every row of a set: ``[tokens, width]`` each, float32.
 
     All runs with the same prefix and rows read the same memory-mapped file below ``resources/prefixes/``. Its name is a
-    digest of everything that shapes the numbers: the prefix's weights and settings, the rows, processor, threads and
+    digest of all that determines the numbers: the prefix's weights and settings, the rows, processor, threads and
     torch. The first run computes it, in large batches of rows of similar length, while others wait.
 
     Args:
@@ -202,10 +202,10 @@ class PrefixStates:
         return torch.from_numpy(np.array(self._values[end - int(self._lengths[row]) : end]))
 
 
-def with_states(
+def collate_states(
     collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return a collator that also collates the rows' prefix states, if they have some: padded, or end to end."""
+    """Return a collator that also collates the rows' prefix states, if any: padded or packed."""
 
     def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if STATES not in rows[0]:

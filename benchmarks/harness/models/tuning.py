@@ -16,7 +16,7 @@ from benchmarks.harness.models.prefix import model_type
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
-# groups whose learning rate is the run's own; the others get a share of it
+# groups with the run's learning rate; the others get a share of it
 FAST = ("adapters", "head")
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
@@ -30,8 +30,8 @@ def tune_(
 ) -> tuple[LoraModel | None, Groups]:
     """Add adapters, and freeze all parameters that a run does not train.
 
-    Every row of a comparison trains the same adapters and the same head, and beyond them only the parameters of its
-    name (the authors' code also trains BERT's pooler or GPT-2's last norm in some rows: ``also``).
+    All rows of a comparison train the same adapters and head, and only the further parameters of ``tune`` (``also``:
+    BERT's pooler or GPT-2's last norm, which the authors' code trains in some rows).
 
     Args:
         model: The classifier or language model, converted or dense.
@@ -59,12 +59,12 @@ def tune_(
 def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Collection[str] = ()) -> Groups:
     """Return the names and parameters that an adapted model trains, by group, without empty groups.
 
-    The groups are ``adapters``, ``head``, ``routers``, ``also``, and the way of tuning for all others.
+    The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the way of tuning for all others.
     """
     name, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
-    chosen = _chosen(model, name, layers) if name else ()
+    chosen = _tuned_names(model, name, layers) if name else ()
     routers = [f"{path}.router" for path, module in model.named_modules() if isinstance(module, RoutedActivation)]
-    also = _modules(model, tune["also"])
+    also = _find_modules(model, tune["also"])
     groups: Groups = {}
     for parameter, values in model.named_parameters():
         if parameter in frozen:
@@ -85,16 +85,16 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Coll
     return groups
 
 
-def _chosen(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
+def _tuned_names(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
     """Return the names of the parameters that a way of tuning trains."""
     names, chosen = dict(model.named_parameters()).keys(), set(TUNINGS[name].parameters(model, layers))
     if unknown := sorted(chosen - names):
         near = did_you_mean(unknown[0], names)
-        raise DefinitionError(f"the tuning '{name}' names '{unknown[0]}', which is no parameter of the model{near}")
+        raise DefinitionError(f"the tuning '{name}' names '{unknown[0]}', which is not a parameter of the model{near}")
     return chosen
 
 
-def _modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
     """Return the paths of the modules whose last component is one of the names."""
     ends = {path: path.rpartition(".")[2] for path, _ in model.named_modules()}
     paths = [path for path, end in ends.items() if end in names]
@@ -105,7 +105,7 @@ def _modules(model: PreTrainedModel, names: list[str]) -> list[str]:
 
 
 def _add_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int, frozen: Collection[str]) -> LoraModel:
-    """Add adapters to a model in place, except to frozen layers, and return them as peft holds them."""
+    """Add adapters to a model in place, except to frozen layers, and return peft's model."""
     kind = model_type(model)
     if kind not in lora["targets"]:
         raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")

@@ -15,7 +15,7 @@ from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import RunError, atomic_write, first_line, hold, without_passwords
+from benchmarks.harness.base import RunError, atomic_write, first_line, hide_passwords, hold
 from benchmarks.harness.config.runs import Run, canonical_json
 from benchmarks.harness.results.records import GROUP_KEYS, collect_from, read_metrics, run_keys
 
@@ -54,7 +54,7 @@ def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] 
             except Exception as error:  # MLflow passes on errors of databases, drivers and servers
                 problem = first_line(_cause(error))
                 time.sleep(seconds)
-    raise RunError(without_passwords(f"MLflow at {uri}: {problem}"))
+    raise RunError(hide_passwords(f"MLflow at {uri}: {problem}"))
 
 
 def _mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]]) -> dict[str, int]:

@@ -11,12 +11,12 @@ from benchmarks.harness.config.runs import Run, all_sets, run_inputs
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.sources.hub import is_commit
-from benchmarks.harness.sources.local import local_folder, own_file, own_folder
+from benchmarks.harness.sources.local import local_folder, user_file, user_model_folder
 from benchmarks.harness.sources.packages import package_files
 
 
 def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
-    """Read every part of every set that runs read, each once.
+    """Read every part of every set of the runs once, and yield its description.
 
     Args:
         runs: The runs of a suite.
@@ -64,7 +64,7 @@ def unpinned(suite: Suite) -> list[str]:
 def _unpinned(run: Run) -> Iterator[str]:
     spec, model = run.spec, run.spec["model"]
     repository = model.get("hub") or (f"timm/{model['timm']}" if "timm" in model and not model.get("random") else None)
-    if repository and not is_commit(model["revision"]) and own_folder(model) is None:
+    if repository and not is_commit(model["revision"]) and user_model_folder(model) is None:
         yield f"{repository} (the model {model['name']})"
     for task in all_sets(spec):
         source = task.get("source", {})
@@ -73,7 +73,7 @@ def _unpinned(run: Run) -> Iterator[str]:
             "hub" in source
             and not is_commit(revision)
             and local_folder(task["name"], source) is None
-            and own_file(task["name"]) is None
+            and user_file(task["name"]) is None
         ):
             yield f"{source['hub']} (the set {task['name']}{f', its branch {revision}' if revision else ''})"
     for data in load_benchmark(run.benchmark).sets(spec):

@@ -1,4 +1,4 @@
-"""Share the accelerators of a machine among its jobs: no two jobs see the same one."""
+"""Share the accelerators of a machine among its jobs, each with its own."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PAUSE = 1.0  # seconds between two attempts
 
 
 @contextmanager
-def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
-    """Reserve accelerators for this process and those that it starts, which see no others.
+def reserve_devices(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
+    """Reserve accelerators for this process and its children, and hide all others.
 
-    Waits until enough are free: no process of this user on this machine holds their locks, which end with a process. A
-    scheduler's job that sees as many devices as it asks for needs no locks: schedulers may number the devices of each
-    job from 0. Call this before anything uses an accelerator.
+    Waits until no other process of this user on this machine holds the locks of enough accelerators; a process's locks
+    end with it. A scheduler's job that sees as many devices as it requests needs no locks: schedulers may number the
+    devices of each job from 0. Call this before anything uses an accelerator.
 
     Args:
         count: The number of accelerators. With 0, or on a machine without any, nothing is reserved and nothing changes.
@@ -39,14 +39,14 @@ def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
         The devices that the process sees, as ``CUDA_VISIBLE_DEVICES`` names them.
 
     Raises:
-        RunError: Fewer are visible than are asked for, or than there are processes.
+        RunError: Fewer accelerators are visible than requested, or than processes.
 
     Example:
-        >>> with reserved(0, "a run on the CPU") as devices:
+        >>> with reserve_devices(0, "a run on the CPU") as devices:
         ...     devices
         []
     """
-    devices = visible() if count else []
+    devices = visible_devices() if count else []
     if devices and (len(devices) < count or count < processes):
         raise RunError(
             f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; give "
@@ -77,10 +77,10 @@ def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
         runs: The runs that are about to start on this machine.
 
     Raises:
-        RunError: A run asks for an accelerator, and none is visible.
+        RunError: A run requests an accelerator, and none is visible.
     """
     asking = next((run for run in runs if run.resources["gpu"]), None)
-    if asking and not visible():
+    if asking and not visible_devices():
         raise RunError(
             f"the suite '{suite}' asks for accelerators, and none is visible here: start it on a machine that has "
             f"one, or on a cluster (docs/cluster.md), or set 'benchmarks.{asking.benchmark}.resources.gpu: 0' in "
@@ -88,7 +88,7 @@ def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
         )
 
 
-def visible() -> list[str]:
+def visible_devices() -> list[str]:
     """Return the accelerators that this process may use: ``CUDA_VISIBLE_DEVICES``, else all of torch's."""
     given = os.environ.get(VISIBLE)
     if given is None:
@@ -100,7 +100,7 @@ def visible() -> list[str]:
 
 
 def _lock_devices(folder: Path, devices: list[str], count: int, name: str) -> dict[str, BaseFileLock]:
-    """Lock so many devices, all at once or none, so that two jobs never wait for each other's."""
+    """Lock ``count`` devices, all at once or none, so that two jobs never wait for each other."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for attempt in itertools.count():
         locks: dict[str, BaseFileLock] = {}

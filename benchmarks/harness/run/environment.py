@@ -21,7 +21,7 @@ import torch
 from benchmarks.harness.base import ROOT, git
 from emoe.sparse.build import compiled_kernels
 
-# the packages that can change a number, some only if they are installed
+# the packages that can change a number; some are optional
 PACKAGES = (
     *("torch", "torchvision", "triton", "flash-attn", "xformers", "kernels", "accelerate"),
     *("numpy", "scipy", "scikit-learn", "k-means-constrained"),
@@ -64,7 +64,7 @@ def capture() -> dict[str, Any]:
 
 
 def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, str]:
-    """Return the facts that numbers depend on beside the code: if all are equal, numbers are equal to the last digit.
+    """Describe the packages and the hardware. If all are equal, numbers are equal to the last digit.
 
     Args:
         packages: The versions of the packages.

@@ -35,15 +35,15 @@ _LAUNCHER = "EMOE_LAUNCHER"  # the id of the process that started several proces
 def execute(path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp") -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
-    A second process that executes the same run waits, and takes the first one's result. Processes that torchrun started
-    work together: the first one locks and writes.
+    If another process executes the same run, wait for its result. Processes that torchrun started work together: the
+    first one locks and writes.
 
     Args:
         path: The path of the ``run.json``.
         threads: The number of CPU threads.
         log: The file for all output except the progress lines on a terminal.
         started: The start of the process (``time.time()``); by default now.
-        parallel: The work sharing of processes that torchrun started: ``ddp`` or ``fsdp``.
+        parallel: The parallelism of processes that torchrun started: ``ddp`` or ``fsdp``.
 
     Returns:
         The path of ``metrics.json``.
@@ -53,16 +53,16 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     run = read_run(path)
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
-    group.share_by(parallel)
+    group.set_parallelism(parallel)
     _check_processes(run, group.world_size(), parallel)
     if not group.is_main():
         _run_worker(run, folder, log.with_name(f"{log.stem}-{group.rank()}{log.suffix}"))
         return output
-    with _exclusive(folder, run.id):
+    with _lock_run(folder, run.id):
         group.init_process_group()
         if group.broadcast(output.exists()):
             return output
-        with _logged(log) as terminal:
+        with _redirect_output(log) as terminal:
             progress = Progress(run.id, terminal)
             captured = environment.capture()
             pipeline = load_benchmark(run.benchmark).pipeline()
@@ -85,17 +85,17 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
 
 
 def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, parallel: str) -> None:
-    """Execute a run by several processes on this machine.
+    """Execute a run with several processes on this machine.
 
     Args:
         path: The path of the ``run.json``.
         threads: The number of CPU threads of all processes together.
         log: The file for all output; the second process writes ``<log>-1``.
         processes: The number of processes.
-        parallel: ``ddp`` or ``fsdp``.
+        parallel: The parallelism, ``ddp`` or ``fsdp``.
 
     Raises:
-        RunError: A process failed, which ends all; or the run cannot be spread.
+        RunError: A process failed, which ends all others, or the run cannot be spread.
         DefinitionError: The processes cannot divide the batch.
     """
     run = read_run(path)
@@ -112,9 +112,9 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
 
 
 def _end_with_launcher() -> None:
-    """End this process when its launcher ends: one that is killed cannot end its processes."""
+    """End this process when its launcher ends, because a killed launcher cannot end its processes."""
     launcher = os.environ.pop(_LAUNCHER, None)
-    if launcher is None or not hasattr(os, "pidfd_open"):  # only Linux has it
+    if launcher is None or not hasattr(os, "pidfd_open"):  # only on Linux
         return
 
     def wait() -> None:
@@ -133,17 +133,17 @@ def _check_processes(run: Run, processes: int, parallel: str) -> None:
 
 
 def _run_worker(run: Run, folder: Path, log: Path) -> None:
-    """Work on a run with the process that writes."""
+    """Execute a run in a process that writes no results."""
     group.init_process_group()
     if group.broadcast(None):  # the run is finished
         return
-    with _logged(log):
+    with _redirect_output(log):
         pipeline = load_benchmark(run.benchmark).pipeline()
         torch.manual_seed(derive_seed("run", run.spec["seed"]))
         pipeline.run(run.spec, folder, Progress(run.id, sys.stderr))
 
 
-def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
+def _lock_run(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
     try:
         return hold(folder / LOCK, blocking=False)
     except Timeout:
@@ -152,7 +152,7 @@ def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[TextIO]:
+def _redirect_output(path: Path) -> Iterator[TextIO]:
     """Send all output of the process, native libraries included, to a log; yield the terminal's stream."""
     saved = os.dup(1), os.dup(2)
     terminal = os.fdopen(os.dup(2), "w")
@@ -161,7 +161,7 @@ def _logged(path: Path) -> Iterator[TextIO]:
         try:
             yield terminal
         except BaseException:
-            traceback.print_exc(file=log)  # the terminal gets the message alone
+            traceback.print_exc(file=log)  # the terminal only gets the message
             raise
         finally:
             _redirect(*saved)

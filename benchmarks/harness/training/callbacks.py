@@ -39,7 +39,7 @@ def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
 
 
 class SavedCallback(TrainerCallback, ExportableState):
-    """Saves its attributes in Trainer's ``trainer_state.json``."""
+    """Save its attributes in Trainer's ``trainer_state.json``."""
 
     SAVED: ClassVar[tuple[str, ...]]
 
@@ -47,13 +47,13 @@ class SavedCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self, name) for name in self.SAVED}}
 
     def restore(self, state: TrainerState) -> None:
-        """Take the attributes that a checkpoint's state has."""
+        """Restore the attributes from a checkpoint's state."""
         for name, value in cast(Any, state.stateful_callbacks)[type(self).__name__]["attributes"].items():
             setattr(self, name, value)
 
 
 class Stopwatch(SavedCallback):
-    """Measures the time of training steps, and that of evaluations."""
+    """Measure the seconds of training steps and of evaluations."""
 
     SAVED = ("seconds", "steps", "evaluation")
 
@@ -61,7 +61,7 @@ class Stopwatch(SavedCallback):
         self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
 
     def cost(self, steps: int) -> dict[str, float]:
-        """Return the time of this many steps of the optimizer, for ``cost`` of ``metrics.json``."""
+        """Return the seconds of this many optimizer steps, for ``cost`` of ``metrics.json``."""
         each = self.seconds / max(self.steps, 1)
         return {"steps": steps, "step_seconds": each, "train_seconds": each * steps}
 
@@ -81,8 +81,8 @@ class Stopwatch(SavedCallback):
         self.steps += 1
 
 
-class FollowEpochs(TrainerCallback):
-    """Sets the epoch of the row order, which accelerate does not do in a resumed run on several processes."""
+class SetEpochs(TrainerCallback):
+    """Set the epoch of the row order, because accelerate does not in a resumed run on several processes."""
 
     def __init__(self, order: Any) -> None:
         self._order = order
@@ -91,8 +91,8 @@ class FollowEpochs(TrainerCallback):
         self._order.set_epoch(int(state.epoch or 0))
 
 
-class RetieGates(TrainerCallback):
-    """Updates running gates from the keys after each step of the optimizer."""
+class UpdateGates(TrainerCallback):
+    """Update running gates from the keys after each optimizer step."""
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         emoe.update_gates_(kwargs["model"])
@@ -121,7 +121,7 @@ def summarise_logits(logits: Tensor) -> dict[str, float]:
 
 
 class Probe(SavedCallback):
-    """Records numbers that barely differ between machines: the first losses, and a fixed batch's logits and loads."""
+    """Record numbers that barely differ between machines: the first losses, and a fixed batch's logits and loads."""
 
     SAVED = ("losses",)
 
@@ -140,7 +140,7 @@ class Probe(SavedCallback):
         if is_sharded():
             return
         if torch.cuda.is_available() and world_size() == 1 and not getattr(model, "is_quantized", False):
-            model.to("cuda")  # it is trained there
+            model.to("cuda")  # training uses it
         device = next(model.parameters()).device
         inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, device)
         with restore_rng_and_modes(model), ExitStack() as stack:
@@ -161,7 +161,7 @@ class Probe(SavedCallback):
 
 
 def window_steps(steps: int) -> int:
-    """Return the steps of a window: the authors' 100, but at least 20 and at most 100 windows in a run.
+    """Return the number of steps per window: the authors' 100, but at least 20 and at most 100 windows in a run.
 
     >>> window_steps(80), window_steps(5000), window_steps(60_000)
     (4, 100, 600)
@@ -170,9 +170,9 @@ def window_steps(steps: int) -> int:
 
 
 class RoutingTrace(SavedCallback):
-    """Counts the experts' loads of training batches, window by window of steps; nothing if the model is dense.
+    """Count the experts' loads in windows of training steps; nothing if the model is dense.
 
-    As in the authors' code (and so in the paper's figure of them) a window ends with the epoch.
+    As in the authors' code, and so in the paper's figure, a window also ends with the epoch.
     """
 
     SAVED = ("ends", "loads")

@@ -1,4 +1,4 @@
-"""Find the checkpoint from which a killed run resumes. A file of digests, written last, says that it is complete."""
+"""Find the checkpoint from which a killed run resumes. A file of digests, written last, marks it as complete."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "schedule
 DIGESTS = "complete.json"
 
 
-class CompleteCheckpoints(TrainerCallback):
-    """Writes the digests of each new checkpoint's files after all processes have written them."""
+class WriteDigests(TrainerCallback):
+    """Write the digests of each new checkpoint's files after all processes have written them."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
@@ -32,7 +32,7 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
-    """Return the newest usable checkpoint for Trainer, and restore the callbacks' state from it; None if a run begins.
+    """Return the newest usable checkpoint for Trainer, and restore the callbacks' state from it; None if missing.
 
     Args:
         folder: The folder of a run's checkpoints.
@@ -48,7 +48,7 @@ def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is complete, with that of its best epoch; remove newer ones."""
+    """Return the newest complete checkpoint whose best epoch's checkpoint is complete too; remove newer ones."""
     return cast("Path | None", broadcast(_last_complete(folder) if is_main() else None))
 
 
@@ -62,7 +62,7 @@ def _last_complete(folder: Path) -> Path | None:
 
 
 def _best(checkpoint: Path) -> Path | None:
-    """Return the checkpoint of the best epoch so far, which a complete checkpoint names; None if none is chosen."""
+    """Return the checkpoint of the best epoch that a checkpoint records; None if it records none."""
     best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
     return checkpoint.with_name(Path(best).name) if best else None
 
@@ -70,12 +70,12 @@ def _best(checkpoint: Path) -> Path | None:
 def _is_complete(checkpoint: Path) -> bool:
     try:
         return (checkpoint / DIGESTS).read_bytes() == _digests(checkpoint).encode()
-    except OSError:  # missing, or a folder in the place of a file
+    except OSError:  # missing, or a folder instead of a file
         return False
 
 
 def _digests(folder: Path, *, flush: bool = False) -> str:
-    """Return the sha256 of each file of a checkpoint as JSON, and flush the files to the disk if asked."""
+    """Return the sha256 of each file of a checkpoint as JSON; ``flush`` also writes the files to the disk."""
     digests = {}
     for path in sorted(folder.iterdir()):
         if path.name != DIGESTS:

@@ -1,4 +1,4 @@
-"""Compare the classes of a model's head with those of a set if their numbers differ."""
+"""Map the classes of a model's head to those of a set if their numbers differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emoe.errors import EMoEError
 
 @dataclass(frozen=True)
 class LabelMapping:
-    """Renumber the classes of the head and of the set; None keeps their numbers."""
+    """Hold the new numbers of the head's and of the set's classes; None keeps the numbers."""
 
     predictions: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
@@ -24,8 +24,8 @@ class LabelMapping:
         """Return True if head and set have the same classes, so that a loss is defined."""
         return self.predictions is None and self.labels is None
 
-    def read(self, predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return predicted and gold classes in the common numbers."""
+    def apply(self, predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Renumber predicted and gold classes ``[rows]`` to the common classes."""
         if self.predictions is not None:
             predictions = np.asarray(self.predictions)[predictions]
         if self.labels is not None:

@@ -1,4 +1,4 @@
-"""Compute task scores with the field's libraries."""
+"""Compute task scores with scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ SCORES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
 }
 
 
-def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], read: LabelMapping | None = None) -> float:
+def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], mapping: LabelMapping | None = None) -> float:
     """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``.
 
     Args:
         metric: The key in :data:`SCORES`.
         logits: The logits of the head.
         labels: The labels of the set.
-        read: The mapping between the classes of head and set; None if they are the same.
+        mapping: The mapping between the classes of head and set; None if they are the same.
     """
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
-    if read is not None:
-        predictions, labels = read.read(predictions, labels)
+    if mapping is not None:
+        predictions, labels = mapping.apply(predictions, labels)
     return float(SCORES[metric](labels, predictions))
 
 

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 _PARALLEL = "EMOE_PARALLEL"
-_PATIENCE = timedelta(days=1)  # while the first process loads, or waits for a lock; torchrun ends all when one fails
+_TIMEOUT = timedelta(days=1)  # while the first process loads, or waits for a lock; torchrun ends all when one fails
 
 
 def world_size() -> int:
@@ -32,8 +32,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share_by(parallel: str) -> None:
-    """Set how the processes share the work: ``ddp`` or ``fsdp``."""
+def set_parallelism(parallel: str) -> None:
+    """Set the parallelism of the processes: ``ddp`` or ``fsdp``."""
     os.environ[_PARALLEL] = parallel
 
 
@@ -45,7 +45,7 @@ def is_sharded() -> bool:
 def init_process_group() -> None:
     """Connect to the other processes, if there are any."""
     if world_size() > 1:
-        PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+        PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
 
 
 def destroy_process_group() -> None:
@@ -75,10 +75,10 @@ def torchrun_command(processes: int, command: Sequence[str]) -> list[str]:
         command: The module and its arguments.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    # without the dashes torchrun takes options of the module for its own
+    # without the dashes torchrun parses the module's options
     return [*launcher, f"--nproc-per-node={processes}", "-m", "--", *command]
 
 
 def broadcast(value: Any) -> Any:
-    """Send a plain value of the main process to all processes."""
+    """Return the main process's plain value on all processes."""
     return value if world_size() == 1 else broadcast_object_list([value])[0]

@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerState
 from benchmarks.harness.base import PLAN, RUNS
 
 _SECONDS_BETWEEN_LINES = 15.0
-_EARLY = 0.05  # of the work: before, the first runs and the start of the workflow would mislead
+_EARLY = 0.05  # share of the work before which the pace is misleading
 
 
 class Progress(TrainerCallback):
-    """Print which run of how many is at which step, and the time left.
+    """Print the number of the run, its step, and the time left.
 
     A terminal shows every line. Elsewhere a finished run and each warning take one line, the rest goes into the log.
 

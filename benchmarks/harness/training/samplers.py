@@ -12,15 +12,15 @@ from benchmarks.harness.base import derive_seed
 
 
 class EpochOrder(Sampler[int]):
-    """Orders the training rows by the seed and the epoch alone.
+    """Order the training rows by the seed and the epoch alone.
 
-    All methods see the same rows in the same order, and a resumed run sees the order of an uninterrupted one.
+    All methods get the same order, and a resumed run gets that of an uninterrupted one.
 
     Args:
-        lengths: The tokens of each row.
-        batch_size: The rows of a step.
+        lengths: The number of tokens of each row.
+        batch_size: The number of rows of a step.
         seed: The seed of the run.
-        by_length: Put rows of similar length into one batch.
+        by_length: True to batch rows of similar length.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, *, by_length: bool) -> None:

@@ -28,8 +28,8 @@ def shard_(model: PreTrainedModel, precision: str) -> None:
     """Shard each transformer block, then the rest, with the weights of the main process.
 
     Args:
-        model: The model, built alike on all processes; only the main one needs its weights.
-        precision: The arithmetic of the forward pass.
+        model: The model, with equal modules on all processes; only the main process needs its weights.
+        precision: The precision of the forward pass.
     """
     weights = model.state_dict() if is_main() else {}
     blocks = {ffn.name for ffn in find_ffns(model)}

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import emoe
 from benchmarks.harness.models.build import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.prefix import STATES
-from benchmarks.harness.training.callbacks import FollowEpochs, Probe
-from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, CompleteCheckpoints
+from benchmarks.harness.training.callbacks import Probe, SetEpochs
+from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, WriteDigests
 from benchmarks.harness.training.processes import is_sharded, world_size
 from benchmarks.harness.training.sharding import distribute_optimizer_, gather_optimizer, gather_trained
 from emoe.files import write_tensors
@@ -29,18 +29,18 @@ from emoe.records import LayerRecord, RoutingRecord
 Result = TypeVar("Result")
 
 
-def precision_here(requested: str) -> str:
-    """Return the arithmetic of this machine: mixed only on an accelerator."""
+def available_precision(requested: str) -> str:
+    """Return the requested precision on an accelerator, ``fp32`` on a CPU."""
     return requested if torch.cuda.is_available() else "fp32"
 
 
 def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[Any]:
-    """Use mixed precision on an accelerator if asked."""
+    """Return an autocast context for ``bf16``, an empty context otherwise."""
     return torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
-    """Return Trainer's arguments for a run without reports, on one device per process."""
+def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
+    """Return Trainer's arguments without reports and progress bars, for one device per process."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         report_to=[],
@@ -50,7 +50,7 @@ def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArg
         bf16=precision == "bf16",
         ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
-        save_total_limit=2,  # the previous checkpoint counts if the last one is damaged
+        save_total_limit=2,  # the previous checkpoint serves if the last one is damaged
         **options,
     )
     if arguments.n_gpu > 1:
@@ -59,20 +59,20 @@ def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArg
 
 
 class PrefixTrainer(Trainer):
-    """Passes the prefix states of rows to the model."""
+    """Pass the prefix states of rows to the model."""
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = cast(list[str], self._signature_columns)
-        if STATES not in columns:  # a hook takes it, so no signature shows it
+        if STATES not in columns:  # no signature has it, because a hook reads it
             columns.append(STATES)
 
 
 class RoutedTrainer(PrefixTrainer):
-    """Trainer for routed and adapted models.
+    """Train routed and adapted models.
 
-    Adds the balance loss to the task's loss, orders the rows by seed and epoch, gives some parameters a share of the
-    learning rate, and saves the trained parameters alone in its checkpoints.
+    Adds the balance loss to the task's loss, orders the rows by seed and epoch, lowers the learning rate of some
+    parameters, and saves only the trained parameters in its checkpoints.
 
     Args:
         order: The order of the rows.
@@ -93,7 +93,7 @@ class RoutedTrainer(PrefixTrainer):
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
-        # Trainer refuses to save models that were sharded before; this class can
+        # Trainer does not save models that were sharded before; this class does
         kwargs["args"].save_only_model = is_sharded()
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
@@ -101,8 +101,8 @@ class RoutedTrainer(PrefixTrainer):
         self._order, self._trainable, self._probe, self._base_lr_ratio = order, trainable, probe, base_lr_ratio
         self.add_callback(probe)
         if hasattr(order, "set_epoch"):
-            self.add_callback(FollowEpochs(order))
-        self.add_callback(CompleteCheckpoints())
+            self.add_callback(SetEpochs(order))
+        self.add_callback(WriteDigests())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
@@ -129,7 +129,7 @@ class RoutedTrainer(PrefixTrainer):
         extra = emoe.aux_loss(model) if model.training else 0.0
         if not isinstance(extra, Tensor):
             return result
-        if self.loss_is_scaled_for_ga:  # as the task's loss is
+        if self.loss_is_scaled_for_ga:  # like the task's loss
             extra = extra / self.current_gradient_accumulation_steps
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
 
@@ -169,7 +169,7 @@ class RoutedTrainer(PrefixTrainer):
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
-def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
+def evaluate_with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
     """Evaluate a model, and summarise the routing of its tokens; the summary of a dense model is empty."""
     if not routed_layers(model):
         return evaluate(), {}
@@ -179,24 +179,24 @@ def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Resu
 
 
 def routing_summary(record: RoutingRecord) -> dict[str, Any]:
-    """Summarise routing: means over layers, and ``shares`` of each expert by layer."""
+    """Summarise routing: each statistic's mean over layers, and the experts' ``shares`` by layer."""
     shares = {str(number): layer.shares.tolist() for number, layer in record.layers.items()}
     return record.summary() | {"shares": shares}
 
 
-def plain_logits(predictions: Any) -> NDArray[Any]:
-    """Return the logits of a model's output."""
+def extract_logits(predictions: Any) -> NDArray[Any]:
+    """Return the logits of a model's predictions, which may be a tuple."""
     return cast(NDArray[Any], predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
 def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
-    """Return ``[rows, experts]`` of a layer whose labels were the numbers of the rows."""
+    """Return a layer's loads ``[rows, experts]``, recorded with row numbers as labels."""
     loads = np.zeros((rows, record.num_experts), dtype=np.int64)
     for row, counts in record.by_label.items():
         loads[row] = counts.numpy()
     return loads
 
 
-def finite(loss: float) -> float | None:
+def finite_or_none(loss: float) -> float | None:
     """Return a loss, or None if it is not finite, which JSON cannot hold."""
     return loss if math.isfinite(loss) else None
