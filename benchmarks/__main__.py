@@ -450,7 +450,7 @@ def _status(arguments: list[str]) -> int:
 
 def main() -> None:
     """Run the command in a fork of the workflow's server if there is one, else in this process."""
-    exit_status = ask(sys.argv[1:])
+    exit_status = run_in_fork(sys.argv[1:])
     if exit_status is None:
         _main()
     else:

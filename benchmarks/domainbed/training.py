@@ -20,7 +20,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.results.statistics import MutualInformation, shuffle_statistics, shuffled_information
-from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.progress import Progress

@@ -91,7 +91,7 @@ class InstructionTraining(Training):
     """Concatenate the rows of a micro-batch, without attention between rows, instead of padding them."""
     save_steps: Count
     """Steps between checkpoints."""
-    eval_every: Count | None = left_out()
+    eval_every: Count | None = optional()
     """Steps between held-out losses during training, the first one before any step; left out: no such losses."""
     keep_weights: bool
     """Keep the trained weights, so that the run can be exported."""
@@ -145,7 +145,7 @@ class InstructionBlock(VariantAxes):
     """Names of `finetuning`."""
     method: Names
     """Names of methods."""
-    learning_rate: Positives | None = left_out()
+    learning_rate: Positives | None = optional()
     """Peak learning rates; required unless nothing is trained."""
     seed: Wholes
     """Seeds of row order, adapters, dropout and random templates."""
@@ -219,7 +219,7 @@ class InstructionSet(Entry):
 
     source: InstructionSource
     """Source of the rows if there is no file `<name>.json` or `<name>.jsonl` below data_root."""
-    rows: Count | None = left_out()
+    rows: Count | None = optional()
     """Row count according to the makers."""
     download_instructions: str
     """Instructions to download the set."""

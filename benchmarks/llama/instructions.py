@@ -57,7 +57,7 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     if source.hub:
         return _read_hub(source.hub, source.revision)
     root = os.environ.get(DATA_ROOT) or "<data_root>"
-    files = " or ".join(f"{root}/{name}{suffix}" for suffix in OWN_SUFFIXES)
+    files = " or ".join(f"{root}/{name}{suffix}" for suffix in USER_SUFFIXES)
     raise DataError(f"the set '{name}' needs your own file: {files}")
 
 

@@ -19,7 +19,7 @@ from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import RoutedTrainer, precision_here
+from benchmarks.harness.training.trainer import RoutedTrainer, available_precision
 from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, OtherTask
 from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit

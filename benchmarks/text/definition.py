@@ -60,13 +60,13 @@ class TextTraining(Training):
     """Order of the training rows: shuffled, or shuffled in groups of similar length (less padding)."""
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
-    train_share: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] | None = left_out()
+    train_share: Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER] | None = optional()
     """Share of these rows, sampled per class; a smaller share is a subset of a larger one. Left out: all."""
     eval_rows: Count | None
     """Rows of every evaluation split; null for all."""
-    dev_rows: Count | None = left_out()
+    dev_rows: Count | None = optional()
     """Rows of the dev split, for tasks that also have a test split; left out, or null: `eval_rows`."""
-    ood_rows: Count | None = left_out()
+    ood_rows: Count | None = optional()
     """Rows of every OOD set; left out, or null: `eval_rows`."""
     weight_decay: NotNegative
     """AdamW's weight decay."""
@@ -83,7 +83,7 @@ class TextTraining(Training):
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     validation_fraction: Rate
     """Share of the training rows that a clean run holds out for selection, if the task has no test split."""
-    frozen_layers: Whole | None = zero_left_out()
+    frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
     for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
     converts or trains a layer below. 0, or left out: none."""
@@ -91,10 +91,10 @@ class TextTraining(Training):
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool
     """Keep the trained weights in the run's folder, for benchmarks that evaluate them."""
-    evaluate_ood: bool | Names | None = left_out()
+    evaluate_ood: bool | Names | None = optional()
     """Evaluate all runs, or the runs of these methods, on the task's OOD sets at the end; not part of a run's spec. Use
     a benchmark that evaluates only chosen runs for large sets."""
-    epochs_by_task: dict[str, Positive] | None = left_out()
+    epochs_by_task: dict[str, Positive] | None = optional()
     """Epochs of single tasks; not part of a run's spec."""
 
 
@@ -115,9 +115,9 @@ class TextBlock(VariantAxes):
         optional()
     )
     """Shares of the training rows, for rows with `role: ablation`."""
-    epochs_factor: Positives | None = left_out()
+    epochs_factor: Positives | None = optional()
     """Factors on the usual epochs, for rows with `role: ablation`."""
-    protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = left_out()
+    protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = optional()
     """Selection of epoch and hyper-parameters. published: with the dev split, which is also reported. clean: with a split
     that is not reported. Left out: clean for tasks with a test split, else published."""
 
@@ -153,11 +153,11 @@ class Ablation(Strict):
     rows: Annotated[Names, UNIQUE]
     """Compared rows; the first one is the baseline. Every setting is a separate row, for rows with `role: ablation` or
     several variants."""
-    axis: Literal["train_share", "top_k_fraction"] | None = left_out()
+    axis: Literal["train_share", "top_k_fraction"] | None = optional()
     """Horizontal axis of the figure; left out: a forest plot of the differences."""
-    steps: Literal[True] | None = left_out()
+    steps: Literal[True] | None = optional()
     """Compare each row with the row above it, instead of with the baseline."""
-    paper: str | None = left_out()
+    paper: str | None = optional()
     """CSV with the paper's numbers, in the benchmark's folder: one row per model, scope (task), method and setting."""
 
 
@@ -184,7 +184,7 @@ class TextDefinition(MethodsDefinition, Ablated):
 
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
-    published_traces: PublishedTraces | None = left_out()
+    published_traces: PublishedTraces | None = optional()
     """The paper's expert loads over training, shown beside ours."""
     training: TextTraining
     """The training of every run; a suite may change it."""
@@ -201,12 +201,12 @@ class TextSource(Strict):
     """Commit (or branch) of the hub's set; null is its newest."""
     folder: str | None = optional()
     """Name of the set's folder below data_root."""
-    csv: str | None = left_out()
+    csv: str | None = optional()
     """A csv in this project. Its column `split` names the split of each row; without it, a hash of the text chooses
     it."""
     vader_sentiment: str | None = optional()
     """A domain of the human-rated sentiment set."""
-    vader_label: Literal["strength"] | None = left_out()
+    vader_label: Literal["strength"] | None = optional()
     """Use the strength of the rating (weak, strong) as the label; left out: its sign."""
 
     def model_post_init(self, _context: Any, /) -> None:
@@ -259,9 +259,9 @@ class Rows(Strict):
 
     train: int | None = optional()
     """Rows of the training split."""
-    dev: int | None = left_out()
+    dev: int | None = optional()
     """Rows of the dev split."""
-    test: int | None = left_out()
+    test: int | None = optional()
     """Rows of the test split."""
 
 
@@ -281,7 +281,7 @@ class RunTask(Strict):
     labels: list[str] = Field([])
     """Names of the classes in the order of their numbers; empty for a regression. Class i of a model corresponds to
     class i of any other set with as many classes."""
-    range: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = left_out()
+    range: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = optional()
     """Lowest and highest score of a regression; other scores are errors."""
     label_names: dict[str, str] = Field({})
     """Class names by other spellings in files."""
@@ -297,7 +297,7 @@ class RunTask(Strict):
     splits: Splits
     """Split names by part. The dev part is for selection; the test part is reported (without it, dev). Sets without
     train and dev are only for evaluation."""
-    raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = left_out()
+    raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = optional()
     """Layouts of the makers' files, for `tools/convert_glue_x.py`, which uses the first one whose file exists."""
 
 
@@ -307,9 +307,9 @@ class TaskEntry(RunTask, Entry):
     rows: Rows = Rows()
     """Row counts of each part according to the makers, including rows without a gold label; for sets of GLUE-X's
     authors, the counts in their result files."""
-    published_rows: PublishedRows | None = left_out()
+    published_rows: PublishedRows | None = optional()
     """Different row count of the test part in the paper's evaluation, with source and reason."""
-    download_instructions: str | None = left_out()
+    download_instructions: str | None = optional()
     """Source and file name, for sets that must be downloaded by hand."""
     ood: list[str] = Field([])
     """Tasks that a model trained on this one is also evaluated on, without further training."""
@@ -361,5 +361,5 @@ class TextSpec(RunSpec):
     """OOD evaluation sets."""
     training: TextTraining
     """The training."""
-    used_as: UsedAs | None = left_out()
+    used_as: UsedAs | None = optional()
     """Method that the model is converted to and evaluated as at the end; left out: none."""

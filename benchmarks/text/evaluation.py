@@ -33,7 +33,7 @@ def padding_collator(
     tokenizer: PreTrainedTokenizerBase, precision: str
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return a collator that pads to the longest row, for fp16 to a multiple of 8 (as the authors do)."""
-    return with_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
+    return collate_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
 
 
 def score_and_loss(
@@ -79,7 +79,7 @@ class SplitEvaluator:
         )
         evaluated = task or self._task
         with routing.record_set(evaluated.name, split.class_numbers[rows.order]) if routing else nullcontext():
-            logits = plain_logits(self._trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
+            logits = extract_logits(self._trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
         metrics = task.ood_metrics if task else [self._task.metric]
         return score_and_loss(logits, rows.labels, self._task, evaluated, metrics)
 

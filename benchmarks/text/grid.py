@@ -293,7 +293,7 @@ def _spec(
     task = benchmark.tasks[point["task"]]
     protocol = _protocol(task, point, where)
     training = run_training(settings, task, point, protocol)
-    shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *OF_TRAINING)])
+    shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *TRAINING_KEYS)])
     if shaping not in cache:
         cache[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
     method = copy.deepcopy(cache[shaping])
