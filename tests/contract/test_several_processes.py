@@ -109,9 +109,9 @@ def _is_alive(process: psutil.Process) -> bool:
         (
             {"training": {"per_device_train_batch_size": 8}, "tuning": "full"},
             "ddp",
-            "no multiple of training.per_device_train_batch_size 8 times 2 processes",
+            "not a multiple of training.per_device_train_batch_size 8 times 2 processes",
         ),
-        ({"tuning": "base"}, "fsdp", "only runs of instruction tuning that train"),
+        ({"tuning": "base"}, "fsdp", "only training runs of instruction tuning"),
         (
             {"model": {"quantize": "nf4", "whole": [3]}},
             "fsdp",

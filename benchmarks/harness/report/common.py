@@ -240,7 +240,7 @@ def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str
         f"Tests against {against}",
         f"{caption} Intervals are 95 % confidence intervals (Student's t). p is from the paired t-test; p (Holm) is "
         f"corrected with Holm's procedure over all {frame['p'].notna().sum()} tests of this table. The verdict uses p "
-        "(Holm) at 5 %. “equal”: every difference is zero. A dash: no test, because there is one pair, or all "
+        "(Holm) at 5 %. “equal”: every difference is zero. A dash: untestable, because there is one pair, or all "
         "differences are the same and not zero.",
         dict(keys),
         [

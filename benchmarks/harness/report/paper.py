@@ -229,7 +229,7 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
             style = _STYLES[row.method]
             height = axes.index(row.axis) + (0.14 if row.method == "gmoe" else -0.14)
             plots.draw_difference(panel, row, height, style if row.whose == "ours" else replace(style, marker="x"))
-        panel.axvline(0, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0)
+        panel.axvline(0, color=plots.REFERENCE, lw=0.8, zorder=0.5)
         labels = [_difference_label(axis, drawn[drawn["axis"] == axis]) for axis in axes]
         panel.set_yticks(range(len(axes)), labels, fontsize=7)
         panel.set_ylim(len(axes) - 0.4, -0.6)
