@@ -121,6 +121,7 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
     score = add_to_score(runs[0], 2e-16)
     assert changed(runs, blessed) == {score}
     assert changed(runs, blessed, elsewhere=True) == set()
+    assert str(check(runs, "mini", blessed)).endswith(" agree, 1 changed, 0 missing, 0 new")
 
     reference = blessed / "mini.json"
     content = json.loads(reference.read_text())

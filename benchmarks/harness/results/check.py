@@ -71,7 +71,7 @@ class Comparison:
     """Hold the result of comparing two sets of numbers."""
 
     differences: pd.DataFrame  # KEYS, status (changed, missing or new), before, after and tolerance
-    equal: int  # numbers that values_agree
+    equal: int  # numbers that agree
     machines: list[str]  # a sentence per pair of machines: count of numbers and kind of comparison
     unfinished: Sequence[str] = ()  # runs without numbers, with the reason if available
 
@@ -95,7 +95,7 @@ class Comparison:
             lines.append(f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}")
         statuses = list(self.differences["status"])
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("changed", "missing", "new"))
-        return "\n".join([*lines, *self.machines, f"{self.equal} values_agree, {counts}"])
+        return "\n".join([*lines, *self.machines, f"{self.equal} agree, {counts}"])
 
 
 def _describe(row: Any) -> str:
