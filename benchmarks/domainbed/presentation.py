@@ -56,9 +56,9 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
         f"{outcomes.title('set', name)}: accuracy by held-out environment",
         f"Accuracy on the in split of the held-out environment (80 % of its images{cut}). Mean over n trials. "
         f"{_ERROR}. {outcomes.shared_note} "
-        f"{_held_out_note(outcomes, [name])}{_selections_note(outcomes, [name])} {_experts_note(outcomes, [name])}Δ is paired by "
-        "trial, with a 95 % confidence interval (Student's t), not corrected for multiple tests. Bold marks the best "
-        "method, without controls.",
+        f"{_held_out_note(outcomes, [name])}{_selections_note(outcomes, [name])} {_experts_note(outcomes, [name])}Δ is "
+        "paired by trial, with a 95 % confidence interval (Student's t), not corrected for multiple tests. Bold marks "
+        "the best method, without controls.",
         {**_KEYS, "n": "n"},
         columns,
         outcomes.order(frame, ["model", "selection", "method"]),
@@ -133,14 +133,16 @@ def cost(outcomes: DomainOutcomes) -> Table:
         averaged="Means over all runs; step times exclude reading and augmenting images",
         measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the "
         "mutual information of a token's expert and its image's class (environment). By chance: its mean and 95 % "
-        f"quantile over {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those of "
-        "a class). Only values above the quantile are meaningful",
+        f"quantile over {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those "
+        "of a class). Only values above the quantile are meaningful",
         published=_published_costs(outcomes),
     )
 
 
 def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
-    """Read published costs: a row per model, set and method, a column per metric, and ``source``; None without a file."""
+    """Read published costs: a row per model, set and method, a column per metric, and ``source``; None without a
+    file.
+    """
     file = outcomes.benchmark.definition.published_costs
     if not file:
         return None
@@ -170,8 +172,8 @@ def paper(outcomes: DomainOutcomes) -> Table:
         "Published averages beside ours",
         "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
         "VLCS, OfficeHome and TerraIncognita. Status: published (from the authors' notebooks, or quoted), inferred "
-        "(published, but the selection or the row is our interpretation). A dash: not run by this suite, or unavailable. "
-        "Results with another model and other data neither confirm nor refute a published value. "
+        "(published, but the selection or the row is our interpretation). A dash: not run by this suite, or "
+        "unavailable. Results with another model and other data neither confirm nor refute a published value. "
         f"{outcomes.shared_note} {_experts_note(outcomes, outcomes.sets)}".strip(),
         {key: _ROW[key] for key in ("selection_title", "set_title", "model_title", "method_title")},
         frame,
@@ -237,8 +239,8 @@ def _domainbed_error(values: pd.Series) -> float:
 
 _NOTE = (
     "Differences are in points: means over held-out environments, then over paired trials, with 95 % confidence "
-    "intervals. Verdicts use paired t-tests at 5 %, corrected with Holm's procedure over all rows of the table of tests. "
-    "With two trials a test has only two differences: read it as a hint."
+    "intervals. Verdicts use paired t-tests at 5 %, corrected with Holm's procedure over all rows of the table of "
+    "tests. With two trials a test has only two differences: read it as a hint."
 )
 FIGURES: dict[str, Figure] = {}
 SET_FIGURES = {
@@ -249,18 +251,19 @@ SET_FIGURES = {
     ),
     "samples": Figure(
         draw_samples,
-        "Images of each environment as model inputs, for evaluation and, if images are augmented, below them for training.",
+        "Images of each environment as model inputs, for evaluation and, if images are augmented, below them for "
+        "training.",
     ),
     "confusion": Figure(
         draw_confusion,
-        "Confusion on the held-out environment, by method. Each row is a true class, as shares of its images, at the last "
-        "step of all trials together, on the out splits.",
+        "Confusion on the held-out environment, by method. Each row is a true class, as shares of its images, at the "
+        "last step of all trials together, on the out splits.",
     ),
     "routing": Figure(
         draw_routing,
         "Use of experts by class (above) and by environment (below): the share of each expert in the choices of their "
-        "images, divided by the mean share. The number is the mutual information of expert and class or environment, in "
-        "bits, beside its value by chance: the mean and 95 % quantile of 500 shuffles over images.",
+        "images, divided by the mean share. The number is the mutual information of expert and class or environment, "
+        "in bits, beside its value by chance: the mean and 95 % quantile of 500 shuffles over images.",
     ),
 }
 

@@ -56,9 +56,9 @@ def results(outcomes: InstructionOutcomes) -> Table:
         "Held-out loss and accuracy",
         f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over the response tokens "
         f"of held-out instructions. {'' if outcomes.nats_tests.empty else _LIKELIHOOD}{_questions_note(outcomes)}"
-        f"Δ to {outcomes.baseline_title} compares with the equally tuned {outcomes.baseline_title}, paired by seed; for "
-        "an untuned model it is the cost of conversion. Δ to not tuned compares with the same untuned method; it is the "
-        "gain of tuning. Both have a 95 % confidence interval over seeds (Student's t). "
+        f"Δ to {outcomes.baseline_title} compares with the equally tuned {outcomes.baseline_title}, paired by seed; "
+        "for an untuned model it is the cost of conversion. Δ to not tuned compares with the same untuned method; it "
+        "is the gain of tuning. Both have a 95 % confidence interval over seeds (Student's t). "
         f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a tuning, without controls.",
         {**_key_headings(outcomes), "n": "n"},
         columns,
@@ -142,7 +142,8 @@ def answers(outcomes: InstructionOutcomes) -> Table:
     frame = outcomes.order(pd.DataFrame(rows, columns=[*CELL, "number", "asked", "answer"]), ["number", *CELL])
     return Table(
         "Answers to held-out instructions",
-        f"Greedy answers of the first seed of each row, cut at {_LONGEST} letters. `metrics.json` has the whole answers.",
+        f"Greedy answers of the first seed of each row, cut at {_LONGEST} letters. `metrics.json` has the whole "
+        "answers.",
         {"number": "No", "asked": "Instruction", **_key_headings(outcomes)},
         [],
         frame,
@@ -173,8 +174,8 @@ def data(outcomes: InstructionOutcomes) -> Table:
     frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
     return Table(
         "Instructions",
-        "Only the tokens of responses are learned. Responses are cut at the maximum length. A row is broken if its prompt "
-        "alone is longer, or if it lacks a field, is empty, or is not UTF-8.",
+        "Only the tokens of responses are learned. Responses are cut at the maximum length. A row is broken if its "
+        "prompt alone is longer, or if it lacks a field, is empty, or is not UTF-8.",
         {"set_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
         [Column("count", name, heading) for name, heading in _DATA.items()],
         frame,
@@ -211,10 +212,10 @@ def paper(outcomes: InstructionOutcomes) -> Table:
     frame = outcomes.order(frame.assign(set=""), CELL)
     return common.published_table(
         "The paper's MMLU accuracies beside ours",
-        "Status: published (quoted by others; the paper's full tables were not available). The paper's number of shots, "
-        "and its learning rate and epochs of LoRA, are unknown. A dash: not run by this suite, or unavailable. Results "
-        "with another model, other data and other questions neither confirm nor refute a published value. Only MMLU "
-        f"itself has a difference. {outcomes.shared_note}",
+        "Status: published (quoted by others; the paper's full tables were not available). The paper's number of "
+        "shots, and its learning rate and epochs of LoRA, are unknown. A dash: not run by this suite, or unavailable. "
+        "Results with another model, other data and other questions neither confirm nor refute a published value. Only "
+        f"MMLU itself has a difference. {outcomes.shared_note}",
         {**_key_headings(outcomes), "task": "Task"},
         frame,
         origins=outcomes.shared_origins,
@@ -293,8 +294,8 @@ def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
 
 _NOTE = (
     "Losses are paired by seed, with a 95 % confidence interval if there are several seeds. Accuracies are paired by "
-    "question, with an interval over questions; verdicts are corrected with Holm's procedure over all rows of the table "
-    "of tests."
+    "question, with an interval over questions; verdicts are corrected with Holm's procedure over all rows of the "
+    "table of tests."
 )
 FIGURES = {
     "curves": Figure(

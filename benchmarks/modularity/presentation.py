@@ -68,8 +68,8 @@ def usage(outcomes: ModularityOutcomes) -> Table:
         "Mutual information of a token's expert with the task of its row, and with the row's class (within a task, "
         f"mean over the tasks with classes). Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of rows over "
         "the tasks, or within their task. Specialised experts: a task uses them more than by chance (5 %, over all "
-        "experts and tasks). Shared experts: every task uses them above 1/N, and no task differs from chance. Means over "
-        "random partitions.",
+        "experts and tasks). Shared experts: every task uses them above 1/N, and no task differs from chance. Means "
+        "over random partitions.",
         {key: label for key, label in _KEYS.items() if key != "n"},
         [Column(metric, metric) for metric in metrics],
         frame,
@@ -102,8 +102,8 @@ FIGURES = {
     "activations": Figure(
         draw_activations,
         "Active neurons of tokens of several tasks. Neurons are in the order of the experts: the checkpoint's order, "
-        "clusters of similar keys, or random. Each row is a token, task by task; vertical lines separate experts. If few "
-        "experts hold most of a token's activations, its row shows a few dashes instead of scattered dots.",
+        "clusters of similar keys, or random. Each row is a token, task by task; vertical lines separate experts. If "
+        "few experts hold most of a token's activations, its row shows a few dashes instead of scattered dots.",
     ),
     "activations_3d": Figure(
         draw_activations_3d,
@@ -118,9 +118,9 @@ FIGURES = {
     ),
     "experts": Figure(
         draw_experts,
-        "Use of experts by task, divided by the expert's mean use. Triangles mark use above (▲) or below (▼) chance, by "
-        "shuffled rows at 5 % over the whole panel. Dots mark shared experts: every task uses them above the average and "
-        "equally.",
+        "Use of experts by task, divided by the expert's mean use. Triangles mark use above (▲) or below (▼) chance, "
+        "by shuffled rows at 5 % over the whole panel. Dots mark shared experts: every task uses them above the "
+        "average and equally.",
     ),
 }
 _NOTE = (

@@ -16,8 +16,8 @@ from benchmarks.harness.results.records import collect
 from benchmarks.speed.definition import Settings
 
 _NOTE = (
-    "Each ratio is the median over rounds, in which all candidates ran in turn in one process. Sentences give the median "
-    "over settings."
+    "Each ratio is the median over rounds, in which all candidates ran in turn in one process. Sentences give the "
+    "median over settings."
 )
 _KEYS = {"num_experts": "N", "top_k_fraction": "k/N"}
 

@@ -264,7 +264,9 @@ _MOST_TASKS = 4  # rows of panels
 
 
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw expert loads over training: a row per model and task (at most four), then the paper's; a panel per method."""
+    """Draw expert loads over training: a row per model and task (at most four), then the paper's; a panel per
+    method.
+    """
     rows = [
         (f"{outcomes.title('model', model)}\n{outcomes.title('task', task)}", by_method)
         for (model, task), by_method in list(select_traces(outcomes).items())[:_MOST_TASKS]

@@ -35,9 +35,9 @@ FIGURES = {
     ),
     "traces": Figure(
         draw_traces,
-        "Loads of experts over training, divided by the mean load, for the first seed: rows are windows of steps, columns "
-        "are experts. The paper's panels show QNLI, 16 experts, 330 windows of 100 steps (Fig. 6 of the first version); "
-        "their model, and its tuning with adapters, are our interpretation.",
+        "Loads of experts over training, divided by the mean load, for the first seed: rows are windows of steps, "
+        "columns are experts. The paper's panels show QNLI, 16 experts, 330 windows of 100 steps (Fig. 6 of the first "
+        "version); their model, and its tuning with adapters, are our interpretation.",
     ),
     "usage": USAGE,
 }

@@ -61,9 +61,9 @@ def results(outcomes: TextOutcomes) -> Table:
     frame = common.with_numbers(frame, CELL, common.cell_means(_clean_records(outcomes.shared_origins), CELL, took))
     return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
-        "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). Differences "
-        "are paired by seed, with a 95 % confidence interval (Student's t), not corrected for multiple tests. "
-        f"{outcomes.shared_note} ID is the training task, OOD the mean over the other sets, without further "
+        "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). "
+        "Differences are paired by seed, with a 95 % confidence interval (Student's t), not corrected for multiple "
+        f"tests. {outcomes.shared_note} ID is the training task, OOD the mean over the other sets, without further "
         f"training. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, without controls. Time, "
         f"neurons and parameters are from the clean runs, if there are any. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
@@ -125,8 +125,8 @@ def tests(outcomes: TextOutcomes) -> Table:
     """Make a table of paired tests over seeds against the baseline."""
     return common.tests_table(
         outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. Other tables use the "
-        f"seeds that all their rows share. {_SELECTIONS}",
+        f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. Other tables use "
+        f"the seeds that all their rows share. {_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", "task_title": "Trained on"}
         | {"eval_task_title": "Evaluated on", "method_title": "Method", "n": "n"},
         "score",
@@ -186,9 +186,9 @@ def choices_table(outcomes: TextOutcomes) -> Table:
     tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
     return Table(
         "Hyper-parameters, and the choice",
-        "The choice (✓) has the best mean choosing score over n seeds; ID and OOD scores choose nothing. The rows “all” "
-        "are means over the training tasks, with one choice for all tasks. A method with more choices has more chances. "
-        "In a variant, N is the number of experts, k the share of experts in use, L the converted layers. "
+        "The choice (✓) has the best mean choosing score over n seeds; ID and OOD scores choose nothing. The rows "
+        "“all” are means over the training tasks, with one choice for all tasks. A method with more choices has more "
+        "chances. In a variant, N is the number of experts, k the share of experts in use, L the converted layers. "
         f"{_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", **KEYS}
         | {"variant_shown": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
@@ -299,8 +299,8 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
     return Table(
         "The paper's numbers beside ours",
-        f"Δ is the difference to {outcomes.baseline_title}. Ours is paired by seed, with a 95 % confidence interval for "
-        f"single tasks. {outcomes.shared_note} Status: published (from the authors' notebooks or quoted from the "
+        f"Δ is the difference to {outcomes.baseline_title}. Ours is paired by seed, with a 95 % confidence interval "
+        f"for single tasks. {outcomes.shared_note} Status: published (from the authors' notebooks or quoted from the "
         "paper), inferred (published, but the row is our interpretation), unknown (in the paper, but unavailable). A "
         "dash: unavailable, or not run by this suite.",
         {"model_title": "Model", "scope": "Task", "method_title": "Method"},
@@ -326,10 +326,10 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranking]) -> Table:
     methods = list(dict.fromkeys(outcomes.title("method", name) for each in rankings for name in each.scores.index))
     return Table(
         "Friedman ranks out of domain",
-        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. The paper does not name "
-        f"its ranked rows, so its ranks cannot be compared with ours. Sets ({len(pairs)}): {', '.join(pairs)}. "
-        f"{'; '.join(notes) or 'No ranks: the rows have no common set and seed'}. By Nemenyi's test at 5 %, ranks differ "
-        "if they are further apart than the critical difference.",
+        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. The paper does not "
+        f"name its ranked rows, so its ranks cannot be compared with ours. Sets ({len(pairs)}): {', '.join(pairs)}. "
+        f"{'; '.join(notes) or 'No ranks: the rows have no common set and seed'}. By Nemenyi's test at 5 %, ranks "
+        "differ if they are further apart than the critical difference.",
         _BY_SELECTION,
         [
             Column("ood_rank", "rank", "Rank", best=True),
@@ -390,9 +390,9 @@ def usage_table(outcomes: TextOutcomes) -> Table:
         "Information in the choice of an expert after training",
         "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "
         "row's class (within a set, mean over the sets), on 200 rows per set. Chance: mean and 95 % quantile of "
-        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: a set uses them more "
-        "than by chance (5 %, over all experts and sets). Shared experts: every set uses them above 1/N, and no set "
-        "differs from chance. Means over n seeds ± standard deviation. The benchmark modularity measures the same "
+        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: a set uses them "
+        "more than by chance (5 %, over all experts and sets). Shared experts: every set uses them above 1/N, and no "
+        "set differs from chance. Means over n seeds ± standard deviation. The benchmark modularity measures the same "
         "before training.",
         {**KEYS, "n": "n"},
         [Column(name, name, std=f"{name}_std" if name.endswith("_information") else None) for name in numbers],

@@ -46,9 +46,10 @@ _TEXTS = ("contrast", *_COMPARED, "pair", "against_paper", "equivalent")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 
 CAPTION = (
-    "The claims of the paper and the differences that these runs measured, with 95 % intervals (for a ratio, its range). "
-    "Blue circles are supported, orange crosses contradicted, grey diamonds undecided. A purple triangle is undecided "
-    "too, but the paper's effect (thin line) lies above the whole interval. Differences within the band are negligible."
+    "The claims of the paper and the differences that these runs measured, with 95 % intervals (for a ratio, its "
+    "range). Blue circles are supported, orange crosses contradicted, grey diamonds undecided. A purple triangle is "
+    "undecided too, but the paper's effect (thin line) lies above the whole interval. Differences within the band are "
+    "negligible."
 )
 _LINE, _BELOW = 0.19, 0.5  # inches of a line of the figure, and of the space below a panel
 _LEFT, _RIGHT = 0.36, 0.715  # of the width: the edges of the axes
@@ -215,10 +216,11 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         f"paired t-test, corrected with Holm's procedure over the {int(rows['p'].notna().sum())} tests of this table. "
         "Supported or contradicted: corrected p below 5 %, with the claimed sign or the opposite one. Next to the "
         "paper: the whole interval is smaller or larger than the paper's effect, or compatible with it. No difference "
-        "that matters: the whole interval lies within the margin of benchmarks/metrics.yaml. The interval alone decides "
-        "other claims (the same, not lower, near the dense time): supported if all of it lies within the margin, "
-        "contradicted if all of it lies outside. The interval of a time is its range over all rounds and settings. "
-        "Parameters are counted. Untestable: one pair, or equal differences. Missing: no such runs in this suite.",
+        "that matters: the whole interval lies within the margin of benchmarks/metrics.yaml. The interval alone "
+        "decides other claims (the same, not lower, near the dense time): supported if all of it lies within the "
+        "margin, contradicted if all of it lies outside. The interval of a time is its range over all rounds and "
+        "settings. Parameters are counted. Untestable: one pair, or equal differences. Missing: no such runs in this "
+        "suite.",
         {"claim_shown": "Claim", "test_shown": "Tested on", "paper": "The paper"}
         | {"runs_shown": "These runs", "n_shown": "n"},
         [Column("p_value", "p", "p"), Column("p_value", "p_holm", "p (Holm)")],

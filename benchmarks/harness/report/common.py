@@ -78,8 +78,8 @@ def has_random_weights(runs: Sequence[Run]) -> bool:
 class Outcomes:
     """Collect the finished runs of a benchmark that trains, in the order of the grid; a subclass adds its results.
 
-    ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or a key of
-    ``titles``. ``titles`` maps names to titles, in the order of rows.
+    ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or a key
+    of ``titles``. ``titles`` maps names to titles, in the order of rows.
     """
 
     titles: dict[str, Mapping[str, str]]  # by column and name; names that ran come first
@@ -129,7 +129,9 @@ class Outcomes:
         return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Add titles and sort by columns: names in the order of their titles, unknown names last, other columns by value."""
+        """Add titles and sort by columns: names in the order of their titles, unknown names last, other columns by
+        value.
+        """
 
         def rank(column: pd.Series) -> pd.Series:
             ranks = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
@@ -175,7 +177,9 @@ def read_published(
 
 
 def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
-    """Return each published ``value`` minus the baseline's for the same ``model`` and ``scope``; nan for the baseline."""
+    """Return each published ``value`` minus the baseline's for the same ``model`` and ``scope``; nan for the
+    baseline.
+    """
     base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
     return [
         math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
@@ -205,8 +209,8 @@ def with_columns(
 ) -> tuple[pd.DataFrame, list[Column]]:
     """Add one column of numbers per name; return the extended frame and the columns of the table.
 
-    ``numbers`` has the name in its first column, then the columns ``on``, ``mean`` and ``std``. ``headings`` maps names to
-    headings, in the order of columns. ``joint`` separates the name from ``mean`` in the frame's column names.
+    ``numbers`` has the name in its first column, then the columns ``on``, ``mean`` and ``std``. ``headings`` maps names
+    to headings, in the order of columns. ``joint`` separates the name from ``mean`` in the frame's column names.
     """
     by, columns = numbers.columns[0], []
     for name, heading in headings.items():
@@ -317,8 +321,8 @@ def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tu
 
     ``references`` pairs each reference method with the method to compare, or with None for all methods. Returns one row
     per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``; the 95 % interval of the mean (``low_mean``,
-    ``high_mean``); and the uncorrected difference to the reference over ``pairs`` of seeds (``delta``, ``low``, ``high``,
-    ``p``).
+    ``high_mean``); and the uncorrected difference to the reference over ``pairs`` of seeds (``delta``, ``low``,
+    ``high``, ``p``).
     """
     rows = []
     for key, values in scores.groupby(list(cell), sort=False)["value"]:

@@ -73,7 +73,9 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
-    """List the paper's items with ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite and ``status``."""
+    """List the paper's items with ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite and
+    ``status``.
+    """
     rows: list[dict[str, Any]] = []
     for name, item in paper_items.load_paper_items().items():
         files = paper_items.paper_files(suite, name)
@@ -107,9 +109,9 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Compute the main averages of a suite from its claim numbers, and add the paper's.
 
     Returns one row per average, model and method (``dense``, ``gmoe``, ``emoe``) with the ``axis`` (title and model),
-    ``whose`` (``ours``, ``paper``), the ``mean`` in points (a rank if ``is_rank``), the paired difference to the dense row
-    in points (``delta``, ``low``, ``high``, ``n``), and texts that name the tasks and pairs of our mean (``of``) and of
-    our difference (``compared``).
+    ``whose`` (``ours``, ``paper``), the ``mean`` in points (a rank if ``is_rank``), the paired difference to the dense
+    row in points (``delta``, ``low``, ``high``, ``n``), and texts that name the tasks and pairs of our mean (``of``)
+    and of our difference (``compared``).
     """
     averages = []
     for average in paper_items.load_main_averages().values():

@@ -89,8 +89,8 @@ def draw_interval(
 def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
     """Draw a forest plot: differences with 95 % intervals, one panel below the other.
 
-    ``rows`` has the titles ``panel``, ``line`` (vertical position) and ``series`` (mark), the ``style``, and the columns of
-    :func:`draw_difference`.
+    ``rows`` has the titles ``panel``, ``line`` (vertical position) and ``series`` (mark), the ``style``, and the
+    columns of :func:`draw_difference`.
     """
     panels = list(rows.groupby("panel", sort=False))
     series = rows.groupby("series", sort=False)["style"].agg(list)
@@ -146,9 +146,10 @@ def score_panels(
 ) -> None:
     """Draw the scores of all methods, one panel per set; all panels share one axis.
 
-    Each inner list of ``panels`` starts a new line. A panel has a title and a frame with ``method`` and ``value``, one row
-    per method and seed. Small dots are seeds, and the large mark above them is their mean. The bar is the 95 % confidence
-    interval of the mean, drawn from five seeds on. The dashed line is the baseline's mean. ``measure`` labels the axis.
+    Each inner list of ``panels`` starts a new line. A panel has a title and a frame with ``method`` and ``value``, one
+    row per method and seed. Small dots are seeds, and the large mark above them is their mean. The bar is the 95 %
+    confidence interval of the mean, drawn from five seeds on. The dashed line is the baseline's mean. ``measure``
+    labels the axis.
     """
     lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
     values = pd.concat([rows["value"] for line in lines for _, rows in line]) * 100

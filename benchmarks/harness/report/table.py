@@ -145,7 +145,9 @@ class Table:
         return _LATEX.format(comment=comment, table=table)
 
     def html(self) -> str:
-        """Render an unstyled ``<figure>``; cells of numbers have a sort value, and rows have the folders of their runs."""
+        """Render an unstyled ``<figure>``; cells of numbers have a sort value, and rows have the folders of their
+        runs.
+        """
         texts, best = self.texts(), self.best()
         numbers = {column.heading: self.frame[column.value].tolist() for column in self.printed}
         shared = self._shared_texts(texts)

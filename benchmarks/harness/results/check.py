@@ -147,7 +147,8 @@ def compare(
         differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
         int(is_equal.sum()),
         [
-            f"compared {count} numbers {'within tolerances, as asked' if elsewhere else _comparison_kind(before, after, *pair)}"
+            f"compared {count} numbers "
+            f"{'within tolerances, as asked' if elsewhere else _comparison_kind(before, after, *pair)}"
             for pair, count in pairs.items()
         ],
         unfinished,

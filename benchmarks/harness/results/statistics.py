@@ -22,7 +22,8 @@ PERMUTATIONS = 500
 class Difference:
     """Hold a paired difference: mean over ``n`` pairs, 95 % confidence interval (Student's t), and p of the t-test.
 
-    With one pair, or if all differences are equal, p, ``low`` and ``high`` are nan. The ends are 0 if all differences are.
+    With one pair, or if all differences are equal, p, ``low`` and ``high`` are nan. The ends are 0 if all differences
+    are.
     """
 
     COLUMNS: ClassVar = ("delta", "low", "high", "p")
@@ -143,7 +144,8 @@ def critical_difference(methods: int, sets: int) -> float:
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mutual information, in bits, of a token's expert and its label from ``[..., labels, experts]`` counts.
+    """Compute the mutual information, in bits, of a token's expert and its label from ``[..., labels, experts]``
+    counts.
 
     It is above 0 by chance, more so with many experts and labels and few rows; see :func:`shuffled_information`.
     """
@@ -159,8 +161,8 @@ def shuffled_information(
     """Compute the mutual information of experts and labels, unshuffled and shuffled.
 
     Labels are shuffled among the rows (or images) of each stratum; the tokens of a row stay together. ``loads`` counts
-    the choices of each expert by row, ``[rows, layers, experts]``. Returns ``[1 + PERMUTATIONS, layers]`` bits; the first
-    row is unshuffled.
+    the choices of each expert by row, ``[rows, layers, experts]``. Returns ``[1 + PERMUTATIONS, layers]`` bits; the
+    first row is unshuffled.
     """
     random = np.random.default_rng(seed)
     in_order = np.argsort(strata, kind="stable")
