@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -61,7 +62,7 @@ class DomainOutcomes(Outcomes):
     def origins(self) -> pd.DataFrame:
         return self.records.rename(columns={"task": "set"})
 
-    @property
+    @cached_property
     def shared_origins(self) -> pd.DataFrame:
         """Return the runs of the shared trials."""
         keys = ["model", "set", "method", "seed"]

@@ -34,9 +34,9 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
-        user_file = parse(content, EvaluationFile, str(file))
-        check_names(f"{file}: '", "evaluates", [user_file.evaluates], benchmark_names())
-        other = load_benchmark(user_file.evaluates)
+        evaluation_file = parse(content, EvaluationFile, str(file))
+        check_names(f"{file}: '", "evaluates", [evaluation_file.evaluates], benchmark_names())
+        other = load_benchmark(evaluation_file.evaluates)
         if not isinstance(other, TextBenchmark):
             raise DefinitionError(f"{file}: 'evaluates' is '{other.name}', which trains no text classifiers")
         shared = {
@@ -46,8 +46,8 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         }
         resolved = other.methods()
         rows = {row: method for row, method in shared["methods"].items() if resolved[row].role != ABLATION}
-        rows |= transformed_rows(user_file.transformed, other.definition, file)
-        definition = EvaluationDefinition(**user_file.given(), **{**shared, "methods": rows})
+        rows |= transformed_rows(evaluation_file.transformed, other.definition, file)
+        definition = EvaluationDefinition(**evaluation_file.given(), **{**shared, "methods": rows})
         benchmark = cls(name, definition, other.tasks, DOMAINS)
         main = [row for row in definition.methods if row not in definition.transformed]
         check_names(f"{file}: '", "ranked", definition.ranked, main)

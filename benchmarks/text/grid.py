@@ -166,8 +166,8 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             selections = set(block.protocol or map(_usual_protocol, tasks))
             if any(task.splits.test for task in tasks):  # their best dev epoch is the published protocol's score
                 selections.add(PUBLISHED)
-            offer = replace(offer, methods=offer.methods | transformed, domains=domains)
-            offers.append(replace(offer, selections=frozenset(selections)))
+            methods, chosen_by = offer.methods | transformed, frozenset(selections)
+            offers.append(replace(offer, methods=methods, domains=domains, selections=chosen_by))
         return offers
 
     def pipeline(self) -> ModuleType:

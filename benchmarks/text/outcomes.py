@@ -144,7 +144,7 @@ class TextOutcomes(Outcomes):
         """Return the chosen runs by selection; the authors' selection includes runs of the clean protocol."""
         return pd.concat([chosen.assign(protocol=protocol) for protocol, chosen in self.chosen.items()])
 
-    @property
+    @cached_property
     def shared_origins(self) -> pd.DataFrame:
         """Return the chosen runs of the shared seeds, by selection."""
         keys = ["protocol", *CELL, "seed"]

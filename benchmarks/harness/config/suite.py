@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, write_json, write_text
+from benchmarks.harness.base import DefinitionError, read_json, write_json, write_text
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
@@ -307,12 +307,6 @@ class Suite:
         return json.loads(line.partition("\t")[2]) if line else None
 
     @property
-    def _seconds_by_benchmark(self) -> Mapping[str, float]:
-        """Return the seconds of a run by benchmark, from when the suite was blessed; empty if it was not."""
-        path = paths.REFERENCE / f"{self.name}.json"
-        return json.loads(path.read_text()).get("seconds", {}) if path.exists() else {}
-
-    @property
     def by_number_of_runs(self) -> list[str]:
         """Return all benchmarks: the suite's by ascending number of runs, then the others."""
         sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
@@ -345,7 +339,9 @@ class Suite:
         lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
         lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
         write_text(self._plan_file, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
-        seconds = {run.folder: self._seconds_by_benchmark.get(run.benchmark, 1.0) for run in runs}
+        blessed = paths.REFERENCE / f"{self.name}.json"
+        usual = read_json(blessed, dict[str, Any]).get("seconds", {}) if blessed.exists() else {}
+        seconds = {run.folder: usual.get(run.benchmark, 1.0) for run in runs}
         before = sum(seconds[folder] for folder in folders if (paths.RUNS / folder / "metrics.json").exists())
         plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": seconds}
         write_json(paths.RESULTS / self.name / "plan.json", plan)

@@ -86,7 +86,9 @@ def read_suite_file(name: str, overrides: Mapping[str, Any]) -> SuiteFile:
     settings = parse({**content, **values}, SuiteSettings, where)
     check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
     parts = {
-        benchmark: parse_part(load_benchmark(benchmark), name, file, _with_seeds(part, settings.seeds))
+        benchmark: parse_part(
+            load_benchmark(benchmark), name, file, _with_seeds(part, settings.seeds) if settings.seeds else part
+        )
         for benchmark, part in settings.benchmarks.items()
     }
     excludable = {task for benchmark in parts for task in load_benchmark(benchmark).tasks}
@@ -98,16 +100,14 @@ def read_suite_file(name: str, overrides: Mapping[str, Any]) -> SuiteFile:
     return SuiteFile(settings, parts)
 
 
-def _with_seeds(part: Any, seeds: int | None) -> Any:
+def _with_seeds(part: Any, seeds: int) -> Any:
     """Set lists of several seeds or trials in a part's unvalidated content to the given number of seeds."""
-    if isinstance(part, dict):
-        return {
-            key: list(range(seeds))
-            if seeds and key in ("seed", "trial") and len(value) > 1
-            else _with_seeds(value, seeds)
-            for key, value in part.items()
-        }
-    return [_with_seeds(value, seeds) for value in part] if isinstance(part, list) else part
+    if isinstance(part, list):
+        return [_with_seeds(value, seeds) for value in part]
+    if not isinstance(part, dict):
+        return part
+    several = {key for key in ("seed", "trial") if isinstance(part.get(key), list) and len(part[key]) > 1}
+    return {key: list(range(seeds)) if key in several else _with_seeds(value, seeds) for key, value in part.items()}
 
 
 @functools.cache

@@ -166,9 +166,8 @@ def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
     method, against = titles[compare.method], titles[compare.against]
     if compare.settings == "all":
         method += ", all settings"
-    elif (
-        compare.settings and len(compare.settings) == 1
-    ):  # several settings belong to several models, which the title names
+    elif compare.settings and len(compare.settings) == 1:
+        # several settings belong to several models, which the title names
         method += f", {setting_text(compare.settings[0])}"
     return f"{method} {'÷' if compare.direction == 'near' else '−'} {against}"
 
@@ -209,10 +208,10 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         against_shown=rows["against_paper"].replace("", MISSING),
         equal_shown=[_equal_text(row) for row in rows.itertuples()],
     )
-    return Table(
+    table = Table(
         "Claims of the paper",
-        f"{RANDOM_WEIGHTS if has_random_weights(suite.runs) else ''}Differences are means over n pairs (seeds or "
-        "trials), with a 95 % confidence interval (Student's t). Each pair is averaged over tasks first. p is from the "
+        "Differences are means over n pairs (seeds or trials), with a 95 % confidence interval (Student's t). Each pair "
+        "is averaged over tasks first. p is from the "
         f"paired t-test, corrected with Holm's procedure over the {int(rows['p'].notna().sum())} tests of this table. "
         "Supported or contradicted: corrected p below 5 %, with the claimed sign or the opposite one. Next to the "
         "paper: the whole interval is smaller or larger than the paper's effect, or compatible with it. No difference "
@@ -230,6 +229,7 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         name="claims",
         wraps=True,
     )
+    return table.without_verdicts(RANDOM_WEIGHTS) if has_random_weights(suite.runs) else table
 
 
 def _count_text(row: Any) -> str:

@@ -114,12 +114,12 @@ class _Page:
         shown = [name for name, table in tables.items() if len(table.frame)] or [*tables][:1]  # the page opens with one
         empty = [table.title for name, table in tables.items() if name not in shown]
         captions = {name: figure.caption for name, figure in presentation.figures.items()}
-        undrawn = [
-            caption_title(text) for name, text in captions.items() if not is_drawn(self.results / "figures" / name)
-        ]
+        figures = self.figures(captions)
+        drawn = {figure["name"] for figure in figures}
+        undrawn = [caption_title(text) for name, text in captions.items() if name not in drawn]
         return {
             "tables": [self.table(artifacts, name, tables[name].title) for name in shown],
-            "figures": self.figures(captions),
+            "figures": figures,
             "empty": list(dict.fromkeys([*empty, *undrawn])),
         }
 
@@ -174,13 +174,13 @@ def _page_metrics(run: Run) -> dict[str, Any]:
 def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str, Any]:
     benchmark = load_benchmark(name)
     runs = page.suite.runs_of(name)
-    presentation = present(benchmark, runs)
-    verdicts = [] if has_random_weights(runs) else presentation.verdicts
+    presentation, is_random = present(benchmark, runs), has_random_weights(runs)
+    verdicts = [] if is_random else presentation.verdicts
     return {
         "name": name,
         "title": benchmark.definition.title,
         "runs": len(runs),
-        "random_weights": has_random_weights(runs),
+        "random_weights": is_random,
         "suite_note": page.suite.benchmark_parts[name].settings.note or "",
         "verdicts": verdicts,
         "shown_verdicts": _count_shown(verdicts),
