@@ -18,6 +18,12 @@ def test_one_flag_sets_the_number_of_seeds() -> None:
     assert {run.spec["seed"] for run in untuned} == {0}  # a block with one seed keeps it
 
 
+def test_a_seed_that_is_no_list_is_named_with_the_flag_too(tmp_path: Path) -> None:
+    edit = edited_project(tmp_path, "config/mini.yaml", "contiguous], seed: [0]", "contiguous], seed: 0")
+    with edit, pytest.raises(DefinitionError, match=r"mini.yaml: 'benchmarks.modularity.grid\[0\].seed' is 0"):
+        suite.load_suite({"suite": "mini", "seeds": 2})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
