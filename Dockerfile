@@ -18,10 +18,10 @@ RUN apt-get update \
 ENV HOME=/home/emoe USER=emoe PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 ARG PIP_EXTRA_INDEX_URL
 
-# what the project depends on, which is installed again only where pyproject.toml has changed
-COPY pyproject.toml /tmp/dependencies/
+# the dependencies, in the versions by which the numbers were blessed; installed again only if these files change
+COPY pyproject.toml constraints.txt /tmp/dependencies/
 # hadolint ignore=DL3013
-RUN pip install '/tmp/dependencies[suite,mini]'
+RUN pip install --constraint /tmp/dependencies/constraints.txt '/tmp/dependencies[suite,mini]'
 
 WORKDIR /emoe
 COPY --chown=emoe . .

@@ -1,4 +1,4 @@
-# Two commands on a fresh machine with Python >= 3.11, git and make:
+# Two commands on a fresh machine with Python 3.11 to 3.13, git and make:
 #   make run     set up, run the suite (SUITE=mini), say where the results are
 #   make test    set up, run every check and test; CI calls exactly this
 SUITE ?= mini
@@ -16,8 +16,8 @@ setup: $(STAMP) ## make .venv and install the suite; nothing when that is curren
 
 $(STAMP): pyproject.toml
 	@python=$$(for name in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
-		$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done); \
-	if [ -z "$$python" ]; then echo "error: no Python >= 3.11 found; name one with PYTHON=/path/to/python" >&2; exit 1; fi; \
+		$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$name && break; done); \
+	if [ -z "$$python" ]; then echo "error: no Python from 3.11 to 3.13 found; name one with PYTHON=/path/to/python" >&2; exit 1; fi; \
 	echo "Making $(VENV) with $$($$python --version)"; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV) || \
 		{ echo "error: could not make $(VENV); on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
