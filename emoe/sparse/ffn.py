@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emoe.sparse.kernels import expert_sums, gather_mm, outer_mm, pairs_of, scatter_mm
-from emoe.sparse.pairs import Pairs
+from emoe.sparse.kernels import Pairs, expert_sums, gather_mm, outer_mm, pairs_of, scatter_mm
 
 Activation = Callable[[Tensor], Tensor]
 Inputs = Sequence[tuple[Tensor, Tensor | None]]  # weight [N, s, h] and bias [N, s] of each in-projection
