@@ -125,30 +125,14 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
             has are used, in this order.
 
     Raises:
-        ConversionError: there is no spec, or a spec that no model can fit.
+        ConversionError: ``between`` or ``fused`` of a spec is invalid.
     """
-    name = f"register_ffn({key!r})"
-    if not isinstance(key, str) or not key:
-        raise ConversionError(f"{name}: the key must be model.config.model_type or the name of the model's class")
-    if not specs or not all(isinstance(spec, FFNSpec) for spec in specs):
-        raise ConversionError(f"{name} takes emoe.FFNSpec(layers=…, proj_in=…, activation=…, proj_out=…)")
     for spec in specs:
-        _check_spec(spec, name)
+        if not isinstance(spec.between, tuple) or spec.fused not in (None, *HALVES):
+            raise ConversionError(
+                f"register_ffn: {spec}: 'between' is a tuple of paths, 'fused' None, 'first' or 'last'"
+            )
     _REGISTRY[key] = specs
-
-
-def _check_spec(spec: FFNSpec, name: str) -> None:
-    if not isinstance(spec.between, tuple):
-        raise ConversionError(f"{name}: between is {spec.between!r}; write a tuple of paths, as ('dropout',)")
-    paths = spec.paths()
-    if not all(isinstance(path, str) and path for path in (spec.layers, *paths)):
-        raise ConversionError(f"{name}: every path must be a non-empty string, as 'mlp.fc1'")
-    if len(set(paths)) < len(paths):
-        raise ConversionError(f"{name}: the path '{max(paths, key=paths.count)}' occurs twice")
-    if spec.fused not in (None, *HALVES):
-        raise ConversionError(f"{name}: fused is {spec.fused!r}{did_you_mean(spec.fused, HALVES)}")
-    if spec.fused and spec.proj_up:
-        raise ConversionError(f"{name}: a fused proj_in holds both halves, so leave out proj_up")
 
 
 def registered_ffns() -> dict[str, tuple[FFNSpec, ...]]:

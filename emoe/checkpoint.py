@@ -26,20 +26,20 @@ from torch import Tensor, nn
 
 from emoe import files
 from emoe.architectures import FFN, find_ffns, has_plain_weight
-from emoe.checks import check_divisible, check_one_conversion
+from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.convert import (
     MARK,
     attach,
+    converted_layers,
     hook_padding,
     mark_,
-    missing_experts_error,
     numbered_layers,
     watch_state_,
     widen,
 )
-from emoe.errors import CheckpointError, ConfigError, ConversionError
-from emoe.layer import RoutedActivation, routed_layers
+from emoe.errors import CheckpointError, ConversionError
+from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.partitioning import is_permutation
 from emoe.routers import is_offloaded, unsharded, weights_in_place
 
@@ -73,12 +73,7 @@ def read_mark(folder: Path) -> Mark | None:
             return None
         content = files.read_object(path)
     try:
-        config, layers, ffns = content["config"], content["layers"], content.get("ffns")
-        if not layers or layers != sorted({int(index) for index in layers}) or layers[0] < 0:
-            raise ValueError("'layers' is not an ascending list of layer numbers")
-        return Mark(config_from_dict(dict(config)), layers, None if ffns is None else int(ffns))
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error!s:.300}") from error
+        return Mark(config_from_dict(content["config"]), sorted(content["layers"]), content.get("ffns"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {files.one_line(error)}") from error
 
@@ -128,9 +123,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)  # torch.compile sets _orig_mod
-    layers = routed_layers(model)
-    if not layers:
-        raise missing_experts_error(model, "save_pretrained", "save it with its own library")
+    layers = converted_layers(model, "save_pretrained", "save it with its own library")
     # PEFT may leave its configuration on a model that it has merged
     if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
@@ -150,9 +143,7 @@ def _stock_state(model: nn.Module) -> dict[str, Tensor]:
             del state[f"{names[layer]}.{name}"]
         if layer.output_bias is not None:
             if layer.ffn.proj_out not in names:
-                raise ConversionError(
-                    f"{layer.ffn_name}: half of the FFN was copied; name all of it in modules_to_save"
-                )
+                raise ConversionError(f"{layer.ffn.name} was copied in part: name all of it in modules_to_save")
             with weights_in_place(layer):
                 state[f"{names[layer.ffn.proj_out]}.bias"] = layer.mean_output_bias()
     return state

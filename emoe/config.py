@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 import operator
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -36,30 +35,8 @@ _BOUNDS = {
 _REMOVED_FIELDS = {"score_threshold": None, "normalize_gate": False, "value_norm_weighted": False}
 
 
-@dataclass(frozen=True)
-class RegisteredRouter:
-    """Describe a router that a configuration can name.
-
-    Attributes:
-        learned: the router has parameters, see :class:`emoe.Router`.
-        load: function that returns the router's class.
-    """
-
-    learned: bool
-    load: Callable[[], type[Any]]
-
-
-def _load_router(name: str) -> type[Any]:
-    # imported on demand: a configuration does not need PyTorch, which takes a second to import
-    return getattr(importlib.import_module("emoe.routers"), name)
-
-
-# emoe.register_router adds to this
-ROUTERS = {
-    "avg_k": RegisteredRouter(learned=False, load=lambda: _load_router("AvgKRouter")),
-    "cosine": RegisteredRouter(learned=True, load=lambda: _load_router("CosineRouter")),
-    "fixed": RegisteredRouter(learned=False, load=lambda: _load_router("FixedRouter")),
-}
+# True for routers with parameters; emoe.register_router adds to this
+ROUTERS = {"avg_k": False, "cosine": True, "fixed": False}
 
 # The authors' Tutel layer with the settings of their language scripts.
 _TUTEL: dict[str, Any] = {
@@ -140,8 +117,7 @@ class RoutingConfig:
             implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router noise, balance loss,
                 dropout inside the experts, one output bias per expert. ``"llama"`` for EMoE's mask on gated FFNs.
             **values: other fields, and fields to override. ``router="cosine"`` implies ``weighting="softmax"``. Their
-                vision code has ``dropout_position="after"``, and for GMoE ``output_bias="per_expert_whole"``. Their
-                ``capacity_factor`` may be 0, which becomes None, or negative (to save memory), which becomes positive.
+                vision code has ``dropout_position="after"``, and for GMoE ``output_bias="per_expert_whole"``.
 
         Raises:
             ConfigError: the implementation, a field or a value does not exist.
@@ -149,9 +125,6 @@ class RoutingConfig:
         if implementation not in cls._published:
             near = did_you_mean(implementation, cls._published)
             raise ConfigError(f"{cls.__name__}.as_published: implementation is {implementation!r}{near}")
-        factor = values.get("capacity_factor")
-        if isinstance(factor, int | float) and factor <= 0:
-            values["capacity_factor"] = -factor or None
         if values.get("router") == "cosine":
             values.setdefault("weighting", "softmax")
         return cls(**{**cls._published[implementation], **values})
@@ -282,7 +255,7 @@ class EMoEConfig(RoutingConfig):
         for name in ("score_bias", "gate_momentum"):
             if getattr(self, name) and (self.router != "avg_k" or self.score != "keys"):
                 raise self._error(name, "off unless router is 'avg_k' and score is 'keys'")
-        if ROUTERS[self.router].learned:
+        if ROUTERS[self.router]:
             if self.weighting == "binary":
                 raise self._error("weighting", f"'softmax' or 'softmax_times_k' {with_router}, else no gradient")
             if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts:

@@ -14,14 +14,12 @@ from torch.nn import functional as F
 from emoe.architectures import FFN, find_ffns
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_plain, check_weights
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, check_config
+from emoe.config import EMoEConfig, GMoEConfig, check_config
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, resize_parameter_, routed_layers
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
-from emoe.routers import FixedRouter
-from emoe.sparse.module import uninstall_
 from emoe.tokens import PaddingMaskHook, remove_argument_hooks, watch_padding
 
 # columns of the table, one per field of LayerReport
@@ -145,7 +143,7 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
                     raise ConversionError(f"{name} is frozen, but GMoE's copies must train: set requires_grad")
         return
     check_divisible(ffns, config.num_experts)
-    if ROUTERS[config.router].load() is FixedRouter:
+    if config.router == "fixed":
         raise ConversionError("router='fixed' needs usage: convert with router='avg_k', then call emoe.fix_experts_")
     for ffn in ffns:
         if config.score in ("up", "up_abs") and not ffn.gated:
@@ -235,18 +233,15 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         ConversionError: the model is dense or a GMoE, or, with ``restore_order``, an FFN has adapters or its order is
             unknown (the model was saved without sidecars). The model is unchanged.
     """
-    layers = routed_layers(model)
-    if not layers:
-        raise missing_experts_error(model, "to_dense_", "it is dense already")
+    layers = converted_layers(model, "to_dense_", "it is dense already")
     check_foldable(layer.config for layer in layers)
     if restore_order:
         check_plain(layer.ffn for layer in layers)
         for layer in layers:
             if layer.permutation is None:
-                raise ConversionError(f"{layer.ffn_name}: the neurons' order is unknown; leave out restore_order")
+                raise ConversionError(f"{layer.ffn.name}: the neurons' order is unknown; leave out restore_order")
     remove_argument_hooks(model)
     for layer in layers:
-        uninstall_(layer)
         layer.remove_()
         if restore_order:
             layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
@@ -282,7 +277,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
         # if both orders are the same, the similarities differ by rounding
         if dense > max(stored, _SIMILAR) and bool((layer.permutation.diff() != 1).any()):
             way_out = "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
-            raise CheckpointError(f"{layer.ffn_name}: the state dict has a dense model's order of neurons; {way_out}")
+            raise CheckpointError(f"{layer.ffn.name}: the state dict has a dense model's order of neurons; {way_out}")
         if stored < _SIMILAR:  # the state of another model, whose original order is unknown
             layer.permutation = None
 
@@ -319,7 +314,7 @@ def numbered_layers(model: nn.Module) -> tuple[dict[int, RoutedActivation], int]
     for layer in layers:
         if id(layer) not in numbers:
             row = f"the registry row of {type(model).__name__}"
-            raise ConversionError(f"{row} does not include {layer.ffn_name}: save the part that was converted")
+            raise ConversionError(f"{row} does not include {layer.ffn.name}: save the part that was converted")
     return {numbers[id(layer)]: layer for layer in layers}, len(ffns)
 
 
@@ -338,8 +333,11 @@ def _marked_configs(model: nn.Module) -> list[Any]:
     return list({id(config): config for config in configs if hasattr(config, MARK)}.values())
 
 
-def missing_experts_error(model: nn.Module, caller: str, hint: str) -> ConversionError:
-    """Build the error for a model without experts. The hint for a marked model is emoe.from_pretrained."""
-    if _marked_configs(model):
-        hint = "it was saved with experts, but its stock class loaded it as dense: load it with emoe.from_pretrained"
-    return ConversionError(f"{caller}: the model has no routed FFN; {hint}")
+def converted_layers(model: nn.Module, caller: str, hint: str = "convert it first") -> list[RoutedActivation]:
+    """Return a model's routed FFNs; raise :class:`ConversionError` with a hint if there are none."""
+    layers = routed_layers(model)
+    if not layers:
+        if _marked_configs(model):
+            hint = "it was saved with experts, but its stock class loaded it: load it with emoe.from_pretrained"
+        raise ConversionError(f"{caller}: the model has no routed FFN; {hint}")
+    return layers

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emoe.checks import check_one_conversion
 from emoe.errors import ConversionError
-from emoe.layer import RoutedActivation, routed_layers
+from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
@@ -221,8 +220,8 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     records = _RecordsByLayer()
     try:
         for layer in layers:
-            layer.record = LayerRecord(layer, labels, padding.get(layer.ffn_index), window)
-            records[layer.ffn_index] = layer.record
+            layer.record = LayerRecord(layer, labels, padding.get(layer.ffn.index), window)
+            records[layer.ffn.index] = layer.record
         yield RoutingRecord(records, labels)
     finally:
         for hook in (labels, *padding.values()):

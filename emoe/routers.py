@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, has_plain_weight
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, RegisteredRouter
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
 from emoe.routing import block_means, expert_means, key_scores, neuron_means
 
@@ -66,7 +66,7 @@ def register_router(name: str, router: type[Router]) -> None:
     is_router = isinstance(router, type) and issubclass(router, Router)
     if not (is_router and isinstance(name, str) and name.isidentifier()):
         raise ConversionError(f"register_router: pass an identifier and an emoe.Router class, not {name!r}, {router!r}")
-    ROUTERS[name] = RegisteredRouter(router.learned, lambda: router)
+    ROUTERS[name], _CLASSES[name] = router.learned, router
 
 
 class _Float32Linear(nn.Linear):
@@ -214,6 +214,14 @@ class FixedRouter(Router):
         """See :meth:`Router.forward`. An expert's score is the number of experts that were used less."""
         usage = self.usage.to(x.device)
         return (usage.unsqueeze(1) > usage).sum(1).float().expand(x.shape[0], -1)
+
+
+_CLASSES: dict[str, type[Router]] = {"avg_k": AvgKRouter, "cosine": CosineRouter, "fixed": FixedRouter}
+
+
+def build_router(ffn: FFN, config: EMoEConfig | GMoEConfig) -> Router:
+    """Build the router that a configuration names."""
+    return _CLASSES[config.router](ffn, config)
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emoe.convert import missing_experts_error, update_mark_
+from emoe.config import EMoEConfig
+from emoe.convert import converted_layers, update_mark_
 from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
-from emoe.routers import FixedRouter
+from emoe.routers import AvgKRouter, FixedRouter
 from emoe.sparse.build import prepare_kernels
-from emoe.sparse.module import SparseFFN, check_supported, install_, probe_output, uninstall_
+from emoe.sparse.module import SparseFFN, check_supported, install_, probe_output
 
 
 def set_top_k_(model: nn.Module, top_k: int) -> None:
@@ -34,7 +35,7 @@ def set_top_k_(model: nn.Module, top_k: int) -> None:
         ConfigError: the number is out of range.
         ConversionError: the model is not converted.
     """
-    _configure_(model, _converted_layers(model, "set_top_k_"), top_k=top_k)
+    _configure_(model, converted_layers(model, "set_top_k_"), top_k=top_k)
 
 
 def set_backend_(model: nn.Module, backend: str) -> None:
@@ -61,10 +62,10 @@ def set_backend_(model: nn.Module, backend: str) -> None:
     """
     if backend not in ("masked", "sparse"):
         raise ConfigError(f"set_backend_: backend is {backend!r}; choose 'masked' or 'sparse'")
-    layers = [layer for layer in _converted_layers(model, "set_backend_") if layer.backend != backend]
+    layers = [layer for layer in converted_layers(model, "set_backend_") if layer.backend != backend]
     if backend == "masked":
         for layer in layers:
-            uninstall_(layer)
+            layer.restore_projections_()
         return
     for layer in layers:
         check_supported(layer)
@@ -73,18 +74,21 @@ def set_backend_(model: nn.Module, backend: str) -> None:
         install_(layer)
     if any(cast(Tensor, layer.ffn.proj_in.weight).device.type == "cpu" for layer in layers):
         prepare_kernels()
-    for layer, output in zip(layers, outputs, strict=True):
-        if output is not None and not _computes_expected(layer, output):
+    for layer, expected in zip(layers, outputs, strict=True):
+        if expected is not None and not _computes_expected(layer, expected):
             for other in layers:
-                uninstall_(other)
-            raise ConversionError(f"{layer.ffn_name}: its code changes the hidden neurons: keep the masked backend")
+                other.restore_projections_()
+            raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: keep the masked backend")
 
 
 def _computes_expected(layer: RoutedActivation, expected: Tensor) -> bool:
     """Check if a sparse FFN computes the output of the masked one."""
-    y = probe_output(layer)
+    sparse = cast(SparseFFN, layer.ffn.proj_out)
+    sparse.always = True
+    output = probe_output(layer)
+    sparse.always = False
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-    return y is not None and bool(((y - expected).abs() <= tolerance * expected.abs().max()).all())
+    return output is not None and bool(((output - expected).abs() <= tolerance * expected.abs().max()).all())
 
 
 def for_inference_(model: nn.Module) -> None:
@@ -131,7 +135,7 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
     Raises:
         ConversionError: the model is not converted or has a learned router, or counts are not valid. It is unchanged.
     """
-    layers = _converted_layers(model, "fix_experts_")
+    layers = converted_layers(model, "fix_experts_")
     counts = [_usage_counts(layer, usage) for layer in layers]
     for layer, count in zip(layers, counts, strict=True):
         router = FixedRouter(layer.ffn, layer.config)
@@ -142,7 +146,7 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
 
 def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
     """Return a layer's counts ``[N]`` of an integer type."""
-    name, config, number = f"fix_experts_: {layer.ffn_name}", layer.config, layer.ffn_index
+    name, config, number = f"fix_experts_: {layer.ffn.name}", layer.config, layer.ffn.index
     if config.router not in ("avg_k", "fixed"):
         raise ConversionError(f"{name} has the router '{config.router}': convert it with router='avg_k'")
     count = torch.as_tensor(usage.get(number, ()))
@@ -153,16 +157,11 @@ def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tenso
     return count
 
 
-def _converted_layers(model: nn.Module, caller: str) -> list[RoutedActivation]:
-    layers = routed_layers(model)
-    if not layers:
-        raise missing_experts_error(model, caller, "convert it first")
-    return layers
-
-
 def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:
     # validate all configurations before the first layer changes
     configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
     for layer, config in zip(layers, configs, strict=True):
-        layer.configure_(config)
+        layer.config = config
+        if isinstance(layer.router, AvgKRouter):
+            layer.router.config = cast(EMoEConfig, config)
     update_mark_(model)

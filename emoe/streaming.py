@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from emoe import checkpoint, convert, files
 from emoe.architectures import FFN, find_ffns
-from emoe.checks import check_distinct_keys, check_weights
+from emoe.checks import check_weights
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import CheckpointError, EMoEError
 from emoe.layer import RoutedActivation
@@ -59,8 +59,6 @@ def convert_folder(
             with _load_projections(ffn, model, weights) as stored:
                 check_weights(model, [ffn])
                 convert.check_config_fits([ffn], config)
-                if config.partition == "kmeans":
-                    check_distinct_keys([ffn])
                 partition = group_neurons(ffn.keys(), config, ffn.index)
                 reports.append(convert.convert_ffn(ffn, config, partition))
                 layer = cast(RoutedActivation, ffn.activation)

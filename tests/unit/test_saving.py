@@ -112,7 +112,6 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "no experts": (missing("config.json", "emoe_config.json"), "holds no experts"),
     "dense weights": (with_dense_weights, "does not match the weights"),
     "newer release": (settings(emoe=NEWER), "newer release"),
-    "code": (settings(attn_implementation="kernels-community/flash-attn2"), "code from a hub"),
 }
 
 
