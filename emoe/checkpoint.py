@@ -94,25 +94,13 @@ def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tens
     layers = sorted(int(name.removeprefix("key_norms.")) for name in tensors if name.startswith("key_norms."))
     experts: Any = tensors.get("num_experts", torch.zeros(1)).tolist()
     if experts != mark.config.num_experts or layers != mark.layers:
-        raise CheckpointError(
-            f"{path} describes {experts} experts in the layers {files.first_three(layers)}, but the configuration "
-            f"{mark.config.num_experts} experts in the layers {files.first_three(mark.layers)}"
-        )
+        raise CheckpointError(f"{path} describes other layers or numbers of experts than the configuration")
     extra = folder / EXTRA_FILE
     return mark, tensors, files.read_tensors(extra) if extra.exists() else {}
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a converted model: an ordinary checkpoint and the small files beside it.
-
-    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     emoe.save_pretrained(model, folder)
-    ...     sorted(file.name for file in Path(folder).iterdir())
-    ['emoe_config.json', 'emoe_partition.safetensors', 'model.safetensors']
 
     Args:
         model: converted model of transformers, timm or another library.
@@ -240,8 +228,6 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     Raises:
         CheckpointError: a file is missing or damaged, or the small files belong to other weights.
     """
-    if not callable(loader):
-        raise CheckpointError(f"from_pretrained: the loader is {loader!r:.80}; give the model's class or builder")
     folder = Path(folder)
     mark, tensors, extra = read_sidecars(folder)
     config, is_gmoe = mark.config, isinstance(mark.config, GMoEConfig)
@@ -289,16 +275,13 @@ def converted_ffns(
     """Return the FFNs of a dense model that its folder has as experts, with permutations (None if unknown)."""
     ffns = find_ffns(model)
     if mark.layers[-1] >= len(ffns) or mark.ffns not in (None, len(ffns)):
-        raise CheckpointError(
-            f"{folder}: the model has {len(ffns)} FFNs, but the experts are numbered among "
-            f"{mark.ffns or mark.layers[-1] + 1}; load the part of the model that was converted"
-        )
+        count = mark.ffns or mark.layers[-1] + 1
+        raise CheckpointError(f"{folder}: experts in a model of {count} FFNs; the loader gives one of {len(ffns)}")
     pairs = [(ffns[index], tensors.get(f"permutation.{index}")) for index in mark.layers]
     if isinstance(mark.config, EMoEConfig):
         check_divisible([ffn for ffn, _ in pairs], mark.config.num_experts)
-    has_permutations = any(permutation is not None for _, permutation in pairs)
     for ffn, permutation in pairs:
-        if has_permutations and not is_permutation(permutation, ffn.d):
+        if permutation is not None and not is_permutation(permutation, ffn.d):
             raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
     return pairs
 
@@ -318,9 +301,8 @@ def _restore_state(
     else:
         state = {name: source[key] for name, key in keys.items() if key in source}
     if missing := sorted(keys.keys() - state.keys()):
-        raise CheckpointError(
-            f"{folder} lacks {files.first_three(missing)}; save with save_pretrained or TrainerCallback"
-        )
+        names = files.first_three(missing)
+        raise CheckpointError(f"{folder} lacks {names}; save with emoe.save_pretrained or TrainerCallback")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -336,6 +318,4 @@ def check_key_norms(ffn: FFN, tensors: dict[str, Tensor], folder: Path) -> None:
         norms = _key_norms(ffn)
     tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTIZED_NORM_TOLERANCE
     if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=tolerance, atol=1e-6):
-        raise CheckpointError(
-            f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: these were changed without it"
-        )
+        raise CheckpointError(f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}")

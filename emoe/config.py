@@ -287,6 +287,7 @@ class GMoEConfig(RoutingConfig):
     _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": {**_TUTEL, "num_experts": 6, "top_k": 1}}
     router: ClassVar[str] = "cosine"
     selection: ClassVar[Selection] = "top"
+    score: ClassVar[Score] = "keys"
     weighting: ClassVar[Weighting] = "softmax"
 
     num_experts: int = _number(6, minimum=1)

@@ -104,8 +104,6 @@ def convert_(
         ConfigError: ``layers`` matches nothing, or the object is not a configuration.
     """
     check_config(config, "convert_")
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"convert_: the model is {model!r:.80}; load it first with its own library")
     if routed_layers(model):
         raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
     ffns = find_ffns(model)
@@ -338,6 +336,6 @@ def converted_layers(model: nn.Module, caller: str, hint: str = "convert it firs
     layers = routed_layers(model)
     if not layers:
         if _marked_configs(model):
-            hint = "it was saved with experts, but its stock class loaded it: load it with emoe.from_pretrained"
+            hint = "it was saved with experts, but its stock class loaded it as dense: use emoe.from_pretrained"
         raise ConversionError(f"{caller}: the model has no routed FFN; {hint}")
     return layers

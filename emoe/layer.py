@@ -162,7 +162,7 @@ class RoutedActivation(nn.Module):
         dropout = config.expert_dropout if self.training else 0.0
         is_before = config.dropout_position == "before"
         # score first, because the activation may overwrite its input; some scores need its output
-        needs_hidden = isinstance(config, EMoEConfig) and config.score.startswith("inter")
+        needs_hidden = config.score.startswith("inter")
         scores = None if needs_hidden else self._scores(x, rows)
         hidden = self.activation(F.dropout(z, dropout) if dropout and is_before else z)
         if scores is None:
@@ -188,9 +188,7 @@ class RoutedActivation(nn.Module):
         return nullcontext() if needed or not torch.is_grad_enabled() else torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Score the experts ``[T, N]``. Only the ``inter`` scores need the activated neurons ``hidden``."""
-        if not isinstance(self.router, AvgKRouter):
-            return self.linear_scores(require_input(self.ffn, x).to(z.device))
+        """See :meth:`emoe.routers.Router.scores`."""
         with self._with_gradient():
             return self.router.scores(x, z, hidden)
 

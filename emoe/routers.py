@@ -27,16 +27,26 @@ class Router(nn.Module):
 
     Attributes:
         learned: the router has parameters that need a gradient, so its scores must weight the experts' outputs.
+        ffn: FFN whose experts are scored.
+        config: configuration of the experts.
     """
 
     learned: ClassVar[bool] = True
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__()
+        self.ffn, self.config = ffn, config
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute scores ``[T, N]`` in float32 from FFN inputs ``[T, h]``; higher is better."""
         raise NotImplementedError
+
+    def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Compute scores ``[T, N]`` from inputs ``[T, h]`` (None if unknown) and pre-activations ``[T, d]``.
+
+        Only avg-k reads the pre-activations and, for its ``inter`` scores, the activated neurons ``hidden`` ``[T, d]``.
+        """
+        return self(require_input(self.ffn, x).to(z.device))
 
     def update_(self) -> None:
         """Update the router's state after an optimizer step; the default has none."""
@@ -105,19 +115,16 @@ class AvgKRouter(Router):
     the weights are not plain: adapted or quantised.
 
     Attributes:
-        ffn: FFN whose experts are scored.
         gate: running mean keys ``[N, h]`` in float32 with ``gate_momentum``, else None.
         frozen_keys: mean keys of frozen weights (:func:`emoe.for_inference_`), else None.
     """
 
     learned: ClassVar[bool] = False
+    config: EMoEConfig
     gate: Tensor | None
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__(ffn, config)
-        self.ffn = ffn
-        self.config = cast(EMoEConfig, config)
-        self._proj_in = (ffn.proj_in,)  # in a tuple, so that it does not become a child module
         self.frozen_keys: Tensor | None = None
         self.register_buffer("gate", self.mean_keys() if self.config.gate_momentum else None)
 
@@ -133,10 +140,7 @@ class AvgKRouter(Router):
         return key_scores(x, neuron_means(weight), None if bias is None else neuron_means(bias))
 
     def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Compute scores ``[T, N]`` from inputs ``[T, h]`` (None if unknown) and pre-activations ``[T, d]``.
-
-        The ``inter`` scores need the activated neurons ``hidden`` ``[T, d]``.
-        """
+        """See :meth:`Router.scores`."""
         ffn, score = self.ffn, self.config.score
         if score == "keys":
             with weights_in_place(ffn.proj_in):
@@ -152,9 +156,8 @@ class AvgKRouter(Router):
 
     def _has_plain_keys(self) -> bool:
         proj_in = self.ffn.proj_in
-        # the sparse backend keeps the replaced projection, an adapter wraps it
-        is_original = getattr(proj_in, "projection", proj_in) is self._proj_in[0]
-        return is_original and has_plain_weight(proj_in) and not cast(Tensor, proj_in.weight).is_meta
+        is_adapted = hasattr(proj_in, "base_layer")
+        return not is_adapted and has_plain_weight(proj_in) and not cast(Tensor, proj_in.weight).is_meta
 
     def _scores_from_neurons(self, z: Tensor) -> Tensor:
         """Compute ``keys`` scores from pre-activations."""

@@ -9,23 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emoe.config import EMoEConfig
 from emoe.convert import converted_layers, update_mark_
 from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
-from emoe.routers import AvgKRouter, FixedRouter
+from emoe.routers import FixedRouter
 from emoe.sparse.build import prepare_kernels
 from emoe.sparse.module import SparseFFN, check_supported, install_, probe_output
 
 
 def set_top_k_(model: nn.Module, top_k: int) -> None:
     """Change the number of experts that each token uses, in place, for training too.
-
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> emoe.set_top_k_(model, 2)
-    >>> model.layers[0].activation.config.top_k
-    2
 
     Args:
         model: converted model.
@@ -97,12 +90,6 @@ def for_inference_(model: nn.Module) -> None:
     Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by neuron, in
     as much memory as the out-projections take. The weights must not change afterwards. ``model.train()`` discards this.
 
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> emoe.for_inference_(model)
-    >>> any(parameter.requires_grad for parameter in model.parameters())
-    False
-
     Args:
         model: converted model.
 
@@ -161,7 +148,5 @@ def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any
     # validate all configurations before the first layer changes
     configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
     for layer, config in zip(layers, configs, strict=True):
-        layer.config = config
-        if isinstance(layer.router, AvgKRouter):
-            layer.router.config = cast(EMoEConfig, config)
+        layer.config = layer.router.config = config
     update_mark_(model)

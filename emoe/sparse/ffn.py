@@ -68,8 +68,6 @@ class _SparseFFN(torch.autograd.Function):
             scale = None if per_pair is None else per_pair.detach().requires_grad_()
             hidden = _hidden(ctx.activation, leaves, scale)
         d_values = outer_mm(hidden.detach(), dy, pairs, values) if needed[4] else None
-        if not any((*needed[2:4], *needed[5:])):
-            return None, None, None, None, d_values, *(None for _ in inputs)
         leaves = leaves if scale is None else [*leaves, scale]
         grads = torch.autograd.grad(hidden, leaves, gather_mm(dy, values, None, pairs))
         d_x: Tensor | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of, has_plain_weight
-from emoe.config import LINEAR_SCORES, EMoEConfig
+from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
 from emoe.routers import AvgKRouter, is_offloaded
@@ -119,7 +119,7 @@ class SparseFFN(_Replacement):
             return True
         # in half precision the masked products round the neurons that these scores average
         half = rows.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(rows.device.type)
-        rounded = half and isinstance(config, EMoEConfig) and config.score in ("gate", "up")
+        rounded = half and config.score in ("gate", "up")
         active = config.num_active_experts / config.num_experts
         return rounded or not (self.always or pays_off(rows, layer.ffn.d // config.num_experts, active))
 
@@ -145,7 +145,7 @@ class SparseFFN(_Replacement):
         weights = None
         needs_weights = config.weighting != "binary" or layer.output_bias is not None or len(rows) > 1
         if not needs_weights and layer.record is None and not config.aux_loss_coefficient:
-            experts = select_experts(scores, config.top_k, cast(EMoEConfig, config).selection)[0]
+            experts = select_experts(scores, config.top_k, config.selection)[0]
         else:
             mask, weights = layer.route(scores)
             experts = mask.any(0).nonzero()[:, 0]
@@ -193,7 +193,7 @@ def install_(layer: RoutedActivation) -> None:
 def check_supported(layer: RoutedActivation) -> None:
     """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend."""
     ffn, config = layer.ffn, layer.config
-    if isinstance(config, EMoEConfig) and config.score not in LINEAR_SCORES:
+    if config.score not in LINEAR_SCORES:
         raise ConversionError(f"{ffn.name}: score='{config.score}' needs every neuron: keep the masked backend")
     if getattr(layer.activation, "inplace", False):
         raise ConversionError(f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False")

@@ -76,7 +76,7 @@ def test_partitions_are_cached_by_content(tmp_path: Path) -> None:
 
 
 def put_norm_between(_bert: Any) -> None:
-    row = dataclasses.replace(emoe.architectures.registered_ffns()["bert"][0], between=("output.LayerNorm",))
+    row = dataclasses.replace(emoe.architectures.REGISTRY["bert"][0], between=("output.LayerNorm",))
     emoe.register_ffn("bert", row)
 
 
@@ -140,7 +140,7 @@ def test_pruned_and_equal_neurons_are_split_too() -> None:
     with torch.no_grad():
         weight = model.encoder.layer[3].intermediate.dense.weight
         weight[3:5].zero_()
-        weight[9:40].copy_(weight[9])
+        weight[9:40] = weight[9].clone()
     emoe.convert_(model, CONFIG)
 
 

@@ -158,7 +158,7 @@ def test_a_plain_module_needs_all_its_tensors(config: Any, tmp_path: Path) -> No
     def build() -> nn.Module:
         return nn.Sequential(plain_net(4, 16), nn.Linear(4, 4))
 
-    emoe.register_ffn("Sequential", *emoe.architectures.registered_ffns()["PlainNet"])
+    emoe.register_ffn("Sequential", *emoe.architectures.REGISTRY["PlainNet"])
     net = build()
     emoe.convert_(net, config)
     emoe.save_pretrained(net, tmp_path)

@@ -159,7 +159,7 @@ def test_models_without_experts_are_errors(tmp_path: Path) -> None:
         trainer(bert(None), tmp_path).train()
     bert(METHODS["emoe"]).save_pretrained(tmp_path / "saved")
     stock = BertForSequenceClassification.from_pretrained(tmp_path / "saved")
-    with pytest.raises(emoe.ConversionError, match=r"loaded it as dense: load it with emoe\.from_pretrained"):
+    with pytest.raises(emoe.ConversionError, match=r"loaded it as dense: use emoe\.from_pretrained"):
         trainer(stock, tmp_path).train()
 
 
