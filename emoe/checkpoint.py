@@ -28,16 +28,7 @@ from emoe import files
 from emoe.architectures import FFN, find_ffns, has_plain_weight
 from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import (
-    MARK,
-    attach,
-    converted_layers,
-    hook_padding,
-    mark_,
-    numbered_layers,
-    watch_state_,
-    widen,
-)
+from emoe.convert import MARK, complete_, converted_layers, mark_, numbered_layers, widen
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.partitioning import is_permutation
@@ -130,8 +121,6 @@ def _stock_state(model: nn.Module) -> dict[str, Tensor]:
         for name in layer.state_dict():
             del state[f"{names[layer]}.{name}"]
         if layer.output_bias is not None:
-            if layer.ffn.proj_out not in names:
-                raise ConversionError(f"{layer.ffn.name} was copied in part: name all of it in modules_to_save")
             with weights_in_place(layer):
                 state[f"{names[layer.ffn.proj_out]}.bias"] = layer.mean_output_bias()
     return state
@@ -205,18 +194,6 @@ def _key_norms(ffn: FFN) -> Tensor:
 def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> nn.Module:
     """Load a converted model that :func:`save_pretrained` or the model's library (``Trainer``) saved.
 
-    >>> def build():
-    ...     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    ...     return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    >>> model, x = build().eval(), torch.ones(1, 3, 16)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     emoe.save_pretrained(model, folder)
-    ...     again = emoe.from_pretrained(build, folder)
-    >>> torch.allclose(again(x), model(x))
-    True
-
     Args:
         loader: transformers class, ``timm.create_model``, or function that builds the dense model (a plain module).
         folder: folder of the checkpoint.
@@ -246,20 +223,18 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     saved_by_library = has_routing_state(mark, stored)
     model = files.load_stock(loader, folder, restored=restored if saved_by_library or is_gmoe else None, **options)
     pairs = converted_ffns(model, mark, tensors, folder)
-    padding = hook_padding(model, [ffn for ffn, _ in pairs], config)
     layers = []
     for ffn, permutation in pairs:
         if config.has_routing_state and any(map(is_offloaded, (ffn.proj_in, ffn.proj_out))):
             raise CheckpointError(f"{folder}: the device_map offloads {ffn.name}; keep these experts on a device")
         if is_gmoe:
             widen(ffn, config.num_experts)
-        layers.append(attach(ffn, config, permutation, padding.get(ffn.index)))
+        layers.append(RoutedActivation(ffn, config, permutation))
     # the model's library saves routers among the weights, which are then newer than the extra file
     _restore_state(model, layers, stored if saved_by_library else extra, folder)
     for ffn, _ in pairs:
         check_key_norms(ffn, tensors, folder)
-    mark_(model)
-    watch_state_(model)
+    complete_(model)
     return model.eval()
 
 

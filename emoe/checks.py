@@ -32,13 +32,10 @@ def _check_weight(name: str, module: nn.Module) -> None:
         raise ConversionError(f"{name} has an adapter: convert first, or merge it (model.merge_and_unload())")
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     # a computed weight (weight norm, pruning) is not a parameter; a sharded or quantised one has another class
-    if weight is None:
-        raise ConversionError(f"{name} has no plain weight: convert before quantising, pruning or parametrising")
-    if type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
-        kind = weight.dtype if type(weight.detach()) is Tensor else type(weight).__name__
-        raise ConversionError(f"{name} has a weight of {kind}: convert before quantising, sharding or adding adapters")
-    if weight.ndim != 2:
-        raise ConversionError(f"{name} has a weight of {weight.ndim} dimensions; only linear projections can be split")
+    if weight is None or type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
+        raise ConversionError(
+            f"{name} has no plain weight: convert before quantising, sharding, pruning or parametrising"
+        )
     if weight.is_meta:
         raise ConversionError(f"{name}.weight is on the meta device: load the weights before converting")
     for tensor_name in ("weight", "bias"):

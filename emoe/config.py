@@ -1,4 +1,4 @@
-"""Configurations: frozen, made of plain values, checked when they are built."""
+"""Configurations: frozen, made of plain values, checked when they are built; and requests such as ``last-half:2``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ _BOUNDS = {
     "exclusiveMaximum": (operator.lt, "below"),
 }
 
+_SHARES = {"half": 2, "quarter": 4}  # of the layers, in requests such as "last-half:2"
+
 # fields of older releases with their defaults; ``from_dict`` ignores them if they changed nothing
 _REMOVED_FIELDS = {"score_threshold": None, "normalize_gate": False, "value_norm_weighted": False}
-
 
 # True for routers with parameters; emoe.register_router adds to this
 ROUTERS = {"avg_k": False, "cosine": True, "fixed": False}
@@ -316,3 +318,43 @@ def check_config(config: object, caller: str) -> None:
     if not isinstance(config, EMoEConfig | GMoEConfig):
         way_out = "write emoe.EMoEConfig(num_experts=64, top_k=16), or emoe.config_from_dict(values) for plain values"
         raise ConfigError(f"{caller}: the configuration is {config!r:.100}; {way_out}")
+
+
+def resolve_layers(layers: Layers, count: int) -> list[int]:
+    """Convert a request such as ``"last-half:2"`` into layer numbers.
+
+    Args:
+        layers: the request (see :class:`emoe.EMoEConfig`).
+        count: number of layers of the model.
+
+    Raises:
+        ConfigError: the request is invalid or matches no layer.
+    """
+    if not isinstance(layers, str):
+        missing = [i for i in layers if not -count <= i < count]
+        if missing:
+            raise ConfigError(f"layers {missing} do not exist: the model has layers 0 to {count - 1}")
+        numbers = sorted({i % count for i in layers})
+        if len(numbers) != len(layers):
+            raise ConfigError(f"layers {list(layers)} name the same layer twice")
+        return numbers
+    if layers == "all":
+        return list(range(count))
+    if match := re.fullmatch(r"last:(\d+)", layers):
+        if int(match[1]) > count:
+            raise ConfigError(f"layers '{layers}' asks for more than the model's {count} layers")
+        numbers = list(range(count - int(match[1]), count))
+    elif match := re.fullmatch(rf"last-({'|'.join(_SHARES)}):(\d+)", layers):
+        share, step = _SHARES[match[1]], int(match[2])
+        numbers = list(range(count * (share - 1) // share, count, step)) if step else []
+    elif re.fullmatch(r"-?\d*:-?\d*(:\d*)?", layers):
+        bounds = [int(bound) if bound else None for bound in layers.split(":")]
+        numbers = list(range(count))[slice(*bounds)] if bounds[2:] != [0] else []
+    else:
+        raise ConfigError(
+            f"layers '{layers}' is invalid; write a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice "
+            "like '8:12:2'"
+        )
+    if not numbers:
+        raise ConfigError(f"layers '{layers}' matches none of the model's layers 0 to {count - 1}")
+    return numbers

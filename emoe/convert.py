@@ -14,13 +14,12 @@ from torch.nn import functional as F
 from emoe.architectures import FFN, find_ffns
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_plain, check_weights
-from emoe.config import EMoEConfig, GMoEConfig, check_config
+from emoe.config import EMoEConfig, GMoEConfig, check_config, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, resize_parameter_, routed_layers
-from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
-from emoe.tokens import PaddingMaskHook, remove_argument_hooks, watch_padding
+from emoe.tokens import remove_argument_hooks, watch_padding
 
 # columns of the table, one per field of LayerReport
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
@@ -119,10 +118,8 @@ def convert_(
                 raise ConversionError(f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}")
     elif partition is not None or calibration is not None:
         raise ConversionError("GMoE copies whole FFNs; it takes no partition")
-    padding = hook_padding(model, chosen, config)
-    reports = [convert_ffn(ffn, config, partition or {}, padding.get(ffn.index)) for ffn in chosen]
-    mark_(model)
-    watch_state_(model)
+    reports = [convert_ffn(ffn, config, partition or {}) for ffn in chosen]
+    complete_(model)
     return conversion_report(reports, config, len(ffns), neurons, count_parameters(model) - before)
 
 
@@ -148,15 +145,7 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
             raise ConversionError(f"{ffn.name} is not gated: choose score 'keys', 'gate', 'inter' or 'inter_abs'")
 
 
-def hook_padding(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingMaskHook]:
-    """Hook the padding masks of FFNs if the configuration excludes padding. Return the hooks by layer number."""
-    needed = not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0)
-    return watch_padding(model, ffns) if needed else {}
-
-
-def convert_ffn(
-    ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor], padding: PaddingMaskHook | None = None
-) -> LayerReport:
+def convert_ffn(ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor]) -> LayerReport:
     """Turn one FFN into experts, in place, without checks. The partition is empty for GMoE."""
     permutation = None
     if isinstance(config, GMoEConfig):
@@ -164,7 +153,7 @@ def convert_ffn(
     else:
         permutation = partition[ffn.index].cpu()
         ffn.permute_(permutation)
-    attach(ffn, config, permutation, padding)
+    RoutedActivation(ffn, config, permutation)
     notes = partition if isinstance(partition, Partition) else Partition({})
     explained, seconds = notes.explained.get(ffn.index), notes.seconds.get(ffn.index)
     experts, size = config.num_experts, ffn.d // config.num_experts
@@ -178,16 +167,6 @@ def conversion_report(
     dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts  # experts that compute the dense FFN
     active = neurons + sum(report.expert_size * (config.num_active_experts - dense_experts) for report in reports)
     return ConversionReport(tuple(reports), ffns, active / neurons, added)
-
-
-def attach(
-    ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingMaskHook | None
-) -> RoutedActivation:
-    """Put a routed activation into an FFN whose weights are in expert order."""
-    layer = RoutedActivation(ffn, config, permutation, padding)
-    layer.train(ffn.parents[ffn.spec.activation].training)
-    ffn.replace(ffn.spec.activation, layer)
-    return layer
 
 
 @torch.no_grad()
@@ -253,9 +232,16 @@ def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
         raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained separately")
 
 
-def watch_state_(model: nn.Module) -> None:
-    """Make a converted model reject state dicts of a dense model, whose neurons are in another order."""
+def complete_(model: nn.Module) -> None:
+    """Mark a model whose FFNs were converted, and hook what it gets: state dicts and, if needed, padding masks."""
+    mark_(model)
     model.register_load_state_dict_pre_hook(_check_state)
+    layers = routed_layers(model)
+    config = layers[0].config
+    if not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0):
+        hooks = watch_padding(model, [layer.ffn for layer in layers])
+        for layer in layers:
+            layer.padding = hooks.get(layer.ffn.index)
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:

@@ -38,8 +38,8 @@ class _ThreadState(_CallState, threading.local):
 class RoutedActivation(nn.Module):
     """Activate and route: set the hidden neurons of experts that are not chosen to zero.
 
-    A hook on the in-projection passes on the FFN's input, by which the experts are scored. A hook on the
-    out-projection adds the experts' own output biases, if there are any.
+    The constructor puts it in place of the FFN's activation. A hook on the in-projection passes on the FFN's input, by
+    which the experts are scored. A hook on the out-projection adds the experts' own output biases, if there are any.
 
     Attributes:
         activation: the FFN's own activation, a module or a function.
@@ -55,20 +55,15 @@ class RoutedActivation(nn.Module):
     output_bias: nn.Parameter | None
     output_bias_parts: Tensor | None
 
-    def __init__(
-        self,
-        ffn: FFN,
-        config: EMoEConfig | GMoEConfig,
-        permutation: Tensor | None,
-        padding: PaddingMaskHook | None = None,
-    ) -> None:
+    def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None) -> None:
         super().__init__()
         self.activation = ffn.activation
-        self.ffn, self.config, self.permutation, self.padding = ffn, config, permutation, padding
+        self.ffn, self.config, self.permutation = ffn, config, permutation
         self.router = build_router(ffn, config)
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)
         self.record: Any = None
+        self.padding: PaddingMaskHook | None = None
         self.replaced: dict[str, nn.Module] = {}
         self._eager, self._traced = _ThreadState(), _CallState()
         self._handles = [ffn.proj_in.register_forward_pre_hook(self._keep_input)]
@@ -76,6 +71,8 @@ class RoutedActivation(nn.Module):
             self._split_output_bias()
         # PyTorch's fused transformer layers, which would bypass this module, are not used if it has a hook
         self.register_forward_pre_hook(do_nothing)
+        self.train(ffn.parents[ffn.spec.activation].training)
+        ffn.replace(ffn.spec.activation, self)
 
     @property
     def backend(self) -> str:

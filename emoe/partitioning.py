@@ -22,10 +22,9 @@ from emoe.architectures import find_ffns
 from emoe.calibration import Batch, record_activations
 from emoe.checks import check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
-from emoe.config import EMoEConfig, check_config
+from emoe.config import EMoEConfig, check_config, resolve_layers
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.files import read_metadata, read_tensors, write_tensors
-from emoe.layer_numbers import resolve_layers
 
 # Part of every cache key. Increase it if the same settings give another partition.
 ALGORITHM_VERSION = 2

@@ -55,17 +55,6 @@ class Router(nn.Module):
 def register_router(name: str, router: type[Router]) -> None:
     """Add or replace a router for ``EMoEConfig(router=name)``; ``docs/adding.md`` has a complete example.
 
-    >>> class LinearRouter(emoe.Router):
-    ...     def __init__(self, ffn, config):
-    ...         super().__init__(ffn, config)
-    ...         self.linear = torch.nn.Linear(ffn.h, config.num_experts)
-    ...
-    ...     def forward(self, x):
-    ...         return self.linear(x).float()
-    >>> emoe.register_router("linear", LinearRouter)
-    >>> emoe.EMoEConfig(num_experts=8, top_k=2, router="linear", weighting="softmax").router
-    'linear'
-
     Args:
         name: identifier in configurations and checkpoints. Loading such a checkpoint requires the same registration.
         router: subclass of :class:`Router`.

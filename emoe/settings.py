@@ -107,14 +107,6 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
 
     The configuration's ``router`` becomes ``fixed``, ``top_k`` and ``selection`` stay. The model saves the counts.
 
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> with emoe.record_routing(model) as record:
-    ...     y = model(torch.randn(2, 5, 16))
-    >>> emoe.fix_experts_(model, {number: layer.loads for number, layer in record.layers.items()})
-    >>> model.layers[0].activation.config.router
-    'fixed'
-
     Args:
         model: model converted with an :class:`EMoEConfig` whose router is ``avg_k``.
         usage: counts ``[N]`` by layer number, as from :func:`emoe.record_routing`. Ties go to the lower expert index.

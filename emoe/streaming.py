@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 from emoe import checkpoint, convert, files
 from emoe.architectures import FFN, find_ffns
 from emoe.checks import check_weights
-from emoe.config import EMoEConfig, GMoEConfig
+from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, EMoEError
 from emoe.layer import RoutedActivation
-from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import group_neurons
 
 _Changes = dict[str, Callable[[Tensor], Tensor]]  # functions of stored tensors, by their names

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import emoe
-from emoe.layer_numbers import resolve_layers
+from emoe.config import resolve_layers
 
 
 def test_round_trip_through_plain_values() -> None:
