@@ -21,8 +21,7 @@ from emoe.streaming import NotStreamedError, convert_folder, fold_folder
 
 _FOLDER = click.Path(path_type=Path)
 _EPILOG = """\b
-Exit status: 0 success; 1 an error, reported in one line; 2 wrong usage;
-130 interrupted.
+Exit status: 0 success; 1 an error, reported in one line; 2 wrong usage.
 
 \b
 Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
@@ -31,7 +30,7 @@ Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
 
 
 class _Commands(click.Group):
-    """Report expected errors in one line. An interrupt has the exit status that shells expect."""
+    """Report expected errors in one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -44,8 +43,6 @@ class _Commands(click.Group):
         except OSError as error:  # a folder without permission, a full disk; of two files the second is written
             path = error.filename2 or error.filename or "a file"
             raise click.ClickException(f"{path}: {error.strerror or error}") from error
-        except KeyboardInterrupt:
-            ctx.exit(130)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
@@ -98,7 +95,7 @@ def convert(model: str, out: Path, kind: str, as_published: str | None, others: 
     files.check_new(out)
     source = files.model_folder(model)
     try:
-        report = convert_folder(source, out, config, progress=True)
+        report = convert_folder(source, out, config)
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
         loaded = files.load_stock(files.loader_for(source), source).eval()
@@ -116,39 +113,27 @@ def convert(model: str, out: Path, kind: str, as_published: str | None, others: 
 def inspect(folder: Path, as_json: bool) -> None:
     """Show the configuration, experts and files of a converted FOLDER without loading its weights.
 
-    A * marks settings that are not the default. "moved" is the share of neurons in another position than before the
-    conversion. The keys are the norms of the neurons' input weights.
+    A * marks settings that are not the default.
     """
-    mark, tensors, extra = checkpoint.read_sidecars(folder)
+    mark, tensors, _ = checkpoint.read_sidecars(folder)
     config, experts = mark.config, mark.config.num_experts
-    layers = [{"layer": index, "experts": experts, **_neuron_columns(tensors, index, experts)} for index in mark.layers]
+    layers: list[dict[str, int]] = [{"layer": index, "experts": experts} for index in mark.layers]
+    for row in layers if tensors else []:
+        neurons = len(tensors[f"key_norms.{row['layer']}"])
+        row |= {"neurons": neurons, "size": neurons // experts}
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    extra_numbers = sum(tensor.numel() for tensor in extra.values())
     if as_json:
-        content = {"config": config.to_dict(), "layers": layers, "files": sizes, "extra_numbers": extra_numbers}
-        click.echo(json.dumps(content, indent=1))
+        click.echo(json.dumps({"config": config.to_dict(), "layers": layers, "files": sizes}, indent=1))
         return
     defaults = type(config)(num_experts=experts, top_k=config.top_k).to_dict()
     values = config.to_dict().items()
     fields = [(name, json.dumps(value), "" if value == defaults[name] else "*") for name, value in values]
     click.echo(tabulate(fields, headers=["field", "value", "set"], tablefmt="simple") + "\n")
-    click.echo(tabulate(layers, headers="keys", tablefmt="simple", floatfmt=".3f") + "\n")
+    click.echo(tabulate(layers, headers="keys", tablefmt="simple") + "\n")
     rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes.items()]
     click.echo(tabulate(rows, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
     if not tensors:
         click.echo("\nThe model's own library saved this folder: the original order of the neurons is unknown.")
-    if extra:
-        click.echo(f"\n{checkpoint.EXTRA_FILE}: {extra_numbers:,} numbers that the stock class has no place for")
-
-
-def _neuron_columns(tensors: dict[str, Any], index: int, experts: int) -> dict[str, Any]:
-    """Return the columns that describe a layer's neurons; none without a partition file."""
-    if not tensors:
-        return {}
-    norms, order = tensors[f"key_norms.{index}"], tensors.get(f"permutation.{index}")
-    moved = None if order is None else float((order != order.sort().values).float().mean())
-    keys = {"smallest_key": float(norms.min()), "largest_key": float(norms.max())}
-    return {"neurons": len(norms), "size": len(norms) // experts, "moved": moved, **keys}
 
 
 @cli.command(short_help="Fold experts back into a dense model.")
@@ -160,7 +145,7 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
     files.check_new(out)
     source = files.model_folder(str(folder))
     try:
-        fold_folder(source, out, restore_order=restore_order, progress=True)
+        fold_folder(source, out, restore_order=restore_order)
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
         model = emoe.to_dense_(emoe.from_pretrained(files.loader_for(source), source), restore_order=restore_order)
@@ -176,27 +161,13 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
 @click.option("--raw", is_flag=True, help="Pass the prompt on without the tokenizer's chat template.")
 def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
     """Answer PROMPT greedily with the language model of FOLDER, converted or dense."""
-    from transformers import TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
 
     source = files.model_folder(folder)
-    with files.quiet():
-        model = _load_generator(source)
-    tokenizer, inputs = _tokenize(source, prompt, raw)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    start = time.perf_counter()
-    inputs.to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    seconds = time.perf_counter() - start
-    tokens = output.shape[1] - inputs["input_ids"].shape[1]
-    backends = {f"{layer.backend} experts" for layer in routed_layers(model)} or {"dense"}
-    click.echo(f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} per second; {backends.pop()}]", err=True)
-
-
-def _load_generator(source: Path) -> Any:
-    """Return a language model that is ready for inference, converted or dense."""
     is_converted = checkpoint.read_mark(source) is not None
     load = emoe.from_pretrained if is_converted else files.load_stock
-    model: Any = load(files.loader_for(source), source).eval()
+    with files.quiet():
+        model: Any = load(files.loader_for(source), source).eval()
     if not hasattr(model, "generate") or not model.can_generate():
         raise CheckpointError(f"{source} holds a {type(model).__name__}, which does not generate text")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -205,24 +176,24 @@ def _load_generator(source: Path) -> Any:
             emoe.for_inference_(model)
     except ConversionError as error:  # its scores need every neuron
         click.echo(f"Masked backend: {error}", err=True)
-    return model
-
-
-def _tokenize(source: Path, prompt: str, raw: bool) -> tuple[Any, Any]:
-    """Return a folder's tokenizer, and the tokens of a prompt in its chat template, if it has one."""
-    from transformers import AutoTokenizer
-
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-        is_plain = raw or not tokenizer.chat_template
-        if not is_plain:
-            messages = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=is_plain)  # a template has them already
-    except Exception as error:  # a damaged tokenizer raises anything
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{source} holds no tokenizer: {files.one_line(error)}") from error
-    inputs.pop("token_type_ids", None)
-    return tokenizer, inputs
+    is_chat = bool(tokenizer.chat_template) and not raw
+    if is_chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # a template has the special tokens already
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not is_chat, return_token_type_ids=False)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    inputs.to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    seconds = time.perf_counter() - start
+    tokens = output.shape[1] - inputs["input_ids"].shape[1]
+    backends = {f"{layer.backend} experts" for layer in routed_layers(model)} or {"dense"}
+    click.echo(f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} per second; {backends.pop()}]", err=True)
 
 
 @cli.command(short_help="Compile the sparse backend's kernels now.")

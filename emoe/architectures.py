@@ -73,37 +73,23 @@ _MLP = FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2")
 _TORCH = FFNSpec("layers", "linear1", "activation", "linear2", between=("dropout",))
 _TIMM = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1", "mlp.norm"))
 
-_REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
-    "bert": (_BERT,),
-    "roberta": (_BERT,),
-    "xlm-roberta": (_BERT,),
-    "electra": (_BERT,),
-    "deberta-v2": (_BERT,),
+REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), (_BERT,)),
     "distilbert": (FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),),
     "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first", between=("mlp.drop",)),),
     "gpt2": (FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),),
     "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
     "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
     "t5": (*_t5_specs("encoder", 1), *_t5_specs("decoder", 2)),
-    "llama": (_GATED,),
-    "mistral": (_GATED,),
-    "qwen2": (_GATED,),
-    "qwen3": (_GATED,),
-    "gemma": (_GATED,),
-    "gemma2": (_GATED,),
-    "gemma3_text": (_GATED,),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_GATED,)),
     "phi3": (FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused="first"),),
-    "phi": (_MLP,),
-    "vit": (_MLP,),
-    "deit": (_MLP,),
-    "dinov2": (FFNSpec("encoder.layer", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
-    "clip_vision_model": (FFNSpec("encoder.layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
+    **dict.fromkeys(("phi", "vit", "deit"), (_MLP,)),
+    "dinov2": (replace(_MLP, layers="encoder.layer"),),
+    "clip_vision_model": (replace(_MLP, layers="encoder.layers"),),
     # timm's models and torch's own have no model_type: keyed by class
-    "VisionTransformer": (_TIMM,),
-    "Beit": (_TIMM,),
+    **dict.fromkeys(("VisionTransformer", "Beit"), (_TIMM,)),
     "SwinTransformer": (replace(_TIMM, layers="layers.*.blocks"),),
-    "TransformerEncoder": (_TORCH,),
-    "TransformerDecoder": (_TORCH,),
+    **dict.fromkeys(("TransformerEncoder", "TransformerDecoder"), (_TORCH,)),
 }
 
 
@@ -125,35 +111,14 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
             has are used, in this order.
 
     Raises:
-        ConversionError: there is no spec, or a spec that no model can fit.
+        ConversionError: ``between`` or ``fused`` of a spec is invalid.
     """
-    name = f"register_ffn({key!r})"
-    if not isinstance(key, str) or not key:
-        raise ConversionError(f"{name}: the key must be model.config.model_type or the name of the model's class")
-    if not specs or not all(isinstance(spec, FFNSpec) for spec in specs):
-        raise ConversionError(f"{name} takes emoe.FFNSpec(layers=…, proj_in=…, activation=…, proj_out=…)")
     for spec in specs:
-        _check_spec(spec, name)
-    _REGISTRY[key] = specs
-
-
-def _check_spec(spec: FFNSpec, name: str) -> None:
-    if not isinstance(spec.between, tuple):
-        raise ConversionError(f"{name}: between is {spec.between!r}; write a tuple of paths, as ('dropout',)")
-    paths = spec.paths()
-    if not all(isinstance(path, str) and path for path in (spec.layers, *paths)):
-        raise ConversionError(f"{name}: every path must be a non-empty string, as 'mlp.fc1'")
-    if len(set(paths)) < len(paths):
-        raise ConversionError(f"{name}: the path '{max(paths, key=paths.count)}' occurs twice")
-    if spec.fused not in (None, *HALVES):
-        raise ConversionError(f"{name}: fused is {spec.fused!r}{did_you_mean(spec.fused, HALVES)}")
-    if spec.fused and spec.proj_up:
-        raise ConversionError(f"{name}: a fused proj_in holds both halves, so leave out proj_up")
-
-
-def registered_ffns() -> dict[str, tuple[FFNSpec, ...]]:
-    """Return a copy of the registry."""
-    return dict(_REGISTRY)
+        if not isinstance(spec.between, tuple) or spec.fused not in (None, *HALVES):
+            raise ConversionError(
+                f"register_ffn: {spec}: 'between' is a tuple of paths, 'fused' None, 'first' or 'last'"
+            )
+    REGISTRY[key] = specs
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,10 +283,10 @@ def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     names = [name for name in (model_type, *(cls.__name__ for cls in type(model).__mro__)) if name]
     for name in names:
-        if name in _REGISTRY:
-            return _REGISTRY[name]
+        if name in REGISTRY:
+            return REGISTRY[name]
     way_out = "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), or convert the submodule that has one"
-    raise ConversionError(f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], _REGISTRY)}. {way_out}")
+    raise ConversionError(f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], REGISTRY)}. {way_out}")
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:

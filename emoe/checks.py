@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from emoe.architectures import FFN
 from emoe.errors import ConversionError, nearest_divisor
-from emoe.layer import RoutedActivation
 
 
 def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
@@ -34,17 +32,12 @@ def _check_weight(name: str, module: nn.Module) -> None:
         raise ConversionError(f"{name} has an adapter: convert first, or merge it (model.merge_and_unload())")
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     # a computed weight (weight norm, pruning) is not a parameter; a sharded or quantised one has another class
-    if weight is None:
-        raise ConversionError(f"{name} has no plain weight: convert before quantising, pruning or parametrising")
-    if type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
-        kind = weight.dtype if type(weight.detach()) is Tensor else type(weight).__name__
-        raise ConversionError(f"{name} has a weight of {kind}: convert before quantising, sharding or adding adapters")
-    if weight.ndim != 2:
-        raise ConversionError(f"{name} has a weight of {weight.ndim} dimensions; only linear projections can be split")
+    if weight is None or type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
+        raise ConversionError(
+            f"{name} has no plain weight: convert before quantising, sharding, pruning or parametrising"
+        )
     if weight.is_meta:
         raise ConversionError(f"{name}.weight is on the meta device: load the weights before converting")
-    if weight.is_inference():
-        raise ConversionError(f"{name}.weight was made under torch.inference_mode: load the model outside of it")
     for tensor_name in ("weight", "bias"):
         tensor = getattr(module, tensor_name, None)
         if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
@@ -53,8 +46,6 @@ def _check_weight(name: str, module: nn.Module) -> None:
 
 def _check_shapes(ffn: FFN) -> None:
     d = ffn.d
-    if d == 0:
-        raise ConversionError(f"{ffn.name}.{ffn.spec.proj_out} has no inputs: the FFN has no neurons to split")
     for path, module in ffn.inputs():
         rows = module.weight.shape[1 if ffn.spec.transposed else 0]  # type: ignore[index]
         if rows != (2 * d if ffn.spec.fused else d):
@@ -90,24 +81,3 @@ def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
         if ffn.d % num_experts:
             nearest = f"the nearest number that can is {nearest_divisor(ffn.d, num_experts)}"
             raise ConversionError(f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} experts; {nearest}")
-
-
-def check_distinct_keys(ffns: Iterable[FFN]) -> None:
-    """Check that every key has a direction and no two keys are equal: k-means cannot separate such neurons."""
-    way_out = "use partition='random', 'contiguous' or 'coactivation', or pass a partition"
-    for ffn in ffns:
-        name, keys = f"{ffn.name}.{ffn.spec.proj_in}", ffn.keys().detach()
-        zero = (keys == 0).all(1).nonzero().flatten().tolist()
-        if zero:
-            raise ConversionError(f"{name}: {len(zero)} keys are all zero, the first of neuron {zero[0]}; {way_out}")
-        seen: dict[bytes, int] = {}
-        for row, key in enumerate(keys.float().cpu().contiguous()):
-            first = seen.setdefault(hashlib.sha256(key.numpy().data).digest(), row)
-            if first != row:
-                raise ConversionError(f"{name}: neurons {first} and {row} have the same key; {way_out}")
-
-
-def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> None:
-    """Check that a model was converted at once: layer numbers of separately converted parts collide."""
-    if len({layer.ffn_index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
-        raise ConversionError(f"{caller}: parts of the model were converted separately; handle each part by itself")

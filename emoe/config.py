@@ -1,14 +1,14 @@
-"""Configurations: frozen, made of plain values, checked when they are built."""
+"""Configurations: frozen, made of plain values, checked when they are built; and requests such as ``last-half:2``."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 import operator
+import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,34 +32,13 @@ _BOUNDS = {
     "exclusiveMaximum": (operator.lt, "below"),
 }
 
+_SHARES = {"half": 2, "quarter": 4}  # of the layers, in requests such as "last-half:2"
+
 # fields of older releases with their defaults; ``from_dict`` ignores them if they changed nothing
 _REMOVED_FIELDS = {"score_threshold": None, "normalize_gate": False, "value_norm_weighted": False}
 
-
-@dataclass(frozen=True)
-class RegisteredRouter:
-    """Describe a router that a configuration can name.
-
-    Attributes:
-        learned: the router has parameters, see :class:`emoe.Router`.
-        load: function that returns the router's class.
-    """
-
-    learned: bool
-    load: Callable[[], type[Any]]
-
-
-def _load_router(name: str) -> type[Any]:
-    # imported on demand: a configuration does not need PyTorch, which takes a second to import
-    return getattr(importlib.import_module("emoe.routers"), name)
-
-
-# emoe.register_router adds to this
-ROUTERS = {
-    "avg_k": RegisteredRouter(learned=False, load=lambda: _load_router("AvgKRouter")),
-    "cosine": RegisteredRouter(learned=True, load=lambda: _load_router("CosineRouter")),
-    "fixed": RegisteredRouter(learned=False, load=lambda: _load_router("FixedRouter")),
-}
+# True for routers with parameters; emoe.register_router adds to this
+ROUTERS = {"avg_k": False, "cosine": True, "fixed": False}
 
 # The authors' Tutel layer with the settings of their language scripts.
 _TUTEL: dict[str, Any] = {
@@ -140,8 +119,7 @@ class RoutingConfig:
             implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router noise, balance loss,
                 dropout inside the experts, one output bias per expert. ``"llama"`` for EMoE's mask on gated FFNs.
             **values: other fields, and fields to override. ``router="cosine"`` implies ``weighting="softmax"``. Their
-                vision code has ``dropout_position="after"``, and for GMoE ``output_bias="per_expert_whole"``. Their
-                ``capacity_factor`` may be 0, which becomes None, or negative (to save memory), which becomes positive.
+                vision code has ``dropout_position="after"``, and for GMoE ``output_bias="per_expert_whole"``.
 
         Raises:
             ConfigError: the implementation, a field or a value does not exist.
@@ -149,9 +127,6 @@ class RoutingConfig:
         if implementation not in cls._published:
             near = did_you_mean(implementation, cls._published)
             raise ConfigError(f"{cls.__name__}.as_published: implementation is {implementation!r}{near}")
-        factor = values.get("capacity_factor")
-        if isinstance(factor, int | float) and factor <= 0:
-            values["capacity_factor"] = -factor or None
         if values.get("router") == "cosine":
             values.setdefault("weighting", "softmax")
         return cls(**{**cls._published[implementation], **values})
@@ -282,7 +257,7 @@ class EMoEConfig(RoutingConfig):
         for name in ("score_bias", "gate_momentum"):
             if getattr(self, name) and (self.router != "avg_k" or self.score != "keys"):
                 raise self._error(name, "off unless router is 'avg_k' and score is 'keys'")
-        if ROUTERS[self.router].learned:
+        if ROUTERS[self.router]:
             if self.weighting == "binary":
                 raise self._error("weighting", f"'softmax' or 'softmax_times_k' {with_router}, else no gradient")
             if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts:
@@ -314,6 +289,7 @@ class GMoEConfig(RoutingConfig):
     _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": {**_TUTEL, "num_experts": 6, "top_k": 1}}
     router: ClassVar[str] = "cosine"
     selection: ClassVar[Selection] = "top"
+    score: ClassVar[Score] = "keys"
     weighting: ClassVar[Weighting] = "softmax"
 
     num_experts: int = _number(6, minimum=1)
@@ -342,3 +318,43 @@ def check_config(config: object, caller: str) -> None:
     if not isinstance(config, EMoEConfig | GMoEConfig):
         way_out = "write emoe.EMoEConfig(num_experts=64, top_k=16), or emoe.config_from_dict(values) for plain values"
         raise ConfigError(f"{caller}: the configuration is {config!r:.100}; {way_out}")
+
+
+def resolve_layers(layers: Layers, count: int) -> list[int]:
+    """Convert a request such as ``"last-half:2"`` into layer numbers.
+
+    Args:
+        layers: the request (see :class:`emoe.EMoEConfig`).
+        count: number of layers of the model.
+
+    Raises:
+        ConfigError: the request is invalid or matches no layer.
+    """
+    if not isinstance(layers, str):
+        missing = [i for i in layers if not -count <= i < count]
+        if missing:
+            raise ConfigError(f"layers {missing} do not exist: the model has layers 0 to {count - 1}")
+        numbers = sorted({i % count for i in layers})
+        if len(numbers) != len(layers):
+            raise ConfigError(f"layers {list(layers)} name the same layer twice")
+        return numbers
+    if layers == "all":
+        return list(range(count))
+    if match := re.fullmatch(r"last:(\d+)", layers):
+        if int(match[1]) > count:
+            raise ConfigError(f"layers '{layers}' asks for more than the model's {count} layers")
+        numbers = list(range(count - int(match[1]), count))
+    elif match := re.fullmatch(rf"last-({'|'.join(_SHARES)}):(\d+)", layers):
+        share, step = _SHARES[match[1]], int(match[2])
+        numbers = list(range(count * (share - 1) // share, count, step)) if step else []
+    elif re.fullmatch(r"-?\d*:-?\d*(:\d*)?", layers):
+        bounds = [int(bound) if bound else None for bound in layers.split(":")]
+        numbers = list(range(count))[slice(*bounds)] if bounds[2:] != [0] else []
+    else:
+        raise ConfigError(
+            f"layers '{layers}' is invalid; write a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice "
+            "like '8:12:2'"
+        )
+    if not numbers:
+        raise ConfigError(f"layers '{layers}' matches none of the model's layers 0 to {count - 1}")
+    return numbers

@@ -14,15 +14,12 @@ from torch.nn import functional as F
 from emoe.architectures import FFN, find_ffns
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_plain, check_weights
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, check_config
+from emoe.config import EMoEConfig, GMoEConfig, check_config, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, resize_parameter_, routed_layers
-from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
-from emoe.routers import FixedRouter
-from emoe.sparse.module import uninstall_
-from emoe.tokens import PaddingMaskHook, remove_argument_hooks, watch_padding
+from emoe.tokens import remove_argument_hooks, watch_padding
 
 # columns of the table, one per field of LayerReport
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
@@ -106,8 +103,6 @@ def convert_(
         ConfigError: ``layers`` matches nothing, or the object is not a configuration.
     """
     check_config(config, "convert_")
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"convert_: the model is {model!r:.80}; load it first with its own library")
     if routed_layers(model):
         raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
     ffns = find_ffns(model)
@@ -123,10 +118,8 @@ def convert_(
                 raise ConversionError(f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}")
     elif partition is not None or calibration is not None:
         raise ConversionError("GMoE copies whole FFNs; it takes no partition")
-    padding = hook_padding(model, chosen, config)
-    reports = [convert_ffn(ffn, config, partition or {}, padding.get(ffn.index)) for ffn in chosen]
-    mark_(model)
-    watch_state_(model)
+    reports = [convert_ffn(ffn, config, partition or {}) for ffn in chosen]
+    complete_(model)
     return conversion_report(reports, config, len(ffns), neurons, count_parameters(model) - before)
 
 
@@ -145,22 +138,14 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
                     raise ConversionError(f"{name} is frozen, but GMoE's copies must train: set requires_grad")
         return
     check_divisible(ffns, config.num_experts)
-    if ROUTERS[config.router].load() is FixedRouter:
+    if config.router == "fixed":
         raise ConversionError("router='fixed' needs usage: convert with router='avg_k', then call emoe.fix_experts_")
     for ffn in ffns:
         if config.score in ("up", "up_abs") and not ffn.gated:
             raise ConversionError(f"{ffn.name} is not gated: choose score 'keys', 'gate', 'inter' or 'inter_abs'")
 
 
-def hook_padding(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingMaskHook]:
-    """Hook the padding masks of FFNs if the configuration excludes padding. Return the hooks by layer number."""
-    needed = not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0)
-    return watch_padding(model, ffns) if needed else {}
-
-
-def convert_ffn(
-    ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor], padding: PaddingMaskHook | None = None
-) -> LayerReport:
+def convert_ffn(ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor]) -> LayerReport:
     """Turn one FFN into experts, in place, without checks. The partition is empty for GMoE."""
     permutation = None
     if isinstance(config, GMoEConfig):
@@ -168,7 +153,7 @@ def convert_ffn(
     else:
         permutation = partition[ffn.index].cpu()
         ffn.permute_(permutation)
-    attach(ffn, config, permutation, padding)
+    RoutedActivation(ffn, config, permutation)
     notes = partition if isinstance(partition, Partition) else Partition({})
     explained, seconds = notes.explained.get(ffn.index), notes.seconds.get(ffn.index)
     experts, size = config.num_experts, ffn.d // config.num_experts
@@ -182,16 +167,6 @@ def conversion_report(
     dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts  # experts that compute the dense FFN
     active = neurons + sum(report.expert_size * (config.num_active_experts - dense_experts) for report in reports)
     return ConversionReport(tuple(reports), ffns, active / neurons, added)
-
-
-def attach(
-    ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingMaskHook | None
-) -> RoutedActivation:
-    """Put a routed activation into an FFN whose weights are in expert order."""
-    layer = RoutedActivation(ffn, config, permutation, padding)
-    layer.train(ffn.parents[ffn.spec.activation].training)
-    ffn.replace(ffn.spec.activation, layer)
-    return layer
 
 
 @torch.no_grad()
@@ -235,18 +210,15 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         ConversionError: the model is dense or a GMoE, or, with ``restore_order``, an FFN has adapters or its order is
             unknown (the model was saved without sidecars). The model is unchanged.
     """
-    layers = routed_layers(model)
-    if not layers:
-        raise missing_experts_error(model, "to_dense_", "it is dense already")
+    layers = converted_layers(model, "to_dense_", "it is dense already")
     check_foldable(layer.config for layer in layers)
     if restore_order:
         check_plain(layer.ffn for layer in layers)
         for layer in layers:
             if layer.permutation is None:
-                raise ConversionError(f"{layer.ffn_name}: the neurons' order is unknown; leave out restore_order")
+                raise ConversionError(f"{layer.ffn.name}: the neurons' order is unknown; leave out restore_order")
     remove_argument_hooks(model)
     for layer in layers:
-        uninstall_(layer)
         layer.remove_()
         if restore_order:
             layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
@@ -260,9 +232,16 @@ def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
         raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained separately")
 
 
-def watch_state_(model: nn.Module) -> None:
-    """Make a converted model reject state dicts of a dense model, whose neurons are in another order."""
+def complete_(model: nn.Module) -> None:
+    """Mark a model whose FFNs were converted, and hook what it gets: state dicts and, if needed, padding masks."""
+    mark_(model)
     model.register_load_state_dict_pre_hook(_check_state)
+    layers = routed_layers(model)
+    config = layers[0].config
+    if not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0):
+        hooks = watch_padding(model, [layer.ffn for layer in layers])
+        for layer in layers:
+            layer.padding = hooks.get(layer.ffn.index)
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
@@ -282,7 +261,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
         # if both orders are the same, the similarities differ by rounding
         if dense > max(stored, _SIMILAR) and bool((layer.permutation.diff() != 1).any()):
             way_out = "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
-            raise CheckpointError(f"{layer.ffn_name}: the state dict has a dense model's order of neurons; {way_out}")
+            raise CheckpointError(f"{layer.ffn.name}: the state dict has a dense model's order of neurons; {way_out}")
         if stored < _SIMILAR:  # the state of another model, whose original order is unknown
             layer.permutation = None
 
@@ -319,7 +298,7 @@ def numbered_layers(model: nn.Module) -> tuple[dict[int, RoutedActivation], int]
     for layer in layers:
         if id(layer) not in numbers:
             row = f"the registry row of {type(model).__name__}"
-            raise ConversionError(f"{row} does not include {layer.ffn_name}: save the part that was converted")
+            raise ConversionError(f"{row} does not include {layer.ffn.name}: save the part that was converted")
     return {numbers[id(layer)]: layer for layer in layers}, len(ffns)
 
 
@@ -338,8 +317,11 @@ def _marked_configs(model: nn.Module) -> list[Any]:
     return list({id(config): config for config in configs if hasattr(config, MARK)}.values())
 
 
-def missing_experts_error(model: nn.Module, caller: str, hint: str) -> ConversionError:
-    """Build the error for a model without experts. The hint for a marked model is emoe.from_pretrained."""
-    if _marked_configs(model):
-        hint = "it was saved with experts, but its stock class loaded it as dense: load it with emoe.from_pretrained"
-    return ConversionError(f"{caller}: the model has no routed FFN; {hint}")
+def converted_layers(model: nn.Module, caller: str, hint: str = "convert it first") -> list[RoutedActivation]:
+    """Return a model's routed FFNs; raise :class:`ConversionError` with a hint if there are none."""
+    layers = routed_layers(model)
+    if not layers:
+        if _marked_configs(model):
+            hint = "it was saved with experts, but its stock class loaded it as dense: use emoe.from_pretrained"
+        raise ConversionError(f"{caller}: the model has no routed FFN; {hint}")
+    return layers

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -103,14 +103,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
-    shards = read_object(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise CheckpointError(f"{index} is damaged: its 'weight_map' is not an object")
-    names = sorted({str(name) for name in shards.values()})
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{folder}: the weights '{name:.80}' must be a .safetensors file of this folder")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(read_object(index).get("weight_map", {}).values()))]
 
 
 class Weights:
@@ -176,31 +169,18 @@ def loader_for(folder: Path) -> Any:
         return timm.create_model
     import transformers
 
-    names = settings.get("architectures") or ["AutoModel"]
-    name = str(names[0]) if isinstance(names, list) else ""
+    name = str((settings.get("architectures") or ["AutoModel"])[0])
     loader = getattr(transformers, name, None)
-    is_model = isinstance(loader, type) and issubclass(loader, transformers.PreTrainedModel)
-    if not is_model and loader is not transformers.AutoModel:
+    if not hasattr(loader, "from_pretrained"):
         raise CheckpointError(f"{folder}: 'architectures' names '{name:.80}', which is not a model of transformers")
     return loader
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a library would load another model, code, or anything but safetensors."""
+    """Raise :class:`CheckpointError` if a library would load another model, or anything but safetensors."""
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first")
-    for key, value in _settings(read_settings(folder)):
-        if "attn_implementation" in key and "/" in str(value):
-            raise CheckpointError(f"{folder}: {key} '{value!s:.80}' is code from a hub; remove the key")
     Weights(folder)  # names a damaged file, which the libraries do not
-
-
-def _settings(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a configuration and of the configurations inside it."""
-    for key, value in content.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from _settings(value)
 
 
 def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, **options: Any) -> nn.Module:
@@ -321,26 +301,17 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path, source: Path) -> Iterator[Path]:
-    """Write to a temporary folder beside the new one; at the end, add the source's companions and rename it."""
+    """Write to a temporary folder with the companions of the source, and rename it at the end."""
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    companions = [path for path in source.rglob("*") if path.suffix in _COMPANIONS and path.is_file()]
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         temporary = Path(scratch) / folder.name
         temporary.mkdir()
+        for path in companions:
+            if not path.name.startswith("emoe_") and not path.name.endswith(".index.json"):
+                copy = temporary / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
         yield temporary
-        _copy_companions(source, temporary)
         temporary.replace(folder)
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer, templates and other settings that the target folder does not have."""
-    root = source.resolve()
-    if root.parent.name == "snapshots":  # the hub's cache links files beside its folders
-        root = root.parents[1]
-    for path in sorted(source.rglob("*")):
-        copy = target / path.relative_to(source)
-        is_companion = path.suffix in _COMPANIONS and not path.name.startswith("emoe_") and not copy.exists()
-        is_inside = path.is_file() and path.resolve().is_relative_to(root) and target not in path.parents
-        if is_companion and is_inside and not path.name.endswith(".index.json"):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)

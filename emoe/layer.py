@@ -7,25 +7,20 @@ and with them LoRA, saving and sharding, stay as they are.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
-from emoe.routers import AvgKRouter, Router, require_input, weights_in_place
+from emoe.config import EMoEConfig, GMoEConfig
+from emoe.errors import ConversionError
+from emoe.routers import AvgKRouter, Router, build_router, require_input, weights_in_place
 from emoe.routing import balance_loss, capacity_mask, expert_mask, expert_weights, select_experts
 from emoe.tokens import PaddingMaskHook, do_nothing
-
-
-class Recorder(Protocol):
-    """Record a layer's use of its experts."""
-
-    def update(self, chosen: Tensor, kept: Tensor) -> None:
-        """Add a forward pass: masks ``[T, N]`` of the chosen experts and of those within the capacity."""
 
 
 class _CallState:
@@ -43,61 +38,54 @@ class _ThreadState(_CallState, threading.local):
 class RoutedActivation(nn.Module):
     """Activate and route: set the hidden neurons of experts that are not chosen to zero.
 
-    A hook on the in-projection passes on the FFN's input, by which the experts are scored. A hook on the
-    out-projection adds the experts' own output biases, if there are any.
+    The constructor puts it in place of the FFN's activation. A hook on the in-projection passes on the FFN's input, by
+    which the experts are scored. A hook on the out-projection adds the experts' own output biases, if there are any.
 
     Attributes:
         activation: the FFN's own activation, a module or a function.
         permutation: ``[d]`` order of the neurons, on the CPU, to undo the conversion. None if unknown.
         output_bias: output biases ``[N, h]`` of the experts, None if they share the out-projection's.
         output_bias_parts: number of expert biases that sum to the FFN's own bias, None if they share one.
-        record: collector of :func:`emoe.record_routing`, None outside of it.
+        record: the layer's :class:`emoe.records.LayerRecord` during :func:`emoe.record_routing`, else None.
         padding: source of the padding mask, None if the configuration does not need it.
-        backend: ``masked``, or ``sparse`` if the out-projection computes the whole FFN (:func:`emoe.set_backend_`).
+        replaced: modules that the sparse backend replaced, by path; empty for the masked backend.
     """
 
     router: Router
     output_bias: nn.Parameter | None
     output_bias_parts: Tensor | None
 
-    def __init__(
-        self,
-        ffn: FFN,
-        config: EMoEConfig | GMoEConfig,
-        permutation: Tensor | None,
-        padding: PaddingMaskHook | None = None,
-    ) -> None:
+    def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None) -> None:
         super().__init__()
         self.activation = ffn.activation
-        self.ffn, self.config, self.permutation, self.padding = ffn, config, permutation, padding
-        self.router = ROUTERS[config.router].load()(ffn, config)
+        self.ffn, self.config, self.permutation = ffn, config, permutation
+        self.router = build_router(ffn, config)
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)
-        self.record: Recorder | None = None
-        self.backend = "masked"
-        self._width = ffn.d
+        self.record: Any = None
+        self.padding: PaddingMaskHook | None = None
+        self.replaced: dict[str, nn.Module] = {}
         self._eager, self._traced = _ThreadState(), _CallState()
         self._handles = [ffn.proj_in.register_forward_pre_hook(self._keep_input)]
         if config.output_bias != "shared":
             self._split_output_bias()
         # PyTorch's fused transformer layers, which would bypass this module, are not used if it has a hook
         self.register_forward_pre_hook(do_nothing)
+        self.train(ffn.parents[ffn.spec.activation].training)
+        ffn.replace(ffn.spec.activation, self)
 
-    def configure_(self, config: EMoEConfig | GMoEConfig) -> None:
-        """Set another configuration of the same experts."""
-        self.config = config
+    @property
+    def backend(self) -> str:
+        """``masked``, or ``sparse`` if the out-projection computes the whole FFN (:func:`emoe.set_backend_`)."""
+        return "sparse" if self.replaced else "masked"
+
+    def restore_projections_(self) -> None:
+        """Put back the modules that the sparse backend replaced."""
+        for path, module in self.replaced.items():
+            self.ffn.replace(path, module.train(self.ffn.module(path).training))
+        self.replaced = {}
         if isinstance(self.router, AvgKRouter):
-            self.router.config = cast(EMoEConfig, config)
-
-    @property
-    def ffn_name(self) -> str:
-        """Qualified name of the FFN's layer."""
-        return self.ffn.name
-
-    @property
-    def ffn_index(self) -> int:
-        """Number of the FFN in the model."""
-        return self.ffn.index
+            self.router.frozen_keys = None
 
     @property
     def aux_loss(self) -> Tensor | None:
@@ -110,7 +98,8 @@ class RoutedActivation(nn.Module):
         return self._traced if torch.compiler.is_compiling() else self._eager
 
     def remove_(self) -> None:
-        """Restore the FFN's activation and its single output bias, ``(k / N) * sum of the experts' biases``."""
+        """Restore the FFN's modules and its single output bias, ``(k / N) * sum of the experts' biases``."""
+        self.restore_projections_()
         for handle in self._handles:
             handle.remove()
         self.ffn.replace(self.ffn.spec.activation, self.activation)
@@ -155,16 +144,14 @@ class RoutedActivation(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Activate and route pre-activations ``[..., d]``."""
-        if self.backend == "sparse":
+        if self.replaced:
             return z  # the FFN's input, see emoe.sparse.module
         return self.activate(z)
 
     def activate(self, z: Tensor) -> Tensor:
         """Activate and mask pre-activations ``[..., d]`` of the input that the in-projection received."""
         if z.is_nested:
-            raise RuntimeError(f"{self.ffn_name}: nested tensors cannot be routed; set enable_nested_tensor=False")
-        if z.shape[-1] != self._width:
-            raise RuntimeError(f"{self.ffn_name}: {z.shape[-1]} values, not {self._width} neurons; check its FFNSpec")
+            raise RuntimeError(f"{self.ffn.name}: nested tensors cannot be routed; set enable_nested_tensor=False")
         call, config = self._call, self.config
         x, call.x = call.x, None
         x = None if x is None else x.reshape(-1, x.shape[-1])
@@ -172,7 +159,7 @@ class RoutedActivation(nn.Module):
         dropout = config.expert_dropout if self.training else 0.0
         is_before = config.dropout_position == "before"
         # score first, because the activation may overwrite its input; some scores need its output
-        needs_hidden = isinstance(config, EMoEConfig) and config.score.startswith("inter")
+        needs_hidden = config.score.startswith("inter")
         scores = None if needs_hidden else self._scores(x, rows)
         hidden = self.activation(F.dropout(z, dropout) if dropout and is_before else z)
         if scores is None:
@@ -189,7 +176,7 @@ class RoutedActivation(nn.Module):
     def _check_hooked(self) -> None:
         proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # unwrap an adapter
         if getattr(proj_out, "projection", proj_out) is not self._hooked[0]:  # unwrap the sparse backend
-            name = f"{self.ffn_name}.{self.ffn.spec.proj_out}"
+            name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
             raise RuntimeError(f"{name} was replaced and lost the experts' biases: replace it before converting")
 
     def _with_gradient(self) -> AbstractContextManager[Any]:
@@ -198,9 +185,7 @@ class RoutedActivation(nn.Module):
         return nullcontext() if needed or not torch.is_grad_enabled() else torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Score the experts ``[T, N]``. Only the ``inter`` scores need the activated neurons ``hidden``."""
-        if not isinstance(self.router, AvgKRouter):
-            return self.linear_scores(require_input(self.ffn, x).to(z.device))
+        """See :meth:`emoe.routers.Router.scores`."""
         with self._with_gradient():
             return self.router.scores(x, z, hidden)
 
@@ -263,7 +248,13 @@ def routed_layers(model: nn.Module) -> list[RoutedActivation]:
     # PEFT keeps an unused original beside a module that it trains as a whole
     modules = [module for name, module in model.named_modules() if "original_module" not in name.split(".")]
     layers = [module for module in modules if isinstance(module, RoutedActivation)]
-    return sorted(layers, key=lambda layer: layer.ffn_index)
+    return sorted(layers, key=lambda layer: layer.ffn.index)
+
+
+def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> None:
+    """Raise :class:`ConversionError` if parts of a model were converted separately: their layer numbers collide."""
+    if len({layer.ffn.index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
+        raise ConversionError(f"{caller}: parts of the model were converted separately; handle each part by itself")
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from emoe.architectures import find_ffns
 from emoe.calibration import Batch, record_activations
-from emoe.checks import check_distinct_keys, check_divisible, check_weights
+from emoe.checks import check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
-from emoe.config import EMoEConfig, check_config
+from emoe.config import EMoEConfig, check_config, resolve_layers
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.files import read_metadata, read_tensors, write_tensors
-from emoe.layer_numbers import resolve_layers
 
 # Part of every cache key. Increase it if the same settings give another partition.
 ALGORITHM_VERSION = 2
@@ -91,8 +90,6 @@ def partition(
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
     check_weights(model, chosen)
     check_divisible(chosen, config.num_experts)
-    if config.partition == "kmeans":
-        check_distinct_keys(chosen)
     if (config.partition == "coactivation") != (calibration is not None):
         verb = "needs" if calibration is None else "reads no"
         raise ConversionError(f"partition='{config.partition}' {verb} calibration batches (calibration=[...])")

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emoe.checks import check_one_conversion
 from emoe.errors import ConversionError
-from emoe.layer import RoutedActivation, routed_layers
+from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
@@ -74,8 +73,8 @@ class LayerRecord:
             by_row = chosen.unflatten(0, (len(labels), -1)).sum(1)
         else:
             by_row = chosen.unflatten(0, (-1, len(labels))).sum(0)
-        new_labels = max(self._labels.num_labels(labels) - len(self._loads_by_label), 0)
-        self._loads_by_label = torch.nn.functional.pad(self._loads_by_label, (0, 0, 0, new_labels))
+        new_labels = int(labels.max()) + 1 - len(self._loads_by_label) if len(labels) else 0
+        self._loads_by_label = torch.nn.functional.pad(self._loads_by_label, (0, 0, 0, max(new_labels, 0)))
         labels = labels.to(by_row.device)
         labelled = labels >= 0
         self._loads_by_label.index_add_(0, labels[labelled], by_row[labelled])
@@ -142,11 +141,6 @@ class LayerRecord:
         loads = torch.stack(self.windows).double()
         shares = loads / loads.sum(1, keepdim=True).clamp(min=1)
         return float(shares.diff(dim=0).abs().sum(1).mean())
-
-
-class _RecordsByLayer(dict[int, LayerRecord]):
-    def __missing__(self, index: int) -> LayerRecord:
-        raise KeyError(f"layer {index} has no experts; the layers with experts are {', '.join(map(str, self))}")
 
 
 @dataclass(frozen=True)
@@ -218,11 +212,11 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
         raise ConversionError("record_routing: the model is already being recorded")
     labels = LabelHook(model)
     padding = watch_padding(model, [layer.ffn for layer in layers])
-    records = _RecordsByLayer()
+    records: dict[int, LayerRecord] = {}
     try:
         for layer in layers:
-            layer.record = LayerRecord(layer, labels, padding.get(layer.ffn_index), window)
-            records[layer.ffn_index] = layer.record
+            layer.record = LayerRecord(layer, labels, padding.get(layer.ffn.index), window)
+            records[layer.ffn.index] = layer.record
         yield RoutingRecord(records, labels)
     finally:
         for hook in (labels, *padding.values()):

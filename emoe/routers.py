@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, has_plain_weight
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, RegisteredRouter
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
 from emoe.routing import block_means, expert_means, key_scores, neuron_means
 
@@ -27,16 +27,26 @@ class Router(nn.Module):
 
     Attributes:
         learned: the router has parameters that need a gradient, so its scores must weight the experts' outputs.
+        ffn: FFN whose experts are scored.
+        config: configuration of the experts.
     """
 
     learned: ClassVar[bool] = True
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__()
+        self.ffn, self.config = ffn, config
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute scores ``[T, N]`` in float32 from FFN inputs ``[T, h]``; higher is better."""
         raise NotImplementedError
+
+    def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Compute scores ``[T, N]`` from inputs ``[T, h]`` (None if unknown) and pre-activations ``[T, d]``.
+
+        Only avg-k reads the pre-activations and, for its ``inter`` scores, the activated neurons ``hidden`` ``[T, d]``.
+        """
+        return self(require_input(self.ffn, x).to(z.device))
 
     def update_(self) -> None:
         """Update the router's state after an optimizer step; the default has none."""
@@ -44,17 +54,6 @@ class Router(nn.Module):
 
 def register_router(name: str, router: type[Router]) -> None:
     """Add or replace a router for ``EMoEConfig(router=name)``; ``docs/adding.md`` has a complete example.
-
-    >>> class LinearRouter(emoe.Router):
-    ...     def __init__(self, ffn, config):
-    ...         super().__init__(ffn, config)
-    ...         self.linear = torch.nn.Linear(ffn.h, config.num_experts)
-    ...
-    ...     def forward(self, x):
-    ...         return self.linear(x).float()
-    >>> emoe.register_router("linear", LinearRouter)
-    >>> emoe.EMoEConfig(num_experts=8, top_k=2, router="linear", weighting="softmax").router
-    'linear'
 
     Args:
         name: identifier in configurations and checkpoints. Loading such a checkpoint requires the same registration.
@@ -66,7 +65,7 @@ def register_router(name: str, router: type[Router]) -> None:
     is_router = isinstance(router, type) and issubclass(router, Router)
     if not (is_router and isinstance(name, str) and name.isidentifier()):
         raise ConversionError(f"register_router: pass an identifier and an emoe.Router class, not {name!r}, {router!r}")
-    ROUTERS[name] = RegisteredRouter(router.learned, lambda: router)
+    ROUTERS[name], _CLASSES[name] = router.learned, router
 
 
 class _Float32Linear(nn.Linear):
@@ -105,19 +104,16 @@ class AvgKRouter(Router):
     the weights are not plain: adapted or quantised.
 
     Attributes:
-        ffn: FFN whose experts are scored.
         gate: running mean keys ``[N, h]`` in float32 with ``gate_momentum``, else None.
         frozen_keys: mean keys of frozen weights (:func:`emoe.for_inference_`), else None.
     """
 
     learned: ClassVar[bool] = False
+    config: EMoEConfig
     gate: Tensor | None
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__(ffn, config)
-        self.ffn = ffn
-        self.config = cast(EMoEConfig, config)
-        self._proj_in = (ffn.proj_in,)  # in a tuple, so that it does not become a child module
         self.frozen_keys: Tensor | None = None
         self.register_buffer("gate", self.mean_keys() if self.config.gate_momentum else None)
 
@@ -133,10 +129,7 @@ class AvgKRouter(Router):
         return key_scores(x, neuron_means(weight), None if bias is None else neuron_means(bias))
 
     def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Compute scores ``[T, N]`` from inputs ``[T, h]`` (None if unknown) and pre-activations ``[T, d]``.
-
-        The ``inter`` scores need the activated neurons ``hidden`` ``[T, d]``.
-        """
+        """See :meth:`Router.scores`."""
         ffn, score = self.ffn, self.config.score
         if score == "keys":
             with weights_in_place(ffn.proj_in):
@@ -152,9 +145,8 @@ class AvgKRouter(Router):
 
     def _has_plain_keys(self) -> bool:
         proj_in = self.ffn.proj_in
-        # the sparse backend keeps the replaced projection, an adapter wraps it
-        is_original = getattr(proj_in, "projection", proj_in) is self._proj_in[0]
-        return is_original and has_plain_weight(proj_in) and not cast(Tensor, proj_in.weight).is_meta
+        is_adapted = hasattr(proj_in, "base_layer")
+        return not is_adapted and has_plain_weight(proj_in) and not cast(Tensor, proj_in.weight).is_meta
 
     def _scores_from_neurons(self, z: Tensor) -> Tensor:
         """Compute ``keys`` scores from pre-activations."""
@@ -214,6 +206,14 @@ class FixedRouter(Router):
         """See :meth:`Router.forward`. An expert's score is the number of experts that were used less."""
         usage = self.usage.to(x.device)
         return (usage.unsqueeze(1) > usage).sum(1).float().expand(x.shape[0], -1)
+
+
+_CLASSES: dict[str, type[Router]] = {"avg_k": AvgKRouter, "cosine": CosineRouter, "fixed": FixedRouter}
+
+
+def build_router(ffn: FFN, config: EMoEConfig | GMoEConfig) -> Router:
+    """Build the router that a configuration names."""
+    return _CLASSES[config.router](ffn, config)
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -9,22 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emoe.convert import missing_experts_error, update_mark_
+from emoe.convert import converted_layers, update_mark_
 from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
 from emoe.routers import FixedRouter
 from emoe.sparse.build import prepare_kernels
-from emoe.sparse.module import SparseFFN, check_supported, install_, probe_output, uninstall_
+from emoe.sparse.module import SparseFFN, check_supported, install_, probe_output
 
 
 def set_top_k_(model: nn.Module, top_k: int) -> None:
     """Change the number of experts that each token uses, in place, for training too.
-
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> emoe.set_top_k_(model, 2)
-    >>> model.layers[0].activation.config.top_k
-    2
 
     Args:
         model: converted model.
@@ -34,7 +28,7 @@ def set_top_k_(model: nn.Module, top_k: int) -> None:
         ConfigError: the number is out of range.
         ConversionError: the model is not converted.
     """
-    _configure_(model, _converted_layers(model, "set_top_k_"), top_k=top_k)
+    _configure_(model, converted_layers(model, "set_top_k_"), top_k=top_k)
 
 
 def set_backend_(model: nn.Module, backend: str) -> None:
@@ -61,10 +55,10 @@ def set_backend_(model: nn.Module, backend: str) -> None:
     """
     if backend not in ("masked", "sparse"):
         raise ConfigError(f"set_backend_: backend is {backend!r}; choose 'masked' or 'sparse'")
-    layers = [layer for layer in _converted_layers(model, "set_backend_") if layer.backend != backend]
+    layers = [layer for layer in converted_layers(model, "set_backend_") if layer.backend != backend]
     if backend == "masked":
         for layer in layers:
-            uninstall_(layer)
+            layer.restore_projections_()
         return
     for layer in layers:
         check_supported(layer)
@@ -73,18 +67,21 @@ def set_backend_(model: nn.Module, backend: str) -> None:
         install_(layer)
     if any(cast(Tensor, layer.ffn.proj_in.weight).device.type == "cpu" for layer in layers):
         prepare_kernels()
-    for layer, output in zip(layers, outputs, strict=True):
-        if output is not None and not _computes_expected(layer, output):
+    for layer, expected in zip(layers, outputs, strict=True):
+        if expected is not None and not _computes_expected(layer, expected):
             for other in layers:
-                uninstall_(other)
-            raise ConversionError(f"{layer.ffn_name}: its code changes the hidden neurons: keep the masked backend")
+                other.restore_projections_()
+            raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: keep the masked backend")
 
 
 def _computes_expected(layer: RoutedActivation, expected: Tensor) -> bool:
     """Check if a sparse FFN computes the output of the masked one."""
-    y = probe_output(layer)
+    sparse = cast(SparseFFN, layer.ffn.proj_out)
+    sparse.always = True
+    output = probe_output(layer)
+    sparse.always = False
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-    return y is not None and bool(((y - expected).abs() <= tolerance * expected.abs().max()).all())
+    return output is not None and bool(((output - expected).abs() <= tolerance * expected.abs().max()).all())
 
 
 def for_inference_(model: nn.Module) -> None:
@@ -92,12 +89,6 @@ def for_inference_(model: nn.Module) -> None:
 
     Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by neuron, in
     as much memory as the out-projections take. The weights must not change afterwards. ``model.train()`` discards this.
-
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> emoe.for_inference_(model)
-    >>> any(parameter.requires_grad for parameter in model.parameters())
-    False
 
     Args:
         model: converted model.
@@ -116,14 +107,6 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
 
     The configuration's ``router`` becomes ``fixed``, ``top_k`` and ``selection`` stay. The model saves the counts.
 
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> with emoe.record_routing(model) as record:
-    ...     y = model(torch.randn(2, 5, 16))
-    >>> emoe.fix_experts_(model, {number: layer.loads for number, layer in record.layers.items()})
-    >>> model.layers[0].activation.config.router
-    'fixed'
-
     Args:
         model: model converted with an :class:`EMoEConfig` whose router is ``avg_k``.
         usage: counts ``[N]`` by layer number, as from :func:`emoe.record_routing`. Ties go to the lower expert index.
@@ -131,7 +114,7 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
     Raises:
         ConversionError: the model is not converted or has a learned router, or counts are not valid. It is unchanged.
     """
-    layers = _converted_layers(model, "fix_experts_")
+    layers = converted_layers(model, "fix_experts_")
     counts = [_usage_counts(layer, usage) for layer in layers]
     for layer, count in zip(layers, counts, strict=True):
         router = FixedRouter(layer.ffn, layer.config)
@@ -142,7 +125,7 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
 
 def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
     """Return a layer's counts ``[N]`` of an integer type."""
-    name, config, number = f"fix_experts_: {layer.ffn_name}", layer.config, layer.ffn_index
+    name, config, number = f"fix_experts_: {layer.ffn.name}", layer.config, layer.ffn.index
     if config.router not in ("avg_k", "fixed"):
         raise ConversionError(f"{name} has the router '{config.router}': convert it with router='avg_k'")
     count = torch.as_tensor(usage.get(number, ()))
@@ -153,16 +136,9 @@ def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tenso
     return count
 
 
-def _converted_layers(model: nn.Module, caller: str) -> list[RoutedActivation]:
-    layers = routed_layers(model)
-    if not layers:
-        raise missing_experts_error(model, caller, "convert it first")
-    return layers
-
-
 def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:
     # validate all configurations before the first layer changes
     configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
     for layer, config in zip(layers, configs, strict=True):
-        layer.configure_(config)
+        layer.config = layer.router.config = config
     update_mark_(model)

@@ -17,11 +17,10 @@ from tqdm.auto import tqdm
 
 from emoe import checkpoint, convert, files
 from emoe.architectures import FFN, find_ffns
-from emoe.checks import check_distinct_keys, check_weights
-from emoe.config import EMoEConfig, GMoEConfig
+from emoe.checks import check_weights
+from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, EMoEError
 from emoe.layer import RoutedActivation
-from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import group_neurons
 
 _Changes = dict[str, Callable[[Tensor], Tensor]]  # functions of stored tensors, by their names
@@ -31,9 +30,7 @@ class NotStreamedError(EMoEError):
     """Signal a folder that cannot be converted from disk to disk; load the model instead."""
 
 
-def convert_folder(
-    source: Path, out: Path, config: EMoEConfig | GMoEConfig, *, progress: bool = False
-) -> convert.ConversionReport:
+def convert_folder(source: Path, out: Path, config: EMoEConfig | GMoEConfig) -> convert.ConversionReport:
     """Convert a dense model's folder to a new folder without loading the model.
 
     The new folder loads to the model that ``convert_`` and ``save_pretrained`` make. Learned routers are drawn from
@@ -55,12 +52,10 @@ def convert_folder(
     reports, described = [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for ffn in tqdm(chosen, "Grouping neurons", unit="layer", disable=not progress):
+        for ffn in tqdm(chosen, "Grouping neurons", unit="layer", disable=None):  # None: off without a terminal
             with _load_projections(ffn, model, weights) as stored:
                 check_weights(model, [ffn])
                 convert.check_config_fits([ffn], config)
-                if config.partition == "kmeans":
-                    check_distinct_keys([ffn])
                 partition = group_neurons(ffn.keys(), config, ffn.index)
                 reports.append(convert.convert_ffn(ffn, config, partition))
                 layer = cast(RoutedActivation, ffn.activation)
@@ -70,12 +65,12 @@ def convert_folder(
                     changes[stored[f"{ffn.spec.proj_out}.bias"]] = partial(Tensor.type_as, layer.mean_output_bias())
     convert.mark_(model)
     with files.new_folder(out, source) as new:
-        _write(source, new, changes, {convert.MARK: cast(Any, model).config.emoe}, progress)
+        _write(source, new, changes, {convert.MARK: cast(Any, model).config.emoe})
         checkpoint.write_sidecars(described, config, [ffn.index for ffn in chosen], new)
     return convert.conversion_report(reports, config, len(ffns), neurons, convert.count_parameters(model) - before)
 
 
-def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progress: bool = False) -> None:
+def fold_folder(source: Path, out: Path, *, restore_order: bool = False) -> None:
     """Fold a converted model's folder back to a dense model's new folder without loading the model.
 
     Raises:
@@ -96,7 +91,7 @@ def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progres
         if restore_order:
             changes |= _reorder(ffn, stored, torch.argsort(cast(Tensor, permutation)))
     with files.new_folder(out, source) as new:
-        _write(source, new, changes, {}, progress)
+        _write(source, new, changes, {})
 
 
 def _open(source: Path) -> tuple[nn.Module, files.Weights]:
@@ -132,10 +127,10 @@ def _reorder(ffn: FFN, stored: dict[str, str], neurons: Tensor) -> _Changes:
     return {stored[path]: partial(ffn.take, path, neurons=neurons) for path in ffn.neuron_dims() if path in stored}
 
 
-def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any], progress: bool) -> None:
+def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any]) -> None:
     """Write a changed copy of a folder, one weight file at a time, with another mark or none."""
     paths = files.weight_files(source)
-    for path in tqdm(paths, "Writing", unit="file", disable=not progress):
+    for path in tqdm(paths, "Writing", unit="file", disable=None):
         tensors = files.read_tensors(path)
         for name in tensors.keys() & changes.keys():
             tensors[name] = changes[name](tensors[name]).contiguous()

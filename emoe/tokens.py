@@ -127,19 +127,12 @@ class LabelHook(_ArgumentHook):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "labels", ndim=1)
         self.given: Tensor | None = None
-        self._counted: tuple[Tensor, int] | None = None
 
     @property
     def labels(self) -> Tensor | None:
         """Labels ``[rows]`` of the current forward pass, or None. Negative labels mean unlabelled rows."""
         labels = self._call()[0] if self.given is None else self.given
         return None if labels is None or labels.is_floating_point() else labels
-
-    def num_labels(self, labels: Tensor) -> int:
-        """Return the highest label plus one, read from the device only once per forward pass."""
-        if self._counted is None or self._counted[0] is not labels:
-            self._counted = (labels, int(labels.max()) + 1 if labels.numel() else 0)
-        return self._counted[1]
 
 
 def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMaskHook]:

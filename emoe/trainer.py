@@ -15,9 +15,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from emoe.checkpoint import save_sidecars
-from emoe.convert import mark_, missing_experts_error
+from emoe.convert import converted_layers, mark_
 from emoe.errors import ConfigError
-from emoe.layer import aux_loss, routed_layers, update_gates_
+from emoe.layer import aux_loss, update_gates_
 
 _IGNORED_LABEL = -100
 _handles: WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]] = WeakKeyDictionary()
@@ -34,17 +34,14 @@ class TrainerCallback(transformers.TrainerCallback):
     """
 
     def __init__(self, *, add_aux_loss: bool = True) -> None:
-        self.add_aux_loss, self._is_training = add_aux_loss, False
+        self.add_aux_loss = add_aux_loss
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the model as converted and start to add the balance loss."""
         model: nn.Module = kwargs["model"]
-        layers = routed_layers(model)
-        if not layers:
-            raise missing_experts_error(model, "TrainerCallback", "convert it first")
+        layers = converted_layers(model, "TrainerCallback")
         if not hasattr(model, "peft_config"):
             mark_(model)
-        self._is_training = True
         _stop_adding(model)  # an interrupted training left its hooks
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
             checkpointing: Any = args.activation_checkpointing_kwargs if args.activation_checkpointing else None
@@ -55,7 +52,6 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop adding the balance loss."""
-        self._is_training = False
         _stop_adding(kwargs["model"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -65,24 +61,9 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the sidecars into the checkpoint."""
-        _save(kwargs["model"], _checkpoint(args, state), write=args.should_save)
-
-    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Write the sidecars into the folders that are uploaded, because an upload starts before :meth:`on_save`."""
-        model: nn.Module = kwargs["model"]
-        is_sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-        if is_sharded or not args.should_save:  # gathering shards takes all processes, but only one uploads
-            return
-        output = Path(str(args.output_dir))
-        output.mkdir(parents=True, exist_ok=True)
-        _save(model, output, write=True)
-        if self._is_training:  # afterwards, the model may be the best one instead of the newest checkpoint's
-            _save(model, _checkpoint(args, state), write=True)
-
-
-def _save(model: nn.Module, folder: Path, *, write: bool) -> None:
-    if not hasattr(model, "peft_config"):  # adapters are saved without the model
-        save_sidecars(model, folder, write=write and folder.is_dir())
+        model, folder = kwargs["model"], _checkpoint(args, state)
+        if not hasattr(model, "peft_config"):  # adapters are saved without the model
+            save_sidecars(model, folder, write=args.should_save and folder.is_dir())
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 gc.set_threshold(20_000, 20, 20)  # tests make far more objects than they leave
-SHIPPED = frozenset(architectures.registered_ffns())  # before tests and benchmarks add theirs
+SHIPPED = frozenset(architectures.REGISTRY)  # before tests and benchmarks add theirs
 emoe.register_ffn("PlainNet", *SPECS)
 
 
@@ -51,7 +51,7 @@ def imported() -> None:
 def registry() -> Iterator[None]:
     """Remove after a test what it registered, and the variables that commands set for their processes."""
     with ExitStack() as stack:
-        for names in (architectures._REGISTRY, ROUTERS, TUNINGS, os.environ):
+        for names in (architectures.REGISTRY, ROUTERS, TUNINGS, os.environ):
             stack.enter_context(mock.patch.dict(names))
         yield
 

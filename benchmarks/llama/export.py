@@ -76,5 +76,5 @@ def export(path: Path, output: Path, form: str) -> str:
     tokenizer.chat_template = template.as_chat_template()
     tokenizer.save_pretrained(output)
     shutil.copyfile(path, output / "run.json")
-    experts = f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}"
+    experts = f"experts in layers {', '.join(str(layer.ffn.index) for layer in routed)}"
     return f"{type(model).__name__}, {experts if form == EXPERTS else 'dense'}"

@@ -63,7 +63,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     trainable = _build(spec, data)
     data = data.with_prefix(trainable.prefix)
     if routed := routed_layers(trainable.model):
-        progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
+        progress.say(f"experts in layers {', '.join(str(layer.ffn.index) for layer in routed)}")
     probe = Probe()
     probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
     trained = TrainingResult([], Stopwatch().cost(0))

@@ -78,10 +78,8 @@ def compiled_kernels() -> ModuleType | None:
         spec = importlib.util.spec_from_file_location(_NAME, library)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except (OSError, RuntimeError):  # an unreadable cache, or no home folder
-        return None
-    except ImportError as error:
-        _logger.warning("emoe: %s does not load, the sparse backend uses PyTorch: %s", library, error)
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: no home folder
+        _logger.warning("emoe: the kernels do not load, the sparse backend uses PyTorch: %s", error)
         return None
     return module
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emoe.sparse import grouped
 from emoe.sparse.build import compiled_kernels
+from emoe.sparse.kernels import can_group
 
 
 class _Costs(NamedTuple):
@@ -46,7 +46,7 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
         active: share of the experts that a token uses.
     """
     if x.device.type != "cpu":
-        return grouped.is_usable(x)
+        return can_group(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     compiled, threads = compiled_kernels() is not None, torch.get_num_threads()
     ratio = predicted_time_ratio(len(x), x.shape[1], expert_size, active, dtype, threads, compiled)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emoe.sparse.kernels import expert_sums, gather_mm, outer_mm, pairs_of, scatter_mm
-from emoe.sparse.pairs import Pairs
+from emoe.sparse.kernels import Pairs, expert_sums, gather_mm, outer_mm, pairs_of, scatter_mm
 
 Activation = Callable[[Tensor], Tensor]
 Inputs = Sequence[tuple[Tensor, Tensor | None]]  # weight [N, s, h] and bias [N, s] of each in-projection
@@ -69,8 +68,6 @@ class _SparseFFN(torch.autograd.Function):
             scale = None if per_pair is None else per_pair.detach().requires_grad_()
             hidden = _hidden(ctx.activation, leaves, scale)
         d_values = outer_mm(hidden.detach(), dy, pairs, values) if needed[4] else None
-        if not any((*needed[2:4], *needed[5:])):
-            return None, None, None, None, d_values, *(None for _ in inputs)
         leaves = leaves if scale is None else [*leaves, scale]
         grads = torch.autograd.grad(hidden, leaves, gather_mm(dy, values, None, pairs))
         d_x: Tensor | None = None

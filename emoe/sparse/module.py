@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of, has_plain_weight
-from emoe.config import LINEAR_SCORES, EMoEConfig
+from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
 from emoe.routers import AvgKRouter, is_offloaded
@@ -38,7 +38,6 @@ class _Replacement(nn.Module):
         # the same dictionaries: a parameter that is replaced in one module is replaced in the other
         self._parameters, self._buffers = projection._parameters, projection._buffers
         self._projection = (projection,)  # in a tuple, so that it does not become a child module
-        self.training = projection.training
 
     @property
     def projection(self) -> nn.Module:
@@ -77,16 +76,14 @@ class SparseFFN(_Replacement):
     """Replace an out-projection and compute the whole FFN from its input.
 
     Attributes:
-        between: replaced modules between activation and out-projection, with their paths.
         layout: in-projections and values ``[N, s, h]`` of frozen weights (:func:`emoe.for_inference_`), else None.
         always: use the sparse products even if they do not pay off.
     """
 
     def __init__(self, layer: RoutedActivation) -> None:
-        super().__init__(layer.ffn.proj_out, f"{layer.ffn_name}.{layer.ffn.spec.proj_out}")
+        super().__init__(layer.ffn.proj_out, f"{layer.ffn.name}.{layer.ffn.spec.proj_out}")
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
-        self.between = layer.ffn.between()
-        self._dropouts = [module for _, module in self.between if isinstance(module, nn.Dropout)]
+        self._dropouts = [module for _, module in layer.ffn.between() if isinstance(module, nn.Dropout)]
         self.layout: tuple[Inputs, Tensor] | None = None
         self.always = False
 
@@ -94,7 +91,7 @@ class SparseFFN(_Replacement):
         """Compute the FFN ``[..., h]`` of inputs ``[..., h]``."""
         layer = self._layer[0]
         reject_hooks(self, self.name)
-        reject_hooks(layer, f"{layer.ffn_name}.{layer.ffn.spec.activation}", 1)
+        reject_hooks(layer, f"{layer.ffn.name}.{layer.ffn.spec.activation}", 1)
         rows = x.reshape(-1, x.shape[-1])
         if self.layout is not None and len(rows) <= _FEW_TOKENS and not torch.compiler.is_compiling():
             y, weights = self._compute_few(rows, *self.layout)
@@ -122,15 +119,15 @@ class SparseFFN(_Replacement):
             return True
         # in half precision the masked products round the neurons that these scores average
         half = rows.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(rows.device.type)
-        rounded = half and isinstance(config, EMoEConfig) and config.score in ("gate", "up")
+        rounded = half and config.score in ("gate", "up")
         active = config.num_active_experts / config.num_experts
         return rounded or not (self.always or pays_off(rows, layer.ffn.d // config.num_experts, active))
 
     def _compute_masked(self, x: Tensor) -> Tensor:
         """Compute all neurons with the replaced modules, as the masked backend does."""
         layer, spec = self._layer[0], self._layer[0].ffn.spec
-        z = _projection(layer.ffn.proj_in)(x)
-        up = None if layer.ffn.proj_up is None else _projection(layer.ffn.proj_up)(x)
+        z = layer.replaced[spec.proj_in](x)
+        up = layer.replaced[spec.proj_up](x) if spec.proj_up else None
         if spec.fused:
             first, last = z.chunk(2, -1)
             z, up = (first, last) if spec.fused == "first" else (last, first)
@@ -148,7 +145,7 @@ class SparseFFN(_Replacement):
         weights = None
         needs_weights = config.weighting != "binary" or layer.output_bias is not None or len(rows) > 1
         if not needs_weights and layer.record is None and not config.aux_loss_coefficient:
-            experts = select_experts(scores, config.top_k, cast(EMoEConfig, config).selection)[0]
+            experts = select_experts(scores, config.top_k, config.selection)[0]
         else:
             mask, weights = layer.route(scores)
             experts = mask.any(0).nonzero()[:, 0]
@@ -184,33 +181,19 @@ class SparseFFN(_Replacement):
 def install_(layer: RoutedActivation) -> None:
     """Replace the modules of a routed FFN by sparse ones."""
     ffn, spec = layer.ffn, layer.ffn.spec
-    sparse = SparseFFN(layer)
-    ffn.replace(spec.proj_out, sparse)
+    layer.replaced = dict([*ffn.projections(), *ffn.between()])
+    replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
+    replacements[spec.proj_out] = SparseFFN(layer)
     for (path, module), output in zip(ffn.inputs(), (spec.fused or "input", "one"), strict=False):
-        ffn.replace(path, PassThrough(module, f"{ffn.name}.{path}", output))
-    for path, _ in sparse.between:
-        ffn.replace(path, nn.Identity())
-    layer.backend = "sparse"
-
-
-def uninstall_(layer: RoutedActivation) -> None:
-    """Put the replaced modules back."""
-    if layer.backend == "masked":
-        return
-    sparse = cast(SparseFFN, layer.ffn.proj_out)
-    for path, module in layer.ffn.projections():
-        layer.ffn.replace(path, _projection(module).train(module.training))
-    for path, module in sparse.between:
-        layer.ffn.replace(path, module.train(layer.training))
-    if isinstance(layer.router, AvgKRouter):
-        layer.router.frozen_keys = None
-    layer.backend = "masked"
+        replacements[path] = PassThrough(module, f"{ffn.name}.{path}", output)
+    for path, module in replacements.items():
+        ffn.replace(path, module.train(layer.replaced[path].training))
 
 
 def check_supported(layer: RoutedActivation) -> None:
     """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend."""
     ffn, config = layer.ffn, layer.config
-    if isinstance(config, EMoEConfig) and config.score not in LINEAR_SCORES:
+    if config.score not in LINEAR_SCORES:
         raise ConversionError(f"{ffn.name}: score='{config.score}' needs every neuron: keep the masked backend")
     if getattr(layer.activation, "inplace", False):
         raise ConversionError(f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False")
@@ -244,29 +227,23 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     ffn = layer.ffn
     module, weight = ffn.parents[ffn.spec.proj_in], cast(Tensor, ffn.proj_in.weight)
     parameters = inspect.signature(module.forward).parameters.values()
-    takes_one = sum(p.default is p.empty for p in parameters) == 1
+    takes_one = sum(parameter.default is parameter.empty for parameter in parameters) == 1
     is_whole = all(parent is module for parent in ffn.parents.values())
     draws_experts = layer.config.selection == "random"  # differently in each call
     if not (takes_one and is_whole) or draws_experts or layer.padding is not None or type(weight) is not nn.Parameter:
         return None
-    modes, record = {m: m.training for m in module.modules()}, layer.record
-    sparse = ffn.proj_out if isinstance(ffn.proj_out, SparseFFN) else None
-    x = torch.randn(1, 4, ffn.h, generator=torch.Generator().manual_seed(0), device="cpu")
-    layer.record = None
+    x = torch.randn(1, 4, ffn.h, generator=torch.Generator().manual_seed(0)).to(weight)
+    modes, record, layer.record = {child: child.training for child in module.modules()}, layer.record, None
     try:
-        if sparse is not None:
-            sparse.always = True
         with torch.no_grad():
-            output = module.eval()(x.to(weight))
-            return output if isinstance(output, Tensor) else None
+            output = module.eval()(x)
     except (IndexError, RuntimeError, TypeError, ValueError):  # raised by the module's own code
         return None
     finally:
-        if sparse is not None:
-            sparse.always = False
-        for m, mode in modes.items():
-            m.training = mode
         layer.record = record
+        for child, mode in modes.items():
+            child.training = mode
+    return output if isinstance(output, Tensor) else None
 
 
 def _check_weights(ffn: FFN) -> None:
@@ -274,7 +251,3 @@ def _check_weights(ffn: FFN) -> None:
     for path, module in ffn.projections():
         if type(module.weight) not in (Tensor, nn.Parameter) or module.weight.is_meta:
             raise RuntimeError(f"{ffn.name}.{path}: the weight is sharded, quantised or offloaded: {_WAY_OUT}")
-
-
-def _projection(module: nn.Module) -> nn.Module:
-    return cast(_Replacement, module).projection

@@ -14,7 +14,7 @@ from torch import nn
 
 import emoe
 from emoe.layer import routed_layers
-from emoe.sparse import cost_model, grouped, kernels, module
+from emoe.sparse import cost_model, kernels, module
 from emoe.sparse.build import compiled_kernels
 from emoe.sparse.ffn import sparse_ffn
 from tests import converted, tiny_models
@@ -34,7 +34,7 @@ def use(implementation: str, patch: pytest.MonkeyPatch) -> None:
     if implementation == "grouped":
         if not hasattr(nn.functional, "grouped_mm"):
             pytest.skip("this torch has no grouped_mm")
-        patch.setattr(grouped, "is_usable", lambda x: x.dtype != torch.float64 and not x.shape[-1] % 8)
+        patch.setattr(kernels, "can_group", lambda x: x.dtype != torch.float64 and not x.shape[-1] % 8)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -22,7 +22,7 @@ settings_of = st.fixed_dictionaries(
         "experts": st.integers(2, 8),
         "size": st.integers(1, 4),
         "router": st.sampled_from(["avg_k", "cosine", "gmoe"]),
-        "factor": st.sampled_from([0, 0.5, 1.0, 1.5]),
+        "factor": st.sampled_from([None, 0.5, 1.0, 1.5]),
         "noise": st.sampled_from([0.5, 1.0]),
         "training": st.booleans(),
         "seed": st.integers(0, 9999),

@@ -65,7 +65,7 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend:
         "num_experts": n,
         "top_k": meta["top_k"],
         "layers": [0],
-        "capacity_factor": meta["capacity_factor"],
+        "capacity_factor": meta["capacity_factor"] or None,  # theirs is 0 without a capacity
         "router_noise": meta["gate_noise"],
         "aux_loss_coefficient": meta["aux_loss_coefficient"],
         "expert_dropout": 0.0,

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import emoe
-from emoe.sparse import grouped, kernels, module
+from emoe.sparse import kernels, module
 from emoe.sparse.ffn import sparse_ffn
 from tests.converted import process_group, step
 from tests.plain_net import plain_net
@@ -83,20 +83,20 @@ def test_masked_sparse_and_grouped_agree(
 ) -> None:
     if products == "grouped" and not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped_mm")
-    if products == "grouped" and device == "cuda" and not grouped.is_usable(inputs(device).to(dtype)):
+    if products == "grouped" and device == "cuda" and not kernels.can_group(inputs(device).to(dtype)):
         pytest.skip("grouped_mm takes bfloat16 on compute capability 8 and later")
     x = inputs(device, tokens)
     masked = converted(device, gated=gated, weighting="softmax_times_k")
     sparse = sparse_copy(masked)
     if products != "grouped":
-        monkeypatch.setattr(grouped, "is_usable", lambda _: False)
+        monkeypatch.setattr(kernels, "can_group", lambda _: False)
     elif device == "cpu":
         monkeypatch.setattr(kernels, "compiled_kernels", lambda: None)
-        monkeypatch.setattr(grouped, "is_usable", lambda _: True)
+        monkeypatch.setattr(kernels, "can_group", lambda _: True)
     with (
         autocast(device, dtype),
         mock.patch.object(module, "sparse_ffn", side_effect=sparse_ffn) as called,
-        mock.patch.object(grouped, "outer_mm", side_effect=grouped.outer_mm) as product,
+        mock.patch.object(kernels, "pad_rows", side_effect=kernels.pad_rows) as product,
     ):
         assert_same(step(sparse, x), step(masked, x), TOLERANCE[dtype])
     assert called.called

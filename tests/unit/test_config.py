@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import emoe
-from emoe.layer_numbers import resolve_layers
+from emoe.config import resolve_layers
 
 
 def test_round_trip_through_plain_values() -> None:
@@ -70,7 +70,6 @@ def test_as_published_has_the_authors_settings() -> None:
     assert (tutel.output_bias, tutel.balance_loss, tutel.dropout_position) == ("per_expert", "published", "before")
     assert (tutel.weighting, tutel.count_padding) == ("binary", True)
     assert tutel_with(router="cosine").weighting == "softmax"
-    assert tutel_with(capacity_factor=0).capacity_factor is None
     vision = emoe.GMoEConfig.as_published("tutel", dropout_position="after")
     assert (vision.num_experts, vision.top_k, vision.dropout_position) == (6, 1, "after")
     assert emoe.EMoEConfig.as_published("llama", num_experts=64, top_k=16).score == "gate"

@@ -15,7 +15,7 @@ from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import paper, results, verdicts
 from benchmarks.llama.presentation import tests as paired_tests
-from emoe.layer_numbers import resolve_layers
+from emoe.config import resolve_layers
 from tests.fake_runs import edit, write_runs
 from tests.planned import edited_part, paper_runs, plan, specs
 

@@ -44,9 +44,9 @@ from emoe.config import (
     Score,
     Selection,
     Weighting,
+    resolve_layers,
 )
 from emoe.errors import ConfigError, did_you_mean, nearest_divisor
-from emoe.layer_numbers import resolve_layers
 
 if TYPE_CHECKING:
     from torch import nn

@@ -254,7 +254,7 @@ def set_trained_(model: nn.Module, state: Mapping[str, torch.Tensor], source: st
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
     """Return the permutations of a converted model's neurons by layer; empty for a dense model."""
-    return {layer.ffn_index: layer.permutation for layer in routed_layers(model) if layer.permutation is not None}
+    return {layer.ffn.index: layer.permutation for layer in routed_layers(model) if layer.permutation is not None}
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:

@@ -17,10 +17,9 @@ from benchmarks.harness.base import PARTITIONS, derive_seed, write_json
 from benchmarks.harness.models.image import load_image_network
 from benchmarks.harness.models.loading import load_backbone, load_language_model, load_seq2seq
 from emoe.architectures import find_ffns
-from emoe.config import EMoEConfig
+from emoe.config import EMoEConfig, resolve_layers
 from emoe.errors import CheckpointError
 from emoe.layer import routed_layers
-from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
 # by the modality of the model; text classifiers have none

@@ -36,10 +36,10 @@ from benchmarks.harness.sources.hub import hub_name
 from benchmarks.harness.sources.local import user_model_folder
 from benchmarks.harness.sources.packages import package_folder
 from emoe.architectures import find_ffns
+from emoe.config import resolve_layers
 from emoe.errors import CheckpointError
 from emoe.files import DOWNLOADED, Weights, load_stock, one_line
 from emoe.files import read_tensors as read_checkpoint_tensors
-from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

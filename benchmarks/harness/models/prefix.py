@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
 from benchmarks.harness.config.methods import block_of, check_not_frozen, is_below
 from emoe.architectures import find_ffns
-from emoe.layer_numbers import resolve_layers
+from emoe.config import resolve_layers
 from emoe.partitioning import tensor_digest
 
 STATES = "prefix_states"  # the argument of a model for the output of its prefix

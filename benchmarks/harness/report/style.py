@@ -59,7 +59,7 @@ def _style_of_kind(method: Method) -> MethodStyle:
     if config.get("selection", "top") != "top":
         return _OTHER_EXPERTS
     router = config.get("router", "avg_k")
-    return EMOE if router == "avg_k" else _LEARNED if ROUTERS[router].learned else _CONTROL
+    return EMOE if router == "avg_k" else _LEARNED if ROUTERS[router] else _CONTROL
 
 
 def curve_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, dict[str, Any]]:
