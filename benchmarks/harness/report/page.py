@@ -24,7 +24,7 @@ from benchmarks.harness.base import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import model_title
-from benchmarks.harness.config.paper_items import load_paper_items, main_stems
+from benchmarks.harness.config.paper_items import load_paper_items, main_figure
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import CAPTION, claim_cards, verdict_sentences
@@ -135,20 +135,14 @@ class _Page:
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
         main = next(item for item in load_paper_items().values() if item.main)
-        pictures = zip(
-            main_stems(self.suite.name), ("", main.caption), ("radar", "differences to the dense model"), strict=True
-        )
+        figure = main_figure(self.suite.name)
         return {
             "sentences": list(verdict_sentences(verdicts)),
             "random_weights": has_random_weights(self.suite.runs),
             "cards": list(claim_cards(verdicts)),
             "table": self.table(CLAIMS, "", "Every test"),
             "figures": self.figures({CLAIMS.name: CAPTION}),
-            "main": [
-                self.figure(path, caption or "", f"{main.title}, {kind}")
-                for path, caption, kind in pictures
-                if is_drawn(path)
-            ],
+            "main": self.figure(figure, main.caption or "", main.title) if is_drawn(figure) else {},
         }
 
     def paper_items(self) -> list[dict[str, Any]]:
