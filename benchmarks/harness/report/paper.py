@@ -65,9 +65,7 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
-    """List the paper's items with ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite and
-    ``status``.
-    """
+    """List the paper's items: ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite, ``status``."""
     rows: list[dict[str, Any]] = []
     for name, item in paper_items.load_paper_items().items():
         files = paper_items.paper_files(suite, name)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,9 +22,6 @@ from benchmarks.harness.base import atomic_write
 from benchmarks.harness.report.common import Outcomes
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.results.statistics import confidence_interval
-
-if TYPE_CHECKING:
-    from emoe.records import RoutingRecord  # it takes PyTorch
 
 if "MPLBACKEND" not in os.environ:  # a notebook sets it
     mpl.use("Agg")
@@ -228,40 +225,3 @@ def is_drawn(path: Path) -> bool:
     """Return False if a figure is only a placeholder."""
     with Image.open(path.with_suffix(".png")) as image:
         return image.info.get("Description") != _PLACEHOLDER
-
-
-_ROW_HEIGHT, _LABELS = 0.17, 20  # inches of a layer or label in the figure of a record; most labels of an axis
-
-
-def plot_routing(record: RoutingRecord, *, layer: int | None = None, width: float = WIDTH) -> Any:
-    """Plot the loads of each expert by layer, and by label in one layer; return the figure.
-
-    Colours show an expert's load divided by the mean load of its layer or label: 1 (white) is an even load. A layer
-    without tokens is empty.
-
-    Args:
-        record: The record of :func:`emoe.record_routing`.
-        layer: The number of the layer whose loads are shown by label, by default the last one.
-        width: The width of the figure in inches.
-
-    Raises:
-        KeyError: The layer has no experts.
-    """
-    layer = list(record.layers)[-1] if layer is None else layer
-    loads = {"layer": {index: counts.loads for index, counts in record.layers.items()}}
-    if record.layers[layer].by_label:
-        loads[f"label, layer {layer}"] = record.layers[layer].by_label
-    heights = [max(_ROW_HEIGHT * len(rows), 0.8) for rows in loads.values()]
-    with mpl.rc_context(HEATMAP):
-        options: Any = {"squeeze": False, "height_ratios": heights, "layout": "constrained"}
-        figure, axes = plt.subplots(len(loads), figsize=(width, sum(heights) + 0.5 * len(loads)), **options)
-        for axis, (name, rows) in zip(axes[:, 0], loads.items(), strict=True):
-            values = np.stack([np.asarray(row, dtype=float) for row in rows.values()])
-            with np.errstate(invalid="ignore"):  # a layer without tokens
-                show_use(axis, values / values.mean(axis=1, keepdims=True), interpolation="nearest")
-            axis.set(xlabel="expert", ylabel=name)
-            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-            step = math.ceil(len(rows) / _LABELS)
-            axis.set_yticks(range(0, len(rows), step), [str(key) for key in rows][::step])
-        figure.colorbar(USE, ax=axes, label="load ÷ mean load")
-    return figure
