@@ -50,13 +50,6 @@ _FEW_SCORES, _BELOW = 5, 0.26  # with fewer scores no interval is drawn; distanc
 _FOREST, _LINE, _APART = 6.0, 0.085, 0.8  # inches of a forest plot's width and of a series; share of a line with marks
 
 
-def draw_difference(axis: Any, row: Any, height: float, style: MethodStyle, scale: float = 1) -> None:
-    """Draw the ``delta`` of a row, and its interval (``low``, ``high``) if it has at least :data:`FEW` pairs ``n``."""
-    if row.n >= FEW and not math.isnan(row.low):
-        axis.plot([row.low * scale, row.high * scale], [height, height], color=style.colour, lw=1.4)
-    axis.plot(row.delta * scale, height, ls="", ms=4.5, **style.mark)
-
-
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
     """Format counts as ``n = 5 to 8 seeds``; empty if all are zero or nan."""
     present = sorted({int(count) for count in counts if count and not math.isnan(count)})
@@ -74,8 +67,8 @@ def difference_label(reference: str, counts: Iterable[float]) -> str:
 def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
     """Draw a forest plot: differences with 95 % intervals, one panel below the other.
 
-    ``rows`` has the titles ``panel``, ``line`` (vertical position) and ``series`` (mark), the ``style``, and the
-    columns of :func:`draw_difference`.
+    ``rows`` has the titles ``panel``, ``line`` (vertical position) and ``series`` (mark), the ``style``, the
+    difference ``delta``, and its interval (``low``, ``high``), which is drawn from :data:`FEW` pairs ``n`` on.
     """
     panels = list(rows.groupby("panel", sort=False))
     series = rows.groupby("series", sort=False)["style"].agg(list)
@@ -87,14 +80,18 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
             lines = list(group["line"].unique())
             for row in group.itertuples():
                 shift = _APART * ((series.index.get_loc(row.series) + 0.5) / len(series) - 0.5)
-                draw_difference(axis, row, lines.index(row.line) + shift, row.style, 100)
+                height = lines.index(row.line) + shift
+                if row.n >= FEW and not math.isnan(row.low):
+                    axis.plot([row.low * 100, row.high * 100], [height, height], color=row.style.colour, lw=1.4)
+                axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
             axis.axvline(0, color=REFERENCE, lw=0.8, zorder=0)
             axis.set_title(wrap_text(title, _FOREST), fontsize=8)
             axis.set_yticks(range(len(lines)), lines, fontsize=7)
             axis.set_ylim(len(lines) - 0.4, -0.6)
         for name, (style, *others) in series.items():
-            one = style if {style.colour} >= {other.colour for other in others} else replace(style, colour=REFERENCE)
-            axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **one.mark)
+            has_one_colour = all(other.colour == style.colour for other in others)
+            mark = style.mark if has_one_colour else replace(style, colour=REFERENCE).mark
+            axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **mark)
         legend_below(figure, axes[:1, 0], 3 if series.index.str.len().max() < 30 else 1)
         axes[-1, 0].set_xlabel(wrap_text(label, 3.5))
 
