@@ -228,11 +228,7 @@ def mirror(suite: str, output: Path | None) -> None:
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.settings.benchmarks)
-    figures = {
-        name: [Path(file) for file in loaded.output_files(name) if file.endswith(".png")]
-        for name in loaded.settings.benchmarks
-    }
-    counts = mirror_runs(loaded.runs, loaded.tracking_uri, figures)
+    counts = mirror_runs(loaded.runs, loaded.tracking_uri)
     click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
     if output:
         write_json(output, {"uri": hide_passwords(loaded.tracking_uri), "runs": len(loaded.runs)})

@@ -38,11 +38,10 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
         ("glue", [*SCORES, "balanced_accuracy"], 17.0, "is 17.0, not a number from 0 to 1"),
         ("glue", [*SCORES, "loss"], float("nan"), "is damaged"),
         ("glue", [*TRANSFORMED, "balanced_accuracy"], 17.0, "test as emoe2vanilla tweets balanced_accuracy is 17.0"),
-        ("glue", ["cost", "job_seconds"], GONE, "'cost.job_seconds': Field required"),
+        ("glue", ["environment"], GONE, "'environment': Field required"),
         ("glue_ood", ["chosen"], GONE, "'chosen' is missing"),
-        ("domainbed", ["records", 0, "step"], GONE, "'records.0.step': Field required"),
         ("llama", ["tasks"], GONE, "'tasks' is missing"),
-        ("modularity", ["matrix", "places"], GONE, "'matrix.places': Field required"),
+        ("modularity", ["matrix"], GONE, "'matrix' is missing"),
         ("speed", ["measured"], GONE, "lacks a part"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from benchmarks.harness.base import RUNS, RunError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results import mlflow
 from benchmarks.harness.results.mlflow import mirror
+from benchmarks.harness.results.records import read_metrics
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.planned import plan
@@ -28,9 +30,8 @@ SCORE = "test.tweets.balanced_accuracy"
 
 
 @pytest.fixture
-def runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def runs(here: Path) -> list[Run]:
     """Write two seeds of two methods."""
-    monkeypatch.setattr(mlflow, "_WAIT_SECONDS", 0.1)
     runs = [
         run
         for run in plan(["glue"], "mini")
@@ -50,13 +51,12 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/m.db"
 
 
-def mirrored(uri: str, benchmark: str = "glue") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the children by name and the parents by id; no name may occur twice."""
+def mirrored(uri: str) -> dict[str, Any]:
+    """Return the stored runs by name; no name may occur twice."""
     client = MlflowClient(uri)
-    stored = client.search_runs([client.get_experiment_by_name(benchmark).experiment_id], max_results=1000)
+    stored = client.search_runs([client.get_experiment_by_name("glue").experiment_id], max_results=1000)
     assert len({run.info.run_name for run in stored}) == len(stored)
-    children = {run.info.run_name: run for run in stored if "mlflow.parentRunId" in run.data.tags}
-    return children, {run.info.run_id: run for run in stored if run.info.run_name not in children}
+    return {run.info.run_name: run for run in stored}
 
 
 def edit(run: Run, change: Any) -> None:
@@ -64,58 +64,42 @@ def edit(run: Run, change: Any) -> None:
     os.utime(RUNS / run.folder / "metrics.json", (ENDED, ENDED))
 
 
-def test_runs_have_their_numbers_and_parents_the_means_of_their_seeds(runs: list[Run], uri: str) -> None:
-    picture = Path("results/mini/figures/glue_scores.png")
-    picture.parent.mkdir(parents=True)
-    picture.write_bytes(b"a picture")
+def test_runs_have_their_numbers_settings_and_files(runs: list[Run], uri: str) -> None:
     edit(runs[0], lambda metrics: metrics.update(curve=[0.5, None, 0.25]))  # None: the loss diverged
-    counts = mirror(runs, uri, {"glue": [picture, picture.with_name("not_drawn.png")]})
-    assert counts == {"added": len(runs), "replaced": 0, "unchanged": 0}
-    client = MlflowClient(uri)
-    children, parents = mirrored(uri)
-    assert set(children) == {run.id for run in runs}
+    assert mirror(runs, uri) == {"added": len(runs), "replaced": 0, "unchanged": 0}
+    client, stored = MlflowClient(uri), mirrored(uri)
+    assert set(stored) == {run.id for run in runs}
     for run in runs:
-        child = children[run.id]
-        assert (child.info.status, child.info.end_time) == ("FINISHED", 1000 * (ENDED + run.spec["seed"]))
-        assert child.info.end_time - child.info.start_time == 2000  # cost.job_seconds
-        assert {file.path for file in client.list_artifacts(child.info.run_id)} == {"metrics.json", "log.txt"}
-        assert child.data.params["seed"] == str(run.spec["seed"])
-    assert len(parents) == 3
-    for identifier, parent in parents.items():
-        seeds = [run for run in children.values() if run.data.tags["mlflow.parentRunId"] == identifier]
-        if not seeds:
-            assert [file.path for file in client.list_artifacts(identifier)] == [picture.name]
-            continue
-        values = [run.data.metrics[SCORE] for run in seeds]
-        assert parent.data.metrics["seeds"] == len(values) == 2
-        assert parent.data.metrics[SCORE] == pytest.approx(sum(values) / 2)
-        assert parent.data.metrics[f"{SCORE}.std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
-    history = client.get_metric_history(children[runs[0].id].info.run_id, "step.loss")
+        copy, scores = stored[run.id], read_metrics(run)["scores"]
+        assert (copy.info.status, copy.info.end_time) == ("FINISHED", 1000 * (ENDED + run.spec["seed"]))
+        assert copy.info.end_time - copy.info.start_time == 2000  # cost.job_seconds
+        assert {file.path for file in client.list_artifacts(copy.info.run_id)} == {"metrics.json", "log.txt"}
+        assert copy.data.params["seed"] == str(run.spec["seed"])
+        assert copy.data.metrics[SCORE] == scores["test"]["tweets"]["balanced_accuracy"]
+    settings = Counter(copy.data.tags["setting"] for copy in stored.values())
+    assert sorted(settings.values()) == [2, 2]  # two seeds of two methods
+    history = client.get_metric_history(stored[runs[0].id].info.run_id, "step.loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
 
 
-def test_a_second_mirror_does_nothing_and_a_new_number_replaces_its_setting(runs: list[Run], uri: str) -> None:
+def test_a_second_mirror_does_nothing_and_a_run_with_a_new_number_is_replaced(runs: list[Run], uri: str) -> None:
     mirror(runs, uri)
-    children, parents = mirrored(uri)
+    stored = mirrored(uri)
     assert mirror(runs, uri) == {"added": 0, "replaced": 0, "unchanged": 4}
-    again = mirrored(uri)
-    assert {run.info.run_id for run in again[0].values()} == {run.info.run_id for run in children.values()}
+    assert {run.info.run_id for run in mirrored(uri).values()} == {run.info.run_id for run in stored.values()}
 
     edit(runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25))
-    assert mirror(runs, uri) == {"added": 0, "replaced": 2, "unchanged": 2}
-    children, parents = mirrored(uri)
-    assert (len(children), len(parents)) == (4, 2)
-    assert children[runs[0].id].data.metrics[SCORE] == 0.25
-    identifier = children[runs[0].id].data.tags["mlflow.parentRunId"]
-    MlflowClient(uri).delete_tag(identifier, "emoe.digest")  # the mirror was interrupted
-    assert mirror(runs, uri)["replaced"] == 2
-    assert [len(stored) for stored in mirrored(uri)] == [4, 2]
+    assert mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
+    stored = mirrored(uri)
+    assert (len(stored), stored[runs[0].id].data.metrics[SCORE]) == (4, 0.25)
+    MlflowClient(uri).delete_tag(stored[runs[0].id].info.run_id, "emoe.digest")  # the mirror was interrupted
+    assert mirror(runs, uri)["replaced"] == 1
+    assert len(mirrored(uri)) == 4
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ModuleNotFoundError("No module named 'psycopg2'"), r"for PostgreSQL: pip install 'emoe\[postgres\]'"),
         (OSError(28, "No space left on device", "metrics.json"), r"No space left on device: 'metrics\.json'"),
         (MlflowException(f"no answer of http://lab:{KEPT_QUIET}@db\nx"), r"no answer of http://lab:\*\*\*@db$"),
     ],

@@ -124,7 +124,6 @@ rule latest_report:
 rule mirror_to_mlflow:
     input:
         suite_metrics,
-        suite_tables,
     output:
         "results/{suite}/mlflow.json",
     log:

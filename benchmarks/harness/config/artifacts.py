@@ -75,7 +75,7 @@ def code_files(*benchmarks: str) -> list[str]:
     folders = {"harness/report", "harness/results", *benchmarks}
     folders |= {module[1] for module in kinds if module[0] == BENCHMARKS.name and module[1] != "harness"}
     files = [file for folder in sorted(folders) for file in sorted((BENCHMARKS / folder).glob("*.py"))]
-    return [os.path.relpath(file) for file in files]
+    return [os.path.relpath(file) for file in [*files, BENCHMARKS / "harness/report/table.html.j2"]]
 
 
 def page_files() -> list[str]:

@@ -102,7 +102,7 @@ class MainPaper(Strict):
 
 
 class MainAverage(Strict):
-    """A main average: one axis of the radar for each of the paper's models, and for each of ours."""
+    """A main average: a panel of the figure, with a line for each of our models and each of the paper's."""
 
     title: str
     """The sets of the average."""
@@ -110,8 +110,6 @@ class MainAverage(Strict):
     """Our numbers."""
     paper: dict[str, MainPaper] = Field({})
     """The paper's scores in percent, by model."""
-    paper_ranks: dict[str, MainPaper] = Field({})
-    """The paper's ranks, by model, if it gives these; lower is better."""
 
 
 class PaperFile(Strict):
@@ -248,15 +246,15 @@ def items_text(artifacts: Artifacts) -> str:
     return canonical_json([[output.name, output.part.model_dump(), output.title] for output in outputs_of(artifacts)])
 
 
-def main_stems(suite: str) -> list[Path]:
-    """List the figures of the main averages without ending: a radar, and differences with their intervals."""
-    names = [name for name, item in load_paper_items().items() if item.main]
-    return [paths.RESULTS / suite / "paper" / f"{name}{letter}" for name in names for letter in "ab"]
+def main_figure(suite: str) -> Path:
+    """Return the path of the figure of the main averages, without ending."""
+    name = next(name for name, item in load_paper_items().items() if item.main)
+    return paths.RESULTS / suite / "paper" / name
 
 
 def main_files(suite: str) -> list[str]:
-    """List the files of :func:`main_stems`."""
-    return [f"{stem}.{end}" for stem in main_stems(suite) for end in FIGURE_FORMATS]
+    """List the files of :func:`main_figure`."""
+    return [f"{main_figure(suite)}.{end}" for end in FIGURE_FORMATS]
 
 
 def main_text() -> str:

@@ -7,24 +7,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib.artist import Artist
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
 from benchmarks.harness.config.claims import Comparison, PaperEffect, load_claims, suites_with
 from benchmarks.harness.config.methods import setting_text
+from benchmarks.harness.config.paper_items import main_figure
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.common import RANDOM_WEIGHTS, has_random_weights, interval_text, name_or_count
 from benchmarks.harness.report.paper import draw_main, main_rows
-from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
+from benchmarks.harness.report.plots import REFERENCE, WIDTH, legend_below, panel_figure, placeholder_figure
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.claims import (
@@ -37,8 +32,6 @@ from benchmarks.harness.results.claims import (
 )
 from benchmarks.harness.results.statistics import holm
 
-from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
-
 _TESTED = ("higher", "lower")  # the directions that a test decides
 _PAIRED = (*_TESTED, "same", "not_lower")  # the directions that compare pair by pair
 _COMPARED = ("benchmark", "method", "against", "domain", "metric")
@@ -46,15 +39,11 @@ _TEXTS = ("contrast", *_COMPARED, "pair", "against_paper", "equivalent")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 
 CAPTION = (
-    "The claims of the paper and the differences that these runs measured, with 95 % intervals (for a ratio, its "
-    "range). Blue circles are supported, orange crosses contradicted, grey diamonds undecided. A purple triangle is "
-    "undecided too, but the paper's effect (thin line) lies above the whole interval. Differences within the band are "
-    "negligible."
+    "The claims of the paper and the differences that these runs measured, with 95 % intervals. Blue circles are "
+    "supported, orange crosses contradicted, grey diamonds undecided. A purple triangle is undecided too, but the "
+    "paper's effect (thin line) lies above the whole interval. Differences within the band are negligible. Tests in "
+    "other units than points are in the table."
 )
-_LINE, _BELOW = 0.19, 0.5  # inches of a line of the figure, and of the space below a panel
-_LEFT, _RIGHT = 0.36, 0.715  # of the width: the edges of the axes
-_TEXT = 0.01 - _LEFT / (_RIGHT - _LEFT)  # of the axes' width: the left edge of texts
-_REACH = 6.0  # intervals are cut at this many margins, or further out if a mean is
 _SMALLER = "undecided, smaller than the paper's"
 _MARKS: dict[str, dict[str, Any]] = {
     Verdict.SUPPORTED: {"marker": "o", "color": "#0072b2"},
@@ -65,30 +54,23 @@ _MARKS: dict[str, dict[str, Any]] = {
 }
 _PLAIN = {"marker": "o", "color": "#777777"}  # of random weights, which have no verdicts
 _PAPER, _BAND = "#222222", "#dcebf5"
-_PATCH = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+_NEGLIGIBLE = "no difference that matters"
 
 
 def write_claims(suite: Suite) -> None:
-    """Write the table and figures of the claims of a finished suite, and the figures of the main averages."""
+    """Write the table and figures of the claims of a finished suite, and the figure of the main averages."""
     numbers = collect_claim_numbers(suite)
     rows = judge_claims(suite, numbers)
     folder = paths.RESULTS / suite.name
     claims_table(suite, rows).write(folder / "tables")
     draw_claims(rows[rows["headline"]], folder / "figures" / CLAIMS.name)
     draw_claims(rows, folder / "figures" / CLAIMS.stem("all"))
-    draw_main(main_rows(numbers), folder / "paper")
+    draw_main(main_rows(numbers), main_figure(suite.name))
 
 
 def collect_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
     """Collect the claim numbers of each benchmark, with the columns ``COMPARED`` of :mod:`.common`."""
-    numbers = {}
-    for name in suite.claimed:
-        benchmark = load_benchmark(name)
-        numbers[name] = present(benchmark, suite.runs_of(name)).claim_numbers()
-        if numbers[name].empty:
-            file = benchmark.folder / "presentation.py"
-            raise DefinitionError(f"{file} gives no 'claim_numbers', which claims.yaml needs")
-    return numbers
+    return {name: present(load_benchmark(name), suite.runs_of(name)).claim_numbers() for name in suite.claimed}
 
 
 def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> pd.DataFrame:
@@ -290,75 +272,39 @@ def claim_cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw each test with its interval, the margin and the paper's number, one panel per unit.
+    """Draw the tests in points: differences with their intervals, margins and the paper's effects, a panel per claim.
 
-    Write ``<path>.pdf`` and ``.png``. Counts and untested claims appear only in the table.
+    Write ``<path>.pdf`` and ``.png``. Tests in other units, and untested claims, appear only in the table.
     """
-    drawn = rows[rows["delta"].notna() & rows["metric"].ne("") & rows["unit"].ne("parameters")]
+    drawn = rows[rows["delta"].notna() & rows["unit"].eq("points")]
     if drawn.empty:
         placeholder_figure(path, "no claim was tested")
         return
-    panels = [panel for _, panel in drawn.groupby("unit", sort=False)]
-    heights = [len(panel) + panel["claim"].nunique() for panel in panels]
-    space = _BELOW * len(panels)
-    inches = _LINE * sum(heights) + space + 0.5
-    layout = {"height_ratios": heights, "left": _LEFT, "right": _RIGHT, "top": 1, "bottom": (_BELOW + 0.5) / inches}
-    layout["hspace"] = space / (_LINE * sum(heights))
-    with mpl.rc_context({**STYLE, "font.size": 7, "axes.spines.left": False}):
-        figure, axes = plt.subplots(len(panels), figsize=(WIDTH, inches), squeeze=False, gridspec_kw=layout)
-        for axis, panel, height in zip(axes[:, 0], panels, heights, strict=True):
-            _draw_panel(axis, panel, height)
-        kinds = {_mark_key(row) for row in drawn.itertuples()}
-        marks = {word: mark for word, mark in _MARKS.items() if word in kinds}
-        handles: list[Artist] = [Line2D([], [], ls="", ms=5, label=str(word), **mark) for word, mark in marks.items()]
-        handles.append(Line2D([], [], ls="", marker="|", ms=9, mew=1.6, color=_PAPER, label="the paper"))
-        handles.append(Rectangle((0, 0), 1, 1, color=_BAND, label="no difference that matters"))
-        figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
-        save(figure, path)
+    claims = list(drawn.groupby("claim_title", sort=False))
+    heights = [len(tests) for _, tests in claims]
+    size = (WIDTH, 0.19 * len(drawn) + 0.3 * len(claims) + 1)
+    with panel_figure(path, len(claims), 1, size, height_ratios=heights, sharex=True) as (figure, axes):
+        for axis, (title, tests) in zip(axes[:, 0], claims, strict=True):
+            for height, row in enumerate(tests.itertuples()):
+                _draw_test(axis, row, height)
+            axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
+            axis.set_title(title, fontsize=8)
+            axis.set_yticks(range(len(tests)), tests["test"], fontsize=7)
+            axis.set_ylim(len(tests) - 0.5, -0.5)
+        legend_below(figure, axes[:, 0], 3)
+        axes[-1, 0].set_xlabel("Difference in points")
 
 
-def _draw_panel(axis: Any, panel: pd.DataFrame, height: int) -> None:
-    """Draw claims from top to bottom: one line for the title, and one per test."""
-    limits, line = _limits(panel), 0
-    for title, claim in panel.groupby("claim_title", sort=False):
-        _write(axis, _TEXT, line, str(title), fontweight="bold", bbox=_PATCH)
-        for number, row in enumerate(claim.itertuples(), 1):
-            _draw_row(axis, row, line + number, limits)
-        line += 1 + len(claim)
-    axis.axvline(0, color="#555555", lw=0.8, zorder=1)
-    axis.set(xlim=limits, ylim=(height - 0.5, -0.5), yticks=[])
-    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    is_ratio = panel["compare"].iloc[0].direction == "near"
-    axis.set_xlabel("Time ÷ dense − 1" if is_ratio else f"Difference in {panel['unit'].iloc[0]}")
-
-
-def _mark_key(row: Any) -> str:
-    """Return the key of a row's mark: its verdict, or :data:`_SMALLER` if undecided and smaller than the paper's."""
+def _draw_test(axis: Any, row: Any, height: int) -> None:
+    """Draw one test on a line of its panel, and write its numbers beside the panel."""
     is_smaller = row.verdict == Verdict.UNDECIDED and row.against_paper == "smaller"
-    return _SMALLER if is_smaller else str(row.verdict)
-
-
-def _draw_row(axis: Any, row: Any, y: int, limits: tuple[float, float]) -> None:
-    mark = _MARKS.get(_mark_key(row), _PLAIN)
-    start = limits[0] if row.compare.direction == "near" else -row.margin
-    axis.fill_betweenx([y - 0.5, y + 0.5], start, row.margin, color=_BAND, lw=0, zorder=0)
-    if not math.isnan(row.low):
-        draw_interval(axis, (row.low, row.high), y, limits, mark["color"], lw=1.4, zorder=2, solid_capstyle="butt")
-    axis.plot(row.effect, y, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
-    axis.plot(row.delta, y, ms=5, zorder=4, **{"mec": mark["color"], **mark})
-    _write(axis, _TEXT, y, row.test)
-    _write(axis, 1.04, y, f"{_runs_text(row).replace(' points', '')}, n {int(row.n)}")
-
-
-def _write(axis: Any, x: float, y: int, text: str, **style: Any) -> None:
-    """Write a text beside the axes; x is a fraction of their width."""
-    axis.text(x, y, text, va="center", transform=axis.get_yaxis_transform(), zorder=5, **style)
-
-
-def _limits(panel: pd.DataFrame) -> tuple[float, float]:
-    """Return the ends of an axis that shows all means, margins and paper's effects; far ends of intervals are cut."""
-    inner = pd.concat([panel["delta"], panel["effect"], panel["margin"], -panel["margin"]]).dropna()
-    reach = max(_REACH * panel["margin"].max(), 1.2 * inner.abs().max())
-    ends = pd.concat([panel["low"].clip(lower=-reach), panel["high"].clip(upper=reach), inner])
-    padding = 0.06 * (ends.max() - ends.min())
-    return ends.min() - padding, ends.max() + padding
+    kind = _SMALLER if is_smaller else row.verdict
+    mark = _MARKS.get(kind, _PLAIN)
+    axis.fill_betweenx(
+        [height - 0.5, height + 0.5], -row.margin, row.margin, color=_BAND, lw=0, zorder=0, label=_NEGLIGIBLE
+    )
+    axis.plot([row.low, row.high], [height, height], lw=1.4, color=mark["color"], zorder=2)
+    axis.plot(row.effect, height, "|", ms=9, mew=1.6, color=_PAPER, zorder=3, label="the paper")
+    axis.plot(row.delta, height, ls="", ms=5, zorder=4, label=kind, **mark)
+    numbers = f"{_runs_text(row).replace(' points', '')}, n {int(row.n)}"
+    axis.text(1.02, height, numbers, va="center", fontsize=7, transform=axis.get_yaxis_transform())

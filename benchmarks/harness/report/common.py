@@ -129,9 +129,7 @@ class Outcomes:
         return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Add titles and sort by columns: names in the order of their titles, unknown names last, other columns by
-        value.
-        """
+        """Add titles and sort by columns: names by their titles, unknown names last, other columns by value."""
 
         def rank(column: pd.Series) -> pd.Series:
             ranks = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
@@ -177,9 +175,7 @@ def read_published(
 
 
 def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
-    """Return each published ``value`` minus the baseline's for the same ``model`` and ``scope``; nan for the
-    baseline.
-    """
+    """Subtract the baseline's published ``value`` with the same ``model`` and ``scope``; nan for the baseline."""
     base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
     return [
         math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import math
 import os
 import re
 from collections import Counter
@@ -14,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jinja2
 import pandas as pd
 from markupsafe import Markup
 
@@ -24,7 +22,7 @@ from benchmarks.harness.base import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import model_title
-from benchmarks.harness.config.paper_items import load_paper_items, main_stems
+from benchmarks.harness.config.paper_items import load_paper_items, main_figure
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import CAPTION, claim_cards, verdict_sentences
@@ -32,12 +30,11 @@ from benchmarks.harness.report.common import has_random_weights, name_or_count
 from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.plots import is_drawn
 from benchmarks.harness.report.presentation import Presentation, present
-from benchmarks.harness.report.table import MISSING, code_as_html
+from benchmarks.harness.report.table import MISSING, TEMPLATES
 from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
 _FEW_LABELS = 10
-_SUMMARY, _LETTERS = 5, 115  # unfolded lines of a benchmark's summary; letters of a line
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
@@ -49,10 +46,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     models = dict.fromkeys(run.spec["model"]["name"] for name in names for run in suite.runs_of(name))
     costs = {name: _cost_texts(members) for name, members in {**recorded, "all": everything}.items()}
     machines = Counter(tuple(_environment_texts(metrics["environment"]).items()) for metrics in everything)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    text = environment.get_template("page.html.j2").render(
+    text = TEMPLATES.get_template("page.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
         claims={} if benchmark else page.claims(),
@@ -104,7 +98,7 @@ class _Page:
             "name": path.name,
             "image": f"data:image/png;base64,{image}",
             "files": self.link(path),
-            "caption": Markup(code_as_html(caption)),  # noqa: S704 -- it escapes
+            "caption": caption,
             "alt": alt,
         }
 
@@ -135,20 +129,14 @@ class _Page:
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
         main = next(item for item in load_paper_items().values() if item.main)
-        pictures = zip(
-            main_stems(self.suite.name), ("", main.caption), ("radar", "differences to the dense model"), strict=True
-        )
+        figure = main_figure(self.suite.name)
         return {
             "sentences": list(verdict_sentences(verdicts)),
             "random_weights": has_random_weights(self.suite.runs),
             "cards": list(claim_cards(verdicts)),
             "table": self.table(CLAIMS, "", "Every test"),
             "figures": self.figures({CLAIMS.name: CAPTION}),
-            "main": [
-                self.figure(path, caption or "", f"{main.title}, {kind}")
-                for path, caption, kind in pictures
-                if is_drawn(path)
-            ],
+            "main": self.figure(figure, main.caption or "", main.title) if is_drawn(figure) else {},
         }
 
     def paper_items(self) -> list[dict[str, Any]]:
@@ -183,7 +171,6 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
         "random_weights": is_random,
         "suite_note": page.suite.benchmark_parts[name].settings.note or "",
         "verdicts": verdicts,
-        "shown_verdicts": _count_shown(verdicts),
         "note": presentation.note,
         "data": _data_rows(runs, recorded) if presentation.shows_labels else [],
         "training": _training_texts(runs) if presentation.optimizer else {},
@@ -194,12 +181,6 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
             for part, presented in presentation.parts.items()
         ],
     }
-
-
-def _count_shown(sentences: list[str]) -> int:
-    """Count the sentences that fit into the lines of a summary, at least one."""
-    lines = itertools.accumulate(math.ceil(len(sentence) / _LETTERS) for sentence in sentences)
-    return max(1, sum(number <= _SUMMARY for number in lines))
 
 
 def _data_rows(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,10 +22,6 @@ from benchmarks.harness.base import atomic_write
 from benchmarks.harness.report.common import Outcomes
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.results.statistics import confidence_interval
-from emoe.errors import EMoEError
-
-if TYPE_CHECKING:
-    from emoe.records import RoutingRecord  # it takes PyTorch
 
 if "MPLBACKEND" not in os.environ:  # a notebook sets it
     mpl.use("Agg")
@@ -54,13 +50,6 @@ _FEW_SCORES, _BELOW = 5, 0.26  # with fewer scores no interval is drawn; distanc
 _FOREST, _LINE, _APART = 6.0, 0.085, 0.8  # inches of a forest plot's width and of a series; share of a line with marks
 
 
-def draw_difference(axis: Any, row: Any, height: float, style: MethodStyle, scale: float = 1) -> None:
-    """Draw the ``delta`` of a row, and its interval (``low``, ``high``) if it has at least :data:`FEW` pairs ``n``."""
-    if row.n >= FEW and not math.isnan(row.low):
-        axis.plot([row.low * scale, row.high * scale], [height, height], color=style.colour, lw=1.4)
-    axis.plot(row.delta * scale, height, ls="", ms=4.5, **style.mark)
-
-
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
     """Format counts as ``n = 5 to 8 seeds``; empty if all are zero or nan."""
     present = sorted({int(count) for count in counts if count and not math.isnan(count)})
@@ -75,22 +64,11 @@ def difference_label(reference: str, counts: Iterable[float]) -> str:
     return ", ".join(filter(None, (f"Difference to {reference} (points)", count_text(counts))))
 
 
-def draw_interval(
-    axis: Any, ends: tuple[float, float], height: float, limits: tuple[float, float], colour: str, **line: Any
-) -> None:
-    """Draw an interval, cut at the limits of the panel; an arrow marks a cut end."""
-    cut = max(ends[0], limits[0]), min(ends[1], limits[1])
-    axis.plot(cut, [height, height], color=colour, **line)
-    for end, position, arrow in zip(ends, cut, "<>", strict=True):
-        if end != position:
-            axis.plot(position, height, arrow, ms=4.5, color=colour, mew=0, clip_on=False, zorder=3)
-
-
 def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
     """Draw a forest plot: differences with 95 % intervals, one panel below the other.
 
-    ``rows`` has the titles ``panel``, ``line`` (vertical position) and ``series`` (mark), the ``style``, and the
-    columns of :func:`draw_difference`.
+    ``rows`` has the titles ``panel``, ``line`` (vertical position) and ``series`` (mark), the ``style``, the
+    difference ``delta``, and its interval (``low``, ``high``), which is drawn from :data:`FEW` pairs ``n`` on.
     """
     panels = list(rows.groupby("panel", sort=False))
     series = rows.groupby("series", sort=False)["style"].agg(list)
@@ -102,14 +80,18 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
             lines = list(group["line"].unique())
             for row in group.itertuples():
                 shift = _APART * ((series.index.get_loc(row.series) + 0.5) / len(series) - 0.5)
-                draw_difference(axis, row, lines.index(row.line) + shift, row.style, 100)
+                height = lines.index(row.line) + shift
+                if row.n >= FEW and not math.isnan(row.low):
+                    axis.plot([row.low * 100, row.high * 100], [height, height], color=row.style.colour, lw=1.4)
+                axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
             axis.axvline(0, color=REFERENCE, lw=0.8, zorder=0)
             axis.set_title(wrap_text(title, _FOREST), fontsize=8)
             axis.set_yticks(range(len(lines)), lines, fontsize=7)
             axis.set_ylim(len(lines) - 0.4, -0.6)
         for name, (style, *others) in series.items():
-            one = style if {style.colour} >= {other.colour for other in others} else replace(style, colour=REFERENCE)
-            axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **one.mark)
+            has_one_colour = all(other.colour == style.colour for other in others)
+            mark = style.mark if has_one_colour else replace(style, colour=REFERENCE).mark
+            axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **mark)
         legend_below(figure, axes[:1, 0], 3 if series.index.str.len().max() < 30 else 1)
         axes[-1, 0].set_xlabel(wrap_text(label, 3.5))
 
@@ -180,8 +162,14 @@ def score_panels(
 
 
 def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits: tuple[float, float]) -> None:
+    """Draw scores and their mean; with enough of them also an interval, with arrows where the panel cuts it."""
     if len(scores) >= _FEW_SCORES:
-        draw_interval(axis, confidence_interval(scores), height, limits, style.colour, lw=1.2, alpha=0.6)
+        ends = confidence_interval(scores)
+        cut = max(ends[0], limits[0]), min(ends[1], limits[1])
+        axis.plot(cut, [height, height], color=style.colour, lw=1.2, alpha=0.6)
+        for end, position, arrow in zip(ends, cut, "<>", strict=True):
+            if end != position:
+                axis.plot(position, height, arrow, ms=4.5, color=style.colour, mew=0, clip_on=False, zorder=3)
     axis.plot(scores.mean(), height, ls="", ms=4.2, **{"mec": "white", "mew": 0.6, **style.mark})
     axis.plot(scores, [height + _BELOW] * len(scores), "o", ms=2.6, color=style.colour, alpha=0.55, mew=0)
 
@@ -234,61 +222,3 @@ def is_drawn(path: Path) -> bool:
     """Return False if a figure is only a placeholder."""
     with Image.open(path.with_suffix(".png")) as image:
         return image.info.get("Description") != _PLACEHOLDER
-
-
-_ROUTING_STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8}
-_ROUTING_STYLE |= {"xtick.labelsize": 7, "ytick.labelsize": 7}
-_ROW_HEIGHT, _MIN_HEIGHT, _MAX_HEIGHT, _BAR_HEIGHT, _MARGIN = 0.17, 0.4, 3.2, 0.08, 0.5  # inches
-_TEXT_HEIGHT = 0.14  # inches of a row's number
-
-
-def plot_routing(record: RoutingRecord, *, layer: int | None = None, width: float = WIDTH) -> Any:
-    """Plot expert loads by layer and by label, and the busiest expert of each layer; return the figure.
-
-    Colours show an expert's load divided by the mean load of its layer or label: 1 (white) is an even load. A layer
-    without tokens is empty.
-
-    Args:
-        record: The record of :func:`emoe.record_routing`.
-        layer: The number of the layer whose loads are shown by label, by default the last one.
-        width: The width of the figure in inches.
-
-    Raises:
-        EMoEError: No token was recorded.
-        KeyError: The layer has no experts.
-    """
-    if not any(counts.tokens for counts in record.layers.values()):
-        raise EMoEError("nothing was recorded; call the model inside `with emoe.record_routing(model) as record:`")
-    layer = list(record.layers)[-1] if layer is None else layer
-    loads = {"layer": {index: counts.loads for index, counts in record.layers.items()}}
-    if record.layers[layer].by_label:
-        loads["label"] = record.layers[layer].by_label
-    arrays = {name: np.stack([np.asarray(row, dtype=float) for row in rows.values()]) for name, rows in loads.items()}
-    with np.errstate(invalid="ignore"):  # a layer without tokens
-        maps = {name: values / values.mean(axis=1, keepdims=True) for name, values in arrays.items()}
-    highest = max(2.0, *(np.nanmax(values) for values in maps.values()))
-    heights = [min(max(_ROW_HEIGHT * len(rows), _MIN_HEIGHT), _MAX_HEIGHT) for rows in loads.values()]
-    ratios = [*heights, _BAR_HEIGHT]
-    with mpl.rc_context(_ROUTING_STYLE):
-        figure = plt.figure(figsize=(width, sum(ratios) + _MARGIN * len(ratios)), layout="constrained")
-        grid = figure.add_gridspec(len(ratios), 2, height_ratios=ratios, width_ratios=[width - 0.85, 0.85])
-        axes = [figure.add_subplot(grid[number, 0]) for number in range(len(maps))]
-        for axis, (name, values), height in zip(axes, maps.items(), heights, strict=True):
-            norm = mpl.colors.TwoSlopeNorm(1, 0, highest)
-            image = axis.imshow(values, cmap=USE.cmap, norm=norm, aspect="auto", interpolation="nearest")
-            axis.set(xlabel="expert", ylabel=name, title=f"layer {layer}, by label" if name == "label" else "")
-            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator("auto", integer=True, min_n_ticks=1))
-            rows = list(map(str, loads[name]))
-            step = math.ceil(len(rows) * _TEXT_HEIGHT / height)
-            axis.set_yticks(range(0, len(rows), step), rows[::step])
-        balance = figure.add_subplot(grid[0, 1], sharey=axes[0])
-        busiest = [counts.max_over_mean if counts.tokens else math.nan for counts in record.layers.values()]
-        balance.axvline(1, color="#888888", lw=0.8, ls="--")
-        balance.plot(busiest, range(len(busiest)), "o-", color="#0072b2", ms=3, lw=1)
-        balance.tick_params(labelleft=False)
-        balance.set(xlim=(0, None), xlabel="max ÷ mean\n(dashed:\neven)")
-        balance.spines[["top", "right"]].set_visible(False)
-        bar = figure.colorbar(image, figure.add_subplot(grid[-1, 0]), orientation="horizontal")
-        bar.set_ticks([0, 1, highest], labels=["0", "1", f"{highest:.1f}"])
-        bar.set_label("expert's load ÷ mean load")
-    return figure

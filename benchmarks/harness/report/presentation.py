@@ -105,6 +105,6 @@ def _module(benchmark: AnyBenchmark) -> ModuleType:
     module = benchmark.presentation()
     ablations = getattr(benchmark.definition, "ablations", {})
     for key in ("tables", "figures", "set_tables", "set_figures"):
-        known = [*getattr(module, key.upper(), ()), *ablations]
-        check_names(f"{benchmark.file}: '", key, getattr(benchmark.definition, key, ()), known)
+        valid = [*getattr(module, key.upper(), ()), *ablations]
+        check_names(f"{benchmark.file}: '", key, getattr(benchmark.definition, key, ()), valid)
     return module

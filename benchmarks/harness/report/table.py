@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import re
 import textwrap
@@ -10,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import jinja2
 import pandas as pd
+from markupsafe import Markup, escape
 
 from benchmarks.harness.base import atomic_write, write_text
 from benchmarks.harness.config.catalogue import load_metrics
@@ -145,37 +146,23 @@ class Table:
         return _LATEX.format(comment=comment, table=table)
 
     def html(self) -> str:
-        """Render an unstyled ``<figure>``; cells of numbers have a sort value, and rows have the folders of their
-        runs.
-        """
-        texts, best = self.texts(), self.best()
-        numbers = {column.heading: self.frame[column.value].tolist() for column in self.printed}
+        """Render an unstyled ``<figure>`` with a sort value for each number and the folders of each row's runs."""
+        texts = self.texts()
         shared = self._shared_texts(texts)
-        shown = [heading for heading in texts if heading not in shared]
-        rows = []
-        for number in range(len(texts)):
-            cells = []
-            for heading in shown:
-                text = html.escape(texts.at[number, heading])
-                text = f"<strong>{text}</strong>" if best.at[number, heading] else text
-                value = numbers[heading][number] if heading in numbers else None
-                sort = "" if pd.isna(value) else f' data-sort="{value:.9g}"'
-                is_head = heading == shown[0] and text != ""  # an empty cell is no heading
-                cells.append(f'<th scope="row">{text}</th>' if is_head else f"<td{sort}>{text}</td>")
-            if RUNS in self.frame:
-                folders = str(self.frame[RUNS].iloc[number])
-                cells.append(f'<td data-runs="{html.escape(folders)}">{len(folders.split()) or MISSING}</td>')
-            rows.append(f"<tr>{''.join(cells)}</tr>")
-        headings = [*shown, *(["Runs"] if RUNS in self.frame else [])]
-        head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)
-        sentence = f"<p>{html.escape(_in_all_rows(shared))}</p>" if _in_all_rows(shared) else ""
-        body = "\n".join(rows)
-        return (
-            f'<figure id="{html.escape(self.name)}">\n<figcaption><b>{html.escape(self.title)}.</b> '
-            f"<details><summary>How to read it</summary>{code_as_html(self.caption)}</details>{sentence}</figcaption>\n"
-            f'<div class="wide"><table class="{"sentences" if self.wraps else "numbers"}">\n'
-            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n</figure>\n"
+        sort_values = {
+            column.heading: ["" if pd.isna(value) else f"{value:.9g}" for value in self.frame[column.value]]
+            for column in self.printed
+        }
+        text = TEMPLATES.get_template("table.html.j2").render(
+            table=self,
+            headings=[heading for heading in texts if heading not in shared],
+            rows=texts.to_dict("records"),
+            best=self.best().to_dict("records"),
+            sort_values=sort_values,
+            runs=list(self.frame[RUNS]) if RUNS in self.frame else [],
+            sentence=_in_all_rows(shared),
         )
+        return text + "\n"
 
     def _shared_texts(self, texts: pd.DataFrame) -> dict[str, str]:
         """Return the texts that all rows share, by heading, without the last key if all keys are shared."""
@@ -203,9 +190,18 @@ class Table:
         write_text(folder / f"{self.name}.html", self.html())
 
 
-def code_as_html(text: str) -> str:
+def code_as_html(text: str) -> Markup:
     """Escape a text for HTML, and turn backticks into ``<code>``."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 -- it is escaped
+
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+)
+TEMPLATES.filters["code"] = code_as_html
 
 
 def escape_markdown(text: str) -> str:

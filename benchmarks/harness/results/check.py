@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
 
 from benchmarks.harness.base import (
     BENCHMARKS,
@@ -31,19 +30,17 @@ from benchmarks.harness.base import (
     RunError,
     atomic_write,
     git,
-    read_json,
     write_json,
     write_text,
 )
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import Strict
 from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_metrics, run_keys, run_numbers
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
-_LINES = 6  # printed differences per run
+_LINES = 40  # printed differences
 # Tolerances of numbers that runs record only for this check, measured like those in metrics.yaml.
 _TOLERANCES = {
     **dict.fromkeys(("content", "conversion", "trained"), 0.0),
@@ -61,7 +58,7 @@ class Numbers:
     """Hold the numbers of finished runs."""
 
     rows: pd.DataFrame  # one per number: KEYS, value (text with all digits) and machine
-    machines: Mapping[str, Mapping[str, str]]  # fingerprints by name; the name is empty without a fingerprint
+    machines: Mapping[str, Mapping[str, str]]  # fingerprints by name
     code: str  # code_digest() at the time of the runs
     seconds: Mapping[str, float]  # the median duration of a run of each benchmark
 
@@ -86,28 +83,14 @@ class Comparison:
         return json.dumps({**content, "differences": self.differences.to_dict("records")}, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
-        lines = []
-        for (status, run, seed), group in self.differences.groupby(["status", "run", "seed"]):
-            start = f"{status:<8} {run} s{seed}"
-            lines += [f"{start} {_describe(row)}" for row in group.head(_LINES).itertuples()]
-            lines += [f"{start}: {len(group) - _LINES} more numbers"] if len(group) > _LINES else []
+        statuses = list(self.differences["status"])
+        lines = [self.differences.head(_LINES).to_string(index=False, max_colwidth=40)] if statuses else []
+        if len(statuses) > _LINES:
+            lines.append(f"and {len(statuses) - _LINES} more; --json lists all")
         if self.unfinished:
             lines.append(f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}")
-        statuses = list(self.differences["status"])
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("changed", "missing", "new"))
         return "\n".join([*lines, *self.machines, f"{self.equal} agree, {counts}"])
-
-
-def _describe(row: Any) -> str:
-    """Describe one difference on one line."""
-    name = " ".join(filter(None, (row.part, row.set, row.metric)))
-    if row.status != "changed":
-        return f"{name}: {row.before or row.after:.60}"
-    try:
-        difference = f" ({float(row.after) - float(row.before):+.3g}, tolerance {row.tolerance:g})"
-    except ValueError:  # the values are lists of numbers, or text
-        difference = ""
-    return f"{name}: {row.before:.60} -> {row.after:.60}{difference}"
 
 
 def tolerance_of(metric: str) -> float | None:
@@ -134,8 +117,7 @@ def compare(
     rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
     rows = rows.dropna(subset="tolerance").fillna("")
     if before.code == after.code and not elsewhere:
-        is_same = (rows["machine_before"] == rows["machine_after"]) & (rows["machine_before"] != "")
-        rows["tolerance"] = rows["tolerance"].where(~is_same, 0.0)
+        rows["tolerance"] = rows["tolerance"].where(rows["machine_before"] != rows["machine_after"], 0.0)
     values = zip(rows["value_before"], rows["value_after"], rows["tolerance"], strict=True)
     is_equal = pd.Series(
         [bool(old and new) and values_agree(old, new, limit) for old, new, limit in values], rows.index, bool
@@ -157,17 +139,16 @@ def compare(
 
 def _comparison_kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
     """Describe if numbers of two machines are compared exactly or within tolerances, and why."""
-    if old == new != "":
+    if old == new:
         is_older = before.code != after.code
         return "within tolerances: the reference was made by older code" if is_older else "exactly"
-    first, second = before.machines.get(old, {}), after.machines.get(new, {})
+    first, second = before.machines[old], after.machines[new]
     changes = [
         f"{name}: {first.get(name, 'none')} -> {second.get(name, 'none')}"
         for name in sorted({*first, *second})
         if first.get(name) != second.get(name)
     ]
-    reason = "; ".join(changes) if first and second else "not recorded"
-    return f"within tolerances: the reference was made on another machine ({reason})"
+    return f"within tolerances: the reference was made on another machine ({'; '.join(changes)})"
 
 
 def code_digest() -> str:
@@ -191,10 +172,8 @@ def collect_numbers(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers
     numbers, machines = list[tuple[object, ...]](), dict[str, Mapping[str, str]]()
     seconds = dict[str, list[float]]()
     for run, metrics in results:
-        fingerprint = metrics["environment"].get("fingerprint", {})
-        machine = (
-            hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8] if fingerprint else ""
-        )
+        fingerprint = metrics["environment"]["fingerprint"]
+        machine = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
         machines[machine] = fingerprint
         seconds.setdefault(run.benchmark, []).append(float(metrics["cost"]["job_seconds"]))
         keys = run_keys(run)
@@ -242,19 +221,6 @@ def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "data", name, "content", ", ".join([*counts, *labels, *digest])
 
 
-class ReferenceFile(Strict):
-    """Describe the origin of blessed numbers (``<suite>.json``)."""
-
-    commit: str
-    """Commit of the code."""
-    machines: dict[str, dict[str, str]]
-    """Fingerprint of each machine, by the name in the rows."""
-    code: str = ""
-    """Digest of the code that numbers depend on."""
-    seconds: dict[str, float] = Field(default_factory=dict)
-    """Median duration of a run of each benchmark, for estimates of the remaining time."""
-
-
 def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
     """Read blessed numbers.
 
@@ -262,17 +228,19 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
         DefinitionError: A file is missing, damaged or of an older form.
     """
     path = folder / f"{suite}.csv"
-    advice = f"bless a run of the suite (`python -m benchmarks bless --suite {suite}`)"
     try:
         rows = pd.read_csv(path, keep_default_na=False, dtype=str)[_COLUMNS].astype({"seed": int})
+        origin = json.loads(path.with_suffix(".json").read_text())
+        return Numbers(rows, origin["machines"], origin["code"], origin["seconds"])
     except (FileNotFoundError, KeyError, ValueError) as error:
-        raise DefinitionError(f"{path} is missing, damaged or of an older form: {advice}") from error
-    origin = read_json(path.with_suffix(".json"), ReferenceFile, advice)
-    return Numbers(rows, origin.machines, origin.code, origin.seconds)
+        raise DefinitionError(
+            f"{path} or its json is missing, damaged or of an older form: bless a run of the suite "
+            f"(`python -m benchmarks bless --suite {suite}`)"
+        ) from error
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
-    """Write blessed numbers and their origin; return the path of the csv."""
+    """Write blessed numbers, and a JSON file with their commit, machines, code and seconds; return the path of the csv."""
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
@@ -348,15 +316,13 @@ def bless(
     Returns the path of the written csv.
 
     Raises:
-        DefinitionError: The checkout is not clean, a run is not finished or recorded no machine, or a number differs.
+        DefinitionError: The checkout is not clean, a run is not finished or of another machine, or a number differs.
         RunError: A run failed when it was executed again.
     """
     commit = clean_commit(root)
     check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
     read = [(run, read_metrics(run)) for run in runs]
     numbers = collect_numbers(read)
-    if "" in numbers.machines:
-        raise DefinitionError(f"a run below {RUNS} recorded no machine: older code made it; delete it and run it again")
     by_speed = sorted(read, key=lambda pair: float(pair[1]["cost"]["job_seconds"]), reverse=True)
     fastest = list({run.benchmark: (run, metrics) for run, metrics in by_speed}.values())
     after, failures = run_again([run for run, _ in fastest], say)
@@ -375,13 +341,9 @@ def clean_commit(root: Path = ROOT) -> str:
     """Return the commit of a checkout without changes, except to blessed numbers.
 
     Raises:
-        DefinitionError: The folder is no checkout, or a file is not committed.
+        DefinitionError: A file is not committed.
     """
-    try:
-        commit = git(root, "rev-parse", "HEAD")
-        changed = git(root, "status", "--porcelain", "--", ".", ":(exclude)results/reference").splitlines()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise DefinitionError(f"{root} is no git checkout: blessed numbers belong to a commit") from error
+    changed = git(root, "status", "--porcelain", "--", ".", ":(exclude)results/reference").splitlines()
     if changed:
         raise DefinitionError(f"{len(changed)} files are not committed, the first is {changed[0].split()[-1]}")
-    return commit
+    return git(root, "rev-parse", "HEAD")

@@ -51,9 +51,7 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
 
 
 def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
-    """Select the numbers of both methods. The other one has its main setting, or the same settings without a main
-    one.
-    """
+    """Select the numbers of both methods; of the other method its main setting, or the same ones without a main."""
     setting, is_main = numbers["setting"], numbers["setting"].eq("")
     is_compared = ~is_main if compare.settings == "all" else setting.isin(compare.settings or [""])
     is_against = numbers["method"].eq(compare.against)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-from annotated_types import Ge, MinLen
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from annotated_types import MinLen
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
@@ -34,85 +34,34 @@ def information_numbers(*names: str) -> list[str]:
 ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-
 Scores = dict[str, dict[str, Annotated[dict[str, float | None], MinLen(1)]]]  # by part, set and metric
 Curve = list[dict[str, float | None]]
 
 
-class _Environment(_Strict):
-    processor: str
-    cores: int
-    threads: int
-    memory_gb: float
-    gpus: list[str]
-    platform: str
-    python: str
-    packages: dict[str, str]
-    git_commit: str | None
-    git_dirty: bool | None
-    fingerprint: dict[str, str] = {}
+class Metrics(BaseModel):
+    """Define the parts of a ``metrics.json``; ``Benchmark.recorded`` lists those that a benchmark's runs need."""
 
-
-class _Cost(_Strict):
-    job_seconds: Annotated[float, Ge(0)]
-
-
-class _Rows(_Strict):
-    """Describe the rows of a set: class counts, range of the labels, or token counts."""
-
-    rows: int
-    labels: Annotated[dict[str, int], MinLen(1)] | None = None
-    range: tuple[float, float] | None = Field(None, strict=False)  # a list in JSON
-
-
-class _Matrix(_Strict):
-    tasks: list[str]
-    neurons: int
-    tokens: list[int]
-    places: list[int]
-    values: list[float]
-
-
-class _Task(_Strict):
-    scores: dict[str, float]
-    questions: int
-    metric: str
-    categories: dict[str, dict[str, float]]
-    subjects: dict[str, dict[str, float]]
-    correct: dict[str, Annotated[str, StringConstraints(pattern="^[01]+$")]]  # a digit for each question
-
-
-class _Record(_Strict):
-    __pydantic_extra__: dict[str, float]
-    step: int
-    loss: float | None = None  # if the model diverged
-
-
-class Metrics(_Strict):
-    """Define the content of a ``metrics.json``; ``Benchmark.recorded`` lists the required parts."""
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     run_id: str
-    cost: _Cost
-    environment: _Environment
+    cost: dict[str, Any]  # seconds, peak memory in MB, precision
+    environment: dict[str, Any]  # machine, packages, commit, and their fingerprint
     scores: Scores | None = None
-    measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None
-    transformed: dict[str, dict[str, Scores]] = {}
-    data: dict[str, _Rows] | None = None
+    measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None  # by candidate
+    transformed: dict[str, dict[str, Scores]] = {}  # scores after conversion to another method
+    data: dict[str, dict[str, Any]] | None = None  # rows and their labels, by set
     model: dict[str, Any] | None = None
     routing: dict[str, Any] | None = None
-    usage: dict[str, Any] | None = None  # empty for a model without experts
-    matrix: _Matrix | None = None
-    tasks: dict[str, _Task] | None = None
+    usage: dict[str, Any] | None = None  # of experts by class; empty for a model without experts
+    matrix: dict[str, Any] | None = None  # activations by task and neuron
+    tasks: dict[str, dict[str, Any]] | None = None  # questions: scores, categories, subjects, right answers
     answers: list[dict[str, str]] | None = None
-    chosen: dict[str, str | float] | None = None
+    chosen: dict[str, str | float] | None = None  # of the runs that a run without training reads
     epochs: Curve = []
     dev_curve: Curve = []
     held_out_curve: Curve = []
-    records: list[_Record] | None = None
-    curve: list[float | None] = []
+    records: Curve | None = None  # of domain generalisation, every few steps
+    curve: list[float | None] = []  # training losses
     confusion: dict[str, list[list[int]]] | None = None
     classes: list[str] | None = None
 
@@ -143,22 +92,21 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
 
     Errors name the file and the part or number.
     """
+    advice = _rerun_advice(path)
     try:
         _check_parts(run, Metrics.model_validate(content))
         numbers = list(run_numbers(run, content))
     except ValidationError as error:
-        raise DataError(f"{path} is damaged: {first_problem(error)}; {_rerun_advice(path)}") from None
+        raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from None
     except (LookupError, ValueError, TypeError) as error:
-        raise DataError(f"{path} lacks a part that such a run records ({error}); {_rerun_advice(path)}") from None
+        raise DataError(f"{path} lacks a part that such a run records ({error}); {advice}") from None
     metrics = load_metrics()
     for part, task, name, value in numbers:
         low, high = metrics[name].range if name in metrics else (None, None)
         low, high = -math.inf if low is None else low, math.inf if high is None else high
         if not isinstance(value, (int, float)) or not low - _ROUNDING <= value <= high + _ROUNDING:
             number = " ".join(filter(None, (part, task, name)))
-            raise DataError(
-                f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {_rerun_advice(path)}"
-            )
+            raise DataError(f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {advice}")
 
 
 def _rerun_advice(path: Path) -> str:
@@ -166,6 +114,7 @@ def _rerun_advice(path: Path) -> str:
 
 
 def _check_parts(run: Run, metrics: Metrics) -> None:
+    """Raise a ValueError if a part of a benchmark's runs is missing, or if the file belongs to another run."""
     if metrics.run_id != run.id:
         raise ValueError(f"it belongs to the run '{metrics.run_id}'")
     needed = load_benchmark(run.benchmark).recorded
