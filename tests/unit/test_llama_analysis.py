@@ -74,7 +74,7 @@ def test_the_cost_of_conversion_and_the_gain_of_tuning_are_separate(runs: list[R
 
 def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
     outcomes = InstructionOutcomes(LLAMA, runs)
-    frame = paired_tests(outcomes).frame
+    frame = paired_tests(outcomes, "accuracy").frame
     frame = frame[frame["against"] == "dense"].set_index("tuning")
     assert frame["questions"].tolist() == [100] * 3
     assert frame["seeds"].to_dict() == {"base": 1, "lora": 2, "full": 1}

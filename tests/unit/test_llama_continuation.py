@@ -16,7 +16,7 @@ from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.presentation import nats_tests
+from benchmarks.llama.presentation import tests as paired_tests
 from benchmarks.llama.questions import write_mmlu_dev
 from tests.fake_runs import write_runs
 from tests.instruction_runs import offer_only, tiny_run
@@ -75,7 +75,7 @@ def test_nats_are_paired_by_question_and_less_is_better() -> None:
     runs = [run_from_spec({**spec, "seed": seed}) for spec in specs for seed in (0, 1)]
     write_runs(runs, {"emoe": 0.3})
     outcomes = InstructionOutcomes(load_benchmark("llama"), runs)
-    row = nats_tests(outcomes).frame.set_index(["tuning", "method", "against"]).loc[("lora", "emoe", "dense")]
+    row = paired_tests(outcomes, "nats_per_byte").frame.set_index(["tuning", "method", "against"]).loc[("lora", "emoe", "dense")]
     assert (row["questions"], row["seeds"], row["verdict"]) == (100, 2, "better")
     means = outcomes.numbers("test", "nats_per_byte").groupby(["tuning", "method"]).mean()
     assert row["delta"] == pytest.approx(means["lora", "emoe"] - means["lora", "dense"])
