@@ -66,10 +66,8 @@ class EncodedRows(Dataset[dict[str, Any]]):
         rows.rows = [self.rows[i] for i in numbers]
         return rows
 
-    def with_prefix(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
-        """Return a copy whose rows include the output of the frozen layers; the same rows if ``prefix`` is None."""
-        if prefix is None:
-            return self
+    def with_prefix(self, prefix: Prefix, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
+        """Return a copy whose rows include the output of the frozen layers."""
         collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
 
         def batch(numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -37,13 +37,6 @@ class LoadedTask(NamedTuple):
 
     entry: EvaluationTask
     loaded: dict[str, Any]
-    sources: list[str]
-
-
-def task_title(entry: EvaluationTask) -> str:
-    """Return the name of an entry in records: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
-    limit = f", first {entry.limit}" if entry.limit else ""
-    return f"{entry.task} ({entry.num_fewshot}-shot{limit})"
 
 
 def load_task(entry: EvaluationTask) -> LoadedTask:
@@ -54,10 +47,9 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
         DataError: The data of the task cannot be loaded.
     """
     name, shots, is_dev = entry.task, entry.num_fewshot, is_mmlu_dev(entry.task)
-    folder = (QUESTIONS / MMLU_DEV).resolve() if is_dev else None
-    if folder:
-        ensure_mmlu_dev(folder)
-    manager = _manager(folder)
+    if is_dev:
+        ensure_mmlu_dev(QUESTIONS / MMLU_DEV)
+    manager = _manager((QUESTIONS / MMLU_DEV).resolve() if is_dev else None)
     where = f"'evaluation.tasks' names '{name}'"
     if name not in manager.all_tasks:
         raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}")
@@ -68,16 +60,14 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
     tasks = loaded["tasks"]
     for subject, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise DefinitionError(
-                f"{where}, but '{subject}' executes generated code or needs images, which is not supported"
-            )
+            raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
         if shots and task.get_config("num_fewshot") == 0:
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0")
         if is_dev and shots > (others := len(list(task.fewshot_docs())) - 1):  # without the question itself
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {others} other questions")
     if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
         raise DefinitionError(f"{where}, whose tasks are scored by different metrics; name them one by one")
-    return LoadedTask(entry, loaded, sorted({_source(name, task) for task in tasks.values()}))
+    return LoadedTask(entry, loaded)
 
 
 def _source(name: str, task: Any) -> str:
@@ -144,7 +134,8 @@ def run_task(
         bootstrap_iters=0,
         fewshot_as_multiturn=True,
     )
-    return {**summarise(result), "source": task.sources}
+    sources = {_source(task.entry.task, member) for member in task.loaded["tasks"].values()}
+    return {**summarise(result), "source": sorted(sources)}
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:

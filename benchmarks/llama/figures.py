@@ -90,7 +90,6 @@ FIGURES = {
         "(`training.eval_every`), is always over the same rows. The axes do not start at zero.",
     ),
     "routing": Figure(
-        draw_routing,
-        "Load of each expert on the held-out tokens, divided by the mean load, by converted layer.",
+        draw_routing, "Load of each expert on the held-out tokens, divided by the mean load, by converted layer."
     ),
 }

@@ -26,7 +26,12 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
         return None
     if all(_bytes(answer) == 1 for sample in in_order for _, answer in sample["arguments"]):
         return None
-    return [_nats(sample) for sample in in_order]
+    nats = []
+    for sample in in_order:
+        right = sample["target"]
+        value = -float(sample["filtered_resps"][right][0]) / _bytes(sample["arguments"][right][1])
+        nats.append(round(value, 6) if math.isfinite(value) else None)
+    return nats
 
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
@@ -35,12 +40,6 @@ def _is_choice(sample: Mapping[str, Any]) -> bool:
     if type(right) is not int or len(asked) < 2 or any(len(pair) != 2 for pair in asked):
         return False
     return len({prompt for prompt, _ in asked}) == 1 and _bytes(asked[right][1]) > 0
-
-
-def _nats(sample: Mapping[str, Any]) -> float | None:
-    right = sample["target"]
-    value = -float(sample["filtered_resps"][right][0]) / _bytes(sample["arguments"][right][1])
-    return round(value, 6) if math.isfinite(value) else None
 
 
 def _bytes(answer: str) -> int:

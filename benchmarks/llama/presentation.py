@@ -17,16 +17,7 @@ from benchmarks.harness.report.table import Column, Table
 from benchmarks.llama.definition import is_trained
 from benchmarks.llama.figures import FIGURES
 from benchmarks.llama.likelihood import NATS
-from benchmarks.llama.outcomes import (
-    ACCURACY,
-    BASELINE,
-    CELL,
-    GROUP,
-    UNTUNED,
-    InstructionOutcomes,
-    Row,
-    format_task,
-)
+from benchmarks.llama.outcomes import ACCURACY, BASELINE, CELL, GROUP, UNTUNED, InstructionOutcomes, Row, format_task
 
 _CHOSEN = "Rows show the learning rate with the lowest held-out loss. "
 _LIKELIHOOD = (
