@@ -31,6 +31,7 @@ from benchmarks.harness.config.yaml import (
 )
 
 HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
+NATS = "nats_per_byte"  # of the right answer, for tasks whose choices are answers and not letters
 CHAT, RANDOM = "chat", "random"  # names of templates that are not in templates.yaml
 
 

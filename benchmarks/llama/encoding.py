@@ -47,13 +47,11 @@ class EncodedRows(Dataset[dict[str, Any]]):
         self.rows: list[EncodedRow] = []
         self.broken: list[str] = []
         self._states: PrefixStates | None = None
-        prompts = [template.prompt(row) for row in instructions]
-        texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
         options = {"add_special_tokens": template.special_tokens, "return_offsets_mapping": True}
-        encoded = template.tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
-        columns = encoded["input_ids"], encoded["offset_mapping"]
-        for row, prompt, tokens, offsets in zip(instructions, prompts, *columns, strict=True):
-            begin = _response_start(prompt, offsets)
+        for row in instructions:
+            prompt = template.prompt(row)
+            encoded = template.tokenizer(prompt + template.response(row), **options)
+            tokens, begin = encoded["input_ids"], _response_start(prompt, encoded["offset_mapping"])
             if begin < max_length:
                 self.rows.append(EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             else:

@@ -21,6 +21,7 @@ from benchmarks.harness.config.yaml import check_names, parse, read
 from benchmarks.llama.definition import (
     CHAT,
     HELD_OUT,
+    NATS,
     QUESTIONS,
     RANDOM,
     Finetuning,
@@ -36,7 +37,6 @@ from benchmarks.llama.definition import (
     accumulation,
 )
 from benchmarks.llama.instructions import load_instructions
-from benchmarks.llama.likelihood import NATS
 from benchmarks.llama.questions import is_mmlu_dev
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
@@ -150,10 +150,6 @@ def _spec(
     method |= {"tune": tuning.tune_spec()}
     if settings.frozen_layers and not untrained:
         check_frozen(training, method, where)
-        if tuning.quantize:
-            raise DefinitionError(
-                f"{benchmark.file}: 'training.frozen_layers' cannot be combined with weights in 4 bits ('quantize')"
-            )
     return benchmark.spec(
         "-".join(filter(None, (point["finetuning"], method["variant"]))),
         model={**load_models()[point["model"]].spec(point["model"]), **tuning.model_spec()},

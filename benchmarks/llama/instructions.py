@@ -136,8 +136,7 @@ def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
 def refuse_broken(broken: list[str], source: str) -> None:
     """Raise :class:`DataError` if there are broken rows."""
     if broken:
-        more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise DataError(
-            f"{source} has {len(broken)} broken rows: {'; '.join(broken[:_SHOWN])}{more}. "
+            f"{source} has {len(broken)} broken rows, the first: {'; '.join(broken[:_SHOWN])}. "
             "Fix them, or skip them with data.broken_rows: skip"
         )

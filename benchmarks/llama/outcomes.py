@@ -14,8 +14,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, shared_pairs, with_verdicts
-from benchmarks.llama.definition import HELD_OUT, QUESTIONS, is_trained
-from benchmarks.llama.likelihood import NATS
+from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, is_trained
 
 GROUP = ["model", "set", "tuning"]
 CELL = [*GROUP, "method", "variant"]
@@ -88,11 +87,6 @@ class InstructionOutcomes(Outcomes):
             chosen = chosen[chosen["eval_task"] == name]
         return chosen.set_index([*CELL, "seed"])["value"]
 
-    @property
-    def losses(self) -> pd.Series[float]:
-        """Return the held-out loss of the shared seeds, indexed by cell and seed."""
-        return self.numbers("dev", "loss")
-
     def cells(self) -> pd.DataFrame:
         """Return a row per cell, with its number ``n`` of shared seeds."""
         cells = self.records[CELL].drop_duplicates()
@@ -118,7 +112,8 @@ class InstructionOutcomes(Outcomes):
 
     def loss_differences(self, against: str) -> pd.DataFrame:
         """Return the differences of held-out loss to a reference, a row per cell, paired by shared seed."""
-        return self._differences(self.losses.reset_index(), CELL, against, "seed").drop(columns=["n", "values"])
+        losses = self.numbers("dev", "loss").reset_index()
+        return self._differences(losses, CELL, against, "seed").drop(columns=["n", "values"])
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return losses by seed, accuracy and nats per byte by question, and parameter counts, for claims.

@@ -14,12 +14,10 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import Presentation, make
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.llama.definition import is_trained
+from benchmarks.llama.definition import NATS, is_trained
 from benchmarks.llama.figures import FIGURES
-from benchmarks.llama.likelihood import NATS
 from benchmarks.llama.outcomes import ACCURACY, BASELINE, CELL, GROUP, UNTUNED, InstructionOutcomes, Row, format_task
 
-_CHOSEN = "Rows show the learning rate with the lowest held-out loss. "
 _LIKELIHOOD = (
     "Right answer: its negative log-likelihood per byte; less is better. "
     "By length: the answer is the choice with the highest likelihood per letter. "
@@ -39,7 +37,7 @@ _MMLU = "mmlu"
 
 def results(outcomes: InstructionOutcomes) -> Table:
     """Make a table of held-out loss and accuracy by tuning and method."""
-    frame = outcomes.cells().join(_means(outcomes.losses, "loss"), on=CELL)
+    frame = outcomes.cells().join(_means(outcomes.numbers("dev", "loss"), "loss"), on=CELL)
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
     for against, words in _reference_titles(outcomes).items():
         frame = common.with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
@@ -59,7 +57,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
         f"Δ to {outcomes.baseline_title} compares with the equally tuned {outcomes.baseline_title}, paired by seed; "
         "for an untuned model it is the cost of conversion. Δ to not tuned compares with the same untuned method; it "
         "is the gain of tuning. Both have a 95 % confidence interval over seeds (Student's t). "
-        f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a tuning, without controls.",
+        f"{'Rows show the learning rate with the lowest held-out loss. ' if outcomes.rates_chosen else ''}Bold marks the best method of a tuning, without controls.",
         {**_key_headings(outcomes), "n": "n"},
         columns,
         outcomes.order(frame, CELL),
@@ -96,35 +94,14 @@ def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
     )
 
 
-def accuracy_by(outcomes: InstructionOutcomes, heading: str, key: str) -> Table:
-    """Make a table of accuracy by category or subject: a row per part of a task, a column per cell."""
-
-    def accuracies(metrics: dict[str, Any]) -> Iterator[Row]:
-        for task, tested in metrics["tasks"].items():
-            for part, values in tested[key].items() if tested["metric"] == "acc" else ():
-                name = part.rpartition("::")[2].replace("_", " ")  # without the group around it
-                yield format_task(task), f"{name} ({values['questions']})", values["acc"]
-
-    rows = outcomes.collect_rows(["task_title", "part", ACCURACY], accuracies)
-    rows = rows[rows["run_id"].isin(outcomes.shared["run_id"])]
-    means = rows.groupby(["task_title", "part", *CELL], sort=False)[ACCURACY].mean().unstack(CELL, sort=False)
-    means.columns = [outcomes.row_title(dict(zip(CELL, cell, strict=True))) for cell in means.columns]
-    return Table(
-        f"Accuracy by {heading.lower()}",
-        f"Mean over n seeds; the number of questions is in brackets. {outcomes.shared_note}",
-        {"task_title": "Task", "part": heading},
-        [Column(ACCURACY, name, name) for name in means.columns],
-        means.reset_index(),
-    )
-
-
 def answers(outcomes: InstructionOutcomes) -> Table:
     """Make a table of greedy answers to held-out instructions."""
 
     def shortened(metrics: dict[str, Any]) -> Iterator[Row]:
         for number, answer in enumerate(metrics["answers"], start=1):
             instruction = "\n".join(filter(None, (answer["instruction"], answer["input"])))
-            yield number, _shorten(instruction), _shorten(answer["answer"])
+            texts = (" ".join(text.split()) for text in (instruction, answer["answer"]))
+            yield number, *(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…" for text in texts)
 
     rows = outcomes.collect_rows(["number", "asked", "answer"], shortened)
     first = rows.drop_duplicates([*CELL, "number"]).drop(columns=["run_id", "seed"])
@@ -152,12 +129,12 @@ _DATA = {
 
 def data(outcomes: InstructionOutcomes) -> Table:
     """Make a table of row and token counts: learned, held out, cut and broken."""
-    rows = []
-    for run in outcomes.runs:
-        names = {"model": run.spec["model"]["name"], "set": run.spec["task"]["name"]}
-        for part, counts in outcomes.metrics[run.id]["data"].items():
-            if part != "train" or is_trained(run.spec):
-                rows.append({**names, "part": part.replace("_", " "), **counts})
+    rows = [
+        {"model": run.spec["model"]["name"], "set": run.spec["task"]["name"], "part": part.replace("_", " "), **counts}
+        for run in outcomes.runs
+        for part, counts in outcomes.metrics[run.id]["data"].items()
+        if part != "train" or is_trained(run.spec)
+    ]
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
     return Table(
@@ -214,8 +191,6 @@ TABLES: dict[str, Callable[..., Table]] = {
     **{table.__name__: table for table in (results, answers, data, cost, paper)},
     "tests": partial(tests, metric=ACCURACY),
     "nats_tests": partial(tests, metric=NATS),
-    "categories": partial(accuracy_by, heading="Category", key="categories"),
-    "subjects": partial(accuracy_by, heading="Subject", key="subjects"),
 }
 
 
@@ -262,11 +237,6 @@ def _questions_note(outcomes: InstructionOutcomes) -> str:
     is_dev = any(task.startswith("mmlu_dev") for task in outcomes.tasks)
     dev = "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test questions. "
     return f"{'; '.join(words)}. {dev if is_dev else ''}" if words else ""
-
-
-def _shorten(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:

@@ -63,7 +63,7 @@ def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> N
     assert [(row.place, row.input) for row in result.rows] == [(f"{noun} 1", "1 and 2"), (f"{noun} 6", "")]
     for number, (message, (_, reason)) in enumerate(zip(result.broken, BROKEN, strict=True), start=2):
         assert message.startswith(f"{noun} {number}: {reason}")
-    with pytest.raises(DataError, match=rf"x has 4 broken rows: {noun} 2: 'output': .*rows: skip"):
+    with pytest.raises(DataError, match=rf"x has 4 broken rows, the first: {noun} 2: 'output': .*rows: skip"):
         refuse_broken(result.broken, "x")
 
 

@@ -14,7 +14,7 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.llama.likelihood import nats_per_byte
+from benchmarks.llama.evaluation import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import tests as paired_tests
 from benchmarks.llama.questions import ensure_mmlu_dev
