@@ -15,7 +15,6 @@ from benchmarks.domainbed.definition import validation_job
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run
 from benchmarks.llama.definition import InstructionSpec
-from benchmarks.llama.evaluation import task_title
 from tests.planned import plan
 
 SUBJECTS = {"anatomy": 40, "astronomy": 40, "virology": 20}
@@ -169,7 +168,7 @@ def _instructions(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
         subjects = {name: _share(digits) for name, digits in correct.items()}
         macro = sum(subject["acc"] for subject in subjects.values()) / len(subjects)
         other = _share(correct["anatomy"] + correct["virology"])
-        tasks[task_title(entry)] = task = {
+        tasks[entry.title] = task = {
             "scores": {"accuracy": _share("".join(correct.values()))["acc"], "accuracy_macro": macro},
             "questions": sum(SUBJECTS.values()),
             "metric": "acc",

@@ -115,10 +115,7 @@ def _spec(
     task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
     if settings.registry is None or settings.hparams is None:
         raise DefinitionError(f"{benchmark.file}: 'training' needs the keys 'registry' and 'hparams'")
-    hparams = {
-        **hyper_parameters(settings.registry, task.domainbed, draw, trial),
-        **settings.hparams.model_dump(),
-    }
+    hparams = {**hyper_parameters(settings.registry, task.domainbed, draw, trial), **settings.hparams.model_dump()}
     training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
     method = method_spec(methods, point, trial, settings.lora, where)
     check_frozen(training, method, where)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Resources, Training, TrainingPart
-from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes
+from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes, needs_layers, tuning_spec
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
@@ -27,9 +27,12 @@ from benchmarks.harness.config.yaml import (
     Wholes,
     optional,
     optional_zero,
+    refusal,
 )
 
 HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
+NATS = "nats_per_byte"  # of the right answer, for tasks whose choices are answers and not letters
+CHAT, RANDOM = "chat", "random"  # names of templates that are not in templates.yaml
 
 
 class Finetuning(Entry):
@@ -46,6 +49,25 @@ class Finetuning(Entry):
     """Type of the untrained weights; trained weights are float32. A CPU computes in float32."""
     quantize: Literal["nf4", "fp4"] | None = None
     """Load in 4 bits with bitsandbytes, except the head and the FFNs of `layers`."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        if (self.train == "adapters") != (self.lora is not None):
+            raise refusal("'lora' and 'train: adapters' need each other; set both or none")
+        if self.quantize and self.lora is None:
+            raise refusal("weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
+        if (needs_layers(self.train) or self.quantize is not None) != (self.layers is not None):
+            raise refusal("'layers' and 'train: blocks' or 'quantize' need each other; set both or none")
+
+    def tune_spec(self) -> dict[str, Any] | None:
+        """Return the parameters trained in addition to adapters, head and routers; None for full fine-tuning."""
+        if self.train == "all":
+            return None
+        return tuning_spec(self.train if self.train in TUNINGS else None, self.layers) | {"head": False}
+
+    def model_spec(self) -> dict[str, Any]:
+        """Return the model's settings for weights that are not float32; empty otherwise."""
+        weights: dict[str, Any] = {"weights": self.weights} if self.weights != "fp32" else {}
+        return weights | ({"quantize": self.quantize, "whole": self.layers} if self.quantize else {})
 
 
 class Data(Strict):
@@ -110,6 +132,12 @@ class EvaluationTask(Strict):
     """Few-shot examples per question."""
     limit: Count | None = None
     """Number of first questions per task; null for all."""
+
+    @property
+    def title(self) -> str:
+        """Return the name in records: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
+        limit = f", first {self.limit}" if self.limit else ""
+        return f"{self.task} ({self.num_fewshot}-shot{limit})"
 
 
 class Evaluation(Strict):

@@ -47,13 +47,11 @@ class EncodedRows(Dataset[dict[str, Any]]):
         self.rows: list[EncodedRow] = []
         self.broken: list[str] = []
         self._states: PrefixStates | None = None
-        prompts = [template.prompt(row) for row in instructions]
-        texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
         options = {"add_special_tokens": template.special_tokens, "return_offsets_mapping": True}
-        encoded = template.tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
-        columns = encoded["input_ids"], encoded["offset_mapping"]
-        for row, prompt, tokens, offsets in zip(instructions, prompts, *columns, strict=True):
-            begin = _response_start(prompt, offsets)
+        for row in instructions:
+            prompt = template.prompt(row)
+            encoded = template.tokenizer(prompt + template.response(row), **options)
+            tokens, begin = encoded["input_ids"], _response_start(prompt, encoded["offset_mapping"])
             if begin < max_length:
                 self.rows.append(EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             else:
@@ -66,10 +64,8 @@ class EncodedRows(Dataset[dict[str, Any]]):
         rows.rows = [self.rows[i] for i in numbers]
         return rows
 
-    def with_prefix(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
-        """Return a copy whose rows include the output of the frozen layers; the same rows if ``prefix`` is None."""
-        if prefix is None:
-            return self
+    def with_prefix(self, prefix: Prefix, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
+        """Return a copy whose rows include the output of the frozen layers."""
         collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
 
         def batch(numbers: Sequence[int]) -> dict[str, Tensor]:

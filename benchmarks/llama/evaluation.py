@@ -20,10 +20,9 @@ from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError, first
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.training.trainer import autocast
-from benchmarks.llama.definition import EvaluationTask
+from benchmarks.llama.definition import NATS, EvaluationTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.instructions import Instruction
-from benchmarks.llama.likelihood import NATS, nats_per_byte
 from benchmarks.llama.questions import MMLU_DEV, ensure_mmlu_dev, is_mmlu_dev
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
@@ -37,13 +36,6 @@ class LoadedTask(NamedTuple):
 
     entry: EvaluationTask
     loaded: dict[str, Any]
-    sources: list[str]
-
-
-def task_title(entry: EvaluationTask) -> str:
-    """Return the name of an entry in records: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
-    limit = f", first {entry.limit}" if entry.limit else ""
-    return f"{entry.task} ({entry.num_fewshot}-shot{limit})"
 
 
 def load_task(entry: EvaluationTask) -> LoadedTask:
@@ -54,10 +46,9 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
         DataError: The data of the task cannot be loaded.
     """
     name, shots, is_dev = entry.task, entry.num_fewshot, is_mmlu_dev(entry.task)
-    folder = (QUESTIONS / MMLU_DEV).resolve() if is_dev else None
-    if folder:
-        ensure_mmlu_dev(folder)
-    manager = _manager(folder)
+    if is_dev:
+        ensure_mmlu_dev(QUESTIONS / MMLU_DEV)
+    manager = _manager((QUESTIONS / MMLU_DEV).resolve() if is_dev else None)
     where = f"'evaluation.tasks' names '{name}'"
     if name not in manager.all_tasks:
         raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}")
@@ -68,16 +59,14 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
     tasks = loaded["tasks"]
     for subject, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise DefinitionError(
-                f"{where}, but '{subject}' executes generated code or needs images, which is not supported"
-            )
+            raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
         if shots and task.get_config("num_fewshot") == 0:
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0")
         if is_dev and shots > (others := len(list(task.fewshot_docs())) - 1):  # without the question itself
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {others} other questions")
     if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
         raise DefinitionError(f"{where}, whose tasks are scored by different metrics; name them one by one")
-    return LoadedTask(entry, loaded, sorted({_source(name, task) for task in tasks.values()}))
+    return LoadedTask(entry, loaded)
 
 
 def _source(name: str, task: Any) -> str:
@@ -144,7 +133,8 @@ def run_task(
         bootstrap_iters=0,
         fewshot_as_multiturn=True,
     )
-    return {**summarise(result), "source": task.sources}
+    sources = {_source(task.entry.task, member) for member in task.loaded["tasks"].values()}
+    return {**summarise(result), "source": sorted(sources)}
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +181,43 @@ def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
     """Return ``1`` or ``0`` per question; None if accuracies are not binary (truthfulqa_mc2's is a probability)."""
     values = [float(sample[_ACCURACY]) for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))]
     return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else None
+
+
+def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
+    """Return the negative log-likelihood of each right answer, divided by its bytes.
+
+    It differs between models even if their accuracy is at chance.
+
+    Args:
+        samples: The samples of one task of lm-eval.
+
+    Returns:
+        A number per question in order (None if it is not finite). None instead of the list if questions do not have
+        several answers to one prompt, or if answers are letters. As in ``acc_bytes``, surrounding blanks do not count.
+    """
+    in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    if not all(_is_choice(sample) for sample in in_order):
+        return None
+    if all(_bytes(answer) == 1 for sample in in_order for _, answer in sample["arguments"]):
+        return None
+    nats = []
+    for sample in in_order:
+        right = sample["target"]
+        value = -float(sample["filtered_resps"][right][0]) / _bytes(sample["arguments"][right][1])
+        nats.append(round(value, 6) if math.isfinite(value) else None)
+    return nats
+
+
+def _is_choice(sample: Mapping[str, Any]) -> bool:
+    """Return True if a sample has one prompt and several answers, with one marked as right."""
+    asked, right = sample.get("arguments", ()), sample.get("target")
+    if type(right) is not int or len(asked) < 2 or any(len(pair) != 2 for pair in asked):
+        return False
+    return len({prompt for prompt, _ in asked}) == 1 and _bytes(asked[right][1]) > 0
+
+
+def _bytes(answer: str) -> int:
+    return len(answer.strip().encode())
 
 
 def _leaves(name: str, members: Mapping[str, Sequence[str]]) -> Iterator[str]:

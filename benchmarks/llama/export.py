@@ -37,19 +37,16 @@ def export(path: Path, output: Path, form: str) -> str:
         A description of the written model.
 
     Raises:
-        DefinitionError: The run does not exist, or is not finished.
-        DataError: The run has no language model, no saved weights, or no experts.
+        DataError: The run has no saved weights of a language model, or no experts.
         CheckpointError: The folder exists.
     """
     path = path.resolve()
     run = read_run(path)
     spec: dict[str, Any] = dict(run.spec)
-    if "finetuning" not in spec:
-        raise DataError(f"{path} is not an instruction-tuning run; only such runs can be exported")
-    if not (path.parent / "model").is_dir():
+    if "finetuning" not in spec or not (path.parent / "model").is_dir():
         raise DataError(
-            f"{path.parent} has no weights: the run is not finished, trains nothing, "
-            "or has training.keep_weights: false"
+            f"{path.parent} has no weights of a language model: the run tunes no instructions, is not finished, trains "
+            "nothing, or has training.keep_weights: false"
         )
     check_new(output)
     recorded = read_metrics(run, path.parents[2])["model"]["source"]["weights"]

@@ -13,22 +13,17 @@ from typing import Any, ClassVar, Self
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Offer, Part, text_tokens
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.methods import (
-    TUNINGS,
-    VARIANT_KEYS,
-    Method,
-    check_frozen,
-    method_spec,
-    needs_layers,
-    tuning_spec,
-)
+from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
 from benchmarks.harness.config.overlay import overlay
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
 from benchmarks.harness.config.yaml import check_names, parse, read
 from benchmarks.llama.definition import (
+    CHAT,
     HELD_OUT,
+    NATS,
     QUESTIONS,
+    RANDOM,
     Finetuning,
     InstructionDefinition,
     InstructionPart,
@@ -42,9 +37,7 @@ from benchmarks.llama.definition import (
     accumulation,
 )
 from benchmarks.llama.instructions import load_instructions
-from benchmarks.llama.likelihood import NATS
 from benchmarks.llama.questions import is_mmlu_dev
-from benchmarks.llama.templates import CHAT, RANDOM
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
@@ -61,11 +54,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, InstructionDefinition, str(file))
-        domains = {
-            HELD_OUT: Domain(("loss",)),
-            QUESTIONS: Domain(("accuracy", NATS), "question"),
-            "model": COUNTS,
-        }
+        domains = {HELD_OUT: Domain(("loss",)), QUESTIONS: Domain(("accuracy", NATS), "question"), "model": COUNTS}
         return cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
 
     def specs(
@@ -74,12 +63,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         methods, tunings = self.methods(part), _tunings(self, part)
         usual = {key: self.settings(key, part).model_dump() for key in ("data", "evaluation")}
         usual["templates"] = _templates(usual["data"]["template"], part.where("data"))
-        names = {
-            "model": model_names("language"),
-            "set": self.tasks,
-            "finetuning": tunings,
-            "method": methods,
-        }
+        names = {"model": model_names("language"), "set": self.tasks, "finetuning": tunings, "method": methods}
         training = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *_AXES)):
             if point["set"] not in exclude:
@@ -93,17 +77,11 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         return [SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]), unpinned)]
 
     def _describe(self, name: str, source: Mapping[str, Any], _open_files: bool) -> Iterator[SetPart]:
-        """Describe a set. Broken rows count as dropped, except those with too long prompts."""
         entry = self.tasks[name]
         try:
-            instructions = load_instructions(name, InstructionSource.model_validate(source))
+            yield load_instructions(name, InstructionSource.model_validate(source)).describe(name, entry.rows)
         except DataError as error:
             yield missing_set(name, first_line(error), entry.download_instructions, entry.rows)
-            return
-        inputs = f"{sum(bool(row.input) for row in instructions.rows):,} with an input"
-        yield SetPart(
-            name, ALL, len(instructions.rows), len(instructions.broken), entry.rows, inputs, instructions.source
-        )
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         data, training = spec["data"], spec["training"]
@@ -169,16 +147,12 @@ def _spec(
         raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
     training = settings.spec() | tuning.model_dump(include={"lora"})
     method = method_spec(methods, point, point["seed"], None, where)
-    method |= {"tune": _partial_tuning_spec(tuning, f"{where}': finetuning '{point['finetuning']}'")}
+    method |= {"tune": tuning.tune_spec()}
     if settings.frozen_layers and not untrained:
         check_frozen(training, method, where)
-        if tuning.quantize:
-            raise DefinitionError(
-                f"{benchmark.file}: 'training.frozen_layers' cannot be combined with weights in 4 bits ('quantize')"
-            )
     return benchmark.spec(
         "-".join(filter(None, (point["finetuning"], method["variant"]))),
-        model={**load_models()[point["model"]].spec(point["model"]), **_weight_settings(tuning)},
+        model={**load_models()[point["model"]].spec(point["model"]), **tuning.model_spec()},
         task=benchmark.tasks[point["set"]].spec(point["set"]),
         ood=[],
         method=method,
@@ -203,25 +177,3 @@ def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> di
         )
         for name, tuning in usual.items()
     }
-
-
-def _weight_settings(tuning: Finetuning) -> dict[str, Any]:
-    """Return the model settings for weights that are not float32; empty otherwise."""
-    form: dict[str, Any] = {"weights": tuning.weights} if tuning.weights != "fp32" else {}
-    return form | ({"quantize": tuning.quantize, "whole": tuning.layers} if tuning.quantize else {})
-
-
-def _partial_tuning_spec(tuning: Finetuning, named: str) -> dict[str, Any] | None:
-    """Return the parameters trained in addition to adapters, head and routers; None for full fine-tuning."""
-    if (tuning.train == "adapters") != (tuning.lora is not None):
-        raise DefinitionError(f"{named}: 'lora' and 'train: adapters' need each other; set both or none")
-    if tuning.quantize and tuning.train != "adapters":
-        raise DefinitionError(f"{named}: weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
-    if (needs_layers(tuning.train) or tuning.quantize is not None) != (tuning.layers is not None):
-        raise DefinitionError(
-            f"{named}: 'layers' needs 'train: blocks' (the trained blocks) or 'quantize' (the FFNs that are not "
-            "quantised), and they need 'layers'"
-        )
-    if tuning.train == "all":
-        return None
-    return tuning_spec(tuning.train if tuning.train in TUNINGS else None, tuning.layers) | {"head": False}

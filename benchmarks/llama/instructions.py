@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from codecs import BOM_UTF8
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Annotated, Any, cast
 
-from benchmarks.harness.base import DATA_ROOT, DataError, first_line
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from benchmarks.harness.base import DATA_ROOT, DataError, first_line, first_problem
+from benchmarks.harness.config.sets import ALL, SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import USER_SUFFIXES, user_file
 from benchmarks.harness.sources.packages import find_package
@@ -17,17 +21,26 @@ from benchmarks.llama.definition import InstructionSource
 
 ALPACA_DEMO = "llamafactory"  # the package that contains a set
 _SHOWN = 5
-_FIELDS = ("instruction", "input", "output")
 
 
-@dataclass(frozen=True)
-class Instruction:
+def _check_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the text is empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+
+
+class Instruction(BaseModel):
     """Hold one row: instruction, input (often empty), output, and its position for messages (``line 7``)."""
 
-    place: str
-    instruction: str
-    input: str
-    output: str
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    instruction: Text
+    input: Annotated[str, BeforeValidator(lambda text: "" if text is None else text)] = ""
+    output: Text
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,11 @@ class Instructions:
     rows: list[Instruction]
     broken: list[str]
     source: str
+
+    def describe(self, name: str, expected: int | None) -> SetPart:
+        """Describe the set, whose makers count ``expected`` rows; broken rows count as dropped."""
+        inputs = f"{sum(bool(row.input) for row in self.rows):,} with an input"
+        return SetPart(name, ALL, len(self.rows), len(self.broken), expected, inputs, self.source)
 
 
 def load_instructions(name: str, source: InstructionSource) -> Instructions:
@@ -71,80 +89,54 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
             f"could not load {hub} from the hub: {first_line(error)}; "
             "without the hub, put its rows below data_root (config/README.md)"
         ) from error
-    return _split_usable(_number_rows("row", loaded), hub_name(hub, revision, commit_of(loaded)))
+    return _split_usable("row", loaded, hub_name(hub, revision, commit_of(loaded)))
 
 
 def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
     """Read rows from the content of a file.
 
     Args:
-        content: The bytes; a row that is not UTF-8 is broken.
+        content: The bytes, in UTF-8; a line that is not is broken.
         where: The name of the file, for messages.
         lines: True for JSON lines, False for one JSON list.
 
     Raises:
-        DataError: The content is not a list, or is empty.
+        DataError: The content is not a list in UTF-8, or is empty.
     """
-    text = content.decode("utf-8-sig", errors="surrogateescape")
     if lines:
-        numbered = _number_rows("line", text.split("\n"))
-        return _split_usable(((place, _decode(line)) for place, line in numbered if line.strip()), where)
-    values = _decode(text)
-    if isinstance(values, ValueError):
-        raise DataError(f"{where} is not JSON: {values}; name it .jsonl if every line is an object")
+        return _split_usable("line", content.removeprefix(BOM_UTF8).split(b"\n"), where)
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}; name it .jsonl if every line is an object") from error
     if not isinstance(values, list) or not values:
         raise DataError(f"{where} is not a list of objects, or is empty; name it .jsonl if every line is an object")
-    return _split_usable(_number_rows("row", values), where)
+    return _split_usable("row", values, where)
 
 
-def _number_rows(noun: str, values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{noun} {number}", value) for number, value in enumerate(values, start=1))
-
-
-def _decode(text: str) -> Any:
-    """Decode JSON; return the error if the text is not JSON."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        return error
-
-
-def _split_usable(rows: Iterable[tuple[str, Any]], source: str) -> Instructions:
+def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
+    """Check rows, which are values or lines of JSON; skip empty lines."""
     usable, broken = [], []
-    for place, value in rows:
-        if reason := _problem(value):
-            broken.append(f"{place} {reason}")
-        else:
-            usable.append(Instruction(place, *(value.get(field) or "" for field in _FIELDS)))
+    for number, row in enumerate(rows, start=1):
+        place = f"{noun} {number}"
+        try:
+            if not isinstance(row, bytes):
+                checked = Instruction.model_validate(row)
+            elif row.strip():
+                checked = Instruction.model_validate_json(row)
+            else:
+                continue
+            usable.append(checked.model_copy(update={"place": place}))
+        except ValidationError as error:
+            problem = first_problem(error).removeprefix("'the file': ")
+            broken.append(f"{place}: {problem}")
     return Instructions(usable, broken, source)
-
-
-def _problem(value: Any) -> str | None:
-    """Return the problem of an unusable row; None for a usable one."""
-    if isinstance(value, ValueError):
-        return f"is not JSON ({value})"
-    if not isinstance(value, Mapping):
-        return f"is {type(value).__name__}, not an object with {', '.join(_FIELDS)}"
-    for field in _FIELDS:
-        text = value.get(field)
-        if text is None and field == "input":
-            continue
-        if field not in value:
-            return f"lacks '{field}'"
-        if not isinstance(text, str):
-            return f"'{field}' is {type(text).__name__}, not text"
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            return f"'{field}' is not UTF-8"
-        if field != "input" and not text.strip():
-            return f"'{field}' is empty"
-    return None
 
 
 def refuse_broken(broken: list[str], source: str) -> None:
     """Raise :class:`DataError` if there are broken rows."""
     if broken:
-        more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise DataError(
-            f"{source} has {len(broken)} broken rows: {'; '.join(broken[:_SHOWN])}{more}. "
+            f"{source} has {len(broken)} broken rows, the first: {'; '.join(broken[:_SHOWN])}. "
             "Fix them, or skip them with data.broken_rows: skip"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,13 +14,13 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, shared_pairs, with_verdicts
-from benchmarks.llama.definition import HELD_OUT, QUESTIONS, is_trained
-from benchmarks.llama.likelihood import NATS
+from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, is_trained
 
 GROUP = ["model", "set", "tuning"]
 CELL = [*GROUP, "method", "variant"]
 BASELINE, UNTUNED = "baseline", "untuned"
-_LOSS, _CORRECT = "loss", "correct"
+ACCURACY = "accuracy"
+Row = tuple[Any, ...]
 _TITLES = {"mmlu": "MMLU", "mmlu_dev": "MMLU-dev", "mmlu_dev_continuation": "MMLU-dev, continuations"}
 
 
@@ -31,13 +32,14 @@ class InstructionOutcomes(Outcomes):
     Attributes:
         metrics: The ``metrics.json`` of the runs by run id.
         runs: The runs of the best learning rates.
+        rates_chosen: True if a cell had several learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
         shared: The numbers of the seeds that all methods of a model, set and tuning share.
         tasks: The evaluated tasks in order, each with the result of its first run.
-        tests: The paired differences of accuracy to the equally tuned baseline and to the same untuned method, with
-            verdicts, corrected over all rows.
-        nats_tests: The same differences of the right answers' nats per byte; lower is better.
-        rates_chosen: True if a cell had several learning rates.
+        questions: The ``value`` of each question by ``task`` and ``metric``: ``accuracy`` (1 if correct), or the right
+            answer's nats per byte.
+        tests: By metric, the paired differences over questions, averaged over seeds, to the equally tuned baseline and
+            to the same untuned method, with verdicts, corrected over all rows.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
@@ -50,30 +52,33 @@ class InstructionOutcomes(Outcomes):
         self.metrics = {run.id: metrics[run.id] for run in chosen}
         records = collect_from((run, self.metrics[run.id]) for run in chosen)
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
-        self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
+        self.records = records.drop(columns=["task", "model", "method", "variant"]).merge(
+            cells, on="run_id", sort=False
+        )
         self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
         self.shared_note = self.explain_n(self.records, self.shared, GROUP)
+        self.tasks: dict[str, Any] = {}
+        for finished in self.metrics.values():
+            self.tasks |= {name: result for name, result in finished["tasks"].items() if name not in self.tasks}
         self._layers = {
             (run.spec["model"]["name"], run.spec["method"]["variant"]): sorted(routing["shares"], key=int)
             for run in chosen
             if (routing := self.metrics[run.id]["routing"])
         }
-        self.tasks: dict[str, Any] = {}
-        for name, result in (task for finished in self.metrics.values() for task in finished["tasks"].items()):
-            self.tasks.setdefault(name, result)
+        self.questions = self.collect_rows(["task", "metric", "question", "value"], _question_values)
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
-        self._questions = {key: self._values_by_question(key) for key in (_CORRECT, NATS)}
-        self.tests = self._tests(_CORRECT)
-        self.nats_tests = self._tests(NATS, lower_is_better=True)
+        self.tests = {metric: self._tests(metric) for metric in (ACCURACY, NATS)}
 
-    @property
-    def origins(self) -> pd.DataFrame:
-        return self.records.drop(columns="task")  # a table's "task" is an lm-eval task
-
-    @property
-    def shared_origins(self) -> pd.DataFrame:
-        return self.shared.drop(columns="task")
+    def collect_rows(self, columns: Sequence[str], read: Callable[[dict[str, Any]], Iterable[Row]]) -> pd.DataFrame:
+        """Collect the rows that a function yields from the metrics of each run, after the run's id, cell and seed."""
+        rows = [
+            (run.id, *cell_of(run).values(), run.spec["seed"], *row)
+            for run in self.runs
+            for row in read(self.metrics[run.id])
+        ]
+        # pandas sums objects in order, floats pairwise, which shows in the last digit
+        return pd.DataFrame(rows, columns=["run_id", *CELL, "seed", *columns], dtype=object)
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
         """Return a metric of the shared seeds, indexed by cell and seed; ``name`` selects a task of the part."""
@@ -82,42 +87,23 @@ class InstructionOutcomes(Outcomes):
             chosen = chosen[chosen["eval_task"] == name]
         return chosen.set_index([*CELL, "seed"])["value"]
 
-    @property
-    def losses(self) -> pd.Series[float]:
-        """Return the held-out loss of the shared seeds, indexed by cell and seed."""
-        return self.numbers("dev", _LOSS)
-
     def cells(self) -> pd.DataFrame:
         """Return a row per cell, with its number ``n`` of shared seeds."""
         cells = self.records[CELL].drop_duplicates()
         seeds = self.shared.groupby(CELL)["seed"].nunique().rename("n")
         return cells.join(seeds, on=CELL).fillna({"n": 0}).astype({"n": int}).reset_index(drop=True)
 
-    def _tests(self, key: str, *, lower_is_better: bool = False) -> pd.DataFrame:
-        """Return paired differences over questions, averaged over seeds, a row per cell, reference and task."""
+    def _tests(self, metric: str) -> pd.DataFrame:
+        values = self.questions[self.questions["metric"] == metric].drop(columns=["run_id", "metric"])
         differences = [
-            self._differences(self._questions[key], [*CELL, "task"], against, "question").assign(against=against)
+            self._differences(values, [*CELL, "task"], against, "question").assign(against=against)
             for against in self._references
         ]
         tests = pd.concat(differences, ignore_index=True).rename(columns={"n": "questions"})
         tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
         tests = tests.sort_values("task", key=lambda names: names.map(list(self.tasks).index), kind="stable")
         row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
-        return with_verdicts(tests[row], lower_is_better=lower_is_better)
-
-    def _values_by_question(self, key: str) -> pd.DataFrame:
-        """Return a row per run and question with its ``value``: 1 if correct, or the right answer's nats per byte."""
-        columns = [*CELL, "seed", "task", "question", "value"]
-        rows = [
-            (*cell_of(run).values(), run.spec["seed"], task, f"{subject} {number}", float(value))
-            for run in self.runs
-            for task, tested in self.metrics[run.id]["tasks"].items()
-            for subject, values in tested.get(key, {}).items()
-            for number, value in enumerate(values)
-            if value is not None  # the model diverged
-        ]
-        # pandas sums objects in order, floats pairwise, which shows in the last digit
-        return pd.DataFrame(rows, columns=columns, dtype=object)
+        return with_verdicts(tests[row], lower_is_better=metric == NATS)
 
     def _differences(self, scores: pd.DataFrame, cell: list[str], against: str, pair: str) -> pd.DataFrame:
         # untuned models do not depend on the seed
@@ -126,25 +112,21 @@ class InstructionOutcomes(Outcomes):
 
     def loss_differences(self, against: str) -> pd.DataFrame:
         """Return the differences of held-out loss to a reference, a row per cell, paired by shared seed."""
-        return self._differences(self.losses.reset_index(), CELL, against, "seed").drop(columns=["n", "values"])
+        losses = self.numbers("dev", "loss").reset_index()
+        return self._differences(losses, CELL, against, "seed").drop(columns=["n", "values"])
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return losses by seed, accuracy and nats per byte by question, and parameter counts, for claims.
 
         The column ``setting`` has the variant, so that a claim can name its layers.
         """
-        is_loss = (self.records["part"] == "dev") & (self.records["metric"] == _LOSS)
-        losses = self.records.loc[is_loss, [*CELL, "seed", "value"]]
-        losses = losses.rename(columns={"set": "task", "seed": "pair", "variant": "setting"})
+        records = self.records.rename(columns={"set": "task", "variant": "setting"})
+        losses = records[(records["part"] == "dev") & (records["metric"] == "loss")].drop(columns="eval_task")
         names = {"task": "eval_task", "set": "task", "question": "pair", "variant": "setting"}
-        questions = [
-            self._questions[key].rename(columns=names).assign(domain=QUESTIONS, metric=metric)
-            for key, metric in ((_CORRECT, "accuracy"), (NATS, NATS))
-        ]
         return join_claim_numbers(
-            losses.assign(domain=HELD_OUT, metric=_LOSS),
-            *questions,
-            parameter_counts(self.records.rename(columns={"variant": "setting"})),
+            losses.rename(columns={"seed": "pair"}).assign(domain=HELD_OUT),
+            self.questions.rename(columns=names).assign(domain=QUESTIONS),
+            parameter_counts(records),
         )
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -154,11 +136,11 @@ class InstructionOutcomes(Outcomes):
     @property
     def several_sets(self) -> bool:
         """Return True if rows must name their set."""
-        return len({run.spec["task"]["name"] for run in self.runs}) > 1
+        return self.records["set"].nunique() > 1
 
     def row_title(self, cell: Mapping[str, str]) -> str:
         """Return a title that distinguishes a cell from the others."""
-        varying = [key for key in ("model", "set") if len({cell_of(run)[key] for run in self.runs}) > 1]
+        varying = [key for key in ("model", "set") if self.records[key].nunique() > 1]
         return ", ".join([*(self.title(key, cell[key]) for key in (*varying, "tuning")), self.method_title(cell)])
 
     def method_title(self, cell: Mapping[str, str]) -> str:
@@ -185,20 +167,22 @@ def format_task(task: str) -> str:
     return " ".join((_TITLES.get(name, name), shots)).strip()
 
 
-def format_part(part: str) -> str:
-    """Return the title of a category or subject, without the group around it."""
-    return part.rpartition("::")[2].replace("_", " ")
-
-
-def _best_rate_runs(runs: Sequence[Run], metrics: dict[str, dict[str, Any]]) -> list[Run]:
+def _best_rate_runs(runs: Sequence[Run], metrics: Mapping[str, dict[str, Any]]) -> list[Run]:
     """Return the runs of each cell's learning rate with the lowest mean held-out loss."""
-    by_cell: dict[tuple[str, ...], dict[float, list[Run]]] = {}
-    for run in runs:
-        rates = by_cell.setdefault(tuple(cell_of(run).values()), {})
-        rates.setdefault(run.spec["learning_rate"], []).append(run)
+    rates = [(*cell_of(run).values(), run.spec["learning_rate"]) for run in runs]
+    frame = pd.DataFrame(rates, columns=[*CELL, "rate"])
+    losses = [metrics[run.id]["scores"]["dev"][run.spec["task"]["name"]]["loss"] for run in runs]
+    frame["loss"] = [math.inf if loss is None else loss for loss in losses]
+    means = frame.groupby([*CELL, "rate"], sort=False)["loss"].mean()
+    best = set(means.groupby(CELL, sort=False).idxmin())
+    return [run for run, rate in zip(runs, rates, strict=True) if rate in best]
 
-    def mean_loss(members: list[Run]) -> float:
-        losses = [metrics[run.id]["scores"]["dev"][run.spec["task"]["name"]][_LOSS] for run in members]
-        return sum(float("inf") if loss is None else loss for loss in losses) / len(losses)
 
-    return [run for rates in by_cell.values() for run in min(rates.values(), key=mean_loss)]
+def _question_values(metrics: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield task, metric, question and value of each question."""
+    for task, result in metrics["tasks"].items():
+        for key, metric in (("correct", ACCURACY), (NATS, NATS)):
+            for subject, values in result.get(key, {}).items():
+                for number, value in enumerate(values):
+                    if value is not None:  # the model diverged
+                        yield task, metric, f"{subject} {number}", float(value)

@@ -14,11 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.sets import ALL, SetPart
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.training.callbacks import Probe, Stopwatch
 from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded
 from benchmarks.harness.training.progress import Progress
@@ -26,10 +24,10 @@ from benchmarks.harness.training.sharding import gather_trained, shard_
 from benchmarks.harness.training.trainer import available_precision, evaluate_with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, model_inputs
-from benchmarks.llama.evaluation import LoadedTask, generate_answers, held_out_loss, load_task, run_task, task_title
+from benchmarks.llama.evaluation import LoadedTask, generate_answers, held_out_loss, load_task, run_task
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
-from benchmarks.llama.training import TrainingResult, train
+from benchmarks.llama.training import train
 from emoe.layer import routed_layers
 
 _CALIBRATION_ROWS = 256
@@ -56,17 +54,20 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     tasks = [load_task(entry) for entry in read.evaluation.tasks] if is_main() else []
     if is_main() and data.note:
         progress.say(f"warning: {data.note}")
+    counts = data.summary["train"]
     progress.say(
-        f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
-        f"{data.train.summary()['truncated_responses']} responses cut at {read.data.max_length} tokens"
+        f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {counts['broken_rows']} broken left out, "
+        f"{counts['truncated_responses']} responses cut at {read.data.max_length} tokens"
     )
     trainable = _build(spec, data)
-    data = data.with_prefix(trainable.prefix)
+    if trainable.prefix:
+        train_rows, held_out = (rows.with_prefix(trainable.prefix, tokenizer) for rows in (data.train, data.held_out))
+        data = replace(data, train=train_rows, held_out=held_out)
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn.index) for layer in routed)}")
     probe = Probe()
     probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
-    trained = TrainingResult([], Stopwatch().cost(0))
+    trained: dict[str, Any] = {"curve": [], "cost": Stopwatch().cost(0)}
     if isinstance(training, RunInstructionTraining):
         trained = train(trainable, tokenizer, read, training, data.train, data.held_out, folder, progress, probe)
         trainable = _gather_model(spec, trainable)
@@ -76,41 +77,25 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
     evaluated = _evaluate(read, trainable, data, tasks, progress)
-    if trained.held_out:
-        last = {"step": trained.cost["steps"], "loss": evaluated["scores"]["dev"][read.task.name]["loss"]}
-        evaluated["held_out_curve"] = [*trained.held_out, last]
-    return evaluated | {
-        "curve": trained.curve,
-        "probe": probe.summary(),
-        "model": trainable.summary,
-        "cost": {**trained.cost, "precision": available_precision(training.precision), **trainable.prefix_cost()},
-        "data": data.summary(),
-    }
+    cost = {**trained["cost"], "precision": available_precision(training.precision), **trainable.prefix_cost()}
+    if curve := trained.get("held_out_curve"):
+        curve.append({"step": cost["steps"], "loss": evaluated["scores"]["dev"][read.task.name]["loss"]})
+    model = {"probe": probe.summary(), "model": trainable.summary}
+    return {**evaluated, **trained, **model, "cost": cost, "data": data.summary}
 
 
 @dataclass(frozen=True)
 class Data:
-    """Hold the training rows of a run (whole steps), the held-out rows, and the number of broken rows.
+    """Hold the training rows of a run (whole steps), and the held-out rows.
 
-    ``note`` is a warning about an unexpected row count; None without one.
+    ``summary`` has the counts for ``metrics.json``; ``note`` is a warning about an unexpected row count, or None.
     """
 
     template: Template
     train: EncodedRows
     held_out: EncodedRows
-    broken: int
-    source: str
+    summary: dict[str, dict[str, Any]]
     note: str | None
-
-    def with_prefix(self, prefix: Prefix | None) -> Data:
-        """Return a copy whose rows include the output of the frozen layers; the same data if ``prefix`` is None."""
-        train, held_out = (rows.with_prefix(prefix, self.template.tokenizer) for rows in (self.train, self.held_out))
-        return replace(self, train=train, held_out=held_out)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the counts for ``metrics.json``."""
-        shared = {"source": self.source, "template": self.template.name, "broken_rows": self.broken}
-        return {"train": shared | self.train.summary(), "held_out": shared | self.held_out.summary()}
 
 
 def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -133,8 +118,11 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
             f"and the rest does not fill a step of {batch}"
         )
     entry = load_benchmark(spec.benchmark).tasks.get(name)
-    note = SetPart(name, ALL, len(instructions.rows), len(instructions.broken), entry.rows).note if entry else None
-    return Data(template, whole.select(learned), whole.select(held_out), len(broken), instructions.source, note)
+    note = instructions.describe(name, entry.rows).note if entry else None
+    train_rows, held_out_rows = whole.select(learned), whole.select(held_out)
+    shared = {"source": instructions.source, "template": template.name, "broken_rows": len(broken)}
+    summary = {"train": shared | train_rows.summary(), "held_out": shared | held_out_rows.summary()}
+    return Data(template, train_rows, held_out_rows, summary, note)
 
 
 def _calibration(data: Data) -> Iterator[dict[str, torch.Tensor]]:
@@ -184,9 +172,10 @@ def _evaluate(
     )
     evaluated = {}
     for task in tasks:
-        title = task_title(task.entry)
-        progress.say(f"evaluating on {title}")
-        evaluated[title] = run_task(model, tokenizer, task, evaluation.batch_size, precision, trainable.prefix)
+        progress.say(f"evaluating on {task.entry.title}")
+        evaluated[task.entry.title] = run_task(
+            model, tokenizer, task, evaluation.batch_size, precision, trainable.prefix
+        )
     instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
     return {

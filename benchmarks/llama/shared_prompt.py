@@ -62,7 +62,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the frozen layers' output for the questions; None if no layer is frozen."""
         if self._prefix is None or not questions:
             return None
-        sizes = [len(part) for question in questions for part in question.parts]
+        sizes = [len(segment) for question in questions for segment in question.segments]
         columns = {"tokens": np.concatenate([question.tokens for question in questions]), "parts": np.asarray(sizes)}
         lengths = [len(question.tokens) for question in questions]
         return PrefixStates(
@@ -75,14 +75,13 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         keep = len(question.tokens) - len(question.prompt) + 1
         logits = cast(Any, self.model)(**_inputs([question]), **states, logits_to_keep=keep, use_cache=False).logits[0]
         logs = torch.log_softmax(logits.float(), dim=-1)
-        answers, start = [], 1
-        for choice in question.choices:
-            end = start + len(choice) - 1
-            of_choice = torch.cat([logs[:1], logs[start:end]])  # the prompt's last token predicts each first token
+        answers = []
+        rests = logs[1:].split([len(choice) - 1 for choice in question.choices])
+        for choice, rest in zip(question.choices, rests, strict=True):
+            of_choice = torch.cat([logs[:1], rest])  # the prompt's last token predicts each first token
             tokens = torch.tensor(choice)
             value = of_choice.gather(1, tokens[:, None]).sum()
             answers.append((float(value), bool((of_choice.argmax(dim=-1) == tokens).all())))
-            start = end
         return answers
 
 
@@ -94,35 +93,30 @@ class _Question:
     choices: list[list[int]]
 
     @property
-    def parts(self) -> list[Sequence[int]]:
+    def segments(self) -> list[Sequence[int]]:
         """Return the prompt, then the choices without their last tokens, which predict nothing."""
         return [self.prompt, *(choice[:-1] for choice in self.choices)]
 
     @property
     def tokens(self) -> list[int]:
-        """Return the tokens of all parts."""
-        return [token for part in self.parts for token in part]
+        """Return the tokens of all segments."""
+        return [token for segment in self.segments for token in segment]
 
     def mask(self) -> Tensor:
         """Return the causal mask ``[tokens, tokens]``: a token attends to the prompt and its own choice."""
-        sizes = torch.tensor([len(part) for part in self.parts])
-        part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        return ((part[:, None] == part[None, :]) | (part[None, :] == 0)).tril()
-
-    def positions(self) -> Tensor:
-        """Return the position ids ``[tokens]``; every choice starts after the prompt."""
-        prompt, *choices = self.parts
-        starts = [0, *[len(prompt)] * len(choices)]
-        return torch.cat([torch.arange(len(part)) + start for part, start in zip(self.parts, starts, strict=True)])
+        sizes = torch.tensor([len(tokens) for tokens in self.segments])
+        segment = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        return ((segment[:, None] == segment[None, :]) | (segment[None, :] == 0)).tril()
 
 
 def _inputs(questions: Sequence[_Question]) -> dict[str, Tensor]:
     """Return the model's inputs, padded on the right with tokens that attend only to themselves."""
     count, longest = len(questions), max(len(question.tokens) for question in questions)
-    tokens, positions = (torch.zeros(count, longest, dtype=torch.long) for _ in range(2))
+    tokens = torch.zeros(count, longest, dtype=torch.long)
     mask = torch.eye(longest, dtype=torch.bool).repeat(count, 1, 1)
     for row, question in enumerate(questions):
         size = len(question.tokens)
-        tokens[row, :size], positions[row, :size] = torch.tensor(question.tokens), question.positions()
+        tokens[row, :size] = torch.tensor(question.tokens)
         mask[row, :size, :size] = question.mask()
+    positions = mask.sum(-1) - 1  # every choice starts after the prompt
     return {"input_ids": tokens, "position_ids": positions, "attention_mask": mask[:, None]}

@@ -5,16 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DefinitionError, derive_seed
-from benchmarks.llama.definition import PromptTemplate
+from benchmarks.llama.definition import CHAT, RANDOM, PromptTemplate
 from benchmarks.llama.instructions import Instruction
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-CHAT, RANDOM = "chat", "random"
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,9 @@ class Template:
     @property
     def end_tokens(self) -> list[int]:
         """Return the ids of the end tokens: the tokenizer's, and the chat template's if it differs."""
-        tokens = self.tokenizer(self.response(Instruction("", "a", "", "b")), add_special_tokens=False)["input_ids"]
+        tokens = self.tokenizer(self.response(Instruction(instruction="a", output="b")), add_special_tokens=False)[
+            "input_ids"
+        ]
         special = [token for token in tokens if token in self.tokenizer.all_special_ids]
         return list(dict.fromkeys([int(self.tokenizer.eos_token_id), *special]))
 

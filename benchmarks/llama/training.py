@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,21 +24,6 @@ from benchmarks.llama.encoding import EncodedRows, collator, without_prompt_logi
 from benchmarks.llama.evaluation import held_out_loss
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """Hold the results of a training.
-
-    Attributes:
-        curve: The loss of every step, the mean over its response tokens.
-        cost: The number of steps and their times.
-        held_out: The ``step`` and ``loss`` of held-out evaluations during training; empty without ``eval_every``.
-    """
-
-    curve: list[float | None]
-    cost: dict[str, float]
-    held_out: list[dict[str, Any]] = field(default_factory=list)
-
-
 def train(
     trainable: Trainable,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,11 +34,14 @@ def train(
     folder: Path,
     progress: Progress,
     probe: Probe,
-) -> TrainingResult:
+) -> dict[str, Any]:
     """Train from the last complete checkpoint, if any.
 
-    The rows and the loss of a step do not depend on the number of processes or the micro-batch size. The loss on
-    ``held_out`` is computed every ``eval_every`` steps.
+    The rows and the loss of a step do not depend on the number of processes or the micro-batch size.
+
+    Returns:
+        ``curve``, the loss of every step (the mean over its response tokens), and ``cost``, the number of steps and
+        their times. With ``eval_every`` also ``held_out_curve``: ``step`` and ``loss`` of evaluations on ``held_out``.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
     precision = available_precision(training.precision)
@@ -94,18 +81,19 @@ def train(
         callbacks=[progress, stopwatch, UpdateGates()],
     )
     if every := training.eval_every:
-        options: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "batch_size": spec.evaluation.batch_size,
-            "precision": precision,
-        }
-        loss = partial(held_out_loss, rows=held_out, **options)
+        size = spec.evaluation.batch_size
+        loss = partial(held_out_loss, rows=held_out, tokenizer=tokenizer, batch_size=size, precision=precision)
         trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, so that it is not timed
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     log = trainer.state.log_history
-    curve = [finite_or_none(entry["loss"]) for entry in log if "loss" in entry]
-    points = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
-    return TrainingResult(curve, stopwatch.cost(trainer.state.global_step), points)
+    trained: dict[str, Any] = {
+        "curve": [finite_or_none(entry["loss"]) for entry in log if "loss" in entry],
+        "cost": stopwatch.cost(trainer.state.global_step),
+    }
+    if training.eval_every:
+        points = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
+        trained["held_out_curve"] = points
+    return trained
 
 
 _KEY = "held_out_loss"

@@ -15,12 +15,7 @@ from transformers import TrainerControl, TrainerState
 
 from benchmarks.domainbed.batches import EnvironmentBatches
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
-from benchmarks.domainbed.protocol import (
-    hyper_parameters,
-    seed_hash,
-    split_environment,
-    sweep_seed,
-)
+from benchmarks.domainbed.protocol import hyper_parameters, seed_hash, split_environment, sweep_seed
 from benchmarks.domainbed.training import EvaluationSteps
 from tests.planned import paper_runs
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,21 +19,22 @@ from benchmarks.harness.base import BENCHMARKS, DATA_ROOT, DataError, Definition
 from benchmarks.harness.config.yaml import read
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.packages import find_package
-from benchmarks.llama.definition import InstructionSource, TemplateFile
+from benchmarks.llama.definition import CHAT, RANDOM, InstructionSource, TemplateFile
 from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken
-from benchmarks.llama.templates import CHAT, RANDOM, Template, find_template
+from benchmarks.llama.templates import Template, find_template
 from tests.conftest import fetched
 
 TEMPLATES = read(BENCHMARKS / "llama/templates.yaml", TemplateFile).templates
 
 
+GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+ROW = Instruction(**GOOD)
+
+
 def find(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Template:
     return find_template(name, TEMPLATES, tokenizer, seed)
-
-
-GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 
 
 @pytest.fixture(scope="module")
@@ -44,35 +47,49 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+BROKEN: list[tuple[Any, str]] = [
+    ({"instruction": "Add.", "input": ""}, "'output': Field required"),
+    ({**GOOD, "output": "  "}, "'output': Value error, the text is empty"),
+    ({**GOOD, "instruction": 7}, "'instruction': Input should be a valid string"),
+    ([], "Input should be"),
+]
+
+
 @pytest.mark.parametrize("lines", [True, False])
 def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> None:
-    rows: list[tuple[object, str]] = [
-        (GOOD, ""),
-        ({"instruction": "Add.", "input": ""}, "lacks 'output'"),
-        ({**GOOD, "output": "  "}, "'output' is empty"),
-        ({**GOOD, "instruction": 7}, "'instruction' is int, not text"),
-        ({**GOOD, "output": "caf\u00e9"}, "'output' is not UTF-8"),
-        ({**GOOD, "input": None}, ""),
-    ]
-    encoded = [json.dumps(row, ensure_ascii=False).encode("latin-1") for row, _ in rows]
+    encoded = [json.dumps(row).encode() for row in (GOOD, *(row for row, _ in BROKEN), {**GOOD, "input": None})]
     result = parse(b"\n".join(encoded) if lines else b"[\n" + b",\n".join(encoded) + b"\n]", "x", lines=lines)
-    places = [f"{'line' if lines else 'row'} {number}" for number in range(1, 7)]
-    assert result.rows == [Instruction(places[0], "Add.", "1 and 2", "3"), Instruction(places[5], "Add.", "", "3")]
-    assert result.broken == [f"{place} {reason}" for place, (_, reason) in zip(places, rows, strict=True) if reason]
-    with pytest.raises(DataError, match=rf"x has 4 broken rows: {re.escape(places[1])} lacks 'output'; .*rows: skip"):
+    noun = "line" if lines else "row"
+    assert [(row.place, row.input) for row in result.rows] == [(f"{noun} 1", "1 and 2"), (f"{noun} 6", "")]
+    for number, (message, (_, reason)) in enumerate(zip(result.broken, BROKEN, strict=True), start=2):
+        assert message.startswith(f"{noun} {number}: {reason}")
+    with pytest.raises(DataError, match=rf"x has 4 broken rows, the first: {noun} 2: 'output': .*rows: skip"):
         refuse_broken(result.broken, "x")
+
+
+LATIN = json.dumps({**GOOD, "output": "caf\u00e9"}, ensure_ascii=False).encode("latin-1")
+
+
+def test_lines_that_are_no_json_or_not_utf_8_are_broken() -> None:
+    result = parse(codecs.BOM_UTF8 + json.dumps(GOOD).encode() + b"\r\n\n{\n" + LATIN, "x", lines=True)
+    assert [row.place for row in result.rows] == ["line 1"]
+    assert [re.sub(r" at .*", "", message) for message in result.broken] == [
+        "line 3: Invalid JSON: EOF while parsing an object",
+        "line 4: Invalid JSON: invalid unicode code point",
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (json.dumps([GOOD]) + "\n}", r"is not JSON: Extra data: line 2 column 1 .*; name it .jsonl"),
-        (" [\n]\n", "is not a list of objects, or is empty"),
+        (json.dumps([GOOD]).encode() + b"\n}", r"is not JSON: Extra data: line 2 column 1 .*; name it .jsonl"),
+        (b" [\n]\n", "is not a list of objects, or is empty"),
+        (b"[" + LATIN + b"]", "is not JSON: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
-def test_a_damaged_list_is_refused(content: str, message: str) -> None:
+def test_a_damaged_list_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=rf"x\.json {message}"):
-        parse(content.encode(), "x.json", lines=False)
+        parse(content, "x.json", lines=False)
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,14 +107,14 @@ def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypa
 
 
 def test_templates_put_instruction_and_input_in_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = Instruction("line 1", "Repeat {input} and {x}.", "a {instruction} b", "done")
+    row = Instruction(instruction="Repeat {input} and {x}.", input="a {instruction} b", output="done")
     plain, alpaca = (find(name, tokenizer, 0) for name in ("plain", "alpaca"))
     assert plain.prompt(row) == "Repeat {input} and {x}.\n\na {instruction} b\n\n"
     assert plain.response(row) == "done</s>"
-    without = alpaca.prompt(Instruction("line 1", "Add.", "", "3"))
+    without = alpaca.prompt(Instruction(instruction="Add.", output="3"))
     assert without.startswith("Below is an instruction that describes a task. Write")
     assert without.endswith("### Instruction:\nAdd.\n\n### Response:")
-    assert "### Input:\n1 and 2\n\n### Response:" in alpaca.prompt(Instruction("", "Add.", "1 and 2", "3"))
+    assert "### Input:\n1 and 2\n\n### Response:" in alpaca.prompt(ROW)
 
 
 def test_a_random_template_is_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -109,32 +126,29 @@ def test_a_random_template_is_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFa
 
 
 def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = Instruction("line 1", "Add.", "1 and 2", "3")
     plain = find("alpaca", tokenizer, 0)
     chatting = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     chatting.chat_template = plain.as_chat_template()
     chat = find("chat", chatting, 0)
-    whole = Instruction("line 1", "Add.\n\n1 and 2", "", "3")
-    assert chat.prompt(row) == plain.prompt(whole)
-    assert chat.response(row) == plain.response(whole)
+    whole = Instruction(instruction="Add.\n\n1 and 2", output="3")
+    assert chat.prompt(ROW) == plain.prompt(whole)
+    assert chat.response(ROW) == plain.response(whole)
     with pytest.raises(DefinitionError, match="has no chat template; use one of templates"):
         find("chat", tokenizer, 0)
     chatting.chat_template = "{% for message in messages %}{{ messages | length }}{{ message['content'] }}{% endfor %}"
     with pytest.raises(DefinitionError, match="changes the prompt"):
-        find("chat", chatting, 0).response(row)
+        find("chat", chatting, 0).response(ROW)
 
 
 def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [
-        Instruction("line 1", "one two three", "", "four five"),
-        Instruction("line 2", "one two three", "four", "five six seven eight"),
-        Instruction("line 3", "one " * 10_000, "", "two"),
-    ]
+    texts = [("one two three", "", "four five"), ("one two three", "four", "five six seven eight")]
+    texts.append(("one " * 10_000, "", "two"))
+    rows = [Instruction(**dict(zip(GOOD, row, strict=True)), place=f"line {i}") for i, row in enumerate(texts)]
     encoded = EncodedRows(rows, find("plain", tokenizer, 0), 7)
     assert [(row.begin, len(row.tokens), row.cut) for row in encoded.rows] == [(3, 6, 0), (4, 7, 2)]
     assert encoded[0]["labels"] == [IGNORED] * 3 + encoded[0]["input_ids"][3:]
     assert encoded[0]["input_ids"][-1] == tokenizer.eos_token_id  # the end is learned too
-    assert encoded.broken == ["line 3 has a prompt of 10000 tokens, so the response does not fit into 7"]
+    assert encoded.broken == ["line 2 has a prompt of 10000 tokens, so the response does not fit into 7"]
     counts = {"rows": 2, "truncated_responses": 1, "truncated_tokens": 2}
     counts |= {"tokens": 13, "learned_tokens": 6, "longest": 7}
     assert encoded.summary() | counts == encoded.summary()
@@ -144,7 +158,8 @@ def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreT
 def test_the_split_of_prompt_and_response_is_that_of_the_texts(name: str) -> None:
     """With a real tokenizer: what is learned reads as the response, and nothing of it is missing."""
     tokenizer = load_tokenizer({"name": "tiny-llama", "config": {}, "tokenizer": "minilm"})
-    row, template = Instruction("", "Name two colours", "bright ones", "Red, and yellow!"), find(name, tokenizer, 0)
+    row = Instruction(instruction="Name two colours", input="bright ones", output="Red, and yellow!")
+    template = find(name, tokenizer, 0)
     encoded = EncodedRows([row], template, 200).rows[0]
     assert tokenizer.decode(encoded.tokens[encoded.begin :], skip_special_tokens=True) == "red, and yellow!"
     assert not template.prompt(row).endswith(" ")  # byte-level tokenizers put a blank and the word after it together
@@ -182,7 +197,7 @@ def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -
     model, rows = small_llama(), random_rows(4)
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
     encoded = EncodedRows([], find("plain", tokenizer, 0), 10)
-    encoded.rows = [EncodedRow(Instruction("", "", "", ""), row["input_ids"], 2, 0) for row in rows]
+    encoded.rows = [EncodedRow(ROW, row["input_ids"], 2, 0) for row in rows]
     counts = []
     for batch_size in (1, 4):
         with emoe.record_routing(model) as record:

@@ -74,7 +74,7 @@ def test_the_cost_of_conversion_and_the_gain_of_tuning_are_separate(runs: list[R
 
 def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
     outcomes = InstructionOutcomes(LLAMA, runs)
-    frame = paired_tests(outcomes).frame
+    frame = paired_tests(outcomes, "accuracy").frame
     frame = frame[frame["against"] == "dense"].set_index("tuning")
     assert frame["questions"].tolist() == [100] * 3
     assert frame["seeds"].to_dict() == {"base": 1, "lora": 2, "full": 1}
@@ -122,7 +122,7 @@ TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
         ({"grid": [{**BLOCK, "finetuning": ["lorra"]}]}, "did you mean 'lora'"),
         ({"data.template": "alpacca"}, r"data.template' is 'alpacca', which .* did you mean 'alpaca'"),
         ({"grid": [TRAINS], "finetuning": {"full": {"quantize": "nf4"}}}, "weights in 4 bits cannot be trained"),
-        ({"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}}, "'layers' needs 'train: blocks'"),
+        ({"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}}, "'layers' and 'train: blocks' or 'quantize' need each"),
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:

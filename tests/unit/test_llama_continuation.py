@@ -14,10 +14,10 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.llama.likelihood import nats_per_byte
+from benchmarks.llama.evaluation import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.presentation import nats_tests
-from benchmarks.llama.questions import write_mmlu_dev
+from benchmarks.llama.presentation import tests as paired_tests
+from benchmarks.llama.questions import ensure_mmlu_dev
 from tests.fake_runs import write_runs
 from tests.instruction_runs import offer_only, tiny_run
 from tests.planned import plan
@@ -37,7 +37,8 @@ def test_questions_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatc
     from lm_eval.tasks import TaskManager
 
     offer_only("mmlu", monkeypatch)
-    assert write_mmlu_dev(FILES) == 281
+    ensure_mmlu_dev(FILES)
+    assert sum(len(path.read_text().splitlines()) for path in FILES.glob("*.jsonl")) == 281
     assert len(list(FILES.glob("mmlu_dev_anatomy*.yaml"))) == 2  # with letters, and with answers
     lines = (FILES / "formal_logic.jsonl").read_text().splitlines()
     rows = datasets.Dataset.from_list([json.loads(line) for line in lines])
@@ -75,7 +76,11 @@ def test_nats_are_paired_by_question_and_less_is_better() -> None:
     runs = [run_from_spec({**spec, "seed": seed}) for spec in specs for seed in (0, 1)]
     write_runs(runs, {"emoe": 0.3})
     outcomes = InstructionOutcomes(load_benchmark("llama"), runs)
-    row = nats_tests(outcomes).frame.set_index(["tuning", "method", "against"]).loc[("lora", "emoe", "dense")]
+    row = (
+        paired_tests(outcomes, "nats_per_byte")
+        .frame.set_index(["tuning", "method", "against"])
+        .loc[("lora", "emoe", "dense")]
+    )
     assert (row["questions"], row["seeds"], row["verdict"]) == (100, 2, "better")
     means = outcomes.numbers("test", "nats_per_byte").groupby(["tuning", "method"]).mean()
     assert row["delta"] == pytest.approx(means["lora", "emoe"] - means["lora", "dense"])

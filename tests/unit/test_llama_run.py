@@ -19,7 +19,7 @@ from benchmarks.llama.definition import EvaluationTask, InstructionSpec
 from benchmarks.llama.evaluation import load_task, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
-from benchmarks.llama.questions import write_mmlu_dev
+from benchmarks.llama.questions import ensure_mmlu_dev
 from tests.executed import finish, killed_and_resumed, prepare
 from tests.instruction_runs import ROWS, enter, tiny_run
 from tests.programs import call
@@ -36,7 +36,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_leaves_its_numbers() -> None:
-    write_mmlu_dev(QUESTIONS / "mmlu_dev")
+    ensure_mmlu_dev(QUESTIONS / "mmlu_dev")
     metrics = finish(prepare(tiny_run("emoe", evaluation=TASKS)))
     assert len(metrics["curve"]) == 6  # 12 rows, 4 a step, twice
     assert metrics["curve"][-1] < metrics["curve"][0]
