@@ -14,7 +14,6 @@ localrules:
     all,
     smoke,
     tables,
-    check,
 
 
 rule all:

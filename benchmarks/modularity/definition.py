@@ -14,9 +14,6 @@ from benchmarks.harness.config.yaml import UNIQUE, Count, Names, Share, Strict, 
 from benchmarks.text.definition import RunTask
 
 EXPERTS = "experts"  # the name of the measurement
-# the keys that a row may set: how neurons are grouped, and the scores of groups
-_FREE = {"kind", "title", "role", "method", "num_experts", "top_k", "top_k_fraction", "layers", "partition"}
-_FREE |= {"partition_seed", "score", "score_bias"}
 
 
 class Reading(Strict):

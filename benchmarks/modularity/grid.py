@@ -13,11 +13,7 @@ from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse, read
-from benchmarks.modularity.definition import (
-    _FREE,
-    ModularityDefinition,
-    ModularityPart,
-)
+from benchmarks.modularity.definition import ModularityDefinition, ModularityPart
 from benchmarks.text.definition import TaskFile
 from benchmarks.text.grid import TextSets
 
@@ -34,11 +30,11 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         definition = parse(content, ModularityDefinition, str(file))
         benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, {})
         for row, method in benchmark.methods().items():
-            where = f"{file}: 'methods.{row}'"
-            if method.kind != "emoe" or method.given().get("partition") == "coactivation":
-                raise DefinitionError(f"{where} must be an EMoE with experts of its weights, or random ones")
-            if other := sorted(set(method.given()) - _FREE):
-                raise DefinitionError(f"{where} sets '{other[0]}', which needs training")
+            given = method.given()
+            if method.kind != "emoe" or "router" in given or given.get("partition") == "coactivation":
+                raise DefinitionError(
+                    f"{file}: 'methods.{row}' must be an EMoE with avg-k and experts from the weights"
+                )
         return benchmark
 
     def specs(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 import emoe
@@ -21,18 +21,17 @@ from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import loads_by_row
-from benchmarks.modularity.activations import (
-    active_mask,
-    concentration,
-    dense_magnitudes,
-    neurons_used,
-    selected,
-)
-from benchmarks.modularity.definition import EXPERTS, ModularitySpec, Reading
+from benchmarks.modularity.definition import EXPERTS, ModularitySpec
 from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows, batches
 from benchmarks.text.usage import SetLoads, describe_usage
+from emoe.architectures import find_ffns
+from emoe.calibration import record_activations
+from emoe.config import EMoEConfig, Selection
+from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
+
+Batches = Iterable[Mapping[str, Any]]
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -50,40 +49,41 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     read = parse(spec, ModularitySpec, str(folder / "run.json"))
     load = partial(load_part, rows=read.reading.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = {task.name: load(task, "test") for task in (read.task, *read.ood)}
-    tokenizer = load_tokenizer(spec["model"])
-    model = load_backbone(spec["model"])
+    tokenizer, model = load_tokenizer(spec["model"]), load_backbone(spec["model"])
     model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
     (layer,) = spec["method"]["config"]["layers"]
-    length, size, collate = read.reading.max_length, read.reading.batch_size, DataCollatorWithPadding(tokenizer)
-    rows = {
-        name: TokenisedRows(split, tokenizer, length, by_length=False, labelled=False) for name, split in splits.items()
-    }
+    tokenise = partial(
+        TokenisedRows, tokenizer=tokenizer, max_length=read.reading.max_length, by_length=False, labelled=False
+    )
+    rows = {name: tokenise(split) for name, split in splits.items()}
+    read_batches = partial(batches, collate=DataCollatorWithPadding(tokenizer), size=read.reading.batch_size)
     progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
-    dense = {name: dense_magnitudes(model, layer, batches(task, collate, size)) for name, task in rows.items()}
+    dense = {name: dense_magnitudes(model, layer, read_batches(task)) for name, task in rows.items()}
     report = apply_method_(model, spec["method"], read.seed)
-    converted = [asdict(entry) for entry in report.layers] if report else []
+    converted = [dataclasses.asdict(entry) for entry in report.layers] if report else []
     progress.say("reading them again with experts")
     loads, top, bottom = {}, [], []
     for name, task in rows.items():
         with emoe.record_routing(model) as record:
-            top.append(neurons_used(model, layer, _label_by_row(batches(task, collate, size), record), "top"))
+            top.append(neurons_used(model, layer, _label_by_row(read_batches(task), record), "top"))
         loads[name] = SetLoads(loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers)
-        bottom.append(neurons_used(model, layer, batches(task, collate, size), "bottom"))
+        bottom.append(neurons_used(model, layer, read_batches(task), "bottom"))
     order = permutations(model)[layer]
-    whole = torch.cat([magnitudes[:, order] for magnitudes in dense.values()])
-    active = active_mask(whole, read.reading.active_share)
-    measured = concentration(whole, active, spec["method"]["config"]["num_experts"])
+    magnitudes = torch.cat([of_task[:, order] for of_task in dense.values()])
+    active = active_mask(magnitudes, read.reading.active_share)
+    measured = concentration(magnitudes, active, spec["method"]["config"]["num_experts"])
     for selection, used in (("top", top), ("bottom", bottom)):
-        numbers = selected(torch.cat(used), whole, active)
+        numbers = measure_use(torch.cat(used), magnitudes, active)
         measured |= {f"{name}_{selection}": value for name, value in numbers.items()}
     measured["inertia"] = 1 - converted[0]["explained"]
     information, usage = describe_usage(loads)
     measured |= information | {f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")}
+    tokens = {name: len(of_task) for name, of_task in dense.items()}
     return {
         "measured": {EXPERTS: measured},
         "usage": usage,
-        "matrix": _matrix({name: len(magnitudes) for name, magnitudes in dense.items()}, whole, active, read.reading),
+        "matrix": sample_matrix(tokens, magnitudes, active, read.reading.shown_tokens),
         "model": {"source": source, "conversion": converted},
         "cost": {},
         "data": {f"test:{name}": split.summary() for name, split in splits.items()},
@@ -100,28 +100,122 @@ def _label_by_row(batches: Iterable[dict[str, Any]], record: RoutingRecord) -> I
         start = end
 
 
-def _matrix(tokens: Mapping[str, int], whole: Tensor, active: Tensor, reading: Reading) -> dict[str, Any]:
-    """Sample tokens of every task, and list their active neurons.
+def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
+    """Record ``|activation|`` in a layer's FFN, ``[tokens, d]``; tokens are sampled with a fixed seed, without padding."""
+    ffn = find_ffns(model)[layer]
+    return record_activations(model, [ffn], batches, seed=derive_seed("tokens"))[layer].t()
+
+
+def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Selection) -> Tensor:
+    """Return the neurons that a selection of experts uses, ``[tokens, d]`` bool, for the same tokens as above.
+
+    With an activation that always returns 1, the input of the out-projection is the mask. The model is restored.
+    """
+    (routed,) = routed_layers(model)
+    config, activation = routed.config, routed.activation
+    assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid sees to it
+    routed.configure_(dataclasses.replace(config, selection=selection))
+    routed.activation = _Ones()
+    try:
+        return dense_magnitudes(model, layer, batches) != 0
+    finally:
+        routed.activation = activation
+        routed.configure_(config)
+
+
+class _Ones(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.ones_like(z)
+
+
+def active_mask(magnitudes: Tensor, share: float) -> Tensor:
+    """Return a boolean mask of the largest entries, up to a share of all; ties at the threshold are excluded."""
+    flat = magnitudes.flatten()
+    kept = max(1, round(share * flat.numel()))
+    threshold = flat.kthvalue(flat.numel() - kept).values if kept < flat.numel() else flat.min() - 1
+    return magnitudes > threshold
+
+
+def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[str, float]:
+    """Measure the concentration of activations in contiguous blocks of neurons.
 
     Args:
-        tokens: The number of tokens of each task, in the order of ``whole``.
-        whole: The magnitudes ``[tokens, d]``.
+        magnitudes: The magnitudes ``[tokens, d]``.
         active: The active neurons ``[tokens, d]``, bool.
-        reading: The settings.
+        num_blocks: The number of blocks of equal size, N.
+
+    Returns:
+        ``best_quarter``: the share of a token's active neurons in the quarter of the blocks with most of them, mean
+        over tokens with any; ``best_quarter_mass``: the same of all magnitudes, without a threshold; ``usage_gini``:
+        the Gini coefficient of the blocks' active neurons over all tokens; ``dead``: the share of neurons that are
+        active for no token.
+    """
+    counts = active.unflatten(1, (num_blocks, -1)).sum(-1).double()
+    mass = magnitudes.unflatten(1, (num_blocks, -1)).double().sum(-1)
+    return {
+        "best_quarter": _best_quarter(counts),
+        "best_quarter_mass": _best_quarter(mass),
+        "usage_gini": gini(counts.sum(0)),
+        "dead": float((~active.any(0)).double().mean()),
+    }
+
+
+def _best_quarter(by_block: Tensor) -> float:
+    blocks = max(by_block.shape[1] // 4, 1)
+    total = by_block.sum(1)
+    return float((by_block.topk(blocks, dim=1).values.sum(1)[total > 0] / total[total > 0]).mean())
+
+
+def gini(values: Tensor) -> float:
+    """Compute the Gini coefficient of non-negative values: 0 if all are equal, near 1 if one has everything.
+
+    >>> round(gini(torch.tensor([1.0, 1.0])), 3), round(gini(torch.tensor([0.0, 0.0, 0.0, 8.0])), 3)
+    (0.0, 0.75)
+    """
+    ordered = values.double().sort().values
+    count, total = len(ordered), float(ordered.sum())
+    ranks = torch.arange(1, count + 1, dtype=torch.float64)
+    return float((2 * (ranks * ordered).sum()) / (count * total) - (count + 1) / count)
+
+
+def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, float]:
+    """Measure the neurons that a selection of experts uses.
+
+    Args:
+        used: The neurons in use ``[tokens, d]``, bool.
+        magnitudes: The magnitudes ``[tokens, d]`` of the dense model.
+        active: The active neurons ``[tokens, d]``, bool.
+
+    Returns:
+        ``kept``: the share of all magnitudes in used neurons; ``active``: the share of used neurons that are active for
+        the token; ``dead``: the share that is active for no token. The last two are means over tokens.
+    """
+    number = used.sum(1).double()
+    return {
+        "kept": float((magnitudes.double() * used).sum() / magnitudes.double().sum()),
+        "active": float(((active & used).sum(1) / number).mean()),
+        "dead": float(((~active.any(0) & used).sum(1) / number).mean()),
+    }
+
+
+def sample_matrix(tokens: Mapping[str, int], magnitudes: Tensor, active: Tensor, count: int) -> dict[str, Any]:
+    """Sample ``count`` tokens, as many of every task, and list their active neurons.
+
+    ``tokens`` counts the tokens of each task, in the order of ``magnitudes`` and ``active``, both ``[tokens, d]``.
     """
     generator = torch.Generator().manual_seed(derive_seed("shown tokens"))
     shown, tasks, start = [], [], 0
-    for name, count in tokens.items():
-        chosen = torch.randperm(count, generator=generator)[: reading.shown_tokens // len(tokens)]
+    for name, number in tokens.items():
+        chosen = torch.randperm(number, generator=generator)[: count // len(tokens)]
         shown.append(start + chosen.sort().values)
         tasks += [name] * len(chosen)
-        start += count
+        start += number
     rows = torch.cat(shown)
     token, neuron = active[rows].nonzero(as_tuple=True)
     return {
         "tasks": tasks,
-        "neurons": whole.shape[1],
+        "neurons": magnitudes.shape[1],
         "tokens": token.tolist(),
         "places": neuron.tolist(),
-        "values": [round(float(value), 3) for value in whole[rows][token, neuron]],
+        "values": [round(float(value), 3) for value in magnitudes[rows][token, neuron]],
     }

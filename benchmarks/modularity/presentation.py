@@ -1,19 +1,67 @@
-"""Present pre-trained models as they are: tables, figures and verdicts."""
+"""Present pre-trained models as they are: their numbers, tables, figures and verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib import pyplot as plt
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
+from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report import plots
+from benchmarks.harness.report.common import Outcomes, average_over_seeds, read_published
 from benchmarks.harness.report.presentation import Figure, Presentation, make
+from benchmarks.harness.report.style import EMOE
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.harness.results.records import information_numbers
+from benchmarks.harness.results.records import information_numbers, read_metrics
 from benchmarks.harness.results.statistics import PERMUTATIONS
-from benchmarks.modularity.figures import draw_activations, draw_activations_3d, draw_concentration, draw_experts
-from benchmarks.modularity.outcomes import CELL, PLACE, ModularityOutcomes
+from benchmarks.modularity.definition import EXPERTS
+from benchmarks.text.figures import UsagePanel, draw_usage
 
+PLACE = ["model", "layer"]
+CELL = [*PLACE, "num_experts", "method"]
 _KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_title": "Neurons in blocks", "n": "n"}
+_PAPERS_N = 64  # of Fig. 4
+_BESIDE = 0.14  # the distance of the paper's cross from our mark
+
+
+class ModularityOutcomes(Outcomes):
+    """Collect the finished runs.
+
+    Attributes:
+        rows: A row per run, in the order of models and methods: the columns :data:`CELL`, ``seed``, ``run_id``, a
+            column per metric, ``usage`` and ``matrix`` of its metrics, and titles.
+        means: The means over seeds, with ``<metric>_std``, ``n`` and titles.
+        paper: The unscaled numbers of the paper's matrices, by ``method``, ``num_experts`` and ``metric``.
+    """
+
+    def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
+        super().__init__(benchmark, runs, ["model", "method", "task"])
+        rows, numbers = [], list[str]()
+        for run in runs:
+            metrics, method = read_metrics(run), run.spec["method"]
+            layer, num_experts = method["config"]["layers"][0], method["config"]["num_experts"]
+            names = [run.spec["model"]["name"], layer, num_experts, method["name"], run.spec["seed"], run.id]
+            numbers = list(metrics["measured"][EXPERTS])
+            row = dict(zip([*CELL, "seed", "run_id"], names, strict=True)) | metrics["measured"][EXPERTS]
+            rows.append({**row, "usage": metrics["usage"], "matrix": metrics["matrix"]})
+        self.records = self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
+        self.means = self.titled(average_over_seeds(self.rows, CELL, numbers))
+        published = read_published(benchmark)
+        scales = [load_metrics()[metric].scale for metric in published["metric"]]
+        self.paper = published.assign(value=published["value"].astype(float) / pd.Series(scales, dtype=float))
+
+    def panels(self, *, all_layers: bool = True) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Yield the title and the rows of every model and layer, or of the first layer of every model."""
+        first = self.rows.groupby("model")["layer"].transform("first")
+        rows = self.rows if all_layers else self.rows[self.rows["layer"] == first]
+        for (model, layer), of_panel in rows.groupby(PLACE, sort=False):
+            yield f"{self.title('model', str(model))}, layer {layer}", of_panel
 
 
 def concentration(outcomes: ModularityOutcomes) -> Table:
@@ -76,28 +124,119 @@ def usage(outcomes: ModularityOutcomes) -> Table:
     )
 
 
-def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
-    """Yield a sentence per model and layer, for its largest N."""
-    means = outcomes.means
-    for key, rows in means.groupby(PLACE, sort=False):
-        largest = rows[rows["num_experts"] == rows["num_experts"].max()].set_index("method")
-        if outcomes.baseline not in largest.index:
-            continue
-        baseline = largest.loc[outcomes.baseline]
-        others = ", ".join(
-            f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %"
-            for row in largest.drop(index=outcomes.baseline).itertuples()
-        )
-        bits, chance, most = (baseline[name] for name in information_numbers("task"))
-        yield (
-            f"{baseline['model_title']}, layer {key[1]}, N = {baseline['num_experts']}: a token has "
-            f"{baseline['best_quarter'] * 100:.0f} % of its active neurons in the best quarter of the clusters"
-            f"{f' ({others})' if others else ''}; the choice of an expert tells {'more' if bits > most else 'no more'} "
-            f"than chance of the task ({bits:.3f} bit, chance {chance:.3f})."
-        )
-
-
 TABLES = {"concentration": concentration, "selected": selected, "usage": usage}
+
+
+def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
+    """Draw a dot per active neuron: a line per model (its first layer), a column per construction."""
+    panels = [(title, list(_first_runs(rows).itertuples())) for title, rows in outcomes.panels(all_layers=False)]
+    columns = max(len(runs) for _, runs in panels)
+    size, shared = (plots.WIDTH, 2.3 * len(panels) + 0.4), {"sharex": "row", "sharey": "row"}
+    with plots.panel_figure(path, len(panels), columns, size, plots.HEATMAP, **shared) as (_, axes):
+        for axis_row, (title, runs) in zip(axes, panels, strict=True):
+            for axis, run in zip(axis_row, runs, strict=False):
+                _draw_matrix(axis, run.matrix, run.num_experts)
+                axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
+                axis.set_xlabel("neurons, expert by expert")
+            tasks = runs[0].matrix["tasks"]
+            middles = pd.Series(range(len(tasks))).groupby(tasks, sort=False).mean()
+            axis_row[0].set_yticks(middles, [outcomes.title("task", str(name)) for name in middles.index])
+            axis_row[0].tick_params(axis="y", length=0)
+            axis_row[0].set_ylabel(f"{title}\ntokens of")
+
+
+def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
+    size = matrix["neurons"] // experts
+    for edge in range(size, matrix["neurons"], size):
+        axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
+    axis.plot(matrix["places"], matrix["tokens"], "s", ms=0.9, mew=0, color=EMOE.colour, alpha=0.8, rasterized=True)
+    axis.set_xlim(-0.5, matrix["neurons"] - 0.5)
+    axis.set_ylim(len(matrix["tasks"]) - 0.5, -0.5)
+    axis.set_xticks([0, matrix["neurons"]])
+
+
+def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
+    """Draw magnitudes of the first model and layer in 3D, before and after clustering, as the paper does."""
+    title, rows = next(outcomes.panels())
+    runs = list(_first_runs(rows[rows["method"].isin(["contiguous", outcomes.baseline])]).itertuples())
+    with mpl.rc_context({**plots.STYLE, "font.size": 7}):
+        figure = plt.figure(figsize=(plots.WIDTH, 3.0), layout="constrained")
+        for number, run in enumerate(runs, 1):
+            axis: Any = figure.add_subplot(1, len(runs), number, projection="3d")
+            axis.scatter(
+                run.matrix["places"], run.matrix["tokens"], run.matrix["values"],
+                c=run.matrix["values"], cmap="viridis", s=1.2, linewidths=0, rasterized=True,
+            )  # fmt: skip
+            axis.set_xlabel("neurons", labelpad=-1)
+            axis.set_ylabel("tokens", labelpad=-4)
+            axis.set_zlabel("|activation|", labelpad=-8)
+            axis.tick_params(pad=-2, labelsize=7)
+            axis.view_init(elev=35, azim=-70)
+            axis.set_box_aspect((1.3, 1, 0.6), zoom=1.1)
+            for side in (axis.xaxis, axis.yaxis, axis.zaxis):
+                side.set_major_locator(mpl.ticker.MaxNLocator(4))
+            axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
+        figure.suptitle(title, fontsize=8)
+        plots.save(figure, path)
+
+
+def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the first run of each construction at the paper's N, else at the largest N."""
+    size = _PAPERS_N if _PAPERS_N in set(rows["num_experts"]) else rows["num_experts"].max()
+    return rows[rows["num_experts"] == size].drop_duplicates("method")
+
+
+def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
+    """Draw the share of active neurons in the best quarter of blocks over N, a panel per model and layer."""
+    panels = list(outcomes.panels())
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    size, style = (2.6 * columns + 1.4, 2.4 * lines + 0.3), {**plots.STYLE, "axes.grid.axis": "y"}
+    with plots.panel_figure(path, lines, columns, size, style, sharey=True) as (figure, axes):
+        for axis, (title, rows) in zip(axes.flat, panels, strict=False):
+            sizes = sorted(rows["num_experts"].unique())
+            axis.axhline(25, color="#888888", lw=0.8, ls=":", zorder=0, label="every expert alike (25 %)")
+            for number, (name, of_method) in enumerate(rows.groupby("method", sort=False)):
+                _draw_shares(axis, outcomes, str(name), of_method, sizes, shift=0.12 * (number - 1))
+            axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+            axis.set_xlim(-0.5, len(sizes) - 0.5)
+            axis.set_ylim(0, 102)
+            axis.set_xlabel("number of experts, N")
+            axis.set_title(title, fontsize=8)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("active neurons in the\nbest quarter of experts (%)")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        handles.append(mpl.lines.Line2D([], [], color=plots.REFERENCE, marker="x", ls="", ms=5))
+        figure.legend(handles, [*labels, "the paper's matrices"], loc="outside right center", frameon=False, fontsize=7)
+
+
+def _draw_shares(
+    axis: Any, outcomes: ModularityOutcomes, method: str, rows: pd.DataFrame, sizes: list[int], *, shift: float
+) -> None:
+    """Draw the mean and range over seeds of a construction, and crosses for the paper's."""
+    style, shares = (
+        outcomes.style(method),
+        rows.groupby("num_experts")["best_quarter"].agg(["mean", "min", "max"]) * 100,
+    )
+    x = [sizes.index(size) + shift for size in shares.index]
+    axis.vlines(x, shares["min"], shares["max"], color=style.colour, lw=1.4)
+    axis.plot(x, shares["mean"], ls="", ms=4.5, **style.mark, label=outcomes.title("method", method))
+    paper = outcomes.paper[(outcomes.paper["method"] == method) & (outcomes.paper["metric"] == "best_quarter")]
+    paper = paper[paper["num_experts"].isin(sizes)]
+    beside = [sizes.index(size) + shift + _BESIDE for size in paper["num_experts"]]
+    axis.plot(beside, paper["value"] * 100, "x", ms=5, color=style.colour)
+
+
+def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
+    """Draw the use of experts by task and class, a panel per model (first layer, smallest N)."""
+    panels: list[UsagePanel] = []
+    for title, rows in outcomes.panels(all_layers=False):
+        clusters = rows[rows["method"] == outcomes.baseline].sort_values("num_experts", kind="stable")
+        for row in clusters.head(1).itertuples():
+            panels.append((f"{title}, N = {row.num_experts}", row._asdict(), row.usage))
+    draw_usage(panels, outcomes, path)
+
+
 FIGURES = {
     "activations": Figure(
         draw_activations,
@@ -123,6 +262,25 @@ FIGURES = {
         "average and equally.",
     ),
 }
+
+
+def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
+    """Yield a sentence per model and layer, for its largest N."""
+    for (_, layer), rows in outcomes.means.groupby(PLACE, sort=False):
+        largest = rows[rows["num_experts"] == rows["num_experts"].max()].set_index("method")
+        if outcomes.baseline not in largest.index:
+            continue
+        baseline, others = largest.loc[outcomes.baseline], largest.drop(index=outcomes.baseline)
+        shares = ", ".join(f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %" for row in others.itertuples())
+        bits, chance, most = (baseline[name] for name in information_numbers("task"))
+        yield (
+            f"{baseline['model_title']}, layer {layer}, N = {baseline['num_experts']}: a token has "
+            f"{baseline['best_quarter'] * 100:.0f} % of its active neurons in the best quarter of the clusters"
+            f"{f' ({shares})' if shares else ''}; the choice of an expert tells "
+            f"{'more' if bits > most else 'no more'} than chance of the task ({bits:.3f} bit, chance {chance:.3f})."
+        )
+
+
 _NOTE = (
     "Nothing is trained, so only random partitions vary. A mark, or information above chance, shows that experts are "
     "used differently, not that this helps."

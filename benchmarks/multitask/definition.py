@@ -6,35 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import (
-    COUNTS,
-    OOD_MEAN,
-    Domain,
-    MethodsDefinition,
-    Training,
-    TrainingPart,
-)
+from benchmarks.harness.config.benchmark import MethodsDefinition, TrainingPart
 from benchmarks.harness.config.methods import VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
-from benchmarks.harness.config.yaml import (
-    KEEP_INTEGER,
-    UNIQUE,
-    Count,
-    Key,
-    Names,
-    NotNegative,
-    Positive,
-    Positives,
-    Rate,
-    Strict,
-    Wholes,
-)
-from benchmarks.text.definition import CLEAN, ID, OOD, RunTask
-
-ID_MEAN = "id_mean"  # the mean of a run's scores over its tasks
-_SCORES = Domain(("score",), selections=(CLEAN,))
-_DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Names, Positives, Strict, Wholes
+from benchmarks.text.definition import EpochTraining, RunTask
 
 
 class Mixture(Strict):
@@ -46,37 +23,13 @@ class Mixture(Strict):
     """Names in the task file."""
 
 
-class MultitaskTraining(Training):
+class MultitaskTraining(EpochTraining):
     """The training of a run; a suite may change the benchmark's."""
 
-    epochs: Positive
-    """Passes over the rows that `rows_per_epoch` leaves."""
     rows_per_epoch: Count | None
     """Rows of a task in an epoch, at most: a larger task takes its next ones in each epoch. Null: all rows."""
-    batch_size: Count
-    """Rows per step, of all tasks."""
-    eval_batch_size: Count
-    """Rows per evaluation batch."""
-    max_length: Annotated[int, Field(ge=4)]
-    """Tokens kept of a row, its task's name included."""
-    sampling: Literal["random", "group_by_length"]
-    """Order of an epoch's rows: shuffled, or shuffled in groups of like length (less padding)."""
-    eval_rows: Count | None
-    """Rows of every split that is reported; null for all."""
     dev_rows: Count | None
-    """Rows of every split that chooses; null for all."""
-    weight_decay: NotNegative
-    """AdamW's weight decay."""
-    warmup: Rate
-    """Share of the steps with a rising rate."""
-    checkpoint_selection: Literal["last", "best"]
-    """The epoch whose weights are evaluated: the last, or the one with the best mean dev score over the tasks."""
-    gradient_accumulation_steps: Count
-    """Batches whose gradients one step adds up."""
-    precision: Literal["fp32", "bf16"]
-    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER]
-    """Share of the training rows that is held out to choose by, of tasks without a split for that."""
+    """Rows of every dev split, whose mean score over the tasks chooses; null for all."""
 
 
 class MultitaskBlock(VariantAxes):

@@ -9,27 +9,17 @@ from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import (
-    Part,
-    text_tokens,
-)
+from benchmarks.harness.config.benchmark import COUNTS, OOD_MEAN, Domain, Part, text_tokens
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import (
-    check_names,
-    parse,
-    read,
-)
-from benchmarks.harness.training.label_mapping import label_mapping
-from benchmarks.multitask.definition import (
-    _DOMAINS,
-    MultitaskDefinition,
-    MultitaskPart,
-)
-from benchmarks.text.definition import CLEAN, TaskEntry, TaskFile
+from benchmarks.harness.config.yaml import check_names, parse, read
+from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart
+from benchmarks.text.definition import CLEAN, ID, OOD, TaskEntry, TaskFile
 from benchmarks.text.grid import TextSets
-from emoe.errors import EMoEError
+
+_SCORES = Domain(("score",), selections=(CLEAN,))
+_DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 
 
 class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
@@ -45,28 +35,20 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         tasks = read(file.parent / definition.tasks, TaskFile).tasks
         titles = {key: mixture.title for key, mixture in definition.mixtures.items()}
         benchmark = cls(name, definition, tasks, _DOMAINS, task_titles=titles)
-        where = f"{file}: '"
-        check_names(where, "prefixes", definition.prefixes, tasks)
+        check_names(f"{file}: '", "prefixes", definition.prefixes, tasks)
         for key, mixture in definition.mixtures.items():
-            if key in tasks:
-                raise DefinitionError(f"{where}mixtures.{key}' has the name of a task, by which it is learned alone")
-            _check_tasks(f"{where}mixtures.{key}", "tasks", mixture.tasks, tasks)
+            _check_tasks(f"{file}: 'mixtures.{key}", "tasks", mixture.tasks, tasks)
         for row, method in benchmark.methods().items():
-            if method.tune is not None or method.also_train is not None:
-                raise DefinitionError(f"{where}methods.{row}' trains a part of the model; here everything is trained")
-            if method.given().get("partition") == "coactivation":
-                raise DefinitionError(
-                    f"{where}methods.{row}' groups neurons by co-activation, for which no rows are read here; "
-                    "take kmeans, random or contiguous"
-                )
+            if method.tune or method.also_train or method.given().get("partition") == "coactivation":
+                raise DefinitionError(f"{file}: 'methods.{row}' must train everything, without co-activation groups")
         return benchmark
 
     def specs(
         self, part: Part[MultitaskPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
-        mixtures = {name: mixture.tasks for name, mixture in self.definition.mixtures.items()}
-        mixtures |= {name: [name] for name in self.tasks}
+        mixtures = {name: [name] for name in self.tasks}
+        mixtures |= {name: mixture.tasks for name, mixture in self.definition.mixtures.items()}
         names = {"model": model_names("seq2seq"), "mixture": mixtures, "method": methods}
         training = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, "learning_rate", "seed")):
@@ -74,26 +56,25 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
             _check_tasks(where, "mixture", tasks, self.tasks)
             if set(tasks) & set(exclude):
                 continue
+            prefixes = {name: self.definition.prefixes.get(name, name) for name in tasks}
+            learned = [{**self.tasks[name].spec(), "prefix": prefix} for name, prefix in prefixes.items()]
+            ood = [
+                {**self.tasks[other].spec(), "read_as": name}
+                for other, name in _ood_sets(self.tasks, tasks).items()
+                if other not in exclude
+            ]
             method = method_spec(methods, point, point["seed"], None, where)
             yield self.spec(
                 method["variant"],
                 protocol=CLEAN,
                 model=load_models()[point["model"]].spec(point["model"]),
-                task={"name": point["mixture"], "tasks": [self._task_spec(name) for name in tasks]},
-                ood=[
-                    self.tasks[other].spec() | {"read_as": name}
-                    for other, name in _ood_sets(self.tasks, tasks).items()
-                    if other not in exclude
-                ],
+                task={"name": point["mixture"], "tasks": learned},
+                ood=ood,
                 method=method,
                 training=training(point["model"]).spec(),
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
             )
-
-    def _task_spec(self, name: str) -> dict[str, Any]:
-        """Return the spec of a learned task, with its prefix."""
-        return self.tasks[name].spec() | {"prefix": self.definition.prefixes.get(name, name)}
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training = spec["training"]
@@ -123,24 +104,12 @@ def _ood_sets(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[st
 
 
 def _check_tasks(where: str, key: str, names: Collection[str], tasks: Mapping[str, TaskEntry]) -> None:
-    """Check that tasks can be learned as text to text, and that their OOD sets have the same format.
-
-    Raises:
-        DefinitionError: A check failed; the error names the task and the problem.
-    """
+    """Raise :class:`DefinitionError` unless tasks can be learned as text to text and their OOD sets read like them."""
     check_names(where, key, names, tasks)
-    where = f"{where}.{key}'"
     for name in names:
         task = tasks[name]
-        if not task.labels:
-            raise DefinitionError(f"{where} has '{name}', a regression: an answer is the name of a class")
-        if not (task.splits.train and task.splits.dev):
-            raise DefinitionError(f"{where} has '{name}', which has no split to train on, or none to choose by")
+        if not (task.labels and task.splits.train and task.splits.dev):
+            raise DefinitionError(f"{where}.{key}' has '{name}', but needs tasks with classes and splits train and dev")
     for other, name in _ood_sets(tasks, names).items():
         if len(tasks[other].fields) != len(tasks[name].fields):
-            counts = f"{len(tasks[other].fields)} texts a row and {len(tasks[name].fields)}"
-            raise DefinitionError(f"{where}: '{other}' cannot be read as '{name}': they have {counts}")
-        try:
-            label_mapping(tasks[name], tasks[other], other)
-        except EMoEError as error:
-            raise DefinitionError(f"{where}: {error}") from error
+            raise DefinitionError(f"{where}.{key}': '{other}' cannot be read as '{name}': its rows have other fields")

@@ -43,46 +43,51 @@ PAPER_COLUMNS = ("model", "scope", "method")  # of published numbers, before val
 ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
 
 
-class TextTraining(Training):
-    """The training of a run; a suite may change the benchmark's."""
-
-    in_no_spec: ClassVar = {"by_model", "evaluate_ood", "epochs_by_task"}
+class EpochTraining(Training):
+    """The training of a run on texts, epoch by epoch; a suite may change the benchmark's."""
 
     epochs: Positive
     """Passes over the training set."""
     batch_size: Count
-    """Sentences per step."""
+    """Rows per step."""
     eval_batch_size: Count
-    """Sentences per evaluation batch."""
+    """Rows per evaluation batch."""
     max_length: Annotated[int, Field(ge=4)]
-    """Tokens kept of a sentence or pair."""
+    """Tokens kept of a row."""
     sampling: Literal["random", "group_by_length"]
     """Order of the training rows: shuffled, or shuffled in groups of similar length (less padding)."""
-    train_rows: Count | None
-    """Training rows, taken from the shuffled training split; null for all."""
-    train_share: Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER] | None = optional()
-    """Share of these rows, sampled per class; a smaller share is a subset of a larger one. Left out: all."""
     eval_rows: Count | None
     """Rows of every evaluation split; null for all."""
-    dev_rows: Count | None = optional()
-    """Rows of the dev split, for tasks that also have a test split; left out, or null: `eval_rows`."""
-    ood_rows: Count | None = optional()
-    """Rows of every OOD set; left out, or null: `eval_rows`."""
     weight_decay: NotNegative
     """AdamW's weight decay."""
     warmup: Rate
     """Share of the steps with a rising rate."""
     checkpoint_selection: Literal["last", "best"]
     """The epoch whose weights are evaluated."""
-    patience: Count | None
-    """Stop after this many epochs without a new best score above 0 (needs checkpoint_selection: best); null: never
-    stop."""
     gradient_accumulation_steps: Count
     """Batches per step, whose gradients are summed."""
     precision: Precision
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     validation_fraction: Rate
     """Share of the training rows that a clean run holds out for selection, if the task has no test split."""
+
+
+class TextTraining(EpochTraining):
+    """The training of a classifier; a suite may change the benchmark's."""
+
+    in_no_spec: ClassVar = {"by_model", "evaluate_ood", "epochs_by_task"}
+
+    train_rows: Count | None
+    """Training rows, taken from the shuffled training split; null for all."""
+    train_share: Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER] | None = optional()
+    """Share of these rows, sampled per class; a smaller share is a subset of a larger one. Left out: all."""
+    dev_rows: Count | None = optional()
+    """Rows of the dev split, for tasks that also have a test split; left out, or null: `eval_rows`."""
+    ood_rows: Count | None = optional()
+    """Rows of every OOD set; left out, or null: `eval_rows`."""
+    patience: Count | None
+    """Stop after this many epochs without a new best score above 0 (needs checkpoint_selection: best); null: never
+    stop."""
     frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
     for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method

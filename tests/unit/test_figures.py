@@ -19,8 +19,7 @@ _PART = {"learning_rate": 3e-4, "protocol": "published"}  # of the paper's by ad
     ("suite", "benchmark"),
     [
         *(("mini", name) for name in ("glue", "glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
-        ("smoke", "multitask"),
-        *(("paper", name) for name in ("glue_lora", "glue_ood", "multitask", "modularity", "domainbed", "llama")),
+        *(("paper", name) for name in ("glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
     ],
 )
 def test_figures_fit_a_page_and_no_text_touches_another(suite: str, benchmark: str, here: Path) -> None:

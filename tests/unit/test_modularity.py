@@ -13,8 +13,8 @@ import emoe
 from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
-from benchmarks.modularity.activations import concentration, dense_magnitudes, gini, neurons_used
-from benchmarks.modularity.outcomes import ModularityOutcomes
+from benchmarks.modularity.pipeline import concentration, dense_magnitudes, gini, neurons_used
+from benchmarks.modularity.presentation import ModularityOutcomes
 from benchmarks.text.usage import class_information, mark_experts, shared_and_specialised, task_information
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare
@@ -129,7 +129,7 @@ def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("gmoe", "must be an EMoE"), ("emoe_learn", "sets 'router', which needs training")],
+    [("gmoe", "must be an EMoE"), ("emoe_learn", "must be an EMoE")],
 )
 def test_rows_that_show_nothing_before_training_are_refused(method: str, message: str) -> None:
     with pytest.raises(DefinitionError, match=f"methods.{method}' {message}"):

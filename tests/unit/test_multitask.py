@@ -17,9 +17,8 @@ from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.loading import load_seq2seq, load_seq2seq_tokenizer
 from benchmarks.harness.report.presentation import present
 from benchmarks.multitask.definition import LearnedTask
-from benchmarks.multitask.outcomes import MultitaskOutcomes
-from benchmarks.multitask.rows import MixedOrder, answers
-from benchmarks.multitask.training import log_likelihoods
+from benchmarks.multitask.pipeline import MixedOrder, log_likelihoods, tokenise_answers
+from benchmarks.multitask.presentation import MultitaskOutcomes
 from tests import fake_runs
 from tests.executed import finish, killed_and_resumed, prepare
 from tests.planned import edited_benchmark, edited_part, paper_spec, smoke_run
@@ -37,12 +36,12 @@ def task(name: str, prefix: str | None = None) -> LearnedTask:
 
 def test_answers_are_the_names_of_classes_with_their_end() -> None:
     tokenizer = load_seq2seq_tokenizer(TINY)
-    tokens = answers(tokenizer, task("rte"))
+    tokens = tokenise_answers(tokenizer, task("rte"))
     assert [tokenizer.decode(answer[:-1]) for answer in tokens] == ["entailment", "not _ entailment"]
     assert {answer[-1] for answer in tokens} == {tokenizer.eos_token_id}
     alike = task("rte").model_copy(update={"labels": ["Yes", "no", "yes"]})  # the tokenizer knows no capitals
     with pytest.raises(DataError, match="task 'rte': the tokenizer writes two of its classes Yes, no, yes alike"):
-        answers(tokenizer, alike)
+        tokenise_answers(tokenizer, alike)
 
 
 # answers by likelihood
@@ -51,7 +50,7 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
 @torch.no_grad()
 def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -> None:
     model, tokenizer = load_seq2seq(TINY).eval(), load_seq2seq_tokenizer(TINY)
-    possible, texts = answers(tokenizer, task("rte")), ["a fine film", "rain"]
+    possible, texts = tokenise_answers(tokenizer, task("rte")), ["a fine film", "rain"]
     assert len({len(answer) for answer in possible}) == 2  # one is padded
     ranked = log_likelihoods(model, dict(tokenizer(texts, padding=True, return_tensors="pt")), possible)
     for row, text in enumerate(texts):
@@ -126,8 +125,8 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
     ("change", "message"),
     [
         ({"mixtures.six.tasks": ["mnlo"]}, r"six\.tasks' is 'mnlo'.*did you mean 'mnli'"),
-        ({"mixtures.six.tasks": ["snli", "rte"]}, "has 'snli', which has no split to train on"),
-        ({"methods": {"vanilla": {}, "block": {"layers": [1]}}}, "methods.block' trains a part of the model"),
+        ({"mixtures.six.tasks": ["snli", "rte"]}, "has 'snli', but needs tasks with classes and splits train and dev"),
+        ({"methods": {"vanilla": {}, "block": {"layers": [1]}}}, "methods.block' must train everything"),
     ],
 )
 def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str) -> None:
@@ -149,29 +148,22 @@ def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_r
 # what is shown
 
 
-@pytest.fixture(scope="module")
-def outcomes(shared_here: Path) -> MultitaskOutcomes:
-    return MultitaskOutcomes(BENCHMARK, fake_runs.write(RUNS, "paper", benchmarks=("multitask",)))
-
-
-def test_means_are_over_the_tasks_of_a_seed(outcomes: MultitaskOutcomes) -> None:
-    rows = outcomes.rows.set_index(["domain", "task", "eval_task", "method"])
-    tasks = outcomes.benchmark.definition.mixtures["six"].tasks
-    mean = rows.loc[("id_mean", "six", "", "emoe"), "mean"]
-    assert mean == pytest.approx(np.mean([rows.loc[("id", "six", name, "emoe"), "mean"] for name in tasks]))
-    seeds = outcomes.seeds[(outcomes.seeds["task"] == "six") & (outcomes.seeds["domain"] == "id")]
-    by_seed = seeds.pivot_table(index="seed", columns="method", values="value")
-    row = rows.loc[("id_mean", "six", "", "emoe")]
-    assert row["delta"] == pytest.approx((by_seed["emoe"] - by_seed["vanilla"]).mean())
-    assert row["pairs"] == 3
-
-
-def test_the_papers_gains_stand_beside_ours(here: Path) -> None:
+def test_tables_have_means_over_tasks_the_papers_gains_and_the_transfer(here: Path) -> None:
     runs = fake_runs.write(RUNS, "paper", {"emoe": 0.05}, benchmarks=("multitask",))
+    outcomes = MultitaskOutcomes(BENCHMARK, runs)
+    scores = outcomes.seeds.set_index(["domain", "task", "eval_task", "method", "seed"])["value"].sort_index()
     tables = {table.name.removeprefix("multitask_"): table.frame for table in present(BENCHMARK, runs).tables}
-    gains, transfer = tables["gains"].set_index(["task", "method", "where"]), tables["transfer"]
+    gains = tables["gains"].set_index(["task", "method", "where"])
     row = gains.loc[("six", "emoe", "in domain")]
     assert (row["paper"], row["n"], row["sets"]) == (pytest.approx(0.0756), 3, 6)
+    assert row["mean"] == pytest.approx(scores.loc[("id", "six", slice(None), "emoe")].mean())
+    by_seed = [scores.loc[("id", "six", slice(None), name)].groupby("seed").mean() for name in ("emoe", "vanilla")]
+    assert row["delta"] == pytest.approx((by_seed[0] - by_seed[1]).mean())
     assert row["low"] < row["delta"] < row["high"]
     assert np.isnan(gains.loc[("six", "gmoe", "in domain"), "paper"])
-    assert transfer.loc[transfer["method"] == "emoe", "less_delta"].notna().all()
+    transfer = tables["transfer"].set_index(["task", "eval_task", "method"])
+    alone, together = (scores.loc[("id", task, "cola", "emoe")].mean() for task in ("cola", "six"))
+    row = transfer.loc[("six", "cola", "emoe")]
+    assert row["mean"] == pytest.approx(together - alone)
+    assert row["low"] < row["delta"] < row["high"]
+    assert {"-six-", "-cola-"} <= {name for run in row["runs"].split() for name in ("-six-", "-cola-") if name in run}

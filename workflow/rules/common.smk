@@ -136,31 +136,25 @@ def in_report(shown, category):
 
 def suite_outputs(suite):
     # runs and weights are named too: a deleted one is made again although its tables are still there
-    files = [
+    return [
+        f"results/{suite.name}/report.html",
+        *(["results/report.html"] if suite is SUITE else []),
+        f"results/{suite.name}/mlflow.json",
         *suite.metric_files(),
         *suite.weight_files(),
         *suite.output_files(),
         *suite.pages(),
         *paper_items.paper_files(suite),
     ]
-    files += [f"results/{suite.name}/report.html", f"results/{suite.name}/mlflow.json"]
-    return files + (["results/report.html"] if suite is SUITE else [])
 
 
 def outputs_of(benchmark):
-    # of the configured suite, or of the suite of the benchmark's own name
+    # of the configured suite, or of the suite of the benchmark's own name; the first is the page
     if benchmark in SUITE.settings.benchmarks:
-        return [*SUITE.output_files(benchmark), *SUITE.pages(benchmark)]
+        return [*SUITE.pages(benchmark), *SUITE.output_files(benchmark)]
     if benchmark in suites.suite_names():
         return lambda wildcards: suite_outputs(suite_named(benchmark))
     return not_here(benchmark, [benchmark])
-
-
-def page_of(benchmark):
-    # where to read it: its own page, or the report of a suite of that name
-    if benchmark in SUITE.settings.benchmarks:
-        return f"results/{SUITE.name}/{benchmark}.html"
-    return f"results/{benchmark}/report.html"
 
 
 # inputs of targets that cannot be made: they end with the reason when the target is asked for
@@ -174,10 +168,6 @@ def not_here(target, wanted):
     )
 
 
-def part_outputs(benchmark, part):
-    return suites.find_part(benchmark, part, SUITE).output_files(benchmark, part)
-
-
 def run_of(wildcards):
     folder = f"{wildcards.benchmark}/{wildcards.run}"
     return (
@@ -185,14 +175,6 @@ def run_of(wildcards):
         if workflow.is_main_process
         else suites.planned_run(folder, SUITE)
     )
-
-
-def run_json(wildcards):
-    return run_of(wildcards).to_json()
-
-
-def run_inputs(wildcards):
-    return runs.run_inputs(run_of(wildcards))
 
 
 def run_resource(name, usual=None):
@@ -224,25 +206,8 @@ def partition_of(wildcards):
     return find(wildcards.partition, SUITE)
 
 
-def partition_json(wildcards):
-    return partition_of(wildcards).to_json()
-
-
-def partition_inputs(wildcards):
-    return runs.model_files(partition_of(wildcards).model)
-
-
-def rebuilt_from(wildcards):
-    return runs.rebuilt_from(wildcards.model).path
-
-
 def suite_metrics(wildcards):
     return suite_named(wildcards.suite).metric_files()
-
-
-def claimed_metrics(wildcards):
-    suite = suite_named(wildcards.suite)
-    return [file for name in suite.claimed for file in suite.metric_files(name)]
 
 
 def suite_tables(wildcards):

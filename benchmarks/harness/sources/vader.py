@@ -1,7 +1,7 @@
 """Load human sentiment ratings of four domains from the source package of vaderSentiment.
 
-Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
-Text", ICWSM 2014: twenty raters a sentence, mean rating from -4 to 4.
+Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014:
+twenty raters a sentence, mean rating from -4 to 4.
 """
 
 from __future__ import annotations
@@ -49,24 +49,15 @@ def load_vader(
         Texts, labels, and how many near-neutral sentences of the split were dropped.
 
     Raises:
-        DataError: The domain or split is unknown, or the archive is missing or damaged.
+        DataError: The domain is unknown, or the archive is missing or damaged.
     """
     if domain not in _FILES:
         raise DataError(f"there is no VADER domain '{domain}'{did_you_mean(domain, _FILES)}")
-    if split not in ("train", "dev", "test"):
-        raise DataError(
-            f"VADER domain '{domain}' has no split '{split}'{did_you_mean(split, ('train', 'dev', 'test'))}"
-        )
     documents: dict[str, list[tuple[str, float]]] = {}
-    for number, line in enumerate(_lines(domain, archive), 1):
-        try:
-            key, rating, text = line.split("\t", 2)
-            # reviews and editorials are numbered "document_sentence", the rest by sentence
-            documents.setdefault(key.split("_")[0], []).append((text.strip(), float(rating)))
-        except ValueError as error:
-            raise DataError(
-                f"{archive}: {_FILES[domain]}, line {number} is not 'id, rating, text': {line[:80]!r}"
-            ) from error
+    for line in _unpack(VADER.check(archive).read_bytes())[_FILES[domain]].decode("latin-1").splitlines():
+        key, rating, text = line.split("\t", 2)
+        # reviews and editorials are numbered "document_sentence", the rest by sentence
+        documents.setdefault(key.split("_")[0], []).append((text.strip(), float(rating)))
     names = sorted(documents)
     random.Random(derive_seed("rated split", domain)).shuffle(names)
     test, dev = round(len(names) * _TEST_SHARE), round(len(names) * _DEV_SHARE)
@@ -74,15 +65,9 @@ def load_vader(
     rows = [row for name in chosen for row in documents[name]]
     random.Random(derive_seed("rated order", domain, split)).shuffle(rows)
     clear = [
-        (text, int(abs(rating) > _STRONG if strength else rating > 0))
-        for text, rating in rows
-        if abs(rating) > _NEUTRAL
+        (text, abs(rating) > _STRONG if strength else rating > 0) for text, rating in rows if abs(rating) > _NEUTRAL
     ]
-    return [text for text, _ in clear], [label for _, label in clear], len(rows) - len(clear)
-
-
-def _lines(domain: str, archive: Path) -> list[str]:
-    return _unpack(VADER.check(archive).read_bytes())[_FILES[domain]].decode("latin-1").splitlines()
+    return [text for text, _ in clear], [int(label) for _, label in clear], len(rows) - len(clear)
 
 
 @functools.lru_cache(maxsize=1)
