@@ -12,7 +12,7 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_seq2seq_tokenizer
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import evaluate_with_routing
+from benchmarks.harness.training.routing import evaluate_with_routing
 from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, MultitaskTraining
 from benchmarks.multitask.training import MultitaskTrainer
 from benchmarks.text.data import TextSplit, load_part

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.models.build import Trainable
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
@@ -96,9 +96,7 @@ class MultitaskTrainer(RoutedTrainer):
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
         self.probe.observe(self._network, collate(fixed_rows(rows)))
         super().__init__(
-            args=epoch_arguments(
-                self._checkpoints, self._precision, self._training, spec, self._best, remove_unused_columns=False
-            ),
+            args=epoch_arguments(self._checkpoints, self._precision, self._training, spec, self._best),
             order=MixedOrder(
                 {name: task.lengths for name, task in zip(self._tasks, tasks, strict=True)},
                 self._training.rows_per_epoch,
