@@ -367,7 +367,7 @@ def rebuild(name: str, output: Path) -> None:
 @_threads
 def partition(spec: str, output: Path, threads: int) -> None:
     """Cluster the neurons of a model (JSON) into the cache."""
-    from benchmarks.harness.models.conversion import partition_to_cache
+    from benchmarks.harness.models.build import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
     click.echo(f"wrote {output}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -94,6 +95,14 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a safetensors file with the permissions of a new file (raises :class:`CheckpointError`)."""
     with _writable(path):
         save_file(tensors, path, metadata=metadata)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Hash a tensor's dtype, shape and bytes with sha256."""
+    plain = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

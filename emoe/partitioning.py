@@ -24,7 +24,7 @@ from emoe.checks import check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.config import EMoEConfig, check_config, resolve_layers
 from emoe.errors import CheckpointError, ConfigError, ConversionError
-from emoe.files import read_metadata, read_tensors, write_tensors
+from emoe.files import read_metadata, read_tensors, tensor_digest, write_tensors
 
 # Part of every cache key. Increase it if the same settings give another partition.
 ALGORITHM_VERSION = 2
@@ -147,14 +147,6 @@ def partition_key(model: nn.Module, config: EMoEConfig) -> str:
     for index in resolve_layers(config.layers, len(ffns)):  # type: ignore[arg-type]
         digest.update(f"{index}:{tensor_digest(ffns[index].keys())}".encode())
     return digest.hexdigest()[:16]
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """Hash a tensor's dtype, shape and bytes with sha256."""
-    plain = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    digest.update(plain.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def is_permutation(tensor: Tensor | None, length: int) -> bool:

@@ -14,8 +14,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.models.build import Trainable, build_classifier, reopen
+from benchmarks.harness.models.build import build_classifier, reopen
 from benchmarks.harness.models.loading import load_tokenizer
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.run.execution import execute
 from benchmarks.harness.training.progress import Progress
 

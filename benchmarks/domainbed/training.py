@@ -18,18 +18,18 @@ import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base import derive_seed
-from benchmarks.harness.models.build import Trainable
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.results.statistics import MutualInformation, shuffle_statistics, shuffled_information
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.routing import loads_by_row
 from benchmarks.harness.training.trainer import (
     RoutedTrainer,
     available_precision,
     extract_logits,
     finite_or_none,
-    loads_by_row,
     trainer_arguments,
 )
 from emoe.layer import routed_layers

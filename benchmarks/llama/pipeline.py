@@ -15,13 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
-from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_
+from benchmarks.harness.models.build import build_language_model, permutations, save_trained
 from benchmarks.harness.models.loading import load_tokenizer
+from benchmarks.harness.models.trainable import Trainable, set_trained_, trained_state
 from benchmarks.harness.training.callbacks import Probe, Stopwatch
 from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.sharding import gather_trained, shard_
-from benchmarks.harness.training.trainer import available_precision, evaluate_with_routing
+from benchmarks.harness.training.routing import evaluate_with_routing
+from benchmarks.harness.training.sharding import shard_
+from benchmarks.harness.training.trainer import available_precision
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, model_inputs
 from benchmarks.llama.evaluation import LoadedTask, generate_answers, held_out_loss, load_task, run_task
@@ -147,7 +149,7 @@ def _gather_model(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
     """Gather the trained model on the main process; return it unchanged if it is not sharded."""
     if not is_sharded():
         return trainable
-    state, partition = gather_trained(trainable.model), permutations(trainable.model)
+    state, partition = trained_state(trainable.model), permutations(trainable.model)
     if not is_main():
         return trainable
     whole = build_language_model(spec, partition=partition or None)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers import TrainingArguments as Arguments
 
 from benchmarks.harness.base import derive_seed
-from benchmarks.harness.models.build import Trainable
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.processes import world_size
@@ -65,7 +65,6 @@ def train(
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        remove_unused_columns=False,
     )
     trainer = RoutedTrainer(
         args=arguments,

@@ -20,7 +20,7 @@ from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import loads_by_row
+from benchmarks.harness.training.routing import loads_by_row
 from benchmarks.modularity.definition import EXPERTS, ModularitySpec
 from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows, batches

@@ -19,13 +19,15 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
-from benchmarks.harness.models.build import Trainable, build_seq2seq
+from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_seq2seq_tokenizer
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.routing import evaluate_with_routing
 from benchmarks.harness.training.samplers import EpochOrder
-from benchmarks.harness.training.trainer import RoutedTrainer, available_precision, evaluate_with_routing
+from benchmarks.harness.training.trainer import RoutedTrainer, available_precision
 from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, MultitaskTraining, OtherTask
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.evaluation import score_and_loss

@@ -9,15 +9,14 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
-from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.models.prefix import Prefix, collate_states
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.callbacks import Stopwatch, fixed_rows
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.trainer import (
-    PrefixTrainer,
     available_precision,
     extract_logits,
     finite_or_none,
@@ -58,7 +57,7 @@ class SplitEvaluator:
 
     def __init__(
         self,
-        trainer: PrefixTrainer,
+        trainer: Trainer,
         prefix: Prefix | None,
         tokenizer: PreTrainedTokenizerBase,
         task: RunTask,
@@ -99,7 +98,7 @@ class TextEvaluator(SplitEvaluator):
     ) -> None:
         self._precision, self._stopwatch = available_precision(precision), Stopwatch()
         self._collate = padding_collator(tokenizer, self._precision)
-        trainer = PrefixTrainer(
+        trainer = Trainer(
             model=classifier.model,
             args=trainer_arguments(folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size),
             data_collator=self._collate,

@@ -18,11 +18,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.runs import RunSpec
-from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import Probe, RoutingTrace, Stopwatch, UpdateGates, fixed_rows
+from benchmarks.harness.models.trainable import Trainable
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.routing import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import (
     RoutedTrainer,

@@ -19,7 +19,7 @@ from torch import nn
 import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.results.statistics import CONFIDENCE, PERMUTATIONS, MutualInformation, shuffled_information
-from benchmarks.harness.training.trainer import loads_by_row, routing_summary
+from benchmarks.harness.training.routing import loads_by_row, routing_summary
 from emoe.layer import routed_layers
 
 Loads = NDArray[np.int64]
@@ -152,7 +152,7 @@ class RoutingRecorder:
         """Return the routing of a set, and the usage of all sets.
 
         Returns:
-            The set's :func:`~benchmarks.harness.training.trainer.routing_summary` and an empty mapping. With several
+            The set's :func:`~benchmarks.harness.training.routing.routing_summary` and an empty mapping. With several
             sets, the summary includes the numbers of :func:`describe_usage`, and its usage is the second value.
         """
         if len(self._sets) < 2:

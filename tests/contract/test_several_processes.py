@@ -88,7 +88,7 @@ def test_a_killed_run_resumes_on_two_processes_and_on_one(
 
 
 def _newest_checkpoint(path: Path) -> int:
-    complete = path.parent.glob("checkpoints/*/complete.json")
+    complete = path.parent.glob("checkpoints/*/complete")
     return max((int(file.parent.name.rpartition("-")[2]) for file in complete), default=0)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.models.build import Trainable, build_classifier
+from benchmarks.harness.models.build import build_classifier
 from benchmarks.harness.models.loading import load_tokenizer
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.models.tuning import trained_groups
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit

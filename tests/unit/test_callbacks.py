@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import emoe
-from benchmarks.harness.training.callbacks import Probe, window_steps
+from benchmarks.harness.training.callbacks import Probe
+from benchmarks.harness.training.routing import window_steps
 from tests import tiny_models
 from tests.executed import finish, prepare
 from tests.planned import smoke_run

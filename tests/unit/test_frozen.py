@@ -18,8 +18,8 @@ from benchmarks.harness.base import PREFIXES, DefinitionError, RunError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import check_frozen
 from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.models.prefix import Prefix
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.llama import pipeline as instructions
 from benchmarks.text import pipeline as texts
 from tests.executed import finish, killed_at, prepare

@@ -122,7 +122,10 @@ TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
         ({"grid": [{**BLOCK, "finetuning": ["lorra"]}]}, "did you mean 'lora'"),
         ({"data.template": "alpacca"}, r"data.template' is 'alpacca', which .* did you mean 'alpaca'"),
         ({"grid": [TRAINS], "finetuning": {"full": {"quantize": "nf4"}}}, "weights in 4 bits cannot be trained"),
-        ({"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}}, "'layers' and 'train: blocks' or 'quantize' need each"),
+        (
+            {"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}},
+            "'layers' and 'train: blocks' or 'quantize' need each",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:

@@ -1,61 +1,49 @@
-"""Build the model of a run: load, convert and adapt it, or reopen a trained one."""
+"""Build the model of a run: load, convert and adapt it, or reopen a trained one. Cache partitions before the runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraModel
+from emoe.layer_numbers import resolve_layers
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.base import DataError, derive_seed
-from benchmarks.harness.models.conversion import apply_method_, use_sparse_
-from benchmarks.harness.models.image import load_image_classifier
+from benchmarks.harness.base import DataError, derive_seed, write_json
+from benchmarks.harness.config.methods import check_not_frozen
+from benchmarks.harness.models.conversion import apply_method_, cached_partition, split_by_layer, use_sparse_
+from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.loading import (
+    build_empty_language_model,
     describe,
+    load_backbone,
     load_classifier,
     load_language_model,
     load_seq2seq,
-    read_tensors,
     weights_digest,
 )
 from benchmarks.harness.models.prefix import Prefix
+from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
 from emoe.architectures import find_ffns
+from emoe.config import EMoEConfig
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
-from emoe.partitioning import Partition, load_partition, save_partition
+from emoe.partitioning import Partition, load_partition, partition_key, save_partition
 
 _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
-
-
-@dataclasses.dataclass(frozen=True)
-class Trainable:
-    """Hold a converted and adapted model.
-
-    Attributes:
-        model: The model; called with ``labels`` it also returns the loss.
-        summary: The ``model`` part of ``metrics.json``.
-        slow: The names of the trained parameters with a lower learning rate.
-        adapters: The added adapters, which peft can merge.
-        prefix: The frozen embeddings and first layers; None if none are frozen.
-    """
-
-    model: nn.Module
-    summary: dict[str, Any]
-    slow: frozenset[str]
-    adapters: LoraModel | None
-    prefix: Prefix | None = None
-
-    def prefix_cost(self) -> dict[str, float]:
-        """Return the seconds that this process spent on frozen layers; empty without frozen layers."""
-        return {"prefix_seconds": self.prefix.seconds} if self.prefix else {}
+# by the modality of the model; text classifiers have none
+_NETWORKS: dict[str | None, Callable[[Mapping[str, Any]], nn.Module]] = {
+    None: load_backbone,
+    "image": load_image_network,
+    "language": load_language_model,
+    "seq2seq": load_seq2seq,
+}
 
 
 def build_classifier(
@@ -115,11 +103,11 @@ def build_language_model(
 
     Raises:
         DataError: The weights are missing or damaged.
-        DefinitionError: The package for 4 bits is missing, or the model lacks the layers for adapters.
+        DefinitionError: The model lacks the layers for adapters.
         EMoEError: The method does not fit the model.
     """
-    config = spec["method"]["config"]
-    model = load_language_model(spec["model"], config["layers"] if config else (), empty=empty)
+    layers = (spec["method"]["config"] or {}).get("layers")
+    model = build_empty_language_model(spec["model"], layers) if empty else load_language_model(spec["model"])
     # the digest of quantised weights depends on the machine
     has_digest = not empty and "quantize" not in spec["model"]
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model) if has_digest else ""}
@@ -163,7 +151,7 @@ def _convert(
     dense_ffns = sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
     prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
     if prefix:
-        prefix.check(spec["method"])
+        _check_frozen(network, spec["method"], prefix.layers)
     report = apply_method_(network, spec["method"], seed, calibration, partition)
     adapters, groups = None, cast(Groups, {})
     if tune is not None:
@@ -198,6 +186,14 @@ def _convert(
     return Trainable(model, summary, slow, adapters, prefix)
 
 
+def _check_frozen(network: nn.Module, method: Mapping[str, Any], frozen: int) -> None:
+    """Raise :class:`DefinitionError` if a method uses a frozen layer; planning cannot resolve ``last:2``."""
+    config, tune, count = method["config"] or {}, method["tune"] or {}, len(find_ffns(network))
+    for layers, verb in ((config.get("layers"), "converts"), (tune.get("blocks") or tune.get("layers"), "trains")):
+        if layers:
+            check_not_frozen(frozen, resolve_layers(layers, count)[0], f"the method '{method['name']}' {verb}")
+
+
 def _count(model: nn.Module) -> int:
     if getattr(model, "is_quantized", False):
         return int(cast(PreTrainedModel, model).num_parameters())  # a byte holds two numbers of 4 bits
@@ -210,46 +206,6 @@ def _embedding_parameters(model: nn.Module) -> int:
     shared = getattr(head, "weight", None)
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     return sum(table.numel() for table in tables if table is not shared)
-
-
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors that training changes: trained parameters, and buffers such as running gates."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in _trained_tensors(model).items()}
-
-
-def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    # lists tied weights once, and leaves out the states of quantised weights
-    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kept |= {name for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
-
-
-def load_trained_(model: nn.Module, file: Path) -> None:
-    """Load a file with a :func:`trained_state` into a model that was built the same way.
-
-    Raises:
-        DataError: The file is missing, damaged, or another model's.
-    """
-    set_trained_(model, read_tensors(file), str(file))
-
-
-def set_trained_(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load a :func:`trained_state` into a model that was built the same way.
-
-    Args:
-        model: The model.
-        state: The tensors.
-        source: Their source, for messages.
-
-    Raises:
-        DataError: The tensors are another model's.
-    """
-    expected = {name: tensor.shape for name, tensor in _trained_tensors(model).items()}
-    if {name: tensor.shape for name, tensor in state.items()} != expected:
-        wrong = sorted(set(state) ^ set(expected)) or sorted(n for n in expected if state[n].shape != expected[n])
-        raise DataError(f"{source} belongs to another model: they differ in '{wrong[0]}'")
-    # a sharded model takes its part of each tensor
-    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
@@ -288,3 +244,25 @@ def reopen(build: Callable[..., Trainable], spec: Mapping[str, Any], weights: st
         )
     load_trained_(trainable.model, folder / _TRAINED)
     return trainable
+
+
+def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
+    """Cluster the neurons of a model, cache the partition before the runs, and write a receipt.
+
+    Args:
+        spec: The resolved ``model`` and the ``config`` of the EMoE as JSON.
+        output: The file of the receipt.
+        threads: The number of CPU threads.
+    """
+    content = json.loads(spec)
+    torch.set_num_threads(threads)
+    model = _NETWORKS[content["model"].get("modality")](content["model"])
+    config = EMoEConfig.from_dict(content["config"])
+    partition = cached_partition(model, config)
+    receipt = {
+        "partitions": {layer: partition_key(model, single) for layer, single in split_by_layer(model, config)},
+        "explained": partition.explained,
+        "seconds": partition.seconds,
+        **content,
+    }
+    write_json(output, receipt)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,13 @@ import torch
 from torch import nn
 
 import emoe
-from benchmarks.harness.base import PARTITIONS, derive_seed, write_json
-from benchmarks.harness.models.image import load_image_network
-from benchmarks.harness.models.loading import load_backbone, load_language_model, load_seq2seq
+from benchmarks.harness.base import PARTITIONS, derive_seed
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig, resolve_layers
 from emoe.errors import CheckpointError
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
-# by the modality of the model; text classifiers have none
-_LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
-    "image": load_image_network,
-    "language": load_language_model,
-    "seq2seq": load_seq2seq,
-}
 _HEADS = {"classifier", "score"}  # transformers' names of new heads
 
 
@@ -99,35 +90,13 @@ def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict
     return {number: layer.loads for number, layer in record.layers.items()}
 
 
-def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
-    """Cluster the neurons of a model, cache the partition before the runs, and write a receipt.
-
-    Args:
-        spec: The resolved ``model`` and the ``config`` of the EMoE as JSON.
-        output: The file of the receipt.
-        threads: The number of CPU threads.
-    """
-    content = json.loads(spec)
-    torch.set_num_threads(threads)
-    load = _LOADERS.get(content["model"].get("modality"), load_backbone)
-    model, config = load(content["model"]), EMoEConfig.from_dict(content["config"])
-    partition = cached_partition(model, config)
-    receipt = {
-        "partitions": {layer: partition_key(model, single) for layer, single in _by_layer(model, config)},
-        "explained": partition.explained,
-        "seconds": partition.seconds,
-        **content,
-    }
-    write_json(output, receipt)
-
-
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
     """Return the model's partition, with each layer from the cache if its keys were clustered before.
 
     The cache is keyed by content (see :func:`emoe.partitioning.partition_key`), never by name.
     """
     partitions = []
-    for _, single in _by_layer(model, config):
+    for _, single in split_by_layer(model, config):
         path = folder / f"{partition_key(model, single)}.safetensors"
         try:
             partitions.append(load_partition(path))
@@ -137,7 +106,7 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
     return join_partitions(partitions)
 
 
-def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
+def split_by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
     """Return the converted layers, each with its own configuration."""
     layers = resolve_layers(config.layers, len(find_ffns(model)))  # type: ignore[arg-type]
     return [(layer, dataclasses.replace(config, layers=[layer])) for layer in layers]

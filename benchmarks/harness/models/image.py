@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
-from benchmarks.harness.base import DataError, DefinitionError, derive_seed
+from benchmarks.harness.base import DefinitionError, derive_seed
 from benchmarks.harness.models.loading import (
     check_stored,
     describe,
+    load_config,
     load_pretrained,
-    load_settings,
-    read_tensors,
+    loading_errors,
     weights_digest,
 )
 from benchmarks.harness.sources.hub import cached_commit, hub_name
 from benchmarks.harness.sources.local import user_model_folder
-from emoe.files import one_line
+from emoe.files import read_tensors
 
 _DEVIATION = 0.02  # timm truncates at 100 deviations, that is, never
 _ANY_CLASSES = 2  # for a network whose head is not used
@@ -54,19 +55,23 @@ class ImageClassifier(nn.Module):
 
 def load_image_network(model: Mapping[str, Any]) -> nn.Module:
     """Load the pre-trained network, to cluster its neurons."""
-    network, _ = _load(model, _ANY_CLASSES, None, 0.0, 0)
-    return network
+    return load_image_classifier(model, _ANY_CLASSES, None, 0.0, 0).network
 
 
 def load_image_classifier(
-    model: Mapping[str, Any], num_classes: int, image_size: int, drop_path: float, seed: int, dropout: float = 0.0
+    model: Mapping[str, Any],
+    num_classes: int,
+    image_size: int | None,
+    drop_path: float,
+    seed: int,
+    dropout: float = 0.0,
 ) -> ImageClassifier:
     """Load the pre-trained network with a new head.
 
     Args:
         model: The resolved entry of ``models.yaml``.
         num_classes: The classes of the head.
-        image_size: The width and height of the images in pixels.
+        image_size: The width and height of the images in pixels; None for that of pre-training.
         drop_path: The rate of stochastic depth: in timm of the last block, with a linear rise before it; in DINOv2 of
             every block.
         seed: The seed of the head.
@@ -76,35 +81,37 @@ def load_image_classifier(
         DataError: The weights are missing or damaged.
         DefinitionError: The architecture has no stochastic depth.
     """
-    network, source = _load(model, num_classes, image_size, drop_path, seed)
+    network: Any
+    if "timm" in model:
+        network, source = _load_timm(model, num_classes, image_size, drop_path, seed)
+        head, resized = network.get_classifier(), False
+    else:
+        network, source = _load_transformers(model, num_classes, drop_path, seed)
+        config = network.config
+        head, resized = network.classifier, config.model_type in ("vit", "deit") and config.image_size != image_size
     if dropout:
-        head = cast(Any, network).get_classifier() if "timm" in model else cast(Any, network).classifier
         head.register_forward_pre_hook(partial(_apply_dropout, dropout))
-    config = getattr(network, "config", None)
-    interpolates = config is not None and config.model_type in ("vit", "deit") and config.image_size != image_size
-    return ImageClassifier(network, source, {"interpolate_pos_encoding": True} if interpolates else {})
+    return ImageClassifier(network, source, {"interpolate_pos_encoding": True} if resized else {})
 
 
 def _apply_dropout(rate: float, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (F.dropout(args[0], rate, head.training),)
 
 
-def _load(
-    model: Mapping[str, Any], num_classes: int, image_size: int | None, drop_path: float, seed: int
+def _load_transformers(
+    model: Mapping[str, Any], num_classes: int, drop_path: float, seed: int
 ) -> tuple[nn.Module, dict[str, str]]:
-    if "timm" in model:
-        return _load_timm(model, num_classes, image_size, drop_path, seed)
     options: dict[str, Any] = {"num_labels": num_classes}
     if drop_path:
-        if not hasattr(load_settings(AutoConfig, model), "drop_path_rate"):
+        if not hasattr(load_config(model), "drop_path_rate"):
             raise DefinitionError(f"the model '{model['name']}' has no drop_path; set training.drop_path to 0 for it")
         options["drop_path_rate"] = drop_path
     torch.manual_seed(seed)
     # a checkpoint may have a head for other classes, or none
-    network, folder = load_pretrained(
+    network = load_pretrained(
         AutoModelForImageClassification, model, dtype=torch.float32, ignore_mismatched_sizes=True, **options
     )
-    check_stored(network.base_model, folder, model["name"])
+    check_stored(network.base_model, Path(str(network.name_or_path)), model["name"])
     return network, {"from": describe(model, network), "weights": weights_digest(network.base_model)}
 
 
@@ -115,28 +122,21 @@ def _load_timm(
 
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
     repository, revision, folder = f"timm/{model['timm']}", model.get("revision"), user_model_folder(model)
-    from_hub = folder is None and not model.get("random")
+    is_random = model.get("random", False)
+    from_hub = folder is None and not is_random
     if from_hub and revision:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{revision}"}
-    try:
+    with loading_errors(model):
         network: Any = timm.create_model(model["timm"], pretrained=from_hub, **options)
-        if folder is not None and not model.get("random"):
+        if is_random:
+            origin = "random weights"
+            _draw_(network, derive_seed("random weights", model["name"]))
+        elif folder:
+            origin = str(folder)
             check_stored(network, folder, model["name"])
             network.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)  # without the head
-    except DataError:
-        raise
-    except Exception as error:  # the network, the hub and damaged files raise many types
-        raise DataError(
-            f"could not load the model '{model['name']}' ({folder or repository}): {one_line(error)}; "
-            f"without the hub, put its weights below model_root as {model['name']}/model.safetensors "
-            "(see config/README.md)"
-        ) from error
-    origin = str(folder)
-    if model.get("random"):
-        origin = "random weights"
-        _draw_(network, derive_seed("random weights", model["name"]))
-    elif from_hub:
-        origin = hub_name(repository, revision, cached_commit(repository, "model.safetensors", revision))
+        else:
+            origin = hub_name(repository, revision, cached_commit(repository, "model.safetensors", revision))
     source = {"from": origin, "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions

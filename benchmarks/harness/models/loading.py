@@ -1,12 +1,11 @@
 """Load models and tokenizers by name: from the hub, a folder, a package, or (for tests) a configuration.
 
-All are read by the rules of :mod:`emoe.files`: safetensors or GGUF, complete, and without their own code.
+All are read by the rules of :mod:`emoe.files`: safetensors, complete, and without their own code.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -24,23 +23,22 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
 
-from benchmarks.harness.base import MODELS, DataError, DefinitionError, derive_seed
+from benchmarks.harness.base import MODELS, DataError, derive_seed
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.sources.hub import hub_name
 from benchmarks.harness.sources.local import user_model_folder
 from benchmarks.harness.sources.packages import package_folder
-from emoe.architectures import find_ffns
+from emoe.architectures import FFN, find_ffns
 from emoe.config import resolve_layers
 from emoe.errors import CheckpointError
-from emoe.files import DOWNLOADED, Weights, load_stock, one_line
-from emoe.files import read_tensors as read_checkpoint_tensors
-from emoe.partitioning import tensor_digest
+from emoe.files import DOWNLOADED, Weights, load_stock, one_line, tensor_digest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,41 +57,26 @@ def _model_folder(model: Mapping[str, Any]) -> Path:
     return Path(snapshot_download(model["hub"], revision=model.get("revision"), allow_patterns=DOWNLOADED))
 
 
-def load_settings(loader: Any, model: Mapping[str, Any]) -> Any:
-    """Load a configuration or a tokenizer (raises :class:`DataError`)."""
-    with _loading(model):
-        folder = _model_folder(model)
-        return loader.from_pretrained(str(folder), trust_remote_code=False, **_gguf_option(folder))
-
-
-def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tuple[PreTrainedModel, Path]:
-    """Load a model's weights.
+def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> PreTrainedModel:
+    """Load a model, or build one with random weights that are the same each time.
 
     Args:
         loader: The auto class of transformers.
-        model: The resolved entry of ``models.yaml``.
+        model: The resolved entry of ``models.yaml``; with ``config`` the weights are random.
         **options: Options of the loader.
-
-    Returns:
-        The model, and the folder of its weights.
 
     Raises:
         DataError: The weights are missing, damaged, pickled or another model's.
     """
-    with _loading(model):
-        folder = _model_folder(model)
-        if not (gguf := _gguf_option(folder)):
-            return cast(PreTrainedModel, load_stock(loader, folder, **options)), folder
-        loaded, info = loader.from_pretrained(
-            str(folder), trust_remote_code=False, output_loading_info=True, **gguf, **options
-        )
-        if missing := sorted(info["missing_keys"]):
-            raise DataError(f"{folder} does not hold the weights of '{model['name']}': it lacks '{missing[0]}'")
-        return loaded, folder
+    if "config" in model:
+        torch.manual_seed(derive_seed("random weights", model["name"]))
+        return cast(PreTrainedModel, loader.from_config(load_config(model), **options))
+    with loading_errors(model):
+        return cast(PreTrainedModel, load_stock(loader, _model_folder(model), **options))
 
 
 @contextmanager
-def _loading(model: Mapping[str, Any]) -> Iterator[None]:
+def loading_errors(model: Mapping[str, Any]) -> Iterator[None]:
     """Raise a one-line :class:`DataError` if files cannot be loaded."""
     try:
         yield
@@ -121,18 +104,6 @@ def check_stored(network: nn.Module, folder: Path, name: str) -> None:
             raise DataError(f"{folder} does not hold the weights of '{name}': '{key}' is missing or has another shape")
 
 
-def _gguf_option(folder: Path) -> dict[str, str]:
-    """Return transformers' option for a folder with one GGUF file; empty for other folders."""
-    files = sorted(folder.glob("*.gguf"))
-    if not files or any(folder.glob("*.safetensors")):
-        return {}
-    if len(files) > 1:
-        raise DataError(f"{folder} holds several GGUF files ({files[0].name}, {files[1].name}, …); keep one")
-    if importlib.util.find_spec("gguf") is None:
-        raise DataError(f"{files[0]} is a GGUF file, which the package 'gguf' reads; `pip install gguf`")
-    return {"gguf_file": files[0].name}
-
-
 def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, which pads on the right, with the end token if it has no padding token (GPT-2)."""
     if "config" in model:
@@ -141,7 +112,10 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         if borrowed.eos_token is None:  # BERT's, for a decoder
             borrowed.bos_token, borrowed.eos_token = borrowed.cls_token, borrowed.sep_token
         return borrowed
-    tokenizer: PreTrainedTokenizerBase = load_settings(AutoTokenizer, model)
+    with loading_errors(model):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            _model_folder(model), trust_remote_code=False
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder, depending on the other rows of the batch
@@ -160,20 +134,13 @@ def load_config(model: Mapping[str, Any]) -> PreTrainedConfig:
     """Load a model's configuration, without its weights (raises :class:`DataError`)."""
     if "config" in model:
         return AutoConfig.for_model(**model["config"])
-    return cast(PreTrainedConfig, load_settings(AutoConfig, model))
-
-
-def _random_model(loader: Any, model: Mapping[str, Any], **options: Any) -> PreTrainedModel:
-    """Build a model with random weights, the same each time."""
-    torch.manual_seed(derive_seed("random weights", model["name"]))
-    return cast(PreTrainedModel, loader.from_config(AutoConfig.for_model(**model["config"]), **options))
+    with loading_errors(model):
+        return AutoConfig.from_pretrained(_model_folder(model), trust_remote_code=False)
 
 
 def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
     """Load a pre-trained text model without a head, to cluster its neurons (raises :class:`DataError`)."""
-    if "config" in model:
-        return _random_model(AutoModel, model)
-    return load_pretrained(AutoModel, model, dtype=torch.float32)[0]
+    return load_pretrained(AutoModel, model, dtype=torch.float32)
 
 
 def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_token_id: int | None) -> PreTrainedModel:
@@ -197,7 +164,7 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
         loaded: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=weights)
     else:
         torch.manual_seed(seed)
-        loaded, _ = load_pretrained(AutoModelForSequenceClassification, model, dtype=torch.float32, **options)
+        loaded = load_pretrained(AutoModelForSequenceClassification, model, dtype=torch.float32, **options)
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = pad_token_id
     return loaded
@@ -205,68 +172,63 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
 
 def load_seq2seq(model: Mapping[str, Any]) -> PreTrainedModel:
     """Load a pre-trained encoder-decoder with its language-modelling head, in float32 (raises :class:`DataError`)."""
-    if "config" in model:
-        return _random_model(AutoModelForSeq2SeqLM, model)
-    loaded, folder = load_pretrained(AutoModelForSeq2SeqLM, model, dtype=torch.float32)
-    check_stored(loaded, folder, model["name"])
+    loaded = load_pretrained(AutoModelForSeq2SeqLM, model, dtype=torch.float32)
+    if "config" not in model:
+        check_stored(loaded, Path(str(loaded.name_or_path)), model["name"])
     return loaded
 
 
-def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty: bool = False) -> PreTrainedModel:
-    """Load a pre-trained model with its language-modelling head.
+def load_language_model(model: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a pre-trained model with its language-modelling head (raises :class:`DataError`).
 
     Args:
         model: The resolved entry of ``models.yaml``, with ``weights`` (their type, ``fp32`` by default) and perhaps
             ``quantize`` and ``whole`` (layers whose FFNs are not quantised).
-        converted: The layers whose FFNs will be converted; only read with ``empty``.
-        empty: Leave the weights uninitialised (zero in these layers): another process sends them.
-
-    Raises:
-        DataError: The weights are missing, damaged or incomplete.
-        DefinitionError: The package for 4 bits is missing.
     """
-    dtype = DTYPES[model.get("weights", "fp32")]
-    if empty:
-        with no_init_weights():
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model), dtype=dtype)
-        built.tie_weights()
-        ffns = find_ffns(built)
-        for number in resolve_layers(converted, len(ffns)) if converted else ():  # a conversion reads them
-            for parameter in built.get_submodule(ffns[number].name).parameters():
-                parameter.data.zero_()
-        return built
-    if "config" in model:
-        return _random_model(AutoModelForCausalLM, model, dtype=dtype)
     options: dict[str, Any] = {"quantization_config": _four_bit(model)} if "quantize" in model else {}
-    loaded, folder = load_pretrained(AutoModelForCausalLM, model, dtype=dtype, **options)
-    if not options and not _gguf_option(folder):
-        check_stored(loaded, folder, model["name"])
+    loaded = load_pretrained(AutoModelForCausalLM, model, dtype=_dtype(model), **options)
+    if "config" not in model and not options:
+        check_stored(loaded, Path(str(loaded.name_or_path)), model["name"])
     return loaded
 
 
-def _four_bit(model: Mapping[str, Any]) -> Any:
-    """Return bitsandbytes' settings, which leave out the head and the FFNs whose keys must be readable."""
-    from transformers import BitsAndBytesConfig
+def _dtype(model: Mapping[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if model.get("weights") == "bf16" else torch.float32
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise DefinitionError(
-            f"'{model['name']}' is asked for in 4 bits (tuning.quantize), which needs the package 'bitsandbytes'; "
-            "`pip install bitsandbytes`"
-        )
+
+def build_empty_language_model(model: Mapping[str, Any], converted: Any) -> PreTrainedModel:
+    """Build a language model for weights that another process sends.
+
+    Args:
+        model: The resolved entry of ``models.yaml``.
+        converted: The layers that will be converted, whose weights become zero; all others are uninitialised.
+    """
+    with no_init_weights():
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model), dtype=_dtype(model))
+    built.tie_weights()
+    for ffn in _ffns_of(built, converted):
+        for parameter in built.get_submodule(ffn.name).parameters():
+            parameter.data.zero_()
+    return built
+
+
+def _ffns_of(model: PreTrainedModel, layers: Any) -> list[FFN]:
+    """Return the FFNs of the requested layers, such as ``last:2``; none if the request is empty."""
+    ffns = find_ffns(model)
+    return [ffns[number] for number in resolve_layers(layers, len(ffns))] if layers else []
+
+
+def _four_bit(model: Mapping[str, Any]) -> BitsAndBytesConfig:
+    """Return bitsandbytes' settings, which leave out the head and the FFNs whose keys must be readable."""
     with torch.device("meta"):
-        ffns = find_ffns(AutoModelForCausalLM.from_config(load_config(model)))
-    whole = resolve_layers(model["whole"], len(ffns)) if model["whole"] else ()
-    kept = [
-        f"{ffns[number].name}.{path}"
-        for number in whole
-        for path in (*(path for path, _ in ffns[number].inputs()), ffns[number].spec.proj_out)
-    ]
+        network = AutoModelForCausalLM.from_config(load_config(model))
+    whole = [f"{ffn.name}.{path}" for ffn in _ffns_of(network, model["whole"]) for path, _ in ffn.projections()]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model["quantize"],
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*kept, "lm_head"],
+        llm_int8_skip_modules=[*whole, "lm_head"],
     )
 
 
@@ -289,11 +251,3 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor_digest(tensor)}".encode())
     return digest.hexdigest()[:16]
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file (raises :class:`DataError`)."""
-    try:
-        return read_checkpoint_tensors(file)
-    except CheckpointError as error:
-        raise DataError(str(error)) from error

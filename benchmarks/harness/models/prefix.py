@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
-from benchmarks.harness.config.methods import block_of, check_not_frozen, is_below
 from emoe.architectures import find_ffns
-from emoe.config import resolve_layers
-from emoe.partitioning import tensor_digest
+from emoe.files import tensor_digest
 
 STATES = "prefix_states"  # the argument of a model for the output of its prefix
 
@@ -59,12 +57,14 @@ class Prefix:
     """
 
     def __init__(self, model: nn.Module, network: nn.Module, layers: int) -> None:
-        ffns = find_ffns(network)
-        paths = _frozen_paths(network, layers)
-        self.names = frozenset(name for name, _ in network.named_parameters() if name in paths or is_below(name, paths))
-        self.layers, self._model, self._network, self._count = layers, model, network, len(ffns)
-        self._blocks = [network.get_submodule(block_of(ffn.name)) for ffn in ffns[:layers]]
-        modules = dict(network.named_modules())
+        before, blocks = _frozen_paths(network, layers)
+        paths, modules = [*before, *blocks], dict(network.named_modules())
+        below = tuple(f"{path}." for path in paths)
+        self.names = frozenset(
+            name for name, _ in network.named_parameters() if name in paths or name.startswith(below)
+        )
+        self.layers, self._model, self._network = layers, model, network
+        self._blocks = [modules[path] for path in blocks]
         self._modules = [modules[path] for path in paths if path in modules]
         config = getattr(network, "config", None)
         settings = {**config.to_dict(), "_name_or_path": ""} if config else {}
@@ -74,23 +74,10 @@ class Prefix:
         self._states: Tensor | None = None
         self.seconds = 0.0
 
-    def check(self, method: Mapping[str, Any]) -> None:
-        """Raise :class:`DefinitionError` if the ``method`` of a run's spec converts or trains a frozen layer."""
-        named = f"the method '{method['name']}'"
-        config, tune = method["config"], method["tune"]
-        if config is not None:
-            check_not_frozen(self.layers, resolve_layers(config["layers"], self._count)[0], f"{named} converts")
-        if tune is not None and (trained := tune["blocks"] or tune.get("layers")):
-            check_not_frozen(self.layers, resolve_layers(trained, self._count)[0], f"{named} trains")
-
     def freeze_(self) -> None:
-        """Freeze the prefix permanently: no gradient, and always eval mode."""
+        """Freeze the prefix permanently: no gradient, and eval mode in every call of the model."""
         for name in self.names:
             self._network.get_parameter(name).requires_grad_(False)
-        for module in self._modules:
-            module.eval()
-            for submodule in module.modules():
-                cast(Any, submodule).train = partial(_keep_mode, submodule)
         for block in self._blocks:
             cast(Any, block).forward = partial(self._forward, block)
         self._model.register_forward_pre_hook(self._take_states, with_kwargs=True)
@@ -123,6 +110,8 @@ class Prefix:
     def _take_states(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for module in self._modules:
+            module.eval()
         self._states = kwargs.get(STATES)
         return args, {name: value for name, value in kwargs.items() if name != STATES}
 
@@ -145,13 +134,9 @@ def _stop(_module: nn.Module, _args: object, output: Tensor) -> None:
     raise _Stopped(output)
 
 
-def _keep_mode(module: nn.Module, _mode: bool = True) -> nn.Module:
-    return module
-
-
-def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
-    """Return the paths of the frozen modules, and of parameters outside modules."""
-    kind = model_type(network)
+def _frozen_paths(network: nn.Module, layers: int) -> tuple[list[str], list[str]]:
+    """Return the paths of the modules and parameters before the layers, and the paths of the frozen layers."""
+    kind = getattr(getattr(network, "config", None), "model_type", type(network).__name__)
     if kind not in _BEFORE:
         raise DefinitionError(
             f"training.frozen_layers is {layers}, but it is unknown which modules come before the layers of '{kind}'; "
@@ -160,14 +145,8 @@ def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
     ffns = find_ffns(network)
     if layers > len(ffns):
         raise DefinitionError(f"training.frozen_layers is {layers}, but the model has {len(ffns)} layers")
-    parent = block_of(ffns[0].name).removesuffix("0").removesuffix(f"{ffns[0].spec.layers}.")
-    blocks = [block_of(ffn.name) for ffn in ffns[:layers]]
-    return [*(f"{parent}{name}" for name in _BEFORE[kind]), *blocks]
-
-
-def model_type(network: nn.Module) -> str:
-    """Return transformers' name of an architecture, such as ``bert``, or the class of another network."""
-    return str(getattr(getattr(network, "config", None), "model_type", type(network).__name__))
+    parent = ffns[0].name.removesuffix(f"{ffns[0].spec.layers}.0")
+    return [f"{parent}{name}" for name in _BEFORE[kind]], [ffn.name for ffn in ffns[:layers]]
 
 
 class PrefixStates:

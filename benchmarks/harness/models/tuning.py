@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from benchmarks.harness.base import DefinitionError, derive_seed
 from benchmarks.harness.config.methods import TUNINGS, is_below
-from benchmarks.harness.models.prefix import model_type
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
@@ -106,28 +105,19 @@ def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
 
 def _add_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int, frozen: Collection[str]) -> LoraModel:
     """Add adapters to a model in place, except to frozen layers, and return peft's model."""
-    kind = model_type(model)
+    kind = model.config.model_type
     if kind not in lora["targets"]:
         raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")
-    targets = list(lora["targets"][kind])
-    if frozen:
-        targets = [
-            name
-            for name, module in model.named_modules()
-            if any(name == target or name.endswith(f".{target}") for target in targets)
-            and not any(f"{name}.{weight}" in frozen for weight, _ in module.named_parameters())
-        ]
-        if not targets:
-            raise DefinitionError(f"training.lora.targets.{kind} has no layers above the frozen ones")
     config = LoraConfig(
         r=lora["rank"],
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
-        target_modules=targets,
+        target_modules=list(lora["targets"][kind]),
+        exclude_modules=sorted({name.rpartition(".")[0] for name in frozen}),
         fan_in_fan_out=kind == "gpt2",  # its layers are Conv1D
     )
     torch.manual_seed(derive_seed("adapters", seed))
     try:
         return LoraModel(model, config, "default")
-    except ValueError as error:  # no such layer
+    except ValueError as error:  # no such layer, or only frozen ones
         raise DefinitionError(f"training.lora.targets.{kind}: {error}") from error

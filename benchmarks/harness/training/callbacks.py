@@ -1,29 +1,25 @@
-"""Callbacks of the training loop: times, first losses, routing. Trainer keeps their state in its checkpoints."""
+"""Callbacks of the training loop: times, first losses, running gates, and the epoch of the row order."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
 
 import emoe
 from benchmarks.harness.base import derive_seed
+from benchmarks.harness.training.checkpoints import SavedCallback
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.layer import routed_layers
-from emoe.records import RoutingRecord
 
 FIRST_STEPS = 8
 _FIXED_ROWS = 4
-_AUTHORS_WINDOW = 100  # steps, in the authors' code
-_FEWEST_WINDOWS, _MOST_WINDOWS = 20, 100
 
 
 @contextmanager
@@ -36,20 +32,6 @@ def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-class SavedCallback(TrainerCallback, ExportableState):
-    """Save its attributes in Trainer's ``trainer_state.json``."""
-
-    SAVED: ClassVar[tuple[str, ...]]
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.SAVED}}
-
-    def restore(self, state: TrainerState) -> None:
-        """Restore the attributes from a checkpoint's state."""
-        for name, value in cast(Any, state.stateful_callbacks)[type(self).__name__]["attributes"].items():
-            setattr(self, name, value)
 
 
 class Stopwatch(SavedCallback):
@@ -143,9 +125,9 @@ class Probe(SavedCallback):
             model.to("cuda")  # training uses it
         device = next(model.parameters()).device
         inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, device)
-        with restore_rng_and_modes(model), ExitStack() as stack:
+        recording = emoe.record_routing(model) if routed_layers(model) else nullcontext()
+        with restore_rng_and_modes(model), recording as record:
             model.eval()
-            record = stack.enter_context(emoe.record_routing(model)) if routed_layers(model) else None
             logits = model(**inputs)["logits"]
         loads = {str(number): layer.loads.tolist() for number, layer in record.layers.items()} if record else {}
         self._observed = {"logits": summarise_logits(logits), "loads": loads}
@@ -158,52 +140,3 @@ class Probe(SavedCallback):
     def summary(self) -> dict[str, Any]:
         """Return ``probe`` of ``metrics.json``: ``losses`` as text with all digits, ``logits``, ``loads`` by layer."""
         return {"losses": [repr(loss) for loss in self.losses], **self._observed}
-
-
-def window_steps(steps: int) -> int:
-    """Return the number of steps per window: the authors' 100, but at least 20 and at most 100 windows in a run.
-
-    >>> window_steps(80), window_steps(5000), window_steps(60_000)
-    (4, 100, 600)
-    """
-    return max(1, min(_AUTHORS_WINDOW, steps // _FEWEST_WINDOWS), math.ceil(steps / _MOST_WINDOWS))
-
-
-class RoutingTrace(SavedCallback):
-    """Count the experts' loads in windows of training steps; nothing if the model is dense.
-
-    As in the authors' code, and so in the paper's figure, a window also ends with the epoch.
-    """
-
-    SAVED = ("ends", "loads")
-
-    def __init__(self) -> None:
-        self.ends: list[int] = []
-        self.loads: dict[str, list[list[int]]] = {}
-        self._recording, self._steps = ExitStack(), 0
-        self._record: RoutingRecord | None = None
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        if self._record is None and routed_layers(kwargs["model"]):
-            self._record, self._steps = self._recording.enter_context(emoe.record_routing(kwargs["model"])), 0
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._steps += 1
-        if self._steps == window_steps(state.max_steps):
-            self._end_window(state.global_step)
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._end_window(state.global_step)
-
-    def _end_window(self, step: int) -> None:
-        if self._record is None:
-            return
-        self.ends.append(step)
-        for number, layer in self._record.layers.items():
-            self.loads.setdefault(str(number), []).append(layer.loads.tolist())
-        self._record = None
-        self._recording.close()
-
-    def summary(self) -> dict[str, Any]:
-        """Return ``windows`` of ``routing`` in ``metrics.json``: last steps, and loads ``[windows, N]`` by layer."""
-        return {"windows": {"ends": self.ends, "loads": self.loads}} if self.ends else {}

@@ -1,38 +1,52 @@
-"""Find the checkpoint from which a killed run resumes. A file of digests, written last, marks it as complete."""
+"""Find the checkpoint from which a killed run resumes. A file that is written last marks it as complete."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from benchmarks.harness.base import write_text
-from benchmarks.harness.training.callbacks import SavedCallback
 from benchmarks.harness.training.processes import broadcast, is_main
 
-WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
-DIGESTS = "complete.json"
+COMPLETE = "complete"
 
 
-class WriteDigests(TrainerCallback):
-    """Write the digests of each new checkpoint's files after all processes have written them."""
+class SavedCallback(TrainerCallback, ExportableState):
+    """Save its attributes in Trainer's ``trainer_state.json``."""
+
+    SAVED: ClassVar[tuple[str, ...]]
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.SAVED}}
+
+    def restore(self, state: TrainerState) -> None:
+        """Restore the attributes from a checkpoint's state."""
+        for name, value in cast(Any, state.stateful_callbacks)[type(self).__name__]["attributes"].items():
+            setattr(self, name, value)
+
+
+class MarkComplete(TrainerCallback):
+    """Mark each new checkpoint as complete after all processes have written their files, and these are on the disk."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if is_main():
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            write_text(folder / DIGESTS, _digests(folder, flush=True))
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            write_text(folder / COMPLETE, "")
 
 
 def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
-    """Return the newest usable checkpoint for Trainer, and restore the callbacks' state from it; None if missing.
+    """Return the last complete checkpoint for Trainer, and restore the callbacks' state from it; None if missing.
 
     Args:
         folder: The folder of a run's checkpoints.
@@ -48,39 +62,13 @@ def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint whose best epoch's checkpoint is complete too; remove newer ones."""
-    return cast("Path | None", broadcast(_last_complete(folder) if is_main() else None))
-
-
-def _last_complete(folder: Path) -> Path | None:
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]
-    usable = [checkpoint for checkpoint in complete if _best(checkpoint) in (None, *complete)]
-    for unusable in checkpoints[: checkpoints.index(usable[0]) if usable else None]:
-        shutil.rmtree(unusable)
-    return usable[0] if usable else None
-
-
-def _best(checkpoint: Path) -> Path | None:
-    """Return the checkpoint of the best epoch that a checkpoint records; None if it records none."""
-    best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
-    return checkpoint.with_name(Path(best).name) if best else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        return (checkpoint / DIGESTS).read_bytes() == _digests(checkpoint).encode()
-    except OSError:  # missing, or a folder instead of a file
-        return False
-
-
-def _digests(folder: Path, *, flush: bool = False) -> str:
-    """Return the sha256 of each file of a checkpoint as JSON; ``flush`` also writes the files to the disk."""
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != DIGESTS:
-            with path.open("rb") as file:
-                if flush:
-                    os.fsync(file.fileno())
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return json.dumps(digests, indent=1) + "\n"
+    """Return the last complete checkpoint of a run, and remove incomplete ones; None if there is none."""
+    complete: list[Path] = []
+    if is_main():
+        for checkpoint in folder.glob("checkpoint-*"):
+            if (checkpoint / COMPLETE).exists():
+                complete.append(checkpoint)
+            else:
+                shutil.rmtree(checkpoint)
+    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return cast("Path | None", broadcast(newest))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Protocol
 
 from emoe.errors import EMoEError
 
@@ -23,14 +20,6 @@ class LabelMapping:
     def same(self) -> bool:
         """Return True if head and set have the same classes, so that a loss is defined."""
         return self.predictions is None and self.labels is None
-
-    def apply(self, predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Renumber predicted and gold classes ``[rows]`` to the common classes."""
-        if self.predictions is not None:
-            predictions = np.asarray(self.predictions)[predictions]
-        if self.labels is not None:
-            labels = np.asarray(self.labels)[labels]
-        return predictions, labels
 
 
 class Labelled(Protocol):
@@ -60,17 +49,15 @@ def label_mapping(trained: Labelled, evaluated: Labelled, name: str) -> LabelMap
     """
     head, classes = len(trained.labels), len(evaluated.labels)
     if bool(head) != bool(classes):
-        of_set, of_head = ("classes", "numbers") if classes else ("numbers", "classes")
-        raise EMoEError(f"'{name}' has {of_set} as labels, the model {of_head}")
+        kinds = ("numbers", "classes")
+        raise EMoEError(f"'{name}' has {kinds[bool(classes)]} as labels, the model {kinds[bool(head)]}")
     if head == classes:
         return LabelMapping()
-    more = trained if head > classes else evaluated
     fewer, most = sorted((head, classes))
-    numbers = tuple(more.label_map.get(str(fewer), ()))
+    numbers = tuple((trained if head > classes else evaluated).label_map.get(str(fewer), ()))
     if len(numbers) != most or set(numbers) != set(range(fewer)):
         raise EMoEError(
-            f"'{name}' has {classes} classes, the model {head}: "
-            f"the task with {most} needs 'label_map' with \"{fewer}\": "
-            f"{most} numbers, each class from 0 to {fewer - 1} among them"
+            f"'{name}' has {classes} classes, the model {head}: the task with {most} needs 'label_map' with "
+            f'"{fewer}": {most} numbers, each class from 0 to {fewer - 1} among them'
         )
-    return LabelMapping(predictions=numbers) if more is trained else LabelMapping(labels=numbers)
+    return LabelMapping(predictions=numbers) if head > classes else LabelMapping(labels=numbers)

@@ -52,8 +52,10 @@ def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], mapping: Labe
         mapping: The mapping between the classes of head and set; None if they are the same.
     """
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
-    if mapping is not None:
-        predictions, labels = mapping.apply(predictions, labels)
+    if mapping and mapping.predictions:
+        predictions = np.asarray(mapping.predictions)[predictions]
+    if mapping and mapping.labels:
+        labels = np.asarray(mapping.labels)[labels]
     return float(SCORES[metric](labels, predictions))
 
 

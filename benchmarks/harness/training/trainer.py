@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import emoe
-from benchmarks.harness.models.build import Trainable, load_trained_, trained_state
-from benchmarks.harness.models.prefix import STATES
+from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.training.callbacks import Probe, SetEpochs
-from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, WriteDigests
+from benchmarks.harness.training.checkpoints import MarkComplete
 from benchmarks.harness.training.processes import is_sharded, world_size
-from benchmarks.harness.training.sharding import distribute_optimizer_, gather_optimizer, gather_trained
 from emoe.files import write_tensors
-from emoe.layer import routed_layers
-from emoe.records import LayerRecord, RoutingRecord
 
-Result = TypeVar("Result")
+_WEIGHTS, _OPTIMIZER, _SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"  # in a checkpoint
 
 
 def available_precision(requested: str) -> str:
@@ -50,7 +49,8 @@ def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingA
         bf16=precision == "bf16",
         ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
-        save_total_limit=2,  # the previous checkpoint serves if the last one is damaged
+        remove_unused_columns=False,  # a hook reads the prefix states, so no signature has them
+        save_total_limit=2,  # the previous checkpoint serves if the last one is incomplete
         **options,
     )
     if arguments.n_gpu > 1:
@@ -58,17 +58,7 @@ def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingA
     return arguments
 
 
-class PrefixTrainer(Trainer):
-    """Pass the prefix states of rows to the model."""
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns = cast(list[str], self._signature_columns)
-        if STATES not in columns:  # no signature has it, because a hook reads it
-            columns.append(STATES)
-
-
-class RoutedTrainer(PrefixTrainer):
+class RoutedTrainer(Trainer):
     """Train routed and adapted models.
 
     Adds the balance loss to the task's loss, orders the rows by seed and epoch, lowers the learning rate of some
@@ -102,20 +92,18 @@ class RoutedTrainer(PrefixTrainer):
         self.add_callback(probe)
         if hasattr(order, "set_epoch"):
             self.add_callback(SetEpochs(order))
-        self.add_callback(WriteDigests())
+        self.add_callback(MarkComplete())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        names = {id(parameter): name for name, parameter in self._trained.named_parameters()}
+        is_slow = {parameter: name in self._trainable.slow for name, parameter in self._trained.named_parameters()}
         for group in list(optimizer.param_groups):
-            slow = [parameter for parameter in group["params"] if names[id(parameter)] in self._trainable.slow]
+            slow = [parameter for parameter in group["params"] if is_slow[parameter]]
             if slow:
-                group["params"] = [
-                    parameter for parameter in group["params"] if names[id(parameter)] not in self._trainable.slow
-                ]
+                group["params"] = [parameter for parameter in group["params"] if not is_slow[parameter]]
                 optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * self._base_lr_ratio})
         return optimizer
 
@@ -139,62 +127,42 @@ class RoutedTrainer(PrefixTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        state = gather_trained(self._trained) if is_sharded() else trained_state(self._trained)
+        state = trained_state(self._trained)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(state, folder / WEIGHTS)
+            write_tensors(state, folder / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained_(self._trained, Path(resume_from_checkpoint) / WEIGHTS)
+        load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint)).name
-        load_trained_(self._trained, Path(str(self.args.output_dir)) / best / WEIGHTS)
+        load_trained_(self._trained, Path(str(self.args.output_dir)) / best / _WEIGHTS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = gather_optimizer(self._trained, self._plain_optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        # whole tensors by the names of the parameters, which fit any number of processes
+        state = get_optimizer_state_dict(self._trained, self._plain_optimizer, options=options)
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
+            torch.save(state, Path(output_dir) / _OPTIMIZER)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             folder = Path(checkpoint)
-            state = torch.load(folder / OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
-            distribute_optimizer_(self._trained, self._plain_optimizer, state)
-            cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+            state = torch.load(folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self._trained, self._plain_optimizer, state, options=options)
+            cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
-def evaluate_with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
-    """Evaluate a model, and summarise the routing of its tokens; the summary of a dense model is empty."""
-    if not routed_layers(model):
-        return evaluate(), {}
-    with emoe.record_routing(model) as record:
-        result = evaluate()
-    return result, routing_summary(record)
-
-
-def routing_summary(record: RoutingRecord) -> dict[str, Any]:
-    """Summarise routing: each statistic's mean over layers, and the experts' ``shares`` by layer."""
-    shares = {str(number): layer.shares.tolist() for number, layer in record.layers.items()}
-    return record.summary() | {"shares": shares}
-
-
 def extract_logits(predictions: Any) -> NDArray[Any]:
     """Return the logits of a model's predictions, which may be a tuple."""
     return cast(NDArray[Any], predictions[0] if isinstance(predictions, tuple) else predictions)
-
-
-def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
-    """Return a layer's loads ``[rows, experts]``, recorded with row numbers as labels."""
-    loads = np.zeros((rows, record.num_experts), dtype=np.int64)
-    for row, counts in record.by_label.items():
-        loads[row] = counts.numpy()
-    return loads
 
 
 def finite_or_none(loss: float) -> float | None:

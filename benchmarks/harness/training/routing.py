@@ -1,0 +1,95 @@
+"""Record the routing of a model while it trains, and in evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import TrainerState
+
+import emoe
+from benchmarks.harness.training.checkpoints import SavedCallback
+from emoe.layer import routed_layers
+from emoe.records import LayerRecord, RoutingRecord
+
+_AUTHORS_WINDOW = 100  # steps, in the authors' code
+_FEWEST_WINDOWS, _MOST_WINDOWS = 20, 100
+
+Result = TypeVar("Result")
+
+
+def evaluate_with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
+    """Evaluate a model, and summarise the routing of its tokens; the summary of a dense model is empty."""
+    if not routed_layers(model):
+        return evaluate(), {}
+    with emoe.record_routing(model) as record:
+        result = evaluate()
+    return result, routing_summary(record)
+
+
+def routing_summary(record: RoutingRecord) -> dict[str, Any]:
+    """Summarise routing: each statistic's mean over layers, and the experts' ``shares`` by layer."""
+    shares = {str(number): layer.shares.tolist() for number, layer in record.layers.items()}
+    return record.summary() | {"shares": shares}
+
+
+def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
+    """Return a layer's loads ``[rows, experts]``, recorded with row numbers as labels."""
+    loads = np.zeros((rows, record.num_experts), dtype=np.int64)
+    for row, counts in record.by_label.items():
+        loads[row] = counts.numpy()
+    return loads
+
+
+def window_steps(steps: int) -> int:
+    """Return the number of steps per window: the authors' 100, but at least 20 and at most 100 windows in a run.
+
+    >>> window_steps(80), window_steps(5000), window_steps(60_000)
+    (4, 100, 600)
+    """
+    return max(1, min(_AUTHORS_WINDOW, steps // _FEWEST_WINDOWS), math.ceil(steps / _MOST_WINDOWS))
+
+
+class RoutingTrace(SavedCallback):
+    """Count the experts' loads in windows of training steps; nothing if the model is dense.
+
+    As in the authors' code, and so in the paper's figure, a window also ends with the epoch.
+    """
+
+    SAVED = ("ends", "loads")
+
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+        self.loads: dict[str, list[list[int]]] = {}
+        self._recording, self._steps = ExitStack(), 0
+        self._record: RoutingRecord | None = None
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._record is None and routed_layers(kwargs["model"]):
+            self._record, self._steps = self._recording.enter_context(emoe.record_routing(kwargs["model"])), 0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._steps += 1
+        if self._steps == window_steps(state.max_steps):
+            self._end_window(state.global_step)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._end_window(state.global_step)
+
+    def _end_window(self, step: int) -> None:
+        if self._record is None:
+            return
+        self.ends.append(step)
+        for number, layer in self._record.layers.items():
+            self.loads.setdefault(str(number), []).append(layer.loads.tolist())
+        self._record = None
+        self._recording.close()
+
+    def summary(self) -> dict[str, Any]:
+        """Return ``windows`` of ``routing`` in ``metrics.json``: last steps, and loads ``[windows, N]`` by layer."""
+        return {"windows": {"ends": self.ends, "loads": self.loads}} if self.ends else {}
