@@ -114,13 +114,13 @@ def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Sele
     (routed,) = routed_layers(model)
     config, activation = routed.config, routed.activation
     assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid sees to it
-    routed.configure_(dataclasses.replace(config, selection=selection))
+    routed.config = routed.router.config = dataclasses.replace(config, selection=selection)
     routed.activation = _Ones()
     try:
         return dense_magnitudes(model, layer, batches) != 0
     finally:
         routed.activation = activation
-        routed.configure_(config)
+        routed.config = routed.router.config = config
 
 
 class _Ones(nn.Module):

@@ -214,9 +214,7 @@ class MultitaskTrainer(RoutedTrainer):
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
         self.probe.observe(self._network, collate(fixed_rows(rows)))
         super().__init__(
-            args=epoch_arguments(
-                self._checkpoints, self._precision, training, spec, self._best, remove_unused_columns=False
-            ),
+            args=epoch_arguments(self._checkpoints, self._precision, training, spec, self._best),
             order=MixedOrder(lengths, training.rows_per_epoch, training.batch_size, spec.seed, by_length=by_length),
             trainable=trainable,
             probe=self.probe,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from emoe.layer_numbers import resolve_layers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +30,7 @@ from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
 from emoe.architectures import find_ffns
-from emoe.config import EMoEConfig
+from emoe.config import EMoEConfig, resolve_layers
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, partition_key, save_partition
