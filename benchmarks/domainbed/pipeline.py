@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm  # noqa: F401  (runs use it later; a process that forks for runs imports it once)
+
 from benchmarks.domainbed.batches import (
     EnvironmentBatches,
     EvaluationRows,

@@ -21,12 +21,12 @@ from benchmarks.harness.config.yaml import (
     Positive,
     Positives,
     Rate,
-    Registered,
     Strict,
     Whole,
     Wholes,
     optional,
     optional_zero,
+    registered,
 )
 
 HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
@@ -35,7 +35,7 @@ HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
 class Finetuning(Entry):
     """A fine-tuning method: which parameters are trained."""
 
-    train: Annotated[str, Registered(TUNINGS, beside=("all", "adapters", "nothing"))]
+    train: Annotated[str, registered(TUNINGS, beside=("all", "adapters", "nothing"))]
     """Trained parameters: all; adapters; nothing (evaluation only); or a registered tuning, such as `blocks` (the
     transformer blocks of `layers`)."""
     layers: Layers | None = None

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
-from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Offer, Part, text_tokens
+from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part, text_tokens
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import (
     TUNINGS,
@@ -22,7 +20,7 @@ from benchmarks.harness.config.methods import (
     needs_layers,
     tuning_spec,
 )
-from benchmarks.harness.config.overlay import overlay
+from benchmarks.harness.config.overlay import merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
 from benchmarks.harness.config.yaml import check_names, parse, read
@@ -116,11 +114,6 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         trained = text_tokens(rows, data["max_length"], epochs)
         return None if trained is None else trained + read
 
-    def offers(self, part: Part[InstructionPart]) -> list[Offer]:
-        tasks = self.settings("evaluation", part).tasks
-        lacks = frozenset() if any(entry.task.endswith("continuation") for entry in tasks) else frozenset({NATS})
-        return [replace(offer, lacks=lacks) for offer in super().offers(part)]
-
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         run = InstructionSpec.model_validate(spec)
         training = run.training
@@ -132,19 +125,6 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             raise RunError("a run with training.frozen_layers needs a single process")
         if processes > 1 and parallel == "fsdp" and run.model.quantize:
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
-
-    def pipeline(self) -> ModuleType:
-        import lm_eval.evaluator
-        import lm_eval.models.huggingface  # noqa: F401  (runs import them when they evaluate)
-
-        from benchmarks.llama import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.llama import presentation
-
-        return presentation
 
 
 def _templates(name: str, where: str) -> dict[str, dict[str, str]]:
@@ -171,7 +151,7 @@ def _spec(
     method = method_spec(methods, point, point["seed"], None, where)
     method |= {"tune": _partial_tuning_spec(tuning, f"{where}': finetuning '{point['finetuning']}'")}
     if settings.frozen_layers and not untrained:
-        check_frozen(training, method, where)
+        check_frozen(training, method, f"{where}'")
         if tuning.quantize:
             raise DefinitionError(
                 f"{benchmark.file}: 'training.frozen_layers' cannot be combined with weights in 4 bits ('quantize')"
@@ -195,12 +175,9 @@ def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> di
     """Return the fine-tuning methods by name, with a suite's changes."""
     usual, changes = benchmark.definition.finetuning, part.settings.finetuning
     check_names(part.where(), "finetuning", changes, usual)
+    where = (part.file, "benchmarks", benchmark.name, "finetuning")
     return {
-        name: overlay(
-            Finetuning,
-            (str(benchmark.file), ("finetuning", name), tuning.model_dump(exclude_unset=True)),
-            (part.file, ("benchmarks", benchmark.name, "finetuning", name), changes.get(name, {})),
-        )
+        name: parse(merge(tuning.model_dump(exclude_unset=True), changes.get(name, {})), Finetuning, *where, name)
         for name, tuning in usual.items()
     }
 

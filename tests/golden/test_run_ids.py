@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import find_run, load_suite
-from benchmarks.harness.config.suite_file import suite_names
+from benchmarks.harness.config.suite import find_run, load_suite, suite_names
 
 FILE = Path(__file__).with_name("run_ids.csv")
 

@@ -28,7 +28,7 @@ logger.addFilter(
 try:
     SUITE = suites.load_suite(config)
     SHOWN = artifacts.all_artifacts()
-    paper_items.load_paper_items()
+    paper_items.load_paper()
     if (
         workflow.is_main_process
     ):  # a job on a cluster has its run from the main process, and plans nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,27 +16,19 @@ from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.methods import (
-    ABLATION,
-    TRAINING_KEYS,
-    VARIANT_KEYS,
-    Method,
-    load_methods,
-    merge_methods,
-    variant_of,
-)
-from benchmarks.harness.config.overlay import Changes, Layer, merge, overlay
+from benchmarks.harness.config.methods import ABLATION, Method, load_methods, merge_methods
+from benchmarks.harness.config.overlay import Changes, merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import SetReader
 from benchmarks.harness.config.yaml import (
     Count,
     Key,
-    KeyPath,
     Names,
     Strict,
     Whole,
     check_file,
     check_names,
+    key_path,
     optional,
     parse,
     read_yaml,
@@ -150,8 +143,7 @@ class Part(Generic[P]):
 
     def where(self, *keys: str | int) -> str:
         """Return the file and the keys that lead to a setting, as the ``where`` of :func:`check_names`."""
-        path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
-        return f"{self.file}: 'benchmarks.{self.benchmark}{path}"
+        return f"{self.file}: '{key_path(['benchmarks', self.benchmark, *keys])}"
 
     def grid_points(
         self, names: Mapping[str, Collection[str]], axes: Iterable[str]
@@ -194,43 +186,12 @@ OOD_MEAN = "ood_mean"  # the mean of a run's scores over its out-of-distribution
 COUNTS = Domain(("parameters", "trainable_parameters"))  # for every model
 
 
-@dataclass(frozen=True)
-class Offer:
-    """Describe the rows that a block of a suite's grid runs, and their numbers.
-
-    Attributes:
-        methods: The names of its rows.
-        models: The names of its models.
-        domains: The names of the :class:`Domain` of its numbers.
-        tunings: The names of its ways of tuning.
-        settings: The variants of its rows; an empty string for the rows of main tables.
-        selections: The names of its selections; None for all of the benchmark's.
-        lacks: The metrics of these domains that its runs do not record.
-    """
-
-    methods: frozenset[str]
-    models: frozenset[str]
-    domains: frozenset[str]
-    tunings: frozenset[str] = frozenset()
-    settings: frozenset[str] = frozenset({""})
-    selections: frozenset[str] | None = None
-    lacks: frozenset[str] = frozenset()
-
-
-def _variants(lists: Mapping[str, Any]) -> frozenset[str]:
-    """Return the variants of a block, each also without its layers, because tables omit the usual layers."""
-    axes = [key for key in (*VARIANT_KEYS, *TRAINING_KEYS) if lists.get(key)]
-    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*(lists[key] for key in axes))]
-    named = {variant_of({key: point[key] for key in axes if key != "layers"}) for point in points}
-    return frozenset({variant_of(point) for point in points} | named)
-
-
 class Benchmark(ABC, Generic[D, E, P]):
     """Hold one folder of benchmarks/: its definition, its tasks, and the hooks of its kind.
 
-    A kind is a subclass, named in benchmarks/kinds.py. It has the models of its YAML and eight hooks: :meth:`load`,
-    :meth:`specs`, :meth:`sets`, :meth:`tokens`, :meth:`offers`, :meth:`check_processes`, :meth:`pipeline` and
-    :meth:`presentation`. Only the abstract ones are required.
+    A kind is a subclass in ``grid.py`` of its package, named in benchmarks/kinds.py. It has the models of its YAML and
+    the hooks :meth:`load`, :meth:`specs`, :meth:`sets`, :meth:`tokens` and :meth:`check_processes`; only the first two
+    are required. Its package also has the modules ``pipeline`` and ``presentation``.
 
     Attributes:
         name: The name of the folder.
@@ -264,9 +225,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         if definition.paper:
             check_file(f"{self.file}: '", "paper", definition.paper, self.folder, self.paper_columns)
         if "paper" in definition.tables and not definition.paper:
-            raise DefinitionError(
-                f"{self.file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers"
-            )
+            raise DefinitionError(f"{self.file}: 'tables' names 'paper', so it needs the key 'paper'")
 
     @property
     def folder(self) -> Path:
@@ -285,8 +244,8 @@ class Benchmark(ABC, Generic[D, E, P]):
 
         Args:
             name: The name of the benchmark.
-            content: The content of the file.
-            file: The path of ``benchmark.yaml``, in the same folder as the other files.
+            content: The content of ``benchmark.yaml``.
+            file: The path of that file, in the same folder as the other files.
 
         Raises:
             DefinitionError: A file is wrong; names the key and the nearest valid value.
@@ -316,15 +275,6 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
         return None
 
-    def offers(self, part: Part[P]) -> list[Offer]:
-        """Describe the rows of each block of a suite's grid."""
-        domains = frozenset(self.domains)
-        offers = []
-        for block in getattr(part.settings, "grid", ()):
-            methods, models, tunings = (frozenset(getattr(block, key, ())) for key in ("method", "model", "finetuning"))
-            offers.append(Offer(methods, models, domains, tunings, _variants(block.given())))
-        return offers
-
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """Check that a run can be spread over several processes, with ``ddp`` or ``fsdp``.
 
@@ -337,23 +287,23 @@ class Benchmark(ABC, Generic[D, E, P]):
                 "only training runs of instruction tuning are spread over several processes; start this one on one"
             )
 
-    @abstractmethod
+    # shared by all kinds
+
     def pipeline(self) -> ModuleType:
-        """Import the module that executes the benchmark's runs.
+        """Import the module of the kind that executes runs.
 
         Its function ``run(spec, folder, progress)`` returns the content of ``metrics.json`` without the environment.
         """
+        return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.pipeline")
 
-    @abstractmethod
     def presentation(self) -> ModuleType:
-        """Import the module that makes the tables and figures of finished runs.
+        """Import the module of the kind that makes the tables and figures of finished runs.
 
         It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if each set
         has tables of its own. Its function ``present(benchmark, runs)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
-
-    # shared by all kinds
+        return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.presentation")
 
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
         """Return the methods with all their settings, for the benchmark itself or for its part of a suite.
@@ -383,18 +333,15 @@ class Benchmark(ABC, Generic[D, E, P]):
             model: The name of the model whose ``by_model`` applies; None for no model.
 
         Raises:
-            DefinitionError: A setting is wrong; names file and keys of the layer that gave it.
+            DefinitionError: A setting is wrong; names it in the suite's file.
         """
         usual: Strict = getattr(self.definition, key)
-        changes: Mapping[str, Any] = getattr(part.settings, key)
-        own = (str(self.file), (key,))
-        suites = (part.file, ("benchmarks", self.name, key))
-        layers: list[Layer] = [(*own, usual.model_dump(exclude_unset=True)), (*suites, changes)]
-        by_model = merge(*(values for *_, values in layers)).get("by_model") or {}
-        if model is not None and model in by_model:
-            file, at = suites if model in (changes.get("by_model") or {}) else own
-            layers.append((file, (*at, "by_model", model), by_model[model]))
-        return overlay(type(usual), *layers)
+        settings = merge(usual.model_dump(exclude_unset=True), getattr(part.settings, key))
+        at = ["benchmarks", self.name, key]
+        if model is not None and model in (settings.get("by_model") or {}):
+            settings = merge(settings, settings["by_model"][model])
+            at += ["by_model", model]
+        return parse(settings, type(usual), part.file, *at)
 
     @property
     def evaluates(self) -> str | None:
@@ -405,11 +352,6 @@ class Benchmark(ABC, Generic[D, E, P]):
     def shows_parts(self) -> bool:
         """Return True if each of its sets has tables and figures of its own."""
         return bool(getattr(self.definition, "set_tables", ()))
-
-    @property
-    def published_files(self) -> list[str]:
-        """Return the names of the CSV files with published numbers in ``benchmark.yaml``."""
-        return sorted(set(_csv_names(self.definition.model_dump())))
 
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
         """Make the spec of a run by adding the keys that all specs have.
@@ -424,14 +366,6 @@ class Benchmark(ABC, Generic[D, E, P]):
 # a benchmark of any kind
 AnyBenchmark = Benchmark[Any, Any, Any]
 KINDS: dict[str, type[AnyBenchmark]] = {}  # by name; benchmarks/kinds.py fills it
-
-
-def _csv_names(value: object) -> Iterator[str]:
-    if isinstance(value, str) and value.endswith(".csv"):
-        yield value
-    elif isinstance(value, dict):
-        for below in value.values():
-            yield from _csv_names(below)
 
 
 def _method_kinds() -> list[str]:
@@ -503,9 +437,8 @@ def load_benchmark(name: str) -> AnyBenchmark:
     file = BENCHMARKS / name / "benchmark.yaml"
     content = read_yaml(file)
     kind = content.get("kind") if isinstance(content, dict) else None
-    if kind not in KINDS:
-        near = did_you_mean(kind, KINDS) if KINDS else ", and none is known: `import benchmarks.kinds` first"
-        raise DefinitionError(f"{file}: 'kind' is {kind!r}{near}")
+    if kind not in KINDS:  # benchmarks/kinds.py has to be imported first
+        raise DefinitionError(f"{file}: 'kind' is {kind!r}{did_you_mean(kind, KINDS)}")
     load_methods()  # first, because its plugins register names
     return KINDS[kind].load(name, content, file)
 
@@ -516,27 +449,17 @@ def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object)
     Raises:
         DefinitionError: A key or value is wrong; names it and the nearest valid one.
     """
-    model, at = benchmark.part_model, ("benchmarks", benchmark.name)
     given: Any = {} if content is None else content
-    defaults, blocks, merged = dict[str, Any](), list[Any](), given
-    if isinstance(given, dict) and isinstance(given.get("grid_defaults"), dict) and isinstance(given.get("grid"), list):
-        defaults, blocks = given["grid_defaults"], given["grid"]
-        full = [{**defaults, **block} if isinstance(block, dict) else block for block in blocks]
-        merged = {**given, "grid": full}
-
-    def origin(keys: KeyPath) -> KeyPath:
-        match keys:
-            case ("grid", int(number), key, *_) if key in defaults and key not in blocks[number]:
-                return ("grid_defaults", *keys[2:])
-        return keys
-
-    part = Part(benchmark.name, suite, str(file), parse(merged, model, str(file), *at, origin=origin))
-    for key, field in model.model_fields.items():
+    match given:
+        case {"grid_defaults": dict(defaults), "grid": list(blocks)}:
+            full = [{**defaults, **block} if isinstance(block, dict) else block for block in blocks]
+            given = {**given, "grid": full}
+    settings = parse(given, benchmark.part_model, str(file), "benchmarks", benchmark.name)
+    part = Part(benchmark.name, suite, str(file), settings)
+    for key, field in benchmark.part_model.model_fields.items():
         if any(isinstance(mark, Changes) for mark in field.metadata):
             by_model = getattr(benchmark.settings(key, part), "by_model", None) or {}
             check_names(part.where(key), "by_model", by_model, load_models())
-            for name, settings in by_model.items():
+            for name in by_model:
                 benchmark.settings(key, part, name)
-                if "by_model" in settings:
-                    raise DefinitionError(f"{part.where(key, 'by_model', name)}' has a by_model")
     return part

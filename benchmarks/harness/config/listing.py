@@ -10,8 +10,7 @@ from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import load_claims
 from benchmarks.harness.config.methods import load_methods
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import plain_suite
-from benchmarks.harness.config.suite_file import suite_names, suite_parts
+from benchmarks.harness.config.suite import plain_suite, suite_names, suite_parts
 
 Row = dict[str, Any]
 

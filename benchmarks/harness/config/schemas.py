@@ -14,7 +14,7 @@ from benchmarks.harness.config.catalogue import MetricFile, ModelFile
 from benchmarks.harness.config.claims import ClaimFile
 from benchmarks.harness.config.methods import MethodFile
 from benchmarks.harness.config.paper_items import PaperFile
-from benchmarks.harness.config.suite_file import SuiteSettings
+from benchmarks.harness.config.suite import SuiteSettings
 from benchmarks.harness.config.yaml import Strict
 
 

@@ -1,4 +1,4 @@
-"""A suite for the workflow: its configuration, its runs, and their input and output files."""
+"""A suite: its file in ``config/``, its runs, and their input and output files for the workflow."""
 
 from __future__ import annotations
 
@@ -11,27 +11,21 @@ import platform
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, read_json, write_json, write_text
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
-from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
 from benchmarks.harness.config.catalogue import load_metrics, load_models
-from benchmarks.harness.config.claims import compared_benchmarks, load_claims
-from benchmarks.harness.config.runs import (
-    PartitionJob,
-    Run,
-    all_sets,
-    canonical_json,
-    partition_jobs,
-    run_from_spec,
-    slug,
-)
-from benchmarks.harness.config.suite_file import SuiteSettings, read_suite_file, suite_names
+from benchmarks.harness.config.claims import Comparison, load_claims
+from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, canonical_json, partition_jobs, run_from_spec
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse, read_yaml
 from benchmarks.harness.sources.local import local_folder, user_file
 from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
@@ -44,10 +38,40 @@ _GLIBC = {
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
+_USUAL = ("mini", "full", "smoke", "paper")  # of all suites, these are searched first
+
+
+class SuiteSettings(Strict):
+    """A suite. `exclude`, `seeds`, `tracking_uri` and the folders can also be given on the command line
+    (`--config key=value`), and `benchmarks=[glue,llama]` runs only these.
+    """
+
+    benchmarks: Annotated[dict[Key, Any], Field(min_length=1)]
+    """Benchmarks to run, in the order of the report, each with its grid and its differences from benchmark.yaml."""
+    exclude: Annotated[list[str], UNIQUE] = Field([])
+    """Names of sets to leave out because you could not obtain them. Tables state the sets that they cover."""
+    seeds: Count | None = None
+    """Number of seeds (trials for images), from 0 on. It replaces lists of several seeds in the blocks of a grid."""
+    data_root: str | None = None
+    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
+    hub.
+    """
+    model_root: str | None = None
+    """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its
+    package.
+    """
+    tracking_uri: str | None = None
+    """MLflow's store. Null: the variable MLFLOW_TRACKING_URI, else sqlite:///results/mlflow.db."""
+
+
+def suite_names() -> list[str]:
+    """Return the suites that have a file in ``config/``, the usual ones first."""
+    names = sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
+    return [*(name for name in _USUAL if name in names), *(name for name in names if name not in _USUAL)]
 
 
 def load_suite(overrides: Mapping[str, Any]) -> Suite:
-    """Load a suite, with the command line's values on top of its file.
+    """Read ``config/<suite>.yaml`` and put the command line's values on top.
 
     Args:
         overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
@@ -55,17 +79,68 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     Raises:
         DefinitionError: There is no such suite, or a key or value is wrong; names the file and the nearest valid one.
     """
+    values = {"suite": "mini", **overrides}
     valid = ["suite", *SuiteSettings.model_fields]
-    if unknown := [key for key in overrides if key not in valid]:
+    if unknown := [key for key in values if key not in valid]:
         raise DefinitionError(f"--config: unknown key '{unknown[0]}'{did_you_mean(unknown[0], valid)}")
-    name = overrides.get("suite", "mini")
-    content = read_suite_file(name, {key: value for key, value in overrides.items() if key != "suite"})
-    settings = content.settings
+    name = values.pop("suite")
+    if name not in suite_names():
+        raise DefinitionError(
+            f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
+        )
+    file = paths.CONFIG / f"{name}.yaml"
+    where = "--config" if values else str(file)
+    content = read_yaml(file)
+    settings = parse(content, SuiteSettings, str(file))
+    if "benchmarks" in values:
+        check_names(f"{where}: '", "benchmarks", values["benchmarks"], settings.benchmarks)
+        values["benchmarks"] = {benchmark: settings.benchmarks[benchmark] for benchmark in values["benchmarks"]}
+    settings = parse({**content, **values}, SuiteSettings, where)
+    check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
+    parts = {
+        benchmark: parse_part(
+            load_benchmark(benchmark), name, file, _with_seeds(part, settings.seeds) if settings.seeds else part
+        )
+        for benchmark, part in settings.benchmarks.items()
+    }
+    excludable = {task for benchmark in parts for task in load_benchmark(benchmark).tasks}
+    check_names(f"{where}: '", "exclude", settings.exclude, excludable)
+    for benchmark in parts:
+        other = load_benchmark(benchmark).evaluates
+        if other and other not in parts:
+            raise DefinitionError(f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too")
     for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
         if folder and not Path(folder).is_dir():
-            where = "--config" if key in overrides else paths.CONFIG / f"{name}.yaml"
             raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
-    return Suite(name, settings, content.parts, dict(overrides))
+    return Suite(name, settings, parts, dict(overrides))
+
+
+def _with_seeds(part: Any, seeds: int) -> Any:
+    """Set lists of several seeds or trials in a part's unvalidated content to the given number of seeds."""
+    if isinstance(part, list):
+        return [_with_seeds(value, seeds) for value in part]
+    if not isinstance(part, dict):
+        return part
+    several = {key for key in ("seed", "trial") if isinstance(part.get(key), list) and len(part[key]) > 1}
+    return {key: list(range(seeds)) if key in several else _with_seeds(value, seeds) for key, value in part.items()}
+
+
+@functools.cache
+def plain_suite(name: str) -> Suite:
+    """Load a suite without the command line's values; each process plans it once."""
+    return load_suite({"suite": name})
+
+
+def suite_of_job(name: str) -> Suite:
+    """Load a suite in a job of the workflow, with the command line's values from the environment."""
+    overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
+    return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
+
+
+def suite_parts(benchmark: str) -> dict[str, Part[Any]]:
+    """Return a benchmark's part of each suite that runs it, by suite."""
+    suites = map(plain_suite, suite_names())
+    return {suite.name: suite.benchmark_parts[benchmark] for suite in suites if benchmark in suite.benchmark_parts}
 
 
 def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
@@ -120,43 +195,6 @@ def _csv_digest(name: str) -> str:
     return sha256(paths.ROOT / name)
 
 
-def suite_of_job(name: str) -> Suite:
-    """Load a suite in a job of the workflow, with the command line's values from the environment."""
-    overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
-    return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
-
-
-def suites_hint(target: str, benchmarks: Collection[str], given: Suite) -> str:
-    """Explain which suites have a target that the given one lacks.
-
-    Args:
-        target: The target of the workflow.
-        benchmarks: The benchmarks that have the target.
-        given: The given suite.
-    """
-    ready = ("mini", "full", "smoke")  # on any machine
-    names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
-    others = [name for name in names if set(benchmarks) & set(plain_suite(name).settings.benchmarks)]
-    where = (
-        f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`"
-        if others
-        else "no suite does"
-    )
-    return f"the suite '{given.name}' does not run {' or '.join(benchmarks)}; {where}"
-
-
-def find_part(benchmark: str, part: str, first: Suite) -> Suite:
-    """Return the given suite if it runs the part of the benchmark, else the first other one that does.
-
-    Raises:
-        DefinitionError: No suite runs it.
-    """
-    for suite in _suites(first):
-        if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
-            return suite
-    raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
-
-
 @dataclass(frozen=True)
 class Suite:
     """Hold one suite.
@@ -171,7 +209,7 @@ class Suite:
     name: str
     settings: SuiteSettings
     benchmark_parts: Mapping[str, Part[Any]]
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any]
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -221,8 +259,10 @@ class Suite:
 
     @property
     def claimed(self) -> list[str]:
-        """Return the suite's benchmarks that the paper's claims are tested on."""
-        return compared_benchmarks(self.settings.benchmarks)
+        """Return the suite's benchmarks that the paper's claims are tested on, in the order of the claims."""
+        tests = [test for claim in load_claims().values() for test in claim.tests]
+        names = dict.fromkeys(test.compare.benchmark for test in tests if test.compare)
+        return [name for name in names if name in self.settings.benchmarks]
 
     def claim_files(self) -> list[str]:
         """Return the files of the table of claims and its figure."""
@@ -251,7 +291,7 @@ class Suite:
         """Hash all inputs of the tables of a benchmark or part except its runs' numbers; comments do not count."""
         loaded = load_benchmark(benchmark)
         definition, runs = loaded.definition, self.runs_of(benchmark, part)
-        published = [(loaded.folder / name).read_text() for name in loaded.published_files]
+        published = [file.read_text() for file in sorted(loaded.folder.glob("**/*.csv"))]
         models = {run.spec["model"]["name"] for run in runs}
         content: list[object] = [
             definition.model_dump(),
@@ -366,18 +406,9 @@ def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
         DefinitionError: No suite has such a run; names the nearest.
     """
     for suite in _suites(first):
-        if (suite is first or _has_model(suite, folder)) and folder in suite.runs_by_folder:
+        if folder.partition("/")[0] in suite.settings.benchmarks and folder in suite.runs_by_folder:
             return suite.runs_by_folder[folder], suite
     raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
-
-
-def _has_model(suite: Suite, folder: str) -> bool:
-    """Return True if a suite has the model of a run's folder. Planning ten thousand runs takes seconds."""
-    name, _, run = folder.partition("/")
-    if name not in suite.settings.benchmarks:
-        return False
-    offers = load_benchmark(name).offers(suite.benchmark_parts[name])
-    return any(run.startswith(slug(model)) for offer in offers for model in offer.models)
 
 
 def find_partition(name: str, first: Suite) -> PartitionJob:
@@ -392,16 +423,53 @@ def find_partition(name: str, first: Suite) -> PartitionJob:
     raise DefinitionError(f"no suite needs the partition '{name}'{did_you_mean(name, first.partitions)}")
 
 
-@functools.cache
-def plain_suite(name: str) -> Suite:
-    """Load a suite without the command line's values; each process plans it once."""
-    return load_suite({"suite": name})
-
-
 def _suites(first: Suite) -> Iterator[Suite]:
-    """Yield the given suite, then the others, loaded when needed, the usual ones first."""
+    """Yield the given suite, then the others, loaded when needed."""
     yield first
-    usual = ("smoke", "mini", "paper")
-    for name in sorted(suite_names(), key=lambda name: (usual.index(name) if name in usual else len(usual), name)):
-        if name != first.name:
-            yield plain_suite(name)
+    yield from (plain_suite(name) for name in suite_names() if name != first.name)
+
+
+def find_part(benchmark: str, part: str, first: Suite) -> Suite:
+    """Return the given suite if it runs the part of the benchmark, else the first other one that does.
+
+    Raises:
+        DefinitionError: No suite runs it.
+    """
+    for suite in _suites(first):
+        if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
+            return suite
+    raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
+
+
+def suites_hint(target: str, benchmarks: Collection[str], given: Suite) -> str:
+    """Explain which suites have a target that the given one lacks.
+
+    Args:
+        target: The target of the workflow.
+        benchmarks: The benchmarks that have the target.
+        given: The given suite.
+    """
+    others = [name for name in suite_names() if set(benchmarks) & set(plain_suite(name).settings.benchmarks)]
+    where = f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`" if others else ""
+    return f"the suite '{given.name}' does not run {' or '.join(benchmarks)}; {where or 'no suite does'}"
+
+
+def suites_with(compare: Comparison) -> list[str]:
+    """List the suites whose grids have both methods with a shared model that is not randomly initialised."""
+    benchmark, models = load_benchmark(compare.benchmark), load_models()
+    random = {name for name, model in models.items() if model.config or model.random}
+    # a row of weights that another row trained needs the runs of that row
+    transformed = getattr(benchmark.definition, "transformed", {})
+    rows = [transformed[row].trained if row in transformed else row for row in (compare.method, compare.against)]
+    runs_it, trains = suite_parts(benchmark.name), suite_parts(benchmark.evaluates or benchmark.name)
+    suites = []
+    for suite in runs_it:
+        models_of = {row: set[str]() for row in rows}
+        for block in trains[suite].settings.grid:
+            for row in rows:
+                has_row = row in getattr(block, "method", rows)  # measurements compare all rows
+                if has_row and (not compare.tunings or set(compare.tunings) & set(block.finetuning)):
+                    models_of[row] |= set(compare.models or block.model) & set(block.model)
+        if set.intersection(*models_of.values()) - random:
+            suites.append(suite)
+    return suites

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
-from benchmarks.harness.config.methods import block_of, check_not_frozen, is_below
+from benchmarks.harness.config.methods import block_of, check_frozen, is_below
 from emoe.architectures import find_ffns
-from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest
 
 STATES = "prefix_states"  # the argument of a model for the output of its prefix
@@ -76,12 +75,7 @@ class Prefix:
 
     def check(self, method: Mapping[str, Any]) -> None:
         """Raise :class:`DefinitionError` if the ``method`` of a run's spec converts or trains a frozen layer."""
-        named = f"the method '{method['name']}'"
-        config, tune = method["config"], method["tune"]
-        if config is not None:
-            check_not_frozen(self.layers, resolve_layers(config["layers"], self._count)[0], f"{named} converts")
-        if tune is not None and (trained := tune["blocks"] or tune.get("layers")):
-            check_not_frozen(self.layers, resolve_layers(trained, self._count)[0], f"{named} trains")
+        check_frozen({"frozen_layers": self.layers}, method, "the model", self._count)
 
     def freeze_(self) -> None:
         """Freeze the prefix permanently: no gradient, and always eval mode."""

@@ -67,7 +67,7 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
     if RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all():
         caption.append("All numbers are published: this suite runs none of these rows.")
     caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
-    is_named = table.title == paper_items.load_paper_items()[output.item].title
+    is_named = table.title == paper_items.load_paper().items[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
     return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=" ".join(caption))
 
@@ -77,7 +77,7 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
     ``status``.
     """
     rows: list[dict[str, Any]] = []
-    for name, item in paper_items.load_paper_items().items():
+    for name, item in paper_items.load_paper().items.items():
         files = paper_items.paper_files(suite, name)
         existing = sum(Path(file).exists() for file in files)
         shown = [file for file in files if file.endswith((".md", ".png"))]
@@ -114,14 +114,14 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     and of our difference (``compared``).
     """
     averages = []
-    for average in paper_items.load_main_averages().values():
+    for average in paper_items.load_paper().main.values():
         if average.of.benchmark in numbers:
             averages += _our_averages(average, numbers[average.of.benchmark])
         for is_rank, models in ((False, average.paper), (True, average.paper_ranks)):
             for model, published in models.items():
-                for method, value in published.model_dump().items():
+                for method, value in published.items():
                     row = {"axis": f"{average.title}, {model}", "whose": "paper", "is_rank": is_rank, "method": method}
-                    row |= {"mean": value, "delta": value - published.dense, "n": 0, "of": "", "compared": ""}
+                    row |= {"mean": value, "delta": value - published["dense"], "n": 0, "of": "", "compared": ""}
                     averages.append(row)
     return pd.DataFrame(averages, columns=_COLUMNS)
 
