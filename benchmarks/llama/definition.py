@@ -26,6 +26,7 @@ from benchmarks.harness.config.yaml import (
     Wholes,
     optional,
     optional_zero,
+    refusal,
     registered,
 )
 
@@ -210,8 +211,8 @@ class InstructionSource(ExplicitNulls):
     """File inside the package that ships the rows."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        if self.model_fields_set:
-            self.need_one_of("hub", "package")
+        if self.hub and self.package:
+            raise refusal("it needs one of hub, package, but has both")
 
 
 class InstructionSet(Entry):

@@ -123,7 +123,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         accumulation(training, processes)
         if processes > 1 and training.frozen_layers:
             raise RunError("a run with training.frozen_layers needs a single process")
-        if processes > 1 and parallel == "fsdp" and run.model.quantize:
+        if processes > 1 and parallel == "fsdp" and run.model.get("quantize"):
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
 
 

@@ -187,5 +187,5 @@ def test_a_method_takes_every_field_of_a_configuration() -> None:
 def test_a_spec_is_read_back_as_it_is_hashed(benchmark: str, spec: type[Strict]) -> None:
     for run in [*plan([benchmark], "mini"), *plan([benchmark], "smoke")]:
         assert canonical_json(parse(run.spec, spec, "run.json").model_dump()) == run.to_json()
-    with pytest.raises(DefinitionError, match=r"^run\.json: 'method': unknown key 'nam'; did you mean 'name'"):
-        parse({**run.spec, "method": {**run.spec["method"], "nam": ""}}, spec, "run.json")
+    with pytest.raises(DefinitionError, match=r"^run\.json: 'the file': unknown key 'sed'; did you mean 'seed'"):
+        parse({**run.spec, "sed": 0}, spec, "run.json")

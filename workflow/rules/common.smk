@@ -129,9 +129,12 @@ def code_of(*benchmarks):
 
 def in_report(shown, category):
     # figures, which Snakemake's own report names by what they show
-    figures = shown.figure_labels("{suite}").items()
     said = dict(caption="../report/figure.rst", category=category)
-    return [report(file, labels=labels, **said) for file, labels in figures]
+    files = {file: os.path.basename(file).rsplit(".", 1) for file in shown.figure_files("{suite}")}
+    return [
+        report(file, labels={"figure": stem.replace("_", " "), "format": end}, **said)
+        for file, (stem, end) in files.items()
+    ]
 
 
 def suite_outputs(suite):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -61,6 +61,7 @@ class Comparison(Strict):
 class ClaimTest(Strict):
     """A test of a claim: a comparison of runs, or the requirement that it lacks."""
 
+    exactly_one_of = ("compare", "needs")
     title: str
     """Models and data of the test, in a few words."""
     paper: PaperEffect
@@ -71,9 +72,6 @@ class ClaimTest(Strict):
     """A requirement that no suite meets."""
     headline: bool = False
     """True to show the test in the small figure of README and report."""
-
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("compare", "needs")
 
 
 class Claim(Strict):
@@ -94,11 +92,7 @@ class ClaimFile(Strict):
 
 @functools.cache
 def load_claims() -> dict[str, Claim]:
-    """Read the paper's claims, by name.
-
-    Raises:
-        DefinitionError: the file is wrong, or names a benchmark, method or metric that does not exist.
-    """
+    """Read the paper's claims, by name."""
     file = BENCHMARKS / "claims.yaml"
     claims = read(file, ClaimFile).claims
     for name, claim in claims.items():

@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_nam
 class PaperPart(Strict):
     """One of our tables or figures."""
 
+    exactly_one_of = ("table", "set_table", "figure")
     benchmark: str
     """A folder of benchmarks/."""
     table: str | None = optional()
@@ -34,9 +35,6 @@ class PaperPart(Strict):
     rows: Names | None = optional()
     """The methods that the paper shows; left out: all rows of the table."""
 
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("table", "set_table", "figure")
-
     @property
     def name(self) -> str:
         return self.table or self.set_table or self.figure or ""
@@ -45,6 +43,7 @@ class PaperPart(Strict):
 class PaperItem(Strict):
     """A table or figure of the paper."""
 
+    exactly_one_of = ("parts", "missing", "main")
     title: str
     """Its content in a few words."""
     naacl: str
@@ -57,9 +56,6 @@ class PaperItem(Strict):
     """True for the figure of the main averages, which `main` of this file defines."""
     caption: str | None = optional()
     """The caption of the main averages; other figures have a caption in their benchmark."""
-
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("parts", "missing", "main")
 
 
 class MainNumbers(Strict):

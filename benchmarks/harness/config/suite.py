@@ -289,22 +289,15 @@ class Suite:
 
     def digest(self, benchmark: str, part: str | None = None) -> str:
         """Hash all inputs of the tables of a benchmark or part except its runs' numbers; comments do not count."""
-        loaded = load_benchmark(benchmark)
-        definition, runs = loaded.definition, self.runs_of(benchmark, part)
-        published = [file.read_text() for file in sorted(loaded.folder.glob("**/*.csv"))]
-        models = {run.spec["model"]["name"] for run in runs}
+        loaded, part_of_suite = load_benchmark(benchmark), self.benchmark_parts.get(benchmark)
         content: list[object] = [
-            definition.model_dump(),
-            self.benchmark_parts[benchmark].settings.note if benchmark in self.benchmark_parts else None,
+            loaded.definition.model_dump(),
+            part_of_suite.settings.note if part_of_suite else None,
             {name: task.model_dump() for name, task in loaded.tasks.items()},
             {name: metric.model_dump() for name, metric in load_metrics().items()},
-            {  # of the models that it shows
-                name: model.title
-                for name, model in load_models().items()
-                if name in models or any(name in text for text in published)
-            },
-            published,
-            [run.id for run in runs],
+            {name: model.title for name, model in load_models().items()},
+            [file.read_text() for file in sorted(loaded.folder.glob("**/*.csv"))],
+            [run.id for run in self.runs_of(benchmark, part)],
         ]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
@@ -345,15 +338,6 @@ class Suite:
         with self._plan_file.open(encoding="utf-8") as lines:
             line = next((line for line in lines if line.startswith(f"{key}\t")), "")
         return json.loads(line.partition("\t")[2]) if line else None
-
-    @property
-    def by_number_of_runs(self) -> list[str]:
-        """Return all benchmarks: the suite's by ascending number of runs, then the others."""
-        sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
-        return [
-            *sorted(sizes, key=lambda name: sizes[name]),
-            *(name for name in benchmark_names() if name not in sizes),
-        ]
 
     def missing_sets(self) -> list[str]:
         """Return the missing sets that must be downloaded by hand; runs that need them will fail."""

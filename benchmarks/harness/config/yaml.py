@@ -6,7 +6,7 @@ import csv
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import (
@@ -108,6 +108,8 @@ class Strict(BaseModel):
     A field's docstring is its description in an editor.
     """
 
+    exactly_one_of: ClassVar[tuple[str, ...]] = ()  # keys of which one has a value
+    together: ClassVar[tuple[tuple[str, str], ...]] = ()  # a key, and another one that it needs
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -124,16 +126,16 @@ class Strict(BaseModel):
         """Return the values that the file gives, without defaults."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
-    def need_one_of(self, *keys: str) -> None:
-        """Raise unless exactly one of these keys has a value; for a model's own validator."""
-        named = [key for key in keys if getattr(self, key) is not None]
-        if len(named) != 1:
-            raise refusal(f"it needs one of {', '.join(keys)}, but has {' and '.join(named) or 'none'}")
-
-    def need_together(self, key: str, other: str) -> None:
-        """Raise if a key has a value and the other, which it needs, has none."""
-        if getattr(self, key) is not None and getattr(self, other) is None:
-            raise refusal(f"'{key}' needs the key '{other}'")
+    def model_post_init(self, _context: Any, /) -> None:
+        if self.exactly_one_of:
+            named = [key for key in self.exactly_one_of if getattr(self, key) is not None]
+            if len(named) != 1:
+                raise refusal(
+                    f"it needs one of {', '.join(self.exactly_one_of)}, but has {' and '.join(named) or 'none'}"
+                )
+        for key, other in self.together:
+            if getattr(self, key) is not None and getattr(self, other) is None:
+                raise refusal(f"'{key}' needs the key '{other}'")
 
 
 class ExplicitNulls(Strict):
