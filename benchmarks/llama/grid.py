@@ -41,7 +41,6 @@ from benchmarks.llama.definition import (
 )
 from benchmarks.llama.instructions import load_instructions
 from benchmarks.llama.likelihood import NATS
-from benchmarks.llama.questions import is_mmlu_dev
 from benchmarks.llama.templates import CHAT, RANDOM
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
@@ -86,9 +85,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         name = spec["task"]["name"]
-        asked = [entry["task"] for entry in spec["evaluation"]["tasks"]]
-        unpinned = tuple(f"what lm-eval reads for {task}" for task in asked if not is_mmlu_dev(task))
-        return [SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]), unpinned)]
+        return [SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]))]
 
     def _describe(self, name: str, source: Mapping[str, Any], _open_files: bool) -> Iterator[SetPart]:
         """Describe a set. Broken rows count as dropped, except those with too long prompts."""

@@ -184,7 +184,7 @@ def part_outputs(benchmark, part):
 def run_of(wildcards):
     folder = f"{wildcards.benchmark}/{wildcards.run}"
     return (
-        suites.find_run(folder, SUITE)[0]
+        suites.find_run(folder, SUITE)
         if workflow.is_main_process
         else suites.planned_run(folder, SUITE)
     )

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.methods import ABLATION, Method, load_methods, merge_methods
+from benchmarks.harness.config.methods import Kind, Method, load_methods, merge_methods
 from benchmarks.harness.config.overlay import Changes, merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import SetReader
@@ -93,7 +93,7 @@ class MethodsDefinition(Definition):
 
     baseline: str
     """The method that the others are compared with."""
-    method_defaults: dict[str, Method] = Field({})
+    method_defaults: dict[Kind, Method] = Field({})
     """Default settings by kind of method: dense, emoe or gmoe. A row's own settings override them, and a suite's
     defaults override the benchmark's."""
     methods: Annotated[dict[Key, Method], Field(min_length=1)]
@@ -112,7 +112,7 @@ class SuitePart(Strict):
 class TrainingPart(SuitePart):
     """The suite's part of a benchmark that trains models with methods."""
 
-    method_defaults: dict[str, Method] = Field({})
+    method_defaults: dict[Kind, Method] = Field({})
     """Default settings by kind of method; they override the benchmark's defaults."""
     methods: dict[str, Method] = Field({})
     """Settings of single methods that differ in this suite, by method."""
@@ -153,9 +153,6 @@ class Part(Generic[P]):
         Args:
             names: The valid names, by key of a block.
             axes: The keys of a point, the slowest first; a block may lack some.
-
-        Raises:
-            DefinitionError: A name does not exist.
         """
         grid: Sequence[Strict] = getattr(self.settings, "grid", ())
         for number, block in enumerate(grid):
@@ -246,9 +243,6 @@ class Benchmark(ABC, Generic[D, E, P]):
             name: The name of the benchmark.
             content: The content of ``benchmark.yaml``.
             file: The path of that file, in the same folder as the other files.
-
-        Raises:
-            DefinitionError: A file is wrong; names the key and the nearest valid value.
         """
 
     @abstractmethod
@@ -259,9 +253,6 @@ class Benchmark(ABC, Generic[D, E, P]):
             part: The benchmark's part of the suite.
             exclude: The sets to exclude.
             others: The runs that the benchmark evaluates; empty if it evaluates none.
-
-        Raises:
-            DefinitionError: A name in the grid does not exist, or settings do not go together.
         """
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
@@ -283,9 +274,7 @@ class Benchmark(ABC, Generic[D, E, P]):
             DefinitionError: Its settings do not fit the number of processes.
         """
         if processes > 1:
-            raise RunError(
-                "only training runs of instruction tuning are spread over several processes; start this one on one"
-            )
+            raise RunError("only training runs of instruction tuning can use several processes")
 
     # shared by all kinds
 
@@ -310,30 +299,22 @@ class Benchmark(ABC, Generic[D, E, P]):
 
         A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
         ``methods.yaml``, the suite's ``method_defaults`` for the method's kind, the benchmark's.
-
-        Raises:
-            DefinitionError: A method that the suite changes does not exist.
         """
         definition = self.definition
         if not isinstance(definition, MethodsDefinition):
             return {}
         if part is None or not isinstance(part.settings, TrainingPart):
             return resolve_methods(definition)
-        defaults, changes = part.settings.method_defaults, part.settings.methods
-        check_names(part.where(), "methods", changes, definition.methods)
-        check_names(part.where(), "method_defaults", defaults, _method_kinds())
-        return resolve_methods(definition, defaults, changes)
+        check_names(part.where(), "methods", part.settings.methods, definition.methods)
+        return resolve_methods(definition, part.settings.method_defaults, part.settings.methods)
 
     def settings(self, key: str, part: Part[P], model: str | None = None) -> Any:
-        """Return settings of the benchmark, overridden by a suite's and a model's.
+        """Return settings of the benchmark, overridden by its part of a suite, and by its ``by_model`` for a model.
 
         Args:
-            key: The key of the settings, in the benchmark and in its part of the suite.
+            key: The key of the settings, in the benchmark and in the part.
             part: The benchmark's part of the suite.
-            model: The name of the model whose ``by_model`` applies; None for no model.
-
-        Raises:
-            DefinitionError: A setting is wrong; names it in the suite's file.
+            model: The name of the model, or None.
         """
         usual: Strict = getattr(self.definition, key)
         settings = merge(usual.model_dump(exclude_unset=True), getattr(part.settings, key))
@@ -345,7 +326,7 @@ class Benchmark(ABC, Generic[D, E, P]):
 
     @property
     def evaluates(self) -> str | None:
-        """Return the name of the benchmark whose runs this one evaluates; None if it evaluates no other runs."""
+        """Return the name of the benchmark whose runs this one evaluates, if any."""
         return getattr(self.definition, "evaluates", None)
 
     @property
@@ -354,22 +335,12 @@ class Benchmark(ABC, Generic[D, E, P]):
         return bool(getattr(self.definition, "set_tables", ()))
 
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
-        """Make the spec of a run by adding the keys that all specs have.
-
-        Args:
-            variant: A short text of the settings that vary besides model, task and method.
-            content: The other keys.
-        """
+        """Make the spec of a run: ``variant`` names its settings besides model, task and method, in short."""
         return {"benchmark": self.name, "version": self.definition.version, "variant": variant, **content}
 
 
-# a benchmark of any kind
 AnyBenchmark = Benchmark[Any, Any, Any]
 KINDS: dict[str, type[AnyBenchmark]] = {}  # by name; benchmarks/kinds.py fills it
-
-
-def _method_kinds() -> list[str]:
-    return [method.kind for method in load_methods().values()]
 
 
 def text_tokens(rows: int | None, max_length: int, times: float) -> float | None:
@@ -384,7 +355,7 @@ def text_tokens(rows: int | None, max_length: int, times: float) -> float | None
 
 
 def resolve_methods(
-    definition: MethodsDefinition, defaults: Mapping[str, Method] = {}, changes: Mapping[str, Method] = {}
+    definition: MethodsDefinition, defaults: Mapping[Kind, Method] = {}, changes: Mapping[str, Method] = {}
 ) -> dict[str, Method]:
     """Return the methods of a definition with all their settings.
 
@@ -403,21 +374,11 @@ def resolve_methods(
 
 
 def check_rows(definition: MethodsDefinition, file: Path) -> None:
-    """Check the names of the methods that a benchmark compares, of their kinds, and of the baseline.
-
-    Raises:
-        DefinitionError: A name does not exist.
-    """
+    """Check the names of the methods that a benchmark compares, and of the baseline."""
     for name, row in definition.methods.items():
         at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
         check_names(f"{file}: '", at, [known], load_methods())
-    check_names(f"{file}: '", "method_defaults", definition.method_defaults, _method_kinds())
     check_names(f"{file}: '", "baseline", [definition.baseline], definition.methods)
-    ablations = [name for name, row in definition.methods.items() if row.role == ABLATION]
-    if ablations and not hasattr(definition, "ablations"):
-        raise DefinitionError(
-            f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, but the benchmark has no 'ablations'"
-        )
 
 
 def benchmark_names() -> list[str]:
@@ -427,11 +388,7 @@ def benchmark_names() -> list[str]:
 
 @functools.cache
 def load_benchmark(name: str) -> AnyBenchmark:
-    """Read and check one benchmark.
-
-    Raises:
-        DefinitionError: There is no such benchmark, or its files are wrong.
-    """
+    """Read and check one benchmark."""
     if name not in benchmark_names():
         raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
     file = BENCHMARKS / name / "benchmark.yaml"
@@ -444,11 +401,7 @@ def load_benchmark(name: str) -> AnyBenchmark:
 
 
 def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object) -> Part[Any]:
-    """Validate a benchmark's part of a suite, and apply ``grid_defaults`` to the blocks of its grid.
-
-    Raises:
-        DefinitionError: A key or value is wrong; names it and the nearest valid one.
-    """
+    """Validate a benchmark's part of a suite, and apply ``grid_defaults`` to the blocks of its grid."""
     given: Any = {} if content is None else content
     match given:
         case {"grid_defaults": dict(defaults), "grid": list(blocks)}:

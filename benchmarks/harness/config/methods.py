@@ -217,6 +217,7 @@ def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: 
 Layers = str | Annotated[list[int], Field(min_length=1)]
 CONTROL, ABLATION = "control", "ablation"
 Role = Literal["baseline", "method", "control", "ablation"]
+Kind = Literal["dense", "emoe", "gmoe"]
 
 
 class Method(ExplicitNulls):
@@ -229,7 +230,7 @@ class Method(ExplicitNulls):
     """The row's name in methods.yaml, if it differs."""
     title: str = optional()
     """Label in tables and figures."""
-    kind: Literal["dense", "emoe", "gmoe"] = optional()
+    kind: Kind = optional()
     """The model that is built: the dense one, EMoE, or GMoE."""
     role: Role = "method"
     """Purpose of the row. An ablation is shown only in the tables of `ablations`, with one row per setting."""

@@ -149,9 +149,6 @@ def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
     Args:
         parts: The suite's part of each benchmark, by name.
         exclude: The sets to leave out.
-
-    Raises:
-        DefinitionError: A name in a grid does not exist, or a method is invalid.
     """
     planned: dict[str, list[Run]] = {}
 
@@ -189,7 +186,7 @@ def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def _csv_digest(name: str) -> str:
-    """Return the sha256 of a csv in the project (raises :class:`DefinitionError` if missing)."""
+    """Return the sha256 of a csv in the project."""
     if not (paths.ROOT / name).is_file():
         raise DefinitionError(f"{paths.ROOT / name} does not exist, but a task's 'source.csv' names it")
     return sha256(paths.ROOT / name)
@@ -310,6 +307,7 @@ class Suite:
     def environment(self) -> dict[str, str]:
         """Return environment variables for the jobs, which use this interpreter even if it is not on the path."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        data_root, model_root = self.settings.data_root, self.settings.model_root
         variables = {
             "PATH": path,
             "TOKENIZERS_PARALLELISM": "false",
@@ -319,13 +317,12 @@ class Suite:
             paths.OVERRIDES: canonical_json(self.overrides),
             paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
         }
-        if self.settings.data_root:
-            variables[paths.DATA_ROOT] = str(Path(self.settings.data_root).resolve())
-        if self.settings.model_root:
-            variables[paths.MODEL_ROOT] = str(Path(self.settings.model_root).resolve())
-        if self.settings.tracking_uri:  # may hold a password, which no command line shows
-            variables[paths.TRACKING_URI] = self.settings.tracking_uri
-        return variables
+        optional = {
+            paths.DATA_ROOT: data_root and str(Path(data_root).resolve()),
+            paths.MODEL_ROOT: model_root and str(Path(model_root).resolve()),
+            paths.TRACKING_URI: self.settings.tracking_uri,  # may hold a password, which no command line shows
+        }
+        return variables | {name: value for name, value in optional.items() if value}
 
     @property
     def _plan_file(self) -> Path:
@@ -359,7 +356,7 @@ class Suite:
         Args:
             folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
         """
-        runs = [find_run(folder, self)[0] for folder in sorted(folders)]
+        runs = [find_run(folder, self) for folder in sorted(folders)]
         lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
         lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
         write_text(self._plan_file, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
@@ -374,7 +371,7 @@ class Suite:
 def planned_run(folder: str, suite: Suite) -> Run:
     """Return a run by folder in a job on a cluster, without planning the suite."""
     content = suite.read_planned(folder)
-    return Run(**content) if content else find_run(folder, suite)[0]
+    return Run(**content) if content else find_run(folder, suite)
 
 
 def planned_partition(name: str, suite: Suite) -> PartitionJob:
@@ -383,24 +380,16 @@ def planned_partition(name: str, suite: Suite) -> PartitionJob:
     return PartitionJob(**content) if content else find_partition(name, suite)
 
 
-def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
-    """Find the run of a folder below ``results/runs``, in the given suite or in any other.
-
-    Raises:
-        DefinitionError: No suite has such a run; names the nearest.
-    """
+def find_run(folder: str, first: Suite) -> Run:
+    """Find the run of a folder below ``results/runs``, in the given suite or in any other."""
     for suite in _suites(first):
         if folder.partition("/")[0] in suite.settings.benchmarks and folder in suite.runs_by_folder:
-            return suite.runs_by_folder[folder], suite
+            return suite.runs_by_folder[folder]
     raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
 
 
 def find_partition(name: str, first: Suite) -> PartitionJob:
-    """Find the clustering of an id, in the given suite or in any other.
-
-    Raises:
-        DefinitionError: No suite needs such a clustering; names the nearest.
-    """
+    """Find the clustering of an id, in the given suite or in any other."""
     for suite in _suites(first):
         if name in suite.partitions:
             return suite.partitions[name]
@@ -414,11 +403,7 @@ def _suites(first: Suite) -> Iterator[Suite]:
 
 
 def find_part(benchmark: str, part: str, first: Suite) -> Suite:
-    """Return the given suite if it runs the part of the benchmark, else the first other one that does.
-
-    Raises:
-        DefinitionError: No suite runs it.
-    """
+    """Return the given suite if it runs the part of the benchmark, else the first other one that does."""
     for suite in _suites(first):
         if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
             return suite
@@ -426,13 +411,7 @@ def find_part(benchmark: str, part: str, first: Suite) -> Suite:
 
 
 def suites_hint(target: str, benchmarks: Collection[str], given: Suite) -> str:
-    """Explain which suites have a target that the given one lacks.
-
-    Args:
-        target: The target of the workflow.
-        benchmarks: The benchmarks that have the target.
-        given: The given suite.
-    """
+    """Explain which suites run the benchmarks of a workflow's target, which the given suite lacks."""
     others = [name for name in suite_names() if set(benchmarks) & set(plain_suite(name).settings.benchmarks)]
     where = f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`" if others else ""
     return f"the suite '{given.name}' does not run {' or '.join(benchmarks)}; {where or 'no suite does'}"
