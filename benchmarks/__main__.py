@@ -307,13 +307,11 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
         sets.stay_offline()
     else:
         sets.fetch_packaged(loaded)
-    parts, loose = list(sets.check_data(loaded.runs, open_images=open_images)), sets.unpinned(loaded)
+    parts = list(sets.check_data(loaded.runs, open_images=open_images))
     if as_json:
-        _echo_json({"parts": [dataclasses.asdict(part) for part in parts], "unpinned": loose})
+        _echo_json({"parts": [dataclasses.asdict(part) for part in parts]})
     else:
         click.echo(sets.describe(parts))
-        if loose:
-            click.echo(f"\nNot pinned to a commit: {'; '.join(loose)}. metrics.json records which was read")
     sys.exit(any(part.rows is None for part in parts))
 
 

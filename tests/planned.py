@@ -18,8 +18,7 @@ from benchmarks.harness.base import CONFIG
 from benchmarks.harness.config import suite as suites
 from benchmarks.harness.config.benchmark import KINDS, AnyBenchmark, Part, load_benchmark, parse_part
 from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.config.suite import plain_suite
-from benchmarks.harness.config.suite_file import suite_parts
+from benchmarks.harness.config.suite import plain_suite, suite_parts
 from benchmarks.harness.config.yaml import read_yaml
 from benchmarks.harness.sources import packages
 

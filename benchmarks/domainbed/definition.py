@@ -138,6 +138,8 @@ class ImageDefinition(MethodsDefinition):
 class ImageSource(ExplicitNulls):
     """Source of the images."""
 
+    exactly_one_of = ("folder", "mnist")
+    together = (("mnist", "digits"), ("hub", "folder"))
     folder: str | None = None
     """Name of the set's folder below data_root, in DomainBed's layout `<environment>/<class>/<image>`."""
     hub: str | None = None
@@ -148,11 +150,6 @@ class ImageSource(ExplicitNulls):
     """MNIST digits, turned or coloured by DomainBed's definitions."""
     digits: Literal["all", "package"] | None = None
     """Digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that ship inside a package."""
-
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("folder", "mnist")
-        self.need_together("mnist", "digits")
-        self.need_together("hub", "folder")
 
 
 class ImageTask(Strict):

@@ -8,7 +8,6 @@ import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.domainbed.definition import COST_COLUMNS, ImageDefinition, ImagePart, ImageTraining, SetEntry, SetFile
@@ -83,18 +82,6 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         patches = (training["image_size"] // 14) ** 2
         return float(training["steps"] * spec["hparams"]["batch_size"] * trained * patches)
 
-    def pipeline(self) -> ModuleType:
-        import timm  # noqa: F401  (runs import it when they build a model)
-
-        from benchmarks.domainbed import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.domainbed import presentation
-
-        return presentation
-
 
 def _test_env_tuples(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
     """Return the tuples of environments that are held out together, by number."""
@@ -118,7 +105,7 @@ def _spec(
     hparams = {**hyper_parameters(settings.registry, task.domainbed, draw, trial), **settings.hparams.model_dump()}
     training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
     method = method_spec(methods, point, trial, settings.lora, where)
-    check_frozen(training, method, where)
+    check_frozen(training, method, f"{where}'")
     if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
         raise DefinitionError(
             f"{benchmark.file}: 'training.frozen_layers' is {settings.frozen_layers}, but images of "

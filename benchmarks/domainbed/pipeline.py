@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm  # noqa: F401  (runs use it later; a process that forks for runs imports it once)
+
 from benchmarks.domainbed.batches import (
     EnvironmentBatches,
     EvaluationRows,
@@ -122,7 +124,7 @@ def _add_prefixes(
     """Add the outputs of the model's frozen layers for all rows in training or evaluation."""
     training, prefixed = spec.training, list(environments)
     # methods begin with different environments, so that concurrent runs share the work instead of waiting
-    begin = derive_seed("first", spec.method.name)
+    begin = derive_seed("first", spec.method["name"])
     for number in range(begin, begin + len(environments)):
         env = number % len(environments)
         within, out = splits[env]
@@ -160,7 +162,7 @@ def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
     """
     method, task = spec.method, spec.task
     variant = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
-    parts = (f"{method.name}-{spec.sweep}", method.variant, spec.model.name, variant)
+    parts = (f"{method['name']}-{spec.sweep}", method["variant"], spec.model["name"], variant)
     return {
         "dataset": task.domainbed,
         "algorithm": "@".join(filter(None, parts)),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, Self
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
@@ -13,7 +11,6 @@ from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import (
     Definition,
     MethodsDefinition,
-    Offer,
     Part,
     benchmark_names,
     load_benchmark,
@@ -21,7 +18,6 @@ from benchmarks.harness.config.benchmark import (
 )
 from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite_file import suite_parts
 from benchmarks.harness.config.yaml import check_names, parse
 from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
 
@@ -103,27 +99,6 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         settings = spec["evaluation"]
         rows = sum(settings["rows"] or self.tasks[other["name"]].rows.test or 0 for other in spec["ood"])
         return text_tokens(rows, settings["max_length"], 1 / 3)
-
-    def offers(self, part: Part[EvaluationPart]) -> list[Offer]:
-        evaluated = self.definition.evaluates
-        trained = load_benchmark(evaluated).offers(suite_parts(evaluated)[part.suite])
-        transformed = self.definition.transformed.items()
-        offers = []
-        for offer in trained:
-            methods = {name for name, row in transformed if {row.trained, row.used_as} <= offer.methods}
-            methods |= offer.methods & set(self.definition.methods)
-            offers.append(replace(offer, methods=frozenset(methods), domains=frozenset(self.domains)))
-        return offers
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.glue_ood import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.glue_ood import presentation
-
-        return presentation
 
 
 class _Cell(NamedTuple):

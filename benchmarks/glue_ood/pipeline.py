@@ -53,7 +53,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
     if read.transform is not None:
-        convert_trained_(classifier.model, read.method.config, read.seed)
+        convert_trained_(classifier.model, read.method["config"], read.seed)
     evaluator = TextEvaluator(
         classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, training.precision, folder
     )
@@ -75,7 +75,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "routing": routed,
         "usage": usage,
         "probe": probe.summary(),
-        "chosen": {"run": chosen.folder, "learning_rate": trained.learning_rate, "variant": trained.method.variant},
+        "chosen": {"run": chosen.folder, "learning_rate": trained.learning_rate, "variant": trained.method["variant"]},
         "cost": evaluator.cost,
         "data": {"test": own.summary()} | {f"ood:{name}": split.summary() for name, split in splits.items()},
     }
@@ -97,6 +97,6 @@ def _chosen(spec: EvaluationSpec) -> Run:
         if choice == tuple(best) and candidate.spec["seed"] == spec.seed:
             return candidate
     raise DataError(
-        f"{spec.benchmark}: seed {spec.seed} did not train {spec.method.name} with the chosen "
+        f"{spec.benchmark}: seed {spec.seed} did not train {spec.method['name']} with the chosen "
         f"{' '.join(f'{key} {best[key]}' for key in CHOICE)}; give every seed the same grid"
     )

@@ -21,13 +21,13 @@ from benchmarks.harness.config.yaml import (
     Positive,
     Positives,
     Rate,
-    Registered,
     Strict,
     Whole,
     Wholes,
     optional,
     optional_zero,
     refusal,
+    registered,
 )
 
 HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
@@ -38,7 +38,7 @@ CHAT, RANDOM = "chat", "random"  # names of templates that are not in templates.
 class Finetuning(Entry):
     """A fine-tuning method: which parameters are trained."""
 
-    train: Annotated[str, Registered(TUNINGS, beside=("all", "adapters", "nothing"))]
+    train: Annotated[str, registered(TUNINGS, beside=("all", "adapters", "nothing"))]
     """Trained parameters: all; adapters; nothing (evaluation only); or a registered tuning, such as `blocks` (the
     transformer blocks of `layers`)."""
     layers: Layers | None = None
@@ -238,8 +238,8 @@ class InstructionSource(ExplicitNulls):
     """File inside the package that ships the rows."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        if self.model_fields_set:
-            self.need_one_of("hub", "package")
+        if self.hub and self.package:
+            raise refusal("it needs one of hub, package, but has both")
 
 
 class InstructionSet(Entry):

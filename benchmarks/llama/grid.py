@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
-from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Offer, Part, text_tokens
+from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part, text_tokens
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
-from benchmarks.harness.config.overlay import overlay
+from benchmarks.harness.config.overlay import merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
 from benchmarks.harness.config.yaml import check_names, parse, read
@@ -37,7 +35,6 @@ from benchmarks.llama.definition import (
     accumulation,
 )
 from benchmarks.llama.instructions import load_instructions
-from benchmarks.llama.questions import is_mmlu_dev
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
@@ -72,9 +69,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         name = spec["task"]["name"]
-        asked = [entry["task"] for entry in spec["evaluation"]["tasks"]]
-        unpinned = tuple(f"what lm-eval reads for {task}" for task in asked if not is_mmlu_dev(task))
-        return [SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]), unpinned)]
+        return [SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]))]
 
     def _describe(self, name: str, source: Mapping[str, Any], _open_files: bool) -> Iterator[SetPart]:
         entry = self.tasks[name]
@@ -94,11 +89,6 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         trained = text_tokens(rows, data["max_length"], epochs)
         return None if trained is None else trained + read
 
-    def offers(self, part: Part[InstructionPart]) -> list[Offer]:
-        tasks = self.settings("evaluation", part).tasks
-        lacks = frozenset() if any(entry.task.endswith("continuation") for entry in tasks) else frozenset({NATS})
-        return [replace(offer, lacks=lacks) for offer in super().offers(part)]
-
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         run = InstructionSpec.model_validate(spec)
         training = run.training
@@ -108,21 +98,8 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         accumulation(training, processes)
         if processes > 1 and training.frozen_layers:
             raise RunError("a run with training.frozen_layers needs a single process")
-        if processes > 1 and parallel == "fsdp" and run.model.quantize:
+        if processes > 1 and parallel == "fsdp" and run.model.get("quantize"):
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
-
-    def pipeline(self) -> ModuleType:
-        import lm_eval.evaluator
-        import lm_eval.models.huggingface  # noqa: F401  (runs import them when they evaluate)
-
-        from benchmarks.llama import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.llama import presentation
-
-        return presentation
 
 
 def _templates(name: str, where: str) -> dict[str, dict[str, str]]:
@@ -149,7 +126,7 @@ def _spec(
     method = method_spec(methods, point, point["seed"], None, where)
     method |= {"tune": tuning.tune_spec()}
     if settings.frozen_layers and not untrained:
-        check_frozen(training, method, where)
+        check_frozen(training, method, f"{where}'")
     return benchmark.spec(
         "-".join(filter(None, (point["finetuning"], method["variant"]))),
         model={**load_models()[point["model"]].spec(point["model"]), **tuning.model_spec()},
@@ -169,11 +146,8 @@ def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> di
     """Return the fine-tuning methods by name, with a suite's changes."""
     usual, changes = benchmark.definition.finetuning, part.settings.finetuning
     check_names(part.where(), "finetuning", changes, usual)
+    where = (part.file, "benchmarks", benchmark.name, "finetuning")
     return {
-        name: overlay(
-            Finetuning,
-            (str(benchmark.file), ("finetuning", name), tuning.model_dump(exclude_unset=True)),
-            (part.file, ("benchmarks", benchmark.name, "finetuning", name), changes.get(name, {})),
-        )
+        name: parse(merge(tuning.model_dump(exclude_unset=True), changes.get(name, {})), Finetuning, *where, name)
         for name, tuning in usual.items()
     }

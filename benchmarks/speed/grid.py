@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.config.benchmark import (
     Benchmark,
     Domain,
-    Offer,
     Part,
 )
 from benchmarks.harness.config.runs import Run
@@ -69,20 +67,6 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
                     learning_rate=0.0,
                     seed=0,
                 )
-
-    def offers(self, part: Part[MeasurementPart]) -> list[Offer]:
-        candidates = frozenset(self.definition.candidates)
-        return [Offer(candidates, frozenset(block.model), frozenset({block.measure})) for block in part.settings.grid]
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.speed import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.speed import presentation
-
-        return presentation
 
 
 def _variant(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> str:

@@ -198,6 +198,8 @@ class TextDefinition(MethodsDefinition, Ablated):
 class TextSource(Strict):
     """Source of rows: a set on the hub, a folder of the user's, a csv, or a set that ships inside a package."""
 
+    exactly_one_of = ("folder", "csv", "vader_sentiment")
+    together = (("vader_label", "vader_sentiment"),)
     hub: str | None = optional()
     """Repository on the hub."""
     config: str | None = None
@@ -213,10 +215,6 @@ class TextSource(Strict):
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = optional()
     """Use the strength of the rating (weak, strong) as the label; left out: its sign."""
-
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("folder", "csv", "vader_sentiment")
-        self.need_together("vader_label", "vader_sentiment")
 
 
 class Splits(Strict):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import DataError, DefinitionError, first_line
@@ -19,7 +17,6 @@ from benchmarks.harness.config.benchmark import (
     D,
     Domain,
     MethodsDefinition,
-    Offer,
     P,
     Part,
     check_rows,
@@ -155,31 +152,6 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         training, rows = spec["training"], self.tasks[spec["task"]["name"]].rows
         return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
 
-    def offers(self, part: Part[TextPart]) -> list[Offer]:
-        # claims need OOD scores of all methods
-        has_ood = self.settings("training", part).evaluate_ood is True
-        domains = frozenset(self.domains) if has_ood else frozenset(self.domains) - {OOD, OOD_MEAN}
-        offers = []
-        for block, offer in zip(part.settings.grid, super().offers(part), strict=True):
-            transformed = {name for name, row in self.definition.transformed.items() if row.trained in offer.methods}
-            tasks = [self.tasks[name] for name in block.task]
-            selections = set(block.protocol or map(_usual_protocol, tasks))
-            if any(task.splits.test for task in tasks):  # their best dev epoch is the published protocol's score
-                selections.add(PUBLISHED)
-            methods, chosen_by = offer.methods | transformed, frozenset(selections)
-            offers.append(replace(offer, methods=methods, domains=domains, selections=chosen_by))
-        return offers
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.text import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.text import presentation
-
-        return presentation
-
 
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
@@ -297,7 +269,7 @@ def _spec(
     if shaping not in cache:
         cache[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
     method = copy.deepcopy(cache[shaping])
-    check_frozen(training, method, where)
+    check_frozen(training, method, f"{where}'")
     asked = settings.evaluate_ood
     evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
     ood = [name for name in task.ood if name not in exclude] if evaluated else []

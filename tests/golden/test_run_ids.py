@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import find_run, load_suite
-from benchmarks.harness.config.suite_file import suite_names
+from benchmarks.harness.config.suite import find_run, load_suite, suite_names
 
 FILE = Path(__file__).with_name("run_ids.csv")
 
@@ -31,7 +30,7 @@ def test_no_run_of_a_suite_has_got_another_id(suite: str) -> None:
     runs = loaded.runs
     one_of_each = {(run.benchmark, run.spec["model"]["name"]): run for run in runs}
     for run in one_of_each.values():
-        assert find_run(run.folder, loaded) == (run, loaded)
+        assert find_run(run.folder, loaded) == run
     for run in runs:
         assert len(run.id) <= 80
         assert re.fullmatch(re.escape(run.spec["model"]["name"]) + r"[A-Za-z0-9._+-]*", run.id)

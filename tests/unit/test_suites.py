@@ -59,8 +59,7 @@ def test_runs_are_found_in_any_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "suite_names", lambda: ["mini", "mini_search", "smoke"])
     mini = suite.load_suite({})
     smoke = suite.load_suite({"suite": "smoke"}).runs[0]
-    run, owner = suite.find_run(smoke.folder, mini)
-    assert (run.id, owner.name) == (smoke.id, "smoke")
+    assert suite.find_run(smoke.folder, mini) == smoke
     with pytest.raises(DefinitionError, match=r"did you mean 'glue/minilm"):
         suite.find_run(mini.runs[0].folder[:-1] + "x", mini)
 

@@ -12,8 +12,7 @@ import yaml
 
 from benchmarks.harness.base import PACKAGES
 from benchmarks.harness.config.runs import run_inputs
-from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.config.suite_file import SuiteSettings
+from benchmarks.harness.config.suite import SuiteSettings, load_suite
 from tests.conftest import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

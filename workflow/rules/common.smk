@@ -28,7 +28,7 @@ logger.addFilter(
 try:
     SUITE = suites.load_suite(config)
     SHOWN = artifacts.all_artifacts()
-    paper_items.load_paper_items()
+    paper_items.load_paper()
     if (
         workflow.is_main_process
     ):  # a job on a cluster has its run from the main process, and plans nothing
@@ -129,9 +129,12 @@ def code_of(*benchmarks):
 
 def in_report(shown, category):
     # figures, which Snakemake's own report names by what they show
-    figures = shown.figure_labels("{suite}").items()
     said = dict(caption="../report/figure.rst", category=category)
-    return [report(file, labels=labels, **said) for file, labels in figures]
+    files = {file: os.path.basename(file).rsplit(".", 1) for file in shown.figure_files("{suite}")}
+    return [
+        report(file, labels={"figure": stem.replace("_", " "), "format": end}, **said)
+        for file, (stem, end) in files.items()
+    ]
 
 
 def suite_outputs(suite):
@@ -171,7 +174,7 @@ def not_here(target, wanted):
 def run_of(wildcards):
     folder = f"{wildcards.benchmark}/{wildcards.run}"
     return (
-        suites.find_run(folder, SUITE)[0]
+        suites.find_run(folder, SUITE)
         if workflow.is_main_process
         else suites.planned_run(folder, SUITE)
     )

@@ -61,7 +61,9 @@ rule partition_neurons:
 # One rule a benchmark, so that small benchmarks come first: readers see their tables early. If its runs keep their
 # weights, one more for those that train nothing, whose names have no learning rate.
 for place, name in enumerate(
-    SUITE.by_number_of_runs if workflow.is_main_process else suites.benchmark_names()
+    sorted(suites.benchmark_names(), key=lambda name: len(SUITE.runs_of(name)))
+    if workflow.is_main_process
+    else suites.benchmark_names()
 ):
     for trains in (True, False) if SUITE.keeps_weights(name) else (None,):
 

@@ -26,7 +26,7 @@ for shown in SHOWN:
         params:
             what=f"--benchmark {shown.benchmark}"
             + (f" --part {shown.part}" if shown.part else ""),
-            paper=paper_items.items_text(shown),
+            paper=paper_items.load_paper().model_dump_json(),
             # comments in the YAML files change nothing here, titles do
             definition=lambda wildcards, shown=shown: suite_named(
                 wildcards.suite
@@ -55,7 +55,7 @@ rule table_of_claims:
     conda:
         ENVIRONMENT
     params:
-        main=paper_items.main_text(),
+        main=paper_items.load_paper().model_dump_json(),
         definition=lambda wildcards: suite_named(wildcards.suite).claims_digest(),
     message:
         "What the runs say of the paper's claims, suite {wildcards.suite}"

@@ -53,7 +53,7 @@ for name, reason in paper_items.missing_items().items():
 
 
 # one target per table and figure of the paper: `snakemake table_4`, `snakemake figure_7`
-for name, item in paper_items.load_paper_items().items():
+for name, item in paper_items.load_paper().items.items():
     if item.missing is None:
 
         rule:

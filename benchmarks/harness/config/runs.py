@@ -9,58 +9,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DataError, DefinitionError, read_json
-from benchmarks.harness.config.catalogue import ModelSource, load_models
-from benchmarks.harness.config.methods import Layers
-from benchmarks.harness.config.yaml import Count, ExplicitNulls, Number, Strict, Whole, optional
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.yaml import Count, Number, Strict, Whole
 from benchmarks.harness.sources.packages import PackageFile, find_package, set_packages
 from emoe.errors import did_you_mean
-
-
-class RunModel(ModelSource):
-    """The model of a run, and the form of its weights."""
-
-    name: str
-    """Name in models.yaml."""
-    weights: Literal["bf16"] | None = optional()
-    """Type of the weights, if it is not float32."""
-    quantize: Literal["nf4", "fp4"] | None = optional()
-    """Quantization to 4 bits."""
-    whole: Layers | None = optional()
-    """The layers whose FFNs are not quantised."""
-
-
-class RunTune(ExplicitNulls):
-    """The trained parts of a model, if not everything is trained."""
-
-    blocks: str | list[int]
-    """The blocks that are trained as a whole."""
-    also: list[str]
-    """Further modules, by the last part of their name."""
-    tuning: str | None = None
-    """Another registered way of tuning."""
-    layers: Layers | None = None
-    """The layers for that tuning."""
-    head: bool | None = None
-    """False if the head is frozen."""
-
-
-class RunMethod(ExplicitNulls):
-    """The method of a run."""
-
-    name: str
-    """The row of the comparison."""
-    variant: str
-    """Its varied settings, in short."""
-    noise: Number | None = None
-    """Intensity of noisy tuning."""
-    config: dict[str, Any] | None
-    """The configuration of an EMoE or GMoE; null for a dense model."""
-    tune: RunTune | None = None
-    """The trained parts; null for everything."""
 
 
 class RunSpec(Strict):
@@ -70,10 +26,10 @@ class RunSpec(Strict):
     """Name of the benchmark."""
     version: Count
     """Version of the benchmark."""
-    model: RunModel
-    """The model that is trained or evaluated."""
-    method: RunMethod
-    """The method."""
+    model: dict[str, Any]
+    """The model that is trained or evaluated: its source in models.yaml, its name, and the form of its weights."""
+    method: dict[str, Any]
+    """The method, from :func:`.methods.method_spec`."""
     variant: str
     """The settings that vary besides model, task and method, in short."""
     learning_rate: Number
@@ -155,21 +111,15 @@ def slug(text: str) -> str:
 def read_run(path: Path) -> Run:
     """Read a ``run.json``.
 
-    Args:
-        path: The path of the file.
-
     Raises:
-        DefinitionError: The file is missing, or does not match the name of its folder.
-        DataError: The file is not JSON.
+        DefinitionError: The file does not match the name of its folder.
+        DataError: The file is missing or not JSON.
     """
-    if not path.exists():
-        raise DefinitionError(
-            f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
-        )
-    spec = read_json(path, dict[str, Any])
+    advice = f"the workflow writes it when it runs `{path.parent}/metrics.json`"
+    spec = read_json(path, dict[str, Any], advice)
     try:
         run = run_from_spec(spec)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a key is missing or has another type
+    except (LookupError, TypeError) as error:  # a key is missing or has another type
         raise DefinitionError(f"{path} is not a run's specification: {error!r}") from error
     if path.parent.name != run.id:
         raise DefinitionError(f"{path} was changed by hand: its content belongs in a folder named {run.id}")
@@ -218,11 +168,7 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
 
 
 def rebuilt_from(name: str) -> PackageFile:
-    """Return the package file of a rebuilt model.
-
-    Raises:
-        DataError: There is no such model.
-    """
+    """Return the package file of a rebuilt model (raises :class:`DataError` if there is no such model)."""
     rebuilt = {name: model.rebuilt for name, model in load_models().items() if model.rebuilt}
     if name not in rebuilt:
         raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
@@ -234,16 +180,11 @@ def model_files(model: Mapping[str, Any]) -> list[str]:
     return [str(paths.MODELS / model["name"] / "model.safetensors")] if "rebuilt" in model else []
 
 
-def set_files(spec: Mapping[str, Any]) -> list[str]:
-    """Return the package files that the sets of a run are read from."""
-    files = [str(file.path) for task in all_sets(spec) for file in set_packages(task.get("source", {}))]
-    return list(dict.fromkeys(files))
-
-
 def run_inputs(run: Run) -> list[str]:
     """List the files that a run needs besides ``run.json``: packages, weights, candidates' metrics, and partitions."""
+    packages = [str(file.path) for task in all_sets(run.spec) for file in set_packages(task.get("source", {}))]
     return [
-        *set_files(run.spec),
+        *dict.fromkeys(packages),
         *model_files(run.spec["model"]),
         *(str(paths.RUNS / folder / "metrics.json") for folder in run.spec.get("candidates", ())),
         *(job.file for job in partition_jobs(run)),

@@ -14,16 +14,12 @@ from benchmarks.harness.config.catalogue import MetricFile, ModelFile
 from benchmarks.harness.config.claims import ClaimFile
 from benchmarks.harness.config.methods import MethodFile
 from benchmarks.harness.config.paper_items import PaperFile
-from benchmarks.harness.config.suite_file import SuiteSettings
+from benchmarks.harness.config.suite import SuiteSettings
 from benchmarks.harness.config.yaml import Strict
 
 
 def write_schemas() -> list[Path]:
-    """Write the schema of each kind of YAML file as ``benchmarks/schemas/<name>.schema.json``.
-
-    Returns:
-        The paths of the written files.
-    """
+    """Write the schema of each kind of YAML file as ``benchmarks/schemas/<name>.schema.json``, and return the paths."""
     models: dict[str, type[Strict]] = {
         "models": ModelFile,
         "metrics": MetricFile,
@@ -44,13 +40,12 @@ def _suite_schema() -> dict[str, Any]:
     schema = SuiteSettings.model_json_schema()
     parts = {name: load_benchmark(name).part_model for name in benchmark_names()}
     _, definitions = models_json_schema([(part, "validation") for part in parts.values()])
-    schema["$defs"] = {name: _without_grid(part) for name, part in definitions["$defs"].items()}
+    # no key is required, because ``grid_defaults`` may give those of a block
+    schema["$defs"] = {
+        name: {key: value for key, value in part.items() if key != "required"}
+        for name, part in definitions["$defs"].items()
+    }
     schema["properties"]["benchmarks"]["properties"] = {
         name: {"$ref": f"#/$defs/{part.__name__}"} for name, part in parts.items()
     }
     return schema
-
-
-def _without_grid(schema: dict[str, Any]) -> dict[str, Any]:
-    """Make every key of a block optional, because ``grid_defaults`` may give it."""
-    return {key: value for key, value in schema.items() if key != "required"}

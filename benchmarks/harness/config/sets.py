@@ -83,13 +83,11 @@ class SetReader:
         name: The name of the set.
         part: The name of the part; :data:`ALL` of a set that is read as a whole.
         read: A function that reads and describes it. With True it opens every file of a set of files, in minutes.
-        unpinned: Names of other inputs of the run without a fixed version.
     """
 
     name: str
     part: str
     read: Callable[[bool], Iterator[SetPart]]
-    unpinned: tuple[str, ...] = ()
 
 
 def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:

@@ -1,4 +1,4 @@
-"""A suite for the workflow: its configuration, its runs, and their input and output files."""
+"""A suite: its file in ``config/``, its runs, and their input and output files for the workflow."""
 
 from __future__ import annotations
 
@@ -11,27 +11,21 @@ import platform
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, read_json, write_json, write_text
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
-from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
 from benchmarks.harness.config.catalogue import load_metrics, load_models
-from benchmarks.harness.config.claims import compared_benchmarks, load_claims
-from benchmarks.harness.config.runs import (
-    PartitionJob,
-    Run,
-    all_sets,
-    canonical_json,
-    partition_jobs,
-    run_from_spec,
-    slug,
-)
-from benchmarks.harness.config.suite_file import SuiteSettings, read_suite_file, suite_names
+from benchmarks.harness.config.claims import Comparison, load_claims
+from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, canonical_json, partition_jobs, run_from_spec
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse, read_yaml
 from benchmarks.harness.sources.local import local_folder, user_file
 from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
@@ -44,10 +38,40 @@ _GLIBC = {
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
+_USUAL = ("mini", "full", "smoke", "paper")  # of all suites, these are searched first
+
+
+class SuiteSettings(Strict):
+    """A suite. `exclude`, `seeds`, `tracking_uri` and the folders can also be given on the command line
+    (`--config key=value`), and `benchmarks=[glue,llama]` runs only these.
+    """
+
+    benchmarks: Annotated[dict[Key, Any], Field(min_length=1)]
+    """Benchmarks to run, in the order of the report, each with its grid and its differences from benchmark.yaml."""
+    exclude: Annotated[list[str], UNIQUE] = Field([])
+    """Names of sets to leave out because you could not obtain them. Tables state the sets that they cover."""
+    seeds: Count | None = None
+    """Number of seeds (trials for images), from 0 on. It replaces lists of several seeds in the blocks of a grid."""
+    data_root: str | None = None
+    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
+    hub.
+    """
+    model_root: str | None = None
+    """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its
+    package.
+    """
+    tracking_uri: str | None = None
+    """MLflow's store. Null: the variable MLFLOW_TRACKING_URI, else sqlite:///results/mlflow.db."""
+
+
+def suite_names() -> list[str]:
+    """Return the suites that have a file in ``config/``, the usual ones first."""
+    names = sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
+    return [*(name for name in _USUAL if name in names), *(name for name in names if name not in _USUAL)]
 
 
 def load_suite(overrides: Mapping[str, Any]) -> Suite:
-    """Load a suite, with the command line's values on top of its file.
+    """Read ``config/<suite>.yaml`` and put the command line's values on top.
 
     Args:
         overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
@@ -55,17 +79,68 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     Raises:
         DefinitionError: There is no such suite, or a key or value is wrong; names the file and the nearest valid one.
     """
+    values = {"suite": "mini", **overrides}
     valid = ["suite", *SuiteSettings.model_fields]
-    if unknown := [key for key in overrides if key not in valid]:
+    if unknown := [key for key in values if key not in valid]:
         raise DefinitionError(f"--config: unknown key '{unknown[0]}'{did_you_mean(unknown[0], valid)}")
-    name = overrides.get("suite", "mini")
-    content = read_suite_file(name, {key: value for key, value in overrides.items() if key != "suite"})
-    settings = content.settings
+    name = values.pop("suite")
+    if name not in suite_names():
+        raise DefinitionError(
+            f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
+        )
+    file = paths.CONFIG / f"{name}.yaml"
+    where = "--config" if values else str(file)
+    content = read_yaml(file)
+    settings = parse(content, SuiteSettings, str(file))
+    if "benchmarks" in values:
+        check_names(f"{where}: '", "benchmarks", values["benchmarks"], settings.benchmarks)
+        values["benchmarks"] = {benchmark: settings.benchmarks[benchmark] for benchmark in values["benchmarks"]}
+    settings = parse({**content, **values}, SuiteSettings, where)
+    check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
+    parts = {
+        benchmark: parse_part(
+            load_benchmark(benchmark), name, file, _with_seeds(part, settings.seeds) if settings.seeds else part
+        )
+        for benchmark, part in settings.benchmarks.items()
+    }
+    excludable = {task for benchmark in parts for task in load_benchmark(benchmark).tasks}
+    check_names(f"{where}: '", "exclude", settings.exclude, excludable)
+    for benchmark in parts:
+        other = load_benchmark(benchmark).evaluates
+        if other and other not in parts:
+            raise DefinitionError(f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too")
     for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
         if folder and not Path(folder).is_dir():
-            where = "--config" if key in overrides else paths.CONFIG / f"{name}.yaml"
             raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
-    return Suite(name, settings, content.parts, dict(overrides))
+    return Suite(name, settings, parts, dict(overrides))
+
+
+def _with_seeds(part: Any, seeds: int) -> Any:
+    """Set lists of several seeds or trials in a part's unvalidated content to the given number of seeds."""
+    if isinstance(part, list):
+        return [_with_seeds(value, seeds) for value in part]
+    if not isinstance(part, dict):
+        return part
+    several = {key for key in ("seed", "trial") if isinstance(part.get(key), list) and len(part[key]) > 1}
+    return {key: list(range(seeds)) if key in several else _with_seeds(value, seeds) for key, value in part.items()}
+
+
+@functools.cache
+def plain_suite(name: str) -> Suite:
+    """Load a suite without the command line's values; each process plans it once."""
+    return load_suite({"suite": name})
+
+
+def suite_of_job(name: str) -> Suite:
+    """Load a suite in a job of the workflow, with the command line's values from the environment."""
+    overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
+    return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
+
+
+def suite_parts(benchmark: str) -> dict[str, Part[Any]]:
+    """Return a benchmark's part of each suite that runs it, by suite."""
+    suites = map(plain_suite, suite_names())
+    return {suite.name: suite.benchmark_parts[benchmark] for suite in suites if benchmark in suite.benchmark_parts}
 
 
 def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
@@ -74,9 +149,6 @@ def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
     Args:
         parts: The suite's part of each benchmark, by name.
         exclude: The sets to leave out.
-
-    Raises:
-        DefinitionError: A name in a grid does not exist, or a method is invalid.
     """
     planned: dict[str, list[Run]] = {}
 
@@ -114,47 +186,10 @@ def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def _csv_digest(name: str) -> str:
-    """Return the sha256 of a csv in the project (raises :class:`DefinitionError` if missing)."""
+    """Return the sha256 of a csv in the project."""
     if not (paths.ROOT / name).is_file():
         raise DefinitionError(f"{paths.ROOT / name} does not exist, but a task's 'source.csv' names it")
     return sha256(paths.ROOT / name)
-
-
-def suite_of_job(name: str) -> Suite:
-    """Load a suite in a job of the workflow, with the command line's values from the environment."""
-    overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
-    return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
-
-
-def suites_hint(target: str, benchmarks: Collection[str], given: Suite) -> str:
-    """Explain which suites have a target that the given one lacks.
-
-    Args:
-        target: The target of the workflow.
-        benchmarks: The benchmarks that have the target.
-        given: The given suite.
-    """
-    ready = ("mini", "full", "smoke")  # on any machine
-    names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
-    others = [name for name in names if set(benchmarks) & set(plain_suite(name).settings.benchmarks)]
-    where = (
-        f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`"
-        if others
-        else "no suite does"
-    )
-    return f"the suite '{given.name}' does not run {' or '.join(benchmarks)}; {where}"
-
-
-def find_part(benchmark: str, part: str, first: Suite) -> Suite:
-    """Return the given suite if it runs the part of the benchmark, else the first other one that does.
-
-    Raises:
-        DefinitionError: No suite runs it.
-    """
-    for suite in _suites(first):
-        if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
-            return suite
-    raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
 
 
 @dataclass(frozen=True)
@@ -171,7 +206,7 @@ class Suite:
     name: str
     settings: SuiteSettings
     benchmark_parts: Mapping[str, Part[Any]]
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any]
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -221,8 +256,10 @@ class Suite:
 
     @property
     def claimed(self) -> list[str]:
-        """Return the suite's benchmarks that the paper's claims are tested on."""
-        return compared_benchmarks(self.settings.benchmarks)
+        """Return the suite's benchmarks that the paper's claims are tested on, in the order of the claims."""
+        tests = [test for claim in load_claims().values() for test in claim.tests]
+        names = dict.fromkeys(test.compare.benchmark for test in tests if test.compare)
+        return [name for name in names if name in self.settings.benchmarks]
 
     def claim_files(self) -> list[str]:
         """Return the files of the table of claims and its figure."""
@@ -249,22 +286,15 @@ class Suite:
 
     def digest(self, benchmark: str, part: str | None = None) -> str:
         """Hash all inputs of the tables of a benchmark or part except its runs' numbers; comments do not count."""
-        loaded = load_benchmark(benchmark)
-        definition, runs = loaded.definition, self.runs_of(benchmark, part)
-        published = [(loaded.folder / name).read_text() for name in loaded.published_files]
-        models = {run.spec["model"]["name"] for run in runs}
+        loaded, part_of_suite = load_benchmark(benchmark), self.benchmark_parts.get(benchmark)
         content: list[object] = [
-            definition.model_dump(),
-            self.benchmark_parts[benchmark].settings.note if benchmark in self.benchmark_parts else None,
+            loaded.definition.model_dump(),
+            part_of_suite.settings.note if part_of_suite else None,
             {name: task.model_dump() for name, task in loaded.tasks.items()},
             {name: metric.model_dump() for name, metric in load_metrics().items()},
-            {  # of the models that it shows
-                name: model.title
-                for name, model in load_models().items()
-                if name in models or any(name in text for text in published)
-            },
-            published,
-            [run.id for run in runs],
+            {name: model.title for name, model in load_models().items()},
+            [file.read_text() for file in sorted(loaded.folder.glob("**/*.csv"))],
+            [run.id for run in self.runs_of(benchmark, part)],
         ]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
@@ -277,6 +307,7 @@ class Suite:
     def environment(self) -> dict[str, str]:
         """Return environment variables for the jobs, which use this interpreter even if it is not on the path."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        data_root, model_root = self.settings.data_root, self.settings.model_root
         variables = {
             "PATH": path,
             "TOKENIZERS_PARALLELISM": "false",
@@ -286,13 +317,12 @@ class Suite:
             paths.OVERRIDES: canonical_json(self.overrides),
             paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
         }
-        if self.settings.data_root:
-            variables[paths.DATA_ROOT] = str(Path(self.settings.data_root).resolve())
-        if self.settings.model_root:
-            variables[paths.MODEL_ROOT] = str(Path(self.settings.model_root).resolve())
-        if self.settings.tracking_uri:  # may hold a password, which no command line shows
-            variables[paths.TRACKING_URI] = self.settings.tracking_uri
-        return variables
+        optional = {
+            paths.DATA_ROOT: data_root and str(Path(data_root).resolve()),
+            paths.MODEL_ROOT: model_root and str(Path(model_root).resolve()),
+            paths.TRACKING_URI: self.settings.tracking_uri,  # may hold a password, which no command line shows
+        }
+        return variables | {name: value for name, value in optional.items() if value}
 
     @property
     def _plan_file(self) -> Path:
@@ -305,15 +335,6 @@ class Suite:
         with self._plan_file.open(encoding="utf-8") as lines:
             line = next((line for line in lines if line.startswith(f"{key}\t")), "")
         return json.loads(line.partition("\t")[2]) if line else None
-
-    @property
-    def by_number_of_runs(self) -> list[str]:
-        """Return all benchmarks: the suite's by ascending number of runs, then the others."""
-        sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
-        return [
-            *sorted(sizes, key=lambda name: sizes[name]),
-            *(name for name in benchmark_names() if name not in sizes),
-        ]
 
     def missing_sets(self) -> list[str]:
         """Return the missing sets that must be downloaded by hand; runs that need them will fail."""
@@ -335,7 +356,7 @@ class Suite:
         Args:
             folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
         """
-        runs = [find_run(folder, self)[0] for folder in sorted(folders)]
+        runs = [find_run(folder, self) for folder in sorted(folders)]
         lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
         lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
         write_text(self._plan_file, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
@@ -350,7 +371,7 @@ class Suite:
 def planned_run(folder: str, suite: Suite) -> Run:
     """Return a run by folder in a job on a cluster, without planning the suite."""
     content = suite.read_planned(folder)
-    return Run(**content) if content else find_run(folder, suite)[0]
+    return Run(**content) if content else find_run(folder, suite)
 
 
 def planned_partition(name: str, suite: Suite) -> PartitionJob:
@@ -359,49 +380,59 @@ def planned_partition(name: str, suite: Suite) -> PartitionJob:
     return PartitionJob(**content) if content else find_partition(name, suite)
 
 
-def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
-    """Find the run of a folder below ``results/runs``, in the given suite or in any other.
-
-    Raises:
-        DefinitionError: No suite has such a run; names the nearest.
-    """
+def find_run(folder: str, first: Suite) -> Run:
+    """Find the run of a folder below ``results/runs``, in the given suite or in any other."""
     for suite in _suites(first):
-        if (suite is first or _has_model(suite, folder)) and folder in suite.runs_by_folder:
-            return suite.runs_by_folder[folder], suite
+        if folder.partition("/")[0] in suite.settings.benchmarks and folder in suite.runs_by_folder:
+            return suite.runs_by_folder[folder]
     raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
 
 
-def _has_model(suite: Suite, folder: str) -> bool:
-    """Return True if a suite has the model of a run's folder. Planning ten thousand runs takes seconds."""
-    name, _, run = folder.partition("/")
-    if name not in suite.settings.benchmarks:
-        return False
-    offers = load_benchmark(name).offers(suite.benchmark_parts[name])
-    return any(run.startswith(slug(model)) for offer in offers for model in offer.models)
-
-
 def find_partition(name: str, first: Suite) -> PartitionJob:
-    """Find the clustering of an id, in the given suite or in any other.
-
-    Raises:
-        DefinitionError: No suite needs such a clustering; names the nearest.
-    """
+    """Find the clustering of an id, in the given suite or in any other."""
     for suite in _suites(first):
         if name in suite.partitions:
             return suite.partitions[name]
     raise DefinitionError(f"no suite needs the partition '{name}'{did_you_mean(name, first.partitions)}")
 
 
-@functools.cache
-def plain_suite(name: str) -> Suite:
-    """Load a suite without the command line's values; each process plans it once."""
-    return load_suite({"suite": name})
-
-
 def _suites(first: Suite) -> Iterator[Suite]:
-    """Yield the given suite, then the others, loaded when needed, the usual ones first."""
+    """Yield the given suite, then the others, loaded when needed."""
     yield first
-    usual = ("smoke", "mini", "paper")
-    for name in sorted(suite_names(), key=lambda name: (usual.index(name) if name in usual else len(usual), name)):
-        if name != first.name:
-            yield plain_suite(name)
+    yield from (plain_suite(name) for name in suite_names() if name != first.name)
+
+
+def find_part(benchmark: str, part: str, first: Suite) -> Suite:
+    """Return the given suite if it runs the part of the benchmark, else the first other one that does."""
+    for suite in _suites(first):
+        if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
+            return suite
+    raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
+
+
+def suites_hint(target: str, benchmarks: Collection[str], given: Suite) -> str:
+    """Explain which suites run the benchmarks of a workflow's target, which the given suite lacks."""
+    others = [name for name in suite_names() if set(benchmarks) & set(plain_suite(name).settings.benchmarks)]
+    where = f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`" if others else ""
+    return f"the suite '{given.name}' does not run {' or '.join(benchmarks)}; {where or 'no suite does'}"
+
+
+def suites_with(compare: Comparison) -> list[str]:
+    """List the suites whose grids have both methods with a shared model that is not randomly initialised."""
+    benchmark, models = load_benchmark(compare.benchmark), load_models()
+    random = {name for name, model in models.items() if model.config or model.random}
+    # a row of weights that another row trained needs the runs of that row
+    transformed = getattr(benchmark.definition, "transformed", {})
+    rows = [transformed[row].trained if row in transformed else row for row in (compare.method, compare.against)]
+    runs_it, trains = suite_parts(benchmark.name), suite_parts(benchmark.evaluates or benchmark.name)
+    suites = []
+    for suite in runs_it:
+        models_of = {row: set[str]() for row in rows}
+        for block in trains[suite].settings.grid:
+            for row in rows:
+                has_row = row in getattr(block, "method", rows)  # measurements compare all rows
+                if has_row and (not compare.tunings or set(compare.tunings) & set(block.finetuning)):
+                    models_of[row] |= set(compare.models or block.model) & set(block.model)
+        if set.intersection(*models_of.values()) - random:
+            suites.append(suite)
+    return suites

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import (
@@ -14,8 +14,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -23,78 +21,13 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError
 
 from benchmarks.harness.base import DefinitionError
 from emoe.errors import did_you_mean
 
-_AT_MOST = 5  # mistakes in one message
 _LONGEST = 100  # characters of a value in a message
-_LARGEST, _DEEPEST = 1_000_000, 50  # characters and levels of a file, each alias replaced by its value
-KeyPath = tuple[str | int, ...]
-
-
-def explain(
-    error: ValidationError, content: object, at: KeyPath = (), origin: Callable[[KeyPath], KeyPath] = tuple
-) -> str:
-    """Describe the mistakes that pydantic reports: key, value, pydantic's message and the nearest valid value.
-
-    Args:
-        error: The error of pydantic.
-        content: The validated content.
-        at: The keys that lead to ``content`` in its file.
-        origin: A function from keys in ``content`` to the keys in the file that gave the value.
-    """
-    problems: dict[KeyPath, dict[str, Mapping[str, Any]]] = {}
-    for problem in error.errors(include_url=False):
-        problems.setdefault(origin(_path(problem, content)), {})[problem["msg"]] = problem
-    # a value that fits no branch of a union is described by the branch that it fits best
-    deepest = [path for path in problems if not any(path == other[: len(path)] != other for other in problems)]
-    texts = [_describe((*at, *path), list(problems[path].values())) for path in sorted(deepest, key=len)]
-    return "; ".join(texts[:_AT_MOST])
-
-
-def _path(problem: Mapping[str, Any], content: Any) -> KeyPath:
-    """Return the keys that lead to a problem; other steps of pydantic's location name the branches of unions."""
-    path: list[str | int] = []
-    for step in problem["loc"]:
-        if isinstance(content, dict | list) and step in (content if isinstance(content, dict) else range(len(content))):
-            path.append(step)
-            content = content[step]
-    if problem["type"] == "missing":
-        path.append(problem["loc"][-1])
-    elif problem["type"] == "unknown_key":
-        path.append(problem["ctx"]["key"])
-    return tuple(path)
-
-
-def _describe(path: KeyPath, problems: Sequence[Mapping[str, Any]]) -> str:
-    first = problems[0]
-    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
-    context, value = first.get("ctx", {}), first["input"]
-    if first["type"] == "missing":
-        return f"'{key.rpartition('.')[0] or 'the file'}' needs the key '{path[-1]}'"
-    if first["type"] == "unknown_key":
-        return f"unknown key '{key}'{did_you_mean(path[-1], context['options'])}"
-    messages = " or ".join(problem["msg"] for problem in problems)
-    if first["type"] == "refusal":
-        return f"'{key or 'the file'}': {messages}"
-    shown = repr(value) if len(repr(value)) <= _LONGEST else f"{repr(value)[:_LONGEST]}…"
-    if options := context.get("options") or re.findall("'([^']+)'", context.get("expected", "")):
-        return f"'{key}' is {shown}{did_you_mean(value, options)}"
-    return f"'{key or 'the file'}' is {shown}: {messages}{_float_hint(value)}"
-
-
-def _float_hint(value: object) -> str:
-    """Return a hint on writing ``2e-5``, which YAML 1.1 reads as text."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
-        return f" (YAML reads {value} as text; write {float(value):.1e})"
-    return ""
-
-
 Model = TypeVar("Model", bound="Strict")
-
 
 if TYPE_CHECKING:
     from yaml import SafeLoader
@@ -103,66 +36,70 @@ else:  # libyaml, which PyYAML's wheels have, saves every command half a second
 
 
 class _Loader(SafeLoader):
-    """Load safe YAML, and refuse a key that is given twice instead of keeping the last."""
+    """Load safe YAML in which ``5e-5`` is a number, and refuse a key that is given twice instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        given = [key_node for key_node, _ in node.value if key_node.tag != "tag:yaml.org,2002:merge"]
-        mapping = super().construct_mapping(node, deep)
-        seen = set()
-        for key_node in given:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return mapping
+        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [self.construct_object(key, deep=True) for key in given]
+        for key, name in zip(given, names, strict=True):
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse one YAML file without tags.
+    """Parse one YAML file.
 
     Raises:
         DefinitionError: The file is missing, cannot be read or is not valid YAML; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        _check_events(text)
-        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except FileNotFoundError as error:
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near)}") from error
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
-        raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
-    # numbers and dates beyond Python's range raise ValueError or OverflowError
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        near = did_you_mean(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
+        raise DefinitionError(f"{path}: {error.strerror}{near}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist raises ValueError
         problem = str(error).replace('in "<unicode string>", ', "at ")
         raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
 
 
-def _check_events(text: str) -> None:
-    """Reject tags, and aliases that make the content much larger than the file."""
-    sizes: dict[str | None, int] = {}  # the characters of each anchor's value
-    anchors, lengths = list[str | None](), [0]  # of the collections that enclose an event
-    events: Iterable[Any] = yaml.parse(text, SafeLoader)
-    for event in events:
-        anchor, size = getattr(event, "anchor", None), 0
-        if getattr(event, "tag", None):
-            raise yaml.MarkedYAMLError(problem=f"the tag '{event.tag}' is not allowed", problem_mark=event.start_mark)
-        if isinstance(event, yaml.CollectionStartEvent):
-            anchors.append(anchor)
-            lengths.append(1)
-            continue
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = anchors.pop(), lengths.pop()
-        elif isinstance(event, yaml.ScalarEvent):
-            size = len(event.value) + 1
-        elif isinstance(event, yaml.AliasEvent):
-            size = _LARGEST + 1 if anchor in anchors else sizes.get(anchor, 0)  # an alias in its own value is endless
-        sizes[anchor] = size
-        lengths[-1] += size
-        if lengths[-1] > _LARGEST or len(lengths) > _DEEPEST:
-            raise yaml.MarkedYAMLError(problem="it is too large or too deep", problem_mark=event.start_mark)
+def key_path(keys: Iterable[str | int]) -> str:
+    """Join keys to the path of a value in a file.
+
+    >>> key_path(["benchmarks", "glue", "grid", 0])
+    'benchmarks.glue.grid[0]'
+    """
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+
+
+def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -> str:
+    """Describe the first mistake that pydantic reports: key, value, pydantic's message and the nearest valid value."""
+    problems = error.errors(include_url=False)
+    first, keys = problems[0], _keys(problems[0], content)
+    key = key_path([*at, *keys]) or "the file"
+    # a value that fits no branch of a union has a problem for each
+    messages = " or ".join(problem["msg"] for problem in problems if _keys(problem, content) == keys)
+    if first["type"] in ("missing", "refusal"):
+        return f"'{key}': {messages}"
+    value = repr(first["input"])
+    value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
+    if first["type"] == "literal_error":
+        options = re.findall("'([^']+)'", first["ctx"]["expected"])
+        return f"'{key}' is {value}{did_you_mean(first['input'], options)}"
+    return f"'{key}' is {value}: {messages}"
+
+
+def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
+    """Return the keys that lead to a problem; other steps of pydantic's location name the branches of unions."""
+    keys: list[str | int] = []
+    for step in problem["loc"]:
+        if isinstance(content, list | dict) and step in (content if isinstance(content, dict) else range(len(content))):
+            keys.append(step)
+            content = content[step]
+    return [*keys, problem["loc"][-1]] if problem["type"] == "missing" else keys
 
 
 class Strict(BaseModel):
@@ -171,6 +108,8 @@ class Strict(BaseModel):
     A field's docstring is its description in an editor.
     """
 
+    exactly_one_of: ClassVar[tuple[str, ...]] = ()  # keys of which one has a value
+    together: ClassVar[tuple[tuple[str, str], ...]] = ()  # a key, and another one that it needs
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -180,23 +119,23 @@ class Strict(BaseModel):
     def _check_keys(cls, content: Any) -> Any:
         for key in content if isinstance(content, dict) else ():
             if key not in cls.model_fields:
-                raise PydanticCustomError("unknown_key", "unknown key", {"key": key, "options": list(cls.model_fields)})
+                raise refusal(f"unknown key '{key}'{did_you_mean(key, cls.model_fields)}")
         return content
 
     def given(self) -> dict[str, Any]:
         """Return the values that the file gives, without defaults."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
-    def need_one_of(self, *keys: str) -> None:
-        """Raise unless exactly one of these keys has a value; for a model's own validator."""
-        named = [key for key in keys if getattr(self, key) is not None]
-        if len(named) != 1:
-            raise refusal(f"it needs one of {', '.join(keys)}, but has {' and '.join(named) or 'none'}")
-
-    def need_together(self, key: str, other: str) -> None:
-        """Raise if a key has a value and the other, which it needs, has none."""
-        if getattr(self, key) is not None and getattr(self, other) is None:
-            raise refusal(f"'{key}' needs the key '{other}'")
+    def model_post_init(self, _context: Any, /) -> None:
+        if self.exactly_one_of:
+            named = [key for key in self.exactly_one_of if getattr(self, key) is not None]
+            if len(named) != 1:
+                raise refusal(
+                    f"it needs one of {', '.join(self.exactly_one_of)}, but has {' and '.join(named) or 'none'}"
+                )
+        for key, other in self.together:
+            if getattr(self, key) is not None and getattr(self, other) is None:
+                raise refusal(f"'{key}' needs the key '{other}'")
 
 
 class ExplicitNulls(Strict):
@@ -237,32 +176,20 @@ def _check_unique(values: list[Any]) -> list[Any]:
     return values
 
 
-class Registered:
-    """Require a string to be a registered name when it is read. Editors propose the project's names and accept
-    others.
+def registered(names: Collection[str], beside: Collection[str] = ()) -> AfterValidator:
+    """Require a string to be a registered name when it is read.
 
     Args:
         names: The registry.
         beside: Valid names besides those of the registry.
     """
 
-    def __init__(self, names: Collection[str], beside: Collection[str] = ()) -> None:
-        self._names, self._beside = names, beside
-
-    @property
-    def options(self) -> list[str]:
-        return [*self._beside, *self._names]
-
-    def _check(self, name: str) -> str:
-        if name not in self.options:
-            raise PydanticCustomError("unknown_name", "no such name", {"options": self.options})
+    def check(name: str) -> str:
+        if name not in names and name not in beside:
+            raise refusal(f"there is no '{name}'{did_you_mean(name, [*beside, *names])}")
         return name
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [{"enum": self.options, "type": "string"}, handler(schema)]}
+    return AfterValidator(check)
 
 
 KEEP_INTEGER = WrapValidator(_keep_integer)
@@ -283,13 +210,7 @@ Shares = Annotated[list[Share], _NotEmpty]
 Key = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
-def parse(
-    content: object,
-    model: type[Model],
-    where: str,
-    *at: str | int,
-    origin: Callable[[KeyPath], KeyPath] = tuple,
-) -> Model:
+def parse(content: object, model: type[Model], where: str, *at: str | int) -> Model:
     """Validate the content of a file.
 
     Args:
@@ -297,15 +218,14 @@ def parse(
         model: The model of the content.
         where: The file, for messages.
         at: The keys that lead to ``content`` in it.
-        origin: See :func:`explain`.
 
     Raises:
-        DefinitionError: Names the file, the keys and the nearest valid values, up to five at once.
+        DefinitionError: Names the file, the key and the nearest valid value.
     """
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise DefinitionError(f"{where}: {explain(error, content, at, origin)}") from error
+        raise DefinitionError(f"{where}: {_explain(error, content, at)}") from error
 
 
 def read(path: Path, model: type[Model]) -> Model:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed, write_json
-from benchmarks.harness.config.methods import check_not_frozen
+from benchmarks.harness.config.methods import check_frozen
 from benchmarks.harness.models.conversion import apply_method_, cached_partition, split_by_layer, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.loading import (
@@ -30,7 +30,7 @@ from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
 from emoe.architectures import find_ffns
-from emoe.config import EMoEConfig, resolve_layers
+from emoe.config import EMoEConfig
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, partition_key, save_partition
@@ -150,7 +150,8 @@ def _convert(
     dense_ffns = sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
     prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
     if prefix:
-        _check_frozen(network, spec["method"], prefix.layers)
+        # planning cannot resolve layers such as ``last:2``
+        check_frozen({"frozen_layers": prefix.layers}, spec["method"], "the model", len(find_ffns(network)))
     report = apply_method_(network, spec["method"], seed, calibration, partition)
     adapters, groups = None, cast(Groups, {})
     if tune is not None:
@@ -183,14 +184,6 @@ def _convert(
         "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
     }
     return Trainable(model, summary, slow, adapters, prefix)
-
-
-def _check_frozen(network: nn.Module, method: Mapping[str, Any], frozen: int) -> None:
-    """Raise :class:`DefinitionError` if a method uses a frozen layer; planning cannot resolve ``last:2``."""
-    config, tune, count = method["config"] or {}, method["tune"] or {}, len(find_ffns(network))
-    for layers, verb in ((config.get("layers"), "converts"), (tune.get("blocks") or tune.get("layers"), "trains")):
-        if layers:
-            check_not_frozen(frozen, resolve_layers(layers, count)[0], f"the method '{method['name']}' {verb}")
 
 
 def _count(model: nn.Module) -> int:

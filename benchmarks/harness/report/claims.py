@@ -13,10 +13,10 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
-from benchmarks.harness.config.claims import Comparison, PaperEffect, load_claims, suites_with
+from benchmarks.harness.config.claims import Comparison, PaperEffect, load_claims
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.paper_items import main_figure
-from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.config.suite import Suite, suites_with
 from benchmarks.harness.report.common import RANDOM_WEIGHTS, has_random_weights, interval_text, name_or_count
 from benchmarks.harness.report.paper import draw_main, main_rows
 from benchmarks.harness.report.plots import REFERENCE, WIDTH, legend_below, panel_figure, placeholder_figure
@@ -123,7 +123,7 @@ def _test_columns(compare: Comparison, paper: PaperEffect, numbers: Mapping[str,
     evidence = find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
     if evidence is None:
         suites = ", ".join(suites_with(compare)) or "no suite"
-        return row | {"remark": f"its runs are in {suites}"}
+        return row | {"remark": f"both methods run in {suites}"}
     difference, is_paired = evidence.difference, compare.direction in _PAIRED
     scale = metric.scale if is_paired else 1
     row |= {"delta": difference.mean * scale, "low": difference.low * scale, "high": difference.high * scale}

@@ -22,7 +22,7 @@ from benchmarks.harness.base import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import model_title
-from benchmarks.harness.config.paper_items import load_paper_items, main_figure
+from benchmarks.harness.config.paper_items import load_paper, main_figure
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import CAPTION, claim_cards, verdict_sentences
@@ -128,7 +128,7 @@ class _Page:
         if not self.suite.claimed:
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
-        main = next(item for item in load_paper_items().values() if item.main)
+        main = next(item for item in load_paper().items.values() if item.main)
         figure = main_figure(self.suite.name)
         return {
             "sentences": list(verdict_sentences(verdicts)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -20,7 +20,7 @@ from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import SETTING, name_or_count
 from benchmarks.harness.report.presentation import Presentation
-from benchmarks.harness.report.style import EMOE, GMOE
+from benchmarks.harness.report.style import EMOE, GMOE, MethodStyle
 from benchmarks.harness.report.table import RUNS, Table
 from benchmarks.harness.results.claims import find_evidence
 
@@ -59,7 +59,7 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
     if RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all():
         caption.append("All numbers are published: this suite runs none of these rows.")
     caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
-    is_named = table.title == paper_items.load_paper_items()[output.item].title
+    is_named = table.title == paper_items.load_paper().items[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
     return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=" ".join(caption))
 
@@ -67,7 +67,7 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
     """List the paper's items: ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite, ``status``."""
     rows: list[dict[str, Any]] = []
-    for name, item in paper_items.load_paper_items().items():
+    for name, item in paper_items.load_paper().items.items():
         files = paper_items.paper_files(suite, name)
         existing = sum(Path(file).exists() for file in files)
         shown = [file for file in files if file.endswith((".md", ".png"))]
@@ -86,7 +86,7 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
     return rows
 
 
-_MAIN_STYLES = {"gmoe": GMOE, "emoe": EMOE}
+_MAIN_STYLES: dict[Literal["gmoe", "emoe"], MethodStyle] = {"gmoe": GMOE, "emoe": EMOE}
 _MAIN_TITLES = {"gmoe": "GMoE", "emoe": "EMoE"}
 
 
@@ -100,13 +100,13 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         Rows for :func:`.plots.draw_forest`, with the ``method`` and ``is_ours``.
     """
     rows = []
-    for average in paper_items.load_main_averages().values():
+    for average in paper_items.load_paper().main.values():
         if average.of.benchmark in numbers:
             rows += _our_differences(average, numbers[average.of.benchmark])
         for model, published in average.paper.items():
             for method, style in _MAIN_STYLES.items():
                 row = {"panel": average.title, "line": model, "method": method, "is_ours": False}
-                row |= {"delta": (getattr(published, method) - published.dense) / 100, "n": 0}
+                row |= {"delta": (published[method] - published["dense"]) / 100, "n": 0}
                 rows.append({**row, "series": _MAIN_TITLES[method], "style": replace(style, marker="x")})
     return pd.DataFrame(rows)
 

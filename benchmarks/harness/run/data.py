@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator
 from tabulate import tabulate
 
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import Run, all_sets, run_inputs
+from benchmarks.harness.config.runs import Run, run_inputs
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.sources.hub import is_commit
-from benchmarks.harness.sources.local import local_folder, user_file, user_model_folder
 from benchmarks.harness.sources.packages import package_files
 
 
@@ -54,30 +52,6 @@ def _cells(part: SetPart) -> list[str]:
         return [part.name, part.part, "missing", "", "", ""]
     rows = f"{part.rows:,}" if part.as_expected else f"{part.rows:,} of {part.expected:,}"
     return [part.name, part.part, rows, f"{part.dropped:,}", part.labels, part.source]
-
-
-def unpinned(suite: Suite) -> list[str]:
-    """List the models and sets of the hub that the suite's runs read without a fixed commit."""
-    return list(dict.fromkeys(repository for run in suite.runs for repository in _unpinned(run)))
-
-
-def _unpinned(run: Run) -> Iterator[str]:
-    spec, model = run.spec, run.spec["model"]
-    repository = model.get("hub") or (f"timm/{model['timm']}" if "timm" in model and not model.get("random") else None)
-    if repository and not is_commit(model["revision"]) and user_model_folder(model) is None:
-        yield f"{repository} (the model {model['name']})"
-    for task in all_sets(spec):
-        source = task.get("source", {})
-        revision = source.get("revision")
-        if (
-            "hub" in source
-            and not is_commit(revision)
-            and local_folder(task["name"], source) is None
-            and user_file(task["name"]) is None
-        ):
-            yield f"{source['hub']} (the set {task['name']}{f', its branch {revision}' if revision else ''})"
-    for data in load_benchmark(run.benchmark).sets(spec):
-        yield from data.unpinned
 
 
 def fetch_packaged(suite: Suite) -> None:

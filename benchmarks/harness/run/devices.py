@@ -26,9 +26,9 @@ _PAUSE = 1.0  # seconds between two attempts
 def reserve_devices(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
     """Reserve accelerators for this process and its children, and hide all others.
 
-    Waits until no other process of this user on this machine holds the locks of enough accelerators; a process's locks
-    end with it. A scheduler's job that sees as many devices as it requests needs no locks: schedulers may number the
-    devices of each job from 0. Call this before anything uses an accelerator.
+    Waits until enough accelerators are free of the locks of this user's other processes on this machine; a process's
+    locks end with it. A scheduler's job that sees as many devices as it requests needs no locks: schedulers may number
+    the devices of each job from 0. Call this before anything uses an accelerator.
 
     Args:
         count: The number of accelerators. With 0, or on a machine without any, nothing is reserved and nothing changes.
@@ -40,11 +40,6 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> Iterator[list[
 
     Raises:
         RunError: Fewer accelerators are visible than requested, or than processes.
-
-    Example:
-        >>> with reserve_devices(0, "a run on the CPU") as devices:
-        ...     devices
-        []
     """
     devices = visible_devices() if count else []
     if devices and (len(devices) < count or count < processes):
@@ -56,13 +51,12 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> Iterator[list[
     if not devices or (job and len(devices) == count):
         yield devices
         return
-    locks = _lock_devices(_folder(job), devices, count, name)
-    before = os.environ.pop(VISIBLE, None)
+    before, locks = os.environ.get(VISIBLE), _lock_devices(_folder(job), devices, count, name)
     os.environ[VISIBLE] = ",".join(locks)
     try:
         yield list(locks)
     finally:
-        del os.environ[VISIBLE]
+        os.environ.pop(VISIBLE)
         if before is not None:
             os.environ[VISIBLE] = before
         for lock in locks.values():
@@ -70,15 +64,7 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> Iterator[list[
 
 
 def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
-    """Check, before any run starts, that this machine has an accelerator if a run asks for one.
-
-    Args:
-        suite: The name of the suite.
-        runs: The runs that are about to start on this machine.
-
-    Raises:
-        RunError: A run requests an accelerator, and none is visible.
-    """
+    """Check, before any run of a suite starts, that this machine has an accelerator if a run asks for one."""
     asking = next((run for run in runs if run.resources["gpu"]), None)
     if asking and not visible_devices():
         raise RunError(
@@ -100,24 +86,22 @@ def visible_devices() -> list[str]:
 
 
 def _lock_devices(folder: Path, devices: list[str], count: int, name: str) -> dict[str, BaseFileLock]:
-    """Lock ``count`` devices, all at once or none, so that two jobs never wait for each other."""
+    """Lock ``count`` devices. One job at a time chooses, so that two jobs never wait for each other."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for attempt in itertools.count():
-        locks: dict[str, BaseFileLock] = {}
-        with hold(folder / "choice.lock"):
+    locks: dict[str, BaseFileLock] = {}
+    is_waiting = False
+    with hold(folder / "choice.lock"):
+        while True:
             for device in devices:
-                if len(locks) < count:
+                if device not in locks and len(locks) < count:
                     with suppress(Timeout):
                         locks[device] = hold(folder / f"{device.replace('/', '_')}.lock", blocking=False).lock
-        if len(locks) == count:
-            break
-        for lock in locks.values():
-            lock.release()
-        if attempt == 0:
-            sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
-            sys.stderr.flush()
-        time.sleep(_PAUSE)
-    return locks
+            if len(locks) == count:
+                return locks
+            if not is_waiting:
+                sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
+                is_waiting = True
+            time.sleep(_PAUSE)
 
 
 def _folder(job: str) -> Path:

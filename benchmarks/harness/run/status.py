@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -79,25 +79,25 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:
-    """Estimate the hours of one benchmark's runs in sequence, by device: 6 × parameters × tokens ÷ rate.
-
-    Returns:
-        None if the size of a model or of a set is unknown.
-    """
-    hours = dict.fromkeys(_DEVICES, 0.0)
+def estimate_text(runs: Sequence[Run]) -> str:
+    """Return one line with the hours of a benchmark's runs in sequence: 6 × parameters × tokens ÷ a device's rate."""
+    hours, name = dict.fromkeys(_DEVICES, 0.0), runs[0].benchmark
     for run in runs:
-        benchmark, model = load_benchmark(run.benchmark), load_models().get(run.spec["model"]["name"])
+        model, training = load_models().get(run.spec["model"]["name"]), run.spec.get("training", {})
         shape = model.shape if model else None  # a measurement has its own models
-        tokens = benchmark.tokens(run.spec) if shape else None
+        tokens = load_benchmark(name).tokens(run.spec) if shape else None
         if shape is None or tokens is None:
-            return None
-        frozen = run.spec.get("training", {}).get("frozen_layers") or 0
-        operations = 6 * shape.parameters * (1 - frozen / shape.layers) * tokens
-        half = run.spec.get("training", {}).get("precision", "fp32") != "fp32"
+            return f"{name}: no run is finished; how long they take is unknown"
+        trained = 1 - (training.get("frozen_layers") or 0) / shape.layers
+        is_half = training.get("precision", "fp32") != "fp32"
         for device, rates in _DEVICES.items():
-            hours[device] += operations / (rates[half] * 1e12 * _UTILIZATION) / 3600
-    return hours
+            operations = 6 * shape.parameters * trained * tokens
+            hours[device] += operations / (rates[is_half] * 1e12 * _UTILIZATION) / 3600
+    times = ", ".join(f"{value:,.2f} h on {device}" for device, value in hours.items())
+    return (
+        f"{name}: no run is finished; one after the other they take about {times} "
+        "(6 × parameters × tokens ÷ rate, within a factor of three; the start of each run comes on top)"
+    )
 
 
 def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
@@ -109,15 +109,3 @@ def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int 
     seconds = [read_json(file, _Metrics, advice).cost.job_seconds for file in files]
     row = {state: states[state] for state in get_args(State)}
     return {"benchmark": benchmark, **row, "median_seconds": round(statistics.median(seconds), 1) if seconds else None}
-
-
-def estimate_text(runs: Sequence[Run]) -> str:
-    """Return one line with the estimated hours of a benchmark's runs, for use before any is finished."""
-    hours, name = estimate(runs), runs[0].benchmark
-    if hours is None:
-        return f"{name}: no run is finished; how long they take is unknown"
-    times = ", ".join(f"{value:,.1f} h on {device}" for device, value in hours.items())
-    return (
-        f"{name}: no run is finished; one after the other they take about {times} "
-        "(6 × parameters × tokens ÷ rate, within a factor of three; the start of each run comes on top)"
-    )
