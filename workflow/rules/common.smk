@@ -143,7 +143,7 @@ def suite_outputs(suite):
         *suite.pages(),
         *paper_items.paper_files(suite),
     ]
-    files += [f"results/{suite.name}/report.html", f"results/{suite.name}/mlflow.json"]
+    files += [f"results/{suite.name}/report.html", f"results/{suite.name}/mlflow.txt"]
     return files + (["results/report.html"] if suite is SUITE else [])
 
 

@@ -126,7 +126,7 @@ rule mirror_to_mlflow:
         suite_metrics,
         suite_tables,
     output:
-        "results/{suite}/mlflow.json",
+        "results/{suite}/mlflow.txt",
     log:
         "results/logs/{suite}/mirror_to_mlflow.txt",
     localrule: True
@@ -138,4 +138,4 @@ rule mirror_to_mlflow:
     message:
         "Mirror the runs to MLflow at {params.store}"
     shell:
-        "python -m benchmarks mirror --suite {wildcards.suite} --output {output:q} 2> {log:q}"
+        "python -m benchmarks mirror --suite {wildcards.suite} > {output:q} 2> {log:q}"
