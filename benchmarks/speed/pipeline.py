@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralConfig, NemotronHConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import emoe
 from benchmarks.harness.base import derive_seed
@@ -23,8 +25,7 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.training.progress import Progress
 from benchmarks.speed.definition import Settings
-from benchmarks.speed.ffn import TransformersExperts
-from emoe.architectures import find_ffns
+from emoe.architectures import FFN, find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.sparse.cost_model import predicted_time_ratio
 
@@ -67,6 +68,36 @@ def time_in_turn(call: Callable[[Any], object], nets: Mapping[str, Any], setting
 def build(model: Model, settings: Settings, auto: Any = AutoModel) -> Any:
     """Build a model with random weights from its configuration, with a class that chooses its architecture."""
     return auto.from_config(AutoConfig.for_model(**model["config"])).to(getattr(torch, settings.dtype))
+
+
+class TransformersExperts(nn.Module):
+    """Compute the FFN's blocks, chosen by mean keys, in an expert layer of transformers (without biases).
+
+    Args:
+        implementation: The implementation of transformers' experts, ``eager`` or ``grouped_mm``.
+    """
+
+    def __init__(self, ffn: FFN, num_experts: int, top_k: int, implementation: str) -> None:
+        super().__init__()
+        self.top_k = top_k
+        keys, outer = ffn.keys().detach().unflatten(0, (num_experts, -1)), cast(Tensor, ffn.proj_out.weight).detach()
+        self.register_buffer("gate", keys.mean(1))
+        sizes = {"hidden_size": keys.shape[2], "experts_implementation": implementation}
+        if ffn.proj_up is None:
+            sizes |= {"n_routed_experts": num_experts, "moe_intermediate_size": keys.shape[1]}
+            self.experts: Any = NemotronHExperts(NemotronHConfig(**sizes, mlp_hidden_act="gelu"))
+            self.experts.up_proj = nn.Parameter(keys.clone())
+        else:
+            sizes |= {"num_local_experts": num_experts, "intermediate_size": keys.shape[1]}
+            self.experts = MixtralExperts(MixtralConfig(**sizes, hidden_act="silu"))
+            up = cast(Tensor, ffn.proj_up.weight).detach().unflatten(0, (num_experts, -1))
+            self.experts.gate_up_proj = nn.Parameter(torch.cat([keys, up], 1))
+        self.experts.down_proj = nn.Parameter(outer.unflatten(1, (num_experts, -1)).transpose(0, 1).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            chosen = F.linear(x, cast(Tensor, self.gate)).topk(self.top_k, dim=-1).indices
+        return cast(Tensor, self.experts(x, chosen, torch.ones_like(chosen, dtype=x.dtype)))
 
 
 def candidates(dense: Any, settings: Settings) -> dict[str, Any]:
@@ -143,9 +174,8 @@ def measure_step(model: Model, settings: Settings) -> Numbers:
         optimizer.step()
 
     nets = candidates(dense, settings)
-    return time_in_turn(
-        step, {name: (net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}, settings
-    )
+    pairs = {name: (net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}
+    return time_in_turn(step, pairs, settings)
 
 
 def measure_ffns(model: Model, settings: Settings) -> Numbers:
@@ -172,18 +202,15 @@ def measure_generate(model: Model, settings: Settings) -> Numbers:
 
 def measure_partition(model: Model, settings: Settings) -> Numbers:
     """Measure balanced clustering of one layer's keys: seconds, and the share of the variance that is unexplained."""
-    net = (
-        load_backbone(load_models()[model["model"]].spec(model["model"]))
-        if "model" in model
-        else build(model, settings)
-    )
+    name = model.get("model")  # in models.yaml
+    net = load_backbone(load_models()[name].spec(name)) if name else build(model, settings)
     keys, n = find_ffns(net)[model.get("layer", 0)].keys().detach().float(), settings.num_experts
     numbers: Numbers = {}
-    for name in settings.candidates:
+    for candidate in settings.candidates:
         start, cpu = time.perf_counter(), time.process_time()  # a single call is enough: it takes seconds
-        labels = balanced_kmeans(keys, n) if name == "emoe" else _kmeans_constrained(keys, n, settings.starts)
-        numbers[name] = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-        numbers[name]["inertia"] = 1 - explained_variance_ratio(keys, labels, n)
+        labels = balanced_kmeans(keys, n) if candidate == "emoe" else _kmeans_constrained(keys, n, settings.starts)
+        numbers[candidate] = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        numbers[candidate]["inertia"] = 1 - explained_variance_ratio(keys, labels, n)
     if library := numbers.get("kmeans_constrained"):
         for row in numbers.values():
             row["ratio"] = row["seconds"] / library["seconds"]
