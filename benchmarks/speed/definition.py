@@ -36,7 +36,7 @@ class MeasuredModel(Entry):
 
 
 class Settings(Strict):
-    """Settings of a measure; each measure takes those that its entry in `measures` lists. A run's name has them in this order."""
+    """Settings, in the order of a run's name. A measure takes those that its entry in `measures` lists."""
 
     layers: Layers = "all"
     """Layers that are converted."""
@@ -58,10 +58,6 @@ class Settings(Strict):
     """Number of times that all candidates are timed in turn."""
     candidates: Names
     """Candidates that are compared, beside the dense model if there is one."""
-
-    @property
-    def top_k(self) -> int:
-        return round(self.top_k_fraction * self.num_experts)
 
 
 class Measure(Entry):

@@ -102,7 +102,8 @@ class TransformersExperts(nn.Module):
 
 def candidates(dense: Any, settings: Settings) -> dict[str, Any]:
     """Return the dense model and a converted copy per candidate, by name; most names are backends."""
-    nets, n, k = {"dense": dense}, settings.num_experts, settings.top_k
+    nets, n = {"dense": dense}, settings.num_experts
+    k = round(settings.top_k_fraction * n)
     for name in settings.candidates:
         nets[name] = net = copy.deepcopy(dense)
         backend, _, implementation = name.partition("_")
@@ -133,9 +134,9 @@ def measure_layer(model: Model, settings: Settings) -> Numbers:
     kept = {name: kept_bytes(ffn, x.requires_grad_()) for name, ffn in ffns.items()}
     for name, row in numbers.items():
         row["memory_ratio"] = kept[name] / kept["dense"]
-    n, sizes = settings.num_experts, dense.config
-    expert_size, active = sizes.intermediate_size // n, settings.top_k / n
-    expected = predicted_time_ratio(len(x), sizes.hidden_size, expert_size, active, x.dtype, settings.threads)
+    hidden, expert_size = dense.config.hidden_size, dense.config.intermediate_size // settings.num_experts
+    share = settings.top_k_fraction
+    expected = predicted_time_ratio(len(x), hidden, expert_size, share, x.dtype, settings.threads)
     if "sparse" in numbers and expected is not None:
         numbers["sparse"]["expected_ratio"] = expected
     return numbers
