@@ -6,11 +6,11 @@ Heavy imports stay inside the commands, so that help appears at once.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import gc
 import json
 import os
+import random
 import socket
 import sys
 import time
@@ -20,17 +20,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.harness.base import CONFIG
 from benchmarks.harness.run.forkserver import run_in_fork, serve
 from emoe.errors import EMoEError
 
 if TYPE_CHECKING:
     from benchmarks.harness.config.suite import Suite
 
-# errors of the machine: no permission, a full disk, too many open files
-_MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
-_KINDS = ("suites", "benchmarks", "methods", "tasks", "models", "metrics", "claims", "paper")
-_SUITES = sorted(path.stem for path in CONFIG.glob("*.yaml") if path.stem not in _KINDS)
 # both libraries send telemetry unless this is set before their import
 for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
@@ -38,7 +33,6 @@ for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
 _PATH = click.Path(path_type=Path)
 _RESOLVED = click.Path(path_type=Path, resolve_path=True)  # for commands that may change the working directory
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
-_benchmark = click.option("--benchmark", help="Only this benchmark.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 _threads = click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads.")
 
@@ -52,17 +46,16 @@ def cli() -> None:
     """Run, collect, compare and publish benchmark runs."""
     import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
 
-    if not {"-h", "--help"} & set(sys.argv):  # a plugin may import torch, which takes seconds
+    if not {"-h", "--help"} & {*click.get_current_context().args}:  # a plugin may import torch, which takes seconds
         from benchmarks.harness.config.methods import import_plugins
 
         import_plugins()
 
 
 @cli.command("list")
-@click.argument("kind", type=click.Choice([*_KINDS, *_SUITES]), metavar="[KIND|SUITE]", required=False)
+@click.argument("kind", default="", metavar="[KIND|SUITE]")
 @_suite
-@_json
-def list_command(kind: str | None, suite: str, as_json: bool) -> None:
+def list_command(kind: str, suite: str) -> None:
     """List suites, benchmarks, methods, tasks and more.
 
     Without a KIND, how much there is of each; with the name of a suite, its runs. `paper` lists the paper's tables and
@@ -73,15 +66,11 @@ def list_command(kind: str | None, suite: str, as_json: bool) -> None:
     if kind == "paper":
         from benchmarks.harness.report.paper import paper_index
 
-        rows = paper_index(_load_suite(suite))
-    elif kind in _SUITES:
-        rows = suite_rows(_load_suite(kind).runs)
+        _echo_table(paper_index(_load_suite(suite)))
+    elif kind in LISTS:
+        _echo_table(LISTS[kind]())
     else:
-        rows = LISTS[kind]() if kind else overview()
-    if as_json:
-        _echo_json(rows)
-    else:
-        _echo_table(rows)
+        _echo_table(suite_rows(_load_suite(kind).runs) if kind else overview())
 
 
 @cli.command()
@@ -190,19 +179,18 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
     from benchmarks.harness.report.claims import claims_json, claims_table, judge_claims, write_claims
 
     loaded = _load_suite(suite)
-    _check_finished(loaded, loaded.claimed, which=" that claims compare")
+    _check_finished(loaded, loaded.claimed)
     if write:
         write_claims(loaded)
-    elif as_json:
-        click.echo(claims_json(judge_claims(loaded)))
-    else:
-        click.echo(claims_table(loaded, judge_claims(loaded)).markdown())
+        return
+    judged = judge_claims(loaded)
+    click.echo(claims_json(judged) if as_json else claims_table(loaded, judged).markdown())
 
 
 @cli.command()
 @_suite
 @click.option("--output", type=_RESOLVED, required=True, help="The HTML page.")
-@_benchmark
+@click.option("--benchmark", help="Only this benchmark.")
 @click.option("--copy", type=_RESOLVED, help="Copy this page, and adapt its links.")
 def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
     """Write the one-page report of a suite with its tables."""
@@ -218,20 +206,16 @@ def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -
 
 @cli.command()
 @_suite
-@click.option("--output", type=_RESOLVED, help="Receipt to write.")
-def mirror(suite: str, output: Path | None) -> None:
+def mirror(suite: str) -> None:
     """Mirror finished runs to MLflow.
 
     A second time adds nothing."""
-    from benchmarks.harness.base import hide_passwords, write_json
     from benchmarks.harness.results.mlflow import mirror as mirror_runs
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.settings.benchmarks)
     counts = mirror_runs(loaded.runs, loaded.tracking_uri)
-    click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
-    if output:
-        write_json(output, {"uri": hide_passwords(loaded.tracking_uri), "runs": len(loaded.runs)})
+    click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
 
 
 @cli.command()
@@ -248,29 +232,25 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
 
     comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
     click.echo(comparison.to_json() if as_json else str(comparison))
-    sys.exit(not comparison.passed)
+    raise click.exceptions.Exit(not comparison.passed)
 
 
 @cli.command()
 @_suite
 @click.option("--runs", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many are drawn.")
-@click.option("--seed", type=int, help="Of the drawing; by default another one every time.")
-@_json
-def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
+@click.option("--seed", type=int, default=lambda: random.randrange(2**16), help="Of the drawing; by default any.")
+def verify(suite: str, count: int, seed: int) -> None:
     """Run some finished runs again and compare their numbers.
 
     Works in a temporary folder and ends with status 1 if a number differs. On the machine that made them numbers must
     be equal to the last digit, on another machine within their tolerance.
     """
-    import random
-
     from benchmarks.harness.results.check import verify as verify_runs
 
-    seed = random.SystemRandom().randrange(2**16) if seed is None else seed
     click.echo(f"--seed {seed}", err=True)
     result = verify_runs(_load_suite(suite).runs, suite, count, seed, functools.partial(click.echo, err=True))
-    click.echo(result.to_json() if as_json else str(result))
-    sys.exit(not result.passed)
+    click.echo(str(result))
+    raise click.exceptions.Exit(not result.passed)
 
 
 @cli.command()
@@ -290,8 +270,7 @@ def bless(suite: str) -> None:
 @click.option("--check", is_flag=True, help="Only look; download nothing.")
 @click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
-@_json
-def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_json: bool) -> None:
+def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
     """Fetch a suite's data, and show which sets are there.
 
     Ends with status 1 if something is missing.
@@ -308,11 +287,8 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
     else:
         sets.fetch_packaged(loaded)
     parts = list(sets.check_data(loaded.runs, open_images=open_images))
-    if as_json:
-        _echo_json({"parts": [dataclasses.asdict(part) for part in parts]})
-    else:
-        click.echo(sets.describe(parts))
-    sys.exit(any(part.rows is None for part in parts))
+    click.echo(sets.describe(parts))
+    raise click.exceptions.Exit(any(part.rows is None for part in parts))
 
 
 @cli.command()
@@ -385,7 +361,7 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
         for name in names:
             load_benchmark(name).pipeline()
 
-    serve(socket.socket(fileno=listener), import_all, _status)
+    serve(socket.socket(fileno=listener), import_all, _run_command)
 
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
@@ -405,13 +381,12 @@ def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
     return loaded
 
 
-def _check_finished(suite: Suite, benchmarks: Collection[str], part: str | None = None, which: str = "") -> None:
+def _check_finished(suite: Suite, benchmarks: Collection[str], part: str | None = None) -> None:
     """Raise an error that counts the missing runs, if there are any."""
     from benchmarks.harness.results.records import check_finished
 
     runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
-    of = f"{part or next(iter(benchmarks))} in " if len(benchmarks) == 1 else ""
-    check_finished(runs, f"of {of}the suite {suite.name}{which}", f"make run SUITE={suite.name}")
+    check_finished(runs, f"of the suite {suite.name}", f"make run SUITE={suite.name}")
 
 
 def _echo_json(content: object) -> None:
@@ -432,44 +407,31 @@ def _cell(value: object) -> object:
     return ", ".join(value) if len(value) <= 12 else f"{', '.join(value[:4])}, … ({len(value)})"
 
 
-def _status(arguments: list[str]) -> int:
-    """Run a command, and return its exit status."""
-    sys.argv[1:] = arguments
+def _run_command(arguments: list[str]) -> int:
+    """Run a command and return its exit status; print an expected error as one line, not a traceback."""
     try:
-        _main()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+        return int(cli(arguments, standalone_mode=False, obj=time.time()) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort as stop:
+        if isinstance(stop.__cause__, EOFError):  # click takes an empty file for an interrupted prompt
+            raise stop.__cause__ from None
+        return 130
+    except EMoEError as error:
+        click.echo(f"error: {error}", err=True)
+    except OSError as error:
+        if not error.filename:
+            raise
+        click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+    return 1
 
 
 def main() -> None:
     """Run the command in a fork of the workflow's server if there is one, else in this process."""
-    exit_status = run_in_fork(sys.argv[1:])
-    if exit_status is None:
-        _main()
-    else:
-        sys.exit(exit_status)
-
-
-def _main() -> None:
-    """Run the command in ``sys.argv``; print an expected error as one line, not a traceback."""
-    try:
-        cli(standalone_mode=False, obj=time.time())
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort as stop:
-        if isinstance(stop.__cause__, EOFError):  # click takes an empty file for an interrupted prompt
-            raise stop.__cause__ from None
-        sys.exit(130)
-    except EMoEError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in _MACHINE_ERRORS:
-            raise
-        click.echo(f"error: {error.filename or 'a file'}: {error.strerror}", err=True)
-        sys.exit(1)
+    arguments = sys.argv[1:]
+    exit_status = run_in_fork(arguments)
+    sys.exit(_run_command(arguments) if exit_status is None else exit_status)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Define the files of a benchmark that measures speed."""
+"""Define the YAML files of a benchmark that measures speed."""
 
 from __future__ import annotations
 
@@ -6,82 +6,66 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import (
-    Definition,
-    Entry,
-    Resources,
-    SuitePart,
-)
+from benchmarks.harness.config.benchmark import Definition, Entry, Resources, SuitePart
 from benchmarks.harness.config.methods import Layers
 from benchmarks.harness.config.yaml import Count, Names, Share, Strict, Whole, optional
 
 MEASURES = ("layer", "step", "decode", "prompt", "generate", "partition")
-# settings in a run's name, by their letter; candidates and rounds say how much is measured, not what
-_LETTERS = {
-    "num_experts": "N",
-    "top_k_fraction": "k",
-    "layers": "L",
-    "tokens": "T",
-    "threads": "t",
-    "batch_size": "B",
-    "starts": "x",
-    "dtype": "",
-    "length": "",
+# settings in a run's name, with their letter, and in tables, with their heading
+SETTINGS = {
+    "layers": ("L", "Layers"),
+    "num_experts": ("N", "N"),
+    "starts": ("x", "Starts of the library"),
+    "top_k_fraction": ("k", "k/N"),
+    "batch_size": ("B", "Rows"),
+    "tokens": ("T", "Tokens"),
+    "threads": ("t", "Threads"),
+    "dtype": ("", "Type"),
 }
 
 
 class MeasuredModel(Entry):
-    """One FFN by its sizes, one layer of a model of models.yaml, or a whole model with random weights."""
+    """A model with random weights, or one layer of a model of models.yaml."""
 
-    hidden: Count | None = optional()
-    """Width of the FFN's input."""
-    neurons: Count | None = optional()
-    """Neurons of the FFN."""
-    gated: bool | None = optional()
-    """True for a gated FFN."""
+    config: dict[str, Any] | None = optional()
+    """Its configuration of transformers."""
     model: str | None = optional()
     """Name in models.yaml."""
     layer: Whole | None = optional()
-    """Number of its layer."""
-    config: dict[str, Any] | None = optional()
-    """Configuration of the whole model."""
+    """Number of the layer."""
 
 
 class Settings(Strict):
-    """Settings of a measure; each measure takes those that its entry in `measures` lists."""
+    """Settings, in the order of a run's name. A measure takes those that its entry in `measures` lists."""
 
-    num_experts: Count
-    """N."""
-    candidates: Names
-    """Candidates that are compared, beside the dense model if there is one."""
-    threads: Count
-    """Threads of PyTorch."""
-    top_k_fraction: Share = 1.0
-    """k / N."""
-    rounds: Count = 1
-    """Number of times that all candidates are timed in turn."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights."""
-    tokens: Count = 1
-    """Tokens of a pass, of the prompt, or of the answer."""
     layers: Layers = "all"
     """Layers that are converted."""
-    batch_size: Count = 1
-    """Rows of a training step."""
-    length: Count = 1
-    """Tokens of a row."""
+    num_experts: Count
+    """N."""
     starts: Count = 1
     """Starts of k-means-constrained."""
-
-    @property
-    def top_k(self) -> int:
-        return round(self.top_k_fraction * self.num_experts)
+    top_k_fraction: Share = 1.0
+    """k / N."""
+    batch_size: Count = 1
+    """Rows of a training step."""
+    tokens: Count = 1
+    """Tokens of a pass, of a row of a training step, of the prompt, or of the answer."""
+    threads: Count
+    """Threads of PyTorch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    rounds: Count = 1
+    """Number of times that all candidates are timed in turn."""
+    candidates: Names
+    """Candidates that are compared, beside the dense model if there is one."""
 
 
 class Measure(Entry):
     """A measure."""
 
-    settings: dict[str, Any]
+    caption: str
+    """What is measured, and how."""
+    settings: Settings
     """Every setting of the measure with its usual value."""
 
 
@@ -118,6 +102,6 @@ class MeasurementDefinition(Definition):
     models: Annotated[dict[str, MeasuredModel], Field(min_length=1)]
     """Models that are measured, by name."""
     candidates: Annotated[dict[str, Entry], Field(min_length=1)]
-    """Candidates; their order is that of columns and legends."""
+    """Candidates; their order is that of columns."""
     measures: Annotated[dict[str, Measure], Field(min_length=1)]
     """Measures, by name."""

@@ -7,21 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.harness.config.benchmark import (
-    Benchmark,
-    Domain,
-    Part,
-)
+from benchmarks.harness.config.benchmark import Benchmark, Domain, Part
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
-from benchmarks.speed.definition import (
-    _LETTERS,
-    MEASURES,
-    Measure,
-    MeasurementDefinition,
-    MeasurementPart,
-    Settings,
-)
+from benchmarks.speed.definition import MEASURES, SETTINGS, Measure, MeasurementDefinition, MeasurementPart, Settings
 
 
 class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
@@ -34,8 +23,6 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, MeasurementDefinition, str(file))
         check_names(f"{file}: '", "measures", definition.measures, MEASURES)
-        for key, measure in definition.measures.items():
-            parse(measure.settings, Settings, str(file), "measures", key, "settings")
         domains = dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))
         titles = {key: candidate.title for key, candidate in definition.candidates.items()}
         return cls(name, definition, definition.measures, domains, row_titles=titles)
@@ -48,13 +35,13 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
             where = part.where("grid", number)
             check_names(where, "measure", [block.measure], definition.measures)
             check_names(where, "model", block.model, definition.models)
-            usual = definition.measures[block.measure].settings
+            usual = definition.measures[block.measure].settings.given()
             check_names(where, "settings", block.settings, usual)
-            candidates = [name for values in block.settings.get("candidates", []) for name in values]
-            check_names(where, "settings.candidates", candidates, definition.candidates)
+            at = ("benchmarks", self.name, "grid", number, "settings")
             for model, *values in itertools.product(block.model, *block.settings.values()):
-                settings = {**usual, **dict(zip(block.settings, values, strict=True))}
-                parse(settings, Settings, part.file, "benchmarks", self.name, "grid", number, "settings")
+                point = {**usual, **dict(zip(block.settings, values, strict=True))}
+                settings = parse(point, Settings, part.file, *at).given()
+                check_names(where, "settings.candidates", settings["candidates"], definition.candidates)
                 variant = _variant(settings, usual)
                 yield self.spec(
                     variant,
@@ -70,9 +57,6 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
 
 
 def _variant(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """Return a name for the settings that differ from the usual ones."""
-    values = {name: settings[name] for name in settings if name in _LETTERS and settings[name] != usual[name]}
-    return "-".join(
-        f"{_LETTERS[name]}{value:g}" if isinstance(value, int | float) else f"{_LETTERS[name]}{value}"
-        for name, value in values.items()
-    )
+    """Return a name for the settings that differ from the usual ones; rounds and candidates are left out."""
+    changed = {name: value for name, value in settings.items() if name in SETTINGS and value != usual[name]}
+    return "-".join(f"{SETTINGS[name][0]}{value}" for name, value in changed.items())

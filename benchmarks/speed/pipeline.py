@@ -1,4 +1,4 @@
-"""Measure candidates under one setting, in turn in one process."""
+"""Measure candidates under one setting with torch.utils.benchmark, in turn in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from torch.utils.benchmark import Timer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralConfig, NemotronHConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import emoe
 from benchmarks.harness.base import derive_seed
@@ -22,27 +25,19 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.training.progress import Progress
 from benchmarks.speed.definition import Settings
-from benchmarks.speed.ffn import FFN, BlockMask, SpeedNet, TransformersExperts
-from emoe.architectures import find_ffns
+from emoe.architectures import FFN, find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.sparse.cost_model import predicted_time_ratio
 
 _PROMPT = 16  # tokens before an answer
+_MIN_SECONDS = 0.1  # of a candidate's calls in a round
 
-Numbers = dict[str, dict[str, float]]
+Model = Mapping[str, Any]  # of a run's spec
+Numbers = dict[str, dict[str, float]]  # by candidate and metric
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Measure the candidates of one spec.
-
-    Args:
-        spec: The content of ``run.json``.
-        folder: The run's folder; nothing is written there.
-        progress: The reporter of progress.
-
-    Returns:
-        The content of ``metrics.json`` without the harness's part: ``measured`` by candidate.
-    """
+    """Measure the candidates of a run's spec. ``metrics.json`` gets them by candidate."""
     measure = spec["task"]["name"]
     settings = parse(spec["settings"], Settings, str(folder / "run.json"), "settings")
     torch.set_num_threads(settings.threads)
@@ -51,70 +46,97 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     return {"measured": _MEASURES[measure](spec["model"], settings), "cost": {}}
 
 
-def time_in_turn(call: Callable[[Any], object], nets: Mapping[str, Any], rounds: int) -> Numbers:
-    """Time a call of each net in turn, so that a disturbance affects all; the first round is discarded.
+def time_in_turn(call: Callable[[Any], object], nets: Mapping[str, Any], settings: Settings) -> Numbers:
+    """Time a call of each net, ``dense`` among them, in turn, so that a disturbance affects all.
 
-    Args:
-        call: The function to time.
-        nets: The nets by name, ``dense`` among them.
-        rounds: The number of rounds.
-
-    Returns:
-        By name: the ``ratio`` to the dense time in the same round (median, lowest, highest), and the median
-        ``seconds``.
+    Each round begins with a warm-up. The ``ratio`` is to the dense time in the same round (median, lowest, highest).
     """
-
-    def timed(net: Any) -> float:
-        start = time.perf_counter()
-        call(net)
-        return time.perf_counter() - start
-
-    seconds = pd.DataFrame([{name: timed(net) for name, net in nets.items()} for _ in range(rounds + 1)])[1:]
+    timers = {
+        name: Timer("call(net)", globals={"call": call, "net": net}, num_threads=settings.threads)
+        for name, net in nets.items()
+    }
+    rounds = [
+        {name: timer.blocked_autorange(min_run_time=_MIN_SECONDS).median for name, timer in timers.items()}
+        for _ in range(settings.rounds)
+    ]
+    seconds = pd.DataFrame(rounds)
     ratios = seconds.div(seconds["dense"], axis=0)
     numbers = {"ratio": ratios.median(), "ratio_low": ratios.min(), "ratio_high": ratios.max()}
     return cast(Numbers, pd.DataFrame(numbers | {"seconds": seconds.median()}).to_dict("index"))
 
 
-def candidates(dense: Any, settings: Settings) -> dict[str, Any]:
-    """Return the dense net and a converted copy per candidate, by name; most names are backends."""
-    nets = {"dense": dense}
-    n, k = settings.num_experts, settings.top_k
-    for name in settings.candidates:
-        if name == "block_mask":
-            nets[name] = BlockMask(dense.layers[0], n, k)
-        elif name.startswith("transformers_"):
-            implementation = "eager" if name == "transformers_eager" else "grouped_mm"
-            nets[name] = TransformersExperts(dense.layers[0], n, k, implementation)
+def build(model: Model, settings: Settings, auto: Any = AutoModel) -> Any:
+    """Build a model with random weights from its configuration, with a class that chooses its architecture."""
+    return auto.from_config(AutoConfig.for_model(**model["config"])).to(getattr(torch, settings.dtype))
+
+
+class TransformersExperts(nn.Module):
+    """Compute the FFN's blocks, chosen by mean keys, in an expert layer of transformers (without biases).
+
+    Args:
+        implementation: The implementation of transformers' experts, ``eager`` or ``grouped_mm``.
+    """
+
+    def __init__(self, ffn: FFN, num_experts: int, top_k: int, implementation: str) -> None:
+        super().__init__()
+        self.top_k = top_k
+        keys, outer = ffn.keys().detach().unflatten(0, (num_experts, -1)), cast(Tensor, ffn.proj_out.weight).detach()
+        self.register_buffer("gate", keys.mean(1))
+        sizes = {"hidden_size": keys.shape[2], "experts_implementation": implementation}
+        if ffn.proj_up is None:
+            sizes |= {"n_routed_experts": num_experts, "moe_intermediate_size": keys.shape[1]}
+            self.experts: Any = NemotronHExperts(NemotronHConfig(**sizes, mlp_hidden_act="gelu"))
+            self.experts.up_proj = nn.Parameter(keys.clone())
         else:
-            nets[name] = copy.deepcopy(dense)
-            # a random partition takes no time to compute
-            config = emoe.EMoEConfig(num_experts=n, top_k=k, layers=settings.layers, partition="random")
-            emoe.convert_(nets[name], config)
-            if name == "inference":
-                emoe.for_inference_(nets[name])
-            else:
-                emoe.set_backend_(nets[name], name)
+            sizes |= {"num_local_experts": num_experts, "intermediate_size": keys.shape[1]}
+            self.experts = MixtralExperts(MixtralConfig(**sizes, hidden_act="silu"))
+            up = cast(Tensor, ffn.proj_up.weight).detach().unflatten(0, (num_experts, -1))
+            self.experts.gate_up_proj = nn.Parameter(torch.cat([keys, up], 1))
+        self.experts.down_proj = nn.Parameter(outer.unflatten(1, (num_experts, -1)).transpose(0, 1).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            chosen = F.linear(x, cast(Tensor, self.gate)).topk(self.top_k, dim=-1).indices
+        return cast(Tensor, self.experts(x, chosen, torch.ones_like(chosen, dtype=x.dtype)))
+
+
+def candidates(dense: Any, settings: Settings) -> dict[str, Any]:
+    """Return the dense model and a converted copy per candidate, by name; most names are backends."""
+    nets, n = {"dense": dense}, settings.num_experts
+    k = round(settings.top_k_fraction * n)
+    for name in settings.candidates:
+        nets[name] = net = copy.deepcopy(dense)
+        backend, _, implementation = name.partition("_")
+        if backend == "transformers":
+            net.layers[0].mlp = TransformersExperts(find_ffns(net)[0], n, k, implementation)
+            continue
+        # experts of neighbouring neurons, which transformers' have too
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=n, top_k=k, layers=settings.layers, partition="contiguous"))
+        if name == "inference":
+            emoe.for_inference_(net)
+        else:
+            emoe.set_backend_(net, name)
     return nets
 
 
-def measure_layer(model: Mapping[str, Any], settings: Settings) -> Numbers:
+def measure_layer(model: Model, settings: Settings) -> Numbers:
     """Measure one FFN, forward and backward: its time, and the memory that is kept for the backward pass."""
-    hidden, neurons, dtype = model["hidden"], model["neurons"], getattr(torch, settings.dtype)
-    dense = SpeedNet(FFN(hidden, neurons, gated=model["gated"]))
-    nets = {name: net.to(dtype) for name, net in candidates(dense, settings).items()}
-    x = torch.randn(settings.tokens, hidden, dtype=dtype)
+    dense = build(model, settings)
+    x = torch.randn(settings.tokens, dense.config.hidden_size, dtype=dense.dtype)
     gradient = torch.randn_like(x)
+    ffns = {name: net.layers[0].mlp for name, net in candidates(dense, settings).items()}
 
-    def pass_through(net: nn.Module) -> None:
-        net.zero_grad()
-        net(x.detach().requires_grad_()).backward(gradient)
+    def pass_through(ffn: nn.Module) -> None:
+        ffn.zero_grad()
+        ffn(x.detach().requires_grad_()).backward(gradient)
 
-    numbers = time_in_turn(pass_through, nets, settings.rounds)
-    kept = {name: kept_bytes(net, x.requires_grad_()) for name, net in nets.items()}
+    numbers = time_in_turn(pass_through, ffns, settings)
+    kept = {name: kept_bytes(ffn, x.requires_grad_()) for name, ffn in ffns.items()}
     for name, row in numbers.items():
         row["memory_ratio"] = kept[name] / kept["dense"]
-    n = settings.num_experts
-    expected = predicted_time_ratio(len(x), hidden, neurons // n, settings.top_k / n, dtype, torch.get_num_threads())
+    hidden, expert_size = dense.config.hidden_size, dense.config.intermediate_size // settings.num_experts
+    share = settings.top_k_fraction
+    expected = predicted_time_ratio(len(x), hidden, expert_size, share, x.dtype, settings.threads)
     if "sparse" in numbers and expected is not None:
         numbers["sparse"]["expected_ratio"] = expected
     return numbers
@@ -122,7 +144,6 @@ def measure_layer(model: Mapping[str, Any], settings: Settings) -> Numbers:
 
 def kept_bytes(net: nn.Module, x: Tensor) -> int:
     """Count the bytes that a forward pass keeps for the backward pass, without weights and buffers."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -132,18 +153,19 @@ def kept_bytes(net: nn.Module, x: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(x)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
     return sum(size for pointer, size in sizes.items() if pointer not in weights)
 
 
-def measure_step(model: Mapping[str, Any], settings: Settings) -> Numbers:
-    """Measure a training step of a whole model with random weights: forward, backward, AdamW."""
-    dense = AutoModel.from_config(AutoConfig.for_model(**model["config"])).train()
+def measure_step(model: Model, settings: Settings) -> Numbers:
+    """Measure a training step of a whole model: forward, backward, AdamW."""
+    dense = build(model, settings)
     config = dense.config
     if dense.main_input_name == "pixel_values":
         shape = (settings.batch_size, config.num_channels, config.image_size, config.image_size)
         inputs = {"pixel_values": torch.randn(shape)}
     else:
-        ids = torch.randint(config.vocab_size, (settings.batch_size, settings.length))
+        ids = torch.randint(config.vocab_size, (settings.batch_size, settings.tokens))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def step(trained: tuple[nn.Module, torch.optim.Optimizer]) -> None:
@@ -153,63 +175,47 @@ def measure_step(model: Mapping[str, Any], settings: Settings) -> Numbers:
         optimizer.step()
 
     nets = candidates(dense, settings)
-    return time_in_turn(
-        step, {name: (net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}, settings.rounds
-    )
+    pairs = {name: (net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}
+    return time_in_turn(step, pairs, settings)
 
 
-def _language_models(model: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model["config"]))
-    return candidates(dense.to(getattr(torch, settings.dtype)).eval(), settings)
-
-
-def measure_ffns(model: Mapping[str, Any], settings: Settings) -> Numbers:
+def measure_ffns(model: Model, settings: Settings) -> Numbers:
     """Measure ``tokens`` tokens at once through all FFNs of a language model; the model exceeds CPU caches."""
-    nets = _language_models(model, settings)
-    x = torch.randn(1, settings.tokens, nets["dense"].config.hidden_size).to(getattr(torch, settings.dtype))
+    dense = build(model, settings).eval()
+    x = torch.randn(1, settings.tokens, dense.config.hidden_size, dtype=dense.dtype)
 
     @torch.inference_mode()
     def pass_through(net: Any) -> None:
-        for layer in net.model.layers:
+        for layer in net.layers:
             layer.mlp(x)
 
-    return time_in_turn(pass_through, nets, settings.rounds)
+    return time_in_turn(pass_through, candidates(dense, settings), settings)
 
 
-def measure_generate(model: Mapping[str, Any], settings: Settings) -> Numbers:
+def measure_generate(model: Model, settings: Settings) -> Numbers:
     """Measure a greedy answer of ``tokens`` tokens to a prompt of 16, with a key-value cache."""
-    nets = _language_models(model, settings)
-    prompt = torch.randint(3, nets["dense"].config.vocab_size, (1, _PROMPT))
+    dense = build(model, settings, AutoModelForCausalLM).eval()
+    prompt = torch.randint(3, dense.config.vocab_size, (1, _PROMPT))
     options: dict[str, Any] = {"max_new_tokens": settings.tokens, "min_new_tokens": settings.tokens, "do_sample": False}
     options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
-    return time_in_turn(lambda net: net.generate(prompt, **options), nets, settings.rounds)
+    return time_in_turn(lambda net: net.generate(prompt, **options), candidates(dense, settings), settings)
 
 
-def measure_partition(model: Mapping[str, Any], settings: Settings) -> Numbers:
+def measure_partition(model: Model, settings: Settings) -> Numbers:
     """Measure balanced clustering of one layer's keys: seconds, and the share of the variance that is unexplained."""
-    keys, n = layer_keys(model), settings.num_experts
+    name = model.get("model")  # in models.yaml
+    net = load_backbone(load_models()[name].spec(name)) if name else build(model, settings)
+    keys, n = find_ffns(net)[model.get("layer", 0)].keys().detach().float(), settings.num_experts
     numbers: Numbers = {}
-    for name in settings.candidates:
-        start, cpu = time.perf_counter(), time.process_time()
-        labels = balanced_kmeans(keys, n) if name == "emoe" else _kmeans_constrained(keys, n, settings.starts)
-        numbers[name] = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-        numbers[name]["inertia"] = 1 - explained_variance_ratio(keys, labels, n)
+    for candidate in settings.candidates:
+        start, cpu = time.perf_counter(), time.process_time()  # a single call is enough: it takes seconds
+        labels = balanced_kmeans(keys, n) if candidate == "emoe" else _kmeans_constrained(keys, n, settings.starts)
+        numbers[candidate] = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        numbers[candidate]["inertia"] = 1 - explained_variance_ratio(keys, labels, n)
     if library := numbers.get("kmeans_constrained"):
         for row in numbers.values():
             row["ratio"] = row["seconds"] / library["seconds"]
     return numbers
-
-
-def layer_keys(model: Mapping[str, Any]) -> Tensor:
-    """Return key vectors ``[d, h]``: real ones, or Gaussian rows around 128 centres with a quarter of their spread."""
-    if "model" in model:
-        loaded = load_backbone(load_models()[model["model"]].spec(model["model"]))
-        return find_ffns(loaded)[model["layer"]].keys().detach().float()
-    neurons, hidden = model["neurons"], model["hidden"]
-    generator = torch.Generator().manual_seed(derive_seed("keys", neurons, hidden))
-    centres = torch.randn(128, hidden, generator=generator)
-    rows = torch.randn(neurons, hidden, generator=generator)
-    return rows + 0.25 * centres[torch.randint(128, (neurons,), generator=generator)]
 
 
 def _kmeans_constrained(keys: Tensor, num_clusters: int, starts: int) -> Tensor:
@@ -221,7 +227,7 @@ def _kmeans_constrained(keys: Tensor, num_clusters: int, starts: int) -> Tensor:
     return torch.from_numpy(clusterer.fit_predict(F.normalize(keys, dim=1).double().numpy()).astype(np.int64))
 
 
-_MEASURES: dict[str, Callable[[Mapping[str, Any], Settings], Numbers]] = {
+_MEASURES: dict[str, Callable[[Model, Settings], Numbers]] = {
     "layer": measure_layer,
     "step": measure_step,
     "decode": measure_ffns,

@@ -209,9 +209,9 @@ def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatc
     finish(path)
     edit(run, lambda content: next(iter(content["data"].values())).update(rows=7))
     before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
-    output = json.loads(call(*verify, "--runs", "5", "--json", status=1))
-    assert [(row["status"], row["metric"]) for row in output["differences"]] == [("changed", "content")]
-    assert output["equal"] > 10
+    output = call(*verify, "--runs", "5", status=1)
+    assert "content" in output
+    assert output.endswith(" agree, 1 changed, 0 missing, 0 new\n")
     monkeypatch.setattr(sys, "executable", "false")
     assert f"1 runs are not finished, the first is {run.id}: no output" in call(*verify, status=1)
     assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before

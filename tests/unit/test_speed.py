@@ -1,4 +1,4 @@
-"""The speed benchmark: candidates do the same work, times are taken in turn, wrong grids are refused."""
+"""The speed benchmark: candidates do the same work, and each measure has its numbers and its table."""
 
 from __future__ import annotations
 
@@ -13,48 +13,41 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from benchmarks.speed import pipeline
 from benchmarks.speed.definition import Settings
-from benchmarks.speed.ffn import FFN, SpeedNet
 from tests import fake_runs
 
-
-@pytest.fixture(params=[False, True])
-def ffn(request: pytest.FixtureRequest) -> FFN:
-    """A plain one without biases, which transformers' plain experts do not have, and a gated one."""
-    torch.manual_seed(0)
-    built = FFN(8, 32, gated=request.param)
-    if not request.param:
-        for module in (built.inner, built.outer):
-            torch.nn.init.zeros_(module.bias)
-    return built
+SIZES = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2}
+LLAMA = {"model_type": "llama", "vocab_size": 50, "num_hidden_layers": 2, **SIZES}
+VIT = {"model_type": "vit", "num_hidden_layers": 1, **SIZES}
 
 
 @pytest.mark.usefixtures("always_sparse")
-def test_candidates_are_the_dense_ffn_with_all_experts_and_choose_the_same_ones_with_some(ffn: FFN) -> None:
-    x, others = torch.randn(10, 8), ["block_mask", "transformers_eager", "transformers_grouped"]
-    settings = Settings(num_experts=4, candidates=["sparse", "masked", *others], threads=1)
-    for net in pipeline.candidates(SpeedNet(ffn), settings).values():
-        torch.testing.assert_close(net(x), ffn(x), atol=1e-5, rtol=1e-5)
-    half = Settings(num_experts=4, candidates=others, threads=1, top_k_fraction=0.5)
-    dense, expected, *alike = (net(x) for net in pipeline.candidates(SpeedNet(ffn), half).values())
-    assert not torch.allclose(expected, dense, atol=1e-3)
-    for output in alike:
-        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-
-
-SMALL_LLAMA = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 64}
-SMALL_LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+@pytest.mark.parametrize("config", [LLAMA | {"num_hidden_layers": 1}, VIT])
+def test_candidates_are_the_dense_ffn_with_all_experts_and_choose_the_same_ones_with_some(
+    config: dict[str, Any],
+) -> None:
+    torch.manual_seed(0)
+    names = ["masked", "sparse", "transformers_eager", "transformers_grouped_mm"]
+    for share in (1.0, 0.5):
+        settings = Settings(num_experts=4, candidates=names, threads=1, top_k_fraction=share)
+        dense = pipeline.build({"config": config}, settings)  # its biases are 0, and transformers' experts have none
+        x = torch.randn(10, 16)
+        expected, *outputs = (net.layers[0].mlp(x) for net in pipeline.candidates(dense, settings).values())
+        assert torch.allclose(outputs[0], expected, atol=1e-5) == (share == 1)
+        for output in outputs[1:]:
+            torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize("measure", ["layer", "step", "decode", "prompt", "generate", "partition"])
-def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> None:
-    ffn = {"hidden": 16, "neurons": 64, "gated": True}
-    models = {"layer": ffn, "partition": ffn, "step": {"config": SMALL_LLAMA | {"model_type": "bert"}}}
-    usual = load_benchmark("speed").definition.measures[measure].settings
-    small = {"num_experts": 8, "tokens": 20, "rounds": 2, "batch_size": 2, "length": 4, "starts": 1}
+def test_each_measure_gives_numbers_of_each_candidate(
+    measure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_MIN_SECONDS", 0.001)
+    small = {"num_experts": 8, "tokens": 20, "rounds": 2, "batch_size": 2}
+    usual = load_benchmark("speed").definition.measures[measure].settings.given()
     settings = usual | {name: value for name, value in small.items() if name in usual}
-    model = {"name": "small", **models.get(measure, {"config": SMALL_LLAMA})}
-    spec = {"task": {"name": measure}, "model": model, "settings": settings, "seed": 0}
+    config = LLAMA | {"model_type": "bert"} if measure == "step" else LLAMA
+    spec = {"task": {"name": measure}, "model": {"name": "small", "config": config}, "settings": settings, "seed": 0}
     threads = torch.get_num_threads()
     measured = pipeline.run(spec, tmp_path, cast(Any, SimpleNamespace(say=print)))["measured"]
     torch.set_num_threads(threads)

@@ -57,7 +57,7 @@ def test_everything_that_the_suite_promises_is_there(checkout: Finished) -> None
         *SUITE.metric_files(),
         *SUITE.output_files(),
         "results/smoke/report.html",
-        "results/smoke/mlflow.json",
+        "results/smoke/mlflow.txt",
     ):
         assert (checkout.folder / file).stat().st_size > 20, file
     assert (checkout.folder / "results/runs" / SUITE.runs[0].folder / "log.txt").exists()

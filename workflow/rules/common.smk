@@ -142,7 +142,7 @@ def suite_outputs(suite):
     return [
         f"results/{suite.name}/report.html",
         *(["results/report.html"] if suite is SUITE else []),
-        f"results/{suite.name}/mlflow.json",
+        f"results/{suite.name}/mlflow.txt",
         *suite.metric_files(),
         *suite.weight_files(),
         *suite.output_files(),

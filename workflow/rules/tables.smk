@@ -129,7 +129,7 @@ rule mirror_to_mlflow:
     input:
         suite_metrics,
     output:
-        "results/{suite}/mlflow.json",
+        "results/{suite}/mlflow.txt",
     log:
         "results/logs/{suite}/mirror_to_mlflow.txt",
     localrule: True
@@ -141,4 +141,4 @@ rule mirror_to_mlflow:
     message:
         "Mirror the runs to MLflow at {params.store}"
     shell:
-        "python -m benchmarks mirror --suite {wildcards.suite} --output {output:q} 2> {log:q}"
+        "python -m benchmarks mirror --suite {wildcards.suite} > {output:q} 2> {log:q}"
