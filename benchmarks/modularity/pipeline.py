@@ -101,7 +101,7 @@ def _label_by_row(batches: Iterable[dict[str, Any]], record: RoutingRecord) -> I
 
 
 def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
-    """Record ``|activation|`` in a layer's FFN, ``[tokens, d]``; tokens are sampled with a fixed seed, without padding."""
+    """Record ``|activation|`` in a layer's FFN, ``[tokens, d]``, of tokens sampled with a fixed seed, no padding."""
     ffn = find_ffns(model)[layer]
     return record_activations(model, [ffn], batches, seed=derive_seed("tokens"))[layer].t()
 

@@ -46,10 +46,10 @@ class ModularityOutcomes(Outcomes):
         for run in runs:
             metrics, method = read_metrics(run), run.spec["method"]
             layer, num_experts = method["config"]["layers"][0], method["config"]["num_experts"]
-            names = [run.spec["model"]["name"], layer, num_experts, method["name"], run.spec["seed"], run.id]
+            cell = dict(zip(CELL, [run.spec["model"]["name"], layer, num_experts, method["name"]], strict=True))
+            named = {"seed": run.spec["seed"], "run_id": run.id, "usage": metrics["usage"], "matrix": metrics["matrix"]}
+            rows.append({**cell, **named, **metrics["measured"][EXPERTS]})
             numbers = list(metrics["measured"][EXPERTS])
-            row = dict(zip([*CELL, "seed", "run_id"], names, strict=True)) | metrics["measured"][EXPERTS]
-            rows.append({**row, "usage": metrics["usage"], "matrix": metrics["matrix"]})
         self.records = self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
         self.means = self.titled(average_over_seeds(self.rows, CELL, numbers))
         published = read_published(benchmark)
@@ -81,10 +81,7 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
         "so directions compare and values do not.",
         dict(_KEYS),
         [
-            *(
-                Column(metric, metric, std=f"{metric}_std")
-                for metric in ("best_quarter", "best_quarter_mass", "usage_gini", "kept_top", "inertia")
-            ),
+            *_columns("best_quarter", "best_quarter_mass", "usage_gini", "kept_top", "inertia"),
             Column("best_quarter", "best_quarter_paper", "Paper: best quarter"),
             Column("usage_gini", "usage_gini_paper", "Paper: Gini"),
         ],
@@ -92,9 +89,12 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
     )
 
 
+def _columns(*metrics: str) -> list[Column]:
+    return [Column(metric, metric, std=f"{metric}_std") for metric in metrics]
+
+
 def selected(outcomes: ModularityOutcomes) -> Table:
     """Make a table of the neurons that the top k and the bottom k experts use."""
-    names = ["dead", *(f"{name}_{selection}" for name in ("dead", "active", "kept") for selection in ("top", "bottom"))]
     return Table(
         "Neurons in use by the top and the bottom k experts, nothing trained",
         "Are the experts with the lowest scores dead, which would explain that using them does harm (the paper's Table "
@@ -102,7 +102,7 @@ def selected(outcomes: ModularityOutcomes) -> Table:
         "use, means over tokens. Kept is the share of all magnitude. Means over n random partitions ± standard "
         "deviation.",
         dict(_KEYS),
-        [Column(name, name, std=f"{name}_std") for name in names],
+        _columns("dead", "dead_top", "dead_bottom", "active_top", "active_bottom", "kept_top", "kept_bottom"),
         outcomes.means,
     )
 
@@ -150,8 +150,7 @@ def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
     for edge in range(size, matrix["neurons"], size):
         axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
     axis.plot(matrix["places"], matrix["tokens"], "s", ms=0.9, mew=0, color=EMOE.colour, alpha=0.8, rasterized=True)
-    axis.set_xlim(-0.5, matrix["neurons"] - 0.5)
-    axis.set_ylim(len(matrix["tasks"]) - 0.5, -0.5)
+    axis.set(xlim=(-0.5, matrix["neurons"] - 0.5), ylim=(len(matrix["tasks"]) - 0.5, -0.5))
     axis.set_xticks([0, matrix["neurons"]])
 
 
@@ -199,9 +198,7 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
             for number, (name, of_method) in enumerate(rows.groupby("method", sort=False)):
                 _draw_shares(axis, outcomes, str(name), of_method, sizes, shift=0.12 * (number - 1))
             axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-            axis.set_xlim(-0.5, len(sizes) - 0.5)
-            axis.set_ylim(0, 102)
-            axis.set_xlabel("number of experts, N")
+            axis.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(0, 102), xlabel="number of experts, N")
             axis.set_title(title, fontsize=8)
         for axis in axes[:, 0]:
             axis.set_ylabel("active neurons in the\nbest quarter of experts (%)")

@@ -184,7 +184,7 @@ def log_likelihoods(model: PreTrainedModel, batch: Mapping[str, Tensor], answers
 class MultitaskTrainer(RoutedTrainer):
     """Train one model on several tasks according to a run's spec, and score it.
 
-    ``splits`` are the splits of each task: train, dev and test. Each epoch saves a checkpoint below ``folder``. A killed
+    ``splits`` are the train, dev and test splits of each task. Each epoch saves a checkpoint below ``folder``. A killed
     run resumes from the last complete one, with the same final numbers.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,64 +25,40 @@ GIB = 2**20  # in kibibytes, as a process's memory is counted
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    found = Checkout(tmp_path_factory.mktemp("paper"))
+    made = Checkout(tmp_path_factory.mktemp("paper"))
     here = Path.cwd()
-    os.chdir(found.folder)
+    os.chdir(made.folder)
     try:
         fake_runs.write_runs(SUITE.runs, {"emoe": 0.01})
         fake_runs.write_samples(SUITE.runs_of("domainbed"))
-        yield found
+        yield made
     finally:
         os.chdir(here)
 
 
-def finished(checkout: Checkout, *command: object) -> tuple[str, int]:
-    """Return the output of a command and the most memory that it took, in kibibytes."""
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=checkout.folder,
-        env=checkout.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, said
-    return said, usage.ru_maxrss
+def most_memory(checkout: Checkout, *command: object) -> int:
+    """Run a command, and return the most memory that it or an earlier command took, in kibibytes."""
+    checkout.run(*command)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
 def test_the_graph_of_all_runs_fits_in_a_gibibyte(checkout: Checkout) -> None:
-    said, memory = finished(checkout, SNAKEMAKE, "--dry-run", "--quiet", "all", "--config", "suite=paper")
-    assert "Error" not in said
-    assert memory < GIB
+    assert most_memory(checkout, SNAKEMAKE, "--dry-run", "--quiet", "all", "--config", "suite=paper") < GIB
 
 
 @pytest.mark.parametrize("benchmark", SUITE.settings.benchmarks)
 def test_every_benchmark_is_shown(checkout: Checkout, benchmark: str) -> None:
-    parts = SUITE.parts(benchmark)
-    for part in (None, *parts):
-        words = ["--part", part] if part else []
-        _, memory = finished(
-            checkout, sys.executable, "-m", "benchmarks", "tables", "--suite", "paper", "--benchmark", benchmark, *words
-        )
-        assert memory < 4 * GIB
-    there = [
-        Path(file) for file in SUITE.output_files(benchmark) if Path(file).suffix in (".csv", ".md", ".tex", ".png")
-    ]
-    assert there
-    assert [str(file) for file in there if not (checkout.folder / file).exists()] == []
+    command = [sys.executable, "-m", "benchmarks", "tables", "--suite", "paper", "--benchmark", benchmark]
+    for part in (None, *SUITE.parts(benchmark)):
+        assert most_memory(checkout, *command, *(["--part", part] if part else [])) < 4 * GIB
+    assert [file for file in SUITE.output_files(benchmark) if not (checkout.folder / file).exists()] == []
 
 
 def test_the_report_opens(checkout: Checkout) -> None:
-    finished(checkout, sys.executable, "-m", "benchmarks", "claims", "--suite", "paper", "--write")
     page = "results/paper/report.html"
-    finished(checkout, sys.executable, "-m", "benchmarks", "report", "--suite", "paper", "--output", page)
-    text = (checkout.folder / page).read_text()
+    for words in (["claims", "--write"], ["report", "--output", page]):
+        checkout.run(sys.executable, "-m", "benchmarks", *words, "--suite", "paper")
+    text, names = (checkout.folder / page).read_text(), list(SUITE.settings.benchmarks)
     assert len(text) < 40_000_000
-    assert (
-        re.findall(r'<section id="(\w+)">', text)[1 : 1 + len(SUITE.settings.benchmarks)] == SUITE.settings.benchmarks
-    )
+    assert re.findall(r'<section id="(\w+)">', text)[1 : 1 + len(names)] == names
     assert re.search(rf"{len(SUITE.runs):,} runs|{len(SUITE.runs)} runs", text)
