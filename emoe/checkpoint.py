@@ -275,9 +275,8 @@ def _restore_state(
         state = {name: source[stored] for name, stored in source.find(model, keys).items()}
     else:
         state = {name: source[key] for name, key in keys.items() if key in source}
-    if missing := sorted(keys.keys() - state.keys()):
-        names = files.first_three(missing)
-        raise CheckpointError(f"{folder} lacks {names}; save with emoe.save_pretrained or TrainerCallback")
+    if missing := keys.keys() - state.keys():
+        raise CheckpointError(f"{folder} lacks {min(missing)}; save with emoe.save_pretrained or TrainerCallback")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:

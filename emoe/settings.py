@@ -129,8 +129,7 @@ def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tenso
     if config.router not in ("avg_k", "fixed"):
         raise ConversionError(f"{name} has the router '{config.router}': convert it with router='avg_k'")
     count = torch.as_tensor(usage.get(number, ()))
-    is_valid = count.shape == (config.num_experts,) and not count.is_floating_point() and count.amin() >= 0
-    if not (is_valid and count.any()):
+    if count.shape != (config.num_experts,) or count.is_floating_point() or not count.any():
         wanted = f"{config.num_experts} counts, not all 0, such as record.layers[{number}].loads"
         raise ConversionError(f"{name}: usage[{number}] must be {wanted}")
     return count

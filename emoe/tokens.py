@@ -101,10 +101,8 @@ class PaddingMaskHook(_ArgumentHook):
         """
         value, is_running = self._call()
         if not is_running and not is_recomputed():
-            raise RuntimeError(
-                f"padding unknown: {self._name} was not called as a module; call model(...), and if PEFT wraps it, "
-                "convert a model with a head or set count_padding=True"
-            )
+            way_out = "call model(...), or set count_padding=True"
+            raise RuntimeError(f"padding unknown: {self._name} was not called as a module; {way_out}")
         if value is None:
             return None
         rows, columns = value.shape
