@@ -21,9 +21,6 @@ from emoe.streaming import NotStreamedError, convert_folder, fold_folder
 
 _FOLDER = click.Path(path_type=Path)
 _EPILOG = """\b
-Exit status: 0 success; 1 an error, reported in one line; 2 wrong usage.
-
-\b
 Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
   eval "$(_EMOE_COMPLETE=bash_source emoe)"
 """

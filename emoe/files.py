@@ -36,12 +36,10 @@ def one_line(error: BaseException) -> str:
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Raise a one-line :class:`CheckpointError` if a file cannot be read."""
-    if not path.is_file():  # opening a named pipe would block
-        raise CheckpointError(f"{path} does not exist, or is not a file")
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
+        raise CheckpointError(f"{path} is missing or damaged: {one_line(error)}") from error
 
 
 @contextmanager
