@@ -40,6 +40,8 @@ class _Commands(click.Group):
         except OSError as error:  # a folder without permission, a full disk; of two files the second is written
             path = error.filename2 or error.filename or "a file"
             raise click.ClickException(f"{path}: {error.strerror or error}") from error
+        except KeyboardInterrupt:
+            ctx.exit(130)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)

@@ -84,12 +84,6 @@ def convert_(
     ``gate_momentum``, and ``output_bias`` unless that is ``shared``. GMoE widens each chosen FFN to ``num_experts``
     copies. If a check fails, the model is unchanged.
 
-    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> report.active_neurons, report.added_parameters
-    (0.25, 0)
-
     Args:
         model: dense model with a row in the registry (see :func:`emoe.register_ffn`).
         config: configuration of the experts.
