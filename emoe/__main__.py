@@ -21,9 +21,6 @@ from emoe.streaming import NotStreamedError, convert_folder, fold_folder
 
 _FOLDER = click.Path(path_type=Path)
 _EPILOG = """\b
-Exit status: 0 success; 1 an error, reported in one line; 2 wrong usage.
-
-\b
 Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
   eval "$(_EMOE_COMPLETE=bash_source emoe)"
 """
@@ -43,6 +40,8 @@ class _Commands(click.Group):
         except OSError as error:  # a folder without permission, a full disk; of two files the second is written
             path = error.filename2 or error.filename or "a file"
             raise click.ClickException(f"{path}: {error.strerror or error}") from error
+        except KeyboardInterrupt:
+            ctx.exit(130)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)

@@ -115,9 +115,7 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
     """
     for spec in specs:
         if not isinstance(spec.between, tuple) or spec.fused not in (None, *HALVES):
-            raise ConversionError(
-                f"register_ffn: {spec}: 'between' is a tuple of paths, 'fused' None, 'first' or 'last'"
-            )
+            raise ConversionError(f"register_ffn: between must be a tuple, fused None, 'first' or 'last': {spec}")
     REGISTRY[key] = specs
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -38,16 +38,14 @@ CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
 EXTRA_FILE = "emoe_extra.safetensors"
 _NORM_TOLERANCE = 0.02  # for key norms after a cast to bfloat16
-_QUANTIZED_NORM_TOLERANCE = 0.15  # for key norms of four-bit weights
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Describe the experts of a folder: configuration, numbers of the converted FFNs, number of all FFNs if known."""
+    """Describe the experts of a folder: configuration and numbers of the converted FFNs."""
 
     config: EMoEConfig | GMoEConfig
     layers: list[int]
-    ffns: int | None
 
 
 def read_mark(folder: Path) -> Mark | None:
@@ -64,7 +62,7 @@ def read_mark(folder: Path) -> Mark | None:
             return None
         content = files.read_object(path)
     try:
-        return Mark(config_from_dict(content["config"]), sorted(content["layers"]), content.get("ffns"))
+        return Mark(config_from_dict(content["config"]), sorted(content["layers"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {files.one_line(error)}") from error
 
@@ -131,17 +129,14 @@ def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None
 
     Sharded weights are gathered, so every process must call this; all but one pass ``write=False``.
     """
-    layers, _ = numbered_layers(model)
+    layers = numbered_layers(model)
     described = [describe_layer(index, layer) for index, layer in layers.items()]
     if write:
         write_sidecars(described, next(iter(layers.values())).config, sorted(layers), folder)
 
 
-TensorsByFile = tuple[dict[str, Tensor], dict[str, Tensor]]  # a layer's tensors for the partition and the extra file
-
-
 def write_sidecars(
-    described: Iterable[TensorsByFile], config: EMoEConfig | GMoEConfig, layers: list[int], folder: Path
+    described: Iterable[Sequence[dict[str, Tensor]]], config: EMoEConfig | GMoEConfig, layers: list[int], folder: Path
 ) -> None:
     """Write the small files of a folder, given the results of :func:`describe_layer`."""
     tensors = {"num_experts": torch.tensor(config.num_experts)}
@@ -157,7 +152,7 @@ def write_sidecars(
     (folder / CONFIG_FILE).write_text(text + "\n")
 
 
-def describe_layer(index: int, layer: RoutedActivation) -> TensorsByFile:
+def describe_layer(index: int, layer: RoutedActivation) -> Sequence[dict[str, Tensor]]:
     """Return a layer's tensors for the partition file, and those for the extra file."""
     modules = {module for _, _, root in _modules_with_state(layer) for module in root.modules()}
     with weights_in_place(*modules | {layer.ffn.proj_in}):
@@ -179,16 +174,10 @@ def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, str, nn.Modu
 
 
 def _key_norms(ffn: FFN) -> Tensor:
-    """Return the Euclidean norms of the keys ``[d]``. Keys of quantised weights come from the module's output."""
-    if has_plain_weight(ffn.proj_in):
-        keys = ffn.keys()
-    else:
-        weight, bias = cast(Tensor, ffn.proj_in.weight), ffn.key_bias()
-        dtype = torch.get_default_dtype() if bias is None else bias.dtype
-        z = ffn.proj_in.forward(torch.eye(ffn.h, dtype=dtype, device=weight.device))  # without hooks
-        keys = ffn.activated_rows(z.t())
-        keys = keys if bias is None else keys - bias.unsqueeze(1)
-    return unsharded(keys.detach().float().norm(dim=1)).cpu()
+    """Return the Euclidean norms of the keys ``[d]``; zeros for quantised keys, which are not compared."""
+    if not has_plain_weight(ffn.proj_in):
+        return torch.zeros(ffn.d)
+    return unsharded(ffn.keys().detach().float().norm(dim=1)).cpu()
 
 
 def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -249,9 +238,8 @@ def converted_ffns(
 ) -> list[tuple[FFN, Tensor | None]]:
     """Return the FFNs of a dense model that its folder has as experts, with permutations (None if unknown)."""
     ffns = find_ffns(model)
-    if mark.layers[-1] >= len(ffns) or mark.ffns not in (None, len(ffns)):
-        count = mark.ffns or mark.layers[-1] + 1
-        raise CheckpointError(f"{folder}: experts in a model of {count} FFNs; the loader gives one of {len(ffns)}")
+    if mark.layers[-1] >= len(ffns):
+        raise CheckpointError(f"{folder} has experts in layer {mark.layers[-1]}, but the model only {len(ffns)} FFNs")
     pairs = [(ffns[index], tensors.get(f"permutation.{index}")) for index in mark.layers]
     if isinstance(mark.config, EMoEConfig):
         check_divisible([ffn for ffn, _ in pairs], mark.config.num_experts)
@@ -275,9 +263,8 @@ def _restore_state(
         state = {name: source[stored] for name, stored in source.find(model, keys).items()}
     else:
         state = {name: source[key] for name, key in keys.items() if key in source}
-    if missing := sorted(keys.keys() - state.keys()):
-        names = files.first_three(missing)
-        raise CheckpointError(f"{folder} lacks {names}; save with emoe.save_pretrained or TrainerCallback")
+    if missing := keys.keys() - state.keys():
+        raise CheckpointError(f"{folder} lacks {min(missing)}; save with emoe.save_pretrained or TrainerCallback")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -286,11 +273,10 @@ def _restore_state(
 
 def check_key_norms(ffn: FFN, tensors: dict[str, Tensor], folder: Path) -> None:
     """Check that the partition file, if there is one, belongs to an FFN's weights (raises :class:`CheckpointError`)."""
-    if not tensors:
+    if not tensors or not has_plain_weight(ffn.proj_in):
         return
     saved = tensors[f"key_norms.{ffn.index}"].float()
     with torch.no_grad(), weights_in_place(ffn.proj_in):
         norms = _key_norms(ffn)
-    tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTIZED_NORM_TOLERANCE
-    if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=tolerance, atol=1e-6):
+    if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6):
         raise CheckpointError(f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}")

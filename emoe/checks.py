@@ -28,14 +28,10 @@ def check_plain(ffns: Iterable[FFN]) -> None:
 
 
 def _check_weight(name: str, module: nn.Module) -> None:
-    if hasattr(module, "base_layer"):
-        raise ConversionError(f"{name} has an adapter: convert first, or merge it (model.merge_and_unload())")
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     # a computed weight (weight norm, pruning) is not a parameter; a sharded or quantised one has another class
     if weight is None or type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
-        raise ConversionError(
-            f"{name} has no plain weight: convert before quantising, sharding, pruning or parametrising"
-        )
+        raise ConversionError(f"{name} has no plain weight: convert before adapting, quantising, sharding or pruning")
     if weight.is_meta:
         raise ConversionError(f"{name}.weight is on the meta device: load the weights before converting")
     for tensor_name in ("weight", "bias"):

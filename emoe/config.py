@@ -313,13 +313,6 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
     return kinds[str(kind)].from_dict(values)
 
 
-def check_config(config: object, caller: str) -> None:
-    """Raise :class:`ConfigError` if an object is not a configuration."""
-    if not isinstance(config, EMoEConfig | GMoEConfig):
-        way_out = "write emoe.EMoEConfig(num_experts=64, top_k=16), or emoe.config_from_dict(values) for plain values"
-        raise ConfigError(f"{caller}: the configuration is {config!r:.100}; {way_out}")
-
-
 def resolve_layers(layers: Layers, count: int) -> list[int]:
     """Convert a request such as ``"last-half:2"`` into layer numbers.
 
@@ -351,10 +344,8 @@ def resolve_layers(layers: Layers, count: int) -> list[int]:
         bounds = [int(bound) if bound else None for bound in layers.split(":")]
         numbers = list(range(count))[slice(*bounds)] if bounds[2:] != [0] else []
     else:
-        raise ConfigError(
-            f"layers '{layers}' is invalid; write a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice "
-            "like '8:12:2'"
-        )
+        valid = "a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice like '8:12:2'"
+        raise ConfigError(f"layers '{layers}' is invalid; write {valid}")
     if not numbers:
         raise ConfigError(f"layers '{layers}' matches none of the model's layers 0 to {count - 1}")
     return numbers

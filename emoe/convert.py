@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from emoe.architectures import FFN, find_ffns
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_plain, check_weights
-from emoe.config import EMoEConfig, GMoEConfig, check_config, resolve_layers
+from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, resize_parameter_, routed_layers
 from emoe.partitioning import Partition, is_permutation
@@ -24,7 +24,6 @@ from emoe.tokens import remove_argument_hooks, watch_padding
 # columns of the table, one per field of LayerReport
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
-_ALIGNMENT = ("right", "left", *["right"] * 6)
 MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
 _SIMILAR = 0.5  # mean cosine of keys: the same model's stay above it in training, another model's are far below
 
@@ -64,7 +63,7 @@ class ConversionReport:
         from tabulate import tabulate  # `import emoe` needs only torch and safetensors
 
         rows = [astuple(row) for row in self.layers]
-        table = tabulate(rows, _HEADERS, "simple", _FORMATS, missingval="-", disable_numparse=[1], colalign=_ALIGNMENT)
+        table = tabulate(rows, _HEADERS, "simple", _FORMATS, missingval="-", disable_numparse=[1])
         converted = f"{len(self.layers)} of {self.total_layers} FFNs converted"
         active = f"{self.active_neurons:.1%} of FFN neurons active per token"
         return f"{table}\n{converted}, {active}, {self.added_parameters:,} parameters added"
@@ -85,12 +84,6 @@ def convert_(
     ``gate_momentum``, and ``output_bias`` unless that is ``shared``. GMoE widens each chosen FFN to ``num_experts``
     copies. If a check fails, the model is unchanged.
 
-    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> report.active_neurons, report.added_parameters
-    (0.25, 0)
-
     Args:
         model: dense model with a row in the registry (see :func:`emoe.register_ffn`).
         config: configuration of the experts.
@@ -100,9 +93,8 @@ def convert_(
 
     Raises:
         ConversionError: the model, one of its chosen FFNs or the partition does not fit the configuration.
-        ConfigError: ``layers`` matches nothing, or the object is not a configuration.
+        ConfigError: ``layers`` matches nothing.
     """
-    check_config(config, "convert_")
     if routed_layers(model):
         raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
     ffns = find_ffns(model)
@@ -280,26 +272,25 @@ def mark_(model: nn.Module) -> None:
         for module in model.modules():
             for name in [name for name, value in vars(module).items() if value is shared]:
                 setattr(module, name, config)
-    layers, ffns = numbered_layers(model)
+    layers = numbered_layers(model)
     experts = next(iter(layers.values())).config.to_dict()
-    setattr(config, MARK, {"config": experts, "layers": sorted(layers), "ffns": ffns})
+    setattr(config, MARK, {"config": experts, "layers": sorted(layers)})
 
 
-def numbered_layers(model: nn.Module) -> tuple[dict[int, RoutedActivation], int]:
-    """Return the routed FFNs by their number in this model, and the model's number of FFNs.
+def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
+    """Return the routed FFNs by their number in this model.
 
     The numbers count in the model that is passed, even if only a part of it was converted.
 
     Raises:
         ConversionError: a routed FFN is not in the registry row of the model.
     """
-    ffns, layers = find_ffns(model), routed_layers(model)
-    numbers = {id(ffn.activation): ffn.index for ffn in ffns}
+    layers, numbers = routed_layers(model), {id(ffn.activation): ffn.index for ffn in find_ffns(model)}
     for layer in layers:
         if id(layer) not in numbers:
             row = f"the registry row of {type(model).__name__}"
             raise ConversionError(f"{row} does not include {layer.ffn.name}: save the part that was converted")
-    return {numbers[id(layer)]: layer for layer in layers}, len(ffns)
+    return {numbers[id(layer)]: layer for layer in layers}
 
 
 def update_mark_(model: nn.Module) -> None:

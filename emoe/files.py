@@ -34,21 +34,13 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def first_three(names: Collection[object]) -> str:
-    """Return the first three names, and the number of the others."""
-    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(str, list(names)[:3])) + others
-
-
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Raise a one-line :class:`CheckpointError` if a file cannot be read."""
-    if not path.is_file():  # opening a named pipe would block
-        raise CheckpointError(f"{path} does not exist, or is not a file")
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
+        raise CheckpointError(f"{path} is missing or damaged: {one_line(error)}") from error
 
 
 @contextmanager
@@ -209,10 +201,8 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
     try:
         if is_transformers:
             return _load_with_transformers(loader, folder, restored, options)
-        # older releases of timm fail on folders with several safetensors files
-        by_timm = restored is None and len(list(folder.glob("*.safetensors"))) == 1
-        model = loader(f"local-dir:{folder}", pretrained=by_timm, **options)
-        return model if by_timm else _load_state(model, folder, restored)
+        model = loader(f"local-dir:{folder}", pretrained=restored is None, **options)
+        return _load_state(model, folder, restored) if restored else model
     except CheckpointError:
         raise
     except Exception as error:  # a damaged configuration raises anything
@@ -229,7 +219,7 @@ def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None
     lacking = _saved_by_writer(model, folder, missing) if missing else set()
     new_head = sorted(missing - lacking)
     if restored and new_head:
-        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, first_three(new_head))
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, ", ".join(new_head))
     if not options.get("ignore_mismatched_sizes"):
         lacking |= {name for name, *_ in info["mismatched_keys"]} - expected
     _check_complete(lacking, folder)
@@ -263,8 +253,8 @@ def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn
 
 def _check_complete(lacking: Collection[str], folder: Path) -> None:
     if lacking:
-        names = first_three(sorted(lacking))
-        raise CheckpointError(f"the weights in {folder} lack {names}, or have other shapes: they are not this model's")
+        name = min(lacking)
+        raise CheckpointError(f"the weights in {folder} lack {name}, or have other shapes: they are not this model's")
 
 
 @contextmanager

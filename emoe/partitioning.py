@@ -22,7 +22,7 @@ from emoe.architectures import find_ffns
 from emoe.calibration import Batch, record_activations
 from emoe.checks import check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
-from emoe.config import EMoEConfig, check_config, resolve_layers
+from emoe.config import EMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.files import read_metadata, read_tensors, tensor_digest, write_tensors
 
@@ -83,24 +83,21 @@ def partition(
         ConversionError: an FFN cannot be split, or ``calibration`` is missing or superfluous.
         ConfigError: the configuration is not an :class:`emoe.EMoEConfig`.
     """
-    check_config(config, "partition")
     if not isinstance(config, EMoEConfig):
-        raise ConfigError("partition: GMoE copies whole FFNs and groups no neurons")
+        raise ConfigError("partition needs an emoe.EMoEConfig; GMoE copies whole FFNs and groups no neurons")
     ffns = find_ffns(model)
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
     check_weights(model, chosen)
     check_divisible(chosen, config.num_experts)
     if (config.partition == "coactivation") != (calibration is not None):
-        verb = "needs" if calibration is None else "reads no"
-        raise ConversionError(f"partition='{config.partition}' {verb} calibration batches (calibration=[...])")
+        raise ConversionError("partition='coactivation' needs calibration=[...], and no other partition takes it")
     features: dict[int, Tensor] = {}
     if calibration is not None:
         features = record_activations(model, chosen, calibration, seed=config.partition_seed)
-    if progress:
-        from tqdm.auto import tqdm  # `import emoe` imports only PyTorch and safetensors
+    from tqdm.auto import tqdm  # `import emoe` imports only PyTorch and safetensors
 
-        chosen = tqdm(chosen, desc="Grouping neurons", unit="layer")
-    return join_partitions(group_neurons(ffn.keys(), config, ffn.index, features.get(ffn.index)) for ffn in chosen)
+    bar = tqdm(chosen, "Grouping neurons", unit="layer", disable=not progress)
+    return join_partitions(group_neurons(ffn.keys(), config, ffn.index, features.get(ffn.index)) for ffn in bar)
 
 
 def join_partitions(partitions: Iterable[Partition]) -> Partition:

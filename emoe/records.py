@@ -189,14 +189,6 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     Loads are also counted by label if the model gets one integer label per row, or if :meth:`RoutingRecord.set_labels`
     sets them. Forward passes that activation checkpointing repeats are not counted.
 
-    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> with emoe.record_routing(model) as record:
-    ...     y = model(torch.randn(2, 5, 16))
-    >>> record.layers[0].tokens, record.layers[0].experts_per_token, tuple(record.layers[0].loads.shape)
-    (10, 1.0, (4,))
-
     Args:
         model: a converted model. Call this object, not a part of it or a wrapper around it.
         window: number of forward passes per window. The loads of each window are also kept.

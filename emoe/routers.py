@@ -58,13 +58,7 @@ def register_router(name: str, router: type[Router]) -> None:
     Args:
         name: identifier in configurations and checkpoints. Loading such a checkpoint requires the same registration.
         router: subclass of :class:`Router`.
-
-    Raises:
-        ConversionError: the name is not an identifier, or the class is not a subclass of :class:`Router`.
     """
-    is_router = isinstance(router, type) and issubclass(router, Router)
-    if not (is_router and isinstance(name, str) and name.isidentifier()):
-        raise ConversionError(f"register_router: pass an identifier and an emoe.Router class, not {name!r}, {router!r}")
     ROUTERS[name], _CLASSES[name] = router.learned, router
 
 
@@ -133,7 +127,10 @@ class AvgKRouter(Router):
         ffn, score = self.ffn, self.config.score
         if score == "keys":
             with weights_in_place(ffn.proj_in):
-                return self(x) if x is not None and self._has_plain_keys() else self._scores_from_neurons(z)
+                is_adapted = hasattr(ffn.proj_in, "base_layer")
+                if x is None or is_adapted or not has_plain_weight(ffn.proj_in) or ffn.proj_in.weight.is_meta:
+                    return self._scores_from_neurons(z)
+                return self(x)
         neurons = z
         if score.startswith("inter"):
             neurons = cast(Tensor, hidden)
@@ -142,11 +139,6 @@ class AvgKRouter(Router):
         elif score.startswith("up"):
             neurons = ffn.up(require_input(ffn, x))
         return block_means(neurons.abs() if score.endswith("_abs") else neurons, self.config.num_experts)
-
-    def _has_plain_keys(self) -> bool:
-        proj_in = self.ffn.proj_in
-        is_adapted = hasattr(proj_in, "base_layer")
-        return not is_adapted and has_plain_weight(proj_in) and not cast(Tensor, proj_in.weight).is_meta
 
     def _scores_from_neurons(self, z: Tensor) -> Tensor:
         """Compute ``keys`` scores from pre-activations."""

@@ -38,12 +38,6 @@ def set_backend_(model: nn.Module, backend: str) -> None:
     ``sparse`` computes the chosen experts only, if that is faster (:func:`emoe.sparse.cost_model.pays_off`). It
     replaces modules (:mod:`emoe.sparse.module`); parameters, their names, and optimizers stay the same.
 
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
-    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
-    >>> emoe.set_backend_(model, "sparse")
-    >>> type(model.layers[0].linear2).__name__
-    'SparseFFN'
-
     Args:
         model: converted model.
         backend: ``masked`` or ``sparse``.
@@ -71,7 +65,7 @@ def set_backend_(model: nn.Module, backend: str) -> None:
         if expected is not None and not _computes_expected(layer, expected):
             for other in layers:
                 other.restore_projections_()
-            raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: keep the masked backend")
+            raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: stay masked")
 
 
 def _computes_expected(layer: RoutedActivation, expected: Tensor) -> bool:
@@ -115,7 +109,16 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
         ConversionError: the model is not converted or has a learned router, or counts are not valid. It is unchanged.
     """
     layers = converted_layers(model, "fix_experts_")
-    counts = [_usage_counts(layer, usage) for layer in layers]
+    counts = []
+    for layer in layers:
+        name, config, number = f"fix_experts_: {layer.ffn.name}", layer.config, layer.ffn.index
+        if config.router not in ("avg_k", "fixed"):
+            raise ConversionError(f"{name} has the router '{config.router}': convert it with router='avg_k'")
+        count = torch.as_tensor(usage.get(number, ()))
+        if count.shape != (config.num_experts,) or count.is_floating_point() or not count.any():
+            wanted = f"{config.num_experts} counts, not all 0, such as record.layers[{number}].loads"
+            raise ConversionError(f"{name}: usage[{number}] must be {wanted}")
+        counts.append(count)
     for layer, count in zip(layers, counts, strict=True):
         router = FixedRouter(layer.ffn, layer.config)
         router.usage.copy_(count)
@@ -123,22 +126,9 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
     _configure_(model, layers, router="fixed", score="keys", score_bias=False, gate_momentum=0.0)
 
 
-def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
-    """Return a layer's counts ``[N]`` of an integer type."""
-    name, config, number = f"fix_experts_: {layer.ffn.name}", layer.config, layer.ffn.index
-    if config.router not in ("avg_k", "fixed"):
-        raise ConversionError(f"{name} has the router '{config.router}': convert it with router='avg_k'")
-    count = torch.as_tensor(usage.get(number, ()))
-    is_valid = count.shape == (config.num_experts,) and not count.is_floating_point() and count.amin() >= 0
-    if not (is_valid and count.any()):
-        wanted = f"{config.num_experts} counts, not all 0, such as record.layers[{number}].loads"
-        raise ConversionError(f"{name}: usage[{number}] must be {wanted}")
-    return count
-
-
 def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:
     # validate all configurations before the first layer changes
     configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
     for layer, config in zip(layers, configs, strict=True):
-        layer.config = layer.router.config = config
+        layer.configure_(config)
     update_mark_(model)

@@ -101,10 +101,8 @@ class PaddingMaskHook(_ArgumentHook):
         """
         value, is_running = self._call()
         if not is_running and not is_recomputed():
-            raise RuntimeError(
-                f"padding unknown: {self._name} was not called as a module; call model(...), and if PEFT wraps it, "
-                "convert a model with a head or set count_padding=True"
-            )
+            way_out = "call model(...), or set count_padding=True"
+            raise RuntimeError(f"padding unknown: {self._name} was not called as a module; {way_out}")
         if value is None:
             return None
         rows, columns = value.shape
@@ -161,13 +159,11 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
 def _watch(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
     """Watch the padding mask of a module. Return None if it takes no mask, or the mask of pixels or sound."""
     arguments = _arguments(module)
-    for name in _KEY_PADDING:
-        if name in arguments:
-            return PaddingMaskHook(module, name, cached=False, rows_first=rows_first)
+    name = next((name for name in (*_KEY_PADDING, _MASK) if name in arguments), None)
     takes_text = _TEXT in arguments
-    if _MASK in arguments and (takes_text or not set(_OTHER_INPUTS).intersection(arguments)):
-        return PaddingMaskHook(module, _MASK, cached=takes_text, rows_first=rows_first)
-    return None
+    if name is None or (name == _MASK and not takes_text and set(_OTHER_INPUTS).intersection(arguments)):
+        return None
+    return PaddingMaskHook(module, name, cached=name == _MASK and takes_text, rows_first=rows_first)
 
 
 def _arguments(module: nn.Module) -> list[str]:

@@ -91,10 +91,8 @@ def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], outp
         return output
     loss = output.get("loss") if isinstance(output, dict) else output[0]
     if loss is None or loss.numel() != 1:
-        raise ConfigError(
-            "TrainerCallback: the model returned no loss to add to, as with compute_loss_func or label smoothing; "
-            "add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
-        )
+        way_out = "add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
+        raise ConfigError(f"the model returned no loss to add to (compute_loss_func or label smoothing?): {way_out}")
     loss = loss + balance * _loss_weight(model, kwargs, loss)
     if isinstance(output, tuple):
         return (loss, *output[1:])

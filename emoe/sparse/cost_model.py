@@ -38,12 +38,9 @@ _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
 
 
 def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
-    """Check if the sparse products should be faster; on an accelerator, if PyTorch has a grouped product for them.
+    """Check if the sparse products of inputs ``[T, h]`` should be faster; see :func:`predicted_time_ratio`.
 
-    Args:
-        x: FFN inputs ``[T, h]``.
-        expert_size: number of neurons per expert, s.
-        active: share of the experts that a token uses.
+    On an accelerator they should if PyTorch has a grouped product for them.
     """
     if x.device.type != "cpu":
         return can_group(x)

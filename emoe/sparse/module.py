@@ -32,9 +32,8 @@ _FEW_TOKENS = 8
 class _Replacement(nn.Module):
     """Replace a projection by a module with the same parameters and buffers under the same names."""
 
-    def __init__(self, projection: nn.Module, name: str) -> None:
+    def __init__(self, projection: nn.Module) -> None:
         super().__init__()
-        self.name = name
         # the same dictionaries: a parameter that is replaced in one module is replaced in the other
         self._parameters, self._buffers = projection._parameters, projection._buffers
         self._projection = (projection,)  # in a tuple, so that it does not become a child module
@@ -53,17 +52,15 @@ class PassThrough(_Replacement):
 
     Args:
         projection: projection to replace.
-        name: qualified name of the projection.
         output: ``input``, ``one``, or the input's half (``first``, ``last``) of a fused projection; the other is 1.
     """
 
-    def __init__(self, projection: nn.Module, name: str, output: str) -> None:
-        super().__init__(projection, name)
+    def __init__(self, projection: nn.Module, output: str) -> None:
+        super().__init__(projection)
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass the input on."""
-        reject_hooks(self, self.name)
         if self.output == "one":
             return x.new_ones(())
         if self.output == "input":
@@ -81,7 +78,7 @@ class SparseFFN(_Replacement):
     """
 
     def __init__(self, layer: RoutedActivation) -> None:
-        super().__init__(layer.ffn.proj_out, f"{layer.ffn.name}.{layer.ffn.spec.proj_out}")
+        super().__init__(layer.ffn.proj_out)
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
         self._dropouts = [module for _, module in layer.ffn.between() if isinstance(module, nn.Dropout)]
         self.layout: tuple[Inputs, Tensor] | None = None
@@ -90,8 +87,7 @@ class SparseFFN(_Replacement):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the FFN ``[..., h]`` of inputs ``[..., h]``."""
         layer = self._layer[0]
-        reject_hooks(self, self.name)
-        reject_hooks(layer, f"{layer.ffn.name}.{layer.ffn.spec.activation}", 1)
+        reject_hooks(layer)
         rows = x.reshape(-1, x.shape[-1])
         if self.layout is not None and len(rows) <= _FEW_TOKENS and not torch.compiler.is_compiling():
             y, weights = self._compute_few(rows, *self.layout)
@@ -185,7 +181,7 @@ def install_(layer: RoutedActivation) -> None:
     replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
     replacements[spec.proj_out] = SparseFFN(layer)
     for (path, module), output in zip(ffn.inputs(), (spec.fused or "input", "one"), strict=False):
-        replacements[path] = PassThrough(module, f"{ffn.name}.{path}", output)
+        replacements[path] = PassThrough(module, output)
     for path, module in replacements.items():
         ffn.replace(path, module.train(layer.replaced[path].training))
 
@@ -194,26 +190,26 @@ def check_supported(layer: RoutedActivation) -> None:
     """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend."""
     ffn, config = layer.ffn, layer.config
     if config.score not in LINEAR_SCORES:
-        raise ConversionError(f"{ffn.name}: score='{config.score}' needs every neuron: keep the masked backend")
+        raise ConversionError(f"{ffn.name}: score='{config.score}' needs every neuron: stay masked")
     if getattr(layer.activation, "inplace", False):
         raise ConversionError(f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False")
     for path, module in ffn.projections():
-        if hasattr(module, "base_layer"):
-            raise ConversionError(f"{ffn.name}.{path} has an adapter: merge it or keep the masked backend")
         if is_offloaded(module) or not has_plain_weight(module) or "weight" not in dict(module.named_parameters()):
-            raise ConversionError(f"{ffn.name}.{path} is quantised, offloaded or parametrised: keep the masked backend")
-    # the FFN's own hooks: the input, the experts' biases, and one on the activation
-    expected = {ffn.spec.proj_in: 1, ffn.spec.proj_out: int(layer.output_bias is not None)}
-    for path, module in [*ffn.projections(), *ffn.between()]:
-        reject_hooks(module, f"{ffn.name}.{path}", expected.get(path, 0), ConversionError)
-    reject_hooks(layer, f"{ffn.name}.{ffn.spec.activation}", 1, ConversionError)
+            raise ConversionError(f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: stay masked")
+    reject_hooks(layer, ConversionError)
 
 
-def reject_hooks(module: nn.Module, name: str, expected: int = 0, error: type[Exception] = RuntimeError) -> None:
-    """Raise an error if a module of a sparse FFN has more hooks than expected."""
-    forward = len(module._forward_hooks) + len(module._forward_pre_hooks)
-    if forward > expected or module._backward_hooks or module._backward_pre_hooks:
-        raise error(f"{name} has a hook, which cannot see the neurons of a sparse FFN: remove it, or {_WAY_OUT}")
+def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError) -> None:
+    """Raise an error if a module of a routed FFN has a hook that is not of this library."""
+    ffn, spec = layer.ffn, layer.ffn.spec
+    expected = {spec.activation: 1}
+    if not layer.replaced:
+        expected |= {spec.proj_in: 1, spec.proj_out: int(layer.output_bias is not None)}
+    for path, module in [*ffn.projections(), *ffn.between(), (spec.activation, layer)]:
+        forward = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        if forward > expected.get(path, 0) or module._backward_hooks or module._backward_pre_hooks:
+            hidden = "has a hook, which cannot see the neurons of a sparse FFN"
+            raise error(f"{ffn.name}.{path} {hidden}: remove it, or {_WAY_OUT}")
 
 
 def probe_output(layer: RoutedActivation) -> Tensor | None:

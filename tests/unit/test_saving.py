@@ -101,12 +101,12 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-NEWER = {"config": {"kind": "emoe", "num_experts": 8, "top_k": 2, "version": 9, "new": 1}, "layers": [1, 3], "ffns": 4}
+NEWER = {"config": {"kind": "emoe", "num_experts": 8, "top_k": 2, "version": 9, "new": 1}, "layers": [1, 3]}
 DAMAGES: dict[str, tuple[Change, str]] = {
     "cut settings": (cut("config.json"), r"config\.json"),
     "cut partition": (cut("emoe_partition.safetensors"), r"emoe_partition\.safetensors"),
     "cut weights": (cut("model.safetensors"), r"model\.safetensors"),
-    "no partition": (missing("emoe_partition.safetensors"), "does not exist"),
+    "no partition": (missing("emoe_partition.safetensors"), "is missing"),
     "no extra": (missing("emoe_extra.safetensors"), "lacks"),
     "pickled weights": (pickled, r"holds no model\.safetensors"),
     "no experts": (missing("config.json", "emoe_config.json"), "holds no experts"),
