@@ -40,7 +40,7 @@ from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
-_LINES = 40  # printed differences
+_LINES = 40  # printed differences; --json has all
 # Tolerances of numbers that runs record only for this check, measured like those in metrics.yaml.
 _TOLERANCES = {
     **dict.fromkeys(("content", "conversion", "trained"), 0.0),
@@ -84,7 +84,11 @@ class Comparison:
 
     def __str__(self) -> str:
         statuses = list(self.differences["status"])
-        lines = [self.differences.head(_LINES).to_string(index=False, max_colwidth=40)] if statuses else []
+        lines = [
+            f"{row.status} {row.run} s{row.seed} {row.part} {row.set} {row.metric} (tolerance {row.tolerance:g}): "
+            f"{row.before or 'nothing':.80} -> {row.after or 'nothing':.80}"
+            for row in self.differences.head(_LINES).itertuples()
+        ]
         if len(statuses) > _LINES:
             lines.append(f"and {len(statuses) - _LINES} more; --json lists all")
         if self.unfinished:
