@@ -64,7 +64,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CheckResult:
     """Hold the result of comparing two sets of numbers."""
 
     differences: pd.DataFrame  # KEYS, status (changed, missing or new), before, after and tolerance
@@ -115,7 +115,7 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
 
 def compare(
     before: Numbers, after: Numbers, suite: str, *, elsewhere: bool = False, unfinished: Sequence[str] = ()
-) -> Comparison:
+) -> CheckResult:
     """Compare new numbers with old ones. ``elsewhere`` applies tolerances even on the same machine."""
     rows = before.rows.merge(after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True)
     rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
@@ -129,7 +129,7 @@ def compare(
     status = rows["_merge"].astype(str).map({"both": "changed", "left_only": "missing", "right_only": "new"})
     differences = rows.assign(status=status).rename(columns={"value_before": "before", "value_after": "after"})
     pairs = rows[rows["_merge"] == "both"].groupby(["machine_before", "machine_after"]).size()
-    return Comparison(
+    return CheckResult(
         differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
         int(is_equal.sum()),
         [
@@ -265,7 +265,7 @@ def read_numbers(runs: Sequence[Run]) -> Numbers:
     return collect_numbers([(run, read_metrics(run)) for run in runs])
 
 
-def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> Comparison:
+def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> CheckResult:
     """Compare the finished runs of a suite with its blessed numbers.
 
     Raises:
@@ -300,7 +300,7 @@ def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers,
     return collect_numbers(results), failures
 
 
-def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable[[str], None]) -> Comparison:
+def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable[[str], None]) -> CheckResult:
     """Draw some finished runs, execute them again, and compare their numbers.
 
     Raises:
