@@ -27,7 +27,6 @@ from benchmarks.harness.base import (
     ROOT,
     RUNS,
     DefinitionError,
-    RunError,
     atomic_write,
     git,
     write_json,
@@ -244,7 +243,7 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
-    """Write blessed numbers, and a JSON file with their commit, machines, code and seconds; return the path of the csv."""
+    """Write blessed numbers, and their commit, machines, code and seconds as JSON; return the path of the csv."""
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
@@ -320,25 +319,18 @@ def bless(
     Returns the path of the written csv.
 
     Raises:
-        DefinitionError: The checkout is not clean, a run is not finished or of another machine, or a number differs.
-        RunError: A run failed when it was executed again.
+        DefinitionError: The checkout is not clean, a run is not finished, or the runs do not repeat here exactly.
     """
     commit = clean_commit(root)
     check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
-    read = [(run, read_metrics(run)) for run in runs]
-    numbers = collect_numbers(read)
-    by_speed = sorted(read, key=lambda pair: float(pair[1]["cost"]["job_seconds"]), reverse=True)
-    fastest = list({run.benchmark: (run, metrics) for run, metrics in by_speed}.values())
-    after, failures = run_again([run for run, _ in fastest], say)
-    if failures:
-        raise RunError(f"a run failed when it was executed again: {failures[0]}")
-    if not after.machines.keys() <= numbers.machines.keys():
-        raise DefinitionError("the runs were made on another machine: run the suite again here, or bless it there")
-    comparison = compare(collect_numbers(fastest), after, suite)
-    if not comparison.passed:
-        say(str(comparison))
-        raise DefinitionError("numbers do not repeat, so they cannot be blessed")
-    return write_reference(suite, numbers, commit, folder)
+    by_speed = sorted(runs, key=lambda run: float(read_metrics(run)["cost"]["job_seconds"]), reverse=True)
+    fastest = list({run.benchmark: run for run in by_speed}.values())
+    after, failures = run_again(fastest, say)
+    result = compare(read_numbers(fastest), after, suite, unfinished=failures)
+    if not result.passed or not all(kind.endswith("exactly") for kind in result.machines):
+        say(str(result))
+        raise DefinitionError("the runs do not repeat here exactly, so their numbers cannot be blessed")
+    return write_reference(suite, read_numbers(runs), commit, folder)
 
 
 def clean_commit(root: Path = ROOT) -> str:
