@@ -16,11 +16,12 @@ from scipy import stats
 from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DefinitionError
 from benchmarks.harness.config.claims import Claim, Comparison, load_claims
 from benchmarks.harness.config.suite import Suite, load_suite, suites_with
-from benchmarks.harness.report.claims import claims_table, judge_claims
+from benchmarks.harness.report.claims import claims_table, draw_claims, judge_claims
 from benchmarks.harness.results.claims import Evidence, Verdict, compare_with_paper, find_evidence, judge
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import holm
 from tests import fake_runs
+from tests.drawn import watched
 from tests.programs import call
 
 MARGIN = 0.01
@@ -302,6 +303,12 @@ def test_differences_are_those_of_the_runs_and_the_table_shows_them(suite: Suite
     assert cells.iloc[1]["The paper"].startswith("+0.79 points (Fig. 2")
     assert cells.iloc[1]["These runs"] == f"{row.delta:+.2f} points [{row.low:+.2f}, {row.high:+.2f}]"
     assert cells.loc[rows["claim"] == "parameters", "These runs"].tolist() == ["–", "0 parameters", "0 parameters"]
+
+
+def test_no_text_of_the_picture_touches_another(rows: pd.DataFrame, tmp_path: Path) -> None:
+    with watched() as faults:
+        draw_claims(rows[rows["headline"]], tmp_path / "claims")
+    assert faults == []
 
 
 def test_the_command_prints_every_number(rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:

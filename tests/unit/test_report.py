@@ -54,18 +54,6 @@ def test_each_row_leads_to_the_runs_it_is_made_of(page_file: Path) -> None:
     assert 'data-runs-folder="../runs"' in text
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_what_no_run_is_of_is_named_and_not_shown(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(paths.OVERRIDES, '{"benchmarks": ["glue_lora"], "suite": "mini"}')
-    fake_runs.write(paths.RUNS, "mini", benchmarks=("glue_lora",))
-    page = Path("results/mini/glue_lora.html")
-    for command in (["tables"], ["report", "--output", str(page)]):
-        cli([*command, "--suite", "mini", "--benchmark", "glue_lora"], standalone_mode=False)
-    text = page.read_text()
-    assert "<p>No run of this suite is of: From clean to as published, a step at a time; Controls.</p>" in text
-    assert ('id="glue_lora_selection"' in text, 'id="glue_lora_steps"' in text) == (True, False)
-
-
 def test_links_hold_in_a_page_one_folder_up_and_in_a_copy(page_file: Path) -> None:
     above, copy = page_file.parents[1] / "report.html", page_file.parents[1] / "copy.html"
     cli(["report", "--suite", "mini", "--output", str(above)], standalone_mode=False)
@@ -89,6 +77,7 @@ def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page
     assert '<a href="paper/figure_4a.png">figure_4a.png</a>' in text
     assert (page_file.parent / "paper/figure_5b.png").exists()  # for the workflow: only the paper has its numbers
     assert ("figure_5b.png" in text, '<figure id="glue_settings"><img' in text) == (False, False)
+    assert "<p>No run of this suite is of: " in glue
     assert "`" not in re.sub(r"<(script|style)>.*?</\1>", "", text, flags=re.DOTALL)  # code in captions is marked
 
 

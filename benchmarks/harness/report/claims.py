@@ -305,6 +305,6 @@ def _draw_test(axis: Any, row: Any, height: int) -> None:
     )
     axis.plot([row.low, row.high], [height, height], lw=1.4, color=mark["color"], zorder=2)
     axis.plot(row.effect, height, "|", ms=9, mew=1.6, color=_PAPER, zorder=3, label="the paper")
-    axis.plot(row.delta, height, ls="", ms=5, zorder=4, label=kind, **mark)
+    axis.plot(row.delta, height, ls="", ms=5, zorder=4, label=kind if kind in _MARKS else None, **mark)
     numbers = f"{_runs_text(row).replace(' points', '')}, n {int(row.n)}"
     axis.text(1.02, height, numbers, va="center", fontsize=7, transform=axis.get_yaxis_transform())

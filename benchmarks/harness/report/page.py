@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -92,14 +91,17 @@ class _Page:
             "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
         }
 
-    def figure(self, path: Path, caption: str, alt: str) -> dict[str, str]:
+    def figure(self, path: Path, caption: str) -> dict[str, str]:
+        """Return a figure with its picture; empty for a placeholder."""
+        if not is_drawn(path):
+            return {}
         image = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
         return {
             "name": path.name,
             "image": f"data:image/png;base64,{image}",
             "files": self.link(path),
             "caption": caption,
-            "alt": alt,
+            "alt": caption_title(caption),
         }
 
     def tables_and_figures(self, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
@@ -107,21 +109,17 @@ class _Page:
         tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
         shown = [name for name, table in tables.items() if len(table.frame)] or [*tables][:1]  # the page opens with one
         empty = [table.title for name, table in tables.items() if name not in shown]
-        captions = {name: figure.caption for name, figure in presentation.figures.items()}
-        figures = self.figures(captions)
-        drawn = {figure["name"] for figure in figures}
-        undrawn = [caption_title(text) for name, text in captions.items() if name not in drawn]
+        figures = []
+        for name, entry in presentation.figures.items():
+            if figure := self.figure(self.results / "figures" / name, entry.caption):
+                figures.append(figure)
+            else:
+                empty.append(caption_title(entry.caption))
         return {
             "tables": [self.table(artifacts, name, tables[name].title) for name in shown],
             "figures": figures,
-            "empty": list(dict.fromkeys([*empty, *undrawn])),
+            "empty": list(dict.fromkeys(empty)),
         }
-
-    def figures(self, captions: Mapping[str, str]) -> list[dict[str, str]]:
-        """List the figures that are not placeholders. ``captions`` are by file name without ending."""
-        folder = self.results / "figures"
-        shown = {folder / name: caption for name, caption in captions.items() if is_drawn(folder / name)}
-        return [self.figure(path, caption, caption_title(caption)) for path, caption in shown.items()]
 
     def claims(self) -> dict[str, Any]:
         """Return the claims with their table and figures; empty if the suite tests no claim."""
@@ -129,14 +127,13 @@ class _Page:
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
         main = next(item for item in load_paper().items.values() if item.main)
-        figure = main_figure(self.suite.name)
         return {
             "sentences": list(verdict_sentences(verdicts)),
             "random_weights": has_random_weights(self.suite.runs),
             "cards": list(claim_cards(verdicts)),
             "table": self.table(CLAIMS, "", "Every test"),
-            "figures": self.figures({CLAIMS.name: CAPTION}),
-            "main": self.figure(figure, main.caption or "", main.title) if is_drawn(figure) else {},
+            "figure": self.figure(self.results / "figures" / CLAIMS.name, CAPTION),
+            "main": self.figure(main_figure(self.suite.name), main.caption or ""),
         }
 
     def paper_items(self) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -127,9 +127,7 @@ class Table:
 
     def latex(self) -> str:
         """Render a ``longtable`` with the best numbers in bold; the caption becomes a comment."""
-        texts = self.texts()
-        shared = self._shared_texts(texts)
-        texts = texts.drop(columns=list(shared))
+        texts, sentence = self._without_shared()
         numbers = {column.heading for column in self.printed}
         long = {heading for heading in texts if len(texts) and texts[heading].map(len).max() > _LONG}
         cells = texts.map(escape_latex)
@@ -139,7 +137,7 @@ class Table:
             escape=False,
             longtable=True,
             column_format="".join("r" if name in numbers else "p{3cm}" if name in long else "l" for name in texts),
-            caption=" ".join(filter(None, (f"{escape_latex(self.title)}.", escape_latex(_in_all_rows(shared))))),
+            caption=escape_latex(f"{self.title}. {sentence}"),
             label=f"tab:{self.name.replace('_', '-')}",
         )
         comment = textwrap.fill(f"How to read it: {self.caption}", 110, initial_indent="% ", subsequent_indent="% ")
@@ -147,31 +145,32 @@ class Table:
 
     def html(self) -> str:
         """Render an unstyled ``<figure>`` with a sort value for each number and the folders of each row's runs."""
-        texts = self.texts()
-        shared = self._shared_texts(texts)
+        texts, sentence = self._without_shared()
         sort_values = {
             column.heading: ["" if pd.isna(value) else f"{value:.9g}" for value in self.frame[column.value]]
             for column in self.printed
         }
         text = TEMPLATES.get_template("table.html.j2").render(
             table=self,
-            headings=[heading for heading in texts if heading not in shared],
+            headings=list(texts),
             rows=texts.to_dict("records"),
             best=self.best().to_dict("records"),
             sort_values=sort_values,
             runs=list(self.frame[RUNS]) if RUNS in self.frame else [],
-            sentence=_in_all_rows(shared),
+            sentence=sentence,
         )
         return text + "\n"
 
-    def _shared_texts(self, texts: pd.DataFrame) -> dict[str, str]:
-        """Return the texts that all rows share, by heading, without the last key if all keys are shared."""
-        names = list(self.keys.values())
+    def _without_shared(self) -> tuple[pd.DataFrame, str]:
+        """Drop the columns whose texts all rows share, except the last key; return the others, and a sentence."""
+        texts, names = self.texts(), list(self.keys.values())
         headings = (*names, *self.notes.values())
         shared = [heading for heading in headings if len(texts) > 1 and texts[heading].nunique() == 1]
         if set(names) <= set(shared):
             shared.remove(names[-1])
-        return {heading: str(texts[heading].iloc[0]) for heading in shared}
+        values = {heading: texts[heading].iloc[0] for heading in shared}
+        listed = "; ".join(f"{heading} {text}" for heading, text in values.items() if text not in ("", MISSING))
+        return texts.drop(columns=shared), f"In all rows: {listed}." if listed else ""
 
     def without_verdicts(self, reason: str) -> Table:
         """Remove verdicts and marks, if any, and put the reason before the caption."""
@@ -218,9 +217,3 @@ def escape_latex(text: str) -> str:
 def _latex_heading(text: str) -> str:
     lines = textwrap.wrap(text, 12, break_long_words=False, break_on_hyphens=False)
     return r"\shortstack[l]{" + r"\\".join(map(escape_latex, lines)) + "}"
-
-
-def _in_all_rows(shared: Mapping[str, str]) -> str:
-    """Return a sentence with the texts that all rows of a table share; empty if there are none."""
-    parts = "; ".join(f"{heading} {text}" for heading, text in shared.items() if text not in ("", MISSING))
-    return f"In all rows: {parts}." if parts else ""

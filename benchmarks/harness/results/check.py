@@ -27,7 +27,6 @@ from benchmarks.harness.base import (
     ROOT,
     RUNS,
     DefinitionError,
-    RunError,
     atomic_write,
     git,
     write_json,
@@ -40,7 +39,7 @@ from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
-_LINES = 40  # printed differences
+_LINES = 40  # printed differences; --json has all
 # Tolerances of numbers that runs record only for this check, measured like those in metrics.yaml.
 _TOLERANCES = {
     **dict.fromkeys(("content", "conversion", "trained"), 0.0),
@@ -64,7 +63,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CheckResult:
     """Hold the result of comparing two sets of numbers."""
 
     differences: pd.DataFrame  # KEYS, status (changed, missing or new), before, after and tolerance
@@ -84,7 +83,11 @@ class Comparison:
 
     def __str__(self) -> str:
         statuses = list(self.differences["status"])
-        lines = [self.differences.head(_LINES).to_string(index=False, max_colwidth=40)] if statuses else []
+        lines = [
+            f"{row.status} {row.run} s{row.seed} {row.part} {row.set} {row.metric} (tolerance {row.tolerance:g}): "
+            f"{row.before or 'nothing':.80} -> {row.after or 'nothing':.80}"
+            for row in self.differences.head(_LINES).itertuples()
+        ]
         if len(statuses) > _LINES:
             lines.append(f"and {len(statuses) - _LINES} more; --json lists all")
         if self.unfinished:
@@ -111,7 +114,7 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
 
 def compare(
     before: Numbers, after: Numbers, suite: str, *, elsewhere: bool = False, unfinished: Sequence[str] = ()
-) -> Comparison:
+) -> CheckResult:
     """Compare new numbers with old ones. ``elsewhere`` applies tolerances even on the same machine."""
     rows = before.rows.merge(after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True)
     rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
@@ -125,7 +128,7 @@ def compare(
     status = rows["_merge"].astype(str).map({"both": "changed", "left_only": "missing", "right_only": "new"})
     differences = rows.assign(status=status).rename(columns={"value_before": "before", "value_after": "after"})
     pairs = rows[rows["_merge"] == "both"].groupby(["machine_before", "machine_after"]).size()
-    return Comparison(
+    return CheckResult(
         differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
         int(is_equal.sum()),
         [
@@ -240,7 +243,7 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
-    """Write blessed numbers, and a JSON file with their commit, machines, code and seconds; return the path of the csv."""
+    """Write blessed numbers, and their commit, machines, code and seconds as JSON; return the path of the csv."""
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
@@ -261,7 +264,7 @@ def read_numbers(runs: Sequence[Run]) -> Numbers:
     return collect_numbers([(run, read_metrics(run)) for run in runs])
 
 
-def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> Comparison:
+def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> CheckResult:
     """Compare the finished runs of a suite with its blessed numbers.
 
     Raises:
@@ -296,7 +299,7 @@ def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers,
     return collect_numbers(results), failures
 
 
-def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable[[str], None]) -> Comparison:
+def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable[[str], None]) -> CheckResult:
     """Draw some finished runs, execute them again, and compare their numbers.
 
     Raises:
@@ -316,25 +319,18 @@ def bless(
     Returns the path of the written csv.
 
     Raises:
-        DefinitionError: The checkout is not clean, a run is not finished or of another machine, or a number differs.
-        RunError: A run failed when it was executed again.
+        DefinitionError: The checkout is not clean, a run is not finished, or the runs do not repeat here exactly.
     """
     commit = clean_commit(root)
     check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
-    read = [(run, read_metrics(run)) for run in runs]
-    numbers = collect_numbers(read)
-    by_speed = sorted(read, key=lambda pair: float(pair[1]["cost"]["job_seconds"]), reverse=True)
-    fastest = list({run.benchmark: (run, metrics) for run, metrics in by_speed}.values())
-    after, failures = run_again([run for run, _ in fastest], say)
-    if failures:
-        raise RunError(f"a run failed when it was executed again: {failures[0]}")
-    if not after.machines.keys() <= numbers.machines.keys():
-        raise DefinitionError("the runs were made on another machine: run the suite again here, or bless it there")
-    comparison = compare(collect_numbers(fastest), after, suite)
-    if not comparison.passed:
-        say(str(comparison))
-        raise DefinitionError("numbers do not repeat, so they cannot be blessed")
-    return write_reference(suite, numbers, commit, folder)
+    by_speed = sorted(runs, key=lambda run: float(read_metrics(run)["cost"]["job_seconds"]), reverse=True)
+    fastest = list({run.benchmark: run for run in by_speed}.values())
+    after, failures = run_again(fastest, say)
+    result = compare(read_numbers(fastest), after, suite, unfinished=failures)
+    if not result.passed or not all(kind.endswith("exactly") for kind in result.machines):
+        say(str(result))
+        raise DefinitionError("the runs do not repeat here exactly, so their numbers cannot be blessed")
+    return write_reference(suite, read_numbers(runs), commit, folder)
 
 
 def clean_commit(root: Path = ROOT) -> str:

@@ -22,6 +22,7 @@ _DIGEST = "emoe.digest"  # tag with the digest of a run's metrics.json, set when
 _SQLITE = "sqlite:///"
 # the first page of such an experiment in MLflow lists training runs
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
+_MOST = 50_000  # stored runs that MLflow returns at once
 _FILES = ("run.json", "metrics.json", paths.LOG)
 
 
@@ -47,7 +48,7 @@ def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
             client = MlflowClient(uri)
             for benchmark in dict.fromkeys(run.benchmark for run in runs):
                 experiment = _experiment(client, benchmark, has_files=not uri.startswith("http"))
-                stored = {run.info.run_name: run for run in _search(client, experiment)}
+                stored = {run.info.run_name: run for run in client.search_runs([experiment], max_results=_MOST)}
                 for run in runs:
                     if run.benchmark == benchmark:
                         counts[_write(client, experiment, run, stored.get(run.id))] += 1
@@ -62,15 +63,6 @@ def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str
         return str(experiment.experiment_id)
     location = (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri() if has_files else None
     return str(client.create_experiment(benchmark, location, _KIND))
-
-
-def _search(client: MlflowClient, experiment: str) -> Iterator[Any]:
-    """Yield all runs of an experiment."""
-    token = None
-    while token != "":
-        page = client.search_runs([experiment], max_results=1000, page_token=token)
-        yield from page
-        token = page.token or ""
 
 
 def _write(client: MlflowClient, experiment: str, run: Run, stored: Any) -> str:
