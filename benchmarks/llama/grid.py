@@ -40,7 +40,6 @@ from benchmarks.llama.instructions import load_instructions
 from benchmarks.llama.questions import is_mmlu_dev
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
-_UNTRAINED = "nothing"
 
 
 class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, InstructionPart]):
@@ -142,7 +141,7 @@ def _spec(
     point: Mapping[str, Any],
     where: str,
 ) -> dict[str, Any]:
-    untrained = tuning.train == _UNTRAINED
+    untrained = tuning.train == "nothing"
     if not untrained and not point.get("learning_rate"):
         raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
     training = settings.spec() | tuning.model_dump(include={"lora"})
