@@ -8,15 +8,15 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.domainbed.definition import held_out_names, validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base import DataError
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
-from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
@@ -59,32 +59,26 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw confusion matrices of the held-out environments, summed over trials, a panel per model and method."""
-    counts: dict[tuple[str, str], NDArray[np.int64]] = {}
-    envs: dict[str, None] = {}
-    trials: dict[tuple[str, str], set[int]] = {}
-    for model, env, runs in _first_runs(outcomes, name):
-        envs[outcomes.env_title(name, env)] = None
-        for method in (method for method in outcomes.methods if method in runs):
-            for run in runs[method]:
-                metrics = read_metrics(run)
-                classes: list[str] = metrics["classes"]
-                counts[model, method] = counts.get((model, method), 0) + np.array(metrics["confusion"][env])
-                trials.setdefault((model, method), set()).add(run.spec["seed"])
-    columns = min(_COLUMNS, len(counts))
-    lines = -(-len(counts) // columns)
+    runs = _first_runs(outcomes, name)
+    classes: list[str] = outcomes.metrics[runs["run_id"].iloc[0]]["classes"]
+    groups = runs.groupby(["model", "method"], observed=True)
+    columns = min(_COLUMNS, len(groups))
+    lines = -(-len(groups) // columns)
     beside = classes if len(classes) <= _FEW else []
-    models = list(dict.fromkeys(outcomes.title("model", model) for model, _ in counts))
+    models = [outcomes.title("model", model) for model in runs["model"].unique()]
     size = (min(1.5 * columns + 0.9, plots.WIDTH), min(1.75 * lines + 0.6, _HIGHEST))
     with plots.panel_figure(path, lines, columns, size, plots.HEATMAP, sharex=True, sharey=True) as (figure, axes):
-        for axis, ((model, method), count) in zip(axes.flat, counts.items(), strict=False):
+        for axis, ((model, method), group) in zip(axes.flat, groups, strict=False):
+            count = np.sum([outcomes.metrics[run.run_id]["confusion"][run.env] for run in group.itertuples()], axis=0)
             axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
-            title = f"{outcomes.title('method', method)}, {plots.count_text([len(trials[model, method])], 'trials')}"
+            title = f"{outcomes.title('method', method)}, {plots.count_text([group['trial'].nunique()], 'trials')}"
             title = title if len(models) == 1 else f"{outcomes.title('model', model)}, {title}"
             axis.set_title(plots.wrap_text(title, 1.5, 7), fontsize=7)
             axis.set_xticks(range(len(beside)), beside, rotation=90)
             axis.set_yticks(range(len(beside)), beside)
+        envs = ", ".join(outcomes.env_title(name, env) for env in runs.sort_values("model")["env"].unique())
         only = f", {models[0]}" if len(models) == 1 else ""
-        title = f"{outcomes.title('set', name)}{only}, held out: {', '.join(envs)}"
+        title = f"{outcomes.title('set', name)}{only}, held out: {envs}"
         figure.suptitle(plots.wrap_text(title, size[0]), fontsize=8)
         figure.supxlabel("predicted class", fontsize=7)
         figure.supylabel("true class", fontsize=7)
@@ -93,14 +87,15 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the use of experts by class and environment, by method and layer, for the first environment and trial."""
-    model, env, runs = _first_runs(outcomes, name)[0]
+    runs = _first_runs(outcomes, name)
+    model, env = runs[["model", "env"]].iloc[0]
     shown = []
-    for method, (run, *_) in runs.items():
-        metrics = read_metrics(run)
+    for run in runs[(runs["model"] == model) & (runs["env"] == env)].drop_duplicates("method").itertuples():
+        metrics = outcomes.metrics[run.run_id]
         classes: list[str] = metrics["classes"]
         for layer in sorted(metrics["routing"].get("loads", {}), key=int):
             loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
-            shown.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
+            shown.append((f"{outcomes.title('method', run.method)}, block {layer}", np.array(loads), chance))
     if not shown:
         plots.placeholder_figure(path, "no method of these runs has experts")
         return
@@ -135,15 +130,40 @@ def _information(name: str, counts: NDArray[np.int64], chance: Mapping[str, tupl
     return f"{name} {mutual_information(counts):.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
 
 
-def _first_runs(outcomes: DomainOutcomes, name: str) -> list[tuple[str, str, dict[str, list[Run]]]]:
-    """Return the first run of every trial of every method, by model and single held-out environment."""
-    first: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
-    for run in outcomes.runs:
-        held_out = held_out_names(run.spec)
-        if run.spec["task"]["name"] == name and len(held_out) == 1:
-            trials = first.setdefault((run.spec["model"]["name"], held_out[0]), {})
-            trials.setdefault(run.spec["method"]["name"], {}).setdefault(run.spec["seed"], run)
-    order = outcomes.environments(name)
-    models = list(dict.fromkeys(model for model, _ in first))
-    keys = sorted(first, key=lambda key: (models.index(key[0]), order.index(key[1])))
-    return [(*key, {method: list(trials.values()) for method, trials in first[key].items()}) for key in keys]
+def _first_runs(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
+    """Return the first run of every trial: ``run_id`` by ``model``, single held-out ``env``, ``method`` and ``trial``."""
+    cell = ["model", "env", "method", "trial"]
+    rows = [
+        (spec["model"]["name"], held_out_names(spec)[0], spec["method"]["name"], spec["seed"], run.id)
+        for run in outcomes.runs
+        if (spec := run.spec)["task"]["name"] == name and len(spec["test_envs"]) == 1
+    ]
+    runs = pd.DataFrame(rows, columns=[*cell, "run_id"]).drop_duplicates(cell)
+    orders = {"model": runs["model"].unique(), "env": outcomes.environments(name), "method": list(outcomes.methods)}
+    ordered = runs.assign(**{key: pd.Categorical(runs[key], order) for key, order in orders.items()})
+    return ordered.sort_values(["model", "env"], kind="stable")
+
+
+SET_FIGURES = {
+    "accuracy": Figure(
+        draw_accuracy,
+        "Accuracy on each held-out environment by method, with training-domain validation. Large marks are means, dots "
+        "below them are trials. The axis does not start at zero.",
+    ),
+    "samples": Figure(
+        draw_samples,
+        "Images of each environment as model inputs, for evaluation and, if images are augmented, below them for "
+        "training.",
+    ),
+    "confusion": Figure(
+        draw_confusion,
+        "Confusion on the held-out environment, by method. Each row is a true class, as shares of its images, at the "
+        "last step of all trials together, on the out splits.",
+    ),
+    "routing": Figure(
+        draw_routing,
+        "Use of experts by class (above) and by environment (below): the share of each expert in the choices of their "
+        "images, divided by the mean share. The number is the mutual information of expert and class or environment, "
+        "in bits, beside its value by chance: the mean and 95 % quantile of 500 shuffles over images.",
+    ),
+}

@@ -24,6 +24,7 @@ class DomainOutcomes(Outcomes):
     Attributes:
         cells: The chosen records by selection, model, set, held-out environment, method and trial, with ``value`` (the
             reported accuracy), ``chosen_by`` (the selection's value), ``step``, ``hparams_seed`` and ``variant``.
+        metrics: The ``metrics.json`` of the runs by run id.
         records: Every number of every run.
         shared: The cells of the trials that have all methods and environments of a selection, model and set.
         differences: The paired differences to the baseline over these trials, of means over environments.
@@ -37,8 +38,8 @@ class DomainOutcomes(Outcomes):
         selections = {name: title for name, (title, _) in SELECTIONS.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
         super().__init__(benchmark, runs, CELL, selection=selections, set=sets)
-        self._steps: dict[str, list[dict[str, Any]]] = {}
-        self.records = collect_from(self._read())
+        self.metrics = {run.id: read_metrics(run) for run in runs}
+        self.records = collect_from((run, self.metrics[run.id]) for run in runs).rename(columns={"task": "set"})
         columns = [*CELL, "env", "trial", "value", "chosen_by", "step", "hparams_seed", "variant"]
         self.cells = pd.DataFrame(self._cells(), columns=columns)
         self.shared = shared_pairs(self.cells, ["selection", "model", "set"], ["method", "env"], "trial")
@@ -51,22 +52,11 @@ class DomainOutcomes(Outcomes):
         scores = cells[[*CELL, "env", "trial", "value"]].sort_values(["env", "trial"], kind="stable")
         return paired_differences(scores, CELL, {"method": self.baseline}, "trial").drop(columns="values")
 
-    def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """Yield every run with its metrics, and store the records of its steps."""
-        for run in self.runs:
-            metrics = read_metrics(run)
-            self._steps[run.id] = metrics["records"]
-            yield run, metrics
-
-    @property
-    def origins(self) -> pd.DataFrame:
-        return self.records.rename(columns={"task": "set"})
-
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
         """Return the runs of the shared trials."""
         keys = ["model", "set", "method", "seed"]
-        return self.origins.merge(self.shared.rename(columns={"trial": "seed"})[keys].drop_duplicates(), on=keys)
+        return self.records.merge(self.shared.rename(columns={"trial": "seed"})[keys].drop_duplicates(), on=keys)
 
     @property
     def sets(self) -> list[str]:
@@ -91,7 +81,7 @@ class DomainOutcomes(Outcomes):
             # in the order of DomainBed's hparams_seed, and of one seed in the grid's
             choices = sorted(dict.fromkeys(map(_choice, runs)), key=lambda choice: choice[0])
             records = [
-                RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self._steps[run.id])
+                RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self.metrics[run.id]["records"])
                 for run in runs
             ]
             for selection, (_, choose) in SELECTIONS.items():
@@ -113,7 +103,8 @@ class DomainOutcomes(Outcomes):
     def claim_numbers(self) -> pd.DataFrame:
         """Return accuracies on the held-out environments of every trial, and numbers of parameters, for claims."""
         cells = self.cells.rename(columns={"set": "task", "env": "eval_task", "trial": "pair"})
-        return join_claim_numbers(cells.assign(domain="held_out", metric="accuracy"), parameter_counts(self.records))
+        counts = parameter_counts(self.records.rename(columns={"set": "task"}))
+        return join_claim_numbers(cells.assign(domain="held_out", metric="accuracy"), counts)
 
     def held_out(self, name: str) -> int:
         """Count the environments of a set that were held out."""

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.domainbed.definition import COST_COLUMNS
-from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_routing, draw_samples
+from benchmarks.domainbed.figures import SET_FIGURES
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.protocol import standard_error
 from benchmarks.harness.config.benchmark import AnyBenchmark
@@ -124,12 +124,11 @@ def tests(outcomes: DomainOutcomes) -> Table:
 def cost(outcomes: DomainOutcomes) -> Table:
     """Make a table of time, memory, parameters, loads, and information of experts on classes and environments."""
     cell = ["model", "set", "method"]
-    records = outcomes.records.rename(columns={"task": "set"})
     return common.cost_table(
         {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
-        outcomes.order(records[cell].drop_duplicates(), cell),
+        outcomes.order(outcomes.records[cell].drop_duplicates(), cell),
         cell,
-        records,
+        outcomes.records,
         averaged="Means over all runs; step times exclude reading and augmenting images",
         measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the "
         "mutual information of a token's expert and its image's class (environment). By chance: its mean and 95 % "
@@ -243,29 +242,6 @@ _NOTE = (
     "tests. With two trials a test has only two differences: read it as a hint."
 )
 FIGURES: dict[str, Figure] = {}
-SET_FIGURES = {
-    "accuracy": Figure(
-        draw_accuracy,
-        "Accuracy on each held-out environment by method, with training-domain validation. Large marks are means, dots "
-        "below them are trials. The axis does not start at zero.",
-    ),
-    "samples": Figure(
-        draw_samples,
-        "Images of each environment as model inputs, for evaluation and, if images are augmented, below them for "
-        "training.",
-    ),
-    "confusion": Figure(
-        draw_confusion,
-        "Confusion on the held-out environment, by method. Each row is a true class, as shares of its images, at the "
-        "last step of all trials together, on the out splits.",
-    ),
-    "routing": Figure(
-        draw_routing,
-        "Use of experts by class (above) and by environment (below): the share of each expert in the choices of their "
-        "images, divided by the mean share. The number is the mutual information of expert and class or environment, "
-        "in bits, beside its value by chance: the mean and 95 % quantile of 500 shuffles over images.",
-    ),
-}
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:

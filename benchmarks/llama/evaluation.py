@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,15 +31,8 @@ _ACCURACY, _BY_LENGTH = "acc", "acc_norm"
 _SEED, _OTHER_SEED = 0, 1234  # defaults of lm-eval's command: Python; NumPy, torch and few-shot examples
 
 
-class LoadedTask(NamedTuple):
-    """Hold the loaded lm-eval tasks of an entry of ``evaluation.tasks``; they can be evaluated only once."""
-
-    entry: EvaluationTask
-    loaded: dict[str, Any]
-
-
-def load_task(entry: EvaluationTask) -> LoadedTask:
-    """Load a task of lm-eval, and check that it can be evaluated.
+def load_task(entry: EvaluationTask) -> dict[str, Any]:
+    """Load a task of lm-eval, and check that it can be evaluated. The result can be evaluated only once.
 
     Raises:
         DefinitionError: The task does not exist, executes code, needs images, or has too few few-shot examples.
@@ -53,7 +46,7 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
     if name not in manager.all_tasks:
         raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}")
     try:
-        loaded = manager.load([name])
+        loaded: dict[str, Any] = manager.load([name])
     except Exception as error:  # the hub, parsers and the task's own code raise many types
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     tasks = loaded["tasks"]
@@ -66,7 +59,7 @@ def load_task(entry: EvaluationTask) -> LoadedTask:
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {others} other questions")
     if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
         raise DefinitionError(f"{where}, whose tasks are scored by different metrics; name them one by one")
-    return LoadedTask(entry, loaded)
+    return loaded
 
 
 def _source(name: str, task: Any) -> str:
@@ -94,7 +87,8 @@ def _manager(folder: Path | None) -> Any:
 def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: LoadedTask,
+    entry: EvaluationTask,
+    loaded: Mapping[str, Any],
     batch_size: int,
     precision: str,
     prefix: Prefix | None = None,
@@ -121,20 +115,15 @@ def run_task(
     random.seed(_SEED)
     np.random.seed(_OTHER_SEED)
     torch.manual_seed(_OTHER_SEED)
-    for member in task.loaded["tasks"].values():
-        if member.get_config("num_fewshot") != 0:  # 0 means that the task forbids few-shot examples
-            member.set_config(key="num_fewshot", value=task.entry.num_fewshot)
-        member.set_fewshot_seed(seed=_OTHER_SEED)
+    tasks = loaded["tasks"].values()
+    for task in tasks:
+        if task.get_config("num_fewshot") != 0:  # 0 means that the task forbids few-shot examples
+            task.set_config(key="num_fewshot", value=entry.num_fewshot)
+        task.set_fewshot_seed(seed=_OTHER_SEED)
     result = evaluate(
-        lm=wrapped,
-        task_dict=task.loaded,
-        limit=task.entry.limit,
-        log_samples=True,
-        bootstrap_iters=0,
-        fewshot_as_multiturn=True,
+        lm=wrapped, task_dict=loaded, limit=entry.limit, log_samples=True, bootstrap_iters=0, fewshot_as_multiturn=True
     )
-    sources = {_source(task.entry.task, member) for member in task.loaded["tasks"].values()}
-    return {**summarise(result), "source": sorted(sources)}
+    return {**summarise(result), "source": sorted({_source(entry.task, task) for task in tasks})}
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from benchmarks.llama.definition import (
 from benchmarks.llama.instructions import load_instructions
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
-_UNTRAINED = "nothing"
 
 
 class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, InstructionPart]):
@@ -119,7 +118,7 @@ def _spec(
     point: Mapping[str, Any],
     where: str,
 ) -> dict[str, Any]:
-    untrained = tuning.train == _UNTRAINED
+    untrained = tuning.train == "nothing"
     if not untrained and not point.get("learning_rate"):
         raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
     training = settings.spec() | tuning.model_dump(include={"lora"})

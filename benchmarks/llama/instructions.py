@@ -19,7 +19,6 @@ from benchmarks.harness.sources.local import USER_SUFFIXES, user_file
 from benchmarks.harness.sources.packages import find_package
 from benchmarks.llama.definition import InstructionSource
 
-ALPACA_DEMO = "llamafactory"  # the package that contains a set
 _SHOWN = 5
 
 
@@ -68,7 +67,7 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     if file := user_file(name):
         return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
     if source.package:
-        package = find_package(ALPACA_DEMO)
+        package = find_package("llamafactory")
         with tarfile.open(package.check()) as archive:
             content = cast(IO[bytes], archive.extractfile(source.package)).read()
         return parse(content, f"package {package.package} {package.version}", lines=False)

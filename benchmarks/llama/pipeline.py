@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +26,9 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import evaluate_with_routing
 from benchmarks.harness.training.sharding import shard_
 from benchmarks.harness.training.trainer import available_precision
-from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
+from benchmarks.llama.definition import EvaluationTask, InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, model_inputs
-from benchmarks.llama.evaluation import LoadedTask, generate_answers, held_out_loss, load_task, run_task
+from benchmarks.llama.evaluation import generate_answers, held_out_loss, load_task, run_task
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import train
@@ -55,7 +55,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     read = parse(spec, InstructionSpec, str(folder / "run.json"))
     training, tokenizer = read.training, load_tokenizer(spec["model"])
     data = read_data(read, tokenizer)
-    tasks = [load_task(entry) for entry in read.evaluation.tasks] if is_main() else []
+    tasks = {entry: load_task(entry) for entry in read.evaluation.tasks} if is_main() else {}
     if is_main() and data.note:
         progress.say(f"warning: {data.note}")
     counts = data.summary["train"]
@@ -160,7 +160,11 @@ def _gather_model(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
 
 
 def _evaluate(
-    spec: InstructionSpec, trainable: Trainable, data: Data, tasks: Sequence[LoadedTask], progress: Progress
+    spec: InstructionSpec,
+    trainable: Trainable,
+    data: Data,
+    tasks: Mapping[EvaluationTask, dict[str, Any]],
+    progress: Progress,
 ) -> dict[str, Any]:
     evaluation, precision = spec.evaluation, available_precision(spec.training.precision)
     model, tokenizer = cast(PreTrainedModel, trainable.model), data.template.tokenizer
@@ -175,11 +179,10 @@ def _evaluate(
         model, lambda: held_out_loss(model, data.held_out, tokenizer, evaluation.batch_size, precision)
     )
     evaluated = {}
-    for task in tasks:
-        progress.say(f"evaluating on {task.entry.title}")
-        evaluated[task.entry.title] = run_task(
-            model, tokenizer, task, evaluation.batch_size, precision, trainable.prefix
-        )
+    for entry, loaded in tasks.items():
+        progress.say(f"evaluating on {entry.title}")
+        result = run_task(model, tokenizer, entry, loaded, evaluation.batch_size, precision, trainable.prefix)
+        evaluated[entry.title] = result
     instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
     return {

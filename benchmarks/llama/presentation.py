@@ -23,14 +23,8 @@ _LIKELIHOOD = (
     "By length: the answer is the choice with the highest likelihood per letter. "
 )
 # by metric: words, end of the title and first sentence of its table of tests
-_TESTED = {
-    ACCURACY: ("accuracy", "", ""),
-    NATS: (
-        "the right answers' nats per byte (negative log-likelihood divided by bytes)",
-        ", by nats per byte",
-        "Less is better. ",
-    ),
-}
+_NEGATIVE_LOGS = "the right answers' nats per byte (negative log-likelihood divided by bytes)"
+_TESTED = {ACCURACY: ("accuracy", "", ""), NATS: (_NEGATIVE_LOGS, ", by nats per byte", "Less is better. ")}
 _LONGEST = 300  # letters of a text in a table
 _MMLU = "mmlu"
 
@@ -77,18 +71,13 @@ def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
     frame["against"] = frame["against"].map(_reference_titles(outcomes))
     frame["task_title"] = frame["task"].map(format_task)
     words, title, note = _TESTED[metric]
+    keys = {**_key_headings(outcomes), "against": "Against", "task_title": "Task"}
     return common.tests_table(
         f"{outcomes.baseline_title}, and against the untuned model{title}",
         f"{note}Differences of {words} to the equally tuned {outcomes.baseline_title} and to the same untuned method, "
         "paired by question. Each question is averaged over the seeds that both have. A test over questions "
         "generalises to other questions, not to other seeds.",
-        {
-            **_key_headings(outcomes),
-            "against": "Against",
-            "task_title": "Task",
-            "questions": "Questions",
-            "seeds": "Seeds",
-        },
+        {**keys, "questions": "Questions", "seeds": "Seeds"},
         metric,
         frame,
     )

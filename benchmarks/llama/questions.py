@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -91,9 +91,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _question(sample: Mapping[str, str]) -> dict[str, Any]:
     """Convert a few-shot example to MMLU's form: question, choices and number of the answer."""
-    match, answer = _QUESTION.fullmatch(sample["question"].strip()), _ANSWER.search(sample["target"].strip())
-    assert match is not None  # noqa: S101  the questions are those of the digest
-    assert answer is not None  # noqa: S101
+    match = cast(re.Match[str], _QUESTION.fullmatch(sample["question"].strip()))
+    answer = cast(re.Match[str], _ANSWER.search(sample["target"].strip()))
     question, *choices = (text.strip() for text in match.groups())
     return {"question": question, "choices": choices, "answer": "ABCD".index(answer[1])}
 

@@ -58,9 +58,8 @@ class Template:
     @property
     def end_tokens(self) -> list[int]:
         """Return the ids of the end tokens: the tokenizer's, and the chat template's if it differs."""
-        tokens = self.tokenizer(self.response(Instruction(instruction="a", output="b")), add_special_tokens=False)[
-            "input_ids"
-        ]
+        response = self.response(Instruction(instruction="a", output="b"))
+        tokens = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         special = [token for token in tokens if token in self.tokenizer.all_special_ids]
         return list(dict.fromkeys([int(self.tokenizer.eos_token_id), *special]))
 

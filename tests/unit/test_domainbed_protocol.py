@@ -50,85 +50,66 @@ def test_a_held_out_environments_rows_are_shuffled_once_more() -> None:
 def test_default_hyper_parameters() -> None:
     shared = {"data_augmentation": True, "resnet18": False, "resnet_dropout": 0.0, "class_balanced": False}
     shared |= {"nonlinear_classifier": False, "vit_dropout": 0.0}
-    pacs = {**shared, "lr": 5e-5, "weight_decay": 0.0, "batch_size": 32}
-    assert hyper_parameters("domainbed", "PACS", 0, 5) == pacs
-    digits = {**shared, "lr": 1e-3, "weight_decay": 0.0, "batch_size": 64}
-    assert hyper_parameters("domainbed", "ColoredMNIST", 0, 0) == digits
+    for dataset, lr, batch_size in (("PACS", 5e-5, 32), ("ColoredMNIST", 1e-3, 64)):
+        expected = {**shared, "lr": lr, "weight_decay": 0.0, "batch_size": batch_size}
+        assert hyper_parameters("domainbed", dataset, 0, 5) == expected
     assert "vit_dropout" not in hyper_parameters("emoe", "PACS", 0, 5)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "lr", "weight_decay"),
-    [
-        ("PACS", 3e-5, 1e-6),
-        ("VLCS", 3e-5, 1e-6),
-        ("OfficeHome", 1e-5, 1e-6),
-        ("TerraIncognita", 5e-5, 1e-4),
-        ("DomainNet", 5e-5, 0.0),
-    ],
-)
-def test_the_authors_hyper_parameters_by_set(dataset: str, lr: float, weight_decay: float) -> None:
-    usual = hyper_parameters("emoe", dataset, 0, 0)
-    assert (usual["lr"], usual["weight_decay"], usual["batch_size"]) == (lr, weight_decay, 32)
-    drawn = hyper_parameters("emoe", dataset, 3, 1)
-    assert drawn["weight_decay"] == 0
-    assert drawn["lr"] == 10 ** np.random.RandomState(seed_hash(seed_hash(3, 1), "lr")).uniform(-4.5, -2.5)
+def drawn_state(name: str, hparams_seed: int = 7, trial: int = 2) -> np.random.RandomState:
+    """Return the random state from which DomainBed draws a hyper-parameter."""
+    return np.random.RandomState(md5_of(f"({md5_of(f'({hparams_seed}, {trial})')}, '{name}')"))
+
+
+def test_the_authors_hyper_parameters_by_set() -> None:
+    authors = {"PACS": (3e-5, 1e-6), "VLCS": (3e-5, 1e-6), "OfficeHome": (1e-5, 1e-6)}
+    authors |= {"TerraIncognita": (5e-5, 1e-4), "DomainNet": (5e-5, 0.0)}
+    for dataset, values in authors.items():
+        usual, drawn = hyper_parameters("emoe", dataset, 0, 0), hyper_parameters("emoe", dataset, 7, 2)
+        assert (usual["lr"], usual["weight_decay"], usual["batch_size"]) == (*values, 32)
+        assert (drawn["weight_decay"], drawn["lr"]) == (0, 10 ** drawn_state("lr").uniform(-4.5, -2.5))
 
 
 def test_every_hyper_parameter_is_drawn_from_a_state_of_its_own() -> None:
-    seed = md5_of("(7, 2)")
-
-    def state(name: str) -> np.random.RandomState:
-        return np.random.RandomState(md5_of(f"({seed}, '{name}')"))
-
-    drawn = hyper_parameters("domainbed", "OfficeHome", 7, 2)
-    assert drawn["lr"] == 10 ** state("lr").uniform(-5, -3.5)
-    assert drawn["weight_decay"] == 10 ** state("weight_decay").uniform(-6, -2)
+    drawn, small = (hyper_parameters("domainbed", dataset, 7, 2) for dataset in ("OfficeHome", "RotatedMNIST"))
+    assert drawn["lr"] == 10 ** drawn_state("lr").uniform(-5, -3.5)
+    assert drawn["weight_decay"] == 10 ** drawn_state("weight_decay").uniform(-6, -2)
+    assert (small["lr"], small["weight_decay"]) == (10 ** drawn_state("lr").uniform(-4.5, -2.5), 0)
     for name in ("resnet_dropout", "vit_dropout"):
-        assert drawn[name] == state(name).choice([0.0, 0.1, 0.5])
-    small = hyper_parameters("domainbed", "RotatedMNIST", 7, 2)
-    assert small["lr"] == 10 ** state("lr").uniform(-4.5, -2.5)
-    assert small["weight_decay"] == 0
+        assert drawn[name] == drawn_state(name).choice([0.0, 0.1, 0.5])
     for dataset, largest in (("OfficeHome", 5.5), ("RotatedMNIST", 9), ("DomainNet", 5)):
-        size = int(2 ** state("batch_size").uniform(3, largest))
+        size = int(2 ** drawn_state("batch_size").uniform(3, largest))
         assert hyper_parameters("domainbed", dataset, 7, 2)["batch_size"] == size
 
 
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (60, 28, 28), generator=random).to(torch.uint8), torch.arange(60) % 10
+DIGITS = torch.randint(0, 256, (60, 28, 28), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+LABELS = torch.arange(60) % 10
 
 
-def test_rotated_mnist_is_domainbeds(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
-    images, labels = digits
+def test_rotated_mnist_is_domainbeds() -> None:
     angles = [0, 15, 30, 45, 60, 75]
-    environments = rotated_mnist(images, labels, angles, 123)
+    environments = rotated_mnist(DIGITS, LABELS, angles, 123)
     torch.manual_seed(123)
     order = torch.randperm(60)
     for env, (angle, (x, y)) in enumerate(zip(angles, environments, strict=True)):
-        assert torch.equal(y, labels[order][env::6])
-        image = Image.fromarray(images[order][env::6][3].numpy())
-        turned = rotate(image, angle, fill=[0], interpolation=InterpolationMode.BILINEAR)
-        assert torch.equal(x[3], to_tensor(turned))
+        assert torch.equal(y, LABELS[order][env::6])
+        image = Image.fromarray(DIGITS[order][env::6][3].numpy())
+        assert torch.equal(x[3], to_tensor(rotate(image, angle, fill=[0], interpolation=InterpolationMode.BILINEAR)))
         assert x.shape == (10, 1, 28, 28)
 
 
-def test_colored_mnist_is_domainbeds(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
-    images, labels = digits
+def test_colored_mnist_is_domainbeds() -> None:
     flips = [0.1, 0.2, 0.9]
-    environments = colored_mnist(images, labels, flips, 9)
+    environments = colored_mnist(DIGITS, LABELS, flips, 9)
     torch.manual_seed(9)
     order = torch.randperm(60)
-    for env, flip in enumerate(flips):
-        pixels, digit = images[order][env::3], labels[order][env::3]
+    for env, (flip, (x, y)) in enumerate(zip(flips, environments, strict=True)):
+        pixels, digit = DIGITS[order][env::3], LABELS[order][env::3]
         label = (digit < 5).float()
         label = (label - (torch.rand(20) < 0.25).float()).abs()
         colour = (label - (torch.rand(20) < flip).float()).abs()
         expected = torch.stack([pixels, pixels], dim=1).float() / 255
-        for row in range(20):
-            expected[row, int(1 - colour[row])] = 0
-        x, y = environments[env]
+        expected[torch.arange(20), (1 - colour).long()] = 0
         assert torch.equal(y, label.long())
         assert torch.equal(x, expected)
 
@@ -169,9 +150,8 @@ def test_the_papers_protocol() -> None:
     assert len(cells) == len(runs) == 2 * 4 * 11 * 4 * 3
     configs = {run.spec["method"]["name"]: run.spec["method"]["config"] for run in runs}
     assert configs.pop("erm") is None
-    experts = {
-        name: tuple(config[key] for key in ("num_experts", "top_k", "layers")) for name, config in configs.items()
-    }
+    keys = ("num_experts", "top_k", "layers")
+    experts = {name: tuple(config[key] for key in keys) for name, config in configs.items()}
     # the README of EMoE's authors (num_inter 1), and GMoE's own code
     assert experts.pop("gmoe") == experts.pop("gmoe_published") == (6, 2, [10])
     assert experts.pop("gmoe_upstream") == (6, 1, [8, 10])

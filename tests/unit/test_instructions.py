@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -47,36 +45,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-BROKEN: list[tuple[Any, str]] = [
-    ({"instruction": "Add.", "input": ""}, "'output': Field required"),
-    ({**GOOD, "output": "  "}, "'output': Value error, the text is empty"),
-    ({**GOOD, "instruction": 7}, "'instruction': Input should be a valid string"),
-    ([], "Input should be"),
+LATIN = json.dumps({**GOOD, "output": "caf\u00e9"}, ensure_ascii=False).encode("latin-1")
+BROKEN = [
+    (b'{"instruction": "Add.", "input": ""}', "'output': Field required"),
+    (b'{"instruction": "Add.", "output": "  "}', "'output': Value error, the text is empty"),
+    (b'{"instruction": 7, "output": "3"}', "'instruction': Input should be a valid string"),
+    (b"[]", "Input should be"),
+]
+BROKEN_LINES = [
+    (b"{", "Invalid JSON: EOF while parsing an object"),
+    (LATIN, "Invalid JSON: invalid unicode code point"),
 ]
 
 
-@pytest.mark.parametrize("lines", [True, False])
-def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> None:
-    encoded = [json.dumps(row).encode() for row in (GOOD, *(row for row, _ in BROKEN), {**GOOD, "input": None})]
-    result = parse(b"\n".join(encoded) if lines else b"[\n" + b",\n".join(encoded) + b"\n]", "x", lines=lines)
-    noun = "line" if lines else "row"
-    assert [(row.place, row.input) for row in result.rows] == [(f"{noun} 1", "1 and 2"), (f"{noun} 6", "")]
-    for number, (message, (_, reason)) in enumerate(zip(result.broken, BROKEN, strict=True), start=2):
+@pytest.mark.parametrize(("noun", "broken"), [("row", BROKEN), ("line", [*BROKEN, *BROKEN_LINES])])
+def test_broken_rows_are_named_and_the_others_are_read(noun: str, broken: list[tuple[bytes, str]]) -> None:
+    rows = [json.dumps(GOOD).encode(), *(row for row, _ in broken), json.dumps({**GOOD, "input": None}).encode()]
+    content = b"\r\n".join([*rows, b""]) if noun == "line" else b"[" + b",".join(rows) + b"]"
+    result = parse(codecs.BOM_UTF8 + content, "x", lines=noun == "line")
+    assert [(row.place, row.input) for row in result.rows] == [(f"{noun} 1", "1 and 2"), (f"{noun} {len(rows)}", "")]
+    for number, (message, (_, reason)) in enumerate(zip(result.broken, broken, strict=True), start=2):
         assert message.startswith(f"{noun} {number}: {reason}")
-    with pytest.raises(DataError, match=rf"x has 4 broken rows, the first: {noun} 2: 'output': .*rows: skip"):
+    with pytest.raises(DataError, match=rf"x has {len(broken)} broken rows, the first: {noun} 2: 'output': .*: skip"):
         refuse_broken(result.broken, "x")
-
-
-LATIN = json.dumps({**GOOD, "output": "caf\u00e9"}, ensure_ascii=False).encode("latin-1")
-
-
-def test_lines_that_are_no_json_or_not_utf_8_are_broken() -> None:
-    result = parse(codecs.BOM_UTF8 + json.dumps(GOOD).encode() + b"\r\n\n{\n" + LATIN, "x", lines=True)
-    assert [row.place for row in result.rows] == ["line 1"]
-    assert [re.sub(r" at .*", "", message) for message in result.broken] == [
-        "line 3: Invalid JSON: EOF while parsing an object",
-        "line 4: Invalid JSON: invalid unicode code point",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -118,11 +109,9 @@ def test_templates_put_instruction_and_input_in_as_they_are(tokenizer: PreTraine
 
 
 def test_a_random_template_is_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
-    state = random.getstate()
     drawn = [find("random", tokenizer, seed).name for seed in range(30)]
     assert drawn == [find("random", tokenizer, seed).name for seed in range(30)]
     assert set(drawn) == set(TEMPLATES)
-    assert random.getstate() == state
 
 
 def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -165,26 +154,22 @@ def test_the_split_of_prompt_and_response_is_that_of_the_texts(name: str) -> Non
     assert not template.prompt(row).endswith(" ")  # byte-level tokenizers put a blank and the word after it together
 
 
-def small_llama() -> LlamaForCausalLM:
+@pytest.fixture
+def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, use_cache=False
-    )
-    return LlamaForCausalLM(config).eval()
+    small = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**small, intermediate_size=32, use_cache=False)).eval()
 
 
-def random_rows(count: int) -> list[dict[str, list[int]]]:
-    generator = random.Random(0)
-    rows = []
-    for number in range(count):
-        tokens = [generator.randrange(3, 60) for _ in range(4 + 3 * number)]
-        rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": [IGNORED] * 2 + tokens[2:]})
-    return rows
+TOKENS = [[3 + (7 * place + number) % 57 for place in range(4 + 3 * number)] for number in range(4)]
 
 
-def test_logits_of_prompts_are_left_away_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = small_llama()
-    rows = [{**row, "labels": [IGNORED] * 4 + row["input_ids"][4:]} for row in random_rows(4)]  # the first has none
+def test_logits_of_prompts_are_left_away_and_nothing_else(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows: list[dict[str, Any]] = [  # nothing of the first is learned
+        {"input_ids": row, "attention_mask": [1] * len(row), "labels": [IGNORED] * 4 + row[4:]} for row in TOKENS
+    ]
     plain, short = collator(tokenizer)(rows), without_prompt_logits(collator(tokenizer), model)(rows)
     whole, cut = model(**plain), model(**short)
     assert float(cut.loss.detach()) == pytest.approx(float(whole.loss.detach()), rel=1e-6)
@@ -193,15 +178,14 @@ def test_logits_of_prompts_are_left_away_and_nothing_else(tokenizer: PreTrainedT
     assert len(without_prompt_logits(collator(tokenizer), model)(rows[:1])["labels"][0]) == 1
 
 
-def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -> None:
-    model, rows = small_llama(), random_rows(4)
+def test_padding_is_not_counted_in_routing(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
     encoded = EncodedRows([], find("plain", tokenizer, 0), 10)
-    encoded.rows = [EncodedRow(ROW, row["input_ids"], 2, 0) for row in rows]
+    encoded.rows = [EncodedRow(ROW, row, 2, 0) for row in TOKENS]
     counts = []
     for batch_size in (1, 4):
         with emoe.record_routing(model) as record:
             loss = held_out_loss(model, encoded, tokenizer, batch_size, "fp32")
         counts.append((round(loss or 0, 5), [layer.loads.tolist() for layer in record.layers.values()]))
     assert counts[0] == counts[1]
-    assert sum(counts[0][1][0]) == 2 * sum(len(row["input_ids"]) for row in rows)
+    assert sum(counts[0][1][0]) == 2 * sum(map(len, TOKENS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -21,13 +21,16 @@ from tests.planned import edited_part, paper_runs, plan, specs
 
 pytestmark = pytest.mark.usefixtures("here")
 LLAMA = load_benchmark("llama")
-TASK = "mmlu_dev (0-shot, first 2)"
+TASK, ANSWERS = "mmlu_dev (0-shot, first 2)", "mmlu_dev_continuation (0-shot)"
+
+METHODS = ("dense", "emoe")
 
 
 @pytest.fixture
 def runs() -> list[Run]:
-    """The smoke suite's runs, with questions in letters and a second seed of LoRA, finished, EMoE better."""
-    evaluation = {"tasks": [{"task": "mmlu_dev", "num_fewshot": 0, "limit": 2}]}
+    """The smoke suite's runs, with questions in both forms and a second seed of LoRA, finished, EMoE better."""
+    tasks = [("mmlu_dev", 2), ("mmlu_dev_continuation", None)]
+    evaluation = {"tasks": [{"task": name, "num_fewshot": 0, "limit": limit} for name, limit in tasks]}
     planned = []
     for run in plan(["llama"], "smoke"):
         spec = {**run.spec, "evaluation": {**run.spec["evaluation"], **evaluation}}
@@ -37,52 +40,49 @@ def runs() -> list[Run]:
     return planned
 
 
-def number(run: Run) -> float:
-    return float(read_metrics(run)["scores"]["test"][TASK]["accuracy"])
+def of(runs: list[Run], tuning: str, method: str, number: Callable[[dict[str, Any]], float]) -> list[float]:
+    """Return a number of the runs of a cell, by seed."""
+    cell = (tuning, method)
+    of_cell = [run for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == cell]
+    return [number(read_metrics(run)["scores"]) for run in of_cell]
 
 
-def of(runs: list[Run], tuning: str, method: str) -> list[Run]:
-    return [run for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == (tuning, method)]
+def accuracy(scores: dict[str, Any]) -> float:
+    return float(scores["test"][TASK]["accuracy"])
 
 
-def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
+def loss(scores: dict[str, Any]) -> float:
+    return float(scores["dev"]["alpaca_demo"]["loss"])
+
+
+def test_results_separate_the_cost_of_conversion_and_the_gain_of_tuning(runs: list[Run]) -> None:
     table = results(InstructionOutcomes(LLAMA, runs))
     rows = table.frame.set_index(["tuning", "method"])
-    assert list(rows.index) == [(tuning, method) for tuning in ("base", "lora", "full") for method in ("dense", "emoe")]
+    assert list(rows.index) == [(tuning, method) for tuning in ("base", "lora", "full") for method in METHODS]
     assert rows["n"].tolist() == [1, 1, 2, 2, 1, 1]
-    values = pd.Series([number(run) for run in of(runs, "lora", "emoe")])
-    row = rows.loc[("lora", "emoe")]
-    assert row[f"{TASK} accuracy"] == pytest.approx(values.mean())
-    assert row[f"{TASK} accuracy std"] == pytest.approx(values.std())
-    assert row["baseline delta"] == pytest.approx(-0.3, abs=0.02)
+    values = pd.Series(of(runs, "lora", "emoe", accuracy))
+    assert rows.loc[("lora", "emoe"), f"{TASK} accuracy"] == pytest.approx(values.mean())
+    assert rows.loc[("lora", "emoe"), f"{TASK} accuracy std"] == pytest.approx(values.std())
+    assert rows.loc[("lora", "emoe"), "baseline delta"] == pytest.approx(-0.3, abs=0.02)
+    (dense,), (routed,) = (of(runs, "base", method, loss) for method in METHODS)
+    assert rows.loc[("base", "emoe"), "baseline delta"] == pytest.approx(routed - dense)
+    assert rows.loc["base", "untuned delta"].isna().all()
+    gain = sum(of(runs, "lora", "dense", loss)) / 2 - dense
+    assert rows.loc[("lora", "dense"), "untuned delta"] == pytest.approx(gain)
+    assert rows.loc[("lora", "dense"), "untuned low"] < gain < rows.loc[("lora", "dense"), "untuned high"]
     assert "has 100 questions" in table.markdown()
 
 
-def test_the_cost_of_conversion_and_the_gain_of_tuning_are_separate(runs: list[Run]) -> None:
-    def loss(tuning: str, method: str) -> float:
-        losses = [read_metrics(run)["scores"]["dev"]["alpaca_demo"]["loss"] for run in of(runs, tuning, method)]
-        return sum(losses) / len(losses)
-
-    frame = results(InstructionOutcomes(LLAMA, runs)).frame.set_index(["tuning", "method"])
-    assert frame.loc[("base", "emoe"), "baseline delta"] == pytest.approx(loss("base", "emoe") - loss("base", "dense"))
-    assert frame.loc["base", "untuned delta"].isna().all()
-    for method in ("dense", "emoe"):
-        row, gain = frame.loc[("lora", method)], loss("lora", method) - loss("base", method)
-        assert row["untuned delta"] == pytest.approx(gain)
-        assert row["untuned low"] < gain < row["untuned high"]
-
-
-def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
+@pytest.mark.parametrize(("metric", "task"), [("accuracy", TASK), ("nats_per_byte", ANSWERS)])
+def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, task: str) -> None:
     outcomes = InstructionOutcomes(LLAMA, runs)
-    frame = paired_tests(outcomes, "accuracy").frame
-    frame = frame[frame["against"] == "dense"].set_index("tuning")
+    frame = paired_tests(outcomes, metric).frame
+    frame = frame[(frame["against"] == "dense") & (frame["task"] == task)].set_index("tuning")
     assert frame["questions"].tolist() == [100] * 3
     assert frame["seeds"].to_dict() == {"base": 1, "lora": 2, "full": 1}
-    dense, routed = (sum(map(number, of(runs, "lora", method))) / 2 for method in ("dense", "emoe"))
-    row = frame.loc["lora"]
-    assert row["delta"] == pytest.approx(routed - dense)
-    assert row["low"] < row["delta"] < row["high"]
-    assert row["verdict"] == "better"
+    dense, routed = (of(runs, "lora", method, lambda scores: scores["test"][task][metric]) for method in METHODS)
+    assert frame.loc["lora", "delta"] == pytest.approx((sum(routed) - sum(dense)) / 2)
+    assert frame.loc["lora", "verdict"] == "better"  # a higher accuracy, or a lower likelihood
     assert any("LoRA, against dense: EMoE: held-out loss -0." in sentence for sentence in verdicts(outcomes))
 
 
@@ -99,16 +99,12 @@ def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
 
 
 def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_diverged(runs: list[Run]) -> None:
-    others = [
-        run_from_spec({**run.spec, "learning_rate": rate}) for run in of(runs, "lora", "dense") for rate in (0.5, 0.6)
-    ]
+    dense = next(run.spec for run in runs if run.spec["finetuning"] == "lora")
+    others = [run_from_spec({**dense, "learning_rate": rate}) for rate in (0.5, 0.6)]
     write_runs(others, {"dense": -0.5})
-    for run in others:
-        if run.spec["learning_rate"] == 0.6:
-            edit(run, lambda content: content["scores"]["dev"]["alpaca_demo"].update(loss=None))
+    edit(others[1], lambda content: content["scores"]["dev"]["alpaca_demo"].update(loss=None))
     outcomes = InstructionOutcomes(LLAMA, [*runs, *others])
     assert {run.id for run in outcomes.runs} == {run.id for run in runs}
-    assert not math.isnan(results(outcomes).frame.loc[2, "loss"])
 
 
 BLOCK = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["lora"], "method": ["dense"], "seed": [0]}
@@ -135,8 +131,8 @@ def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> Non
 
 def test_the_papers_grid_is_as_published() -> None:
     published = paper_runs("llama")
-    for run in published:
-        spec, training = run.spec, run.spec["training"]
+    for spec in (run.spec for run in published):
+        training = spec["training"]
         if spec["finetuning"] == "full":
             schedule = {"epochs": 3, "batch_size": 128, "schedule": "cosine", "warmup": 0.03}
             assert training | schedule == training
@@ -144,12 +140,14 @@ def test_the_papers_grid_is_as_published() -> None:
         if spec["finetuning"] == "lora":
             assert training["lora"] | {"rank": 8, "alpha": 16, "dropout": 0.05} == training["lora"]
             assert training["lora"]["targets"]["llama"] == ["q_proj", "v_proj"]
-        if spec["learning_rate"]:
-            assert (run.resources["processes"], run.resources["parallel"]) == (8, "fsdp")
+    parallel = [
+        (run.resources["processes"], run.resources["parallel"]) for run in published if run.spec["learning_rate"]
+    ]
+    assert set(parallel) == {(8, "fsdp")}
     configs = [(run.spec["model"]["name"], run.spec["method"]["config"]) for run in published]
     configs = [(name, config) for name, config in configs if config]
-    cells = {(name, config["num_experts"], config["top_k"]) for name, config in configs}
-    assert cells == {("llama2-7b", 64, 16), ("llama2-7b", 64, 32), ("llama-30b", 256, 64)}
+    cells = {(name, config["num_experts"], config["top_k"], config["score"]) for name, config in configs}
+    assert cells == {("llama2-7b", 64, 16, "gate"), ("llama2-7b", 64, 32, "gate"), ("llama-30b", 256, 64, "gate")}
     depths = {"llama2-7b": 32, "llama-30b": 60}
     assert {(name, tuple(resolve_layers(config["layers"], depths[name]))) for name, config in configs} == {
         ("llama2-7b", (28, 30)),  # the authors' commands
@@ -157,4 +155,3 @@ def test_the_papers_grid_is_as_published() -> None:
         ("llama-30b", tuple(range(45, 60, 2))),  # their words
         ("llama-30b", tuple(range(30, 60, 4))),
     }
-    assert {config["score"] for _, config in configs} == {"gate"}

@@ -1,30 +1,37 @@
-"""A run of instruction tuning from end to end, on a tiny Llama and a few rows."""
+"""A run of instruction tuning from end to end, on a tiny Llama and a few rows; the questions of its evaluation."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emoe
-from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError
+from benchmarks.harness.base import PREFIXES, QUESTIONS, DefinitionError
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.definition import EvaluationTask, InstructionSpec
-from benchmarks.llama.evaluation import load_task, summarise
+from benchmarks.llama.evaluation import load_task, nats_per_byte, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import ensure_mmlu_dev
+from benchmarks.llama.shared_prompt import SharedPromptLM
 from tests.executed import finish, killed_and_resumed, prepare
-from tests.instruction_runs import ROWS, enter, tiny_run
+from tests.instruction_runs import ROWS, enter, offer_only, tiny_run
 from tests.programs import call
 
 LETTERS, ANSWERS = "mmlu_dev_anatomy", "mmlu_dev_anatomy_continuation"
+FILES = QUESTIONS / "mmlu_dev"
 TASKS = {"tasks": [{"task": task, "num_fewshot": 0, "limit": None} for task in (LETTERS, ANSWERS)]}
 
 
@@ -36,19 +43,18 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_leaves_its_numbers() -> None:
-    ensure_mmlu_dev(QUESTIONS / "mmlu_dev")
+    ensure_mmlu_dev(FILES)
     metrics = finish(prepare(tiny_run("emoe", evaluation=TASKS)))
     assert len(metrics["curve"]) == 6  # 12 rows, 4 a step, twice
     assert metrics["curve"][-1] < metrics["curve"][0]
     assert (metrics["data"]["train"]["rows"], metrics["data"]["held_out"]["rows"]) == (12, 6)
     assert metrics["scores"]["dev"]["own"]["loss"] > 0
-    task, scores = (by_task[f"{LETTERS} (0-shot)"] for by_task in (metrics["tasks"], metrics["scores"]["test"]))
-    assert (task["questions"], len(task["correct"]["anatomy"])) == (5, 5)
-    assert scores == {"accuracy": task["correct"]["anatomy"].count("1") / 5}
-    task, scores = (by_task[f"{ANSWERS} (0-shot)"] for by_task in (metrics["tasks"], metrics["scores"]["test"]))
-    nats = task["nats_per_byte"]["anatomy"]
-    assert len(nats) == task["questions"] == len(task["correct"]["anatomy"]) == 5
-    assert scores["nats_per_byte"] == pytest.approx(sum(nats) / 5)
+    letters, answers = (metrics["tasks"][f"{name} (0-shot)"] for name in (LETTERS, ANSWERS))
+    assert letters["questions"] == len(letters["correct"]["anatomy"]) == 5
+    assert letters["scores"] == {"accuracy": letters["correct"]["anatomy"].count("1") / 5}
+    nats = answers["nats_per_byte"]["anatomy"]
+    assert len(nats) == answers["questions"] == 5
+    assert answers["scores"]["nats_per_byte"] == pytest.approx(sum(nats) / 5)
     (answer,) = metrics["answers"]
     assert {row["instruction"]: row["output"] for row in ROWS}[answer["instruction"]] == answer["reference"]
     assert set(metrics["model"]["trained"]) == {"adapters"}  # no head: a language model's is not new
@@ -80,47 +86,32 @@ def test_all_experts_train_exactly_like_the_dense_model() -> None:
     assert same["scores"]["dev"]["own"]["loss"] == pytest.approx(dense["scores"]["dev"]["own"]["loss"], abs=1e-4)
 
 
-def test_an_untrained_model_is_only_evaluated() -> None:
-    path = prepare(tiny_run("emoe", "base"))
-    metrics = finish(path)
-    assert (metrics["curve"], metrics["model"]["trainable_parameters"]) == ([], 0)
-    assert metrics["routing"]
-    with pytest.raises(DataError, match="has no weights"):
-        export(path, Path("out"), "dense")
-
-
 def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
-    def places(seed: int) -> tuple[list[str], list[str]]:
-        run = tiny_run("dense", "full", seed=seed)
-        data = read_data(InstructionSpec.model_validate(run.spec), load_tokenizer(run.spec["model"]))
-        train, held_out = ([row.source.place for row in rows.rows] for rows in (data.train, data.held_out))
-        return train, held_out
-
-    assert places(0) == places(1)
-    train, held_out = places(0)
-    assert not set(train) & set(held_out)
-    assert (len(train), len(held_out)) == (12, 6)
-
-
-def samples(digits: str) -> list[dict[str, Any]]:
-    """Return lm-eval's samples in another order."""
-    return [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(digits)][::-1]
+    runs = [tiny_run("dense", "full", seed=seed) for seed in (0, 1)]
+    read = [read_data(InstructionSpec.model_validate(run.spec), load_tokenizer(run.spec["model"])) for run in runs]
+    first, other = ([[row.source.place for row in rows.rows] for rows in (data.train, data.held_out)] for data in read)
+    assert first == other
+    assert not set(first[0]) & set(first[1])
+    assert [len(places) for places in first] == [12, 6]
 
 
 def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
-    numbers = summarise(
-        {  # as lm-eval has it: a group of two groups, one of them without results of its own
-            "results": {
-                "all": {"alias": "all"},
-                "a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": " - first"},
-                "b": {"acc,none": 1.0, "acc_norm,none": 0.0, "alias": " - second"},
-                "c": {"acc,none": 0.0, "alias": "third"},
-            },
-            "group_subtasks": {"all": ["ab", "c"], "ab": ["a", "b"]},
-            "n-samples": {"a": {"effective": 4}, "b": {"effective": 1}, "c": {"effective": 5}},
-            "samples": {"a": samples("1010"), "b": samples("1"), "c": samples("00000")},
-        }
-    )
+    digits = {"a": "1010", "b": "1", "c": "00000"}
+    result = {  # as lm-eval has it: a group of two groups, one of them without results of its own
+        "results": {
+            "all": {"alias": "all"},
+            "a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": " - first"},
+            "b": {"acc,none": 1.0, "acc_norm,none": 0.0, "alias": " - second"},
+            "c": {"acc,none": 0.0, "alias": "third"},
+        },
+        "group_subtasks": {"all": ["ab", "c"], "ab": ["a", "b"]},
+        "n-samples": {name: {"effective": len(answers)} for name, answers in digits.items()},
+        "samples": {  # in another order
+            name: [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(answers)][::-1]
+            for name, answers in digits.items()
+        },
+    }
+    numbers = summarise(result)
     assert numbers["scores"] == {"accuracy": 0.3, "accuracy_macro": 0.5}
     assert numbers["questions"] == 10
     assert numbers["categories"] == {"ab": {"acc": 0.6, "questions": 5}}
@@ -131,9 +122,7 @@ def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
     group, wrong = (EvaluationTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie"))
     load_task(group)  # which writes the questions
-    with pytest.raises(
-        DefinitionError, match="'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_ana"
-    ):
+    with pytest.raises(DefinitionError, match="'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_d"):
         load_task(wrong)
 
 
@@ -176,3 +165,65 @@ def test_the_held_out_curve_changes_no_other_number() -> None:
     losses = [point["loss"] for point in points]
     assert losses[-1] == with_curve["scores"]["dev"]["own"]["loss"]
     assert losses[0] > losses[-1]
+
+
+def prompts(manager: Any, name: str) -> list[Any]:
+    task = manager.load([name])["tasks"][name]
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    return [(request.doc_id, request.idx, request.args) for request in task.instances]
+
+
+def test_questions_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer_only("mmlu", monkeypatch)
+    ensure_mmlu_dev(FILES)
+    assert sum(len(path.read_text().splitlines()) for path in FILES.glob("*.jsonl")) == 281
+    assert len(list(FILES.glob("mmlu_dev_anatomy*.yaml"))) == 2  # with letters, and with answers
+    lines = (FILES / "formal_logic.jsonl").read_text().splitlines()
+    rows = datasets.Dataset.from_list([json.loads(line) for line in lines])
+    ours = TaskManager(include_path=str(FILES), include_defaults=False)
+    asked = prompts(ours, "mmlu_dev_formal_logic_continuation")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.DatasetDict(test=rows, dev=rows))
+    assert asked == prompts(TaskManager(), "mmlu_formal_logic_continuation")
+    assert len(asked) == 4 * len(lines)
+    assert asked[0][2][0].endswith("\nAnswer:")
+    assert asked[0][2][1] == f" {rows[0]['choices'][0]}"
+
+
+def sample(number: int, choices: list[str], right: int, logs: list[float]) -> dict[str, Any]:
+    asked = [("Q", f" {choice}") for choice in choices]
+    return {"doc_id": number, "arguments": asked, "filtered_resps": [(log, False) for log in logs], "target": right}
+
+
+@pytest.mark.parametrize(
+    ("questions", "nats"),
+    [
+        # of the right answer over its bytes, in order
+        ([sample(1, ["5", "four"], 1, [-1.0, -2.0]), sample(0, ["né", "no"], 0, [-6.0, -1.0])], [2.0, 0.5]),
+        ([sample(0, ["yes", "no"], 1, [0.0, -math.inf])], [None]),  # diverged
+        ([sample(0, ["A", "B"], 0, [-1.0, -2.0])], None),  # letters
+        ([{"doc_id": 0, "acc": 1.0}], None),
+    ],
+)
+def test_nats_are_those_of_the_right_answer(questions: list[dict[str, Any]], nats: list[float | None] | None) -> None:
+    assert nats_per_byte(questions) == nats
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 2])
+def test_choices_that_share_their_prompt_are_as_likely_as_alone(frozen_layers: int) -> None:
+    tokenizer = load_tokenizer(tiny_run().spec["model"])
+    built = build_language_model(tiny_run("emoe", "full", training={"frozen_layers": frozen_layers}).spec)
+    model, prefix = built.model.eval(), built.prefix
+    texts = [("Name a colour.", " red"), ("Name a colour.", " a colour like blue"), ("One plus one is", " two")]
+    texts += [("One plus one is", " not three"), ("Name a colour.", " green or so"), ("Alone", " it stands here")]
+    asked = [((a, b), tokenizer.encode(a), tokenizer.encode(b, add_special_tokens=False)) for a, b in texts]
+    assert len({len(choice) for _, _, choice in asked}) > 2
+    settings = {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    theirs, ours, again = (
+        asked_model._loglikelihood_tokens(asked, disable_tqdm=True)
+        for asked_model in (HFLM(**settings), *(SharedPromptLM(prefix=prefix, **settings) for _ in range(2)))
+    )
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert len({value for value, _ in ours}) == len(texts)
+    assert again == ours  # what the frozen layers make of the questions is read
+    assert len(list(PREFIXES.glob("*.npy"))) == (frozen_layers > 0)
