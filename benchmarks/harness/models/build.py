@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.base import DataError, derive_seed, write_json
-from benchmarks.harness.config.methods import check_not_frozen
+from benchmarks.harness.base import DataError, DefinitionError, derive_seed, write_json
 from benchmarks.harness.models.conversion import apply_method_, cached_partition, split_by_layer, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.loading import (
@@ -191,8 +190,10 @@ def _check_frozen(network: nn.Module, method: Mapping[str, Any], frozen: int) ->
     """Raise :class:`DefinitionError` if a method uses a frozen layer; planning cannot resolve ``last:2``."""
     config, tune, count = method["config"] or {}, method["tune"] or {}, len(find_ffns(network))
     for layers, verb in ((config.get("layers"), "converts"), (tune.get("blocks") or tune.get("layers"), "trains")):
-        if layers:
-            check_not_frozen(frozen, resolve_layers(layers, count)[0], f"the method '{method['name']}' {verb}")
+        if layers and (lowest := resolve_layers(layers, count)[0]) < frozen:
+            raise DefinitionError(
+                f"the method '{method['name']}' {verb} layer {lowest}, but training.frozen_layers is {frozen}"
+            )
 
 
 def _count(model: nn.Module) -> int:
