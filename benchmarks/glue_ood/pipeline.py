@@ -53,7 +53,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
     if read.transform is not None:
-        convert_trained_(classifier.model, read.method["config"], read.seed)
+        convert_trained_(classifier.model, read.method["config"])
     evaluator = TextEvaluator(
         classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, training.precision, folder
     )

@@ -58,7 +58,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         # a model that diverged has no weights to cluster, so its scores stay
         if kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
-            convert_trained_(classifier.model, read.used_as.config, read.seed)
+            convert_trained_(classifier.model, read.used_as.config)
             as_other = _evaluate(trainer, read, splits["test"], ood)
         transformed = {read.used_as.name: {"scores": as_other}}
     return {

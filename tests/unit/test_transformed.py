@@ -30,7 +30,7 @@ def test_trained_weights_are_evaluated_as_another_methods(workdir: Path, method:
     run = smoke_run("glue", method, epochs=1, keep_weights=True)
     metrics = recorded(run)
     classifier, tokenizer = reopened(run, metrics)
-    convert_trained_(classifier.model, run.spec["used_as"]["config"], run.spec["seed"])
+    convert_trained_(classifier.model, run.spec["used_as"]["config"])
     assert bool(routed_layers(classifier.model)) == (method == "vanilla")
     task, training = RunTask.model_validate(run.spec["task"]), run.spec["training"]
     evaluator = TextEvaluator(

@@ -148,15 +148,16 @@ def _convert(
     seed, tune = spec["seed"], spec["method"]["tune"]
     dense, embeddings = _count(model), _embedding_parameters(model)
     dense_ffns = sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
-    prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
-    if prefix:
+    frozen = spec["training"].get("frozen_layers")
+    prefix = Prefix(model, network, frozen) if frozen else None
+    if frozen:
         # planning cannot resolve layers such as ``last:2``
-        check_frozen({"frozen_layers": prefix.layers}, spec["method"], "the model", len(find_ffns(network)))
+        check_frozen({"frozen_layers": frozen}, spec["method"], "the model", len(find_ffns(network)))
     report = apply_method_(network, spec["method"], seed, calibration, partition)
     adapters, groups = None, cast(Groups, {})
     if tune is not None:
-        frozen = prefix.names if prefix else frozenset()
-        adapters, groups = tune_(cast(PreTrainedModel, network), spec["training"].get("lora"), tune, seed, frozen)
+        names = prefix.names if prefix else frozenset()
+        adapters, groups = tune_(cast(PreTrainedModel, network), spec["training"].get("lora"), tune, seed, names)
     if prefix:
         prefix.freeze_()
     use_sparse_(model)

@@ -14,7 +14,7 @@ from torch import nn
 import emoe
 from benchmarks.harness.base import PARTITIONS, derive_seed
 from emoe.architectures import find_ffns
-from emoe.config import EMoEConfig, resolve_layers
+from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
@@ -45,12 +45,19 @@ def apply_method_(
         noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
     if method["config"] is None:
         return None
-    config = emoe.config_from_dict(method["config"])
+    return _convert_(model, emoe.config_from_dict(method["config"]), calibration, partition)
+
+
+def _convert_(
+    model: nn.Module,
+    config: EMoEConfig | GMoEConfig,
+    calibration: Iterable[Mapping[str, Any]] = (),
+    partition: Mapping[int, torch.Tensor] | None = None,
+) -> emoe.ConversionReport:
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
     if config.router == "fixed":  # fixes the experts that avg-k uses most
-        by_token = {**method, "noise": 0.0, "config": dataclasses.replace(config, router="avg_k").to_dict()}
-        report = apply_method_(model, by_token, seed, calibration, partition)
+        report = _convert_(model, dataclasses.replace(config, router="avg_k"), calibration, partition)
         # a rebuilt model loads its counts later
         unknown = torch.ones(config.num_experts, dtype=torch.int64)
         usage = dict.fromkeys(partition, unknown) if partition is not None else _count_usage(model, calibration)
@@ -62,12 +69,12 @@ def apply_method_(
     return emoe.convert_(model, config, partition=partition, calibration=calibration if counts else None)
 
 
-def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
+def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None:
     """Make a trained EMoE dense (``config`` None), or a trained dense model an EMoE, in place."""
     if config is None:
         emoe.to_dense_(model)
     else:
-        apply_method_(model, {"noise": 0.0, "config": config}, seed)
+        _convert_(model, emoe.config_from_dict(config))
         use_sparse_(model)
 
 

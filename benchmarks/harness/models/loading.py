@@ -113,9 +113,8 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
             borrowed.bos_token, borrowed.eos_token = borrowed.cls_token, borrowed.sep_token
         return borrowed
     with loading_errors(model):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            _model_folder(model), trust_remote_code=False
-        )
+        folder = str(_model_folder(model))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder, depending on the other rows of the batch
@@ -135,7 +134,7 @@ def load_config(model: Mapping[str, Any]) -> PreTrainedConfig:
     if "config" in model:
         return AutoConfig.for_model(**model["config"])
     with loading_errors(model):
-        return AutoConfig.from_pretrained(_model_folder(model), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(_model_folder(model)), trust_remote_code=False)
 
 
 def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
 from emoe.architectures import find_ffns
@@ -172,7 +174,7 @@ class PrefixStates:
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
         with hold(folder / f".{key}.lock"):
-            if not _is_whole(file, int(ends[-1])):
+            if not file.exists():
                 _write(file, prefix, ends, lengths, batch)
         self._values, self._ends, self._lengths = np.load(file, mmap_mode="r"), ends, lengths
 
@@ -193,12 +195,9 @@ def collate_states(
         batch = dict(collate([{name: value for name, value in row.items() if name != STATES} for row in rows]))
         count, tokens = batch["input_ids"].shape
         if count != len(rows):  # packed
-            batch[STATES] = torch.cat(states)[None]
-            return batch
-        batch[STATES] = states[0].new_zeros(count, tokens, states[0].shape[1])
-        for row, values in enumerate(states):
-            batch[STATES][row, : len(values)] = values
-        return batch
+            return {**batch, STATES: torch.cat(states)[None]}
+        padded = pad_sequence(states, batch_first=True)
+        return {**batch, STATES: F.pad(padded, (0, 0, 0, tokens - padded.shape[1]))}
 
     return collated
 
@@ -216,13 +215,6 @@ def _key(prefix: Prefix, rows: str, lengths: Sequence[int]) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     shapes = [_VERSION, prefix.digest, prefix.layers, rows, len(lengths), device, torch.get_num_threads()]
     return hashlib.sha256(json.dumps([*shapes, torch.__version__]).encode()).hexdigest()[:24]
-
-
-def _is_whole(file: Path, tokens: int) -> bool:
-    try:
-        return len(np.load(file, mmap_mode="r")) == tokens
-    except (OSError, ValueError):  # missing, or cut short
-        return False
 
 
 def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch) -> None:
