@@ -59,16 +59,15 @@ def cli() -> None:
 
 
 @cli.command("list")
-@click.argument("kind", type=click.Choice([*_KINDS, *_SUITES]), metavar="[KIND|SUITE]", required=False)
+@click.argument("kind", type=click.Choice([*_KINDS, *_SUITES]), metavar="KIND|SUITE")
 @_suite
 @_json
-def list_command(kind: str | None, suite: str, as_json: bool) -> None:
+def list_command(kind: str, suite: str, as_json: bool) -> None:
     """List suites, benchmarks, methods, tasks and more.
 
-    Without a KIND, how much there is of each; with the name of a suite, its runs. `paper` lists the paper's tables and
-    figures with their files of `--suite`.
+    With the name of a suite, its runs. `paper` lists the paper's tables and figures with their files of `--suite`.
     """
-    from benchmarks.harness.config.listing import LISTS, overview, suite_rows
+    from benchmarks.harness.config.listing import LISTS, suite_rows
 
     if kind == "paper":
         from benchmarks.harness.report.paper import paper_index
@@ -77,7 +76,7 @@ def list_command(kind: str | None, suite: str, as_json: bool) -> None:
     elif kind in _SUITES:
         rows = suite_rows(_load_suite(kind).runs)
     else:
-        rows = LISTS[kind]() if kind else overview()
+        rows = LISTS[kind]()
     if as_json:
         _echo_json(rows)
     else:

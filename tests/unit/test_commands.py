@@ -78,11 +78,9 @@ def test_what_cannot_be_done_is_one_line(
 
 def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "suite_names", lambda: ["domainbed_large"])  # planning the others takes seconds
-    amounts = {row["kind"]: row["how_many"] for row in json.loads(call("list", "--json"))}
-    assert list(amounts) == list(listing.LISTS)
-    for kind, many in amounts.items():
+    for kind in listing.LISTS:
         rows, text = json.loads(call("list", kind, "--json")), call("list", kind)
-        assert len(rows) == many
+        assert rows
         assert all(row["name"] in text for row in rows)
 
 
