@@ -53,15 +53,14 @@ def cli() -> None:
 
 
 @cli.command("list")
-@click.argument("kind", default="", metavar="[KIND|SUITE]")
+@click.argument("kind", metavar="KIND|SUITE")
 @_suite
 def list_command(kind: str, suite: str) -> None:
     """List suites, benchmarks, methods, tasks and more.
 
-    Without a KIND, how much there is of each; with the name of a suite, its runs. `paper` lists the paper's tables and
-    figures with their files of `--suite`.
+    With the name of a suite, its runs. `paper` lists the paper's tables and figures with their files of `--suite`.
     """
-    from benchmarks.harness.config.listing import LISTS, overview, suite_rows
+    from benchmarks.harness.config.listing import LISTS, suite_rows
 
     if kind == "paper":
         from benchmarks.harness.report.paper import paper_index
@@ -70,7 +69,7 @@ def list_command(kind: str, suite: str) -> None:
     elif kind in LISTS:
         _echo_table(LISTS[kind]())
     else:
-        _echo_table(suite_rows(_load_suite(kind).runs) if kind else overview())
+        _echo_table(suite_rows(_load_suite(kind).runs))
 
 
 @cli.command()

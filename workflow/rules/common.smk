@@ -129,12 +129,12 @@ def code_of(*benchmarks):
 
 def in_report(shown, category):
     # figures, which Snakemake's own report names by what they show
+    labels = {}
+    for file in shown.figure_files("{suite}"):
+        stem, end = os.path.basename(file).rsplit(".", 1)
+        labels[file] = {"figure": stem.replace("_", " "), "format": end}
     said = dict(caption="../report/figure.rst", category=category)
-    files = {file: os.path.basename(file).rsplit(".", 1) for file in shown.figure_files("{suite}")}
-    return [
-        report(file, labels={"figure": stem.replace("_", " "), "format": end}, **said)
-        for file, (stem, end) in files.items()
-    ]
+    return [report(file, labels=labels[file], **said) for file in labels]
 
 
 def suite_outputs(suite):

@@ -109,15 +109,12 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
         compare: The comparison.
         file: The file of the comparison.
         at: The keys that lead to it in the file.
-
-    Raises:
-        DefinitionError: a name does not exist; names the file, the key and the nearest valid value.
     """
     where = f"{file}: '{at}"
     check_names(where, "benchmark", [compare.benchmark], benchmark_names())
     benchmark = load_benchmark(compare.benchmark)
     check_names(where, "method", [compare.method], benchmark.row_titles)
-    check_names(where, "against", [compare.against], benchmark.row_titles.keys() - {compare.method})
+    check_names(where, "against", [compare.against], [row for row in benchmark.row_titles if row != compare.method])
     check_names(where, "domain", [compare.domain], benchmark.domains)
     domain, metrics = benchmark.domains[compare.domain], load_metrics()
     # only counts, which are equal or not, need no margin

@@ -15,28 +15,6 @@ from benchmarks.harness.config.suite import plain_suite, suite_names, suite_part
 Row = dict[str, Any]
 
 
-def overview() -> list[Row]:
-    """Count the entries of each list."""
-    # planning the runs of suites takes seconds
-    names = {kind: suite_names() if kind == "suites" else rows() for kind, rows in LISTS.items()}
-    return [{"kind": kind, "how_many": len(entries)} for kind, entries in names.items()]
-
-
-def _suites() -> list[Row]:
-    suites = map(plain_suite, suite_names())
-    return [
-        {"name": suite.name, "runs": len(suite.runs), "benchmarks": list(suite.settings.benchmarks)} for suite in suites
-    ]
-
-
-def _benchmarks() -> list[Row]:
-    definitions = {name: load_benchmark(name).definition for name in benchmark_names()}
-    return [
-        {"name": name, "title": definition.title, "suites": sorted(suite_parts(name))}
-        for name, definition in definitions.items()
-    ]
-
-
 def _tasks() -> list[Row]:
     return [{"benchmark": name, **row} for name in benchmark_names() for row in _rows(load_benchmark(name).tasks)]
 
@@ -71,8 +49,14 @@ def _values(values: Iterable[str]) -> list[str]:
 
 
 LISTS: dict[str, Callable[[], list[Row]]] = {
-    "suites": _suites,
-    "benchmarks": _benchmarks,
+    "suites": lambda: [
+        {"name": suite.name, "runs": len(suite.runs), "benchmarks": list(suite.settings.benchmarks)}
+        for suite in map(plain_suite, suite_names())
+    ],
+    "benchmarks": lambda: [
+        {"name": name, "title": load_benchmark(name).definition.title, "suites": sorted(suite_parts(name))}
+        for name in benchmark_names()
+    ],
     "methods": lambda: _rows(load_methods(), "kind", "role"),
     "tasks": _tasks,
     "models": lambda: _rows(load_models(), "modality", "hub", "package", "timm"),

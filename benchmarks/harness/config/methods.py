@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import (
+    KEEP_INTEGER,
     Count,
     Counts,
     ExplicitNulls,
@@ -32,17 +34,7 @@ from benchmarks.harness.config.yaml import (
     refusal,
     registered,
 )
-from emoe.config import (
-    ROUTERS,
-    BalanceLoss,
-    EMoEConfig,
-    GMoEConfig,
-    Partition,
-    Score,
-    Selection,
-    Weighting,
-    resolve_layers,
-)
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import ConfigError, nearest_divisor
 
 if TYPE_CHECKING:
@@ -220,10 +212,28 @@ Role = Literal["baseline", "method", "control", "ablation"]
 Kind = Literal["dense", "emoe", "gmoe"]
 
 
-class Method(ExplicitNulls):
+def _config_fields() -> dict[str, Any]:
+    """Return the fields of EMoEConfig and GMoEConfig with their types and bounds, all of them optional."""
+    bounds = {"minimum": "ge", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
+    fields: dict[str, Any] = {}
+    for config in (EMoEConfig, GMoEConfig):
+        hints = get_type_hints(config)
+        for field in dataclasses.fields(config):
+            limits = Field(**{bounds[key]: limit for key, limit in field.metadata.items()})
+            fields[field.name] = (Annotated[hints[field.name], limits, KEEP_INTEGER] | None, None)
+    del fields["version"]
+    return fields
+
+
+CONFIG_FIELDS = _config_fields()
+_ConfigFields: Any = create_model("_ConfigFields", __base__=ExplicitNulls, **CONFIG_FIELDS)
+
+
+class Method(_ConfigFields):  # type: ignore[misc]
     """A method, or some of its settings: methods.yaml defines it; a benchmark, a suite and a grid may change it.
 
-    Each of these files gives some keys. :func:`merge_methods` merges them; the result has a title and a kind.
+    Each of these files gives some keys, also those of :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`.
+    :func:`merge_methods` merges them; the result has a title and a kind.
     """
 
     method: str | None = None
@@ -246,47 +256,12 @@ class Method(ExplicitNulls):
     given."""
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
-    # the fields of EMoEConfig and GMoEConfig, which check how they go together
-    num_experts: Count | None = None
-    """Number of experts N. EMoE: N must divide the FFN's width."""
-    top_k: Count | None = None
-    """Number of experts that each token uses."""
     layers: Layers | None = None
     """FFNs to convert: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
-    capacity_factor: Positive | None = None
-    """Factor c that limits each expert to `top_k * int(c * ceil(T / N))` of a pass's T tokens; null for no limit."""
-    count_padding: bool | None = None
-    """Count padding in capacity and balance loss."""
-    router_noise: NotNegative | None = None
-    """Standard deviation of the noise on training scores, times num_experts."""
-    aux_loss_coefficient: NotNegative | None = None
-    """Weight of the balance loss."""
-    balance_loss: BalanceLoss | None = None
-    """`corrected`, or `published` for the authors' formula."""
-    expert_dropout: Rate | None = None
-    """Dropout probability on the hidden neurons of the converted FFNs."""
-    dropout_position: Literal["before", "after"] | None = None
-    """Dropout `after` the activation (the authors' vision code) or `before` it (language)."""
-    output_bias: Literal["shared", "per_expert", "per_expert_whole"] | None = None
-    """`shared` keeps the FFN's single output bias, `per_expert` gives each expert its own bias, and `per_expert_whole`
-    gives each copy of a GMoE the whole bias."""
-    partition: Partition | None = None
-    """Grouping of the neurons: `kmeans`, `coactivation`, `random` or `contiguous`."""
     partition_seed: Whole | Literal["run"] | None = None
     """Seed of the partition; `run` takes the run's own seed."""
     router: Annotated[str, registered(ROUTERS)] | None = None
     """A registered router. `avg_k` scores an expert by the mean of its keys, `cosine` is EMoE-learn's."""
-    selection: Selection | None = None
-    """Experts that are used: the `top` k by score, the `bottom` k, `random` k, or all but the top k (`not_top`)."""
-    score: Score | None = None
-    """avg-k's score of an expert: by `keys`, or a mean over the neurons of `gate`, `up`, `up_abs`, `inter` or
-    `inter_abs`."""
-    score_bias: bool | None = None
-    """Add the mean bias of the expert's neurons to the `keys` score."""
-    gate_momentum: Rate | None = None
-    """Momentum of running mean keys; with 0 they always follow the weights."""
-    weighting: Weighting | None = None
-    """Weights of the chosen experts: `binary`, `softmax` or `softmax_times_k`."""
 
     def model_post_init(self, _context: Any, /) -> None:
         if self.top_k is not None and self.top_k_fraction is not None:
@@ -294,11 +269,7 @@ class Method(ExplicitNulls):
 
     def config_values(self) -> dict[str, Any]:
         """Return the configuration's fields that are set; ``partition_seed`` may be ``run``."""
-        return {name: value for name, value in self.given().items() if name not in _NO_CONFIG}
-
-
-# keys of a method that are not fields of its configuration
-_NO_CONFIG = {"method", "title", "kind", "role", "noise", "tune", "also_train", "as_published", "top_k_fraction"}
+        return {name: value for name, value in self.given().items() if name in CONFIG_FIELDS}
 
 
 class LoRA(Strict):
@@ -328,11 +299,7 @@ class VariantAxes(Strict):
 
 
 def import_plugins() -> None:
-    """Import the plugins of ``methods.yaml``, which register routers and tunings in this process.
-
-    Raises:
-        DefinitionError: A plugin cannot be imported.
-    """
+    """Import the plugins of ``methods.yaml``, which register routers and tunings in this process."""
     file = BENCHMARKS / "methods.yaml"
     content = read_yaml(file)
     # the methods, which may use the plugins' names, are checked later
@@ -362,11 +329,7 @@ class MethodFile(Strict):
 
 @functools.cache
 def load_methods() -> dict[str, Method]:
-    """Load the methods of ``benchmarks/methods.yaml``, after its plugins are imported.
-
-    Raises:
-        DefinitionError: A plugin, key or value does not exist.
-    """
+    """Load the methods of ``benchmarks/methods.yaml``, after its plugins are imported."""
     import_plugins()
     file = BENCHMARKS / "methods.yaml"
     methods = read(file, MethodFile).methods

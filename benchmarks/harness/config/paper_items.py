@@ -137,12 +137,7 @@ class PaperOutput:
 
 @functools.cache
 def load_paper() -> PaperFile:
-    """Load the paper's tables and figures, and the averages of its main figure.
-
-    Raises:
-        DefinitionError: The file is wrong, or names a benchmark, table, figure or method that does not exist; names
-            the nearest.
-    """
+    """Load the paper's tables and figures, and the averages of its main figure."""
     file = BENCHMARKS / "paper.yaml"
     content = read(file, PaperFile)
     for name, item in content.items.items():
@@ -155,11 +150,7 @@ def load_paper() -> PaperFile:
 
 
 def check_part(part: PaperPart, where: str) -> None:
-    """Check that benchmark, table, figure and rows of a part exist.
-
-    Raises:
-        DefinitionError: Names the key and the nearest valid value.
-    """
+    """Check that benchmark, table, figure and rows of a part exist."""
     check_names(where, "benchmark", [part.benchmark], benchmark_names())
     benchmark = load_benchmark(part.benchmark)
     for kind in ("table", "set_table", "figure"):

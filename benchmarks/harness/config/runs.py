@@ -51,7 +51,7 @@ def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*trained_sets(spec), *spec["ood"]]
 
 
-_SLUG_LENGTH = 80
+_READABLE = 71  # most characters of an id before its hash
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Run:
     """Hold one fully resolved run.
 
     Attributes:
-        id: A readable slug and eight hex digits of the hash of ``spec``.
+        id: A readable text and eight hex digits of the hash of ``spec``.
         spec: Everything that shapes the numbers, plain values only. The suite is not part of it, so
             that suites share runs.
         resources: The resources that the scheduler reserves; they shape no number and are not part of the id.
@@ -100,21 +100,12 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
         parts.append(f"lr{spec['learning_rate']:g}")
     if method:  # a measurement has no seed
         parts.append(f"s{spec['seed']}")
-    return Run(f"{slug('-'.join(part for part in parts if part))}-{digest}", dict(spec))
-
-
-def slug(text: str) -> str:
-    """Return the readable part of an id."""
-    return re.sub(r"[^A-Za-z0-9._+-]", "_", text)[: _SLUG_LENGTH - 9]
+    text = re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(part for part in parts if part))
+    return Run(f"{text[:_READABLE]}-{digest}", dict(spec))
 
 
 def read_run(path: Path) -> Run:
-    """Read a ``run.json``.
-
-    Raises:
-        DefinitionError: The file does not match the name of its folder.
-        DataError: The file is missing or not JSON.
-    """
+    """Read a ``run.json``, and check that its content matches the name of its folder."""
     advice = f"the workflow writes it when it runs `{path.parent}/metrics.json`"
     spec = read_json(path, dict[str, Any], advice)
     try:

@@ -51,11 +51,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[e
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse one YAML file.
-
-    Raises:
-        DefinitionError: The file is missing, cannot be read or is not valid YAML; names the line.
-    """
+    """Parse one YAML file."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
@@ -241,9 +237,6 @@ def check_names(where: str, key: str, names: Iterable[str], valid: Collection[st
         key: The key.
         names: The names under the key.
         valid: The valid names.
-
-    Raises:
-        DefinitionError: A name is not valid; names the nearest.
     """
     for name in names:
         if name not in valid:
@@ -260,9 +253,6 @@ def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[
         name: The name of the CSV.
         folder: The folder of the CSV.
         columns: The columns before value, status and source.
-
-    Raises:
-        DefinitionError: The CSV is missing or has other columns; names the nearest CSV.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
     check_names(where, key, [name], known)
