@@ -20,8 +20,8 @@ from benchmarks.harness.training.callbacks import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
-from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.outcomes import CHOICE, select_runs
+from benchmarks.text.training import TextEvaluator
 from benchmarks.text.usage import RoutingRecorder
 from emoe.errors import CheckpointError
 from emoe.layer import routed_layers

@@ -48,12 +48,12 @@ class MultitaskOutcomes(TextOutcomes):
         scores = seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
         return join_claim_numbers(scores[scores["domain"] != ID_MEAN], parameter_counts(self.records))
 
-    def _seeds(self, protocol: str) -> pd.DataFrame:
-        seeds = super()._seeds(protocol)
+    def _seeds(self) -> pd.DataFrame:
+        seeds = super()._seeds()
         mixtures = self.benchmark.definition.mixtures
         tasks = seeds[(seeds["domain"] == ID) & seeds["task"].isin(mixtures)]
-        means = tasks.groupby(["model", "task", "method", "seed"], sort=False)["value"].mean().reset_index()
-        return pd.concat([seeds, means.assign(domain=ID_MEAN, eval_task="", protocol=protocol)], ignore_index=True)
+        means = tasks.groupby(["protocol", "model", "task", "method", "seed"], sort=False)["value"].mean()
+        return pd.concat([seeds, means.reset_index().assign(domain=ID_MEAN, eval_task="")])
 
     def _transfer(self) -> pd.DataFrame:
         seeds = self.seeds[(self.seeds["protocol"] == CLEAN) & (self.seeds["domain"] == ID)]

@@ -84,7 +84,7 @@ def results(outcomes: MultitaskOutcomes) -> Table:
             Column("score", f"{name}_mean", name, std=f"{name}_std", best=True),
             Column("score", f"{name}_delta", f"Δ {name}", interval=interval, signed=True),
         ]
-    chosen = outcomes.chosen[CLEAN]
+    chosen = outcomes.chosen[outcomes.chosen["protocol"] == CLEAN]
     rates = chosen.groupby(CELL, sort=False)["learning_rate"].first().map("{:.1e}".format).rename("rate")
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = frame.merge(rates, left_on=CELL, right_index=True, how="left")
@@ -160,7 +160,7 @@ def verdicts(outcomes: MultitaskOutcomes) -> Iterator[str]:
     rows = rows[rows["method"].map(outcomes.role) == "method"]
     for names, group in outcomes.order(rows, CELL).groupby(CELL, sort=False):
         titles = ", ".join(outcomes.title(key, name) for key, name in zip(CELL, names, strict=True))
-        yield f"{titles} (n = {group['n'].max()}): {differences_text(group, outcomes)}."
+        yield f"{titles} (n = {group['n'].max()}): {differences_text(group)}."
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:

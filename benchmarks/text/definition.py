@@ -332,13 +332,12 @@ class TaskFile(Strict):
         tasks = content.get("tasks") if isinstance(content, dict) else None
         if not isinstance(tasks, dict):
             return content
-        return {**content, "tasks": {name: _completed(name, task) for name, task in tasks.items()}}
-
-
-def _completed(name: object, task: Any) -> Any:
-    if not isinstance(task, dict) or "metric" not in task:
-        return task
-    return {"ood_metrics": [task["metric"]], **task, "name": name}
+        complete = {
+            name: {"ood_metrics": [task["metric"]], **task, "name": name}
+            for name, task in tasks.items()
+            if isinstance(task, dict) and "metric" in task
+        }
+        return {**content, "tasks": {**tasks, **complete}}
 
 
 class UsedAs(Strict):
