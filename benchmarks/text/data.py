@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import hashlib
 import math
@@ -10,7 +9,7 @@ import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,11 +87,6 @@ class TextSplit:
     def _rows(self, chosen: Sequence[int]) -> TextSplit:
         return replace(self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen])
 
-    @functools.cached_property
-    def texts_digest(self) -> str:
-        """Return the sha256 of the texts."""
-        return _digest(self.texts)
-
     @property
     def has_classes(self) -> bool:
         """Return True if labels are class numbers, not regression scores."""
@@ -105,20 +99,16 @@ class TextSplit:
 
     def summary(self) -> dict[str, Any]:
         """Return source, digest and row counts, in total and by class (for a regression: the range of scores)."""
-        digest = _digest(zip(self.texts, self.labels, strict=True))[:16]
-        summary: dict[str, Any] = {"source": self.source, "digest": digest, "rows": len(self), "dropped": self.dropped}
+        digest = hashlib.sha256()
+        for row in zip(self.texts, self.labels, strict=True):
+            digest.update(repr(row).encode())
+        summary: dict[str, Any] = {"source": self.source, "digest": digest.hexdigest()[:16], "rows": len(self)}
+        summary["dropped"] = self.dropped
         if self.has_classes:
             summary["labels"] = {str(label): count for label, count in sorted(Counter(self.labels).items())}
         else:
             summary["range"] = [min(self.labels), max(self.labels)]
         return summary
-
-
-def _digest(rows: Iterable[object]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
 
 
 def resolve_part(splits: Splits, part: str) -> str:
