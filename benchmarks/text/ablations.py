@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from benchmarks.harness.report.common import (
     with_numbers,
 )
 from benchmarks.harness.report.presentation import Figure
-from benchmarks.harness.report.style import MethodStyle, curve_styles
+from benchmarks.harness.report.style import curve_styles
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
@@ -37,19 +37,6 @@ _AVERAGE_OF = "average of "
 _LETTERS = ["D", "k", "N", "L"]  # of settings: share of the rows, k/N, N, layers
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
-
-
-def ablation_tables(outcomes: TextOutcomes) -> dict[str, Callable[[TextOutcomes], Table]]:
-    """Return a function for the table of each ablation of a benchmark."""
-    return {name: partial(ablation_table, name=name) for name in outcomes.benchmark.definition.ablations}
-
-
-def ablation_figures(outcomes: TextOutcomes) -> dict[str, Figure]:
-    """Return the figure of each ablation of a benchmark."""
-    return {
-        name: Figure(partial(draw_ablation, name=name), _caption(definition, outcomes.baseline_title))
-        for name, definition in outcomes.benchmark.definition.ablations.items()
-    }
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
@@ -218,35 +205,31 @@ _AXES = {
 }
 
 
-def _caption(definition: Ablation, baseline: str) -> str:
-    """Describe the figure of an ablation."""
-    if definition.axis:
-        return (
-            f"{definition.title}. Scores over {_AXES[definition.axis][2]}, with 95 % intervals. The dashed line is the "
-            f"mean of {baseline}. Separate panels show the paper's numbers. Axes do not start at zero."
-        )
-    reference = "the row above" if definition.steps else baseline
-    crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
-    return f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals{crosses}."
-
-
-def draw_ablation(outcomes: TextOutcomes, path: Path, name: str) -> None:
-    """Draw the figure of an ablation: curves over its axis, else a forest plot of differences."""
+def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
+    """Return the figure of an ablation: curves over its axis, else a forest plot of differences."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
-    rows = ablation_rows(outcomes, definition)
     if definition.axis:
-        draw_curves(outcomes.ablated, rows, path, *_AXES[definition.axis][:2])
-    else:
-        draw_differences(outcomes.ablated, rows, path, "the row above" if definition.steps else "the baseline")
+        return Figure(
+            partial(draw_curves, name=name),
+            f"{definition.title}. Scores over {_AXES[definition.axis][2]}, with 95 % intervals. The dashed line is the "
+            f"mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not start at zero.",
+        )
+    reference = "the row above" if definition.steps else outcomes.baseline_title
+    crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
+    return Figure(
+        partial(draw_differences, name=name),
+        f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals{crosses}.",
+    )
 
 
-def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str) -> None:
+def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     """Draw the differences of :func:`ablation_rows` to their reference as a forest plot.
 
     Lines are sets, and marks are methods. If ours and the paper's have one set each, lines are methods instead. Many
     sets are replaced by averages. Intervals (95 %) need three seeds; crosses are the paper's means over its sets.
     """
-    rows = _with_paper_rows(rows)
+    definition: Ablation = outcomes.benchmark.definition.ablations[name]
+    rows = _with_paper_rows(ablation_rows(outcomes, definition))
     rows = rows[rows["delta"].notna()]
     ours, paper = rows[rows["is_ours"]], rows[~rows["is_ours"]]
     if ours.empty:
@@ -255,19 +238,20 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
     if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
         ours = ours[ours["is_average"]]
     rows = pd.concat([ours, _paper_means(paper)]) if len(paper) else ours
-    styles: dict[str, MethodStyle] = {}
+    styles = {method: outcomes.style(method) for method in rows["method"].unique()}
     if rows.groupby("who")["where"].nunique().max() == 1:
         rows = rows.assign(panel="", line=rows["method_title"], series=rows["who"] + ", " + rows["where"])
     else:
         rows = rows.assign(panel=rows["who"], line=rows["where"], series=rows["method_title"])
-        for name in rows["method"].unique():
-            style = outcomes.style(name)
-            styles[name] = replace(style, hollow=True) if style in styles.values() else style
-    marks = [styles.get(name, outcomes.style(name)) for name in rows["method"]]
-    shown = zip(marks, rows["is_ours"], strict=True)
-    marks = [style if is_ours else replace(style, marker="x") for style, is_ours in shown]
+        for number, (method, style) in enumerate(list(styles.items())):
+            if style in list(styles.values())[:number]:
+                styles[method] = replace(style, hollow=True)
+    marks = [
+        styles[row.method] if row.is_ours else replace(styles[row.method], marker="x") for row in rows.itertuples()
+    ]
     lines = [textwrap.fill(line, _LINE) for line in rows["line"]]
-    plots.draw_forest(rows.assign(style=marks, line=lines), path, plots.difference_label(reference, ours["n"]))
+    label = plots.difference_label("the row above" if definition.steps else "the baseline", ours["n"])
+    plots.draw_forest(rows.assign(style=marks, line=lines), path, label)
 
 
 def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -280,23 +264,25 @@ def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(where=rows["where"].where(rows["sets"].eq(1), means))
 
 
-def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: str, label: str) -> None:
-    """Draw the scores of :func:`ablation_rows` over the setting with the letter ``axis``.
+def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
+    """Draw the scores of :func:`ablation_rows` over the axis of an ablation.
 
     Each model, selection and scope has a panel. Intervals (95 %) need three seeds. The dashed line is the baseline.
     """
+    definition = outcomes.benchmark.definition.ablations[name]
+    axis, axis_label, _ = _AXES[definition.axis]
     panels = [
         (title, group, list(_curves(group, axis)))
-        for title, group in panel_rows(rows)
+        for title, group in panel_rows(ablation_rows(outcomes, definition))
         if group.loc[group[axis].ne(""), axis].nunique() > 1
     ]
     if not any(group["is_ours"].any() for _, group, _ in panels):
         plots.placeholder_figure(path, _NO_RUNS)
         return
     styles = curve_styles(
-        (name, outcomes.style(points["method"].iloc[0])) for _, _, curves in panels for name, points in curves
+        (label, outcomes.style(points["method"].iloc[0])) for _, _, curves in panels for label, points in curves
     )
-    names = list(styles)
+    labels = list(styles)
     columns = min(len(panels), _COLUMNS)
     lines = math.ceil(len(panels) / columns)
     size = (min(2.1 * columns + _NAMES, plots.WIDTH), 2.2 * lines + 0.5)
@@ -304,10 +290,10 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
         for panel, (title, group, curves) in zip(axes.flat, panels, strict=False):
             values = sorted({float(value) for value in group[axis] if value})
             apart = 0.012 * (values[-1] - values[0])
-            for name, points in curves:
-                shift = apart * (names.index(name) - (len(names) - 1) / 2)  # so that no interval hides another
+            for label, points in curves:
+                shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
                 half = None if points["half"].isna().all() else points["half"] * 100
-                style = {"label": name, "ms": 3.5, "lw": 1.2, "capsize": 2, **styles[name]}
+                style = {"label": label, "ms": 3.5, "lw": 1.2, "capsize": 2, **styles[label]}
                 panel.errorbar(points[axis].astype(float) + shift, points["score"] * 100, yerr=half, **style)
             for score in group.loc[group["is_baseline"], "score"].head(1):
                 reference = f"mean of {outcomes.baseline_title}"
@@ -319,7 +305,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
             ticks = [f"{value:g}" if named else "" for value, named in zip(values, is_named, strict=True)]
             panel.set_xticks(values, ticks, size=7)
             panel.set_title(title, fontsize=8)
-            panel.set_xlabel(label, fontsize=7)
+            panel.set_xlabel(axis_label, fontsize=7)
         plots.legend_below(figure, axes.flat, 2)
         figure.supylabel("Score (%)", fontsize=8)
 

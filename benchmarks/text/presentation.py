@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark
@@ -10,7 +11,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, make
 from benchmarks.harness.report.table import Table
 from benchmarks.harness.results.records import read_metrics
-from benchmarks.text.ablations import ablation_figures, ablation_tables
+from benchmarks.text.ablations import ablation_figure, ablation_table
 from benchmarks.text.figures import FIGURES
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.tables import TABLES, verdicts
@@ -44,11 +45,11 @@ def present_text(
     optimizer: str,
 ) -> Presentation:
     """Present a text benchmark: tables, figures, ablations, and a verdict on every method."""
-    outcomes = TextOutcomes(benchmark, runs)
+    outcomes, ablations = TextOutcomes(benchmark, runs), benchmark.definition.ablations
     return make(
         benchmark,
-        {**tables, **ablation_tables(outcomes)},
-        {**figures, **ablation_figures(outcomes)},
+        {**tables, **{name: partial(ablation_table, name=name) for name in ablations}},
+        {**figures, **{name: ablation_figure(outcomes, name) for name in ablations}},
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,

@@ -13,18 +13,10 @@ from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import information_numbers, scores_of
 from benchmarks.harness.results.statistics import PERMUTATIONS
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
-from benchmarks.text.outcomes import (
-    CELL,
-    CHOICE,
-    KEYS,
-    PROTOCOLS,
-    TextOutcomes,
-    choices,
-    choosing_scores,
-)
+from benchmarks.text.outcomes import CELL, CHOICE, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
 from benchmarks.text.traces import trace_table
 
-AVERAGE, RANK = "average", "OOD Friedman rank"  # scopes of the paper's numbers
+RANK = "OOD Friedman rank"  # scope of the paper's ranks
 DOMAINS = {ID: "in domain", OOD: "out of domain"}
 _ROW = ["model", "protocol", "method"]
 BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
@@ -36,9 +28,9 @@ _SELECTIONS = (
 
 
 def results(outcomes: TextOutcomes) -> Table:
-    """Make a table of scores under both selections, differences to the baseline, ranks and costs."""
+    """Make a table of scores under both selections, differences to the baseline, and costs."""
     frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
-    columns = {}
+    columns = []
     for prefix, domain, protocol, score, delta, std in (
         ("id", ID, CLEAN, "ID", "Δ ID", "std"),
         ("ood", OOD_MEAN, CLEAN, "OOD", "Δ OOD", "std"),
@@ -46,7 +38,7 @@ def results(outcomes: TextOutcomes) -> Table:
     ):
         numbers = ["mean", "std", "population_std", "delta", "low", "high"]
         frame = common.with_numbers(frame, CELL, outcomes.of(domain, protocol)[[*CELL, *numbers]], f"{prefix}_")
-        columns[prefix] = [
+        columns += [
             Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=True),
             Column("score", f"{prefix}_delta", delta, interval=(f"{prefix}_low", f"{prefix}_high"), signed=True),
         ]
@@ -60,12 +52,7 @@ def results(outcomes: TextOutcomes) -> Table:
         f"training. {_SELECTIONS} Bold marks the best method, without controls. Time, neurons and parameters are from "
         f"the clean runs, if there are any. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
-        [
-            *columns["id"],
-            *columns["ood"],
-            *columns["published"],
-            *(Column(metric, metric) for metric in took),
-        ],
+        [*columns, *(Column(metric, metric) for metric in took)],
         frame,
         group=("model", "task"),
         origins=outcomes.shared_origins,
@@ -128,8 +115,7 @@ def tests(outcomes: TextOutcomes) -> Table:
 
 def ood(outcomes: TextOutcomes) -> Table:
     """Make a table of scores on every set, by training task."""
-    rows = outcomes.rows
-    rows = rows[(rows["protocol"] == CLEAN) & rows["domain"].isin([ID, OOD])]
+    rows = outcomes.rows[(outcomes.rows["protocol"] == CLEAN) & outcomes.rows["domain"].isin([ID, OOD])]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
     numbers = rows[["eval_task", *CELL, "mean", "std"]]
     frame = outcomes.order(common.format_counts(rows, CELL), CELL)
@@ -177,9 +163,9 @@ def choices_table(outcomes: TextOutcomes) -> Table:
     tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
     return Table(
         "Hyper-parameters, and the choice",
-        "The choice (✓) has the best mean choosing score over n seeds; ID and OOD scores choose nothing. A "
-        "method with more choices has more chances. In a variant, N is the number of experts, k the share of experts in "
-        f"use, L the converted layers. {_SELECTIONS}",
+        "The choice (✓) has the best mean choosing score over n seeds; ID and OOD scores choose nothing. A method with "
+        "more choices has more chances. In a variant, N is the number of experts, k the share of experts in use, L the "
+        f"converted layers. {_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", **KEYS}
         | {"variant_shown": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
         [
@@ -237,7 +223,6 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
 
 
 _PUBLISHED_KEY = ["model", "scope", "method"]
-_OURS = {"mean": "", "delta": "_delta", "low": "_low", "high": "_high", "n": "_n"}  # after the selection's name
 
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
@@ -294,19 +279,16 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
                 if ran == tasks or method == outcomes.baseline:
                     part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
                     averages.append({**scope, "method": method, **part[["mean", "delta"]].mean()})
-    columns = [*_PUBLISHED_KEY, *_OURS]
-    ours = pd.concat([rows[columns], pd.DataFrame(averages, columns=columns)]) if averages else rows[columns]
-    return ours.rename(columns={name: f"{protocol}{end}" for name, end in _OURS.items()})
+    numbers = ["mean", "delta", "low", "high", "n"]
+    ours = rows[[*_PUBLISHED_KEY, *numbers]]
+    ours = pd.concat([ours, pd.DataFrame(averages, columns=ours.columns)]) if averages else ours
+    return ours.rename(columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol})
 
 
 def _average_name(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
-    """Return the name of an average over tasks; :data:`AVERAGE` for all tasks that the paper trains on."""
-    glue = {
-        name
-        for name, task in outcomes.benchmark.tasks.items()
-        if task.splits.train is not None and task.source.vader_sentiment is None
-    }
-    return AVERAGE if set(tasks) == glue else ", ".join(outcomes.title("task", task) for task in tasks)
+    """Return the name of an average over tasks; ``average`` for all tasks that the paper trains on."""
+    trained = {name for name, task in outcomes.benchmark.tasks.items() if task.splits.train and task.source.hub}
+    return "average" if set(tasks) == trained else ", ".join(outcomes.title("task", task) for task in tasks)
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
