@@ -163,10 +163,7 @@ def _transform_overrides(
     changes: dict[int, dict[str, Any]] = {}
     for folder in used_as:
         config, seed = others[folder]["method"]["config"], others[folder]["seed"]
-        change = {
-            "transform": "emoe" if config else "dense",
-            "method": {"name": name, "variant": "", "config": config},
-        }
+        change = {"transform": "emoe" if config else "dense", "method": {"name": name, "variant": "", "config": config}}
         if changes.setdefault(seed, change) != change:
             raise DefinitionError(
                 f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers; it must have one setting"

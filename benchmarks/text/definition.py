@@ -6,13 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from benchmarks.harness.config.benchmark import (
-    Entry,
-    MethodsDefinition,
-    Precision,
-    Training,
-    TrainingPart,
-)
+from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Precision, Training, TrainingPart
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec

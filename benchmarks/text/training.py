@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -73,19 +74,15 @@ def score_and_loss(
     return {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if mapping.same else scores
 
 
+@dataclass
 class SplitEvaluator:
     """Score splits with the classifier of a trainer; rows are cut to ``max_length`` tokens."""
 
-    def __init__(
-        self,
-        trainer: PrefixTrainer,
-        prefix: Prefix | None,
-        tokenizer: PreTrainedTokenizerBase,
-        task: RunTask,
-        max_length: int,
-    ) -> None:
-        self._trainer, self._prefix, self._tokenizer = trainer, prefix, tokenizer
-        self._task, self._max_length = task, max_length
+    trainer: PrefixTrainer
+    prefix: Prefix | None
+    tokenizer: PreTrainedTokenizerBase
+    task: RunTask
+    max_length: int
 
     def evaluate(
         self, split: TextSplit, task: RunTask | None = None, routing: RoutingRecorder | None = None
@@ -94,14 +91,12 @@ class SplitEvaluator:
 
         Batches have rows of similar length. Return scores by metric; ``loss`` only if the set has the head's classes.
         """
-        rows = TokenisedRows(
-            split, self._tokenizer, self._max_length, by_length=True, labelled=False, prefix=self._prefix
-        )
-        evaluated = task or self._task
+        rows = TokenisedRows(split, self.tokenizer, self.max_length, by_length=True, labelled=False, prefix=self.prefix)
+        evaluated = task or self.task
         with routing.record_set(evaluated.name, split.class_numbers[rows.order]) if routing else nullcontext():
-            logits = extract_logits(self._trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
-        metrics = task.ood_metrics if task else [self._task.metric]
-        return score_and_loss(logits, rows.labels, self._task, evaluated, metrics)
+            logits = extract_logits(self.trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
+        metrics = task.ood_metrics if task else [self.task.metric]
+        return score_and_loss(logits, rows.labels, self.task, evaluated, metrics)
 
 
 class TextEvaluator(SplitEvaluator):
@@ -134,7 +129,7 @@ class TextEvaluator(SplitEvaluator):
 
     def first_batch(self, split: TextSplit) -> dict[str, Any]:
         """Return the first rows of a split as inputs of the model."""
-        rows = TokenisedRows(split, self._tokenizer, self._max_length, by_length=False, labelled=False)
+        rows = TokenisedRows(split, self.tokenizer, self.max_length, by_length=False, labelled=False)
         return dict(self._collate(fixed_rows(rows)))
 
 
@@ -156,6 +151,7 @@ def epoch_arguments(
         precision,
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=spec.learning_rate,
         lr_scheduler_type="linear",
@@ -226,14 +222,7 @@ class TextTrainer(SplitEvaluator):
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
         callbacks = [progress, self._stopwatch, self.routing_trace, UpdateGates(), self._patience]
         trainer = RoutedTrainer(
-            args=epoch_arguments(
-                self._checkpoints,
-                self._precision,
-                training,
-                spec,
-                self._best,
-                per_device_eval_batch_size=training.eval_batch_size,
-            ),
+            args=epoch_arguments(self._checkpoints, self._precision, training, spec, self._best),
             order=EpochOrder(
                 rows.lengths, training.batch_size, spec.seed, by_length=training.sampling == "group_by_length"
             ),
@@ -251,7 +240,7 @@ class TextTrainer(SplitEvaluator):
     @property
     def cost(self) -> dict[str, Any]:
         """Return the times of training and evaluation so far, for ``cost`` of ``metrics.json``."""
-        times = self._stopwatch.cost(self._trainer.state.global_step)
+        times = self._stopwatch.cost(self.trainer.state.global_step)
         return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -264,17 +253,17 @@ class TextTrainer(SplitEvaluator):
         checkpoint = resume(self._checkpoints, self._stopwatch, self.probe, self.routing_trace)
         saved = TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}") if checkpoint else None
         if saved and self._patience and self._patience.is_over(saved.log_history):
-            self._trainer.state = saved  # training had stopped early: load the best weights
-            self._trainer._load_best_model()
+            self.trainer.state = saved  # training had stopped early: load the best weights
+            self.trainer._load_best_model()
         else:
-            self._trainer.train(resume_from_checkpoint=checkpoint)
+            self.trainer.train(resume_from_checkpoint=checkpoint)
         epochs: list[Epoch] = [
             {
                 "epoch": log["epoch"],
                 self._metric: log[f"eval_{self._metric}"],
                 "loss": finite_or_none(log[f"eval_{_LOSS}"]),
             }
-            for log in self._trainer.state.log_history
+            for log in self.trainer.state.log_history
             if f"eval_{_LOSS}" in log
         ]
         return epochs, kept_epoch(epochs, self._best)
