@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
 from benchmarks.harness.base import DefinitionError
@@ -24,6 +24,8 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite_file import suite_parts
 from benchmarks.harness.config.yaml import check_names, parse
 from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
+
+_Cell = tuple[str, str, str, str]  # model, task, protocol and method of candidates, of which one per seed is chosen
 
 
 class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
@@ -51,7 +53,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         benchmark = cls(name, definition, other.tasks, DOMAINS)
         main = [row for row in definition.methods if row not in definition.transformed]
         check_names(f"{file}: '", "ranked", definition.ranked, main)
-        check_ablations(benchmark, definition.ablations)
+        check_ablations(benchmark)
         return benchmark
 
     def specs(
@@ -68,8 +70,9 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     f"{self.file}: 'evaluates' is '{self.evaluates}', whose runs in the suite '{part.suite}' do not "
                     "keep their weights; set training.keep_weights: true there"
                 )
-            if spec["method"]["name"] in self.definition.methods:
-                cells.setdefault(_Cell.of(spec), []).append(folder)
+            model, task, method = (spec[key]["name"] for key in ("model", "task", "method"))
+            if method in self.definition.methods:
+                cells.setdefault((model, task, spec["protocol"], method), []).append(folder)
         has_specs = False
         for name, folders, used_as in _rows(self.definition, cells):
             first = trained[folders[0]]
@@ -126,29 +129,16 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         return presentation
 
 
-class _Cell(NamedTuple):
-    """Identify a group of candidate runs, from which one run per seed is chosen."""
-
-    model: str
-    task: str
-    method: str
-    protocol: str
-
-    @classmethod
-    def of(cls, spec: Mapping[str, Any]) -> _Cell:
-        return cls(spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["protocol"])
-
-
 def _rows(
     definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield each row's name, its candidate runs, and the runs of the method that it is converted to, if any."""
-    for cell, folders in cells.items():
-        yield cell.method, folders, []
+    for (*_, method), folders in cells.items():
+        yield method, folders, []
     for name, row in definition.transformed.items():
-        for cell, folders in cells.items():
-            used_as = cells.get(cell._replace(method=row.used_as))
-            if cell.method == row.trained and used_as:
+        for (model, task, protocol, method), folders in cells.items():
+            used_as = cells.get((model, task, protocol, row.used_as))
+            if method == row.trained and used_as:
                 yield name, folders, used_as
 
 

@@ -43,9 +43,10 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     """Compute the numbers of an ablation, a row per selection, domain, model, scope and method.
 
     A scope is a task, a pair of tasks or an average, with the baseline and at least one ablated method. Columns: these
-    keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``, ``p_holm``
-    over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``, ``paper_delta``,
-    ``status``, ``source``), the settings by letter (k as a share of N), ``kind``, the base method, and titles.
+    keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``,
+    ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
+    ``paper_delta``, ``status``, ``source``), the settings by letter (k as a share of N), ``kind``, the base method, and
+    titles.
     """
     outcomes = outcomes.ablated
     names = [name for row in ablation.rows for name in outcomes.methods if name.partition(SETTING)[0] == row]

@@ -121,12 +121,17 @@ def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> Se
     counts, labels = Counter(split.labels), f"{min(split.labels):g} to {max(split.labels):g}"
     if split.has_classes:
         labels = ", ".join(f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels))
-    published = entry.published_rows if part == "test" else None
-    counts_dropped = any(label != "" for label in entry.unlabelled)  # makers do not count rows with empty labels
     return SetPart(
-        *(name, part, len(split), split.dropped, getattr(entry.rows, part), labels, split.source),
-        published=published,
-        counts_dropped=counts_dropped,
+        name,
+        part,
+        rows=len(split),
+        dropped=split.dropped,
+        expected=getattr(entry.rows, part),
+        labels=labels,
+        source=split.source,
+        published=entry.published_rows if part == "test" else None,
+        # makers do not count rows with empty labels
+        counts_dropped=any(label != "" for label in entry.unlabelled),
     )
 
 

@@ -112,8 +112,8 @@ class TextBlock(VariantAxes):
     epochs_factor: Positives | None = optional()
     """Factors on the usual epochs, for rows with `role: ablation`."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = optional()
-    """Selection of epoch and hyper-parameters. published: with the dev split, which is also reported. clean: with a split
-    that is not reported. Left out: clean for tasks with a test split, else published."""
+    """Selection of epoch and hyper-parameters. published: with the dev split, which is also reported. clean: with a
+    split that is not reported. Left out: clean for tasks with a test split, else published."""
 
 
 class TextPart(TrainingPart):
@@ -133,8 +133,8 @@ class Transformed(Strict):
     trained: str
     """The row whose trained runs are evaluated."""
     used_as: str
-    """The row whose model the runs are converted to: dense without experts, else with its experts, made from the trained
-    weights. Both rows must train the same parameters."""
+    """The row whose model the runs are converted to: dense without experts, else with its experts, made from the
+    trained weights. Both rows must train the same parameters."""
 
 
 class Ablation(Strict):

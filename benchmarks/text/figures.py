@@ -176,8 +176,8 @@ FIGURES = {
     "traces": TRACES,
     "usage": Figure(
         draw_usage_by_set,
-        "Use of experts by set after training, divided by the expert's mean use, for the first seed. The training set is "
-        "first. Triangles mark use above (▲) or below (▼) chance, by shuffled rows at 5 % over the whole panel. Dots mark "
-        "shared experts: every set uses them above the average and equally.",
+        "Use of experts by set after training, divided by the expert's mean use, for the first seed. The training set "
+        "is first. Triangles mark use above (▲) or below (▼) chance, by shuffled rows at 5 % over the whole panel. Dots "
+        "mark shared experts: every set uses them above the average and equally.",
     ),
 }

@@ -37,9 +37,9 @@ class Trace:
         """Return the number of ``windows``, and the numbers in :data:`NUMBERS`.
 
         Means over windows: entropy (divided by ln N), load of the busiest expert over the mean load, and change, the L1
-        distance between the shares of consecutive windows. Change grows if windows have fewer tokens, so compare it only
-        within a run. Drift is the L1 distance between the first and the last quarter of training. Its chance is the same
-        distance between the even and odd windows within a quarter.
+        distance between the shares of consecutive windows. Change grows if windows have fewer tokens, so compare it
+        only within a run. Drift is the L1 distance between the first and the last quarter of training. Its chance is
+        the same distance between the even and odd windows within a quarter.
         """
         shares = self.shares
         windows, experts = shares.shape
@@ -94,10 +94,10 @@ def trace_table(outcomes: TextOutcomes) -> Table:
     return Table(
         "Shares of experts over training",
         "Loads of training batches without padding, in windows of 100 steps as in the authors' code (shorter if a run "
-        "would have less than 20 windows). Means over layers and n seeds ± standard deviation. Entropy and busiest expert "
-        "over the mean are 1 for balanced loads. Change is the L1 distance between the shares of consecutive windows; it "
-        "grows if windows have fewer tokens. Drift is the distance between the first and the last quarter of training. "
-        "Routing changes if this drift exceeds the drift within quarters.",
+        "would have less than 20 windows). Means over layers and n seeds ± standard deviation. Entropy and busiest "
+        "expert over the mean are 1 for balanced loads. Change is the L1 distance between the shares of consecutive "
+        "windows; it grows if windows have fewer tokens. Drift is the distance between the first and the last quarter of "
+        "training. Routing changes if this drift exceeds the drift within quarters.",
         {**KEYS, "n": "n", "windows": "Windows"},
         [Column(name, name, std=f"{name}_std") for name in NUMBERS],
         frame[[*KEYS, "method", "n", *numbers, *(f"{name}_std" for name in NUMBERS)]],
@@ -105,9 +105,9 @@ def trace_table(outcomes: TextOutcomes) -> Table:
 
 
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw the expert loads of the first layer and seed: a row per model and task, then the paper's; a panel per method.
+    """Draw the expert loads of the first layer and seed: a row per model and task, a panel per method.
 
-    The paper's task comes first; at most four rows are ours.
+    The paper's task comes first; at most four rows are ours. The last row is the paper's.
     """
     by_cell: dict[tuple[str, str], dict[str, tuple[str, Trace]]] = {}
     for record, layer, trace in traces(outcomes):
