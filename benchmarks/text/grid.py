@@ -226,7 +226,7 @@ def transformed_rows(
             raise DefinitionError(f"{where}' has the name of a method; choose another name")
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where, key, [used], usual)
-            if reason := _own_weights(resolved[used]):
+            if reason := _transfer_problem(resolved[used]):
                 raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', {reason}")
         if {resolved[row.trained].kind, resolved[row.used_as].kind} != {"dense", "emoe"}:
             raise DefinitionError(
@@ -237,7 +237,7 @@ def transformed_rows(
     return rows
 
 
-def _own_weights(method: Method) -> str:
+def _transfer_problem(method: Method) -> str:
     """Return the reason why a method's weights cannot be used in another model; empty if they can."""
     settings = method.given()
     if method.kind == "emoe" and settings.get("router", "avg_k") != "avg_k":

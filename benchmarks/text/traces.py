@@ -56,8 +56,8 @@ class Trace:
         return dict(zip(("windows", *NUMBERS), map(float, values), strict=True))
 
 
-def _distance(one: Shares, other: Shares) -> float:
-    return float(np.abs(one.mean(0) - other.mean(0)).sum())
+def _distance(first: Shares, second: Shares) -> float:
+    return float(np.abs(first.mean(0) - second.mean(0)).sum())
 
 
 def traces(outcomes: TextOutcomes) -> Iterator[tuple[Any, int, Trace]]:
