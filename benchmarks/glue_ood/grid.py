@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
 from benchmarks.harness.base import DefinitionError
@@ -20,6 +20,8 @@ from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
 from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
+
+_Cell = tuple[str, str, str, str]  # model, task, protocol and method of candidates, of which one per seed is chosen
 
 
 class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
@@ -47,7 +49,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         benchmark = cls(name, definition, other.tasks, DOMAINS)
         main = [row for row in definition.methods if row not in definition.transformed]
         check_names(f"{file}: '", "ranked", definition.ranked, main)
-        check_ablations(benchmark, definition.ablations)
+        check_ablations(benchmark)
         return benchmark
 
     def specs(
@@ -64,8 +66,9 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     f"{self.file}: 'evaluates' is '{self.evaluates}', whose runs in the suite '{part.suite}' do not "
                     "keep their weights; set training.keep_weights: true there"
                 )
-            if spec["method"]["name"] in self.definition.methods:
-                cells.setdefault(_Cell.of(spec), []).append(folder)
+            model, task, method = (spec[key]["name"] for key in ("model", "task", "method"))
+            if method in self.definition.methods:
+                cells.setdefault((model, task, spec["protocol"], method), []).append(folder)
         has_specs = False
         for name, folders, used_as in _rows(self.definition, cells):
             first = trained[folders[0]]
@@ -101,29 +104,16 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         return text_tokens(rows, settings["max_length"], 1 / 3)
 
 
-class _Cell(NamedTuple):
-    """Identify a group of candidate runs, from which one run per seed is chosen."""
-
-    model: str
-    task: str
-    method: str
-    protocol: str
-
-    @classmethod
-    def of(cls, spec: Mapping[str, Any]) -> _Cell:
-        return cls(spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["protocol"])
-
-
 def _rows(
     definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield each row's name, its candidate runs, and the runs of the method that it is converted to, if any."""
-    for cell, folders in cells.items():
-        yield cell.method, folders, []
+    for (*_, method), folders in cells.items():
+        yield method, folders, []
     for name, row in definition.transformed.items():
-        for cell, folders in cells.items():
-            used_as = cells.get(cell._replace(method=row.used_as))
-            if cell.method == row.trained and used_as:
+        for (model, task, protocol, method), folders in cells.items():
+            used_as = cells.get((model, task, protocol, row.used_as))
+            if method == row.trained and used_as:
                 yield name, folders, used_as
 
 
@@ -138,10 +128,7 @@ def _transform_overrides(
     changes: dict[int, dict[str, Any]] = {}
     for folder in used_as:
         config, seed = others[folder]["method"]["config"], others[folder]["seed"]
-        change = {
-            "transform": "emoe" if config else "dense",
-            "method": {"name": name, "variant": "", "config": config},
-        }
+        change = {"transform": "emoe" if config else "dense", "method": {"name": name, "variant": "", "config": config}}
         if changes.setdefault(seed, change) != change:
             raise DefinitionError(
                 f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers; it must have one setting"

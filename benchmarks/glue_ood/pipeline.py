@@ -20,8 +20,8 @@ from benchmarks.harness.training.callbacks import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
-from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.outcomes import CHOICE, select_runs
+from benchmarks.text.training import TextEvaluator
 from benchmarks.text.usage import RoutingRecorder
 from emoe.errors import CheckpointError
 from emoe.layer import routed_layers
@@ -41,7 +41,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     read = parse(spec, EvaluationSpec, str(folder / "run.json"))
     settings = read.evaluation
     load = partial(load_part, rows=settings.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
-    own, splits = load(read.task, "test"), {other.name: _load(other, load) for other in read.ood}
+    test, splits = load(read.task, "test"), {other.name: _load(other, load) for other in read.ood}
     chosen = _chosen(read)
     trained, recorded = parse(chosen.spec, TextSpec, chosen.folder), read_metrics(chosen)
     training, tokenizer = trained.training, load_tokenizer(chosen.spec["model"])
@@ -63,8 +63,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if same and not routed_layers(classifier.model):
         tested = recorded["scores"]["test"][read.task.name]  # as it was trained, on the same rows
     else:
-        progress.say(f"evaluating on {read.task.name}, {len(own):,} rows")
-        tested = evaluator.evaluate(own, routing=routing)
+        progress.say(f"evaluating on {read.task.name}, {len(test):,} rows")
+        tested = evaluator.evaluate(test, routing=routing)
     scores = {}
     for other in read.ood:
         progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
@@ -77,7 +77,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "probe": probe.summary(),
         "chosen": {"run": chosen.folder, "learning_rate": trained.learning_rate, "variant": trained.method["variant"]},
         "cost": evaluator.cost,
-        "data": {"test": own.summary()} | {f"ood:{name}": split.summary() for name, split in splits.items()},
+        "data": {"test": test.summary()} | {f"ood:{name}": split.summary() for name, split in splits.items()},
     }
 
 

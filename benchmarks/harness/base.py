@@ -35,7 +35,6 @@ PARTITIONS = Path("resources/partitions")
 PACKAGES = Path("resources/packages")
 MODELS = Path("resources/models")
 IMAGES = Path("resources/images")
-TOKENS = Path("resources/tokens")
 PREFIXES = Path("resources/prefixes")
 QUESTIONS = Path("resources/questions")
 

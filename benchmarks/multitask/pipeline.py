@@ -30,9 +30,8 @@ from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, available_precision
 from benchmarks.multitask.definition import LearnedTask, MultitaskSpec, MultitaskTraining, OtherTask
 from benchmarks.text.data import TextSplit, load_part
-from benchmarks.text.evaluation import score_and_loss
 from benchmarks.text.tokenization import TokenisedRows, batches
-from benchmarks.text.training import Epoch, epoch_arguments, kept_epoch
+from benchmarks.text.training import Epoch, epoch_arguments, kept_epoch, score_and_loss
 
 _MEAN = "mean_score"  # mean of the tasks' dev scores
 _IGNORED = -100

@@ -102,7 +102,7 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
             Column("score", "mean", "Δ to alone", std="std", signed=True),
             Column("score", "delta", f"Δ less {outcomes.baseline_title}'s", interval=("low", "high"), signed=True),
         ],
-        outcomes.of(TRANSFER, CLEAN),
+        outcomes.of(TRANSFER, CLEAN).drop(columns="scope"),
     )
     together, alone = (
         common.with_runs(

@@ -1,22 +1,22 @@
-"""Compare the ablations of a text benchmark with the baseline, and with the paper's numbers."""
+"""Compare the ablations of a text benchmark with the baseline, and with the paper's numbers: tables and figures."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from benchmarks.harness.config.benchmark import AnyBenchmark
-from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import ABLATION, CONTROL, setting_text, setting_values
-from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
+from benchmarks.harness.config.yaml import NUMBER_COLUMNS
+from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import (
     SETTING,
     cell_means,
@@ -27,81 +27,31 @@ from benchmarks.harness.report.common import (
     with_numbers,
 )
 from benchmarks.harness.report.presentation import Figure
+from benchmarks.harness.report.style import curve_styles
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
-from benchmarks.text.figures import draw_curves, draw_differences
-from benchmarks.text.outcomes import ARROW, TextOutcomes
+from benchmarks.text.outcomes import ARROW, PROTOCOLS, TextOutcomes
 
 _AVERAGE_OF = "average of "
-AXES = {"train_share": "D", "top_k_fraction": "k"}  # letters of settings that may be the x axis of a figure
-_AXIS_WORDS = {"train_share": "the share of the training rows", "top_k_fraction": "the share of experts in use"}
-_LETTERS = ["D", "k", "N", "L"]
+_LETTERS = ["D", "k", "N", "L"]  # of settings: share of the rows, k/N, N, layers
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
-
-
-class Ablations:
-    """Compute the ablations of a benchmark from its finished runs, each at its first use."""
-
-    def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
-        self._benchmark, self._runs, self._records = benchmark, runs, collect(runs)
-        self.usual = TextOutcomes(benchmark, runs, self._records)  # without the rows of ablations
-        self._definitions: Mapping[str, Ablation] = benchmark.definition.ablations
-        self._rows = cache(lambda name: ablation_rows(self._outcomes, self._definitions[name]))
-        self.tables = {name: partial(self._table, name) for name in self._definitions}
-        self.figures = {name: Figure(partial(self._draw, name), self._caption(name)) for name in self._definitions}
-
-    def claim_numbers(self) -> pd.DataFrame:
-        """Return the claim numbers of main rows and ablations."""
-        usual = self.usual.claim_numbers()
-        if not self._definitions:
-            return usual
-        numbers, keys = self._outcomes.claim_numbers(), ["method", "setting", "domain"]
-        is_new = ~pd.MultiIndex.from_frame(numbers[keys]).isin(pd.MultiIndex.from_frame(usual[keys]))
-        return pd.concat([usual, numbers[is_new]], ignore_index=True)
-
-    @cached_property
-    def _outcomes(self) -> TextOutcomes:
-        return TextOutcomes(self._benchmark, self._runs, self._records, include_ablations=True)
-
-    def _table(self, name: str, _usual: TextOutcomes) -> Table:
-        table = ablation_table(self._definitions[name], self._rows(name))
-        return replace(table, origins=self._outcomes.origins)
-
-    def _caption(self, name: str) -> str:
-        """Describe the figure of an ablation."""
-        definition, baseline = self._definitions[name], self.usual.baseline_title
-        if definition.axis:
-            return (
-                f"{definition.title}. Scores over {_AXIS_WORDS[definition.axis]}, with 95 % intervals. The dashed line is "
-                f"the mean of {baseline}. Separate panels show the paper's numbers. Axes do not start at zero."
-            )
-        reference = "the row above" if definition.steps else baseline
-        crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
-        return f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals{crosses}."
-
-    def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
-        definition = self._definitions[name]
-        if definition.axis:
-            draw_curves(self._outcomes, self._rows(name), path, AXES[definition.axis])
-        else:
-            reference = "the row above" if definition.steps else "the baseline"
-            draw_differences(self._outcomes, self._rows(name), path, reference)
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     """Compute the numbers of an ablation, a row per selection, domain, model, scope and method.
 
     A scope is a task, a pair of tasks or an average, with the baseline and at least one ablated method. Columns: these
-    keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``, ``p_holm``
-    over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``, ``paper_delta``,
-    ``status``, ``source``), and titles.
+    keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``,
+    ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
+    ``paper_delta``, ``status``, ``source``), the settings by letter (k as a share of N), ``kind``, the base method, and
+    titles.
     """
+    outcomes = outcomes.ablated
     names = [name for row in ablation.rows for name in outcomes.methods if name.partition(SETTING)[0] == row]
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
-    seeds = outcomes.with_scopes(seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])])
+    seeds = seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])]
     seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
     ablated = {name for name in names if SETTING in name or outcomes.role(name) in (ABLATION, CONTROL)}
     of_cell = seeds.groupby(_CELL)["method"]
@@ -115,10 +65,8 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     rows[["mean", "std"]] = seeds.groupby(_ROW, sort=False)["value"].agg(["mean", "std"]).to_numpy()
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
     rows = with_verdicts(rows.drop(columns="pairs"), _CELL)
-    rows = with_numbers(
-        rows, ["model", "method"], cell_means(outcomes.records, ["model", "method"], ["active_neurons"])
-    )
-    rows = _join_paper(outcomes, ablation, rows)
+    neurons = cell_means(outcomes.records, ["model", "method"], ["active_neurons"])
+    rows = _join_paper(outcomes, ablation, with_numbers(rows, ["model", "method"], neurons))
     rows = rows.assign(is_ours=rows["mean"].notna())
     methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _sort_key(ablation, name))
     in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods, "is_ours": [True, False]}
@@ -163,12 +111,6 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
     if ablation.paper:
         published = read_published(outcomes.benchmark, ablation.paper, ABLATION_COLUMNS)
-        tasks = outcomes.benchmark.tasks
-        scopes = [outcomes.pair_title(name, other) for name, task in tasks.items() for other in (name, *task.ood)]
-        valid = {"method": ablation.rows, "model": load_models(), "scope": scopes}
-        for column, names in valid.items():
-            given = [name for name in published[column] if name and not name.startswith("average")]
-            check_names(f"{outcomes.benchmark.folder / ablation.paper}: '", column, given, names)
     settings = published["setting"].astype(str)
     published = published.assign(
         method=published["method"].where(settings.eq(""), published["method"] + SETTING + settings),
@@ -182,22 +124,25 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
 
 
 def _add_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add titles with settings, the settings by letter (k as a share of N), and ``kind``, the base method."""
+    """Add titles with settings, the settings by letter, and ``kind``."""
+    by_id = {run.id: run.spec for run in outcomes.runs}
+    first_runs = outcomes.records.drop_duplicates(["model", "method"]).set_index(["model", "method"])["run_id"]
     settings = []
     for row in rows.itertuples():
         name, _, setting = row.method.partition(SETTING)
         title = outcomes.title("method", name)
-        letters = {**dict.fromkeys(_LETTERS, ""), "D": "1", **setting_values(setting)}
-        if row.is_ours:
-            letters |= _settings_by_letter(outcomes.specs[row.model, row.method])
         shown = {
             "method_title": ", ".join(filter(None, (title, setting_text(setting)))),
             "row_title": title,
             "is_baseline": row.method == outcomes.baseline,
             "is_average": row.scope.startswith(_AVERAGE_OF),
-            **letters,
+            **dict.fromkeys(_LETTERS, ""),
+            "D": "1",
+            **setting_values(setting),
             "kind": outcomes.benchmark.definition.methods[name].method or name,
         }
+        if row.is_ours:
+            shown |= _settings_by_letter(by_id[first_runs[row.model, row.method]])
         settings.append(shown)
     columns = ["method_title", "row_title", "is_baseline", "is_average", *_LETTERS, "kind"]
     return rows.assign(**pd.DataFrame(settings, columns=columns, index=rows.index).to_dict("series"))
@@ -214,8 +159,10 @@ def _settings_by_letter(spec: Mapping[str, Any]) -> dict[str, str]:
     return letters
 
 
-def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
-    """Make a table from the rows of :func:`ablation_rows`; over k, titles of main rows include N and k/N."""
+def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
+    """Make the table of an ablation; over k, titles of main rows include N and k/N."""
+    definition: Ablation = outcomes.benchmark.definition.ablations[name]
+    rows = ablation_rows(outcomes, definition)
     if definition.axis == "top_k_fraction":
         is_main_row = rows["N"].ne("") & ~rows["method"].str.contains(SETTING, regex=False)
         titles = rows["method_title"] + ", N " + rows["N"] + ", k/N " + rows["k"]
@@ -224,7 +171,7 @@ def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
         **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
         n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
         model_title=rows["model_title"].replace("", MISSING),
-        on=[f"{row.scope} ({'in domain' if row.domain == ID else 'out of domain'})" for row in rows.itertuples()],
+        on=rows["scope"] + rows["domain"].map({ID: " (in domain)", OOD: " (out of domain)"}),
     )
     return Table(
         definition.title,
@@ -244,4 +191,152 @@ def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
         ],
         frame,
         notes={"verdict": "Verdict", "status": "Status", "source": "Source of the paper's number"},
+        origins=outcomes.ablated.origins,
     )
+
+
+_COLUMNS, _NAMES = 3, 2.3  # panels per line, inches of names beside them
+_TITLE, _TICKS, _LINE = 1.4, 6, 34  # inches of a panel's title, tick labels, letters of a forest plot's labels
+_MOST_DIFFERENCES = 40  # differences in a forest plot
+_NO_RUNS = "this suite runs no row of this ablation"
+# setting of the x axis: its letter, its label, and its words in a caption
+_AXES = {
+    "train_share": ("D", "Share of the training rows", "the share of the training rows"),
+    "top_k_fraction": ("k", "Experts in use, k/N", "the share of experts in use"),
+}
+
+
+def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
+    """Return the figure of an ablation: curves over its axis, else a forest plot of differences."""
+    definition: Ablation = outcomes.benchmark.definition.ablations[name]
+    if definition.axis:
+        return Figure(
+            partial(draw_curves, name=name),
+            f"{definition.title}. Scores over {_AXES[definition.axis][2]}, with 95 % intervals. The dashed line is the "
+            f"mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not start at zero.",
+        )
+    reference = "the row above" if definition.steps else outcomes.baseline_title
+    crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
+    return Figure(
+        partial(draw_differences, name=name),
+        f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals{crosses}.",
+    )
+
+
+def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
+    """Draw the differences of :func:`ablation_rows` to their reference as a forest plot.
+
+    Lines are sets, and marks are methods. If ours and the paper's have one set each, lines are methods instead. Many
+    sets are replaced by averages. Intervals (95 %) need three seeds; crosses are the paper's means over its sets.
+    """
+    definition: Ablation = outcomes.benchmark.definition.ablations[name]
+    rows = _with_paper_rows(ablation_rows(outcomes, definition))
+    rows = rows[rows["delta"].notna()]
+    ours, paper = rows[rows["is_ours"]], rows[~rows["is_ours"]]
+    if ours.empty:
+        plots.placeholder_figure(path, _NO_RUNS)
+        return
+    if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
+        ours = ours[ours["is_average"]]
+    rows = pd.concat([ours, _paper_means(paper)]) if len(paper) else ours
+    styles = {method: outcomes.style(method) for method in rows["method"].unique()}
+    if rows.groupby("who")["where"].nunique().max() == 1:
+        rows = rows.assign(panel="", line=rows["method_title"], series=rows["who"] + ", " + rows["where"])
+    else:
+        rows = rows.assign(panel=rows["who"], line=rows["where"], series=rows["method_title"])
+        for number, (method, style) in enumerate(list(styles.items())):
+            if style in list(styles.values())[:number]:
+                styles[method] = replace(style, hollow=True)
+    marks = [
+        styles[row.method] if row.is_ours else replace(styles[row.method], marker="x") for row in rows.itertuples()
+    ]
+    lines = [textwrap.fill(line, _LINE) for line in rows["line"]]
+    label = plots.difference_label("the row above" if definition.steps else "the baseline", ours["n"])
+    plots.draw_forest(rows.assign(style=marks, line=lines), path, label)
+
+
+def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Average the paper's differences over its sets, separately in and out of domain."""
+    rows = rows.groupby(["who", "domain", "method", "method_title", "is_ours"], sort=False).agg(
+        delta=("delta", "mean"), n=("n", "first"), where=("where", "first"), sets=("where", "size")
+    )
+    rows = rows.reset_index()
+    means = "mean of " + rows["sets"].astype(str) + " sets" + np.where(rows["domain"] == OOD, " (OOD)", "")
+    return rows.assign(where=rows["where"].where(rows["sets"].eq(1), means))
+
+
+def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
+    """Draw the scores of :func:`ablation_rows` over the axis of an ablation.
+
+    Each model, selection and scope has a panel. Intervals (95 %) need three seeds. The dashed line is the baseline.
+    """
+    definition = outcomes.benchmark.definition.ablations[name]
+    axis, axis_label, _ = _AXES[definition.axis]
+    panels = [
+        (title, group, list(_curves(group, axis)))
+        for title, group in panel_rows(ablation_rows(outcomes, definition))
+        if group.loc[group[axis].ne(""), axis].nunique() > 1
+    ]
+    if not any(group["is_ours"].any() for _, group, _ in panels):
+        plots.placeholder_figure(path, _NO_RUNS)
+        return
+    styles = curve_styles(
+        (label, outcomes.style(points["method"].iloc[0])) for _, _, curves in panels for label, points in curves
+    )
+    labels = list(styles)
+    columns = min(len(panels), _COLUMNS)
+    lines = math.ceil(len(panels) / columns)
+    size = (min(2.1 * columns + _NAMES, plots.WIDTH), 2.2 * lines + 0.5)
+    with plots.panel_figure(path, lines, columns, size, plots.CURVES) as (figure, axes):
+        for panel, (title, group, curves) in zip(axes.flat, panels, strict=False):
+            values = sorted({float(value) for value in group[axis] if value})
+            apart = 0.012 * (values[-1] - values[0])
+            for label, points in curves:
+                shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
+                half = None if points["half"].isna().all() else points["half"] * 100
+                style = {"label": label, "ms": 3.5, "lw": 1.2, "capsize": 2, **styles[label]}
+                panel.errorbar(points[axis].astype(float) + shift, points["score"] * 100, yerr=half, **style)
+            for score in group.loc[group["is_baseline"], "score"].head(1):
+                reference = f"mean of {outcomes.baseline_title}"
+                panel.axhline(score * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0, label=reference)
+            low, high = panel.get_ylim()
+            panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds may exceed the range of scores
+            every = math.ceil(len(values) / _TICKS)
+            is_named = [(len(values) - 1 - number) % every == 0 for number in range(len(values))]
+            ticks = [f"{value:g}" if named else "" for value, named in zip(values, is_named, strict=True)]
+            panel.set_xticks(values, ticks, size=7)
+            panel.set_title(title, fontsize=8)
+            panel.set_xlabel(axis_label, fontsize=7)
+        plots.legend_below(figure, axes.flat, 2)
+        figure.supylabel("Score (%)", fontsize=8)
+
+
+def _with_paper_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Concatenate our rows and the paper's, with the titles ``who`` (model, selection) and ``where`` (set)."""
+    ours, paper = rows[rows["is_ours"]], rows[rows["paper"].notna()]
+    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= plots.FEW)
+    selections = ", " + ours["protocol"].map(PROTOCOLS) if ours["protocol"].nunique() > 1 else ""
+    ours = ours.assign(score=ours["mean"], half=half, who=ours["model_title"].astype(str) + selections)
+    paper = paper.assign(score=paper["paper"], delta=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan)
+    paper["who"] = [f"the paper, {model}".removesuffix(", ") for model in paper["model_title"]]
+    both = pd.concat([ours, paper])
+    return both.assign(where=both["scope"] + both["domain"].map({ID: "", OOD: " (OOD)"}))
+
+
+def panel_rows(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the title and rows of each panel (model, selection, scope): ours first, then the paper's."""
+    for (who, _, where), group in _with_paper_rows(rows).groupby(["who", "protocol", "where"], sort=False):
+        yield plots.wrap_text(f"{who}\n{where}", _TITLE), group
+
+
+def _curves(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the label and points of each curve, whose rows differ only in the setting ``axis``."""
+    rows = rows[rows[axis].ne("")]
+    others = [key for key in ("N", "L", "k", "D") if key != axis and rows.groupby("kind")[key].nunique().max() > 1]
+    for key, group in rows.groupby(["kind", *others], sort=False):
+        values = dict(zip(others, key[1:], strict=True))
+        named = setting_text("-".join(f"{name}{value}" for name, value in values.items() if value))
+        title = group["row_title"].iloc[0]
+        # a main row may repeat a setting of the ablation; it comes first and is kept
+        points = group.drop_duplicates(axis).sort_values(axis, key=lambda column: column.astype(float))
+        yield ", ".join(filter(None, (title, named))), points

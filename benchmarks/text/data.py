@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import hashlib
 import math
@@ -10,8 +9,8 @@ import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,11 +87,6 @@ class TextSplit:
     def _rows(self, chosen: Sequence[int]) -> TextSplit:
         return replace(self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen])
 
-    @functools.cached_property
-    def texts_digest(self) -> str:
-        """Return the sha256 of the texts."""
-        return _digest(self.texts)
-
     @property
     def has_classes(self) -> bool:
         """Return True if labels are class numbers, not regression scores."""
@@ -105,20 +99,16 @@ class TextSplit:
 
     def summary(self) -> dict[str, Any]:
         """Return source, digest and row counts, in total and by class (for a regression: the range of scores)."""
-        digest = _digest(zip(self.texts, self.labels, strict=True))[:16]
-        summary: dict[str, Any] = {"source": self.source, "digest": digest, "rows": len(self), "dropped": self.dropped}
+        digest = hashlib.sha256()
+        for row in zip(self.texts, self.labels, strict=True):
+            digest.update(repr(row).encode())
+        summary: dict[str, Any] = {"source": self.source, "digest": digest.hexdigest()[:16], "rows": len(self)}
+        summary["dropped"] = self.dropped
         if self.has_classes:
             summary["labels"] = {str(label): count for label, count in sorted(Counter(self.labels).items())}
         else:
             summary["range"] = [min(self.labels), max(self.labels)]
         return summary
-
-
-def _digest(rows: Iterable[object]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
 
 
 def resolve_part(splits: Splits, part: str) -> str:
@@ -128,19 +118,17 @@ def resolve_part(splits: Splits, part: str) -> str:
 
 def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
     """Compare the rows of a task's part with the row counts of its makers and of the paper's authors."""
+    counts, labels = Counter(split.labels), f"{min(split.labels):g} to {max(split.labels):g}"
     if split.has_classes:
-        counts = Counter(split.labels)
         labels = ", ".join(f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels))
-    else:
-        labels = f"{min(split.labels):g} to {max(split.labels):g}"
     return SetPart(
         name,
         part,
-        len(split),
-        split.dropped,
-        getattr(entry.rows, part),
-        labels,
-        split.source,
+        rows=len(split),
+        dropped=split.dropped,
+        expected=getattr(entry.rows, part),
+        labels=labels,
+        source=split.source,
         published=entry.published_rows if part == "test" else None,
         # makers do not count rows with empty labels
         counts_dropped=any(label != "" for label in entry.unlabelled),
@@ -213,15 +201,8 @@ def _read_tables(task: RunTask, split: str) -> list[_Table]:
     folder, splits = local_folder(task.name, task.source.model_dump()), split.split("+")
     if folder is None:
         return [_read_hub(task, name) for name in splits]
-    if (folder / "state.json").exists():
-        if task.splits.train is not None:
-            raise DataError(
-                f"{folder} is one saved set without splits, but '{task.name}' is trained on one split and scored on "
-                "another: save a DatasetDict with its splits"
-            )
-        return [_read_saved(folder, task, None)]
-    if (folder / "dataset_dict.json").exists():
-        return [_read_saved(folder, task, name) for name in splits]
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return _read_saved(folder, task, splits)
     return [table for name in splits for table in _read_folder(folder, task, name)]
 
 
@@ -244,15 +225,21 @@ def _read_hub(task: RunTask, split: str) -> _Table:
     return _to_table(dataset, f"{name} ({source.config}), split {split}", task)
 
 
-def _read_saved(folder: Path, task: RunTask, split: str | None) -> _Table:
-    """Read a set saved by ``save_to_disk`` of ``datasets``, or one of its splits."""
+def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Table]:
+    """Read the splits of a set saved by ``save_to_disk`` of ``datasets``; a set without splits is read whole."""
     with _name_file_in_errors(folder):
-        dataset: Any = datasets.load_from_disk(str(folder))
-        if split is None:
-            return _to_table(dataset, str(folder), task)
-        if split not in dataset:
-            raise DataError(f"{folder} has no split '{split}'{did_you_mean(split, dataset)}")
-        return _to_table(dataset[split], f"{folder} [{split}]", task)
+        saved: Any = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.DatasetDict):
+            for split in splits:
+                if split not in saved:
+                    raise DataError(f"{folder} has no split '{split}'{did_you_mean(split, saved)}")
+            return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
+        if task.splits.train is not None:
+            raise DataError(
+                f"{folder} is one saved set without splits, but '{task.name}' is trained on one split and scored on "
+                "another: save a DatasetDict with its splits"
+            )
+        return [_to_table(saved, str(folder), task)]
 
 
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
@@ -354,7 +341,7 @@ def _add_stored_class_names(table: _Table, folders: Sequence[Path], task: RunTas
     """Add class names from the set's README.md or ``dataset_info(s).json``, if it has some.
 
     Raises:
-        DataError: The file has other names, or the names are numbers, so that the file's labels are ambiguous.
+        DataError: The file has other names.
     """
     column = _find_column(table, task.label, task)
     for folder in folders:
@@ -364,14 +351,10 @@ def _add_stored_class_names(table: _Table, folders: Sequence[Path], task: RunTas
         info = infos.get(task.source.config) or infos.get("default")
         feature = info.features.get(column) if info and info.features else None
         if isinstance(feature, datasets.ClassLabel):
-            names = feature.names
-            counts_otherwise = any(name.isdecimal() and int(name) != number for number, name in enumerate(names))
-            if names != (table.class_names or names) or (counts_otherwise and not table.class_names):
-                raise DataError(
-                    f"{folder} calls the classes of '{column}' {', '.join(names)}, which {table.source} contradicts "
-                    "or leaves open; correct one of them"
-                )
-            return _with_class_names(table, names, task)
+            if table.class_names not in (None, feature.names):
+                names = ", ".join(feature.names)
+                raise DataError(f"{folder} calls the classes of '{column}' {names}, but {table.source} has other names")
+            return _with_class_names(table, feature.names, task)
     return table
 
 
@@ -431,19 +414,25 @@ def label_text(value: object) -> str:
 
 def _label_reader(table: _Table, task: RunTask) -> Callable[[int, object], int | float | None]:
     """Return a function ``(row, value)`` that converts a label to a number, or to None if it is missing."""
-    unlabelled = {label_text(value) for value in task.unlabelled}
+    missing = {label_text(value) for value in task.unlabelled}
     classes = _class_numbers(table, task)
+    low, high = task.range or (-math.inf, math.inf)
 
     def read(row: int, value: object) -> int | float | None:
         text = label_text(value)
-        if text in unlabelled:
+        if text in missing:
             return None
-        number = classes.get(text) if task.labels else _parse_score(text, task)
-        if number is None and text.casefold() not in _NO_LABEL:
-            scale = "; it must be a number" + (" from {:g} to {:g}".format(*task.range) if task.range else "")
-            hint = did_you_mean(value, classes) if task.labels else scale
-            raise DataError(f"{table.source}, row {row}: '{value}' is no label of task '{task.name}'{hint}")
-        return number
+        if text in classes:
+            return classes[text]
+        if not task.labels:
+            with suppress(ValueError):
+                score = float(text)
+                if math.isfinite(score) and low <= score <= high:
+                    return score
+        if text.casefold() in _NO_LABEL:
+            return None
+        hint = did_you_mean(value, classes) if task.labels else f"; it must be a number from {low:g} to {high:g}"
+        raise DataError(f"{table.source}, row {row}: '{value}' is no label of task '{task.name}'{hint}")
 
     return read
 
@@ -466,13 +455,3 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
         for layout in task.raw_formats or ():
             spellings = layout.label_names | spellings
     return {label_text(spelling): names.index(name) for spelling, name in spellings.items()}
-
-
-def _parse_score(text: str, task: RunTask) -> float | None:
-    """Convert a regression's label to a number; None if it is not a number in the task's range."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    low, high = task.range or (-math.inf, math.inf)
-    return number if math.isfinite(number) and low <= number <= high else None

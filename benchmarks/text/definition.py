@@ -6,13 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from benchmarks.harness.config.benchmark import (
-    Entry,
-    MethodsDefinition,
-    Precision,
-    Training,
-    TrainingPart,
-)
+from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Precision, Training, TrainingPart
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
@@ -123,8 +117,8 @@ class TextBlock(VariantAxes):
     epochs_factor: Positives | None = optional()
     """Factors on the usual epochs, for rows with `role: ablation`."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = optional()
-    """Selection of epoch and hyper-parameters. published: with the dev split, which is also reported. clean: with a split
-    that is not reported. Left out: clean for tasks with a test split, else published."""
+    """Selection of epoch and hyper-parameters. published: with the dev split, which is also reported. clean: with a
+    split that is not reported. Left out: clean for tasks with a test split, else published."""
 
 
 class TextPart(TrainingPart):
@@ -144,8 +138,8 @@ class Transformed(Strict):
     trained: str
     """The row whose trained runs are evaluated."""
     used_as: str
-    """The row whose model the runs are converted to: dense without experts, else with its experts, made from the trained
-    weights. Both rows must train the same parameters."""
+    """The row whose model the runs are converted to: dense without experts, else with its experts, made from the
+    trained weights. Both rows must train the same parameters."""
 
 
 class Ablation(Strict):
@@ -335,13 +329,12 @@ class TaskFile(Strict):
         tasks = content.get("tasks") if isinstance(content, dict) else None
         if not isinstance(tasks, dict):
             return content
-        return {**content, "tasks": {name: _completed(name, task) for name, task in tasks.items()}}
-
-
-def _completed(name: object, task: Any) -> Any:
-    if not isinstance(task, dict) or "metric" not in task:
-        return task
-    return {"ood_metrics": [task["metric"]], **task, "name": name}
+        complete = {
+            name: {"ood_metrics": [task["metric"]], **task, "name": name}
+            for name, task in tasks.items()
+            if isinstance(task, dict) and "metric" in task
+        }
+        return {**content, "tasks": {**tasks, **complete}}
 
 
 class UsedAs(Strict):

@@ -24,14 +24,7 @@ from benchmarks.harness.config.benchmark import (
     text_tokens,
 )
 from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
-from benchmarks.harness.config.methods import (
-    ABLATION,
-    TRAINING_KEYS,
-    VARIANT_KEYS,
-    Method,
-    check_frozen,
-    method_spec,
-)
+from benchmarks.harness.config.methods import ABLATION, TRAINING_KEYS, VARIANT_KEYS, Method, check_frozen, method_spec
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.sets import SetPart, SetReader
 from benchmarks.harness.config.yaml import check_file, check_names, parse, read
@@ -44,7 +37,6 @@ from benchmarks.text.definition import (
     OOD,
     PAPER_COLUMNS,
     PUBLISHED,
-    Ablation,
     TaskEntry,
     TaskFile,
     TextDefinition,
@@ -72,7 +64,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
         named = [(task["name"], part) for task in trained_sets(spec) for part in trained]
         named += [(other["name"], "test") for other in spec["ood"]]
         parts = [(name, resolve_part(self.tasks[name].splits, part)) for name, part in named]
-        return [SetReader(name, part, functools.partial(self._describe, name, part)) for name, part in parts]
+        return [SetReader(*part, functools.partial(self._describe, *part)) for part in parts]
 
     def _describe(self, name: str, part: str, open_files: bool) -> Iterator[SetPart]:
         from benchmarks.text.data import compare_rows, load_split
@@ -83,8 +75,8 @@ class TextSets(Benchmark[D, TaskEntry, P]):
         except DataError as error:
             advice = _advice(name, task, first_line(error))
             yield SetPart(name, part, None, expected=getattr(task.rows, part), advice=advice)
-            return
-        yield compare_rows(name, part, split, task)
+        else:
+            yield compare_rows(name, part, split, task)
 
 
 class TextBenchmark(TextSets[TextDefinition, TextPart]):
@@ -102,21 +94,16 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             raise DefinitionError(f"{file}: 'transformed' has '{twice[0]}' twice; a run is converted only once")
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
         benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, DOMAINS)
-        benchmark._check()
-        return benchmark
-
-    def _check(self) -> None:
-        """Check the names and tasks of the definition."""
-        definition, tasks, file = self.definition, self.tasks, self.file
-        check_ablations(self, definition.ablations)
+        check_ablations(benchmark)
         if traces := definition.published_traces:
             where = f"{file}: 'published_traces"
-            check_names(where, "task", [traces.task], tasks)
+            check_names(where, "task", [traces.task], benchmark.tasks)
             check_names(where, "rows", traces.rows, definition.methods)
-            for name, trace in traces.rows.items():
-                check_file(f"{where}.rows", name, trace, self.folder)
-        for name, task in tasks.items():
-            _check_task(f"{self.folder / definition.tasks}: 'tasks.{name}", task, tasks)
+            for row, trace in traces.rows.items():
+                check_file(f"{where}.rows", row, trace, benchmark.folder)
+        for task in benchmark.tasks:
+            _check_task(f"{benchmark.folder / definition.tasks}: 'tasks.{task}", task, benchmark.tasks)
+        return benchmark
 
     def specs(self, part: Part[TextPart], exclude: Collection[str], others: Sequence[Run]) -> Iterator[dict[str, Any]]:
         self._check_training(part)
@@ -125,16 +112,51 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         trainable = [name for name, task in self.tasks.items() if task.splits.train and task.splits.dev]
         names = {"model": model_names(None), "task": trainable, "method": trained}
         training = functools.cache(functools.partial(self.settings, "training", part))
-        cache: dict[str, dict[str, Any]] = {}
+        cache: dict[str, dict[str, Any]] = {}  # resolved methods, which thousands of runs share
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             for key in TRAINING_KEYS:
                 if key in point and methods[point["method"]].role != ABLATION:
                     raise DefinitionError(
-                        f"{where}.{key}' varies '{point['method']}', whose runs would compete with its usual runs; use a "
-                        f"row with role: {ABLATION}"
+                        f"{where}.{key}' varies '{point['method']}', whose runs would compete with its usual runs; "
+                        f"use a row with role: {ABLATION}"
                     )
-            if point["task"] not in exclude:
-                yield _spec(self, training(point["model"]), methods, point, where, exclude, cache)
+            if point["task"] in exclude:
+                continue
+            settings, task = training(point["model"]), self.tasks[point["task"]]
+            shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *TRAINING_KEYS)])
+            if shaping not in cache:
+                cache[shaping] = self._method_specs(methods, point, settings, where)
+            shaped = copy.deepcopy(cache[shaping])
+            protocol = _protocol(task, point, where)
+            run_settings = run_training(settings, task, point, protocol)
+            check_frozen(run_settings, shaped["method"], where)
+            asked = settings.evaluate_ood
+            evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
+            yield self.spec(
+                shaped["method"]["variant"],
+                protocol=protocol,
+                model=load_models()[point["model"]].spec(point["model"]),
+                task=task.spec(),
+                ood=[self.tasks[name].spec() for name in task.ood if evaluated and name not in exclude],
+                training=run_settings,
+                learning_rate=float(point["learning_rate"]),
+                seed=point["seed"],
+                **shaped,
+            )
+
+    def _method_specs(
+        self, methods: Mapping[str, Method], point: Mapping[str, Any], settings: TextTraining, where: str
+    ) -> dict[str, Any]:
+        """Return ``method`` of a run's spec, and ``used_as`` if its model is also evaluated as another method."""
+
+        def resolved(name: str) -> dict[str, Any]:
+            return method_spec(methods, {**point, "method": name}, point["seed"], settings.lora, where)
+
+        specs: dict[str, Any] = {"method": resolved(point["method"])}
+        for name, row in self.definition.transformed.items():
+            if row.trained == point["method"]:
+                specs["used_as"] = {"name": name, "config": resolved(row.used_as)["config"]}
+        return specs
 
     def _check_training(self, part: Part[TextPart]) -> None:
         """Check the training settings of a suite."""
@@ -172,136 +194,60 @@ def transformed_rows(
     rows: dict[str, Method] = {}
     for name, row in transformed.items():
         where = f"{file}: 'transformed.{name}"
-        check_names(where, "trained", [row.trained], usual)
-        check_names(where, "used_as", [row.used_as], usual)
-        _check_transformed(resolved[row.trained], resolved[row.used_as], where)
         if name in definition.methods:
             raise DefinitionError(f"{where}' has the name of a method; choose another name")
+        for key, used in (("trained", row.trained), ("used_as", row.used_as)):
+            check_names(where, key, [used], usual)
+            if reason := _transfer_problem(resolved[used]):
+                raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', {reason}")
+        if {resolved[row.trained].kind, resolved[row.used_as].kind} != {"dense", "emoe"}:
+            raise DefinitionError(
+                f"{where}' must name a dense row and one with experts that are parts of its FFNs (kind: emoe)"
+            )
         trained = definition.methods[row.trained].given()
         rows[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
     return rows
 
 
-def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
-    """Check that trained weights of one row can be used in the model of another.
-
-    Raises:
-        DefinitionError: They cannot.
-    """
-    if {trained.kind, used_as.kind} != {"dense", "emoe"}:
-        raise DefinitionError(
-            f"{where}' must name a dense row and one with experts that are parts of its FFNs (kind: emoe)"
-        )
-    for key, row in (("trained", trained), ("used_as", used_as)):
-        if row.kind == "emoe" and row.given().get("router", "avg_k") != "avg_k":
-            raise DefinitionError(
-                f"{where}.{key}' is '{row.title}', whose router has state that only the runs that trained it have"
-            )
-        if row.given().get("partition") == "coactivation":
-            raise DefinitionError(f"{where}.{key}' is '{row.title}', whose experts depend on the data of its runs")
-        if row.tune is not None or row.also_train is not None:
-            raise DefinitionError(f"{where}.{key}' is '{row.title}', which trains another part of the model")
+def _transfer_problem(method: Method) -> str:
+    """Return the reason why a method's weights cannot be used in another model; empty if they can."""
+    settings = method.given()
+    if method.kind == "emoe" and settings.get("router", "avg_k") != "avg_k":
+        return "whose router has state that only the runs that trained it have"
+    if settings.get("partition") == "coactivation":
+        return "whose experts depend on the data of its runs"
+    return "which trains another part of the model" if method.tune or method.also_train else ""
 
 
-def check_ablations(benchmark: AnyBenchmark, ablations: Mapping[str, Ablation]) -> None:
-    """Check that ablations compare existing rows, and that each row with ``role: ablation`` is in an ablation.
+def check_ablations(benchmark: AnyBenchmark) -> None:
+    """Check that ablations compare existing rows with the baseline.
 
     Raises:
         DefinitionError: A check failed; the error names the file, the key and the nearest valid value.
     """
-    definition, methods, file = benchmark.definition, benchmark.methods(), benchmark.file
-    for name, ablation in ablations.items():
-        where = f"{file}: 'ablations.{name}"
-        check_names(where, "rows", ablation.rows, methods)
+    definition = benchmark.definition
+    for name, ablation in definition.ablations.items():
+        where = f"{benchmark.file}: 'ablations.{name}"
+        check_names(where, "rows", ablation.rows, definition.methods)
         if definition.baseline in ablation.rows[1:] or definition.baseline not in ablation.rows:
             raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
         if ablation.paper:
             check_file(where, "paper", ablation.paper, benchmark.folder, ABLATION_COLUMNS)
-    shown = {row for ablation in ablations.values() for row in ablation.rows}
-    for row, method in methods.items():
-        if method.role == ABLATION and row not in shown:
-            raise DefinitionError(f"{file}: 'methods.{row}' is an ablation, but no 'ablations' has it among its 'rows'")
 
 
-def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> None:
-    metrics = [task.metric, *(task.ood_metrics or ())]
-    check_names(where, "metric" if task.metric not in load_metrics() else "ood_metrics", metrics, load_metrics())
+def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
+    task = tasks[name]
+    check_names(where, "metric", [task.metric], load_metrics())
+    check_names(where, "ood_metrics", task.ood_metrics, load_metrics())
     check_names(where, "ood", task.ood, tasks)
-    for name in task.ood:
+    for other in task.ood:
         try:
-            label_mapping(task, tasks[name], name)
+            label_mapping(task, tasks[other], other)
         except EMoEError as error:
             raise DefinitionError(f"{where}.ood': {error}") from error
     check_names(where, "label_names", task.label_names.values(), task.labels)
-    low, high = task.range or (0, 1)
-    if low >= high or (task.range and task.labels):
-        raise DefinitionError(
-            f"{where}.range' is [{low}, {high}], but must be the lowest and highest score of a regression"
-        )
     if not (task.source.hub or task.source.csv or task.source.vader_sentiment or task.download_instructions):
-        raise DefinitionError(
-            f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions' with source and file "
-            "name"
-        )
-    named = {split for part in task.splits.model_dump().values() if part for split in part.split("+")}
-    for number, layout in enumerate(task.raw_formats or ()):
-        wanted = [*task.fields, *([] if layout.format == "folders" else [task.label])]
-        if missing := [column for column in wanted if column not in layout.columns]:
-            raise DefinitionError(f"{where}.raw_formats[{number}].columns' lacks '{missing[0]}'")
-        check_names(where, f"raw_formats[{number}].label_names", layout.label_names.values(), task.labels)
-        check_names(where, f"raw_formats[{number}].files", layout.files, named)
-
-
-def _spec(
-    benchmark: TextBenchmark,
-    settings: TextTraining,
-    methods: Mapping[str, Method],
-    point: Mapping[str, Any],
-    where: str,
-    exclude: Collection[str],
-    cache: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """Build a run's spec; ``cache`` holds resolved methods, which thousands of runs share."""
-    task = benchmark.tasks[point["task"]]
-    protocol = _protocol(task, point, where)
-    training = run_training(settings, task, point, protocol)
-    shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *TRAINING_KEYS)])
-    if shaping not in cache:
-        cache[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
-    method = copy.deepcopy(cache[shaping])
-    check_frozen(training, method, f"{where}'")
-    asked = settings.evaluate_ood
-    evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
-    ood = [name for name in task.ood if name not in exclude] if evaluated else []
-    return benchmark.spec(
-        method["variant"],
-        protocol=protocol,
-        model=load_models()[point["model"]].spec(point["model"]),
-        task=task.spec(),
-        ood=[benchmark.tasks[name].spec() for name in ood],
-        method=method,
-        training=training,
-        learning_rate=float(point["learning_rate"]),
-        seed=point["seed"],
-        **_used_as(benchmark.definition, methods, point, settings, where),
-    )
-
-
-def _used_as(
-    definition: TextDefinition,
-    methods: Mapping[str, Method],
-    point: Mapping[str, Any],
-    settings: TextTraining,
-    where: str,
-) -> dict[str, Any]:
-    """Return ``used_as`` with the method that a run's model is also evaluated as; empty if there is none."""
-    for name, row in definition.transformed.items():
-        if row.trained == point["method"]:
-            config = method_spec(methods, {**point, "method": row.used_as}, point["seed"], settings.lora, where)[
-                "config"
-            ]
-            return {"used_as": {"name": name, "config": config}}
-    return {}
+        raise DefinitionError(f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions'")
 
 
 def _usual_protocol(task: TaskEntry) -> str:
@@ -334,18 +280,16 @@ def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, An
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
     """Return a message with the problem of a set and its solution."""
-    source = task.source
-    if source.vader_sentiment or source.csv or local_folder(name, source.model_dump()) is not None:
+    source = task.source.model_dump()
+    if task.source.vader_sentiment or task.source.csv or local_folder(name, source) is not None:
         return f"{name}: {problem}"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
     columns = ", ".join([*task.fields, task.label])
-    folder = f"{expected_path(source.model_dump())} ({', '.join(files) or 'its files'}; hub columns {columns})"
+    folder = f"{expected_path(source)} ({', '.join(files) or 'its files'}; hub columns {columns})"
     if task.download_instructions:
-        return (
-            f"{name}: by hand. {task.download_instructions.strip()}.\n"
-            f"    Folder: {folder}. Without it: `exclude: [{name}]`"
-        )
+        instructions = f"{name}: by hand. {task.download_instructions.strip()}."
+        return f"{instructions}\n    Folder: {folder}. Without it: `exclude: [{name}]`"
     return (
-        f"{name}: on the hub as {source.hub} ({source.config}); `python -m benchmarks data` or the first run "
+        f"{name}: on the hub as {task.source.hub} ({task.source.config}); `python -m benchmarks data` or the first run "
         f"downloads it.\n    Or put it into {folder}"
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,7 @@ from benchmarks.harness.config.methods import ABLATION, remove_settings, setting
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import SETTING, Outcomes, join_claim_numbers, parameter_counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
-from benchmarks.harness.results.statistics import friedman_ranks, paired_differences, shared_pairs, with_verdicts
+from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
 CELL = ["model", "task", "method"]
@@ -23,7 +22,7 @@ CHOICE = ["variant", "learning_rate"]
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
 ARROW = " → "  # from the set that was trained on to the one that is evaluated on
 _PAIR = ["model", "task", "eval_task"]
-_SET = ["protocol", "domain", *_PAIR]
+_SET = ["protocol", "domain", *_PAIR, "scope"]
 _ROW = [*_SET, "method"]
 
 
@@ -39,8 +38,8 @@ def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Average the dev score of every choice (variant and learning rate) over seeds, and mark the best per cell.
 
-    The columns are those of :data:`CELL` and :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``. Among equal choices
-    the first one of the grid wins.
+    The columns are those of :data:`CELL` and :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``. The first of
+    equally good choices wins.
     """
     grouped = choosing_scores(records, protocol).groupby([*CELL, *CHOICE], sort=False)["value"]
     table = grouped.agg(mean="mean", std="std", n="count").reset_index()
@@ -49,24 +48,28 @@ def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 
 
 def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Return the records of the runs with the chosen hyper-parameters."""
+    """Return the records of the runs with the chosen hyper-parameters.
+
+    ``protocol`` becomes the protocol of the choice, and ``run_protocol`` that of the run.
+    """
     table = choices(records, protocol)
     chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
     runs = choosing_scores(records, protocol)["run_id"]
-    return records[records["run_id"].isin(runs)].merge(chosen, on=[*CELL, *CHOICE], how="inner")
+    selected = records[records["run_id"].isin(runs)].merge(chosen, on=[*CELL, *CHOICE], how="inner")
+    return selected.assign(run_protocol=selected["protocol"], protocol=protocol)
 
 
-def reported_scores(chosen: pd.DataFrame, protocol: str) -> pd.DataFrame:
+def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
     """Return the in-domain score that a protocol reports, a row per cell and seed.
 
     The score is on the reported split. For tasks with a test split, the authors' protocol reports the best dev epoch.
     """
-    test = scores_of(chosen[chosen["protocol"] == protocol], "test")
-    return test if protocol == CLEAN else pd.concat([test, scores_of(chosen, "dev_best")])
+    test = scores_of(chosen[chosen["run_protocol"] == chosen["protocol"]], "test")
+    return pd.concat([test, scores_of(chosen[chosen["protocol"] == PUBLISHED], "dev_best")])
 
 
 class TextOutcomes(Outcomes):
-    """Collect the finished runs of one text benchmark, by protocol.
+    """Collect the finished runs of one text benchmark.
 
     Args:
         records: The numbers of the runs; None to read them.
@@ -75,11 +78,12 @@ class TextOutcomes(Outcomes):
 
     Attributes:
         records: Every number.
-        chosen: The records of the chosen runs, by protocol.
+        chosen: The records of the chosen runs, by protocol; see :func:`select_runs`.
         seeds: The scores, a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
-            evaluation task, method and seed.
+            evaluation task, method and seed. ``scope`` is the title of both tasks.
         shared: The scores of the seeds that all methods of a set share.
         protocols: The protocols that have scores.
+        run_protocols: The protocols under which runs were trained.
         rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over the shared seeds; ``n`` is 0
             without shared seeds.
         tests: The paired differences to the baseline in and out of domain, over all seeds of both methods, with
@@ -100,55 +104,48 @@ class TextOutcomes(Outcomes):
         kept = [name for name, method in methods.items() if include_ablations or method.role != ABLATION]
         shown = [run for run in runs if run.spec["method"]["name"] in kept]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
-        self._evaluates, self._include_ablations = benchmark.evaluates is not None, include_ablations
-        records = collect(shown) if records is None else records
-        records = with_transformed(records[records["run_id"].isin({run.id for run in shown})])
+        self._include_ablations = include_ablations
+        self._all_runs, self._all_records = runs, collect(runs) if records is None else records
+        records = with_transformed(self._all_records[self._all_records["run_id"].isin({run.id for run in shown})])
         self.records = records[records["method"].isin(kept)].reset_index(drop=True)
         if include_ablations:
             self._split_settings()
-        self.chosen = {protocol: self._chosen(protocol) for protocol in PROTOCOLS}
-        self.seeds = pd.concat([self._seeds(protocol) for protocol in PROTOCOLS], ignore_index=True)
-        self.protocols = [protocol for protocol in PROTOCOLS if protocol in set(self.seeds["protocol"])]
+        self.chosen = pd.concat([self._chosen(protocol) for protocol in PROTOCOLS])
+        seeds = self._seeds()
+        pairs = zip(seeds["task"], seeds["eval_task"], strict=True)
+        self.seeds = seeds.assign(scope=[self.pair_title(*pair) for pair in pairs]).reset_index(drop=True)
+        self.protocols, self.run_protocols = (
+            [protocol for protocol in PROTOCOLS if protocol in set(frame["protocol"])]
+            for frame in (self.seeds, self.records)
+        )
         self.shared = shared_pairs(self.seeds, _SET, ["method"], "seed")
         self.shared_note = self.explain_n(self.seeds, self.shared, ["model", "task", "protocol"])
         self.rows, self.tests = self._rows(), self._tests()
+
+    @cached_property
+    def ablated(self) -> TextOutcomes:
+        """Return the same runs with the rows of ablations."""
+        return TextOutcomes(self.benchmark, self._all_runs, self._all_records, include_ablations=True)
 
     def _split_settings(self) -> None:
         """Turn every setting of an ablation, and of a row with several variants, into a separate row."""
         records = self.records
         is_ablation = records["method"].map(self.role).eq(ABLATION)
         variants = records.groupby(["protocol", "model", "task", "method"])["variant"].transform("nunique")
-        usual = {
-            model: self._usual_settings(rows) for model, rows in records[~is_ablation].groupby("model", sort=False)
-        }
-        settings = [
-            remove_settings(row.variant, usual.get(row.model, set()))
-            if ablation
-            else row.variant
-            if several > 1
-            else ""
-            for row, ablation, several in zip(records.itertuples(), is_ablation, variants, strict=True)
+        main_rows = records[~is_ablation].groupby("model", sort=False)
+        usual = {model: self._usual_settings(rows) for model, rows in main_rows}
+        settings = records["variant"].where(variants > 1, "")
+        settings[is_ablation] = [
+            remove_settings(row.variant, usual.get(row.model, set())) for row in records[is_ablation].itertuples()
         ]
-        rows = zip(records["method"], settings, strict=True)
-        names = [f"{row}{SETTING}{setting}" if setting else row for row, setting in rows]
-        variant = records["variant"].mask(is_ablation | records["method"].ne(names), "")
-        for name in dict.fromkeys(name for name in names if SETTING in name):
+        names = records["method"].where(settings == "", records["method"] + SETTING + settings)
+        for name in names[names != records["method"]].unique():
             row, _, setting = name.partition(SETTING)
             title = f"{self.methods[row].title}, {setting_text(setting)}"
             self.methods[name] = self.methods[row].model_copy(update={"title": title})
         self.titles["method"] = {name: method.title for name, method in self.methods.items()}
+        variant = records["variant"].mask(is_ablation | records["method"].ne(names), "")
         self.records = records.assign(method=names, variant=variant)
-
-    @property
-    def origins(self) -> pd.DataFrame:
-        """Return the chosen runs by selection; the authors' selection includes runs of the clean protocol."""
-        return pd.concat([chosen.assign(protocol=protocol) for protocol, chosen in self.chosen.items()])
-
-    @cached_property
-    def shared_origins(self) -> pd.DataFrame:
-        """Return the chosen runs of the shared seeds, by selection."""
-        keys = ["protocol", *CELL, "seed"]
-        return self.origins.merge(self.shared[keys].drop_duplicates(), on=keys)
 
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
         """Return the settings that the variants of all rows with experts share, such as the model's layers."""
@@ -160,38 +157,37 @@ class TextOutcomes(Outcomes):
         ]
         return set.intersection(*settings) if settings else set()
 
-    @cached_property
-    def specs(self) -> Mapping[tuple[str, str], Mapping[str, Any]]:
-        """Return the spec of one run of each row, by model and method."""
-        by_id = {run.id: run.spec for run in self.runs}
-        rows = self.records.drop_duplicates(["model", "method"])
-        return {(row.model, row.method): by_id[row.run_id] for row in rows[["model", "method", "run_id"]].itertuples()}
+    @property
+    def origins(self) -> pd.DataFrame:
+        """Return the chosen runs; the authors' selection includes runs of the clean protocol."""
+        return self.chosen
 
     @cached_property
-    def training(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Return the chosen runs of the first selection: record, and ``routing`` and ``usage`` of its metrics."""
-        if not self.run_protocols:
-            return []
-        chosen = self.chosen[self.run_protocols[0]].drop_duplicates("run_id")
-        records = list(self.order(chosen, [*CELL, "seed"]).itertuples())
+    def shared_origins(self) -> pd.DataFrame:
+        """Return the chosen runs of the shared seeds."""
+        keys = ["protocol", *CELL, "seed"]
+        return self.chosen.merge(self.shared[keys].drop_duplicates(), on=keys)
+
+    def training(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yield the record and the ``metrics.json`` of each chosen run of the first protocol."""
         by_id = {run.id: run for run in self.runs}
-        metrics = [read_metrics(by_id[str(record.run_id)]) for record in records]
-        parts = [{part: each.get(part, {}) for part in ("routing", "usage")} for each in metrics]
-        return list(zip(records, parts, strict=True))
+        chosen = self.chosen[self.chosen["protocol"].isin(self.run_protocols[:1])].drop_duplicates("run_id")
+        for record in self.order(chosen, [*CELL, "seed"]).itertuples():
+            yield record, read_metrics(by_id[str(record.run_id)])
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
-        # a benchmark that evaluates another has only chosen runs
-        if self._evaluates:
-            return self.records[self.records["protocol"] == protocol]
-        return select_runs(self.records, protocol)
+        if self.benchmark.evaluates is None:
+            return select_runs(self.records, protocol)
+        chosen = self.records[self.records["protocol"] == protocol]  # all its runs evaluate chosen runs
+        return chosen.assign(run_protocol=protocol)
 
-    def _seeds(self, protocol: str) -> pd.DataFrame:
-        chosen = self.chosen[protocol]
-        records = chosen[chosen["protocol"] == protocol]
+    def _seeds(self) -> pd.DataFrame:
+        records = self.chosen[self.chosen["run_protocol"] == self.chosen["protocol"]]
         scores = [scores_of(records, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
-        if self._include_ablations or not self._evaluates:
-            scores.insert(0, reported_scores(chosen, protocol).assign(domain=ID))
-        return pd.concat(scores)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
+        if self._include_ablations or self.benchmark.evaluates is None:
+            scores.insert(0, reported_scores(self.chosen).assign(domain=ID))
+        seeds = pd.concat(scores)[["protocol", "domain", *_PAIR, "method", "seed", "value"]]
+        return seeds.sort_values("protocol", kind="stable")
 
     def _rows(self) -> pd.DataFrame:
         rows = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns=["low_mean", "high_mean", "p"])
@@ -213,16 +209,16 @@ class TextOutcomes(Outcomes):
         return self.rows[(self.rows["domain"] == domain) & (self.rows["protocol"] == protocol)]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return scores of every seed and parameter counts, for claims."""
+        """Return scores of every seed and parameter counts, for claims, with the rows of ablations."""
         scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
         numbers = join_claim_numbers(scores, parameter_counts(self.records))
         names = numbers["method"].str.partition(SETTING)
-        return numbers.assign(method=names[0], setting=names[2])
-
-    @property
-    def run_protocols(self) -> list[str]:
-        """Return the protocols under which runs were trained."""
-        return [protocol for protocol in PROTOCOLS if protocol in set(self.records["protocol"])]
+        numbers = numbers.assign(method=names[0], setting=names[2])
+        if self._include_ablations or not self.benchmark.definition.ablations:
+            return numbers
+        with_ablations, keys = self.ablated.claim_numbers(), ["method", "setting", "domain"]
+        is_new = ~pd.MultiIndex.from_frame(with_ablations[keys]).isin(pd.MultiIndex.from_frame(numbers[keys]))
+        return pd.concat([numbers, with_ablations[is_new]], ignore_index=True)
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add titles; the protocol's title column is ``selection``."""
@@ -232,11 +228,6 @@ class TextOutcomes(Outcomes):
         """Return ``SST-2 → IMDB``; only the training task if both are equal or ``eval_task`` is empty."""
         titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
         return ARROW.join(titles)
-
-    def with_scopes(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add the title of each row's pair of tasks as ``scope``."""
-        pairs = zip(frame["task"], frame["eval_task"], strict=True)
-        return frame.assign(scope=[self.pair_title(task, eval_task) for task, eval_task in pairs])
 
 
 def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
@@ -250,40 +241,3 @@ def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
     dev = trained[trained["part"] == "dev"].drop(columns="method")
     dev = dev.merge(transformed[["run_id", "method"]].drop_duplicates(), on="run_id")
     return pd.concat([trained, dev, transformed], ignore_index=True)
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Hold the results of :func:`.friedman_ranks` over the sets that all ranked methods share."""
-
-    ranks: pd.Series[float]
-    p: float
-    key: dict[str, str]  # protocol, model, and the task if ranks are per task
-    scores: pd.DataFrame  # [methods, pairs of training task and OOD set]
-
-
-def rank_methods(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> list[Ranking]:
-    """Rank methods over all pairs of training task and OOD set, separately per value of the columns ``within``.
-
-    Means are over the seeds that all ranked methods share. Methods without a common set and seed get no ranks.
-    """
-    seeds = outcomes.seeds[(outcomes.seeds["domain"] == OOD) & outcomes.seeds["method"].isin(methods)]
-    rankings = []
-    for key, group in outcomes.with_scopes(seeds).groupby(within, sort=False):
-        by_seed = group.pivot_table(index="method", columns=["scope", "seed"], values="value", sort=False)
-        table = by_seed.dropna(axis=1).T.groupby(level="scope", sort=False).mean().T
-        table = table.loc[[name for name in methods if name in table.index]]
-        rankings.append(Ranking(*friedman_ranks(table), dict(zip(within, key, strict=True)), table))
-    return rankings
-
-
-def rank_rows(rankings: list[Ranking], column: str) -> pd.DataFrame:
-    """List the ranks, a row per ranking and method, with the numbers of ``sets`` and of ``ranked`` methods."""
-    return pd.DataFrame(
-        [
-            {**each.key, "method": method, column: rank, "sets": each.scores.shape[1], "ranked": len(each.scores)}
-            for each in rankings
-            for method, rank in each.ranks.items()
-        ],
-        columns=["protocol", "model", "task", "method", column, "sets", "ranked"],
-    )

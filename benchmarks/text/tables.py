@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import pandas as pd
@@ -12,26 +11,15 @@ from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import information_numbers, scores_of
-from benchmarks.harness.results.statistics import PERMUTATIONS, critical_difference
+from benchmarks.harness.results.statistics import PERMUTATIONS
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
-from benchmarks.text.outcomes import (
-    CELL,
-    CHOICE,
-    KEYS,
-    PROTOCOLS,
-    Ranking,
-    TextOutcomes,
-    choices,
-    choosing_scores,
-    rank_methods,
-    rank_rows,
-)
+from benchmarks.text.outcomes import CELL, CHOICE, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
 from benchmarks.text.traces import trace_table
 
-AVERAGE, RANK = "average", "OOD Friedman rank"  # scopes of the paper's numbers
+RANK = "OOD Friedman rank"  # scope of the paper's ranks
 DOMAINS = {ID: "in domain", OOD: "out of domain"}
 _ROW = ["model", "protocol", "method"]
-_BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
+BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
     "Selection chooses epoch, learning rate and variant. Clean: with a split that is not reported (for tasks without a "
     "test split, a tenth of the training rows). Authors': with the dev split, which is also reported and so optimistic "
@@ -40,9 +28,9 @@ _SELECTIONS = (
 
 
 def results(outcomes: TextOutcomes) -> Table:
-    """Make a table of scores under both selections, differences to the baseline, ranks and costs."""
+    """Make a table of scores under both selections, differences to the baseline, and costs."""
     frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
-    columns = {}
+    columns = []
     for prefix, domain, protocol, score, delta, std in (
         ("id", ID, CLEAN, "ID", "Δ ID", "std"),
         ("ood", OOD_MEAN, CLEAN, "OOD", "Δ OOD", "std"),
@@ -50,13 +38,10 @@ def results(outcomes: TextOutcomes) -> Table:
     ):
         numbers = ["mean", "std", "population_std", "delta", "low", "high"]
         frame = common.with_numbers(frame, CELL, outcomes.of(domain, protocol)[[*CELL, *numbers]], f"{prefix}_")
-        columns[prefix] = [
+        columns += [
             Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=True),
             Column("score", f"{prefix}_delta", delta, interval=(f"{prefix}_low", f"{prefix}_high"), signed=True),
         ]
-    rankings = rank_methods(outcomes, list(outcomes.methods), ["protocol", *CELL[:2]])
-    rankings = [ranking for ranking in rankings if ranking.key["protocol"] == CLEAN]
-    frame = common.with_numbers(frame, CELL, rank_rows(rankings, "ood_rank")[[*CELL, "ood_rank"]])
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = common.with_numbers(frame, CELL, common.cell_means(_clean_records(outcomes.shared_origins), CELL, took))
     return Table(
@@ -64,16 +49,10 @@ def results(outcomes: TextOutcomes) -> Table:
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). "
         "Differences are paired by seed, with a 95 % confidence interval (Student's t), not corrected for multiple "
         f"tests. {outcomes.shared_note} ID is the training task, OOD the mean over the other sets, without further "
-        f"training. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, without controls. Time, "
-        f"neurons and parameters are from the clean runs, if there are any. {_metric_note(outcomes)}",
+        f"training. {_SELECTIONS} Bold marks the best method, without controls. Time, neurons and parameters are from "
+        f"the clean runs, if there are any. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
-        [
-            *columns["id"],
-            *columns["ood"],
-            Column("ood_rank", "ood_rank", "OOD rank", best=True),
-            *columns["published"],
-            *(Column(metric, metric) for metric in took),
-        ],
+        [*columns, *(Column(metric, metric) for metric in took)],
         frame,
         group=("model", "task"),
         origins=outcomes.shared_origins,
@@ -82,8 +61,8 @@ def results(outcomes: TextOutcomes) -> Table:
 
 def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Make a table like the paper's: a column of scores per task (or pair of tasks), and the average."""
-    rows = outcomes.with_scopes(outcomes.rows[outcomes.rows["domain"] == domain])
-    rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
+    rows = outcomes.rows[outcomes.rows["domain"] == domain]
+    rows = rows.assign(std=rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"]))
     frame = common.format_counts(rows, _ROW)
     headings = {scope: scope for scope in rows["scope"].unique()}
     frame, columns = common.with_columns(frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score")
@@ -96,7 +75,7 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
         "Scores by task" if domain == ID else "Scores by OOD set",
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). "
         f"{outcomes.shared_note} {_SELECTIONS} {_metric_note(outcomes, domain)}",
-        {**_BY_SELECTION, "n": "n"},
+        {**BY_SELECTION, "n": "n"},
         columns,
         outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),
@@ -109,8 +88,8 @@ def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd
     records = outcomes.shared_origins
     records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
     columns = []
-    for (scope, metric), group in outcomes.with_scopes(records).groupby(["scope", "metric"], sort=False):
-        label = f"{scope}, {load_metrics()[metric].label}"
+    for (task, other, metric), group in records.groupby(["task", "eval_task", "metric"], sort=False):
+        label = f"{outcomes.pair_title(task, other)}, {load_metrics()[metric].label}"
         rows = [
             [label, *key, values.mean(), values.std(ddof=1 if key[1] == CLEAN else 0)]
             for key, values in group.groupby(_ROW, sort=False)["value"]
@@ -130,14 +109,13 @@ def tests(outcomes: TextOutcomes) -> Table:
         {"model_title": "Model", "selection": "Selection", "task_title": "Trained on"}
         | {"eval_task_title": "Evaluated on", "method_title": "Method", "n": "n"},
         "score",
-        outcomes.tests,
+        outcomes.tests.drop(columns="scope"),
     )
 
 
 def ood(outcomes: TextOutcomes) -> Table:
     """Make a table of scores on every set, by training task."""
-    rows = outcomes.rows
-    rows = rows[(rows["protocol"] == CLEAN) & rows["domain"].isin([ID, OOD])]
+    rows = outcomes.rows[(outcomes.rows["protocol"] == CLEAN) & outcomes.rows["domain"].isin([ID, OOD])]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
     numbers = rows[["eval_task", *CELL, "mean", "std"]]
     frame = outcomes.order(common.format_counts(rows, CELL), CELL)
@@ -177,19 +155,17 @@ def choices_table(outcomes: TextOutcomes) -> Table:
             grouped = scores_of(records, part).groupby([*CELL, *CHOICE], sort=False)["value"]
             numbers = grouped.agg(mean="mean", std="std").add_prefix(prefix).reset_index()
             table = table.merge(numbers, how="left")
-        parts += [part.assign(protocol=protocol) for part in (table, _joint_choices(table))]
+        parts.append(table.assign(protocol=protocol))
     table = outcomes.titled(pd.concat(parts, ignore_index=True))
-    table["task_title"] = table["task_title"].replace(common.ALL, "all")
     table["variant_shown"] = table["variant"].replace("", MISSING)
     table["mark"] = table["chosen"].map({True: "✓", False: ""})
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
     tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
     return Table(
         "Hyper-parameters, and the choice",
-        "The choice (✓) has the best mean choosing score over n seeds; ID and OOD scores choose nothing. The rows "
-        "“all” are means over the training tasks, with one choice for all tasks. A method with more choices has more "
-        "chances. In a variant, N is the number of experts, k the share of experts in use, L the converted layers. "
-        f"{_SELECTIONS}",
+        "The choice (✓) has the best mean choosing score over n seeds; ID and OOD scores choose nothing. A method with "
+        "more choices has more chances. In a variant, N is the number of experts, k the share of experts in use, L the "
+        f"converted layers. {_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", **KEYS}
         | {"variant_shown": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
         [
@@ -207,23 +183,23 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
     keys = ["protocol", "model", "method"]
     for (protocol, model, method), group in outcomes.order(rows, keys).groupby(keys, sort=False):
         title = f"{outcomes.title('method', method)}, {outcomes.title('model', model)}"
-        yield f"{title}, {PROTOCOLS[protocol]} selection: {differences_text(group, outcomes)}."
+        yield f"{title}, {PROTOCOLS[protocol]} selection: {differences_text(group)}."
 
 
-def differences_text(tests: pd.DataFrame, outcomes: TextOutcomes) -> str:
+def differences_text(tests: pd.DataFrame) -> str:
     """Format the differences of a method in and out of domain, in points."""
     domains = [(words, tests[tests["domain"] == domain]) for domain, words in DOMAINS.items()]
-    return "; ".join(f"{words} {_differences_phrase(rows, outcomes)}" for words, rows in domains if len(rows))
+    return "; ".join(f"{words} {_differences_phrase(rows)}" for words, rows in domains if len(rows))
 
 
-def _differences_phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
+def _differences_phrase(rows: pd.DataFrame) -> str:
     """Format the difference over one or many tasks, in points."""
     if len(rows) == 1:
         row = rows.iloc[0]
-        return f"{common.difference_text(row)} ({outcomes.pair_title(row['task'], row['eval_task'])}, n = {row['n']})"
+        return f"{common.difference_text(row)} ({row['scope']}, n = {row['n']})"
     words = []
     for verdict in ("better", "worse", "within noise", "equal"):
-        scopes = outcomes.with_scopes(rows[rows["verdict"] == verdict])["scope"]
+        scopes = rows.loc[rows["verdict"] == verdict, "scope"]
         where = ", ".join(scopes) if verdict in ("better", "worse") else f"{len(scopes)} of {len(rows)}"
         words += [f"{verdict} on {where}"] if len(scopes) else []
     return ", ".join([f"{rows['delta'].mean() * 100:+z.1f} on average", *words])
@@ -232,15 +208,6 @@ def _differences_phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
 def _clean_records(records: pd.DataFrame) -> pd.DataFrame:
     """Keep the records of the clean runs; for cells without clean runs, those of the others."""
     return records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
-
-
-def _rank_note(outcomes: TextOutcomes, rankings: list[Ranking]) -> str:
-    notes = []
-    for ranking in rankings:
-        rows = "no rows with a common seed" if ranking.scores.empty else f"{len(ranking.scores)} rows"
-        p = "" if math.isnan(ranking.p) else f", Friedman p = {ranking.p:.2f}"
-        notes.append(f"{outcomes.title('task', ranking.key['task'])}: {rows}{p}")
-    return f"OOD rank is the average rank over the OOD sets ({'; '.join(notes)})." if notes else ""
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
@@ -255,21 +222,7 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
     return f"Scores are {'; '.join(parts)}, in %."
 
 
-def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
-    """Average each choice over the tasks of a model and method, if all of them tried it; skip single tasks."""
-    keys, rows = ["model", "method", "variant", "learning_rate"], ["model", "method"]
-    tasks = table.groupby(rows)["task"].transform("nunique")
-    grouped = table[tasks > 1].groupby(keys, sort=False)
-    means = grouped[["mean", "id_mean", "ood_mean"]].mean()
-    joint = means.join(grouped.agg(n=("n", "sum"), tasks=("task", "nunique"))).reset_index()
-    joint = joint[joint["tasks"] == joint.groupby(rows)["tasks"].transform("max")]
-    best = joint.groupby(rows, sort=False)["mean"].idxmax()
-    empty = dict.fromkeys(("std", "id_std", "ood_std"), math.nan)
-    return joint.assign(task=common.ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")
-
-
 _PUBLISHED_KEY = ["model", "scope", "method"]
-_OURS = {"mean": "", "delta": "_delta", "low": "_low", "high": "_high", "n": "_n"}  # after the selection's name
 
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
@@ -311,43 +264,12 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     )
 
 
-def ranks(outcomes: TextOutcomes, rankings: list[Ranking]) -> Table:
-    """Make a table of mean ranks over the OOD sets, the paper's beside ours."""
-    published = common.read_published(outcomes.benchmark)
-    published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
-    frame = rank_rows(rankings, "rank").drop(columns="task")
-    frame["paper"] = [published.get((row.model, row.method), math.nan) for row in frame.itertuples()]
-    notes = []
-    for ranking in rankings:
-        who = f"{outcomes.title('model', ranking.key['model'])}, {PROTOCOLS[ranking.key['protocol']]} selection"
-        test = "no Friedman test" if math.isnan(ranking.p) else f"Friedman p = {ranking.p:.3f}"
-        notes.append(f"{who}: {test}, critical difference {critical_difference(*ranking.scores.shape):.2f}")
-    pairs = list(dict.fromkeys(pair for ranking in rankings for pair in ranking.scores.columns))
-    methods = list(dict.fromkeys(outcomes.title("method", name) for each in rankings for name in each.scores.index))
-    return Table(
-        "Friedman ranks out of domain",
-        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. The paper does not "
-        f"name its ranked rows, so its ranks cannot be compared with ours. Sets ({len(pairs)}): {', '.join(pairs)}. "
-        f"{'; '.join(notes) or 'No ranks: the rows have no common set and seed'}. By Nemenyi's test at 5 %, ranks "
-        "differ if they are further apart than the critical difference.",
-        _BY_SELECTION,
-        [
-            Column("ood_rank", "rank", "Rank", best=True),
-            Column("sets", "sets", "Sets"),
-            Column("sets", "ranked", "Rows ranked"),
-            Column("ood_rank", "paper", "Rank in the paper"),
-        ],
-        outcomes.order(frame, ["protocol", "model", "method"]),
-        group=("model", "protocol"),
-    )
-
-
 def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
     """Return our scores by pair of tasks, and in domain also averages over the tasks that a method ran.
 
     If methods ran different tasks, each group of tasks is a separate scope, which includes the baseline.
     """
-    rows = outcomes.with_scopes(outcomes.of(domain, protocol))
+    rows = outcomes.of(domain, protocol)
     averages = []
     for model, of_model in rows.groupby("model", sort=False) if domain == ID else ():
         tasks_of = {method: tuple(part["task"]) for method, part in of_model.groupby("method", sort=False)}
@@ -357,19 +279,16 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
                 if ran == tasks or method == outcomes.baseline:
                     part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
                     averages.append({**scope, "method": method, **part[["mean", "delta"]].mean()})
-    columns = [*_PUBLISHED_KEY, *_OURS]
-    ours = pd.concat([rows[columns], pd.DataFrame(averages, columns=columns)]) if averages else rows[columns]
-    return ours.rename(columns={name: f"{protocol}{end}" for name, end in _OURS.items()})
+    numbers = ["mean", "delta", "low", "high", "n"]
+    ours = rows[[*_PUBLISHED_KEY, *numbers]]
+    ours = pd.concat([ours, pd.DataFrame(averages, columns=ours.columns)]) if averages else ours
+    return ours.rename(columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol})
 
 
 def _average_name(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
-    """Return the name of an average over tasks; :data:`AVERAGE` for all tasks that the paper trains on."""
-    glue = {
-        name
-        for name, task in outcomes.benchmark.tasks.items()
-        if task.splits.train is not None and task.source.vader_sentiment is None
-    }
-    return AVERAGE if set(tasks) == glue else ", ".join(outcomes.title("task", task) for task in tasks)
+    """Return the name of an average over tasks; ``average`` for all tasks that the paper trains on."""
+    trained = {name for name, task in outcomes.benchmark.tasks.items() if task.splits.train and task.source.hub}
+    return "average" if set(tasks) == trained else ", ".join(outcomes.title("task", task) for task in tasks)
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
@@ -378,11 +297,11 @@ def usage_table(outcomes: TextOutcomes) -> Table:
     rows = [
         {
             **{key: getattr(record, key) for key in CELL},
-            **{name: content["routing"].get(name) for name in information},
-            **{name: len(content["usage"][name.removesuffix("_experts")]) for name in counted},
+            **{name: metrics["routing"].get(name) for name in information},
+            **{name: len(metrics["usage"][name.removesuffix("_experts")]) for name in counted},
         }
-        for record, content in outcomes.training
-        if content["usage"]
+        for record, metrics in outcomes.training()
+        if metrics["usage"]
     ]
     numbers = [*information, *counted]
     means = common.average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})

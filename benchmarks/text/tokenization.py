@@ -1,26 +1,18 @@
-"""Tokenise splits, once for each set, tokenizer and length."""
+"""Tokenise splits, and batch their rows."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from benchmarks.harness.base import TOKENS, atomic_write
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest
 from benchmarks.text.data import TextSplit
 
-_VERSION = 1
 _ROWS_AT_ONCE = 10_000
 _CALIBRATION_ROWS = 256
 _LENGTHS = "lengths"
@@ -28,8 +20,6 @@ _LENGTHS = "lengths"
 
 class TokenisedRows(Dataset[dict[str, Any]]):
     """Hold tokenised rows in flat arrays, which take little memory.
-
-    Tokens come from a cache (``resources/tokens/``), keyed by a hash of the texts, the tokenizer and the length.
 
     Args:
         split: The rows.
@@ -54,7 +44,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         labelled: bool = True,
         prefix: Prefix | None = None,
     ) -> None:
-        columns = _load_or_tokenise(split, tokenizer, max_length)
+        columns = _tokenise(split, tokenizer, max_length)
         lengths = columns.pop(_LENGTHS)
         self._columns, self._lengths, self._ends = columns, lengths, np.cumsum(lengths)
         self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
@@ -106,25 +96,8 @@ def batches(rows: TokenisedRows, collate: DataCollatorWithPadding, size: int) ->
         yield dict(collate([rows[index] for index in range(start, min(start + size, len(rows)))]))
 
 
-def _load_or_tokenise(
-    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, NDArray[np.int32]]:
-    """Return the concatenated tokens of all rows by column, and the lengths of the rows; cache them in a file."""
-    key = hashlib.sha256(f"{_VERSION}\n{_tokenizer_digest(tokenizer)}\n{max_length}\n{split.texts_digest}".encode())
-    file = TOKENS / f"{key.hexdigest()[:24]}.safetensors"
-    with suppress(FileNotFoundError, SafetensorError):  # the latter after an interrupted write
-        columns = load_file(file)
-        with safe_open(file, framework="np") as opened:
-            if (opened.metadata() or {}).get("sha256") == columns_digest(columns):
-                return columns
-    # a file with a wrong digest is replaced too
-    columns = _tokenise(split, tokenizer, max_length)
-    with atomic_write(file) as temporary:
-        save_file(columns, temporary, metadata={"sha256": columns_digest(columns)})
-    return columns
-
-
 def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:
+    """Return the concatenated tokens of all rows by column, and the lengths of the rows."""
     parts: dict[str, list[NDArray[np.int32]]] = {}
     for start in range(0, len(split), _ROWS_AT_ONCE):
         columns = [list(column) for column in zip(*split.texts[start : start + _ROWS_AT_ONCE], strict=True)]
@@ -135,15 +108,3 @@ def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: 
         lengths = np.asarray([len(row) for row in encoded["input_ids"]], dtype=np.int32)
         parts.setdefault(_LENGTHS, []).append(lengths)
     return {name: np.concatenate(columns) for name, columns in parts.items()}
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash a tokenizer's definition, without truncation and padding, which each call sets."""
-    if tokenizer.is_fast:
-        described = json.loads(tokenizer.backend_tokenizer.to_str())
-        content: Any = {key: value for key, value in described.items() if key not in ("truncation", "padding")}
-    else:
-        content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.special_tokens_map)]
-    text = json.dumps([content, tokenizer.model_input_names, tokenizer.truncation_side], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

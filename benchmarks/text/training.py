@@ -1,14 +1,21 @@
-"""Train a text classifier, epoch by epoch."""
+"""Train a text classifier epoch by epoch, and score it on splits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import (
+    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -18,9 +25,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.models.prefix import Prefix, collate_states
 from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
+from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import RoutingTrace
@@ -33,13 +42,96 @@ from benchmarks.harness.training.trainer import (
     trainer_arguments,
 )
 from benchmarks.text.data import TextSplit
-from benchmarks.text.definition import TextSpec
-from benchmarks.text.evaluation import SplitEvaluator, padding_collator
+from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.tokenization import TokenisedRows
+from benchmarks.text.usage import RoutingRecorder
 
 _LOSS = "mean_loss"
 
 Epoch = dict[str, Any]  # its number, and the dev scores after it
+
+
+def padding_collator(
+    tokenizer: PreTrainedTokenizerBase, precision: str
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Return a collator that pads to the longest row, for fp16 to a multiple of 8 (as the authors do)."""
+    return collate_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
+
+
+def score_and_loss(
+    logits: NDArray[np.float32], labels: NDArray[Any], trained: RunTask, evaluated: RunTask, metrics: Sequence[str]
+) -> dict[str, float | None]:
+    """Compute the metrics of a set, and ``loss`` if the set has the same classes as the training task.
+
+    Args:
+        logits: The logits or log-likelihoods ``[rows, classes of the training task]``.
+        labels: The labels of the rows, in the set's own numbering.
+        trained: The training task.
+        evaluated: The task of the set.
+        metrics: The names of the metrics.
+    """
+    mapping = label_mapping(trained, evaluated, evaluated.name)
+    scores: dict[str, float | None] = {name: score(name, logits, labels, mapping) for name in metrics}
+    return {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if mapping.same else scores
+
+
+@dataclass
+class SplitEvaluator:
+    """Score splits with the classifier of a trainer; rows are cut to ``max_length`` tokens."""
+
+    trainer: Trainer
+    prefix: Prefix | None
+    tokenizer: PreTrainedTokenizerBase
+    task: RunTask
+    max_length: int
+
+    def evaluate(
+        self, split: TextSplit, task: RunTask | None = None, routing: RoutingRecorder | None = None
+    ) -> dict[str, float | None]:
+        """Score a split of the training task, or of another ``task``; record routing if ``routing`` is given.
+
+        Batches have rows of similar length. Return scores by metric; ``loss`` only if the set has the head's classes.
+        """
+        rows = TokenisedRows(split, self.tokenizer, self.max_length, by_length=True, labelled=False, prefix=self.prefix)
+        evaluated = task or self.task
+        with routing.record_set(evaluated.name, split.class_numbers[rows.order]) if routing else nullcontext():
+            logits = extract_logits(self.trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
+        metrics = task.ood_metrics if task else [self.task.metric]
+        return score_and_loss(logits, rows.labels, self.task, evaluated, metrics)
+
+
+class TextEvaluator(SplitEvaluator):
+    """Evaluate a trained classifier in its training precision, ``batch_size`` rows at once."""
+
+    def __init__(
+        self,
+        classifier: Trainable,
+        tokenizer: PreTrainedTokenizerBase,
+        task: RunTask,
+        batch_size: int,
+        max_length: int,
+        precision: str,
+        folder: Path,
+    ) -> None:
+        self._precision, self._stopwatch = available_precision(precision), Stopwatch()
+        self._collate = padding_collator(tokenizer, self._precision)
+        trainer = Trainer(
+            model=classifier.model,
+            args=trainer_arguments(folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size),
+            data_collator=self._collate,
+            callbacks=[self._stopwatch],
+        )
+        super().__init__(trainer, classifier.prefix, tokenizer, task, max_length)
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Return the time of evaluations so far, for ``cost`` of ``metrics.json``."""
+        return {"evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
+
+    def first_batch(self, split: TextSplit) -> dict[str, Any]:
+        """Return the first rows of a split as inputs of the model."""
+        rows = TokenisedRows(split, self.tokenizer, self.max_length, by_length=False, labelled=False)
+        return dict(self._collate(fixed_rows(rows)))
 
 
 def epoch_arguments(
@@ -60,6 +152,7 @@ def epoch_arguments(
         precision,
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=spec.learning_rate,
         lr_scheduler_type="linear",
@@ -130,14 +223,7 @@ class TextTrainer(SplitEvaluator):
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
         callbacks = [progress, self._stopwatch, self.routing_trace, UpdateGates(), self._patience]
         trainer = RoutedTrainer(
-            args=epoch_arguments(
-                self._checkpoints,
-                self._precision,
-                training,
-                spec,
-                self._best,
-                per_device_eval_batch_size=training.eval_batch_size,
-            ),
+            args=epoch_arguments(self._checkpoints, self._precision, training, spec, self._best),
             order=EpochOrder(
                 rows.lengths, training.batch_size, spec.seed, by_length=training.sampling == "group_by_length"
             ),
@@ -155,7 +241,7 @@ class TextTrainer(SplitEvaluator):
     @property
     def cost(self) -> dict[str, Any]:
         """Return the times of training and evaluation so far, for ``cost`` of ``metrics.json``."""
-        times = self._stopwatch.cost(self._trainer.state.global_step)
+        times = self._stopwatch.cost(self.trainer.state.global_step)
         return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -168,17 +254,17 @@ class TextTrainer(SplitEvaluator):
         checkpoint = resume(self._checkpoints, self._stopwatch, self.probe, self.routing_trace)
         saved = TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}") if checkpoint else None
         if saved and self._patience and self._patience.is_over(saved.log_history):
-            self._trainer.state = saved  # training had stopped early: load the best weights
-            self._trainer._load_best_model()
+            self.trainer.state = saved  # training had stopped early: load the best weights
+            self.trainer._load_best_model()
         else:
-            self._trainer.train(resume_from_checkpoint=checkpoint)
+            self.trainer.train(resume_from_checkpoint=checkpoint)
         epochs: list[Epoch] = [
             {
                 "epoch": log["epoch"],
                 self._metric: log[f"eval_{self._metric}"],
                 "loss": finite_or_none(log[f"eval_{_LOSS}"]),
             }
-            for log in self._trainer.state.log_history
+            for log in self.trainer.state.log_history
             if f"eval_{_LOSS}" in log
         ]
         return epochs, kept_epoch(epochs, self._best)

@@ -16,9 +16,8 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import ABLATION, remove_settings
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, present
-from benchmarks.text.ablations import ablation_rows
+from benchmarks.text.ablations import ablation_rows, panel_rows
 from benchmarks.text.data import TextSplit
-from benchmarks.text.figures import panel_rows
 from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
 from tests.executed import recorded
@@ -107,15 +106,14 @@ def presented(finished: list[Run]) -> Callable[[str], Presentation]:
 
 
 @pytest.fixture(scope="module")
-def ablated(finished: list[Run]) -> TextOutcomes:
-    """Collect the finished runs by adapters, every setting a row."""
-    return TextOutcomes(LORA, of(finished, "glue_lora"), include_ablations=True)
+def adapted(finished: list[Run]) -> TextOutcomes:
+    return TextOutcomes(LORA, of(finished, "glue_lora"))
 
 
 def test_every_setting_is_a_row_and_main_tables_have_none(
-    finished: list[Run], ablated: TextOutcomes, presented
+    finished: list[Run], adapted: TextOutcomes, presented
 ) -> None:
-    rows = ablation_rows(ablated, LORA.definition.ablations["settings"])
+    rows = ablation_rows(adapted, LORA.definition.ablations["settings"])
     methods = [run.spec["method"] for run in of(finished, "glue_lora")]
     planned = [method["variant"] for method in methods if method["name"] == "lora_emoe_settings"]
     shown = {name.partition("|")[2] for name in rows["method"] if name.startswith("lora_emoe_settings|")}
@@ -152,7 +150,7 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(h
     runs = [run for run in runs if run.spec["task"]["name"] in ("cola", "mrpc", "rte")]
     runs = [run for run in runs if run.spec["model"]["name"] == "bert-large-cased"]
     fake_runs.write_runs(runs)
-    rows = ablation_rows(TextOutcomes(LORA, runs, include_ablations=True), shown)
+    rows = ablation_rows(TextOutcomes(LORA, runs), shown)
     rows = rows[rows["model"] == "bert-large-cased"]
     assert rows["paper"].notna().sum() == 39
     assert rows.loc[rows["paper"].notna(), "is_ours"].all()
@@ -176,11 +174,11 @@ def test_every_step_adds_one_thing_until_all_are_the_published_settings() -> Non
     assert planned["lora_balance"]["tune"] != planned["lora_emoe_published"]["tune"]
 
 
-def test_a_step_is_compared_with_the_row_above(ablated: TextOutcomes) -> None:
-    ablation, seeds = LORA.definition.ablations["steps"], ablated.seeds
+def test_a_step_is_compared_with_the_row_above(adapted: TextOutcomes) -> None:
+    ablation, seeds = LORA.definition.ablations["steps"], adapted.ablated.seeds
     is_part = (seeds["model"] == "bert-large-cased") & (seeds["protocol"] == "clean") & (seeds["domain"] == "id")
     seeds = seeds[is_part].set_index(["method", "seed"])["value"]
-    rows = ablation_rows(ablated, ablation)
+    rows = ablation_rows(adapted, ablation)
     rows = rows[rows["model"] == "bert-large-cased"].groupby("method").first()
     for before, after in itertools.pairwise(ablation.rows[:-1]):  # the last one is no row of this suite
         assert rows.loc[after, "delta"] == pytest.approx((seeds[after] - seeds[before]).dropna().mean())

@@ -101,7 +101,7 @@ def trainer_of(method: str, folder: Path, **training: Any) -> TextTrainer:
 
 
 def test_blocks_and_routers_learn_at_a_tenth_of_the_rate_and_frozen_weights_stay(tmp_path: Path) -> None:
-    trainer = trainer_of("lora_gmoe_published", tmp_path, checkpoint_selection="last")._trainer
+    trainer = trainer_of("lora_gmoe_published", tmp_path, checkpoint_selection="last").trainer
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     groups = trainer.create_optimizer().param_groups

@@ -86,7 +86,6 @@ def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path
         ("cola", {"metric": "acuracy"}, "metric' is 'acuracy', which does not exist; did you mean 'accuracy'"),
         ("stsb", {"ood": ["hans"]}, "ood': 'hans' has classes as labels, the model numbers"),
         ("mnli", {"ood": ["hans"], "label_map": {}}, "ood': 'hans' has 2 classes, the model 3"),
-        ("rte", {"range": [0, 1]}, r"range' is \[0, 1\], but must be the lowest and highest score of a regression"),
         ("flipkart", {"download_instructions": None}, "' is neither on the hub nor in a package, so it needs 'downl"),
     ],
 )

@@ -19,7 +19,7 @@ from benchmarks.harness.training.label_mapping import LabelMapping, label_mappin
 from benchmarks.harness.training.metrics import score
 from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
-from benchmarks.text.evaluation import TextEvaluator
+from benchmarks.text.training import TextEvaluator
 from tests import fake_runs
 from tests.executed import recorded, reopened
 from tests.planned import evaluations, paper_runs

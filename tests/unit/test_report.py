@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.__main__ import cli
 from benchmarks.harness import base as paths
-from benchmarks.harness.report.common import ALL, with_runs
+from benchmarks.harness.report.common import with_runs
 from benchmarks.harness.report.table import RUNS, Column, Table
 from tests import fake_runs
 from tests.drawn import undraw
@@ -85,9 +85,9 @@ def test_runs_of_a_row_are_those_with_its_names() -> None:
     origins = pd.DataFrame(
         {"run_id": ["a", "b", "b", "c"], "model": "m", "method": ["x", "y", "y", "y"], "seed": [0, 0, 0, 1]}
     )
-    frame = pd.DataFrame({"method": ["x", "y", ALL, "", "paper"], "seed_title": "", "accuracy": 0.5})
+    frame = pd.DataFrame({"method": ["x", "y", "", "paper"], "seed_title": "", "accuracy": 0.5})
     table = with_runs(Table("T", "", {"method": "M"}, [Column("accuracy", "accuracy")], frame), origins, "glue")
-    assert list(table.frame[RUNS]) == ["glue/a", "glue/b glue/c", "glue/a glue/b glue/c", "glue/a glue/b glue/c", ""]
+    assert list(table.frame[RUNS]) == ["glue/a", "glue/b glue/c", "glue/a glue/b glue/c", ""]
     assert "Runs" not in table.markdown()
 
 

@@ -22,7 +22,6 @@ from benchmarks.harness.results.records import COST, LOADS, MODEL, information_n
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
-ALL = "*"  # in place of a name: a mean over all
 RANDOM_WEIGHTS = (
     "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
     "verdicts mean anything. "
@@ -46,8 +45,8 @@ def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     """Name the runs of each row of a table in the column :data:`~benchmarks.harness.report.table.RUNS`.
 
-    A run belongs to a row if both have the same names in every shared column. An empty name and :data:`ALL` match every
-    name. A benchmark that chooses among finished runs (DomainBed's draws) lists all candidates; a row of published
+    A run belongs to a row if both have the same names in every shared column. An empty name matches every name. A
+    benchmark that chooses among finished runs (DomainBed's draws) lists all candidates; a row of published
     numbers lists none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
     """
     keys = [key for key in _ORIGIN if key in table.frame and key in origins]
@@ -57,7 +56,7 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     numbers = {key: tried.groupby(key).indices for key in keys}  # of the runs with a name
     folders = []
     for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
-        matching = (numbers[key].get(name, ()) for key, name in names.items() if name not in ("", ALL))
+        matching = (numbers[key].get(name, ()) for key, name in names.items() if name)
         of_row = sorted(set(tried.index).intersection(*matching))
         folders.append(" ".join(f"{benchmark}/{run}" for run in tried["run_id"].iloc[of_row].unique()))
     return replace(table, frame=table.frame.assign(**{RUNS: folders}))
