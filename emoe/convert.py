@@ -126,8 +126,7 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
         for ffn in ffns:
             for path, module in ffn.projections():
                 if not cast(Tensor, module.weight).requires_grad:  # copies of a frozen FFN would stay equal
-                    name = f"{ffn.name}.{path}"
-                    raise ConversionError(f"{name} is frozen, but GMoE's copies must train: set requires_grad")
+                    raise ConversionError(f"{ffn.name}.{path} is frozen, but GMoE's copies must train: unfreeze it")
         return
     check_divisible(ffns, config.num_experts)
     if config.router == "fixed":
@@ -288,8 +287,7 @@ def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
     layers, numbers = routed_layers(model), {id(ffn.activation): ffn.index for ffn in find_ffns(model)}
     for layer in layers:
         if id(layer) not in numbers:
-            row = f"the registry row of {type(model).__name__}"
-            raise ConversionError(f"{row} does not include {layer.ffn.name}: save the part that was converted")
+            raise ConversionError(f"the row of {type(model).__name__} lacks {layer.ffn.name}: save the converted part")
     return {numbers[id(layer)]: layer for layer in layers}
 
 

@@ -201,8 +201,10 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
     try:
         if is_transformers:
             return _load_with_transformers(loader, folder, restored, options)
-        model = loader(f"local-dir:{folder}", pretrained=restored is None, **options)
-        return _load_state(model, folder, restored) if restored else model
+        # timm 1.0.20 cannot choose among several safetensors files
+        by_timm = restored is None and len(list(folder.glob("*.safetensors"))) == 1
+        model = loader(f"local-dir:{folder}", pretrained=by_timm, **options)
+        return model if by_timm else _load_state(model, folder, restored)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged configuration raises anything

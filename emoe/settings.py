@@ -65,7 +65,7 @@ def set_backend_(model: nn.Module, backend: str) -> None:
         if expected is not None and not _computes_expected(layer, expected):
             for other in layers:
                 other.restore_projections_()
-            raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: stay masked")
+            raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked")
 
 
 def _computes_expected(layer: RoutedActivation, expected: Tensor) -> bool:

@@ -190,12 +190,12 @@ def check_supported(layer: RoutedActivation) -> None:
     """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend."""
     ffn, config = layer.ffn, layer.config
     if config.score not in LINEAR_SCORES:
-        raise ConversionError(f"{ffn.name}: score='{config.score}' needs every neuron: stay masked")
+        raise ConversionError(f"{ffn.name}: score='{config.score}' needs every neuron: keep it masked")
     if getattr(layer.activation, "inplace", False):
         raise ConversionError(f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False")
     for path, module in ffn.projections():
         if is_offloaded(module) or not has_plain_weight(module) or "weight" not in dict(module.named_parameters()):
-            raise ConversionError(f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: stay masked")
+            raise ConversionError(f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: keep it masked")
     reject_hooks(layer, ConversionError)
 
 
