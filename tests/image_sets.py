@@ -28,13 +28,13 @@ def write_images(root: Path, name: str, rows: int = 2) -> Path:
     folder, size, draw = root / task.source.folder, 40, random.Random(0)
     for env, environment in enumerate(task.environments.values()):
         for number, name in enumerate(CLASSES):
-            place = folder / environment / name
-            place.mkdir(parents=True)
+            images = folder / environment / name
+            images.mkdir(parents=True)
             for row in range(rows):
                 pixels = np.full((size, size, 3), 30, dtype=np.uint8)
                 pixels[..., number] = 150 + draw.randrange(60)
                 pixels[env * 4 : env * 4 + 4] = draw.randrange(256)
-                Image.fromarray(pixels).save(place / f"{row:03}.jpg", quality=95)
+                Image.fromarray(pixels).save(images / f"{row:03}.jpg", quality=95)
     return folder
 
 

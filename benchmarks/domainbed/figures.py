@@ -17,6 +17,7 @@ from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base import DataError
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.presentation import Figure
+from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
@@ -60,7 +61,7 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw confusion matrices of the held-out environments, summed over trials, a panel per model and method."""
     runs = _first_runs(outcomes, name)
-    classes: list[str] = outcomes.metrics[runs["run_id"].iloc[0]]["classes"]
+    classes: list[str] = read_metrics(runs["run"].iloc[0])["classes"]
     groups = runs.groupby(["model", "method"], observed=True)
     columns = min(_COLUMNS, len(groups))
     lines = -(-len(groups) // columns)
@@ -69,7 +70,7 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     size = (min(1.5 * columns + 0.9, plots.WIDTH), min(1.75 * lines + 0.6, _HIGHEST))
     with plots.panel_figure(path, lines, columns, size, plots.HEATMAP, sharex=True, sharey=True) as (figure, axes):
         for axis, ((model, method), group) in zip(axes.flat, groups, strict=False):
-            count = np.sum([outcomes.metrics[run.run_id]["confusion"][run.env] for run in group.itertuples()], axis=0)
+            count = np.sum([read_metrics(row.run)["confusion"][row.env] for row in group.itertuples()], axis=0)
             axis.imshow(count / np.maximum(count.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
             title = f"{outcomes.title('method', method)}, {plots.count_text([group['trial'].nunique()], 'trials')}"
             title = title if len(models) == 1 else f"{outcomes.title('model', model)}, {title}"
@@ -90,12 +91,12 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     runs = _first_runs(outcomes, name)
     model, env = runs[["model", "env"]].iloc[0]
     shown = []
-    for run in runs[(runs["model"] == model) & (runs["env"] == env)].drop_duplicates("method").itertuples():
-        metrics = outcomes.metrics[run.run_id]
+    for row in runs[(runs["model"] == model) & (runs["env"] == env)].drop_duplicates("method").itertuples():
+        metrics = read_metrics(row.run)
         classes: list[str] = metrics["classes"]
         for layer in sorted(metrics["routing"].get("loads", {}), key=int):
             loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
-            shown.append((f"{outcomes.title('method', run.method)}, block {layer}", np.array(loads), chance))
+            shown.append((f"{outcomes.title('method', row.method)}, block {layer}", np.array(loads), chance))
     if not shown:
         plots.placeholder_figure(path, "no method of these runs has experts")
         return
@@ -131,14 +132,14 @@ def _information(name: str, counts: NDArray[np.int64], chance: Mapping[str, tupl
 
 
 def _first_runs(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
-    """Return the first run of every trial: ``run_id`` by ``model``, single held-out ``env``, ``method`` and ``trial``."""
+    """Return the first run of every trial: ``run`` by ``model``, single held-out ``env``, ``method`` and ``trial``."""
     cell = ["model", "env", "method", "trial"]
     rows = [
-        (spec["model"]["name"], held_out_names(spec)[0], spec["method"]["name"], spec["seed"], run.id)
+        (spec["model"]["name"], held_out_names(spec)[0], spec["method"]["name"], spec["seed"], run)
         for run in outcomes.runs
         if (spec := run.spec)["task"]["name"] == name and len(spec["test_envs"]) == 1
     ]
-    runs = pd.DataFrame(rows, columns=[*cell, "run_id"]).drop_duplicates(cell)
+    runs = pd.DataFrame(rows, columns=[*cell, "run"]).drop_duplicates(cell)
     orders = {"model": runs["model"].unique(), "env": outcomes.environments(name), "method": list(outcomes.methods)}
     ordered = runs.assign(**{key: pd.Categorical(runs[key], order) for key, order in orders.items()})
     return ordered.sort_values(["model", "env"], kind="stable")

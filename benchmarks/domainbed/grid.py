@@ -65,17 +65,17 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     def _describe(self, name: str, data_seed: int, open_files: bool) -> Iterator[SetPart]:
         from benchmarks.domainbed.validation import list_environments
 
-        known = self.tasks[name]
+        entry = self.tasks[name]
         try:
-            environments = list_environments(known.as_run(name), data_seed, open_images=open_files)
+            environments = list_environments(entry.as_run(name), data_seed, open_images=open_files)
         except DataError as error:
             problem = error if open_files else first_line(error)
-            yield missing_set(name, problem, known.download_instructions, known.images)
+            yield missing_set(name, problem, entry.download_instructions, entry.images)
             return
         for environment, rows, labels, source in environments:
             yield SetPart(name, environment, rows, labels=labels, source=source)
         total = sum(rows for _, rows, _, _ in environments)
-        yield SetPart(name, ALL, total, expected=known.images, source=environments[0][3])
+        yield SetPart(name, ALL, total, expected=entry.images, source=environments[0][3])
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])

@@ -39,13 +39,13 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
         return pixels, torch.from_numpy(table[:, -1].astype(np.int64)), f"{file.package} {file.version}"
     root = Path(os.environ.get(DATA_ROOT, "data_root"))
     try:
-        parts = [MNIST(root, train=train) for train in (True, False)]
+        train, test = (MNIST(root, train=is_train) for is_train in (True, False))
     except Exception as error:  # whatever torchvision's reader raises
         raise DataError(
             f"{root / 'MNIST' / 'raw'} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them), "
             "or one is damaged"
         ) from error
-    return torch.cat([part.data for part in parts]), torch.cat([part.targets for part in parts]), str(root / "MNIST")
+    return torch.cat([train.data, test.data]), torch.cat([train.targets, test.targets]), str(root / "MNIST")
 
 
 def load_mnist(task: RunSet, seed: int) -> ImageSet:

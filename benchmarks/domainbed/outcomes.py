@@ -24,7 +24,7 @@ class DomainOutcomes(Outcomes):
     Attributes:
         cells: The chosen records by selection, model, set, held-out environment, method and trial, with ``value`` (the
             reported accuracy), ``chosen_by`` (the selection's value), ``step``, ``hparams_seed`` and ``variant``.
-        metrics: The ``metrics.json`` of the runs by run id.
+        steps: The records of the evaluated steps, by run id.
         records: Every number of every run.
         shared: The cells of the trials that have all methods and environments of a selection, model and set.
         differences: The paired differences to the baseline over these trials, of means over environments.
@@ -38,8 +38,8 @@ class DomainOutcomes(Outcomes):
         selections = {name: title for name, (title, _) in SELECTIONS.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
         super().__init__(benchmark, runs, CELL, selection=selections, set=sets)
-        self.metrics = {run.id: read_metrics(run) for run in runs}
-        self.records = collect_from((run, self.metrics[run.id]) for run in runs).rename(columns={"task": "set"})
+        self.steps: dict[str, list[dict[str, Any]]] = {}
+        self.records = collect_from(self._read()).rename(columns={"task": "set"})
         columns = [*CELL, "env", "trial", "value", "chosen_by", "step", "hparams_seed", "variant"]
         self.cells = pd.DataFrame(self._cells(), columns=columns)
         self.shared = shared_pairs(self.cells, ["selection", "model", "set"], ["method", "env"], "trial")
@@ -51,6 +51,13 @@ class DomainOutcomes(Outcomes):
         # environment by environment: the order in which values are summed shows in the last digit
         scores = cells[[*CELL, "env", "trial", "value"]].sort_values(["env", "trial"], kind="stable")
         return paired_differences(scores, CELL, {"method": self.baseline}, "trial").drop(columns="values")
+
+    def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """Yield every run with its metrics, and keep only the steps, because all metrics would fill the memory."""
+        for run in self.runs:
+            metrics = read_metrics(run)
+            self.steps[run.id] = metrics["records"]
+            yield run, metrics
 
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
@@ -81,7 +88,7 @@ class DomainOutcomes(Outcomes):
             # in the order of DomainBed's hparams_seed, and of one seed in the grid's
             choices = sorted(dict.fromkeys(map(_choice, runs)), key=lambda choice: choice[0])
             records = [
-                RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self.metrics[run.id]["records"])
+                RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self.steps[run.id])
                 for run in runs
             ]
             for selection, (_, choose) in SELECTIONS.items():

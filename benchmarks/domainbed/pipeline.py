@@ -139,16 +139,14 @@ def _evaluation_splits(
     spec: ImageSpec, environments: list[Environment], splits: list[Split]
 ) -> dict[str, EvaluationRows]:
     """Return the evaluated splits by DomainBed's names (``env0_in``, ``env0_out``, …)."""
-    training, evaluated = spec.training, {}
+    training, size, evaluated = spec.training, spec.training.image_size, {}
     for name in ("in", "out"):
         for env, (environment, split) in enumerate(zip(environments, splits, strict=True)):
             is_test = env in spec.test_envs
             if name == "in" and not is_test and training.evaluate == "needed":
                 continue
             augments = spec.hparams.data_augmentation and training.val_augment and not is_test
-            transform = (
-                training_transform(training.image_size) if augments else evaluation_transform(training.image_size)
-            )
+            transform = training_transform(size) if augments else evaluation_transform(size)
             rows = split.within if name == "in" else split.out
             evaluated[f"env{env}_{name}"] = EvaluationRows(environment, rows[: training.eval_rows], transform)
     return evaluated

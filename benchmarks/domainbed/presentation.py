@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.domainbed.definition import COST_COLUMNS
 from benchmarks.domainbed.figures import SET_FIGURES
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
-from benchmarks.domainbed.protocol import standard_error
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
@@ -22,8 +22,8 @@ from benchmarks.harness.results.statistics import PERMUTATIONS
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
 _ORDER = ["model", "selection", "set", "method"]
-_KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title": "Method"}
 _ROW = {"model_title": "Model", "selection_title": "Selection", "set_title": "Set", "method_title": "Method"}
+_KEYS = {key: heading for key, heading in _ROW.items() if key != "set_title"}
 _SELECTIONS = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
     "images of the training environments. Leave-one-domain-out: the step with the highest mean accuracy on each other "
@@ -87,9 +87,8 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
 def summary(outcomes: DomainOutcomes) -> Table:
     """Make DomainBed's summary table, with means over the environments of every set."""
     keys = ["selection", "model", "method"]
-    spread = (
-        outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_domainbed_error, n="count").reset_index()
-    )
+    trials = outcomes.trials().groupby(CELL, sort=False)
+    spread = trials.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
     frame = common.format_counts(spread, keys)
     headings = {name: outcomes.title("set", name) for name in outcomes.sets}
     numbers = spread[["set", *keys, "mean", "error"]]
@@ -231,9 +230,9 @@ def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
     )
 
 
-def _domainbed_error(values: pd.Series) -> float:
-    """Return DomainBed's ±; nan for one trial."""
-    return standard_error(list(values)) if len(values) > 1 else math.nan
+def _domainbed_error(values: pd.Series[float]) -> float:
+    """Return DomainBed's ±: the population standard deviation, divided by the root of the trials; nan for one trial."""
+    return float(np.std(list(values)) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 _NOTE = (
@@ -249,9 +248,5 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     outcomes = DomainOutcomes(benchmark, runs)
     parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "shows_labels": True}
-    sentences |= {
-        "optimizer": "Adam, constant rate, no clipping",
-        "claim_numbers": outcomes.claim_numbers,
-        "parts": parts,
-    }
-    return make(benchmark, TABLES, FIGURES, outcomes, **sentences)
+    sentences |= {"optimizer": "Adam, constant rate, no clipping", "claim_numbers": outcomes.claim_numbers}
+    return make(benchmark, TABLES, FIGURES, outcomes, parts=parts, **sentences)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -233,11 +232,6 @@ SELECTIONS: dict[str, tuple[str, Selection]] = {
     "leave_one_out": ("leave-one-domain-out", leave_one_domain_out),
     "oracle": ("test-domain validation (oracle)", oracle_validation),
 }
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Return DomainBed's ±: the population standard deviation divided by the root of the number of trials."""
-    return float(np.std(values) / math.sqrt(len(values)))
 
 
 def _runs_holding_out(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:

@@ -96,9 +96,9 @@ def sample_grid(image_set: ImageSet, size: int) -> tuple[list[str], Tensor]:
         seed = derive_seed("samples", environment.name)
         order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [order[i % len(order)] for i in range(_SAMPLES)]
-        transforms = {"": evaluation_transform(size)} | (
-            {", training": training_transform(size)} if environment.places else {}
-        )
+        transforms = {"": evaluation_transform(size)}
+        if environment.places:
+            transforms[", training"] = training_transform(size)
         for suffix, transform in transforms.items():
             names.append(f"{environment.name}{suffix}")
             pictures += [load_pixels(environment, row, transform, derive_seed(seed, row)) for row in chosen]

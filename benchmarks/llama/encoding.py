@@ -56,7 +56,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
                 self.rows.append(EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             else:
                 reason = f"has a prompt of {begin} tokens, so the response does not fit into {max_length}"
-                self.broken.append(f"{row.place} {reason}")
+                self.broken.append(f"{row.position} {reason}")
 
     def select(self, numbers: Sequence[int]) -> EncodedRows:
         """Return the usable rows with these indices."""

@@ -39,7 +39,7 @@ class Instruction(BaseModel):
     instruction: Text
     input: Annotated[str, BeforeValidator(lambda text: "" if text is None else text)] = ""
     output: Text
-    place: str = ""
+    position: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
     """Check rows, which are values or lines of JSON; skip empty lines."""
     usable, broken = [], []
     for number, row in enumerate(rows, start=1):
-        place = f"{noun} {number}"
+        position = f"{noun} {number}"
         try:
             if not isinstance(row, bytes):
                 checked = Instruction.model_validate(row)
@@ -125,10 +125,10 @@ def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
                 checked = Instruction.model_validate_json(row)
             else:
                 continue
-            usable.append(checked.model_copy(update={"place": place}))
+            usable.append(checked.model_copy(update={"position": position}))
         except ValidationError as error:
             problem = first_problem(error).removeprefix("'the file': ")
-            broken.append(f"{place}: {problem}")
+            broken.append(f"{position}: {problem}")
     return Instructions(usable, broken, source)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -129,17 +129,13 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     return Data(template, train_rows, held_out_rows, summary, note)
 
 
-def _calibration(data: Data) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the first training rows, each as inputs of a model."""
-    collate = collator(data.template.tokenizer)
-    return (model_inputs(collate([data.train[row]])) for row in range(min(len(data.train), _CALIBRATION_ROWS)))
-
-
 def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
     """Build the model; if it is sharded, only the main process loads weights and distributes them."""
+    collate, count = collator(data.template.tokenizer), min(len(data.train), _CALIBRATION_ROWS)
+    calibration = (model_inputs(collate([data.train[row]])) for row in range(count))
     if not is_sharded():
-        return build_language_model(spec, _calibration(data))
-    built = build_language_model(spec, _calibration(data)) if is_main() else None
+        return build_language_model(spec, calibration)
+    built = build_language_model(spec, calibration) if is_main() else None
     partition = broadcast(None if built is None else permutations(built.model))
     if built is None:
         built = build_language_model(spec, partition=partition or None, empty=True)

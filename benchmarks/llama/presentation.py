@@ -22,8 +22,8 @@ _LIKELIHOOD = (
     "Right answer: its negative log-likelihood per byte; less is better. "
     "By length: the answer is the choice with the highest likelihood per letter. "
 )
-# by metric: words, end of the title and first sentence of its table of tests
 _NEGATIVE_LOGS = "the right answers' nats per byte (negative log-likelihood divided by bytes)"
+# by metric: words, end of the title and first sentence of its table of tests
 _TESTED = {ACCURACY: ("accuracy", "", ""), NATS: (_NEGATIVE_LOGS, ", by nats per byte", "Less is better. ")}
 _LONGEST = 300  # letters of a text in a table
 _MMLU = "mmlu"
@@ -119,10 +119,10 @@ _DATA = {
 def data(outcomes: InstructionOutcomes) -> Table:
     """Make a table of row and token counts: learned, held out, cut and broken."""
     rows = [
-        {"model": run.spec["model"]["name"], "set": run.spec["task"]["name"], "part": part.replace("_", " "), **counts}
+        {"model": run.spec["model"]["name"], "set": run.spec["task"]["name"], "part": split.replace("_", " "), **counts}
         for run in outcomes.runs
-        for part, counts in outcomes.metrics[run.id]["data"].items()
-        if part != "train" or is_trained(run.spec)
+        for split, counts in outcomes.metrics[run.id]["data"].items()
+        if split != "train" or is_trained(run.spec)
     ]
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]

@@ -117,7 +117,7 @@ def test_the_best_draw_is_reported_and_named(here: Path) -> None:
     for row in swept.cells[swept.cells["selection"] == "oracle"].itertuples():
         env = ["A", "C", "P", "S"].index(row.env)
         last = {
-            run.spec["hparams_seed"]: swept.metrics[run.id]["records"][-1][f"env{env}_out_acc"]
+            run.spec["hparams_seed"]: swept.steps[run.id][-1][f"env{env}_out_acc"]
             for run in runs
             if run.spec["test_envs"] == [env]
         }

@@ -92,7 +92,7 @@ def test_other_kinds_of_images_become_rgb(pacs: Path) -> None:
     Image.fromarray(np.dstack([grey] * 4), "RGBA").save(folder / "c.png")
     environment = load().environments[0]
     assert validate_dataset(load())["environments"]["A"]["rows"] == 12
-    images = {Path(place).name: environment.open(row) for row, place in enumerate(environment.places)}
+    images = {Path(path).name: environment.open(row) for row, path in enumerate(environment.places)}
     assert {image.mode for image in images.values()} == {"RGB"}
     for name in ("a.png", "c.png"):
         assert np.array_equal(np.asarray(images[name])[..., 1], grey), name

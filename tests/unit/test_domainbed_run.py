@@ -120,11 +120,11 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytes
 def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in DomainBed's code and the authors': of training environments only, both splits."""
     seen: dict[tuple[str, bool], list[torch.Tensor]] = {}
-    look = EvaluationRows.__getitem__
+    read = EvaluationRows.__getitem__
 
-    def spy(self: EvaluationRows, place: int) -> dict[str, Any]:
-        row = look(self, place)
-        if place == 0:
+    def spy(self: EvaluationRows, index: int) -> dict[str, Any]:
+        row = read(self, index)
+        if index == 0:
             seen.setdefault((self.environment.name, len(self) == 20), []).append(row["pixel_values"])
         return row
 
@@ -132,7 +132,7 @@ def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(mon
     finish(prepare(pacs_run(held_out=2)))
     assert set(seen) == set(itertools.product("ACPS", (False, True)))
     for (name, _), pixels in seen.items():
-        steps = pixels[:3]  # of three evaluations; the last look, after training, is a plain one
+        steps = pixels[:3]  # of three evaluations; the last evaluation, after training, is a plain one
         assert [torch.equal(image, steps[0]) for image in steps] == [True, *[name == "P"] * 2]
 
 

@@ -63,7 +63,7 @@ def test_broken_rows_are_named_and_the_others_are_read(noun: str, broken: list[t
     rows = [json.dumps(GOOD).encode(), *(row for row, _ in broken), json.dumps({**GOOD, "input": None}).encode()]
     content = b"\r\n".join([*rows, b""]) if noun == "line" else b"[" + b",".join(rows) + b"]"
     result = parse(codecs.BOM_UTF8 + content, "x", lines=noun == "line")
-    assert [(row.place, row.input) for row in result.rows] == [(f"{noun} 1", "1 and 2"), (f"{noun} {len(rows)}", "")]
+    assert [(row.position, row.input) for row in result.rows] == [(f"{noun} 1", "1 and 2"), (f"{noun} {len(rows)}", "")]
     for number, (message, (_, reason)) in enumerate(zip(result.broken, broken, strict=True), start=2):
         assert message.startswith(f"{noun} {number}: {reason}")
     with pytest.raises(DataError, match=rf"x has {len(broken)} broken rows, the first: {noun} 2: 'output': .*: skip"):
@@ -132,7 +132,7 @@ def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenize
 def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [("one two three", "", "four five"), ("one two three", "four", "five six seven eight")]
     texts.append(("one " * 10_000, "", "two"))
-    rows = [Instruction(**dict(zip(GOOD, row, strict=True)), place=f"line {i}") for i, row in enumerate(texts)]
+    rows = [Instruction(**dict(zip(GOOD, row, strict=True)), position=f"line {i}") for i, row in enumerate(texts)]
     encoded = EncodedRows(rows, find("plain", tokenizer, 0), 7)
     assert [(row.begin, len(row.tokens), row.cut) for row in encoded.rows] == [(3, 6, 0), (4, 7, 2)]
     assert encoded[0]["labels"] == [IGNORED] * 3 + encoded[0]["input_ids"][3:]
@@ -161,7 +161,7 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**small, intermediate_size=32, use_cache=False)).eval()
 
 
-TOKENS = [[3 + (7 * place + number) % 57 for place in range(4 + 3 * number)] for number in range(4)]
+TOKENS = [[3 + (7 * index + number) % 57 for index in range(4 + 3 * number)] for number in range(4)]
 
 
 def test_logits_of_prompts_are_left_away_and_nothing_else(

@@ -89,7 +89,9 @@ def test_all_experts_train_exactly_like_the_dense_model() -> None:
 def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
     runs = [tiny_run("dense", "full", seed=seed) for seed in (0, 1)]
     read = [read_data(InstructionSpec.model_validate(run.spec), load_tokenizer(run.spec["model"])) for run in runs]
-    first, other = ([[row.source.place for row in rows.rows] for rows in (data.train, data.held_out)] for data in read)
+    first, other = (
+        [[row.source.position for row in rows.rows] for rows in (data.train, data.held_out)] for data in read
+    )
     assert first == other
     assert not set(first[0]) & set(first[1])
     assert [len(places) for places in first] == [12, 6]
