@@ -75,12 +75,6 @@ def first_problem(error: ValidationError) -> str:
     return f"'{'.'.join(map(str, first['loc'])) or 'the file'}': {first['msg']}"
 
 
-def share(path: Path) -> None:
-    """Give a file the umask's permissions, because SQLite and safetensors let only the owner read."""
-    os.umask(umask := os.umask(0))  # the only way to read it
-    path.chmod(0o666 & ~umask)
-
-
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces the path at the end, so that readers see the old file or the new one.
@@ -91,7 +85,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        share(temporary)
+        os.umask(umask := os.umask(0))  # the only way to read it
+        temporary.chmod(0o666 & ~umask)  # SQLite and safetensors let only the owner read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

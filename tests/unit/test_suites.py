@@ -40,7 +40,7 @@ def test_wrong_configuration_is_named(overrides, message) -> None:
 
 
 def test_excluded_sets_are_neither_trained_on_nor_evaluated() -> None:
-    runs = suite.load_suite({"benchmarks": ["glue"], "exclude": ["amazon"]}).runs
+    runs = suite.load_suite({"benchmarks": "glue", "exclude": ["amazon"]}).runs
     assert {run.spec["task"]["name"] for run in runs} == {"tweets"}
     assert {other["name"] for run in runs for other in run.spec["ood"]} == {"movie", "nyt"}
     with pytest.raises(DefinitionError, match="'exclude' leaves no run of 'domainbed'"):

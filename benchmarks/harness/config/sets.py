@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.harness.config.yaml import Count, Strict
 
@@ -75,29 +76,18 @@ class SetPart:
         return None
 
 
-@dataclass(frozen=True)
-class SetReader:
-    """Name a part of a set that a run reads, and read it.
+class SetReader(NamedTuple):
+    """Name a part of a set that a run reads, with the function that reads and describes it.
 
-    Attributes:
-        name: The name of the set.
-        part: The name of the part; :data:`ALL` of a set that is read as a whole.
-        read: A function that reads and describes it. With True it opens every file of a set of files, in minutes.
+    With True the function opens every file of a set of files, in minutes.
     """
 
     name: str
-    part: str
+    part: str  # :data:`ALL` of a set that is read as a whole
     read: Callable[[bool], Iterator[SetPart]]
 
 
 def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
-    """Describe a set that cannot be read, as a single part.
-
-    Args:
-        name: The name of the set.
-        problem: The error.
-        instructions: The way to get the set.
-        expected: The number of rows according to its makers.
-    """
+    """Describe a set that cannot be read, as a single part, with the instructions to get it."""
     advice = f"{name}: {problem}\n    {instructions}. Without it: `exclude: [{name}]`"
     return SetPart(name, ALL, None, expected=expected, advice=advice)

@@ -92,9 +92,10 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     where = "--config" if values else str(file)
     content = read_yaml(file)
     settings = parse(content, SuiteSettings, str(file))
-    if "benchmarks" in values:
-        check_names(f"{where}: '", "benchmarks", values["benchmarks"], settings.benchmarks)
-        values["benchmarks"] = {benchmark: settings.benchmarks[benchmark] for benchmark in values["benchmarks"]}
+    if chosen := values.get("benchmarks"):
+        chosen = [chosen] if isinstance(chosen, str) else chosen
+        check_names(f"{where}: '", "benchmarks", chosen, settings.benchmarks)
+        values["benchmarks"] = {benchmark: settings.benchmarks[benchmark] for benchmark in chosen}
     settings = parse({**content, **values}, SuiteSettings, where)
     check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
     parts = {
@@ -261,18 +262,15 @@ class Suite:
         names = dict.fromkeys(test.compare.benchmark for test in tests if test.compare)
         return [name for name in names if name in self.settings.benchmarks]
 
-    def claim_files(self) -> list[str]:
-        """Return the files of the table of claims and its figure."""
-        return [*CLAIMS.table_files(self.name), *CLAIMS.figure_files(self.name)] if self.claimed else []
-
     def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
         """Return the files of tables and figures: all with the claims, a benchmark's with its parts, or a part's."""
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         artifacts = [
             artifacts_of(name, shown) for name in names for shown in (None, *self.parts(name)) if part in (None, shown)
         ]
-        files = [file for each in artifacts for file in (*each.table_files(self.name), *each.figure_files(self.name))]
-        return files if benchmark else [*self.claim_files(), *files]
+        if self.claimed and not benchmark:
+            artifacts = [CLAIMS, *artifacts]
+        return [file for each in artifacts for file in (*each.table_files(self.name), *each.figure_files(self.name))]
 
     def pages(self, benchmark: str | None = None) -> list[str]:
         """Return the page of each benchmark, or of one."""

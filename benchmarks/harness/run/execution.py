@@ -54,7 +54,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
     group.set_parallelism(parallel)
-    _check_processes(run, group.world_size(), parallel)
+    load_benchmark(run.benchmark).check_processes(run.spec, group.world_size(), parallel)
     if not group.is_main():
         _run_worker(run, folder, log.with_name(f"{log.stem}-{group.rank()}{log.suffix}"))
         return output
@@ -93,13 +93,9 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
         log: The file for all output; the second process writes ``<log>-1``.
         processes: The number of processes.
         parallel: The parallelism, ``ddp`` or ``fsdp``.
-
-    Raises:
-        RunError: A process failed, which ends all others, or the run cannot be spread.
-        DefinitionError: The processes cannot divide the batch.
     """
     run = read_run(path)
-    _check_processes(run, processes, parallel)
+    load_benchmark(run.benchmark).check_processes(run.spec, processes, parallel)
     each = str(max(threads // processes, 1))
     arguments = ["run", str(path), "--threads", each, "--log", str(log), "--parallel", parallel]
     command = group.torchrun_command(processes, ["benchmarks", *arguments])
@@ -123,13 +119,6 @@ def _end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _check_processes(run: Run, processes: int, parallel: str) -> None:
-    try:
-        load_benchmark(run.benchmark).check_processes(run.spec, processes, parallel)
-    except RunError as error:
-        raise RunError(f"{run.id}: {error}") from error
 
 
 def _run_worker(run: Run, folder: Path, log: Path) -> None:

@@ -80,7 +80,7 @@ def _last_line(log: Path) -> str:
 
 
 def estimate_text(runs: Sequence[Run]) -> str:
-    """Return one line with the hours of a benchmark's runs in sequence: 6 × parameters × tokens ÷ a device's rate."""
+    """Estimate the hours of a benchmark's runs in sequence in one line: 6 × parameters × tokens ÷ rate."""
     hours, name = dict.fromkeys(_DEVICES, 0.0), runs[0].benchmark
     for run in runs:
         model, training = load_models().get(run.spec["model"]["name"]), run.spec.get("training", {})
