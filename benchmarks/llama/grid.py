@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
@@ -99,6 +100,19 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             raise RunError("a run with training.frozen_layers needs a single process")
         if processes > 1 and parallel == "fsdp" and run.model.get("quantize"):
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
+
+    def pipeline(self) -> ModuleType:
+        import lm_eval.evaluator
+        import lm_eval.models.huggingface  # noqa: F401  (runs import them when they evaluate)
+
+        from benchmarks.llama import pipeline
+
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.llama import presentation
+
+        return presentation
 
 
 def _templates(name: str, where: str) -> dict[str, dict[str, str]]:

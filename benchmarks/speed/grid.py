@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.config.benchmark import Benchmark, Domain, Part
@@ -54,6 +55,16 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
                     learning_rate=0.0,
                     seed=0,
                 )
+
+    def pipeline(self) -> ModuleType:
+        from benchmarks.speed import pipeline
+
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.speed import presentation
+
+        return presentation
 
 
 def _variant(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import DataError, DefinitionError, first_line
@@ -173,6 +174,16 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training, rows = spec["training"], self.tasks[spec["task"]["name"]].rows
         return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
+
+    def pipeline(self) -> ModuleType:
+        from benchmarks.text import pipeline
+
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.text import presentation
+
+        return presentation
 
 
 def transformed_rows(
