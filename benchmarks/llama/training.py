@@ -44,13 +44,13 @@ def train(
         their times. With ``eval_every`` also ``held_out_curve``: ``step`` and ``loss`` of evaluations on ``held_out``.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
-    precision = available_precision(training.precision)
+    precision, size = available_precision(training.precision), training.per_device_train_batch_size
     arguments = trainer_arguments(
         checkpoints,
         precision,
         num_train_epochs=training.epochs,
         max_steps=training.steps or -1,
-        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation(training, world_size()),
         learning_rate=spec.learning_rate,
         lr_scheduler_type=training.schedule,
@@ -69,9 +69,7 @@ def train(
     )
     trainer = RoutedTrainer(
         args=arguments,
-        order=EpochOrder(
-            [len(row.tokens) for row in rows.rows], training.per_device_train_batch_size, spec.seed, by_length=False
-        ),
+        order=EpochOrder([len(row.tokens) for row in rows.rows], size, spec.seed, by_length=False),
         trainable=trainable,
         base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
         probe=probe,
@@ -91,8 +89,7 @@ def train(
         "cost": stopwatch.cost(trainer.state.global_step),
     }
     if training.eval_every:
-        points = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
-        trained["held_out_curve"] = points
+        trained["held_out_curve"] = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
     return trained
 
 
