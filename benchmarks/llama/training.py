@@ -79,8 +79,8 @@ def train(
         callbacks=[progress, stopwatch, UpdateGates()],
     )
     if every := training.eval_every:
-        size = spec.evaluation.batch_size
-        loss = partial(held_out_loss, rows=held_out, tokenizer=tokenizer, batch_size=size, precision=precision)
+        evaluate = partial(held_out_loss, tokenizer=tokenizer, batch_size=spec.evaluation.batch_size)
+        loss = partial(evaluate, rows=held_out, precision=precision)
         trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, so that it is not timed
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     log = trainer.state.log_history
