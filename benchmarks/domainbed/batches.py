@@ -66,8 +66,8 @@ Draw = tuple[int, int, int]  # the number of the draw, of the environment, and o
 class EnvironmentBatches(Sampler[Draw]):
     """Draw ``batch_size`` rows of every training environment per step, environment by environment.
 
-    As in DomainBed, rows are drawn with replacement. Draws depend only on the seed, so they are the same for all methods
-    and for resumed runs. ``rows`` has the number of rows of each environment.
+    As in DomainBed, rows are drawn with replacement. Draws depend only on the seed, so they are the same for all
+    methods and for resumed runs. ``rows`` has the number of rows of each environment.
     """
 
     def __init__(self, rows: Sequence[int], batch_size: int, steps: int, seed: int) -> None:

@@ -80,8 +80,8 @@ def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed:
 def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
     """Colour each environment's digits; return images ``[n, 2, 28, 28]`` (a channel per colour) and labels.
 
-    The label is 1 if the digit is below 5; a quarter of the labels is flipped. The colour is the label, flipped with the
-    environment's probability.
+    The label is 1 if the digit is below 5; a quarter of the labels is flipped. The colour is the label, flipped with
+    the environment's probability.
     """
     random = torch.Generator().manual_seed(seed)
 

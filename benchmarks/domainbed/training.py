@@ -70,8 +70,8 @@ class EvaluationSteps(TrainerCallback):
 class DomainTrainer:
     """Train one image classifier according to a run's spec.
 
-    Every evaluation writes a checkpoint below ``folder``. A killed run resumes from the last complete one, with the same
-    final numbers. ``splits`` are the evaluated splits by name (``env0_in``, ``env0_out``, …).
+    Every evaluation writes a checkpoint below ``folder``. A killed run resumes from the last complete one, with the
+    same final numbers. ``splits`` are the evaluated splits by name (``env0_in``, ``env0_out``, …).
     """
 
     def __init__(

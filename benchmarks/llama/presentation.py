@@ -44,6 +44,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
             name = f"{task} {metric}"
             frame = frame.join(_means(outcomes.numbers("test", metric, task), name), on=CELL)
             columns.append(Column(metric, name, f"{format_task(task)}{word}", std=f"{name} std", best=True))
+    chosen = "Rows show the learning rate with the lowest held-out loss. " if outcomes.rates_chosen else ""
     return Table(
         "Held-out loss and accuracy",
         f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over the response tokens "
@@ -51,7 +52,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
         f"Δ to {outcomes.baseline_title} compares with the equally tuned {outcomes.baseline_title}, paired by seed; "
         "for an untuned model it is the cost of conversion. Δ to not tuned compares with the same untuned method; it "
         "is the gain of tuning. Both have a 95 % confidence interval over seeds (Student's t). "
-        f"{'Rows show the learning rate with the lowest held-out loss. ' if outcomes.rates_chosen else ''}Bold marks the best method of a tuning, without controls.",
+        f"{chosen}Bold marks the best method of a tuning, without controls.",
         {**_key_headings(outcomes), "n": "n"},
         columns,
         outcomes.order(frame, CELL),

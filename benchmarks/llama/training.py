@@ -44,13 +44,13 @@ def train(
         their times. With ``eval_every`` also ``held_out_curve``: ``step`` and ``loss`` of evaluations on ``held_out``.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
-    precision = available_precision(training.precision)
+    precision, size = available_precision(training.precision), training.per_device_train_batch_size
     arguments = trainer_arguments(
         checkpoints,
         precision,
         num_train_epochs=training.epochs,
         max_steps=training.steps or -1,
-        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation(training, world_size()),
         learning_rate=spec.learning_rate,
         lr_scheduler_type=training.schedule,
@@ -68,9 +68,7 @@ def train(
     )
     trainer = RoutedTrainer(
         args=arguments,
-        order=EpochOrder(
-            [len(row.tokens) for row in rows.rows], training.per_device_train_batch_size, spec.seed, by_length=False
-        ),
+        order=EpochOrder([len(row.tokens) for row in rows.rows], size, spec.seed, by_length=False),
         trainable=trainable,
         base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
         probe=probe,
@@ -80,8 +78,8 @@ def train(
         callbacks=[progress, stopwatch, UpdateGates()],
     )
     if every := training.eval_every:
-        size = spec.evaluation.batch_size
-        loss = partial(held_out_loss, rows=held_out, tokenizer=tokenizer, batch_size=size, precision=precision)
+        evaluate = partial(held_out_loss, tokenizer=tokenizer, batch_size=spec.evaluation.batch_size)
+        loss = partial(evaluate, rows=held_out, precision=precision)
         trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, so that it is not timed
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     log = trainer.state.log_history
@@ -90,8 +88,7 @@ def train(
         "cost": stopwatch.cost(trainer.state.global_step),
     }
     if training.eval_every:
-        points = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
-        trained["held_out_curve"] = points
+        trained["held_out_curve"] = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
     return trained
 
 
