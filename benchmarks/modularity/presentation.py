@@ -18,8 +18,8 @@ from benchmarks.harness.report.common import Outcomes, average_over_seeds, read_
 from benchmarks.harness.report.presentation import Figure, Presentation, make
 from benchmarks.harness.report.style import EMOE
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.harness.results.records import information_numbers, read_metrics
-from benchmarks.harness.results.statistics import PERMUTATIONS
+from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.modularity.definition import EXPERTS
 from benchmarks.text.figures import UsagePanel, draw_usage
 

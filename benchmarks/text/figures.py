@@ -16,7 +16,6 @@ from benchmarks.harness.report.common import Outcomes, has_random_weights
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.text.definition import ID, OOD, TaskEntry
 from benchmarks.text.outcomes import PROTOCOLS, TextOutcomes
-from benchmarks.text.traces import TRACES
 
 _DIFFERENCE = mpl.colormaps["PuOr_r"]
 _MOST_SETS = 12  # panels of scores; a map of differences replaces more panels
@@ -173,7 +172,6 @@ FIGURES = {
         "Scores by method and training task. The dashed line is the baseline's mean. All panels share one axis, which "
         "does not start at zero.",
     ),
-    "traces": TRACES,
     "usage": Figure(
         draw_usage_by_set,
         "Use of experts by set after training, divided by the expert's mean use, for the first seed. The training set "

@@ -15,6 +15,9 @@ from benchmarks.text.ablations import ablation_figure, ablation_table
 from benchmarks.text.figures import FIGURES
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.tables import TABLES, verdicts
+from benchmarks.text.traces import TRACES, trace_table
+
+TABLES["traces"], FIGURES["traces"] = trace_table, TRACES
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:

@@ -10,11 +10,10 @@ from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.records import information_numbers, scores_of
-from benchmarks.harness.results.statistics import PERMUTATIONS
+from benchmarks.harness.results.records import scores_of
+from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import CELL, CHOICE, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
-from benchmarks.text.traces import trace_table
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
 DOMAINS = {ID: "in domain", OOD: "out of domain"}
@@ -326,7 +325,6 @@ TABLES = {
     "ood": ood,
     "cost": cost,
     "choices": choices_table,
-    "traces": trace_table,
     "usage": usage_table,
     "paper": paper,
 }

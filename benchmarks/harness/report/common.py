@@ -18,8 +18,8 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
 from benchmarks.harness.report.style import MethodStyle, style_of
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
-from benchmarks.harness.results.records import COST, LOADS, MODEL, information_numbers
-from benchmarks.harness.results.statistics import confidence_interval, paired_differences
+from benchmarks.harness.results.records import COST, LOADS, MODEL
+from benchmarks.harness.results.statistics import confidence_interval, information_numbers, paired_differences
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
 RANDOM_WEIGHTS = (

@@ -15,6 +15,7 @@ from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_prob
 from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
+from benchmarks.harness.results.statistics import information_numbers
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
@@ -24,13 +25,6 @@ _ROUNDING = 1e-6  # tolerance of range checks
 COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_parameters", "flops_per_token")
 LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
-
-
-def information_numbers(*names: str) -> list[str]:
-    """List the names of the mutual information metrics, each with its mean and 95 % quantile by chance."""
-    return [f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")]
-
-
 ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 
 

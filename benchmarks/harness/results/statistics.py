@@ -12,10 +12,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from benchmarks.harness.results.records import information_numbers
-
 CONFIDENCE, SIGNIFICANCE = 0.95, 0.05
 PERMUTATIONS = 500
+
+
+def information_numbers(*names: str) -> list[str]:
+    """List the names of the mutual information metrics, each with its mean and 95 % quantile by chance."""
+    return [f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")]
 
 
 @dataclass(frozen=True)
