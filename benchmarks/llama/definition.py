@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Resources, Training, TrainingPart
@@ -322,3 +322,23 @@ def accumulation(training: InstructionTraining, processes: int) -> int:
 def is_trained(spec: Mapping[str, Any]) -> bool:
     """Return True if a run trains its model."""
     return "batch_size" in spec["training"]
+
+
+def _check_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the text is empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+
+
+class Instruction(BaseModel):
+    """Hold one row: instruction, input (often empty), output, and its position for messages (``line 7``)."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    instruction: Text
+    input: Annotated[str, BeforeValidator(lambda text: "" if text is None else text)] = ""
+    output: Text
+    position: str = ""

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, collate_states, columns_digest
-from benchmarks.llama.instructions import Instruction
+from benchmarks.llama.definition import Instruction
 from benchmarks.llama.templates import Template
 
 IGNORED = -100

@@ -20,9 +20,8 @@ from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError, first
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.training.trainer import autocast
-from benchmarks.llama.definition import NATS, EvaluationTask
+from benchmarks.llama.definition import NATS, EvaluationTask, Instruction
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
-from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.questions import MMLU_DEV, ensure_mmlu_dev, is_mmlu_dev
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean

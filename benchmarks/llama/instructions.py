@@ -8,38 +8,18 @@ import tarfile
 from codecs import BOM_UTF8
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import IO, Annotated, Any, cast
+from typing import IO, Any, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from benchmarks.harness.base import DATA_ROOT, DataError, first_line, first_problem
 from benchmarks.harness.config.sets import ALL, SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import USER_SUFFIXES, user_file
 from benchmarks.harness.sources.packages import find_package
-from benchmarks.llama.definition import InstructionSource
+from benchmarks.llama.definition import Instruction, InstructionSource
 
 _SHOWN = 5
-
-
-def _check_text(text: str) -> str:
-    if not text.strip():
-        raise ValueError("the text is empty")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_check_text)]
-
-
-class Instruction(BaseModel):
-    """Hold one row: instruction, input (often empty), output, and its position for messages (``line 7``)."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    instruction: Text
-    input: Annotated[str, BeforeValidator(lambda text: "" if text is None else text)] = ""
-    output: Text
-    position: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DefinitionError, derive_seed
-from benchmarks.llama.definition import CHAT, RANDOM, PromptTemplate
-from benchmarks.llama.instructions import Instruction
+from benchmarks.llama.definition import CHAT, RANDOM, Instruction, PromptTemplate
 
 
 @dataclass(frozen=True)

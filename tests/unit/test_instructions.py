@@ -17,10 +17,10 @@ from benchmarks.harness.base import BENCHMARKS, DATA_ROOT, DataError, Definition
 from benchmarks.harness.config.yaml import read
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.packages import find_package
-from benchmarks.llama.definition import CHAT, RANDOM, InstructionSource, TemplateFile
+from benchmarks.llama.definition import CHAT, RANDOM, Instruction, InstructionSource, TemplateFile
 from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
-from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken
+from benchmarks.llama.instructions import load_instructions, parse, refuse_broken
 from benchmarks.llama.templates import Template, find_template
 from tests.conftest import fetched
 
