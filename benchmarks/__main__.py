@@ -40,10 +40,15 @@ _threads = click.option("--threads", type=click.IntRange(min=1), default=1, show
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 fine; 1 an error in one line, or a check that failed; 2 wrong usage; 130 interrupted.",
+    invoke_without_command=True,
 )
 @click.version_option(package_name="emoe", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Run, collect, compare and publish benchmark runs."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        return
     import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
 
     if not {"-h", "--help"} & {*click.get_current_context().args}:  # a plugin may import torch, which takes seconds
@@ -411,7 +416,7 @@ def _run_command(arguments: list[str]) -> int:
     try:
         return int(cli(arguments, standalone_mode=False, obj=time.time()) or 0)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"error: {error.format_message()}", err=True)
         return error.exit_code
     except click.Abort as stop:
         if isinstance(stop.__cause__, EOFError):  # click takes an empty file for an interrupted prompt
@@ -420,9 +425,8 @@ def _run_command(arguments: list[str]) -> int:
     except EMoEError as error:
         click.echo(f"error: {error}", err=True)
     except OSError as error:
-        if not error.filename:
-            raise
-        click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        path = f"{error.filename}: " if error.filename else ""  # a full disk names no file
+        click.echo(f"error: {path}{error.strerror or error}", err=True)
     return 1
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import torch
@@ -20,6 +22,7 @@ from emoe.sparse.build import build_kernels
 from emoe.streaming import NotStreamedError, convert_folder, fold_folder
 
 _FOLDER = click.Path(path_type=Path)
+_output = click.option("--output", type=_FOLDER, required=True, help="A new folder.")
 _EPILOG = """\b
 Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
   eval "$(_EMOE_COMPLETE=bash_source emoe)"
@@ -29,25 +32,37 @@ Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
 class _Commands(click.Group):
     """Report expected errors in one line."""
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
+    def main(self, args: Sequence[str] | None = None, **options: Any) -> NoReturn:  # type: ignore[override]
+        """Run a command, and exit with its status."""
+        status = 1
         try:
-            return super().invoke(ctx)
+            sys.exit(super().main(args, **{**options, "standalone_mode": False}))
+        except click.ClickException as error:
+            message, status = error.format_message(), error.exit_code
         except EMoEError as error:
-            raise click.ClickException(str(error)) from error
+            message = str(error)
         except ModuleNotFoundError as error:  # the model's library, which is not a dependency
-            raise click.ClickException(f"this needs the package '{error.name}': pip install {error.name}") from error
+            message = f"this needs the package '{error.name}': pip install {error.name}"
         except OSError as error:  # a folder without permission, a full disk; of two files the second is written
-            path = error.filename2 or error.filename or "a file"
-            raise click.ClickException(f"{path}: {error.strerror or error}") from error
-        except KeyboardInterrupt:
-            ctx.exit(130)
+            message = f"{error.filename2 or error.filename or 'a file'}: {error.strerror or error}"
+        except click.Abort:  # Ctrl-C
+            sys.exit(130)
+        click.echo(f"error: {message}", err=True)
+        sys.exit(status)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+    invoke_without_command=True,
+)
 @click.version_option(emoe.__version__, message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Turn a pre-trained transformer's FFNs into experts, and back."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _plain_layers(text: str) -> str | list[int]:
@@ -68,7 +83,7 @@ def _field_value(text: str) -> tuple[str, Any]:
 
 @cli.command(short_help="Convert a model, and write it to a new folder.")
 @click.argument("model")
-@click.argument("out", type=_FOLDER)
+@_output
 @click.option("--num-experts", type=int, required=True, help="N, experts of each converted FFN.")
 @click.option("--top-k", type=int, required=True, help="Experts that each token uses.")
 @click.option(
@@ -80,8 +95,10 @@ def _field_value(text: str) -> tuple[str, Any]:
 )
 @click.option("--as-published", help="The authors' settings: tutel or llama.")
 @click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other field of the configuration.")
-def convert(model: str, out: Path, kind: str, as_published: str | None, others: tuple[str, ...], **fields: Any) -> None:
-    """Convert MODEL, a folder or hub id of transformers or timm, and write it to the new folder OUT.
+def convert(
+    model: str, output: Path, kind: str, as_published: str | None, others: tuple[str, ...], **fields: Any
+) -> None:
+    """Convert MODEL, a folder or hub id of transformers or timm, and write it to a new folder.
 
     Transformers models are converted from disk to disk, with one layer or weight file in memory at a time.
     """
@@ -91,19 +108,19 @@ def convert(model: str, out: Path, kind: str, as_published: str | None, others: 
     config = cls.as_published(as_published, **given) if as_published else cls(**given)
     if getattr(config, "partition", None) == "coactivation":
         raise ConfigError("a co-activation partition needs calibration data; convert in Python (docs/library.md)")
-    files.check_new(out)
+    files.check_new(output)
     source = files.model_folder(model)
     try:
-        report = convert_folder(source, out, config)
+        report = convert_folder(source, output, config)
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
         loaded = files.load_stock(files.loader_for(source), source).eval()
         torch.manual_seed(0)  # for learned routers, as from disk to disk
         report = emoe.convert_(loaded, config, progress=True)
-        with files.new_folder(out, source) as new:
+        with files.new_folder(output, source) as new:
             emoe.save_pretrained(loaded, new)
     click.echo(report)
-    click.echo(f"Written to {out}")
+    click.echo(f"Written to {output}")
 
 
 @cli.command(short_help="Show the content of a converted folder.")
@@ -137,20 +154,20 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 @cli.command(short_help="Fold experts back into a dense model.")
 @click.argument("folder", type=_FOLDER)
-@click.argument("out", type=_FOLDER)
+@_output
 @click.option("--restore-order", is_flag=True, help="Restore the order of the neurons from before the conversion.")
-def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
-    """Fold the experts of a converted FOLDER back, and write the dense model to the new folder OUT."""
-    files.check_new(out)
+def to_dense(folder: Path, output: Path, restore_order: bool) -> None:
+    """Fold the experts of a converted FOLDER back, and write the dense model to a new folder."""
+    files.check_new(output)
     source = files.model_folder(str(folder))
     try:
-        fold_folder(source, out, restore_order=restore_order)
+        fold_folder(source, output, restore_order=restore_order)
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
         model = emoe.to_dense_(emoe.from_pretrained(files.loader_for(source), source), restore_order=restore_order)
-        with files.new_folder(out, source) as new:
+        with files.new_folder(output, source) as new:
             files.save_weights(model, new)
-    click.echo(f"Written to {out}")
+    click.echo(f"Written to {output}")
 
 
 @cli.command(short_help="Answer a prompt with a language model.")

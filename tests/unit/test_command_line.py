@@ -48,45 +48,47 @@ def call(*arguments: object, fails: bool = False) -> str:
 def assert_refused(*arguments: object, message: str) -> None:
     """Expect one line of error, and no new folder."""
     lines = call(*arguments, fails=True).strip().splitlines()
-    assert lines[-1].startswith("Error: ")
+    assert lines[-1].startswith("error: ")
     assert message in lines[-1]
-    assert not Path(str(arguments[2])).exists()
+    assert not Path(str(arguments[3])).exists()
 
 
 def test_convert_inspect_and_fold_back(source: Path, tmp_path: Path) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
-    text = call("convert", source, out, *SIZE, "--layers", "last:2", "--set", "selection=bottom")
+    text = call("convert", source, "--output", out, *SIZE, "--layers", "last:2", "--set", "selection=bottom")
     assert "% of FFN neurons active" in text
     content = json.loads(call("inspect", out, "--json"))
     assert content["config"]["selection"] == "bottom"
     assert all((row["experts"], row["size"]) == (8, row["neurons"] // 8) for row in content["layers"])
     assert [layer.config.selection for layer in routed_layers(loaded(out))] == ["bottom", "bottom"]
-    call("to-dense", out, dense, "--restore-order")
+    call("to-dense", out, "--output", dense, "--restore-order")
     assert_same(tensors(dense), tensors(source))
     assert all((dense / file.relative_to(source)).exists() for file in source.rglob("*"))  # vocabulary too
 
 
 def test_published_settings_and_copies(bert: Path, tmp_path: Path) -> None:
-    call("convert", bert, tmp_path / "a", *SIZE, "--layers", "1,3", "--as-published", "tutel")
+    call("convert", bert, "--output", tmp_path / "a", *SIZE, "--layers", "1,3", "--as-published", "tutel")
     assert '"per_expert"' in call("inspect", tmp_path / "a")
-    call("convert", bert, tmp_path / "b", "--kind", "gmoe", "--num-experts", 3, "--top-k", 2, "--layers", "1")
+    call(
+        "convert", bert, "--output", tmp_path / "b", "--kind", "gmoe", "--num-experts", 3, "--top-k", 2, "--layers", "1"
+    )
     assert [layer.config.kind for layer in routed_layers(loaded(tmp_path / "b"))] == ["gmoe"]
-    assert_refused("to-dense", tmp_path / "b", tmp_path / "c", message="no dense equal")
+    assert_refused("to-dense", tmp_path / "b", "--output", tmp_path / "c", message="no dense equal")
 
 
 def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> None:
     out, converted = tmp_path / "out", tmp_path / "converted"
-    call("convert", bert, converted, *SIZE)
+    call("convert", bert, "--output", converted, *SIZE)
     for words, message in (
-        (("convert", bert, out, "--num-experts", 7, "--top-k", 2), "64 neurons cannot be split into 7"),
-        (("convert", bert, out, *SIZE, "--set", "selection"), "write name=value"),
-        (("convert", bert, out, *SIZE, "--partition", "coactivation"), "needs calibration data"),
-        (("convert", "no/such-model", out, *SIZE), "the hub gave no model"),
-        (("convert", converted, out, *SIZE), "holds experts already"),
-        (("to-dense", bert, out), "holds no experts"),
+        (("convert", bert, "--output", out, "--num-experts", 7, "--top-k", 2), "64 neurons cannot be split into 7"),
+        (("convert", bert, "--output", out, *SIZE, "--set", "selection"), "write name=value"),
+        (("convert", bert, "--output", out, *SIZE, "--partition", "coactivation"), "needs calibration data"),
+        (("convert", "no/such-model", "--output", out, *SIZE), "the hub gave no model"),
+        (("convert", converted, "--output", out, *SIZE), "holds experts already"),
+        (("to-dense", bert, "--output", out), "holds no experts"),
     ):
         assert_refused(*words, message=message)
-    assert "is not empty" in call("convert", bert, bert, *SIZE, fails=True)
+    assert "is not empty" in call("convert", bert, "--output", bert, *SIZE, fails=True)
 
 
 def own_code(folder: Path) -> None:
@@ -107,10 +109,10 @@ def test_damaged_folders_are_one_line_and_run_no_code(
     bert: Path, tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
     converted = tmp_path / "converted" / "bert"
-    call("convert", bert, converted, *SIZE)
+    call("convert", bert, "--output", converted, *SIZE)
     for command, folder, options in (("convert", bert, SIZE), ("to-dense", converted, ())):
         change(folder)
-        assert_refused(command, folder, tmp_path / "out", *options, message=message)
+        assert_refused(command, folder, "--output", tmp_path / "out", *options, message=message)
 
 
 def test_the_hubs_cache_of_links_is_converted(bert: Path, tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_the_hubs_cache_of_links_is_converted(bert: Path, tmp_path: Path) -> Non
     bert.rename(tmp_path / "cache" / "blobs")
     for name in ("config.json", "model.safetensors", "1_Pooling/vocab.txt"):
         (snapshot / Path(name).name).symlink_to(tmp_path / "cache" / "blobs" / name)
-    call("convert", snapshot, tmp_path / "out", *SIZE)
+    call("convert", snapshot, "--output", tmp_path / "out", *SIZE)
     assert (tmp_path / "out" / "vocab.txt").read_text()
 
 
@@ -128,8 +130,8 @@ def test_a_folder_that_the_models_library_saved_is_shown_and_folded_back(method:
     model, folder, out = classifiers.bert(classifiers.METHODS[method]), tmp_path / "saved", tmp_path / "dense"
     model.save_pretrained(folder)
     assert "the original order of the neurons is unknown" in call("inspect", folder)
-    assert_refused("to-dense", folder, out, "--restore-order", message="leave out restore_order")
-    call("to-dense", folder, out)
+    assert_refused("to-dense", folder, "--output", out, "--restore-order", message="leave out restore_order")
+    call("to-dense", folder, "--output", out)
     assert "emoe" not in json.loads((out / "config.json").read_text())
     assert_same(tensors(out), emoe.to_dense_(model).state_dict())
 
@@ -150,7 +152,7 @@ def llama(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("score", "backend"), [("keys", "sparse"), ("inter_abs", "masked")])
 def test_a_folder_answers_with_experts_and_without(llama: Path, tmp_path: Path, score: str, backend: str) -> None:
     experts = tmp_path / "experts"
-    call("convert", llama, experts, *SIZE, "--layers", "all", "--set", f"score={score}")
+    call("convert", llama, "--output", experts, *SIZE, "--layers", "all", "--set", f"score={score}")
     text = call("generate", experts, "w3 w4 w5", "--max-new-tokens", 6)
     assert f"{backend} experts]" in text
     model: Any = loaded(experts)

@@ -58,7 +58,7 @@ import runpy
 
 (pathlib.Path(FOLDER) / "config.json").write_text('{"architectures": ["BertModel"]}')
 safetensors.torch.save_file({"weight": torch.zeros(1)}, FOLDER + "/model.safetensors")
-for words in (["--help"], ["convert", FOLDER, FOLDER + "/out", "--num-experts=4", "--top-k=2"]):
+for words in (["--help"], ["convert", FOLDER, "--output", FOLDER + "/out", "--num-experts=4", "--top-k=2"]):
     sys.argv[:] = ["emoe", *words]
     try:
         runpy.run_path(SCRIPT, run_name="__main__")
@@ -145,4 +145,4 @@ def test_it_works_with_what_it_asks_for(environment: dict[str, str], tmp_path: P
     assert f"{VERSION} {target}/emoe/__init__.py" in lines
     assert all(command in result.stdout for command in ("convert", "inspect", "to-dense"))
     assert lines[-1] == "ended with 1"
-    assert result.stderr.splitlines()[-1] == "Error: this needs the package 'transformers': pip install transformers"
+    assert result.stderr.splitlines()[-1] == "error: this needs the package 'transformers': pip install transformers"
