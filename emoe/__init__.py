@@ -38,10 +38,7 @@ _NAMES = {
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-try:
-    __version__ = importlib.metadata.version("emoe")
-except importlib.metadata.PackageNotFoundError:  # not installed
-    __version__ = "0.0.0"
+__version__ = importlib.metadata.version("emoe")
 
 __all__ = [
     "CheckpointError",

@@ -23,10 +23,6 @@ from emoe.streaming import NotStreamedError, convert_folder, fold_folder
 
 _FOLDER = click.Path(path_type=Path)
 _output = click.option("--output", type=_FOLDER, required=True, help="A new folder.")
-_EPILOG = """\b
-Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
-  eval "$(_EMOE_COMPLETE=bash_source emoe)"
-"""
 
 
 class _Commands(click.Group):
@@ -51,12 +47,7 @@ class _Commands(click.Group):
         sys.exit(status)
 
 
-@click.group(
-    cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_EPILOG,
-    invoke_without_command=True,
-)
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(emoe.__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -86,13 +77,9 @@ def _field_value(text: str) -> tuple[str, Any]:
 @_output
 @click.option("--num-experts", type=int, required=True, help="N, experts of each converted FFN.")
 @click.option("--top-k", type=int, required=True, help="Experts that each token uses.")
-@click.option(
-    "--layers", default="last-half:2", show_default=True, help="8,10; all; last:2; last-half:2 (every second); 8:12:2."
-)
+@click.option("--layers", default="last-half:2", show_default=True, help="8,10; all; last:2; last-half:2; 8:12:2.")
 @click.option("--partition", help="Partition of the neurons: kmeans (the default), random, contiguous.")
-@click.option(
-    "--kind", type=click.Choice(["emoe", "gmoe"]), default="emoe", show_default=True, help="Split or copy FFNs."
-)
+@click.option("--kind", type=click.Choice(["emoe", "gmoe"]), default="emoe", show_default=True, help="Split or copy.")
 @click.option("--as-published", help="The authors' settings: tutel or llama.")
 @click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other field of the configuration.")
 def convert(

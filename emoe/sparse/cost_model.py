@@ -63,9 +63,6 @@ def predicted_time_ratio(
         dtype: dtype of the products.
         threads: number of torch's threads.
         compiled: the compiled kernels are available.
-
-    >>> predicted_time_ratio(2048, 768, 48, 0.25, torch.float32, threads=1) < 0.5
-    True
     """
     costs = _COMPILED_FLOAT32 if compiled and dtype == torch.float32 else _COSTS.get(dtype)
     if costs is None:
