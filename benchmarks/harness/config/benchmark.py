@@ -393,8 +393,9 @@ def load_benchmark(name: str) -> AnyBenchmark:
     file = BENCHMARKS / name / "benchmark.yaml"
     content = read_yaml(file)
     kind = content.get("kind") if isinstance(content, dict) else None
+    kind = kind if isinstance(kind, str) else ""
     if kind not in KINDS:  # benchmarks/kinds.py has to be imported first
-        raise DefinitionError(f"{file}: 'kind' is {kind!r}{did_you_mean(kind, KINDS)}")
+        raise DefinitionError(f"{file}: 'kind' is '{kind}'{did_you_mean(kind, KINDS)}")
     load_methods()  # first, because its plugins register names
     return KINDS[kind].load(name, content, file)
 

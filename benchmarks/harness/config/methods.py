@@ -302,11 +302,11 @@ def import_plugins() -> None:
     """Import the plugins of ``methods.yaml``, which register routers and tunings in this process."""
     file = BENCHMARKS / "methods.yaml"
     content = read_yaml(file)
-    # the methods, which may use the plugins' names, are checked later
+    # the file is checked later, because methods may use the plugins' names
     plugins = content.get("plugins") if isinstance(content, dict) else None
     if plugins and str(ROOT) not in sys.path:  # a job may have another working directory
         sys.path.append(str(ROOT))
-    for name in plugins or ():
+    for name in plugins if isinstance(plugins, list) else ():
         try:
             importlib.import_module(name)
         except Exception as error:  # a module may raise anything
@@ -418,5 +418,5 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
         if method.as_published:
             return config.as_published(method.as_published, **values).to_dict()
         return config(**values).to_dict()
-    except ConfigError as error:
+    except (ConfigError, TypeError) as error:  # TypeError: a field without a default is missing
         raise DefinitionError(f"{where}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
@@ -26,7 +27,6 @@ from pydantic_core import PydanticCustomError
 from benchmarks.harness.base import DefinitionError
 from emoe.errors import did_you_mean
 
-_LONGEST = 100  # characters of a value in a message
 Model = TypeVar("Model", bound="Strict")
 
 if TYPE_CHECKING:
@@ -51,13 +51,20 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[e
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse one YAML file."""
+    """Parse one YAML file, which may have no tags."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        events: Iterable[Any] = yaml.parse(text, SafeLoader)
+        for event in events:
+            if getattr(event, "tag", None):
+                raise yaml.MarkedYAMLError(
+                    problem=f"the tag '{event.tag}' is not allowed", problem_mark=event.start_mark
+                )
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
         near = did_you_mean(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
         raise DefinitionError(f"{path}: {error.strerror}{near}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist raises ValueError
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # as of a date that does not exist
         problem = str(error).replace('in "<unicode string>", ', "at ")
         raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
 
@@ -80,11 +87,11 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
     messages = " or ".join(problem["msg"] for problem in problems if _keys(problem, content) == keys)
     if first["type"] in ("missing", "refusal"):
         return f"'{key}': {messages}"
-    value = repr(first["input"])
-    value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
+    given = first["input"]
+    value = f"{reprlib.repr(given):.100}"  # short, also if aliases of aliases make the value huge
     if first["type"] == "literal_error":
         options = re.findall("'([^']+)'", first["ctx"]["expected"])
-        return f"'{key}' is {value}{did_you_mean(first['input'], options)}"
+        return f"'{key}' is {value}{did_you_mean(given if isinstance(given, str) else value, options)}"
     return f"'{key}' is {value}: {messages}"
 
 
@@ -241,7 +248,7 @@ def check_names(where: str, key: str, names: Iterable[str], valid: Collection[st
     for name in names:
         if name not in valid:
             at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
-            raise DefinitionError(f"{at}' is '{name[:_LONGEST]}', which does not exist{did_you_mean(name, valid)}")
+            raise DefinitionError(f"{at}' is '{name[:100]}', which does not exist{did_you_mean(name, valid)}")
 
 
 def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
