@@ -63,7 +63,7 @@ def cli(context: click.Context) -> None:
 def list_command(kind: str, suite: str) -> None:
     """List suites, benchmarks, methods, tasks and more.
 
-    With the name of a suite, its runs. `paper` lists the paper's tables and figures with their files of `--suite`.
+    Given a suite, lists its runs. `paper` lists the paper's tables and figures with their files of `--suite`.
     """
     from benchmarks.harness.config.listing import LISTS, suite_rows
 
@@ -83,7 +83,7 @@ def list_command(kind: str, suite: str) -> None:
 def status(suite: str, as_json: bool) -> None:
     """Show finished, running, failed and missing runs.
 
-    With the last line of the log of each that runs or failed. A benchmark without a finished run gets an estimate.
+    Running and failed runs show the last line of their log. A benchmark without a finished run shows an estimate.
     """
     from benchmarks.harness.run.status import count, estimate_text, run_status
 
@@ -142,7 +142,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
 def export(spec: Path, output: Path, form: str) -> None:
     """Write the tuned language model of the run.json SPEC.
 
-    For stock transformers, or with `--form emoe` for emoe.from_pretrained. Adapters are merged.
+    The default format is stock transformers; `--form emoe` is for emoe.from_pretrained. Adapters are merged.
     """
     from benchmarks.llama.export import export as export_run
 
@@ -213,7 +213,7 @@ def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -
 def mirror(suite: str) -> None:
     """Mirror finished runs to MLflow.
 
-    A second time adds nothing."""
+    Runs whose numbers have not changed are skipped."""
     from benchmarks.harness.results.mlflow import mirror as mirror_runs
 
     loaded = _load_suite(suite)
@@ -260,7 +260,7 @@ def verify(suite: str, count: int, seed: int) -> None:
 @cli.command()
 @_suite
 def bless(suite: str) -> None:
-    """Make a suite's present numbers the blessed ones.
+    """Bless the current numbers of a suite.
 
     Needs a clean checkout and numbers that repeat: the fastest run of each benchmark is run again and compared exactly.
     """
@@ -275,7 +275,7 @@ def bless(suite: str) -> None:
 @click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
-    """Fetch a suite's data, and show which sets are there.
+    """Fetch a suite's data, and show available and missing sets.
 
     Ends with status 1 if something is missing.
     """
@@ -405,7 +405,7 @@ def _echo_table(rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _cell(value: object) -> object:
-    """Join a list to a text; shorten a long one to its first values and its length."""
+    """Format a table cell: join a list; of a long list, show the first values and the length."""
     if not isinstance(value, list):
         return value
     return ", ".join(value) if len(value) <= 12 else f"{', '.join(value[:4])}, … ({len(value)})"

@@ -39,7 +39,7 @@ class _Commands(click.Group):
             message = str(error)
         except ModuleNotFoundError as error:  # the model's library, which is not a dependency
             message = f"this needs the package '{error.name}': pip install {error.name}"
-        except OSError as error:  # a folder without permission, a full disk; of two files the second is written
+        except OSError as error:  # no permission, a full disk; the second file is the written one
             message = f"{error.filename2 or error.filename or 'a file'}: {error.strerror or error}"
         except click.Abort:  # Ctrl-C
             sys.exit(130)

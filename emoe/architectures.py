@@ -169,13 +169,13 @@ class FFN:
             delattr(parent, name)  # PyTorch puts no function in a module's place
         setattr(parent, name, module)
 
-    def inputs(self) -> list[tuple[str, nn.Module]]:
-        """Return the in-projections with their paths: one, or two for a gated FFN."""
+    def in_projections(self) -> list[tuple[str, nn.Module]]:
+        """Return the in-projection and, if it is a separate module, the up-projection, with their paths."""
         return [(path, self.module(path)) for path in (self.spec.proj_in, self.spec.proj_up) if path]
 
     def projections(self) -> list[tuple[str, nn.Module]]:
         """Return the in-projections and the out-projection with their paths."""
-        return [*self.inputs(), (self.spec.proj_out, self.proj_out)]
+        return [*self.in_projections(), (self.spec.proj_out, self.proj_out)]
 
     def between(self) -> list[tuple[str, nn.Module]]:
         """Return the modules between activation and out-projection with their paths."""
@@ -197,12 +197,12 @@ class FFN:
         return self.spec.fused is not None or self.spec.proj_up is not None
 
     def keys(self) -> Tensor:
-        """Return the key vectors ``[d, h]``, one row per neuron: a view of the weight."""
+        """View the in-projection's weight as key vectors ``[d, h]``, one row per neuron."""
         return self.keys_of(cast(Tensor, self.proj_in.weight))
 
     def keys_of(self, weight: Tensor) -> Tensor:
-        """Return the key vectors ``[d, h]`` of an in-projection weight: a view."""
-        return self.activated_rows(self._by_output(weight))
+        """View an in-projection weight as key vectors ``[d, h]``."""
+        return self.activated_rows(self._as_out_in(weight))
 
     def key_bias(self) -> Tensor | None:
         """Return the bias of the pre-activations ``[d]`` as a view, or None."""
@@ -210,19 +210,19 @@ class FFN:
         return None if bias is None else self.activated_rows(bias)
 
     def activated_rows(self, tensor: Tensor) -> Tensor:
-        """Return the activated half of a fused in-projection's tensor (neurons first), or the tensor itself."""
+        """Return the activated half of a tensor whose rows are neurons; the whole tensor if it is not fused."""
         return tensor.chunk(2)[HALVES.index(self.spec.fused)] if self.spec.fused else tensor
 
     def _up_half(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """Return the up-projection's half of a fused in-projection's tensor, or the tensor itself."""
+        """Return the up-projection's half of a tensor whose rows are neurons; the whole tensor if it is not fused."""
         return tensor.chunk(2, dim)[1 - HALVES.index(self.spec.fused)] if self.spec.fused else tensor
 
     def values(self) -> Tensor:
-        """Return the value vectors ``[h, d]``, one column per neuron: a view of the weight."""
-        return self._by_output(cast(Tensor, self.proj_out.weight))
+        """View the out-projection's weight as value vectors ``[h, d]``, one column per neuron."""
+        return self._as_out_in(cast(Tensor, self.proj_out.weight))
 
-    def _by_output(self, weight: Tensor) -> Tensor:
-        """Return a weight as ``[out, in]``: a view."""
+    def _as_out_in(self, weight: Tensor) -> Tensor:
+        """View a weight as ``[out, in]``, transposed if the spec stores ``[in, out]``."""
         return weight.t() if self.spec.transposed else weight
 
     def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
@@ -239,7 +239,7 @@ class FFN:
         inputs = [(split(self.keys()), None if bias is None else split(bias))]
         if self.gated:
             up = self.proj_up or self.proj_in
-            weight, bias = self._by_output(cast(Tensor, up.weight)), bias_of(up)
+            weight, bias = self._as_out_in(cast(Tensor, up.weight)), bias_of(up)
             inputs.append((split(self._up_half(weight)), None if bias is None else split(self._up_half(bias))))
         return inputs, split(self.values().t())
 
@@ -253,7 +253,7 @@ class FFN:
         """Return the dimension that counts neurons for each projection tensor that has one, by path."""
         dim = 1 if self.spec.transposed else 0
         dims = {f"{self.spec.proj_out}.weight": 1 - dim}
-        for path, _ in self.inputs():
+        for path, _ in self.in_projections():
             dims |= {f"{path}.weight": dim, f"{path}.bias": 0}
         return dims
 
@@ -266,7 +266,7 @@ class FFN:
 
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
-        """Reorder the neurons in place; ``permutation[i]`` becomes neuron i. The dense function does not change."""
+        """Reorder the neurons in place; ``permutation[i]`` becomes neuron i. The outputs do not change."""
         for path in self.neuron_dims():
             module, _, name = path.rpartition(".")
             tensor = cast("Tensor | None", getattr(self.module(module), name, None))
@@ -313,7 +313,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
 
 
 def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
-    """Return the layers in the lists that a row names, with their qualified names."""
+    """Return the layers in the module lists that ``spec.layers`` matches, with their qualified names."""
     pattern = re.compile(r"(.*\.)?" + re.escape(spec.layers).replace(r"\*", r"[^.]+"))
     kinds = nn.ModuleList | nn.Sequential
     lists = {name: m for name, m in model.named_modules() if pattern.fullmatch(name) and isinstance(m, kinds)}

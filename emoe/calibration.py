@@ -1,4 +1,4 @@
-"""Activations of every neuron on a calibration set, the features of the co-activation partition."""
+"""Record the activations of every neuron on a calibration set, as features for the co-activation partition."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def record_activations(
 
 
 class _Sample:
-    """Draw a uniform sample of a stream: each row gets a random number, and the lowest numbers are kept."""
+    """Sample rows of a stream uniformly: draw a random number for each row, and keep the rows with the lowest ones."""
 
     def __init__(self, seed: int, padding: PaddingMaskHook | None) -> None:
         self._generator, self._padding = torch.Generator().manual_seed(seed), padding
         self._draws, self.rows = torch.empty(0, dtype=torch.float64), torch.empty(0)
 
     def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Add an out-projection's input, as its forward pre-hook."""
+        """Add the magnitudes of an out-projection's input, without padding. This is a forward pre-hook."""
         rows = args[0].flatten(0, -2).abs()
         mask = None if self._padding is None else self._padding.token_mask(len(rows))
         rows = (rows if mask is None else rows[mask.to(rows.device)]).float().cpu()

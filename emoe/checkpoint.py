@@ -28,7 +28,7 @@ from emoe import files
 from emoe.architectures import FFN, find_ffns, has_plain_weight
 from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import MARK, complete_, converted_layers, mark_, numbered_layers, widen
+from emoe.convert import MARK, converted_layers, finish_conversion_, mark_, numbered_layers, widen
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.partitioning import is_permutation
@@ -42,14 +42,14 @@ _NORM_TOLERANCE = 0.02  # for key norms after a cast to bfloat16
 
 @dataclass(frozen=True)
 class Mark:
-    """Describe the experts of a folder: configuration and numbers of the converted FFNs."""
+    """Hold the configuration of a folder's experts and the layer numbers of its converted FFNs."""
 
     config: EMoEConfig | GMoEConfig
     layers: list[int]
 
 
 def read_mark(folder: Path) -> Mark | None:
-    """Read the configuration of a folder's experts. None if the folder holds a dense model.
+    """Read the mark of a folder: the configuration of its experts. None if the folder holds a dense model.
 
     The mark in ``config.json`` takes precedence over ``emoe_config.json``, because the model's library writes it
     with the weights. A damaged file raises :class:`CheckpointError`.
@@ -112,7 +112,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _stock_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state that the stock class has, with one output bias per FFN."""
+    """Return the model's state without the routing, with one output bias per FFN."""
     state = dict(model.state_dict())
     names = {module: name for name, module in model.named_modules()}
     for layer in routed_layers(model):
@@ -168,7 +168,10 @@ def describe_layer(index: int, layer: RoutedActivation) -> Sequence[dict[str, Te
 
 
 def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, str, nn.Module]]:
-    """Return the modules with state that the stock class lacks: name in the extra file, path in the model, module."""
+    """Return the modules whose state does not fit the dense model.
+
+    Each has its name in the extra file and its path in the layer.
+    """
     copies = layer.ffn.projections() if isinstance(layer.config, GMoEConfig) else []
     return [("routing", layer.ffn.spec.activation, layer), *((path, path, module) for path, module in copies)]
 
@@ -202,7 +205,8 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         raise CheckpointError(f"{folder}: a GMoE, or experts with gate_momentum, cannot be loaded quantised")
     stored = files.Weights(folder)
 
-    def restored(model: nn.Module) -> set[str]:
+    def copied_names(model: nn.Module) -> set[str]:
+        """Return the names of the tensors that GMoE copies; they are loaded after the FFNs are widened."""
         if not is_gmoe:
             return set()
         ffns = [ffn for ffn, _ in converted_ffns(model, mark, tensors, folder)]
@@ -210,7 +214,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         return {name for name in model.state_dict() if name.startswith(prefixes)}
 
     saved_by_library = has_routing_state(mark, stored)
-    model = files.load_stock(loader, folder, restored=restored if saved_by_library or is_gmoe else None, **options)
+    model = files.load_stock(loader, folder, restored=copied_names if saved_by_library or is_gmoe else None, **options)
     pairs = converted_ffns(model, mark, tensors, folder)
     layers = []
     for ffn, permutation in pairs:
@@ -223,7 +227,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     _restore_state(model, layers, stored if saved_by_library else extra, folder)
     for ffn, _ in pairs:
         check_key_norms(ffn, tensors, folder)
-    complete_(model)
+    finish_conversion_(model)
     return model.eval()
 
 
@@ -236,7 +240,7 @@ def has_routing_state(mark: Mark, stored: files.Weights) -> bool:
 def converted_ffns(
     model: nn.Module, mark: Mark, tensors: dict[str, Tensor], folder: Path
 ) -> list[tuple[FFN, Tensor | None]]:
-    """Return the FFNs of a dense model that its folder has as experts, with permutations (None if unknown)."""
+    """Return the FFNs of a dense model that are experts in its folder, with permutations (None if unknown)."""
     ffns = find_ffns(model)
     if mark.layers[-1] >= len(ffns):
         raise CheckpointError(f"{folder} has experts in layer {mark.layers[-1]}, but the model only {len(ffns)} FFNs")

@@ -12,7 +12,10 @@ from emoe.errors import ConversionError, nearest_divisor
 
 
 def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Check that weights are plain, finite, unshared and of matching shapes, and that nothing mixes the neurons."""
+    """Check that weights are plain, finite, unshared and of matching shapes.
+
+    Also check that no module between the activation and the out-projection mixes neurons.
+    """
     check_plain(ffns)
     for ffn in ffns:
         _check_shapes(ffn)
@@ -42,7 +45,7 @@ def _check_weight(name: str, module: nn.Module) -> None:
 
 def _check_shapes(ffn: FFN) -> None:
     d = ffn.d
-    for path, module in ffn.inputs():
+    for path, module in ffn.in_projections():
         rows = module.weight.shape[1 if ffn.spec.transposed else 0]  # type: ignore[index]
         if rows != (2 * d if ffn.spec.fused else d):
             hint = "; set fused in emoe.FFNSpec" if rows == 2 * d else ""
@@ -59,7 +62,7 @@ def _check_between(ffn: FFN) -> None:
 
 
 def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Check that no other module uses the weights, which a permutation would change too."""
+    """Check that no other module shares the weights, because a permutation would change that module too."""
     users: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):

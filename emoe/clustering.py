@@ -63,7 +63,7 @@ def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
 
 
 def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) -> float:
-    """Compute the share of the variance between L2-normalised rows ``[n, h]`` that a grouping explains, 0 to 1."""
+    """Normalise rows ``[n, h]``, and compute the share of their variance that a clustering explains (0 to 1)."""
     rows = F.normalize(points.detach().float(), dim=1)
     total = inertia(rows, torch.zeros_like(labels), 1)
     return 1.0 - inertia(rows, labels, num_clusters) / total if total > 0 else 0.0
@@ -217,7 +217,7 @@ def _largest_(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _products_of_pairs(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 128) -> Tensor:
-    """Compute the inner products of the candidates of each pair of clusters, ``chunk`` pairs at a time."""
+    """Compute the inner products of the candidate rows of each pair of clusters, ``chunk`` pairs at a time."""
 
     def take(candidates: Tensor) -> Tensor:  # index_select is several times faster than indexing
         return rows.index_select(0, candidates.flatten()).view(*candidates.shape, -1)

@@ -99,7 +99,7 @@ class RoutingConfig:
 
     def __new__(cls, *_args: object, **values: Any) -> Self:
         version = values.get("version")
-        if isinstance(version, int) and version > CONFIG_VERSION:  # before the unknown fields of that release
+        if isinstance(version, int) and version > CONFIG_VERSION:  # checked before its unknown fields
             raise ConfigError(f"{cls.__name__}.version is {version}; a newer release of emoe wrote it")
         # checked here because the generated __init__ would raise Python's own TypeError
         fields = {field.name: field.default for field in dataclasses.fields(cls)}
@@ -179,7 +179,7 @@ class RoutingConfig:
         return self.kind == "gmoe" or self.output_bias != "shared"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, including the ``kind`` that :func:`config_from_dict` reads."""
+        """Return the fields as plain values, with the ``kind`` for :func:`config_from_dict`."""
         values = dataclasses.asdict(self)
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)

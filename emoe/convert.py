@@ -25,12 +25,12 @@ from emoe.tokens import remove_argument_hooks, watch_padding
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
 MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
-_SIMILAR = 0.5  # mean cosine of keys: the same model's stay above it in training, another model's are far below
+_SIMILAR = 0.5  # mean cosine of keys: above it for the same model during training, far below it for another model
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Describe one converted FFN: its layer, ``neurons`` in all, ``experts`` of ``expert_size`` neurons each.
+    """Describe one converted FFN: its layer, and its ``neurons``, split into ``experts`` of ``expert_size`` neurons.
 
     ``explained`` is the share of the variance between keys that the partition explains (None for GMoE), and
     ``seconds`` the time that the partition took.
@@ -50,8 +50,8 @@ class LayerReport:
 class ConversionReport:
     """Describe a conversion by :func:`convert_`; ``print`` it for a table.
 
-    ``active_neurons`` is the number of FFN neurons that a token uses, over all layers, as a share of the
-    dense model's: below 1 for EMoE, above 1 for GMoE with more than one active copy.
+    ``active_neurons`` is the number of FFN neurons that a token uses in all layers, divided by the number of FFN
+    neurons of the dense model: below 1 for EMoE, above 1 for GMoE with more than one active copy.
     """
 
     layers: tuple[LayerReport, ...]
@@ -79,9 +79,9 @@ def convert_(
 ) -> ConversionReport:
     """Turn the chosen FFNs of a model into experts, in place (the paper's method).
 
-    EMoE permutes each FFN's neurons and routes between blocks of them. State-dict keys and shapes stay those of the
-    dense model; below the activation it adds ``router.*`` for a learned router, ``router.gate`` with
-    ``gate_momentum``, and ``output_bias`` unless that is ``shared``. GMoE widens each chosen FFN to ``num_experts``
+    EMoE permutes each FFN's neurons and routes between blocks of them. State-dict keys and shapes do not change.
+    Below the activation, EMoE adds the keys ``router.*`` for a learned router, ``router.gate`` with
+    ``gate_momentum``, and ``output_bias`` unless the bias is shared. GMoE widens each chosen FFN to ``num_experts``
     copies. If a check fails, the model is unchanged.
 
     Args:
@@ -111,7 +111,7 @@ def convert_(
     elif partition is not None or calibration is not None:
         raise ConversionError("GMoE copies whole FFNs; it takes no partition")
     reports = [convert_ffn(ffn, config, partition or {}) for ffn in chosen]
-    complete_(model)
+    finish_conversion_(model)
     return conversion_report(reports, config, len(ffns), neurons, count_parameters(model) - before)
 
 
@@ -223,8 +223,11 @@ def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
         raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained separately")
 
 
-def complete_(model: nn.Module) -> None:
-    """Mark a model whose FFNs were converted, and hook what it gets: state dicts and, if needed, padding masks."""
+def finish_conversion_(model: nn.Module) -> None:
+    """Finish the conversion of a model: write the mark and register hooks.
+
+    The hooks check the state dicts that are loaded and, if the configuration needs it, read the padding mask.
+    """
     mark_(model)
     model.register_load_state_dict_pre_hook(_check_state)
     layers = routed_layers(model)

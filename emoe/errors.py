@@ -11,15 +11,15 @@ class EMoEError(ValueError):
 
 
 class ConfigError(EMoEError):
-    """Signal an unknown or invalid field or value of a configuration."""
+    """Raised if a field or value of a configuration is unknown or invalid."""
 
 
 class ConversionError(EMoEError):
-    """Signal a model that cannot be converted as requested. The model is unchanged."""
+    """Raised if a model cannot be converted as requested. The model is unchanged."""
 
 
 class CheckpointError(EMoEError):
-    """Signal a checkpoint folder that is missing, damaged, or does not match its weights."""
+    """Raised if a checkpoint folder is missing, damaged, or does not match its weights."""
 
 
 def did_you_mean(given: object, options: Iterable[object]) -> str:

@@ -26,7 +26,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers and templates
 DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
-Restored = Callable[[nn.Module], set[str]]  # returns the names of the tensors that the caller restores
+Restored = Callable[[nn.Module], set[str]]  # returns the names of the tensors that the caller loads later
 
 
 def one_line(error: BaseException) -> str:
@@ -178,7 +178,7 @@ def loader_for(folder: Path) -> Any:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a library would load another model, or anything but safetensors."""
+    """Raise :class:`CheckpointError` if a library would load another model, or a file that is not safetensors."""
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first")
     Weights(folder)  # names a damaged file, which the libraries do not
@@ -190,7 +190,8 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint (raises :class:`CheckpointError` if it is damaged or another model's).
-        restored: names the tensors that the caller restores. All others must be stored, except transformers' new head.
+        restored: function that names the tensors that the caller loads later. All others must be stored, except a new
+            head of transformers.
         **options: options of the loader.
     """
     check_loadable(folder)
@@ -229,7 +230,7 @@ def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None
 
 
 def _saved_by_writer(model: nn.Module, folder: Path, missing: set[str]) -> set[str]:
-    """Return the missing tensors that the saved class has too. The others belong to a new head."""
+    """Return the missing tensors that the class of the checkpoint has. The others belong to a new head."""
     import transformers
 
     name = (read_settings(folder).get("architectures") or [""])[0]
@@ -253,9 +254,10 @@ def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn
     return model
 
 
-def _check_complete(lacking: Collection[str], folder: Path) -> None:
-    if lacking:
-        name = min(lacking)
+def _check_complete(missing: Collection[str], folder: Path) -> None:
+    """Raise :class:`CheckpointError` if a folder's weights lack tensors or have them in other shapes."""
+    if missing:
+        name = min(missing)
         raise CheckpointError(f"the weights in {folder} lack {name}, or have other shapes: they are not this model's")
 
 
@@ -295,7 +297,7 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
 
 
 def check_new(folder: Path) -> None:
-    """Refuse to write into a folder that is not empty (raises :class:`CheckpointError`)."""
+    """Raise :class:`CheckpointError` if a folder is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; name a new folder")
 

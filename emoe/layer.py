@@ -38,8 +38,8 @@ class _ThreadState(_CallState, threading.local):
 class RoutedActivation(nn.Module):
     """Activate and route: set the hidden neurons of experts that are not chosen to zero.
 
-    The constructor puts it in place of the FFN's activation. A hook on the in-projection passes on the FFN's input, by
-    which the experts are scored. A hook on the out-projection adds the experts' own output biases, if there are any.
+    The constructor replaces the FFN's activation. A hook on the in-projection passes on the FFN's input, from which
+    the router computes scores. A hook on the out-projection adds the experts' own output biases, if there are any.
 
     Attributes:
         activation: the FFN's own activation, a module or a function.
@@ -97,7 +97,7 @@ class RoutedActivation(nn.Module):
         return self._eager.loss if self._traced.loss is None else self._traced.loss
 
     @property
-    def _call(self) -> _CallState:
+    def _call_state(self) -> _CallState:
         # a compiler follows plain attributes only
         return self._traced if torch.compiler.is_compiling() else self._eager
 
@@ -134,10 +134,10 @@ class RoutedActivation(nn.Module):
         return cast(Tensor, self.output_bias).detach().mean(0) * cast(Tensor, self.output_bias_parts)
 
     def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._call.x = args[0]
+        self._call_state.x = args[0]
 
     def _add_output_bias(self, _module: nn.Module, _args: Any, y: Tensor) -> Tensor:
-        weights, self._call.weights = self._call.weights, None
+        weights, self._call_state.weights = self._call_state.weights, None
         with weights_in_place(self):
             return self.add_output_bias(y, require_input(self.ffn, weights))
 
@@ -156,7 +156,7 @@ class RoutedActivation(nn.Module):
         """Activate and mask pre-activations ``[..., d]`` of the input that the in-projection received."""
         if z.is_nested:
             raise RuntimeError(f"{self.ffn.name}: nested tensors cannot be routed; set enable_nested_tensor=False")
-        call, config = self._call, self.config
+        call, config = self._call_state, self.config
         x, call.x = call.x, None
         x = None if x is None else x.reshape(-1, x.shape[-1])
         rows = z.reshape(-1, z.shape[-1])
@@ -184,7 +184,7 @@ class RoutedActivation(nn.Module):
             raise RuntimeError(f"{name} was replaced and lost the experts' biases: replace it before converting")
 
     def _with_gradient(self) -> AbstractContextManager[Any]:
-        """Return a context that records gradients of the scores only if they are used, unlike with a binary mask."""
+        """Return a context that records gradients of the scores only if the output uses them (not as a binary mask)."""
         needed = self.config.weighting != "binary" or self.config.aux_loss_coefficient > 0
         return nullcontext() if needed or not torch.is_grad_enabled() else torch.no_grad()
 
@@ -221,13 +221,13 @@ class RoutedActivation(nn.Module):
                 # the authors' formula divides by the noise in evaluation too
                 std = noise_std if self.training or config.balance_loss == "published" else 0.0
                 self._traced.loss = None
-                self._call.loss = balance_loss(clean, noisy, mask, std, config.balance_loss, token_mask)
+                self._call_state.loss = balance_loss(clean, noisy, mask, std, config.balance_loss, token_mask)
         if self.record is not None:
             self.record.update(mask, kept)
         return kept, weights
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies do not share the tensors of a call, or the record
+        # a copy has no record and no tensors of a call
         return {**self.__dict__, "_eager": None, "_traced": None, "record": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -238,7 +238,7 @@ class RoutedActivation(nn.Module):
 
 
 def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
-    """Set a module's parameter to values of another shape. It stays the same object unless a graph holds it."""
+    """Set a parameter to values of another shape. Keep the object, unless an autograd graph refers to it."""
     parameter = cast(nn.Parameter, getattr(module, name))
     resized = nn.Parameter(values.detach(), requires_grad=parameter.requires_grad)
     try:

@@ -165,7 +165,7 @@ def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
 
 
 def load_partition(path: str | os.PathLike[str]) -> Partition:
-    """Read a file of :func:`save_partition` (raises :class:`CheckpointError` if it is missing or damaged)."""
+    """Read a partition from a file (raises :class:`CheckpointError` if the file is missing or damaged)."""
     tensors, metadata = read_tensors(Path(path)), read_metadata(Path(path))
     for name, tensor in tensors.items():
         if not is_permutation(tensor, tensor.numel()):

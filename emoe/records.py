@@ -1,4 +1,4 @@
-"""Records of which experts were used, and by how many tokens."""
+"""Records of routing: loads of the experts, dropped choices, and statistics of both."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LayerRecord:
 
     @torch.no_grad()
     def update(self, chosen: Tensor, kept: Tensor) -> None:
-        """Add the choices ``[T, N]`` bool of one forward pass, and those within the capacity."""
+        """Count one forward pass: ``chosen`` experts, and experts ``kept`` within the capacity, ``[T, N]`` bool."""
         if is_recomputed():
             return
         with self._lock:

@@ -92,10 +92,10 @@ class CosineRouter(Router):
 
 
 class AvgKRouter(Router):
-    """Score an expert by the mean over its neurons: the paper's avg-k (Eq. 4), without parameters.
+    """Score an expert by the mean score of its neurons: the paper's avg-k (Eq. 4). It has no parameters.
 
-    ``keys`` scores come from the FFN's input and the mean keys, or from the pre-activations (equal up to rounding) if
-    the weights are not plain: adapted or quantised.
+    ``keys`` scores are products of the FFN's input and the mean keys. If the weights are adapted or quantised, they are
+    means of the pre-activations, which are equal up to rounding.
 
     Attributes:
         gate: running mean keys ``[N, h]`` in float32 with ``gate_momentum``, else None.
@@ -112,7 +112,7 @@ class AvgKRouter(Router):
         self.register_buffer("gate", self.mean_keys() if self.config.gate_momentum else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`Router.forward`. Multiply by mean weights, for scores that are linear in the input."""
+        """See :meth:`Router.forward`. Multiply inputs by mean weights, if scores are linear in the input."""
         config = self.config
         if config.score == "keys":
             gate = self.frozen_keys if self.gate is None else self.gate
@@ -180,7 +180,7 @@ class AvgKRouter(Router):
 
 
 class FixedRouter(Router):
-    """Choose the same experts for every token, by how often they were used (:func:`emoe.fix_experts_`).
+    """Score the experts by their usage, so that every token uses the same experts (:func:`emoe.fix_experts_`).
 
     Attributes:
         usage: number of times that each expert was used, ``[N]`` int64, which no cast of the model rounds.
@@ -195,7 +195,7 @@ class FixedRouter(Router):
         self.register_buffer("usage", torch.zeros(config.num_experts, dtype=torch.int64, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`Router.forward`. An expert's score is the number of experts that were used less."""
+        """See :meth:`Router.forward`. An expert's score is the number of less used experts."""
         usage = self.usage.to(x.device)
         return (usage.unsqueeze(1) > usage).sum(1).float().expand(x.shape[0], -1)
 
@@ -209,7 +209,7 @@ def build_router(ffn: FFN, config: EMoEConfig | GMoEConfig) -> Router:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Check if accelerate keeps a module's weights elsewhere until its call."""
+    """Check if accelerate has offloaded a module's weights until the module is called."""
     return hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False))
 
 

@@ -34,7 +34,7 @@ def set_top_k_(model: nn.Module, top_k: int) -> None:
 def set_backend_(model: nn.Module, backend: str) -> None:
     """Choose the implementation of a converted model's FFNs, in place. The results are equal up to rounding.
 
-    ``masked`` (the default) computes all neurons and sets those of other experts to zero. It works with any code.
+    ``masked`` (the default) computes all neurons and zeroes the neurons of other experts. It works with any code.
     ``sparse`` computes the chosen experts only, if that is faster (:func:`emoe.sparse.cost_model.pays_off`). It
     replaces modules (:mod:`emoe.sparse.module`); parameters, their names, and optimizers stay the same.
 

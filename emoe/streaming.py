@@ -27,7 +27,7 @@ _Changes = dict[str, Callable[[Tensor], Tensor]]  # functions of stored tensors,
 
 
 class NotStreamedError(EMoEError):
-    """Signal a folder that cannot be converted from disk to disk; load the model instead."""
+    """Raised if a folder cannot be converted from disk to disk; load the model instead."""
 
 
 def convert_folder(source: Path, out: Path, config: EMoEConfig | GMoEConfig) -> convert.ConversionReport:
@@ -107,7 +107,7 @@ def _open(source: Path) -> tuple[nn.Module, files.Weights]:
 
 @contextmanager
 def _load_projections(ffn: FFN, model: nn.Module, weights: files.Weights) -> Iterator[dict[str, str]]:
-    """Load an FFN's projections inside the ``with`` block. Yield their stored names by path."""
+    """Load the weights of an FFN's projections for the ``with`` block. Yield their stored names by path."""
     paths = [f"{path}.{name}" for path, module in ffn.projections() for name in module.state_dict()]
     names = weights.find(model, [f"{ffn.name}.{path}" for path in paths])
     if len(names) < len(paths):
@@ -128,7 +128,7 @@ def _reorder(ffn: FFN, stored: dict[str, str], neurons: Tensor) -> _Changes:
 
 
 def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any]) -> None:
-    """Write a changed copy of a folder, one weight file at a time, with another mark or none."""
+    """Copy a folder with changed tensors, one weight file at a time, and ``mark`` in its configuration (or empty)."""
     paths = files.weight_files(source)
     for path in tqdm(paths, "Writing", unit="file", disable=None):
         tensors = files.read_tensors(path)

@@ -85,7 +85,7 @@ class PaddingMaskHook(_ArgumentHook):
     Args:
         module: the module that is called with the mask.
         argument: ``attention_mask`` (1 for a token) or torch's ``…_key_padding_mask`` (True or -inf for padding).
-        cached: with a key-value cache, a layer gets only the newest tokens of each row.
+        cached: true if layers get only the newest tokens of each row (with a key-value cache).
         rows_first: layers get ``[rows, tokens, h]``; false for torch's ``batch_first=False``.
     """
 
@@ -157,7 +157,7 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
 
 
 def _watch(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
-    """Watch the padding mask of a module. Return None if it takes no mask, or the mask of pixels or sound."""
+    """Watch the padding mask of a module. Return None if it has no mask, or one for pixels or sound."""
     arguments = _arguments(module)
     name = next((name for name in (*_KEY_PADDING, _MASK) if name in arguments), None)
     takes_text = _TEXT in arguments
@@ -172,7 +172,7 @@ def _arguments(module: nn.Module) -> list[str]:
 
 
 def remove_argument_hooks(model: nn.Module) -> None:
-    """Remove the hooks of this module from a model, which may be a deep copy of the model that they were made for."""
+    """Remove the hooks that read arguments, also from a deep copy of the model that they were registered on."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):  # a copy has no handles to remove them with
             for key, hook in list(hooks.items()):

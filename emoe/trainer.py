@@ -68,7 +68,7 @@ class TrainerCallback(transformers.TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     output, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    folders = [path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()]  # a search nests them
+    folders = [path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()]  # a search nests folders
     return max(folders, key=lambda path: path.stat().st_mtime, default=output / name)
 
 
@@ -85,7 +85,7 @@ def _differentiate_count(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -
 
 
 def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Add the balance loss to the loss that a model returns in training, with the same scale."""
+    """Add the balance loss to a model's training loss, scaled like the task loss."""
     balance = aux_loss(model) if model.training else 0.0
     if not isinstance(balance, Tensor):
         return output

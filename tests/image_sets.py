@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.domainbed.definition import RunSet
+from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.domainbed.images import ImageSet
 from benchmarks.domainbed.validation import load_set
 from benchmarks.harness.config.benchmark import load_benchmark
@@ -60,4 +60,4 @@ def pacs_run(method: str = "erm", held_out: int = 0, **training: Any) -> Run:
 
 def load(truncated: str = "refuse", task: dict[str, Any] = PACS) -> ImageSet:
     """Load a set as runs of the first trial do."""
-    return load_set(RunSet.model_validate(task), 0, truncated=truncated)
+    return load_set(RunImageSet.model_validate(task), 0, truncated=truncated)

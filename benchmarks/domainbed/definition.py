@@ -32,7 +32,7 @@ from benchmarks.harness.config.yaml import (
 
 
 class HParams(Strict):
-    """Hyper-parameters that are set by hand, over default and random ones."""
+    """Hyper-parameters that override default and random ones."""
 
     lr: Positive | None = optional()
     """Adam's learning rate."""
@@ -45,18 +45,18 @@ class HParams(Strict):
 
 
 class ImageTraining(Training):
-    """The training of a run; a suite may change the benchmark's."""
+    """Training settings; a suite may override them."""
 
     in_no_spec: ClassVar = {"by_model", "registry", "hparams"}
 
     steps: Count
     """Steps."""
     eval_every: Count | None
-    """Steps between evaluations; null is the set's own in DomainBed."""
+    """Steps between evaluations; null for DomainBed's number for the set."""
     eval_batch_size: Count
     """Images per evaluation batch."""
     eval_rows: Count | None
-    """Images of every split that are evaluated: its first ones, the split being shuffled. null for all."""
+    """Number of evaluated images per split, the first ones of the shuffled split; null for all."""
     evaluate: Literal["all", "needed"]
     """Evaluated splits: all, as DomainBed does, or only the splits that a selection or a table reads (not the *in*
     splits of training environments).
@@ -64,8 +64,8 @@ class ImageTraining(Training):
     image_size: Annotated[int, Field(ge=14)]
     """Pixels along each side."""
     val_augment: bool
-    """Evaluate training environments on augmented images, drawn anew every time, as DomainBed and the EMoE authors do;
-    false, on the images as they are, is this suite's own option.
+    """Evaluate training environments on augmented images, with new random augmentation each time, as DomainBed and the
+    EMoE authors do. False evaluates on unchanged images, which only this suite offers.
     """
     drop_path: Rate
     """Rate of stochastic depth."""
@@ -76,14 +76,13 @@ class ImageTraining(Training):
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
     frozen_layers: Whole | None = optional_zero()
-    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a
-    row is computed once and kept
-    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
-    0, or left out: none. Only for images that are not augmented."""
+    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
+    for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
+    converts or trains a layer below. 0, or left out: none. Only for images that are not augmented."""
     registry: Literal["domainbed", "emoe"] | None = optional()
-    """Origin of default hyper-parameters and random draws: DomainBed, or the EMoE authors' fork; in no run's spec."""
+    """Source of default and random hyper-parameters: DomainBed, or the EMoE authors' fork; not part of a run's spec."""
     hparams: HParams | None = optional()
-    """Hyper-parameters that are set by hand, over default and random ones; a run has them in its own `hparams`."""
+    """Hyper-parameters that override default and random ones; the run's spec has all of them in `hparams`."""
 
 
 class ImageBlock(VariantAxes):
@@ -99,13 +98,13 @@ class ImageBlock(VariantAxes):
         Literal["single", "all"]
         | Annotated[list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]], Field(min_length=1)]
     )
-    """Environments that are held out: lists of names; `single` is each by itself, `all` is also every pair, which
-    leave-one-domain-out selection needs.
+    """Held-out environments: lists of names; `single` for every environment alone; `all` for every environment and
+    every pair, as leave-one-domain-out selection needs.
     """
     hparams_seed: Wholes
-    """DomainBed's hparams_seed: 0 for the defaults, each other for a random draw."""
+    """DomainBed's hparams_seed: 0 for the defaults, other numbers for random draws."""
     trial: Wholes
-    """DomainBed's trial_seed: other splits, other draws."""
+    """DomainBed's trial_seed, which determines splits and random draws."""
 
 
 class ImagePart(TrainingPart):
@@ -118,14 +117,15 @@ class ImagePart(TrainingPart):
 
 
 class ImageDefinition(MethodsDefinition):
-    """A benchmark that trains on some environments of an image set and is judged on those held out, by DomainBed's
-    protocol.
+    """A benchmark that trains on some environments of an image set and evaluates on the held-out ones, with
+    DomainBed's protocol.
     """
 
     sets: str
     """File with the definitions of the image sets, in the benchmark's folder."""
     published_costs: str | None = optional()
-    """CSV with published parameters, operations, times and memory, in the benchmark's folder, which stand below ours.
+    """CSV with published parameters, operations, times and memory, in the benchmark's folder; tables show them below
+    ours.
     """
     set_tables: list[str]
     """The tables of each set."""
@@ -145,55 +145,53 @@ class ImageSource(ExplicitNulls):
     hub: str | None = None
     """Repository on the hub, with columns for image, domain and label."""
     revision: str | None = None
-    """Commit on the hub; null is its newest."""
+    """Commit on the hub; null for the newest."""
     mnist: Literal["rotated", "colored"] | None = None
-    """MNIST digits, turned or coloured by DomainBed's definitions."""
+    """MNIST digits, rotated or coloured as in DomainBed."""
     digits: Literal["all", "package"] | None = None
     """Digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that ship inside a package."""
 
 
 class ImageTask(Strict):
-    """The part of an image set that shapes a run's numbers."""
+    """The settings of an image set that determine a run's numbers."""
 
     domainbed: str
-    """DomainBed's name of the set, by which it seeds and draws; another set's own."""
+    """DomainBed's name of the set, which determines seeds and draws; any name for a set that DomainBed lacks."""
     source: ImageSource
     """Source of the images."""
 
 
-class RunSet(ImageTask):
-    """An image set as a run's spec has it."""
+class RunImageSet(ImageTask):
+    """The image set in a run's spec."""
 
     name: str
     """Name in sets.yaml."""
     environments: list[Annotated[tuple[str, str | int | float], Field(strict=False)]]
-    """Short names in DomainBed's order, each with what it is called on disk; pairs, because JSON's mappings have no
-    order.
-    """
+    """Pairs of short name and name on disk, in DomainBed's order (JSON objects have no order)."""
 
 
 class SetEntry(ImageTask, Entry):
     """One image set of ``sets.yaml``."""
 
     environments: Annotated[dict[str, str | int | float], Field(min_length=3)]
-    """Short names in DomainBed's order, each with what it is called on disk: a folder, an angle, a probability."""
+    """Names on disk (a folder, an angle, a probability) by short name, in DomainBed's order."""
     unit: str = ""
-    """Unit of the environments' names if they are numbers; readers see it behind them."""
+    """Unit of the environments' names if they are numbers; tables print it after the number."""
     eval_every: Count
     """Steps between evaluations in DomainBed."""
     images: Count | None = optional()
-    """Images in all as its makers count them."""
+    """Number of images according to the makers."""
     download_instructions: str
     """Instructions to download the set."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """Return the part of the set that shapes a run's numbers, with its name."""
+        """Return the name and the settings of the set that determine a run's numbers."""
         values = self.model_dump(include=set(ImageTask.model_fields))
         return {"name": name, **values, "environments": [list(pair) for pair in self.environments.items()]}
 
-    def as_run(self, name: str) -> RunSet:
-        """Return the set as a run reads it."""
-        return RunSet.model_validate(self.spec(name))
+    def as_run(self, name: str) -> RunImageSet:
+        """Return the set's entry in a run's spec."""
+        return RunImageSet.model_validate(self.spec(name))
 
 
 class SetFile(Strict):
@@ -204,7 +202,7 @@ class SetFile(Strict):
 
 
 class RunHParams(ExplicitNulls):
-    """All hyper-parameters of a run; those of a ResNet shape nothing and are kept so that a draw can be compared."""
+    """All hyper-parameters of a run. A ResNet's have no effect; they are kept to compare draws with DomainBed."""
 
     lr: Positive
     """Adam's learning rate."""
@@ -215,9 +213,9 @@ class RunHParams(ExplicitNulls):
     data_augmentation: bool
     """Augment the training environments."""
     class_balanced: Literal[False]
-    """DomainBed's option to draw every class equally often, which no sweep takes."""
+    """DomainBed's option to draw every class equally often; no sweep uses it."""
     vit_dropout: Rate | None = None
-    """Dropout in front of the head; not every registry has it."""
+    """Dropout before the head; the authors' fork lacks it."""
     resnet18: bool
     """Setting of a ResNet."""
     resnet_dropout: Rate
@@ -227,31 +225,31 @@ class RunHParams(ExplicitNulls):
 
 
 class RunImageTraining(ImageTraining):
-    """The training of a run, with the evaluation steps of its set."""
+    """Training settings of a run, with the evaluation interval of its set."""
 
     eval_every: Count
     """Steps between evaluations."""
 
 
 class ImageSpec(RunSpec):
-    """The settings that shape the numbers of a run that trains an image classifier."""
+    """The settings that determine the numbers of a run that trains an image classifier."""
 
-    task: RunSet
+    task: RunImageSet
     """The set."""
-    ood: list[RunSet]
-    """Empty: the environments held out are of the set itself."""
+    ood: list[RunImageSet]
+    """Always empty; held-out environments belong to the set itself."""
     test_envs: list[Whole]
-    """Numbers of the environments held out."""
+    """Numbers of the held-out environments."""
     hparams_seed: Whole
-    """DomainBed's: 0 for the defaults, each other for a random draw."""
+    """DomainBed's hparams_seed: 0 for the defaults, another number for a random draw."""
     hparams: RunHParams
     """All hyper-parameters."""
     sweep: str
-    """Digest of what a method's runs have in common."""
+    """Digest of the settings that all runs of a method share."""
     training: RunImageTraining
     """The training."""
     data_seed: int
-    """Splits and draws of DomainBed's data."""
+    """Seed of the splits and draws of DomainBed's data."""
 
 
 COST_COLUMNS = ("model", "set", "method", "metric")  # of published costs, before value, status and source

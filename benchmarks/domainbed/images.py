@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from benchmarks.domainbed.definition import RunSet
+from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.harness.base import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import expected_path, local_folder
@@ -34,7 +34,7 @@ class Environment:
         labels: The class number of every row.
         open: The function that returns the picture of a row: an RGB image, or for MNIST a tensor
             ``[channels, 28, 28]`` in [0, 1].
-        places: The names of the rows in messages; empty for MNIST's variants.
+        places: The names of the rows for messages; empty for MNIST's variants.
     """
 
     name: str
@@ -86,7 +86,7 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
         raise DataError(f"{where} cannot be used: {error}{hint}") from error
 
 
-def load_folders(task: RunSet, truncated: str) -> ImageSet:
+def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
     """Load the environments of a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
 
     Raises:
@@ -102,7 +102,7 @@ def load_folders(task: RunSet, truncated: str) -> ImageSet:
     )
 
 
-def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
+def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
     folders = [root / name for name in _environment_order(_folders(root), task, str(root))]
     classes = _folders(folders[0])
     numbers = {class_name: number for number, class_name in enumerate(classes)}
@@ -120,7 +120,7 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
     return ImageSet(environments, classes, str(root))
 
 
-def _environment_order(present: list[str], task: RunSet, where: str) -> list[str]:
+def _environment_order(present: list[str], task: RunImageSet, where: str) -> list[str]:
     """Sort the names of environments on disk or on the hub in DomainBed's order; ignore case, spaces and signs."""
     names = {plain_name(name): name for name in present}
     wanted = [plain_name(str(title)) for _, title in task.environments]
@@ -149,7 +149,7 @@ def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
     return open_image(Path(paths[row]), paths[row], truncated)
 
 
-def _from_hub(task: RunSet, truncated: str) -> ImageSet:
+def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
     """Load the hub's set, sorted by environment and class, and within a class in the hub's order."""
     import datasets
 

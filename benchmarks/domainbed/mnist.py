@@ -17,7 +17,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_image
 
-from benchmarks.domainbed.definition import RunSet
+from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.domainbed.images import Environment, ImageSet
 from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.sources.packages import find_package
@@ -48,8 +48,8 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
     return torch.cat([train.data, test.data]), torch.cat([train.targets, test.targets]), str(root / "MNIST")
 
 
-def load_mnist(task: RunSet, seed: int) -> ImageSet:
-    """Load the environments of a variant of MNIST. The seed shuffles digits and draws flipped labels and colours."""
+def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
+    """Load the environments of an MNIST variant. The seed determines the order of digits and all random flips."""
     images, labels, source = load_digits(str(task.source.digits))
     settings = [float(setting) for _, setting in task.environments]
     if task.source.mnist == "rotated":

@@ -1,4 +1,4 @@
-"""Apply the selections to the records of finished runs, and compare methods."""
+"""Select among the records of finished runs, and compare methods."""
 
 from __future__ import annotations
 

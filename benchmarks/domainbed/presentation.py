@@ -121,7 +121,7 @@ def tests(outcomes: DomainOutcomes) -> Table:
 
 
 def cost(outcomes: DomainOutcomes) -> Table:
-    """Make a table of time, memory, parameters, loads, and information of experts on classes and environments."""
+    """Make a table of costs, expert loads, and mutual information of experts with class and environment."""
     cell = ["model", "set", "method"]
     return common.cost_table(
         {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
@@ -154,7 +154,7 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
 
 
 def paper(outcomes: DomainOutcomes) -> Table:
-    """Make a table of published averages beside ours."""
+    """Make a table of our averages and the published ones."""
     published = common.read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     trials = outcomes.trials(complete=True)
     ours = common.our_means(trials, CELL)
@@ -221,7 +221,7 @@ def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Return a sentence for every set of which some environments were not held out."""
+    """Return a sentence for every set with environments that were not held out."""
     return "".join(
         f"Of {outcomes.title('set', name)} {outcomes.held_out(name)} of {len(outcomes.environments(name))} "
         "environments were held out. "

@@ -55,10 +55,10 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
     """Split an environment's rows.
 
     Args:
-        rows: The number of its rows.
+        rows: The number of rows of the environment.
         env: The number of the environment.
         trial_seed: The seed of the trial.
-        is_test: True if it is held out. Its *in* split is then shuffled again, as DomainBed does for unlabelled rows.
+        is_test: True for a held-out environment. Its *in* split is shuffled again, as in DomainBed.
     """
     seed, count = seed_hash(trial_seed, env), int(rows * HOLDOUT_FRACTION)
     keys = _shuffle(range(rows), seed)
@@ -104,7 +104,7 @@ _Draw = Callable[[np.random.RandomState], Any]
 
 
 def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw]]:
-    """Return the default and the drawing function of every hyper-parameter."""
+    """Return the default value and the random distribution of every hyper-parameter."""
     definitions: dict[str, tuple[Any, _Draw]] = {
         "data_augmentation": (True, lambda _: True),
         "resnet18": (False, lambda _: False),
@@ -117,9 +117,9 @@ def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw
     if dataset in SMALL_IMAGES:
         definitions["lr"] = (1e-3, _power_of_ten(-4.5, -2.5))
         definitions["weight_decay"] = (0.0, lambda _: 0.0)
-        definitions["batch_size"] = (64, _power_of_two(3, 9))
+        definitions["batch_size"] = (64, _log2_uniform(3, 9))
         return definitions
-    definitions["batch_size"] = (32, _power_of_two(3, 5 if dataset == "DomainNet" else 5.5))
+    definitions["batch_size"] = (32, _log2_uniform(3, 5 if dataset == "DomainNet" else 5.5))
     if registry == "emoe" and dataset in _FORK:
         lr, weight_decay = _FORK[dataset]
         definitions["lr"] = (lr, _power_of_ten(-4.5, -2.5))
@@ -138,7 +138,8 @@ def _power_of_ten(low: float, high: float) -> _Draw:
     return lambda random: float(10 ** random.uniform(low, high))
 
 
-def _power_of_two(low: float, high: float) -> _Draw:
+def _log2_uniform(low: float, high: float) -> _Draw:
+    """Draw ``2 ** u`` with ``u`` uniform between the bounds, rounded down."""
     return lambda random: int(2 ** random.uniform(low, high))
 
 
@@ -239,7 +240,7 @@ def _runs_holding_out(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
 
 
 def _best(candidates: Sequence[SelectedRecord]) -> SelectedRecord | None:
-    """Return the candidate with the highest value, and among equal ones the last choice, as in DomainBed."""
+    """Return the candidate with the highest value; of equal candidates, the last choice wins, as in DomainBed."""
     return max(candidates, key=lambda chosen: (chosen.value, chosen.choice)) if candidates else None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from benchmarks.domainbed.batches import DEVIATION, MEAN, evaluation_transform, load_pixels, training_transform
-from benchmarks.domainbed.definition import RunSet, ValidationJob
+from benchmarks.domainbed.definition import RunImageSet, ValidationJob
 from benchmarks.domainbed.images import REFUSE, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
 from benchmarks.harness.base import DataError, atomic_write, derive_seed, hold, write_json
@@ -23,7 +23,7 @@ _SHOWN = 10  # damaged images that a message names
 _SAMPLES = 8  # pictures in a row of the grid
 
 
-def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
+def load_set(task: RunImageSet, seed: int, *, truncated: str) -> ImageSet:
     """Load a set (:class:`DataError` if it is missing or damaged).
 
     Args:
@@ -45,7 +45,7 @@ def validate_once(job: ValidationJob) -> None:
     with hold(output.with_suffix(".lock")):
         if output.exists():
             return
-        image_set = load_set(parse(job.task, RunSet, "the set"), job.data_seed, truncated=job.truncated)
+        image_set = load_set(parse(job.task, RunImageSet, "the set"), job.data_seed, truncated=job.truncated)
         summary = validate_dataset(image_set)
         names, grid = sample_grid(image_set, job.image_size)
         with atomic_write(Path(job.picture)) as temporary:
@@ -70,7 +70,7 @@ def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
     return {"source": image_set.source, "classes": image_set.classes, "environments": environments}
 
 
-def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
+def list_environments(task: RunImageSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
     """Return name, number of images, class summary and source of every environment."""
     image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:

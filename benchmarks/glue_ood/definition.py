@@ -14,14 +14,14 @@ from benchmarks.text.definition import Ablated, Protocol, RunTask
 
 
 class Evaluation(Strict):
-    """The evaluation of every set; a suite may change it."""
+    """Evaluation settings; a suite may override them."""
 
     batch_size: Count
-    """Rows of a batch."""
+    """Rows per batch."""
     max_length: Annotated[int, Field(ge=4)]
-    """Tokens kept of a sentence or pair."""
+    """Maximum tokens of a sentence or pair; longer rows are cut."""
     rows: Count | None
-    """Rows of every set, drawn once and for all; null for all."""
+    """Number of sampled rows per set, the same rows for all runs; null for all rows."""
 
 
 class EvaluationPart(SuitePart):
@@ -32,33 +32,33 @@ class EvaluationPart(SuitePart):
 
 
 class EvaluationFile(Definition, Ablated):
-    """A benchmark that trains nothing. It evaluates the chosen runs of another on their task and on the OOD sets of
-    it."""
+    """A benchmark that trains nothing. It evaluates the chosen runs of another benchmark on their task and on the OOD
+    sets of that task."""
 
     evaluates: str
-    """The benchmark whose runs are evaluated; it keeps their weights. Methods, baseline and tasks are its."""
+    """The benchmark whose runs are evaluated, with its methods, baseline and tasks. It must keep its runs' weights."""
     ranked: Annotated[list[str], Field(min_length=2), UNIQUE]
-    """Methods that are ranked together; a rank means something among them only."""
+    """Methods that are ranked against each other."""
     evaluation: Evaluation
     """The evaluation of every set; a suite may change it."""
 
 
 class EvaluationDefinition(EvaluationFile, MethodsDefinition):
-    """The same, with methods and baseline of the benchmark that it evaluates."""
+    """The definition with the methods and the baseline of the evaluated benchmark."""
 
 
 class EvaluationSpec(RunSpec):
-    """The settings that shape the numbers of a run that evaluates a run of another benchmark."""
+    """The settings that determine the numbers of a run that evaluates a run of another benchmark."""
 
     protocol: Protocol
     """The protocol that chose among the candidates."""
     task: RunTask
-    """The task that they were trained on."""
+    """The task that the candidates were trained on."""
     ood: list[RunTask]
     """The other sets that the chosen run is evaluated on."""
     transform: Literal["dense", "emoe"] | None = optional()
-    """The model that it is turned into first, by ``method.config``; left out: the model as it was trained."""
+    """Conversion of the chosen model before its evaluation, with ``method.config``; left out: no conversion."""
     evaluation: Evaluation
     """The evaluation."""
     candidates: list[str]
-    """Folders of the runs among which one is chosen."""
+    """Folders of the candidate runs; one is chosen."""

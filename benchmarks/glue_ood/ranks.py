@@ -43,7 +43,7 @@ def _title(outcomes: TextOutcomes, protocol: str, model: str) -> str:
 
 
 def ranks(outcomes: TextOutcomes) -> Table:
-    """Make a table of mean ranks over the OOD sets, the paper's beside ours."""
+    """Make a table of our mean ranks over the OOD sets and the paper's."""
     published = read_published(outcomes.benchmark)
     published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
     scores = ranked_scores(outcomes)

@@ -1,1 +1,1 @@
-"""Shared by all benchmarks. Each room imports only those above it (docs/design.md)."""
+"""The code that all benchmarks share. Packages import only lower layers (docs/design.md)."""

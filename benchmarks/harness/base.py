@@ -50,18 +50,18 @@ Model = TypeVar("Model")
 
 
 class DefinitionError(EMoEError):
-    """Signal a wrong configuration or benchmark file. Line breaks in the message become spaces."""
+    """Raised if a configuration or benchmark file is wrong. Line breaks in the message become spaces."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 class DataError(EMoEError):
-    """Signal data or weights that are missing, damaged, or not as defined."""
+    """Raised if data or weights are missing, damaged, or not as defined."""
 
 
 class RunError(EMoEError):
-    """Signal a run that cannot go on."""
+    """Raised if a run cannot continue."""
 
 
 def first_line(error: BaseException) -> str:
@@ -180,7 +180,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def derive_seed(*parts: object) -> int:
-    """Hash named parts to a seed below 2**31, so that each use of randomness is independent of the others."""
+    """Hash named parts to a seed below 2**31, so that every use of randomness has an independent seed."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 2**31
 

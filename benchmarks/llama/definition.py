@@ -87,7 +87,7 @@ class Data(Strict):
 
 
 class InstructionTraining(Training):
-    """Settings of the training, without adapters."""
+    """Training settings, except the adapters (see ``finetuning``)."""
 
     epochs: Positive
     """Passes over the rows."""
@@ -233,7 +233,7 @@ class InstructionSource(ExplicitNulls):
     hub: str | None = None
     """Repository on the hub."""
     revision: str | None = None
-    """Commit on the hub; null is its newest."""
+    """Commit on the hub; null for the newest."""
     package: str | None = None
     """File inside the package that ships the rows."""
 
@@ -253,7 +253,7 @@ class InstructionSet(Entry):
     """Instructions to download the set."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """Return the part of the set that shapes a run's numbers."""
+        """Return the settings of the set that determine a run's numbers."""
         return {"name": name, **self.model_dump(include={"source"})}
 
 
@@ -290,7 +290,7 @@ class Untrained(Strict):
 
 
 class InstructionSpec(RunSpec):
-    """The settings that shape the numbers of a run that tunes or evaluates a language model."""
+    """The settings that determine the numbers of a run that tunes or evaluates a language model."""
 
     task: RunInstructions
     """The set of instructions."""

@@ -166,7 +166,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return ``1`` or ``0`` per question; None if accuracies are not binary (truthfulqa_mc2's is a probability)."""
+    """Return a text with ``1`` or ``0`` per question; None if accuracies are not binary (truthfulqa_mc2)."""
     values = [float(sample[_ACCURACY]) for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))]
     return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else None
 

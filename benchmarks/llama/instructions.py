@@ -75,7 +75,7 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
     """Read rows from the content of a file.
 
     Args:
-        content: The bytes, in UTF-8; a line that is not is broken.
+        content: The bytes. A line that is not UTF-8 counts as broken.
         where: The name of the file, for messages.
         lines: True for JSON lines, False for one JSON list.
 

@@ -151,7 +151,7 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 
 
 def paper(outcomes: InstructionOutcomes) -> Table:
-    """Make a table of the paper's MMLU accuracies beside ours."""
+    """Make a table of our MMLU accuracies and the paper's."""
     published = common.read_published(outcomes.benchmark).assign(
         value=lambda frame: frame["value"] / 100, task_paper="MMLU (shots unknown)"
     )

@@ -71,7 +71,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     @torch.inference_mode()
     def _answers(self, question: _Question, states: dict[str, Tensor]) -> list[Answer]:
-        """Return the log-likelihood of each choice, and if it is the greedy continuation."""
+        """Return for each choice its log-likelihood, and True if it is the greedy continuation."""
         keep = len(question.tokens) - len(question.prompt) + 1
         logits = cast(Any, self.model)(**_inputs([question]), **states, logits_to_keep=keep, use_cache=False).logits[0]
         logs = torch.log_softmax(logits.float(), dim=-1)

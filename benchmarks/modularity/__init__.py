@@ -1,1 +1,1 @@
-"""Measure pre-trained models before any training: activations in blocks, experts by task."""
+"""Analyse pre-trained models without training: active neurons per block, and experts per task."""

@@ -17,18 +17,18 @@ EXPERTS = "experts"  # the name of the measurement
 
 
 class Reading(Strict):
-    """The rows that a model reads, and the activations that are kept."""
+    """Settings of the rows that a model reads and of the recorded activations."""
 
     rows: Count
-    """Rows of every task's reported split, drawn once and for all."""
+    """Number of sampled rows of every task's reported split, the same rows for all runs."""
     batch_size: Count
-    """Rows of a batch."""
+    """Rows per batch."""
     max_length: Annotated[int, Field(ge=4)]
-    """Tokens kept of a sentence or pair."""
+    """Maximum tokens of a sentence or pair; longer rows are cut."""
     active_share: Share
-    """The share of the largest activations, whose neurons are active; of the paper's matrix 1.14 % is not zero."""
+    """Share of the activations, the largest ones, that count as active. In the paper's matrix, 1.14 % are not zero."""
     shown_tokens: Count
-    """Tokens of the matrix that is drawn, as many of every task."""
+    """Number of tokens in the drawn matrix, equally many of every task."""
 
 
 class ModularityBlock(VariantAxes):
@@ -39,14 +39,14 @@ class ModularityBlock(VariantAxes):
     method: Names
     """Names of methods."""
     seed: Wholes
-    """Seeds, which shape random partitions alone."""
+    """Seeds; they affect only random partitions."""
 
 
 class ModularityPart(TrainingPart):
     """The benchmark's part of a suite."""
 
     tasks: Annotated[Names, UNIQUE]
-    """Tasks whose rows are read, two at least."""
+    """Tasks whose rows are read, at least two."""
     reading: Annotated[dict[str, Any], Changes(Reading)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[ModularityBlock], Field(min_length=1)]
@@ -54,16 +54,16 @@ class ModularityPart(TrainingPart):
 
 
 class ModularityDefinition(MethodsDefinition):
-    """A benchmark that trains nothing: neurons of pre-trained FFNs that fire, and experts that tokens choose."""
+    """A benchmark that trains nothing. It measures active neurons and chosen experts of pre-trained models."""
 
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
     reading: Reading
-    """Settings of reading; a suite may set its own."""
+    """Settings of the rows and activations; a suite may override them."""
 
 
 class ModularitySpec(RunSpec):
-    """The settings that shape the numbers of a run."""
+    """The settings that determine the numbers of a run."""
 
     task: RunTask
     """The first task."""

@@ -101,13 +101,13 @@ def _label_by_row(batches: Iterable[dict[str, Any]], record: RoutingRecord) -> I
 
 
 def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
-    """Record ``|activation|`` in a layer's FFN, ``[tokens, d]``, of tokens sampled with a fixed seed, no padding."""
+    """Record ``|activation|`` ``[tokens, d]`` of a layer for tokens sampled with a fixed seed, without padding."""
     ffn = find_ffns(model)[layer]
     return record_activations(model, [ffn], batches, seed=derive_seed("tokens"))[layer].t()
 
 
 def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Selection) -> Tensor:
-    """Return the neurons that a selection of experts uses, ``[tokens, d]`` bool, for the same tokens as above.
+    """Return the neurons that a selection of experts uses, ``[tokens, d]`` bool, for the same sampled tokens.
 
     With an activation that always returns 1, the input of the out-projection is the mask. The model is restored.
     """
@@ -199,7 +199,7 @@ def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, f
 
 
 def sample_matrix(tokens: Mapping[str, int], magnitudes: Tensor, active: Tensor, count: int) -> dict[str, Any]:
-    """Sample ``count`` tokens, as many of every task, and list their active neurons.
+    """Sample ``count`` tokens, equally many of every task, and list their active neurons.
 
     ``tokens`` counts the tokens of each task, in the order of ``magnitudes`` and ``active``, both ``[tokens, d]``.
     """

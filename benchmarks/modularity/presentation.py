@@ -1,4 +1,4 @@
-"""Present pre-trained models as they are: their numbers, tables, figures and verdicts."""
+"""Present pre-trained models: numbers, tables, figures and verdicts."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ class Mixture(Strict):
 
 
 class MultitaskTraining(EpochTraining):
-    """The training of a run; a suite may change the benchmark's."""
+    """Training settings; a suite may override them."""
 
     rows_per_epoch: Count | None
-    """Rows of a task in an epoch, at most: a larger task takes its next ones in each epoch. Null: all rows."""
+    """Maximum rows of a task per epoch; the next epoch continues with the next rows. Null: all rows."""
     dev_rows: Count | None
-    """Rows of every dev split, whose mean score over the tasks chooses; null for all."""
+    """Rows of every dev split; null for all. The mean dev score over the tasks selects epoch and hyper-parameters."""
 
 
 class MultitaskBlock(VariantAxes):
@@ -38,7 +38,7 @@ class MultitaskBlock(VariantAxes):
     model: Names
     """Names in models.yaml."""
     mixture: Names
-    """Names of mixtures, or of tasks: each of these is learned alone."""
+    """Names of mixtures, or of tasks, which are then learned alone."""
     method: Names
     """Names of methods."""
     learning_rate: Positives
@@ -57,16 +57,16 @@ class MultitaskPart(TrainingPart):
 
 
 class MultitaskDefinition(MethodsDefinition):
-    """A benchmark whose encoder-decoder models learn several tasks at once, as text from text."""
+    """A benchmark that trains encoder-decoder models on several tasks at once, as text to text."""
 
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
     mixtures: Annotated[dict[Key, Mixture], Field(min_length=1)]
     """Tasks that are learned at once, by name."""
     prefixes: dict[str, str] = Field({})
-    """Prefixes of tasks whose rows do not begin with their name; only the rows tell tasks with one prefix apart."""
+    """Prefix of a task's rows, by task; by default the task's name. Tasks may share a prefix."""
     training: MultitaskTraining
-    """Settings of every run; a suite may set its own."""
+    """Training settings of every run; a suite may override them."""
 
 
 class LearnedTask(RunTask):
@@ -77,10 +77,10 @@ class LearnedTask(RunTask):
 
 
 class OtherTask(RunTask):
-    """A set that is only evaluated on."""
+    """An OOD evaluation set."""
 
     read_as: str
-    """The learned task that gives it prefix, field names and answers."""
+    """The learned task whose prefix, field names and answers the set uses."""
 
 
 class RunMixture(Strict):
@@ -89,17 +89,17 @@ class RunMixture(Strict):
     name: str
     """Name of the mixture, or of the single task."""
     tasks: list[LearnedTask]
-    """Tasks that it learns at once."""
+    """Tasks that the model learns at once."""
 
 
 class MultitaskSpec(RunSpec):
-    """The settings that shape the numbers of a run."""
+    """The settings that determine the numbers of a run."""
 
     protocol: Literal["clean"]
-    """The selection of epoch and hyper-parameters: by rows that are not reported."""
+    """The selection of epoch and hyper-parameters, which uses rows that are not reported."""
     task: RunMixture
-    """The tasks that it is trained on."""
+    """Training tasks."""
     ood: list[OtherTask]
-    """The other sets that it is evaluated on."""
+    """OOD evaluation sets."""
     training: MultitaskTraining
     """The training."""

@@ -23,7 +23,7 @@ _DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 
 
 class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
-    """Encoder-decoder models that learn several tasks at once and are evaluated on each and on other sets."""
+    """Plan runs of encoder-decoder models that learn several tasks at once, and are evaluated on them and OOD sets."""
 
     definition_model, part_model = MultitaskDefinition, MultitaskPart
     recorded = ("scores", "data", "model", "routing")
@@ -104,7 +104,10 @@ def _ood_sets(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[st
 
 
 def _check_tasks(where: str, key: str, names: Collection[str], tasks: Mapping[str, TaskEntry]) -> None:
-    """Raise :class:`DefinitionError` unless tasks can be learned as text to text and their OOD sets read like them."""
+    """Check that tasks have classes and splits for training and selection (:class:`DefinitionError` if not).
+
+    Their OOD sets must have as many text fields as the task.
+    """
     check_names(where, key, names, tasks)
     for name in names:
         task = tasks[name]

@@ -1,4 +1,4 @@
-"""Train an encoder-decoder on several tasks at once; evaluate it on each of them and, without training, on others."""
+"""Train an encoder-decoder on several tasks at once, and evaluate it on them and on OOD sets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from benchmarks.text.training import Epoch, epoch_arguments, kept_epoch, score_a
 
 _MEAN = "mean_score"  # mean of the tasks' dev scores
 _IGNORED = -100
-Answers = list[list[int]]  # the tokens of each class of a task, with the token that ends them
+Answers = list[list[int]]  # tokens of each class name of a task, with the end token
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -44,10 +44,10 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     Args:
         spec: The content of ``run.json``.
         folder: The folder of the run, for checkpoints.
-        progress: The log.
+        progress: The progress line.
 
     Returns:
-        The content of ``metrics.json``, less the harness's part.
+        The content of ``metrics.json`` without the harness's part.
     """
     read = parse(spec, MultitaskSpec, str(folder / "run.json"))
     load = partial(load_part, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
@@ -92,13 +92,13 @@ def _splits(task: LearnedTask, training: MultitaskTraining, load: Callable[..., 
 
 
 def as_text(split: TextSplit, task: LearnedTask) -> TextSplit:
-    """Write rows of a task, or of a set that is read as it, in T5's form: ``mnli premise: He ran. hypothesis: …``"""
+    """Format rows of a task, or of its OOD set, for T5: ``mnli premise: He ran. hypothesis: …``"""
     rows = [[f"{field}: {text}" for field, text in zip(task.fields, texts, strict=True)] for texts in split.texts]
     return replace(split, texts=[(" ".join([task.prefix, *row]),) for row in rows])
 
 
 def tokenise_answers(tokenizer: PreTrainedTokenizerBase, task: LearnedTask) -> Answers:
-    """Tokenise the names of a task's classes, each with the token that ends it; raise DataError if two are alike."""
+    """Tokenise the class names of a task, each with the end token; raise :class:`DataError` if two are equal."""
     end = cast(int, tokenizer.eos_token_id)
     answers = [[*tokenizer(name, add_special_tokens=False)["input_ids"], end] for name in task.labels]
     if len(set(map(tuple, answers))) < len(answers):

@@ -89,7 +89,7 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
 
 
 def transfer(outcomes: MultitaskOutcomes) -> Table:
-    """Make a table of the gain or loss of learning a task together with others, against learning it alone."""
+    """Make a table of the difference between learning a task with others and learning it alone."""
     table = Table(
         "Learned together against learned alone",
         "Score of a task that is learned with the others minus its score if it is learned alone, with as many "

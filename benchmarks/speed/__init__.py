@@ -1,1 +1,1 @@
-"""Measure the cost of experts: one FFN, a whole training step, finding them."""
+"""Measure the cost of experts: of one FFN, a whole training step, and clustering."""

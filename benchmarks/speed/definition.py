@@ -28,7 +28,7 @@ class MeasuredModel(Entry):
     """A model with random weights, or one layer of a model of models.yaml."""
 
     config: dict[str, Any] | None = optional()
-    """Its configuration of transformers."""
+    """Configuration of the model in transformers."""
     model: str | None = optional()
     """Name in models.yaml."""
     layer: Whole | None = optional()
@@ -36,44 +36,44 @@ class MeasuredModel(Entry):
 
 
 class Settings(Strict):
-    """Settings, in the order of a run's name. A measure takes those that its entry in `measures` lists."""
+    """Settings, in the order of a run's name. Each measure uses the settings in its entry in `measures`."""
 
     layers: Layers = "all"
-    """Layers that are converted."""
+    """Converted layers."""
     num_experts: Count
     """N."""
     starts: Count = 1
-    """Starts of k-means-constrained."""
+    """Number of initialisations of k-means-constrained."""
     top_k_fraction: Share = 1.0
     """k / N."""
     batch_size: Count = 1
     """Rows of a training step."""
     tokens: Count = 1
-    """Tokens of a pass, of a row of a training step, of the prompt, or of the answer."""
+    """Number of tokens of a forward pass, a training row, the prompt, or the answer."""
     threads: Count
     """Threads of PyTorch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     rounds: Count = 1
-    """Number of times that all candidates are timed in turn."""
+    """Number of rounds; each round times all candidates in turn."""
     candidates: Names
-    """Candidates that are compared, beside the dense model if there is one."""
+    """Compared candidates, in addition to the dense model if there is one."""
 
 
 class Measure(Entry):
-    """A measure."""
+    """A measurement, such as the time of one FFN."""
 
     caption: str
-    """What is measured, and how."""
+    """Description of the measurement for the table."""
     settings: Settings
-    """Every setting of the measure with its usual value."""
+    """All settings of the measure with their default values."""
 
 
 class MeasurementResources(Resources):
     """Reservations of the scheduler for one run."""
 
     threads: Whole = 0
-    """CPU threads; 0 for all of the machine's, so that nothing runs beside it."""
+    """CPU threads; 0 for all threads of the machine, so that no other run disturbs the measurement."""
 
 
 class MeasurementBlock(Strict):
@@ -84,7 +84,7 @@ class MeasurementBlock(Strict):
     model: Names
     """Names in models."""
     settings: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
-    """Values of the measure's settings to run, as lists; the others keep their usual value."""
+    """Lists of values for settings of the measure; other settings have their default value."""
 
 
 class MeasurementPart(SuitePart):
@@ -97,11 +97,11 @@ class MeasurementPart(SuitePart):
 
 
 class MeasurementDefinition(Definition):
-    """A benchmark that trains nothing. It measures candidates side by side, each run under one setting."""
+    """A benchmark that trains nothing. Each run measures all candidates under one setting."""
 
     models: Annotated[dict[str, MeasuredModel], Field(min_length=1)]
-    """Models that are measured, by name."""
+    """Measured models, by name."""
     candidates: Annotated[dict[str, Entry], Field(min_length=1)]
-    """Candidates; their order is that of columns."""
+    """Candidates, in the order of table columns."""
     measures: Annotated[dict[str, Measure], Field(min_length=1)]
     """Measures, by name."""

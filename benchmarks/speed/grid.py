@@ -1,4 +1,4 @@
-"""Plan measurements: a run per model and setting, with all candidates side by side."""
+"""Plan measurements: a run per model and setting, which measures all candidates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.speed.definition import MEASURES, SETTINGS, Measure, Measurement
 
 
 class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
-    """Measurements side by side, each run under one setting; nothing is trained."""
+    """Plan runs that measure all candidates under one setting, without training."""
 
     definition_model, part_model = MeasurementDefinition, MeasurementPart
     recorded = ("measured",)

@@ -37,7 +37,7 @@ Numbers = dict[str, dict[str, float]]  # by candidate and metric
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Measure the candidates of a run's spec. ``metrics.json`` gets them by candidate."""
+    """Measure the candidates of a run's spec; return the numbers by candidate for ``metrics.json``."""
     measure = spec["task"]["name"]
     settings = parse(spec["settings"], Settings, str(folder / "run.json"), "settings")
     torch.set_num_threads(settings.threads)
@@ -47,7 +47,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 
 def time_in_turn(call: Callable[[Any], object], nets: Mapping[str, Any], settings: Settings) -> Numbers:
-    """Time a call of each net, ``dense`` among them, in turn, so that a disturbance affects all.
+    """Time a call of each net, including ``dense``, in turn, so that a disturbance affects all of them.
 
     Each round begins with a warm-up. The ``ratio`` is to the dense time in the same round (median, lowest, highest).
     """
@@ -110,7 +110,7 @@ def candidates(dense: Any, settings: Settings) -> dict[str, Any]:
         if backend == "transformers":
             net.layers[0].mlp = TransformersExperts(find_ffns(net)[0], n, k, implementation)
             continue
-        # experts of neighbouring neurons, which transformers' have too
+        # contiguous experts, as in the transformers layer
         emoe.convert_(net, emoe.EMoEConfig(num_experts=n, top_k=k, layers=settings.layers, partition="contiguous"))
         if name == "inference":
             emoe.for_inference_(net)

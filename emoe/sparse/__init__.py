@@ -1,1 +1,1 @@
-"""The path that computes only the chosen experts, forward and backward, on the dense weights as they are."""
+"""The sparse backend: compute only the chosen experts, forward and backward, on the dense weights."""

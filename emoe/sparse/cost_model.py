@@ -1,4 +1,4 @@
-"""Predict if the sparse products are faster, with measured constants: the choice is the same in every run.
+"""Predict if the sparse products are faster. The constants were measured, so the choice is the same in every run.
 
 Time of the sparse products as a share of the dense FFN's, forward and backward, with T tokens, experts of s neurons,
 k of N used, width h::
@@ -40,7 +40,7 @@ _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
 def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
     """Check if the sparse products of inputs ``[T, h]`` should be faster; see :func:`predicted_time_ratio`.
 
-    On an accelerator they should if PyTorch has a grouped product for them.
+    On an accelerator they are used if PyTorch has a grouped product for them.
     """
     if x.device.type != "cpu":
         return can_group(x)

@@ -45,7 +45,7 @@ class Pairs:
 
 
 def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
-    """List the pairs of a mask ``[T, N]``, in as many chunks as the implementation for inputs like ``x`` uses."""
+    """List the pairs of a mask ``[T, N]``, in the number of chunks that the products of ``x`` need."""
     tokens, num_experts = mask.shape
     threads = torch.get_num_threads()
     # the same number for each thread; it determines the order of sums
@@ -124,7 +124,7 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each expert that has pairs, with its tokens and its rows of ``per_pair [P, ...]``; needs a single chunk."""
+    """Yield each expert with pairs, its tokens, and its rows of ``per_pair [P, ...]``; only for pairs in one chunk."""
     counts = pairs.starts.diff().tolist()
     blocks = zip(pairs.rows.split(counts), per_pair.split(counts), strict=True)
     return ((expert, *block) for expert, block in enumerate(blocks) if counts[expert])

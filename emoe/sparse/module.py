@@ -85,7 +85,7 @@ class SparseFFN(_Replacement):
         self.always = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the FFN ``[..., h]`` of inputs ``[..., h]``."""
+        """Compute the FFN's output ``[..., h]`` from inputs ``[..., h]``."""
         layer = self._layer[0]
         reject_hooks(layer)
         rows = x.reshape(-1, x.shape[-1])
@@ -180,7 +180,7 @@ def install_(layer: RoutedActivation) -> None:
     layer.replaced = dict([*ffn.projections(), *ffn.between()])
     replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
     replacements[spec.proj_out] = SparseFFN(layer)
-    for (path, module), output in zip(ffn.inputs(), (spec.fused or "input", "one"), strict=False):
+    for (path, module), output in zip(ffn.in_projections(), (spec.fused or "input", "one"), strict=False):
         replacements[path] = PassThrough(module, output)
     for path, module in replacements.items():
         ffn.replace(path, module.train(layer.replaced[path].training))
@@ -200,7 +200,7 @@ def check_supported(layer: RoutedActivation) -> None:
 
 
 def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError) -> None:
-    """Raise an error if a module of a routed FFN has a hook that is not of this library."""
+    """Raise an error if a module of a routed FFN has a hook that this library did not register."""
     ffn, spec = layer.ffn, layer.ffn.spec
     expected = {spec.activation: 1}
     if not layer.replaced:
@@ -213,12 +213,12 @@ def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError)
 
 
 def probe_output(layer: RoutedActivation) -> Tensor | None:
-    """Compute an FFN's module for a few random rows, to compare both backends.
+    """Run the module that contains an FFN on a few random rows, to compare both backends.
 
-    The sparse backend would skip what the module's own code computes between the projections.
+    The comparison detects code between the projections, which the sparse backend would skip.
 
     Returns:
-        Output ``[1, 4, h]``; None if the module needs other inputs, or holds only a part of the FFN.
+        Output ``[1, 4, h]``. None if the module has other inputs, a part of the FFN, or random outputs.
     """
     ffn = layer.ffn
     module, weight = ffn.parents[ffn.spec.proj_in], cast(Tensor, ffn.proj_in.weight)

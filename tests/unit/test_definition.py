@@ -44,7 +44,11 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(path, va
         ("methods.emoe.layer", [1], r"glue\.methods\.emoe': unknown key 'layer'; did you mean 'layers'"),
         ("grid.0.seed", ["a"], r"'benchmarks\.glue\.grid\[0\]\.seed\[0\]' is 'a': Input should be a valid integer"),
         ("grid_defaults.sed", [0], r"'benchmarks\.glue\.grid\[0\]': unknown key 'sed'; did you mean 'seed'"),
-        ("note", ["long"] * 3000, r"'benchmarks\.glue\.note' is \['long', .{80,120}…: Input should be a valid string"),
+        (
+            "note",
+            ["long"] * 3000,
+            r"'benchmarks\.glue\.note' is \['long', .{20,80}\.\.\.\]: Input should be a valid string",
+        ),
         (
             "training.batch_sice",
             8,
@@ -147,7 +151,7 @@ def test_tables_are_made_again_for_their_benchmarks_own_runs(
         (
             "noise: 0.15",
             "noise: !maybe 1",
-            "is not valid YAML: could not determine a constructor for the tag",
+            "is not valid YAML: the tag '!maybe' is not allowed",
         ),
         ("noise: 0.15", "noise: 0.15, noise: 0.2", "the key 'noise' is given twice"),
         ("noise: 0.15}", "noise: 0.15", "is not valid YAML: while parsing"),

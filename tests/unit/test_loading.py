@@ -18,7 +18,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.domainbed.definition import RunSet
+from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.domainbed.validation import load_set
 from benchmarks.harness.base import MODEL_ROOT, DataError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
@@ -198,7 +198,7 @@ def test_sets_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypa
     serve(monkeypatch, tmp_path, {"image": [None] * 4, "domain": list("acps"), "label": ["dog"] * 4})
     source = {"folder": "PACS", "hub": "flwrlabs/pacs", "revision": COMMIT}
     task = {"name": "pacs", "domainbed": "PACS", "source": source, "environments": [[name, name] for name in "ACPS"]}
-    assert load_set(RunSet.model_validate(task), 0, truncated="refuse").source == f"hub flwrlabs/pacs@{COMMIT}"
+    assert load_set(RunImageSet.model_validate(task), 0, truncated="refuse").source == f"hub flwrlabs/pacs@{COMMIT}"
 
 
 def test_weights_of_timm_are_recorded_with_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""From YAML files to runs and the jobs that they need."""
+"""Read the YAML files, and plan runs and the jobs that they need."""

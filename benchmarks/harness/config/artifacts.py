@@ -81,5 +81,5 @@ def all_artifacts() -> list[Artifacts]:
     return [
         artifacts_of(name, part)
         for name, benchmark in benchmarks.items()
-        for part in (None, *(benchmark.tasks if benchmark.shows_parts else ()))
+        for part in (None, *(benchmark.tasks if benchmark.has_set_tables else ()))
     ]

@@ -51,12 +51,12 @@ class Resources(Strict):
 
 
 class Training(Strict):
-    """The training of a run."""
+    """Training settings of a run."""
 
     in_no_spec: ClassVar[set[str]] = {"by_model"}
 
     by_model: dict[str, dict[str, Any]] | None = optional()
-    """Settings of single models, by name; not part of a run's spec."""
+    """Settings that override the others for single models, by name; not part of a run's spec."""
 
     def spec(self) -> dict[str, Any]:
         """Return the settings of a run's spec."""
@@ -96,7 +96,7 @@ class MethodsDefinition(Definition):
     """Default settings by kind of method: dense, emoe or gmoe. A row's own settings override them, and a suite's
     defaults override the benchmark's."""
     methods: Annotated[dict[Key, Method], Field(min_length=1)]
-    """The compared methods of methods.yaml, in the order of the rows, each with its settings that differ here."""
+    """The compared methods of methods.yaml, in the order of the rows, with the settings that differ here."""
 
 
 class SuitePart(Strict):
@@ -105,7 +105,7 @@ class SuitePart(Strict):
     resources: Resources = Resources()
     """Resources that the scheduler reserves for one run."""
     note: str | None = optional()
-    """A sentence for the report: the suite's differences from the paper's experiment."""
+    """A sentence for the report on how the suite differs from the paper's experiment."""
 
 
 class TrainingPart(SuitePart):
@@ -296,8 +296,8 @@ class Benchmark(ABC, Generic[D, E, P]):
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
         """Return the methods with all their settings, for the benchmark itself or for its part of a suite.
 
-        A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
-        ``methods.yaml``, the suite's ``method_defaults`` for the method's kind, the benchmark's.
+        Later layers override earlier ones: the benchmark's ``method_defaults`` for the method's kind, the suite's
+        ``method_defaults``, ``methods.yaml``, the benchmark's ``methods``, the suite's ``methods``.
         """
         definition = self.definition
         if not isinstance(definition, MethodsDefinition):
@@ -308,12 +308,12 @@ class Benchmark(ABC, Generic[D, E, P]):
         return resolve_methods(definition, part.settings.method_defaults, part.settings.methods)
 
     def settings(self, key: str, part: Part[P], model: str | None = None) -> Any:
-        """Return settings of the benchmark, overridden by its part of a suite, and by its ``by_model`` for a model.
+        """Return one section of the benchmark's settings, overridden by the suite, then by ``by_model``.
 
         Args:
-            key: The key of the settings, in the benchmark and in the part.
+            key: The name of the section, such as ``training``.
             part: The benchmark's part of the suite.
-            model: The name of the model, or None.
+            model: The name of the model; None does not apply ``by_model``.
         """
         usual: Strict = getattr(self.definition, key)
         settings = merge(usual.model_dump(exclude_unset=True), getattr(part.settings, key))
@@ -329,12 +329,12 @@ class Benchmark(ABC, Generic[D, E, P]):
         return getattr(self.definition, "evaluates", None)
 
     @property
-    def shows_parts(self) -> bool:
-        """Return True if each of its sets has tables and figures of its own."""
+    def has_set_tables(self) -> bool:
+        """Return True if the benchmark has separate tables and figures for each set."""
         return bool(getattr(self.definition, "set_tables", ()))
 
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
-        """Make the spec of a run: ``variant`` names its settings besides model, task and method, in short."""
+        """Make the spec of a run. ``variant`` is a short name of its settings besides model, task and method."""
         return {"benchmark": self.name, "version": self.definition.version, "variant": variant, **content}
 
 
@@ -347,7 +347,7 @@ def text_tokens(rows: int | None, max_length: int, times: float) -> float | None
 
     Args:
         rows: The number of rows; None if unknown.
-        max_length: The most tokens of a row.
+        max_length: The maximum number of tokens of a row.
         times: The number of passes over the rows.
     """
     return None if rows is None else rows * max_length / 2 * times

@@ -48,15 +48,15 @@ class ModelEntry(Strict):
     title: str
     """Label in tables."""
     shape: Shape | None = optional()
-    """Its size, for checks of N and for the estimates of `status`; not part of a run's spec."""
+    """Size of the model, for checks of N and for the estimates of `status`; not part of a run's spec."""
     modality: Literal["image", "language", "seq2seq"] | None = optional()
-    """Use of the model: images, language modelling, or text from text; text classification if left out."""
+    """Modality of the model: images, language modelling, or sequence to sequence; left out: text classification."""
     hub: str | None = optional()
     """Repository on the hub."""
     revision: str | None = None
     """Commit on the hub, also of timm's file; null for the newest."""
     package: str | None = optional()
-    """Distribution on the package index that carries the weights."""
+    """Distribution on the package index that contains the weights."""
     path: str | None = optional()
     """Folder of the weights inside the package."""
     sha256: dict[str, str] | None = optional()
@@ -101,7 +101,7 @@ class Metric(Strict):
     tolerance: Annotated[float, Field(ge=0)] | None = None
     """Largest difference, as stored, that `make check` accepts between two machines; null: not compared (times)."""
     equivalence_margin: Positive | None = None
-    """Largest difference between two methods, as stored, that does not matter; claims are tested against it."""
+    """Largest negligible difference between two methods, as stored; claims are tested against it."""
 
 
 class MetricFile(Strict):

@@ -18,11 +18,11 @@ class PaperEffect(Strict):
     """The paper's number."""
 
     effect: Number | None = None
-    """The method's number minus the other's; null if the paper gives none."""
+    """Difference of the two methods; null if the paper gives none."""
     unit: str = "points"
-    """Its unit: percentage points of a score, or another one."""
+    """Unit of the difference, such as percentage points."""
     where: str
-    """Table, figure or section, and the numbers that it is a mean of."""
+    """Table, figure or section, and the averaged numbers."""
 
 
 class Comparison(Strict):
@@ -33,24 +33,24 @@ class Comparison(Strict):
     method: str
     """The method of the claim."""
     against: str
-    """The method that it is compared with."""
+    """The reference method."""
     domain: str
     """`id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of instructions; `model` of
     counts; a measure of measurements."""
     metric: str
     """Name in metrics.yaml."""
     direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
-    """The claim on the method's number: `higher` or `lower` (paired t-test), the `same` or `not_lower` (interval within
-    the metric's margin, or above its lower end), `equal` (counts), a ratio `near` 1 or below (range within the
-    margin)."""
+    """Claimed direction: `higher` or `lower` (paired t-test); `same` (interval within the metric's margin) or
+    `not_lower` (interval above the margin's lower end); `equal` (counts); or `near`, a ratio of about 1 or less (upper
+    end of the range within the margin)."""
     selection: str | None = optional()
     """The selection of epoch and hyper-parameters, if a benchmark reports several."""
     models: Names | None = optional()
-    """Only these models; left out: all that both methods have."""
+    """Only these models; left out: all models that both methods have."""
     tasks: Names | None = optional()
-    """Only these tasks (sets of images or instructions); left out: all that both methods have."""
+    """Only these tasks (sets of images or instructions); left out: all tasks that both methods have."""
     tunings: Names | None = optional()
-    """Only these ways of instruction tuning."""
+    """Only these fine-tuning methods of instruction tuning."""
     questions: Names | None = optional()
     """Only these sets of questions, such as `mmlu 5-shot`; left out: all that both methods have."""
     settings: Names | Literal["all"] | None = optional()
@@ -59,7 +59,7 @@ class Comparison(Strict):
 
 
 class ClaimTest(Strict):
-    """A test of a claim: a comparison of runs, or the requirement that it lacks."""
+    """A test of a claim: a comparison of runs, or the reason why it cannot be tested."""
 
     exactly_one_of = ("compare", "needs")
     title: str
@@ -69,7 +69,7 @@ class ClaimTest(Strict):
     compare: Comparison | None = optional()
     """The comparison."""
     needs: str | None = optional()
-    """A requirement that no suite meets."""
+    """The missing requirement, if no suite can run the test."""
     headline: bool = False
     """True to show the test in the small figure of README and report."""
 

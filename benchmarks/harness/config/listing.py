@@ -1,4 +1,4 @@
-"""List suites, benchmarks, methods, tasks, models, metrics and claims, a row each."""
+"""List suites, benchmarks, methods, tasks, models, metrics and claims, one per row."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
 
 
 def _values(values: Iterable[str]) -> list[str]:
-    """Return the different values in their order."""
+    """Return the distinct values in order of first occurrence."""
     return [value for value in dict.fromkeys(values) if value]
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Tuning(NamedTuple):
-    """Define one way of tuning.
+    """Define a tuning: a choice of trained parameters.
 
     Attributes:
         parameters: The function that returns the names of the trained parameters, given the converted and adapted
@@ -60,7 +60,7 @@ TUNINGS: dict[str, Tuning] = {}
 def register_tuning(
     name: str, parameters: Callable[[nn.Module, Any], Iterable[str]], *, needs_layers: bool = False
 ) -> None:
-    """Add a way of tuning for ``tune: name``; ``docs/adding.md`` has a complete example.
+    """Register a tuning for ``tune: name``; ``docs/adding.md`` has a complete example.
 
     >>> register_tuning("norms", lambda model, layers: [name for name, _ in model.named_parameters() if "norm" in name])
     >>> del TUNINGS["norms"]
@@ -74,7 +74,7 @@ def register_tuning(
 
 
 def needs_layers(name: str | None) -> bool:
-    """Return True if a way of tuning requires ``layers``; False for None."""
+    """Return True if a tuning requires ``layers``; False for None."""
     return name in TUNINGS and TUNINGS[name].needs_layers
 
 
@@ -82,7 +82,7 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
     """Make the ``tune`` part of a run's spec.
 
     Args:
-        name: The way of tuning; None if only adapters, head and routers are trained.
+        name: The name of the tuning; None if only adapters, head and routers are trained.
         layers: The layers of the method.
         also: Further modules to train, by the last part of their name.
     """
@@ -93,7 +93,7 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
-    """Return True if a parameter belongs to one of the modules, given by path."""
+    """Return True if a parameter belongs to one of the modules with these paths."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
@@ -114,8 +114,8 @@ def block_of(ffn: str) -> str:
 
 
 register_tuning("blocks", _block_parameters, needs_layers=True)
-# letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data), times the
-# usual epochs
+# letter by setting: N experts, k / N, converted layers, share of the training rows (data), factor on the usual
+# epochs
 _LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D", "epochs_factor": "E"}
 _WORDS = {"N": "N {}", "k": "k/N {}", "L": "{}", "D": "{:g} % of the rows", "E": "{} times the epochs"}
 
@@ -237,7 +237,7 @@ class Method(_ConfigFields):  # type: ignore[misc]
     """
 
     method: str | None = None
-    """The row's name in methods.yaml, if it differs."""
+    """Name in methods.yaml, if the row has another name."""
     title: str = optional()
     """Label in tables and figures."""
     kind: Kind = optional()
@@ -247,7 +247,7 @@ class Method(_ConfigFields):  # type: ignore[misc]
     noise: NotNegative = 0.0
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, registered(TUNINGS)] | None = None
-    """A registered way of tuning. It selects the trained parameters besides adapters (with training.lora), head and
+    """A registered tuning. It selects the trained parameters besides adapters (with training.lora), head and
     routers, instead of all parameters. `blocks` selects the transformer blocks whose FFNs `layers` names."""
     also_train: Names | None = None
     """With LoRA or `tune`: further modules to train, by the last part of their name (the authors' pooler and ln_f)."""
@@ -284,7 +284,7 @@ class LoRA(Strict):
     targets: Annotated[dict[str, Names], Field(min_length=1)]
     """Names of the adapted layers, by the model's type."""
     base_lr_ratio: Positive = 0.1
-    """Learning rate of all trained parameters but adapters and head, as a share of theirs."""
+    """Learning rate of the other trained parameters, as a share of the learning rate of adapters and head."""
 
 
 class VariantAxes(Strict):
@@ -370,7 +370,7 @@ def method_spec(
         DefinitionError: Settings do not go together.
     """
     base = methods[point["method"]]
-    # variants share one dense run, except variants of the blocks that it trains
+    # all variants share one dense run, unless the variant changes its trained blocks
     varying = VARIANT_KEYS if base.kind != "dense" else ("layers",) if needs_layers(base.tune) else ()
     varied = {key: point[key] for key in varying if key in point}
     method = merge_methods(base, Method(**varied))

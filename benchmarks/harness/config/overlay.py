@@ -23,7 +23,7 @@ from benchmarks.harness.config.yaml import Strict
 
 
 class Changes:
-    """Annotate a dictionary as some settings of a model. :meth:`.Benchmark.settings` validates them with the others,
+    """Annotate a dictionary as partial settings of a model. :meth:`.Benchmark.settings` validates the merged settings,
     and editors propose the keys.
     """
 

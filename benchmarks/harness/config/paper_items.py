@@ -1,4 +1,4 @@
-"""Read ``benchmarks/paper.yaml``: the paper's tables and figures, and ours with the same contents."""
+"""Read ``benchmarks/paper.yaml``: the paper's tables and figures, and our counterparts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PaperPart(Strict):
     table: str | None = optional()
     """One of its `tables`."""
     set_table: str | None = optional()
-    """One of its `set_tables`, of every set that the suite runs."""
+    """One of its `set_tables`, for every set that the suite runs."""
     figure: str | None = optional()
     """One of its `figures`."""
     rows: Names | None = optional()
@@ -45,13 +45,13 @@ class PaperItem(Strict):
 
     exactly_one_of = ("parts", "missing", "main")
     title: str
-    """Its content in a few words."""
+    """Content of the item in a few words."""
     naacl: str
-    """Its number in the NAACL version, as far as known."""
+    """Number in the NAACL version, if known."""
     parts: Annotated[list[PaperPart], Field(min_length=1)] | None = optional()
     """Our tables and figures with the same content."""
     missing: str | None = optional()
-    """The reason why we have none."""
+    """Reason why no table or figure of ours has this content."""
     main: Literal[True] | None = optional()
     """True for the figure of the main averages, which `main` of this file defines."""
     caption: str | None = optional()
@@ -59,7 +59,7 @@ class PaperItem(Strict):
 
 
 class MainNumbers(Strict):
-    """Our numbers of a main average."""
+    """The source of our numbers for a main average."""
 
     benchmark: str
     """A folder of benchmarks/."""

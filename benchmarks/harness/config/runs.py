@@ -27,11 +27,11 @@ class RunSpec(Strict):
     version: Count
     """Version of the benchmark."""
     model: dict[str, Any]
-    """The model that is trained or evaluated: its source in models.yaml, its name, and the form of its weights."""
+    """The trained or evaluated model: name, source from models.yaml, and format of the weights."""
     method: dict[str, Any]
     """The method, from :func:`.methods.method_spec`."""
     variant: str
-    """The settings that vary besides model, task and method, in short."""
+    """Short name of the settings besides model, task and method."""
     learning_rate: Number
     """Peak learning rate; 0 if nothing is trained."""
     seed: Whole
@@ -60,9 +60,9 @@ class Run:
 
     Attributes:
         id: A readable text and eight hex digits of the hash of ``spec``.
-        spec: Everything that shapes the numbers, plain values only. The suite is not part of it, so
-            that suites share runs.
-        resources: The resources that the scheduler reserves; they shape no number and are not part of the id.
+        spec: All settings that determine the numbers, as plain values. The suite is not one of them, so that suites
+            share runs.
+        resources: The resources that the scheduler reserves. They change no number and are not part of the id.
     """
 
     id: str
@@ -96,7 +96,7 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
     # a task without a test split has runs of both protocols
     if spec.get("protocol") == "clean" and task.get("splits", {}).get("test", "") is None:
         parts.append("clean")
-    if spec["learning_rate"]:  # else nothing was trained
+    if spec["learning_rate"]:  # 0 if nothing was trained
         parts.append(f"lr{spec['learning_rate']:g}")
     if method:  # a measurement has no seed
         parts.append(f"s{spec['seed']}")

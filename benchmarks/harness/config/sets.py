@@ -12,7 +12,7 @@ ALL = "all"  # the only part of a set without a split
 
 
 class PublishedRows(Strict):
-    """The number of rows that the paper's authors score, if it differs."""
+    """The number of rows that the paper's authors score, if we score another number."""
 
     rows: Count
     """Number of rows."""
@@ -35,7 +35,7 @@ class SetPart:
         labels: The number of rows by label, as text.
         source: The place that the rows came from.
         advice: The way to get the part if it is missing.
-        published: The number of rows that the paper's authors score, if it differs.
+        published: The number of rows that the paper's authors score, if we score another number.
         counts_dropped: True if the makers count the dropped rows too.
     """
 
@@ -52,7 +52,7 @@ class SetPart:
 
     @property
     def as_expected(self) -> bool:
-        """Return True if the number of rows is that of the set's makers, or theirs is unknown."""
+        """Return True if the row count equals the makers' count, or the makers' count is unknown."""
         return self.expected in (None, self.rows, self._counted)
 
     @property
@@ -61,7 +61,7 @@ class SetPart:
 
     @property
     def note(self) -> str | None:
-        """Describe the difference from the makers' number of rows; None if they agree."""
+        """Describe a difference from the makers' or the paper's number of rows; None if there is none."""
         if self.rows is None or (self.published and self.published.rows == self.rows):
             return None
         if not self.as_expected:
@@ -79,7 +79,7 @@ class SetPart:
 class SetReader(NamedTuple):
     """Name a part of a set that a run reads, with the function that reads and describes it.
 
-    With True the function opens every file of a set of files, in minutes.
+    The function's argument is True to open every file, which may take minutes.
     """
 
     name: str

@@ -38,7 +38,7 @@ _GLIBC = {
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
-_USUAL = ("mini", "full", "smoke", "paper")  # of all suites, these are searched first
+_USUAL = ("mini", "full", "smoke", "paper")  # suites that are searched first
 
 
 class SuiteSettings(Strict):
@@ -71,7 +71,7 @@ def suite_names() -> list[str]:
 
 
 def load_suite(overrides: Mapping[str, Any]) -> Suite:
-    """Read ``config/<suite>.yaml`` and put the command line's values on top.
+    """Read ``config/<suite>.yaml``, and apply the values of the command line.
 
     Args:
         overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
@@ -230,14 +230,14 @@ class Suite:
     def parts(self, benchmark: str) -> list[str]:
         """Return the benchmark's sets that have tables of their own and are in this suite, without planning runs."""
         loaded = load_benchmark(benchmark)
-        if not loaded.shows_parts:
+        if not loaded.has_set_tables:
             return []
         part = self.benchmark_parts.get(benchmark)
         named = dict.fromkeys(name for block in (part.settings.grid if part else ()) for name in block.set)
         return [name for name in named if name not in self.settings.exclude]
 
     def metric_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """Return ``metrics.json`` of every run, of one benchmark's, or of one of its parts'."""
+        """Return the ``metrics.json`` of all runs, or of the runs of one benchmark or part."""
         runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
         return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
 
@@ -263,7 +263,7 @@ class Suite:
         return [name for name in names if name in self.settings.benchmarks]
 
     def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """Return the files of tables and figures: all with the claims, a benchmark's with its parts, or a part's."""
+        """Return the files of tables and figures of one part, of one benchmark, or of all including the claims."""
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         artifacts = [
             artifacts_of(name, shown) for name in names for shown in (None, *self.parts(name)) if part in (None, shown)
@@ -283,7 +283,7 @@ class Suite:
         return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
 
     def digest(self, benchmark: str, part: str | None = None) -> str:
-        """Hash all inputs of the tables of a benchmark or part except its runs' numbers; comments do not count."""
+        """Hash all inputs of a benchmark's or part's tables, except the numbers of its runs. Comments do not count."""
         loaded, part_of_suite = load_benchmark(benchmark), self.benchmark_parts.get(benchmark)
         content: list[object] = [
             loaded.definition.model_dump(),
@@ -297,7 +297,7 @@ class Suite:
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     def claims_digest(self) -> str:
-        """Hash all inputs of the table of claims except its runs' numbers; comments do not count."""
+        """Hash all inputs of the table of claims, except the numbers of runs. Comments do not count."""
         claims = {name: claim.model_dump() for name, claim in load_claims().items()}
         content = [claims, *(self.digest(name) for name in self.claimed)]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
@@ -318,7 +318,7 @@ class Suite:
         optional = {
             paths.DATA_ROOT: data_root and str(Path(data_root).resolve()),
             paths.MODEL_ROOT: model_root and str(Path(model_root).resolve()),
-            paths.TRACKING_URI: self.settings.tracking_uri,  # may hold a password, which no command line shows
+            paths.TRACKING_URI: self.settings.tracking_uri,  # may hold a password, so no argument
         }
         return variables | {name: value for name, value in optional.items() if value}
 
@@ -379,7 +379,7 @@ def planned_partition(name: str, suite: Suite) -> PartitionJob:
 
 
 def find_run(folder: str, first: Suite) -> Run:
-    """Find the run of a folder below ``results/runs``, in the given suite or in any other."""
+    """Find the run with this folder below ``results/runs``, in the given suite or in any other."""
     for suite in _suites(first):
         if folder.partition("/")[0] in suite.settings.benchmarks and folder in suite.runs_by_folder:
             return suite.runs_by_folder[folder]
@@ -387,7 +387,7 @@ def find_run(folder: str, first: Suite) -> Run:
 
 
 def find_partition(name: str, first: Suite) -> PartitionJob:
-    """Find the clustering of an id, in the given suite or in any other."""
+    """Find the clustering with this id, in the given suite or in any other."""
     for suite in _suites(first):
         if name in suite.partitions:
             return suite.partitions[name]
@@ -419,7 +419,7 @@ def suites_with(compare: Comparison) -> list[str]:
     """List the suites whose grids have both methods with a shared model that is not randomly initialised."""
     benchmark, models = load_benchmark(compare.benchmark), load_models()
     random = {name for name, model in models.items() if model.config or model.random}
-    # a row of weights that another row trained needs the runs of that row
+    # a row that evaluates the weights of another row needs the runs of that row
     transformed = getattr(benchmark.definition, "transformed", {})
     rows = [transformed[row].trained if row in transformed else row for row in (compare.method, compare.against)]
     runs_it, trains = suite_parts(benchmark.name), suite_parts(benchmark.evaluates or benchmark.name)

@@ -1,4 +1,4 @@
-"""YAML files, read into models; every error names the file, the key and the nearest valid value."""
+"""Read YAML files into models. Every error names the file, the key and the nearest valid value."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ else:  # libyaml, which PyYAML's wheels have, saves every command half a second
 
 
 class _Loader(SafeLoader):
-    """Load safe YAML in which ``5e-5`` is a number, and refuse a key that is given twice instead of keeping the last."""
+    """Load safe YAML with ``5e-5`` as a number. A duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -111,8 +111,8 @@ class Strict(BaseModel):
     A field's docstring is its description in an editor.
     """
 
-    exactly_one_of: ClassVar[tuple[str, ...]] = ()  # keys of which one has a value
-    together: ClassVar[tuple[tuple[str, str], ...]] = ()  # a key, and another one that it needs
+    exactly_one_of: ClassVar[tuple[str, ...]] = ()  # exactly one of these keys must have a value
+    together: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of a key and another key that it requires
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -150,7 +150,7 @@ class ExplicitNulls(Strict):
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """Make the error of a model's own validator; pydantic adds the keys."""
+    """Return a validation error for a model's own validator; pydantic adds the keys."""
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
 
@@ -183,8 +183,8 @@ def registered(names: Collection[str], beside: Collection[str] = ()) -> AfterVal
     """Require a string to be a registered name when it is read.
 
     Args:
-        names: The registry.
-        beside: Valid names besides those of the registry.
+        names: The registered names.
+        beside: Further valid names.
     """
 
     def check(name: str) -> str:

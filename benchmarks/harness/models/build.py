@@ -71,7 +71,7 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainab
 
     Args:
         spec: The spec of a run that trains on images.
-        num_classes: The classes of the set.
+        num_classes: The number of classes of the set.
     """
     training = spec["training"]
     model = load_image_classifier(
@@ -97,7 +97,7 @@ def build_language_model(
     Args:
         spec: The spec of a run of instruction tuning.
         calibration: Batches of training rows, for a co-activation partition.
-        partition: The saved partition of a model that is rebuilt.
+        partition: The saved partition, to rebuild a trained model.
         empty: Leave the weights uninitialised: another process sends them.
 
     Raises:
@@ -147,7 +147,7 @@ def _convert(
     """Convert and adapt a model's network, which is the model itself or one of its modules."""
     seed, tune = spec["seed"], spec["method"]["tune"]
     dense, embeddings = _count(model), _embedding_parameters(model)
-    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
+    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.in_projections()) + 1) for ffn in find_ffns(network))
     frozen = spec["training"].get("frozen_layers")
     prefix = Prefix(model, network, frozen) if frozen else None
     if frozen:
@@ -240,7 +240,7 @@ def reopen(build: Callable[..., Trainable], spec: Mapping[str, Any], weights: st
 
 
 def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
-    """Cluster the neurons of a model, cache the partition before the runs, and write a receipt.
+    """Cluster the neurons of a model, cache the partition, and write a receipt.
 
     Args:
         spec: The resolved ``model`` and the ``config`` of the EMoE as JSON.

@@ -34,7 +34,7 @@ class ImageClassifier(nn.Module):
 
     Attributes:
         network: The model of timm or transformers.
-        source: The source of its weights, and the digest of all but the head.
+        source: The source of the weights, and the digest of all weights except the head.
     """
 
     def __init__(self, network: nn.Module, source: Mapping[str, str], options: Mapping[str, Any]) -> None:
@@ -70,8 +70,8 @@ def load_image_classifier(
 
     Args:
         model: The resolved entry of ``models.yaml``.
-        num_classes: The classes of the head.
-        image_size: The width and height of the images in pixels; None for that of pre-training.
+        num_classes: The number of classes of the head.
+        image_size: The width and height of the images in pixels; None for the size in pre-training.
         drop_path: The rate of stochastic depth: in timm of the last block, with a linear rise before it; in DINOv2 of
             every block.
         seed: The seed of the head.

@@ -58,7 +58,7 @@ def _model_folder(model: Mapping[str, Any]) -> Path:
 
 
 def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> PreTrainedModel:
-    """Load a model, or build one with random weights that are the same each time.
+    """Load a model, or build one with reproducible random weights.
 
     Args:
         loader: The auto class of transformers.
@@ -181,8 +181,8 @@ def load_language_model(model: Mapping[str, Any]) -> PreTrainedModel:
     """Load a pre-trained model with its language-modelling head (raises :class:`DataError`).
 
     Args:
-        model: The resolved entry of ``models.yaml``, with ``weights`` (their type, ``fp32`` by default) and perhaps
-            ``quantize`` and ``whole`` (layers whose FFNs are not quantised).
+        model: The resolved entry of ``models.yaml``. Optional keys: ``weights`` (the dtype, ``fp32`` by default),
+            ``quantize``, and ``whole`` (layers whose FFNs are not quantised).
     """
     options: dict[str, Any] = {"quantization_config": _four_bit(model)} if "quantize" in model else {}
     loaded = load_pretrained(AutoModelForCausalLM, model, dtype=_dtype(model), **options)
@@ -218,7 +218,7 @@ def _ffns_of(model: PreTrainedModel, layers: Any) -> list[FFN]:
 
 
 def _four_bit(model: Mapping[str, Any]) -> BitsAndBytesConfig:
-    """Return bitsandbytes' settings, which leave out the head and the FFNs whose keys must be readable."""
+    """Return settings of bitsandbytes that keep the head and the FFNs of ``whole`` unquantised."""
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(load_config(model))
     whole = [f"{ffn.name}.{path}" for ffn in _ffns_of(network, model["whole"]) for path, _ in ffn.projections()]

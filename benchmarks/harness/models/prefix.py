@@ -1,4 +1,4 @@
-"""Freeze a prefix (embeddings and first layers) of a network, and cache its output, which never changes for a row."""
+"""Freeze a prefix (embeddings and first layers) of a network, and cache its output for every row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert models that ship inside packages into folders of transformers."""
+"""Convert models that ship inside packages to transformers' format."""
 
 from __future__ import annotations
 
@@ -102,19 +102,22 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
 
-    state = {_renamed(name): tensor(name) for name in tensors if name.startswith(_PREFIX)}
+    state = {_transformers_name(name): tensor(name) for name in tensors if name.startswith(_PREFIX)}
     inputs = {node.name: list(node.input) for node in graph.node}
     for node, names in inputs.items():
         match = re.fullmatch(r"/backbone/(.+)/MatMul", node)
         if match and names[1] in tensors:
-            state[_renamed(f"{_PREFIX}{match[1].replace('/', '.')}.weight")] = tensor(names[1]).t().contiguous()
+            state[_transformers_name(f"{_PREFIX}{match[1].replace('/', '.')}.weight")] = (
+                tensor(names[1]).t().contiguous()
+            )
     pieces = (inputs["/backbone/embeddings/Concat_6"][0], inputs["/backbone/embeddings/Reshape_1"][0])
     state["embeddings.position_embeddings"] = torch.cat([tensor(name) for name in pieces], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
     return state
 
 
-def _renamed(name: str) -> str:
+def _transformers_name(name: str) -> str:
+    """Return the name in transformers of a tensor in the ONNX file."""
     name = name.removeprefix(_PREFIX)
     for old, new in _RENAMED:
         name = name.replace(old, new)

@@ -1,4 +1,4 @@
-"""Choose the trained parameters of a model: adapters, head, routers, and those of its way of tuning."""
+"""Choose the trained parameters of a model: adapters, head, routers, and the parameters of its tuning."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tune_(
 def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Collection[str] = ()) -> Groups:
     """Return the names and parameters that an adapted model trains, by group, without empty groups.
 
-    The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the way of tuning for all others.
+    The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all others.
     """
     name, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
     chosen = _tuned_names(model, name, layers) if name else ()
@@ -85,7 +85,7 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Coll
 
 
 def _tuned_names(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
-    """Return the names of the parameters that a way of tuning trains."""
+    """Return the names of the parameters that a tuning trains."""
     names, chosen = dict(model.named_parameters()).keys(), set(TUNINGS[name].parameters(model, layers))
     if unknown := sorted(chosen - names):
         near = did_you_mean(unknown[0], names)

@@ -1,4 +1,4 @@
-"""Share the finished runs of a benchmark, published numbers, and the tables of several benchmarks."""
+"""Collect the finished runs of a benchmark, read published numbers, and make tables that benchmarks share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.harness.results.records import COST, LOADS, MODEL
 from benchmarks.harness.results.statistics import confidence_interval, information_numbers, paired_differences
 
-SETTING = "|"  # between a row and a setting of it that is a row of its own
+SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row
 RANDOM_WEIGHTS = (
     "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
     "verdicts mean anything. "
@@ -43,7 +43,7 @@ def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
-    """Name the runs of each row of a table in the column :data:`~benchmarks.harness.report.table.RUNS`.
+    """Add the column :data:`~benchmarks.harness.report.table.RUNS` with the run folders of each row of a table.
 
     A run belongs to a row if both have the same names in every shared column. An empty name matches every name. A
     benchmark that chooses among finished runs (DomainBed's draws) lists all candidates; a row of published
@@ -75,7 +75,7 @@ def has_random_weights(runs: Sequence[Run]) -> bool:
 
 
 class Outcomes:
-    """Collect the finished runs of a benchmark that trains, in the order of the grid; a subclass adds its results.
+    """Hold the finished runs of a benchmark in the order of the grid. Subclasses add their results.
 
     ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or a key
     of ``titles``. ``titles`` maps names to titles, in the order of rows.
@@ -264,7 +264,7 @@ def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
 def published_table(
     title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame, origins: pd.DataFrame
 ) -> Table:
-    """Make a table of published accuracies and ours.
+    """Make a table of our accuracies and the published ones.
 
     ``frame`` has ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
     """

@@ -1,4 +1,4 @@
-"""Write the paper's tables and figures under its numbers, and draw its main averages (Fig. 2)."""
+"""Write our counterparts of the paper's tables and figures, numbered as in the paper, and draw Fig. 2."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def score_panels(
 
 
 def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits: tuple[float, float]) -> None:
-    """Draw scores and their mean; with enough of them also an interval, with arrows where the panel cuts it."""
+    """Draw scores, their mean and, with enough scores, its interval; arrows mark ends outside the panel."""
     if len(scores) >= _FEW_SCORES:
         ends = confidence_interval(scores)
         cut = max(ends[0], limits[0]), min(ends[1], limits[1])

@@ -40,7 +40,7 @@ class Presentation:
     figures: Mapping[str, Figure]  # by file name without ending; their functions take only a path
     verdicts: list[str] = field(default_factory=list)  # sentences on differences to the dense model
     note: str = ""  # explains the verdicts
-    optimizer: str = ""  # for the report; empty if nothing is trained
+    optimizer: str = ""  # shown in the report; empty if nothing is trained
     shows_labels: bool = False  # True if the report shows the labels of the sets
     claim_numbers: Callable[[], pd.DataFrame] = join_claim_numbers  # returns claim numbers with the columns COMPARED
     parts: Mapping[str, Presentation] = field(default_factory=dict)  # by set; empty if sets share their tables

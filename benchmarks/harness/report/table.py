@@ -162,7 +162,7 @@ class Table:
         return text + "\n"
 
     def _without_shared(self) -> tuple[pd.DataFrame, str]:
-        """Drop the columns whose texts all rows share, except the last key; return the others, and a sentence."""
+        """Drop columns with equal texts in all rows, except the last key; return the rest and a sentence on them."""
         texts, names = self.texts(), list(self.keys.values())
         headings = (*names, *self.notes.values())
         shared = [heading for heading in headings if len(texts) > 1 and texts[heading].nunique() == 1]

@@ -1,4 +1,4 @@
-"""Compare a suite's numbers with the blessed ones, run finished runs again, and bless numbers.
+"""Compare a suite's numbers with the blessed numbers, rerun finished runs, and bless new numbers.
 
 Numbers of the same machine and code must be equal to the last digit. Other numbers may differ by the ``tolerance`` of
 their metric in ``metrics.yaml``.
@@ -45,7 +45,7 @@ _TOLERANCES = {
     **dict.fromkeys(("content", "conversion", "trained"), 0.0),
     **{f"loss_{step}": 0.007 for step in range(1, 9)},
     "logits": 4e-5,
-    "trained_logits": 0.02,  # logits of a model that another run trained
+    "trained_logits": 0.02,  # logits of a model from another run
     "loads": 0.05,
 }
 _PRESENTATION_FILES = ("figures.py", "presentation.py", "tables.py")  # these files change no number
@@ -141,7 +141,7 @@ def compare(
 
 
 def _comparison_kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
-    """Describe if numbers of two machines are compared exactly or within tolerances, and why."""
+    """Describe the comparison of two machines' numbers: exact or within tolerances, with the reason."""
     if old == new:
         is_older = before.code != after.code
         return "within tolerances: the reference was made by older code" if is_older else "exactly"
@@ -277,7 +277,7 @@ def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewher
 
 
 def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
-    """Execute finished runs again, each in a new process that writes to a temporary folder.
+    """Rerun finished runs, each in a new process that writes to a temporary folder.
 
     Returns:
         The new numbers, and for each failed run its id and last line of output.

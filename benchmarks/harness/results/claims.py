@@ -22,7 +22,7 @@ class Verdict(StrEnum):
     CONTRADICTED = "contradicted"
     UNDECIDED = "undecided"
     UNTESTABLE = "untestable"  # one pair, or differences that are all equal
-    MISSING = "missing"  # the suite has no such runs
+    MISSING = "missing"  # the suite lacks the runs
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
 
 
 def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
-    """Select the numbers of both methods; of the other method its main setting, or the same ones without a main."""
+    """Select the numbers of both methods: of the reference the main setting, else the compared settings."""
     setting, is_main = numbers["setting"], numbers["setting"].eq("")
     is_compared = ~is_main if compare.settings == "all" else setting.isin(compare.settings or [""])
     is_against = numbers["method"].eq(compare.against)
@@ -117,7 +117,7 @@ def is_within(difference: Difference, least: float, most: float) -> bool:
 
 
 def compare_with_paper(compare: Comparison, difference: Difference, effect: float) -> str:
-    """Return ``smaller`` or ``larger`` if the whole interval of a gain is so against the paper's, else ``compatible``.
+    """Return ``smaller`` or ``larger`` if the interval is below or above the paper's gain, else ``compatible``.
 
     Args:
         compare: The comparison; its direction is ``higher`` or ``lower``.

@@ -87,7 +87,7 @@ def _write(client: MlflowClient, experiment: str, run: Run, stored: Any) -> str:
     for file in _FILES:
         if (path := paths.RUNS / run.folder / file).exists():
             client.log_artifact(identifier, str(path))
-    params = [Param(_plain(key), str(value)) for key, value in _flat(run.spec).items()]
+    params = [Param(_plain(key), str(value)) for key, value in _flatten(run.spec).items()]
     client.log_batch(identifier, list(_numbers(run, metrics, ended)), params)
     client.set_terminated(identifier, end_time=ended)
     client.set_tag(identifier, _DIGEST, digest)
@@ -108,11 +108,11 @@ def _numbers(run: Run, metrics: Mapping[str, Any], time: int) -> Iterator[Metric
                     yield Metric(_plain(f"{name}.{key}"), float(value), time, round(entry[counter]))
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to keys such as ``training.epochs``; omit empty mappings."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -59,7 +59,7 @@ def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -
 
 
 def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean; the mean itself if there is only one value, or if all are equal."""
+    """Return the 95 % interval of a mean. Both ends are the mean for a single value or equal values."""
     mean = mean_difference(values)
     return (mean.mean, mean.mean) if math.isnan(mean.low) else (mean.low, mean.high)
 
@@ -88,7 +88,7 @@ def paired_differences(
 
 
 def shared_pairs(scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str) -> pd.DataFrame:
-    """Keep the scores of pairs, such as seeds, that every row of a table has, so that means are over the same pairs.
+    """Keep the scores of the pairs (such as seeds) that all rows of a table share, so that means are comparable.
 
     The columns ``table`` identify a table, and the columns ``row`` a row in it.
     """

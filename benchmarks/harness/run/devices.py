@@ -64,7 +64,7 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> Iterator[list[
 
 
 def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
-    """Check, before any run of a suite starts, that this machine has an accelerator if a run asks for one."""
+    """Raise an error before the first run of a suite if a run needs an accelerator and this machine has none."""
     asking = next((run for run in runs if run.resources["gpu"]), None)
     if asking and not visible_devices():
         raise RunError(

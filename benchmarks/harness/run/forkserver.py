@@ -1,10 +1,10 @@
-"""Commands that share their imports: one process imports everything once and forks for each of them.
+"""Run commands in forks of one server process, which imports everything once.
 
-Importing torch and transformers takes longer than many runs. A fork has only imported, so the numbers of a run are the
-same as alone. It ends with its caller, and the server with the workflow. A caller without a server, or with another
-environment (threads, devices, settings), works by itself.
+Importing torch and transformers takes longer than many runs. The server only imports before it forks, so a run has the
+same numbers as in its own process. A fork ends with its caller, and the server ends with the workflow. A command
+without a server, or with another environment (threads, devices, settings), runs in its own process.
 
-This module imports the standard library alone, because a caller must not import what the server has imported.
+This module imports only the standard library, so that the caller starts fast.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server, and put its address into the environment of later commands. They wait for its imports."""
+        """Start the server, and pass its address to later commands in the environment. They wait for the imports."""
         # torch counts accelerators without starting their driver, which would not work in a fork
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         address = str(Path(tempfile.mkdtemp(prefix="emoe-")) / "socket")
@@ -102,11 +102,11 @@ class Server:
 
 
 def serve(listener: socket.socket, import_all: Callable[[], None], work: Callable[[list[str]], int]) -> None:
-    """Import what commands need and fork for each caller, until the standard input ends.
+    """Import the pipelines, and fork for each caller until the standard input ends.
 
     Args:
         listener: The socket for callers.
-        import_all: A function that imports what commands need.
+        import_all: A function that imports all modules that commands need.
         work: A function that runs a command in a fork and returns its exit status.
     """
     folder = Path(listener.getsockname()).parent

@@ -72,7 +72,7 @@ def run_status(run: Run) -> RunStatus:
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of a log that is not empty, of a progress bar the last state."""
+    """Return the last non-empty line of a log; for a progress bar, its last state."""
     with log.open("rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
         text = file.read().decode(errors="replace")
@@ -80,7 +80,7 @@ def _last_line(log: Path) -> str:
 
 
 def estimate_text(runs: Sequence[Run]) -> str:
-    """Estimate the hours of a benchmark's runs in sequence in one line: 6 × parameters × tokens ÷ rate."""
+    """Return a line with a benchmark's estimated hours on each device: 6 × parameters × tokens ÷ rate."""
     hours, name = dict.fromkeys(_DEVICES, 0.0), runs[0].benchmark
     for run in runs:
         model, training = load_models().get(run.spec["model"]["name"]), run.spec.get("training", {})

@@ -9,11 +9,14 @@ from typing import Any
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, ROOT
 
-USER_SUFFIXES = (".json", ".jsonl")  # of the user's sets of instructions below the data root
+USER_SUFFIXES = (".json", ".jsonl")  # file name endings of the user's instruction sets below the data root
 
 
 def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
-    """Return the set's folder below the data root, named like its source or itself, or its csv; None if missing."""
+    """Return the path of a set's csv or folder; None if missing.
+
+    The folder is below the data root, with the name in ``source`` or the name of the set.
+    """
     root = os.environ.get(DATA_ROOT)
     if "csv" in source:
         return ROOT / source["csv"] if (ROOT / source["csv"]).is_file() else None

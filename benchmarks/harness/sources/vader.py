@@ -43,10 +43,10 @@ def load_vader(
         domain: The domain: ``amazon``, ``movie``, ``nyt`` or ``tweets``.
         split: The split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
         archive: The source package.
-        strength: True labels ratings by strength instead of sign: weak 0, strong (absolute value above 1.5) 1.
+        strength: True to label by strength instead of sign: weak 0, strong (absolute rating above 1.5) 1.
 
     Returns:
-        Texts, labels, and how many near-neutral sentences of the split were dropped.
+        Texts, labels, and the number of dropped near-neutral sentences of the split.
 
     Raises:
         DataError: The domain is unknown, or the archive is missing or damaged.

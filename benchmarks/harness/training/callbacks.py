@@ -24,7 +24,7 @@ _FIXED_ROWS = 4
 
 @contextmanager
 def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the state of the random generators, and the train or eval mode of every module, at the end."""
+    """Restore the RNG state, and the train or eval mode of every module, on exit."""
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
@@ -64,7 +64,7 @@ class Stopwatch(SavedCallback):
 
 
 class SetEpochs(TrainerCallback):
-    """Set the epoch of the row order, because accelerate does not in a resumed run on several processes."""
+    """Set the epoch of the row order; accelerate does not set it in a resumed run on several processes."""
 
     def __init__(self, order: Any) -> None:
         self._order = order

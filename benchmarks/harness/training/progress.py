@@ -1,4 +1,4 @@
-"""One line of progress at a time, for terminals and log files alike."""
+"""Print progress lines to a terminal or a log file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _EARLY = 0.05  # share of the work before which the pace is misleading
 
 
 class Progress(TrainerCallback):
-    """Print the number of the run, its step, and the time left.
+    """Print the number of finished runs, the step of this run, and the time left.
 
-    A terminal shows every line. Elsewhere a finished run and each warning take one line, the rest goes into the log.
+    A terminal shows every line. Without a terminal only warnings and finished runs are shown; the log has the rest.
 
     Args:
         run_id: The id of the run.
-        stream: The stream for the lines; by default the stderr that the process started with.
+        stream: The stream for the lines; by default the standard error.
     """
 
     def __init__(self, run_id: str, stream: TextIO | None = None) -> None:

@@ -47,7 +47,7 @@ def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
 
 
 def window_steps(steps: int) -> int:
-    """Return the number of steps per window: the authors' 100, but at least 20 and at most 100 windows in a run.
+    """Return the number of steps per window, 100 as the authors', but limit the windows per run to 20 to 100.
 
     >>> window_steps(80), window_steps(5000), window_steps(60_000)
     (4, 100, 600)

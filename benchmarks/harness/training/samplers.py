@@ -14,7 +14,7 @@ from benchmarks.harness.base import derive_seed
 class EpochOrder(Sampler[int]):
     """Order the training rows by the seed and the epoch alone.
 
-    All methods get the same order, and a resumed run gets that of an uninterrupted one.
+    All methods have the same order. A resumed run has the same order as an uninterrupted run.
 
     Args:
         lengths: The number of tokens of each row.

@@ -142,7 +142,7 @@ class RoutedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         # whole tensors by the names of the parameters, which fit any number of processes
-        state = get_optimizer_state_dict(self._trained, self._plain_optimizer, options=options)
+        state = get_optimizer_state_dict(self._trained, self._unwrapped_optimizer, options=options)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / _OPTIMIZER)
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / _SCHEDULER)
@@ -152,11 +152,11 @@ class RoutedTrainer(Trainer):
             folder = Path(checkpoint)
             state = torch.load(folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
             options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self._trained, self._plain_optimizer, state, options=options)
+            set_optimizer_state_dict(self._trained, self._unwrapped_optimizer, state, options=options)
             cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
 
     @property
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
+    def _unwrapped_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
