@@ -104,7 +104,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
-    return [folder / name for name in sorted(set(read_object(index).get("weight_map", {}).values()))]
+    shards = read_object(index).get("weight_map")
+    names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else [""]
+    if unsafe := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise CheckpointError(f"{index} names '{unsafe[0]:.80}', which must be a .safetensors file of this folder")
+    return [folder / name for name in names]
 
 
 class Weights:
@@ -307,7 +311,10 @@ def new_folder(folder: Path, source: Path) -> Iterator[Path]:
     """Write to a temporary folder with the companions of the source, and rename it at the end."""
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    root = source.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root  # the hub's cache links to files in `blobs`
     companions = [path for path in source.rglob("*") if path.suffix in _COMPANIONS and path.is_file()]
+    companions = [path for path in companions if path.resolve().is_relative_to(root)]
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         temporary = Path(scratch) / folder.name
         temporary.mkdir()

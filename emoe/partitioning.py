@@ -7,13 +7,9 @@ so a checkpoint keeps the dense model's keys, shapes and function.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +19,7 @@ from emoe.calibration import Batch, record_activations
 from emoe.checks import check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.config import EMoEConfig, resolve_layers
-from emoe.errors import CheckpointError, ConfigError, ConversionError
-from emoe.files import read_metadata, read_tensors, tensor_digest, write_tensors
-
-# Part of every cache key. Increase it if the same settings give another partition.
-ALGORITHM_VERSION = 2
+from emoe.errors import ConfigError, ConversionError
 
 
 @dataclass(frozen=True)
@@ -134,47 +126,8 @@ def group_neurons(keys: Tensor, config: EMoEConfig, layer: int, activations: Ten
     return Partition({layer: permutation}, {layer: explained}, {layer: time.perf_counter() - start})
 
 
-def partition_key(model: nn.Module, config: EMoEConfig) -> str:
-    """Hash the selected FFNs' keys and all settings that determine the partition, to 16 hex digits."""
-    if config.partition == "coactivation":
-        raise ConversionError("a co-activation partition has no key: it depends on the calibration set")
-    ffns = find_ffns(model)
-    settings = (ALGORITHM_VERSION, config.num_experts, config.partition, config.partition_seed)
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for index in resolve_layers(config.layers, len(ffns)):  # type: ignore[arg-type]
-        digest.update(f"{index}:{tensor_digest(ffns[index].keys())}".encode())
-    return digest.hexdigest()[:16]
-
-
 def is_permutation(tensor: Tensor | None, length: int) -> bool:
     """Check if a tensor is an int64 permutation of ``0 … length - 1``."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.shape != (length,):
         return False
     return torch.equal(tensor.sort().values.cpu(), torch.arange(length))
-
-
-def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
-    """Write a partition as safetensors. A reader sees the old file or the complete new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"layer.{layer}": permutation.contiguous() for layer, permutation in partition.items()}
-    metadata = {"explained": json.dumps(partition.explained), "seconds": json.dumps(partition.seconds)}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    write_tensors(tensors, temporary, metadata)
-    temporary.replace(path)
-
-
-def load_partition(path: str | os.PathLike[str]) -> Partition:
-    """Read a partition from a file (raises :class:`CheckpointError` if the file is missing or damaged)."""
-    tensors, metadata = read_tensors(Path(path)), read_metadata(Path(path))
-    for name, tensor in tensors.items():
-        if not is_permutation(tensor, tensor.numel()):
-            raise CheckpointError(f"{path}: {name} is not a permutation")
-    permutations = {int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()}
-    explained, seconds = _by_layer(metadata.get("explained", "{}")), _by_layer(metadata.get("seconds", "{}"))
-    return Partition(dict(sorted(permutations.items())), explained, seconds)
-
-
-def _by_layer(text: str) -> dict[int, float]:
-    """Read a JSON object of numbers by layer, whose keys are strings in JSON."""
-    return {int(layer): number for layer, number in json.loads(text).items()}

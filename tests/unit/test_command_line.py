@@ -91,6 +91,12 @@ def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> Non
     assert "is not empty" in call("convert", bert, "--output", bert, *SIZE, fails=True)
 
 
+def unsafe_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def own_code(folder: Path) -> None:
     (folder / "own.py").write_text("raise SystemExit('it ran')")
     auto_map = {"AutoModel": "own.X", "AutoConfig": "own.X"}
@@ -102,6 +108,7 @@ def own_code(folder: Path) -> None:
     [
         (lambda folder: edit_json(folder / "config.json", architectures=["NoSuchModel"]), "names 'NoSuchModel'"),
         (lambda folder: edit_json(folder / "config.json", hidden_size="x"), "cannot be loaded by BertFor"),
+        (unsafe_shard, "must be a .safetensors file of this folder"),
         (own_code, "cannot be loaded by AutoModel"),
     ],
 )
@@ -121,7 +128,10 @@ def test_the_hubs_cache_of_links_is_converted(bert: Path, tmp_path: Path) -> Non
     bert.rename(tmp_path / "cache" / "blobs")
     for name in ("config.json", "model.safetensors", "1_Pooling/vocab.txt"):
         (snapshot / Path(name).name).symlink_to(tmp_path / "cache" / "blobs" / name)
+    (tmp_path / "secret.txt").write_text("secret")
+    (snapshot / "outside.txt").symlink_to(tmp_path / "secret.txt")
     call("convert", snapshot, "--output", tmp_path / "out", *SIZE)
+    assert not (tmp_path / "out" / "outside.txt").exists()
     assert (tmp_path / "out" / "vocab.txt").read_text()
 
 

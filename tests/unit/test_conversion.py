@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import emoe
-from emoe.partitioning import load_partition, partition_key, save_partition
+from benchmarks.harness.models.partitions import load_partition, partition_key, save_partition
 from tests import tiny_models
 from tests.model_folders import assert_same
 from tests.plain_net import plain_net

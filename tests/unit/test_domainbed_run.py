@@ -24,8 +24,8 @@ from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
+from benchmarks.harness.models.partitions import partition_key
 from benchmarks.harness.results.statistics import mutual_information
-from emoe.partitioning import partition_key
 from tests.executed import finish, killed_and_resumed, prepare
 from tests.image_sets import pacs_run, write_pacs
 from tests.planned import plan

@@ -12,8 +12,9 @@ from transformers import BertConfig, BertForSequenceClassification
 import emoe
 from benchmarks.harness.base import MODEL_ROOT
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.models.conversion import cached_partition, noisy_tuning_
+from benchmarks.harness.models.conversion import noisy_tuning_
 from benchmarks.harness.models.loading import load_backbone, load_classifier, weights_digest
+from benchmarks.harness.models.partitions import cached_partition
 from tests import tiny_models
 
 

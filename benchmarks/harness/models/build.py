@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed, write_json
 from benchmarks.harness.config.methods import check_frozen
-from benchmarks.harness.models.conversion import apply_method_, cached_partition, split_by_layer, use_sparse_
+from benchmarks.harness.models.conversion import apply_method_, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.loading import (
     build_empty_language_model,
@@ -26,6 +26,13 @@ from benchmarks.harness.models.loading import (
     load_seq2seq,
     weights_digest,
 )
+from benchmarks.harness.models.partitions import (
+    cached_partition,
+    load_partition,
+    partition_key,
+    save_partition,
+    split_by_layer,
+)
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
@@ -33,7 +40,7 @@ from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
-from emoe.partitioning import Partition, load_partition, partition_key, save_partition
+from emoe.partitioning import Partition
 
 _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
 # by the modality of the model; text classifiers have none

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import emoe
-from benchmarks.harness.base import PARTITIONS, derive_seed
-from emoe.architectures import find_ffns
-from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
-from emoe.errors import CheckpointError
+from benchmarks.harness.base import derive_seed
+from benchmarks.harness.models.partitions import cached_partition
+from emoe.config import EMoEConfig, GMoEConfig
 from emoe.layer import routed_layers
-from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
 _HEADS = {"classifier", "score"}  # transformers' names of new heads
 
@@ -95,28 +92,6 @@ def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict
             model(**batch)
     emoe.set_backend_(model, "masked")
     return {number: layer.loads for number, layer in record.layers.items()}
-
-
-def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
-    """Return the model's partition, with each layer from the cache if its keys were clustered before.
-
-    The cache is keyed by content (see :func:`emoe.partitioning.partition_key`), never by name.
-    """
-    partitions = []
-    for _, single in split_by_layer(model, config):
-        path = folder / f"{partition_key(model, single)}.safetensors"
-        try:
-            partitions.append(load_partition(path))
-        except CheckpointError:  # missing or damaged
-            save_partition(emoe.partition(model, single), path)
-            partitions.append(load_partition(path))
-    return join_partitions(partitions)
-
-
-def split_by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
-    """Return the converted layers, each with its own configuration."""
-    layers = resolve_layers(config.layers, len(find_ffns(model)))  # type: ignore[arg-type]
-    return [(layer, dataclasses.replace(config, layers=[layer])) for layer in layers]
 
 
 @torch.no_grad()
