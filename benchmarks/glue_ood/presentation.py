@@ -28,11 +28,7 @@ FIGURES = {
         draw_ranks,
         "Mean rank over the OOD sets (left is better). Methods joined by a bar do not differ by Nemenyi's test at 5 %.",
     ),
-    "scores": Figure(
-        partial(figures.draw_scores, domains=[OOD]),
-        "Scores by method and OOD set. The dashed line is the baseline's mean. All panels share one axis, which does "
-        "not start at zero.",
-    ),
+    "scores": figures.FIGURES["scores"],
     "usage": figures.FIGURES["usage"],
 }
 

@@ -31,7 +31,7 @@ from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from emoe.errors import did_you_mean
 
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "jsonl": "json", "json": "json", "csv": "csv"}  # in this order
-DEV_SHARE, TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
+_DEV_SHARE, _TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # missing labels, unless the task has such a class
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
@@ -126,7 +126,7 @@ def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> Se
         part,
         rows=len(split),
         dropped=split.dropped,
-        expected=getattr(entry.rows, part),
+        expected=entry.rows.get(part),
         labels=labels,
         source=split.source,
         published=entry.published_rows if part == "test" else None,
@@ -230,60 +230,45 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
-            for split in splits:
-                if split not in saved:
-                    raise DataError(f"{folder} has no split '{split}'{did_you_mean(split, saved)}")
+            if missing := set(splits) - set(saved):
+                raise DataError(f"{folder} has no split '{missing.pop()}'; it has {', '.join(saved)}")
             return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
         if task.splits.train is not None:
-            raise DataError(
-                f"{folder} is one saved set without splits, but '{task.name}' is trained on one split and scored on "
-                "another: save a DatasetDict with its splits"
-            )
+            raise DataError(f"{folder} has no splits, but '{task.name}' needs several: save a DatasetDict")
         return [_to_table(saved, str(folder), task)]
 
 
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
-    """Read a split from files with the hub's names, in the first available format."""
-    config = task.source.config
-    folders = [folder, *([folder / config, folder / "data"] if config else [])]
-    for subfolder in folders:
-        for suffix in _BUILDERS:
-            if files := _split_files(subfolder, split, suffix):
-                return [_read_file(file, [*dict.fromkeys((*folders, file.parent))], task) for file in files]
-    present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
-    convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
-    raise DataError(
-        f"{folder} has no file for the split '{split}': wanted one of {wanted}; it holds {present}{convert}"
-    )
-
-
-def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
-    """Find the files of a split: one file, numbered pieces, or all files in a folder of its name.
+    """Read a split from files with the hub's names, in the first available format.
 
     Raises:
-        DataError: The split exists in two of these forms, or a piece is missing.
+        DataError: There is no file, or one of several numbered pieces is missing.
     """
-    pieces = sorted(folder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
-    inside = sorted(file for file in folder.glob(f"{split}/*.{suffix}") if not file.name.startswith("."))
-    forms = [files for files in (list(folder.glob(f"{split}.{suffix}")), pieces, inside) if files]
-    if len(forms) > 1:
-        first, second = (files[0].relative_to(folder) for files in forms[:2])
-        raise DataError(f"{folder} has the split '{split}' twice: {first} and {second}; leave one of them")
-    if pieces and not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
-        raise DataError(f"{folder} lacks a piece of the split '{split}': {', '.join(file.name for file in pieces)}")
-    return forms[0] if forms else []
+    folders = [folder, folder / task.source.config] if task.source.config else [folder]
+    for subfolder in folders:
+        for suffix in _BUILDERS:
+            pieces = sorted(subfolder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
+            if pieces and not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
+                names = ", ".join(file.name for file in pieces)
+                raise DataError(f"{subfolder} lacks a piece of the split '{split}': {names}")
+            if files := list(subfolder.glob(f"{split}.{suffix}")) or pieces:
+                return [_read_file(file, folders, task) for file in files]
+    wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
+    convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
+    raise DataError(f"{folder} has no file for the split '{split}': wanted one of {wanted}{convert}")
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
     """Read a file, with the class names in its folders; execute, cache and download nothing."""
     with _name_file_in_errors(file):
         if file.suffix == ".csv":
-            return _add_stored_class_names(_Table(str(file), read_csv(file)), folders, task)
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the raised error is enough
-        builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
-        dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
-        return _add_stored_class_names(_to_table(dataset, str(file), task), folders, task)
+            table = _Table(str(file), read_csv(file))
+        else:
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the raised error is enough
+            builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
+            dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
+            table = _to_table(dataset, str(file), task)
+        return _add_stored_class_names(table, folders, task)
 
 
 def read_csv(file: Path) -> pd.DataFrame:
@@ -315,7 +300,7 @@ def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
 def _split_by_hash(text: str) -> str:
     """Return the split of a text, chosen by its hash, so that it does not depend on other rows."""
     fraction = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-    return "dev" if fraction < DEV_SHARE else "test" if fraction < DEV_SHARE + TEST_SHARE else "train"
+    return "dev" if fraction < _DEV_SHARE else "test" if fraction < _DEV_SHARE + _TEST_SHARE else "train"
 
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
@@ -392,19 +377,12 @@ def _join_tables(tables: Sequence[_Table], task: RunTask) -> TextSplit:
 
 
 def _find_column(table: _Table, name: str, task: RunTask) -> str:
-    """Return the name of a task's column in a table: ``name`` or one of its aliases.
-
-    Raises:
-        DataError: The column is missing, or exists under two names.
-    """
-    names = [column for column in table.cells if name in (column, task.column_aliases.get(column))]
-    if len(names) > 1:
-        raise DataError(
-            f"{table.source} has two columns for '{name}': '{names[0]}' and '{names[1]}'; leave one of them"
-        )
-    if not names:
-        raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.cells)}")
-    return names[0]
+    """Return the name of a task's column in a table: ``name`` or its first alias."""
+    names = [name, *(alias for alias, column in task.column_aliases.items() if column == name)]
+    for column in names:
+        if column in table.cells:
+            return column
+    raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.cells)}")
 
 
 def label_text(value: object) -> str:

@@ -251,17 +251,6 @@ class FileLayout(Strict):
     """Class names by the labels of these files; other labels are errors."""
 
 
-class Rows(Strict):
-    """Row counts of each part according to the makers."""
-
-    train: int | None = optional()
-    """Rows of the training split."""
-    dev: int | None = optional()
-    """Rows of the dev split."""
-    test: int | None = optional()
-    """Rows of the test split."""
-
-
 class RunTask(Strict):
     """The part of a task that shapes a run's numbers, in the run's spec."""
 
@@ -301,7 +290,7 @@ class RunTask(Strict):
 class TaskEntry(RunTask, Entry):
     """One task of ``tasks.yaml``: a run's task, with entries for display and checks."""
 
-    rows: Rows = Rows()
+    rows: dict[Annotated[str, Field(pattern="^(train|dev|test)$")], int] = Field({})
     """Row counts of each part according to the makers, including rows without a gold label; for sets of GLUE-X's
     authors, the counts in their result files."""
     published_rows: PublishedRows | None = optional()

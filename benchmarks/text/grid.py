@@ -75,7 +75,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
             split = load_split(task, part)
         except DataError as error:
             advice = _advice(name, task, first_line(error))
-            yield SetPart(name, part, None, expected=getattr(task.rows, part), advice=advice)
+            yield SetPart(name, part, None, expected=task.rows.get(part), advice=advice)
         else:
             yield compare_rows(name, part, split, task)
 
@@ -96,12 +96,6 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
         benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, DOMAINS)
         check_ablations(benchmark)
-        if traces := definition.published_traces:
-            where = f"{file}: 'published_traces"
-            check_names(where, "task", [traces.task], benchmark.tasks)
-            check_names(where, "rows", traces.rows, definition.methods)
-            for row, trace in traces.rows.items():
-                check_file(f"{where}.rows", row, trace, benchmark.folder)
         for task in benchmark.tasks:
             _check_task(f"{benchmark.folder / definition.tasks}: 'tasks.{task}", task, benchmark.tasks)
         return benchmark
@@ -173,7 +167,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training, rows = spec["training"], self.tasks[spec["task"]["name"]].rows
-        return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
+        return text_tokens(training["train_rows"] or rows.get("train"), training["max_length"], training["epochs"])
 
     def pipeline(self) -> ModuleType:
         from benchmarks.text import pipeline
@@ -209,8 +203,8 @@ def transformed_rows(
             raise DefinitionError(f"{where}' has the name of a method; choose another name")
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where, key, [used], usual)
-            if reason := _transfer_problem(resolved[used]):
-                raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', {reason}")
+            if not _has_portable_weights(resolved[used]):
+                raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', whose weights fit no other row")
         if {resolved[row.trained].kind, resolved[row.used_as].kind} != {"dense", "emoe"}:
             raise DefinitionError(
                 f"{where}' must name a dense row and one with experts that are parts of its FFNs (kind: emoe)"
@@ -220,14 +214,11 @@ def transformed_rows(
     return rows
 
 
-def _transfer_problem(method: Method) -> str:
-    """Return the reason why a method's weights cannot be used in another model; empty if they can."""
+def _has_portable_weights(method: Method) -> bool:
+    """Return False if a method has a learned router, experts from its run's data, or other trained parameters."""
     settings = method.given()
-    if method.kind == "emoe" and settings.get("router", "avg_k") != "avg_k":
-        return "whose router has state that only the runs that trained it have"
-    if settings.get("partition") == "coactivation":
-        return "whose experts depend on the data of its runs"
-    return "which trains another part of the model" if method.tune or method.also_train else ""
+    learned = settings.get("router", "avg_k") != "avg_k" or settings.get("partition") == "coactivation"
+    return not (learned or method.tune or method.also_train)
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
@@ -261,20 +252,16 @@ def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
         raise DefinitionError(f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions'")
 
 
-def _usual_protocol(task: TaskEntry) -> str:
-    return PUBLISHED if task.splits.test is None else CLEAN
-
-
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
     """Return the protocol of a run: the one of its grid point, or the usual one of its task."""
-    usual = _usual_protocol(task)
-    asked = point.get("protocol", usual)
-    if asked == PUBLISHED != usual:
+    if task.splits.test is None:
+        return str(point.get("protocol", PUBLISHED))
+    if point.get("protocol") == PUBLISHED:
         raise DefinitionError(
             f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split; clean runs of '{point['task']}' also "
             "record its score, that of the best dev epoch"
         )
-    return str(asked)
+    return CLEAN
 
 
 def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str) -> dict[str, Any]:

@@ -68,8 +68,8 @@ MORE = {"title": "More", "trained": "vanilla", "used_as": "random_partition"}
         ("glue_lora", {"ablations.selection.rows": ["lora", "lora_botom"]}, "did you mean 'lora_bottom'"),
         ("glue_lora", {"ablations.selection.rows": ["lora_emoe", "lora_bottom"]}, "must begin with the baseline"),
         ("glue_lora", {"ablations.selection.paper": "selektion.csv"}, r"did you mean 'selection\.csv'"),
-        ("glue_ood", {"transformed.lora2emoe.used_as": "lora_emoe_learn"}, "whose router has state"),
-        ("glue_ood", {"transformed.lora2emoe.trained": "lora_block"}, "which trains another part"),
+        ("glue_ood", {"transformed.lora2emoe.used_as": "lora_emoe_learn"}, "whose weights fit no other row"),
+        ("glue_ood", {"transformed.lora2emoe.trained": "lora_block"}, "whose weights fit no other row"),
         ("glue", {"transformed.more": MORE}, "'transformed' has 'vanilla' twice"),
     ],
 )
