@@ -53,12 +53,10 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
     seeds = seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])]
     seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
-    ablated = {name for name in names if SETTING in name or outcomes.role(name) in (ABLATION, CONTROL)}
-    of_cell = seeds.groupby(_CELL)["method"]
-    seeds = seeds[
-        of_cell.transform(lambda names: not ablated.isdisjoint(names))
-        & of_cell.transform(lambda names: outcomes.baseline in set(names))
-    ]
+    is_ablated = {name: SETTING in name or outcomes.role(name) in (ABLATION, CONTROL) for name in names}
+    seeds = seeds.groupby(_CELL, sort=False).filter(
+        lambda cell: cell["method"].map(is_ablated).any() and cell["method"].eq(outcomes.baseline).any()
+    )
     seeds = shared_pairs(seeds, _CELL, ["method"], "seed")
     rows = summarize(seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)])
     # grouped means, because they round differently in the last digit
@@ -130,20 +128,17 @@ def _add_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     settings = []
     for row in rows.itertuples():
         name, _, setting = row.method.partition(SETTING)
+        letters = dict.fromkeys(_LETTERS, "") | {"D": "1"} | setting_values(setting)
+        if row.is_ours:
+            letters |= _settings_by_letter(by_id[first_runs[row.model, row.method]])
         title = outcomes.title("method", name)
         shown = {
             "method_title": ", ".join(filter(None, (title, setting_text(setting)))),
             "row_title": title,
             "is_baseline": row.method == outcomes.baseline,
             "is_average": row.scope.startswith(_AVERAGE_OF),
-            **dict.fromkeys(_LETTERS, ""),
-            "D": "1",
-            **setting_values(setting),
-            "kind": outcomes.benchmark.definition.methods[name].method or name,
         }
-        if row.is_ours:
-            shown |= _settings_by_letter(by_id[first_runs[row.model, row.method]])
-        settings.append(shown)
+        settings.append({**shown, **letters, "kind": outcomes.benchmark.definition.methods[name].method or name})
     columns = ["method_title", "row_title", "is_baseline", "is_average", *_LETTERS, "kind"]
     return rows.assign(**pd.DataFrame(settings, columns=columns, index=rows.index).to_dict("series"))
 
@@ -196,7 +191,7 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
 
 
 _COLUMNS, _NAMES = 3, 2.3  # panels per line, inches of names beside them
-_TITLE, _TICKS, _LINE = 1.4, 6, 34  # inches of a panel's title, tick labels, letters of a forest plot's labels
+_TITLE, _LINE = 1.4, 34  # inches of a panel's title, letters of a forest plot's labels
 _MOST_DIFFERENCES = 40  # differences in a forest plot
 _NO_RUNS = "this suite runs no row of this ablation"
 # setting of the x axis: its letter, its label, and its words in a caption
@@ -299,12 +294,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
             for score in group.loc[group["is_baseline"], "score"].head(1):
                 reference = f"mean of {outcomes.baseline_title}"
                 panel.axhline(score * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0, label=reference)
-            low, high = panel.get_ylim()
-            panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds may exceed the range of scores
-            every = math.ceil(len(values) / _TICKS)
-            is_named = [(len(values) - 1 - number) % every == 0 for number in range(len(values))]
-            ticks = [f"{value:g}" if named else "" for value, named in zip(values, is_named, strict=True)]
-            panel.set_xticks(values, ticks, size=7)
+            panel.set_xticks(values, [f"{value:g}" for value in values], size=7, rotation=90)
             panel.set_title(title, fontsize=8)
             panel.set_xlabel(axis_label, fontsize=7)
         plots.legend_below(figure, axes.flat, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +106,6 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         trainable = [name for name, task in self.tasks.items() if task.splits.train and task.splits.dev]
         names = {"model": model_names(None), "task": trainable, "method": trained}
         training = functools.cache(functools.partial(self.settings, "training", part))
-        cache: dict[str, dict[str, Any]] = {}  # resolved methods, which thousands of runs share
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             for key in TRAINING_KEYS:
                 if key in point and methods[point["method"]].role != ABLATION:
@@ -118,10 +116,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             if point["task"] in exclude:
                 continue
             settings, task = training(point["model"]), self.tasks[point["task"]]
-            shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *TRAINING_KEYS)])
-            if shaping not in cache:
-                cache[shaping] = self._method_specs(methods, point, settings, where)
-            shaped = copy.deepcopy(cache[shaping])
+            shaped = self._method_specs(methods, point, settings, where)
             protocol = _protocol(task, point, where)
             run_settings = run_training(settings, task, point, protocol)
             check_frozen(run_settings, shaped["method"], where)
@@ -281,13 +276,12 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     source = task.source.model_dump()
     if task.source.vader_sentiment or task.source.csv or local_folder(name, source) is not None:
         return f"{name}: {problem}"
+    if task.download_instructions:
+        solution = f"by hand. {task.download_instructions.strip()}"
+    else:
+        hub = f"{task.source.hub} ({task.source.config})"
+        solution = f"on the hub as {hub}; `python -m benchmarks data` or the first run downloads it"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
     columns = ", ".join([*task.fields, task.label])
     folder = f"{expected_path(source)} ({', '.join(files) or 'its files'}; hub columns {columns})"
-    if task.download_instructions:
-        instructions = f"{name}: by hand. {task.download_instructions.strip()}."
-        return f"{instructions}\n    Folder: {folder}. Without it: `exclude: [{name}]`"
-    return (
-        f"{name}: on the hub as {task.source.hub} ({task.source.config}); `python -m benchmarks data` or the first run "
-        f"downloads it.\n    Or put it into {folder}"
-    )
+    return f"{name}: {solution}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"
