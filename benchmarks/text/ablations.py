@@ -194,11 +194,8 @@ _COLUMNS, _NAMES = 3, 2.3  # panels per line, inches of names beside them
 _TITLE, _LINE = 1.4, 34  # inches of a panel's title, letters of a forest plot's labels
 _MOST_DIFFERENCES = 40  # differences in a forest plot
 _NO_RUNS = "this suite runs no row of this ablation"
-# setting of the x axis: its letter, its label, and its words in a caption
-_AXES = {
-    "train_share": ("D", "Share of the training rows", "the share of the training rows"),
-    "top_k_fraction": ("k", "Experts in use, k/N", "the share of experts in use"),
-}
+# setting of the x axis: its letter and its label
+_AXES = {"train_share": ("D", "Share of the training rows"), "top_k_fraction": ("k", "Share of experts in use")}
 
 
 def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
@@ -207,8 +204,8 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
     if definition.axis:
         return Figure(
             partial(draw_curves, name=name),
-            f"{definition.title}. Scores over {_AXES[definition.axis][2]}, with 95 % intervals. The dashed line is the "
-            f"mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not start at zero.",
+            f"{definition.title}. Scores over the {_AXES[definition.axis][1].lower()}, with 95 % intervals. The dashed line "
+            f"is the mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not start at zero.",
         )
     reference = "the row above" if definition.steps else outcomes.baseline_title
     crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
@@ -266,7 +263,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
     Each model, selection and scope has a panel. Intervals (95 %) need three seeds. The dashed line is the baseline.
     """
     definition = outcomes.benchmark.definition.ablations[name]
-    axis, axis_label, _ = _AXES[definition.axis]
+    axis, axis_label = _AXES[definition.axis]
     panels = [
         (title, group, list(_curves(group, axis)))
         for title, group in panel_rows(ablation_rows(outcomes, definition))

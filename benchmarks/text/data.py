@@ -185,8 +185,8 @@ class _Table:
 
     Attributes:
         source: The file, or the hub id and split.
-        cells: The cells, with the file's column names. Labels are class names if ``class_names`` is given.
-        class_names: The names of the classes, if the file stores them.
+        cells: The cells, with the file's column names.
+        class_names: The names of the classes in the order of the file's numbers, if they are stored.
     """
 
     source: str
@@ -230,8 +230,8 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
-            if missing := set(splits) - set(saved):
-                raise DataError(f"{folder} has no split '{missing.pop()}'; it has {', '.join(saved)}")
+            if missing := [split for split in splits if split not in saved]:
+                raise DataError(f"{folder} has no split '{missing[0]}'; it has {', '.join(saved)}")
             return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
         if task.splits.train is not None:
             raise DataError(f"{folder} has no splits, but '{task.name}' needs several: save a DatasetDict")
@@ -244,14 +244,15 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
     Raises:
         DataError: There is no file, or one of several numbered pieces is missing.
     """
-    folders = [folder, folder / task.source.config] if task.source.config else [folder]
+    folders = [folder, folder / task.source.config, folder / "data"] if task.source.config else [folder]
     for subfolder in folders:
         for suffix in _BUILDERS:
             pieces = sorted(subfolder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
             if pieces and not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
                 names = ", ".join(file.name for file in pieces)
                 raise DataError(f"{subfolder} lacks a piece of the split '{split}': {names}")
-            if files := list(subfolder.glob(f"{split}.{suffix}")) or pieces:
+            converted = sorted(subfolder.glob(f"{split}/[0-9]*.{suffix}"))  # the hub's conversion to Parquet
+            if files := list(subfolder.glob(f"{split}.{suffix}")) or pieces or converted:
                 return [_read_file(file, folders, task) for file in files]
     wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
     convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
@@ -304,22 +305,13 @@ def _split_by_hash(text: str) -> str:
 
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
-    """Convert a set of ``datasets`` to a table, with class names as labels if it has them."""
+    """Convert a set of ``datasets`` to a table, with its class names if it has them."""
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     if not batches:
         raise DataError(f"{source} is empty")
     cells = pd.DataFrame(pa.concat_tables(batches, promote_options="default").to_pydict(), dtype=object)
-    table = _Table(source, cells)
-    feature = (dataset.features or {}).get(_find_column(table, task.label, task))
-    return _with_class_names(table, feature.names, task) if isinstance(feature, datasets.ClassLabel) else table
-
-
-def _with_class_names(table: _Table, names: Sequence[str], task: RunTask) -> _Table:
-    """Replace class numbers by class names; keep other values (-1, a missing label)."""
-    column = _find_column(table, task.label, task)
-    by_number = {str(number): name for number, name in enumerate(names)}
-    values = [by_number.get(label_text(value), value) for value in table.cells[column]]
-    return _Table(table.source, table.cells.assign(**{column: values}), names)
+    feature = (dataset.features or {}).get(_find_column(_Table(source, cells), task.label, task))
+    return _Table(source, cells, feature.names if isinstance(feature, datasets.ClassLabel) else None)
 
 
 def _add_stored_class_names(table: _Table, folders: Sequence[Path], task: RunTask) -> _Table:
@@ -339,7 +331,7 @@ def _add_stored_class_names(table: _Table, folders: Sequence[Path], task: RunTas
             if table.class_names not in (None, feature.names):
                 names = ", ".join(feature.names)
                 raise DataError(f"{folder} calls the classes of '{column}' {names}, but {table.source} has other names")
-            return _with_class_names(table, feature.names, task)
+            return replace(table, class_names=feature.names)
     return table
 
 
@@ -392,11 +384,13 @@ def label_text(value: object) -> str:
 
 def _label_reader(table: _Table, task: RunTask) -> Callable[[int, object], int | float | None]:
     """Return a function ``(row, value)`` that converts a label to a number, or to None if it is missing."""
+    stored_names = {str(number): name for number, name in enumerate(table.class_names or ())}
     missing = {label_text(value) for value in task.unlabelled}
     classes = _class_numbers(table, task)
     low, high = task.range or (-math.inf, math.inf)
 
     def read(row: int, value: object) -> int | float | None:
+        value = stored_names.get(label_text(value), value)
         text = label_text(value)
         if text in missing:
             return None

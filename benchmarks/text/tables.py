@@ -248,27 +248,17 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 
 def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
-    """Return our scores by pair of tasks, and in domain also averages over the tasks that a method ran.
-
-    If methods ran different tasks, each group of tasks is a separate scope, which includes the baseline.
-    """
-    rows = outcomes.of(domain, protocol)
-    numbers = ["mean", "delta", "low", "high", "n"]
-    ours = [rows[[*_PUBLISHED_KEY, *numbers]]]
-    for model, of_model in rows.groupby("model", sort=False) if domain == ID else ():
-        ran = of_model.groupby("method", sort=False)["task"].agg(tuple)
-        for tasks in ran[ran.str.len() > 1].unique():
-            compared = {outcomes.baseline, *ran.index[ran == tasks]}
-            group = of_model[of_model["method"].isin(compared) & of_model["task"].isin(tasks)]
-            means = group.groupby("method", sort=False)[["mean", "delta"]].mean().reset_index()
-            ours.append(means.assign(model=model, scope=_average_name(outcomes, tasks)))
-    return pd.concat(ours).rename(columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol})
-
-
-def _average_name(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
-    """Return the name of an average over tasks; ``average`` for all tasks that the paper trains on."""
-    trained = {name for name, task in outcomes.benchmark.tasks.items() if task.splits.train and task.source.hub}
-    return "average" if set(tasks) == trained else ", ".join(outcomes.title("task", task) for task in tasks)
+    """Return our scores by pair of tasks, and in domain the average of a method that ran all tasks of the paper."""
+    rows, numbers = outcomes.of(domain, protocol), ["mean", "delta", "low", "high", "n"]
+    ours = rows[[*_PUBLISHED_KEY, *numbers]]
+    if domain == ID:
+        tasks_of_paper = [
+            name for name, task in outcomes.benchmark.tasks.items() if task.splits.train and task.source.hub
+        ]
+        of_paper = rows[rows["task"].isin(tasks_of_paper)].groupby(["model", "method"], sort=False)
+        averages = of_paper[["mean", "delta"]].mean()[of_paper.size() == len(tasks_of_paper)]
+        ours = pd.concat([ours, averages.reset_index().assign(scope="average")])
+    return ours.rename(columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol})
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:

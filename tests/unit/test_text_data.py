@@ -173,6 +173,9 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
     for number in (2, 0, 1):
         frame(str(number)).to_parquet(root / "RTE" / piece.format(number))
     assert [texts[0] for texts in load_split(task("rte"), "dev").texts] == ["0", "1", "2"]
+    (root / "RTE/train").mkdir()
+    frame("converted by the hub").to_parquet(root / "RTE/train/0000.parquet")
+    assert load_split(task("rte"), "train").texts[0][0] == "converted by the hub"
     (root / "RTE" / piece.format(1)).unlink()
     with pytest.raises(DataError, match=rf"RTE lacks a piece of the split 'validation': {piece.format(0)}, .*00002-of"):
         load_split(task("rte"), "dev")
