@@ -1,4 +1,4 @@
-"""Draw the figures of text benchmarks: scores, and the use of experts by sets."""
+"""Draw the use of experts by sets."""
 
 from __future__ import annotations
 
@@ -12,26 +12,8 @@ from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, has_random_weights
 from benchmarks.harness.report.presentation import Figure
-from benchmarks.text.definition import ID, OOD, TaskEntry
-from benchmarks.text.outcomes import PROTOCOLS, TextOutcomes
-
-_MOST_SETS = 12  # panels of scores on a page
-
-
-def draw_scores(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw the scores of every evaluation set in a panel, under each protocol with runs."""
-    seeds = outcomes.seeds
-    seeds = seeds[seeds["domain"].isin([ID, OOD]) & seeds["protocol"].isin(outcomes.run_protocols)]
-    if len(seeds[["protocol", "model", "scope"]].drop_duplicates()) > _MOST_SETS:
-        plots.placeholder_figure(path, f"more than {_MOST_SETS} sets: see the tables")
-        return
-    panels = []
-    for (protocol, model), rows in seeds.groupby(["protocol", "model"], sort=False):
-        selection = "" if len(outcomes.run_protocols) == 1 else f", {PROTOCOLS[protocol]} selection"
-        title = outcomes.title("model", model) + selection
-        panels.append([(f"{title}\n{scope}", of_set) for scope, of_set in rows.groupby("scope", sort=False)])
-    plots.score_panels(outcomes, panels, path)
-
+from benchmarks.text.definition import TaskEntry
+from benchmarks.text.outcomes import TextOutcomes
 
 _MOST_LINES = 40  # lines of sets and classes
 _MOST_PANELS = 3
@@ -121,16 +103,9 @@ def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classe
         axis.plot(shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False)
 
 
-FIGURES = {
-    "scores": Figure(
-        draw_scores,
-        "Scores by method and evaluation set. The dashed line is the baseline's mean. All panels share one axis, which "
-        "does not start at zero.",
-    ),
-    "usage": Figure(
-        draw_usage_by_set,
-        "Use of experts by set after training, divided by the expert's mean use, for the first seed. The training set "
-        "is first. Triangles mark use above (▲) or below (▼) chance, by shuffled rows at 5 % over the whole panel. Dots "
-        "mark shared experts: every set uses them above the average and equally.",
-    ),
-}
+USAGE = Figure(
+    draw_usage_by_set,
+    "Use of experts by set after training, divided by the expert's mean use, for the first seed. The training set is "
+    "first. Triangles mark use above (▲) or below (▼) chance, by shuffled rows at 5 % over the whole panel. Dots mark "
+    "shared experts: every set uses them above the average and equally.",
+)

@@ -178,12 +178,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
 ) -> dict[str, Method]:
-    """Return a method for each row that is trained as one method and evaluated as another.
-
-    Args:
-        transformed: The rows by name.
-        definition: The definition with all trained methods.
-        file: The file's path, for messages.
+    """Return a method for each row that is trained as one method of ``definition`` and evaluated as another.
 
     Raises:
         DefinitionError: A row does not exist, or one row's weights cannot be used in the other's model.
