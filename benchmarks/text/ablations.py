@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -77,14 +78,10 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     return _add_settings(outcomes, outcomes.titled(rows.reset_index(drop=True)))
 
 
-def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
+def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
     """Return the sort key of a row: its position in the ablation, then the numbers of its setting."""
     row, _, setting = name.partition(SETTING)
-    values = []
-    for key, text in setting_values(setting).items():
-        number = pd.to_numeric(text, errors="coerce")  # layers may be words
-        values.append((key, math.inf if math.isnan(number) else float(number), text))
-    return ablation.rows.index(row), values
+    return ablation.rows.index(row), [float(number) for number in re.findall(r"\d+\.?\d*", setting)], setting
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -204,8 +201,9 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
     if definition.axis:
         return Figure(
             partial(draw_curves, name=name),
-            f"{definition.title}. Scores over the {_AXES[definition.axis][1].lower()}, with 95 % intervals. The dashed line "
-            f"is the mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not start at zero.",
+            f"{definition.title}. Scores over the {_AXES[definition.axis][1].lower()}, with 95 % intervals. The dashed "
+            f"line is the mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not "
+            "start at zero.",
         )
     reference = "the row above" if definition.steps else outcomes.baseline_title
     crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""

@@ -196,9 +196,7 @@ def transformed_rows(
             if not _has_portable_weights(resolved[used]):
                 raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', whose weights fit no other row")
         if {resolved[row.trained].kind, resolved[row.used_as].kind} != {"dense", "emoe"}:
-            raise DefinitionError(
-                f"{where}' must name a dense row and one with experts that are parts of its FFNs (kind: emoe)"
-            )
+            raise DefinitionError(f"{where}' must name a dense row and a row of kind emoe")
         trained = definition.methods[row.trained].given()
         rows[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
     return rows
