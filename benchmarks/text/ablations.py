@@ -68,11 +68,10 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     rows = _join_paper(outcomes, ablation, with_numbers(rows, ["model", "method"], neurons))
     rows = rows.assign(is_ours=rows["mean"].notna())
     methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _sort_key(ablation, name))
-    in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods, "is_ours": [True, False]}
-    ranks = {column: {name: rank for rank, name in enumerate(names)} for column, names in in_order.items()}
+    in_order = {"scope": list(rows["scope"].unique()), "method": methods, "is_ours": [True, False]}
     rows = rows.sort_values(
         ["is_ours", "model", "protocol", "domain", "scope", "method"],
-        key=lambda column: column.map(ranks[column.name]) if column.name in ranks else column,
+        key=lambda column: column.map(in_order[column.name].index) if column.name in in_order else column,
         kind="stable",
     )
     return _add_settings(outcomes, outcomes.titled(rows.reset_index(drop=True)))

@@ -278,8 +278,8 @@ class RunTask(Strict):
     """Merged classes, if a model or a set has fewer: the new number of each class, by the number of classes."""
     metric: str
     """Metric for selection and report, if a model is trained on the task; a name in metrics.yaml."""
-    ood_metrics: Names
-    """Metrics if a model was trained on another task; the first is the paper's. Left out in tasks.yaml: metric."""
+    ood_metrics: Names = Field(default_factory=lambda data: [data["metric"]])
+    """Metrics if a model was trained on another task; the first is the paper's. Left out: metric."""
     splits: Splits
     """Split names by part. The dev part is for selection; the test part is reported (without it, dev). Sets without
     train and dev are only for evaluation."""
@@ -313,17 +313,12 @@ class TaskFile(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, content: Any) -> Any:
-        """Add each task's name, and ``metric`` as the default of ``ood_metrics``."""
+    def _add_names(cls, content: Any) -> Any:
         tasks = content.get("tasks") if isinstance(content, dict) else None
         if not isinstance(tasks, dict):
             return content
-        complete = {
-            name: {"ood_metrics": [task["metric"]], **task, "name": name}
-            for name, task in tasks.items()
-            if isinstance(task, dict) and "metric" in task
-        }
-        return {**content, "tasks": {**tasks, **complete}}
+        named = {name: {**task, "name": name} if isinstance(task, dict) else task for name, task in tasks.items()}
+        return {**content, "tasks": named}
 
 
 class UsedAs(Strict):
