@@ -186,7 +186,7 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     )
 
 
-_COLUMNS, _NAMES = 3, 2.3  # panels per line, inches of names beside them
+_COLUMNS, _NAMES = 3, 2.3  # panels per line, inches for their names
 _TITLE, _LINE = 1.4, 34  # inches of a panel's title, letters of a forest plot's labels
 _MOST_DIFFERENCES = 40  # differences in a forest plot
 _NO_RUNS = "this suite runs no row of this ablation"

@@ -342,7 +342,7 @@ def _name_file_in_errors(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except Exception as error:  # each library raises its own kinds
+    except Exception as error:  # libraries raise different kinds
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
@@ -423,7 +423,7 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
         spellings = by_number | spellings
     elif by_number and set(table.class_names) == {str(number) for number in range(len(table.class_names))}:
         spellings = by_number
-    else:  # the names may be those of the makers' own files
+    else:  # the names may come from the makers' files
         for layout in task.raw_formats or ():
             spellings = layout.label_names | spellings
     return {label_text(spelling): names.index(name) for spelling, name in spellings.items()}

@@ -164,7 +164,7 @@ class Ablated(Strict):
     """The ablations of a text benchmark."""
 
     ablations: dict[Key, Ablation] = Field({})
-    """Ablations by name; `tables` and `figures` list those to show."""
+    """Ablations by name; `tables` and `figures` list the ones to show."""
     transformed: dict[Key, Transformed] = Field({})
     """Rows that are trained as one method and evaluated as another, by name; for ablations."""
 
@@ -184,7 +184,7 @@ class TextDefinition(MethodsDefinition, Ablated):
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
     published_traces: PublishedTraces | None = optional()
-    """The paper's expert loads over training, shown beside ours."""
+    """The paper's expert loads over training, for comparison with ours."""
     training: TextTraining
     """The training of every run; a suite may change it."""
 
@@ -232,7 +232,7 @@ class WhereRows(Strict):
 
 
 class FileLayout(Strict):
-    """One form of the set's own files."""
+    """One layout of the makers' files."""
 
     format: Literal["tsv", "csv", "jsonl", "folders"] = "tsv"
     """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text files for each

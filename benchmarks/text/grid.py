@@ -257,7 +257,7 @@ def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, An
     training = settings.spec()
     epochs = (settings.epochs_by_task or {}).get(point["task"], settings.epochs)
     training["epochs"] = epochs * point.get("epochs_factor", 1)
-    if protocol == PUBLISHED or task.splits.test is not None:  # selection has its own split
+    if protocol == PUBLISHED or task.splits.test is not None:  # no rows are held out
         training["validation_fraction"] = 0.0
     if "train_share" in point:
         training["train_share"] = point["train_share"]

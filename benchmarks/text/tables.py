@@ -189,7 +189,7 @@ def _differences_text(tests: pd.DataFrame) -> str:
 
 
 def _clean_records(records: pd.DataFrame) -> pd.DataFrame:
-    """Keep the records of the clean runs; for cells without clean runs, those of the others."""
+    """Keep the records of the clean runs; for cells without clean runs, keep all records."""
     return records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
 
 

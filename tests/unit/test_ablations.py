@@ -1,4 +1,4 @@
-"""Ablations: what is planned and refused, rows of their own tables, and models that are used as another method."""
+"""Test ablations: plans, errors, table rows, and models that are evaluated as another method."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_every_step_adds_one_thing_until_all_are_the_published_settings() -> Non
     added = [{key for key in after if after[key] != before[key]} for before, after in itertools.pairwise(configs)]
     steps = [{"expert_dropout", "dropout_position"}, {"output_bias"}, {"capacity_factor", "count_padding"}]
     assert added == [*steps, {"router_noise"}, {"aux_loss_coefficient", "balance_loss"}, set()]
-    # the last one is what the authors' code trains beside
+    # the last step also trains the parameters that the authors' code trains
     assert planned["lora_balance"]["tune"] != planned["lora_emoe_published"]["tune"]
 
 

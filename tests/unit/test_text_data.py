@@ -127,7 +127,7 @@ def test_text_that_looks_like_something_else_stays_text(root: Path, form: str) -
 
 
 def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Path) -> None:
-    """A cell that is there and empty beside another text is a text, as in the hub's copy of GLUE."""
+    """An empty second text is a text, as in the hub's copy of GLUE."""
     rows = [("a", "b", 1), ("c", "d", 0), ("e", None, 1), ("f", "", 1), (" ", "", 1)]
     lines = (json.dumps({"sentence1": first, "sentence2": second, "label": label}) for first, second, label in rows)
     write_file(root, "mrpc", "validation.jsonl", "\n".join(lines))
