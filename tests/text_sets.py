@@ -69,8 +69,8 @@ LABELS |= {"qnli": [0, 1], "rte": [0, 1]}
 GLUE = list(TSV)
 
 _PIT = "49\tShocking\t{}\t{}\t{}\tIt/O/PRP\tSo/O/RB"
-_SICK = "pair_ID\tsentence_A\tsentence_B\tentailment_label\trelatedness_score\tentailment_AB\tentailment_BA\tsentence_A_original"
-_SICK += "\tsentence_B_original\tsentence_A_dataset\tsentence_B_dataset\tSemEval_set"
+_SICK = "pair_ID\tsentence_A\tsentence_B\tentailment_label\trelatedness_score\tentailment_AB\tentailment_BA"
+_SICK += "\tsentence_A_original\tsentence_B_original\tsentence_A_dataset\tsentence_B_dataset\tSemEval_set"
 _SICK_ROW = "{}\tA dog ran.\tA {}.\t{}\t{}\tA_entails_B\tB_neutral_A\tA dog ran.\tA dog.\tFLICKR\tFLICKR\t{}"
 
 # GLUE-X: every file of a set in its makers' form, by its path below the set's folder
@@ -84,8 +84,8 @@ OWN_FILES: dict[str, dict[str, str]] = {
     "amazon_polarity": {"test.csv": '"2","A title","Fine, really."\n"1","Dull","Broke at once."\n'},
     "flipkart": {
         "Dataset-SA.csv": "product_name,product_price,Rate,Review,Summary,Sentiment\n"
-        '"Cooler, 4 L",3999,5,super!,great cooler,positive\nCooler,3999,3,fair,it is okay,neutral\nCooler,3999,1,,broke,negative\n'
-        "Cooler,3999,1,bad,,negative\nCooler,3999,4,good,nice,\n"
+        '"Cooler, 4 L",3999,5,super!,great cooler,positive\nCooler,3999,3,fair,it is okay,neutral\n'
+        "Cooler,3999,1,,broke,negative\nCooler,3999,1,bad,,negative\nCooler,3999,4,good,nice,\n"
     },
     "twitter_pit": {
         "train.data": "\n".join(_PIT.format("It rains", "Rain", votes) for votes in ("(3, 2)", "(2, 3)", "(0, 5)"))
@@ -120,8 +120,8 @@ OWN_FILES: dict[str, dict[str, str]] = {
         "tsv_format/scitail_1.0_test.tsv": "Water boils.\tIt is hot.\tentails\nWater boils.\tIt is blue.\tneutral\n",
     },
     "hans": {
-        "heuristics_evaluation_set.txt": "gold_label\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2"
-        "\tpairID\theuristic\tsubcase\ttemplate\n"
+        "heuristics_evaluation_set.txt": "gold_label\tsentence1_binary_parse\tsentence2_binary_parse"
+        "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tpairID\theuristic\tsubcase\ttemplate\n"
         f"non-entailment\t{_PARSES}\tThe man saw the dog .\tThe dog saw the man .\tex0\tlexical_overlap\tln_s\ttemp1\n"
         f"entailment\t{_PARSES}\tThe man ran and won .\tThe man ran .\tex1\tsubsequence\tse_c\ttemp2\n"
     },

@@ -101,7 +101,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         settings = spec["evaluation"]
-        rows = sum(settings["rows"] or self.tasks[other["name"]].rows.test or 0 for other in spec["ood"])
+        rows = sum(settings["rows"] or self.tasks[other["name"]].rows.get("test", 0) for other in spec["ood"])
         return text_tokens(rows, settings["max_length"], 1 / 3)
 
     def pipeline(self) -> ModuleType:

@@ -10,8 +10,8 @@ from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Figure, Presentation
 from benchmarks.harness.report.table import Table
-from benchmarks.text import figures
 from benchmarks.text.definition import OOD
+from benchmarks.text.figures import USAGE
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.presentation import present_text
 from benchmarks.text.tables import paper, tasks, tests, usage_table
@@ -28,12 +28,7 @@ FIGURES = {
         draw_ranks,
         "Mean rank over the OOD sets (left is better). Methods joined by a bar do not differ by Nemenyi's test at 5 %.",
     ),
-    "scores": Figure(
-        partial(figures.draw_scores, domains=[OOD]),
-        "Scores by method and OOD set. The dashed line is the baseline's mean. All panels share one axis, which does "
-        "not start at zero.",
-    ),
-    "usage": figures.FIGURES["usage"],
+    "usage": USAGE,
 }
 
 

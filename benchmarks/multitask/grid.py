@@ -79,7 +79,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training = spec["training"]
         most = training["rows_per_epoch"]
-        rows = sum(most or self.tasks[task["name"]].rows.train or 0 for task in spec["task"]["tasks"])
+        rows = sum(most or self.tasks[task["name"]].rows.get("train", 0) for task in spec["task"]["tasks"])
         return text_tokens(rows or None, training["max_length"], training["epochs"])
 
     def pipeline(self) -> ModuleType:

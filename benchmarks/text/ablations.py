@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -53,12 +54,10 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
     seeds = seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])]
     seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
-    ablated = {name for name in names if SETTING in name or outcomes.role(name) in (ABLATION, CONTROL)}
-    of_cell = seeds.groupby(_CELL)["method"]
-    seeds = seeds[
-        of_cell.transform(lambda names: not ablated.isdisjoint(names))
-        & of_cell.transform(lambda names: outcomes.baseline in set(names))
-    ]
+    is_ablated = {name: SETTING in name or outcomes.role(name) in (ABLATION, CONTROL) for name in names}
+    seeds = seeds.groupby(_CELL, sort=False).filter(
+        lambda cell: cell["method"].map(is_ablated).any() and cell["method"].eq(outcomes.baseline).any()
+    )
     seeds = shared_pairs(seeds, _CELL, ["method"], "seed")
     rows = summarize(seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)])
     # grouped means, because they round differently in the last digit
@@ -69,24 +68,19 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     rows = _join_paper(outcomes, ablation, with_numbers(rows, ["model", "method"], neurons))
     rows = rows.assign(is_ours=rows["mean"].notna())
     methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _sort_key(ablation, name))
-    in_order = {"scope": rows["scope"].drop_duplicates(), "method": methods, "is_ours": [True, False]}
-    ranks = {column: {name: rank for rank, name in enumerate(names)} for column, names in in_order.items()}
+    in_order = {"scope": list(rows["scope"].unique()), "method": methods, "is_ours": [True, False]}
     rows = rows.sort_values(
         ["is_ours", "model", "protocol", "domain", "scope", "method"],
-        key=lambda column: column.map(ranks[column.name]) if column.name in ranks else column,
+        key=lambda column: column.map(in_order[column.name].index) if column.name in in_order else column,
         kind="stable",
     )
     return _add_settings(outcomes, outcomes.titled(rows.reset_index(drop=True)))
 
 
-def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
+def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
     """Return the sort key of a row: its position in the ablation, then the numbers of its setting."""
     row, _, setting = name.partition(SETTING)
-    values = []
-    for key, text in setting_values(setting).items():
-        number = pd.to_numeric(text, errors="coerce")  # layers may be words
-        values.append((key, math.inf if math.isnan(number) else float(number), text))
-    return ablation.rows.index(row), values
+    return ablation.rows.index(row), [float(number) for number in re.findall(r"\d+\.?\d*", setting)], setting
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -130,20 +124,17 @@ def _add_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     settings = []
     for row in rows.itertuples():
         name, _, setting = row.method.partition(SETTING)
+        letters = dict.fromkeys(_LETTERS, "") | {"D": "1"} | setting_values(setting)
+        if row.is_ours:
+            letters |= _settings_by_letter(by_id[first_runs[row.model, row.method]])
         title = outcomes.title("method", name)
         shown = {
             "method_title": ", ".join(filter(None, (title, setting_text(setting)))),
             "row_title": title,
             "is_baseline": row.method == outcomes.baseline,
             "is_average": row.scope.startswith(_AVERAGE_OF),
-            **dict.fromkeys(_LETTERS, ""),
-            "D": "1",
-            **setting_values(setting),
-            "kind": outcomes.benchmark.definition.methods[name].method or name,
         }
-        if row.is_ours:
-            shown |= _settings_by_letter(by_id[first_runs[row.model, row.method]])
-        settings.append(shown)
+        settings.append({**shown, **letters, "kind": outcomes.benchmark.definition.methods[name].method or name})
     columns = ["method_title", "row_title", "is_baseline", "is_average", *_LETTERS, "kind"]
     return rows.assign(**pd.DataFrame(settings, columns=columns, index=rows.index).to_dict("series"))
 
@@ -195,15 +186,12 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     )
 
 
-_COLUMNS, _NAMES = 3, 2.3  # panels per line, inches of names beside them
-_TITLE, _TICKS, _LINE = 1.4, 6, 34  # inches of a panel's title, tick labels, letters of a forest plot's labels
+_COLUMNS, _NAMES = 3, 2.3  # panels per line, inches for their names
+_TITLE, _LINE = 1.4, 34  # inches of a panel's title, letters of a forest plot's labels
 _MOST_DIFFERENCES = 40  # differences in a forest plot
 _NO_RUNS = "this suite runs no row of this ablation"
-# setting of the x axis: its letter, its label, and its words in a caption
-_AXES = {
-    "train_share": ("D", "Share of the training rows", "the share of the training rows"),
-    "top_k_fraction": ("k", "Experts in use, k/N", "the share of experts in use"),
-}
+# setting of the x axis: its letter and its label
+_AXES = {"train_share": ("D", "Share of the training rows"), "top_k_fraction": ("k", "Share of experts in use")}
 
 
 def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
@@ -212,8 +200,9 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
     if definition.axis:
         return Figure(
             partial(draw_curves, name=name),
-            f"{definition.title}. Scores over {_AXES[definition.axis][2]}, with 95 % intervals. The dashed line is the "
-            f"mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not start at zero.",
+            f"{definition.title}. Scores over the {_AXES[definition.axis][1].lower()}, with 95 % intervals. The dashed "
+            f"line is the mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not "
+            "start at zero.",
         )
     reference = "the row above" if definition.steps else outcomes.baseline_title
     crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
@@ -271,7 +260,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
     Each model, selection and scope has a panel. Intervals (95 %) need three seeds. The dashed line is the baseline.
     """
     definition = outcomes.benchmark.definition.ablations[name]
-    axis, axis_label, _ = _AXES[definition.axis]
+    axis, axis_label = _AXES[definition.axis]
     panels = [
         (title, group, list(_curves(group, axis)))
         for title, group in panel_rows(ablation_rows(outcomes, definition))
@@ -299,12 +288,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
             for score in group.loc[group["is_baseline"], "score"].head(1):
                 reference = f"mean of {outcomes.baseline_title}"
                 panel.axhline(score * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0, label=reference)
-            low, high = panel.get_ylim()
-            panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds may exceed the range of scores
-            every = math.ceil(len(values) / _TICKS)
-            is_named = [(len(values) - 1 - number) % every == 0 for number in range(len(values))]
-            ticks = [f"{value:g}" if named else "" for value, named in zip(values, is_named, strict=True)]
-            panel.set_xticks(values, ticks, size=7)
+            panel.set_xticks(values, [f"{value:g}" for value in values], size=7, rotation=90)
             panel.set_title(title, fontsize=8)
             panel.set_xlabel(axis_label, fontsize=7)
         plots.legend_below(figure, axes.flat, 2)

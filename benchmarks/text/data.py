@@ -31,7 +31,7 @@ from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from emoe.errors import did_you_mean
 
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow", "jsonl": "json", "json": "json", "csv": "csv"}  # in this order
-DEV_SHARE, TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
+_DEV_SHARE, _TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # missing labels, unless the task has such a class
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
@@ -126,7 +126,7 @@ def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> Se
         part,
         rows=len(split),
         dropped=split.dropped,
-        expected=getattr(entry.rows, part),
+        expected=entry.rows.get(part),
         labels=labels,
         source=split.source,
         published=entry.published_rows if part == "test" else None,
@@ -185,8 +185,8 @@ class _Table:
 
     Attributes:
         source: The file, or the hub id and split.
-        cells: The cells, with the file's column names. Labels are class names if ``class_names`` is given.
-        class_names: The names of the classes, if the file stores them.
+        cells: The cells, with the file's column names.
+        class_names: The names of the classes in the order of the file's numbers, if they are stored.
     """
 
     source: str
@@ -230,60 +230,46 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
-            for split in splits:
-                if split not in saved:
-                    raise DataError(f"{folder} has no split '{split}'{did_you_mean(split, saved)}")
+            if missing := [split for split in splits if split not in saved]:
+                raise DataError(f"{folder} has no split '{missing[0]}'; it has {', '.join(saved)}")
             return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
         if task.splits.train is not None:
-            raise DataError(
-                f"{folder} is one saved set without splits, but '{task.name}' is trained on one split and scored on "
-                "another: save a DatasetDict with its splits"
-            )
+            raise DataError(f"{folder} has no splits, but '{task.name}' needs several: save a DatasetDict")
         return [_to_table(saved, str(folder), task)]
 
 
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
-    """Read a split from files with the hub's names, in the first available format."""
-    config = task.source.config
-    folders = [folder, *([folder / config, folder / "data"] if config else [])]
-    for subfolder in folders:
-        for suffix in _BUILDERS:
-            if files := _split_files(subfolder, split, suffix):
-                return [_read_file(file, [*dict.fromkeys((*folders, file.parent))], task) for file in files]
-    present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
-    convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
-    raise DataError(
-        f"{folder} has no file for the split '{split}': wanted one of {wanted}; it holds {present}{convert}"
-    )
-
-
-def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
-    """Find the files of a split: one file, numbered pieces, or all files in a folder of its name.
+    """Read a split from files with the hub's names, in the first available format.
 
     Raises:
-        DataError: The split exists in two of these forms, or a piece is missing.
+        DataError: There is no file, or one of several numbered pieces is missing.
     """
-    pieces = sorted(folder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
-    inside = sorted(file for file in folder.glob(f"{split}/*.{suffix}") if not file.name.startswith("."))
-    forms = [files for files in (list(folder.glob(f"{split}.{suffix}")), pieces, inside) if files]
-    if len(forms) > 1:
-        first, second = (files[0].relative_to(folder) for files in forms[:2])
-        raise DataError(f"{folder} has the split '{split}' twice: {first} and {second}; leave one of them")
-    if pieces and not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
-        raise DataError(f"{folder} lacks a piece of the split '{split}': {', '.join(file.name for file in pieces)}")
-    return forms[0] if forms else []
+    folders = [folder, folder / task.source.config, folder / "data"] if task.source.config else [folder]
+    for subfolder in folders:
+        for suffix in _BUILDERS:
+            pieces = sorted(subfolder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
+            if pieces and not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
+                names = ", ".join(file.name for file in pieces)
+                raise DataError(f"{subfolder} lacks a piece of the split '{split}': {names}")
+            converted = sorted(subfolder.glob(f"{split}/[0-9]*.{suffix}"))  # the hub's conversion to Parquet
+            if files := list(subfolder.glob(f"{split}.{suffix}")) or pieces or converted:
+                return [_read_file(file, folders, task) for file in files]
+    wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
+    convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
+    raise DataError(f"{folder} has no file for the split '{split}': wanted one of {wanted}{convert}")
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
     """Read a file, with the class names in its folders; execute, cache and download nothing."""
     with _name_file_in_errors(file):
         if file.suffix == ".csv":
-            return _add_stored_class_names(_Table(str(file), read_csv(file)), folders, task)
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the raised error is enough
-        builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
-        dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
-        return _add_stored_class_names(_to_table(dataset, str(file), task), folders, task)
+            table = _Table(str(file), read_csv(file))
+        else:
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the raised error is enough
+            builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
+            dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
+            table = _to_table(dataset, str(file), task)
+        return _add_stored_class_names(table, folders, task)
 
 
 def read_csv(file: Path) -> pd.DataFrame:
@@ -315,26 +301,17 @@ def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
 def _split_by_hash(text: str) -> str:
     """Return the split of a text, chosen by its hash, so that it does not depend on other rows."""
     fraction = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-    return "dev" if fraction < DEV_SHARE else "test" if fraction < DEV_SHARE + TEST_SHARE else "train"
+    return "dev" if fraction < _DEV_SHARE else "test" if fraction < _DEV_SHARE + _TEST_SHARE else "train"
 
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
-    """Convert a set of ``datasets`` to a table, with class names as labels if it has them."""
+    """Convert a set of ``datasets`` to a table, with its class names if it has them."""
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     if not batches:
         raise DataError(f"{source} is empty")
     cells = pd.DataFrame(pa.concat_tables(batches, promote_options="default").to_pydict(), dtype=object)
-    table = _Table(source, cells)
-    feature = (dataset.features or {}).get(_find_column(table, task.label, task))
-    return _with_class_names(table, feature.names, task) if isinstance(feature, datasets.ClassLabel) else table
-
-
-def _with_class_names(table: _Table, names: Sequence[str], task: RunTask) -> _Table:
-    """Replace class numbers by class names; keep other values (-1, a missing label)."""
-    column = _find_column(table, task.label, task)
-    by_number = {str(number): name for number, name in enumerate(names)}
-    values = [by_number.get(label_text(value), value) for value in table.cells[column]]
-    return _Table(table.source, table.cells.assign(**{column: values}), names)
+    feature = (dataset.features or {}).get(_find_column(_Table(source, cells), task.label, task))
+    return _Table(source, cells, feature.names if isinstance(feature, datasets.ClassLabel) else None)
 
 
 def _add_stored_class_names(table: _Table, folders: Sequence[Path], task: RunTask) -> _Table:
@@ -354,7 +331,7 @@ def _add_stored_class_names(table: _Table, folders: Sequence[Path], task: RunTas
             if table.class_names not in (None, feature.names):
                 names = ", ".join(feature.names)
                 raise DataError(f"{folder} calls the classes of '{column}' {names}, but {table.source} has other names")
-            return _with_class_names(table, feature.names, task)
+            return replace(table, class_names=feature.names)
     return table
 
 
@@ -365,7 +342,7 @@ def _name_file_in_errors(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except Exception as error:  # each library raises its own kinds
+    except Exception as error:  # libraries raise different kinds
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
@@ -392,19 +369,12 @@ def _join_tables(tables: Sequence[_Table], task: RunTask) -> TextSplit:
 
 
 def _find_column(table: _Table, name: str, task: RunTask) -> str:
-    """Return the name of a task's column in a table: ``name`` or one of its aliases.
-
-    Raises:
-        DataError: The column is missing, or exists under two names.
-    """
-    names = [column for column in table.cells if name in (column, task.column_aliases.get(column))]
-    if len(names) > 1:
-        raise DataError(
-            f"{table.source} has two columns for '{name}': '{names[0]}' and '{names[1]}'; leave one of them"
-        )
-    if not names:
-        raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.cells)}")
-    return names[0]
+    """Return the name of a task's column in a table: ``name`` or its first alias."""
+    names = [name, *(alias for alias, column in task.column_aliases.items() if column == name)]
+    for column in names:
+        if column in table.cells:
+            return column
+    raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.cells)}")
 
 
 def label_text(value: object) -> str:
@@ -414,11 +384,13 @@ def label_text(value: object) -> str:
 
 def _label_reader(table: _Table, task: RunTask) -> Callable[[int, object], int | float | None]:
     """Return a function ``(row, value)`` that converts a label to a number, or to None if it is missing."""
+    stored_names = {str(number): name for number, name in enumerate(table.class_names or ())}
     missing = {label_text(value) for value in task.unlabelled}
     classes = _class_numbers(table, task)
     low, high = task.range or (-math.inf, math.inf)
 
     def read(row: int, value: object) -> int | float | None:
+        value = stored_names.get(label_text(value), value)
         text = label_text(value)
         if text in missing:
             return None
@@ -451,7 +423,7 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
         spellings = by_number | spellings
     elif by_number and set(table.class_names) == {str(number) for number in range(len(table.class_names))}:
         spellings = by_number
-    else:  # the names may be those of the makers' own files
+    else:  # the names may come from the makers' files
         for layout in task.raw_formats or ():
             spellings = layout.label_names | spellings
     return {label_text(spelling): names.index(name) for spelling, name in spellings.items()}

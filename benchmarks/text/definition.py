@@ -164,7 +164,7 @@ class Ablated(Strict):
     """The ablations of a text benchmark."""
 
     ablations: dict[Key, Ablation] = Field({})
-    """Ablations by name; `tables` and `figures` list those to show."""
+    """Ablations by name; `tables` and `figures` list the ones to show."""
     transformed: dict[Key, Transformed] = Field({})
     """Rows that are trained as one method and evaluated as another, by name; for ablations."""
 
@@ -184,7 +184,7 @@ class TextDefinition(MethodsDefinition, Ablated):
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
     published_traces: PublishedTraces | None = optional()
-    """The paper's expert loads over training, shown beside ours."""
+    """The paper's expert loads over training, for comparison with ours."""
     training: TextTraining
     """The training of every run; a suite may change it."""
 
@@ -232,7 +232,7 @@ class WhereRows(Strict):
 
 
 class FileLayout(Strict):
-    """One form of the set's own files."""
+    """One layout of the makers' files."""
 
     format: Literal["tsv", "csv", "jsonl", "folders"] = "tsv"
     """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text files for each
@@ -249,17 +249,6 @@ class FileLayout(Strict):
     """Rows of one file that belong to a split, if one file holds several."""
     label_names: dict[str, str] = Field({})
     """Class names by the labels of these files; other labels are errors."""
-
-
-class Rows(Strict):
-    """Row counts of each part according to the makers."""
-
-    train: int | None = optional()
-    """Rows of the training split."""
-    dev: int | None = optional()
-    """Rows of the dev split."""
-    test: int | None = optional()
-    """Rows of the test split."""
 
 
 class RunTask(Strict):
@@ -289,8 +278,8 @@ class RunTask(Strict):
     """Merged classes, if a model or a set has fewer: the new number of each class, by the number of classes."""
     metric: str
     """Metric for selection and report, if a model is trained on the task; a name in metrics.yaml."""
-    ood_metrics: Names
-    """Metrics if a model was trained on another task; the first is the paper's. Left out in tasks.yaml: metric."""
+    ood_metrics: Names = Field(default_factory=lambda data: [data["metric"]])
+    """Metrics if a model was trained on another task; the first is the paper's. Left out: metric."""
     splits: Splits
     """Split names by part. The dev part is for selection; the test part is reported (without it, dev). Sets without
     train and dev are only for evaluation."""
@@ -301,7 +290,7 @@ class RunTask(Strict):
 class TaskEntry(RunTask, Entry):
     """One task of ``tasks.yaml``: a run's task, with entries for display and checks."""
 
-    rows: Rows = Rows()
+    rows: dict[Annotated[str, Field(pattern="^(train|dev|test)$")], int] = Field({})
     """Row counts of each part according to the makers, including rows without a gold label; for sets of GLUE-X's
     authors, the counts in their result files."""
     published_rows: PublishedRows | None = optional()
@@ -324,17 +313,12 @@ class TaskFile(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, content: Any) -> Any:
-        """Add each task's name, and ``metric`` as the default of ``ood_metrics``."""
+    def _add_names(cls, content: Any) -> Any:
         tasks = content.get("tasks") if isinstance(content, dict) else None
         if not isinstance(tasks, dict):
             return content
-        complete = {
-            name: {"ood_metrics": [task["metric"]], **task, "name": name}
-            for name, task in tasks.items()
-            if isinstance(task, dict) and "metric" in task
-        }
-        return {**content, "tasks": {**tasks, **complete}}
+        named = {name: {**task, "name": name} if isinstance(task, dict) else task for name, task in tasks.items()}
+        return {**content, "tasks": named}
 
 
 class UsedAs(Strict):

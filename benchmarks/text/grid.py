@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -75,7 +74,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
             split = load_split(task, part)
         except DataError as error:
             advice = _advice(name, task, first_line(error))
-            yield SetPart(name, part, None, expected=getattr(task.rows, part), advice=advice)
+            yield SetPart(name, part, None, expected=task.rows.get(part), advice=advice)
         else:
             yield compare_rows(name, part, split, task)
 
@@ -96,12 +95,6 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
         benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, DOMAINS)
         check_ablations(benchmark)
-        if traces := definition.published_traces:
-            where = f"{file}: 'published_traces"
-            check_names(where, "task", [traces.task], benchmark.tasks)
-            check_names(where, "rows", traces.rows, definition.methods)
-            for row, trace in traces.rows.items():
-                check_file(f"{where}.rows", row, trace, benchmark.folder)
         for task in benchmark.tasks:
             _check_task(f"{benchmark.folder / definition.tasks}: 'tasks.{task}", task, benchmark.tasks)
         return benchmark
@@ -113,7 +106,6 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         trainable = [name for name, task in self.tasks.items() if task.splits.train and task.splits.dev]
         names = {"model": model_names(None), "task": trainable, "method": trained}
         training = functools.cache(functools.partial(self.settings, "training", part))
-        cache: dict[str, dict[str, Any]] = {}  # resolved methods, which thousands of runs share
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             for key in TRAINING_KEYS:
                 if key in point and methods[point["method"]].role != ABLATION:
@@ -124,10 +116,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             if point["task"] in exclude:
                 continue
             settings, task = training(point["model"]), self.tasks[point["task"]]
-            shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *TRAINING_KEYS)])
-            if shaping not in cache:
-                cache[shaping] = self._method_specs(methods, point, settings, where)
-            shaped = copy.deepcopy(cache[shaping])
+            shaped = self._method_specs(methods, point, settings, where)
             protocol = _protocol(task, point, where)
             run_settings = run_training(settings, task, point, protocol)
             check_frozen(run_settings, shaped["method"], where)
@@ -173,7 +162,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training, rows = spec["training"], self.tasks[spec["task"]["name"]].rows
-        return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
+        return text_tokens(training["train_rows"] or rows.get("train"), training["max_length"], training["epochs"])
 
     def pipeline(self) -> ModuleType:
         from benchmarks.text import pipeline
@@ -189,12 +178,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
 ) -> dict[str, Method]:
-    """Return a method for each row that is trained as one method and evaluated as another.
-
-    Args:
-        transformed: The rows by name.
-        definition: The definition with all trained methods.
-        file: The file's path, for messages.
+    """Return a method for each row that is trained as one method of ``definition`` and evaluated as another.
 
     Raises:
         DefinitionError: A row does not exist, or one row's weights cannot be used in the other's model.
@@ -209,25 +193,20 @@ def transformed_rows(
             raise DefinitionError(f"{where}' has the name of a method; choose another name")
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where, key, [used], usual)
-            if reason := _transfer_problem(resolved[used]):
-                raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', {reason}")
+            if not _has_portable_weights(resolved[used]):
+                raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', whose weights fit no other row")
         if {resolved[row.trained].kind, resolved[row.used_as].kind} != {"dense", "emoe"}:
-            raise DefinitionError(
-                f"{where}' must name a dense row and one with experts that are parts of its FFNs (kind: emoe)"
-            )
+            raise DefinitionError(f"{where}' must name a dense row and a row of kind emoe")
         trained = definition.methods[row.trained].given()
         rows[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
     return rows
 
 
-def _transfer_problem(method: Method) -> str:
-    """Return the reason why a method's weights cannot be used in another model; empty if they can."""
+def _has_portable_weights(method: Method) -> bool:
+    """Return False if a method has a learned router, experts from its run's data, or other trained parameters."""
     settings = method.given()
-    if method.kind == "emoe" and settings.get("router", "avg_k") != "avg_k":
-        return "whose router has state that only the runs that trained it have"
-    if settings.get("partition") == "coactivation":
-        return "whose experts depend on the data of its runs"
-    return "which trains another part of the model" if method.tune or method.also_train else ""
+    learned = settings.get("router", "avg_k") != "avg_k" or settings.get("partition") == "coactivation"
+    return not (learned or method.tune or method.also_train)
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
@@ -261,20 +240,16 @@ def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
         raise DefinitionError(f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions'")
 
 
-def _usual_protocol(task: TaskEntry) -> str:
-    return PUBLISHED if task.splits.test is None else CLEAN
-
-
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
     """Return the protocol of a run: the one of its grid point, or the usual one of its task."""
-    usual = _usual_protocol(task)
-    asked = point.get("protocol", usual)
-    if asked == PUBLISHED != usual:
+    if task.splits.test is None:
+        return str(point.get("protocol", PUBLISHED))
+    if point.get("protocol") == PUBLISHED:
         raise DefinitionError(
             f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split; clean runs of '{point['task']}' also "
             "record its score, that of the best dev epoch"
         )
-    return str(asked)
+    return CLEAN
 
 
 def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str) -> dict[str, Any]:
@@ -282,7 +257,7 @@ def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, An
     training = settings.spec()
     epochs = (settings.epochs_by_task or {}).get(point["task"], settings.epochs)
     training["epochs"] = epochs * point.get("epochs_factor", 1)
-    if protocol == PUBLISHED or task.splits.test is not None:  # selection has its own split
+    if protocol == PUBLISHED or task.splits.test is not None:  # no rows are held out
         training["validation_fraction"] = 0.0
     if "train_share" in point:
         training["train_share"] = point["train_share"]
@@ -294,13 +269,12 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     source = task.source.model_dump()
     if task.source.vader_sentiment or task.source.csv or local_folder(name, source) is not None:
         return f"{name}: {problem}"
+    if task.download_instructions:
+        solution = f"by hand. {task.download_instructions.strip()}"
+    else:
+        hub = f"{task.source.hub} ({task.source.config})"
+        solution = f"on the hub as {hub}; `python -m benchmarks data` or the first run downloads it"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
     columns = ", ".join([*task.fields, task.label])
     folder = f"{expected_path(source)} ({', '.join(files) or 'its files'}; hub columns {columns})"
-    if task.download_instructions:
-        instructions = f"{name}: by hand. {task.download_instructions.strip()}."
-        return f"{instructions}\n    Folder: {folder}. Without it: `exclude: [{name}]`"
-    return (
-        f"{name}: on the hub as {task.source.hub} ({task.source.config}); `python -m benchmarks data` or the first run "
-        f"downloads it.\n    Or put it into {folder}"
-    )
+    return f"{name}: {solution}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"

@@ -38,7 +38,7 @@ def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
 def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Average the dev score of every choice (variant and learning rate) over seeds, and mark the best per cell.
 
-    The columns are those of :data:`CELL` and :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``. The first of
+    The columns are :data:`CELL`, :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``. The first of
     equally good choices wins.
     """
     grouped = choosing_scores(records, protocol).groupby([*CELL, *CHOICE], sort=False)["value"]

@@ -40,9 +40,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     tokenizer = load_tokenizer(spec["model"])
     calibration = calibration_batches(splits["train"], tokenizer, training.max_length, training.eval_batch_size)
     classifier = build_classifier(spec, tokenizer, calibration)
-    if classifier.summary["trained"]:
-        groups = classifier.summary["trained"].items()
-        progress.say("trained parameters: " + ", ".join(f"{name} {group['parameters']:,}" for name, group in groups))
     trainer = TextTrainer(classifier, tokenizer, read, splits["train"], splits["dev"], folder, progress)
     epochs, kept = trainer.train()
     progress.say("evaluating")

@@ -12,12 +12,13 @@ from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, m
 from benchmarks.harness.report.table import Table
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.ablations import ablation_figure, ablation_table
-from benchmarks.text.figures import FIGURES
+from benchmarks.text.figures import USAGE
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.tables import TABLES, verdicts
 from benchmarks.text.traces import TRACES, trace_table
 
-TABLES["traces"], FIGURES["traces"] = trace_table, TRACES
+TABLES["traces"] = trace_table
+FIGURES = {"usage": USAGE, "traces": TRACES}
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:

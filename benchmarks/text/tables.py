@@ -10,10 +10,9 @@ from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.records import scores_of
 from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
-from benchmarks.text.outcomes import CELL, CHOICE, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
+from benchmarks.text.outcomes import CELL, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
 DOMAINS = {ID: "in domain", OOD: "out of domain"}
@@ -146,31 +145,20 @@ def cost(outcomes: TextOutcomes) -> Table:
 
 def choices_table(outcomes: TextOutcomes) -> Table:
     """Make a table of all hyper-parameter choices with their dev scores; mark the chosen ones."""
-    parts = []
-    for protocol in outcomes.protocols:
-        table = choices(outcomes.records, protocol)
-        records = outcomes.records[outcomes.records["protocol"] == protocol]
-        for part, prefix in (("test", "id_"), (OOD_MEAN, "ood_")):
-            grouped = scores_of(records, part).groupby([*CELL, *CHOICE], sort=False)["value"]
-            numbers = grouped.agg(mean="mean", std="std").add_prefix(prefix).reset_index()
-            table = table.merge(numbers, how="left")
-        parts.append(table.assign(protocol=protocol))
-    table = outcomes.titled(pd.concat(parts, ignore_index=True))
+    tables = [choices(outcomes.records, protocol).assign(protocol=protocol) for protocol in outcomes.protocols]
+    table = outcomes.titled(pd.concat(tables, ignore_index=True))
     table["variant_shown"] = table["variant"].replace("", MISSING)
     table["mark"] = table["chosen"].map({True: "✓", False: ""})
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
     tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
     return Table(
         "Hyper-parameters, and the choice",
-        "The choice (✓) has the best mean choosing score over n seeds; ID and OOD scores choose nothing. A method with "
-        "more choices has more chances. In a variant, N is the number of experts, k the share of experts in use, L the "
-        f"converted layers. {_SELECTIONS}",
+        "The choice (✓) has the best mean dev score over n seeds. A method with more choices has more chances. In a "
+        "variant, N is the number of experts, k the share of experts in use, L the converted layers. "
+        f"{_SELECTIONS}",
         {"model_title": "Model", "selection": "Selection", **KEYS}
         | {"variant_shown": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
-        [
-            Column("score", f"{prefix}mean", label, std=f"{prefix}std")
-            for prefix, label in (("", "Choosing score"), ("id_", "ID"), ("ood_", "OOD"))
-        ],
+        [Column("score", "mean", "Dev score", std="std")],
         table,
         origins=pd.concat(tried),
     )
@@ -182,30 +170,26 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
     keys = ["protocol", "model", "method"]
     for (protocol, model, method), group in outcomes.order(rows, keys).groupby(keys, sort=False):
         title = f"{outcomes.title('method', method)}, {outcomes.title('model', model)}"
-        yield f"{title}, {PROTOCOLS[protocol]} selection: {differences_text(group)}."
+        in_domains = [(words, group[group["domain"] == domain]) for domain, words in DOMAINS.items()]
+        text = "; ".join(f"{words} {_differences_text(tests)}" for words, tests in in_domains if len(tests))
+        yield f"{title}, {PROTOCOLS[protocol]} selection: {text}."
 
 
-def differences_text(tests: pd.DataFrame) -> str:
-    """Format the differences of a method in and out of domain, in points."""
-    domains = [(words, tests[tests["domain"] == domain]) for domain, words in DOMAINS.items()]
-    return "; ".join(f"{words} {_differences_phrase(rows)}" for words, rows in domains if len(rows))
-
-
-def _differences_phrase(rows: pd.DataFrame) -> str:
-    """Format the difference over one or many tasks, in points."""
-    if len(rows) == 1:
-        row = rows.iloc[0]
+def _differences_text(tests: pd.DataFrame) -> str:
+    """Format the differences over one or many tasks, in points."""
+    if len(tests) == 1:
+        row = tests.iloc[0]
         return f"{common.difference_text(row)} ({row['scope']}, n = {row['n']})"
-    words = []
+    words = [f"{tests['delta'].mean() * 100:+z.1f} on average"]
     for verdict in ("better", "worse", "within noise", "equal"):
-        scopes = rows.loc[rows["verdict"] == verdict, "scope"]
-        where = ", ".join(scopes) if verdict in ("better", "worse") else f"{len(scopes)} of {len(rows)}"
+        scopes = tests.loc[tests["verdict"] == verdict, "scope"]
+        where = ", ".join(scopes) if verdict in ("better", "worse") else f"{len(scopes)} of {len(tests)}"
         words += [f"{verdict} on {where}"] if len(scopes) else []
-    return ", ".join([f"{rows['delta'].mean() * 100:+z.1f} on average", *words])
+    return ", ".join(words)
 
 
 def _clean_records(records: pd.DataFrame) -> pd.DataFrame:
-    """Keep the records of the clean runs; for cells without clean runs, those of the others."""
+    """Keep the records of the clean runs; for cells without clean runs, keep all records."""
     return records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
 
 
@@ -264,30 +248,17 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 
 def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
-    """Return our scores by pair of tasks, and in domain also averages over the tasks that a method ran.
-
-    If methods ran different tasks, each group of tasks is a separate scope, which includes the baseline.
-    """
-    rows = outcomes.of(domain, protocol)
-    averages = []
-    for model, of_model in rows.groupby("model", sort=False) if domain == ID else ():
-        tasks_of = {method: tuple(part["task"]) for method, part in of_model.groupby("method", sort=False)}
-        for tasks in dict.fromkeys(tasks for tasks in tasks_of.values() if len(tasks) > 1):
-            scope = {"model": model, "scope": _average_name(outcomes, tasks)}
-            for method, ran in tasks_of.items():
-                if ran == tasks or method == outcomes.baseline:
-                    part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
-                    averages.append({**scope, "method": method, **part[["mean", "delta"]].mean()})
-    numbers = ["mean", "delta", "low", "high", "n"]
+    """Return our scores by pair of tasks, and in domain the average of a method that ran all tasks of the paper."""
+    rows, numbers = outcomes.of(domain, protocol), ["mean", "delta", "low", "high", "n"]
     ours = rows[[*_PUBLISHED_KEY, *numbers]]
-    ours = pd.concat([ours, pd.DataFrame(averages, columns=ours.columns)]) if averages else ours
+    if domain == ID:
+        tasks_of_paper = [
+            name for name, task in outcomes.benchmark.tasks.items() if task.splits.train and task.source.hub
+        ]
+        of_paper = rows[rows["task"].isin(tasks_of_paper)].groupby(["model", "method"], sort=False)
+        averages = of_paper[["mean", "delta"]].mean()[of_paper.size() == len(tasks_of_paper)]
+        ours = pd.concat([ours, averages.reset_index().assign(scope="average")])
     return ours.rename(columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol})
-
-
-def _average_name(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
-    """Return the name of an average over tasks; ``average`` for all tasks that the paper trains on."""
-    trained = {name for name, task in outcomes.benchmark.tasks.items() if task.splits.train and task.source.hub}
-    return "average" if set(tasks) == trained else ", ".join(outcomes.title("task", task) for task in tasks)
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:

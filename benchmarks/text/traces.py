@@ -96,8 +96,8 @@ def trace_table(outcomes: TextOutcomes) -> Table:
         "Loads of training batches without padding, in windows of 100 steps as in the authors' code (shorter if a run "
         "would have less than 20 windows). Means over layers and n seeds ± standard deviation. Entropy and busiest "
         "expert over the mean are 1 for balanced loads. Change is the L1 distance between the shares of consecutive "
-        "windows; it grows if windows have fewer tokens. Drift is the distance between the first and the last quarter of "
-        "training. Routing changes if this drift exceeds the drift within quarters.",
+        "windows; it grows if windows have fewer tokens. Drift is the distance between the first and the last quarter "
+        "of training. Routing changes if this drift exceeds the drift within quarters.",
         {**KEYS, "n": "n", "windows": "Windows"},
         [Column(name, name, std=f"{name}_std") for name in NUMBERS],
         frame[[*KEYS, "method", "n", *numbers, *(f"{name}_std" for name in NUMBERS)]],

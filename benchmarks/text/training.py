@@ -65,7 +65,7 @@ def score_and_loss(
 
     Args:
         logits: The logits or log-likelihoods ``[rows, classes of the training task]``.
-        labels: The labels of the rows, in the set's own numbering.
+        labels: The class numbers (or scores) of the rows, as in the set.
         trained: The training task.
         evaluated: The task of the set.
         metrics: The names of the metrics.

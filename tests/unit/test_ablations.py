@@ -1,11 +1,9 @@
-"""Ablations: what is planned and refused, rows of their own tables, and models that are used as another method."""
+"""Test ablations: plans, errors, table rows, and models that are evaluated as another method."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import ABLATION, remove_settings
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.presentation import Presentation, present
+from benchmarks.harness.report.presentation import present
 from benchmarks.text.ablations import ablation_rows, panel_rows
 from benchmarks.text.data import TextSplit
 from benchmarks.text.outcomes import TextOutcomes
@@ -23,7 +21,7 @@ from tests import fake_runs
 from tests.executed import recorded
 from tests.planned import edited_benchmark, edited_part, evaluations, paper_runs, plan, specs
 
-LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")
+LORA = load_benchmark("glue_lora")
 
 # a part of the rows
 
@@ -38,16 +36,11 @@ def test_a_part_has_every_class_in_proportion_and_a_smaller_one_lies_within() ->
     counts = {share: Counter(part.labels) for share, part in parts.items()}
     assert counts == {0.1: {0: 7, 1: 2, 2: 1}, 0.5: {0: 35, 1: 10, 2: 5}}
     assert set(parts[0.1].texts) < set(parts[0.5].texts) < set(whole.texts)
-    assert (
-        parts[0.5].texts
-        == whole.stratified_sample(0.5, "t/train").texts
-        != whole.stratified_sample(0.5, "other/train").texts
-    )
+    assert parts[0.5] == whole.stratified_sample(0.5, "t/train") != whole.stratified_sample(0.5, "other/train")
     assert parts[0.5].texts == sorted(parts[0.5].texts, key=lambda row: int(row[0]))  # in the order of the set
     assert Counter(split_of([0] * 99 + [1]).stratified_sample(0.1, "x").labels)[1] == 1  # of a rare class
-    assert (
-        len(split_of([0.1, 0.2] * 5 + [4.9, 5.0] * 5).stratified_sample(0.2, "x")) == 4
-    )  # scores count by their whole part
+    scores = split_of([0.1, 0.2] * 5 + [4.9, 5.0] * 5)
+    assert len(scores.stratified_sample(0.2, "x")) == 4  # rounded scores are classes
 
 
 # what is planned
@@ -68,8 +61,8 @@ MORE = {"title": "More", "trained": "vanilla", "used_as": "random_partition"}
         ("glue_lora", {"ablations.selection.rows": ["lora", "lora_botom"]}, "did you mean 'lora_bottom'"),
         ("glue_lora", {"ablations.selection.rows": ["lora_emoe", "lora_bottom"]}, "must begin with the baseline"),
         ("glue_lora", {"ablations.selection.paper": "selektion.csv"}, r"did you mean 'selection\.csv'"),
-        ("glue_ood", {"transformed.lora2emoe.used_as": "lora_emoe_learn"}, "whose router has state"),
-        ("glue_ood", {"transformed.lora2emoe.trained": "lora_block"}, "which trains another part"),
+        ("glue_ood", {"transformed.lora2emoe.used_as": "lora_emoe_learn"}, "whose weights fit no other row"),
+        ("glue_ood", {"transformed.lora2emoe.trained": "lora_block"}, "whose weights fit no other row"),
         ("glue", {"transformed.more": MORE}, "'transformed' has 'vanilla' twice"),
     ],
 )
@@ -85,40 +78,27 @@ def test_ablations_that_compare_nothing_sensible_are_refused(
 
 @pytest.fixture(scope="module")
 def finished(shared_here: Path) -> list[Run]:
-    """Make up numbers of the default suite's text, and of every ablation on one task of the paper's."""
-    gains = {"lora_bottom": -0.05, "emoe2lora": 0.04}
-    runs = fake_runs.write(RUNS, "mini", gains, ("glue", "glue_lora", "glue_ood"))
+    """Make up numbers of the default suite's adapters, and of every ablation on one task of the paper's."""
+    runs = fake_runs.write(RUNS, "mini", benchmarks=("glue_lora",))
     more = [run for run in paper_runs("glue_lora") if run.spec["model"]["name"] == "bert-large-cased"]
     more = [run for run in more if run.spec["task"]["name"] == "cola" and run.spec["protocol"] == "clean"]
     more = [run for run in more if run.spec["learning_rate"] == 3.0e-4]
-    fake_runs.write_runs(more, gains)
+    fake_runs.write_runs(more)
     return [*runs, *more]
-
-
-def of(runs: list[Run], benchmark: str) -> list[Run]:
-    return [run for run in runs if run.benchmark == benchmark]
-
-
-@pytest.fixture(scope="module")
-def presented(finished: list[Run]) -> Callable[[str], Presentation]:
-    """Present the finished runs of a benchmark once; tests only read it."""
-    return functools.cache(lambda name: present(load_benchmark(name), of(finished, name)))
 
 
 @pytest.fixture(scope="module")
 def adapted(finished: list[Run]) -> TextOutcomes:
-    return TextOutcomes(LORA, of(finished, "glue_lora"))
+    return TextOutcomes(LORA, finished)
 
 
-def test_every_setting_is_a_row_and_main_tables_have_none(
-    finished: list[Run], adapted: TextOutcomes, presented
-) -> None:
+def test_every_setting_is_a_row_and_main_tables_have_none(finished: list[Run], adapted: TextOutcomes) -> None:
     rows = ablation_rows(adapted, LORA.definition.ablations["settings"])
-    methods = [run.spec["method"] for run in of(finished, "glue_lora")]
+    methods = [run.spec["method"] for run in finished]
     planned = [method["variant"] for method in methods if method["name"] == "lora_emoe_settings"]
     shown = {name.partition("|")[2] for name in rows["method"] if name.startswith("lora_emoe_settings|")}
     assert shown == {remove_settings(variant, {"L22", "L44"}) for variant in planned}
-    (main,) = (table.frame for table in presented("glue_lora").tables if table.name == "glue_lora_results")
+    main = present(LORA, finished).tables[0].frame
     assert {LORA.methods()[name].role for name in main["method"]}.isdisjoint({ABLATION})
 
 
@@ -170,7 +150,7 @@ def test_every_step_adds_one_thing_until_all_are_the_published_settings() -> Non
     added = [{key for key in after if after[key] != before[key]} for before, after in itertools.pairwise(configs)]
     steps = [{"expert_dropout", "dropout_position"}, {"output_bias"}, {"capacity_factor", "count_padding"}]
     assert added == [*steps, {"router_noise"}, {"aux_loss_coefficient", "balance_loss"}, set()]
-    # the last one is what the authors' code trains beside
+    # the last step also trains the parameters that the authors' code trains
     assert planned["lora_balance"]["tune"] != planned["lora_emoe_published"]["tune"]
 
 

@@ -143,6 +143,3 @@ def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
     assert score("accuracy", np.array([[1, 0], [0, 1], [0, 1]]), np.array([0, 1, 2]), two_on_three) == 1.0
     assert not two_on_three.same
     assert label_mapping(mnli, snli, "snli").same
-
-
-# plans
