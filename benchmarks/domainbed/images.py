@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.harness.base import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
-from benchmarks.harness.sources.local import expected_path, local_folder
+from benchmarks.harness.sources.local import expected_path, local_path
 from emoe.errors import did_you_mean
 
 Picture = Image.Image | Tensor
@@ -92,7 +92,7 @@ def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
     Raises:
         DataError: A folder is missing or empty, or classes differ between environments.
     """
-    if folder := local_folder(task.name, task.source.model_dump()):
+    if folder := local_path(task.name, task.source.model_dump()):
         return _from_disk(task, folder, truncated)
     if task.source.hub:
         return _from_hub(task, truncated)

@@ -18,7 +18,9 @@ from benchmarks.llama.outcomes import GROUP, InstructionOutcomes, Row, cell_of
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     """Draw the loss by step, averaged over seeds: a column of panels per model and tuning, a line per method."""
-    points = outcomes.titled(outcomes.collect_rows(["panel", "step", "loss"], _loss_points).astype({"loss": float}))
+    points = outcomes.with_titles(
+        outcomes.collect_rows(["panel", "step", "loss"], _loss_points).astype({"loss": float})
+    )
     if points.empty:
         plots.placeholder_figure(path, "none of these runs trains a model")
         return

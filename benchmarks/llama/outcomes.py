@@ -129,9 +129,11 @@ class InstructionOutcomes(Outcomes):
             parameter_counts(records),
         )
 
-    def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add titles; method titles include the variant."""
-        return super().titled(frame).assign(method_title=[self.method_title(row) for row in frame.to_dict("records")])
+        return (
+            super().with_titles(frame).assign(method_title=[self.method_title(row) for row in frame.to_dict("records")])
+        )
 
     @property
     def several_sets(self) -> bool:

@@ -51,7 +51,7 @@ class ModularityOutcomes(Outcomes):
             rows.append({**cell, **named, **metrics["measured"][EXPERTS]})
             numbers = list(metrics["measured"][EXPERTS])
         self.records = self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
-        self.means = self.titled(average_over_seeds(self.rows, CELL, numbers))
+        self.means = self.with_titles(average_over_seeds(self.rows, CELL, numbers))
         published = read_published(benchmark)
         scales = [load_metrics()[metric].scale for metric in published["metric"]]
         self.paper = published.assign(value=published["value"].astype(float) / pd.Series(scales, dtype=float))

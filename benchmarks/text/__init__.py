@@ -1,1 +1,1 @@
-"""Shared by the benchmarks of text classification."""
+"""The code that text classification benchmarks share."""

@@ -74,7 +74,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         key=lambda column: column.map(in_order[column.name].index) if column.name in in_order else column,
         kind="stable",
     )
-    return _add_settings(outcomes, outcomes.titled(rows.reset_index(drop=True)))
+    return _add_settings(outcomes, outcomes.with_titles(rows.reset_index(drop=True)))
 
 
 def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:

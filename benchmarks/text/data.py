@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from benchmarks.harness.base import ROOT, DataError, derive_seed, first_line
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
-from benchmarks.harness.sources.local import expected_path, local_folder
+from benchmarks.harness.sources.local import expected_path, local_path
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
 from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from emoe.errors import did_you_mean
@@ -198,7 +198,7 @@ def _read_tables(task: RunTask, split: str) -> list[_Table]:
     """Read a split from the user's folder, else from the hub; ``a+b`` names two splits."""
     if task.source.csv:
         return [_csv_split(ROOT / task.source.csv, task, split)]
-    folder, splits = local_folder(task.name, task.source.model_dump()), split.split("+")
+    folder, splits = local_path(task.name, task.source.model_dump()), split.split("+")
     if folder is None:
         return [_read_hub(task, name) for name in splits]
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():

@@ -31,14 +31,14 @@ from benchmarks.harness.config.yaml import (
 
 Protocol = Literal["published", "clean"]
 PUBLISHED, CLEAN = "published", "clean"
-ID, OOD = "id", "ood"  # domains: the sets that a model is trained on, and others
+ID, OOD = "id", "ood"  # domains: in distribution and out of distribution
 
 PAPER_COLUMNS = ("model", "scope", "method")  # of published numbers, before value, status and source
 ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
 
 
 class EpochTraining(Training):
-    """The training of a run on texts, epoch by epoch; a suite may change the benchmark's."""
+    """Training settings of a run with epochs; a suite may override them."""
 
     epochs: Positive
     """Passes over the training set."""
@@ -47,7 +47,7 @@ class EpochTraining(Training):
     eval_batch_size: Count
     """Rows per evaluation batch."""
     max_length: Annotated[int, Field(ge=4)]
-    """Tokens kept of a row."""
+    """Maximum tokens of a row; longer rows are cut."""
     sampling: Literal["random", "group_by_length"]
     """Order of the training rows: shuffled, or shuffled in groups of similar length (less padding)."""
     eval_rows: Count | None
@@ -55,7 +55,7 @@ class EpochTraining(Training):
     weight_decay: NotNegative
     """AdamW's weight decay."""
     warmup: Rate
-    """Share of the steps with a rising rate."""
+    """Share of the steps over which the learning rate rises."""
     checkpoint_selection: Literal["last", "best"]
     """The epoch whose weights are evaluated."""
     gradient_accumulation_steps: Count
@@ -67,7 +67,7 @@ class EpochTraining(Training):
 
 
 class TextTraining(EpochTraining):
-    """The training of a classifier; a suite may change the benchmark's."""
+    """Training settings of a classifier; a suite may override them."""
 
     in_no_spec: ClassVar = {"by_model", "evaluate_ood", "epochs_by_task"}
 
@@ -138,7 +138,7 @@ class Transformed(Strict):
     trained: str
     """The row whose trained runs are evaluated."""
     used_as: str
-    """The row whose model the runs are converted to: dense without experts, else with its experts, made from the
+    """The row whose method the trained models are converted to before evaluation: dense, or EMoE with experts from the
     trained weights. Both rows must train the same parameters."""
 
 
@@ -179,7 +179,7 @@ class PublishedTraces(Strict):
 
 
 class TextDefinition(MethodsDefinition, Ablated):
-    """One benchmark and its methods."""
+    """The content of a text benchmark's ``benchmark.yaml``."""
 
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
@@ -199,7 +199,7 @@ class TextSource(Strict):
     config: str | None = None
     """Configuration of the hub's set."""
     revision: str | None = None
-    """Commit (or branch) of the hub's set; null is its newest."""
+    """Commit (or branch) on the hub; null for the newest commit."""
     folder: str | None = optional()
     """Name of the set's folder below data_root."""
     csv: str | None = optional()
@@ -208,7 +208,7 @@ class TextSource(Strict):
     vader_sentiment: str | None = optional()
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = optional()
-    """Use the strength of the rating (weak, strong) as the label; left out: its sign."""
+    """Use the strength of the rating (weak, strong) as the label; left out: the sign of the rating."""
 
 
 class Splits(Strict):
@@ -252,7 +252,7 @@ class FileLayout(Strict):
 
 
 class RunTask(Strict):
-    """The part of a task that shapes a run's numbers, in the run's spec."""
+    """The task in a run's spec: the settings that determine its numbers."""
 
     name: str
     """Key in tasks.yaml."""
@@ -263,7 +263,7 @@ class RunTask(Strict):
     label: str = "label"
     """Column with the label."""
     column_aliases: dict[str, str] = Field({})
-    """Names here by the names in other copies of the set."""
+    """Column names, by the names in other copies of the set."""
     labels: list[str] = Field([])
     """Names of the classes in the order of their numbers; empty for a regression. Class i of a model corresponds to
     class i of any other set with as many classes."""
@@ -301,7 +301,7 @@ class TaskEntry(RunTask, Entry):
     """Tasks that a model trained on this one is also evaluated on, without further training."""
 
     def spec(self) -> dict[str, Any]:
-        """Return the part of the task that shapes a run's numbers."""
+        """Return the settings of the task that determine a run's numbers."""
         return self.model_dump(include=set(RunTask.model_fields))
 
 
@@ -322,7 +322,7 @@ class TaskFile(Strict):
 
 
 class UsedAs(Strict):
-    """The method that a run's model is also evaluated as."""
+    """The method that a trained model is converted to for a second evaluation."""
 
     name: str
     """Name of the row."""
@@ -331,7 +331,7 @@ class UsedAs(Strict):
 
 
 class TextSpec(RunSpec):
-    """The settings that shape the numbers of a run that trains a text classifier."""
+    """The settings that determine the numbers of a run that trains a text classifier."""
 
     protocol: Protocol
     """The protocol that chooses epoch and hyper-parameters."""

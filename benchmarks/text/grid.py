@@ -28,7 +28,7 @@ from benchmarks.harness.config.methods import ABLATION, TRAINING_KEYS, VARIANT_K
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.sets import SetPart, SetReader
 from benchmarks.harness.config.yaml import check_file, check_names, parse, read
-from benchmarks.harness.sources.local import expected_path, local_folder
+from benchmarks.harness.sources.local import expected_path, local_path
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import (
     ABLATION_COLUMNS,
@@ -80,7 +80,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
 
 
 class TextBenchmark(TextSets[TextDefinition, TextPart]):
-    """Classifiers of texts, fine-tuned on one task and evaluated on it and on other sets."""
+    """Plan runs of text classifiers that are fine-tuned on one task, and evaluated on it and on OOD sets."""
 
     definition_model, part_model = TextDefinition, TextPart
     recorded = ("scores", "data", "model", "routing", "usage")
@@ -265,9 +265,9 @@ def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, An
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
-    """Return a message with the problem of a set and its solution."""
+    """Return a message on a missing set, with instructions to get it."""
     source = task.source.model_dump()
-    if task.source.vader_sentiment or task.source.csv or local_folder(name, source) is not None:
+    if task.source.vader_sentiment or task.source.csv or local_path(name, source) is not None:
         return f"{name}: {problem}"
     if task.download_instructions:
         solution = f"by hand. {task.download_instructions.strip()}"

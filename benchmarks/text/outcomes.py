@@ -20,7 +20,7 @@ CELL = ["model", "task", "method"]
 KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}  # their headings
 CHOICE = ["variant", "learning_rate"]
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
-ARROW = " → "  # from the set that was trained on to the one that is evaluated on
+ARROW = " → "  # between the titles of training set and evaluation set
 _PAIR = ["model", "task", "eval_task"]
 _SET = ["protocol", "domain", *_PAIR, "scope"]
 _ROW = [*_SET, "method"]
@@ -73,8 +73,8 @@ class TextOutcomes(Outcomes):
 
     Args:
         records: The numbers of the runs; None to read them.
-        include_ablations: True adds the rows of ablations. If a row has several variants, each setting becomes a
-            separate row ``<row>|<setting>``, so that none is chosen.
+        include_ablations: True to add the rows of ablations. If a row has several variants, each setting becomes a
+            separate row ``<row>|<setting>``, instead of the best one only.
 
     Attributes:
         records: Every number.
@@ -124,7 +124,7 @@ class TextOutcomes(Outcomes):
 
     @cached_property
     def ablated(self) -> TextOutcomes:
-        """Return the same runs with the rows of ablations."""
+        """Return the outcomes of the same runs, including the rows of ablations."""
         return TextOutcomes(self.benchmark, self._all_runs, self._all_records, include_ablations=True)
 
     def _split_settings(self) -> None:
@@ -220,9 +220,9 @@ class TextOutcomes(Outcomes):
         is_new = ~pd.MultiIndex.from_frame(with_ablations[keys]).isin(pd.MultiIndex.from_frame(numbers[keys]))
         return pd.concat([numbers, with_ablations[is_new]], ignore_index=True)
 
-    def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add titles; the protocol's title column is ``selection``."""
-        return super().titled(frame).rename(columns={"protocol_title": "selection"})
+        return super().with_titles(frame).rename(columns={"protocol_title": "selection"})
 
     def pair_title(self, task: str, eval_task: str) -> str:
         """Return ``SST-2 → IMDB``; only the training task if both are equal or ``eval_task`` is empty."""

@@ -146,7 +146,7 @@ def cost(outcomes: TextOutcomes) -> Table:
 def choices_table(outcomes: TextOutcomes) -> Table:
     """Make a table of all hyper-parameter choices with their dev scores; mark the chosen ones."""
     tables = [choices(outcomes.records, protocol).assign(protocol=protocol) for protocol in outcomes.protocols]
-    table = outcomes.titled(pd.concat(tables, ignore_index=True))
+    table = outcomes.with_titles(pd.concat(tables, ignore_index=True))
     table["variant_shown"] = table["variant"].replace("", MISSING)
     table["mark"] = table["chosen"].map({True: "✓", False: ""})
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
@@ -209,7 +209,7 @@ _PUBLISHED_KEY = ["model", "scope", "method"]
 
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """Make a table of the paper's numbers of a domain beside ours, under both selections."""
+    """Make a table of our numbers and the paper's in one domain, under both selections."""
     frame = common.read_published(outcomes.benchmark)
     frame = frame[frame["scope"] != RANK].assign(value=lambda published: published["value"] / 100)
     frame["paper_delta"] = common.published_delta(frame, outcomes.baseline)
@@ -231,7 +231,7 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     frame = frame.sort_values(
         _PUBLISHED_KEY, key=lambda column: column.map(ranks) if column.name == "method" else column, kind="stable"
     )
-    frame = outcomes.titled(frame)
+    frame = outcomes.with_titles(frame)
     frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
     return Table(
         "The paper's numbers beside ours",

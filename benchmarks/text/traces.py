@@ -88,7 +88,7 @@ def trace_table(outcomes: TextOutcomes) -> Table:
     if published := published_traces(outcomes):
         paper = pd.DataFrame([{"method": name, **trace.numbers()} for name, trace in published.items()])
         task_title = f"{outcomes.title('task', outcomes.benchmark.definition.published_traces.task)} (the paper)"
-        paper = outcomes.titled(paper).assign(model_title=MISSING, task_title=task_title, n=1)
+        paper = outcomes.with_titles(paper).assign(model_title=MISSING, task_title=task_title, n=1)
         frame = pd.concat([frame, paper], ignore_index=True)
     frame = frame.assign(n=frame["n"].astype(int).astype(str), windows=frame["windows"].map("{:.0f}".format))
     return Table(

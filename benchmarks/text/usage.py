@@ -1,4 +1,4 @@
-"""Measure the routing of rows, and the information of experts on task and class.
+"""Measure the routing of rows, and the mutual information of experts with task and class.
 
 ``loads`` counts the choices of each expert by the tokens of each row, ``[rows, N]``. ``tasks`` are the task numbers of
 the rows, from 0. ``classes`` are their class numbers, negative if a task has no classes.
@@ -26,7 +26,7 @@ Loads = NDArray[np.int64]
 
 
 def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
-    """Measure the mutual information of expert and task; by chance, rows are shuffled over all tasks."""
+    """Measure the mutual information of expert and task. For chance, rows are shuffled over all tasks."""
     return MutualInformation.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
 
 
@@ -47,8 +47,8 @@ def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
     largest z-scores of the shuffles, so about one in twenty matrices has a mark by chance.
     """
     random = np.random.default_rng(seed)
-    shares = shares_by(loads, tasks)
-    shuffled = np.stack([shares_by(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)])
+    shares = shares_by_group(loads, tasks)
+    shuffled = np.stack([shares_by_group(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)])
     mean, deviation = shuffled.mean(0), shuffled.std(0)
 
     def z_scores(uses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -58,8 +58,8 @@ def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
     return (np.sign(z_scores(shares)) * (np.abs(z_scores(shares)) > limit)).astype(np.int64)
 
 
-def shares_by(loads: Loads, groups: Loads) -> NDArray[np.float64]:
-    """Return the share of each expert in the choices of each group, ``[groups, N]``; groups are numbered from 0."""
+def shares_by_group(loads: Loads, groups: Loads) -> NDArray[np.float64]:
+    """Return each expert's share of the choices in each group, ``[groups, N]``; groups are numbered from 0."""
     counts = np.zeros((int(groups.max()) + 1, loads.shape[1]), dtype=np.int64)
     np.add.at(counts, groups, loads)
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -80,7 +80,7 @@ class SetLoads:
 
 
 def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Measure the information of experts on sets and classes; needs at least two sets.
+    """Measure the mutual information of experts with sets and classes; needs at least two sets.
 
     Returns:
         The numbers by metric name, and the expert usage: by set, the shares of experts, marks (see
@@ -91,21 +91,25 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
     classes = np.concatenate([routing.classes for routing in sets.values()])
     seed = derive_seed("shuffles")
     of_tasks, of_classes = task_information(rows, tasks, seed), class_information(rows, tasks, classes, seed)
-    marked, shares = mark_experts(rows, tasks, seed), shares_by(rows, tasks)
+    marked, shares = mark_experts(rows, tasks, seed), shares_by_group(rows, tasks)
     shared, specialised = shared_and_specialised(shares, marked)
     by_set = {
-        name: {"shares": shares[number].tolist(), "marks": marked[number].tolist(), "classes": _by_class(routing)}
+        name: {
+            "shares": shares[number].tolist(),
+            "marks": marked[number].tolist(),
+            "classes": _shares_by_class(routing),
+        }
         for number, (name, routing) in enumerate(sets.items())
     }
     information = of_tasks.numbers("task") | (of_classes.numbers("class") if of_classes else {})
     return information, {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
 
 
-def _by_class(routing: SetLoads) -> dict[str, list[float]]:
+def _shares_by_class(routing: SetLoads) -> dict[str, list[float]]:
     """Return the shares of experts by class, for classes with rows; empty for a regression."""
     if (routing.classes < 0).any():
         return {}
-    shares = shares_by(routing.loads, routing.classes)
+    shares = shares_by_group(routing.loads, routing.classes)
     return {str(label): shares[label].tolist() for label in np.unique(routing.classes)}
 
 

@@ -26,7 +26,7 @@ from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import Comparison, load_claims
 from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, canonical_json, partition_jobs, run_from_spec
 from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse, read_yaml
-from benchmarks.harness.sources.local import local_folder, user_file
+from benchmarks.harness.sources.local import local_path, user_file
 from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
 
@@ -342,7 +342,7 @@ class Suite:
             for name, source in sources.items()
             if "hub" not in source
             and not set_packages(source)
-            and local_folder(name, source) is None
+            and local_path(name, source) is None
             and user_file(name) is None
         ]
 

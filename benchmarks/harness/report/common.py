@@ -122,7 +122,7 @@ class Outcomes:
         """Return the style of a method or of one of its settings."""
         return style_of(self.methods[method.partition(SETTING)[0]])
 
-    def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add ``<key>_title`` for every key of the rows, and ``is_method``: True if the row is no control."""
         titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
         return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
@@ -134,7 +134,7 @@ class Outcomes:
             ranks = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
             return column.map(lambda name: ranks.get(name, len(ranks))) if ranks else column
 
-        return self.titled(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
+        return self.with_titles(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
 
     def explain_n(self, scores: pd.DataFrame, shared: pd.DataFrame, keys: Sequence[str], pair: str = "seed") -> str:
         """Explain n in a caption, and list the tables from which :func:`.statistics.shared_pairs` removed pairs."""

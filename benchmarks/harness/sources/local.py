@@ -12,7 +12,7 @@ from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, ROOT
 USER_SUFFIXES = (".json", ".jsonl")  # file name endings of the user's instruction sets below the data root
 
 
-def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
+def local_path(name: str, source: Mapping[str, Any]) -> Path | None:
     """Return the path of a set's csv or folder; None if missing.
 
     The folder is below the data root, with the name in ``source`` or the name of the set.
