@@ -110,10 +110,7 @@ def commands(block: str) -> list[list[str]]:
 
 def run(root: Path, command: list[str]) -> str:
     places = [str(root), str(ROOT)]  # the copy's benchmarks, the library of here
-    paths = {
-        "PYTHONPATH": os.pathsep.join(places),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    paths = {"PYTHONPATH": os.pathsep.join(places), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(command, cwd=root, env={**os.environ, **paths}, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr

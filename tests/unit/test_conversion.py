@@ -87,10 +87,7 @@ INT8 = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
 # changes of a BERT, its last layer, and the layer's projections; and the module or tensor that the error names
 BROKEN: dict[str, tuple[Change, str]] = {
     "nan": (lambda bert: bert.down.weight[0, 0].fill_(torch.nan), r"layer\.3\.output\.dense\.weight"),
-    "quantised": (
-        lambda bert: setattr(bert.up, "weight", INT8),
-        r"dense has no plain weight: convert before",
-    ),
+    "quantised": (lambda bert: setattr(bert.up, "weight", INT8), r"dense has no plain weight: convert before"),
     "activation": (lambda bert: setattr(bert.layer.intermediate, ACT, nn.PReLU()), "PReLU.*parameters"),
     "norm": (put_norm_between, r"layer\.1\.output\.LayerNorm is LayerNorm"),
     "shared": (lambda bert: setattr(bert.other, "weight", bert.up.weight), r"layer\.1.*is shared with .*layer\.3"),

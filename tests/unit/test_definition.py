@@ -7,14 +7,15 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import yaml
 
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
-from benchmarks.harness.config import suite
+from benchmarks.harness.config import methods, suite
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.methods import Method, MethodFile
+from benchmarks.harness.config.methods import Method, MethodFile, load_methods
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
 from benchmarks.harness.config.yaml import Strict, parse, read, read_yaml
 from benchmarks.llama.definition import InstructionSpec
@@ -144,11 +145,7 @@ def test_tables_are_made_again_for_their_benchmarks_own_runs(
     ("old", "new", "text"),
     [
         ("kind: dense, noise: 0.15", "kind: dens", "'methods.noisy_tuning.kind' is 'dens'; did you mean 'dense'"),
-        (
-            "noise: 0.15",
-            "noise: !maybe 1",
-            "is not valid YAML: could not determine a constructor for the tag",
-        ),
+        ("noise: 0.15", "noise: !maybe 1", "is not valid YAML: could not determine a constructor for the tag"),
         ("noise: 0.15", "noise: 0.15, noise: 0.2", "the key 'noise' is given twice"),
         ("noise: 0.15}", "noise: 0.15", "is not valid YAML: while parsing"),
         ("methods:\n", "methods: 3\nrest:\n", "'the file': unknown key 'rest'"),
@@ -188,3 +185,19 @@ def test_a_spec_is_read_back_as_it_is_hashed(benchmark: str, spec: type[Strict])
         assert canonical_json(parse(run.spec, spec, "run.json").model_dump()) == run.to_json()
     with pytest.raises(DefinitionError, match=r"^run\.json: 'the file': unknown key 'sed'; did you mean 'seed'"):
         parse({**run.spec, "sed": 0}, spec, "run.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("brokne", "No module named 'brokne'"), ("broken", "No module named 'no_such_package'")]
+)
+def test_a_plugin_that_cannot_be_imported_is_named(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = yaml.safe_load((BENCHMARKS / "methods.yaml").read_text())
+    (tmp_path / "methods.yaml").write_text(yaml.safe_dump(content | {"plugins": [name]}))
+    (tmp_path / "broken.py").write_text("import no_such_package\n")
+    monkeypatch.setattr(methods, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DefinitionError, match=rf"/methods\.yaml: 'plugins' names '{name}', .*{message}"):
+        load_methods.__wrapped__()

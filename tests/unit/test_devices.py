@@ -105,12 +105,7 @@ def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("value", "names"),
-    [
-        ("", []),
-        ("NoDevFiles", []),
-        ("GPU-8f, MIG-1/2,-1,1", ["GPU-8f", "MIG-1/2"]),
-    ],
+    ("value", "names"), [("", []), ("NoDevFiles", []), ("GPU-8f, MIG-1/2,-1,1", ["GPU-8f", "MIG-1/2"])]
 )
 def test_visible_devices_are_those_that_cuda_reads(
     value: str, names: list[str], monkeypatch: pytest.MonkeyPatch

@@ -127,10 +127,7 @@ def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
 # what is planned, and what is not
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [("gmoe", "must be an EMoE"), ("emoe_learn", "must be an EMoE")],
-)
+@pytest.mark.parametrize(("method", "message"), [("gmoe", "must be an EMoE"), ("emoe_learn", "must be an EMoE")])
 def test_rows_that_show_nothing_before_training_are_refused(method: str, message: str) -> None:
     with pytest.raises(DefinitionError, match=f"methods.{method}' {message}"):
         edited_benchmark("modularity", {"methods": {"emoe": {}, method: {}}})

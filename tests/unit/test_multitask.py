@@ -105,9 +105,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(workdir: Path, capfd: pytest.C
     assert [entry["epoch"] for entry in whole["dev_curve"]] == [1.0, 2.0]
 
 
-def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
-    hub_here: Path,
-) -> None:
+def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(hub_here: Path) -> None:
     spec = paper_spec("multitask", task="nli", method="emoe")
     read_as = {other["name"]: other["read_as"] for other in spec["ood"]}
     assert read_as == {"snli": "mnli", "sick_entailment": "mnli", "scitail": "rte", "hans": "rte"}

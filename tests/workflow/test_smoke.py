@@ -53,12 +53,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Finishe
 
 
 def test_everything_that_the_suite_promises_is_there(checkout: Finished) -> None:
-    for file in (
-        *SUITE.metric_files(),
-        *SUITE.output_files(),
-        "results/smoke/report.html",
-        "results/smoke/mlflow.txt",
-    ):
+    for file in (*SUITE.metric_files(), *SUITE.output_files(), "results/smoke/report.html", "results/smoke/mlflow.txt"):
         assert (checkout.folder / file).stat().st_size > 20, file
     assert (checkout.folder / "results/runs" / SUITE.runs[0].folder / "log.txt").exists()
     page = (checkout.folder / "results/smoke/report.html").read_text()
