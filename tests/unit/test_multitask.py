@@ -31,9 +31,6 @@ def task(name: str, prefix: str | None = None) -> LearnedTask:
     return LearnedTask(**BENCHMARK.tasks[name].spec(), prefix=prefix or name)
 
 
-# rows as text
-
-
 def test_answers_are_the_names_of_classes_with_their_end() -> None:
     tokenizer = load_seq2seq_tokenizer(TINY)
     tokens = tokenise_answers(tokenizer, task("rte"))
@@ -42,9 +39,6 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
     alike = task("rte").model_copy(update={"labels": ["Yes", "no", "yes"]})  # the tokenizer knows no capitals
     with pytest.raises(DataError, match="task 'rte': the tokenizer writes two of its classes Yes, no, yes alike"):
         tokenise_answers(tokenizer, alike)
-
-
-# answers by likelihood
 
 
 @torch.no_grad()
@@ -63,8 +57,6 @@ def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -
                 answered.append(token)
             assert float(ranked[row, number]) == pytest.approx(total, abs=1e-4)
 
-
-# how tasks are mixed
 
 SIZES = {"large": 10, "small": 3}
 
@@ -92,9 +84,6 @@ def test_an_epoch_mixes_tasks_up_to_a_limit_and_large_ones_go_through_all_rows()
     assert sorted(epoch(order(None), 0)) == list(range(13))
 
 
-# a run
-
-
 def test_a_killed_run_resumes_to_the_same_numbers(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = smoke_run("multitask", "emoe")
     whole = finish(prepare(run))
@@ -114,9 +103,6 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(h
     result = finish(prepare(run_from_spec({**spec, "training": {**spec["training"], "epochs": 2}})))
     assert set(result["scores"]["ood"]) == set(read_as)
     assert result["data"]["dev:rte"]["rows"] + result["data"]["train:rte"]["rows"] == 16  # a tenth is held out
-
-
-# what is planned, and what is not
 
 
 @pytest.mark.parametrize(
@@ -141,9 +127,6 @@ def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_r
     assert {learned["prefix"] for learned in spec["task"]["tasks"]} == {"sentiment", "strength"}
     without = next(BENCHMARK.specs(part, ("tweets",), ()))
     assert [other["name"] for other in without["ood"]] == ["nyt", "tweets_strength", "nyt_strength"]
-
-
-# what is shown
 
 
 def test_tables_have_means_over_tasks_the_papers_gains_and_the_transfer(here: Path) -> None:

@@ -91,9 +91,6 @@ def test_runs_of_a_row_are_those_with_its_names() -> None:
     assert "Runs" not in table.markdown()
 
 
-# in a browser
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api")

@@ -66,9 +66,6 @@ def test_a_row_that_nothing_trains_is_of_the_runs_of_another(here: Path) -> None
         assert value == recorded["scores"]["test"]["tweets"]["balanced_accuracy"]
 
 
-# how rows are routed
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_loads_of_each_row_are_those_of_the_row_alone(batch_size: int) -> None:
     model = tiny_models.build("bert")
