@@ -180,10 +180,7 @@ def test_a_ratio_is_near_one_if_all_of_its_range_is(low: float, high: float, ver
         ({"method": "emo"}, "compare.method' is 'emo', which does not exist; did you mean 'emoe'?"),
         ({"against": "emoe"}, "compare.against' is 'emoe', which does not exist"),
         ({"selection": None}, "compare.selection' is '', which does not exist; choose from clean, published"),
-        (
-            {"domain": "model", "metric": "parameters", "selection": None},
-            "compare.metric' is 'parameters', which does not",
-        ),
+        ({"domain": "model", "metric": "parameters", "selection": None}, "compare.metric' is 'parameters', which does"),
     ],
 )
 def test_a_wrong_name_ends_with_file_key_and_the_nearest(

@@ -46,21 +46,12 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(path, va
         ("grid.0.seed", ["a"], r"'benchmarks\.glue\.grid\[0\]\.seed\[0\]' is 'a': Input should be a valid integer"),
         ("grid_defaults.sed", [0], r"'benchmarks\.glue\.grid\[0\]': unknown key 'sed'; did you mean 'seed'"),
         ("note", ["long"] * 3000, r"'benchmarks\.glue\.note' is \['long', .{80,120}…: Input should be a valid string"),
-        (
-            "training.batch_sice",
-            8,
-            r"'benchmarks\.glue\.training': unknown key 'batch_sice'; did you mean 'batch_size'",
-        ),
+        ("training.batch_sice", 8, r"glue\.training': unknown key 'batch_sice'; did you mean 'batch_size'"),
         ("training.by_model", {"minilm": {"precision": "fp23"}}, r"minilm\.precision' is 'fp23'; did you mean 'fp32'"),
         ("training.validation_fraction", 0, "clean runs need rows for selection"),
         ("training.patience", 3, r"'benchmarks\.glue\.training\.patience' needs checkpoint_selection: best"),
         ("grid.0.task", ["tweet"], r"grid\[0\]\.task' is 'tweet', which does not exist; did you mean 'tweets'"),
-        (
-            "methods.emoe.num_experts",
-            40,
-            "num_experts is 40, but the 1536 neurons of an FFN of 'minilm' cannot be split into equal experts; "
-            "the nearest divisor is 32",
-        ),
+        ("methods.emoe.num_experts", 40, "is 40, but the 1536 neurons of .* 'minilm' .*; the nearest divisor is 32"),
         ("grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
         ("methods.random_partition.also_train", ["pooler"], "sets 'also_train', which needs training.lora or 'tune'"),

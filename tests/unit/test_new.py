@@ -34,8 +34,8 @@ def project(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     load_benchmark.cache_clear()
 
 
-def written(folder: Path, content: str, name: str = "mine.csv") -> Path:
-    file = folder / name
+def written(folder: Path, content: str) -> Path:
+    file = folder / "mine.csv"
     file.write_text(content, encoding="utf-8")
     return file
 
