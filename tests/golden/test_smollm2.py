@@ -87,9 +87,8 @@ def masked_mlp(mlp: Any, x: Tensor, num_experts: int, top_k: int) -> Tensor:
     return mlp.down_proj(F.silu(gate) * mlp.up_proj(x) * mask)
 
 
-@pytest.mark.parametrize("top_k", [16, 32])
-def test_our_experts_are_the_authors_masked_mlp(model: Any, top_k: int) -> None:
-    config = emoe.EMoEConfig.as_published("llama", num_experts=64, top_k=top_k, layers="16::4")
+def test_our_experts_are_the_authors_masked_mlp(model: Any) -> None:
+    config = emoe.EMoEConfig.as_published("llama", num_experts=64, top_k=16, layers="16::4")
     report = emoe.convert_(model, config)
     assert [layer.index for layer in report.layers] == [16, 20, 24, 28]
     inputs = load_tokenizer(MODEL)(TEXT, return_tensors="pt")
@@ -103,7 +102,7 @@ def test_our_experts_are_the_authors_masked_mlp(model: Any, top_k: int) -> None:
         mlp = model.model.layers[index].mlp
         plain = type(mlp)(model.config)
         plain.load_state_dict({name: value for name, value in mlp.state_dict().items() if "act_fn" not in name})
-        theirs = masked_mlp(plain, x, 64, top_k)
+        theirs = masked_mlp(plain, x, 64, 16)
         torch.testing.assert_close(y, theirs, atol=1e-4, rtol=1e-4)
         upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0))
         theirs.backward(upstream)
