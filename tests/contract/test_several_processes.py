@@ -18,7 +18,7 @@ from benchmarks.harness.run.execution import RunError, launch_distributed
 from tests.checkout import wait_for
 from tests.conftest import ROOT
 from tests.executed import finish, numbers, prepare
-from tests.instruction_runs import enter, tiny_run
+from tests.instruction_runs import tiny_run
 from tests.programs import call
 
 pytestmark = pytest.mark.slow
@@ -26,11 +26,9 @@ WAIT = 600  # a loaded machine takes minutes to import twice
 
 
 @pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Enter an empty folder with a data root."""
-    enter(tmp_path, monkeypatch)
+def python_path(hub_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes import the suite from an empty working directory with a data root."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return tmp_path
 
 
 def dropout_free(tuning: str, **training: Any) -> Run:
@@ -60,7 +58,7 @@ def test_sharded_adapters_train_like_one_process() -> None:
 
 @pytest.mark.parametrize(("parallel", "victims"), [("ddp", ["1"]), ("fsdp", ["1", "launcher"])])
 def test_a_killed_run_resumes_on_two_processes_and_on_one(
-    parallel: str, victims: list[str], capfd: pytest.CaptureFixture[str], workdir: Path
+    parallel: str, victims: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = dropout_free("full", epochs=8, save_steps=4)
     whole = finish(prepare(run, "whole"))
@@ -110,7 +108,7 @@ LARGE, QUANTIZED = {"training": {"per_device_train_batch_size": 8}}, {"model": {
         (QUANTIZED, "fsdp", "weights in 4 bits cannot be sharded; use --parallel ddp"),
     ],
 )
-def test_what_cannot_be_spread_is_refused_before_any_process_starts(
+def test_runs_that_cannot_be_distributed_are_refused_before_any_process_starts(
     run: dict[str, Any], parallel: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_args, **_options: pytest.fail("a process was started"))

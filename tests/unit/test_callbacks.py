@@ -30,7 +30,7 @@ def test_a_probe_restores_the_model_and_the_random_state() -> None:
     assert sum(summaries[0]["loads"]["2"]) == 2 * 33
 
 
-def test_a_run_has_twenty_to_a_hundred_windows_or_those_of_the_authors() -> None:
+def test_a_run_has_twenty_to_a_hundred_windows() -> None:
     assert [window_steps(steps) for steps in (1, 80, 2_000, 10_000, 32_735, 122_720)] == [1, 4, 100, 100, 328, 1228]
     for steps in (40, 999, 7_777, 1_000_000):
         assert 20 <= -(-steps // window_steps(steps)) <= 101

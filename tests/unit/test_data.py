@@ -48,7 +48,7 @@ def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
         assert line in text
 
 
-def test_what_is_there_is_counted_by_label(root: Path) -> None:
+def test_rows_of_existing_sets_are_counted_by_label(root: Path) -> None:
     write_data(root)
     write_glue_x(root)
     for name in ("pacs", "vlcs", "office_home", "terra_incognita"):

@@ -79,7 +79,9 @@ def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path
         ("flipkart", {"download_instructions": None}, "' is neither on the hub nor in a package, so it needs 'downl"),
     ],
 )
-def test_tasks_that_lead_nowhere_are_refused(name: str, changes: dict[str, object], message: str) -> None:
+def test_tasks_with_wrong_metrics_sets_or_sources_are_refused(
+    name: str, changes: dict[str, object], message: str
+) -> None:
     tasks = load_benchmark("glue").tasks
     task = TaskEntry.model_validate({**tasks[name].model_dump(), **changes})
     entries = SimpleNamespace(tasks={**tasks, name: task})
@@ -119,7 +121,7 @@ def test_a_seed_adds_runs_titles_change_none_and_the_version_all() -> None:
         ("benchmarks/glue/benchmark.yaml", "# The same weights", "# Trained weights", False),
     ],
 )
-def test_tables_are_made_again_for_their_benchmarks_own_runs(
+def test_tables_are_made_again_only_for_changes_of_their_benchmark(
     file: str, old: str, new: str, is_glue_made_again: bool, tmp_path: Path
 ) -> None:
     def digests() -> dict[str, str]:

@@ -27,7 +27,7 @@ def test_every_python_block_runs(page: str, here: Path) -> None:
             exec(block, names)  # noqa: S102 -- our own page
 
 
-def test_the_start_shows_what_its_blocks_print(
+def test_the_first_page_shows_the_output_of_its_code(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, Any] = {}

@@ -42,7 +42,7 @@ def prepare(method: str, folder: str = "runs", **training: object) -> Path:
     return write_run(run, folder)
 
 
-def test_two_processes_never_share_a_run_which_leaves_numbers_and_a_log_and_says_little(workdir: Path) -> None:
+def test_a_second_process_waits_for_a_run_and_keeps_its_numbers(workdir: Path) -> None:
     path = prepare("emoe")
     command = [sys.executable, "-m", "benchmarks", "run", str(path)]
     with FileLock(path.parent / ".lock"):
@@ -201,7 +201,7 @@ def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.M
     assert made["scores"] == {part: metrics["scores"][part] for part in ("test", "ood")}
 
 
-def test_a_file_that_ends_too_early_is_no_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_file_is_not_taken_for_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "execute", mock.Mock(side_effect=EOFError("Ran out of input")))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "run.json"])
     with pytest.raises(EOFError, match="Ran out of input"):

@@ -86,7 +86,7 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, ta
     assert any("LoRA, against dense: EMoE: held-out loss -0." in sentence for sentence in verdicts(outcomes))
 
 
-def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
+def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
     frame = paper(InstructionOutcomes(LLAMA, runs)).frame
     assert frame["value"].dropna().tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
     assert frame["difference"].isna().all()  # MMLU-dev is not MMLU

@@ -27,22 +27,16 @@ from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import ensure_mmlu_dev
 from benchmarks.llama.shared_prompt import SharedPromptLM
 from tests.executed import finish, killed_and_resumed, prepare
-from tests.instruction_runs import ROWS, enter, offer_only, tiny_run
+from tests.instruction_runs import ROWS, offer_only, tiny_run
 from tests.programs import call
 
+pytestmark = pytest.mark.usefixtures("hub_here")
 LETTERS, ANSWERS = "mmlu_dev_anatomy", "mmlu_dev_anatomy_continuation"
 FILES = QUESTIONS / "mmlu_dev"
 TASKS = {"tasks": [{"task": task, "num_fewshot": 0, "limit": None} for task in (LETTERS, ANSWERS)]}
 
 
-@pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with a data root."""
-    enter(tmp_path, monkeypatch)
-    return tmp_path
-
-
-def test_a_run_leaves_its_numbers() -> None:
+def test_a_run_records_its_numbers() -> None:
     ensure_mmlu_dev(FILES)
     metrics = finish(prepare(tiny_run("emoe", evaluation=TASKS)))
     assert len(metrics["curve"]) == 6  # 12 rows, 4 a step, twice
@@ -128,7 +122,7 @@ def test_unknown_tasks_end_a_run_before_any_work() -> None:
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_exports_are_what_was_trained(tuning: str) -> None:
+def test_exports_equal_the_trained_model(tuning: str) -> None:
     path = prepare(tiny_run("emoe", tuning, training={"keep_weights": True}))
     finish(path)
     assert export(path, Path("dense"), "dense").startswith("LlamaForCausalLM, dense")

@@ -163,7 +163,7 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(model_root: Path, monkey
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_packages_instructions_and_what_chooses_kernels_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_instruction_sets_and_kernel_settings_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     captured = environment.capture()
     assert {"torch", "numpy", "transformers", "datasets", "tokenizers", "scikit-learn"} <= set(captured["packages"])
@@ -211,7 +211,7 @@ def test_weights_of_timm_are_recorded_with_their_commit(tmp_path: Path, monkeypa
     assert (options["repo_id"], options["revision"]) == ("timm/test_vit.r160_in1k", COMMIT)
 
 
-def test_sets_and_models_of_the_hub_are_pinned_but_for_known_ones() -> None:
+def test_sets_and_models_of_the_hub_are_pinned_except_known_ones() -> None:
     models = {name for name, model in load_models().items() if (model.hub or model.timm) and not model.random}
     loose = {name for name in models if not hub.is_commit(load_models()[name].revision)}
     for name in benchmark_names():

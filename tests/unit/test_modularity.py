@@ -51,7 +51,7 @@ def test_an_expert_that_one_task_prefers_is_marked_and_informs_about_the_task() 
     assert 0 in set(specialised) - set(shared)
 
 
-def test_by_chance_alone_one_matrix_in_twenty_has_a_mark() -> None:
+def test_few_matrices_without_a_difference_have_a_marked_expert() -> None:
     marked = sum(
         bool(mark_experts(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any())
         for seed in range(60)
@@ -59,7 +59,7 @@ def test_by_chance_alone_one_matrix_in_twenty_has_a_mark() -> None:
     assert marked <= 8  # 3 are expected; 9 or more happen once in 300
 
 
-def test_tokens_of_a_row_go_together_so_that_few_rows_tell_little() -> None:
+def test_tokens_of_one_row_count_as_one_observation() -> None:
     """Rows that use one expert each: by tokens the tasks would differ beyond doubt, by rows they do not."""
     loads = np.zeros((6, 4), dtype=np.int64)
     loads[np.arange(6), [0, 1, 2, 3, 0, 1]] = 500
@@ -81,7 +81,7 @@ def test_classes_are_shuffled_within_their_task_and_tasks_without_have_none() ->
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_neurons_in_use_are_those_that_the_model_computes_with(name: str) -> None:
+def test_used_neurons_are_those_of_the_models_forward_pass(name: str) -> None:
     model, batches = tiny_models.build(name), [tiny_models.inputs(name)]
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=3, layers=[1]))
     expected = tiny_models.output(model, batches[0])
@@ -93,7 +93,7 @@ def test_neurons_in_use_are_those_that_the_model_computes_with(name: str) -> Non
     assert torch.equal(tiny_models.output(model, batches[0]), expected)
 
 
-def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
+def test_a_run_measures_experts_and_repeats_exactly(workdir: Path) -> None:
     run = smoke_run("modularity", "emoe", "reading")
     metrics = finish(prepare(run))
     config, measured = run.spec["method"]["config"], metrics["measured"]["experts"]

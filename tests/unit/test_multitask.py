@@ -42,7 +42,7 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
 
 
 @torch.no_grad()
-def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -> None:
+def test_likelihoods_equal_those_of_decoding_token_by_token() -> None:
     model, tokenizer = load_seq2seq(TINY).eval(), load_seq2seq_tokenizer(TINY)
     possible, texts = tokenise_answers(tokenizer, task("rte")), ["a fine film", "rain"]
     assert len({len(answer) for answer in possible}) == 2  # one is padded
@@ -113,7 +113,7 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(h
         ({"methods": {"vanilla": {}, "block": {"layers": [1]}}}, "methods.block' must train everything"),
     ],
 )
-def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str) -> None:
+def test_unusable_tasks_and_methods_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
         edited_benchmark("multitask", change)
 

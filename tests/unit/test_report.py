@@ -67,7 +67,7 @@ def test_links_hold_in_a_page_one_folder_up_and_in_a_copy(page_file: Path) -> No
         assert 'href="#glue"' in text
 
 
-def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page_file: Path) -> None:
+def test_claims_come_first_and_each_benchmark_has_one_open_table(page_file: Path) -> None:
     text = page_file.read_text()
     assert text.index('id="claims"') < text.index('id="glue"') < text.index('id="costs"')
     glue = text[text.index('<section id="glue">') : text.index('<section id="modularity">')]

@@ -51,7 +51,7 @@ def test_trained_weights_are_evaluated_as_another_methods_which_changes_no_other
     assert metrics | {"run_id": "", "transformed": {}} == alone | {"run_id": "", "transformed": {}}
 
 
-def test_a_row_that_nothing_trains_is_of_the_runs_of_another(here: Path) -> None:
+def test_rows_of_transformed_weights_come_from_the_runs_that_trained_them(here: Path) -> None:
     runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")]
     fake_runs.write_runs(runs)
     main = TextOutcomes(GLUE, runs)

@@ -37,7 +37,7 @@ def test_snakemake_plans_a_part_of_the_paper(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mini_search", "paper"])
-def test_runs_ask_for_nothing_that_no_rule_makes(name: str) -> None:
+def test_every_input_of_a_run_is_made_by_a_rule(name: str) -> None:
     """Check the files of all runs without Snakemake's graph of thousands of jobs."""
     suite = load_suite({"suite": name})
     made = {*suite.metric_files(), *(job.file for job in suite.partitions.values())}

@@ -50,7 +50,7 @@ def test_everything_that_the_suite_promises_is_there(checkout: Checkout) -> None
     assert "its scores mean nothing" in page
 
 
-def test_an_edit_of_a_table_makes_the_tables_and_pages_of_its_benchmark_again(checkout: Checkout) -> None:
+def test_an_edit_of_a_table_reruns_only_the_tables_and_pages_of_its_benchmark(checkout: Checkout) -> None:
     """Before the tests that run runs again, because the tables of those are then older than their runs."""
     file = "benchmarks/llama/presentation.py"
     assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
@@ -75,7 +75,7 @@ def test_pdflatex_compiles_every_table(checkout: Checkout) -> None:
     assert re.findall(r".*multiply defined.*", log) == []
 
 
-def test_the_numbers_are_the_blessed_ones_within_what_holds_on_any_machine(
+def test_the_numbers_are_the_blessed_ones_within_the_tolerances(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkout.folder)
@@ -101,7 +101,7 @@ def test_only_runs_of_a_new_seed_and_of_deleted_weights_are_planned(checkout: Ch
         weights.write_bytes(content)
 
 
-def test_what_was_killed_or_deleted_is_run_again_alone_with_the_same_numbers(checkout: Checkout) -> None:
+def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: Checkout) -> None:
     """Delete two trainings (one is killed then), an evaluation with its training, and an evaluation alone."""
     evaluations = [run for run in SUITE.runs if run.benchmark == "glue_ood"]
     (trained,) = evaluations[0].spec["candidates"]
