@@ -79,7 +79,7 @@ def test_the_unpacked_tokenizer_is_that_of_the_file(root: Path) -> None:
 
 
 def masked_mlp(mlp: Any, x: Tensor, num_experts: int, top_k: int) -> Tensor:
-    """The authors' block mask (F§1.6): the experts with the highest mean output of the gate projection."""
+    """Compute the authors' MLP with the experts of the highest mean gate output (F§1.6)."""
     gate = mlp.gate_proj(x)
     scores = gate.unflatten(-1, (num_experts, -1)).mean(-1)
     chosen = torch.zeros_like(scores).scatter(-1, scores.topk(top_k, dim=-1).indices, 1.0)

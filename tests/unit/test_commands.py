@@ -44,7 +44,7 @@ START = "sys.argv[1:] = {}; runpy.run_module('benchmarks', run_name='__main__')"
     "program", [PLAN, *(START.format(words) for words in (["check", "--help"], ["status", "--suite", "smoke"]))]
 )
 def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
-    """Neither PyTorch, which takes a second, nor what takes longer."""
+    """PyTorch alone takes a second."""
     heavy = "{'torch', 'pandas', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     program = f"import runpy, sys\ntry: {program}\nfinally: print({heavy})\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -84,7 +84,7 @@ def test_lists_have_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runs(here: Path) -> list[Run]:
-    """Smoke's finished runs of text classification."""
+    """Write finished runs of text classification in the smoke suite."""
     planned = plan(["glue"], "smoke")
     fake_runs.write_runs(planned)
     for run in planned:

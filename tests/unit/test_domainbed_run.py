@@ -146,7 +146,7 @@ def test_adam_decays_every_parameter(recorded) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models with random weights, as folders under the real names, that tests only read."""
+    """Write small random models, which tests only read, into folders with the real names."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}

@@ -35,7 +35,7 @@ def find(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Template:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, with Llama's special tokens."""
+    """Build a tokenizer with one token a word and Llama's special tokens."""
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -143,7 +143,7 @@ def test_only_the_response_is_learned_and_truncated_tokens_are_counted(tokenizer
 
 @pytest.mark.parametrize("name", sorted({*TEMPLATES} - {CHAT, RANDOM}))
 def test_learned_tokens_are_exactly_the_response(name: str) -> None:
-    """With a real tokenizer: what is learned reads as the response, and nothing of it is missing."""
+    """Decode the learned tokens with a real tokenizer."""
     tokenizer = load_tokenizer({"name": "tiny-llama", "config": {}, "tokenizer": "minilm"})
     row = Instruction(instruction="Name two colours", input="bright ones", output="Red, and yellow!")
     template = find(name, tokenizer, 0)

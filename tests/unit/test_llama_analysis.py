@@ -28,7 +28,7 @@ METHODS = ("dense", "emoe")
 
 @pytest.fixture
 def runs() -> list[Run]:
-    """The smoke suite's runs, with questions in both forms and a second seed of LoRA, finished, EMoE better."""
+    """Write the smoke suite's runs with both forms of questions and a second seed of LoRA; EMoE is better."""
     tasks = [("mmlu_dev", 2), ("mmlu_dev_continuation", None)]
     evaluation = {"tasks": [{"task": name, "num_fewshot": 0, "limit": limit} for name, limit in tasks]}
     planned = []

@@ -34,7 +34,7 @@ def test_a_tokens_best_quarter_is_counted_for_it_alone() -> None:
 
 
 def rows_of(shares: list[list[float]], rows: int, tokens: int, seed: int) -> tuple[Any, Any]:
-    """Loads of rows whose tokens choose experts by their task's shares."""
+    """Draw the loads of rows whose tokens choose experts by their task's shares."""
     random = np.random.default_rng(seed)
     loads = np.concatenate([random.multinomial(tokens, share, size=rows) for share in shares])
     return loads, np.repeat(np.arange(len(shares)), rows)
@@ -60,7 +60,7 @@ def test_few_matrices_without_a_difference_have_a_marked_expert() -> None:
 
 
 def test_tokens_of_one_row_count_as_one_observation() -> None:
-    """Rows that use one expert each: by tokens the tasks would differ beyond doubt, by rows they do not."""
+    """Each row uses one expert: counted by tokens, the tasks would differ significantly."""
     loads = np.zeros((6, 4), dtype=np.int64)
     loads[np.arange(6), [0, 1, 2, 3, 0, 1]] = 500
     tasks = np.array([0, 0, 0, 1, 1, 1])

@@ -135,7 +135,7 @@ def convert_and_report_peak(source: Path, out: Path, peak: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    """Peak resident memory of the process, mapped files included."""
+    """Compare the peak resident memory of two processes, including mapped files."""
     peaks, weights = [], []
     for layers in (2, 12):
         source = tmp_path / str(layers)

@@ -95,7 +95,7 @@ def build(cls: Any) -> Any:
 
 
 def texts() -> list[dict[str, torch.Tensor]]:
-    """Rows of eight tokens with 7, 6, 4 and 2 labels of a next token."""
+    """Make rows of eight tokens with 7, 6, 4 and 2 labels."""
     masked = [torch.arange(8) < 2 * index for index in range(4)]
     ids = [row["input_ids"] for row in rows(4)]
     return [{"input_ids": x, "labels": x.masked_fill(m, -100)} for x, m in zip(ids, masked, strict=True)]

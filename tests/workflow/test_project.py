@@ -61,7 +61,7 @@ exec "$@"
 
 @pytest.mark.slow
 def test_apptainer_runs_the_jobs_in_the_image(checkout: Checkout, tmp_path: Path, monkeypatch) -> None:
-    """With a script in place of Apptainer."""
+    """Use a script in place of Apptainer."""
     program = tmp_path / "bin/apptainer"
     program.parent.mkdir()
     program.write_text(_APPTAINER.replace("{folder}", str(tmp_path)))

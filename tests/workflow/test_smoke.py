@@ -51,7 +51,7 @@ def test_everything_that_the_suite_promises_is_there(checkout: Checkout) -> None
 
 
 def test_an_edit_of_a_table_reruns_only_the_tables_and_pages_of_its_benchmark(checkout: Checkout) -> None:
-    """Before the tests that run runs again, because the tables of those are then older than their runs."""
+    """This is before the tests that repeat runs, because repeated runs are newer than their tables."""
     file = "benchmarks/llama/presentation.py"
     assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
     checkout.edit(file, '"""', '"""Edited. ')
