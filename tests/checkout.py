@@ -43,24 +43,12 @@ class Checkout:
         shutil.copy2(archive, self.folder / vader.ARCHIVE)
 
     def start(self, *command: object, stream: IO[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(word) for word in command],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=stream,
-            stderr=stream,
-            text=True,
-        )
+        words, environment = list(map(str, command)), self.environment
+        return subprocess.Popen(words, cwd=self.folder, env=environment, stdout=stream, stderr=stream, text=True)
 
     def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(
-            [str(word) for word in command],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        words, environment = list(map(str, command)), self.environment
+        result = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
 

@@ -81,9 +81,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def pacs(root: Path) -> Path:
     """Use a data root with a small PACS."""
-    from tests.image_sets import write_pacs
+    from tests.image_sets import write_images
 
-    write_pacs(root, rows=3)
+    write_images(root, "pacs", rows=3)
     return root
 
 
@@ -97,7 +97,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write narrow models under the paper's names, GLUE, GLUE-X, a small PACS and instructions, which tests only read."""
-    from tests.image_sets import write_pacs
+    from tests.image_sets import write_images
     from tests.instruction_runs import write_rows
     from tests.tiny_hub import LAYERS, write_data, write_glue_x, write_models, write_seq2seq
 
@@ -107,7 +107,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "data")
     write_data(root / "data")
     write_glue_x(root / "data")
-    write_pacs(root / "data")
+    write_images(root / "data", "pacs", rows=8)
     return root
 
 

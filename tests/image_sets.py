@@ -38,11 +38,6 @@ def write_images(root: Path, name: str, rows: int = 2) -> Path:
     return folder
 
 
-def write_pacs(root: Path, rows: int = 8) -> Path:
-    """Write PACS in small."""
-    return write_images(root, "pacs", rows)
-
-
 def pacs_run(method: str = "erm", held_out: int = 0, **training: Any) -> Run:
     """Return a run on PACS with timm's test_vit, cut to seconds; ``training`` are settings on top."""
     cell = ("pacs", method, [held_out], 0)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.base import DATA_ROOT
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.llama import evaluation
 from tests.planned import plan
@@ -25,19 +24,10 @@ ROWS = [
 ]
 
 
-def write_rows(root: Path, rows: list[Any] = ROWS) -> Path:
+def write_rows(root: Path) -> None:
     """Write a set called ``own`` below a data root."""
     root.mkdir(exist_ok=True)
-    path = root / "own.json"
-    path.write_text(json.dumps(rows, indent=1))
-    return path
-
-
-def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Make a folder the working one, with the set ``own`` in its data root."""
-    write_rows(folder / "data")
-    patch.setenv(DATA_ROOT, str(folder / "data"))
-    patch.chdir(folder)
+    (root / "own.json").write_text(json.dumps(ROWS, indent=1))
 
 
 def offer_only(folder: str, patch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_a_forward_pass_rejects(case: str, tmp_path: Path) -> None:
 
 
 class CustomFFN(FFN):
-    """An FFN whose code does more between its projections than its row says."""
+    """Do more between the projections than the FFN's row says."""
 
     def __init__(self, between: Callable[[Tensor], Tensor], activation: nn.Module | None = None) -> None:
         super().__init__(16, 64)

@@ -6,33 +6,29 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from click.testing import CliRunner
 
-from benchmarks.__main__ import cli
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.run.execution import RunError, launch_distributed
 from tests.checkout import wait_for
 from tests.conftest import ROOT
 from tests.executed import finish, numbers, prepare
-from tests.instruction_runs import enter, tiny_run
+from tests.instruction_runs import tiny_run
+from tests.programs import call
 
 pytestmark = pytest.mark.slow
 WAIT = 600  # a loaded machine takes minutes to import twice
 
 
 @pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Enter an empty folder with a data root."""
-    enter(tmp_path, monkeypatch)
+def python_path(hub_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes import the suite from an empty working directory with a data root."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return tmp_path
 
 
 def dropout_free(tuning: str, **training: Any) -> Run:
@@ -55,16 +51,14 @@ def check_same(numbers: dict[str, Any], expected: dict[str, Any], tolerance: flo
 def test_sharded_adapters_train_like_one_process() -> None:
     run = dropout_free("lora")
     alone, sharded = prepare(run, "alone"), prepare(run, "sharded")
-    words = ["run", str(sharded), "--processes", "2", "--parallel", "fsdp", "--threads", "2"]
-    result = CliRunner().invoke(cli, words, obj=time.time())
-    assert result.exit_code == 0, (sharded.parent / "log.txt").read_text()[-3000:]
+    call("run", str(sharded), "--processes", "2", "--parallel", "fsdp", "--threads", "2")
     check_same(numbers(sharded), finish(alone))
     assert not (sharded.parent / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("parallel", "victims"), [("ddp", ["1"]), ("fsdp", ["1", "launcher"])])
 def test_a_killed_run_resumes_on_two_processes_and_on_one(
-    parallel: str, victims: list[str], capfd: pytest.CaptureFixture[str], workdir: Path
+    parallel: str, victims: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = dropout_free("full", epochs=8, save_steps=4)
     whole = finish(prepare(run, "whole"))
@@ -103,23 +97,18 @@ def _is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
+LARGE, QUANTIZED = {"training": {"per_device_train_batch_size": 8}}, {"model": {"quantize": "nf4", "whole": [3]}}
+
+
 @pytest.mark.parametrize(
     ("run", "parallel", "message"),
     [
-        (
-            {"training": {"per_device_train_batch_size": 8}, "tuning": "full"},
-            "ddp",
-            "not a multiple of training.per_device_train_batch_size 8 times 2 processes",
-        ),
+        ({"tuning": "full", **LARGE}, "ddp", "not a multiple of training.per_device_train_batch_size 8 times 2 proc"),
         ({"tuning": "base"}, "fsdp", "only training runs of instruction tuning"),
-        (
-            {"model": {"quantize": "nf4", "whole": [3]}},
-            "fsdp",
-            "weights in 4 bits cannot be sharded; use --parallel ddp",
-        ),
+        (QUANTIZED, "fsdp", "weights in 4 bits cannot be sharded; use --parallel ddp"),
     ],
 )
-def test_what_cannot_be_spread_is_refused_before_any_process_starts(
+def test_runs_that_cannot_be_distributed_are_refused_before_any_process_starts(
     run: dict[str, Any], parallel: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_args, **_options: pytest.fail("a process was started"))

@@ -16,16 +16,16 @@ FILE = Path(__file__).with_name("run_ids.csv")
 
 
 def digests(runs: list[Run]) -> dict[str, tuple[int, str]]:
-    """How many runs a benchmark has in a suite, and a digest of their ids, in the order of the grid."""
-    found: dict[str, list[str]] = {}
+    """Return the number of runs by benchmark, and a digest of their ids in the order of the grid."""
+    ids_of: dict[str, list[str]] = {}
     for run in runs:
-        found.setdefault(run.benchmark, []).append(run.id)
-    return {name: (len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]) for name, ids in found.items()}
+        ids_of.setdefault(run.benchmark, []).append(run.id)
+    return {name: (len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]) for name, ids in ids_of.items()}
 
 
 @pytest.mark.parametrize("suite", suite_names())
-def test_no_run_of_a_suite_has_got_another_id(suite: str) -> None:
-    """And every id is short, readable and safe as a folder's name, by which the run is found."""
+def test_every_run_of_a_suite_keeps_its_id(suite: str) -> None:
+    """Every id is also short, readable and safe as a folder's name, and leads to its run."""
     loaded = load_suite({"suite": suite})
     runs = loaded.runs
     one_of_each = {(run.benchmark, run.spec["model"]["name"]): run for run in runs}

@@ -45,11 +45,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     subprocess.run([_CLUSTER, "stop", folder], check=True)
 
 
-def submit(checkout: Checkout, *words: str) -> str:
-    done = checkout.run(SNAKEMAKE, *SLURM, *words)
-    return done.stdout + done.stderr
-
-
 def queued() -> list[list[str]]:
     """List number, state, and rule with run of the jobs that have not ended."""
     shown = subprocess.check_output(["squeue", "--noheader", "--format", "%A %T %k"], text=True)
@@ -61,8 +56,8 @@ def test_a_benchmark_runs_from_its_partitions_to_its_tables_on_the_gpu_that_it_a
     ask = "from benchmarks.harness.run.devices import visible_devices; print(visible_devices())"
     assert checkout.run("srun", "--gpus", 1, sys.executable, "-c", ask).stdout.strip() in ("['0']", "['1']")
     table = "results/smoke/tables/modularity_usage.csv"
-    shown = submit(checkout, "--config", "suite=smoke", "--", table)
-    numbers = re.findall(r"has been submitted with SLURM jobid (\d+)", shown)
+    done = checkout.run(SNAKEMAKE, *SLURM, "--config", "suite=smoke", "--", table)
+    numbers = re.findall(r"has been submitted with SLURM jobid (\d+)", done.stdout + done.stderr)
     assert len(numbers) == 4  # three runs, and their partitions
     jobs = [subprocess.check_output(["scontrol", "show", "job", number], text=True) for number in numbers]
     assert sum("gres/gpu:1" in job for job in jobs) == 3

@@ -65,7 +65,7 @@ ALSO_TRAINED = {
         ("tiny-gpt2", {"c_attn"}, {"score.weight"}, "ln_f"),
     ],
 )
-def test_every_row_trains_the_same_adapters_and_head_and_what_its_name_says(
+def test_every_method_trains_the_same_adapters_and_head_and_its_own_extras(
     model: str, targets: set[str], head: set[str], also: str
 ) -> None:
     rows = {method: trained(method, model) for method in ALSO_TRAINED}

@@ -136,7 +136,7 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
     assert changed(runs, blessed) == {score}
 
 
-def test_the_digest_is_of_the_code_that_numbers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "ROOT", tmp_path)
     monkeypatch.setattr(checking, "BENCHMARKS", tmp_path / "benchmarks")
     files = ("emoe/a.py", "emoe/sparse/a.cpp", "benchmarks/harness/training/a.py", "benchmarks/glue/pipeline.py")
@@ -196,9 +196,6 @@ def test_a_damaged_reference_is_named(file: str, text: str, runs: list[Run], ble
     (blessed / file).write_text(text)
     with pytest.raises(DefinitionError, match=r"mini\.csv or its json is missing, damaged"):
         check(runs[:1], "mini", blessed)
-
-
-# verify and bless
 
 
 def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,19 +174,13 @@ def test_a_ratio_is_near_one_if_all_of_its_range_is(low: float, high: float, ver
     assert judge(near, difference, math.nan, 0.1 + 1e-9) == verdict
 
 
-# the file
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"method": "emo"}, "compare.method' is 'emo', which does not exist; did you mean 'emoe'?"),
         ({"against": "emoe"}, "compare.against' is 'emoe', which does not exist"),
         ({"selection": None}, "compare.selection' is '', which does not exist; choose from clean, published"),
-        (
-            {"domain": "model", "metric": "parameters", "selection": None},
-            "compare.metric' is 'parameters', which does not",
-        ),
+        ({"domain": "model", "metric": "parameters", "selection": None}, "compare.metric' is 'parameters', which does"),
     ],
 )
 def test_a_wrong_name_ends_with_file_key_and_the_nearest(
@@ -261,8 +255,6 @@ def test_the_papers_effects_are_those_of_its_figures_with_each_training_task_onc
             by_task = (both["value_x"] - both["value_y"]).groupby(both["scope"].str.partition(" → ")[0]).mean()
             assert test.paper.effect == pytest.approx(by_task.mean(), abs=0.006), test.title
 
-
-# a finished suite
 
 PART_OF_MINI = {"suite": "mini", "benchmarks": ["glue_lora", "domainbed", "llama"]}
 

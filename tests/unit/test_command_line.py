@@ -69,9 +69,7 @@ def test_convert_inspect_and_fold_back(source: Path, tmp_path: Path) -> None:
 def test_published_settings_and_copies(bert: Path, tmp_path: Path) -> None:
     call("convert", bert, "--output", tmp_path / "a", *SIZE, "--layers", "1,3", "--as-published", "tutel")
     assert '"per_expert"' in call("inspect", tmp_path / "a")
-    call(
-        "convert", bert, "--output", tmp_path / "b", "--kind", "gmoe", "--num-experts", 3, "--top-k", 2, "--layers", "1"
-    )
+    call("convert", bert, "--output", tmp_path / "b", "--kind", "gmoe", "--num-experts", 3, "--top-k", 2)
     assert [layer.config.kind for layer in routed_layers(loaded(tmp_path / "b"))] == ["gmoe"]
     assert_refused("to-dense", tmp_path / "b", "--output", tmp_path / "c", message="no dense equal")
 

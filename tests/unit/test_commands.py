@@ -43,8 +43,8 @@ START = "sys.argv[1:] = {}; runpy.run_module('benchmarks', run_name='__main__')"
 @pytest.mark.parametrize(
     "program", [PLAN, *(START.format(words) for words in (["check", "--help"], ["status", "--suite", "smoke"]))]
 )
-def test_what_computes_nothing_imports_nothing_heavy(program: str) -> None:
-    """Neither PyTorch, which takes a second, nor what takes longer."""
+def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
+    """PyTorch alone takes a second."""
     heavy = "{'torch', 'pandas', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     program = f"import runpy, sys\ntry: {program}\nfinally: print({heavy})\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -62,7 +62,7 @@ def test_what_computes_nothing_imports_nothing_heavy(program: str) -> None:
         ("report --copy /no.html --output page.html", "/no.html: No such file or directory"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_wrong_arguments_and_missing_runs_are_one_line(
     runs: list[Run], arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (RUNS / runs[0].folder / "metrics.json").unlink()
@@ -74,7 +74,7 @@ def test_what_cannot_be_done_is_one_line(
     assert (end.value.code, len(shown.splitlines())) == (1, 1)
 
 
-def test_lists_name_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_have_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "suite_names", lambda: ["domainbed_large"])  # planning the others takes seconds
     for kind in listing.LISTS:
         text = call("list", kind)
@@ -84,7 +84,7 @@ def test_lists_name_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runs(here: Path) -> list[Run]:
-    """Smoke's finished runs of text classification."""
+    """Write finished runs of text classification in the smoke suite."""
     planned = plan(["glue"], "smoke")
     fake_runs.write_runs(planned)
     for run in planned:

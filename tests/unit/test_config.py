@@ -11,15 +11,6 @@ import emoe
 from emoe.config import resolve_layers
 
 
-def test_round_trip_through_plain_values() -> None:
-    for config in (
-        emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1, 3]),
-        emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, router="cosine"),
-        emoe.GMoEConfig(layers="last:2"),
-    ):
-        assert emoe.config_from_dict(config.to_dict()) == config
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -24,7 +24,7 @@ def test_makers_files_keep_their_labels(root: Path, name: str) -> None:
     assert all(any(texts) for texts in split.texts)
 
 
-def test_texts_are_read_as_they_stand(root: Path) -> None:
+def test_texts_are_read_unchanged(root: Path) -> None:
     expected = {
         "imdb": ("Dull\n film.",),
         "yelp_polarity": ('Dull food, "cold".\\nNever again.',),

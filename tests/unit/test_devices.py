@@ -54,7 +54,7 @@ def seen(process: subprocess.Popen[str]) -> list[str]:
     return process.stdout.readline().strip().split(",")
 
 
-def test_no_two_jobs_see_the_same_and_those_of_a_killed_job_are_free() -> None:
+def test_jobs_never_share_a_device_and_a_killed_job_frees_its_devices() -> None:
     with held(1) as job, held(2) as other:
         first, second = seen(job), seen(other)
         assert (len(first), len(second)) == (1, 2)
@@ -89,7 +89,7 @@ def test_a_job_of_a_scheduler_takes_the_devices_that_it_was_given(monkeypatch: p
 
 
 @pytest.mark.parametrize(("count", "processes"), [(8, 1), (4, 8)])
-def test_more_than_there_are_and_one_for_two_processes_are_refused(count: int, processes: int) -> None:
+def test_more_accelerators_than_visible_and_too_few_for_the_processes_are_refused(count: int, processes: int) -> None:
     message = rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible;"
     with pytest.raises(RunError, match=message), reserve_devices(count, "llama", processes):
         pass
@@ -105,14 +105,9 @@ def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("value", "names"),
-    [
-        ("", []),
-        ("NoDevFiles", []),
-        ("GPU-8f, MIG-1/2,-1,1", ["GPU-8f", "MIG-1/2"]),
-    ],
+    ("value", "names"), [("", []), ("NoDevFiles", []), ("GPU-8f, MIG-1/2,-1,1", ["GPU-8f", "MIG-1/2"])]
 )
-def test_visible_devices_are_those_that_cuda_reads(
+def test_visible_devices_are_read_as_cuda_reads_them(
     value: str, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VISIBLE, value)

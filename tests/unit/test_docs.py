@@ -1,13 +1,18 @@
-"""The Python of the documentation runs, in the order of the page."""
+"""The Python of the documentation runs, in the order of the page, and so do the examples in docstrings."""
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
+import pkgutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+import emoe
 from benchmarks.text import new
 from tests.conftest import ROOT, SHIPPED
 from tests.pages import python_blocks
@@ -22,7 +27,7 @@ def test_every_python_block_runs(page: str, here: Path) -> None:
             exec(block, names)  # noqa: S102 -- our own page
 
 
-def test_the_start_shows_what_its_blocks_print(
+def test_the_first_page_shows_the_output_of_its_code(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, Any] = {}
@@ -42,3 +47,30 @@ def test_the_start_shows_what_its_blocks_print(
 def test_each_registered_architecture_is_on_the_page() -> None:
     text = (ROOT / "docs/library.md").read_text()
     assert [key for key in sorted(SHIPPED) if f"`{key}`" not in text] == []
+
+
+MODULES = ["emoe", *(module.name for module in pkgutil.walk_packages(emoe.__path__, "emoe."))]
+
+
+def examples(module: ModuleType) -> list[doctest.DocTest]:
+    given = {**vars(module), "emoe": emoe, "torch": torch}
+    return [test for test in doctest.DocTestFinder().find(module, globs=given) if test.examples]
+
+
+EXAMPLES = {test.name: test for name in MODULES for test in examples(importlib.import_module(name))}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_of_a_docstring_runs(name: str) -> None:
+    torch.manual_seed(0)
+    output: list[str] = []
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failed, _ = doctest.DocTestRunner(optionflags=flags).run(EXAMPLES[name], out=output.append)
+    assert not failed, "".join(output)
+
+
+def test_every_public_name_can_be_imported() -> None:
+    names: dict[str, object] = {}
+    exec("from emoe import *", names)  # noqa: S102 -- as a notebook does
+    assert set(emoe.__all__) <= set(names)
+    assert {*emoe.__all__, "TrainerCallback"} <= set(dir(emoe))

@@ -78,7 +78,7 @@ def test_selections_are_domainbeds(
 
 @pytest.fixture
 def runs(here: Path) -> list[Run]:
-    """Those of the mini suite, finished with made-up records."""
+    """Write the mini suite's runs with made-up records."""
     planned = plan(["domainbed"], "mini")
     write_runs(planned, gains={"emoe": 0.1})
     return planned

@@ -128,7 +128,7 @@ def test_a_step_draws_the_same_number_of_rows_of_every_environment_by_the_seed_a
     ("steps", "every", "expected"),
     [(5001, 300, [*range(0, 5001, 300), 5000]), (31, 15, [0, 15, 30]), (10, 4, [0, 4, 8, 9])],
 )
-def test_records_stand_where_domainbed_has_them(steps: int, every: int, expected: list[int]) -> None:
+def test_evaluations_are_at_domainbeds_steps(steps: int, every: int, expected: list[int]) -> None:
     callback, evaluated = EvaluationSteps(every), []
     for step in range(1, steps + 1):
         control, state = TrainerControl(), TrainerState(global_step=step, max_steps=steps)

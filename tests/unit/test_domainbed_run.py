@@ -27,16 +27,33 @@ from benchmarks.harness.models.image import load_image_classifier, load_image_ne
 from benchmarks.harness.models.partitions import partition_key
 from benchmarks.harness.results.statistics import mutual_information
 from tests.executed import finish, killed_and_resumed, prepare
-from tests.image_sets import pacs_run, write_pacs
+from tests.image_sets import pacs_run, write_images
 from tests.planned import plan
 
 pytestmark = pytest.mark.usefixtures("hub_here")
 
 
-def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_domainbeds_records_and_augments_validation_images_anew_at_every_evaluation(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Augment both splits of the training environments only, as DomainBed's code and the authors' do."""
+    first_images: dict[tuple[str, bool], list[torch.Tensor]] = {}
+    read = EvaluationRows.__getitem__
+
+    def spy(self: EvaluationRows, index: int) -> dict[str, Any]:
+        row = read(self, index)
+        if index == 0:
+            first_images.setdefault((self.environment.name, len(self) == 20), []).append(row["pixel_values"])
+        return row
+
+    monkeypatch.setattr(EvaluationRows, "__getitem__", spy)
     run = pacs_run("emoe", held_out=2)
     path = prepare(run)
     metrics = finish(path)
+    assert set(first_images) == set(itertools.product("ACPS", (False, True)))
+    for (name, _), images in first_images.items():
+        steps = images[:3]  # of three evaluations; the last evaluation, after training, is a plain one
+        assert [torch.equal(image, steps[0]) for image in steps] == [True, *[name == "P"] * 2]
     records, routing = metrics["records"], metrics["routing"]
     names = {f"env{env}_{split}_acc" for env in range(4) for split in ("in", "out")}
     assert all(names | {"step", "epoch", "loss"} == set(record) for record in records)
@@ -66,47 +83,50 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Any], list[torch.Tensor]]]:
-    """Return a function that trains a method once, and returns its numbers and the images of each step."""
+def recorded(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[dict[str, Any], list[torch.Tensor], Any]]:
+    """Return a function that trains a method once, and returns its numbers, the images of each step and the optimizer."""
     folder, step = tmp_path_factory.mktemp("whole"), Trainer.training_step
 
     @functools.cache
-    def train(method: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        seen: list[torch.Tensor] = []
+    def train(method: str) -> tuple[dict[str, Any], list[torch.Tensor], Any]:
+        images: list[torch.Tensor] = []
+        optimizers: list[Any] = []
 
         def spy(self: Trainer, model: object, inputs: dict, *args: object) -> torch.Tensor:
-            seen.append(inputs["pixel_values"].clone())
+            images.append(inputs["pixel_values"].clone())
+            optimizers.append(self.optimizer)
             return step(self, model, inputs, *args)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "training_step", spy)
-            return finish(prepare(pacs_run(method), str(folder))), seen
+            return finish(prepare(pacs_run(method), str(folder))), images, optimizers[0].optimizer
 
     return train
 
 
 def test_all_experts_train_exactly_like_the_dense_model_on_the_same_images(recorded) -> None:
-    (dense, images), (routed, same) = (recorded(method) for method in ("erm", "all_experts"))
+    (dense, images, _), (routed, same, _) = (recorded(method) for method in ("erm", "all_experts"))
     assert [image.shape for image in images] == [(12, 3, 32, 32)] * 7  # three environments, four images of each
     assert all(torch.equal(*pair) for pair in zip(images, same, strict=True))
     for ours, theirs in zip(routed["records"], dense["records"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["gmoe", "emoe_published"])
 def test_a_killed_run_resumes_to_the_same_numbers_also_with_worker_processes(
-    recorded, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
+    recorded, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = recorded(method)
+    whole, _, _ = recorded("gmoe_published")
     monkeypatch.setattr("benchmarks.domainbed.training.reading_workers", lambda: 2)
-    assert killed_and_resumed(pacs_run(method), 6) == whole  # after the records of steps 0 and 3
+    assert killed_and_resumed(pacs_run("gmoe_published"), 6) == whole  # after the records of steps 0 and 3
     assert "resumed at step 4" in "".join(capfd.readouterr())
 
 
 def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other held-out images give other test scores and nothing else."""
     monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
-    pacs = write_pacs(tmp_path / "data")
+    pacs = write_images(tmp_path / "data", "pacs", rows=8)
     before = finish(prepare(pacs_run(held_out=3), "before"))
     for path in sorted((pacs / "sketch").rglob("*.jpg")):
         path.write_bytes((pacs / "photo/dog/000.jpg").read_bytes())
@@ -117,39 +137,16 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytes
     assert before["confusion"]["S"] != after["confusion"]["S"]
 
 
-def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in DomainBed's code and the authors': of training environments only, both splits."""
-    seen: dict[tuple[str, bool], list[torch.Tensor]] = {}
-    read = EvaluationRows.__getitem__
-
-    def spy(self: EvaluationRows, index: int) -> dict[str, Any]:
-        row = read(self, index)
-        if index == 0:
-            seen.setdefault((self.environment.name, len(self) == 20), []).append(row["pixel_values"])
-        return row
-
-    monkeypatch.setattr(EvaluationRows, "__getitem__", spy)
-    finish(prepare(pacs_run(held_out=2)))
-    assert set(seen) == set(itertools.product("ACPS", (False, True)))
-    for (name, _), pixels in seen.items():
-        steps = pixels[:3]  # of three evaluations; the last evaluation, after training, is a plain one
-        assert [torch.equal(image, steps[0]) for image in steps] == [True, *[name == "P"] * 2]
-
-
-def test_adam_decays_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizers: list[Any] = []
-    step = lambda self, *args: optimizers.append(self.optimizer) or torch.zeros(()).requires_grad_()  # noqa: E731
-    monkeypatch.setattr(Trainer, "training_step", step)
-    finish(prepare(pacs_run()))
-    optimizer = optimizers[0].optimizer
+def test_adam_decays_every_parameter(recorded) -> None:
+    _, _, optimizer = recorded("erm")
     (group,) = (group for group in optimizer.param_groups if group["params"])
-    assert (type(optimizer), group["weight_decay"], group["lr"]) == (torch.optim.Adam, 1e-6, 1e-3)
+    assert (type(optimizer), group["weight_decay"], group["initial_lr"]) == (torch.optim.Adam, 1e-6, 1e-3)
     assert len(group["params"]) > 70  # biases and norms too
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models with random weights, as folders under the real names, that tests only read."""
+    """Write small random models, which tests only read, into folders with the real names."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}

@@ -20,6 +20,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness.config.runs import Run, read_run, run_from_spec
 from benchmarks.harness.run import execution
 from benchmarks.harness.training import progress as progress_module
+from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.progress import Progress, clock
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.text.data import TextSplit, load_split
@@ -41,7 +42,7 @@ def prepare(method: str, folder: str = "runs", **training: object) -> Path:
     return write_run(run, folder)
 
 
-def test_two_processes_never_share_a_run_which_leaves_numbers_and_a_log_and_says_little(workdir: Path) -> None:
+def test_a_second_process_waits_for_a_run_and_keeps_its_numbers(workdir: Path) -> None:
     path = prepare("emoe")
     command = [sys.executable, "-m", "benchmarks", "run", str(path)]
     with FileLock(path.parent / ".lock"):
@@ -86,15 +87,21 @@ def test_all_experts_train_exactly_like_the_dense_model(
 
 
 @pytest.mark.parametrize(
-    ("method", "keep", "sampling"),
+    ("method", "keep", "sampling", "incomplete", "resumed_at"),
     [
-        ("gmoe", "last", "group_by_length"),
-        ("emoe_published", "best", "group_by_length"),
-        ("lora_emoe_learn", "last", "random"),
+        ("gmoe", "last", "group_by_length", [], 12),
+        ("emoe_published", "best", "group_by_length", [12], 6),
+        ("lora_emoe_learn", "last", "random", [], 12),
     ],
 )
-def test_a_killed_run_resumes_to_the_same_numbers(
-    workdir: Path, capfd: pytest.CaptureFixture[str], method: str, keep: str, sampling: str
+def test_a_killed_run_resumes_from_the_last_complete_checkpoint_to_the_same_numbers(
+    workdir: Path,
+    capfd: pytest.CaptureFixture[str],
+    method: str,
+    keep: str,
+    sampling: str,
+    incomplete: list[int],
+    resumed_at: int,
 ) -> None:
     settings = {"checkpoint_selection": keep, "sampling": sampling, "epochs": 3}
     whole = finish(prepare(method, "whole", **settings))
@@ -102,9 +109,22 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     with killed_at(14):  # in the third epoch of three
         finish(killed)
     assert not (killed.parent / "metrics.json").exists()
-    (killed.parent / "checkpoints" / "checkpoint-18").mkdir()  # half-written when the power went
+    checkpoints = killed.parent / "checkpoints"
+    (checkpoints / "checkpoint-18").mkdir()  # half-written when the power went
+    for step in incomplete:
+        (checkpoints / f"checkpoint-{step}" / "complete").unlink()
     assert finish(killed) == whole
-    assert "resumed at step 12" in "".join(capfd.readouterr())
+    assert f"resumed at step {resumed_at}" in "".join(capfd.readouterr())
+
+
+def test_incomplete_checkpoints_are_removed_and_the_newest_complete_one_is_used(tmp_path: Path) -> None:
+    for step in (6, 12, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    for step, newest in ((100, "checkpoint-12"), (12, "checkpoint-6"), (6, None)):
+        (tmp_path / f"checkpoint-{step}" / "complete").unlink()
+        assert last_complete_checkpoint(tmp_path) == (newest and tmp_path / newest)
+        assert not (tmp_path / f"checkpoint-{step}").exists()
 
 
 def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
@@ -181,7 +201,7 @@ def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.M
     assert made["scores"] == {part: metrics["scores"][part] for part in ("test", "ood")}
 
 
-def test_a_file_that_ends_too_early_is_no_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_file_is_not_taken_for_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "execute", mock.Mock(side_effect=EOFError("Ran out of input")))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "run.json"])
     with pytest.raises(EOFError, match="Ran out of input"):

@@ -36,7 +36,7 @@ DAMAGE = {
 }
 
 
-def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     write_json(path, {"loss": 0.5})
     with suppress(ZeroDivisionError), atomic_write(path) as temporary:
@@ -78,7 +78,7 @@ def hold_for_ever(file: Path, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_one_process_holds_it_until_it_ends(name: str, tmp_path: Path) -> None:
+def test_a_lock_is_held_by_one_process_until_it_ends(name: str, tmp_path: Path) -> None:
     file = tmp_path / ".lock"
     with system(name):
         assert not is_held(file)

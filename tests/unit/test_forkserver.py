@@ -1,4 +1,4 @@
-"""Commands that share their imports: the same numbers, streams and endings as by themselves."""
+"""Commands that share their imports have the same numbers, streams and exit codes as alone."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def forks() -> list[psutil.Process]:
     return processes
 
 
-def has_gone_on(path: Path, since: Path | None) -> bool:
-    # looking for the last complete one would remove the one that is being written
+def has_saved_since(path: Path, since: Path | None) -> bool:
+    # last_complete_checkpoint would remove the checkpoint that is being written
     written = path.parent.glob(f"checkpoints/checkpoint-*/{TRAINER_STATE_NAME}")
     return any(state.parent != since for state in written)
 
 
-def small(run: Run, place: str, **training: object) -> Path:
+def small(run: Run, folder: str, **training: object) -> Path:
     spec = {**run.spec, "training": {**run.spec["training"], "train_rows": 48, "eval_rows": 30, **training}}
-    return prepare(run_from_spec(spec), place)
+    return prepare(run_from_spec(spec), folder)
 
 
 def finish(path: Path, **variables: str) -> dict[str, object]:
@@ -85,21 +85,21 @@ def finish(path: Path, **variables: str) -> dict[str, object]:
     return numbers(path)
 
 
-def test_numbers_are_those_of_a_process_of_ones_own_in_any_order(server: Server) -> None:
-    methods = ["emoe", "gmoe_published"]
-    alone = {"emoe": finish(small(RUNS["emoe"], "alone"), **{ADDRESS: ""})}
-    shared = [
-        {method: finish(small(RUNS[method], place)) for method in order}
-        for place, order in (("first", methods), ("second", methods[::-1]))
-    ]
+def test_forks_have_the_numbers_of_a_process_without_a_server_in_any_order(server: Server) -> None:
+    alone = finish(small(RUNS["emoe"], "alone"), **{ADDRESS: ""})
+    first, other, second = (
+        finish(small(RUNS[method], folder))
+        for method, folder in (("emoe", "first"), ("gmoe_published", "first"), ("emoe", "second"))
+    )
+    assert first == second == alone
     # in this process, whose environment is another one from then on
-    alone["gmoe_published"] = executed.finish(small(RUNS["gmoe_published"], "alone"))
-    assert shared == [alone, alone]
-    cost = [json.loads(path.read_text())["cost"] for path in sorted(Path().glob("*/glue/*emoe-*/metrics.json"))]
-    assert cost[0]["startup_seconds"] > 3 * cost[-1]["startup_seconds"]  # the server has imported all by then
+    assert other == executed.finish(small(RUNS["gmoe_published"], "alone"))
+    paths = [next(Path(folder).glob("glue/*-emoe-*/metrics.json")) for folder in ("alone", "second")]
+    seconds = [json.loads(path.read_text())["cost"]["startup_seconds"] for path in paths]
+    assert seconds[0] > 3 * seconds[1]  # the server has imported all by then
 
 
-def test_another_environment_or_no_server_is_no_fork(server: Server) -> None:
+def test_a_command_with_another_environment_or_no_server_is_not_forked(server: Server) -> None:
     """Variables that a shell keeps for itself do not count."""
     ask = "from benchmarks.harness.run.forkserver import run_in_fork; print(run_in_fork(['check', '--sweet']))"
     cases = [({"PS1": "(.venv) "}, "2"), ({"OMP_NUM_THREADS": "2"}, "None"), ({ADDRESS: "/nowhere/socket"}, "None")]
@@ -114,7 +114,7 @@ def test_a_killed_caller_ends_its_fork_and_the_run_resumes(server: Server) -> No
     for number in (signal.SIGKILL, signal.SIGTERM):
         steps = last_complete_checkpoint(path.parent / "checkpoints")
         process = start("run", path)
-        wait_for(partial(has_gone_on, path, steps))
+        wait_for(partial(has_saved_since, path, steps))
         process.send_signal(number)
         assert process.wait() == -number
         wait_for(lambda: not forks(), 10)
@@ -123,7 +123,7 @@ def test_a_killed_caller_ends_its_fork_and_the_run_resumes(server: Server) -> No
     # a command whose fork is killed has failed
     path = small(RUNS["vanilla"], "runs", epochs=200)
     process = start("run", path)
-    wait_for(partial(has_gone_on, path, None))
+    wait_for(partial(has_saved_since, path, None))
     forks()[0].kill()
     assert "was killed; was there memory enough?" in process.communicate()[1]
     assert process.returncode == 1

@@ -139,7 +139,7 @@ def bert(**config: Any) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**small, num_hidden_layers=3, **config))
 
 
-def test_the_digest_is_of_the_frozen_weights_and_settings() -> None:
+def test_the_digest_covers_frozen_weights_and_settings() -> None:
     models = [bert(), bert(), bert(layer_norm_eps=1e-3), bert()]
     with torch.no_grad():
         models[1].bert.encoder.layer[2].output.dense.bias[0] += 1  # above the frozen layers

@@ -25,8 +25,6 @@ from benchmarks.llama.templates import Template, find_template
 from tests.conftest import fetched
 
 TEMPLATES = read(BENCHMARKS / "llama/templates.yaml", TemplateFile).templates
-
-
 GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 ROW = Instruction(**GOOD)
 
@@ -37,7 +35,7 @@ def find(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Template:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, with Llama's special tokens."""
+    """Build a tokenizer with one token a word and Llama's special tokens."""
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -129,7 +127,7 @@ def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenize
         find("chat", chatting, 0).response(ROW)
 
 
-def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_the_response_is_learned_and_truncated_tokens_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [("one two three", "", "four five"), ("one two three", "four", "five six seven eight")]
     texts.append(("one " * 10_000, "", "two"))
     rows = [Instruction(**dict(zip(GOOD, row, strict=True)), position=f"line {i}") for i, row in enumerate(texts)]
@@ -144,8 +142,8 @@ def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreT
 
 
 @pytest.mark.parametrize("name", sorted({*TEMPLATES} - {CHAT, RANDOM}))
-def test_the_split_of_prompt_and_response_is_that_of_the_texts(name: str) -> None:
-    """With a real tokenizer: what is learned reads as the response, and nothing of it is missing."""
+def test_learned_tokens_are_exactly_the_response(name: str) -> None:
+    """Decode the learned tokens with a real tokenizer."""
     tokenizer = load_tokenizer({"name": "tiny-llama", "config": {}, "tokenizer": "minilm"})
     row = Instruction(instruction="Name two colours", input="bright ones", output="Red, and yellow!")
     template = find(name, tokenizer, 0)
@@ -164,9 +162,7 @@ def model() -> LlamaForCausalLM:
 TOKENS = [[3 + (7 * index + number) % 57 for index in range(4 + 3 * number)] for number in range(4)]
 
 
-def test_logits_of_prompts_are_left_away_and_nothing_else(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_only_logits_of_prompts_are_omitted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     rows: list[dict[str, Any]] = [  # nothing of the first is learned
         {"input_ids": row, "attention_mask": [1] * len(row), "labels": [IGNORED] * 4 + row[4:]} for row in TOKENS
     ]

@@ -28,7 +28,7 @@ METHODS = ("dense", "emoe")
 
 @pytest.fixture
 def runs() -> list[Run]:
-    """The smoke suite's runs, with questions in both forms and a second seed of LoRA, finished, EMoE better."""
+    """Write the smoke suite's runs with both forms of questions and a second seed of LoRA; EMoE is better."""
     tasks = [("mmlu_dev", 2), ("mmlu_dev_continuation", None)]
     evaluation = {"tasks": [{"task": name, "num_fewshot": 0, "limit": limit} for name, limit in tasks]}
     planned = []
@@ -86,7 +86,7 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, ta
     assert any("LoRA, against dense: EMoE: held-out loss -0." in sentence for sentence in verdicts(outcomes))
 
 
-def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
+def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
     frame = paper(InstructionOutcomes(LLAMA, runs)).frame
     assert frame["value"].dropna().tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
     assert frame["difference"].isna().all()  # MMLU-dev is not MMLU

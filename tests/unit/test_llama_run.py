@@ -27,22 +27,16 @@ from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import ensure_mmlu_dev
 from benchmarks.llama.shared_prompt import SharedPromptLM
 from tests.executed import finish, killed_and_resumed, prepare
-from tests.instruction_runs import ROWS, enter, offer_only, tiny_run
+from tests.instruction_runs import ROWS, offer_only, tiny_run
 from tests.programs import call
 
+pytestmark = pytest.mark.usefixtures("hub_here")
 LETTERS, ANSWERS = "mmlu_dev_anatomy", "mmlu_dev_anatomy_continuation"
 FILES = QUESTIONS / "mmlu_dev"
 TASKS = {"tasks": [{"task": task, "num_fewshot": 0, "limit": None} for task in (LETTERS, ANSWERS)]}
 
 
-@pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with a data root."""
-    enter(tmp_path, monkeypatch)
-    return tmp_path
-
-
-def test_a_run_leaves_its_numbers() -> None:
+def test_a_run_records_its_numbers() -> None:
     ensure_mmlu_dev(FILES)
     metrics = finish(prepare(tiny_run("emoe", evaluation=TASKS)))
     assert len(metrics["curve"]) == 6  # 12 rows, 4 a step, twice
@@ -63,9 +57,8 @@ def test_a_run_leaves_its_numbers() -> None:
     assert metrics["routing"]["active_neurons"] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("method", "tuning"), [("dense", "full"), ("emoe", "lora")])
-def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[str], method: str, tuning: str) -> None:
-    run = tiny_run(method, tuning)
+def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run("dense", "full")
     whole = finish(prepare(run, "whole"))
     assert killed_and_resumed(run, 5) == whole  # in the second epoch, after the checkpoint of step 4
     assert "resumed at step 4" in "".join(capfd.readouterr())
@@ -73,9 +66,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[s
 
 def test_neither_micro_batch_nor_packing_nor_checkpointing_changes_the_curve() -> None:
     size = "per_device_train_batch_size"
-    settings = [{}, {size: 4}, {size: 1, "packing": True}, {"gradient_checkpointing": True}]
+    settings = [{}, {size: 4, "gradient_checkpointing": True}, {size: 1, "packing": True}]
     first, *others = (finish(prepare(tiny_run("emoe", "full", training=training)))["curve"] for training in settings)
-    assert others == [pytest.approx(first, abs=1e-4)] * 3
+    assert others == [pytest.approx(first, abs=1e-4)] * 2
 
 
 def test_all_experts_train_exactly_like_the_dense_model() -> None:
@@ -129,7 +122,7 @@ def test_unknown_tasks_end_a_run_before_any_work() -> None:
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_exports_are_what_was_trained(tuning: str) -> None:
+def test_exports_equal_the_trained_model(tuning: str) -> None:
     path = prepare(tiny_run("emoe", tuning, training={"keep_weights": True}))
     finish(path)
     assert export(path, Path("dense"), "dense").startswith("LlamaForCausalLM, dense")
@@ -155,12 +148,13 @@ def test_exports_are_what_was_trained(tuning: str) -> None:
     assert prompt.endswith("### Instruction:\nSay 1.\n\n### Response:\n")
 
 
-def test_the_held_out_curve_changes_no_other_number() -> None:
-    with_curve = finish(prepare(tiny_run("emoe", "lora", training={"eval_every": 2})))
-    plain = tiny_run("emoe", "lora")
-    del plain.spec["training"]["eval_every"]
-    assert plain.spec["training"]["lora"]["dropout"] > 0
-    numbers = finish(prepare(run_from_spec(plain.spec)))
+def test_the_held_out_curve_changes_no_other_number_and_survives_a_kill() -> None:
+    run = tiny_run("emoe", "lora", training={"eval_every": 2})
+    with_curve = finish(prepare(run))
+    assert killed_and_resumed(run, 5) == with_curve
+    del run.spec["training"]["eval_every"]
+    assert run.spec["training"]["lora"]["dropout"] > 0
+    numbers = finish(prepare(run_from_spec(run.spec)))
     points = with_curve.pop("held_out_curve")
     assert {**with_curve, "run_id": ""} == {**numbers, "run_id": ""}
     assert [point["step"] for point in points] == [0, 2, 4, 6]

@@ -91,7 +91,7 @@ def inputs(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("count_padding", [False, True])
-def test_padding_takes_no_places_unless_it_counts(count_padding: bool) -> None:
+def test_padding_takes_no_capacity_unless_it_counts(count_padding: bool) -> None:
     net, x = net_of(capacity_factor=1.0, count_padding=count_padding), inputs(4, 8)
     x[:, 5:] = 40 * x[:, 5:]  # the most confident tokens, which would come first
     padded = net(x, attention_mask=MASK)[:, :5]
@@ -158,7 +158,7 @@ def test_selection_rules_partition_the_experts() -> None:
         (emoe.GMoEConfig, "per_expert_whole", 1),
     ],
 )
-def test_biases_of_experts_start_as_the_one_bias(kind, how: str, kept: float) -> None:
+def test_output_biases_of_experts_start_as_the_shared_bias(kind, how: str, kept: float) -> None:
     shared, own = (net_of(kind, output_bias=bias) for bias in ("shared", how))
     bias = shared.layers[0].outer.bias
     if kind is emoe.GMoEConfig:

@@ -46,11 +46,6 @@ def runs(here: Path) -> list[Run]:
     return runs
 
 
-@pytest.fixture
-def uri(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/m.db"
-
-
 def mirrored(uri: str) -> dict[str, Any]:
     """Return the stored runs by name; no name may occur twice."""
     client = MlflowClient(uri)
@@ -64,7 +59,8 @@ def edit(run: Run, change: Any) -> None:
     os.utime(RUNS / run.folder / "metrics.json", (ENDED, ENDED))
 
 
-def test_runs_have_their_numbers_settings_and_files(runs: list[Run], uri: str) -> None:
+def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(runs: list[Run], tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db"
     edit(runs[0], lambda metrics: metrics.update(curve=[0.5, None, 0.25]))  # None: the loss diverged
     assert mirror(runs, uri) == {"added": len(runs), "replaced": 0, "unchanged": 0}
     client, stored = MlflowClient(uri), mirrored(uri)
@@ -81,18 +77,13 @@ def test_runs_have_their_numbers_settings_and_files(runs: list[Run], uri: str) -
     history = client.get_metric_history(stored[runs[0].id].info.run_id, "step.loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
 
-
-def test_a_second_mirror_does_nothing_and_a_run_with_a_new_number_is_replaced(runs: list[Run], uri: str) -> None:
-    mirror(runs, uri)
-    stored = mirrored(uri)
     assert mirror(runs, uri) == {"added": 0, "replaced": 0, "unchanged": 4}
     assert {run.info.run_id for run in mirrored(uri).values()} == {run.info.run_id for run in stored.values()}
-
     edit(runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25))
     assert mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
     stored = mirrored(uri)
     assert (len(stored), stored[runs[0].id].data.metrics[SCORE]) == (4, 0.25)
-    MlflowClient(uri).delete_tag(stored[runs[0].id].info.run_id, "emoe.digest")  # the mirror was interrupted
+    client.delete_tag(stored[runs[0].id].info.run_id, "emoe.digest")  # the mirror was interrupted
     assert mirror(runs, uri)["replaced"] == 1
     assert len(mirrored(uri)) == 4
 

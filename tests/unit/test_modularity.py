@@ -23,9 +23,6 @@ from tests.planned import edited_benchmark, smoke_run
 BENCHMARK = load_benchmark("modularity")
 
 
-# concentration
-
-
 def test_a_tokens_best_quarter_is_counted_for_it_alone() -> None:
     magnitudes = torch.zeros(3, 8)  # four blocks of two
     magnitudes[0, [0, 1, 4]] = 3.0  # two of three in the first block
@@ -36,11 +33,8 @@ def test_a_tokens_best_quarter_is_counted_for_it_alone() -> None:
     assert concentration(magnitudes, magnitudes > 0, 4) == pytest.approx(expected)
 
 
-# use of experts
-
-
 def rows_of(shares: list[list[float]], rows: int, tokens: int, seed: int) -> tuple[Any, Any]:
-    """Loads of rows whose tokens choose experts by their task's shares."""
+    """Draw the loads of rows whose tokens choose experts by their task's shares."""
     random = np.random.default_rng(seed)
     loads = np.concatenate([random.multinomial(tokens, share, size=rows) for share in shares])
     return loads, np.repeat(np.arange(len(shares)), rows)
@@ -57,7 +51,7 @@ def test_an_expert_that_one_task_prefers_is_marked_and_informs_about_the_task() 
     assert 0 in set(specialised) - set(shared)
 
 
-def test_by_chance_alone_one_matrix_in_twenty_has_a_mark() -> None:
+def test_few_matrices_without_a_difference_have_a_marked_expert() -> None:
     marked = sum(
         bool(mark_experts(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any())
         for seed in range(60)
@@ -65,8 +59,8 @@ def test_by_chance_alone_one_matrix_in_twenty_has_a_mark() -> None:
     assert marked <= 8  # 3 are expected; 9 or more happen once in 300
 
 
-def test_tokens_of_a_row_go_together_so_that_few_rows_tell_little() -> None:
-    """Rows that use one expert each: by tokens the tasks would differ beyond doubt, by rows they do not."""
+def test_tokens_of_one_row_count_as_one_observation() -> None:
+    """Each row uses one expert: counted by tokens, the tasks would differ significantly."""
     loads = np.zeros((6, 4), dtype=np.int64)
     loads[np.arange(6), [0, 1, 2, 3, 0, 1]] = 500
     tasks = np.array([0, 0, 0, 1, 1, 1])
@@ -87,7 +81,7 @@ def test_classes_are_shuffled_within_their_task_and_tasks_without_have_none() ->
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_neurons_in_use_are_those_that_the_model_computes_with(name: str) -> None:
+def test_used_neurons_are_those_of_the_models_forward_pass(name: str) -> None:
     model, batches = tiny_models.build(name), [tiny_models.inputs(name)]
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=3, layers=[1]))
     expected = tiny_models.output(model, batches[0])
@@ -99,10 +93,7 @@ def test_neurons_in_use_are_those_that_the_model_computes_with(name: str) -> Non
     assert torch.equal(tiny_models.output(model, batches[0]), expected)
 
 
-# a run
-
-
-def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
+def test_a_run_measures_experts_and_repeats_exactly(workdir: Path) -> None:
     run = smoke_run("modularity", "emoe", "reading")
     metrics = finish(prepare(run))
     config, measured = run.spec["method"]["config"], metrics["measured"]["experts"]
@@ -124,19 +115,10 @@ def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
     assert measured["inertia"] < contiguous["measured"]["experts"]["inertia"]
 
 
-# what is planned, and what is not
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [("gmoe", "must be an EMoE"), ("emoe_learn", "must be an EMoE")],
-)
-def test_rows_that_show_nothing_before_training_are_refused(method: str, message: str) -> None:
-    with pytest.raises(DefinitionError, match=f"methods.{method}' {message}"):
-        edited_benchmark("modularity", {"methods": {"emoe": {}, method: {}}})
-
-
-# what is shown
+def test_methods_whose_experts_mean_nothing_before_training_are_refused() -> None:
+    for method in ("gmoe", "emoe_learn"):
+        with pytest.raises(DefinitionError, match=f"methods.{method}' must be an EMoE"):
+            edited_benchmark("modularity", {"methods": {"emoe": {}, method: {}}})
 
 
 def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_chance(here: Path) -> None:

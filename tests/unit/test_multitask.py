@@ -31,9 +31,6 @@ def task(name: str, prefix: str | None = None) -> LearnedTask:
     return LearnedTask(**BENCHMARK.tasks[name].spec(), prefix=prefix or name)
 
 
-# rows as text
-
-
 def test_answers_are_the_names_of_classes_with_their_end() -> None:
     tokenizer = load_seq2seq_tokenizer(TINY)
     tokens = tokenise_answers(tokenizer, task("rte"))
@@ -44,11 +41,8 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
         tokenise_answers(tokenizer, alike)
 
 
-# answers by likelihood
-
-
 @torch.no_grad()
-def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -> None:
+def test_likelihoods_equal_those_of_decoding_token_by_token() -> None:
     model, tokenizer = load_seq2seq(TINY).eval(), load_seq2seq_tokenizer(TINY)
     possible, texts = tokenise_answers(tokenizer, task("rte")), ["a fine film", "rain"]
     assert len({len(answer) for answer in possible}) == 2  # one is padded
@@ -63,8 +57,6 @@ def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -
                 answered.append(token)
             assert float(ranked[row, number]) == pytest.approx(total, abs=1e-4)
 
-
-# how tasks are mixed
 
 SIZES = {"large": 10, "small": 3}
 
@@ -92,9 +84,6 @@ def test_an_epoch_mixes_tasks_up_to_a_limit_and_large_ones_go_through_all_rows()
     assert sorted(epoch(order(None), 0)) == list(range(13))
 
 
-# a run
-
-
 def test_a_killed_run_resumes_to_the_same_numbers(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = smoke_run("multitask", "emoe")
     whole = finish(prepare(run))
@@ -105,9 +94,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(workdir: Path, capfd: pytest.C
     assert [entry["epoch"] for entry in whole["dev_curve"]] == [1.0, 2.0]
 
 
-def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
-    hub_here: Path,
-) -> None:
+def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(hub_here: Path) -> None:
     spec = paper_spec("multitask", task="nli", method="emoe")
     read_as = {other["name"]: other["read_as"] for other in spec["ood"]}
     assert read_as == {"snli": "mnli", "sick_entailment": "mnli", "scitail": "rte", "hans": "rte"}
@@ -118,9 +105,6 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
     assert result["data"]["dev:rte"]["rows"] + result["data"]["train:rte"]["rows"] == 16  # a tenth is held out
 
 
-# what is planned, and what is not
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -129,7 +113,7 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
         ({"methods": {"vanilla": {}, "block": {"layers": [1]}}}, "methods.block' must train everything"),
     ],
 )
-def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str) -> None:
+def test_unusable_tasks_and_methods_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
         edited_benchmark("multitask", change)
 
@@ -143,9 +127,6 @@ def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_r
     assert {learned["prefix"] for learned in spec["task"]["tasks"]} == {"sentiment", "strength"}
     without = next(BENCHMARK.specs(part, ("tweets",), ()))
     assert [other["name"] for other in without["ood"]] == ["nyt", "tweets_strength", "nyt_strength"]
-
-
-# what is shown
 
 
 def test_tables_have_means_over_tasks_the_papers_gains_and_the_transfer(here: Path) -> None:

@@ -34,8 +34,8 @@ def project(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     load_benchmark.cache_clear()
 
 
-def written(folder: Path, content: str, name: str = "mine.csv") -> Path:
-    file = folder / name
+def written(folder: Path, content: str) -> Path:
+    file = folder / "mine.csv"
     file.write_text(content, encoding="utf-8")
     return file
 
@@ -90,7 +90,7 @@ def test_columns_are_named_and_other_rows_are_other_runs(project: Path) -> None:
         ("mine", "", r"cannot be read: No columns"),
     ],
 )
-def test_what_cannot_be_a_benchmark_is_one_sentence_and_nothing_is_written(
+def test_unusable_names_and_csv_files_are_one_line_and_write_nothing(
     project: Path, name: str, content: str, message: str
 ) -> None:
     file, before = written(project, content), sorted((project / "benchmarks").rglob("*"))

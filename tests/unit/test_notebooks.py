@@ -39,7 +39,7 @@ SMALLER = {
 }
 
 
-def test_training_shows_what_is_committed_but_for_numbers(checkout: Path) -> None:
+def test_the_notebook_of_training_shows_its_committed_outputs_except_numbers(checkout: Path) -> None:
     notebook = committed(NAMES[0])
     for old, new in SMALLER.items():
         (cell,) = (cell for cell in notebook.cells if old in cell.source)
@@ -48,5 +48,5 @@ def test_training_shows_what_is_committed_but_for_numbers(checkout: Path) -> Non
     assert now == [[without_numbers(text) for text in texts] for texts in shown(committed(NAMES[0]))]
 
 
-def test_reading_the_blessed_numbers_shows_what_is_committed(checkout: Path) -> None:
+def test_the_notebook_of_results_shows_its_committed_outputs(checkout: Path) -> None:
     assert shown(executed(committed(NAMES[1]), checkout)) == shown(committed(NAMES[1]))

@@ -21,7 +21,7 @@ from tests.drawn import watched
 from tests.planned import edited_benchmark
 
 
-def test_every_part_is_made_by_one_rule() -> None:
+def test_every_output_of_the_paper_is_made_by_exactly_one_rule() -> None:
     made = [output.name for shown in all_artifacts() for output in outputs_of(shown)]
     assert sorted(made) == sorted(output.name for output in paper_outputs())
     assert len(made) == len(set(made))
@@ -36,7 +36,7 @@ def test_every_benchmark_names_tables_and_figures_that_exist() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_paper_tables_have_the_papers_rows_by_one_selection(here: Path) -> None:
+def test_paper_tables_have_the_papers_rows(here: Path) -> None:
     suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood"]})
     fake_runs.write_runs(suite.runs)
     folder, drawn = Path("results/mini/paper"), Path("results/mini/figures")

@@ -1,4 +1,4 @@
-"""Test the page in a browser, on a phone, by keyboard and on paper; and the runs of its numbers."""
+"""Test the report in a browser, on a phone, by keyboard and in print; and its links to runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def page_file(shared_here: Path) -> Iterator[Path]:
         yield shared_here / file
 
 
-def test_each_row_leads_to_the_runs_it_is_made_of(page_file: Path) -> None:
+def test_each_row_links_to_the_runs_that_it_averages(page_file: Path) -> None:
     text = page_file.read_text()
     rows = pd.read_csv(page_file.parent / "tables/glue_results.csv")
     named = [cell.split() for cell in rows[RUNS]]
@@ -67,7 +67,7 @@ def test_links_hold_in_a_page_one_folder_up_and_in_a_copy(page_file: Path) -> No
         assert 'href="#glue"' in text
 
 
-def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page_file: Path) -> None:
+def test_claims_come_first_and_each_benchmark_has_one_open_table(page_file: Path) -> None:
     text = page_file.read_text()
     assert text.index('id="claims"') < text.index('id="glue"') < text.index('id="costs"')
     glue = text[text.index('<section id="glue">') : text.index('<section id="modularity">')]
@@ -91,9 +91,6 @@ def test_runs_of_a_row_are_those_with_its_names() -> None:
     assert "Runs" not in table.markdown()
 
 
-# in a browser
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api")
@@ -107,33 +104,33 @@ def browser() -> Iterator[Browser]:
 
 def opened(browser: Browser, file: Path, width: int = 1280, scheme: str = "light") -> tuple[Page, list[str]]:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append(request.url))
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on(
+        "request", lambda request: None if request.url.startswith(("file:", "data:")) else messages.append(request.url)
+    )
     page.goto(file.as_uri())
-    return page, said
+    return page, messages
 
 
 def violations(page: Page) -> list[tuple[str, str]]:
-    """Rules of accessibility that a page breaks, each with the first place."""
+    """Return the rules of accessibility that a page breaks, each with the first element that breaks it."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    found = axe.Axe().run(page).response["violations"]
-    return [(rule["id"], rule["nodes"][0]["html"][:200]) for rule in found]
+    rules = axe.Axe().run(page).response["violations"]
+    return [(rule["id"], rule["nodes"][0]["html"][:200]) for rule in rules]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_it_is_readable_at_every_width_and_for_everybody(
-    browser: Browser, page_file: Path, width: int, scheme: str
-) -> None:
+def test_pages_are_accessible_and_fit_every_width(browser: Browser, page_file: Path, width: int, scheme: str) -> None:
     small = page_file.with_name("modularity.html")  # with nothing folded: axe takes its time over large tables
     cli(["report", "--suite", "mini", "--benchmark", "modularity", "--output", str(small)], standalone_mode=False)
     for file in (page_file, small):
-        page, said = opened(browser, file, width, scheme)
+        page, messages = opened(browser, file, width, scheme)
         assert violations(page) == []
         page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        assert said == []
+        assert messages == []
     assert violations(page) == []
 
 
@@ -157,7 +154,7 @@ def test_a_heading_sorts_by_the_number_and_the_keyboard_lists_runs(browser: Brow
     assert listed.count() == 0
 
 
-def test_a_link_opens_what_is_folded_and_paper_is_white_and_shows_all(browser: Browser, page_file: Path) -> None:
+def test_a_link_opens_its_folded_table_and_prints_are_white_and_complete(browser: Browser, page_file: Path) -> None:
     page, _ = opened(browser, page_file, scheme="dark")
     assert not page.locator("#glue_tests").is_visible()
     page.evaluate("location.hash = '#glue_tests'")

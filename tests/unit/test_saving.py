@@ -200,7 +200,7 @@ def test_sparse_models_and_adapters_are_checked_too() -> None:
 
 
 def test_the_weights_of_another_model_leave_the_first_order_unknown() -> None:
-    """As for a model that is built and converted anew, to load trained weights from torch's own checkpoint."""
+    """Load trained weights from torch's own checkpoint into a model that is built and converted anew."""
     model, other = converted.model("bert"), tiny_models.build("bert", seed=1)
     emoe.convert_(other, routed_layers(model)[0].config)
     model.load_state_dict(other.state_dict())

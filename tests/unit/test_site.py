@@ -41,7 +41,7 @@ def anchors(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", TRACKED.split())
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_have_targets(page: str) -> None:
     broken = []
     for link in (first or second for first, second in LINK.findall(text_of(ROOT / page))):
         if re.match(r"[a-z]+:", link):

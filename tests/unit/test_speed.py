@@ -59,7 +59,7 @@ def test_each_measure_gives_numbers_of_each_candidate(
         assert 0 < measured["emoe"]["inertia"] <= measured["kmeans_constrained"]["inertia"] + 0.05 < 1
 
 
-def test_a_suite_with_one_measure_has_its_table_and_empty_ones_of_the_others(here: Path) -> None:
+def test_tables_of_measures_without_runs_are_empty(here: Path) -> None:
     runs = fake_runs.write(Path("results/runs"), "smoke", benchmarks=("speed",))
     shown = present(load_benchmark("speed"), [run for run in runs if run.spec["task"]["name"] == "step"])
     for table in shown.tables:

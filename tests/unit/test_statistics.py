@@ -32,7 +32,7 @@ def test_a_difference_is_scipys_paired_t_test_over_the_seeds_that_both_have() ->
     assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()))
 
 
-def test_values_of_one_pair_are_averaged_over_what_both_have() -> None:
+def test_values_of_a_pair_are_averaged_over_shared_values() -> None:
     rows = [("ours", 0, "a", 0.9), ("ours", 0, "b", 0.7), ("ours", 1, "a", 0.6), ("ours", 1, "c", 0.0)]
     rows += [("base", 0, "a", 0.5), ("base", 0, "b", 0.5), ("base", 1, "a", 0.5), ("base", 2, "a", 0.1)]
     scores = pd.DataFrame(rows, columns=["method", "seed", "env", "value"])

@@ -117,18 +117,7 @@ def test_weights_that_cannot_be_converted_are_named_before_anything_is_written(
 @pytest.mark.parametrize("kind", ["emoe", "gmoe"])  # streamed and in memory
 def test_a_full_disk_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
     source, limits = save("bert", tmp_path / "source"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    words = [
-        "convert",
-        str(source),
-        "--output",
-        str(tmp_path / "out"),
-        "--num-experts",
-        "8",
-        "--top-k",
-        "2",
-        "--kind",
-        kind,
-    ]
+    words = f"convert {source} --output {tmp_path / 'out'} --num-experts 8 --top-k 2 --kind {kind}".split()
     resource.setrlimit(resource.RLIMIT_FSIZE, ((source / "model.safetensors").stat().st_size // 2, limits[1]))
     try:
         result = CliRunner().invoke(cli, words)
@@ -146,7 +135,7 @@ def convert_and_report_peak(source: Path, out: Path, peak: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    """Peak resident memory of the process, mapped files included."""
+    """Compare the peak resident memory of two processes, including mapped files."""
     peaks, weights = [], []
     for layers in (2, 12):
         source = tmp_path / str(layers)

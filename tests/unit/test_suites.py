@@ -18,7 +18,7 @@ def test_one_flag_sets_the_number_of_seeds() -> None:
     assert {run.spec["seed"] for run in untuned} == {0}  # a block with one seed keeps it
 
 
-def test_a_seed_that_is_no_list_is_named_with_the_flag_too(tmp_path: Path) -> None:
+def test_a_seed_that_is_not_a_list_is_named_despite_the_flag(tmp_path: Path) -> None:
     edit = edited_project(tmp_path, "config/mini.yaml", "contiguous], seed: [0]", "contiguous], seed: 0")
     with edit, pytest.raises(DefinitionError, match=r"mini.yaml: 'benchmarks.modularity.grid\[0\].seed' is 0"):
         suite.load_suite({"suite": "mini", "seeds": 2})
@@ -101,7 +101,7 @@ PACKAGES_FILE = "benchmarks/harness/sources/packages.yaml"
         (PACKAGES_FILE, "1702c0bfb8", "0702c0bfb8", "llama"),
     ],
 )
-def test_whatever_shapes_a_number_is_part_of_a_runs_name(file, old, new, benchmark, tmp_path: Path) -> None:
+def test_a_change_of_data_models_or_packages_changes_the_ids_of_runs(file, old, new, benchmark, tmp_path: Path) -> None:
     before = {run.id for run in suite.load_suite({"suite": "smoke"}).runs_of(benchmark)}
     with edited_project(tmp_path, file, old, new):
         after = {run.id for run in suite.load_suite({"suite": "smoke"}).runs_of(benchmark)}

@@ -55,7 +55,7 @@ def test_checkpoints_keep_the_experts_and_training_resumes_identically(method: s
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_models_own_library_saves_the_experts_but_not_the_original_order(method: str, tmp_path: Path) -> None:
+def test_save_model_saves_the_experts_but_not_the_original_order(method: str, tmp_path: Path) -> None:
     model = bert(METHODS[method])
     emoe.set_top_k_(model, 3)
     trainer(model, tmp_path).save_model(str(tmp_path))
@@ -70,7 +70,7 @@ def test_the_models_own_library_saves_the_experts_but_not_the_original_order(met
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "t5", "gpt2"])
-def test_names_that_the_library_changes_when_it_saves_are_found(name: str, tmp_path: Path) -> None:
+def test_checkpoints_load_although_the_library_renames_tensors(name: str, tmp_path: Path) -> None:
     model, values = converted.model(name, router="cosine", weighting="softmax"), tiny_models.inputs(name)
     model.save_pretrained(tmp_path)
     again = emoe.from_pretrained(type(model), tmp_path)
@@ -95,7 +95,7 @@ def build(cls: Any) -> Any:
 
 
 def texts() -> list[dict[str, torch.Tensor]]:
-    """Rows of eight tokens with 7, 6, 4 and 2 labels of a next token."""
+    """Make rows of eight tokens with 7, 6, 4 and 2 labels."""
     masked = [torch.arange(8) < 2 * index for index in range(4)]
     ids = [row["input_ids"] for row in rows(4)]
     return [{"input_ids": x, "labels": x.masked_fill(m, -100)} for x, m in zip(ids, masked, strict=True)]

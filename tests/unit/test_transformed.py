@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import emoe
+from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.conversion import convert_trained_
@@ -19,16 +20,18 @@ from benchmarks.text.training import TextEvaluator
 from benchmarks.text.usage import RoutingRecorder
 from emoe.layer import routed_layers
 from tests import fake_runs, tiny_models
-from tests.executed import finish, prepare, recorded, reopened
+from tests.executed import finish, prepare, reopened
 from tests.planned import plan, smoke_run
 
 GLUE = load_benchmark("glue")
 
 
 @pytest.mark.parametrize(("method", "row"), [("vanilla", "vanilla2emoe"), ("emoe", "emoe2vanilla")])
-def test_trained_weights_are_evaluated_as_another_methods(workdir: Path, method: str, row: str) -> None:
+def test_trained_weights_are_evaluated_as_another_methods_which_changes_no_other_number(
+    workdir: Path, method: str, row: str
+) -> None:
     run = smoke_run("glue", method, epochs=1, keep_weights=True)
-    metrics = recorded(run)
+    metrics = finish(prepare(run, str(RUNS)))
     classifier, tokenizer = reopened(run, metrics)
     convert_trained_(classifier.model, run.spec["used_as"]["config"])
     assert bool(routed_layers(classifier.model)) == (method == "vanilla")
@@ -44,20 +47,11 @@ def test_trained_weights_are_evaluated_as_another_methods(workdir: Path, method:
     ood = evaluator.evaluate(load_part(other, "test", training["eval_rows"]), other)
     assert ood == pytest.approx(scores["ood"][other.name])
     assert scores["test"] != metrics["scores"]["test"]
+    alone = finish(prepare(run_from_spec({name: value for name, value in run.spec.items() if name != "used_as"})))
+    assert metrics | {"run_id": "", "transformed": {}} == alone | {"run_id": "", "transformed": {}}
 
 
-@pytest.mark.parametrize("method", ["vanilla", "emoe"])
-def test_an_evaluation_as_another_method_changes_no_other_number(workdir: Path, method: str) -> None:
-    run = smoke_run("glue", method, epochs=1)
-    alone = run_from_spec({name: value for name, value in run.spec.items() if name != "used_as"})
-    both, expected = (finish(prepare(planned)) for planned in (run, alone))
-    assert both["transformed"]
-    for metrics in (both, expected):
-        metrics.update(run_id="", transformed={})
-    assert both == expected
-
-
-def test_a_row_that_nothing_trains_is_of_the_runs_of_another(here: Path) -> None:
+def test_rows_of_transformed_weights_come_from_the_runs_that_trained_them(here: Path) -> None:
     runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")]
     fake_runs.write_runs(runs)
     main = TextOutcomes(GLUE, runs)
@@ -70,9 +64,6 @@ def test_a_row_that_nothing_trains_is_of_the_runs_of_another(here: Path) -> None
     for seed, value in zip(seeds["seed"], seeds["value"], strict=True):
         recorded = read_metrics(vanilla[seed])["transformed"]["vanilla2emoe"]
         assert value == recorded["scores"]["test"]["tweets"]["balanced_accuracy"]
-
-
-# how rows are routed
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
