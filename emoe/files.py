@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -182,9 +183,12 @@ def loader_for(folder: Path) -> Any:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a library would load another model, or a file that is not safetensors."""
+    """Raise :class:`CheckpointError` if a library would load another model, code, or anything but safetensors."""
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first")
+    # the settings of a nested model count too; a value may be an object with one name per part of the model
+    if re.search(r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', json.dumps(read_settings(folder))):
+        raise CheckpointError(f"{folder}: 'attn_implementation' names code from a hub; remove the key")
     Weights(folder)  # names a damaged file, which the libraries do not
 
 

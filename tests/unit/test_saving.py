@@ -112,6 +112,8 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "no experts": (missing("config.json", "emoe_config.json"), "holds no experts"),
     "dense weights": (with_dense_weights, "does not match the weights"),
     "newer release": (settings(emoe=NEWER), "newer release"),
+    "code": (settings(attn_implementation="kernels-community/flash-attn2"), "code from a hub"),
+    "code of a part": (settings(text_config={"attn_implementation": {"": "org/kernel"}}), "code from a hub"),
 }
 
 
