@@ -15,7 +15,7 @@ from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, average_over_seeds, read_published
-from benchmarks.harness.report.presentation import Figure, Presentation, make
+from benchmarks.harness.report.presentation import Figure, Presentation, make_presentation
 from benchmarks.harness.report.style import EMOE
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import read_metrics
@@ -93,8 +93,8 @@ def _columns(*metrics: str) -> list[Column]:
     return [Column(metric, metric, std=f"{metric}_std") for metric in metrics]
 
 
-def selected(outcomes: ModularityOutcomes) -> Table:
-    """Make a table of the neurons that the top k and the bottom k experts use."""
+def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
+    """Make a table of dead neurons, active neurons and kept magnitude with the top k and the bottom k experts."""
     return Table(
         "Neurons in use by the top and the bottom k experts, nothing trained",
         "Are the experts with the lowest scores dead, which would explain that using them does harm (the paper's Table "
@@ -124,7 +124,7 @@ def usage(outcomes: ModularityOutcomes) -> Table:
     )
 
 
-TABLES = {"concentration": concentration, "selected": selected, "usage": usage}
+TABLES = {"concentration": concentration, "selected": neurons_in_use, "usage": usage}
 
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
@@ -287,4 +287,4 @@ _NOTE = (
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = ModularityOutcomes(benchmark, runs)
-    return make(benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)
+    return make_presentation(benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)

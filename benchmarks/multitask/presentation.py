@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
-from benchmarks.harness.report.presentation import NOTE, Presentation, make
+from benchmarks.harness.report.presentation import NOTE, Presentation, make_presentation
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
@@ -121,4 +121,6 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     outcomes = MultitaskOutcomes(benchmark, runs)
     optimizer = "AdamW, linear decay, no clipping"
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": NOTE, "optimizer": optimizer}
-    return make(benchmark, TABLES, {}, outcomes, claim_numbers=outcomes.claim_numbers, shows_labels=True, **sentences)
+    return make_presentation(
+        benchmark, TABLES, {}, outcomes, claim_numbers=outcomes.claim_numbers, shows_labels=True, **sentences
+    )

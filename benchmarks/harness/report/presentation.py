@@ -56,7 +56,7 @@ class Presentation:
             figure.draw(folder / name)
 
 
-def make(
+def make_presentation(
     benchmark: AnyBenchmark,
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Figure],
@@ -64,10 +64,17 @@ def make(
     part: str = "",
     **sentences: Any,
 ) -> Presentation:
-    """Make the tables and figures that ``benchmark.yaml`` lists. Tables on random weights have no verdicts or marks.
+    """Make the presentation of a benchmark: the tables and figures that ``benchmark.yaml`` lists.
 
-    The functions of tables and figures take ``outcomes`` (with ``runs`` and ``origins``), the set ``part`` if it is not
-    empty, and, for figures, a path. ``sentences`` are the other attributes of the presentation.
+    Tables of models with random weights have no verdicts and no bold numbers.
+
+    Args:
+        benchmark: The benchmark.
+        tables: The functions of tables by name. They take ``outcomes``, and ``part`` if it is not empty.
+        figures: The figures by name. They take the same, and a path.
+        outcomes: The finished ``runs``, and in ``origins`` the records from which rows find their runs.
+        part: The set, for tables and figures of one set.
+        **sentences: The other attributes of the presentation.
     """
     definition: Any = benchmark.definition
     stem, shown, drawn = benchmark.name, definition.tables, definition.figures
