@@ -51,7 +51,7 @@ def cli(context: click.Context) -> None:
         return
     import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
 
-    if not {"-h", "--help"} & {*click.get_current_context().args}:  # a plugin may import torch, which takes seconds
+    if not {"-h", "--help"} & {*context.args}:  # a plugin may import torch, which takes seconds
         from benchmarks.harness.config.methods import import_plugins
 
         import_plugins()

@@ -71,7 +71,7 @@ def convert_folder(source: Path, out: Path, config: EMoEConfig | GMoEConfig) -> 
 
 
 def fold_folder(source: Path, out: Path, *, restore_order: bool = False) -> None:
-    """Fold a converted model's folder back to a dense model's new folder without loading the model.
+    """Fold the experts of a folder back, and write the dense model to a new folder, without loading the model.
 
     Raises:
         NotStreamedError: the model must be loaded instead; nothing was written.

@@ -63,6 +63,7 @@ class _ArgumentHook:
         self._keep(self._call()[0], is_running=False)
 
     def _keep(self, value: Tensor | None, *, is_running: bool) -> None:
+        """Store the argument of the current call, for this thread and as the latest of all threads."""
         self._latest, self._is_compiled = (value, is_running), torch.compiler.is_compiling()
         if not self._is_compiled:
             self._thread.call = self._latest

@@ -189,6 +189,7 @@ def _column_names(rows: Any, column: str, where: str) -> list[str]:
 
 
 def _open_row(rows: Any, chosen: list[int], places: list[str], truncated: str, row: int) -> Image.Image:
+    """Open the image of a chosen row of a hub's set; ``places`` names the rows in messages."""
     content = rows[chosen[row]]["image"]
     file = content["bytes"] if content["bytes"] is not None else Path(content["path"])
     return open_image(file, places[row], truncated)

@@ -79,6 +79,7 @@ class DomainOutcomes(Outcomes):
         return f"{env}{self.benchmark.tasks[name].unit}"
 
     def _cells(self) -> Iterator[tuple[Any, ...]]:
+        """Yield the row of each selection and environment: names, trial, chosen accuracy, and the choice."""
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
             spec = run.spec

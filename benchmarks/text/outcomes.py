@@ -159,7 +159,7 @@ class TextOutcomes(Outcomes):
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the chosen runs; the authors' selection includes runs of the clean protocol."""
+        """Return the records of the chosen runs, in which the rows of tables find their runs."""
         return self.chosen
 
     @cached_property
@@ -231,9 +231,9 @@ class TextOutcomes(Outcomes):
 
 
 def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
-    """Assign the numbers of converted models to the methods that they were converted to.
+    """Assign the numbers of models that were converted after training to the method of the conversion.
 
-    Each such method gets a copy of the run's dev scores, which choose the run.
+    The method also gets a copy of the run's dev scores, by which its runs are chosen.
     """
     parts = records["part"].str.partition(AS)
     trained = records[parts[2] == ""]

@@ -125,7 +125,7 @@ class TextEvaluator(SplitEvaluator):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Return the time of evaluations so far, for ``cost`` of ``metrics.json``."""
+        """Return the seconds of all evaluations and the precision, for ``cost`` of ``metrics.json``."""
         return {"evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def first_batch(self, split: TextSplit) -> dict[str, Any]:

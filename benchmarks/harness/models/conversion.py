@@ -67,7 +67,7 @@ def _convert_(
 
 
 def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None:
-    """Make a trained EMoE dense (``config`` None), or a trained dense model an EMoE, in place."""
+    """Convert a trained dense model to experts, or fold a trained EMoE back if ``config`` is None, in place."""
     if config is None:
         emoe.to_dense_(model)
     else:

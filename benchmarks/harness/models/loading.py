@@ -40,8 +40,6 @@ from emoe.config import resolve_layers
 from emoe.errors import CheckpointError
 from emoe.files import DOWNLOADED, Weights, load_stock, one_line, tensor_digest
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def _model_folder(model: Mapping[str, Any]) -> Path:
     """Return the folder of a model's files. A model of the hub is downloaded.

@@ -63,7 +63,7 @@ def load_trained_(model: nn.Module, file: Path) -> None:
     """Load a file with a :func:`trained_state` into a model that was built the same way.
 
     Raises:
-        DataError: The file is another model's.
+        DataError: The file belongs to another model.
         CheckpointError: The file is missing or damaged.
     """
     set_trained_(model, read_tensors(file), str(file))
@@ -78,7 +78,7 @@ def set_trained_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         source: Their source, for messages.
 
     Raises:
-        DataError: The tensors are another model's.
+        DataError: The tensors belong to another model.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     names = _trained_names(model)

@@ -136,7 +136,7 @@ def _test_columns(compare: Comparison, paper: PaperEffect, numbers: Mapping[str,
 
 
 def _difference_unit(metric: Metric) -> str:
-    """Return the unit of a difference: "points" for percentages, the first word of the label for metrics without one."""
+    """Return the unit of a difference: points for percentages, the label's first word for metrics without a unit."""
     if metric.unit == "%":
         return "points"
     return metric.unit if metric.unit not in ("", "M") else metric.label.split(" ")[0].lower()
