@@ -16,7 +16,8 @@ from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combina
 from benchmarks.harness.base import DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
+from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, method_spec
+from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
 from benchmarks.harness.config.yaml import check_file, check_names, parse, read

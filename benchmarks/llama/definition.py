@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Resources, Training, TrainingPart
-from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes, needs_layers, tuning_spec
+from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes, tuning_spec
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
@@ -55,7 +55,7 @@ class Finetuning(Entry):
             raise refusal("'lora' and 'train: adapters' need each other; set both or none")
         if self.quantize and self.lora is None:
             raise refusal("weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
-        if (needs_layers(self.train) or self.quantize is not None) != (self.layers is not None):
+        if (self.train == "blocks" or self.quantize is not None) != (self.layers is not None):
             raise refusal("'layers' and 'train: blocks' or 'quantize' need each other; set both or none")
 
     def tune_spec(self) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Self
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part, text_tokens
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
+from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, method_spec
+from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.overlay import merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set

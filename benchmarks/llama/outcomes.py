@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
-from benchmarks.harness.config.methods import setting_text
+from benchmarks.harness.config.method_specs import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.records import collect_from, read_metrics

@@ -11,7 +11,7 @@ from typing import Any, Self
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import COUNTS, OOD_MEAN, Domain, Part, text_tokens
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec
+from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse, read
 from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.config.methods import ABLATION, CONTROL, setting_text, setting_values
+from benchmarks.harness.config.method_specs import setting_text, setting_values
+from benchmarks.harness.config.methods import ABLATION, CONTROL
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import (

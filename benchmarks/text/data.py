@@ -130,8 +130,6 @@ def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> Se
         labels=labels,
         source=split.source,
         published=entry.published_rows if part == "test" else None,
-        # makers do not count rows with empty labels
-        counts_dropped=any(label != "" for label in entry.unlabelled),
     )
 
 

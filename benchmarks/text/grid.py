@@ -24,7 +24,8 @@ from benchmarks.harness.config.benchmark import (
     text_tokens,
 )
 from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
-from benchmarks.harness.config.methods import ABLATION, TRAINING_KEYS, VARIANT_KEYS, Method, check_frozen, method_spec
+from benchmarks.harness.config.method_specs import TRAINING_KEYS, VARIANT_KEYS, check_frozen, method_spec
+from benchmarks.harness.config.methods import ABLATION, Method
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.sets import SetPart, SetReader
 from benchmarks.harness.config.yaml import check_file, check_names, parse, read

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
-from benchmarks.harness.config.methods import ABLATION, remove_settings, setting_text, setting_values
+from benchmarks.harness.config.method_specs import remove_settings, setting_text, setting_values
+from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import SETTING, Outcomes, join_claim_numbers, parameter_counts, summarize
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of

@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.methods import ABLATION, remove_settings
+from benchmarks.harness.config.method_specs import remove_settings
+from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import present
 from benchmarks.text.ablations import ablation_rows, panel_rows

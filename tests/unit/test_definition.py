@@ -13,7 +13,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
-from benchmarks.harness.config import methods, suite
+from benchmarks.harness.config import methods
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import Method, MethodFile, load_methods
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
@@ -21,7 +21,7 @@ from benchmarks.harness.config.yaml import Strict, parse, read, read_yaml
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.multitask.definition import MultitaskSpec
 from benchmarks.text.definition import TaskEntry, TextSpec
-from tests.planned import edited_benchmark, edited_part, edited_project, plan, specs
+from tests.planned import edited_benchmark, edited_part, plan, specs
 
 
 @pytest.mark.parametrize(
@@ -110,28 +110,6 @@ def test_a_seed_adds_runs_titles_change_none_and_the_version_all() -> None:
     assert len(after - before) == 4
     assert ids({"methods.emoe.title": "Ours"}, {}) == before
     assert not ids({"version": 99}, {}) & before
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "is_glue_made_again"),
-    [
-        ("config/mini.yaml", "seed: [0, 1, 2, 3, 4, 5, 6, 7]", "seed: [0, 1]", True),
-        ("config/smoke.yaml", "seed: [0, 1]", "seed: [0]", False),
-        ("benchmarks/glue/benchmark.yaml", "EMoE, N, k and layers searched", "EMoE, searched", True),
-        ("benchmarks/glue/benchmark.yaml", "# The same weights", "# Trained weights", False),
-    ],
-)
-def test_tables_are_made_again_only_for_changes_of_their_benchmark(
-    file: str, old: str, new: str, is_glue_made_again: bool, tmp_path: Path
-) -> None:
-    def digests() -> dict[str, str]:
-        loaded = suite.load_suite({"suite": "mini"})
-        return {name: loaded.digest(name) for name in loaded.settings.benchmarks}
-
-    before = digests()
-    with edited_project(tmp_path, file, old, new):
-        after = digests()
-    assert {name for name in before if before[name] != after[name]} == ({"glue"} if is_glue_made_again else set())
 
 
 @pytest.mark.parametrize(

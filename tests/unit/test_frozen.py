@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from benchmarks.domainbed import pipeline as images
 from benchmarks.harness.base import PREFIXES, DefinitionError, RunError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.methods import check_frozen
+from benchmarks.harness.config.method_specs import check_frozen
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.prefix import Prefix

@@ -84,8 +84,8 @@ def test_a_job_on_a_cluster_plans_nothing(here: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(suite, "plan", refuse)
     job = suite.load_suite({"suite": "smoke"})
-    assert [suite.planned_run(run.folder, job) for run in smoke.runs] == smoke.runs
-    assert suite.planned_partition(partition.id, job) == partition
+    assert [suite.find_run(run.folder, job, on_cluster=True) for run in smoke.runs] == smoke.runs
+    assert suite.find_partition(partition.id, job, on_cluster=True) == partition
 
 
 PACKAGES_FILE = "benchmarks/harness/sources/packages.yaml"

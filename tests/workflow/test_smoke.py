@@ -50,14 +50,19 @@ def test_everything_that_the_suite_promises_is_there(checkout: Checkout) -> None
     assert "its scores mean nothing" in page
 
 
-def test_an_edit_of_a_table_reruns_only_the_tables_and_pages_of_its_benchmark(checkout: Checkout) -> None:
+def test_an_edit_of_a_table_or_title_reruns_only_the_tables_and_pages_of_its_benchmark(checkout: Checkout) -> None:
     """This is before the tests that repeat runs, because repeated runs are newer than their tables."""
-    file = "benchmarks/llama/presentation.py"
+    edits = [
+        ("benchmarks/llama/presentation.py", '"""', '"""Edited. '),
+        ("benchmarks/multitask/benchmark.yaml", "T5 on", "The T5 on"),
+    ]
     assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
-    checkout.edit(file, '"""', '"""Edited. ')
-    rerun = {"tables_of_llama", "table_of_claims", "benchmark_report", "report", "smoke"}
-    assert jobs(checkout.snakemake("-n", "smoke")) == dict.fromkeys(rerun, 1)
-    checkout.edit(file, '"""Edited. ', '"""')
+    for file, old, new in edits:
+        checkout.edit(file, old, new)
+    rerun = {"tables_of_llama": 1, "tables_of_multitask": 1, "table_of_claims": 1, "benchmark_report": 2, "report": 1}
+    assert jobs(checkout.snakemake("-n", "smoke")) == {**rerun, "smoke": 1}
+    for file, old, new in edits:
+        checkout.edit(file, new, old)
 
 
 def test_pdflatex_compiles_every_table(checkout: Checkout) -> None:

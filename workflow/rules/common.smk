@@ -11,7 +11,7 @@ sys.path.insert(0, str(workflow.basedir))
 import benchmarks.kinds
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import hide_passwords
-from benchmarks.harness.config import artifacts, paper_items, runs
+from benchmarks.harness.config import artifacts, catalogue, claims, paper_items, runs
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config import suite as suites
 from benchmarks.harness.run import devices
@@ -33,7 +33,7 @@ try:
         workflow.is_main_process
     ):  # a job on a cluster has its run from the main process, and plans nothing
         SUITE.runs
-        SUITE.claims_digest()
+        claims.load_claims()
 except EMoEError as error:
     # one line that explains it; a traceback would hide it
     sys.exit(f"error: {error}")
@@ -122,9 +122,9 @@ def suite_named(name):
     return SUITE if name == SUITE.name else suites.plain_suite(name)
 
 
-def code_of(*benchmarks):
-    # local: it is on this machine although results may be in a storage
-    return local(artifacts.code_files(*benchmarks))
+def sources_of(*benchmarks):
+    # local: they are on this machine although results may be in a storage
+    return local(artifacts.table_sources(*benchmarks))
 
 
 def in_report(shown, category):
@@ -165,19 +165,15 @@ def refused(reason):
     return lambda wildcards: sys.exit(f"error: {reason}")
 
 
-def not_here(target, wanted):
+def not_here(target, wanted, part=None):
     return lambda wildcards: sys.exit(
-        f"error: {suites.suites_hint(target, wanted, SUITE)}"
+        f"error: {suites.suites_hint(target, wanted, SUITE, part)}"
     )
 
 
 def run_of(wildcards):
     folder = f"{wildcards.benchmark}/{wildcards.run}"
-    return (
-        suites.find_run(folder, SUITE)
-        if workflow.is_main_process
-        else suites.planned_run(folder, SUITE)
-    )
+    return suites.find_run(folder, SUITE, on_cluster=not workflow.is_main_process)
 
 
 def run_resource(name, usual=None):
@@ -203,10 +199,8 @@ def run_threads(wildcards):
 
 
 def partition_of(wildcards):
-    find = (
-        suites.find_partition if workflow.is_main_process else suites.planned_partition
-    )
-    return find(wildcards.partition, SUITE)
+    on_cluster = not workflow.is_main_process
+    return suites.find_partition(wildcards.partition, SUITE, on_cluster=on_cluster)
 
 
 def suite_metrics(wildcards):

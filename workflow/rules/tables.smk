@@ -13,7 +13,7 @@ for shown in SHOWN:
             lambda wildcards, shown=shown: suite_named(wildcards.suite).metric_files(
                 shown.benchmark, shown.part
             ),
-            code_of(shown.benchmark),
+            sources_of(shown.benchmark),
         output:
             tables=shown.table_files("{suite}"),
             figures=in_report(shown, shown.benchmark),
@@ -26,11 +26,6 @@ for shown in SHOWN:
         params:
             what=f"--benchmark {shown.benchmark}"
             + (f" --part {shown.part}" if shown.part else ""),
-            paper=paper_items.load_paper().model_dump_json(),
-            # comments in the YAML files change nothing here, titles do
-            definition=lambda wildcards, shown=shown: suite_named(
-                wildcards.suite
-            ).digest(shown.benchmark, shown.part),
         message:
             f"Tables and figures of {shown.name}, suite {{wildcards.suite}}"
         shell:
@@ -44,7 +39,7 @@ rule table_of_claims:
             for name in suite_named(wildcards.suite).claimed
             for file in suite_named(wildcards.suite).metric_files(name)
         ],
-        lambda wildcards: code_of(*suite_named(wildcards.suite).claimed),
+        lambda wildcards: sources_of(*suite_named(wildcards.suite).claimed),
     output:
         tables=CLAIMS.table_files("{suite}"),
         figures=in_report(CLAIMS, "Claims"),
@@ -54,9 +49,6 @@ rule table_of_claims:
     localrule: True
     conda:
         ENVIRONMENT
-    params:
-        main=paper_items.load_paper().model_dump_json(),
-        definition=lambda wildcards: suite_named(wildcards.suite).claims_digest(),
     message:
         "What the runs say of the paper's claims, suite {wildcards.suite}"
     shell:
@@ -68,7 +60,7 @@ rule benchmark_report:
     input:
         lambda wildcards: suite_named(wildcards.suite).metric_files(wildcards.benchmark),
         lambda wildcards: suite_named(wildcards.suite).output_files(wildcards.benchmark),
-        local(artifacts.page_files()),
+        local(artifacts.page_sources()),
     output:
         "results/{suite}/{benchmark}.html",
     log:
@@ -88,7 +80,7 @@ rule report:
     input:
         suite_metrics,
         suite_tables,
-        local(artifacts.page_files()),
+        local(artifacts.page_sources()),
     output:
         report(
             "results/{suite}/report.html",

@@ -58,21 +58,27 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
     return Artifacts(benchmark, part, definition.tables, definition.figures)
 
 
-def code_files(*benchmarks: str) -> list[str]:
-    """List the files of code that make the benchmarks' tables.
+def table_sources(*benchmarks: str) -> list[str]:
+    """List the files that the benchmarks' tables are made from, besides the numbers of runs.
 
-    These are the packages of the benchmarks and of their kinds, and the harness's results and report.
+    These are code, YAML and published numbers of the benchmarks and of their kinds, the harness's results and report,
+    and the lists of models, methods, metrics, claims and paper items.
     """
     kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name)).__mro__]
     folders = {"harness/report", "harness/results", *benchmarks}
     folders |= {module[1] for module in kinds if module[0] == BENCHMARKS.name and module[1] != "harness"}
-    files = [file for folder in sorted(folders) for file in sorted((BENCHMARKS / folder).glob("*.py"))]
-    return [os.path.relpath(file) for file in [*files, BENCHMARKS / "harness/report/table.html.j2"]]
+    patterns = ["*.yaml", "harness/report/table.html.j2"]
+    patterns += [f"{folder}/{files}" for folder in sorted(folders) for files in ("*.py", "*.yaml", "**/*.csv")]
+    return _files(*patterns)
 
 
-def page_files() -> list[str]:
-    """List the template, style and script of the pages."""
-    return [os.path.relpath(file) for file in sorted((BENCHMARKS / "harness/report").glob("page.*"))]
+def page_sources() -> list[str]:
+    """List the template, style and script of the pages, and the file of the suite (a wildcard of Snakemake)."""
+    return [*_files("harness/report/page.*"), os.path.relpath(paths.CONFIG / "{suite}.yaml")]
+
+
+def _files(*patterns: str) -> list[str]:
+    return [os.path.relpath(file) for pattern in patterns for file in sorted(BENCHMARKS.glob(pattern))]
 
 
 def all_artifacts() -> list[Artifacts]:

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.base import BENCHMARKS
+from benchmarks.harness.base import BENCHMARKS, DataError
 from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, optional, read
+from benchmarks.harness.sources.packages import PackageFile, find_package
+from emoe.errors import did_you_mean
 
 
 class Shape(Strict):
@@ -130,3 +132,11 @@ def model_names(modality: str | None) -> list[str]:
 def load_metrics() -> dict[str, Metric]:
     """Load ``benchmarks/metrics.yaml``: the metrics, by name."""
     return read(BENCHMARKS / "metrics.yaml", MetricFile).metrics
+
+
+def rebuilt_from(name: str) -> PackageFile:
+    """Return the package file of a rebuilt model (raises :class:`DataError` if there is no such model)."""
+    rebuilt = {name: model.rebuilt for name, model in load_models().items() if model.rebuilt}
+    if name not in rebuilt:
+        raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
+    return find_package(rebuilt[name])

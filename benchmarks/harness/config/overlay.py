@@ -3,7 +3,7 @@
 These rules are not merges:
 
 - ``top_k`` and ``top_k_fraction`` replace each other (:func:`benchmarks.harness.config.methods.merge_methods`).
-- ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.methods.method_spec`).
+- ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.method_specs.method_spec`).
 - ``by_model`` is a layer after the suite's (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
 - A task and a row change the epochs, and a protocol the validation rows (:func:`benchmarks.text.grid.run_training`).
 - An untrained model has no training settings (:mod:`benchmarks.llama.grid`).

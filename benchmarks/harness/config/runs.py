@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DataError, DefinitionError, read_json
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.base import DefinitionError, read_json
 from benchmarks.harness.config.yaml import Count, Number, Strict, Whole
-from benchmarks.harness.sources.packages import PackageFile, find_package, set_packages
-from emoe.errors import did_you_mean
+from benchmarks.harness.sources.packages import set_packages
 
 
 class RunSpec(Strict):
@@ -156,14 +154,6 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
     # the layers of a word such as "all" are known when the model is loaded
     layers = [[layer] for layer in config["layers"]] if isinstance(config["layers"], list) else [config["layers"]]
     return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
-
-
-def rebuilt_from(name: str) -> PackageFile:
-    """Return the package file of a rebuilt model (raises :class:`DataError` if there is no such model)."""
-    rebuilt = {name: model.rebuilt for name, model in load_models().items() if model.rebuilt}
-    if name not in rebuilt:
-        raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
-    return find_package(rebuilt[name])
 
 
 def model_files(model: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,6 @@ class SetPart:
         source: The place that the rows came from.
         advice: The way to get the part if it is missing.
         published: The number of rows that the paper's authors score, if we score another number.
-        counts_dropped: True if the makers count the dropped rows too.
     """
 
     name: str
@@ -48,16 +47,11 @@ class SetPart:
     source: str = ""
     advice: str = ""
     published: PublishedRows | None = None
-    counts_dropped: bool = True
 
     @property
     def as_expected(self) -> bool:
-        """Return True if the row count equals the makers' count, or the makers' count is unknown."""
-        return self.expected in (None, self.rows, self._counted)
-
-    @property
-    def _counted(self) -> int:
-        return (self.rows or 0) + (self.dropped if self.counts_dropped else 0)
+        """Return True if the makers' count equals the rows in use, with or without the dropped ones, or is unknown."""
+        return self.expected in (None, self.rows, (self.rows or 0) + self.dropped)
 
     @property
     def note(self) -> str | None:
@@ -65,11 +59,9 @@ class SetPart:
         if self.rows is None or (self.published and self.published.rows == self.rows):
             return None
         if not self.as_expected:
-            beside = f" beside {self.dropped:,} dropped" if self.dropped and not self.counts_dropped else ""
-            return (
-                f"{self.name} ({self.part}): {self._counted:,} rows{beside}, its makers count {self.expected:,}: "
-                "another version, or not all of it"
-            )
+            rows = f"{self.rows:,} rows and {self.dropped:,} dropped" if self.dropped else f"{self.rows:,} rows"
+            counts = f"{rows}, its makers count {self.expected:,}"
+            return f"{self.name} ({self.part}): {counts}: another version, or not all of it"
         if self.published:
             other = f"not {self.published.rows:,} as by {self.published.of}: {self.published.why}"
             return f"{self.name} ({self.part}): {self.rows:,} rows are scored, {other}"

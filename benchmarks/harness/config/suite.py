@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, read_json, write_json, write_text
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
-from benchmarks.harness.config.catalogue import load_metrics, load_models
+from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.claims import Comparison, load_claims
 from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, canonical_json, partition_jobs, run_from_spec
 from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse, read_yaml
@@ -89,15 +88,14 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
             f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
         )
     file = paths.CONFIG / f"{name}.yaml"
-    where = "--config" if values else str(file)
-    content = read_yaml(file)
-    settings = parse(content, SuiteSettings, str(file))
-    if chosen := values.get("benchmarks"):
+    where = f"{file} with --config" if values else str(file)
+    chosen, content = values.pop("benchmarks", None), read_yaml(file)
+    settings = parse({**content, **values} if isinstance(content, dict) else content, SuiteSettings, where)
+    check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
+    if chosen:
         chosen = [chosen] if isinstance(chosen, str) else chosen
         check_names(f"{where}: '", "benchmarks", chosen, settings.benchmarks)
-        values["benchmarks"] = {benchmark: settings.benchmarks[benchmark] for benchmark in chosen}
-    settings = parse({**content, **values}, SuiteSettings, where)
-    check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
+        settings = settings.model_copy(update={"benchmarks": {key: settings.benchmarks[key] for key in chosen}})
     parts = {
         benchmark: parse_part(
             load_benchmark(benchmark), name, file, _with_seeds(part, settings.seeds) if settings.seeds else part
@@ -282,26 +280,6 @@ class Suite:
         """Return MLflow's store: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
         return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
 
-    def digest(self, benchmark: str, part: str | None = None) -> str:
-        """Hash all inputs of a benchmark's or part's tables, except the numbers of its runs. Comments do not count."""
-        loaded, part_of_suite = load_benchmark(benchmark), self.benchmark_parts.get(benchmark)
-        content: list[object] = [
-            loaded.definition.model_dump(),
-            part_of_suite.settings.note if part_of_suite else None,
-            {name: task.model_dump() for name, task in loaded.tasks.items()},
-            {name: metric.model_dump() for name, metric in load_metrics().items()},
-            {name: model.title for name, model in load_models().items()},
-            [file.read_text() for file in sorted(loaded.folder.glob("**/*.csv"))],
-            [run.id for run in self.runs_of(benchmark, part)],
-        ]
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
-
-    def claims_digest(self) -> str:
-        """Hash all inputs of the table of claims, except the numbers of runs. Comments do not count."""
-        claims = {name: claim.model_dump() for name, claim in load_claims().items()}
-        content = [claims, *(self.digest(name) for name in self.claimed)]
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
-
     def environment(self) -> dict[str, str]:
         """Return environment variables for the jobs, which use this interpreter even if it is not on the path."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -349,7 +327,7 @@ class Suite:
     def write_plan(self, folders: Collection[str]) -> None:
         """Write the plan for progress lines: each run's usual seconds, the start time and the machine's name.
 
-        A second file has the runs and their partitions, for jobs on a cluster: :func:`planned_run`.
+        A second file has the runs and their partitions, for jobs on a cluster: :func:`find_run`.
 
         Args:
             folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
@@ -366,28 +344,26 @@ class Suite:
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 
-def planned_run(folder: str, suite: Suite) -> Run:
-    """Return a run by folder in a job on a cluster, without planning the suite."""
-    content = suite.read_planned(folder)
-    return Run(**content) if content else find_run(folder, suite)
+def find_run(folder: str, first: Suite, *, on_cluster: bool = False) -> Run:
+    """Find the run with this folder below ``results/runs``, in the given suite or in any other.
 
-
-def planned_partition(name: str, suite: Suite) -> PartitionJob:
-    """Return a clustering by id in a job on a cluster, without planning the suite."""
-    content = suite.read_planned(name)
-    return PartitionJob(**content) if content else find_partition(name, suite)
-
-
-def find_run(folder: str, first: Suite) -> Run:
-    """Find the run with this folder below ``results/runs``, in the given suite or in any other."""
+    Args:
+        folder: The folder.
+        first: The suite to search first.
+        on_cluster: True to read the run from the file of :meth:`Suite.write_plan` instead of planning the suite.
+    """
+    if on_cluster and (content := first.read_planned(folder)):
+        return Run(**content)
     for suite in _suites(first):
         if folder.partition("/")[0] in suite.settings.benchmarks and folder in suite.runs_by_folder:
             return suite.runs_by_folder[folder]
     raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
 
 
-def find_partition(name: str, first: Suite) -> PartitionJob:
-    """Find the clustering with this id, in the given suite or in any other."""
+def find_partition(name: str, first: Suite, *, on_cluster: bool = False) -> PartitionJob:
+    """Find the clustering with this id, see :func:`find_run`."""
+    if on_cluster and (content := first.read_planned(name)):
+        return PartitionJob(**content)
     for suite in _suites(first):
         if name in suite.partitions:
             return suite.partitions[name]
@@ -400,19 +376,12 @@ def _suites(first: Suite) -> Iterator[Suite]:
     yield from (plain_suite(name) for name in suite_names() if name != first.name)
 
 
-def find_part(benchmark: str, part: str, first: Suite) -> Suite:
-    """Return the given suite if it runs the part of the benchmark, else the first other one that does."""
-    for suite in _suites(first):
-        if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
-            return suite
-    raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
-
-
-def suites_hint(target: str, benchmarks: Collection[str], given: Suite) -> str:
-    """Explain which suites run the benchmarks of a workflow's target, which the given suite lacks."""
-    others = [name for name in suite_names() if set(benchmarks) & set(plain_suite(name).settings.benchmarks)]
+def suites_hint(target: str, benchmarks: Collection[str], given: Suite, part: str | None = None) -> str:
+    """Explain which suites run the benchmarks of a workflow's target, or one of their parts, which a suite lacks."""
+    suites = {name: plain_suite(name) for name in suite_names()}
+    others = [name for name in suites if any(suites[name].output_files(each, part) for each in benchmarks)]
     where = f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`" if others else ""
-    return f"the suite '{given.name}' does not run {' or '.join(benchmarks)}; {where or 'no suite does'}"
+    return f"the suite '{given.name}' does not run {part or ' or '.join(benchmarks)}; {where or 'no suite does'}"
 
 
 def suites_with(compare: Comparison) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dino
 from transformers.initialization import no_init_weights
 
 from benchmarks.harness.base import atomic_write
-from benchmarks.harness.config.runs import rebuilt_from
+from benchmarks.harness.config.catalogue import rebuilt_from
 from benchmarks.harness.sources.packages import find_package
 from emoe.files import save_weights
 

@@ -86,7 +86,7 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Coll
 
 def _tuned_names(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
     """Return the names of the parameters that a tuning trains."""
-    names, chosen = dict(model.named_parameters()).keys(), set(TUNINGS[name].parameters(model, layers))
+    names, chosen = dict(model.named_parameters()).keys(), set(TUNINGS[name](model, layers))
     if unknown := sorted(chosen - names):
         near = did_you_mean(unknown[0], names)
         raise DefinitionError(f"the tuning '{name}' names '{unknown[0]}', which is not a parameter of the model{near}")

@@ -14,7 +14,7 @@ from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
 from benchmarks.harness.config.claims import Comparison, PaperEffect, load_claims
-from benchmarks.harness.config.methods import setting_text
+from benchmarks.harness.config.method_specs import setting_text
 from benchmarks.harness.config.paper_items import main_figure
 from benchmarks.harness.config.suite import Suite, suites_with
 from benchmarks.harness.report.common import RANDOM_WEIGHTS, has_random_weights, interval_text, name_or_count
