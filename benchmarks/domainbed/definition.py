@@ -86,14 +86,10 @@ class ImageTraining(Training):
 
 
 class ImageBlock(VariantAxes):
-    """A product of lists. Lists of method settings become part of the method's variant."""
+    """A block of the grid."""
 
-    model: Names
-    """Names in models.yaml."""
     set: Names
     """Names of image sets."""
-    method: Names
-    """Names of methods."""
     test_envs: (
         Literal["single", "all"]
         | Annotated[list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]], Field(min_length=1)]

@@ -8,7 +8,6 @@ import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.domainbed.definition import COST_COLUMNS, ImageDefinition, ImagePart, ImageTraining, SetEntry, SetFile
@@ -82,18 +81,6 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])
         patches = (training["image_size"] // 14) ** 2
         return float(training["steps"] * spec["hparams"]["batch_size"] * trained * patches)
-
-    def pipeline(self) -> ModuleType:
-        import timm  # noqa: F401  (runs import it when they build a model)
-
-        from benchmarks.domainbed import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.domainbed import presentation
-
-        return presentation
 
 
 def _test_env_tuples(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
@@ -103,16 +102,6 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         settings = spec["evaluation"]
         rows = sum(settings["rows"] or self.tasks[other["name"]].rows.get("test", 0) for other in spec["ood"])
         return text_tokens(rows, settings["max_length"], 1 / 3)
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.glue_ood import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.glue_ood import presentation
-
-        return presentation
 
 
 def _rows(

@@ -33,14 +33,10 @@ class MultitaskTraining(EpochTraining):
 
 
 class MultitaskBlock(VariantAxes):
-    """A product of lists. Lists of method settings become part of the method's variant."""
+    """A block of the grid."""
 
-    model: Names
-    """Names in models.yaml."""
     mixture: Names
     """Names of mixtures, or of tasks, which are then learned alone."""
-    method: Names
-    """Names of methods."""
     learning_rate: Positives
     """Peak learning rates."""
     seed: Wholes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
@@ -81,16 +80,6 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         most = training["rows_per_epoch"]
         rows = sum(most or self.tasks[task["name"]].rows.get("train", 0) for task in spec["task"]["tasks"])
         return text_tokens(rows or None, training["max_length"], training["epochs"])
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.multitask import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.multitask import presentation
-
-        return presentation
 
 
 def _ood_sets(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[str, str]:
