@@ -10,7 +10,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from benchmarks.domainbed.definition import COST_COLUMNS, ImageDefinition, ImagePart, ImageTraining, SetEntry, SetFile
+from benchmarks.domainbed.definition import (
+    HParams,
+    ImageDefinition,
+    ImagePart,
+    ImageTraining,
+    RunImageSet,
+    SetEntry,
+    SetFile,
+)
 from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base import DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part
@@ -18,7 +26,7 @@ from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
-from benchmarks.harness.config.yaml import check_file, check_names, parse, read
+from benchmarks.harness.config.yaml import check_names, parse, read
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
@@ -35,10 +43,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, ImageDefinition, str(file))
         domains = {"held_out": Domain(("accuracy",), "trial", tuple(SELECTIONS)), "model": COUNTS}
-        benchmark = cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
-        if costs := definition.published_costs:
-            check_file(f"{file}: '", "published_costs", costs, benchmark.folder, COST_COLUMNS)
-        return benchmark
+        return cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
 
     def specs(self, part: Part[ImagePart], exclude: Collection[str], others: Sequence[Run]) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
@@ -63,19 +68,21 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         return [SetReader(name, ALL, functools.partial(self._describe, name, spec["data_seed"]))]
 
     def _describe(self, name: str, data_seed: int, open_files: bool) -> Iterator[SetPart]:
-        from benchmarks.domainbed.validation import list_environments
+        from benchmarks.domainbed.validation import count_images, load_set, validate_images
 
         entry = self.tasks[name]
         try:
-            environments = list_environments(entry.as_run(name), data_seed, open_images=open_files)
+            image_set = load_set(RunImageSet(**entry.spec(name)), data_seed, truncated="refuse")
+            if open_files:
+                validate_images(image_set)
         except DataError as error:
             problem = error if open_files else first_line(error)
             yield missing_set(name, problem, entry.download_instructions, entry.images)
             return
-        for environment, rows, labels, source in environments:
-            yield SetPart(name, environment, rows, labels=labels, source=source)
-        total = sum(rows for _, rows, _, _ in environments)
-        yield SetPart(name, ALL, total, expected=entry.images, source=environments[0][3])
+        for environment, rows, labels in count_images(image_set):
+            yield SetPart(name, environment, rows, labels=labels, source=image_set.source)
+        total = sum(map(len, image_set.environments))
+        yield SetPart(name, ALL, total, expected=entry.images, source=image_set.source)
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])
@@ -100,17 +107,16 @@ def _spec(
     where: str,
 ) -> dict[str, Any]:
     task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
-    if settings.registry is None or settings.hparams is None:
-        raise DefinitionError(f"{benchmark.file}: 'training' needs the keys 'registry' and 'hparams'")
-    hparams = {**hyper_parameters(settings.registry, task.domainbed, draw, trial), **settings.hparams.model_dump()}
+    drawn = hyper_parameters(settings.registry or "domainbed", task.domainbed, draw, trial)
+    hparams = {**drawn, **(settings.hparams or {})}
+    parse(hparams, HParams, str(benchmark.file), "training", "hparams")
     training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
     method = method_spec(methods, point, trial, settings.lora, where)
     check_frozen(training, method, f"{where}'")
     if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
         raise DefinitionError(
-            f"{benchmark.file}: 'training.frozen_layers' is {settings.frozen_layers}, but images of "
-            f"'{point['set']}' are augmented at every step and cannot be cached; "
-            "set hparams.data_augmentation: false"
+            f"{benchmark.file}: 'training.frozen_layers' needs hparams.data_augmentation: false, because augmented "
+            "images differ at every step"
         )
     envs = list(task.environments)
     draws = [f"T{'+'.join(envs[env] for env in point['test_envs'])}", f"h{draw}" if draw else ""]
