@@ -61,7 +61,47 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
                 axes = {key: values[key] for key in _AXES if key in values}
                 for chosen in itertools.product(*axes.values()):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, chosen, strict=True))}
-                    yield _spec(self, training[model], methods, point, where)
+                    yield self._spec(part, training[model], methods, point, where)
+
+    def _spec(
+        self,
+        part: Part[ImagePart],
+        settings: ImageTraining,
+        methods: Mapping[str, Method],
+        point: Mapping[str, Any],
+        where: str,
+    ) -> dict[str, Any]:
+        """Return the spec of one point of the grid; ``where`` is the location of its block in the file."""
+        task, trial, draw = self.tasks[point["set"]], point["trial"], point["hparams_seed"]
+        drawn = hyper_parameters(settings.registry or "domainbed", task.domainbed, draw, trial)
+        hparams = {**drawn, **(settings.hparams or {})}
+        parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
+        training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
+        method = method_spec(methods, point, trial, settings.lora, where)
+        check_frozen(training, method, f"{where}'")
+        if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
+            raise DefinitionError(
+                f"{part.where('training')}.frozen_layers' needs hparams.data_augmentation: false, because augmented "
+                "images differ at every step"
+            )
+        envs = list(task.environments)
+        draws = [f"T{'+'.join(envs[env] for env in point['test_envs'])}", f"h{draw}" if draw else ""]
+        return self.spec(
+            "-".join(filter(None, (method["variant"], *draws))),
+            model=load_models()[point["model"]].spec(point["model"]),
+            task=task.spec(point["set"]),
+            ood=[],
+            method=method,
+            test_envs=list(point["test_envs"]),
+            hparams_seed=draw,
+            hparams=hparams,
+            sweep=_sweep(self.definition.version, methods[point["method"]], settings),
+            training=training,
+            learning_rate=float(hparams["lr"]),
+            # DomainBed's seed of the baseline, so that all methods see the same digits
+            data_seed=sweep_seed(task.domainbed, BASELINE, point["test_envs"], draw, trial),
+            seed=trial,
+        )
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         name = spec["task"]["name"]
@@ -97,45 +137,6 @@ def _test_env_tuples(asked: str | list[list[str]], environments: list[str], wher
     for names in asked:
         check_names(where, "test_envs", names, environments)
     return [tuple(sorted(environments.index(name) for name in names)) for names in asked]
-
-
-def _spec(
-    benchmark: DomainBenchmark,
-    settings: ImageTraining,
-    methods: Mapping[str, Method],
-    point: Mapping[str, Any],
-    where: str,
-) -> dict[str, Any]:
-    task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
-    drawn = hyper_parameters(settings.registry or "domainbed", task.domainbed, draw, trial)
-    hparams = {**drawn, **(settings.hparams or {})}
-    parse(hparams, HParams, str(benchmark.file), "training", "hparams")
-    training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
-    method = method_spec(methods, point, trial, settings.lora, where)
-    check_frozen(training, method, f"{where}'")
-    if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
-        raise DefinitionError(
-            f"{benchmark.file}: 'training.frozen_layers' needs hparams.data_augmentation: false, because augmented "
-            "images differ at every step"
-        )
-    envs = list(task.environments)
-    draws = [f"T{'+'.join(envs[env] for env in point['test_envs'])}", f"h{draw}" if draw else ""]
-    return benchmark.spec(
-        "-".join(filter(None, (method["variant"], *draws))),
-        model=load_models()[point["model"]].spec(point["model"]),
-        task=task.spec(point["set"]),
-        ood=[],
-        method=method,
-        test_envs=list(point["test_envs"]),
-        hparams_seed=draw,
-        hparams=hparams,
-        sweep=_sweep(benchmark.definition.version, methods[point["method"]], settings),
-        training=training,
-        learning_rate=float(hparams["lr"]),
-        # DomainBed's seed of the baseline, so that all methods see the same digits
-        data_seed=sweep_seed(task.domainbed, BASELINE, point["test_envs"], draw, trial),
-        seed=trial,
-    )
 
 
 def _sweep(version: int, method: Method, training: ImageTraining) -> str:
