@@ -76,6 +76,7 @@ class DomainTrainer(RoutedTrainer):
         self._batch_size, self._seed = training.eval_batch_size, derive_seed("chance", spec.seed)
         self._stopwatch, self.probe = Stopwatch(), Probe()
         self._precision = available_precision(training.precision)
+        every = cast(int, training.eval_every)  # a run's spec has the set's number instead of null
         arguments = trainer_arguments(
             self._checkpoints,
             max_steps=training.steps,
@@ -103,7 +104,7 @@ class DomainTrainer(RoutedTrainer):
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
-            callbacks=[progress, self._stopwatch, UpdateGates(), EvaluationSteps(cast(int, training.eval_every))],
+            callbacks=[progress, self._stopwatch, UpdateGates(), EvaluationSteps(every)],
         )
 
     @property
