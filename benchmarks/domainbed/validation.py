@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+from filelock import FileLock
+
 from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.domainbed.images import ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
-from benchmarks.harness.base import IMAGES, DataError, hold, write_json
+from benchmarks.harness.base import IMAGES, DataError, write_json
 from benchmarks.harness.config.runs import canonical_json
 
 _SHOWN = 10  # damaged images that a message names
@@ -36,7 +38,7 @@ def validate_once(image_set: ImageSet, task: RunImageSet, truncated: str) -> Non
     digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:8]
     output = IMAGES / f"{task.name}-{digest}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    with hold(output.with_suffix(".lock")):
+    with FileLock(output.with_suffix(".lock")):
         if not output.exists():
             write_json(output, settings | validate_images(image_set))
 
