@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from benchmarks.domainbed.definition import validation_job
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run
 from benchmarks.llama.definition import InstructionSpec
@@ -218,15 +216,6 @@ def write_runs(runs: list[Run], gains: dict[str, float] | None = None, folder: P
         path = folder / run.folder / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(metrics(run, (gains or {}).get(run.spec["method"]["name"], 0.0))))
-
-
-def write_samples(runs: list[Run]) -> None:
-    """Write a picture of samples and the names of their environments for the image sets of runs."""
-    for job in {job.id: job for job in (validation_job(run.spec) for run in runs)}.values():
-        picture = Path(job.picture)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (80, 60)).save(picture)
-        Path(job.file).write_text(json.dumps({"samples": ["0", "15", "30", "45", "60", "75"]}))
 
 
 def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:

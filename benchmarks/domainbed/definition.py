@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from benchmarks.domainbed.protocol import BASELINE, sweep_seed
-from benchmarks.harness.base import IMAGES
 from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Precision, Training, TrainingPart
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
-from benchmarks.harness.config.runs import Job, RunSpec
+from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     UNIQUE,
     Count,
@@ -31,17 +27,27 @@ from benchmarks.harness.config.yaml import (
 )
 
 
-class HParams(Strict):
-    """Hyper-parameters that override default and random ones."""
+class HParams(ExplicitNulls):
+    """All hyper-parameters of a run. A ResNet's have no effect; they are kept to compare draws with DomainBed."""
 
-    lr: Positive | None = optional()
+    lr: Positive
     """Adam's learning rate."""
-    weight_decay: NotNegative | None = optional()
+    weight_decay: NotNegative
     """Adam's L2 penalty."""
-    batch_size: Count | None = optional()
+    batch_size: Count
     """Images of each training environment per step."""
-    data_augmentation: bool | None = optional()
+    data_augmentation: bool
     """Augment the training environments."""
+    class_balanced: Literal[False]
+    """DomainBed's option to draw every class equally often; no sweep uses it."""
+    vit_dropout: Rate | None = None
+    """Dropout before the head; the authors' fork lacks it."""
+    resnet18: bool
+    """Setting of a ResNet."""
+    resnet_dropout: Rate
+    """Setting of a ResNet."""
+    nonlinear_classifier: bool
+    """Setting of a ResNet."""
 
 
 class ImageTraining(Training):
@@ -80,20 +86,17 @@ class ImageTraining(Training):
     for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
     converts or trains a layer below. 0, or left out: none. Only for images that are not augmented."""
     registry: Literal["domainbed", "emoe"] | None = optional()
-    """Source of default and random hyper-parameters: DomainBed, or the EMoE authors' fork; not part of a run's spec."""
-    hparams: HParams | None = optional()
+    """Source of default and random hyper-parameters: DomainBed (if left out), or the EMoE authors' fork; not part of a
+    run's spec."""
+    hparams: Annotated[dict[str, Any], Changes(HParams)] | None = optional()
     """Hyper-parameters that override default and random ones; the run's spec has all of them in `hparams`."""
 
 
 class ImageBlock(VariantAxes):
-    """A product of lists. Lists of method settings become part of the method's variant."""
+    """A block of the grid."""
 
-    model: Names
-    """Names in models.yaml."""
     set: Names
     """Names of image sets."""
-    method: Names
-    """Names of methods."""
     test_envs: (
         Literal["single", "all"]
         | Annotated[list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]], Field(min_length=1)]
@@ -123,10 +126,6 @@ class ImageDefinition(MethodsDefinition):
 
     sets: str
     """File with the definitions of the image sets, in the benchmark's folder."""
-    published_costs: str | None = optional()
-    """CSV with published parameters, operations, times and memory, in the benchmark's folder; tables show them below
-    ours.
-    """
     set_tables: list[str]
     """The tables of each set."""
     set_figures: list[str]
@@ -189,46 +188,12 @@ class SetEntry(ImageTask, Entry):
         values = self.model_dump(include=set(ImageTask.model_fields))
         return {"name": name, **values, "environments": [list(pair) for pair in self.environments.items()]}
 
-    def as_run(self, name: str) -> RunImageSet:
-        """Return the set's entry in a run's spec."""
-        return RunImageSet.model_validate(self.spec(name))
-
 
 class SetFile(Strict):
     """Image sets of several environments; a set is data, not code."""
 
     sets: Annotated[dict[Key, SetEntry], Field(min_length=1)]
     """The sets, by name."""
-
-
-class RunHParams(ExplicitNulls):
-    """All hyper-parameters of a run. A ResNet's have no effect; they are kept to compare draws with DomainBed."""
-
-    lr: Positive
-    """Adam's learning rate."""
-    weight_decay: NotNegative
-    """Adam's L2 penalty."""
-    batch_size: Count
-    """Images of each training environment per step."""
-    data_augmentation: bool
-    """Augment the training environments."""
-    class_balanced: Literal[False]
-    """DomainBed's option to draw every class equally often; no sweep uses it."""
-    vit_dropout: Rate | None = None
-    """Dropout before the head; the authors' fork lacks it."""
-    resnet18: bool
-    """Setting of a ResNet."""
-    resnet_dropout: Rate
-    """Setting of a ResNet."""
-    nonlinear_classifier: bool
-    """Setting of a ResNet."""
-
-
-class RunImageTraining(ImageTraining):
-    """Training settings of a run, with the evaluation interval of its set."""
-
-    eval_every: Count
-    """Steps between evaluations."""
 
 
 class ImageSpec(RunSpec):
@@ -242,53 +207,11 @@ class ImageSpec(RunSpec):
     """Numbers of the held-out environments."""
     hparams_seed: Whole
     """DomainBed's hparams_seed: 0 for the defaults, another number for a random draw."""
-    hparams: RunHParams
+    hparams: HParams
     """All hyper-parameters."""
     sweep: str
     """Digest of the settings that all runs of a method share."""
-    training: RunImageTraining
+    training: ImageTraining
     """The training."""
     data_seed: int
     """Seed of the splits and draws of DomainBed's data."""
-
-
-COST_COLUMNS = ("model", "set", "method", "metric")  # of published costs, before value, status and source
-
-
-def held_out_names(spec: Mapping[str, Any]) -> list[str]:
-    """Return the names of the environments that a run holds out."""
-    names = [name for name, _ in spec["task"]["environments"]]
-    return [names[env] for env in spec["test_envs"]]
-
-
-@dataclass(frozen=True)
-class ValidationJob(Job):
-    """Open every image of a set before anything is trained on it."""
-
-    benchmark: str
-    task: dict[str, Any]
-    data_seed: int
-    image_size: int
-    truncated: str
-
-    @property
-    def id(self) -> str:
-        return f"{self.task['name']}-{self.image_size}px-{self.digest}"
-
-    @property
-    def file(self) -> str:
-        """Return the path of its counts."""
-        return str(IMAGES / f"{self.id}.json")
-
-    @property
-    def picture(self) -> str:
-        """Return the path of its grid of samples."""
-        return str(IMAGES / f"{self.id}.png")
-
-
-def validation_job(spec: Mapping[str, Any]) -> ValidationJob:
-    """Return the validation that a run waits for."""
-    task, training = spec["task"], spec["training"]
-    # samples of MNIST's variants, which every run shuffles anew, are those of the first trial
-    seed = sweep_seed(task["domainbed"], BASELINE, [0], 0, 0)
-    return ValidationJob(spec["benchmark"], task, seed, training["image_size"], training["truncated"])

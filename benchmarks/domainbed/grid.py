@@ -8,10 +8,17 @@ import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
-from benchmarks.domainbed.definition import COST_COLUMNS, ImageDefinition, ImagePart, ImageTraining, SetEntry, SetFile
+from benchmarks.domainbed.definition import (
+    HParams,
+    ImageDefinition,
+    ImagePart,
+    ImageTraining,
+    RunImageSet,
+    SetEntry,
+    SetFile,
+)
 from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base import DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part
@@ -20,7 +27,7 @@ from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, m
 from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
-from benchmarks.harness.config.yaml import check_file, check_names, parse, read
+from benchmarks.harness.config.yaml import check_names, parse, read
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
@@ -37,10 +44,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, ImageDefinition, str(file))
         domains = {"held_out": Domain(("accuracy",), "trial", tuple(SELECTIONS)), "model": COUNTS}
-        benchmark = cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
-        if costs := definition.published_costs:
-            check_file(f"{file}: '", "published_costs", costs, benchmark.folder, COST_COLUMNS)
-        return benchmark
+        return cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
 
     def specs(self, part: Part[ImagePart], exclude: Collection[str], others: Sequence[Run]) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
@@ -58,43 +62,73 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
                 axes = {key: values[key] for key in _AXES if key in values}
                 for chosen in itertools.product(*axes.values()):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, chosen, strict=True))}
-                    yield _spec(self, training[model], methods, point, where)
+                    yield self._spec(part, training[model], methods, point, where)
+
+    def _spec(
+        self,
+        part: Part[ImagePart],
+        settings: ImageTraining,
+        methods: Mapping[str, Method],
+        point: Mapping[str, Any],
+        where: str,
+    ) -> dict[str, Any]:
+        """Return the spec of one point of the grid; ``where`` is the location of its block in the file."""
+        task, trial, draw = self.tasks[point["set"]], point["trial"], point["hparams_seed"]
+        drawn = hyper_parameters(settings.registry or "domainbed", task.domainbed, draw, trial)
+        hparams = {**drawn, **(settings.hparams or {})}
+        parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
+        training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
+        method = method_spec(methods, point, trial, settings.lora, where)
+        check_frozen(training, method, f"{where}'")
+        if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
+            raise DefinitionError(
+                f"{part.where('training')}.frozen_layers' needs hparams.data_augmentation: false, because augmented "
+                "images differ at every step"
+            )
+        envs = list(task.environments)
+        draws = [f"T{'+'.join(envs[env] for env in point['test_envs'])}", f"h{draw}" if draw else ""]
+        return self.spec(
+            "-".join(filter(None, (method["variant"], *draws))),
+            model=load_models()[point["model"]].spec(point["model"]),
+            task=task.spec(point["set"]),
+            ood=[],
+            method=method,
+            test_envs=list(point["test_envs"]),
+            hparams_seed=draw,
+            hparams=hparams,
+            sweep=_sweep(self.definition.version, methods[point["method"]], settings),
+            training=training,
+            learning_rate=float(hparams["lr"]),
+            # DomainBed's seed of the baseline, so that all methods see the same digits
+            data_seed=sweep_seed(task.domainbed, BASELINE, point["test_envs"], draw, trial),
+            seed=trial,
+        )
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         name = spec["task"]["name"]
         return [SetReader(name, ALL, functools.partial(self._describe, name, spec["data_seed"]))]
 
     def _describe(self, name: str, data_seed: int, open_files: bool) -> Iterator[SetPart]:
-        from benchmarks.domainbed.validation import list_environments
+        from benchmarks.domainbed.validation import count_images, load_set, validate_images
 
         entry = self.tasks[name]
         try:
-            environments = list_environments(entry.as_run(name), data_seed, open_images=open_files)
+            image_set = load_set(RunImageSet(**entry.spec(name)), data_seed, truncated="refuse")
+            if open_files:
+                validate_images(image_set)
         except DataError as error:
             problem = error if open_files else first_line(error)
             yield missing_set(name, problem, entry.download_instructions, entry.images)
             return
-        for environment, rows, labels, source in environments:
-            yield SetPart(name, environment, rows, labels=labels, source=source)
-        total = sum(rows for _, rows, _, _ in environments)
-        yield SetPart(name, ALL, total, expected=entry.images, source=environments[0][3])
+        for environment, rows, labels in count_images(image_set):
+            yield SetPart(name, environment, rows, labels=labels, source=image_set.source)
+        total = sum(map(len, image_set.environments))
+        yield SetPart(name, ALL, total, expected=entry.images, source=image_set.source)
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])
         patches = (training["image_size"] // 14) ** 2
         return float(training["steps"] * spec["hparams"]["batch_size"] * trained * patches)
-
-    def pipeline(self) -> ModuleType:
-        import timm  # noqa: F401  (runs import it when they build a model)
-
-        from benchmarks.domainbed import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.domainbed import presentation
-
-        return presentation
 
 
 def _test_env_tuples(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
@@ -104,46 +138,6 @@ def _test_env_tuples(asked: str | list[list[str]], environments: list[str], wher
     for names in asked:
         check_names(where, "test_envs", names, environments)
     return [tuple(sorted(environments.index(name) for name in names)) for names in asked]
-
-
-def _spec(
-    benchmark: DomainBenchmark,
-    settings: ImageTraining,
-    methods: Mapping[str, Method],
-    point: Mapping[str, Any],
-    where: str,
-) -> dict[str, Any]:
-    task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
-    if settings.registry is None or settings.hparams is None:
-        raise DefinitionError(f"{benchmark.file}: 'training' needs the keys 'registry' and 'hparams'")
-    hparams = {**hyper_parameters(settings.registry, task.domainbed, draw, trial), **settings.hparams.model_dump()}
-    training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
-    method = method_spec(methods, point, trial, settings.lora, where)
-    check_frozen(training, method, f"{where}'")
-    if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
-        raise DefinitionError(
-            f"{benchmark.file}: 'training.frozen_layers' is {settings.frozen_layers}, but images of "
-            f"'{point['set']}' are augmented at every step and cannot be cached; "
-            "set hparams.data_augmentation: false"
-        )
-    envs = list(task.environments)
-    draws = [f"T{'+'.join(envs[env] for env in point['test_envs'])}", f"h{draw}" if draw else ""]
-    return benchmark.spec(
-        "-".join(filter(None, (method["variant"], *draws))),
-        model=load_models()[point["model"]].spec(point["model"]),
-        task=task.spec(point["set"]),
-        ood=[],
-        method=method,
-        test_envs=list(point["test_envs"]),
-        hparams_seed=draw,
-        hparams=hparams,
-        sweep=_sweep(benchmark.definition.version, methods[point["method"]], settings),
-        training=training,
-        learning_rate=float(hparams["lr"]),
-        # DomainBed's seed of the baseline, so that all methods see the same digits
-        data_seed=sweep_seed(task.domainbed, BASELINE, point["test_envs"], draw, trial),
-        seed=trial,
-    )
 
 
 def _sweep(version: int, method: Method, training: ImageTraining) -> str:

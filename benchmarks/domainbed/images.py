@@ -6,7 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.harness.base import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import expected_path, local_path
-from emoe.errors import did_you_mean
 
 Picture = Image.Image | Tensor
 
@@ -34,13 +33,11 @@ class Environment:
         labels: The class number of every row.
         open: The function that returns the picture of a row: an RGB image, or for MNIST a tensor
             ``[channels, 28, 28]`` in [0, 1].
-        places: The names of the rows for messages; empty for MNIST's variants.
     """
 
     name: str
     labels: list[int]
     open: Callable[[int], Picture]
-    places: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,9 +57,6 @@ class ImageSet:
     source: str
 
 
-REFUSE, LOAD = "refuse", "load"
-
-
 def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
     """Open an image as RGB without transparency, as in DomainBed.
 
@@ -74,7 +68,7 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
     Raises:
         DataError: The file is not an image, is damaged, ends early, or has more than 8 bits per channel.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = truncated == LOAD  # a global setting of Pillow
+    ImageFile.LOAD_TRUNCATED_IMAGES = truncated == "load"  # a global setting of Pillow
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.mode.startswith(("I", "F")):
@@ -116,7 +110,7 @@ def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
             raise DataError(f"{folder}: {error}; images are {', '.join(IMG_EXTENSIONS)}") from error
         paths = [path for path, _ in rows]
         labels = [label for _, label in rows]
-        environments.append(Environment(name, labels, partial(_open_file, paths, truncated), paths))
+        environments.append(Environment(name, labels, partial(_open_file, paths, truncated)))
     return ImageSet(environments, classes, str(root))
 
 
@@ -162,10 +156,9 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
             f"Without it, put {task.source.folder}/<environment>/<class>/<image> below data_root (see config/README.md)"
         ) from error
     rows = datasets.concatenate_datasets(list(parts.values()))
-    for column in ("domain", "image", "label"):
-        if column not in rows.column_names:
-            raise DataError(f"{where} has no column '{column}'{did_you_mean(column, rows.column_names)}")
-    labels, domains = (_column_names(rows, column, where) for column in ("label", "domain"))
+    if missing := {"domain", "image", "label"} - set(rows.column_names):
+        raise DataError(f"{where} has no column '{min(missing)}'")
+    labels, domains = (_column_names(rows, column) for column in ("label", "domain"))
     classes, present = sorted(set(labels)), _environment_order(sorted(set(domains)), task, where)
     images = rows.cast_column("image", datasets.Image(decode=False))
     environments = []
@@ -174,22 +167,18 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
         if absent := sorted(set(classes) - {labels[i] for i in chosen}):
             raise DataError(f"{where}: the domain '{domain}' has no image of the class '{absent[0]}'")
         numbers = [classes.index(labels[i]) for i in chosen]
-        places = [f"{where}, row {i + 1}" for i in chosen]
-        environments.append(Environment(name, numbers, partial(_open_row, images, chosen, places, truncated), places))
+        environments.append(Environment(name, numbers, partial(_open_row, images, chosen, where, truncated)))
     return ImageSet(environments, classes, f"hub {hub_name(where, task.source.revision, commit_of(parts))}")
 
 
-def _column_names(rows: Any, column: str, where: str) -> list[str]:
-    """Return a column of the hub's set as names, not class numbers (:class:`DataError` if a row has no value)."""
+def _column_names(rows: Any, column: str) -> list[str]:
+    """Return a column of the hub's set as names, not class numbers."""
     names = getattr(rows.features[column], "names", None)
-    for number, value in enumerate(rows[column], start=1):
-        if value in (None, "", -1):
-            raise DataError(f"{where}, row {number}: '{column}' is {value!r}, which names none")
     return [str(names[value] if names else value) for value in rows[column]]
 
 
-def _open_row(rows: Any, chosen: list[int], places: list[str], truncated: str, row: int) -> Image.Image:
-    """Open the image of a chosen row of a hub's set; ``places`` names the rows in messages."""
+def _open_row(rows: Any, chosen: list[int], where: str, truncated: str, row: int) -> Image.Image:
+    """Open the image of a chosen row of the hub's set."""
     content = rows[chosen[row]]["image"]
     file = content["bytes"] if content["bytes"] is not None else Path(content["path"])
-    return open_image(file, places[row], truncated)
+    return open_image(file, f"{where}, row {chosen[row] + 1}", truncated)

@@ -17,7 +17,7 @@ from benchmarks.domainbed.batches import (
     training_transform,
     with_prefix,
 )
-from benchmarks.domainbed.definition import ImageSpec, validation_job
+from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.images import Environment, ImageSet, plain_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
@@ -44,8 +44,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """
     read = parse(spec, ImageSpec, str(folder / "run.json"))
     training, hparams, held_out = read.training, read.hparams, read.test_envs
-    validate_once(validation_job(spec))
     image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
+    if not read.task.source.mnist:
+        validate_once(image_set, read.task, training.truncated)
     envs, classes, size = image_set.environments, image_set.classes, training.image_size
     progress.say(image_set.source)
     for name, count, labels in count_images(image_set):
@@ -74,14 +75,14 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     )
     # DomainBed's epoch: steps through the smallest environment, held out or not
     epoch = min(len(split.within) for split in splits) / hparams.batch_size
-    records = [record | {"epoch": record["step"] / epoch} for record in trainer.train()]
+    records = [record | {"epoch": record["step"] / epoch} for record in trainer.fit()]
     _write_results(folder / "results.jsonl", read, records)
     progress.say("predicting the out splits")
     out = [
         EvaluationRows(environment, split.out[: training.eval_rows], evaluation_transform(size))
         for environment, split in zip(envs, splits, strict=True)
     ]
-    confusion, routing = trainer.predict(out, len(classes))
+    confusion, routing = trainer.predict_splits(out, len(classes))
     best = best_record(records, held_out)
     return {
         "records": records,
@@ -152,18 +153,18 @@ def _evaluation_splits(
     return evaluated
 
 
-def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
-    """Return a run's arguments for DomainBed's scripts.
+def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
+    """Write the records with the run's arguments, in the format of DomainBed's scripts.
 
     The scripts group by data set, algorithm, held-out environments, draw and trial. The algorithm's name contains all
     other settings: their digest, the variant, the model, and the set if it is a variant of DomainBed's.
     """
     method, task = spec.method, spec.task
     variant = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
-    parts = (f"{method['name']}-{spec.sweep}", method["variant"], spec.model["name"], variant)
-    return {
+    names = (f"{method['name']}-{spec.sweep}", method["variant"], spec.model["name"], variant)
+    arguments = {
         "dataset": task.domainbed,
-        "algorithm": "@".join(filter(None, parts)),
+        "algorithm": "@".join(filter(None, names)),
         "test_envs": spec.test_envs,
         "hparams_seed": spec.hparams_seed,
         "trial_seed": spec.seed,
@@ -172,9 +173,5 @@ def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
         "task": "domain_generalization",
         "steps": spec.training.steps,
     }
-
-
-def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
-    """Write the records in the format of DomainBed's scripts."""
-    more = {"args": sweep_arguments(spec), "hparams": spec.hparams.model_dump()}
+    more = {"args": arguments, "hparams": spec.hparams.model_dump()}
     write_text(path, "".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records))

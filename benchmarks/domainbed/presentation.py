@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.domainbed.definition import COST_COLUMNS
 from benchmarks.domainbed.figures import SET_FIGURES
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.harness.config.benchmark import AnyBenchmark
@@ -133,24 +132,7 @@ def cost(outcomes: DomainOutcomes) -> Table:
         "mutual information of a token's expert and its image's class (environment). By chance: its mean and 95 % "
         f"quantile over {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those "
         "of a class). Only values above the quantile are meaningful",
-        published=_published_costs(outcomes),
     )
-
-
-def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
-    """Read published costs: a row per model, set and method, a column per metric, and ``source``; None without a
-    file.
-    """
-    file = outcomes.benchmark.definition.published_costs
-    if not file:
-        return None
-    keys = list(COST_COLUMNS[:-1])
-    published = common.read_published(outcomes.benchmark, file, COST_COLUMNS)
-    numbers = published.pivot_table(index=keys, columns="metric", values="value", sort=False)
-    sources = published.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
-    rows = numbers.join(sources).reset_index()
-    titles = [outcomes.title("method", name) for name in rows["method"]]
-    return rows.assign(model_title=rows["model"], set_title=rows["set"], method_title=titles)
 
 
 def paper(outcomes: DomainOutcomes) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,19 +38,6 @@ from emoe.records import RoutingRecord
 ACCURACY = "accuracy"
 
 
-class _DomainLoop(RoutedTrainer):
-    """Train with Adam's L2 penalty on every parameter, as in DomainBed, and restore the RNG state after evaluations."""
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters()]
-
-    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
-        rows: Any = dataloader.dataset
-        rows.step = self.state.global_step
-        with torch.random.fork_rng(devices=[]):  # a data loader takes a seed from the global generator
-            return super().evaluation_loop(dataloader, *args, **kwargs)
-
-
 class EvaluationSteps(TrainerCallback):
     """Evaluate, log and save at DomainBed's steps 0, ``every``, 2 · ``every``, … and at the last one.
 
@@ -67,8 +54,8 @@ class EvaluationSteps(TrainerCallback):
             control.should_save = step > 0  # repeating the first step is faster than saving it
 
 
-class DomainTrainer:
-    """Train one image classifier according to a run's spec.
+class DomainTrainer(RoutedTrainer):
+    """Train one image classifier according to a run's spec, with Adam's L2 penalty on every parameter, as in DomainBed.
 
     Every evaluation writes a checkpoint below ``folder``. A killed run resumes from the last complete one, with the
     same final numbers. ``splits`` are the evaluated splits by name (``env0_in``, ``env0_out``, …).
@@ -85,10 +72,11 @@ class DomainTrainer:
         progress: Progress,
     ) -> None:
         training, hparams = spec.training, spec.hparams
-        self._checkpoints, self._splits, self._model = folder / "checkpoints", dict(splits), classifier.model
+        self._checkpoints, self._splits = folder / "checkpoints", dict(splits)
         self._batch_size, self._seed = training.eval_batch_size, derive_seed("chance", spec.seed)
         self._stopwatch, self.probe = Stopwatch(), Probe()
         self._precision = available_precision(training.precision)
+        every = cast(int, training.eval_every)  # a run's spec has the set's number instead of null
         arguments = trainer_arguments(
             self._checkpoints,
             max_steps=training.steps,
@@ -106,7 +94,7 @@ class DomainTrainer:
             dataloader_num_workers=reading_workers(),
         )
         self.probe.observe(classifier.model, default_collate(fixed_rows(next(iter(splits.values())))))
-        self._trainer = _DomainLoop(
+        super().__init__(
             args=arguments,
             order=draws,
             trainable=classifier,
@@ -116,24 +104,33 @@ class DomainTrainer:
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
-            callbacks=[progress, self._stopwatch, UpdateGates(), EvaluationSteps(training.eval_every)],
+            callbacks=[progress, self._stopwatch, UpdateGates(), EvaluationSteps(every)],
         )
 
     @property
     def cost(self) -> dict[str, Any]:
         """Return the cost of training and of the evaluations during it, for ``metrics.json``."""
-        times = self._stopwatch.cost(self._trainer.args.max_steps)
+        times = self._stopwatch.cost(self.args.max_steps)
         return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
-    def train(self) -> list[dict[str, Any]]:
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        rows: Any = dataloader.dataset
+        rows.step = self.state.global_step
+        with torch.random.fork_rng(devices=[]):  # a data loader takes a seed from the global generator
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def fit(self) -> list[dict[str, Any]]:
         """Train from the last complete checkpoint, if any.
 
         Returns:
             DomainBed's records, with ``step``, ``loss`` (mean since the previous record) and ``<split>_acc``.
         """
-        self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
+        self.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         records: dict[int, dict[str, Any]] = {}
-        for entry in self._trainer.state.log_history:
+        for entry in self.state.log_history:
             step = int(entry["step"])
             record = records.setdefault(step, {"step": step - 1})
             if "loss" in entry:
@@ -144,7 +141,9 @@ class DomainTrainer:
         # Trainer's last log entry has no evaluation
         return [record for record in records.values() if len(record) > 2]
 
-    def predict(self, splits: Sequence[EvaluationRows], num_classes: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    def predict_splits(
+        self, splits: Sequence[EvaluationRows], num_classes: int
+    ) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """Predict one split per environment, and record the routing of its images.
 
         Returns:
@@ -152,7 +151,7 @@ class DomainTrainer:
             empty for a dense model. By layer it has ``loads``, the expert choices ``[environments, classes, experts]``,
             and ``chance``, the mean and 95 % quantile of the information of shuffled labels, in bits.
         """
-        with emoe.record_routing(self._model) if routed_layers(self._model) else nullcontext() as record:
+        with emoe.record_routing(self._trained) if routed_layers(self._trained) else nullcontext() as record:
             confusion = self._confusion(splits, num_classes, record)
         if record is None:
             return confusion, {}
@@ -179,7 +178,7 @@ class DomainTrainer:
     def _confusion(
         self, splits: Sequence[EvaluationRows], num_classes: int, record: RoutingRecord | None
     ) -> NDArray[np.int64]:
-        model = self._model.eval()
+        model = self._trained.eval()
         device = next(model.parameters()).device
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
         images = 0
@@ -190,7 +189,7 @@ class DomainTrainer:
                     record.set_labels(torch.arange(images, images + len(labels)))
                 images += len(labels)
                 inputs = {name: values.to(device) for name, values in batch.items()}
-                with torch.inference_mode(), self._trainer.compute_loss_context_manager():
+                with torch.inference_mode(), self.compute_loss_context_manager():
                     predicted = model(**inputs)["logits"].argmax(-1).cpu()
                 np.add.at(confusion[env], (labels.numpy(), predicted.numpy()), 1)
         return confusion

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import (
-    Definition,
-    MethodsDefinition,
-    Part,
-    benchmark_names,
-    load_benchmark,
-    text_tokens,
-)
+from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, text_tokens
 from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
@@ -38,15 +30,12 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         other = load_benchmark(evaluation_file.evaluates)
         if not isinstance(other, TextBenchmark):
             raise DefinitionError(f"{file}: 'evaluates' is '{other.name}', which trains no text classifiers")
-        shared = {
-            key: getattr(other.definition, key)
-            for key in MethodsDefinition.model_fields
-            if key not in Definition.model_fields
-        }
-        resolved = other.methods()
-        rows = {row: method for row, method in shared["methods"].items() if resolved[row].role != ABLATION}
-        rows |= transformed_rows(evaluation_file.transformed, other.definition, file)
-        definition = EvaluationDefinition(**evaluation_file.given(), **{**shared, "methods": rows})
+        trained, methods = other.definition, other.methods()
+        rows = {row: method for row, method in trained.methods.items() if methods[row].role != ABLATION}
+        rows |= transformed_rows(evaluation_file.transformed, trained, file)
+        definition = EvaluationDefinition(
+            **evaluation_file.given(), baseline=trained.baseline, method_defaults=trained.method_defaults, methods=rows
+        )
         benchmark = cls(name, definition, other.tasks, DOMAINS)
         main = [row for row in definition.methods if row not in definition.transformed]
         check_names(f"{file}: '", "ranked", definition.ranked, main)
@@ -70,7 +59,6 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             model, task, method = (spec[key]["name"] for key in ("model", "task", "method"))
             if method in self.definition.methods:
                 cells.setdefault((model, task, spec["protocol"], method), []).append(folder)
-        has_specs = False
         for name, folders, used_as in _rows(self.definition, cells):
             first = trained[folders[0]]
             changes = _transform_overrides(name, used_as, trained, self.file)
@@ -80,7 +68,6 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             for seed in dict.fromkeys(trained[folder]["seed"] for folder in folders):
                 if used_as and seed not in changes:
                     continue
-                has_specs = True
                 yield self.spec(
                     "",
                     protocol=first["protocol"],
@@ -93,26 +80,11 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     seed=seed,
                     **{"method": {"name": name, "variant": "", "config": None}, **changes.get(seed, {})},
                 )
-        if not has_specs:
-            tasks = sorted({spec["task"]["name"] for spec in trained.values()})
-            raise DefinitionError(
-                f"{self.file}: no task of the suite '{part.suite}' ({', '.join(tasks)}) has an OOD set left"
-            )
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         settings = spec["evaluation"]
         rows = sum(settings["rows"] or self.tasks[other["name"]].rows.get("test", 0) for other in spec["ood"])
         return text_tokens(rows, settings["max_length"], 1 / 3)
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.glue_ood import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.glue_ood import presentation
-
-        return presentation
 
 
 def _rows(

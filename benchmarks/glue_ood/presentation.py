@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.glue_ood.ranks import draw_ranks, ranks
+from benchmarks.glue_ood.ranks import ranks
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.presentation import Figure, Presentation
+from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.text.definition import OOD
 from benchmarks.text.figures import USAGE
@@ -23,13 +23,7 @@ TABLES: dict[str, Callable[[TextOutcomes], Table]] = {
     "usage": usage_table,
     "paper": partial(paper, domain=OOD),
 }
-FIGURES = {
-    "ranks": Figure(
-        draw_ranks,
-        "Mean rank over the OOD sets (left is better). Methods joined by a bar do not differ by Nemenyi's test at 5 %.",
-    ),
-    "usage": USAGE,
-}
+FIGURES = {"usage": USAGE}
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:

@@ -1,19 +1,16 @@
-"""Rank methods over the OOD sets: Friedman ranks and a critical difference diagram (Demšar 2006)."""
+"""Rank methods over the OOD sets: Friedman ranks and their critical difference (Demšar 2006)."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import cast
 
-import matplotlib as mpl
 import pandas as pd
 
 from benchmarks.glue_ood.definition import EvaluationDefinition
-from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import read_published
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, friedman_ranks, nemenyi
+from benchmarks.harness.results.statistics import critical_difference, friedman_ranks
 from benchmarks.text.definition import OOD
 from benchmarks.text.outcomes import PROTOCOLS, TextOutcomes
 from benchmarks.text.tables import BY_SELECTION, RANK
@@ -38,10 +35,6 @@ def ranked_scores(outcomes: TextOutcomes) -> Scores:
     return scores
 
 
-def _title(outcomes: TextOutcomes, protocol: str, model: str) -> str:
-    return f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection"
-
-
 def ranks(outcomes: TextOutcomes) -> Table:
     """Make a table of our mean ranks over the OOD sets and the paper's."""
     published = read_published(outcomes.benchmark)
@@ -52,7 +45,7 @@ def ranks(outcomes: TextOutcomes) -> Table:
         mean_ranks, p = friedman_ranks(table)
         test = "no Friedman test" if math.isnan(p) else f"Friedman p = {p:.3f}"
         difference = f"critical difference {critical_difference(*table.shape):.2f}"
-        notes.append(f"{_title(outcomes, protocol, model)}: {test}, {difference}")
+        notes.append(f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection: {test}, {difference}")
         for method, rank in mean_ranks.items():
             paper = published.get((model, method), math.nan)
             rows.append((protocol, model, method, rank, table.shape[1], len(table), paper))
@@ -75,41 +68,3 @@ def ranks(outcomes: TextOutcomes) -> Table:
         outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),
     )
-
-
-def draw_ranks(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw a critical difference diagram per model and protocol."""
-    import scikit_posthocs  # it imports a plotting library
-
-    scores = ranked_scores(outcomes)
-    if not scores:
-        plots.placeholder_figure(path, "the ranked rows have no common set and seed")
-        return
-    rows = max(map(len, scores.values()))
-    size = (plots.WIDTH, (1.1 + 0.2 * rows) * len(scores))
-    with plots.panel_figure(path, len(scores), 1, size, {**plots.STYLE, "axes.grid": False}) as (_, axes):
-        for axis, ((protocol, model), table) in zip(axes[:, 0], scores.items(), strict=True):
-            names = {method: outcomes.title("method", method) for method in table.index}
-            mean_ranks, p = friedman_ranks(table)[0].rename(names), nemenyi(table).rename(index=names, columns=names)
-            diagram = scikit_posthocs.critical_difference_diagram(
-                mean_ranks,
-                p,
-                alpha=SIGNIFICANCE,
-                ax=axis,
-                label_fmt_left="{label} ({rank:.2f}) ",
-                label_fmt_right=" ({rank:.2f}) {label}",
-                color_palette={names[method]: outcomes.style(method).colour for method in names},
-                crossbar_props={"color": plots.REFERENCE},
-            )
-            for (bar,) in diagram["crossbars"]:  # the library draws their points in the order of a set
-                bar.set_xdata(sorted(bar.get_xdata()))
-            axis.set_xlim(1, len(table))  # all possible ranks
-            for drawn in (*axis.lines, *axis.collections):
-                drawn.set_clip_on(False)  # the first and the last rank are on the edge
-            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-            axis.spines["top"].set(visible=True, color="black")  # the diagram hides its own axis
-            title = (
-                f"{_title(outcomes, protocol, model)}: mean rank over {table.shape[1]} sets, critical difference "
-                f"{critical_difference(*table.shape):.2f}"
-            )
-            axis.set_title(plots.wrap_text(title, plots.WIDTH), fontsize=8)

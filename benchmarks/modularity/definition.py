@@ -32,12 +32,8 @@ class Reading(Strict):
 
 
 class ModularityBlock(VariantAxes):
-    """A product of lists. Lists of method settings become part of the method's variant."""
+    """A block of the grid."""
 
-    model: Names
-    """Names in models.yaml."""
-    method: Names
-    """Names of methods."""
     seed: Wholes
     """Seeds; they affect only random partitions."""
 

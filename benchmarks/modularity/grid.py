@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
@@ -66,13 +65,3 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         reading = spec["reading"]  # three passes over the rows: the dense model, its best experts, its worst
         return text_tokens(reading["rows"] * (1 + len(spec["ood"])), reading["max_length"], 3 / 3)
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.modularity import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.modularity import presentation
-
-        return presentation

@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
-from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, average_over_seeds, read_published
@@ -27,7 +26,6 @@ PLACE = ["model", "layer"]
 CELL = [*PLACE, "num_experts", "method"]
 _KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_title": "Neurons in blocks", "n": "n"}
 _PAPERS_N = 64  # of Fig. 4
-_BESIDE = 0.14  # the distance of the paper's cross from our mark
 
 
 class ModularityOutcomes(Outcomes):
@@ -37,7 +35,6 @@ class ModularityOutcomes(Outcomes):
         rows: A row per run, in the order of models and methods: the columns :data:`CELL`, ``seed``, ``run_id``, a
             column per metric, ``usage`` and ``matrix`` of its metrics, and titles.
         means: The means over seeds, with ``<metric>_std``, ``n`` and titles.
-        paper: The unscaled numbers of the paper's matrices, by ``method``, ``num_experts`` and ``metric``.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
@@ -52,23 +49,20 @@ class ModularityOutcomes(Outcomes):
             numbers = list(metrics["measured"][EXPERTS])
         self.records = self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
         self.means = self.with_titles(average_over_seeds(self.rows, CELL, numbers))
-        published = read_published(benchmark)
-        scales = [load_metrics()[metric].scale for metric in published["metric"]]
-        self.paper = published.assign(value=published["value"].astype(float) / pd.Series(scales, dtype=float))
 
-    def panels(self, *, all_layers: bool = True) -> Iterator[tuple[str, pd.DataFrame]]:
-        """Yield the title and the rows of every model and layer, or of the first layer of every model."""
-        first = self.rows.groupby("model")["layer"].transform("first")
-        rows = self.rows if all_layers else self.rows[self.rows["layer"] == first]
-        for (model, layer), of_panel in rows.groupby(PLACE, sort=False):
-            yield f"{self.title('model', str(model))}, layer {layer}", of_panel
+    def panels(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Yield a title and the rows of the first layer of every model."""
+        for model, rows in self.rows.groupby("model", sort=False):
+            layer = rows["layer"].iloc[0]
+            yield f"{self.title('model', str(model))}, layer {layer}", rows[rows["layer"] == layer]
 
 
 def concentration(outcomes: ModularityOutcomes) -> Table:
     """Make a table of the concentration by construction, beside the paper's matrices."""
-    published = outcomes.paper.pivot(index=["method", "num_experts"], columns="metric", values="value")
-    published = published[["best_quarter", "usage_gini"]].add_suffix("_paper")
-    frame = outcomes.means.join(published, on=["method", "num_experts"])
+    cell = ["method", "num_experts"]
+    published = read_published(outcomes.benchmark).pivot(index=cell, columns="metric", values="value").astype(float)
+    frame = outcomes.means.join(published.add_suffix("_paper"), on=cell)
+    frame["best_quarter_paper"] /= 100
     (share,) = {run.spec["reading"]["active_share"] for run in outcomes.runs}
     return Table(
         "Activations in blocks of neurons, nothing trained",
@@ -129,7 +123,7 @@ TABLES = {"concentration": concentration, "selected": neurons_in_use, "usage": u
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw a dot per active neuron: a line per model (its first layer), a column per construction."""
-    panels = [(title, list(_first_runs(rows).itertuples())) for title, rows in outcomes.panels(all_layers=False)]
+    panels = [(title, list(_first_runs(rows).itertuples())) for title, rows in outcomes.panels()]
     columns = max(len(runs) for _, runs in panels)
     size, shared = (plots.WIDTH, 2.3 * len(panels) + 0.4), {"sharex": "row", "sharey": "row"}
     with plots.panel_figure(path, len(panels), columns, size, plots.HEATMAP, **shared) as (_, axes):
@@ -185,49 +179,10 @@ def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["num_experts"] == size].drop_duplicates("method")
 
 
-def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw the share of active neurons in the best quarter of blocks over N, a panel per model and layer."""
-    panels = list(outcomes.panels())
-    columns = min(len(panels), 2)
-    lines = -(-len(panels) // columns)
-    size, style = (2.6 * columns + 1.4, 2.4 * lines + 0.3), {**plots.STYLE, "axes.grid.axis": "y"}
-    with plots.panel_figure(path, lines, columns, size, style, sharey=True) as (figure, axes):
-        for axis, (title, rows) in zip(axes.flat, panels, strict=False):
-            sizes = sorted(rows["num_experts"].unique())
-            axis.axhline(25, color="#888888", lw=0.8, ls=":", zorder=0, label="every expert alike (25 %)")
-            for number, (name, of_method) in enumerate(rows.groupby("method", sort=False)):
-                _draw_shares(axis, outcomes, str(name), of_method, sizes, shift=0.12 * (number - 1))
-            axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-            axis.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(0, 102), xlabel="number of experts, N")
-            axis.set_title(title, fontsize=8)
-        for axis in axes[:, 0]:
-            axis.set_ylabel("active neurons in the\nbest quarter of experts (%)")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        handles.append(mpl.lines.Line2D([], [], color=plots.REFERENCE, marker="x", ls="", ms=5))
-        figure.legend(handles, [*labels, "the paper's matrices"], loc="outside right center", frameon=False, fontsize=7)
-
-
-def _draw_shares(
-    axis: Any, outcomes: ModularityOutcomes, method: str, rows: pd.DataFrame, sizes: list[int], *, shift: float
-) -> None:
-    """Draw the mean and range over seeds of a construction, and crosses for the paper's."""
-    style, shares = (
-        outcomes.style(method),
-        rows.groupby("num_experts")["best_quarter"].agg(["mean", "min", "max"]) * 100,
-    )
-    x = [sizes.index(size) + shift for size in shares.index]
-    axis.vlines(x, shares["min"], shares["max"], color=style.colour, lw=1.4)
-    axis.plot(x, shares["mean"], ls="", ms=4.5, **style.mark, label=outcomes.title("method", method))
-    paper = outcomes.paper[(outcomes.paper["method"] == method) & (outcomes.paper["metric"] == "best_quarter")]
-    paper = paper[paper["num_experts"].isin(sizes)]
-    beside = [sizes.index(size) + shift + _BESIDE for size in paper["num_experts"]]
-    axis.plot(beside, paper["value"] * 100, "x", ms=5, color=style.colour)
-
-
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the use of experts by task and class, a panel per model (first layer, smallest N)."""
     panels: list[UsagePanel] = []
-    for title, rows in outcomes.panels(all_layers=False):
+    for title, rows in outcomes.panels():
         clusters = rows[rows["method"] == outcomes.baseline].sort_values("num_experts", kind="stable")
         for row in clusters.head(1).itertuples():
             panels.append((f"{title}, N = {row.num_experts}", row._asdict(), row.usage))
@@ -245,12 +200,6 @@ FIGURES = {
         draw_activations_3d,
         "The same as the paper draws it (Fig. 4 of the first version): height is the activation's "
         "magnitude, before clustering and after.",
-    ),
-    "concentration": Figure(
-        draw_concentration,
-        "Share of a token's active neurons that are in the best quarter of the experts. Bars span the seeds "
-        "of random partitions; crosses are the paper's two matrices. The line at a quarter is where every "
-        "expert has as many.",
     ),
     "experts": Figure(
         draw_experts,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import MethodsDefinition, TrainingPart
+from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, TrainingPart
 from benchmarks.harness.config.methods import VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
@@ -14,11 +14,9 @@ from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Names, Positives,
 from benchmarks.text.definition import EpochTraining, RunTask
 
 
-class Mixture(Strict):
+class Mixture(Entry):
     """Tasks that one model learns at once."""
 
-    title: str
-    """Label in tables."""
     tasks: Annotated[Names, UNIQUE]
     """Names in the task file."""
 
@@ -33,14 +31,10 @@ class MultitaskTraining(EpochTraining):
 
 
 class MultitaskBlock(VariantAxes):
-    """A product of lists. Lists of method settings become part of the method's variant."""
+    """A block of the grid."""
 
-    model: Names
-    """Names in models.yaml."""
     mixture: Names
     """Names of mixtures, or of tasks, which are then learned alone."""
-    method: Names
-    """Names of methods."""
     learning_rate: Positives
     """Peak learning rates."""
     seed: Wholes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
@@ -15,7 +14,7 @@ from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse, read
 from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart
-from benchmarks.text.definition import CLEAN, ID, OOD, TaskEntry, TaskFile
+from benchmarks.text.definition import CLEAN, ID, OOD, TaskFile
 from benchmarks.text.grid import TextSets
 
 _SCORES = Domain(("score",), selections=(CLEAN,))
@@ -37,32 +36,32 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         benchmark = cls(name, definition, tasks, _DOMAINS, task_titles=titles)
         check_names(f"{file}: '", "prefixes", definition.prefixes, tasks)
         for key, mixture in definition.mixtures.items():
-            _check_tasks(f"{file}: 'mixtures.{key}", "tasks", mixture.tasks, tasks)
+            check_names(f"{file}: 'mixtures.{key}", "tasks", mixture.tasks, benchmark.trainable())
         for row, method in benchmark.methods().items():
             if method.tune or method.also_train or method.given().get("partition") == "coactivation":
                 raise DefinitionError(f"{file}: 'methods.{row}' must train everything, without co-activation groups")
         return benchmark
 
+    def trainable(self) -> list[str]:
+        """Return the tasks with classes and with splits for training and selection."""
+        return [name for name, task in self.tasks.items() if task.labels and task.splits.train and task.splits.dev]
+
     def specs(
         self, part: Part[MultitaskPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
-        mixtures = {name: [name] for name in self.tasks}
+        mixtures = {name: [name] for name in self.trainable()}
         mixtures |= {name: mixture.tasks for name, mixture in self.definition.mixtures.items()}
         names = {"model": model_names("seq2seq"), "mixture": mixtures, "method": methods}
         training = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, "learning_rate", "seed")):
             tasks = mixtures[point["mixture"]]
-            _check_tasks(where, "mixture", tasks, self.tasks)
             if set(tasks) & set(exclude):
                 continue
             prefixes = {name: self.definition.prefixes.get(name, name) for name in tasks}
             learned = [{**self.tasks[name].spec(), "prefix": prefix} for name, prefix in prefixes.items()]
-            ood = [
-                {**self.tasks[other].spec(), "read_as": name}
-                for other, name in _ood_sets(self.tasks, tasks).items()
-                if other not in exclude
-            ]
+            read_as = self._ood_sets(tasks, exclude)
+            ood = [{**self.tasks[other].spec(), "read_as": name} for other, name in read_as.items()]
             method = method_spec(methods, point, point["seed"], None, where)
             yield self.spec(
                 method["variant"],
@@ -82,37 +81,11 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         rows = sum(most or self.tasks[task["name"]].rows.get("train", 0) for task in spec["task"]["tasks"])
         return text_tokens(rows or None, training["max_length"], training["epochs"])
 
-    def pipeline(self) -> ModuleType:
-        from benchmarks.multitask import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.multitask import presentation
-
-        return presentation
-
-
-def _ood_sets(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[str, str]:
-    """Map the OOD sets of some tasks to the first task that lists them."""
-    others: dict[str, str] = {}
-    for name in names:
-        for other in tasks[name].ood:
-            if other not in names:
-                others.setdefault(other, name)
-    return others
-
-
-def _check_tasks(where: str, key: str, names: Collection[str], tasks: Mapping[str, TaskEntry]) -> None:
-    """Check that tasks have classes and splits for training and selection (:class:`DefinitionError` if not).
-
-    Their OOD sets must have as many text fields as the task.
-    """
-    check_names(where, key, names, tasks)
-    for name in names:
-        task = tasks[name]
-        if not (task.labels and task.splits.train and task.splits.dev):
-            raise DefinitionError(f"{where}.{key}' has '{name}', but needs tasks with classes and splits train and dev")
-    for other, name in _ood_sets(tasks, names).items():
-        if len(tasks[other].fields) != len(tasks[name].fields):
-            raise DefinitionError(f"{where}.{key}': '{other}' cannot be read as '{name}': its rows have other fields")
+    def _ood_sets(self, tasks: Collection[str], exclude: Collection[str]) -> dict[str, str]:
+        """Map the OOD sets of learned tasks to the first task that lists them."""
+        read_as: dict[str, str] = {}
+        for name in tasks:
+            for other in self.tasks[name].ood:
+                if other not in (*tasks, *exclude):
+                    read_as.setdefault(other, name)
+        return read_as

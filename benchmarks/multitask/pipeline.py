@@ -150,14 +150,12 @@ class MixedOrder(EpochOrder):
     def _rows_of_epoch(self, name: str) -> list[int]:
         """Return a task's rows of this epoch, the next ones in passes over its rows; each pass is shuffled anew."""
         rows, share = len(self._tasks[name]), self._shares[name]
-        first = self._epoch * share
-        passes = range(first // rows, (first + share - 1) // rows + 1)
+        first, start = divmod(self._epoch * share, rows)
         shuffled: list[int] = []
-        for number in passes:
+        for number in (first, first + 1):  # an epoch ends in the next pass at the latest
             generator = torch.Generator().manual_seed(derive_seed("rows of", name, self._seed, number))
             shuffled += torch.randperm(rows, generator=generator).tolist()
-        begin = first - passes[0] * rows
-        return shuffled[begin : begin + share]
+        return shuffled[start : start + share]
 
 
 @torch.no_grad()
@@ -197,9 +195,9 @@ class MultitaskTrainer(RoutedTrainer):
         progress: Progress,
     ) -> None:
         training, self._tokenizer, self._splits = spec.training, tokenizer, splits
+        self._max_length, self._eval_batch_size = training.max_length, training.eval_batch_size
         self._tasks = {task.name: task for task in spec.task.tasks}
         self._answers = {name: tokenise_answers(tokenizer, task) for name, task in self._tasks.items()}
-        self._max_length, self._eval_batch_size = training.max_length, training.eval_batch_size
         self._network = cast(PreTrainedModel, trainable.model)
         self._checkpoints, self._stopwatch, self.probe = folder / "checkpoints", Stopwatch(), Probe()
         self._precision = available_precision(training.precision)
@@ -239,12 +237,12 @@ class MultitaskTrainer(RoutedTrainer):
         ]
         return epochs, kept_epoch(epochs, self._best)
 
-    def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Return the dev scores of all tasks and their mean, which selects the epoch; log them."""
         by_task = self.score_tasks("dev")
         scores = {name: cast(float, by_task[name][task.metric]) for name, task in self._tasks.items()}
         scores[_MEAN] = sum(scores.values()) / len(scores)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -90,7 +89,11 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
 
 def transfer(outcomes: MultitaskOutcomes) -> Table:
     """Make a table of the difference between learning a task with others and learning it alone."""
-    table = Table(
+    frame, cell = outcomes.of(TRANSFER, CLEAN).drop(columns="scope"), ["model", "method"]
+    runs = outcomes.origins.groupby([*cell, "task"])["run_id"].unique()
+    folders = runs.map(lambda ids: " ".join(f"{outcomes.name}/{run}" for run in ids))
+    together, alone = (frame.join(folders, on=[*cell, key])["run_id"] for key in ("task", "eval_task"))
+    return Table(
         "Learned together against learned alone",
         "Score of a task that is learned with the others minus its score if it is learned alone, with as many "
         "passes over as many of its rows: mean ± sample standard deviation over n seeds; below 0 the other "
@@ -102,15 +105,8 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
             Column("score", "mean", "Δ to alone", std="std", signed=True),
             Column("score", "delta", f"Δ less {outcomes.baseline_title}'s", interval=("low", "high"), signed=True),
         ],
-        outcomes.of(TRANSFER, CLEAN).drop(columns="scope"),
+        frame.assign(**{RUNS: together + " " + alone}),
     )
-    together, alone = (
-        common.with_runs(
-            replace(table, frame=table.frame.assign(task=table.frame[key])), outcomes.origins, outcomes.name
-        )
-        for key in ("task", "eval_task")
-    )
-    return replace(table, frame=table.frame.assign(**{RUNS: together.frame[RUNS] + " " + alone.frame[RUNS]}))
 
 
 TABLES = {"gains": gains, "sets": ood, "tests": tests, "transfer": transfer, "cost": cost}

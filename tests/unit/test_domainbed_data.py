@@ -16,11 +16,17 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed.batches import DEVIATION, MEAN, evaluation_transform, training_transform
+from benchmarks.domainbed.images import Environment
 from benchmarks.domainbed.mnist import load_digits
-from benchmarks.domainbed.validation import validate_dataset
+from benchmarks.domainbed.validation import validate_images
 from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from tests.image_sets import CLASSES, FOLDERS, PACS, load
+
+
+def pixels(environment: Environment) -> list[bytes]:
+    """Return the bytes of all images, in the order of the rows."""
+    return [environment.open(row).tobytes() for row in range(len(environment))]
 
 
 def test_rows_are_those_of_image_folder_in_its_order(pacs: Path) -> None:
@@ -29,9 +35,8 @@ def test_rows_are_those_of_image_folder_in_its_order(pacs: Path) -> None:
     assert image_set.classes == list(CLASSES)
     for environment, folder in zip(image_set.environments, FOLDERS, strict=True):
         theirs = ImageFolder(str(pacs / "PACS" / folder))
-        assert environment.places == [path for path, _ in theirs.samples]
         assert environment.labels == theirs.targets
-        assert np.array_equal(np.asarray(environment.open(4)), np.asarray(theirs[4][0]))
+        assert pixels(environment) == [image.tobytes() for image, _ in theirs]
 
 
 def test_the_transforms_are_domainbeds(pacs: Path) -> None:
@@ -63,11 +68,11 @@ def test_folders_that_are_not_the_sets_are_named(pacs: Path, change: Callable[[P
 
 
 def test_hidden_folders_are_no_part_of_a_set(pacs: Path) -> None:
-    whole = [environment.places for environment in load().environments]
+    whole = list(map(pixels, load().environments))
     for folder in ("PACS", "PACS/photo", "PACS/photo/dog"):
         shutil.copytree(pacs / "PACS/sketch/dog", pacs / folder / ".ipynb_checkpoints")
         (pacs / folder / "._000.jpg").write_bytes(b"\0\5\x16\7Mac OS X")
-    assert [environment.places for environment in load().environments] == whole
+    assert list(map(pixels, load().environments)) == whole
 
 
 def test_damaged_images_are_all_named_before_anything_is_trained(pacs: Path) -> None:
@@ -76,9 +81,9 @@ def test_damaged_images_are_all_named_before_anything_is_trained(pacs: Path) -> 
     short.write_bytes(short.read_bytes()[:-200])
     text.write_text("not an image")
     with pytest.raises(DataError, match=f"2 of 36 images cannot be used(.|\n)*{short} cannot(.|\n)*{text} cannot"):
-        validate_dataset(load())
+        validate_images(load())
     text.unlink()
-    assert validate_dataset(load("load"))["environments"]["P"]["rows"] == 8
+    assert validate_images(load("load"))["environments"]["P"]["rows"] == 8
     assert load("load").environments[2].open(0).size == (40, 40)
     with pytest.raises(DataError, match="truncated"):  # the option does not stay for others
         load().environments[2].open(0)
@@ -91,11 +96,11 @@ def test_other_kinds_of_images_become_rgb(pacs: Path) -> None:
     Image.fromarray(np.dstack([grey] * 4), "CMYK").save(folder / "b.jpg")
     Image.fromarray(np.dstack([grey] * 4), "RGBA").save(folder / "c.png")
     environment = load().environments[0]
-    assert validate_dataset(load())["environments"]["A"]["rows"] == 12
-    images = {Path(path).name: environment.open(row) for row, path in enumerate(environment.places)}
-    assert {image.mode for image in images.values()} == {"RGB"}
-    for name in ("a.png", "c.png"):
-        assert np.array_equal(np.asarray(images[name])[..., 1], grey), name
+    assert validate_images(load())["environments"]["A"]["rows"] == 12
+    images = [environment.open(row) for row in range(len(environment))]
+    assert {image.mode for image in images} == {"RGB"}
+    for row in (3, 5):  # a.png and c.png, after the three images of the set
+        assert np.array_equal(np.asarray(images[row])[..., 1], grey), row
 
 
 def test_a_hub_set_has_the_same_environments_and_classes(
@@ -103,7 +108,7 @@ def test_a_hub_set_has_the_same_environments_and_classes(
 ) -> None:
     local, hub = load(), tmp_path / "hub"
     rows = [
-        {"image": Image.open(environment.places[row]), "domain": folder, "label": environment.labels[row]}
+        {"image": environment.open(row), "domain": folder, "label": environment.labels[row]}
         for row in (5, 2, 8, 1, 0, 3, 4, 7, 6)  # in any order
         for environment, folder in zip(local.environments, FOLDERS, strict=True)
     ]

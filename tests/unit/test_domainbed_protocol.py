@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from benchmarks.domainbed.batches import EnvironmentBatches
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
 from benchmarks.domainbed.protocol import hyper_parameters, seed_hash, split_environment, sweep_seed
 from benchmarks.domainbed.training import EvaluationSteps
-from tests.planned import paper_runs
+from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.config.benchmark import load_benchmark
+from tests.planned import edited_part, paper_runs, specs
 
 
 def md5_of(text: str) -> int:
@@ -161,3 +164,15 @@ def test_the_papers_protocol() -> None:
         published = configs[f"{name}_published"]
         assert (published["capacity_factor"], published["dropout_position"]) == (1.5, "after")
         assert published["output_bias"] == ("per_expert_whole" if name == "gmoe" else "per_expert")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hparams", {"lrr": 1e-3}, r"training\.hparams': unknown key 'lrr'; did you mean 'lr'"),
+        ("frozen_layers", 1, r"training\.frozen_layers' needs hparams\.data_augmentation: false"),
+    ],
+)
+def test_wrong_training_settings_are_named(key: str, value: Any, message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        specs(load_benchmark("domainbed"), edited_part("domainbed", "paper", {f"training.{key}": value}))

@@ -174,8 +174,12 @@ class LoRA(Strict):
 
 
 class VariantAxes(Strict):
-    """Lists of method settings, which become part of the method's variant."""
+    """A block of a grid: a product of lists. Lists of method settings become part of the method's variant."""
 
+    model: Names
+    """Names in models.yaml."""
+    method: Names
+    """Names of methods."""
     num_experts: Counts | None = optional()
     """Values of num_experts to try."""
     top_k_fraction: Shares | None = optional()

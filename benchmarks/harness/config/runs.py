@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, read_json
@@ -115,28 +115,21 @@ def read_run(path: Path) -> Run:
     return run
 
 
-class Job:
-    """Base class of jobs that are identified by their content: frozen dataclasses of plain values."""
-
-    def to_json(self) -> str:
-        return canonical_json(dataclasses.asdict(cast(Any, self)))
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
-
-
 @dataclass(frozen=True)
-class PartitionJob(Job):
+class PartitionJob:
     """Describe the clustering of one layer of a model under one setting, shared by all runs that need it."""
 
     model: dict[str, Any]
     config: dict[str, Any]
 
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(self))
+
     @property
     def id(self) -> str:
         layers = "+".join(map(str, self.config["layers"])) if isinstance(self.config["layers"], list) else "layers"
-        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{self.digest}"
+        digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{digest}"
 
     @property
     def file(self) -> str:

@@ -340,19 +340,12 @@ def cost_table(
     *,
     averaged: str,
     measured_on: str,
-    published: pd.DataFrame | None = None,
 ) -> Table:
     """Make a table of time, memory, parameters and expert loads, with the mean of the records of each cell.
 
-    ``averaged`` and ``measured_on`` are caption texts: the averaged runs, and the data of the loads. ``published`` has
-    rows of published numbers, with titles and ``source``.
+    ``averaged`` and ``measured_on`` are caption texts: the averaged runs, and the data of the loads.
     """
     frame = with_numbers(frame, cell, cell_means(records, cell, _COST))
-    others = ""
-    if published is not None:
-        frame = pd.concat([frame, published], ignore_index=True)
-        sources = "; ".join(published["source"].unique())
-        others = f" Below ours: published numbers from other machines ({sources})."
     return Table(
         "Cost, and use of the experts",
         f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "
@@ -360,8 +353,7 @@ def cost_table(
         "Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy is 1 for "
         f"a perfectly balanced load; loads and drops are measured on {measured_on}. Operations count two per active "
         "parameter and token, without attention's own products; a CPU or GPU executes more if the masked path computes "
-        "unused experts. Only the published settings limit the capacity of experts, so only they drop choices."
-        f"{others}",
+        "unused experts. Only the published settings limit the capacity of experts, so only they drop choices.",
         dict(keys),
         [Column(metric, metric) for metric in _COST],
         frame,

@@ -132,14 +132,6 @@ def friedman_ranks(scores: pd.DataFrame) -> tuple[pd.Series[float], float]:
     return ranks, float(stats.friedmanchisquare(*scores.to_numpy()).pvalue)
 
 
-def nemenyi(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return p of every pair of rows by Nemenyi's test on their Friedman ranks (Demšar 2006)."""
-    import scikit_posthocs  # it imports a plotting library
-
-    p = scikit_posthocs.posthoc_nemenyi_friedman(scores.to_numpy().T)
-    return pd.DataFrame(p.to_numpy(), index=scores.index, columns=scores.index)
-
-
 def critical_difference(methods: int, sets: int) -> float:
     """Return the critical difference of two mean ranks in Nemenyi's test at 5 % (Demšar 2006)."""
     quantile = float(stats.studentized_range.ppf(CONFIDENCE, methods, math.inf)) / math.sqrt(2)
