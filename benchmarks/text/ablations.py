@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from benchmarks.harness.config.methods import ABLATION, CONTROL, setting_text, setting_values
@@ -33,6 +31,7 @@ from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
 from benchmarks.text.outcomes import ARROW, PROTOCOLS, TextOutcomes
+from benchmarks.text.tables import DOMAINS
 
 _AVERAGE_OF = "average of "
 _LETTERS = ["D", "k", "N", "L"]  # of settings: share of the rows, k/N, N, layers
@@ -187,8 +186,7 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
 
 
 _COLUMNS, _NAMES = 3, 2.3  # panels per line, inches for their names
-_TITLE, _LINE = 1.4, 34  # inches of a panel's title, letters of a forest plot's labels
-_MOST_DIFFERENCES = 40  # differences in a forest plot
+_TITLE = 1.4  # inches of a panel's title
 _NO_RUNS = "this suite runs no row of this ablation"
 # setting of the x axis: its letter and its label
 _AXES = {"train_share": ("D", "Share of the training rows"), "top_k_fraction": ("k", "Share of experts in use")}
@@ -205,18 +203,18 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
             "start at zero.",
         )
     reference = "the row above" if definition.steps else outcomes.baseline_title
-    crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
     return Figure(
         partial(draw_differences, name=name),
-        f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals{crosses}.",
+        f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals: averages over the sets, "
+        "hollow out of domain. The table has every set. Crosses, if any, are the paper's means over its sets.",
     )
 
 
 def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     """Draw the differences of :func:`ablation_rows` to their reference as a forest plot.
 
-    Lines are sets, and marks are methods. If ours and the paper's have one set each, lines are methods instead. Many
-    sets are replaced by averages. Intervals (95 %) need three seeds; crosses are the paper's means over its sets.
+    Panels are models and selections, and lines are methods. A mark is the average over the sets (or the single set), in
+    domain or out of domain. Intervals (95 %) need three seeds.
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = _with_paper_rows(ablation_rows(outcomes, definition))
@@ -225,33 +223,18 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     if ours.empty:
         plots.placeholder_figure(path, _NO_RUNS)
         return
-    if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
-        ours = ours[ours["is_average"]]
-    rows = pd.concat([ours, _paper_means(paper)]) if len(paper) else ours
-    styles = {method: outcomes.style(method) for method in rows["method"].unique()}
-    if rows.groupby("who")["where"].nunique().max() == 1:
-        rows = rows.assign(panel="", line=rows["method_title"], series=rows["who"] + ", " + rows["where"])
-    else:
-        rows = rows.assign(panel=rows["who"], line=rows["where"], series=rows["method_title"])
-        for number, (method, style) in enumerate(list(styles.items())):
-            if style in list(styles.values())[:number]:
-                styles[method] = replace(style, hollow=True)
-    marks = [
-        styles[row.method] if row.is_ours else replace(styles[row.method], marker="x") for row in rows.itertuples()
-    ]
-    lines = [textwrap.fill(line, _LINE) for line in rows["line"]]
+    has_average = ours.groupby(["who", "domain"])["is_average"].transform("any")
+    paper = paper.groupby(["who", "domain", "method", "method_title", "is_ours"], sort=False)[["delta", "n"]].mean()
+    rows = pd.concat([ours[ours["is_average"] == has_average], paper.reset_index()])
+    marks = []
+    for row in rows.itertuples():
+        style = outcomes.style(row.method)
+        mark = replace(style, hollow=True) if row.domain == OOD else style
+        marks.append(mark if row.is_ours else replace(style, marker="+" if row.domain == OOD else "x"))
+    series = rows["is_ours"].map({True: "", False: "the paper, "}) + rows["domain"].map(DOMAINS)
+    lines = [plots.wrap_text(title, 2, 7) for title in rows["method_title"]]
     label = plots.difference_label("the row above" if definition.steps else "the baseline", ours["n"])
-    plots.draw_forest(rows.assign(style=marks, line=lines), path, label)
-
-
-def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average the paper's differences over its sets, separately in and out of domain."""
-    rows = rows.groupby(["who", "domain", "method", "method_title", "is_ours"], sort=False).agg(
-        delta=("delta", "mean"), n=("n", "first"), where=("where", "first"), sets=("where", "size")
-    )
-    rows = rows.reset_index()
-    means = "mean of " + rows["sets"].astype(str) + " sets" + np.where(rows["domain"] == OOD, " (OOD)", "")
-    return rows.assign(where=rows["where"].where(rows["sets"].eq(1), means))
+    plots.draw_forest(rows.assign(panel=rows["who"], line=lines, series=series, style=marks), path, label)
 
 
 def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
