@@ -152,8 +152,6 @@ class Ablation(Strict):
     rows: Annotated[Names, UNIQUE]
     """Compared rows; the first one is the baseline. Every setting is a separate row, for rows with `role: ablation` or
     several variants."""
-    axis: Literal["train_share", "top_k_fraction"] | None = optional()
-    """Horizontal axis of the figure; left out: a forest plot of the differences."""
     steps: Literal[True] | None = optional()
     """Compare each row with the row above it, instead of with the baseline."""
     paper: str | None = optional()
