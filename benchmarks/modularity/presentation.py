@@ -230,7 +230,7 @@ def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     for title, rows in outcomes.panels(all_layers=False):
         clusters = rows[rows["method"] == outcomes.baseline].sort_values("num_experts", kind="stable")
         for row in clusters.head(1).itertuples():
-            panels.append((f"{title}, N = {row.num_experts}", row._asdict(), row.usage))
+            panels.append((f"{title}, N = {row.num_experts}", row.usage))
     draw_usage(panels, outcomes, path)
 
 

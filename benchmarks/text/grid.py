@@ -189,14 +189,10 @@ def transformed_rows(
     rows: dict[str, Method] = {}
     for name, row in transformed.items():
         where = f"{file}: 'transformed.{name}"
-        if name in definition.methods:
-            raise DefinitionError(f"{where}' has the name of a method; choose another name")
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where, key, [used], usual)
             if not _has_portable_weights(resolved[used]):
                 raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', whose weights fit no other row")
-        if {resolved[row.trained].kind, resolved[row.used_as].kind} != {"dense", "emoe"}:
-            raise DefinitionError(f"{where}' must name a dense row and a row of kind emoe")
         trained = definition.methods[row.trained].given()
         rows[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
     return rows
@@ -206,7 +202,7 @@ def _has_portable_weights(method: Method) -> bool:
     """Return False if a method has a learned router, experts from its run's data, or other trained parameters."""
     settings = method.given()
     learned = settings.get("router", "avg_k") != "avg_k" or settings.get("partition") == "coactivation"
-    return not (learned or method.tune or method.also_train)
+    return not (learned or method.kind == "gmoe" or method.tune or method.also_train)
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
@@ -269,9 +265,8 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     source = task.source.model_dump()
     if task.source.vader_sentiment or task.source.csv or local_path(name, source) is not None:
         return f"{name}: {problem}"
-    if task.download_instructions:
-        solution = f"by hand. {task.download_instructions.strip()}"
-    else:
+    solution = f"by hand. {(task.download_instructions or '').strip()}"
+    if not task.download_instructions:
         hub = f"{task.source.hub} ({task.source.config})"
         solution = f"on the hub as {hub}; `python -m benchmarks data` or the first run downloads it"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
