@@ -61,13 +61,12 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     neurons = cell_means(outcomes.records, ["model", "method"], ["active_neurons"])
     rows = _join_paper(outcomes, ablation, with_numbers(rows, ["model", "method"], neurons))
     rows = rows.assign(is_ours=rows["mean"].notna())
-    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _sort_key(ablation, name))
-    in_order = {"scope": list(rows["scope"].unique()), "method": methods, "is_ours": [True, False]}
-    rows = rows.sort_values(
-        ["is_ours", "model", "protocol", "domain", "scope", "method"],
-        key=lambda column: column.map(in_order[column.name].index) if column.name in in_order else column,
-        kind="stable",
-    )
+    scopes = list(rows["scope"].unique())
+    sort_keys = [
+        (not row.is_ours, row.model, row.protocol, row.domain, scopes.index(row.scope), _sort_key(ablation, row.method))
+        for row in rows.itertuples()
+    ]
+    rows = rows.iloc[sorted(range(len(rows)), key=sort_keys.__getitem__)]
     return _add_titles(outcomes, outcomes.with_titles(rows.reset_index(drop=True)))
 
 

@@ -109,10 +109,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             for key in TRAINING_KEYS:
                 if key in point and methods[point["method"]].role != ABLATION:
-                    raise DefinitionError(
-                        f"{where}.{key}' varies '{point['method']}', whose runs would compete with its usual runs; "
-                        f"use a row with role: {ABLATION}"
-                    )
+                    raise DefinitionError(f"{where}.{key}' is for rows with role: {ABLATION}, not '{point['method']}'")
             if point["task"] in exclude:
                 continue
             settings, task = training(point["model"]), self.tasks[point["task"]]
@@ -215,7 +212,7 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
     for name, ablation in definition.ablations.items():
         where = f"{benchmark.file}: 'ablations.{name}"
         check_names(where, "rows", ablation.rows, definition.methods)
-        if definition.baseline in ablation.rows[1:] or definition.baseline not in ablation.rows:
+        if ablation.rows[0] != definition.baseline:
             raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
         if ablation.paper:
             check_file(where, "paper", ablation.paper, benchmark.folder, ABLATION_COLUMNS)
@@ -238,14 +235,10 @@ def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
 
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
     """Return the protocol of a run: the one of its grid point, or the usual one of its task."""
-    if task.splits.test is None:
-        return str(point.get("protocol", PUBLISHED))
-    if point.get("protocol") == PUBLISHED:
-        raise DefinitionError(
-            f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split; clean runs of '{point['task']}' also "
-            "record its score, that of the best dev epoch"
-        )
-    return CLEAN
+    has_test = task.splits.test is not None
+    if has_test and point.get("protocol") == PUBLISHED:
+        raise DefinitionError(f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split")
+    return str(point.get("protocol", CLEAN if has_test else PUBLISHED))
 
 
 def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str) -> dict[str, Any]:

@@ -237,17 +237,15 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
 
 def usage_table(outcomes: TextOutcomes) -> Table:
     """Make a table of the mutual information of experts with set and class, by model, training task and method."""
-    information, counted = [*information_numbers("task", "class")], ["specialised_experts", "shared_experts"]
+    information, kinds = information_numbers("task", "class"), ("specialised", "shared")
     rows = [
-        {
-            **{key: getattr(record, key) for key in CELL},
-            **{name: metrics["routing"].get(name) for name in information},
-            **{name: len(metrics["usage"][name.removesuffix("_experts")]) for name in counted},
-        }
+        {key: getattr(record, key) for key in CELL}
+        | metrics["routing"]
+        | {f"{kind}_experts": len(metrics["usage"][kind]) for kind in kinds}
         for record, metrics in outcomes.training()
         if metrics["usage"]
     ]
-    numbers = [*information, *counted]
+    numbers = [*information, *(f"{kind}_experts" for kind in kinds)]
     means = common.average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
     return Table(
         "Information in the choice of an expert after training",

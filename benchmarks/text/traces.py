@@ -5,7 +5,6 @@ A trace is the frame of one layer: a row of the experts' shares for each window,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import entr
 
-from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import average_over_seeds
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
 
+_RUN = [*CELL, "seed"]
 _PERIODS = 4  # quarters of the training
 _MOST_TASKS = 4  # rows of panels
 NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "load_drift_chance")
@@ -54,17 +53,17 @@ def _distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     return float(np.abs(first.mean(0) - second.mean(0)).sum())
 
 
-def traces(outcomes: TextOutcomes) -> Iterator[tuple[Any, int, pd.DataFrame]]:
-    """Yield record, layer and trace of every chosen run with routing, under the first selection."""
+def traces(outcomes: TextOutcomes) -> pd.DataFrame:
+    """Return the traces of the chosen runs with routing, under the first selection: a row per run and layer."""
+    rows = []
     for record, metrics in outcomes.training():
         windows = metrics["routing"].get("windows") or {"loads": {}}
         for layer, loads in windows["loads"].items():
             counts = np.asarray(loads, dtype=np.float64)
-            yield (
-                record,
-                int(layer),
-                pd.DataFrame(counts / np.maximum(counts.sum(1, keepdims=True), 1), windows["ends"]),
-            )
+            shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+            run = [getattr(record, key) for key in _RUN]
+            rows.append([*run, layer, pd.DataFrame(shares, windows["ends"])])
+    return outcomes.with_titles(pd.DataFrame(rows, columns=[*_RUN, "layer", "trace"]))
 
 
 def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
@@ -80,11 +79,9 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
 
 def trace_table(outcomes: TextOutcomes) -> Table:
     """Make a table with a row per model, task and routed method, and the paper's rows."""
-    numbers, keys = ["windows", *NUMBERS], [*CELL, "seed"]
-    rows = [
-        {**{key: getattr(record, key) for key in keys}, **trace_numbers(trace)} for record, _, trace in traces(outcomes)
-    ]
-    layer_means = pd.DataFrame(rows, columns=[*keys, *numbers]).groupby(keys, sort=False).mean().reset_index()
+    numbers, rows = ["windows", *NUMBERS], traces(outcomes)
+    measured = rows[_RUN].join(pd.DataFrame(map(trace_numbers, rows["trace"]), columns=numbers))
+    layer_means = measured.groupby(_RUN, sort=False).mean().reset_index()
     frame = outcomes.order(average_over_seeds(layer_means, CELL, numbers), CELL)
     if published := published_traces(outcomes):
         paper = pd.DataFrame([{"method": name, **trace_numbers(trace)} for name, trace in published.items()])
@@ -110,32 +107,32 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
 
     The paper's task comes first; at most four rows are ours. The last row is the paper's.
     """
-    by_cell: dict[tuple[str, str], dict[str, tuple[str, pd.DataFrame]]] = {}
-    for record, layer, trace in traces(outcomes):
-        if outcomes.role(record.method) != CONTROL:
-            title = f"{outcomes.title('method', record.method)}, layer {layer}"
-            by_cell.setdefault((record.model, record.task), {}).setdefault(record.method, (title, trace))
-    published = {name: (outcomes.title("method", name), trace) for name, trace in published_traces(outcomes).items()}
-    cells = list(by_cell)
+    ours = traces(outcomes)
+    ours = ours[ours["is_method"]].drop_duplicates(CELL)
+    ours["line"] = ours["model_title"] + "\n" + ours["task_title"]
+    ours["label"] = ours["method_title"] + ", layer " + ours["layer"]
+    published = published_traces(outcomes)
     if published:
-        cells.sort(key=lambda cell: cell[1] != outcomes.benchmark.definition.published_traces.task)
+        task = outcomes.benchmark.definition.published_traces.task
+        ours = ours.sort_values("task", key=lambda tasks: tasks != task, kind="stable")
     rows = [
-        (f"{outcomes.title('model', model)}\n{outcomes.title('task', task)}", by_cell[model, task])
-        for model, task in cells[:_MOST_TASKS]
+        (line, list(zip(group["label"], group["trace"], strict=True)))
+        for line, group in ours.groupby("line", sort=False)
     ]
-    rows += [("the paper's", published)] if published else []
+    rows = rows[:_MOST_TASKS]
+    if published:
+        rows.append(("the paper's", [(outcomes.title("method", name), trace) for name, trace in published.items()]))
     if not rows:
         plots.placeholder_figure(path, "this suite trains no routed method")
         return
-    columns = max(len(by_method) for _, by_method in rows)
+    columns = max(len(panels) for _, panels in rows)
     size = (plots.WIDTH, 1.75 * len(rows) + 0.3)
     with plots.panel_figure(path, len(rows), columns, size, plots.HEATMAP, sharey="row") as (figure, axes):
-        for axis_row, (title, by_method) in zip(axes, rows, strict=True):
-            shown = [by_method[name] for name in outcomes.methods if name in by_method]
-            for axis, (label, trace) in zip(axis_row, shown, strict=False):
+        for axis_row, (title, panels) in zip(axes, rows, strict=True):
+            for axis, (label, trace) in zip(axis_row, panels, strict=False):
                 _draw_trace(axis, trace)
                 axis.set_title(plots.wrap_text(label, (plots.WIDTH - 1.7) / columns, 7), fontsize=7)
-            axis_row[0].set_ylim(max(trace.index[-1] for _, trace in shown), 0)
+            axis_row[0].set_ylim(max(trace.index[-1] for _, trace in panels), 0)
             axis_row[0].set_ylabel(f"{plots.wrap_text(title, 1.6, 7)}\nstep")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
 

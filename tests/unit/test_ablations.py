@@ -48,7 +48,7 @@ def test_a_part_has_every_class_in_proportion_and_a_smaller_one_lies_within() ->
 
 def test_only_rows_of_ablations_are_trained_otherwise() -> None:
     part = edited_part("glue_lora", "mini", {"grid.0.train_share": [0.5]})
-    with pytest.raises(DefinitionError, match=r"grid\[0\]\.train_share' varies 'lora', whose runs would compete"):
+    with pytest.raises(DefinitionError, match=r"grid\[0\]\.train_share' is for rows with role: ablation, not 'lora'"):
         specs(LORA, part)
 
 
