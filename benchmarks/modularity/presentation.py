@@ -21,7 +21,7 @@ from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.modularity.definition import EXPERTS
-from benchmarks.text.figures import UsagePanel, draw_usage
+from benchmarks.text.routing import UsagePanel, draw_usage
 
 PLACE = ["model", "layer"]
 CELL = [*PLACE, "num_experts", "method"]

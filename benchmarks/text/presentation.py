@@ -10,12 +10,11 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, make_presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import ablation_figure, ablation_table
-from benchmarks.text.figures import USAGE
 from benchmarks.text.outcomes import TextOutcomes
+from benchmarks.text.routing import TRACES, USAGE, trace_table, usage_table
 from benchmarks.text.tables import TABLES, verdicts
-from benchmarks.text.traces import TRACES, trace_table
 
-TABLES["traces"] = trace_table
+TABLES |= {"usage": usage_table, "traces": trace_table}
 FIGURES = {"usage": USAGE, "traces": TRACES}
 
 

@@ -10,7 +10,6 @@ from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import CELL, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
 
@@ -235,32 +234,6 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
     return ours.rename(columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol})
 
 
-def usage_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of the mutual information of experts with set and class, by model, training task and method."""
-    information, kinds = information_numbers("task", "class"), ("specialised", "shared")
-    rows = [
-        {key: getattr(record, key) for key in CELL}
-        | metrics["routing"]
-        | {f"{kind}_experts": len(metrics["usage"][kind]) for kind in kinds}
-        for record, metrics in outcomes.training()
-        if metrics["usage"]
-    ]
-    numbers = [*information, *(f"{kind}_experts" for kind in kinds)]
-    means = common.average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
-    return Table(
-        "Information in the choice of an expert after training",
-        "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "
-        "row's class (within a set, mean over the sets), on 200 rows per set. Chance: mean and 95 % quantile of "
-        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: a set uses them "
-        "more than by chance (5 %, over all experts and sets). Shared experts: every set uses them above 1/N, and no "
-        "set differs from chance. Means over n seeds ± standard deviation. The benchmark modularity measures the same "
-        "before training.",
-        {**KEYS, "n": "n"},
-        [Column(name, name, std=f"{name}_std" if name.endswith("_information") else None) for name in numbers],
-        outcomes.order(means[[*CELL, *numbers, *(f"{name}_std" for name in information), "n"]], CELL),
-    )
-
-
 TABLES = {
     "results": results,
     "tasks": tasks,
@@ -268,6 +241,5 @@ TABLES = {
     "ood": ood,
     "cost": cost,
     "choices": choices_table,
-    "usage": usage_table,
     "paper": paper,
 }

@@ -18,10 +18,10 @@ from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.results.records import scores_of
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.outcomes import TextOutcomes, choices, reported_scores, select_runs
+from benchmarks.text.routing import published_traces, trace_numbers
 from benchmarks.text.tables import paper as paper_table
 from benchmarks.text.tables import results, tasks
 from benchmarks.text.tables import tests as paired_tests
-from benchmarks.text.traces import published_traces, trace_numbers
 from tests import fake_runs
 
 

@@ -1,12 +1,13 @@
-"""Show how routing changes during training: the loads of experts, window by window.
+"""Show how models route: the use of experts by set, and their loads over training, window by window.
 
 A trace is the frame of one layer: a row of the experts' shares for each window, indexed by the window's last step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -14,16 +15,115 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import entr
 
+from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.report import plots
-from benchmarks.harness.report.common import average_over_seeds
+from benchmarks.harness.report.common import Outcomes, average_over_seeds
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.table import MISSING, Column, Table
+from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
+from benchmarks.text.definition import TaskEntry
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
 
+_MOST_LINES = 40  # lines of sets and classes
+_MOST_PANELS = 3
 _RUN = [*CELL, "seed"]
 _PERIODS = 4  # quarters of the training
 _MOST_TASKS = 4  # rows of panels
 NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "load_drift_chance")
+
+UsagePanel = tuple[str, Mapping[str, Any]]  # a title, and the usage of :func:`~benchmarks.text.usage.describe_usage`
+
+
+def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
+    """Draw expert use per routed method (without controls, at most three), for the first model, task and seed."""
+    panels: dict[str, UsagePanel] = {}
+    cell = None
+    for record, metrics in outcomes.training():
+        if not metrics["usage"] or outcomes.role(record.method) == CONTROL:
+            continue
+        cell = cell or (record.model, record.task)
+        if cell == (record.model, record.task) and record.method not in panels:
+            sets = metrics["usage"]["tasks"]
+            usage = {**metrics["usage"], "tasks": {record.task: sets[record.task], **sets}}
+            title = f"{record.method_title}, {record.model_title}, trained on {record.task_title}"
+            panels[record.method] = (title, usage)
+    draw_usage(list(panels.values())[:_MOST_PANELS], outcomes, path)
+
+
+def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
+    """Draw expert use as heatmaps below each other: rows are sets (with classes if they fit), columns experts."""
+    if not panels:
+        plots.placeholder_figure(path, "this suite has no experts to show")
+        return
+    heights = [sum(1 + len(use["classes"]) for use in usage["tasks"].values()) for _, usage in panels]
+    classes = sum(heights) <= _MOST_LINES
+    if not classes:
+        heights = [len(usage["tasks"]) for _, usage in panels]
+    size = (plots.WIDTH, 0.16 * sum(heights) + 0.4 * len(panels) + 0.3)
+    with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (figure, axes):
+        for axis, (title, usage) in zip(axes[:, 0], panels, strict=True):
+            _draw_use(axis, outcomes, usage, classes=classes)
+            axis.set_title(title, fontsize=7.5)
+        axes[-1, 0].set_xlabel("experts")
+        figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
+
+
+def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classes: bool) -> None:
+    sets = usage["tasks"]
+    mean = np.mean([use["shares"] for use in sets.values()], axis=0)
+    lines: list[tuple[str, list[float], list[int] | None]] = []  # label, shares, and the marks of a set
+    for name, use in sets.items():
+        lines.append((outcomes.title("task", name), use["shares"], use["marks"]))
+        labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
+        lines += [(f"{labels[int(number)]} ", shares, None) for number, shares in use["classes"].items() if classes]
+    shares = np.array([shares for _, shares, _ in lines])
+    plots.show_use(axis, plots.divide_by_mean(shares, mean))
+    axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])
+    for tick, (_, _, marks) in zip(axis.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("normal" if marks is None else "bold")
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    for line, (_, _, marks) in enumerate(lines):
+        for expert, mark in enumerate(marks or ()):
+            if mark:
+                axis.plot(expert, line, "^" if mark > 0 else "v", ms=4, color="black", mec="white", mew=0.4)
+    if shared := usage["shared"]:  # a line without points would be drawn in the corner of the figure
+        axis.plot(shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False)
+
+
+def usage_table(outcomes: TextOutcomes) -> Table:
+    """Make a table of the mutual information of experts with set and class, by model, training task and method."""
+    information, kinds = information_numbers("task", "class"), ("specialised", "shared")
+    rows = [
+        {key: getattr(record, key) for key in CELL}
+        | metrics["routing"]
+        | {f"{kind}_experts": len(metrics["usage"][kind]) for kind in kinds}
+        for record, metrics in outcomes.training()
+        if metrics["usage"]
+    ]
+    numbers = [*information, *(f"{kind}_experts" for kind in kinds)]
+    means = average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
+    return Table(
+        "Information in the choice of an expert after training",
+        "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "
+        "row's class (within a set, mean over the sets), on 200 rows per set. Chance: mean and 95 % quantile of "
+        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: a set uses them "
+        "more than by chance (5 %, over all experts and sets). Shared experts: every set uses them above 1/N, and no "
+        "set differs from chance. Means over n seeds ± standard deviation. The benchmark modularity measures the same "
+        "before training.",
+        {**KEYS, "n": "n"},
+        [Column(name, name, std=f"{name}_std" if name.endswith("_information") else None) for name in numbers],
+        outcomes.order(means[[*CELL, *numbers, *(f"{name}_std" for name in information), "n"]], CELL),
+    )
+
+
+USAGE = Figure(
+    draw_usage_by_set,
+    "Use of experts by set after training, divided by the expert's mean use, for the first seed. The training set is "
+    "first. Triangles mark use above (▲) or below (▼) chance, by shuffled rows at 5 % over the whole panel. Dots mark "
+    "shared experts: every set uses them above the average and equally.",
+)
 
 
 def trace_numbers(trace: pd.DataFrame) -> dict[str, float]:
