@@ -193,5 +193,6 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
         marks.append(mark if row.is_ours else replace(style, marker="+" if row.domain == OOD else "x"))
     series = rows["is_ours"].map({True: "", False: "the paper, "}) + rows["domain"].map(DOMAINS)
     lines = [plots.wrap_text(title, 2, 7) for title in rows["method_title"]]
-    label = plots.difference_label("the row above" if definition.steps else "the baseline", ours["n"])
+    reference = "the row above" if definition.steps else "the baseline"
+    label = f"Difference to {reference} (points), {plots.count_text(ours['n'])}"
     plots.draw_forest(rows.assign(line=lines, series=series, style=marks), path, label)

@@ -183,7 +183,7 @@ class TextOutcomes(Outcomes):
         return seeds.sort_values("protocol", kind="stable")
 
     def _rows(self) -> pd.DataFrame:
-        rows = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns=["low_mean", "high_mean", "p"])
+        rows = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns="p")
         rows = self.seeds[_ROW].drop_duplicates().merge(rows, how="left", on=_ROW)
         return self._by_set(rows.fillna({"n": 0}).astype({"n": int}))
 
