@@ -27,8 +27,7 @@ from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
-from benchmarks.text.outcomes import ARROW, TextOutcomes
-from benchmarks.text.tables import DOMAINS
+from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes
 
 _AVERAGE_OF = "average of "
 _CELL = ["protocol", "domain", "model", "scope"]
@@ -133,7 +132,7 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
         **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
         n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
         model_title=rows["model_title"].replace("", MISSING),
-        on=rows["scope"] + rows["domain"].map({ID: " (in domain)", OOD: " (out of domain)"}),
+        on=rows["scope"] + " (" + rows["domain"].map(DOMAINS) + ")",
     )
     return Table(
         definition.title,
@@ -164,7 +163,8 @@ def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
     return Figure(
         partial(draw_differences, name=name),
         f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals: averages over the sets, "
-        "hollow out of domain. The table has every set and selection. Crosses, if any, are the paper's means over its sets.",
+        "hollow out of domain. The table has every set and selection. Crosses, if any, are the paper's, averaged over "
+        "its sets.",
     )
 
 

@@ -266,11 +266,11 @@ def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
             builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
             dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)  # without a cache
             table = _to_table(dataset, str(file), task)
-        for folder in folders:
+        for folder in folders if table.class_names is None else ():
             infos = DatasetInfosDict.from_directory(str(folder))
             info = infos.get(task.source.config) or infos.get("default")
             feature = info.features.get(table.column(task.label, task)) if info and info.features else None
-            if table.class_names is None and isinstance(feature, datasets.ClassLabel):
+            if isinstance(feature, datasets.ClassLabel):
                 return replace(table, class_names=feature.names)
         return table
 

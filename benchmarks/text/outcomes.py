@@ -20,6 +20,7 @@ CELL = ["model", "task", "method"]
 KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}  # their headings
 CHOICE = ["variant", "learning_rate"]
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
+DOMAINS = {ID: "in domain", OOD: "out of domain"}  # their titles
 ARROW = " → "  # between the titles of training set and evaluation set
 _PAIR = ["model", "task", "eval_task"]
 _SET = ["protocol", "domain", *_PAIR, "scope"]

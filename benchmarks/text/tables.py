@@ -11,10 +11,9 @@ from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
-from benchmarks.text.outcomes import CELL, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
+from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
-DOMAINS = {ID: "in domain", OOD: "out of domain"}
 _ROW = ["model", "protocol", "method"]
 BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
