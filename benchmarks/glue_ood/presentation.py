@@ -11,10 +11,10 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.text.definition import OOD
-from benchmarks.text.figures import USAGE
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.presentation import present_text
-from benchmarks.text.tables import paper, tasks, tests, usage_table
+from benchmarks.text.routing import USAGE, usage_table
+from benchmarks.text.tables import paper, tasks, tests
 
 TABLES: dict[str, Callable[[TextOutcomes], Table]] = {
     "ranks": ranks,

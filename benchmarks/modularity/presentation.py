@@ -20,7 +20,7 @@ from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.modularity.definition import EXPERTS
-from benchmarks.text.figures import UsagePanel, draw_usage
+from benchmarks.text.routing import UsagePanel, draw_usage
 
 PLACE = ["model", "layer"]
 CELL = [*PLACE, "num_experts", "method"]
@@ -185,7 +185,7 @@ def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     for title, rows in outcomes.panels():
         clusters = rows[rows["method"] == outcomes.baseline].sort_values("num_experts", kind="stable")
         for row in clusters.head(1).itertuples():
-            panels.append((f"{title}, N = {row.num_experts}", row._asdict(), row.usage))
+            panels.append((f"{title}, N = {row.num_experts}", row.usage))
     draw_usage(panels, outcomes, path)
 
 

@@ -12,8 +12,8 @@ from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import NOTE, Presentation, make_presentation
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.text.definition import CLEAN, ID, OOD
-from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
-from benchmarks.text.tables import DOMAINS, cost, ood, tests, verdicts
+from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, TextOutcomes
+from benchmarks.text.tables import cost, ood, tests, verdicts
 
 ID_MEAN, TRANSFER = "id_mean", "transfer"  # domains besides those of TextOutcomes
 _MEANS = {ID_MEAN: ID, OOD_MEAN: OOD}

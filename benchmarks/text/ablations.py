@@ -5,14 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import textwrap
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from benchmarks.harness.config.method_specs import setting_text, setting_values
@@ -29,14 +25,12 @@ from benchmarks.harness.report.common import (
     with_numbers,
 )
 from benchmarks.harness.report.presentation import Figure
-from benchmarks.harness.report.style import curve_styles
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
-from benchmarks.text.outcomes import ARROW, PROTOCOLS, TextOutcomes
+from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes
 
 _AVERAGE_OF = "average of "
-_LETTERS = ["D", "k", "N", "L"]  # of settings: share of the rows, k/N, N, layers
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
 
@@ -47,8 +41,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     A scope is a task, a pair of tasks or an average, with the baseline and at least one ablated method. Columns: these
     keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``,
     ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
-    ``paper_delta``, ``status``, ``source``), the settings by letter (k as a share of N), ``kind``, the base method, and
-    titles.
+    ``paper_delta``, ``status``, ``source``), ``is_ours``, ``is_average``, and titles.
     """
     outcomes = outcomes.ablated
     names = [name for row in ablation.rows for name in outcomes.methods if name.partition(SETTING)[0] == row]
@@ -68,14 +61,13 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     neurons = cell_means(outcomes.records, ["model", "method"], ["active_neurons"])
     rows = _join_paper(outcomes, ablation, with_numbers(rows, ["model", "method"], neurons))
     rows = rows.assign(is_ours=rows["mean"].notna())
-    methods = sorted(rows["method"].drop_duplicates(), key=lambda name: _sort_key(ablation, name))
-    in_order = {"scope": list(rows["scope"].unique()), "method": methods, "is_ours": [True, False]}
-    rows = rows.sort_values(
-        ["is_ours", "model", "protocol", "domain", "scope", "method"],
-        key=lambda column: column.map(in_order[column.name].index) if column.name in in_order else column,
-        kind="stable",
-    )
-    return _add_settings(outcomes, outcomes.with_titles(rows.reset_index(drop=True)))
+    scopes = list(rows["scope"].unique())
+    sort_keys = [
+        (not row.is_ours, row.model, row.protocol, row.domain, scopes.index(row.scope), _sort_key(ablation, row.method))
+        for row in rows.itertuples()
+    ]
+    rows = rows.iloc[sorted(range(len(rows)), key=sort_keys.__getitem__)]
+    return _add_titles(outcomes, outcomes.with_titles(rows.reset_index(drop=True)))
 
 
 def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
@@ -118,52 +110,30 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     return rows.assign(domain=rows["domain"].fillna(rows["scope"].map(lambda name: OOD if ARROW in name else ID)))
 
 
-def _add_settings(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add titles with settings, the settings by letter, and ``kind``."""
-    by_id = {run.id: run.spec for run in outcomes.runs}
+def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add titles with settings, and ``is_average``; if k varies, titles of main rows include N and k/N."""
+    configs = {run.id: run.spec["method"]["config"] or {} for run in outcomes.runs}
     first_runs = outcomes.records.drop_duplicates(["model", "method"]).set_index(["model", "method"])["run_id"]
-    settings = []
+    k_varies = any("k" in setting_values(name.partition(SETTING)[2]) for name in rows["method"])
+    titles = []
     for row in rows.itertuples():
         name, _, setting = row.method.partition(SETTING)
-        letters = dict.fromkeys(_LETTERS, "") | {"D": "1"} | setting_values(setting)
-        if row.is_ours:
-            letters |= _settings_by_letter(by_id[first_runs[row.model, row.method]])
-        title = outcomes.title("method", name)
-        shown = {
-            "method_title": ", ".join(filter(None, (title, setting_text(setting)))),
-            "row_title": title,
-            "is_baseline": row.method == outcomes.baseline,
-            "is_average": row.scope.startswith(_AVERAGE_OF),
-        }
-        settings.append({**shown, **letters, "kind": outcomes.benchmark.definition.methods[name].method or name})
-    columns = ["method_title", "row_title", "is_baseline", "is_average", *_LETTERS, "kind"]
-    return rows.assign(**pd.DataFrame(settings, columns=columns, index=rows.index).to_dict("series"))
-
-
-def _settings_by_letter(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return a run's settings by letter."""
-    config = spec["method"]["config"]
-    letters = {"D": f"{spec.get('training', {}).get('train_share', 1)}"}
-    if config and config["kind"] == "emoe":
-        layers = config["layers"]
-        letters |= {"N": str(config["num_experts"]), "k": f"{config['top_k'] / config['num_experts']:g}"}
-        letters["L"] = "+".join(map(str, layers)) if isinstance(layers, list) else layers
-    return letters
+        config = configs[first_runs[row.model, row.method]] if row.is_ours else {}
+        if k_varies and not setting and config.get("kind") == "emoe":
+            setting = f"N{config['num_experts']}-k{config['top_k'] / config['num_experts']:g}"
+        titles.append(", ".join(filter(None, (outcomes.title("method", name), setting_text(setting)))))
+    return rows.assign(method_title=titles, is_average=rows["scope"].str.startswith(_AVERAGE_OF))
 
 
 def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
-    """Make the table of an ablation; over k, titles of main rows include N and k/N."""
+    """Make the table of an ablation."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
-    if definition.axis == "top_k_fraction":
-        is_main_row = rows["N"].ne("") & ~rows["method"].str.contains(SETTING, regex=False)
-        titles = rows["method_title"] + ", N " + rows["N"] + ", k/N " + rows["k"]
-        rows = rows.assign(method_title=rows["method_title"].mask(is_main_row, titles))
     frame = rows.assign(
         **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
         n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
         model_title=rows["model_title"].replace("", MISSING),
-        on=rows["scope"] + rows["domain"].map({ID: " (in domain)", OOD: " (out of domain)"}),
+        on=rows["scope"] + " (" + rows["domain"].map(DOMAINS) + ")",
     )
     return Table(
         definition.title,
@@ -187,141 +157,43 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     )
 
 
-_COLUMNS, _NAMES = 3, 2.3  # panels per line, inches for their names
-_TITLE, _LINE = 1.4, 34  # inches of a panel's title, letters of a forest plot's labels
-_MOST_DIFFERENCES = 40  # differences in a forest plot
-_NO_RUNS = "this suite runs no row of this ablation"
-# setting of the x axis: its letter and its label
-_AXES = {"train_share": ("D", "Share of the training rows"), "top_k_fraction": ("k", "Share of experts in use")}
-
-
 def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
-    """Return the figure of an ablation: curves over its axis, else a forest plot of differences."""
+    """Return the figure of an ablation: a forest plot of the differences."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
-    if definition.axis:
-        return Figure(
-            partial(draw_curves, name=name),
-            f"{definition.title}. Scores over the {_AXES[definition.axis][1].lower()}, with 95 % intervals. The dashed "
-            f"line is the mean of {outcomes.baseline_title}. Separate panels show the paper's numbers. Axes do not "
-            "start at zero.",
-        )
     reference = "the row above" if definition.steps else outcomes.baseline_title
-    crosses = "; crosses are the paper's, averaged over its sets" if definition.paper else ""
     return Figure(
         partial(draw_differences, name=name),
-        f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals{crosses}.",
+        f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals: averages over the sets, "
+        "hollow out of domain. The table has every set and selection. Crosses, if any, are the paper's, averaged over "
+        "its sets.",
     )
 
 
 def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     """Draw the differences of :func:`ablation_rows` to their reference as a forest plot.
 
-    Lines are sets, and marks are methods. If ours and the paper's have one set each, lines are methods instead. Many
-    sets are replaced by averages. Intervals (95 %) need three seeds; crosses are the paper's means over its sets.
+    Panels are models (with their first selection), and lines are methods. A mark is the average over the sets (or the
+    single set), in domain or out of domain. Intervals (95 %) need three seeds.
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
-    rows = _with_paper_rows(ablation_rows(outcomes, definition))
-    rows = rows[rows["delta"].notna()]
-    ours, paper = rows[rows["is_ours"]], rows[~rows["is_ours"]]
+    rows = ablation_rows(outcomes, definition)
+    rows = rows.assign(panel=rows["model_title"].replace("", "the paper"))
+    paper = rows[rows["paper_delta"].notna()].drop(columns=["delta", "n"]).rename(columns={"paper_delta": "delta"})
+    ours = rows[rows["is_ours"] & rows["delta"].notna()]
     if ours.empty:
-        plots.placeholder_figure(path, _NO_RUNS)
+        plots.placeholder_figure(path, "this suite runs no row of this ablation")
         return
-    if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
-        ours = ours[ours["is_average"]]
-    rows = pd.concat([ours, _paper_means(paper)]) if len(paper) else ours
-    styles = {method: outcomes.style(method) for method in rows["method"].unique()}
-    if rows.groupby("who")["where"].nunique().max() == 1:
-        rows = rows.assign(panel="", line=rows["method_title"], series=rows["who"] + ", " + rows["where"])
-    else:
-        rows = rows.assign(panel=rows["who"], line=rows["where"], series=rows["method_title"])
-        for number, (method, style) in enumerate(list(styles.items())):
-            if style in list(styles.values())[:number]:
-                styles[method] = replace(style, hollow=True)
-    marks = [
-        styles[row.method] if row.is_ours else replace(styles[row.method], marker="x") for row in rows.itertuples()
-    ]
-    lines = [textwrap.fill(line, _LINE) for line in rows["line"]]
-    label = plots.difference_label("the row above" if definition.steps else "the baseline", ours["n"])
-    plots.draw_forest(rows.assign(style=marks, line=lines), path, label)
-
-
-def _paper_means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average the paper's differences over its sets, separately in and out of domain."""
-    rows = rows.groupby(["who", "domain", "method", "method_title", "is_ours"], sort=False).agg(
-        delta=("delta", "mean"), n=("n", "first"), where=("where", "first"), sets=("where", "size")
-    )
-    rows = rows.reset_index()
-    means = "mean of " + rows["sets"].astype(str) + " sets" + np.where(rows["domain"] == OOD, " (OOD)", "")
-    return rows.assign(where=rows["where"].where(rows["sets"].eq(1), means))
-
-
-def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
-    """Draw the scores of :func:`ablation_rows` over the axis of an ablation.
-
-    Each model, selection and scope has a panel. Intervals (95 %) need three seeds. The dashed line is the baseline.
-    """
-    definition = outcomes.benchmark.definition.ablations[name]
-    axis, axis_label = _AXES[definition.axis]
-    panels = [
-        (title, group, list(_curves(group, axis)))
-        for title, group in panel_rows(ablation_rows(outcomes, definition))
-        if group.loc[group[axis].ne(""), axis].nunique() > 1
-    ]
-    if not any(group["is_ours"].any() for _, group, _ in panels):
-        plots.placeholder_figure(path, _NO_RUNS)
-        return
-    styles = curve_styles(
-        (label, outcomes.style(points["method"].iloc[0])) for _, _, curves in panels for label, points in curves
-    )
-    labels = list(styles)
-    columns = min(len(panels), _COLUMNS)
-    lines = math.ceil(len(panels) / columns)
-    size = (min(2.1 * columns + _NAMES, plots.WIDTH), 2.2 * lines + 0.5)
-    with plots.panel_figure(path, lines, columns, size, plots.CURVES) as (figure, axes):
-        for panel, (title, group, curves) in zip(axes.flat, panels, strict=False):
-            values = sorted({float(value) for value in group[axis] if value})
-            apart = 0.012 * (values[-1] - values[0])
-            for label, points in curves:
-                shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
-                half = None if points["half"].isna().all() else points["half"] * 100
-                style = {"label": label, "ms": 3.5, "lw": 1.2, "capsize": 2, **styles[label]}
-                panel.errorbar(points[axis].astype(float) + shift, points["score"] * 100, yerr=half, **style)
-            for score in group.loc[group["is_baseline"], "score"].head(1):
-                reference = f"mean of {outcomes.baseline_title}"
-                panel.axhline(score * 100, color=plots.REFERENCE, lw=0.8, ls="--", zorder=0, label=reference)
-            panel.set_xticks(values, [f"{value:g}" for value in values], size=7, rotation=90)
-            panel.set_title(title, fontsize=8)
-            panel.set_xlabel(axis_label, fontsize=7)
-        plots.legend_below(figure, axes.flat, 2)
-        figure.supylabel("Score (%)", fontsize=8)
-
-
-def _with_paper_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Concatenate our rows and the paper's, with the titles ``who`` (model, selection) and ``where`` (set)."""
-    ours, paper = rows[rows["is_ours"]], rows[rows["paper"].notna()]
-    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= plots.FEW)
-    selections = ", " + ours["protocol"].map(PROTOCOLS) if ours["protocol"].nunique() > 1 else ""
-    ours = ours.assign(score=ours["mean"], half=half, who=ours["model_title"].astype(str) + selections)
-    paper = paper.assign(score=paper["paper"], delta=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan)
-    paper["who"] = [f"the paper, {model}".removesuffix(", ") for model in paper["model_title"]]
-    both = pd.concat([ours, paper])
-    return both.assign(where=both["scope"] + both["domain"].map({ID: "", OOD: " (OOD)"}))
-
-
-def panel_rows(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the title and rows of each panel (model, selection, scope): ours first, then the paper's."""
-    for (who, _, where), group in _with_paper_rows(rows).groupby(["who", "protocol", "where"], sort=False):
-        yield plots.wrap_text(f"{who}\n{where}", _TITLE), group
-
-
-def _curves(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the label and points of each curve, whose rows differ only in the setting ``axis``."""
-    rows = rows[rows[axis].ne("")]
-    others = [key for key in ("N", "L", "k", "D") if key != axis and rows.groupby("kind")[key].nunique().max() > 1]
-    for key, group in rows.groupby(["kind", *others], sort=False):
-        values = dict(zip(others, key[1:], strict=True))
-        named = setting_text("-".join(f"{name}{value}" for name, value in values.items() if value))
-        title = group["row_title"].iloc[0]
-        # a main row may repeat a setting of the ablation; it comes first and is kept
-        points = group.drop_duplicates(axis).sort_values(axis, key=lambda column: column.astype(float))
-        yield ", ".join(filter(None, (title, named))), points
+    ours = ours[ours["protocol"] == ours.groupby("model")["protocol"].transform("first")]
+    has_average = ours.groupby(["panel", "domain"])["is_average"].transform("any")
+    means = paper.groupby(["panel", "domain", "method", "method_title"], sort=False)["delta"].mean().reset_index()
+    rows = pd.concat([ours[ours["is_average"] == has_average], means.assign(is_ours=False)])
+    marks = []
+    for row in rows.itertuples():
+        style = outcomes.style(row.method)
+        mark = replace(style, hollow=True) if row.domain == OOD else style
+        marks.append(mark if row.is_ours else replace(style, marker="+" if row.domain == OOD else "x"))
+    series = rows["is_ours"].map({True: "", False: "the paper, "}) + rows["domain"].map(DOMAINS)
+    lines = [plots.wrap_text(title, 2, 7) for title in rows["method_title"]]
+    reference = "the row above" if definition.steps else "the baseline"
+    label = f"Difference to {reference} (points), {plots.count_text(ours['n'])}"
+    plots.draw_forest(rows.assign(line=lines, series=series, style=marks), path, label)

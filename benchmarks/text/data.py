@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,6 @@ class TextSplit:
     def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
         """Hold out a share of the rows, the same for every run; return the other rows and the held-out ones."""
         count = round(len(self) * share)
-        if not 0 < count < len(self):
-            raise DataError(f"{self.source}: a share of {share:g} of {len(self)} rows cannot be held out")
         chosen = set(random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count))
         return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(sorted(chosen))
 
@@ -174,7 +172,12 @@ def load_split(task: RunTask, part: str) -> TextSplit:
         texts, labels, dropped = load_vader(source.vader_sentiment, split, strength=strength)
         name = ", ".join(filter(None, (source.vader_sentiment, source.vader_label, split)))
         return TextSplit([(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {name}")
-    return _join_tables(_read_tables(task, split), task)
+    tables = _read_tables(task, split)
+    rows = [row for table in tables for row in _complete_rows(table, task)]
+    name, total = ", ".join(table.source for table in tables), sum(len(table.cells) for table in tables)
+    if not rows:
+        raise DataError(f"{name} has no row with text and label ({total} without)")
+    return TextSplit([texts for texts, _ in rows], [label for _, label in rows], total - len(rows), name)
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,14 @@ class _Table:
     source: str
     cells: pd.DataFrame
     class_names: Sequence[str] | None = None
+
+    def column(self, name: str, task: RunTask) -> str:
+        """Return the name of a task's column in this table: ``name`` or its first alias."""
+        aliases = [alias for alias, column in task.column_aliases.items() if column == name]
+        for column in (name, *aliases):
+            if column in self.cells:
+                return column
+        raise DataError(f"{self.source} has no column '{name}'{did_you_mean(name, self.cells)}")
 
 
 def _read_tables(task: RunTask, split: str) -> list[_Table]:
@@ -208,10 +219,7 @@ def _read_hub(task: RunTask, split: str) -> _Table:
     source = task.source
     folder = expected_path(source.model_dump())
     if source.hub is None:
-        raise DataError(
-            f"the set '{task.name}' is not on the hub and not in {folder}; "
-            "`python -m benchmarks data --check` says how to get it"
-        )
+        raise DataError(f"{folder} is missing; `python -m benchmarks data --check` says how to get '{task.name}'")
     try:
         dataset = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
     except Exception as error:  # the hub raises many kinds; all mean the same to the user
@@ -228,8 +236,6 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
-            if missing := [split for split in splits if split not in saved]:
-                raise DataError(f"{folder} has no split '{missing[0]}'; it has {', '.join(saved)}")
             return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
         if task.splits.train is not None:
             raise DataError(f"{folder} has no splits, but '{task.name}' needs several: save a DatasetDict")
@@ -237,63 +243,55 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
 
 
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
-    """Read a split from files with the hub's names, in the first available format.
-
-    Raises:
-        DataError: There is no file, or one of several numbered pieces is missing.
-    """
+    """Read a split from files with the hub's names, in the first available format."""
     folders = [folder, folder / task.source.config, folder / "data"] if task.source.config else [folder]
     for subfolder in folders:
         for suffix in _BUILDERS:
-            pieces = sorted(subfolder.glob(f"{split}-[0-9]*-of-[0-9]*.{suffix}"))
-            if pieces and not pieces[0].stem.endswith(f"-of-{len(pieces):05}"):
-                names = ", ".join(file.name for file in pieces)
-                raise DataError(f"{subfolder} lacks a piece of the split '{split}': {names}")
-            converted = sorted(subfolder.glob(f"{split}/[0-9]*.{suffix}"))  # the hub's conversion to Parquet
-            if files := list(subfolder.glob(f"{split}.{suffix}")) or pieces or converted:
-                return [_read_file(file, folders, task) for file in files]
+            for name in (split, f"{split}-*-of-*", f"{split}/[0-9]*"):  # the last is the hub's conversion to Parquet
+                if files := sorted(subfolder.glob(f"{name}.{suffix}")):
+                    return [_read_file(file, folders, task) for file in files]
     wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
     convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
     raise DataError(f"{folder} has no file for the split '{split}': wanted one of {wanted}{convert}")
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Read a file, with the class names in its folders; execute, cache and download nothing."""
+    """Read a file; class names that it lacks are those of the README.md (or ``dataset_infos.json``) in its folders."""
     with _name_file_in_errors(file):
         if file.suffix == ".csv":
             table = _Table(str(file), read_csv(file))
         else:
-            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the raised error is enough
             builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
-            dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
+            dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)  # without a cache
             table = _to_table(dataset, str(file), task)
-        return _add_stored_class_names(table, folders, task)
+        for folder in folders if table.class_names is None else ():
+            infos = DatasetInfosDict.from_directory(str(folder))
+            info = infos.get(task.source.config) or infos.get("default")
+            feature = info.features.get(table.column(task.label, task)) if info and info.features else None
+            if isinstance(feature, datasets.ClassLabel):
+                return replace(table, class_names=feature.names)
+        return table
 
 
 def read_csv(file: Path) -> pd.DataFrame:
     """Read a csv as text cells; short rows lack their last cells.
 
     Raises:
-        DataError: The file cannot be read, or has no row.
+        DataError: The file cannot be read.
     """
     with _name_file_in_errors(file), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # the first row has more cells than the header
-        cells = pd.read_csv(file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig")
-    if cells.empty:
-        raise DataError(f"{file} is empty")
-    return cells
+        return pd.read_csv(file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig")
 
 
 def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
     """Read the rows of a split from one csv, by its column ``split`` or else by a hash of the text."""
-    cells = read_csv(file)
-    if "split" in cells:
-        splits = cells["split"]
-    else:
-        splits = cells[_find_column(_Table(str(file), cells), task.fields[0], task)].astype(str).map(_split_by_hash)
-    if not (splits == split).any():
+    table = _Table(str(file), read_csv(file))
+    cells = table.cells
+    splits = cells["split"] if "split" in cells else cells[table.column(task.fields[0], task)].map(_split_by_hash)
+    if split not in set(splits):
         raise DataError(f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}")
-    return _Table(str(file), cells[splits == split])
+    return replace(table, cells=cells[splits == split])
 
 
 def _split_by_hash(text: str) -> str:
@@ -305,32 +303,10 @@ def _split_by_hash(text: str) -> str:
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
     """Convert a set of ``datasets`` to a table, with its class names if it has them."""
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
-    if not batches:
-        raise DataError(f"{source} is empty")
-    cells = pd.DataFrame(pa.concat_tables(batches, promote_options="default").to_pydict(), dtype=object)
-    feature = (dataset.features or {}).get(_find_column(_Table(source, cells), task.label, task))
-    return _Table(source, cells, feature.names if isinstance(feature, datasets.ClassLabel) else None)
-
-
-def _add_stored_class_names(table: _Table, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Add class names from the set's README.md or ``dataset_info(s).json``, if it has some.
-
-    Raises:
-        DataError: The file has other names.
-    """
-    column = _find_column(table, task.label, task)
-    for folder in folders:
-        infos = dict(DatasetInfosDict.from_directory(str(folder)))
-        if (folder / "dataset_info.json").exists():
-            infos["default"] = datasets.DatasetInfo.from_directory(str(folder))
-        info = infos.get(task.source.config) or infos.get("default")
-        feature = info.features.get(column) if info and info.features else None
-        if isinstance(feature, datasets.ClassLabel):
-            if table.class_names not in (None, feature.names):
-                names = ", ".join(feature.names)
-                raise DataError(f"{folder} calls the classes of '{column}' {names}, but {table.source} has other names")
-            return replace(table, class_names=feature.names)
-    return table
+    cells = pa.concat_tables(batches, promote_options="default").to_pydict()
+    table = _Table(source, pd.DataFrame(cells, dtype=object))
+    feature = (dataset.features or {}).get(table.column(task.label, task))
+    return replace(table, class_names=feature.names) if isinstance(feature, datasets.ClassLabel) else table
 
 
 @contextmanager
@@ -344,67 +320,38 @@ def _name_file_in_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _join_tables(tables: Sequence[_Table], task: RunTask) -> TextSplit:
-    """Join tables into a split; drop rows without a gold label or a text."""
-    texts: list[tuple[str, ...]] = []
-    labels: list[Any] = []
-    for table in tables:
-        read_label = _label_reader(table, task)
-        columns = table.cells[[_find_column(table, name, task) for name in (*task.fields, task.label)]]
-        for row, *cells, value in columns.itertuples(name=None):
-            if any(isinstance(cell, list | dict) for cell in cells):
-                raise DataError(f"{table.source}, row {row + 1}: a cell is a list or an object, not text")
-            present = tuple(str(cell) for cell in cells if cell is not None and cell == cell)
-            complete = len(present) == len(cells) and "".join(present).strip()
-            label = read_label(row + 1, value) if complete else None
-            if label is not None:
-                texts.append(present)
-                labels.append(label)
-    source, total = ", ".join(table.source for table in tables), sum(len(table.cells) for table in tables)
-    if not texts:
-        raise DataError(f"{source} has no row with text and label ({total} without)")
-    return TextSplit(texts, labels, total - len(texts), source)
+def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the texts and the label of each row of a table that has all texts and a gold label."""
+    names = {str(number): name for number, name in enumerate(table.class_names or ())}
+    missing = {label_text(value) for value in task.unlabelled}
+    classes = _class_numbers(table, task)
+    low, high = task.range or (-math.inf, math.inf)
+    columns = table.cells[[table.column(name, task) for name in (*task.fields, task.label)]]
+    for row, *cells, value in columns.itertuples(name=None):
+        texts = tuple(str(cell) for cell in cells if cell is not None and cell == cell)
+        written = label_text(value)
+        label = label_text(names.get(written, written))
+        if len(texts) < len(cells) or not "".join(texts).strip() or label in missing:
+            continue
+        if label in classes:
+            yield texts, classes[label]
+        elif not classes and low <= (score := _score(label)) <= high:
+            yield texts, score
+        elif label.casefold() not in _NO_LABEL:
+            hint = did_you_mean(label, classes) if classes else f"; it must be a number from {low:g} to {high:g}"
+            raise DataError(f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'{hint}")
 
 
-def _find_column(table: _Table, name: str, task: RunTask) -> str:
-    """Return the name of a task's column in a table: ``name`` or its first alias."""
-    names = [name, *(alias for alias, column in task.column_aliases.items() if column == name)]
-    for column in names:
-        if column in table.cells:
-            return column
-    raise DataError(f"{table.source} has no column '{name}'{did_you_mean(name, table.cells)}")
+def _score(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def label_text(value: object) -> str:
     """Convert a label to text, without surrounding blanks; ``1.0`` becomes ``1``."""
     return _WHOLE.sub(r"\1", "" if value is None else str(value).strip())
-
-
-def _label_reader(table: _Table, task: RunTask) -> Callable[[int, object], int | float | None]:
-    """Return a function ``(row, value)`` that converts a label to a number, or to None if it is missing."""
-    stored_names = {str(number): name for number, name in enumerate(table.class_names or ())}
-    missing = {label_text(value) for value in task.unlabelled}
-    classes = _class_numbers(table, task)
-    low, high = task.range or (-math.inf, math.inf)
-
-    def read(row: int, value: object) -> int | float | None:
-        value = stored_names.get(label_text(value), value)
-        text = label_text(value)
-        if text in missing:
-            return None
-        if text in classes:
-            return classes[text]
-        if not task.labels:
-            with suppress(ValueError):
-                score = float(text)
-                if math.isfinite(score) and low <= score <= high:
-                    return score
-        if text.casefold() in _NO_LABEL:
-            return None
-        hint = did_you_mean(value, classes) if task.labels else f"; it must be a number from {low:g} to {high:g}"
-        raise DataError(f"{table.source}, row {row}: '{value}' is no label of task '{task.name}'{hint}")
-
-    return read
 
 
 def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:

@@ -12,7 +12,6 @@ from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.sets import PublishedRows
 from benchmarks.harness.config.yaml import (
-    KEEP_INTEGER,
     UNIQUE,
     Count,
     Key,
@@ -22,6 +21,8 @@ from benchmarks.harness.config.yaml import (
     Positive,
     Positives,
     Rate,
+    Share,
+    Shares,
     Strict,
     Whole,
     Wholes,
@@ -73,7 +74,7 @@ class TextTraining(EpochTraining):
 
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
-    train_share: Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER] | None = optional()
+    train_share: Share | None = optional()
     """Share of these rows, sampled per class; a smaller share is a subset of a larger one. Left out: all."""
     dev_rows: Count | None = optional()
     """Rows of the dev split, for tasks that also have a test split; left out, or null: `eval_rows`."""
@@ -110,9 +111,7 @@ class TextBlock(VariantAxes):
     """Peak learning rates."""
     seed: Wholes
     """Seeds."""
-    train_share: Annotated[list[Annotated[float, Field(gt=0, lt=1), KEEP_INTEGER]], Field(min_length=1)] | None = (
-        optional()
-    )
+    train_share: Shares | None = optional()
     """Shares of the training rows, for rows with `role: ablation`."""
     epochs_factor: Positives | None = optional()
     """Factors on the usual epochs, for rows with `role: ablation`."""
@@ -152,8 +151,6 @@ class Ablation(Strict):
     rows: Annotated[Names, UNIQUE]
     """Compared rows; the first one is the baseline. Every setting is a separate row, for rows with `role: ablation` or
     several variants."""
-    axis: Literal["train_share", "top_k_fraction"] | None = optional()
-    """Horizontal axis of the figure; left out: a forest plot of the differences."""
     steps: Literal[True] | None = optional()
     """Compare each row with the row above it, instead of with the baseline."""
     paper: str | None = optional()

@@ -8,12 +8,11 @@ import re
 from pathlib import Path
 from string import Template
 
-from benchmarks.harness.base import BENCHMARKS, CONFIG, ROOT, DataError, DefinitionError
+from benchmarks.harness.base import BENCHMARKS, CONFIG, DataError, DefinitionError
 from benchmarks.text.data import label_text, read_csv
 from emoe.errors import did_you_mean
 
 _TEMPLATE = Path(__file__).with_name("template")
-_RESULTS = {"all", "logs", "mlflow", "reference", "runs"}  # reserved names below results/
 _NO_LABEL = {"", "nan", "null"}  # but -1 and none may be classes
 
 
@@ -49,11 +48,6 @@ def _check_name(name: str) -> None:
         raise DefinitionError(
             f"'{name}' is not a valid name: use lower-case letters, digits and _, and begin with a letter"
         )
-    rules = "\n".join(path.read_text() for path in (ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")))
-    targets = {*re.findall(r"^rule (\w+):", rules, re.MULTILINE), *_RESULTS}
-    # tables and figures of the paper have targets too
-    if name in targets or re.match(r"(run|tables_of|table|figure)_", name):
-        raise DefinitionError(f"'{name}' is a target or a folder of the workflow; choose another name")
     for path in (BENCHMARKS / name, BENCHMARKS / f"{name}.py", CONFIG / f"{name}.yaml"):
         if path.exists():
             raise DefinitionError(f"{path} exists; choose another name than '{name}'")

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
-from benchmarks.harness.config.method_specs import remove_settings, setting_text, setting_values
+from benchmarks.harness.config.method_specs import remove_settings, setting_values
 from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import SETTING, Outcomes, join_claim_numbers, parameter_counts, summarize
@@ -21,6 +21,7 @@ CELL = ["model", "task", "method"]
 KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}  # their headings
 CHOICE = ["variant", "learning_rate"]
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
+DOMAINS = {ID: "in domain", OOD: "out of domain"}  # their titles
 ARROW = " → "  # between the titles of training set and evaluation set
 _PAIR = ["model", "task", "eval_task"]
 _SET = ["protocol", "domain", *_PAIR, "scope"]
@@ -140,22 +141,15 @@ class TextOutcomes(Outcomes):
             remove_settings(row.variant, usual.get(row.model, set())) for row in records[is_ablation].itertuples()
         ]
         names = records["method"].where(settings == "", records["method"] + SETTING + settings)
-        for name in names[names != records["method"]].unique():
-            row, _, setting = name.partition(SETTING)
-            title = f"{self.methods[row].title}, {setting_text(setting)}"
-            self.methods[name] = self.methods[row].model_copy(update={"title": title})
-        self.titles["method"] = {name: method.title for name, method in self.methods.items()}
+        self.methods |= {name: self.methods[name.partition(SETTING)[0]] for name in names.unique()}
         variant = records["variant"].mask(is_ablation | records["method"].ne(names), "")
         self.records = records.assign(method=names, variant=variant)
 
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
         """Return the settings that the variants of all rows with experts share, such as the model's layers."""
-        methods = records[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
-        settings = [
-            {f"{key}{value}" for key, value in setting_values(variant).items()}
-            for name, variant in methods
-            if self.methods[name].kind != "dense"
-        ]
+        has_experts = records["method"].map(lambda name: self.methods[name].kind != "dense")
+        variants = map(setting_values, records.loc[has_experts, "variant"].unique())
+        settings = [{f"{key}{value}" for key, value in values.items()} for values in variants]
         return set.intersection(*settings) if settings else set()
 
     @property
@@ -191,7 +185,7 @@ class TextOutcomes(Outcomes):
         return seeds.sort_values("protocol", kind="stable")
 
     def _rows(self) -> pd.DataFrame:
-        rows = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns=["low_mean", "high_mean", "p"])
+        rows = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns="p")
         rows = self.seeds[_ROW].drop_duplicates().merge(rows, how="left", on=_ROW)
         return self._by_set(rows.fillna({"n": 0}).astype({"n": int}))
 

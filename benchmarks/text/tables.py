@@ -10,12 +10,10 @@ from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
-from benchmarks.text.outcomes import CELL, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
+from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
-DOMAINS = {ID: "in domain", OOD: "out of domain"}
 _ROW = ["model", "protocol", "method"]
 BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
@@ -26,7 +24,7 @@ _SELECTIONS = (
 
 
 def results(outcomes: TextOutcomes) -> Table:
-    """Make a table of scores under both selections, differences to the baseline, and costs."""
+    """Make a table of scores under both selections, and differences to the baseline."""
     frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
     columns = []
     for prefix, domain, protocol, score, delta, std in (
@@ -40,17 +38,14 @@ def results(outcomes: TextOutcomes) -> Table:
             Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=True),
             Column("score", f"{prefix}_delta", delta, interval=(f"{prefix}_low", f"{prefix}_high"), signed=True),
         ]
-    took = ["train_seconds", "active_neurons", "trainable_parameters"]
-    frame = common.with_numbers(frame, CELL, common.cell_means(_clean_records(outcomes.shared_origins), CELL, took))
     return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). "
         "Differences are paired by seed, with a 95 % confidence interval (Student's t), not corrected for multiple "
         f"tests. {outcomes.shared_note} ID is the training task, OOD the mean over the other sets, without further "
-        f"training. {_SELECTIONS} Bold marks the best method, without controls. Time, neurons and parameters are from "
-        f"the clean runs, if there are any. {_metric_note(outcomes)}",
+        f"training. {_SELECTIONS} Bold marks the best method, without controls. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
-        [*columns, *(Column(metric, metric) for metric in took)],
+        columns,
         frame,
         group=("model", "task"),
         origins=outcomes.shared_origins,
@@ -66,9 +61,6 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     frame, columns = common.with_columns(frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score")
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, "score")
-    if domain == OOD:
-        frame, others = _with_other_metrics(outcomes, frame)
-        columns += others
     return Table(
         "Scores by task" if domain == ID else "Scores by OOD set",
         "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). "
@@ -79,23 +71,6 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
         group=("model", "protocol"),
         origins=outcomes.shared_origins,
     )
-
-
-def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
-    """Add the columns of all other metrics."""
-    records = outcomes.shared_origins
-    records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
-    columns = []
-    for (task, other, metric), group in records.groupby(["task", "eval_task", "metric"], sort=False):
-        label = f"{outcomes.pair_title(task, other)}, {load_metrics()[metric].label}"
-        rows = [
-            [label, *key, values.mean(), values.std(ddof=1 if key[1] == CLEAN else 0)]
-            for key, values in group.groupby(_ROW, sort=False)["value"]
-        ]
-        numbers = pd.DataFrame(rows, columns=["label", *_ROW, "mean", "std"])
-        frame, more = common.with_columns(frame, _ROW, numbers, {label: label}, metric, best=False)
-        columns += more
-    return frame, columns
 
 
 def tests(outcomes: TextOutcomes) -> Table:
@@ -132,7 +107,9 @@ def ood(outcomes: TextOutcomes) -> Table:
 
 def cost(outcomes: TextOutcomes) -> Table:
     """Make a table of time, memory, parameters and the use of experts."""
-    records = _clean_records(outcomes.origins)
+    # the clean runs; for cells without clean runs, all
+    records = outcomes.origins
+    records = records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
     return common.cost_table(
         KEYS,
         outcomes.order(outcomes.rows[CELL].drop_duplicates(), CELL),
@@ -186,11 +163,6 @@ def _differences_text(tests: pd.DataFrame) -> str:
         where = ", ".join(scopes) if verdict in ("better", "worse") else f"{len(scopes)} of {len(tests)}"
         words += [f"{verdict} on {where}"] if len(scopes) else []
     return ", ".join(words)
-
-
-def _clean_records(records: pd.DataFrame) -> pd.DataFrame:
-    """Keep the records of the clean runs; for cells without clean runs, keep all records."""
-    return records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
@@ -261,34 +233,6 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
     return ours.rename(columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol})
 
 
-def usage_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of the mutual information of experts with set and class, by model, training task and method."""
-    information, counted = [*information_numbers("task", "class")], ["specialised_experts", "shared_experts"]
-    rows = [
-        {
-            **{key: getattr(record, key) for key in CELL},
-            **{name: metrics["routing"].get(name) for name in information},
-            **{name: len(metrics["usage"][name.removesuffix("_experts")]) for name in counted},
-        }
-        for record, metrics in outcomes.training()
-        if metrics["usage"]
-    ]
-    numbers = [*information, *counted]
-    means = common.average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
-    return Table(
-        "Information in the choice of an expert after training",
-        "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "
-        "row's class (within a set, mean over the sets), on 200 rows per set. Chance: mean and 95 % quantile of "
-        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: a set uses them "
-        "more than by chance (5 %, over all experts and sets). Shared experts: every set uses them above 1/N, and no "
-        "set differs from chance. Means over n seeds ± standard deviation. The benchmark modularity measures the same "
-        "before training.",
-        {**KEYS, "n": "n"},
-        [Column(name, name, std=f"{name}_std" if name.endswith("_information") else None) for name in numbers],
-        outcomes.order(means[[*CELL, *numbers, *(f"{name}_std" for name in information), "n"]], CELL),
-    )
-
-
 TABLES = {
     "results": results,
     "tasks": tasks,
@@ -296,6 +240,5 @@ TABLES = {
     "ood": ood,
     "cost": cost,
     "choices": choices_table,
-    "usage": usage_table,
     "paper": paper,
 }

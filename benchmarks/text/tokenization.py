@@ -15,11 +15,10 @@ from benchmarks.text.data import TextSplit
 
 _ROWS_AT_ONCE = 10_000
 _CALIBRATION_ROWS = 256
-_LENGTHS = "lengths"
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
-    """Hold tokenised rows in flat arrays, which take little memory.
+    """Hold tokenised rows.
 
     Args:
         split: The rows.
@@ -44,21 +43,21 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         labelled: bool = True,
         prefix: Prefix | None = None,
     ) -> None:
-        columns = _tokenise(split, tokenizer, max_length)
-        lengths = columns.pop(_LENGTHS)
-        self._columns, self._lengths, self._ends = columns, lengths, np.cumsum(lengths)
-        self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
+        self._rows = _tokenise(split, tokenizer, max_length)
+        self._lengths = np.asarray([len(row["input_ids"]) for row in self._rows], dtype=np.int32)
+        self.order = np.argsort(self._lengths, kind="stable") if by_length else np.arange(len(split))
         self._labels = split.labels if labelled else None
         self.labels = np.asarray(split.labels)[self.order]
         self._states: PrefixStates | None = None
         if prefix:
             collate = DataCollatorWithPadding(tokenizer)
+            columns = {name: np.concatenate([row[name] for row in self._rows]) for name in self._rows[0]}
+            digest = columns_digest({**columns, "lengths": self._lengths})
 
-            def batch(rows: Sequence[int]) -> dict[str, Any]:
-                return dict(collate([self._tokens(row) for row in rows]))
+            def batch(numbers: Sequence[int]) -> dict[str, Any]:
+                return dict(collate([self._tokens(number) for number in numbers]))
 
-            digest = columns_digest({**columns, _LENGTHS: lengths})
-            self._states = PrefixStates(prefix, digest, lengths.tolist(), batch)
+            self._states = PrefixStates(prefix, digest, self._lengths.tolist(), batch)
 
     @property
     def lengths(self) -> list[int]:
@@ -75,10 +74,8 @@ class TokenisedRows(Dataset[dict[str, Any]]):
             row[STATES] = self._states[number]
         return row if self._labels is None else {**row, "labels": self._labels[number]}
 
-    def _tokens(self, row: int) -> dict[str, Any]:
-        end = int(self._ends[row])
-        start = end - int(self._lengths[row])
-        return {name: column[start:end].tolist() for name, column in self._columns.items()}
+    def _tokens(self, number: int) -> dict[str, Any]:
+        return {name: values.tolist() for name, values in self._rows[number].items()}
 
 
 def calibration_batches(
@@ -96,15 +93,14 @@ def batches(rows: TokenisedRows, collate: DataCollatorWithPadding, size: int) ->
         yield dict(collate([rows[index] for index in range(start, min(start + size, len(rows)))]))
 
 
-def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:
-    """Return the concatenated tokens of all rows by column, and the lengths of the rows."""
-    parts: dict[str, list[NDArray[np.int32]]] = {}
+def _tokenise(
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, NDArray[np.int32]]]:
+    """Return the model inputs of each row as arrays, which take less memory than lists."""
+    rows: list[dict[str, NDArray[np.int32]]] = []
     for start in range(0, len(split), _ROWS_AT_ONCE):
-        columns = [list(column) for column in zip(*split.texts[start : start + _ROWS_AT_ONCE], strict=True)]
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-        for name in encoded:
-            rows = [np.asarray(row, dtype=np.int32) for row in encoded[name]]
-            parts.setdefault(name, []).append(np.concatenate(rows))
-        lengths = np.asarray([len(row) for row in encoded["input_ids"]], dtype=np.int32)
-        parts.setdefault(_LENGTHS, []).append(lengths)
-    return {name: np.concatenate(columns) for name, columns in parts.items()}
+        texts = [list(column) for column in zip(*split.texts[start : start + _ROWS_AT_ONCE], strict=True)]
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        for values in zip(*encoded.values(), strict=True):
+            rows.append({name: np.asarray(row, dtype=np.int32) for name, row in zip(encoded, values, strict=True)})
+    return rows

@@ -81,7 +81,6 @@ def test_columns_are_named_and_other_rows_are_other_runs(project: Path) -> None:
     ("name", "content", "message"),
     [
         ("../x", CSV, "is not a valid name"),
-        ("smoke", CSV, "is a target or a folder"),
         ("glue", CSV, r"benchmarks/glue exists; choose another name than 'glue'"),
         ("mine", "txt,label\na,b\n", r"mine\.csv has no column 'text'; did you mean 'txt'"),
         ("mine", "text;label\na;b\n", r"has no column 'text'; .*; set it with --text or --label"),

@@ -80,17 +80,13 @@ def test_labels_are_read_dropped_and_counted_or_refused(
     assert [texts[0] for texts in split.texts] == [f"{TASKS[name]['fields'][0]} {i}" for i in kept]
 
 
-@pytest.mark.parametrize("file", ["README.md", "dataset_info.json"])
-def test_numbers_are_read_by_the_class_names_beside_a_file(root: Path, monkeypatch, file: str) -> None:
+def test_numbers_are_read_by_the_class_names_beside_a_file(root: Path, monkeypatch) -> None:
     names = ("contradiction", "entailment", "neutral")  # not in the task's order
     write_rows(root, "mnli", [0, 1, 2, -1], "csv", monkeypatch)
-    if file == "README.md":
-        listed = "".join(f"          '{number}': {name}\n" for number, name in enumerate(names))
-        classes = "    dtype:\n      class_label:\n        names:\n" + listed
-        content = f"---\ndataset_info:\n  features:\n  - name: label\n{classes}---\n# MNLI\n"
-    else:
-        content = json.dumps({"features": {"label": {"names": names, "_type": "ClassLabel"}}})
-    (root / "MNLI" / file).write_text(content)
+    listed = "".join(f"          '{number}': {name}\n" for number, name in enumerate(names))
+    classes = "    dtype:\n      class_label:\n        names:\n" + listed
+    content = f"---\ndataset_info:\n  features:\n  - name: label\n{classes}---\n# MNLI\n"
+    (root / "MNLI/README.md").write_text(content)
     split = load_split(task("mnli"), "dev")
     assert (split.labels, split.dropped) == ([2, 0, 1], 1)
 
@@ -141,10 +137,10 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("sst2", "validation.csv", "sentence;label\nfine;1\n", "no column 'label'; choose from sentence;label"),
+        ("sst2", "validation.csv", "sentence;label\nfine;1\n", "no column 'sentence'; did you mean 'sentence;label'"),
         ("sst2", "validation.csv", b"sentence,label\ncaf\xe9,0\n", "cannot be read: .*utf-8"),
         ("sst2", "validation.csv", "sentence,label\nfine,1\nfine, really,1\n", "cannot be read: .*line 3, saw 3"),
-        ("sst2", "validation.csv", "sentence,label\n", "is empty"),
+        ("sst2", "validation.csv", "sentence,label\n", "has no row with text and label"),
         ("sst2", "validation.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', "cannot be read: JSON parse"),
         ("sst2", "validation.parquet", b"PAR1 nothing", "cannot be read: "),
         ("rte", "validation.csv", "sentence1,sentence2,label\na,b,not_entailmnt\n", "row 1: .*mean 'not_entailment'"),
@@ -176,9 +172,6 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
     (root / "RTE/train").mkdir()
     frame("converted by the hub").to_parquet(root / "RTE/train/0000.parquet")
     assert load_split(task("rte"), "train").texts[0][0] == "converted by the hub"
-    (root / "RTE" / piece.format(1)).unlink()
-    with pytest.raises(DataError, match=rf"RTE lacks a piece of the split 'validation': {piece.format(0)}, .*00002-of"):
-        load_split(task("rte"), "dev")
 
 
 def test_local_files_need_no_network_and_copy_no_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +235,6 @@ def test_rows_are_drawn_once_and_for_all() -> None:
     assert (len(train), len(held)) == (90, 10)
     assert sorted(train.labels + held.labels) == list(range(100))
     assert split.hold_out(0.1, "cola/held out") == (train, held) != split.hold_out(0.1, "rte/held out")
-    with pytest.raises(DataError, match="cannot be held out"):
-        TextSplit([("a",)], [0], source="x").hold_out(0.1, "x")
 
 
 # human ratings

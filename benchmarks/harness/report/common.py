@@ -315,15 +315,13 @@ def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tu
     """Summarize the ``value`` of each cell over seeds, and compare it with a reference.
 
     ``references`` pairs each reference method with the method to compare, or with None for all methods. Returns one row
-    per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``; the 95 % interval of the mean (``low_mean``,
-    ``high_mean``); and the uncorrected difference to the reference over ``pairs`` of seeds (``delta``, ``low``,
-    ``high``, ``p``).
+    per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``, and the uncorrected difference to the
+    reference over ``pairs`` of seeds (``delta``, ``low``, ``high``, ``p``).
     """
     rows = []
     for key, values in scores.groupby(list(cell), sort=False)["value"]:
-        interval = confidence_interval(values.to_numpy())
-        rows.append((*key, values.mean(), values.std(), values.std(ddof=0), len(values), *interval))
-    names = [*cell, "mean", "std", "population_std", "n", "low_mean", "high_mean"]
+        rows.append((*key, values.mean(), values.std(), values.std(ddof=0), len(values)))
+    names = [*cell, "mean", "std", "population_std", "n"]
     differences = []
     for reference, method in references:
         both = scores if method is None else scores[scores["method"].isin([reference, method])]
