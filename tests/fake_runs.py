@@ -116,12 +116,15 @@ def _modularity(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
 
 
 def _measured(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
-    measured = {}
-    for candidate in ("dense", *run.spec["settings"]["candidates"]):
-        ratio = 1.0 if candidate == "dense" else draw.uniform(0.3, 2.0)
-        numbers = {"ratio": ratio, "ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio, "seconds": 0.1 * ratio}
-        numbers |= {"inertia": 0.9} if run.spec["task"]["name"] == "partition" else {"memory_ratio": 0.3}
-        measured[candidate] = numbers | ({"expected_ratio": 0.4} if candidate == "sparse" else {})
+    candidates = run.spec["settings"]["candidates"]
+    if run.spec["task"]["name"] == "partition":
+        measured = {candidate: {"seconds": draw.uniform(0.3, 2.0), "inertia": 0.9} for candidate in candidates}
+        return {"measured": measured, "cost": {"job_seconds": 1.0}}
+    ratios = {"dense": 1.0} | {candidate: draw.uniform(0.3, 2.0) for candidate in candidates}
+    measured = {
+        candidate: {"ratio": ratio, "ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio, "seconds": 0.1 * ratio}
+        for candidate, ratio in ratios.items()
+    }
     return {"measured": measured, "cost": {"job_seconds": 1.0}}
 
 

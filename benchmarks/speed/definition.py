@@ -8,31 +8,9 @@ from pydantic import Field
 
 from benchmarks.harness.config.benchmark import Definition, Entry, Resources, SuitePart
 from benchmarks.harness.config.methods import Layers
-from benchmarks.harness.config.yaml import Count, Names, Share, Strict, Whole, optional
+from benchmarks.harness.config.yaml import Count, Names, Share, Strict, Whole, registered
 
-MEASURES = ("layer", "step", "decode", "prompt", "generate", "partition")
-# settings in a run's name, with their letter, and in tables, with their heading
-SETTINGS = {
-    "layers": ("L", "Layers"),
-    "num_experts": ("N", "N"),
-    "starts": ("x", "Starts of the library"),
-    "top_k_fraction": ("k", "k/N"),
-    "batch_size": ("B", "Rows"),
-    "tokens": ("T", "Tokens"),
-    "threads": ("t", "Threads"),
-    "dtype": ("", "Type"),
-}
-
-
-class MeasuredModel(Entry):
-    """A model with random weights, or one layer of a model of models.yaml."""
-
-    config: dict[str, Any] | None = optional()
-    """Configuration of the model in transformers."""
-    model: str | None = optional()
-    """Name in models.yaml."""
-    layer: Whole | None = optional()
-    """Number of the layer."""
+MEASURES = ("layer", "step", "forward", "generate", "partition")
 
 
 class Settings(Strict):
@@ -42,20 +20,16 @@ class Settings(Strict):
     """Converted layers."""
     num_experts: Count
     """N."""
-    starts: Count = 1
-    """Number of initialisations of k-means-constrained."""
     top_k_fraction: Share = 1.0
     """k / N."""
     batch_size: Count = 1
     """Rows of a training step."""
     tokens: Count = 1
-    """Number of tokens of a forward pass, a training row, the prompt, or the answer."""
+    """Number of tokens of a forward pass, a training row, or a prompt."""
     threads: Count
     """Threads of PyTorch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
-    rounds: Count = 1
-    """Number of rounds; each round times all candidates in turn."""
     candidates: Names
     """Compared candidates, in addition to the dense model if there is one."""
 
@@ -99,9 +73,9 @@ class MeasurementPart(SuitePart):
 class MeasurementDefinition(Definition):
     """A benchmark that trains nothing. Each run measures all candidates under one setting."""
 
-    models: Annotated[dict[str, MeasuredModel], Field(min_length=1)]
-    """Measured models, by name."""
-    candidates: Annotated[dict[str, Entry], Field(min_length=1)]
-    """Candidates, in the order of table columns."""
-    measures: Annotated[dict[str, Measure], Field(min_length=1)]
+    models: dict[str, dict[str, Any] | None]
+    """Configurations in transformers of models with random weights, by name; null for a model of models.yaml."""
+    candidates: dict[str, str]
+    """Titles of the candidates, by name, in the order of table columns."""
+    measures: dict[Annotated[str, registered(MEASURES)], Measure]
     """Measures, by name."""

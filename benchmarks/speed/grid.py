@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.config.benchmark import Benchmark, Domain, Part
+from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
-from benchmarks.speed.definition import MEASURES, SETTINGS, Measure, MeasurementDefinition, MeasurementPart, Settings
+from benchmarks.speed.definition import Measure, MeasurementDefinition, MeasurementPart, Settings
 
 
 class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
@@ -23,10 +24,8 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, MeasurementDefinition, str(file))
-        check_names(f"{file}: '", "measures", definition.measures, MEASURES)
         domains = dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))
-        titles = {key: candidate.title for key, candidate in definition.candidates.items()}
-        return cls(name, definition, definition.measures, domains, row_titles=titles)
+        return cls(name, definition, definition.measures, domains, row_titles=definition.candidates)
 
     def specs(
         self, part: Part[MeasurementPart], exclude: Collection[str], others: Sequence[Run]
@@ -40,13 +39,15 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
             check_names(where, "settings", block.settings, usual)
             at = ("benchmarks", self.name, "grid", number, "settings")
             for model, *values in itertools.product(block.model, *block.settings.values()):
-                point = {**usual, **dict(zip(block.settings, values, strict=True))}
-                settings = parse(point, Settings, part.file, *at).given()
+                changes = dict(zip(block.settings, values, strict=True))
+                settings = parse(usual | changes, Settings, part.file, *at).given()
                 check_names(where, "settings.candidates", settings["candidates"], definition.candidates)
-                variant = _variant(settings, usual)
+                changed = {key: value for key, value in settings.items() if key != "candidates" and value != usual[key]}
+                variant = "-".join(f"{key}={value}" for key, value in changed.items())
+                config = definition.models[model]
                 yield self.spec(
                     variant,
-                    model={"name": model, **definition.models[model].model_dump(exclude={"title"})},
+                    model={"name": model, "config": config} if config else load_models()[model].spec(model),
                     task={"name": block.measure},
                     ood=[],
                     # nothing is trained: no method, no learning rate
@@ -65,9 +66,3 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         from benchmarks.speed import presentation
 
         return presentation
-
-
-def _variant(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """Return a name for the settings that differ from the usual ones; rounds and candidates are left out."""
-    changed = {name: value for name, value in settings.items() if name in SETTINGS and value != usual[name]}
-    return "-".join(f"{SETTINGS[name][0]}{value}" for name, value in changed.items())

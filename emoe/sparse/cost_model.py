@@ -6,7 +6,7 @@ k of N used, width h::
     k/N  +  (per_expert + per_share * k/N) / s  +  threads * (per_call + per_product / (h * s)) / T
 
 The second term is the lower efficiency of small experts, the third a cost that does not depend on the tokens. The
-constants are fits to measurements of ``benchmarks.speed.pipeline.measure_layer`` with one and two threads, T 16 to
+constants are fits to the measure ``layer`` of the benchmark ``speed`` with one and two threads, T 16 to
 2048, s 12 to 384, h 384 to 2048 and k/N 1/4 and 1/2: 280 in float32 with the compiled kernels on two cores of an AMD
 EPYC (Zen 3), and on two cores of a Zen 4, with PyTorch's small products, 116 in float32 and 112 in bfloat16. Without
 compiled kernels, PyTorch computes one expert after another and uses threads badly, so the first two terms cost

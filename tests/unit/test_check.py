@@ -166,9 +166,9 @@ def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(r
 
 
 def test_times_are_not_compared_but_the_work_of_a_measurement_is(runs: list[Run], blessed: Path) -> None:
-    run = next(run for run in runs if run.benchmark == "speed" and "sparse" in run.spec["settings"]["candidates"])
-    edit(run, lambda content: content["measured"]["sparse"].update(ratio=3.0, expected_ratio=3.0))
-    assert {metric for _, metric in changed(runs, blessed)} == {"expected_ratio"}
+    run = next(run for run in runs if run.spec["task"]["name"] == "partition")
+    edit(run, lambda content: content["measured"]["emoe"].update(seconds=3.0, inertia=0.8))
+    assert {metric for _, metric in changed(runs, blessed)} == {"inertia"}
 
 
 def test_lost_and_new_runs_fail(runs: list[Run], blessed: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
@@ -41,6 +41,21 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
         }
         for (benchmark, model), specs in groups.items()
     ]
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """Format rows as a table for the terminal."""
+    from tabulate import tabulate
+
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    return tabulate(cells, headers=[name.replace("_", " ") for name in rows[0]], tablefmt="simple")
+
+
+def _cell(value: object) -> object:
+    """Format a table cell: join a list; of a long list, show the first values and the length."""
+    if not isinstance(value, list):
+        return value
+    return ", ".join(value) if len(value) <= 12 else f"{', '.join(value[:4])}, … ({len(value)})"
 
 
 def _values(values: Iterable[str]) -> list[str]:

@@ -299,14 +299,14 @@ def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers,
     return collect_numbers(results), failures
 
 
-def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable[[str], None]) -> CheckResult:
+def verify(runs: Sequence[Run], suite: str, count: int, say: Callable[[str], None]) -> CheckResult:
     """Draw some finished runs, execute them again, and compare their numbers.
 
     Raises:
         DefinitionError: No run is finished, or a file is damaged.
     """
     finished = _finished_runs(runs, suite)
-    chosen = random.Random(seed).sample(finished, min(count, len(finished)))
+    chosen = random.sample(finished, min(count, len(finished)))
     after, failures = run_again(chosen, say)
     return compare(read_numbers(chosen), after, suite, unfinished=failures)
 

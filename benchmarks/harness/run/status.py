@@ -16,7 +16,9 @@ from pydantic import BaseModel
 from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.listing import format_rows
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import Suite
 
 State = Literal["finished", "running", "failed", "missing"]
 _TAIL = 8192
@@ -54,6 +56,19 @@ class RunStatus:
     state: State
     last: str = ""
     silent: float | None = None
+
+    def __str__(self) -> str:
+        ago = "" if self.silent is None else f" ({self.silent:.0f} s ago)"
+        return f"{self.state:<8} {self.run.folder}: {self.last or 'its log is empty'}{ago}"
+
+
+def describe(suite: Suite) -> str:
+    """Describe the runs of a suite: a table of counts, estimates, and the last line of running and failed runs."""
+    statuses = [run_status(run) for run in suite.runs]
+    rows = [count(name, statuses) for name in suite.settings.benchmarks]
+    estimates = [estimate_text(suite.runs_of(str(row["benchmark"]))) for row in rows if not row["finished"]]
+    listed = [status for state in ("running", "failed") for status in statuses if status.state == state]
+    return "\n".join([format_rows(rows), *estimates, *map(str, listed)])
 
 
 def run_status(run: Run) -> RunStatus:
