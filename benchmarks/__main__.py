@@ -171,24 +171,27 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     for table in shown.tables:
         table.write(RESULTS / suite / "tables")
     shown.draw(RESULTS / suite / "figures")
-    write_paper_items(loaded, artifacts_of(benchmark, part), shown)
+    write_paper_items(loaded, artifacts_of(benchmark, part), shown.tables)
 
 
 @cli.command()
 @_suite
-@_json
-@click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
-def claims(suite: str, as_json: bool, write: bool) -> None:
+@click.option("--write", is_flag=True, help="Write tables and figures below results/ instead of printing.")
+def claims(suite: str, write: bool) -> None:
     """Test the paper's claims on finished runs."""
-    from benchmarks.harness.report.claims import claims_json, claims_table, judge_claims, write_claims
+    from benchmarks.harness.config.paper_items import main_figure
+    from benchmarks.harness.report.claims import claims_table, collect_claim_numbers, judge_claims, write_claims
+    from benchmarks.harness.report.paper import draw_main
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.claimed)
+    numbers = collect_claim_numbers(loaded)
+    judged = judge_claims(loaded, numbers)
     if write:
-        write_claims(loaded)
-        return
-    judged = judge_claims(loaded)
-    click.echo(claims_json(judged) if as_json else claims_table(loaded, judged).markdown())
+        write_claims(loaded, judged)
+        draw_main(numbers, main_figure(suite))
+    else:
+        click.echo(claims_table(loaded, judged).markdown())
 
 
 @cli.command()

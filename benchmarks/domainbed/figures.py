@@ -16,6 +16,7 @@ from benchmarks.domainbed.definition import held_out_names, validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base import DataError
 from benchmarks.harness.report import plots
+from benchmarks.harness.report.common import our_means
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import mutual_information
@@ -28,15 +29,15 @@ _HIGHEST = 9.5  # inches, of a page
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw accuracy by method under training-domain validation, a panel per held-out environment."""
+    """Draw mean accuracies under training-domain validation: a panel per model, a line per held-out environment."""
     cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
-    panels = []
-    for model, of_model in cells.groupby("model", sort=False):
-        title = f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}"
-        by_env = of_model.groupby("env", sort=False)
-        held_out = [(outcomes.env_title(name, str(env)), rows) for env, rows in by_env]
-        panels.append([(f"{title}, {env} held out", rows) for env, rows in held_out])
-    plots.score_panels(outcomes, panels, path, "Accuracy (%); large marks: mean over trials, dots below: trials")
+    cell = ["model", "env", "method"]
+    means = our_means(cells.set_index(cell)["value"], cell).rename(columns={"ours": "delta"})
+    rows = outcomes.order(means, ["model", "method"]).rename(columns={"model_title": "panel", "method_title": "series"})
+    lines = [f"{outcomes.env_title(name, env)} held out" for env in rows["env"]]
+    styles = [outcomes.style(method) for method in rows["method"]]
+    label = f"Accuracy (%), {plots.count_text(rows['n'], 'trials')}; bars: 95 % intervals"
+    plots.draw_forest(rows.assign(line=lines, style=styles), path, label, zero=False)
 
 
 def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -148,8 +149,8 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> pd.DataFrame:
 SET_FIGURES = {
     "accuracy": Figure(
         draw_accuracy,
-        "Accuracy on each held-out environment by method, with training-domain validation. Large marks are means, dots "
-        "below them are trials. The axis does not start at zero.",
+        "Accuracy on each held-out environment by method, with training-domain validation: means over trials, with 95 % "
+        "intervals. The axis does not start at zero.",
     ),
     "samples": Figure(
         draw_samples,

@@ -247,6 +247,6 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
     parts = {name: make_presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "shows_labels": True}
+    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE}
     sentences |= {"optimizer": "Adam, constant rate, no clipping", "claim_numbers": outcomes.claim_numbers}
     return make_presentation(benchmark, TABLES, FIGURES, outcomes, parts=parts, **sentences)

@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
-from benchmarks.harness.report.presentation import NOTE, Presentation, make_presentation
+from benchmarks.harness.report.presentation import NOTE, Presentation, make_presentation, with_runs
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
@@ -105,9 +105,7 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
         outcomes.of(TRANSFER, CLEAN).drop(columns="scope"),
     )
     together, alone = (
-        common.with_runs(
-            replace(table, frame=table.frame.assign(task=table.frame[key])), outcomes.origins, outcomes.name
-        )
+        with_runs(replace(table, frame=table.frame.assign(task=table.frame[key])), outcomes.origins, outcomes.name)
         for key in ("task", "eval_task")
     )
     return replace(table, frame=table.frame.assign(**{RUNS: together.frame[RUNS] + " " + alone.frame[RUNS]}))
@@ -121,6 +119,4 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     outcomes = MultitaskOutcomes(benchmark, runs)
     optimizer = "AdamW, linear decay, no clipping"
     sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": NOTE, "optimizer": optimizer}
-    return make_presentation(
-        benchmark, TABLES, {}, outcomes, claim_numbers=outcomes.claim_numbers, shows_labels=True, **sentences
-    )
+    return make_presentation(benchmark, TABLES, {}, outcomes, claim_numbers=outcomes.claim_numbers, **sentences)

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.report import plots
-from benchmarks.harness.report.common import Outcomes, has_random_weights
-from benchmarks.harness.report.presentation import Figure
+from benchmarks.harness.report.common import Outcomes
+from benchmarks.harness.report.presentation import Figure, has_random_weights
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.outcomes import TextOutcomes
 

@@ -58,6 +58,5 @@ def present_text(
         verdicts=list(verdicts(outcomes)),
         note=NOTE,
         optimizer=optimizer,
-        shows_labels=True,
         claim_numbers=outcomes.claim_numbers,
     )

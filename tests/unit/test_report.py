@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.__main__ import cli
 from benchmarks.harness import base as paths
-from benchmarks.harness.report.common import with_runs
+from benchmarks.harness.report.presentation import with_runs
 from benchmarks.harness.report.table import RUNS, Column, Table
 from tests import fake_runs
 from tests.drawn import undraw

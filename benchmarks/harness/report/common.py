@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,11 @@ from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
 from benchmarks.harness.report.style import MethodStyle, style_of
-from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import COST, LOADS, MODEL
 from benchmarks.harness.results.statistics import confidence_interval, information_numbers, paired_differences
 
 SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row
-RANDOM_WEIGHTS = (
-    "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
-    "verdicts mean anything. "
-)
-_ORIGIN = (
-    *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
-    *("layer", "num_experts", "seed"),
-)
 # the numbers of the claims, one row per number: Presentation.claim_numbers
 COMPARED = [
     *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
@@ -42,36 +33,10 @@ def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COMPARED)
 
 
-def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
-    """Add the column :data:`~benchmarks.harness.report.table.RUNS` with the run folders of each row of a table.
-
-    A run belongs to a row if both have the same names in every shared column. An empty name matches every name. A
-    benchmark that chooses among finished runs (DomainBed's draws) lists all candidates; a row of published
-    numbers lists none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
-    """
-    keys = [key for key in _ORIGIN if key in table.frame and key in origins]
-    if not keys or RUNS in table.frame:  # the table already lists its runs
-        return table
-    tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
-    numbers = {key: tried.groupby(key).indices for key in keys}  # of the runs with a name
-    folders = []
-    for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
-        matching = (numbers[key].get(name, ()) for key, name in names.items() if name)
-        of_row = sorted(set(tried.index).intersection(*matching))
-        folders.append(" ".join(f"{benchmark}/{run}" for run in tried["run_id"].iloc[of_row].unique()))
-    return replace(table, frame=table.frame.assign(**{RUNS: folders}))
-
-
 def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
     """Return the parameter counts of all runs, for :func:`join_claim_numbers`."""
     rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
     return rows.rename(columns={"seed": "pair"}).assign(domain="model")
-
-
-def has_random_weights(runs: Sequence[Run]) -> bool:
-    """Return True if all models have random weights. Their scores mean nothing."""
-    models = [run.spec["model"] for run in runs if run.spec["method"]["name"]]  # a measurement has no method
-    return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 
 class Outcomes:

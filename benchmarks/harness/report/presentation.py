@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,13 +14,18 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names
-from benchmarks.harness.report.common import RANDOM_WEIGHTS, has_random_weights, join_claim_numbers, with_runs
-from benchmarks.harness.report.table import Table
+from benchmarks.harness.report.table import RUNS, Table
 
 NOTE = (
     "Differences are in points: means over paired seeds with 95 % confidence intervals. Verdicts use paired t-tests at "
     "5 %, corrected with Holm's procedure over all rows of the table of tests. With two seeds a test has only two "
     "differences: read it as a hint."
+)
+
+
+_ORIGIN = (
+    *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
+    *("layer", "num_experts", "seed"),
 )
 
 
@@ -41,8 +46,7 @@ class Presentation:
     verdicts: list[str] = field(default_factory=list)  # sentences on differences to the dense model
     note: str = ""  # explains the verdicts
     optimizer: str = ""  # shown in the report; empty if nothing is trained
-    shows_labels: bool = False  # True if the report shows the labels of the sets
-    claim_numbers: Callable[[], pd.DataFrame] = join_claim_numbers  # returns claim numbers with the columns COMPARED
+    claim_numbers: Callable[[], pd.DataFrame] = pd.DataFrame  # see join_claim_numbers of common; empty without claims
     parts: Mapping[str, Presentation] = field(default_factory=dict)  # by set; empty if sets share their tables
 
     @cached_property
@@ -86,13 +90,39 @@ def make_presentation(
     def make_table(name: str) -> Table:
         table = replace(tables[name](*arguments), name=f"{stem}_{name}")
         table = with_runs(table, outcomes.origins if table.origins is None else table.origins, benchmark.name)
-        return table.without_verdicts(RANDOM_WEIGHTS) if has_random_weights(outcomes.runs) else table
+        return table.without_verdicts() if has_random_weights(outcomes.runs) else table
 
     return Presentation(
         {f"{stem}_{name}": partial(make_table, name) for name in shown},
         {f"{stem}_{name}": Figure(partial(figures[name].draw, *arguments), figures[name].caption) for name in drawn},
         **sentences,
     )
+
+
+def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
+    """Add the column :data:`~benchmarks.harness.report.table.RUNS` with the run folders of each row of a table.
+
+    A run belongs to a row if both have the same names in every shared column. An empty name matches every name. A
+    benchmark that chooses among finished runs (DomainBed's draws) lists all candidates; a row of published
+    numbers lists none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
+    """
+    keys = [key for key in _ORIGIN if key in table.frame and key in origins]
+    if not keys or RUNS in table.frame:  # the table already lists its runs
+        return table
+    tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
+    numbers = {key: tried.groupby(key).indices for key in keys}  # of the runs with a name
+    folders = []
+    for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
+        matching = (numbers[key].get(name, ()) for key, name in names.items() if name)
+        of_row = sorted(set(tried.index).intersection(*matching))
+        folders.append(" ".join(f"{benchmark}/{run}" for run in tried["run_id"].iloc[of_row].unique()))
+    return replace(table, frame=table.frame.assign(**{RUNS: folders}))
+
+
+def has_random_weights(runs: Sequence[Run]) -> bool:
+    """Return True if all models have random weights. Their scores mean nothing."""
+    models = [run.spec["model"] for run in runs if run.spec["method"]["name"]]  # a measurement has no method
+    return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:

@@ -18,6 +18,10 @@ from benchmarks.harness.config.catalogue import load_metrics
 
 MISSING = "–"
 RUNS = "runs"  # column with the folders of a row's runs, separated by blanks
+_RANDOM_WEIGHTS = (
+    "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
+    "verdicts mean anything. "
+)
 _LONG = 28  # letters; LaTeX wraps a column with longer texts
 _LATEX = r"""{comment}
 % \usepackage[T1]{{fontenc}}
@@ -172,13 +176,13 @@ class Table:
         listed = "; ".join(f"{heading} {text}" for heading, text in values.items() if text not in ("", MISSING))
         return texts.drop(columns=shared), f"In all rows: {listed}." if listed else ""
 
-    def without_verdicts(self, reason: str) -> Table:
-        """Remove verdicts and marks, if any, and put the reason before the caption."""
+    def without_verdicts(self) -> Table:
+        """Remove the verdicts and marks of models with random weights, if any, and say so in the caption."""
         if "verdict" not in self.notes and not any(column.best for column in self.columns):
             return self
         columns = [replace(column, best=False) for column in self.columns]
         frame = self.frame.assign(verdict=MISSING) if "verdict" in self.frame else self.frame
-        return replace(self, caption=reason + self.caption, columns=columns, frame=frame)
+        return replace(self, caption=_RANDOM_WEIGHTS + self.caption, columns=columns, frame=frame)
 
     def write(self, folder: Path) -> None:
         """Write ``<name>.csv`` (unformatted numbers), ``.md``, ``.tex`` and ``.html``."""
