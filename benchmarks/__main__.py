@@ -156,7 +156,6 @@ def export(spec: Path, output: Path, form: str) -> None:
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark."""
     from benchmarks.harness.base import RESULTS
-    from benchmarks.harness.config.artifacts import artifacts_of
     from benchmarks.harness.config.benchmark import load_benchmark
     from benchmarks.harness.config.yaml import check_names
     from benchmarks.harness.report.paper import write_paper_items
@@ -170,8 +169,9 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     shown = presented.parts[part] if part else presented
     for table in shown.tables:
         table.write(RESULTS / suite / "tables")
-    shown.draw(RESULTS / suite / "figures")
-    write_paper_items(loaded, artifacts_of(benchmark, part), shown.tables)
+    for name, figure in shown.figures.items():
+        figure.draw(RESULTS / suite / "figures" / name)
+    write_paper_items(loaded, shown.artifacts, shown.tables)
 
 
 @cli.command()
@@ -227,9 +227,8 @@ def mirror(suite: str) -> None:
 
 @cli.command()
 @_suite
-@_json
 @click.option("--elsewhere", is_flag=True, help="Judge as if this were another machine than the one that blessed.")
-def check(suite: str, as_json: bool, elsewhere: bool) -> None:
+def check(suite: str, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
     Ends with status 1 if a number changed, is missing or is new. On the machine and with the code that blessed them
@@ -238,7 +237,7 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     from benchmarks.harness.results.check import check as check_suite
 
     comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
-    click.echo(comparison.to_json() if as_json else str(comparison))
+    click.echo(str(comparison))
     raise click.exceptions.Exit(not comparison.passed)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import join_claim_numbers
-from benchmarks.harness.report.presentation import Figure, Presentation, make_presentation
+from benchmarks.harness.report.presentation import Figure, Presentation
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.speed.definition import MEASURES, SETTINGS, MeasurementDefinition
@@ -72,4 +72,4 @@ FIGURES: dict[str, Figure] = {}
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     measured = Measurements(benchmark.definition, runs)
-    return make_presentation(benchmark, TABLES, FIGURES, measured, claim_numbers=measured.claim_numbers)
+    return Presentation(benchmark, TABLES, FIGURES, measured, claim_numbers=measured.claim_numbers)

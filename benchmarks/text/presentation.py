@@ -8,7 +8,7 @@ from functools import partial
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, make_presentation
+from benchmarks.harness.report.presentation import NOTE, Figure, Presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.ablations import ablation_figure, ablation_table
@@ -50,7 +50,7 @@ def present_text(
 ) -> Presentation:
     """Present a text benchmark: tables, figures, ablations, and a verdict on every method."""
     outcomes, ablations = TextOutcomes(benchmark, runs), benchmark.definition.ablations
-    return make_presentation(
+    return Presentation(
         benchmark,
         {**tables, **{name: partial(ablation_table, name=name) for name in ablations}},
         {**figures, **{name: ablation_figure(outcomes, name) for name in ablations}},

@@ -46,6 +46,7 @@ class Outcomes:
     of ``titles``. ``titles`` maps names to titles, in the order of rows.
     """
 
+    pair = "seed"  # the unit of paired differences
     titles: dict[str, Mapping[str, str]]  # by column and name; names that ran come first
     records: pd.DataFrame  # every number of every run; a subclass sets it
 
@@ -76,6 +77,11 @@ class Outcomes:
         return self.records
 
     @property
+    def shared_note(self) -> str:
+        """Explain in a caption that the rows of a table are compared with :func:`.statistics.shared_pairs`."""
+        return f"n counts the {self.pair}s that all compared rows have. Scores, Δ and marks use only these."
+
+    @property
     def baseline_title(self) -> str:
         return self.title("method", self.baseline)
 
@@ -100,18 +106,6 @@ class Outcomes:
             return column.map(lambda name: ranks.get(name, len(ranks))) if ranks else column
 
         return self.with_titles(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
-
-    def explain_n(self, scores: pd.DataFrame, shared: pd.DataFrame, keys: Sequence[str], pair: str = "seed") -> str:
-        """Explain n in a caption, and list the tables from which :func:`.statistics.shared_pairs` removed pairs."""
-        counts = [rows.groupby(list(keys), sort=False)[pair].nunique() for rows in (scores, shared)]
-        both = pd.concat(counts, axis=1, keys=["all", "used"]).fillna(0).astype(int)
-        left_out = [
-            f"{', '.join(self.title(*named) for named in zip(keys, names, strict=True))}: {row.used} of {row.all}"
-            for names, row in zip(both.index, both.itertuples(), strict=True)
-            if row.used < row.all
-        ]
-        listed = f" ({'; '.join(left_out)})" if left_out else ""
-        return f"n counts the {pair}s that all compared rows have. Scores, Δ and marks use only these{listed}."
 
 
 _STATUS = ("published", "inferred", "unknown")

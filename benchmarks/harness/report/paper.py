@@ -20,7 +20,7 @@ from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import SETTING, name_or_count
 from benchmarks.harness.report.style import EMOE, GMOE, MethodStyle
-from benchmarks.harness.report.table import RUNS, Table
+from benchmarks.harness.report.table import Table
 from benchmarks.harness.results.claims import Evidence, find_evidence
 
 _PROTOCOLS = ("published", "clean")  # in order of preference
@@ -49,7 +49,7 @@ def write_paper_items(suite: Suite, artifacts: Artifacts, tables: Sequence[Table
 
 def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
     """Keep the rows that the paper has, under the authors' selection if the suite runs it, else the clean one."""
-    frame, caption = table.frame, [table.caption]
+    frame, caption = table.frame, table.caption
     if output.part.rows and "method" in frame:
         frame = frame[frame["method"].str.split(SETTING, regex=False).str[0].isin(output.part.rows)]
     if "protocol" in frame:
@@ -58,13 +58,10 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
         is_paper = frame["is_ours"].eq(False) if "is_ours" in frame else pd.Series(False, index=frame.index)
         frame = frame[frame["protocol"].eq(protocol) | is_paper]
     if "p_holm" in frame and len(frame) < len(table.frame):
-        caption.append(f"p is corrected over all rows of `{table.name}`; this table shows some of them.")
-    if RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all():
-        caption.append("All numbers are published: this suite runs none of these rows.")
-    caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
+        caption += f" p is corrected over all rows of `{table.name}`; this table shows some of them."
     is_named = table.title == paper_items.load_paper().items[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
-    return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=" ".join(caption))
+    return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=caption)
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:

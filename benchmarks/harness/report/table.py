@@ -30,12 +30,11 @@ _LATEX = r"""{comment}
 \begingroup\scriptsize\setlength{{\tabcolsep}}{{2pt}}
 {table}\endgroup
 """
-_SIGNS = {sign: f"\\{sign}" for sign in "&%$#_{}"}
-_SIGNS |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "°": r"\textdegree{}"}
-_SIGNS |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "✓": r"\textbullet{}", "−": "$-$"}
-_SIGNS |= {"±": r"$\pm$", "÷": r"$\div$", "×": r"$\times$", "·": r"$\cdot$", "²": "$^2$", "Δ": r"$\Delta$"}
-_SIGNS |= {"→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "∞": r"$\infty$"}
-_T1 = {*map(chr, range(0x20, 0x7F)), *map(chr, range(0xA1, 0x17F)), *"–—‘’“”…†‡•€™"} - {*"\xadĦħĸĿŀŉŦŧ"}
+_SIGNS = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "✓": r"\textbullet{}"}
+    | {"−": "$-$", "Δ": r"$\Delta$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "∞": r"$\infty$"}
+)
 
 
 @dataclass(frozen=True)
@@ -213,9 +212,8 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Escape a text for pdflatex; a character that its T1 fonts lack becomes its code point."""
-    characters = " ".join(text.split())
-    return "".join(_SIGNS.get(c, c if c in _T1 else rf"\texttt{{U+{ord(c):04X}}}") for c in characters)
+    """Escape a text for pdflatex, and replace the signs that it lacks."""
+    return " ".join(text.split()).translate(_SIGNS)
 
 
 def _latex_heading(text: str) -> str:
