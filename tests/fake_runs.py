@@ -112,7 +112,7 @@ def _modularity(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
         "measured": {"experts": {**measured, "shared_experts": 1.0, "specialised_experts": 2.0}},
         "usage": used["usage"],
         "matrix": matrix,
-        "cost": {"job_seconds": 1.0, "startup_seconds": 0.1},
+        "cost": {"job_seconds": 1.0, "startup_seconds": 0.1, "peak_memory_mb": 100.0},
         "data": {f"test:{name}": {"rows": 10, "dropped": 0, "labels": {"0": 5, "1": 5}} for name in names},
     }
 
@@ -124,7 +124,7 @@ def _measured(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
         numbers = {"ratio": ratio, "ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio, "seconds": 0.1 * ratio}
         numbers |= {"inertia": 0.9} if run.spec["task"]["name"] == "partition" else {"memory_ratio": 0.3}
         measured[candidate] = numbers | ({"expected_ratio": 0.4} if candidate == "sparse" else {})
-    return {"measured": measured, "cost": {"job_seconds": 1.0}}
+    return {"measured": measured, "cost": {"job_seconds": 1.0, "peak_memory_mb": 100.0}}
 
 
 def _domains(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:

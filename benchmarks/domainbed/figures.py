@@ -35,7 +35,7 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     means = our_means(cells.set_index(cell)["value"], cell).rename(columns={"ours": "delta"})
     rows = outcomes.order(means, ["model", "method"]).rename(columns={"model_title": "panel", "method_title": "series"})
     lines = [f"{outcomes.env_title(name, env)} held out" for env in rows["env"]]
-    styles = [outcomes.style(method) for method in rows["method"]]
+    styles = rows["method"].map(outcomes.styles(rows["method"].unique()))
     label = f"Accuracy (%), {plots.count_text(rows['n'], 'trials')}; bars: 95 % intervals"
     plots.draw_forest(rows.assign(line=lines, style=styles), path, label, zero=False)
 

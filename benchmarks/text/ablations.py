@@ -228,14 +228,13 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
         ours = ours[ours["is_average"]]
     rows = pd.concat([ours, _paper_means(paper)]) if len(paper) else ours
-    styles = {method: outcomes.style(method) for method in rows["method"].unique()}
+    methods = rows["method"].unique()
     if rows.groupby("who")["where"].nunique().max() == 1:
         rows = rows.assign(panel="", line=rows["method_title"], series=rows["who"] + ", " + rows["where"])
+        styles = {method: outcomes.style(method) for method in methods}
     else:
         rows = rows.assign(panel=rows["who"], line=rows["where"], series=rows["method_title"])
-        for number, (method, style) in enumerate(list(styles.items())):
-            if style in list(styles.values())[:number]:
-                styles[method] = replace(style, hollow=True)
+        styles = outcomes.styles(methods)
     marks = [
         styles[row.method] if row.is_ours else replace(styles[row.method], marker="x") for row in rows.itertuples()
     ]

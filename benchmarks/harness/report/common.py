@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,14 @@ class Outcomes:
         """Return the style of a method or of one of its settings."""
         return style_of(self.methods[method.partition(SETTING)[0]])
 
+    def styles(self, methods: Iterable[str]) -> dict[str, MethodStyle]:
+        """Return the styles of methods; of equal styles only the first is filled."""
+        styles: dict[str, MethodStyle] = {}
+        for method in methods:
+            style = self.style(method)
+            styles[method] = replace(style, hollow=True) if style in styles.values() else style
+        return styles
+
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add ``<key>_title`` for every key of the rows, and ``is_method``: True if the row is no control."""
         titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
@@ -132,13 +141,11 @@ def read_published(
     return published
 
 
-def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
+def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:
     """Subtract the baseline's published ``value`` with the same ``model`` and ``scope``; nan for the baseline."""
     base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
-    return [
-        math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
-        for row in published.itertuples()
-    ]
+    reference = published[["model", "scope"]].join(base.rename("reference"), on=["model", "scope"])["reference"]
+    return (published["value"] - reference).where(published["method"] != baseline)
 
 
 _COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
