@@ -198,17 +198,13 @@ def claims(suite: str, write: bool) -> None:
 @_suite
 @click.option("--output", type=_RESOLVED, required=True, help="The HTML page.")
 @click.option("--benchmark", help="Only this benchmark.")
-@click.option("--copy", type=_RESOLVED, help="Copy this page, and adapt its links.")
-def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
+def report(suite: str, output: Path, benchmark: str | None) -> None:
     """Write the one-page report of a suite with its tables."""
-    from benchmarks.harness.report.page import copy_report, write_report
+    from benchmarks.harness.report.page import write_report
 
-    if copy:
-        copy_report(copy, output)
-    else:
-        loaded = _load_suite(suite, benchmark)
-        _check_finished(loaded, [benchmark] if benchmark else loaded.settings.benchmarks)
-        write_report(loaded, output, benchmark)
+    loaded = _load_suite(suite, benchmark)
+    _check_finished(loaded, [benchmark] if benchmark else loaded.settings.benchmarks)
+    write_report(loaded, output, benchmark)
 
 
 @cli.command()

@@ -145,7 +145,7 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
     if not file:
         return None
     keys = list(COST_COLUMNS[:-1])
-    published = common.read_published(outcomes.benchmark, file, COST_COLUMNS)
+    published = common.read_published(outcomes.benchmark, file)
     numbers = published.pivot_table(index=keys, columns="metric", values="value", sort=False)
     sources = published.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
     rows = numbers.join(sources).reset_index()

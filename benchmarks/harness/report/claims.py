@@ -151,15 +151,13 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     table = Table(
         "Claims of the paper",
         "Differences are means over n pairs (seeds or trials), with a 95 % confidence interval (Student's t). Each pair "
-        "is averaged over tasks first. p is from the "
-        f"paired t-test, corrected with Holm's procedure over the {int(rows['p'].notna().sum())} tests of this table. "
-        "Supported or contradicted: corrected p below 5 %, with the claimed sign or the opposite one. Next to the "
-        "paper: the whole interval is smaller or larger than the paper's effect, or compatible with it. No difference "
-        "that matters: the whole interval lies within the margin of benchmarks/metrics.yaml. The interval alone "
-        "decides other claims (the same, not lower, near the dense time): supported if all of it lies within the "
-        "margin, contradicted if all of it lies outside. The interval of a time is its range over all rounds and "
-        "settings. Parameters are counted. Untestable: one pair, or equal differences. Missing: no such runs in this "
-        "suite.",
+        "is averaged over tasks first. p is from the paired t-test, corrected with Holm's procedure over the "
+        f"{int(rows['p'].notna().sum())} tests of this table. Supported or contradicted: corrected p below 5 %, with "
+        "the claimed sign or the opposite one. Claims without p (the same, not lower, near the dense time): the whole "
+        "interval lies within the margin, or outside. Next to the paper: the whole interval is smaller or larger than "
+        "the paper's effect, or compatible with it. No difference that matters: the whole interval lies within the "
+        "margin. The interval of a time is its range over all rounds and settings. Untestable: one pair, or equal "
+        "differences. Missing: no such runs in this suite.",
         {"claim_title": "Claim", "test_shown": "Tested on", "paper": "The paper"}
         | {"runs_shown": "These runs", "n_shown": "n"},
         [Column("p_value", "p", "p"), Column("p_value", "p_holm", "p (Holm)")],

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import COUNTS, AnyBenchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
+from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report.style import MethodStyle, style_of
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import COST, LOADS, MODEL
@@ -117,28 +116,15 @@ class Outcomes:
         return self.with_titles(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
 
 
-_STATUS = ("published", "inferred", "unknown")
+def read_published(benchmark: AnyBenchmark, file: str | None = None) -> pd.DataFrame:
+    """Read published numbers in points (ranks unchanged), with their status and source.
 
-
-def read_published(
-    benchmark: AnyBenchmark, file: str | None = None, key_columns: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """Read and check published numbers in points (ranks unchanged), with their status and source.
-
-    ``file`` defaults to ``paper`` of the definition, and ``key_columns`` to the columns of the benchmark's kind.
+    ``file`` defaults to ``paper`` of the definition.
     """
     file = file or benchmark.definition.paper
-    columns = [*(key_columns or benchmark.paper_columns), *NUMBER_COLUMNS]
     if not file:
-        return pd.DataFrame(columns=columns)
-    path = benchmark.folder / file
-    published = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
-    if list(published.columns) != columns:
-        raise DefinitionError(f"{path}: the columns are {list(published.columns)}, but must be {columns}")
-    check_names(f"{path}: '", "status", published["status"], _STATUS)
-    for number in published.index[published["value"].isna() != (published["status"] == "unknown")]:
-        raise DefinitionError(f"{path}, line {number + 2}: give a value, or the status 'unknown'")
-    return published
+        return pd.DataFrame(columns=[*benchmark.paper_columns, *NUMBER_COLUMNS])
+    return pd.read_csv(benchmark.folder / file, keep_default_na=False, na_values={"value": [""]})
 
 
 def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:

@@ -62,12 +62,6 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     write_text(output, text)
 
 
-def copy_report(page: Path, output: Path) -> None:
-    """Copy a page to another folder and adapt its links."""
-    folder = Path(os.path.relpath(page.parent, output.parent)).as_posix()
-    write_text(output, re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{folder}/", page.read_text()))
-
-
 @dataclass(frozen=True)
 class _Page:
     """Make the parts of a page that have links. Links are relative to the page's folder."""
@@ -214,7 +208,7 @@ def _environment_texts(environment: dict[str, Any]) -> dict[str, str]:
     """Format the machine, packages and commit of a run."""
     texts = {}
     for key, value in environment.items():
-        if key != "fingerprint":  # a digest of the rest
+        if key != "fingerprint":  # for `check`
             listed = [f"{name} {version}" for name, version in value.items()] if isinstance(value, dict) else value
             texts[key.replace("_", " ")] = ", ".join(listed) if isinstance(listed, list) else str(listed)
     return texts

@@ -105,13 +105,12 @@ class Table:
 
     def best(self) -> pd.DataFrame:
         """Return a boolean mask of the printed cells that hold the best number of their group."""
-        frame = self.frame.reset_index(drop=True)
-        headings = [*self.keys.values(), *(column.heading for column in self.printed), *self.notes.values()]
-        mask = pd.DataFrame(False, index=frame.index, columns=headings)
+        frame, texts = self.frame.reset_index(drop=True), self.texts()
+        mask = pd.DataFrame(False, index=texts.index, columns=texts.columns)
         keys = [frame[key] for key in self.group] or [pd.Series(0, frame.index)]
         for column in self.printed:
             direction = load_metrics()[column.metric].direction
-            if column.best and direction != "none" and len(frame):
+            if column.best and direction != "none":
                 values = frame[column.value]
                 values = values.where(frame["is_method"]) if "is_method" in frame else values
                 groups = values.groupby(keys)
