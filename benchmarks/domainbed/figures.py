@@ -18,6 +18,7 @@ from benchmarks.harness.base import DataError
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import our_means
 from benchmarks.harness.report.presentation import Figure
+from benchmarks.harness.report.style import distinct_styles
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import mutual_information
 
@@ -35,9 +36,9 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     means = our_means(cells.set_index(cell)["value"], cell).rename(columns={"ours": "delta"})
     rows = outcomes.order(means, ["model", "method"]).rename(columns={"model_title": "panel", "method_title": "series"})
     lines = [f"{outcomes.env_title(name, env)} held out" for env in rows["env"]]
-    styles = rows["method"].map(outcomes.styles(rows["method"].unique()))
+    styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
     label = f"Accuracy (%), {plots.count_text(rows['n'], 'trials')}; bars: 95 % intervals"
-    plots.draw_forest(rows.assign(line=lines, style=styles), path, label, zero=False)
+    plots.draw_forest(rows.assign(line=lines, style=rows["method"].map(styles)), path, label, zero=False)
 
 
 def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def tests(outcomes: DomainOutcomes) -> Table:
 def cost(outcomes: DomainOutcomes) -> Table:
     """Make a table of costs, expert loads, and mutual information of experts with class and environment."""
     cell = ["model", "set", "method"]
-    return common.cost_table(
+    table = common.cost_table(
         {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
         outcomes.order(outcomes.records[cell].drop_duplicates(), cell),
         cell,
@@ -133,17 +134,18 @@ def cost(outcomes: DomainOutcomes) -> Table:
         "mutual information of a token's expert and its image's class (environment). By chance: its mean and 95 % "
         f"quantile over {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those "
         "of a class). Only values above the quantile are meaningful",
-        published=_published_costs(outcomes),
     )
-
-
-def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
-    """Read published costs: a row per model, set and method, a column per metric, and ``source``; None without a
-    file.
-    """
     file = outcomes.benchmark.definition.published_costs
     if not file:
-        return None
+        return table
+    published = _published_costs(outcomes, file)
+    sources = "; ".join(published["source"].unique())
+    caption = f"{table.caption} Below ours: published numbers from other machines ({sources})."
+    return replace(table, caption=caption, frame=pd.concat([table.frame, published], ignore_index=True))
+
+
+def _published_costs(outcomes: DomainOutcomes, file: str) -> pd.DataFrame:
+    """Read published costs: a row per model, set and method, a column per metric, and ``source``."""
     keys = list(COST_COLUMNS[:-1])
     published = common.read_published(outcomes.benchmark, file)
     numbers = published.pivot_table(index=keys, columns="metric", values="value", sort=False)

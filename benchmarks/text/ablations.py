@@ -28,7 +28,7 @@ from benchmarks.harness.report.common import (
     with_numbers,
 )
 from benchmarks.harness.report.presentation import Figure
-from benchmarks.harness.report.style import curve_styles
+from benchmarks.harness.report.style import distinct_styles
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
@@ -228,18 +228,18 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
         ours = ours[ours["is_average"]]
     rows = pd.concat([ours, _paper_means(paper)]) if len(paper) else ours
-    methods = rows["method"].unique()
+    styles = {method: outcomes.style(method) for method in rows["method"].unique()}
     if rows.groupby("who")["where"].nunique().max() == 1:
         rows = rows.assign(panel="", line=rows["method_title"], series=rows["who"] + ", " + rows["where"])
-        styles = {method: outcomes.style(method) for method in methods}
     else:
         rows = rows.assign(panel=rows["who"], line=rows["where"], series=rows["method_title"])
-        styles = outcomes.styles(methods)
+        styles = distinct_styles(styles.items())
     marks = [
         styles[row.method] if row.is_ours else replace(styles[row.method], marker="x") for row in rows.itertuples()
     ]
     lines = [textwrap.fill(line, _LINE) for line in rows["line"]]
-    label = plots.difference_label("the row above" if definition.steps else "the baseline", ours["n"])
+    label = f"Difference to {'the row above' if definition.steps else 'the baseline'} (points)"
+    label = ", ".join(filter(None, (label, plots.count_text(ours["n"]))))
     plots.draw_forest(rows.assign(style=marks, line=lines), path, label)
 
 
@@ -268,7 +268,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
     if not any(group["is_ours"].any() for _, group, _ in panels):
         plots.placeholder_figure(path, _NO_RUNS)
         return
-    styles = curve_styles(
+    styles = distinct_styles(
         (label, outcomes.style(points["method"].iloc[0])) for _, _, curves in panels for label, points in curves
     )
     labels = list(styles)
@@ -282,7 +282,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
             for label, points in curves:
                 shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
                 half = None if points["half"].isna().all() else points["half"] * 100
-                style = {"label": label, "ms": 3.5, "lw": 1.2, "capsize": 2, **styles[label]}
+                style = {"label": label, "ms": 3.5, "lw": 1.2, "capsize": 2, **styles[label].line}
                 panel.errorbar(points[axis].astype(float) + shift, points["score"] * 100, yerr=half, **style)
             for score in group.loc[group["is_baseline"], "score"].head(1):
                 reference = f"mean of {outcomes.baseline_title}"

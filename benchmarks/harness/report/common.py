@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,14 +91,6 @@ class Outcomes:
     def style(self, method: str) -> MethodStyle:
         """Return the style of a method or of one of its settings."""
         return style_of(self.methods[method.partition(SETTING)[0]])
-
-    def styles(self, methods: Iterable[str]) -> dict[str, MethodStyle]:
-        """Return the styles of methods; of equal styles only the first is filled."""
-        styles: dict[str, MethodStyle] = {}
-        for method in methods:
-            style = self.style(method)
-            styles[method] = replace(style, hollow=True) if style in styles.values() else style
-        return styles
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add ``<key>_title`` for every key of the rows, and ``is_method``: True if the row is no control."""
@@ -292,19 +283,11 @@ def cost_table(
     *,
     averaged: str,
     measured_on: str,
-    published: pd.DataFrame | None = None,
 ) -> Table:
     """Make a table of time, memory, parameters and expert loads, with the mean of the records of each cell.
 
-    ``averaged`` and ``measured_on`` are caption texts: the averaged runs, and the data of the loads. ``published`` has
-    rows of published numbers, with titles and ``source``.
+    ``averaged`` and ``measured_on`` are caption texts: the averaged runs, and the data of the loads.
     """
-    frame = with_numbers(frame, cell, cell_means(records, cell, _COST))
-    others = ""
-    if published is not None:
-        frame = pd.concat([frame, published], ignore_index=True)
-        sources = "; ".join(published["source"].unique())
-        others = f" Below ours: published numbers from other machines ({sources})."
     return Table(
         "Cost, and use of the experts",
         f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "
@@ -312,9 +295,8 @@ def cost_table(
         "Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy is 1 for "
         f"a perfectly balanced load; loads and drops are measured on {measured_on}. Operations count two per active "
         "parameter and token, without attention's own products; a CPU or GPU executes more if the masked path computes "
-        "unused experts. Only the published settings limit the capacity of experts, so only they drop choices."
-        f"{others}",
+        "unused experts. Only the published settings limit the capacity of experts, so only they drop choices.",
         dict(keys),
         [Column(metric, metric) for metric in _COST],
-        frame,
+        with_numbers(frame, cell, cell_means(records, cell, _COST)),
     )

@@ -55,11 +55,6 @@ def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
     return f"n = {present[0]}{f' to {present[-1]}' if len(present) > 1 else ''} {unit}"
 
 
-def difference_label(reference: str, counts: Iterable[float]) -> str:
-    """Label an axis of differences, with the number of seeds."""
-    return ", ".join(filter(None, (f"Difference to {reference} (points)", count_text(counts))))
-
-
 def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True) -> None:
     """Draw a forest plot: marks with 95 % intervals, one panel below the other.
 
