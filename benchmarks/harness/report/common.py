@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import COUNTS, AnyBenchmark
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_models
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report.style import MethodStyle, style_of
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.records import COST, LOADS, MODEL
 from benchmarks.harness.results.statistics import confidence_interval, information_numbers, paired_differences
 
 SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row

@@ -142,7 +142,7 @@ def caption_title(caption: str) -> str:
 def _page_metrics(run: Run) -> dict[str, Any]:
     """Read the parts of a ``metrics.json`` that the page shows outside tables and figures."""
     metrics = read_metrics(run)
-    return {part: metrics.get(part, {}) for part in ("data", "cost", "environment")}
+    return {key: metrics.get(key, {}) for key in ("data", "cost", "environment")}
 
 
 def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,8 +172,8 @@ def _data_rows(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str
     """List row and label counts of every split of a task; if a split differs between runs, the largest one."""
     rows = []
     for run, metrics in zip(runs, recorded, strict=True):
-        for part, summary in metrics["data"].items():
-            split, _, task = part.partition(":")  # named "part:task" if a run has several sets
+        for key, summary in metrics["data"].items():
+            split, _, task = key.partition(":")  # "split:task" if a run has several sets
             labels = summary.get("labels") or dict(zip(("from", "to"), summary.get("range", ()), strict=False))
             texts = [f"{label}: {count}" for label, count in labels.items()]
             listed = ", ".join(texts) if len(texts) <= _FEW_LABELS else f"{len(texts)} classes"
