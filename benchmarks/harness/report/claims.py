@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from benchmarks.harness.report.presentation import has_random_weights, present
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.claims import Evidence, Verdict, compare_with_paper, find_evidence, is_within, judge
-from benchmarks.harness.results.statistics import holm
+from benchmarks.harness.results.statistics import Difference, holm
 
-_TESTED = ("higher", "lower")  # the directions that a test decides
 _COMPARED = {"benchmark", "method", "against", "domain", "metric"}
 _TEXTS = ("contrast", *sorted(_COMPARED), "pair", "against_paper", "equivalent", "unit", "n_shown", "runs_shown")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
@@ -102,36 +102,44 @@ def _test_columns(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[
     row |= {**compare.model_dump(include=_COMPARED), "contrast": contrast, "test_shown": f"{test.title}: {contrast}"}
     row["unit"] = {"%": "points", "M": "parameters"}.get(metric.unit, metric.unit)
     row["pair"] = "run" if compare.direction == "equal" else benchmark.domains[compare.domain].pair
-    margin = metric.equivalence_margin or math.nan
-    row["margin"] = margin * metric.scale
+    row["margin"] = (metric.equivalence_margin or math.nan) * metric.scale
     if paper.effect is not None and paper.unit == row["unit"]:
         row["effect"] = float(paper.effect)
     evidence = find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
     if evidence is None:
         return row | {"remark": f"both methods run in {', '.join(suites_with(compare)) or 'no suite'}"}
-    difference, is_tested = evidence.difference, compare.direction in _TESTED
-    is_paired = compare.direction not in ("equal", "near")
-    scale = metric.scale if is_paired else 1
-    row |= {"delta": difference.mean * scale, "low": difference.low * scale, "high": difference.high * scale}
-    row |= {"n": difference.n, "p": difference.p if is_tested else math.nan}
-    if is_paired and not math.isnan(difference.low):
-        is_equal = is_within(difference, -margin, margin)
-        row["equivalent"] = f"{'yes' if is_equal else 'not shown'}, margin {row['margin']:g}"
-        if is_tested and not math.isnan(row["effect"]):
-            row["against_paper"] = compare_with_paper(compare, difference, row["effect"] / scale)
-    row |= {"n_shown": _with_noun(difference.n, row["pair"]), "runs_shown": _runs_text(row, compare, metric)}
+    row |= _evidence_columns(row, compare, metric, evidence.difference)
     return row | {"evidence": evidence, "remark": _remark(evidence, row["pair"], benchmark)}
 
 
-def _runs_text(row: Mapping[str, Any], compare: Comparison, metric: Metric) -> str:
-    """Format the difference of these runs with its interval, or the ratio of a time."""
-    delta, low, high = row["delta"], row["low"], row["high"]
+def _evidence_columns(
+    row: Mapping[str, Any], compare: Comparison, metric: Metric, difference: Difference
+) -> dict[str, Any]:
+    """Return the difference in the row's unit, its comparison with the margin and the paper, and its texts."""
+    is_paired, is_tested = compare.direction not in ("equal", "near"), compare.direction in ("higher", "lower")
+    scale = metric.scale if is_paired else 1
+    mean, low, high = difference.mean * scale, difference.low * scale, difference.high * scale
+    scaled = replace(difference, mean=mean, low=low, high=high, p=difference.p if is_tested else math.nan)
+    columns: dict[str, Any] = {**scaled.columns(), "n": difference.n, "n_shown": _with_noun(difference.n, row["pair"])}
+    columns["runs_shown"] = _runs_text(scaled, row["unit"], compare, metric)
+    if is_paired and not math.isnan(difference.low):
+        margin = metric.equivalence_margin or math.nan
+        is_equal = is_within(difference, -margin, margin)
+        columns["equivalent"] = f"{'yes' if is_equal else 'not shown'}, margin {row['margin']:g}"
+        if is_tested and not math.isnan(row["effect"]):
+            columns["against_paper"] = compare_with_paper(compare, difference, row["effect"] / scale)
+    return columns
+
+
+def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: Metric) -> str:
+    """Format a difference in its unit with its interval, or the ratio of a time."""
+    delta, low, high = difference.mean, difference.low, difference.high
     if compare.direction == "equal":
         return f"{delta:+,.0f} parameters"
     if compare.direction == "near":
         return f"× {delta + 1:.2f} [{low + 1:.2f}, {high + 1:.2f}]"
     decimals = metric.decimals + (1 if metric.unit == "%" else 0)  # differences are smaller than scores
-    return f"{delta:+z.{decimals}f} {row['unit']}".rstrip() + interval_text(low, high, decimals)
+    return f"{delta:+z.{decimals}f} {unit}".rstrip() + interval_text(low, high, decimals)
 
 
 def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
