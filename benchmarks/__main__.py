@@ -122,7 +122,6 @@ def export(spec: Path, output: Path, form: str) -> None:
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark."""
     from benchmarks.harness.base import RESULTS
-    from benchmarks.harness.config.artifacts import artifacts_of
     from benchmarks.harness.config.benchmark import load_benchmark
     from benchmarks.harness.config.yaml import check_names
     from benchmarks.harness.report.paper import write_paper_items
@@ -136,42 +135,42 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     shown = presented.parts[part] if part else presented
     for table in shown.tables:
         table.write(RESULTS / suite / "tables")
-    shown.draw(RESULTS / suite / "figures")
-    write_paper_items(loaded, artifacts_of(benchmark, part), shown)
+    for name, figure in shown.figures.items():
+        figure.draw(RESULTS / suite / "figures" / name)
+    write_paper_items(loaded, shown.artifacts, shown.tables)
 
 
 @cli.command()
 @_suite
-@_json
-@click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
-def claims(suite: str, as_json: bool, write: bool) -> None:
+@click.option("--write", is_flag=True, help="Write tables and figures below results/ instead of printing.")
+def claims(suite: str, write: bool) -> None:
     """Test the paper's claims on finished runs."""
-    from benchmarks.harness.report.claims import claims_json, claims_table, judge_claims, write_claims
+    from benchmarks.harness.config.paper_items import main_figure
+    from benchmarks.harness.report.claims import claims_table, collect_claim_numbers, judge_claims, write_claims
+    from benchmarks.harness.report.paper import draw_main
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.claimed)
+    numbers = collect_claim_numbers(loaded)
+    judged = judge_claims(loaded, numbers)
     if write:
-        write_claims(loaded)
-        return
-    judged = judge_claims(loaded)
-    click.echo(claims_json(judged) if as_json else claims_table(loaded, judged).markdown())
+        write_claims(loaded, judged)
+        draw_main(numbers, main_figure(suite))
+    else:
+        click.echo(claims_table(loaded, judged).markdown())
 
 
 @cli.command()
 @_suite
 @click.option("--output", type=_PATH, required=True, help="The HTML page.")
 @click.option("--benchmark", help="Only this benchmark.")
-@click.option("--copy", type=_PATH, help="Copy this page, and adapt its links.")
-def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
+def report(suite: str, output: Path, benchmark: str | None) -> None:
     """Write the one-page report of a suite with its tables."""
-    from benchmarks.harness.report.page import copy_report, write_report
+    from benchmarks.harness.report.page import write_report
 
-    if copy:
-        copy_report(copy, output)
-    else:
-        loaded = _load_suite(suite, benchmark)
-        _check_finished(loaded, [benchmark] if benchmark else loaded.settings.benchmarks)
-        write_report(loaded, output, benchmark)
+    loaded = _load_suite(suite, benchmark)
+    _check_finished(loaded, [benchmark] if benchmark else loaded.settings.benchmarks)
+    write_report(loaded, output, benchmark)
 
 
 @cli.command()
@@ -188,9 +187,8 @@ def mirror(suite: str) -> None:
 
 @cli.command()
 @_suite
-@_json
 @click.option("--elsewhere", is_flag=True, help="Judge as if this were another machine than the one that blessed.")
-def check(suite: str, as_json: bool, elsewhere: bool) -> None:
+def check(suite: str, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
     Ends with status 1 if a number changed, is missing or is new. Times are not compared.
@@ -198,7 +196,7 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     from benchmarks.harness.results.check import check as check_suite
 
     comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
-    click.echo(comparison.to_json() if as_json else str(comparison))
+    click.echo(str(comparison))
     raise click.exceptions.Exit(not comparison.passed)
 
 

@@ -110,7 +110,7 @@ def _modularity(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
         "measured": {"experts": {**measured, "shared_experts": 1.0, "specialised_experts": 2.0}},
         "usage": used["usage"],
         "matrix": matrix,
-        "cost": {"job_seconds": 1.0, "startup_seconds": 0.1},
+        "cost": {"job_seconds": 1.0, "startup_seconds": 0.1, "peak_memory_mb": 100.0},
         "data": {f"test:{name}": {"rows": 10, "dropped": 0, "labels": {"0": 5, "1": 5}} for name in names},
     }
 

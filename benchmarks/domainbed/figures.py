@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
+from benchmarks.harness.report.common import our_means
 from benchmarks.harness.report.presentation import Figure
+from benchmarks.harness.report.style import distinct_styles
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import mutual_information
 
@@ -20,15 +22,15 @@ _COLUMNS = 4
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw accuracy by method under training-domain validation, a panel per held-out environment."""
+    """Draw mean accuracies under training-domain validation: a panel per model, a line per held-out environment."""
     cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
-    panels = []
-    for model, of_model in cells.groupby("model", sort=False):
-        title = f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}"
-        by_env = of_model.groupby("env", sort=False)
-        held_out = [(outcomes.env_title(name, str(env)), rows) for env, rows in by_env]
-        panels.append([(f"{title}, {env} held out", rows) for env, rows in held_out])
-    plots.score_panels(outcomes, panels, path, "Accuracy (%); large marks: mean over trials, dots below: trials")
+    cell = ["model", "env", "method"]
+    means = our_means(cells.set_index(cell)["value"], cell).rename(columns={"ours": "delta"})
+    rows = outcomes.order(means, ["model", "method"]).rename(columns={"model_title": "panel", "method_title": "series"})
+    lines = [f"{outcomes.env_title(name, env)} held out" for env in rows["env"]]
+    styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
+    label = f"Accuracy (%), {plots.count_text(rows['n'], 'trials')}; bars: 95 % intervals"
+    plots.draw_forest(rows.assign(line=lines, style=rows["method"].map(styles)), path, label, zero=False)
 
 
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -92,8 +94,8 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> tuple[str, int, dict[str
 SET_FIGURES = {
     "accuracy": Figure(
         draw_accuracy,
-        "Accuracy on each held-out environment by method, with training-domain validation. Large marks are means, dots "
-        "below them are trials. The axis does not start at zero.",
+        "Accuracy on each held-out environment by method, with training-domain validation: means over trials, with 95 % "
+        "intervals. The axis does not start at zero.",
     ),
     "routing": Figure(
         draw_routing,

@@ -32,6 +32,7 @@ class DomainOutcomes(Outcomes):
             rows.
     """
 
+    pair = "trial"
     benchmark: AnyBenchmark
 
     def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
@@ -43,7 +44,6 @@ class DomainOutcomes(Outcomes):
         columns = [*CELL, "env", "trial", "value", "chosen_by", "step", "hparams_seed", "variant"]
         self.cells = pd.DataFrame(self._cells(), columns=columns)
         self.shared = shared_pairs(self.cells, ["selection", "model", "set"], ["method", "env"], "trial")
-        self.shared_note = self.explain_n(self.cells, self.shared, ["model", "set", "selection"], "trial")
         self.differences = self._differences(self.shared)
         self.tests = with_verdicts(self._differences(self.cells))
 

@@ -14,7 +14,7 @@ from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
-from benchmarks.harness.report.presentation import Figure, Presentation, make_presentation
+from benchmarks.harness.report.presentation import Figure, Presentation
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import PERMUTATIONS
 
@@ -228,7 +228,14 @@ FIGURES: dict[str, Figure] = {}
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
-    parts = {name: make_presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "shows_labels": True}
-    sentences |= {"optimizer": "Adam, constant rate, no clipping", "claim_numbers": outcomes.claim_numbers}
-    return make_presentation(benchmark, TABLES, FIGURES, outcomes, parts=parts, **sentences)
+    return Presentation(
+        benchmark,
+        TABLES,
+        FIGURES,
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=_NOTE,
+        optimizer="Adam, constant rate, no clipping",
+        claim_numbers=outcomes.claim_numbers,
+        parts={name: Presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets},
+    )

@@ -12,7 +12,7 @@ import pandas as pd
 
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.presentation import Figure
-from benchmarks.harness.report.style import DENSE, curve_styles
+from benchmarks.harness.report.style import DENSE, MethodStyle, distinct_styles
 from benchmarks.llama.outcomes import GROUP, InstructionOutcomes, Row, cell_of
 
 
@@ -26,7 +26,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         return
     panels, groups = points["panel"].unique(), points.groupby(GROUP, sort=False)
     lines = points[["method_title", "method"]].drop_duplicates().itertuples()
-    styles = curve_styles((line.method_title, outcomes.style(line.method)) for line in lines)
+    styles = distinct_styles((line.method_title, outcomes.style(line.method)) for line in lines)
     size = (min(3.0 * len(groups) + 0.6, plots.WIDTH), 2.3 * len(panels) + 0.3)
     shared = {"sharex": "col", "sharey": "row"}
     with plots.panel_figure(path, len(panels), len(groups), size, plots.CURVES, **shared) as (figure, axes):
@@ -53,12 +53,12 @@ def _loss_points(metrics: Mapping[str, Any]) -> Iterator[Row]:
         yield "held-out loss", point["step"], point["loss"]
 
 
-def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: Mapping[str, Any]) -> None:
+def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: MethodStyle) -> None:
     """Draw losses by step. Dashes and marks keep overlapping lines visible."""
-    is_dense = style["color"] == DENSE.colour  # wide, to stay visible below the others
+    is_dense = style.colour == DENSE.colour  # wide, to stay visible below the others
     width = {"lw": 2.6, "alpha": 0.55} if is_dense else {"lw": 1.2}
     marks = {"ms": 4, "markevery": max(1, len(losses) // 8)}
-    axis.plot(losses.index, losses, label=title, **width, **style, **marks)
+    axis.plot(losses.index, losses, label=title, **width, **style.line, **marks)
 
 
 def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:

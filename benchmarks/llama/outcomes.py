@@ -56,7 +56,6 @@ class InstructionOutcomes(Outcomes):
             cells, on="run_id", sort=False
         )
         self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
-        self.shared_note = self.explain_n(self.records, self.shared, GROUP)
         self.tasks: dict[str, Any] = {}
         for finished in self.metrics.values():
             self.tasks |= {name: result for name, result in finished["tasks"].items() if name not in self.tasks}

@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
-from benchmarks.harness.report.presentation import Presentation, make_presentation
+from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.llama.definition import NATS, is_trained
 from benchmarks.llama.figures import FIGURES
@@ -244,5 +244,13 @@ _NOTE = (
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = InstructionOutcomes(benchmark, runs)
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "optimizer": "AdamW"}
-    return make_presentation(benchmark, TABLES, FIGURES, outcomes, claim_numbers=outcomes.claim_numbers, **sentences)
+    return Presentation(
+        benchmark,
+        TABLES,
+        FIGURES,
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=_NOTE,
+        optimizer="AdamW",
+        claim_numbers=outcomes.claim_numbers,
+    )

@@ -14,7 +14,7 @@ from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, average_over_seeds, read_published
-from benchmarks.harness.report.presentation import Figure, Presentation, make_presentation
+from benchmarks.harness.report.presentation import Figure, Presentation
 from benchmarks.harness.report.style import EMOE
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import read_metrics
@@ -236,4 +236,4 @@ _NOTE = (
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = ModularityOutcomes(benchmark, runs)
-    return make_presentation(benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)
+    return Presentation(benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
-from benchmarks.harness.report.presentation import NOTE, Presentation, make_presentation
+from benchmarks.harness.report.presentation import NOTE, Presentation
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, TextOutcomes
@@ -115,8 +113,13 @@ TABLES = {"gains": gains, "sets": ood, "tests": tests, "transfer": transfer, "co
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = MultitaskOutcomes(benchmark, runs)
-    optimizer = "AdamW, linear decay, no clipping"
-    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": NOTE, "optimizer": optimizer}
-    return make_presentation(
-        benchmark, TABLES, {}, outcomes, claim_numbers=outcomes.claim_numbers, shows_labels=True, **sentences
+    return Presentation(
+        benchmark,
+        TABLES,
+        {},
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=NOTE,
+        optimizer="AdamW, linear decay, no clipping",
+        claim_numbers=outcomes.claim_numbers,
     )

@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import join_claim_numbers
-from benchmarks.harness.report.presentation import Presentation, make_presentation
+from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.speed.definition import MEASURES, MeasurementDefinition
@@ -60,4 +60,4 @@ TABLES = {name: partial(measure_table, name) for name in MEASURES}
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     measured = Measurements(benchmark.definition, runs, collect(runs))
-    return make_presentation(benchmark, TABLES, {}, measured, claim_numbers=measured.claim_numbers)
+    return Presentation(benchmark, TABLES, {}, measured, claim_numbers=measured.claim_numbers)

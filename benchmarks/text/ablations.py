@@ -97,7 +97,7 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     """Join the paper's numbers (authors' selection), and add the rows that only the paper has."""
     published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
     if ablation.paper:
-        published = read_published(outcomes.benchmark, ablation.paper, ABLATION_COLUMNS)
+        published = read_published(outcomes.benchmark, ablation.paper)
     settings = published["setting"].astype(str)
     published = published.assign(
         method=published["method"].where(settings.eq(""), published["method"] + SETTING + settings),

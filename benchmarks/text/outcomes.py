@@ -121,7 +121,6 @@ class TextOutcomes(Outcomes):
             for frame in (self.seeds, self.records)
         )
         self.shared = shared_pairs(self.seeds, _SET, ["method"], "seed")
-        self.shared_note = self.explain_n(self.seeds, self.shared, ["model", "task", "protocol"])
         self.rows, self.tests = self._rows(), self._tests()
 
     @cached_property

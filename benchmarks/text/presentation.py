@@ -7,7 +7,7 @@ from functools import partial
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.presentation import NOTE, Figure, Presentation, make_presentation
+from benchmarks.harness.report.presentation import NOTE, Figure, Presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import ablation_figure, ablation_table
 from benchmarks.text.outcomes import TextOutcomes
@@ -32,7 +32,7 @@ def present_text(
 ) -> Presentation:
     """Present a text benchmark: tables, figures, ablations, and a verdict on every method."""
     outcomes, ablations = TextOutcomes(benchmark, runs), benchmark.definition.ablations
-    return make_presentation(
+    return Presentation(
         benchmark,
         {**tables, **{name: partial(ablation_table, name=name) for name in ablations}},
         {**figures, **{name: ablation_figure(outcomes, name) for name in ablations}},
@@ -40,6 +40,5 @@ def present_text(
         verdicts=list(verdicts(outcomes)),
         note=NOTE,
         optimizer=optimizer,
-        shows_labels=True,
         claim_numbers=outcomes.claim_numbers,
     )

@@ -101,7 +101,6 @@ def test_means_differ_by_the_difference_beside_them_and_tests_keep_all_seeds(glu
         assert by_row[f"{prefix}_delta"].tolist() == pytest.approx(gaps.tolist())
     tested = paired_tests(glue).frame.set_index(["task", "method"])["n"]
     assert set(tested.loc[("tweets", "emoe")]) == {8}
-    assert "Tweets, clean: 5 of 8" in results(glue).caption
 
 
 def test_paper_table_puts_published_numbers_beside_ours(glue: TextOutcomes) -> None:

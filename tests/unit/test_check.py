@@ -49,14 +49,14 @@ def runs(here: Path) -> list[Run]:
 
 
 @pytest.fixture
-def blessed(runs: list[Run], tmp_path: Path) -> Path:
-    """Write their numbers as the reference."""
-    write_reference("mini", read_numbers(runs), "0" * 40, tmp_path / "reference")
-    return tmp_path / "reference"
+def blessed(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write their numbers as the reference; return its folder."""
+    monkeypatch.setattr(checking, "REFERENCE", tmp_path / "reference")
+    return write_reference("mini", read_numbers(runs), "0" * 40).parent
 
 
-def changed(runs: list[Run], folder: Path, *, elsewhere: bool = False) -> set[tuple[str, str]]:
-    differences = check(runs, "mini", folder, elsewhere=elsewhere).differences
+def changed(runs: list[Run], *, elsewhere: bool = False) -> set[tuple[str, str]]:
+    differences = check(runs, "mini", elsewhere=elsewhere).differences
     return set(differences[["part", "metric"]].itertuples(index=False, name=None))
 
 
@@ -118,22 +118,22 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
     runs: list[Run], blessed: Path
 ) -> None:
     score = add_to_score(runs[0], 2e-16)
-    assert changed(runs, blessed) == {score}
-    assert changed(runs, blessed, elsewhere=True) == set()
-    assert str(check(runs, "mini", blessed)).endswith(" agree, 1 changed, 0 missing, 0 new")
+    assert changed(runs) == {score}
+    assert changed(runs, elsewhere=True) == set()
+    assert str(check(runs, "mini")).endswith(" agree, 1 changed, 0 missing, 0 new")
 
     reference = blessed / "mini.json"
     content = json.loads(reference.read_text())
     reference.write_text(json.dumps(content | {"code": "0" * 64}))
-    assert "within tolerances: the reference was made by older code" in str(check(runs, "mini", blessed))
-    assert changed(runs, blessed) == set()
+    assert "within tolerances: the reference was made by older code" in str(check(runs, "mini"))
+    assert changed(runs) == set()
     reference.write_text(json.dumps(content))
     for run in runs:
         edit(run, lambda content: content["environment"]["fingerprint"].update({"threads": "2"}))
-    assert "the reference was made on another machine (threads: 1 -> 2)" in str(check(runs, "mini", blessed))
-    assert changed(runs, blessed) == set()
+    assert "the reference was made on another machine (threads: 1 -> 2)" in str(check(runs, "mini"))
+    assert changed(runs) == set()
     add_to_score(runs[0], -0.3)
-    assert changed(runs, blessed) == {score}
+    assert changed(runs) == {score}
 
 
 def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,8 @@ def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monke
     assert len(set(digests[len(files) :])) == 1
 
 
-def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(runs: list[Run], blessed: Path) -> None:
+@pytest.mark.usefixtures("blessed")
+def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(runs: list[Run]) -> None:
     layer = {"index": 1, "experts": 4, "expert_size": 8, "top_k": 2, "explained": None}
 
     def change(content: dict[str, Any]) -> None:
@@ -161,28 +162,31 @@ def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(r
         content["data"]["train"].update(rows=9)
 
     edit(next(run for run in runs if run.spec["method"].get("name") == "emoe"), change)
-    numbers = {metric for _, metric in changed(runs, blessed, elsewhere=True)}
+    numbers = {metric for _, metric in changed(runs, elsewhere=True)}
     assert numbers == {"loss_1", "loads", "logits", "conversion", "content"}
 
 
-def test_times_are_not_compared_but_the_work_of_a_measurement_is(runs: list[Run], blessed: Path) -> None:
+@pytest.mark.usefixtures("blessed")
+def test_times_are_not_compared_but_the_work_of_a_measurement_is(runs: list[Run]) -> None:
     run = next(run for run in runs if run.spec["task"]["name"] == "partition")
     edit(run, lambda content: content["measured"]["emoe"].update(seconds=3.0, inertia=0.8))
-    assert {metric for _, metric in changed(runs, blessed)} == {"inertia"}
+    assert {metric for _, metric in changed(runs)} == {"inertia"}
 
 
-def test_lost_and_new_runs_fail(runs: list[Run], blessed: Path) -> None:
-    assert set(check(runs[1:], "mini", blessed).differences["status"]) == {"missing"}
+@pytest.mark.usefixtures("blessed")
+def test_lost_and_new_runs_fail(runs: list[Run]) -> None:
+    assert set(check(runs[1:], "mini").differences["status"]) == {"missing"}
     (RUNS / runs[1].folder / "metrics.json").unlink()
-    unfinished = check(runs, "mini", blessed)
+    unfinished = check(runs, "mini")
     assert not unfinished.passed
-    assert json.loads(unfinished.to_json())["unfinished"] == [runs[1].id]
-    write_reference("mini", read_numbers(runs[3:]), "0" * 40, blessed)
-    assert set(check(runs[2:], "mini", blessed).differences["status"]) == {"new"}
+    assert unfinished.unfinished == [runs[1].id]
+    write_reference("mini", read_numbers(runs[3:]), "0" * 40)
+    assert set(check(runs[2:], "mini").differences["status"]) == {"new"}
 
 
-def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: list[Run], blessed: Path) -> None:
-    reference, content, task = read_reference("mini", blessed), read_metrics(runs[0]), runs[0].spec["task"]
+@pytest.mark.usefixtures("blessed")
+def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: list[Run]) -> None:
+    reference, content, task = read_reference("mini"), read_metrics(runs[0]), runs[0].spec["task"]
     assert repr(content["scores"]["test"][task["name"]][task["metric"]]) in set(reference.rows["value"])
     assert list(reference.machines.values()) == [content["environment"]["fingerprint"]]
     assert set(reference.rows["machine"]) == set(reference.machines)
@@ -195,7 +199,7 @@ def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: li
 def test_a_damaged_reference_is_named(file: str, text: str, runs: list[Run], blessed: Path) -> None:
     (blessed / file).write_text(text)
     with pytest.raises(DefinitionError, match=r"mini\.csv or its json is missing, damaged"):
-        check(runs[:1], "mini", blessed)
+        check(runs[:1], "mini")
 
 
 def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,24 +218,29 @@ def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatc
     assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before
 
 
-def checkout(folder: Path) -> Path:
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make an empty checkout, in which references are written."""
+    folder = tmp_path / "checkout"
     folder.mkdir()
     for command in ("init -q", "config user.email a@b", "config user.name a", "commit -q --allow-empty -m first"):
         subprocess.run(["git", *command.split()], cwd=folder, check=True)
+    monkeypatch.setattr(checking, "ROOT", folder)
+    monkeypatch.setattr(checking, "REFERENCE", folder / "results/reference")
     return folder
 
 
-def test_bless_refuses_a_tree_with_changes_but_for_blessed_numbers(tmp_path: Path) -> None:
-    root = checkout(tmp_path / "checkout")
-    write_json(root / "results/reference/mini.json", {})
-    assert len(clean_commit(root)) == 40
-    (root / "code.py").write_text("x = 1")
+def test_bless_refuses_a_tree_with_changes_but_for_blessed_numbers(checkout: Path) -> None:
+    write_json(checkout / "results/reference/mini.json", {})
+    assert len(clean_commit()) == 40
+    (checkout / "code.py").write_text("x = 1")
     with pytest.raises(DefinitionError, match=r"1 files are not committed, the first is code\.py"):
-        clean_commit(root)
+        clean_commit()
 
 
-def test_only_numbers_that_repeat_are_blessed(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, repeated, failures = checkout(tmp_path / "checkout"), list[str](), list[str]()
+@pytest.mark.usefixtures("checkout")
+def test_only_numbers_that_repeat_are_blessed(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    repeated, failures = list[str](), list[str]()
 
     def bless_runs(change: Callable[[dict[str, Any]], None] = lambda content: None) -> Path:
         def run_again(chosen: list[Run], _say: object) -> tuple[Numbers, list[str]]:
@@ -242,12 +251,13 @@ def test_only_numbers_that_repeat_are_blessed(runs: list[Run], tmp_path: Path, m
             return collect_numbers(results), failures
 
         monkeypatch.setattr(checking, "run_again", run_again)
-        return bless(runs, "mini", print, tmp_path / "reference", root)
+        return bless(runs, "mini", print)
 
     fastest = [next(run for run in runs if run.benchmark == name) for name in ("glue", "speed")]
     for run in fastest:
         edit(run, lambda content: content["cost"].update(job_seconds=0.5))
-    assert check(runs, "mini", bless_runs().parent).passed
+    bless_runs()
+    assert check(runs, "mini").passed
     assert sorted(repeated) == sorted(run.id for run in fastest)
     for change in (
         lambda content: content.get("probe", {}).update(losses=["0.25"]),

@@ -57,7 +57,6 @@ def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
         ("tables --benchmark speed", "suite mini: 'benchmark' is 'speed', which does not exist; choose from glue,"),
         ("claims --suite smoke", "72 of 86 runs of the suite smoke "),
         ("mirror --suite smoke", "75 of 89 runs of the suite smoke "),
-        ("report --copy /no.html --output page.html", "[Errno 2] No such file or directory: '/no.html'"),
     ],
 )
 def test_wrong_arguments_and_missing_runs_are_one_line(

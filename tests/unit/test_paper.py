@@ -8,11 +8,11 @@ import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.artifacts import all_artifacts, artifacts_of
+from benchmarks.harness.config.artifacts import all_artifacts
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
-from benchmarks.harness.config.paper_items import outputs_of, paper_files, paper_outputs
+from benchmarks.harness.config.paper_items import main_figure, outputs_of, paper_files, paper_outputs
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.claims import collect_claim_numbers, write_claims
+from benchmarks.harness.report.claims import collect_claim_numbers
 from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
 from benchmarks.harness.report.plots import save
 from benchmarks.harness.report.presentation import check_presentations, present
@@ -46,8 +46,8 @@ def test_paper_tables_have_the_papers_rows(here: Path) -> None:
         for figure in presented.figures:
             save(plt.figure(), drawn / figure)  # test_figures draws them
             (drawn / f"{figure}.pdf").write_text(figure)
-        write_paper_items(suite, artifacts_of(name), presented)
-    write_claims(suite)
+        write_paper_items(suite, presented.artifacts, presented.tables)
+    draw_main({}, main_figure(suite.name))
     assert (folder / "figure_5a.pdf").read_text() == "glue_lora_settings"
     assert {path.name for path in folder.iterdir()} == {Path(file).name for file in paper_files(suite)}
     for name, rows, others in (("4a", "bottom k", "all but the top k"), ("2a", "Vanilla", "random partition")):
@@ -61,7 +61,8 @@ def test_paper_tables_have_the_papers_rows(here: Path) -> None:
 def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> None:
     suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood", "domainbed"]})
     fake_runs.write_runs(suite.runs, {"emoe": 0.03})
-    rows = main_rows(collect_claim_numbers(suite))
+    numbers = collect_claim_numbers(suite)
+    rows = main_rows(numbers)
     ours = rows[rows["is_ours"]]
     assert ours[["panel", "line"]].drop_duplicates().shape[0] == 4
     scores: dict[tuple[str, str, int], float] = {}
@@ -79,5 +80,5 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> Non
     paper = rows[~rows["is_ours"]].set_index(["panel", "line", "method"])
     assert paper.loc[("Text in full", "BERT-large", "emoe"), "delta"] == pytest.approx(0.0062)
     with watched() as faults:
-        draw_main(rows, here / "figure_2")
+        draw_main(numbers, here / "figure_2")
     assert faults == []

@@ -141,7 +141,6 @@ def suite_outputs(suite):
     # runs and weights are named too: a deleted one is made again although its tables are still there
     return [
         f"results/{suite.name}/report.html",
-        *(["results/report.html"] if suite is SUITE else []),
         f"results/{suite.name}/mlflow.txt",
         *suite.metric_files(),
         *suite.weight_files(),

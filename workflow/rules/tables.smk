@@ -98,24 +98,6 @@ rule report:
         "python -m benchmarks report --suite {wildcards.suite} --output {output:q} 2> {log:q}"
 
 
-rule latest_report:
-    input:
-        f"results/{SUITE.name}/report.html",
-    output:
-        "results/report.html",
-    log:
-        "results/logs/latest_report.txt",
-    localrule: True
-    conda:
-        ENVIRONMENT
-    params:
-        suite=SUITE.name,
-    message:
-        "Copy the report to {output}"
-    shell:
-        "python -m benchmarks report --copy {input:q} --output {output:q} 2> {log:q}"
-
-
 # One job that mirrors all finished runs.
 rule mirror_to_mlflow:
     input:

@@ -12,6 +12,11 @@ from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whol
 from benchmarks.harness.sources.packages import PackageFile, find_package
 from emoe.errors import did_you_mean
 
+# metrics of the cost, the model and the expert loads of a run
+COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
+MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_parameters", "flops_per_token")
+LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
+
 
 class Shape(Strict):
     """The size of a transformer."""

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import COUNTS, AnyBenchmark
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_models
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
+from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report.style import MethodStyle, style_of
-from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
-from benchmarks.harness.results.records import COST, LOADS, MODEL
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import confidence_interval, information_numbers, paired_differences
 
 SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row
-RANDOM_WEIGHTS = (
-    "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
-    "verdicts mean anything. "
-)
-_ORIGIN = (
-    *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
-    *("layer", "num_experts", "seed"),
-)
 # the numbers of the claims, one row per number: Presentation.claim_numbers
 COMPARED = [
     *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
@@ -42,36 +31,10 @@ def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COMPARED)
 
 
-def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
-    """Add the column :data:`~benchmarks.harness.report.table.RUNS` with the run folders of each row of a table.
-
-    A run belongs to a row if both have the same names in every shared column. An empty name matches every name. A
-    benchmark that chooses among finished runs (DomainBed's draws) lists all candidates; a row of published
-    numbers lists none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
-    """
-    keys = [key for key in _ORIGIN if key in table.frame and key in origins]
-    if not keys or RUNS in table.frame:  # the table already lists its runs
-        return table
-    tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
-    numbers = {key: tried.groupby(key).indices for key in keys}  # of the runs with a name
-    folders = []
-    for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
-        matching = (numbers[key].get(name, ()) for key, name in names.items() if name)
-        of_row = sorted(set(tried.index).intersection(*matching))
-        folders.append(" ".join(f"{benchmark}/{run}" for run in tried["run_id"].iloc[of_row].unique()))
-    return replace(table, frame=table.frame.assign(**{RUNS: folders}))
-
-
 def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
     """Return the parameter counts of all runs, for :func:`join_claim_numbers`."""
     rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
     return rows.rename(columns={"seed": "pair"}).assign(domain="model")
-
-
-def has_random_weights(runs: Sequence[Run]) -> bool:
-    """Return True if all models have random weights. Their scores mean nothing."""
-    models = [run.spec["model"] for run in runs if run.spec["method"]["name"]]  # a measurement has no method
-    return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 
 class Outcomes:
@@ -81,6 +44,7 @@ class Outcomes:
     of ``titles``. ``titles`` maps names to titles, in the order of rows.
     """
 
+    pair = "seed"  # the unit of paired differences
     titles: dict[str, Mapping[str, str]]  # by column and name; names that ran come first
     records: pd.DataFrame  # every number of every run; a subclass sets it
 
@@ -111,6 +75,11 @@ class Outcomes:
         return self.records
 
     @property
+    def shared_note(self) -> str:
+        """Explain in a caption that the rows of a table are compared with :func:`.statistics.shared_pairs`."""
+        return f"n counts the {self.pair}s that all compared rows have. Scores, Δ and marks use only these."
+
+    @property
     def baseline_title(self) -> str:
         return self.title("method", self.baseline)
 
@@ -136,50 +105,23 @@ class Outcomes:
 
         return self.with_titles(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
 
-    def explain_n(self, scores: pd.DataFrame, shared: pd.DataFrame, keys: Sequence[str], pair: str = "seed") -> str:
-        """Explain n in a caption, and list the tables from which :func:`.statistics.shared_pairs` removed pairs."""
-        counts = [rows.groupby(list(keys), sort=False)[pair].nunique() for rows in (scores, shared)]
-        both = pd.concat(counts, axis=1, keys=["all", "used"]).fillna(0).astype(int)
-        left_out = [
-            f"{', '.join(self.title(*named) for named in zip(keys, names, strict=True))}: {row.used} of {row.all}"
-            for names, row in zip(both.index, both.itertuples(), strict=True)
-            if row.used < row.all
-        ]
-        listed = f" ({'; '.join(left_out)})" if left_out else ""
-        return f"n counts the {pair}s that all compared rows have. Scores, Δ and marks use only these{listed}."
 
+def read_published(benchmark: AnyBenchmark, file: str | None = None) -> pd.DataFrame:
+    """Read published numbers in points (ranks unchanged), with their status and source.
 
-_STATUS = ("published", "inferred", "unknown")
-
-
-def read_published(
-    benchmark: AnyBenchmark, file: str | None = None, key_columns: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """Read and check published numbers in points (ranks unchanged), with their status and source.
-
-    ``file`` defaults to ``paper`` of the definition, and ``key_columns`` to the columns of the benchmark's kind.
+    ``file`` defaults to ``paper`` of the definition.
     """
     file = file or benchmark.definition.paper
-    columns = [*(key_columns or benchmark.paper_columns), *NUMBER_COLUMNS]
     if not file:
-        return pd.DataFrame(columns=columns)
-    path = benchmark.folder / file
-    published = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
-    if list(published.columns) != columns:
-        raise DefinitionError(f"{path}: the columns are {list(published.columns)}, but must be {columns}")
-    check_names(f"{path}: '", "status", published["status"], _STATUS)
-    for number in published.index[published["value"].isna() != (published["status"] == "unknown")]:
-        raise DefinitionError(f"{path}, line {number + 2}: give a value, or the status 'unknown'")
-    return published
+        return pd.DataFrame(columns=[*benchmark.paper_columns, *NUMBER_COLUMNS])
+    return pd.read_csv(benchmark.folder / file, keep_default_na=False, na_values={"value": [""]})
 
 
-def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
+def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:
     """Subtract the baseline's published ``value`` with the same ``model`` and ``scope``; nan for the baseline."""
     base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
-    return [
-        math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
-        for row in published.itertuples()
-    ]
+    reference = published[["model", "scope"]].join(base.rename("reference"), on=["model", "scope"])["reference"]
+    return (published["value"] - reference).where(published["method"] != baseline)
 
 
 _COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
@@ -343,7 +285,6 @@ def cost_table(
 
     ``averaged`` and ``measured_on`` are caption texts: the averaged runs, and the data of the loads.
     """
-    frame = with_numbers(frame, cell, cell_means(records, cell, _COST))
     return Table(
         "Cost, and use of the experts",
         f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "
@@ -354,5 +295,5 @@ def cost_table(
         "unused experts. Only the published settings limit the capacity of experts, so only they drop choices.",
         dict(keys),
         [Column(metric, metric) for metric in _COST],
-        frame,
+        with_numbers(frame, cell, cell_means(records, cell, _COST)),
     )

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -18,22 +17,23 @@ from markupsafe import Markup
 import emoe
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import write_text
-from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
+from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.paper_items import load_paper, main_figure
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.claims import CAPTION, claim_cards, verdict_sentences
-from benchmarks.harness.report.common import has_random_weights, name_or_count
+from benchmarks.harness.report.claims import CAPTION, verdict_sentences
+from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.plots import is_drawn
-from benchmarks.harness.report.presentation import Presentation, present
+from benchmarks.harness.report.presentation import Presentation, has_random_weights, present
 from benchmarks.harness.report.table import MISSING, TEMPLATES
 from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
 _FEW_LABELS = 10
+_DATA = ["Task", "Split", "Rows used", "By label", "Dropped without a clear label or text"]
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
@@ -43,7 +43,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     recorded = {name: [_page_metrics(run) for run in suite.runs_of(name)] for name in names}
     everything = list(itertools.chain(*recorded.values()))
     models = dict.fromkeys(run.spec["model"]["name"] for name in names for run in suite.runs_of(name))
-    costs = {name: _cost_texts(members) for name, members in {**recorded, "all": everything}.items()}
+    costs = {name: _costs(name, members) for name, members in {**recorded, "all": everything}.items()}
     machines = Counter(tuple(_environment_texts(metrics["environment"]).items()) for metrics in everything)
     text = TEMPLATES.get_template("page.html.j2").render(
         suite=suite.name,
@@ -53,19 +53,13 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         sections=[{**_section(page, name, recorded[name]), "cost": costs[name]} for name in names],
         models=name_or_count([model_title(model) for model in models], "models"),
         paper=[] if benchmark else page.paper_items(),
-        costs=costs,
+        costs=list(costs.values()),
         environments=[{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()],
         runs_folder=page.link(paths.RUNS),
         style=_read_trusted(_HERE / "page.css"),
         script=_read_trusted(_HERE / "page.js"),
     )
     write_text(output, text)
-
-
-def copy_report(page: Path, output: Path) -> None:
-    """Copy a page to another folder and adapt its links."""
-    folder = Path(os.path.relpath(page.parent, output.parent)).as_posix()
-    write_text(output, re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{folder}/", page.read_text()))
 
 
 @dataclass(frozen=True)
@@ -82,8 +76,8 @@ class _Page:
     def link(self, path: Path) -> str:
         return Path(os.path.relpath(path.absolute(), self.folder)).as_posix()
 
-    def table(self, artifacts: Artifacts, name: str, title: str) -> dict[str, Any]:
-        path = self.results / "tables" / artifacts.stem(name)
+    def table(self, name: str, title: str) -> dict[str, Any]:
+        path = self.results / "tables" / name
         return {
             "title": title,
             "html": _read_trusted(path.with_suffix(".html")),
@@ -104,22 +98,17 @@ class _Page:
             "alt": caption_title(caption),
         }
 
-    def tables_and_figures(self, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
+    def tables_and_figures(self, presentation: Presentation) -> dict[str, Any]:
         """List the tables and figures of a benchmark or set, and the titles of the empty ones."""
-        tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
-        shown = [name for name, table in tables.items() if len(table.frame)] or [*tables][:1]  # the page opens with one
-        empty = [table.title for name, table in tables.items() if name not in shown]
+        tables = [self.table(table.name, table.title) for table in presentation.tables if len(table.frame)]
+        empty = [table.title for table in presentation.tables if not len(table.frame)]
         figures = []
         for name, entry in presentation.figures.items():
             if figure := self.figure(self.results / "figures" / name, entry.caption):
                 figures.append(figure)
             else:
                 empty.append(caption_title(entry.caption))
-        return {
-            "tables": [self.table(artifacts, name, tables[name].title) for name in shown],
-            "figures": figures,
-            "empty": list(dict.fromkeys(empty)),
-        }
+        return {"tables": tables, "figures": figures, "empty": list(dict.fromkeys(empty))}
 
     def claims(self) -> dict[str, Any]:
         """Return the claims with their table and figures; empty if the suite tests no claim."""
@@ -127,11 +116,11 @@ class _Page:
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
         main = next(item for item in load_paper().items.values() if item.main)
+        is_random = has_random_weights(self.suite.runs)
         return {
-            "sentences": list(verdict_sentences(verdicts)),
-            "random_weights": has_random_weights(self.suite.runs),
-            "cards": list(claim_cards(verdicts)),
-            "table": self.table(CLAIMS, "", "Every test"),
+            "sentences": [] if is_random else verdict_sentences(verdicts),
+            "tests": {title: tests.to_dict("records") for title, tests in verdicts.groupby("claim_title", sort=False)},
+            "table": self.table(CLAIMS.name, "Every test"),
             "figure": self.figure(self.results / "figures" / CLAIMS.name, CAPTION),
             "main": self.figure(main_figure(self.suite.name), main.caption or ""),
         }
@@ -153,7 +142,7 @@ def caption_title(caption: str) -> str:
 def _page_metrics(run: Run) -> dict[str, Any]:
     """Read the parts of a ``metrics.json`` that the page shows outside tables and figures."""
     metrics = read_metrics(run)
-    return {part: metrics.get(part, {}) for part in ("data", "cost", "environment")}
+    return {key: metrics.get(key, {}) for key in ("data", "cost", "environment")}
 
 
 def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str, Any]:
@@ -164,17 +153,16 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
     return {
         "name": name,
         "title": benchmark.definition.title,
-        "runs": len(runs),
         "random_weights": is_random,
         "suite_note": page.suite.benchmark_parts[name].settings.note or "",
         "verdicts": verdicts,
         "note": presentation.note,
-        "data": _data_rows(runs, recorded) if presentation.shows_labels else [],
+        "data": _data_rows(runs, recorded),
         "training": _training_texts(runs) if presentation.optimizer else {},
         "optimiser": presentation.optimizer,
-        **page.tables_and_figures(artifacts_of(name), presentation),
+        **page.tables_and_figures(presentation),
         "parts": [
-            {"title": benchmark.tasks[part].title, **page.tables_and_figures(artifacts_of(name, part), presented)}
+            {"title": benchmark.tasks[part].title, **page.tables_and_figures(presented)}
             for part, presented in presentation.parts.items()
         ],
     }
@@ -182,63 +170,48 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
 
 def _data_rows(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """List row and label counts of every split of a task; if a split differs between runs, the largest one."""
-    summaries: dict[tuple[str, str], dict[str, Any]] = {}
+    rows = []
     for run, metrics in zip(runs, recorded, strict=True):
-        for part, summary in metrics["data"].items():
-            split, _, task = part.partition(":")  # named "part:task" if a run has several sets
-            key = (task or run.spec["task"]["name"], "test" if split == "ood" else split)
-            if key not in summaries or summaries[key]["rows"] <= summary["rows"]:
-                summaries[key] = summary
-    return [
-        {"task": task, "split": split, "labels": _labels(summary), **{key: summary[key] for key in ("rows", "dropped")}}
-        for (task, split), summary in sorted(summaries.items())
-    ]
-
-
-def _labels(summary: dict[str, Any]) -> str:
-    labels = summary.get("labels") or dict(zip(("from", "to"), summary["range"], strict=True))
-    if len(labels) > _FEW_LABELS:
-        return f"{len(labels)} classes, {min(labels.values())} to {max(labels.values())} each"
-    return ", ".join(f"{label}: {count}" for label, count in labels.items())
+        for key, summary in metrics["data"].items():
+            split, _, task = key.partition(":")  # "split:task" if a run has several sets
+            labels = summary.get("labels") or dict(zip(("from", "to"), summary.get("range", ()), strict=False))
+            texts = [f"{label}: {count}" for label, count in labels.items()]
+            listed = ", ".join(texts) if len(texts) <= _FEW_LABELS else f"{len(texts)} classes"
+            names = (task or run.spec["task"]["name"], "test" if split == "ood" else split)
+            rows += [(*names, summary["rows"], listed, summary["dropped"])] if labels else []
+    frame = pd.DataFrame(rows, columns=_DATA).sort_values(_DATA[:3], kind="stable")
+    return frame.drop_duplicates(_DATA[:2], keep="last").to_dict("records")
 
 
 def _training_texts(runs: list[Run]) -> dict[str, str]:
-    """Describe the training settings by key. If a value differs between tasks, list each value with its tasks."""
-    settings = [{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs]
-    texts = [{key: str(value) for key, value in values.items() if value is not None} for values in settings]
-    keys = dict.fromkeys(key for values in settings for key in values)
-    tasks = pd.Series([run.spec["task"]["name"] for run in runs])
-    described = {}
-    for key, values in pd.DataFrame(texts, columns=list(keys)).fillna(MISSING).items():
-        tasks_of = tasks.groupby(values, sort=False).unique()
-        differing = "; ".join(f"{value} ({', '.join(names)})" for value, names in tasks_of.items())
-        described[str(key)] = differing if len(tasks_of) > 1 else str(values[0])
-    return described
+    """Describe the training settings by key; of a setting that differs between runs, up to three values."""
+    settings = pd.DataFrame([{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs])
+    texts = settings.astype(object).where(settings.notna(), MISSING).astype(str)
+    return {key: name_or_count(list(texts[key].unique()), "values") for key in texts}
 
 
-def _cost_texts(recorded: list[dict[str, Any]]) -> dict[str, str]:
-    """Format run count, hours, seconds per run and peak memory (MB); a dash if no run has them."""
-    seconds = [metrics["cost"]["job_seconds"] for metrics in recorded]
-    memory = [metrics["cost"]["peak_memory_mb"] for metrics in recorded if "peak_memory_mb" in metrics["cost"]]
+def _costs(name: str, recorded: list[dict[str, Any]]) -> dict[str, str]:
+    """Format the run count, hours, seconds per run and peak memory of a benchmark."""
+    costs = pd.DataFrame([metrics["cost"] for metrics in recorded])
+    seconds = costs["job_seconds"]
     return {
-        "runs": f"{len(recorded):,}",
-        "hours": f"{sum(seconds) / 3600:.2f}" if seconds else MISSING,
-        "median": f"{median(seconds):.0f}" if seconds else MISSING,
-        "longest": f"{max(seconds):.0f}" if seconds else MISSING,
-        "memory": f"{max(memory):,.0f}" if memory else MISSING,
+        "Benchmark": name,
+        "Runs": f"{len(costs):,}",
+        "Hours": f"{seconds.sum() / 3600:.2f}",
+        "Median run (s)": f"{seconds.median():.0f}",
+        "Longest run (s)": f"{seconds.max():.0f}",
+        "Peak memory (MB)": f"{costs['peak_memory_mb'].max():,.0f}",
     }
 
 
 def _environment_texts(environment: dict[str, Any]) -> dict[str, str]:
-    changes = " with uncommitted changes" if environment["git_dirty"] else ""
-    return {
-        "Processor": "{processor}, {cores} cores; {threads} thread(s) a run".format_map(environment),
-        "GPUs": ", ".join(environment["gpus"]) or "none",
-        "Memory": f"{environment['memory_gb']} GB",
-        "System": f"{environment['platform']}, Python {environment['python']}",
-        "Packages": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
-        "Commit": f"{environment['git_commit'] or 'unknown'}{changes}",
-    }
+    """Format the machine, packages and commit of a run."""
+    texts = {}
+    for key, value in environment.items():
+        if key != "fingerprint":  # for `check`
+            listed = [f"{name} {version}" for name, version in value.items()] if isinstance(value, dict) else value
+            texts[key.replace("_", " ")] = ", ".join(listed) if isinstance(listed, list) else str(listed)
+    return texts
 
 
 def _read_trusted(path: Path) -> Markup:

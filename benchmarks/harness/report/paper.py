@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +19,24 @@ from benchmarks.harness.config.paper_items import MainAverage, PaperOutput
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import SETTING, name_or_count
-from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.style import EMOE, GMOE, MethodStyle
-from benchmarks.harness.report.table import RUNS, Table
-from benchmarks.harness.results.claims import find_evidence
+from benchmarks.harness.report.table import Table
+from benchmarks.harness.results.claims import Evidence, find_evidence
 
 _PROTOCOLS = ("published", "clean")  # in order of preference
 
 
-def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presentation) -> None:
+def write_paper_items(suite: Suite, artifacts: Artifacts, tables: Sequence[Table]) -> None:
     """Write the paper's tables and figures into ``results/<suite>/paper/``, with its numbering and rows.
 
-    The figures of the benchmark or set must be drawn already, because they are copied.
+    Args:
+        suite: The suite.
+        artifacts: The names of the tables and figures of a benchmark or set. The figures must be drawn already, because
+            they are copied.
+        tables: The tables.
     """
     folder = paths.RESULTS / suite.name / "paper"
-    tables = {table.name: table for table in presentation.tables}
+    by_name = {table.name: table for table in tables}
     for output in paper_items.outputs_of(artifacts):
         name = artifacts.stem(output.part.name)
         if output.part.figure:
@@ -41,12 +44,12 @@ def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presenta
                 with atomic_write(folder / f"{output.name}.{end}") as temporary:
                     temporary.write_bytes((folder.parent / "figures" / f"{name}.{end}").read_bytes())
         else:
-            _select_paper_rows(tables[name], output, suite).write(folder)
+            _select_paper_rows(by_name[name], output, suite).write(folder)
 
 
 def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
     """Keep the rows that the paper has, under the authors' selection if the suite runs it, else the clean one."""
-    frame, caption = table.frame, [table.caption]
+    frame, caption = table.frame, table.caption
     if output.part.rows and "method" in frame:
         frame = frame[frame["method"].str.split(SETTING, regex=False).str[0].isin(output.part.rows)]
     if "protocol" in frame:
@@ -55,13 +58,10 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
         is_paper = frame["is_ours"].eq(False) if "is_ours" in frame else pd.Series(False, index=frame.index)
         frame = frame[frame["protocol"].eq(protocol) | is_paper]
     if "p_holm" in frame and len(frame) < len(table.frame):
-        caption.append(f"p is corrected over all rows of `{table.name}`; this table shows some of them.")
-    if RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all():
-        caption.append("All numbers are published: this suite runs none of these rows.")
-    caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
+        caption += f" p is corrected over all rows of `{table.name}`; this table shows some of them."
     is_named = table.title == paper_items.load_paper().items[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
-    return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=" ".join(caption))
+    return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=caption)
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
@@ -86,8 +86,7 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
     return rows
 
 
-_MAIN_STYLES: dict[Literal["gmoe", "emoe"], MethodStyle] = {"gmoe": GMOE, "emoe": EMOE}
-_MAIN_TITLES = {"gmoe": "GMoE", "emoe": "EMoE"}
+_MAIN: dict[Literal["gmoe", "emoe"], tuple[str, MethodStyle]] = {"gmoe": ("GMoE", GMOE), "emoe": ("EMoE", EMOE)}
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -99,43 +98,40 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     Returns:
         Rows for :func:`.plots.draw_forest`, with the ``method`` and ``is_ours``.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    no_numbers = pd.DataFrame(columns=["model"])
     for average in paper_items.load_paper().main.values():
-        if average.of.benchmark in numbers:
-            rows += _our_differences(average, numbers[average.of.benchmark])
+        for model, of_model in numbers.get(average.of.benchmark, no_numbers).groupby("model", sort=False):
+            compared = {
+                method: find_evidence(of_model, average.of.comparison(getattr(average.of, method))) for method in _MAIN
+            }
+            evidence = {method: result for method, result in compared.items() if result}
+            line = _line_title(average, str(model), evidence.values())
+            for method, result in evidence.items():
+                row = {"panel": average.title, "line": line, "method": method, "is_ours": True}
+                rows.append({**row, **result.difference.columns(), "n": result.difference.n, "style": _MAIN[method][1]})
         for model, published in average.paper.items():
-            for method, style in _MAIN_STYLES.items():
+            for method, (_, style) in _MAIN.items():
                 row = {"panel": average.title, "line": model, "method": method, "is_ours": False}
-                row |= {"delta": (published[method] - published["dense"]) / 100, "n": 0}
-                rows.append({**row, "series": _MAIN_TITLES[method], "style": replace(style, marker="x")})
-    return pd.DataFrame(rows)
+                delta = (published[method] - published["dense"]) / 100
+                rows.append({**row, "delta": delta, "n": 0, "style": replace(style, marker="x")})
+    frame = pd.DataFrame(rows)
+    return frame.assign(series=frame["method"].map({method: title for method, (title, _) in _MAIN.items()}))
 
 
-def _our_differences(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
-    """Compare the methods with the dense model, for each model; its line names the tasks and counts the pairs."""
+def _line_title(average: MainAverage, model: str, evidence: Collection[Evidence]) -> str:
+    """Return a model's title, with the tasks and the number of pairs."""
     titles = load_benchmark(average.of.benchmark).task_titles
-    rows = []
-    for model, of_model in numbers.groupby("model", sort=False):
-        compared = {}
-        for method in _MAIN_STYLES:
-            evidence = find_evidence(of_model, average.of.comparison(getattr(average.of, method)))
-            if evidence:
-                compared[method] = evidence
-        tasks = dict.fromkeys(titles.get(task, task) for evidence in compared.values() for task in evidence.tasks)
-        pairs = plots.count_text([evidence.difference.n for evidence in compared.values()], "pairs")
-        line = f"{model_title(str(model))}\n({name_or_count(list(tasks), 'sets')}; {pairs})"
-        for method, evidence in compared.items():
-            row = {"panel": average.title, "line": line, "method": method, "is_ours": True}
-            row |= {**evidence.difference.columns(), "n": evidence.difference.n}
-            rows.append({**row, "series": _MAIN_TITLES[method], "style": _MAIN_STYLES[method]})
-    return rows
+    tasks = dict.fromkeys(titles.get(task, task) for result in evidence for task in result.tasks)
+    pairs = plots.count_text([result.difference.n for result in evidence], "pairs")
+    return f"{model_title(model)}\n({name_or_count(list(tasks), 'sets')}; {pairs})"
 
 
-def draw_main(rows: pd.DataFrame, path: Path) -> None:
+def draw_main(numbers: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Draw the differences of GMoE and EMoE to the dense model: a panel per average, a line per model."""
+    rows = main_rows(numbers)
     if rows["is_ours"].any():
-        plots.draw_forest(
-            rows, path, "Difference to the dense model (points); bars: 95 % intervals; crosses: the paper"
-        )
+        label = "Difference to the dense model (points); bars: 95 % intervals; crosses: the paper"
+        plots.draw_forest(rows, path, label)
     else:
         plots.placeholder_figure(path, "this suite runs none of the main averages")

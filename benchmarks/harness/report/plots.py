@@ -19,9 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.harness.base import atomic_write
-from benchmarks.harness.report.common import Outcomes
-from benchmarks.harness.report.style import MethodStyle
-from benchmarks.harness.results.statistics import confidence_interval
 
 if "MPLBACKEND" not in os.environ:  # a notebook sets it
     mpl.use("Agg")
@@ -45,9 +42,8 @@ HEATMAP = {**STYLE, "axes.grid": False, "font.size": 7}
 
 WIDTH = 6.9  # inches of a page's text, the largest width of a figure
 FEW = 3  # with fewer pairs no interval of a difference is drawn
-_NAMES, _COLUMNS = 1.7, 4  # inches beside the panels of scores; panels in a line
-_FEW_SCORES, _BELOW = 5, 0.26  # with fewer scores no interval is drawn; distance of the scores below their mean
-_FOREST, _LINE, _APART = 6.0, 0.085, 0.8  # inches of a forest plot's width and of a series; share of a line with marks
+_FOREST, _LINE, _TEXT = 6.0, 0.26, 3.5  # inches of a forest plot: its width, the height of a line, the width of a title
+_APART = 0.8  # share of a line with marks
 
 
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
@@ -59,41 +55,40 @@ def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
     return f"n = {present[0]}{f' to {present[-1]}' if len(present) > 1 else ''} {unit}"
 
 
-def difference_label(reference: str, counts: Iterable[float]) -> str:
-    """Label an axis of differences, with the number of seeds."""
-    return ", ".join(filter(None, (f"Difference to {reference} (points)", count_text(counts))))
+def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True) -> None:
+    """Draw a forest plot: marks with 95 % intervals, one panel below the other.
 
-
-def draw_forest(rows: pd.DataFrame, path: Path, label: str) -> None:
-    """Draw a forest plot: differences with 95 % intervals, one panel below the other.
-
-    ``rows`` has the titles ``panel``, ``line`` (vertical position) and ``series`` (mark), the ``style``, the
-    difference ``delta``, and its interval (``low``, ``high``), which is drawn from :data:`FEW` pairs ``n`` on.
+    Args:
+        rows: One row per mark: the titles ``panel``, ``line`` (vertical position) and ``series`` (legend), the
+            ``style``, the value ``delta``, and its interval (``low``, ``high``), which is drawn from :data:`FEW` pairs
+            ``n`` on.
+        path: The path without ending.
+        label: The label of the axis.
+        zero: True to draw a line at zero.
     """
     panels = list(rows.groupby("panel", sort=False))
-    series = rows.groupby("series", sort=False)["style"].agg(list)
+    series = rows.groupby("series", sort=False)["style"]
     heights = [group["line"].nunique() + 0.6 for _, group in panels]
-    line = min(max(_LINE * len(series), 0.24), 0.28)
-    size = (_FOREST, line * sum(heights) + 0.3 * len(panels) + 0.07 * len(series) + 0.5)
+    size = (_FOREST, _LINE * sum(heights) + 0.3 * len(panels) + 0.07 * len(series) + 0.5)
     with panel_figure(path, len(panels), 1, size, height_ratios=heights, sharex=True) as (figure, axes):
         for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
-            lines = list(group["line"].unique())
-            for row in group.itertuples():
-                shift = _APART * ((series.index.get_loc(row.series) + 0.5) / len(series) - 0.5)
-                height = lines.index(row.line) + shift
+            by_line = group.groupby("line", sort=False)
+            shift = (by_line.cumcount() + 0.5) / by_line["line"].transform("size") - 0.5
+            for row, height in zip(group.itertuples(), by_line.ngroup() + _APART * shift, strict=True):
                 if row.n >= FEW and not math.isnan(row.low):
                     axis.plot([row.low * 100, row.high * 100], [height, height], color=row.style.colour, lw=1.4)
                 axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
-            axis.axvline(0, color=REFERENCE, lw=0.8, zorder=0)
-            axis.set_title(wrap_text(title, _FOREST), fontsize=8)
-            axis.set_yticks(range(len(lines)), lines, fontsize=7)
-            axis.set_ylim(len(lines) - 0.4, -0.6)
-        for name, (style, *others) in series.items():
-            has_one_colour = all(other.colour == style.colour for other in others)
-            mark = style.mark if has_one_colour else replace(style, colour=REFERENCE).mark
-            axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **mark)
-        legend_below(figure, axes[:1, 0], 3 if series.index.str.len().max() < 30 else 1)
-        axes[-1, 0].set_xlabel(wrap_text(label, 3.5))
+            if zero:
+                axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
+            axis.set_title(wrap_text(title, _TEXT), fontsize=8)
+            axis.set_yticks(range(len(by_line)), group["line"].unique(), fontsize=7)
+            axis.set_ylim(len(by_line) - 0.4, -0.6)
+        for name, styles in series:
+            colours = {style.colour for style in styles}
+            style = replace(styles.iloc[0], colour=colours.pop() if len(colours) == 1 else REFERENCE)
+            axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **style.mark)
+        legend_below(figure, axes[:1, 0], 3 if rows["series"].str.len().max() < 30 else 1)
+        axes[-1, 0].set_xlabel(wrap_text(label, _TEXT))
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
@@ -118,60 +113,6 @@ def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
 def divide_by_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
     """Divide each row of expert shares by the mean shares, for :data:`USE`; 1 if a mean is zero."""
     return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
-
-
-def score_panels(
-    outcomes: Outcomes,
-    panels: list[list[tuple[str, pd.DataFrame]]],
-    path: Path,
-    measure: str = "Score (%); large marks: mean over seeds, dots below: seeds",
-) -> None:
-    """Draw the scores of all methods, one panel per set; all panels share one axis.
-
-    Each inner list of ``panels`` starts a new line. A panel has a title and a frame with ``method`` and ``value``, one
-    row per method and seed. Small dots are seeds, and the large mark above them is their mean. The bar is the 95 %
-    confidence interval of the mean, drawn from five seeds on. The dashed line is the baseline's mean. ``measure``
-    labels the axis.
-    """
-    lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
-    values = pd.concat([rows["value"] for line in lines for _, rows in line]) * 100
-    margin = max(values.max() - values.min(), 1.0) * 0.08
-    limits = (values.min() - margin, values.max() + margin)
-    shown = [{name for _, rows in line for name in rows["method"]} for line in lines]
-    names_of = [[name for name in outcomes.methods if name in present] for present in shown]
-    columns = max(map(len, lines))
-    heights = [len(names) + 1.5 for names in names_of]
-    width = min(2.1 * columns + _NAMES, WIDTH)
-    size = (width, 0.27 * sum(heights) + 0.6 * len(lines) + 0.3)
-    options: Any = {"height_ratios": heights, "sharex": True, "sharey": "row"}
-    with panel_figure(path, len(lines), columns, size, **options) as (figure, axes):
-        for axis_row, line, names in zip(axes, lines, names_of, strict=True):
-            for axis, (title, rows) in zip(axis_row, line, strict=False):
-                for method, of_method in rows.groupby("method"):
-                    scores = of_method["value"].to_numpy(dtype=float) * 100
-                    _draw_scores(axis, names.index(method), scores, outcomes.style(str(method)), limits)
-                    if method == outcomes.baseline:
-                        axis.axvline(scores.mean(), color=REFERENCE, lw=0.8, ls="--", zorder=0)
-                axis.set_title(wrap_text(title, (width - _NAMES) / columns), fontsize=8)
-                axis.set_xlim(*limits)
-            axis_row[0].set_yticks(range(len(names)), [outcomes.methods[name].title for name in names])
-            axis_row[0].set_ylim(len(names) - 0.4, -0.6)
-        bars = "bars: 95 % confidence interval (from five on; arrows: beyond the panel)"
-        label = f"{measure}, {bars}, dashed: mean of {outcomes.baseline_title}"
-        figure.supxlabel(wrap_text(label, width), fontsize=7.5)
-
-
-def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits: tuple[float, float]) -> None:
-    """Draw scores, their mean and, with enough scores, its interval; arrows mark ends outside the panel."""
-    if len(scores) >= _FEW_SCORES:
-        ends = confidence_interval(scores)
-        cut = max(ends[0], limits[0]), min(ends[1], limits[1])
-        axis.plot(cut, [height, height], color=style.colour, lw=1.2, alpha=0.6)
-        for end, position, arrow in zip(ends, cut, "<>", strict=True):
-            if end != position:
-                axis.plot(position, height, arrow, ms=4.5, color=style.colour, mew=0, clip_on=False, zorder=3)
-    axis.plot(scores.mean(), height, ls="", ms=4.2, **{"mec": "white", "mew": 0.6, **style.mark})
-    axis.plot(scores, [height + _BELOW] * len(scores), "o", ms=2.6, color=style.colour, alpha=0.55, mew=0)
 
 
 @contextmanager

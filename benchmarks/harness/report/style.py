@@ -18,12 +18,18 @@ class MethodStyle:
     colour: str
     marker: str
     hollow: bool = False  # True for the authors' own settings
+    dashes: Any = "-"
 
     @property
     def mark(self) -> dict[str, Any]:
         """Return the mark as arguments of ``plot``."""
         arguments = {"color": self.colour, "marker": self.marker}
         return {**arguments, "mfc": "white", "mec": self.colour} if self.hollow else arguments
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Return the mark and the dashes as arguments of ``plot``."""
+        return {"ls": self.dashes, **self.mark}
 
 
 DENSE = MethodStyle("#444444", "o")
@@ -62,13 +68,13 @@ def _style_of_kind(method: Method) -> MethodStyle:
     return EMOE if router == "avg_k" else _LEARNED if ROUTERS[router] else _CONTROL
 
 
-def curve_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, dict[str, Any]]:
-    """Return arguments of ``plot`` by label. Curves of one method differ in dashes and marks."""
-    arguments: dict[str, dict[str, Any]] = {}
+def distinct_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, MethodStyle]:
+    """Return the styles by label. Equal styles get other dashes, and every second one the other filling."""
+    distinct: dict[str, MethodStyle] = {}
     seen: Counter[MethodStyle] = Counter()
-    for label, style in labelled:
-        if label not in arguments:
-            number = seen[style]
-            arguments[label] = {"ls": _DASHES[number % len(_DASHES)], **replace(style, hollow=number % 2 == 1).mark}
-            seen[style] += 1
-    return arguments
+    for label, style in dict(labelled).items():
+        number = seen[style]
+        seen[style] += 1
+        hollow = style.hollow != (number % 2 == 1)
+        distinct[label] = replace(style, hollow=hollow, dashes=_DASHES[number % len(_DASHES)])
+    return distinct

@@ -18,6 +18,10 @@ from benchmarks.harness.config.catalogue import load_metrics
 
 MISSING = "–"
 RUNS = "runs"  # column with the folders of a row's runs, separated by blanks
+_RANDOM_WEIGHTS = (
+    "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
+    "verdicts mean anything. "
+)
 _LONG = 28  # letters; LaTeX wraps a column with longer texts
 _LATEX = r"""{comment}
 % \usepackage[T1]{{fontenc}}
@@ -26,12 +30,11 @@ _LATEX = r"""{comment}
 \begingroup\scriptsize\setlength{{\tabcolsep}}{{2pt}}
 {table}\endgroup
 """
-_SIGNS = {sign: f"\\{sign}" for sign in "&%$#_{}"}
-_SIGNS |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "°": r"\textdegree{}"}
-_SIGNS |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "✓": r"\textbullet{}", "−": "$-$"}
-_SIGNS |= {"±": r"$\pm$", "÷": r"$\div$", "×": r"$\times$", "·": r"$\cdot$", "²": "$^2$", "Δ": r"$\Delta$"}
-_SIGNS |= {"→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "∞": r"$\infty$"}
-_T1 = {*map(chr, range(0x20, 0x7F)), *map(chr, range(0xA1, 0x17F)), *"–—‘’“”…†‡•€™"} - {*"\xadĦħĸĿŀŉŦŧ"}
+_SIGNS = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "✓": r"\textbullet{}"}
+    | {"−": "$-$", "Δ": r"$\Delta$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "∞": r"$\infty$"}
+)
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,12 @@ class Table:
 
     def best(self) -> pd.DataFrame:
         """Return a boolean mask of the printed cells that hold the best number of their group."""
-        frame = self.frame.reset_index(drop=True)
-        headings = [*self.keys.values(), *(column.heading for column in self.printed), *self.notes.values()]
-        mask = pd.DataFrame(False, index=frame.index, columns=headings)
+        frame, texts = self.frame.reset_index(drop=True), self.texts()
+        mask = pd.DataFrame(False, index=texts.index, columns=texts.columns)
         keys = [frame[key] for key in self.group] or [pd.Series(0, frame.index)]
         for column in self.printed:
             direction = load_metrics()[column.metric].direction
-            if column.best and direction != "none" and len(frame):
+            if column.best and direction != "none":
                 values = frame[column.value]
                 values = values.where(frame["is_method"]) if "is_method" in frame else values
                 groups = values.groupby(keys)
@@ -172,13 +174,13 @@ class Table:
         listed = "; ".join(f"{heading} {text}" for heading, text in values.items() if text not in ("", MISSING))
         return texts.drop(columns=shared), f"In all rows: {listed}." if listed else ""
 
-    def without_verdicts(self, reason: str) -> Table:
-        """Remove verdicts and marks, if any, and put the reason before the caption."""
+    def without_verdicts(self) -> Table:
+        """Remove the verdicts and marks of models with random weights, if any, and say so in the caption."""
         if "verdict" not in self.notes and not any(column.best for column in self.columns):
             return self
         columns = [replace(column, best=False) for column in self.columns]
         frame = self.frame.assign(verdict=MISSING) if "verdict" in self.frame else self.frame
-        return replace(self, caption=reason + self.caption, columns=columns, frame=frame)
+        return replace(self, caption=_RANDOM_WEIGHTS + self.caption, columns=columns, frame=frame)
 
     def write(self, folder: Path) -> None:
         """Write ``<name>.csv`` (unformatted numbers), ``.md``, ``.tex`` and ``.html``."""
@@ -209,9 +211,8 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Escape a text for pdflatex; a character that its T1 fonts lack becomes its code point."""
-    characters = " ".join(text.split())
-    return "".join(_SIGNS.get(c, c if c in _T1 else rf"\texttt{{U+{ord(c):04X}}}") for c in characters)
+    """Escape a text for pdflatex, and replace the signs that it lacks."""
+    return " ".join(text.split()).translate(_SIGNS)
 
 
 def _latex_heading(text: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,6 @@ from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
-_LINES = 40  # printed differences; --json has all
 # Tolerances of numbers that runs record only for this check, measured like those in metrics.yaml.
 _TOLERANCES = {
     **dict.fromkeys(("content", "conversion", "trained"), 0.0),
@@ -59,7 +57,6 @@ class Numbers:
     rows: pd.DataFrame  # one per number: KEYS, value (text with all digits) and machine
     machines: Mapping[str, Mapping[str, str]]  # fingerprints by name
     code: str  # code_digest() at the time of the runs
-    seconds: Mapping[str, float]  # the median duration of a run of each benchmark
 
 
 @dataclass(frozen=True)
@@ -76,20 +73,13 @@ class CheckResult:
         """Return True if all numbers agree."""
         return self.differences.empty and not self.unfinished
 
-    def to_json(self) -> str:
-        """Return the comparison as JSON."""
-        content = {"passed": self.passed, "equal": self.equal, "machines": self.machines, "unfinished": self.unfinished}
-        return json.dumps({**content, "differences": self.differences.to_dict("records")}, indent=1, allow_nan=False)
-
     def __str__(self) -> str:
         statuses = list(self.differences["status"])
         lines = [
             f"{row.status} {row.run} s{row.seed} {row.part} {row.set} {row.metric} (tolerance {row.tolerance:g}): "
             f"{row.before or 'nothing':.80} -> {row.after or 'nothing':.80}"
-            for row in self.differences.head(_LINES).itertuples()
+            for row in self.differences.itertuples()
         ]
-        if len(statuses) > _LINES:
-            lines.append(f"and {len(statuses) - _LINES} more; --json lists all")
         if self.unfinished:
             lines.append(f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}")
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("changed", "missing", "new"))
@@ -173,12 +163,10 @@ def collect_numbers(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers
         DefinitionError: Two runs have the same name.
     """
     numbers, machines = list[tuple[object, ...]](), dict[str, Mapping[str, str]]()
-    seconds = dict[str, list[float]]()
     for run, metrics in results:
         fingerprint = metrics["environment"]["fingerprint"]
         machine = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
         machines[machine] = fingerprint
-        seconds.setdefault(run.benchmark, []).append(float(metrics["cost"]["job_seconds"]))
         keys = run_keys(run)
         keys["learning_rate"] = f"{keys['learning_rate']:g}"
         name = " ".join(str(keys[key]) for key in GROUP_KEYS if keys[key])
@@ -188,8 +176,7 @@ def collect_numbers(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers
     twice = rows[rows.duplicated(KEYS)]
     if len(twice):
         raise DefinitionError(f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
-    medians = {name: round(statistics.median(times), 1) for name, times in seconds.items()}
-    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest(), medians)
+    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest())
 
 
 def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -224,17 +211,17 @@ def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "data", name, "content", ", ".join([*counts, *labels, *digest])
 
 
-def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
+def read_reference(suite: str) -> Numbers:
     """Read blessed numbers.
 
     Raises:
         DefinitionError: A file is missing, damaged or of an older form.
     """
-    path = folder / f"{suite}.csv"
+    path = REFERENCE / f"{suite}.csv"
     try:
         rows = pd.read_csv(path, keep_default_na=False, dtype=str)[_COLUMNS].astype({"seed": int})
         origin = json.loads(path.with_suffix(".json").read_text())
-        return Numbers(rows, origin["machines"], origin["code"], origin["seconds"])
+        return Numbers(rows, origin["machines"], origin["code"])
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise DefinitionError(
             f"{path} or its json is missing, damaged or of an older form: bless a run of the suite "
@@ -242,13 +229,12 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
         ) from error
 
 
-def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
-    """Write blessed numbers, and their commit, machines, code and seconds as JSON; return the path of the csv."""
-    path = folder / f"{suite}.csv"
+def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
+    """Write blessed numbers, and their commit, machines and code as JSON; return the path of the csv."""
+    path = REFERENCE / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
-    origin = {"commit": commit, "machines": numbers.machines, "code": numbers.code, "seconds": numbers.seconds}
-    write_json(path.with_suffix(".json"), origin)
+    write_json(path.with_suffix(".json"), {"commit": commit, "machines": numbers.machines, "code": numbers.code})
     return path
 
 
@@ -264,7 +250,7 @@ def read_numbers(runs: Sequence[Run]) -> Numbers:
     return collect_numbers([(run, read_metrics(run)) for run in runs])
 
 
-def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> CheckResult:
+def check(runs: Sequence[Run], suite: str, *, elsewhere: bool = False) -> CheckResult:
     """Compare the finished runs of a suite with its blessed numbers.
 
     Raises:
@@ -272,7 +258,7 @@ def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewher
     """
     finished = _finished_runs(runs, suite)
     unfinished = sorted({run.id for run in runs} - {run.id for run in finished})
-    before, after = read_reference(suite, folder), read_numbers(finished)
+    before, after = read_reference(suite), read_numbers(finished)
     return compare(before, after, suite, elsewhere=elsewhere, unfinished=unfinished)
 
 
@@ -311,9 +297,7 @@ def verify(runs: Sequence[Run], suite: str, count: int, say: Callable[[str], Non
     return compare(read_numbers(chosen), after, suite, unfinished=failures)
 
 
-def bless(
-    runs: Sequence[Run], suite: str, say: Callable[[str], None], folder: Path = REFERENCE, root: Path = ROOT
-) -> Path:
+def bless(runs: Sequence[Run], suite: str, say: Callable[[str], None]) -> Path:
     """Bless the present numbers, if the fastest run of every benchmark repeats its numbers exactly.
 
     Returns the path of the written csv.
@@ -321,7 +305,7 @@ def bless(
     Raises:
         DefinitionError: The checkout is not clean, a run is not finished, or the runs do not repeat here exactly.
     """
-    commit = clean_commit(root)
+    commit = clean_commit()
     check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
     by_speed = sorted(runs, key=lambda run: float(read_metrics(run)["cost"]["job_seconds"]), reverse=True)
     fastest = list({run.benchmark: run for run in by_speed}.values())
@@ -330,16 +314,16 @@ def bless(
     if not result.passed or not all(kind.endswith("exactly") for kind in result.machines):
         say(str(result))
         raise DefinitionError("the runs do not repeat here exactly, so their numbers cannot be blessed")
-    return write_reference(suite, read_numbers(runs), commit, folder)
+    return write_reference(suite, read_numbers(runs), commit)
 
 
-def clean_commit(root: Path = ROOT) -> str:
+def clean_commit() -> str:
     """Return the commit of a checkout without changes, except to blessed numbers.
 
     Raises:
         DefinitionError: A file is not committed.
     """
-    changed = git(root, "status", "--porcelain", "--", ".", ":(exclude)results/reference").splitlines()
+    changed = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference").splitlines()
     if changed:
         raise DefinitionError(f"{len(changed)} files are not committed, the first is {changed[0].split()[-1]}")
-    return git(root, "rev-parse", "HEAD")
+    return git(ROOT, "rev-parse", "HEAD")

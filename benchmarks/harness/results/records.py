@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
-from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.results.statistics import information_numbers
 
@@ -22,9 +22,6 @@ GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 AS = " as "  # in a part: separates it from the method that the model was converted to
 _MAY_DIVERGE = ("loss", "nats_per_byte")  # null if the model diverged
 _ROUNDING = 1e-6  # tolerance of range checks
-COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
-MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_parameters", "flops_per_token")
-LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 
 
