@@ -63,14 +63,13 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
     )
     return Table(
         "Means over tasks and over other sets, and the paper's best gains",
-        "Mean ± sample standard deviation over n seeds of the mean over the tasks (in domain) and over the sets "
-        f"that no task is trained on (out of domain). Δ: difference to {outcomes.baseline_title} that learned "
-        "the same tasks at once, paired by seed, with a 95 % confidence interval (Student's t), not corrected "
-        f"for their number: the table of tests is. {outcomes.shared_note} Best set: the largest difference of "
-        "several, so an optimistic number. The paper gives only its largest gains (T5-Base, N = 32, k = 8 in "
-        "domain; status and source in paper.csv), neither tasks nor absolute scores, so they cannot be compared "
-        "with ours. Selection of epoch and learning rate uses the mean dev score over the tasks, which is not "
-        "reported. Bold marks the best method, without controls.",
+        "Means over the tasks of a mixture (in domain) and over the sets that no task is trained on (out of domain), "
+        f"± sample standard deviation over n seeds. Δ is the difference to {outcomes.baseline_title} on the same "
+        "tasks, paired by seed, with a 95 % confidence interval (Student's t), not corrected for multiple tests. "
+        f"{outcomes.shared_note} Best set: the largest of several differences, so an optimistic number. The paper "
+        "gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; sources in paper.csv), neither tasks nor "
+        "absolute scores, so they cannot be compared with ours. Epoch and learning rate are chosen by the mean dev "
+        "score, which is not reported. Bold marks the best method, without controls.",
         {**KEYS, "where": "Where", "sets": "Sets", "n": "n"},
         [
             Column("score", "mean", "Mean", std="std", best=True),
@@ -93,11 +92,10 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
     together, alone = (frame.join(folders, on=[*cell, key])["run_id"] for key in ("task", "eval_task"))
     return Table(
         "Learned together against learned alone",
-        "Score of a task that is learned with the others minus its score if it is learned alone, with as many "
-        "passes over as many of its rows: mean ± sample standard deviation over n seeds; below 0 the other "
-        f"tasks do harm. The second Δ is the difference to {outcomes.baseline_title}'s, with a 95 % confidence "
-        "interval (Student's t), not corrected: how much more a method gains by the other tasks, by which the "
-        "paper explains its results.",
+        "Score of a task that is learned with the others minus its score if it is learned alone, with as many passes "
+        "over as many rows: mean ± sample standard deviation over n seeds. Below 0, the other tasks do harm. The second "
+        f"Δ compares a method with {outcomes.baseline_title}, with a 95 % confidence interval (Student's t), not "
+        "corrected for multiple tests: the paper explains its gains with this difference.",
         {**KEYS, "eval_task_title": "Task", "n": "n"},
         [
             Column("score", "mean", "Δ to alone", std="std", signed=True),
