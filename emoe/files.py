@@ -192,15 +192,17 @@ def check_loadable(folder: Path) -> None:
     Weights(folder)  # names a damaged file, which the libraries do not
 
 
-def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, **options: Any) -> nn.Module:
+def load_stock(
+    loader: Any, folder: Path, *, restored: Restored | None = None, new_head: bool = True, **options: Any
+) -> nn.Module:
     """Load a checkpoint with its own library: safetensors only, and no code of the checkpoint.
 
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint (raises :class:`CheckpointError` if it is damaged or another model's).
-        restored: function that names the tensors that the caller loads later. All others must be stored, except a new
-            head of transformers.
-        **options: options of the loader.
+        restored: function that names the tensors that the caller loads later. All others must be stored.
+        new_head: accept a transformers checkpoint without the weights of the model's head.
+        **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another shape.
     """
     check_loadable(folder)
     is_transformers = hasattr(loader, "from_pretrained")
@@ -209,7 +211,7 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
         return _load_state(loader(**options), folder, restored)  # errors in the user's function are not caught
     try:
         if is_transformers:
-            return _load_with_transformers(loader, folder, restored, options)
+            return _load_with_transformers(loader, folder, restored, new_head, options)
         # timm 1.0.20 cannot choose among several safetensors files
         by_timm = restored is None and len(list(folder.glob("*.safetensors"))) == 1
         model = loader(f"local-dir:{folder}", pretrained=by_timm, **options)
@@ -220,19 +222,21 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
         raise CheckpointError(f"{folder} cannot be loaded by {loader.__name__}: {one_line(error)}") from error
 
 
-def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None, options: dict[str, Any]) -> nn.Module:
+def _load_with_transformers(
+    loader: Any, folder: Path, restored: Restored | None, new_head: bool, options: dict[str, Any]
+) -> nn.Module:
     # mismatched sizes are checked below, because the error of transformers does not name them
     fixed = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet() if restored else nullcontext():  # transformers would report what the caller restores
         model, info = loader.from_pretrained(str(folder), **{"trust_remote_code": False, **options, **fixed})
     expected = restored(model) if restored else set()
     missing = set(info["missing_keys"]) - expected
-    lacking = _saved_by_writer(model, folder, missing) if missing else set()
-    new_head = sorted(missing - lacking)
-    if restored and new_head:
-        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, ", ".join(new_head))
-    if not options.get("ignore_mismatched_sizes"):
-        lacking |= {name for name, *_ in info["mismatched_keys"]} - expected
+    lacking = _saved_by_writer(model, folder, missing) if missing and new_head else missing
+    if restored and missing > lacking:
+        drawn = ", ".join(sorted(missing - lacking))
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, drawn)
+    body = f"{model.base_model_prefix}." if options.get("ignore_mismatched_sizes") else ""
+    lacking |= {name for name, *_ in info["mismatched_keys"] if name.startswith(body)} - expected
     _check_complete(lacking, folder)
     return cast(nn.Module, model)
 

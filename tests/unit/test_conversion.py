@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import emoe
-from benchmarks.harness.models.partitions import load_partition, partition_key, save_partition
+from benchmarks.harness.models.partitions import load_partition, partition_keys, save_partition
 from tests import tiny_models
 from tests.model_folders import assert_same
 from tests.plain_net import plain_net
@@ -65,8 +65,8 @@ def test_partition_kinds_differ_and_are_reproducible() -> None:
 
 def test_partitions_are_cached_by_content(tmp_path: Path) -> None:
     model, same, other = (tiny_models.build("bert", seed=seed) for seed in (0, 0, 1))
-    assert partition_key(model, CONFIG) == partition_key(same, dataclasses.replace(CONFIG, top_k=4))
-    assert partition_key(model, CONFIG) != partition_key(other, CONFIG)
+    assert partition_keys(model, CONFIG) == partition_keys(same, dataclasses.replace(CONFIG, top_k=4))
+    assert partition_keys(model, CONFIG) != partition_keys(other, CONFIG)
     partition, path = emoe.partition(model, CONFIG), tmp_path / "p.safetensors"
     save_partition(partition, path)
     assert_same(dict(load_partition(path)), dict(partition))

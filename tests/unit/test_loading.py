@@ -89,6 +89,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a tensor has another shape": (WEIGHTS, change_tensor(lambda tensors, name: tensors.update({name: ROW}))),
     "no settings": (CONFIG, Path.unlink),
     "settings are no JSON": (CONFIG, lambda path: path.write_text("{")),
+    "no head": (CONFIG, edit_config(architectures=["GPT2Model"], tie_word_embeddings=False)),
     "code of its own": (CONFIG, ask_for_code),
     "attention from a hub": (CONFIG, edit_config(attn_implementation="kernels-community/flash-attn2")),
     "cut tokenizer": ("tokenizer.json", cut),
@@ -117,7 +118,10 @@ def model_root(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("damage", "kind"),
     [
-        *((damage, "tokenizer" if "tokenizer" in damage else "classifier") for damage in DAMAGE),
+        *((damage, "classifier") for damage in DAMAGE if damage != "no head" and "tokenizer" not in damage),
+        *((damage, "tokenizer") for damage in DAMAGE if "tokenizer" in damage),
+        ("no head", "language"),
+        *((damage, "image") for damage in DAMAGE if "tensor" in damage),
         *(("code of its own", kind) for kind in ("backbone", "language", "seq2seq", "image")),
     ],
 )
@@ -156,7 +160,7 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(model_root: Path, monkey
 
     monkeypatch.setattr(loading, "snapshot_download", download)
     model = {"name": "bert", "hub": "somebody/bert", "revision": "main"}
-    assert loading.describe(model, loading.load_backbone(model)) == f"somebody/bert@{commit} (not pinned)"
+    assert loading.source_of(model, loading.load_backbone(model))["from"] == f"somebody/bert@{commit} (not pinned)"
     assert requests == [("somebody/bert", "main")]
 
 

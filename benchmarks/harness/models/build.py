@@ -19,20 +19,13 @@ from benchmarks.harness.models.conversion import apply_method_, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.loading import (
     build_empty_language_model,
-    describe,
     load_backbone,
     load_classifier,
     load_language_model,
     load_seq2seq,
-    weights_digest,
+    source_of,
 )
-from benchmarks.harness.models.partitions import (
-    cached_partition,
-    load_partition,
-    partition_key,
-    save_partition,
-    split_by_layer,
-)
+from benchmarks.harness.models.partitions import cached_partition, load_partition, partition_keys, save_partition
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
@@ -69,8 +62,7 @@ def build_classifier(
     model = load_classifier(
         spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
     )
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model)}
-    return _convert(model, model, source, spec, calibration, partition)
+    return _convert(model, model, source_of(spec["model"], model), spec, calibration, partition)
 
 
 def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainable:
@@ -115,8 +107,7 @@ def build_language_model(
     layers = (spec["method"]["config"] or {}).get("layers")
     model = build_empty_language_model(spec["model"], layers) if empty else load_language_model(spec["model"])
     # the digest of quantised weights depends on the machine
-    has_digest = not empty and "quantize" not in spec["model"]
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model) if has_digest else ""}
+    source = source_of(spec["model"], model, with_digest=not empty and "quantize" not in spec["model"])
     trainable = _convert(model, model, source, spec, calibration, partition)
     if "quantize" in spec["model"]:
         cast(Any, model)._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
@@ -139,8 +130,7 @@ def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
         EMoEError: The method does not fit the model.
     """
     model = load_seq2seq(spec["model"])
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
-    return _convert(model, model, source, spec)
+    return _convert(model, model, source_of(spec["model"], model), spec)
 
 
 def _convert(
@@ -260,7 +250,7 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     config = EMoEConfig.from_dict(content["config"])
     partition = cached_partition(model, config)
     receipt = {
-        "partitions": {layer: partition_key(model, single) for layer, single in split_by_layer(model, config)},
+        "partitions": partition_keys(model, config),
         "explained": partition.explained,
         "seconds": partition.seconds,
         **content,
