@@ -72,15 +72,10 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainab
         spec: The spec of a run that trains on images.
         num_classes: The number of classes of the set.
     """
-    training = spec["training"]
-    model = load_image_classifier(
-        spec["model"],
-        num_classes,
-        training["image_size"],
-        training["drop_path"],
-        derive_seed("head", spec["seed"]),
-        spec["hparams"].get("vit_dropout", 0.0),  # not every registry has it
-    )
+    size, drop_path = spec["training"]["image_size"], spec["training"]["drop_path"]
+    dropout = spec["hparams"].get("vit_dropout", 0.0)  # not every registry has it
+    head_seed = derive_seed("head", spec["seed"])
+    model = load_image_classifier(spec["model"], num_classes, size, drop_path, head_seed, dropout)
     return _convert(model, model.network, model.source, spec)
 
 
@@ -100,9 +95,7 @@ def build_language_model(
         empty: Leave the weights uninitialised: another process sends them.
 
     Raises:
-        DataError: The weights are missing or damaged.
-        DefinitionError: The model lacks the layers for adapters.
-        EMoEError: The method does not fit the model.
+        EMoEError: The weights are missing or damaged, or the method does not fit the model.
     """
     layers = (spec["method"]["config"] or {}).get("layers")
     model = build_empty_language_model(spec["model"], layers) if empty else load_language_model(spec["model"])
@@ -120,15 +113,7 @@ def build_language_model(
 
 
 def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
-    """Load and convert an encoder-decoder model, and train all of it.
-
-    Args:
-        spec: The spec of a run on several tasks.
-
-    Raises:
-        DataError: The weights are missing or damaged.
-        EMoEError: The method does not fit the model.
-    """
+    """Load and convert an encoder-decoder model, given the spec of a run on several tasks, which trains all of it."""
     model = load_seq2seq(spec["model"])
     return _convert(model, model, source_of(spec["model"], model), spec)
 
@@ -142,19 +127,18 @@ def _convert(
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
     """Convert and adapt a model's network, which is the model itself or one of its modules."""
-    seed, tune = spec["seed"], spec["method"]["tune"]
-    dense, embeddings = _count(model), _embedding_parameters(model)
-    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.in_projections()) + 1) for ffn in find_ffns(network))
-    frozen = spec["training"].get("frozen_layers")
-    prefix = Prefix(model, network, frozen) if frozen else None
-    if frozen:
-        # planning cannot resolve layers such as ``last:2``
-        check_frozen({"frozen_layers": frozen}, spec["method"], "the model", len(find_ffns(network)))
+    seed, tune, training = spec["seed"], spec["method"]["tune"], spec["training"]
+    dense, embeddings, ffns = _count(model), _embedding_parameters(model), find_ffns(network)
+    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.in_projections()) + 1) for ffn in ffns)
+    prefix = None
+    if training.get("frozen_layers"):
+        check_frozen(training, spec["method"], "the model", len(ffns))  # planning cannot resolve ``last:2``
+        prefix = Prefix(model, network, training["frozen_layers"])
     report = apply_method_(network, spec["method"], seed, calibration, partition)
     adapters, groups = None, cast(Groups, {})
     if tune is not None:
         names = prefix.names if prefix else frozenset()
-        adapters, groups = tune_(cast(PreTrainedModel, network), spec["training"].get("lora"), tune, seed, names)
+        adapters, groups = tune_(cast(PreTrainedModel, network), training.get("lora"), tune, seed, names)
     if prefix:
         prefix.freeze_()
     use_sparse_(model)

@@ -91,24 +91,18 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, which pads on the right, with the end token if it has no padding token (GPT-2)."""
     if "config" in model:
         name = model["tokenizer"]
-        borrowed = load_tokenizer(load_models()[name].spec(name))
-        if borrowed.eos_token is None:  # BERT's, for a decoder
-            borrowed.bos_token, borrowed.eos_token = borrowed.cls_token, borrowed.sep_token
-        return borrowed
-    with loading_errors(model):
-        folder = str(_model_folder(model))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(load_models()[name].spec(name))
+        if tokenizer.eos_token is None:  # BERT's, for a decoder
+            tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+    else:
+        with loading_errors(model):
+            tokenizer = AutoTokenizer.from_pretrained(str(_model_folder(model)), trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder, depending on the other rows of the batch
     tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def load_seq2seq_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of an encoder-decoder; another model's tokenizer gets the same inputs."""
-    tokenizer = load_tokenizer(model)
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if model.get("modality") == "seq2seq":  # T5 takes no others; BERT's tokenizer gives more
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
 
