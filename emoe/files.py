@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from emoe.architectures import find_ffns
 from emoe.errors import CheckpointError, ConversionError
 
 STOCK_CONFIG_FILE = "config.json"
@@ -231,29 +230,16 @@ def _load_with_transformers(
         model, info = loader.from_pretrained(str(folder), **{"trust_remote_code": False, **options, **fixed})
     expected = restored(model) if restored else set()
     missing = set(info["missing_keys"]) - expected
-    lacking = _saved_by_writer(model, folder, missing) if missing and new_head else missing
-    if restored and missing > lacking:
-        drawn = ", ".join(sorted(missing - lacking))
-        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, drawn)
-    body = f"{model.base_model_prefix}." if options.get("ignore_mismatched_sizes") else ""
-    lacking |= {name for name, *_ in info["mismatched_keys"] if name.startswith(body)} - expected
-    _check_complete(lacking, folder)
+    mismatched = {name for name, *_ in info["mismatched_keys"]} - expected
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    heads = {name for name in missing | mismatched if not name.startswith(body) or ".pooler." in f".{name}"}
+    writer = (read_settings(folder).get("architectures") or [""])[0]
+    drawn = missing & heads if new_head and writer != type(model).__name__ else set()
+    if restored and drawn:
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, ", ".join(sorted(drawn)))
+    resized = mismatched & heads if options.get("ignore_mismatched_sizes") else set()
+    _check_complete((missing | mismatched) - drawn - resized, folder)
     return cast(nn.Module, model)
-
-
-def _saved_by_writer(model: nn.Module, folder: Path, missing: set[str]) -> set[str]:
-    """Return the missing tensors that the class of the checkpoint has. The others belong to a new head."""
-    import transformers
-
-    name = (read_settings(folder).get("architectures") or [""])[0]
-    base: Any = type(cast(Any, model).base_model)
-    writer: Any = type(model) if name == type(model).__name__ else getattr(transformers, name, base)
-    with torch.device("meta"):
-        saved = writer(writer.config_class.from_pretrained(str(folder))).state_dict()
-    prefix = f"{base.base_model_prefix}."
-    bare_names = {name.removeprefix(prefix) for name in saved}
-    ffns = tuple(f"{ffn.name}." for ffn in find_ffns(model))  # a class of another architecture has other names
-    return {name for name in missing if name.removeprefix(prefix) in bare_names or name.startswith(ffns)}
 
 
 def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn.Module:

@@ -62,7 +62,7 @@ def build_classifier(
     model = load_classifier(
         spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
     )
-    return _convert(model, model, source_of(spec["model"], model), spec, calibration, partition)
+    return _make_trainable(model, model, source_of(spec["model"], model), spec, calibration, partition)
 
 
 def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainable:
@@ -76,7 +76,7 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainab
     dropout = spec["hparams"].get("vit_dropout", 0.0)  # not every registry has it
     head_seed = derive_seed("head", spec["seed"])
     model = load_image_classifier(spec["model"], num_classes, size, drop_path, head_seed, dropout)
-    return _convert(model, model.network, model.source, spec)
+    return _make_trainable(model, model.network, model.source, spec)
 
 
 def build_language_model(
@@ -101,7 +101,7 @@ def build_language_model(
     model = build_empty_language_model(spec["model"], layers) if empty else load_language_model(spec["model"])
     # the digest of quantised weights depends on the machine
     source = source_of(spec["model"], model, with_digest=not empty and "quantize" not in spec["model"])
-    trainable = _convert(model, model, source, spec, calibration, partition)
+    trainable = _make_trainable(model, model, source, spec, calibration, partition)
     if "quantize" in spec["model"]:
         cast(Any, model)._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
     elif not torch.cuda.is_available():
@@ -115,10 +115,10 @@ def build_language_model(
 def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
     """Load and convert an encoder-decoder model, given the spec of a run on several tasks, which trains all of it."""
     model = load_seq2seq(spec["model"])
-    return _convert(model, model, source_of(spec["model"], model), spec)
+    return _make_trainable(model, model, source_of(spec["model"], model), spec)
 
 
-def _convert(
+def _make_trainable(
     model: nn.Module,
     network: nn.Module,
     source: Mapping[str, Any],
