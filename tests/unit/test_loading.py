@@ -39,6 +39,7 @@ LOADERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "language": ("gpt2", loading.load_language_model),
     "seq2seq": ("t5", loading.load_seq2seq),
     "image": ("dinov2", lambda model: load_image_classifier(model, 3, 28, 0.0, 0)),
+    "timm": ("test_vit", lambda model: load_image_classifier({**model, "timm": "test_vit"}, 3, 160, 0.0, 0)),
     "tokenizer": ("gpt2", loading.load_tokenizer),
 }
 
@@ -103,6 +104,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder, ["bert-base-cased", "gpt2"])
     write_seq2seq(folder, "t5", 2)
     tiny_models.build("dinov2").save_pretrained(folder / "dinov2")
+    (folder / "test_vit").mkdir()
+    save_file(timm.create_model("test_vit").state_dict(), folder / "test_vit" / WEIGHTS)
     return folder
 
 
@@ -121,7 +124,7 @@ def model_root(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         *((damage, "classifier") for damage in DAMAGE if damage != "no head" and "tokenizer" not in damage),
         *((damage, "tokenizer") for damage in DAMAGE if "tokenizer" in damage),
         ("no head", "language"),
-        *((damage, "image") for damage in DAMAGE if "tensor" in damage),
+        *((damage, kind) for damage in DAMAGE if "tensor" in damage for kind in ("image", "timm")),
         *(("code of its own", kind) for kind in ("backbone", "language", "seq2seq", "image")),
     ],
 )
