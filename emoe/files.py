@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from emoe.architectures import find_ffns
 from emoe.errors import CheckpointError, ConversionError
 
 STOCK_CONFIG_FILE = "config.json"
@@ -192,15 +191,17 @@ def check_loadable(folder: Path) -> None:
     Weights(folder)  # names a damaged file, which the libraries do not
 
 
-def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, **options: Any) -> nn.Module:
+def load_stock(
+    loader: Any, folder: Path, *, restored: Restored | None = None, new_head: bool = True, **options: Any
+) -> nn.Module:
     """Load a checkpoint with its own library: safetensors only, and no code of the checkpoint.
 
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint (raises :class:`CheckpointError` if it is damaged or another model's).
-        restored: function that names the tensors that the caller loads later. All others must be stored, except a new
-            head of transformers.
-        **options: options of the loader.
+        restored: function that names the tensors that the caller loads later. All others must be stored.
+        new_head: accept a transformers checkpoint without the weights of the model's head.
+        **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another shape.
     """
     check_loadable(folder)
     is_transformers = hasattr(loader, "from_pretrained")
@@ -209,7 +210,7 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
         return _load_state(loader(**options), folder, restored)  # errors in the user's function are not caught
     try:
         if is_transformers:
-            return _load_with_transformers(loader, folder, restored, options)
+            return _load_with_transformers(loader, folder, restored, new_head, options)
         # timm 1.0.20 cannot choose among several safetensors files
         by_timm = restored is None and len(list(folder.glob("*.safetensors"))) == 1
         model = loader(f"local-dir:{folder}", pretrained=by_timm, **options)
@@ -220,36 +221,25 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
         raise CheckpointError(f"{folder} cannot be loaded by {loader.__name__}: {one_line(error)}") from error
 
 
-def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None, options: dict[str, Any]) -> nn.Module:
+def _load_with_transformers(
+    loader: Any, folder: Path, restored: Restored | None, new_head: bool, options: dict[str, Any]
+) -> nn.Module:
     # mismatched sizes are checked below, because the error of transformers does not name them
     fixed = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet() if restored else nullcontext():  # transformers would report what the caller restores
         model, info = loader.from_pretrained(str(folder), **{"trust_remote_code": False, **options, **fixed})
     expected = restored(model) if restored else set()
     missing = set(info["missing_keys"]) - expected
-    lacking = _saved_by_writer(model, folder, missing) if missing else set()
-    new_head = sorted(missing - lacking)
-    if restored and new_head:
-        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, ", ".join(new_head))
-    if not options.get("ignore_mismatched_sizes"):
-        lacking |= {name for name, *_ in info["mismatched_keys"]} - expected
-    _check_complete(lacking, folder)
+    mismatched = {name for name, *_ in info["mismatched_keys"]} - expected
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    heads = {name for name in missing | mismatched if not name.startswith(body) or ".pooler." in f".{name}"}
+    writer = (read_settings(folder).get("architectures") or [""])[0]
+    drawn = missing & heads if new_head and writer != type(model).__name__ else set()
+    if restored and drawn:
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, ", ".join(sorted(drawn)))
+    resized = mismatched & heads if options.get("ignore_mismatched_sizes") else set()
+    _check_complete((missing | mismatched) - drawn - resized, folder)
     return cast(nn.Module, model)
-
-
-def _saved_by_writer(model: nn.Module, folder: Path, missing: set[str]) -> set[str]:
-    """Return the missing tensors that the class of the checkpoint has. The others belong to a new head."""
-    import transformers
-
-    name = (read_settings(folder).get("architectures") or [""])[0]
-    base: Any = type(cast(Any, model).base_model)
-    writer: Any = type(model) if name == type(model).__name__ else getattr(transformers, name, base)
-    with torch.device("meta"):
-        saved = writer(writer.config_class.from_pretrained(str(folder))).state_dict()
-    prefix = f"{base.base_model_prefix}."
-    bare_names = {name.removeprefix(prefix) for name in saved}
-    ffns = tuple(f"{ffn.name}." for ffn in find_ffns(model))  # a class of another architecture has other names
-    return {name for name in missing if name.removeprefix(prefix) in bare_names or name.startswith(ffns)}
 
 
 def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn.Module:

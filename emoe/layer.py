@@ -74,10 +74,6 @@ class RoutedActivation(nn.Module):
         self.train(ffn.parents[ffn.spec.activation].training)
         ffn.replace(ffn.spec.activation, self)
 
-    def configure_(self, config: EMoEConfig | GMoEConfig) -> None:
-        """Set another configuration of the same experts."""
-        self.config = self.router.config = config
-
     @property
     def backend(self) -> str:
         """``masked``, or ``sparse`` if the out-projection computes the whole FFN (:func:`emoe.set_backend_`)."""

@@ -130,5 +130,5 @@ def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any
     # validate all configurations before the first layer changes
     configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
     for layer, config in zip(layers, configs, strict=True):
-        layer.configure_(config)
+        layer.config = layer.router.config = config
     update_mark_(model)

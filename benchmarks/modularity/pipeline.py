@@ -18,7 +18,7 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
-from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
+from benchmarks.harness.models.loading import load_backbone, load_tokenizer, source_of
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import loads_by_row
 from benchmarks.modularity.definition import EXPERTS, ModularitySpec
@@ -51,7 +51,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     splits = {task.name: load(task, "test") for task in (read.task, *read.ood)}
     tokenizer, model = load_tokenizer(spec["model"]), load_backbone(spec["model"])
     model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
+    source = source_of(spec["model"], model)
     (layer,) = spec["method"]["config"]["layers"]
     tokenise = partial(
         TokenisedRows, tokenizer=tokenizer, max_length=read.reading.max_length, by_length=False, labelled=False

@@ -20,7 +20,7 @@ from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_seq2seq
-from benchmarks.harness.models.loading import load_seq2seq_tokenizer
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
@@ -54,7 +54,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     splits = {task.name: _splits(task, read.training, load) for task in read.task.tasks}
     ood = {other.name: load(other, "test", read.training.eval_rows) for other in read.ood}
 
-    tokenizer = load_seq2seq_tokenizer(spec["model"])
+    tokenizer = load_tokenizer(spec["model"])
     trainable = build_seq2seq(spec)
     trainer = MultitaskTrainer(trainable, tokenizer, read, splits, folder, progress)
     epochs, kept = trainer.fit()

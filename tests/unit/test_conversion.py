@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch import nn
 
 import emoe
-from benchmarks.harness.models.partitions import load_partition, partition_key, save_partition
 from tests import tiny_models
 from tests.model_folders import assert_same
 from tests.plain_net import plain_net
@@ -61,18 +58,6 @@ def test_partition_kinds_differ_and_are_reproducible() -> None:
     assert not torch.equal(orders["random"][1], orders["random"][3])
     other = emoe.partition(model, dataclasses.replace(CONFIG, partition="random", partition_seed=1))
     assert not torch.equal(other[1], orders["random"][1])
-
-
-def test_partitions_are_cached_by_content(tmp_path: Path) -> None:
-    model, same, other = (tiny_models.build("bert", seed=seed) for seed in (0, 0, 1))
-    assert partition_key(model, CONFIG) == partition_key(same, dataclasses.replace(CONFIG, top_k=4))
-    assert partition_key(model, CONFIG) != partition_key(other, CONFIG)
-    partition, path = emoe.partition(model, CONFIG), tmp_path / "p.safetensors"
-    save_partition(partition, path)
-    assert_same(dict(load_partition(path)), dict(partition))
-    save_file({"layer.1": torch.zeros(64, dtype=torch.int64)}, path)  # no permutation
-    with pytest.raises(emoe.CheckpointError, match=r"layer\.1"):
-        load_partition(path)
 
 
 def put_norm_between(_bert: Any) -> None:

@@ -39,6 +39,7 @@ LOADERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "language": ("gpt2", loading.load_language_model),
     "seq2seq": ("t5", loading.load_seq2seq),
     "image": ("dinov2", lambda model: load_image_classifier(model, 3, 28, 0.0, 0)),
+    "timm": ("test_vit", lambda model: load_image_classifier({**model, "timm": "test_vit"}, 3, 160, 0.0, 0)),
     "tokenizer": ("gpt2", loading.load_tokenizer),
 }
 
@@ -89,6 +90,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a tensor has another shape": (WEIGHTS, change_tensor(lambda tensors, name: tensors.update({name: ROW}))),
     "no settings": (CONFIG, Path.unlink),
     "settings are no JSON": (CONFIG, lambda path: path.write_text("{")),
+    "no head": (CONFIG, edit_config(architectures=["GPT2Model"], tie_word_embeddings=False)),
     "code of its own": (CONFIG, ask_for_code),
     "attention from a hub": (CONFIG, edit_config(attn_implementation="kernels-community/flash-attn2")),
     "cut tokenizer": ("tokenizer.json", cut),
@@ -102,6 +104,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder, ["bert-base-cased", "gpt2"])
     write_seq2seq(folder, "t5", 2)
     tiny_models.build("dinov2").save_pretrained(folder / "dinov2")
+    (folder / "test_vit").mkdir()
+    save_file(timm.create_model("test_vit").state_dict(), folder / "test_vit" / WEIGHTS)
     return folder
 
 
@@ -117,7 +121,10 @@ def model_root(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("damage", "kind"),
     [
-        *((damage, "tokenizer" if "tokenizer" in damage else "classifier") for damage in DAMAGE),
+        *((damage, "classifier") for damage in DAMAGE if damage != "no head" and "tokenizer" not in damage),
+        *((damage, "tokenizer") for damage in DAMAGE if "tokenizer" in damage),
+        ("no head", "language"),
+        *((damage, kind) for damage in DAMAGE if "tensor" in damage for kind in ("image", "timm")),
         *(("code of its own", kind) for kind in ("backbone", "language", "seq2seq", "image")),
     ],
 )
@@ -156,7 +163,7 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(model_root: Path, monkey
 
     monkeypatch.setattr(loading, "snapshot_download", download)
     model = {"name": "bert", "hub": "somebody/bert", "revision": "main"}
-    assert loading.describe(model, loading.load_backbone(model)) == f"somebody/bert@{commit} (not pinned)"
+    assert loading.source_of(model, loading.load_backbone(model))["from"] == f"somebody/bert@{commit} (not pinned)"
     assert requests == [("somebody/bert", "main")]
 
 

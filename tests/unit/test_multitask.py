@@ -14,7 +14,7 @@ from benchmarks.harness.base import RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import run_from_spec
-from benchmarks.harness.models.loading import load_seq2seq, load_seq2seq_tokenizer
+from benchmarks.harness.models.loading import load_seq2seq, load_tokenizer
 from benchmarks.harness.report.presentation import present
 from benchmarks.multitask.definition import LearnedTask
 from benchmarks.multitask.pipeline import MixedOrder, log_likelihoods, tokenise_answers
@@ -32,7 +32,7 @@ def task(name: str, prefix: str | None = None) -> LearnedTask:
 
 
 def test_answers_are_the_names_of_classes_with_their_end() -> None:
-    tokenizer = load_seq2seq_tokenizer(TINY)
+    tokenizer = load_tokenizer(TINY)
     tokens = tokenise_answers(tokenizer, task("rte"))
     assert [tokenizer.decode(answer[:-1]) for answer in tokens] == ["entailment", "not _ entailment"]
     assert {answer[-1] for answer in tokens} == {tokenizer.eos_token_id}
@@ -43,7 +43,7 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
 
 @torch.no_grad()
 def test_likelihoods_equal_those_of_decoding_token_by_token() -> None:
-    model, tokenizer = load_seq2seq(TINY).eval(), load_seq2seq_tokenizer(TINY)
+    model, tokenizer = load_seq2seq(TINY).eval(), load_tokenizer(TINY)
     possible, texts = tokenise_answers(tokenizer, task("rte")), ["a fine film", "rain"]
     assert len({len(answer) for answer in possible}) == 2  # one is padded
     ranked = log_likelihoods(model, dict(tokenizer(texts, padding=True, return_tensors="pt")), possible)

@@ -19,20 +19,13 @@ from benchmarks.harness.models.conversion import apply_method_, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.loading import (
     build_empty_language_model,
-    describe,
     load_backbone,
     load_classifier,
     load_language_model,
     load_seq2seq,
-    weights_digest,
+    source_of,
 )
-from benchmarks.harness.models.partitions import (
-    cached_partition,
-    load_partition,
-    partition_key,
-    save_partition,
-    split_by_layer,
-)
+from benchmarks.harness.models.partitions import cached_partition, load_partition, partition_keys, save_partition
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
@@ -69,8 +62,7 @@ def build_classifier(
     model = load_classifier(
         spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
     )
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model)}
-    return _convert(model, model, source, spec, calibration, partition)
+    return _make_trainable(model, model, source_of(spec["model"], model), spec, calibration, partition)
 
 
 def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainable:
@@ -80,16 +72,11 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainab
         spec: The spec of a run that trains on images.
         num_classes: The number of classes of the set.
     """
-    training = spec["training"]
-    model = load_image_classifier(
-        spec["model"],
-        num_classes,
-        training["image_size"],
-        training["drop_path"],
-        derive_seed("head", spec["seed"]),
-        spec["hparams"].get("vit_dropout", 0.0),  # not every registry has it
-    )
-    return _convert(model, model.network, model.source, spec)
+    size, drop_path = spec["training"]["image_size"], spec["training"]["drop_path"]
+    dropout = spec["hparams"].get("vit_dropout", 0.0)  # not every registry has it
+    head_seed = derive_seed("head", spec["seed"])
+    model = load_image_classifier(spec["model"], num_classes, size, drop_path, head_seed, dropout)
+    return _make_trainable(model, model.network, model.source, spec)
 
 
 def build_language_model(
@@ -108,16 +95,13 @@ def build_language_model(
         empty: Leave the weights uninitialised: another process sends them.
 
     Raises:
-        DataError: The weights are missing or damaged.
-        DefinitionError: The model lacks the layers for adapters.
-        EMoEError: The method does not fit the model.
+        EMoEError: The weights are missing or damaged, or the method does not fit the model.
     """
     layers = (spec["method"]["config"] or {}).get("layers")
     model = build_empty_language_model(spec["model"], layers) if empty else load_language_model(spec["model"])
     # the digest of quantised weights depends on the machine
-    has_digest = not empty and "quantize" not in spec["model"]
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model) if has_digest else ""}
-    trainable = _convert(model, model, source, spec, calibration, partition)
+    source = source_of(spec["model"], model, with_digest=not empty and "quantize" not in spec["model"])
+    trainable = _make_trainable(model, model, source, spec, calibration, partition)
     if "quantize" in spec["model"]:
         cast(Any, model)._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
     elif not torch.cuda.is_available():
@@ -129,21 +113,12 @@ def build_language_model(
 
 
 def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
-    """Load and convert an encoder-decoder model, and train all of it.
-
-    Args:
-        spec: The spec of a run on several tasks.
-
-    Raises:
-        DataError: The weights are missing or damaged.
-        EMoEError: The method does not fit the model.
-    """
+    """Load and convert an encoder-decoder model, given the spec of a run on several tasks, which trains all of it."""
     model = load_seq2seq(spec["model"])
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
-    return _convert(model, model, source, spec)
+    return _make_trainable(model, model, source_of(spec["model"], model), spec)
 
 
-def _convert(
+def _make_trainable(
     model: nn.Module,
     network: nn.Module,
     source: Mapping[str, Any],
@@ -152,19 +127,18 @@ def _convert(
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
     """Convert and adapt a model's network, which is the model itself or one of its modules."""
-    seed, tune = spec["seed"], spec["method"]["tune"]
-    dense, embeddings = _count(model), _embedding_parameters(model)
-    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.in_projections()) + 1) for ffn in find_ffns(network))
-    frozen = spec["training"].get("frozen_layers")
-    prefix = Prefix(model, network, frozen) if frozen else None
-    if frozen:
-        # planning cannot resolve layers such as ``last:2``
-        check_frozen({"frozen_layers": frozen}, spec["method"], "the model", len(find_ffns(network)))
+    seed, tune, training = spec["seed"], spec["method"]["tune"], spec["training"]
+    dense, embeddings, ffns = _count(model), _embedding_parameters(model), find_ffns(network)
+    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.in_projections()) + 1) for ffn in ffns)
+    prefix = None
+    if training.get("frozen_layers"):
+        check_frozen(training, spec["method"], "the model", len(ffns))  # planning cannot resolve ``last:2``
+        prefix = Prefix(model, network, training["frozen_layers"])
     report = apply_method_(network, spec["method"], seed, calibration, partition)
     adapters, groups = None, cast(Groups, {})
     if tune is not None:
         names = prefix.names if prefix else frozenset()
-        adapters, groups = tune_(cast(PreTrainedModel, network), spec["training"].get("lora"), tune, seed, names)
+        adapters, groups = tune_(cast(PreTrainedModel, network), training.get("lora"), tune, seed, names)
     if prefix:
         prefix.freeze_()
     use_sparse_(model)
@@ -260,7 +234,7 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     config = EMoEConfig.from_dict(content["config"])
     partition = cached_partition(model, config)
     receipt = {
-        "partitions": {layer: partition_key(model, single) for layer, single in split_by_layer(model, config)},
+        "partitions": partition_keys(model, config),
         "explained": partition.explained,
         "seconds": partition.seconds,
         **content,

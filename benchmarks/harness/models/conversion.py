@@ -13,7 +13,7 @@ from torch import nn
 import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.partitions import cached_partition
-from emoe.config import EMoEConfig, GMoEConfig
+from emoe.config import EMoEConfig
 from emoe.layer import routed_layers
 
 _HEADS = {"classifier", "score"}  # transformers' names of new heads
@@ -40,30 +40,30 @@ def apply_method_(
     """
     if method["noise"]:
         noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
-    if method["config"] is None:
-        return None
-    return _convert_(model, emoe.config_from_dict(method["config"]), calibration, partition)
+    return None if method["config"] is None else _convert_(model, method["config"], calibration, partition)
 
 
 def _convert_(
     model: nn.Module,
-    config: EMoEConfig | GMoEConfig,
+    settings: Mapping[str, Any],
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> emoe.ConversionReport:
+    config = emoe.config_from_dict(settings)
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
-    if config.router == "fixed":  # fixes the experts that avg-k uses most
-        report = _convert_(model, dataclasses.replace(config, router="avg_k"), calibration, partition)
-        # a rebuilt model loads its counts later
-        unknown = torch.ones(config.num_experts, dtype=torch.int64)
-        usage = dict.fromkeys(partition, unknown) if partition is not None else _count_usage(model, calibration)
-        emoe.fix_experts_(model, usage)
-        return report
+    saved, is_fixed = partition, config.router == "fixed"
+    if is_fixed:  # fixes the experts that avg-k uses most
+        config = dataclasses.replace(config, router="avg_k")
     if partition is None and config.partition == "kmeans":
         partition = cached_partition(model, config)
-    counts = partition is None and config.partition == "coactivation"
-    return emoe.convert_(model, config, partition=partition, calibration=calibration if counts else None)
+    needs_rows = partition is None and config.partition == "coactivation"
+    report = emoe.convert_(model, config, partition=partition, calibration=calibration if needs_rows else None)
+    if is_fixed:
+        # a rebuilt model loads its counts later
+        unknown = torch.ones(config.num_experts, dtype=torch.int64)
+        emoe.fix_experts_(model, _count_usage(model, calibration) if saved is None else dict.fromkeys(saved, unknown))
+    return report
 
 
 def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None:
@@ -71,7 +71,7 @@ def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None
     if config is None:
         emoe.to_dense_(model)
     else:
-        _convert_(model, emoe.config_from_dict(config))
+        _convert_(model, config)
         use_sparse_(model)
 
 

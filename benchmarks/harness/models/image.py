@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,21 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
-from benchmarks.harness.base import DefinitionError, derive_seed
+from benchmarks.harness.base import DataError, DefinitionError, derive_seed
 from benchmarks.harness.models.loading import (
-    check_stored,
     describe,
     load_config,
     load_pretrained,
     loading_errors,
+    source_of,
     weights_digest,
 )
-from benchmarks.harness.sources.hub import cached_commit, hub_name
+from benchmarks.harness.sources.hub import cached_commit
 from benchmarks.harness.sources.local import user_model_folder
-from emoe.files import read_tensors
+from emoe.files import WEIGHT_FILES, read_tensors
 
 _DEVIATION = 0.02  # timm truncates at 100 deviations, that is, never
-_ANY_CLASSES = 2  # for a network whose head is not used
 
 
 class ImageClassifier(nn.Module):
@@ -55,7 +53,7 @@ class ImageClassifier(nn.Module):
 
 def load_image_network(model: Mapping[str, Any]) -> nn.Module:
     """Load the pre-trained network, to cluster its neurons."""
-    return load_image_classifier(model, _ANY_CLASSES, None, 0.0, 0).network
+    return load_image_classifier(model, num_classes=2, image_size=None, drop_path=0.0, seed=0).network
 
 
 def load_image_classifier(
@@ -111,8 +109,7 @@ def _load_transformers(
     network = load_pretrained(
         AutoModelForImageClassification, model, dtype=torch.float32, ignore_mismatched_sizes=True, **options
     )
-    check_stored(network.base_model, Path(str(network.name_or_path)), model["name"])
-    return network, {"from": describe(model, network), "weights": weights_digest(network.base_model)}
+    return network, source_of(model, network)
 
 
 def _load_timm(
@@ -122,22 +119,19 @@ def _load_timm(
 
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
     repository, revision, folder = f"timm/{model['timm']}", model.get("revision"), user_model_folder(model)
-    is_random = model.get("random", False)
-    from_hub = folder is None and not is_random
-    if from_hub and revision:
+    is_random = "random" in model
+    if revision and not folder:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{revision}"}
     with loading_errors(model):
-        network: Any = timm.create_model(model["timm"], pretrained=from_hub, **options)
+        network: Any = timm.create_model(model["timm"], pretrained=not is_random and not folder, **options)
         if is_random:
-            origin = "random weights"
             _draw_(network, derive_seed("random weights", model["name"]))
         elif folder:
-            origin = str(folder)
-            check_stored(network, folder, model["name"])
-            network.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)  # without the head
-        else:
-            origin = hub_name(repository, revision, cached_commit(repository, "model.safetensors", revision))
-    source = {"from": origin, "weights": weights_digest(network)}
+            missing, _ = network.load_state_dict(read_tensors(folder / WEIGHT_FILES[0]), strict=False)  # but the head
+            if missing:
+                raise DataError(f"the weights in {folder} lack '{missing[0]}' of '{model['name']}'")
+    commit = cached_commit(repository, WEIGHT_FILES[0], revision)
+    source = {"from": describe(model, commit), "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions
     torch.manual_seed(seed)

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -38,7 +37,7 @@ from benchmarks.harness.sources.packages import package_folder
 from emoe.architectures import FFN, find_ffns
 from emoe.config import resolve_layers
 from emoe.errors import CheckpointError
-from emoe.files import DOWNLOADED, Weights, load_stock, one_line, tensor_digest
+from emoe.files import DOWNLOADED, load_stock, one_line, tensor_digest
 
 
 def _model_folder(model: Mapping[str, Any]) -> Path:
@@ -61,14 +60,14 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> Pr
     Args:
         loader: The auto class of transformers.
         model: The resolved entry of ``models.yaml``; with ``config`` the weights are random.
-        **options: Options of the loader.
+        **options: Options of :func:`emoe.files.load_stock`.
 
     Raises:
         DataError: The weights are missing, damaged, pickled or another model's.
     """
     if "config" in model:
         torch.manual_seed(derive_seed("random weights", model["name"]))
-        return cast(PreTrainedModel, loader.from_config(load_config(model), **options))
+        return cast(PreTrainedModel, loader.from_config(load_config(model), dtype=options["dtype"]))
     with loading_errors(model):
         return cast(PreTrainedModel, load_stock(loader, _model_folder(model), **options))
 
@@ -88,42 +87,22 @@ def loading_errors(model: Mapping[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def check_stored(network: nn.Module, folder: Path, name: str) -> None:
-    """Raise :class:`DataError` if a folder lacks a parameter of a network, or has it in another shape."""
-    shapes = {key: parameter.shape for key, parameter in network.named_parameters()}  # tied ones once
-    stored = Weights(folder)
-    names = stored.find(network, shapes)
-    stored_shapes: dict[str, list[int]] = {}
-    for path in set(stored.files.values()):
-        with safe_open(path, framework="pt") as file:
-            stored_shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    for key, shape in shapes.items():
-        if key not in names or stored_shapes[names[key]] != list(shape):
-            raise DataError(f"{folder} does not hold the weights of '{name}': '{key}' is missing or has another shape")
-
-
 def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, which pads on the right, with the end token if it has no padding token (GPT-2)."""
     if "config" in model:
         name = model["tokenizer"]
-        borrowed = load_tokenizer(load_models()[name].spec(name))
-        if borrowed.eos_token is None:  # BERT's, for a decoder
-            borrowed.bos_token, borrowed.eos_token = borrowed.cls_token, borrowed.sep_token
-        return borrowed
-    with loading_errors(model):
-        folder = str(_model_folder(model))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(load_models()[name].spec(name))
+        if tokenizer.eos_token is None:  # BERT's, for a decoder
+            tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+    else:
+        with loading_errors(model):
+            tokenizer = AutoTokenizer.from_pretrained(str(_model_folder(model)), trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder, depending on the other rows of the batch
     tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def load_seq2seq_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of an encoder-decoder; another model's tokenizer gets the same inputs."""
-    tokenizer = load_tokenizer(model)
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if model.get("modality") == "seq2seq":  # T5 takes no others; BERT's tokenizer gives more
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
 
@@ -169,10 +148,7 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
 
 def load_seq2seq(model: Mapping[str, Any]) -> PreTrainedModel:
     """Load a pre-trained encoder-decoder with its language-modelling head, in float32 (raises :class:`DataError`)."""
-    loaded = load_pretrained(AutoModelForSeq2SeqLM, model, dtype=torch.float32)
-    if "config" not in model:
-        check_stored(loaded, Path(str(loaded.name_or_path)), model["name"])
-    return loaded
+    return load_pretrained(AutoModelForSeq2SeqLM, model, dtype=torch.float32, new_head=False)
 
 
 def load_language_model(model: Mapping[str, Any]) -> PreTrainedModel:
@@ -182,11 +158,8 @@ def load_language_model(model: Mapping[str, Any]) -> PreTrainedModel:
         model: The resolved entry of ``models.yaml``. Optional keys: ``weights`` (the dtype, ``fp32`` by default),
             ``quantize``, and ``whole`` (layers whose FFNs are not quantised).
     """
-    options: dict[str, Any] = {"quantization_config": _four_bit(model)} if "quantize" in model else {}
-    loaded = load_pretrained(AutoModelForCausalLM, model, dtype=_dtype(model), **options)
-    if "config" not in model and not options:
-        check_stored(loaded, Path(str(loaded.name_or_path)), model["name"])
-    return loaded
+    options = {"quantization_config": _four_bit(model)} if "quantize" in model else {}
+    return load_pretrained(AutoModelForCausalLM, model, dtype=_dtype(model), new_head=False, **options)
 
 
 def _dtype(model: Mapping[str, Any]) -> torch.dtype:
@@ -229,9 +202,15 @@ def _four_bit(model: Mapping[str, Any]) -> BitsAndBytesConfig:
     )
 
 
-def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
-    """Describe the source of the weights for the record: folder, package, or hub id with its commit."""
-    if "config" in model:
+def source_of(model: Mapping[str, Any], loaded: PreTrainedModel, *, with_digest: bool = True) -> dict[str, str]:
+    """Describe the weights of a loaded model for the record: their source, and their digest without the head's."""
+    digest = weights_digest(loaded.base_model) if with_digest else ""
+    return {"from": describe(model, Path(str(loaded.name_or_path)).name), "weights": digest}
+
+
+def describe(model: Mapping[str, Any], commit: str | None) -> str:
+    """Name the source of a model's weights: folder, package, or hub id with the ``commit`` that was read."""
+    if "config" in model or "random" in model:
         return "random weights"
     if folder := user_model_folder(model):
         return str(folder)
@@ -239,7 +218,7 @@ def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
         return f"package {model['package']}"
     if "rebuilt" in model:
         return f"rebuilt from the package {model['rebuilt']}"
-    return hub_name(model["hub"], model.get("revision"), Path(str(loaded.name_or_path)).name)
+    return hub_name(model.get("hub", f"timm/{model.get('timm')}"), model.get("revision"), commit)
 
 
 def weights_digest(model: nn.Module) -> str:

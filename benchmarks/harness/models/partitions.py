@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
 from pathlib import Path
 
 from torch import nn
 
 import emoe
-from benchmarks.harness.base import PARTITIONS
+from benchmarks.harness.base import PARTITIONS, atomic_write
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig, resolve_layers
-from emoe.errors import CheckpointError, ConversionError
+from emoe.errors import CheckpointError
 from emoe.files import read_metadata, read_tensors, tensor_digest, write_tensors
 from emoe.partitioning import Partition, is_permutation, join_partitions
 
 # Part of every cache key. Increase it if the same settings give another partition.
-ALGORITHM_VERSION = 2
+_ALGORITHM_VERSION = 2
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
@@ -29,48 +27,36 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
     The cache is keyed by content, never by name.
     """
     partitions = []
-    for _, single in split_by_layer(model, config):
-        path = folder / f"{partition_key(model, single)}.safetensors"
+    for layer, key in partition_keys(model, config).items():
+        path = folder / f"{key}.safetensors"
         try:
             partitions.append(load_partition(path))
         except CheckpointError:  # missing or damaged
-            save_partition(emoe.partition(model, single), path)
+            save_partition(emoe.partition(model, dataclasses.replace(config, layers=[layer])), path)
             partitions.append(load_partition(path))
     return join_partitions(partitions)
 
 
-def split_by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
-    """Return the converted layers, each with its own configuration."""
-    layers = resolve_layers(config.layers, len(find_ffns(model)))  # type: ignore[arg-type]
-    return [(layer, dataclasses.replace(config, layers=[layer])) for layer in layers]
-
-
-def partition_key(model: nn.Module, config: EMoEConfig) -> str:
-    """Hash the selected FFNs' keys and all settings that determine the partition, to 16 hex digits."""
-    if config.partition == "coactivation":
-        raise ConversionError("a co-activation partition has no key: it depends on the calibration set")
+def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
+    """Hash each converted FFN's keys and all settings that determine its partition, to 16 hex digits by layer."""
     ffns = find_ffns(model)
-    settings = (ALGORITHM_VERSION, config.num_experts, config.partition, config.partition_seed)
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for index in resolve_layers(config.layers, len(ffns)):  # type: ignore[arg-type]
-        digest.update(f"{index}:{tensor_digest(ffns[index].keys())}".encode())
-    return digest.hexdigest()[:16]
+    settings = json.dumps((_ALGORITHM_VERSION, config.num_experts, config.partition, config.partition_seed))
+    layers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
+    contents = {layer: f"{settings}{layer}:{tensor_digest(ffns[layer].keys())}" for layer in layers}
+    return {layer: hashlib.sha256(content.encode()).hexdigest()[:16] for layer, content in contents.items()}
 
 
-def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
+def save_partition(partition: Partition, path: Path) -> None:
     """Write a partition as safetensors. A reader sees the old file or the complete new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"layer.{layer}": permutation.contiguous() for layer, permutation in partition.items()}
     metadata = {"explained": json.dumps(partition.explained), "seconds": json.dumps(partition.seconds)}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    write_tensors(tensors, temporary, metadata)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        write_tensors(tensors, temporary, metadata)
 
 
-def load_partition(path: str | os.PathLike[str]) -> Partition:
+def load_partition(path: Path) -> Partition:
     """Read a partition from a file (raises :class:`CheckpointError` if the file is missing or damaged)."""
-    tensors, metadata = read_tensors(Path(path)), read_metadata(Path(path))
+    tensors, metadata = read_tensors(path), read_metadata(path)
     for name, tensor in tensors.items():
         if not is_permutation(tensor, tensor.numel()):
             raise CheckpointError(f"{path}: {name} is not a permutation")

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -51,7 +51,6 @@ class Prefix:
 
     Attributes:
         names: The frozen parameters of the network.
-        layers: The number of frozen layers.
         seconds: The time spent in :meth:`output` so far.
 
     Raises:
@@ -62,16 +61,12 @@ class Prefix:
         before, blocks = _frozen_paths(network, layers)
         paths, modules = [*before, *blocks], dict(network.named_modules())
         below = tuple(f"{path}." for path in paths)
-        self.names = frozenset(
-            name for name, _ in network.named_parameters() if name in paths or name.startswith(below)
-        )
-        self.layers, self._model, self._network = layers, model, network
+        self.names = frozenset(name for name, _ in network.named_parameters() if f"{name}.".startswith(below))
+        self._model, self._network = model, network
         self._blocks = [modules[path] for path in blocks]
         self._modules = [modules[path] for path in paths if path in modules]
-        config = getattr(network, "config", None)
-        settings = {**config.to_dict(), "_name_or_path": ""} if config else {}
-        # an irrelevant difference only costs a recomputation
-        described = [type(network).__name__, json.dumps(settings, sort_keys=True, default=str), *self._modules]
+        # an irrelevant difference, such as the path of the weights, only costs a recomputation
+        described = [type(network).__name__, getattr(network, "config", ""), *self._modules]
         self._description = "\n".join(map(str, described))
         self._states: Tensor | None = None
         self.seconds = 0.0
@@ -170,7 +165,9 @@ class PrefixStates:
         self, prefix: Prefix, rows: str, lengths: Sequence[int], batch: Batch, folder: Path = PREFIXES
     ) -> None:
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        key = _key(prefix, rows, lengths)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+        contents = [_VERSION, prefix.digest, rows, device, torch.get_num_threads(), torch.__version__]
+        key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:24]
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
         with hold(folder / f".{key}.lock"):
@@ -189,10 +186,10 @@ def collate_states(
     """Return a collator that also collates the rows' prefix states, if any: padded or packed."""
 
     def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        if STATES not in rows[0]:
-            return dict(collate(rows))
-        states = [row[STATES] for row in rows]
+        states = [row[STATES] for row in rows if STATES in row]
         batch = dict(collate([{name: value for name, value in row.items() if name != STATES} for row in rows]))
+        if not states:
+            return batch
         count, tokens = batch["input_ids"].shape
         if count != len(rows):  # packed
             return {**batch, STATES: torch.cat(states)[None]}
@@ -211,29 +208,25 @@ def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _key(prefix: Prefix, rows: str, lengths: Sequence[int]) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    shapes = [_VERSION, prefix.digest, prefix.layers, rows, len(lengths), device, torch.get_num_threads()]
-    return hashlib.sha256(json.dumps([*shapes, torch.__version__]).encode()).hexdigest()[:24]
-
-
 def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch) -> None:
-    order = np.argsort(np.asarray(lengths), kind="stable").tolist()
     values: Any = None
     with atomic_write(file) as temporary:
-        start = 0
-        while start < len(order):
-            count = 1
-            # the next row would be the longest of the batch
-            while start + count < len(order) and lengths[order[start + count]] * (count + 1) <= _TOKENS_AT_ONCE:
-                count += 1
-            rows = order[start : start + count]
+        for rows in _similar_rows(lengths):
             outputs = prefix.output(batch(rows)).numpy()
             if values is None:
                 shape = (int(ends[-1]), outputs.shape[2])
                 values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
             for row, output in zip(rows, outputs, strict=True):
-                length = int(lengths[row])
-                values[ends[row] - length : ends[row]] = output[:length]
-            start += count
+                values[ends[row] - lengths[row] : ends[row]] = output[: lengths[row]]
         values.flush()
+
+
+def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the numbers of rows of similar length, with at most ``_TOKENS_AT_ONCE`` tokens after padding."""
+    rows: list[int] = []
+    for row in np.argsort(np.asarray(lengths), kind="stable").tolist():
+        if rows and lengths[row] * (len(rows) + 1) > _TOKENS_AT_ONCE:  # it would be the longest of the batch
+            yield rows
+            rows = []
+        rows.append(row)
+    yield rows

