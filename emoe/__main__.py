@@ -30,8 +30,6 @@ class _Commands(click.Group):
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            ctx.exit(130)
         except EMoEError as error:
             raise click.ClickException(str(error)) from error
         except ModuleNotFoundError as error:  # the model's library, which is not a dependency
