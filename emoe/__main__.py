@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import torch
@@ -26,18 +28,23 @@ _output = click.option("--output", type=_FOLDER, required=True, help="A new fold
 class _Commands(click.Group):
     """Report expected errors in one line."""
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
+    def main(self, args: Sequence[str] | None = None, **options: Any) -> NoReturn:  # type: ignore[override]
+        """Run a command, and exit with its status."""
+        status = 1
         try:
-            return super().invoke(ctx)
+            sys.exit(super().main(args, **{**options, "standalone_mode": False}))
+        except click.ClickException as error:
+            message, status = error.format_message(), error.exit_code
         except EMoEError as error:
-            raise click.ClickException(str(error)) from error
+            message = str(error)
         except ModuleNotFoundError as error:  # the model's library, which is not a dependency
             message = f"this needs the package '{error.name}': pip install {error.name}"
-            raise click.ClickException(message) from error
         except OSError as error:  # no permission, a full disk; the second file is the written one
             message = f"{error.filename2 or error.filename or 'a file'}: {error.strerror or error}"
-            raise click.ClickException(message) from error
+        except click.Abort:  # Ctrl-C
+            sys.exit(130)
+        click.echo(f"error: {message}", err=True)
+        sys.exit(status)
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -201,5 +208,10 @@ def build() -> None:
         raise click.ClickException(f"the kernels cannot be built: {error}; the sparse backend uses PyTorch") from error
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
     cli()
+
+
+if __name__ == "__main__":
+    main()

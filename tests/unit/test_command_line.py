@@ -48,7 +48,7 @@ def call(*arguments: object, fails: bool = False) -> str:
 def assert_refused(*arguments: object, message: str) -> None:
     """Expect one line of error, and no new folder."""
     lines = call(*arguments, fails=True).strip().splitlines()
-    assert lines[-1].startswith("Error: ")
+    assert lines[-1].startswith("error: ")
     assert message in lines[-1]
     assert not Path(str(arguments[3])).exists()
 

@@ -124,7 +124,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path) -
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.exit_code == 1
-    assert re.match(r"Error: .*File too large", result.output.splitlines()[-1])
+    assert re.match(r"error: .*File too large", result.output.splitlines()[-1])
     assert list(tmp_path.iterdir()) == [source]
 
 

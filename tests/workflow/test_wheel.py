@@ -138,4 +138,4 @@ def test_the_wheel_works_with_its_requirements_alone(environment: dict[str, str]
     assert f"{VERSION} {target}/emoe/__init__.py" in lines
     assert all(command in result.stdout for command in ("convert", "inspect", "to-dense"))
     assert lines[-1] == "ended with 1"
-    assert result.stderr.splitlines()[-1] == "Error: this needs the package 'transformers': pip install transformers"
+    assert result.stderr.splitlines()[-1] == "error: this needs the package 'transformers': pip install transformers"
