@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.domainbed.definition import (
@@ -124,6 +125,18 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             yield SetPart(name, environment, rows, labels=labels, source=image_set.source)
         total = sum(map(len, image_set.environments))
         yield SetPart(name, ALL, total, expected=entry.images, source=image_set.source)
+
+    def pipeline(self) -> ModuleType:
+        import timm  # noqa: F401  (runs import it when they build a model)
+
+        from benchmarks.domainbed import pipeline
+
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.domainbed import presentation
+
+        return presentation
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
@@ -80,6 +81,16 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     seed=seed,
                     **{"method": {"name": name, "variant": "", "config": None}, **changes.get(seed, {})},
                 )
+
+    def pipeline(self) -> ModuleType:
+        from benchmarks.glue_ood import pipeline
+
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.glue_ood import presentation
+
+        return presentation
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         settings = spec["evaluation"]

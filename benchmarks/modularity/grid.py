@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
@@ -61,6 +62,16 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
                 learning_rate=0.0,
                 seed=point["seed"],
             )
+
+    def pipeline(self) -> ModuleType:
+        from benchmarks.modularity import pipeline
+
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.modularity import presentation
+
+        return presentation
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         reading = spec["reading"]  # three passes over the rows: the dense model, its best experts, its worst

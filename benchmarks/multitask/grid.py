@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
@@ -74,6 +75,16 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
             )
+
+    def pipeline(self) -> ModuleType:
+        from benchmarks.multitask import pipeline
+
+        return pipeline
+
+    def presentation(self) -> ModuleType:
+        from benchmarks.multitask import presentation
+
+        return presentation
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
         training = spec["training"]

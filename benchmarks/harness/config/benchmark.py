@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -188,7 +187,7 @@ class Benchmark(ABC, Generic[D, E, P]):
 
     A kind is a subclass in ``grid.py`` of its package, named in benchmarks/kinds.py. It has the models of its YAML and
     the hooks :meth:`load`, :meth:`specs`, :meth:`pipeline`, :meth:`presentation`, :meth:`sets`, :meth:`tokens` and
-    :meth:`check_processes`; only the first two are required.
+    :meth:`check_processes`; only the first four are required.
 
     Attributes:
         name: The name of the folder.
@@ -266,21 +265,21 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
         return None
 
+    @abstractmethod
     def pipeline(self) -> ModuleType:
-        """Import ``pipeline.py`` of the kind's package, which executes runs.
+        """Import the module of the kind that executes runs.
 
         Its function ``run(spec, folder, progress)`` returns the content of ``metrics.json`` without the environment.
         """
-        return self._module("pipeline")
 
+    @abstractmethod
     def presentation(self) -> ModuleType:
-        """Import ``presentation.py`` of the kind's package, which makes the tables and figures of finished runs.
+        """Import the module of the kind that makes the tables and figures of finished runs.
 
         It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if each set
         has tables of its own. Its function ``present(benchmark, runs)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
-        return self._module("presentation")
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """Check that a run can be spread over several processes, with ``ddp`` or ``fsdp``.
@@ -293,10 +292,6 @@ class Benchmark(ABC, Generic[D, E, P]):
             raise RunError("only training runs of instruction tuning can use several processes")
 
     # shared by all kinds
-
-    def _module(self, name: str) -> ModuleType:
-        """Import a module of the kind's package."""
-        return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.{name}")
 
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
         """Return the methods with all their settings, for the benchmark itself or for its part of a suite.

@@ -62,7 +62,7 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Coll
     """
     tuning, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
     parameters = dict(model.named_parameters())
-    chosen = set(TUNINGS[tuning].parameters(model, layers)) if tuning else set()
+    chosen = set(TUNINGS[tuning](model, layers)) if tuning else set()
     if unknown := sorted(chosen - parameters.keys()):
         near = did_you_mean(unknown[0], parameters)
         raise DefinitionError(
