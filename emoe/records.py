@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emoe.convert import converted_layers
 from emoe.errors import ConversionError
-from emoe.layer import RoutedActivation, check_one_conversion
+from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
@@ -197,7 +196,9 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     Raises:
         ConversionError: the model has no routed FFN, its parts were converted separately, or it is already recorded.
     """
-    layers = converted_layers(model, "record_routing")
+    layers = routed_layers(model)
+    if not layers:
+        raise ConversionError("record_routing: the model has no routed FFN; convert it first")
     check_one_conversion(layers, "record_routing")
     if any(layer.record is not None for layer in layers):
         raise ConversionError("record_routing: the model is already being recorded")
