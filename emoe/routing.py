@@ -6,49 +6,11 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from emoe.config import BalanceLoss, Selection, Weighting
-
-_CHUNK = 1 << 19  # elements
-
-
-def neuron_means(blocks: Tensor) -> Tensor:
-    """Average over the neurons of each expert in float32, ``[N, s, ...]`` to ``[N, ...]``."""
-    if blocks.dtype == torch.float32 or blocks.device.type != "cpu" or torch.compiler.is_compiling():
-        return blocks.float().mean(1)
-    # a few experts at a time: allocating a float32 copy of a large layer takes longer than computing the means
-    experts = max(_CHUNK // max(blocks[:1].numel(), 1), 1)
-    return torch.cat([chunk.float().mean(1) for chunk in blocks.split(experts)])
-
-
-def expert_means(rows: Tensor, num_experts: int) -> Tensor:
-    """Average over each expert's neurons in float32, ``[d, ...]`` to ``[N, ...]``."""
-    return neuron_means(rows.unflatten(0, (num_experts, -1)))
-
-
-def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Score the experts ``[T, N]`` by their mean keys: the mean pre-activations of their neurons (paper Eq. 4).
-
-    The scores are computed in float32 without autocast: bf16 would change the experts of several percent of tokens.
-
-    Args:
-        x: FFN inputs ``[T, h]``.
-        gate: mean keys ``[N, h]`` in float32 (:func:`expert_means`).
-        bias: mean biases ``[N]``, None to leave them out (the paper's score).
-    """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        return F.linear(x.float(), gate, bias)
-
-
-def block_means(values: Tensor, num_experts: int) -> Tensor:
-    """Average over each expert's neurons in float32, ``[..., d]`` to ``[..., N]``."""
-    return values.float().unflatten(-1, (num_experts, -1)).mean(-1)
 
 
 def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
