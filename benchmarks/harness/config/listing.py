@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from tabulate import tabulate
+
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import load_claims
@@ -45,8 +47,6 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
 
 def format_rows(rows: Sequence[Row]) -> str:
     """Format rows as a table for the terminal."""
-    from tabulate import tabulate
-
     cells = [[_cell(value) for value in row.values()] for row in rows]
     return tabulate(cells, headers=[name.replace("_", " ") for name in rows[0]], tablefmt="simple")
 
