@@ -190,8 +190,11 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     marks = []
     for row in rows.itertuples():
         style = outcomes.style(row.method)
-        mark = replace(style, hollow=True) if row.domain == OOD else style
-        marks.append(mark if row.is_ours else replace(style, marker="+" if row.domain == OOD else "x"))
+        if not row.is_ours:
+            style = replace(style, marker="+" if row.domain == OOD else "x")
+        elif row.domain == OOD:
+            style = replace(style, hollow=True)
+        marks.append(style)
     series = rows["is_ours"].map({True: "", False: "the paper, "}) + rows["domain"].map(DOMAINS)
     lines = [plots.wrap_text(title, 2, 7) for title in rows["method_title"]]
     reference = "the row above" if definition.steps else "the baseline"

@@ -219,15 +219,6 @@ class Splits(Strict):
     """Split that is reported."""
 
 
-class WhereRows(Strict):
-    """Rows of one file that belong to a split, if one file holds several."""
-
-    column: str
-    """Column that names the split."""
-    values: dict[str, str]
-    """Its value by split."""
-
-
 class FileLayout(Strict):
     """One layout of the makers' files."""
 
@@ -242,8 +233,8 @@ class FileLayout(Strict):
     """Treatment of bytes that are not UTF-8: raise an error, or replace them."""
     header: bool = True
     """True if the first line names the columns."""
-    where: WhereRows | None = optional()
-    """Rows of one file that belong to a split, if one file holds several."""
+    where: dict[str, Any] | None = optional()
+    """If one file holds several splits: the `column` that names the split, and its `values` by split."""
     label_names: dict[str, str] = Field({})
     """Class names by the labels of these files; other labels are errors."""
 
@@ -311,11 +302,13 @@ class TaskFile(Strict):
     @model_validator(mode="before")
     @classmethod
     def _add_names(cls, content: Any) -> Any:
-        tasks = content.get("tasks") if isinstance(content, dict) else None
-        if not isinstance(tasks, dict):
-            return content
-        named = {name: {**task, "name": name} if isinstance(task, dict) else task for name, task in tasks.items()}
-        return {**content, "tasks": named}
+        match content:
+            case {"tasks": dict(tasks)}:
+                named = {
+                    name: {**task, "name": name} if isinstance(task, dict) else task for name, task in tasks.items()
+                }
+                return {**content, "tasks": named}
+        return content
 
 
 class UsedAs(Strict):

@@ -259,8 +259,9 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     source = task.source.model_dump()
     if task.source.vader_sentiment or task.source.csv or local_path(name, source) is not None:
         return f"{name}: {problem}"
-    solution = f"by hand. {(task.download_instructions or '').strip()}"
-    if not task.download_instructions:
+    if task.download_instructions:
+        solution = f"by hand. {task.download_instructions.strip()}"
+    else:
         hub = f"{task.source.hub} ({task.source.config})"
         solution = f"on the hub as {hub}; `python -m benchmarks data` or the first run downloads it"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())

@@ -10,7 +10,7 @@ from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
+from benchmarks.text.definition import CLEAN, ID, OOD, PAPER_COLUMNS, PUBLISHED
 from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
@@ -177,7 +177,7 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
     return f"Scores are {'; '.join(parts)}, in %."
 
 
-_PUBLISHED_KEY = ["model", "scope", "method"]
+_PUBLISHED_KEY = list(PAPER_COLUMNS)
 
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
