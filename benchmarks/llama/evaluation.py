@@ -13,6 +13,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from lm_eval import evaluate
+from lm_eval.tasks import TaskManager
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +25,7 @@ from benchmarks.harness.training.trainer import autocast
 from benchmarks.llama.definition import NATS, EvaluationTask, Instruction
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.questions import MMLU_DEV, ensure_mmlu_dev, is_mmlu_dev
+from benchmarks.llama.shared_prompt import SharedPromptLM
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
@@ -77,8 +80,6 @@ def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
 
 @functools.cache
 def _manager(folder: Path | None) -> Any:
-    from lm_eval.tasks import TaskManager
-
     # reading lm-eval's own list takes seconds
     return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
@@ -100,10 +101,6 @@ def run_task(
         ``accuracy`` over all questions, ``accuracy_macro`` over subjects, and ``accuracy_norm`` and ``nats_per_byte``
         if the task has them; a task without accuracy has only ``task_score``.
     """
-    from lm_eval import evaluate
-
-    from benchmarks.llama.shared_prompt import SharedPromptLM
-
     wrapped = SharedPromptLM(
         prefix=prefix,
         pretrained=model,
