@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import DefinitionError, RunError
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.run.execution import RunError, execute, launch_distributed
+from benchmarks.harness.run.execution import execute, launch_distributed
 from benchmarks.harness.training.processes import exit_worker
 from benchmarks.llama import pipeline  # noqa: F401  (processes that fork have imported it)
 from tests import forked
