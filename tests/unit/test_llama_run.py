@@ -57,13 +57,6 @@ def test_a_run_records_its_numbers() -> None:
     assert metrics["routing"]["active_neurons"] == pytest.approx(0.25)
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[str]) -> None:
-    run = tiny_run("dense", "full")
-    whole = finish(prepare(run, "whole"))
-    assert killed_and_resumed(run, 5) == whole  # in the second epoch, after the checkpoint of step 4
-    assert "resumed at step 4" in "".join(capfd.readouterr())
-
-
 def test_neither_micro_batch_nor_packing_nor_checkpointing_changes_the_curve() -> None:
     size = "per_device_train_batch_size"
     settings = [{}, {size: 4, "gradient_checkpointing": True}, {size: 1, "packing": True}]
@@ -148,10 +141,11 @@ def test_exports_equal_the_trained_model(tuning: str) -> None:
     assert prompt.endswith("### Instruction:\nSay 1.\n\n### Response:\n")
 
 
-def test_the_held_out_curve_changes_no_other_number_and_survives_a_kill() -> None:
+def test_the_held_out_curve_changes_no_other_number_and_a_kill_none(capfd: pytest.CaptureFixture[str]) -> None:
     run = tiny_run("emoe", "lora", training={"eval_every": 2})
     with_curve = finish(prepare(run))
-    assert killed_and_resumed(run, 5) == with_curve
+    assert killed_and_resumed(run, 5) == with_curve  # in the second epoch, after the checkpoint of step 4
+    assert "resumed at step 4" in "".join(capfd.readouterr())
     del run.spec["training"]["eval_every"]
     assert run.spec["training"]["lora"]["dropout"] > 0
     numbers = finish(prepare(run_from_spec(run.spec)))
