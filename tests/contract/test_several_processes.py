@@ -85,7 +85,7 @@ def test_processes_end_with_their_launcher_and_one_process_finishes_the_run(capf
     path = prepare(run, "killed")
     words = ["run", path, "--processes", 2, "--parallel", "fsdp", "--threads", 2]
     with subprocess.Popen([sys.executable, "-m", "benchmarks", *map(str, words)]) as launcher:
-        wait_for(lambda: _newest_checkpoint(path) > 0, WAIT)
+        wait_for(lambda: any(path.parent.glob("checkpoints/*/complete")), WAIT)
         children = psutil.Process(launcher.pid).children(recursive=True)
         launcher.kill()
     wait_for(lambda: not any(map(_is_alive, children)), WAIT)
@@ -93,11 +93,6 @@ def test_processes_end_with_their_launcher_and_one_process_finishes_the_run(capf
     capfd.readouterr()
     check_same(finish(path), whole, 0.02)
     assert "resumed at step" in "".join(capfd.readouterr())
-
-
-def _newest_checkpoint(path: Path) -> int:
-    complete = path.parent.glob("checkpoints/*/complete")
-    return max((int(file.parent.name.rpartition("-")[2]) for file in complete), default=0)
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -122,3 +117,11 @@ def test_runs_that_cannot_be_distributed_are_refused_before_any_process_starts(
     path = prepare(tiny_run("dense", **run))
     with pytest.raises((RunError, DefinitionError), match=message):
         launch_distributed(path, threads=2, log=Path("log.txt"), processes=2, parallel=parallel)
+
+
+def test_a_failed_process_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun ends the others and has a status."""
+    path = prepare(dropout_free("full"))
+    monkeypatch.setattr("benchmarks.harness.training.processes.torchrun_command", lambda *_arguments: ["false"])
+    with pytest.raises(RunError, match="one of its 2 processes failed"):
+        launch_distributed(path, threads=2, log=Path("log.txt"), processes=2, parallel="fsdp")
