@@ -37,7 +37,6 @@ TASKS = {"tasks": [{"task": task, "num_fewshot": 0, "limit": None} for task in (
 
 
 def test_a_run_records_its_numbers() -> None:
-    ensure_mmlu_dev(FILES)
     metrics = finish(prepare(tiny_run("emoe", evaluation=TASKS)))
     assert len(metrics["curve"]) == 6  # 12 rows, 4 a step, twice
     assert metrics["curve"][-1] < metrics["curve"][0]
@@ -165,7 +164,7 @@ def prompts(manager: Any, name: str) -> list[Any]:
 
 def test_questions_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatch) -> None:
     offer_only("mmlu", monkeypatch)
-    ensure_mmlu_dev(FILES)
+    ensure_mmlu_dev()
     assert sum(len(path.read_text().splitlines()) for path in FILES.glob("*.jsonl")) == 281
     assert len(list(FILES.glob("mmlu_dev_anatomy*.yaml"))) == 2  # with letters, and with answers
     lines = (FILES / "formal_logic.jsonl").read_text().splitlines()
