@@ -34,12 +34,9 @@ def is_mmlu_dev(task: str) -> bool:
 
 
 def ensure_mmlu_dev() -> Path:
-    """Write the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines, unless they exist.
+    """Write the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines, and return their folder.
 
-    Concurrent runs wait.
-
-    Returns:
-        The absolute path of their folder.
+    If they exist, nothing is written. Concurrent runs wait.
 
     Raises:
         DataError: lm-eval's questions are not those of lm-eval 0.4.13.
