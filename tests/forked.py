@@ -8,9 +8,9 @@ from multiprocessing.process import BaseProcess
 
 
 def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
-    """Start a process that calls a function."""
+    """Start a process that calls a function; the first call has the server import the function's module."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.unit.test_streaming"])
+    context.set_forkserver_preload([work.__module__])
     process = context.Process(target=work, args=arguments)
     process.start()
     return process

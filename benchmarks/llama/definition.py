@@ -237,10 +237,6 @@ class InstructionSource(ExplicitNulls):
     package: str | None = None
     """File inside the package that ships the rows."""
 
-    def model_post_init(self, _context: Any, /) -> None:
-        if self.hub and self.package:
-            raise refusal("it needs one of hub, package, but has both")
-
 
 class InstructionSet(Entry):
     """One set of instructions in Alpaca's form."""

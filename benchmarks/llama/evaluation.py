@@ -13,16 +13,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from lm_eval import evaluate
+from lm_eval.tasks import TaskManager
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError, first_line
+from benchmarks.harness.base import DataError, DefinitionError, first_line
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.training.trainer import autocast
 from benchmarks.llama.definition import NATS, EvaluationTask, Instruction
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
-from benchmarks.llama.questions import MMLU_DEV, ensure_mmlu_dev, is_mmlu_dev
+from benchmarks.llama.questions import ensure_mmlu_dev, is_mmlu_dev
+from benchmarks.llama.shared_prompt import SharedPromptLM
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
@@ -38,9 +41,7 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
         DataError: The data of the task cannot be loaded.
     """
     name, shots, is_dev = entry.task, entry.num_fewshot, is_mmlu_dev(entry.task)
-    if is_dev:
-        ensure_mmlu_dev(QUESTIONS / MMLU_DEV)
-    manager = _manager((QUESTIONS / MMLU_DEV).resolve() if is_dev else None)
+    manager = _manager(ensure_mmlu_dev() if is_dev else None)
     where = f"'evaluation.tasks' names '{name}'"
     if name not in manager.all_tasks:
         raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}")
@@ -77,8 +78,6 @@ def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
 
 @functools.cache
 def _manager(folder: Path | None) -> Any:
-    from lm_eval.tasks import TaskManager
-
     # reading lm-eval's own list takes seconds
     return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
@@ -100,10 +99,6 @@ def run_task(
         ``accuracy`` over all questions, ``accuracy_macro`` over subjects, and ``accuracy_norm`` and ``nats_per_byte``
         if the task has them; a task without accuracy has only ``task_score``.
     """
-    from lm_eval import evaluate
-
-    from benchmarks.llama.shared_prompt import SharedPromptLM
-
     wrapped = SharedPromptLM(
         prefix=prefix,
         pretrained=model,

@@ -1,4 +1,4 @@
-"""Draw the figures of instruction tuning: loss curves and routing."""
+"""Draw the loss curves of instruction tuning."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.style import DENSE, MethodStyle, distinct_styles
-from benchmarks.llama.outcomes import GROUP, InstructionOutcomes, Row, cell_of
+from benchmarks.llama.outcomes import GROUP, InstructionOutcomes, Row
 
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
@@ -61,37 +60,11 @@ def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: MethodSt
     axis.plot(losses.index, losses, label=title, **width, **style.line, **marks)
 
 
-def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Draw expert loads by layer as heatmaps: a panel per routed cell, for its first seed."""
-    shown: dict[str, dict[str, Any]] = {}
-    for run in outcomes.runs:
-        if routing := outcomes.metrics[run.id]["routing"]:
-            shown.setdefault(outcomes.row_title(cell_of(run)), routing)
-    if not shown:
-        plots.placeholder_figure(path, "no method of these runs has experts")
-        return
-    heights = [len(routing["shares"]) + 1.5 for routing in shown.values()]
-    size = (6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5)
-    with plots.panel_figure(path, len(shown), 1, size, plots.HEATMAP, height_ratios=heights) as (figure, axes):
-        for axis, (title, routing) in zip(axes[:, 0], shown.items(), strict=True):
-            layers = sorted(routing["shares"], key=int)
-            shares = np.array([routing["shares"][layer] for layer in layers])
-            plots.show_use(axis, shares * shares.shape[1])
-            axis.set_yticks(range(len(layers)), layers)
-            axis.set_ylabel("layer")
-            axis.set_title(f"{title}: load entropy {routing['load_entropy']:.3f}", fontsize=8)
-        axes[-1, 0].set_xlabel("expert")
-        figure.colorbar(plots.USE, ax=axes, shrink=0.8, label="load ÷ mean load", extend="max")
-
-
 FIGURES = {
     "curves": Figure(
         draw_curves,
         "Loss of the training steps by tuning and method: the mean over the response tokens of a step, averaged over "
         "seeds. Every step has different rows. The held-out loss, shown below if runs computed it while training "
         "(`training.eval_every`), is always over the same rows. The axes do not start at zero.",
-    ),
-    "routing": Figure(
-        draw_routing, "Load of each expert on the held-out tokens, divided by the mean load, by converted layer."
     ),
 }

@@ -13,7 +13,6 @@ from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunE
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part, text_tokens
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, method_spec
-from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.overlay import merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
@@ -62,11 +61,23 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         usual = {key: self.settings(key, part).model_dump() for key in ("data", "evaluation")}
         usual["templates"] = _templates(usual["data"]["template"], part.where("data"))
         names = {"model": model_names("language"), "set": self.tasks, "finetuning": tunings, "method": methods}
-        training = functools.cache(functools.partial(self.settings, "training", part))
+        settings = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *_AXES)):
-            if point["set"] not in exclude:
-                tuning = tunings[point["finetuning"]]
-                yield _spec(self, usual, training(point["model"]), methods, tuning, point, where)
+            if point["set"] in exclude:
+                continue
+            tuning = tunings[point["finetuning"]]
+            method = method_spec(methods, point, point["seed"], None, where) | {"tune": tuning.tune_spec()}
+            yield self.spec(
+                "-".join(filter(None, (point["finetuning"], method["variant"]))),
+                model={**load_models()[point["model"]].spec(point["model"]), **tuning.model_spec()},
+                task=self.tasks[point["set"]].spec(point["set"]),
+                ood=[],
+                method=method,
+                finetuning=point["finetuning"],
+                **copy.deepcopy(usual),
+                **_training(settings(point["model"]), tuning, method, point, where),
+                seed=point["seed"],
+            )
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         name = spec["task"]["name"]
@@ -103,9 +114,6 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
 
     def pipeline(self) -> ModuleType:
-        import lm_eval.evaluator
-        import lm_eval.models.huggingface  # noqa: F401  (runs import them when they evaluate)
-
         from benchmarks.llama import pipeline
 
         return pipeline
@@ -124,36 +132,18 @@ def _templates(name: str, where: str) -> dict[str, dict[str, str]]:
     return {key: text.model_dump() for key, text in chosen.items()}
 
 
-def _spec(
-    benchmark: InstructionBenchmark,
-    usual: Mapping[str, Any],
-    settings: InstructionTraining,
-    methods: Mapping[str, Method],
-    tuning: Finetuning,
-    point: Mapping[str, Any],
-    where: str,
+def _training(
+    settings: InstructionTraining, tuning: Finetuning, method: Mapping[str, Any], point: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    untrained = tuning.train == "nothing"
-    if not untrained and not point.get("learning_rate"):
+    """Return ``training`` and ``learning_rate`` of a spec; an untrained model has only settings with an effect."""
+    if tuning.train == "nothing":
+        untrained = {"lora": None, "precision": settings.precision, "keep_weights": False}
+        return {"training": untrained, "learning_rate": 0.0}
+    if not point.get("learning_rate"):
         raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
     training = settings.spec() | tuning.model_dump(include={"lora"})
-    method = method_spec(methods, point, point["seed"], None, where)
-    method |= {"tune": tuning.tune_spec()}
-    if settings.frozen_layers and not untrained:
-        check_frozen(training, method, f"{where}'")
-    return benchmark.spec(
-        "-".join(filter(None, (point["finetuning"], method["variant"]))),
-        model={**load_models()[point["model"]].spec(point["model"]), **tuning.model_spec()},
-        task=benchmark.tasks[point["set"]].spec(point["set"]),
-        ood=[],
-        method=method,
-        finetuning=point["finetuning"],
-        **copy.deepcopy(dict(usual)),
-        # settings without effect on an untrained model must not change its id
-        training={"lora": None, "precision": settings.precision, "keep_weights": False} if untrained else training,
-        learning_rate=0.0 if untrained else float(point["learning_rate"]),
-        seed=point["seed"],
-    )
+    check_frozen(training, method, f"{where}'")
+    return {"training": training, "learning_rate": float(point["learning_rate"])}
 
 
 def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> dict[str, Finetuning]:

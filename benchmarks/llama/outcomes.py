@@ -34,6 +34,7 @@ class InstructionOutcomes(Outcomes):
         runs: The runs of the best learning rates.
         rates_chosen: True if a cell had several learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
+        several_sets: True if rows must name their set.
         shared: The numbers of the seeds that all methods of a model, set and tuning share.
         tasks: The evaluated tasks in order, each with the result of its first run.
         questions: The ``value`` of each question by ``task`` and ``metric``: ``accuracy`` (1 if correct), or the right
@@ -55,6 +56,7 @@ class InstructionOutcomes(Outcomes):
         self.records = records.drop(columns=["task", "model", "method", "variant"]).merge(
             cells, on="run_id", sort=False
         )
+        self.several_sets = self.records["set"].nunique() > 1
         self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
         self.tasks: dict[str, Any] = {}
         for finished in self.metrics.values():
@@ -133,16 +135,6 @@ class InstructionOutcomes(Outcomes):
         return (
             super().with_titles(frame).assign(method_title=[self.method_title(row) for row in frame.to_dict("records")])
         )
-
-    @property
-    def several_sets(self) -> bool:
-        """Return True if rows must name their set."""
-        return self.records["set"].nunique() > 1
-
-    def row_title(self, cell: Mapping[str, str]) -> str:
-        """Return a title that distinguishes a cell from the others."""
-        varying = [key for key in ("model", "set") if self.records[key].nunique() > 1]
-        return ", ".join([*(self.title(key, cell[key]) for key in (*varying, "tuning")), self.method_title(cell)])
 
     def method_title(self, cell: Mapping[str, str]) -> str:
         """Return a method's title with its variant and the numbers of its converted layers."""

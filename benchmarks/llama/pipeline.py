@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import lm_eval.evaluator
-import lm_eval.models.huggingface  # noqa: F401  (runs use them later; a process that forks for runs imports them once)
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import yaml
 
-from benchmarks.harness.base import DataError, hold, write_text
+from benchmarks.harness.base import QUESTIONS, DataError, hold, write_text
 
 MMLU_DEV = "mmlu_dev"
 _QUESTION = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
@@ -33,18 +33,20 @@ def is_mmlu_dev(task: str) -> bool:
     return task == MMLU_DEV or task.startswith(f"{MMLU_DEV}_")
 
 
-def ensure_mmlu_dev(folder: Path) -> None:
-    """Write the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines, unless they exist.
+def ensure_mmlu_dev() -> Path:
+    """Write the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines, and return their folder.
 
-    Concurrent runs wait.
+    If they exist, nothing is written. Concurrent runs wait.
 
     Raises:
         DataError: lm-eval's questions are not those of lm-eval 0.4.13.
     """
+    folder = (QUESTIONS / MMLU_DEV).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold(folder.with_suffix(".lock")):
         if not all((folder / f"{MMLU_DEV}{ending}.yaml").exists() for ending in _FORMS.values()):
             _write_tasks(folder)
+    return folder
 
 
 def _write_tasks(folder: Path) -> None:
@@ -68,7 +70,7 @@ def _write_tasks(folder: Path) -> None:
             task |= {
                 "task_alias": subject,
                 "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {_SPLIT: str(questions.resolve())}},
+                "dataset_kwargs": {"data_files": {_SPLIT: str(questions)}},
                 # shots are the other questions of the subject: lm-eval leaves out the one that is asked
                 "test_split": _SPLIT,
                 "fewshot_split": _SPLIT,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +12,16 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import DefinitionError, RunError
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.run.execution import RunError, launch_distributed
+from benchmarks.harness.run.execution import execute, launch_distributed
+from benchmarks.harness.training.processes import exit_worker
+from benchmarks.llama import pipeline  # noqa: F401  (processes that fork have imported it)
+from tests import forked
 from tests.checkout import wait_for
 from tests.conftest import ROOT
-from tests.executed import finish, numbers, prepare
+from tests.executed import finish, killed_at, numbers, prepare
 from tests.instruction_runs import tiny_run
-from tests.programs import call
 
 pytestmark = pytest.mark.slow
 WAIT = 600  # a loaded machine takes minutes to import twice
@@ -48,49 +50,49 @@ def check_same(numbers: dict[str, Any], expected: dict[str, Any], tolerance: flo
         assert numbers[key] == expected[key]
 
 
-def test_sharded_adapters_train_like_one_process() -> None:
-    run = dropout_free("lora")
-    alone, sharded = prepare(run, "alone"), prepare(run, "sharded")
-    call("run", str(sharded), "--processes", "2", "--parallel", "fsdp", "--threads", "2")
-    check_same(numbers(sharded), finish(alone))
-    assert not (sharded.parent / "checkpoints").exists()
+def work(rank: int, folder: Path, variables: dict[str, str], path: Path, parallel: str) -> None:
+    """Execute a run as one of two processes, with the variables that torchrun sets."""
+    os.chdir(folder)
+    os.environ |= {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    execute(path, threads=1, log=path.with_name(f"log-{rank}.txt"), parallel=parallel)
+    exit_worker()
 
 
-@pytest.mark.parametrize(("parallel", "victims"), [("ddp", ["1"]), ("fsdp", ["1", "launcher"])])
-def test_a_killed_run_resumes_on_two_processes_and_on_one(
-    parallel: str, victims: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("tuning", "parallel"), [("lora", "fsdp"), ("full", "ddp")])
+def test_two_processes_finish_the_run_of_a_killed_one(tuning: str, parallel: str, hub_here: Path) -> None:
+    run = dropout_free(tuning)
+    whole = finish(prepare(run, "whole"))
+    path = prepare(run, "killed")
+    with killed_at(3):
+        finish(path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {**os.environ, **group}
+    processes = [forked.start(work, rank, hub_here, variables, path, parallel) for rank in range(2)]
+    for process in processes:
+        process.join(WAIT)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert "resumed at step 2" in path.with_name("log-0.txt").read_text()
+    check_same(numbers(path), whole)
+    assert not (path.parent / "checkpoints").exists()
+
+
+def test_processes_end_with_their_launcher_and_one_process_finishes_the_run(capfd: pytest.CaptureFixture[str]) -> None:
     run = dropout_free("full", epochs=8, save_steps=4)
     whole = finish(prepare(run, "whole"))
-    killed = prepare(run, "killed")
-    words = ["run", killed, "--processes", 2, "--parallel", parallel, "--threads", 2]
-    command = [sys.executable, "-m", "benchmarks", *map(str, words)]
-    for victim in victims:
-        before = _newest_checkpoint(killed)
-        with subprocess.Popen(command) as launcher:
-            wait_for(lambda before=before: _newest_checkpoint(killed) > before, WAIT)
-            children = psutil.Process(launcher.pid).children(recursive=True)
-            if victim == "launcher":
-                launcher.kill()
-            else:
-                os.kill(next(child.pid for child in children if _rank(child) == victim), signal.SIGKILL)
-        wait_for(lambda children=children: not any(map(_is_alive, children)), WAIT)
-        assert not (killed.parent / "metrics.json").exists()
+    path = prepare(run, "killed")
+    words = ["run", path, "--processes", 2, "--parallel", "fsdp", "--threads", 2]
+    with subprocess.Popen([sys.executable, "-m", "benchmarks", *map(str, words)]) as launcher:
+        wait_for(lambda: any(path.parent.glob("checkpoints/*/complete")), WAIT)
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.kill()
+    wait_for(lambda: not any(map(_is_alive, children)), WAIT)
+    assert not (path.parent / "metrics.json").exists()
     capfd.readouterr()
-    check_same(finish(killed), whole, 0.02)
+    check_same(finish(path), whole, 0.02)
     assert "resumed at step" in "".join(capfd.readouterr())
-
-
-def _newest_checkpoint(path: Path) -> int:
-    complete = path.parent.glob("checkpoints/*/complete")
-    return max((int(file.parent.name.rpartition("-")[2]) for file in complete), default=0)
-
-
-def _rank(process: psutil.Process) -> str:
-    try:
-        return process.environ().get("RANK", "")
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -115,3 +117,11 @@ def test_runs_that_cannot_be_distributed_are_refused_before_any_process_starts(
     path = prepare(tiny_run("dense", **run))
     with pytest.raises((RunError, DefinitionError), match=message):
         launch_distributed(path, threads=2, log=Path("log.txt"), processes=2, parallel=parallel)
+
+
+def test_a_failed_process_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun ends the others and has a status."""
+    path = prepare(dropout_free("full"))
+    monkeypatch.setattr("benchmarks.harness.training.processes.torchrun_command", lambda *_arguments: ["false"])
+    with pytest.raises(RunError, match="one of its 2 processes failed"):
+        launch_distributed(path, threads=2, log=Path("log.txt"), processes=2, parallel="fsdp")

@@ -20,9 +20,10 @@ from tests.pages import code_blocks
 PAGE = code_blocks("docs/adding.md")
 pytestmark = pytest.mark.slow
 
-# checks the architecture, trains two planned runs for a few steps on a tiny model with random weights, makes the tables
-# from made-up numbers of all runs, and prints the method's runs in another benchmark
+# checks the architecture, counts the data, trains two planned runs for a few steps on a tiny model with random weights,
+# makes the tables from made-up numbers of all runs, and prints the method's runs in another benchmark
 PROGRAM = """
+import sys
 from pathlib import Path
 import benchmarks.kinds
 from benchmarks.__main__ import cli
@@ -32,6 +33,7 @@ from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.run.execution import execute
 from tests.fake_runs import write_runs
 
+cli(sys.argv[1:], standalone_mode=False)
 planned = load_suite({"suite": "reviews"}).runs
 write_runs(planned)
 cli(["tables", "--suite", "reviews", "--benchmark", "reviews"], standalone_mode=False)
@@ -137,12 +139,6 @@ def replace(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def test_its_data_is_counted(project: Path) -> None:
-    output = run(project, commands(PAGE["A benchmark from a csv"][0])[1])
-    assert "6 of 6 parts are there" in output
-    assert "politics 8, sport 8" in output
-
-
 def test_snakemake_plans_all_of_it(project: Path) -> None:
     planned = run(project, [*commands(PAGE["A benchmark from a csv"][0])[2], "-n"])
     names = ["vanilla", "emoe", "random_partition", "emoe_bottom", "emoe_linear", "bitfit"]
@@ -150,10 +146,14 @@ def test_snakemake_plans_all_of_it(project: Path) -> None:
     assert "Run minilm-topics-emoe-lr0.0001-s0-" in planned
 
 
-def test_its_router_tuning_metric_architecture_and_table_work(project: Path) -> None:
+def test_its_data_router_tuning_metric_architecture_and_table_work(project: Path) -> None:
     look, printed, _, check = PAGE["An architecture"]
     imports = "import torch, emoe\nfrom benchmarks.harness.config.methods import import_plugins\nimport_plugins()\n"
-    output = run(project, [sys.executable, "-c", imports + look + check + PROGRAM])
+    python, module, _, *data = commands(PAGE["A benchmark from a csv"][0])[1]
+    assert (python, module, data[0]) == (sys.executable, "-m", "data")
+    output = run(project, [sys.executable, "-c", imports + look + check + PROGRAM, *data])
+    assert "6 of 6 parts are there" in output
+    assert "politics 8, sport 8" in output
     assert printed in output
     assert "tiny-bert-tweets-emoe_bottom-lr0.003-s1-" in output
     assert "BitFit" in set(pd.read_csv(project / "results/reviews/tables/reviews_trained.csv")["title"])

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.run.forkserver import ADDRESS, ONE_THREAD, Server
+from benchmarks.harness.run.forkserver import ADDRESS, ONE_THREAD
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from tests import executed
 from tests.checkout import wait_for
@@ -26,28 +25,45 @@ from tests.conftest import ROOT
 from tests.executed import numbers, prepare
 
 Process = subprocess.Popen[str]
+Forks = Callable[[], list[psutil.Process]]
 _OF_PYTEST = "PYTEST_CURRENT_TEST"  # another value in a fixture than in its test
 RUNS = {run.spec["method"]["name"]: run for run in load_suite({"suite": "smoke"}).runs_of("glue")}
 
 
+# starts a server that has the text pipeline, whose import takes long, and shows the environment of its commands
+STARTER = """
+import json, os, time
+from benchmarks.harness.run.forkserver import Server
+Server(["glue"]).start()
+print(json.dumps(dict(os.environ)), flush=True)
+time.sleep(600)
+"""
+
+
 @pytest.fixture(scope="module")
-def started() -> Iterator[Server]:
-    """Start a server that has the text pipeline, whose import takes long."""
-    server = Server(["glue"])
+def starter() -> Iterator[Process]:
+    """Start a process that starts a server, as Snakemake does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        with pytest.MonkeyPatch.context() as meanwhile:
-            meanwhile.delenv(_OF_PYTEST)
-            server.start()
-        yield server
-        server.stop()
+        process = start(program=("-c", STARTER))
+        assert process.stdout
+        for name, value in json.loads(process.stdout.readline()).items():
+            patch.setenv(name, value)
+        yield process
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture
-def server(started: Server, workdir: Path) -> Server:
-    """Return the server, in an empty working directory with the real sentences."""
-    wait_for(lambda: not forks())  # a fork lives a moment longer than the command that it did
-    return started
+def forks(starter: Process, workdir: Path) -> Forks:
+    """Return a function that lists the working forks; change to an empty folder with the real sentences."""
+
+    def working() -> list[psutil.Process]:
+        (server,) = psutil.Process(starter.pid).children()
+        return server.children()
+
+    wait_for(lambda: not working())  # a fork lives a moment longer than the command that it did
+    return working
 
 
 def start(*arguments: object, program: tuple[str, str] = ("-m", "benchmarks"), **variables: str) -> Process:
@@ -56,15 +72,6 @@ def start(*arguments: object, program: tuple[str, str] = ("-m", "benchmarks"), *
     environment.pop(_OF_PYTEST, None)
     command = [sys.executable, *program, *map(str, arguments)]
     return Process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def forks() -> list[psutil.Process]:
-    """List the forks of this process's server that work."""
-    processes: list[psutil.Process] = []
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):  # a child that has ended
-            processes += child.children() if "serve" in child.cmdline() else []
-    return processes
 
 
 def has_saved_since(path: Path, since: Path | None) -> bool:
@@ -85,7 +92,7 @@ def finish(path: Path, **variables: str) -> dict[str, object]:
     return numbers(path)
 
 
-def test_forks_have_the_numbers_of_a_process_without_a_server_in_any_order(server: Server) -> None:
+def test_forks_have_the_numbers_of_a_process_without_a_server_in_any_order(forks: Forks) -> None:
     alone = finish(small(RUNS["emoe"], "alone"), **{ADDRESS: ""})
     first, other, second = (
         finish(small(RUNS[method], folder))
@@ -99,7 +106,7 @@ def test_forks_have_the_numbers_of_a_process_without_a_server_in_any_order(serve
     assert seconds[0] > 3 * seconds[1]  # the server has imported all by then
 
 
-def test_a_command_with_another_environment_or_no_server_is_not_forked(server: Server) -> None:
+def test_a_command_with_another_environment_or_no_server_is_not_forked(forks: Forks) -> None:
     """Variables that a shell keeps for itself do not count."""
     ask = "from benchmarks.harness.run.forkserver import run_in_fork; print(run_in_fork(['check', '--sweet']))"
     cases = [({"PS1": "(.venv) "}, "2"), ({"OMP_NUM_THREADS": "2"}, "None"), ({ADDRESS: "/nowhere/socket"}, "None")]
@@ -108,7 +115,7 @@ def test_a_command_with_another_environment_or_no_server_is_not_forked(server: S
         assert process.communicate()[0].splitlines()[-1] == status
 
 
-def test_a_killed_caller_ends_its_fork_and_the_run_resumes(server: Server) -> None:
+def test_a_killed_caller_ends_its_fork_and_the_run_resumes(forks: Forks) -> None:
     whole = finish(small(RUNS["vanilla"], "whole", epochs=12))
     path = small(RUNS["vanilla"], "killed", epochs=12)
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -129,18 +136,8 @@ def test_a_killed_caller_ends_its_fork_and_the_run_resumes(server: Server) -> No
     assert process.returncode == 1
 
 
-def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    code = (
-        "import os, time\n"
-        "from benchmarks.harness.run.forkserver import ADDRESS, Server\n"
-        "server = Server([])\n"
-        "server.start()\n"
-        "print(server._process.pid, os.environ[ADDRESS], flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    pid, address = process.stdout.readline().split()
-    process.kill()
-    wait_for(lambda: not psutil.pid_exists(int(pid)) and not Path(address).exists())
-    process.wait()
+def test_a_server_ends_with_the_process_that_started_it(starter: Process) -> None:
+    """This is the last test, because the others use the server."""
+    (server,) = psutil.Process(starter.pid).children()
+    starter.kill()
+    wait_for(lambda: not psutil.pid_exists(server.pid) and not Path(os.environ[ADDRESS]).exists())

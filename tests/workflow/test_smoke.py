@@ -8,13 +8,15 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.sources import vader
+from benchmarks.harness.sources.packages import find_package
 from tests.checkout import SNAKEMAKE, Checkout, wait_for
 from tests.programs import call
 
@@ -107,7 +109,10 @@ def test_only_runs_of_a_new_seed_and_of_deleted_weights_are_planned(checkout: Ch
 
 
 def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: Checkout) -> None:
-    """Delete two trainings (one is killed then), an evaluation with its training, and an evaluation alone."""
+    """Delete two trainings (one is killed then), an evaluation with its training, and an evaluation alone.
+
+    Before the killed run, another one fails, because its package is damaged.
+    """
     evaluations = [run for run in SUITE.runs if run.benchmark == "glue_ood"]
     (trained,) = evaluations[0].spec["candidates"]
     alone = next(run for run in evaluations if trained not in run.spec["candidates"])
@@ -117,14 +122,17 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
         before[folder] = metrics(checkout, folder)["scores"]
         (checkout.folder / "results/runs" / folder / "metrics.json").unlink()
 
-    target = f"results/runs/{killed}/metrics.json"
+    failing, target = (f"results/runs/{folder}/metrics.json" for folder in (SUITE.runs_of("llama")[0].folder, killed))
     log = (checkout.folder / target).with_name("log.txt")
     log.unlink()
-    with (checkout.folder / "killed.txt").open("w") as stream:
-        main = checkout.start(SNAKEMAKE, "--cores", 1, target, stream=stream)
+    with damaged(checkout, failing), (checkout.folder / "shown.txt").open("w+") as stream:
+        main = checkout.start(SNAKEMAKE, "--cores", 1, "--prioritize", failing, "--", failing, target, stream=stream)
         wait_for(lambda: log.exists() and "training," in log.read_text())
         main.send_signal(signal.SIGKILL)
         main.wait()
+        stream.seek(0)
+        assert "is damaged or another version" in stream.read()
+        assert not (checkout.folder / failing).exists()
     assert list((checkout.folder / ".snakemake/locks").iterdir())
     unlocked = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py")
     assert "was killed and left its lock" in unlocked.stderr
@@ -143,6 +151,24 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
     assert set(plan["runs"]) == folders | needed  # progress counts what was asked for, not the suite
 
 
+@contextmanager
+def damaged(checkout: Checkout, target: str) -> Iterator[None]:
+    """Delete the results of a run and damage the package of its instructions; restore all its files."""
+    folder, package = (checkout.folder / target).parent, checkout.folder / find_package("llamafactory").path
+    files = {file: (file.read_bytes(), file.stat()) for file in (package, *folder.glob("*.json"))}
+    (checkout.folder / target).unlink()
+    package.write_bytes(b"damaged")
+    restore_times(package, files[package][1])
+    yield
+    for file, (content, stat) in files.items():
+        file.write_bytes(content)
+        restore_times(file, stat)
+
+
+def restore_times(file: Path, stat: os.stat_result) -> None:
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout) -> None:
     for words, message in (
         (["--config", "suite=minni"], "there is no suite 'minni'; did you mean 'mini'?"),
@@ -152,25 +178,6 @@ def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout)
         assert result.returncode != 0
         assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Checkout) -> None:
-    archive = checkout.folder / vader.ARCHIVE
-    content, stamp = archive.read_bytes(), archive.stat()
-    target = checkout.folder / SUITE.metric_files()[0]
-    kept = target.read_bytes()
-    target.unlink()
-    archive.write_bytes(content[:-1])
-    os.utime(archive, (stamp.st_atime, stamp.st_mtime))
-    try:
-        result = checkout.run(SNAKEMAKE, "--cores", 1, SUITE.metric_files()[0], check=False)
-        assert result.returncode != 0
-        assert "is damaged or another version" in result.stdout + result.stderr
-        assert not target.exists()
-    finally:
-        archive.write_bytes(content)
-        os.utime(archive, (stamp.st_atime, stamp.st_mtime))
-        target.write_bytes(kept)
 
 
 def test_runs_that_were_copied_from_another_machine_are_finished(checkout: Checkout, tmp_path: Path) -> None:
