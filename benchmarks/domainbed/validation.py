@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -16,7 +17,7 @@ from benchmarks.domainbed.batches import DEVIATION, MEAN, evaluation_transform, 
 from benchmarks.domainbed.definition import RunImageSet, ValidationJob
 from benchmarks.domainbed.images import REFUSE, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
-from benchmarks.harness.base import DataError, atomic_write, derive_seed, hold, write_json
+from benchmarks.harness.base import DataError, atomic_write, derive_seed, write_json
 from benchmarks.harness.config.yaml import parse
 
 _SHOWN = 10  # damaged images that a message names
@@ -42,7 +43,7 @@ def validate_once(job: ValidationJob) -> None:
     """
     output = Path(job.file)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with hold(output.with_suffix(".lock")):
+    with FileLock(output.with_suffix(".lock")):
         if output.exists():
             return
         image_set = load_set(parse(job.task, RunImageSet, "the set"), job.data_seed, truncated=job.truncated)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from filelock import FileLock
 
-from benchmarks.harness.base import DataError, hold, write_text
+from benchmarks.harness.base import DataError, write_text
 
 MMLU_DEV = "mmlu_dev"
 _QUESTION = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
@@ -42,7 +43,7 @@ def ensure_mmlu_dev(folder: Path) -> None:
         DataError: lm-eval's questions are not those of lm-eval 0.4.13.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold(folder.with_suffix(".lock")):
+    with FileLock(folder.with_suffix(".lock")):
         if not all((folder / f"{MMLU_DEV}{ending}.yaml").exists() for ending in _FORMS.values()):
             _write_tasks(folder)
 

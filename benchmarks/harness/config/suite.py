@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, read_json, write_json, write_text
+from benchmarks.harness.base import DefinitionError, write_json, write_text
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
 from benchmarks.harness.config.catalogue import load_metrics, load_models
@@ -347,7 +346,7 @@ class Suite:
         ]
 
     def write_plan(self, folders: Collection[str]) -> None:
-        """Write the plan for progress lines: each run's usual seconds, the start time and the machine's name.
+        """Write the plan for progress lines: the runs, and the machine's name.
 
         A second file has the runs and their partitions, for jobs on a cluster: :func:`planned_run`.
 
@@ -358,12 +357,7 @@ class Suite:
         lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
         lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
         write_text(self._plan_file, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
-        blessed = paths.REFERENCE / f"{self.name}.json"
-        usual = read_json(blessed, dict[str, Any]).get("seconds", {}) if blessed.exists() else {}
-        seconds = {run.folder: usual.get(run.benchmark, 1.0) for run in runs}
-        before = sum(seconds[folder] for folder in folders if (paths.RUNS / folder / "metrics.json").exists())
-        plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": seconds}
-        write_json(paths.RESULTS / self.name / "plan.json", plan)
+        write_json(paths.RESULTS / self.name / "plan.json", {"host": platform.node(), "runs": sorted(folders)})
 
 
 def planned_run(folder: str, suite: Suite) -> Run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -65,18 +64,6 @@ def exit_worker() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def torchrun_command(processes: int, command: Sequence[str]) -> list[str]:
-    """Return the command that starts a Python module several times on this machine.
-
-    Args:
-        processes: The number of processes.
-        command: The module and its arguments.
-    """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    # without the dashes torchrun parses the module's options
-    return [*launcher, f"--nproc-per-node={processes}", "-m", "--", *command]
 
 
 def broadcast(value: Any) -> Any:
