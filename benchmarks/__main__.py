@@ -279,6 +279,9 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
 
     Ends with status 1 if something is missing.
     """
+    if check:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the next import
+
     from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets
 
@@ -286,9 +289,7 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
     os.environ.update(loaded.environment())
     if data_root:
         os.environ[DATA_ROOT] = data_root
-    if check:
-        sets.stay_offline()
-    else:
+    if not check:
         sets.fetch_packaged(loaded)
     parts = list(sets.check_data(loaded.runs, open_images=open_images))
     click.echo(sets.describe(parts))
