@@ -20,7 +20,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.results.statistics import MutualInformation, shuffle_statistics, shuffled_information
-from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.progress import Progress
@@ -85,12 +85,12 @@ class DomainTrainer:
         progress: Progress,
     ) -> None:
         training, hparams = spec.training, spec.hparams
-        self._checkpoints, self._splits, self._model = folder / "checkpoints", dict(splits), classifier.model
+        self._splits, self._model = dict(splits), classifier.model
         self._batch_size, self._seed = training.eval_batch_size, derive_seed("chance", spec.seed)
         self._stopwatch, self.probe = Stopwatch(), Probe()
         self._precision = available_precision(training.precision)
         arguments = trainer_arguments(
-            self._checkpoints,
+            folder / "checkpoints",
             max_steps=training.steps,
             per_device_train_batch_size=len(draws) // training.steps,
             per_device_eval_batch_size=training.eval_batch_size,
@@ -116,7 +116,7 @@ class DomainTrainer:
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
-            callbacks=[progress, self._stopwatch, UpdateGates(), EvaluationSteps(training.eval_every)],
+            callbacks=[progress, self._stopwatch, EvaluationSteps(training.eval_every)],
         )
 
     @property
@@ -131,7 +131,7 @@ class DomainTrainer:
         Returns:
             DomainBed's records, with ``step``, ``loss`` (mean since the previous record) and ``<split>_acc``.
         """
-        self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
+        self._trainer.train(resume_from_checkpoint=resume(self._trainer))
         records: dict[int, dict[str, Any]] = {}
         for entry in self._trainer.state.log_history:
             step = int(entry["step"])

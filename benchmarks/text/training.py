@@ -21,13 +21,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.models.prefix import Prefix, collate_states
 from benchmarks.harness.models.trainable import Trainable
-from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
@@ -212,7 +211,6 @@ class TextTrainer(SplitEvaluator):
         progress: Progress,
     ) -> None:
         training, self._metric = spec.training, spec.task.metric
-        self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
         self._precision = available_precision(training.precision)
         self._best = self._metric if training.checkpoint_selection == "best" else None
@@ -221,9 +219,9 @@ class TextTrainer(SplitEvaluator):
         rows, self._dev = read(train, by_length=False), read(dev, by_length=True)
         collate = padding_collator(tokenizer, self._precision)
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
-        callbacks = [progress, self._stopwatch, self.routing_trace, UpdateGates(), self._patience]
+        callbacks = [progress, self._stopwatch, self.routing_trace, self._patience]
         trainer = RoutedTrainer(
-            args=epoch_arguments(self._checkpoints, self._precision, training, spec, self._best),
+            args=epoch_arguments(folder / "checkpoints", self._precision, training, spec, self._best),
             order=EpochOrder(
                 rows.lengths, training.batch_size, spec.seed, by_length=training.sampling == "group_by_length"
             ),
@@ -251,11 +249,9 @@ class TextTrainer(SplitEvaluator):
 
     def train(self) -> tuple[list[Epoch], Epoch]:
         """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
-        checkpoint = resume(self._checkpoints, self._stopwatch, self.probe, self.routing_trace)
-        saved = TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}") if checkpoint else None
-        if saved and self._patience and self._patience.is_over(saved.log_history):
-            self.trainer.state = saved  # training had stopped early: load the best weights
-            self.trainer._load_best_model()
+        checkpoint = resume(self.trainer)
+        if self._patience and self._patience.is_over(self.trainer.state.log_history):
+            self.trainer._load_best_model()  # training had stopped early
         else:
             self.trainer.train(resume_from_checkpoint=checkpoint)
         epochs: list[Epoch] = [

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from emoe.errors import EMoEError
 
@@ -22,17 +21,7 @@ class LabelMapping:
         return self.predictions is None and self.labels is None
 
 
-class Labelled(Protocol):
-    """Describe a task with classes."""
-
-    @property
-    def labels(self) -> Sequence[str]: ...
-
-    @property
-    def label_map(self) -> Mapping[str, Sequence[int]]: ...
-
-
-def label_mapping(trained: Labelled, evaluated: Labelled, name: str) -> LabelMapping:
+def label_mapping(trained: Any, evaluated: Any, name: str) -> LabelMapping:
     """Map the classes of a model's training task to those of another task.
 
     Equal numbers of classes correspond by their order (``labels`` in ``tasks.yaml``). If the set has fewer, the head's
@@ -40,24 +29,24 @@ def label_mapping(trained: Labelled, evaluated: Labelled, name: str) -> LabelMap
     entailment). If it has more, its gold labels are folded by its own ``label_map``.
 
     Args:
-        trained: The training task.
+        trained: The training task, with ``labels`` and ``label_map``.
         evaluated: The other task.
         name: The name of the other task, for messages.
 
     Raises:
-        EMoEError: One task has classes and the other numbers, or the task with more classes has no such ``label_map``.
+        EMoEError: The task with more classes has no such ``label_map``, or one task has classes and the other numbers.
     """
     head, classes = len(trained.labels), len(evaluated.labels)
-    if bool(head) != bool(classes):
-        kinds = ("numbers", "classes")
-        raise EMoEError(f"'{name}' has {kinds[bool(classes)]} as labels, the model {kinds[bool(head)]}")
     if head == classes:
         return LabelMapping()
+    if not head or not classes:
+        kinds = [("numbers", "classes")[bool(count)] for count in (classes, head)]
+        raise EMoEError(f"'{name}' has {kinds[0]} as labels, the model {kinds[1]}")
     fewer, most = sorted((head, classes))
     numbers = tuple((trained if head > classes else evaluated).label_map.get(str(fewer), ()))
     if len(numbers) != most or set(numbers) != set(range(fewer)):
         raise EMoEError(
-            f"'{name}' has {classes} classes, the model {head}: the task with {most} needs 'label_map' with "
-            f'"{fewer}": {most} numbers, each class from 0 to {fewer - 1} among them'
+            f"'{name}' has {classes} classes, the model {head}: the task with {most} needs "
+            f"'label_map' with \"{fewer}\": {most} numbers, each class from 0 to {fewer - 1} among them"
         )
     return LabelMapping(predictions=numbers) if head > classes else LabelMapping(labels=numbers)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import emoe
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
-from benchmarks.harness.training.callbacks import Probe, SetEpochs
+from benchmarks.harness.training.callbacks import Probe, SetEpochs, UpdateGates
 from benchmarks.harness.training.checkpoints import MarkComplete
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.files import write_tensors
@@ -61,8 +61,8 @@ def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingA
 class RoutedTrainer(Trainer):
     """Train routed and adapted models.
 
-    Adds the balance loss to the task's loss, orders the rows by seed and epoch, lowers the learning rate of some
-    parameters, and saves only the trained parameters in its checkpoints.
+    Adds the balance loss to the task's loss, updates running gates, orders the rows by seed and epoch, lowers the
+    learning rate of some parameters, and saves only the trained parameters in its checkpoints.
 
     Args:
         order: The order of the rows.
@@ -90,6 +90,7 @@ class RoutedTrainer(Trainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
         self._order, self._trainable, self._probe, self._base_lr_ratio = order, trainable, probe, base_lr_ratio
         self.add_callback(probe)
+        self.add_callback(UpdateGates())
         if hasattr(order, "set_epoch"):
             self.add_callback(SetEpochs(order))
         self.add_callback(MarkComplete())
