@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,9 +32,9 @@ def available_precision(requested: str) -> str:
     return requested if torch.cuda.is_available() else "fp32"
 
 
-def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[Any]:
-    """Return an autocast context for ``bf16``, an empty context otherwise."""
-    return torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+def autocast(model: PreTrainedModel, precision: str) -> torch.autocast:
+    """Return an autocast context, which is only enabled for ``bf16``."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
