@@ -118,8 +118,8 @@ def check_file(path: Path, checksum: str) -> None:
     """Raise :class:`DataError` unless the file has that sha256."""
     if not path.exists():
         raise DataError(f"{path} does not exist")
-    there = path.stat()
-    actual = _sha256_of(path, there.st_ino, there.st_size, there.st_mtime_ns)
+    state = path.stat()
+    actual = _sha256_of(path, state.st_ino, state.st_size, state.st_mtime_ns)
     if actual != checksum:
         raise DataError(f"{path} is damaged or another version: sha256 {actual}, expected {checksum}")
 

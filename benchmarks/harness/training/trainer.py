@@ -113,21 +113,20 @@ class RoutedTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, *args, **kwargs)
-        extra = emoe.aux_loss(model) if model.training else 0.0
-        if not isinstance(extra, Tensor):
-            return result
+        loss: Any = super().compute_loss(model, *args, **kwargs)
+        balance = emoe.aux_loss(model) if model.training else 0.0
+        if not isinstance(balance, Tensor):
+            return loss
         if self.loss_is_scaled_for_ga:  # like the task's loss
-            extra = extra / self.current_gradient_accumulation_steps
-        return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
+            balance = balance / self.current_gradient_accumulation_steps
+        return loss + balance
 
     @property
     def _trained(self) -> nn.Module:
         return cast(nn.Module, self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        state = trained_state(self._trained)
+        folder, state = Path(str(output_dir)), trained_state(self._trained)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(state, folder / _WEIGHTS)
@@ -136,8 +135,7 @@ class RoutedTrainer(Trainer):
         load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
 
     def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint)).name
-        load_trained_(self._trained, Path(str(self.args.output_dir)) / best / _WEIGHTS)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
