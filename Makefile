@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 	@$(BIN)/python workflow/scripts/unlock_stale.py
 	@echo "Running the suite '$(SUITE)': snakemake --cores all --config suite=$(SUITE)"
-	@$(BIN)/snakemake --cores all --quiet reason host rules progress --config suite=$(SUITE)
+	@$(BIN)/snakemake --cores all --quiet reason host rules --config suite=$(SUITE)
 	@echo
 	@echo "Tables:  results/$(SUITE)/tables/   (csv, md, tex, html)"
 	@echo "Figures: results/$(SUITE)/figures/"

@@ -312,7 +312,6 @@ class Suite:
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             **{name: os.environ.get(name, value) for name, value in _GLIBC.items()},
             paths.OVERRIDES: canonical_json(self.overrides),
-            paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
         }
         optional = {
             paths.DATA_ROOT: data_root and str(Path(data_root).resolve()),
@@ -346,9 +345,7 @@ class Suite:
         ]
 
     def write_plan(self, folders: Collection[str]) -> None:
-        """Write the plan for progress lines: the runs, and the machine's name.
-
-        A second file has the runs and their partitions, for jobs on a cluster: :func:`planned_run`.
+        """Write the machine's name, and the runs and their partitions for jobs on a cluster (:func:`planned_run`).
 
         Args:
             folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
@@ -357,7 +354,7 @@ class Suite:
         lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
         lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
         write_text(self._plan_file, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
-        write_json(paths.RESULTS / self.name / "plan.json", {"host": platform.node(), "runs": sorted(folders)})
+        write_json(paths.RESULTS / self.name / "plan.json", {"host": platform.node()})
 
 
 def planned_run(folder: str, suite: Suite) -> Run:

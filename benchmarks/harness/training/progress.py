@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerState
-
-from benchmarks.harness.base import PLAN, RUNS
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress(TrainerCallback):
-    """Print the number of the workflow's finished runs, the step of this run, and the time left for its training.
+    """Print the step of a run, and the time left for its training.
 
     A terminal shows every line. Without a terminal only warnings and finished runs are shown; the log has the rest.
 
@@ -30,7 +25,6 @@ class Progress(TrainerCallback):
 
     def __init__(self, run_id: str, stream: TextIO | None = None) -> None:
         self._run_id, self._stream = run_id, stream or sys.stderr
-        self._position = _position()
         self._start = self._last = time.monotonic()
         self._first_step = 0
 
@@ -40,12 +34,11 @@ class Progress(TrainerCallback):
 
     def finish(self, seconds: float) -> None:
         """Print the duration of the finished run."""
-        self._position = _position()
         self._print(f"finished in {_clock(seconds)}", self._stream)
 
     def _print(self, text: str, stream: TextIO) -> None:
         with suppress(OSError):  # a closed terminal must not fail the run
-            print(f"[{self._position}{self._run_id}] {text}", file=stream, flush=True)
+            print(f"[{self._run_id}] {text}", file=stream, flush=True)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._start, self._first_step = time.monotonic(), state.global_step
@@ -63,13 +56,3 @@ class Progress(TrainerCallback):
 
 def _clock(seconds: float) -> timedelta:
     return timedelta(seconds=round(seconds))
-
-
-def _position() -> str:
-    """Return ``7 of 24 runs done; ``, counted by files, or nothing outside a workflow."""
-    plan = Path(os.environ.get(PLAN, ""))
-    if not plan.is_file():
-        return ""
-    runs = json.loads(plan.read_text())["runs"]
-    done = sum((RUNS / folder / "metrics.json").exists() for folder in runs)
-    return f"{done} of {len(runs)} runs done; "
