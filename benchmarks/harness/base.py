@@ -80,8 +80,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        os.umask(umask := os.umask(0))  # the only way to read it
-        temporary.chmod(0o666 & ~umask)  # SQLite and safetensors let only the owner read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

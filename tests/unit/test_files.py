@@ -24,11 +24,8 @@ class Receipt(BaseModel):
 
 DAMAGE = {
     "invalid UTF-8": b'{"rows": "\xff"}',
-    "empty": b"",
     "truncated": b'{"rows": ',
-    "no number": b'{"rows": NaN}',
     "a missing key": b"{}",
-    "another type": b'{"rows": "many"}',
 }
 
 
