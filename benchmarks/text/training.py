@@ -28,7 +28,6 @@ from benchmarks.harness.models.prefix import Prefix, collate_states
 from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
-from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import RoutingTrace
@@ -41,7 +40,7 @@ from benchmarks.harness.training.trainer import (
     trainer_arguments,
 )
 from benchmarks.text.data import TextSplit
-from benchmarks.text.definition import RunTask, TextSpec
+from benchmarks.text.definition import RunTask, TextSpec, merged_classes
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.usage import RoutingRecorder
 
@@ -62,6 +61,9 @@ def score_and_loss(
 ) -> dict[str, float | None]:
     """Compute the metrics of a set, and ``loss`` if the set has the same classes as the training task.
 
+    Equal numbers of classes correspond by their order. If they differ, the head's predictions or the set's labels are
+    merged by :func:`merged_classes` (three-way NLI on HANS: neutral and contradiction are no entailment).
+
     Args:
         logits: The logits or log-likelihoods ``[rows, classes of the training task]``.
         labels: The class numbers (or scores) of the rows, as in the set.
@@ -69,9 +71,12 @@ def score_and_loss(
         evaluated: The task of the set.
         metrics: The names of the metrics.
     """
-    mapping = label_mapping(trained, evaluated, evaluated.name)
-    scores: dict[str, float | None] = {name: score(name, logits, labels, mapping) for name in metrics}
-    return {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if mapping.same else scores
+    head, classes = len(trained.labels), len(evaluated.labels)
+    if head < classes:
+        labels = np.asarray(merged_classes(evaluated, trained))[labels]
+    merged = merged_classes(trained, evaluated) if head > classes else None
+    scores: dict[str, float | None] = {name: score(name, logits, labels, merged) for name in metrics}
+    return {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if head == classes else scores
 
 
 @dataclass
