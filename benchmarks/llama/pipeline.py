@@ -19,10 +19,9 @@ from benchmarks.harness.models.build import build_language_model, permutations, 
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable, set_trained_, trained_state
 from benchmarks.harness.training.callbacks import Probe, Stopwatch
-from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded
+from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded, shard_
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import evaluate_with_routing
-from benchmarks.harness.training.sharding import shard_
 from benchmarks.harness.training.trainer import available_precision
 from benchmarks.llama.definition import EvaluationTask, InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, model_inputs

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from filelock import FileLock
 
-from benchmarks.harness.base import QUESTIONS, DataError, hold, write_text
+from benchmarks.harness.base import QUESTIONS, DataError, write_text
 
 MMLU_DEV = "mmlu_dev"
 _QUESTION = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
@@ -43,7 +44,7 @@ def ensure_mmlu_dev() -> Path:
     """
     folder = (QUESTIONS / MMLU_DEV).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold(folder.with_suffix(".lock")):
+    with FileLock(folder.with_suffix(".lock")):
         if not all((folder / f"{MMLU_DEV}{ending}.yaml").exists() for ending in _FORMS.values()):
             _write_tasks(folder)
     return folder

@@ -13,7 +13,7 @@ from transformers import TrainingArguments as Arguments
 
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.trainable import Trainable
-from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, restore_rng_and_modes
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
@@ -43,10 +43,10 @@ def train(
         ``curve``, the loss of every step (the mean over its response tokens), and ``cost``, the number of steps and
         their times. With ``eval_every`` also ``held_out_curve``: ``step`` and ``loss`` of evaluations on ``held_out``.
     """
-    checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
+    stopwatch = Stopwatch()
     precision, size = available_precision(training.precision), training.per_device_train_batch_size
     arguments = trainer_arguments(
-        checkpoints,
+        folder / "checkpoints",
         precision,
         num_train_epochs=training.epochs,
         max_steps=training.steps or -1,
@@ -75,13 +75,13 @@ def train(
         by_token=True,
         train_dataset=rows,
         data_collator=without_prompt_logits(collator(tokenizer, packing=training.packing), trainable.model),
-        callbacks=[progress, stopwatch, UpdateGates()],
+        callbacks=[progress, stopwatch],
     )
     if every := training.eval_every:
         evaluate = partial(held_out_loss, tokenizer=tokenizer, batch_size=spec.evaluation.batch_size)
         loss = partial(evaluate, rows=held_out, precision=precision)
         trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, so that it is not timed
-    trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
+    trainer.train(resume_from_checkpoint=resume(trainer))
     log = trainer.state.log_history
     trained: dict[str, Any] = {
         "curve": [finite_or_none(entry["loss"]) for entry in log if "loss" in entry],

@@ -22,7 +22,7 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable
-from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows, restore_rng_and_modes
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import evaluate_with_routing
@@ -199,7 +199,7 @@ class MultitaskTrainer(RoutedTrainer):
         self._tasks = {task.name: task for task in spec.task.tasks}
         self._answers = {name: tokenise_answers(tokenizer, task) for name, task in self._tasks.items()}
         self._network = cast(PreTrainedModel, trainable.model)
-        self._checkpoints, self._stopwatch, self.probe = folder / "checkpoints", Stopwatch(), Probe()
+        self._stopwatch, self.probe = Stopwatch(), Probe()
         self._precision = available_precision(training.precision)
         self._best = _MEAN if training.checkpoint_selection == "best" else None
         learned = {
@@ -211,14 +211,14 @@ class MultitaskTrainer(RoutedTrainer):
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
         self.probe.observe(self._network, collate(fixed_rows(rows)))
         super().__init__(
-            args=epoch_arguments(self._checkpoints, self._precision, training, spec, self._best),
+            args=epoch_arguments(folder / "checkpoints", self._precision, training, spec, self._best),
             order=MixedOrder(lengths, training.rows_per_epoch, training.batch_size, spec.seed, by_length=by_length),
             trainable=trainable,
             probe=self.probe,
             train_dataset=rows,
             eval_dataset=rows,  # Trainer requires one; scores use the dev rows
             data_collator=collate,
-            callbacks=[progress, self._stopwatch, UpdateGates()],
+            callbacks=[progress, self._stopwatch],
         )
 
     @property
@@ -229,7 +229,7 @@ class MultitaskTrainer(RoutedTrainer):
 
     def fit(self) -> tuple[list[Epoch], Epoch]:
         """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
-        self.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
+        self.train(resume_from_checkpoint=resume(self))
         epochs: list[Epoch] = [
             {"epoch": entry["epoch"], **{name: entry[f"eval_{name}"] for name in (_MEAN, *self._tasks)}}
             for entry in self.state.log_history

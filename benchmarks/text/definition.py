@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Precision, Training, TrainingPart
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
@@ -273,6 +274,24 @@ class RunTask(Strict):
     train and dev are only for evaluation."""
     raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = optional()
     """Layouts of the makers' files, for `tools/convert_glue_x.py`, which uses the first one whose file exists."""
+
+
+def merged_classes(larger: RunTask, smaller: RunTask) -> list[int]:
+    """Return the class of a task with fewer classes for each class of a larger task, from the latter's ``label_map``.
+
+    Raises:
+        DefinitionError: The larger task has no such ``label_map``, or the smaller one is a regression.
+    """
+    most, fewer = len(larger.labels), len(smaller.labels)
+    if not fewer:
+        raise DefinitionError(f"'{larger.name}' has classes as labels, '{smaller.name}' numbers")
+    numbers = larger.label_map.get(str(fewer), [])
+    if len(numbers) != most or set(numbers) != set(range(fewer)):
+        raise DefinitionError(
+            f"'{larger.name}' has {most} classes, '{smaller.name}' {fewer}: the larger one needs 'label_map' with "
+            f'"{fewer}": {most} numbers, each class from 0 to {fewer - 1} among them'
+        )
+    return numbers
 
 
 class TaskEntry(RunTask, Entry):

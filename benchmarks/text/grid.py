@@ -30,7 +30,6 @@ from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.sets import SetPart, SetReader
 from benchmarks.harness.config.yaml import check_file, check_names, parse, read
 from benchmarks.harness.sources.local import expected_path, local_path
-from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import (
     ABLATION_COLUMNS,
     CLEAN,
@@ -44,8 +43,8 @@ from benchmarks.text.definition import (
     TextPart,
     TextTraining,
     Transformed,
+    merged_classes,
 )
-from emoe.errors import EMoEError
 
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
@@ -225,10 +224,12 @@ def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
     check_names(where, "ood_metrics", task.ood_metrics, load_metrics())
     check_names(where, "ood", task.ood, tasks)
     for other in task.ood:
-        try:
-            label_mapping(task, tasks[other], other)
-        except EMoEError as error:
-            raise DefinitionError(f"{where}.ood': {error}") from error
+        smaller, larger = sorted((task, tasks[other]), key=lambda each: len(each.labels))
+        if len(smaller.labels) < len(larger.labels):
+            try:
+                merged_classes(larger, smaller)
+            except DefinitionError as error:
+                raise DefinitionError(f"{where}.ood': {error}") from error
     check_names(where, "label_names", task.label_names.values(), task.labels)
     if not (task.source.hub or task.source.csv or task.source.vader_sentiment or task.download_instructions):
         raise DefinitionError(f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions'")

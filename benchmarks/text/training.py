@@ -21,15 +21,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.models.prefix import Prefix, collate_states
 from benchmarks.harness.models.trainable import Trainable
-from benchmarks.harness.training.callbacks import Probe, Stopwatch, UpdateGates, fixed_rows
+from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
-from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import RoutingTrace
@@ -42,7 +40,7 @@ from benchmarks.harness.training.trainer import (
     trainer_arguments,
 )
 from benchmarks.text.data import TextSplit
-from benchmarks.text.definition import RunTask, TextSpec
+from benchmarks.text.definition import RunTask, TextSpec, merged_classes
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.usage import RoutingRecorder
 
@@ -63,6 +61,9 @@ def score_and_loss(
 ) -> dict[str, float | None]:
     """Compute the metrics of a set, and ``loss`` if the set has the same classes as the training task.
 
+    Equal numbers of classes correspond by their order. If they differ, the head's predictions or the set's labels are
+    merged by :func:`merged_classes` (three-way NLI on HANS: neutral and contradiction are no entailment).
+
     Args:
         logits: The logits or log-likelihoods ``[rows, classes of the training task]``.
         labels: The class numbers (or scores) of the rows, as in the set.
@@ -70,9 +71,12 @@ def score_and_loss(
         evaluated: The task of the set.
         metrics: The names of the metrics.
     """
-    mapping = label_mapping(trained, evaluated, evaluated.name)
-    scores: dict[str, float | None] = {name: score(name, logits, labels, mapping) for name in metrics}
-    return {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if mapping.same else scores
+    head, classes = len(trained.labels), len(evaluated.labels)
+    if head < classes:
+        labels = np.asarray(merged_classes(evaluated, trained))[labels]
+    merged = merged_classes(trained, evaluated) if head > classes else None
+    scores: dict[str, float | None] = {name: score(name, logits, labels, merged) for name in metrics}
+    return {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if head == classes else scores
 
 
 @dataclass
@@ -212,7 +216,6 @@ class TextTrainer(SplitEvaluator):
         progress: Progress,
     ) -> None:
         training, self._metric = spec.training, spec.task.metric
-        self._checkpoints = folder / "checkpoints"
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
         self._precision = available_precision(training.precision)
         self._best = self._metric if training.checkpoint_selection == "best" else None
@@ -221,9 +224,9 @@ class TextTrainer(SplitEvaluator):
         rows, self._dev = read(train, by_length=False), read(dev, by_length=True)
         collate = padding_collator(tokenizer, self._precision)
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
-        callbacks = [progress, self._stopwatch, self.routing_trace, UpdateGates(), self._patience]
+        callbacks = [progress, self._stopwatch, self.routing_trace, self._patience]
         trainer = RoutedTrainer(
-            args=epoch_arguments(self._checkpoints, self._precision, training, spec, self._best),
+            args=epoch_arguments(folder / "checkpoints", self._precision, training, spec, self._best),
             order=EpochOrder(
                 rows.lengths, training.batch_size, spec.seed, by_length=training.sampling == "group_by_length"
             ),
@@ -251,11 +254,9 @@ class TextTrainer(SplitEvaluator):
 
     def train(self) -> tuple[list[Epoch], Epoch]:
         """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
-        checkpoint = resume(self._checkpoints, self._stopwatch, self.probe, self.routing_trace)
-        saved = TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}") if checkpoint else None
-        if saved and self._patience and self._patience.is_over(saved.log_history):
-            self.trainer.state = saved  # training had stopped early: load the best weights
-            self.trainer._load_best_model()
+        checkpoint = resume(self.trainer)
+        if self._patience and self._patience.is_over(self.trainer.state.log_history):
+            self.trainer._load_best_model()  # training had stopped early
         else:
             self.trainer.train(resume_from_checkpoint=checkpoint)
         epochs: list[Epoch] = [

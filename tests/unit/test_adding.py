@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -61,7 +62,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     for name in ("benchmarks", "config", "workflow"):
         shutil.copytree(ROOT / name, root / name, ignore=skip)
     shutil.copy(ROOT / "Snakefile", root)
-    texts, labels, _ = load_vader("tweets", "train", archive)
+    with contextlib.chdir(ROOT):
+        texts, labels, _ = load_vader("tweets", "train")
     rows = [(text, ("negative", "positive")[label]) for text, label in zip(texts, labels, strict=True)][:200]
     write(root / "reviews.csv", rows)
 

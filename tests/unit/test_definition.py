@@ -74,8 +74,8 @@ def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path
     ("name", "changes", "message"),
     [
         ("cola", {"metric": "acuracy"}, "metric' is 'acuracy', which does not exist; did you mean 'accuracy'"),
-        ("stsb", {"ood": ["hans"]}, "ood': 'hans' has classes as labels, the model numbers"),
-        ("mnli", {"ood": ["hans"], "label_map": {}}, "ood': 'hans' has 2 classes, the model 3"),
+        ("stsb", {"ood": ["hans"]}, "ood': 'hans' has classes as labels, 'stsb' numbers"),
+        ("mnli", {"ood": ["hans"], "label_map": {}}, "ood': 'mnli' has 3 classes, 'hans' 2"),
         ("flipkart", {"download_instructions": None}, "' is neither on the hub nor in a package, so it needs 'downl"),
     ],
 )

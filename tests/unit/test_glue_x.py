@@ -15,11 +15,9 @@ from sklearn import metrics
 from benchmarks.harness.base import MODEL_ROOT, RUNS, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.training.label_mapping import LabelMapping, label_mapping
-from benchmarks.harness.training.metrics import score
 from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
-from benchmarks.text.training import TextEvaluator
+from benchmarks.text.training import TextEvaluator, score_and_loss
 from tests import fake_runs
 from tests.executed import recorded, reopened
 from tests.planned import evaluations, paper_runs
@@ -134,12 +132,7 @@ def test_a_row_is_evaluated_alone_as_in_a_batch(hub_here: Path) -> None:
 
 def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
     mnli, hans, snli, rte = (GLUE_OOD.tasks[name] for name in ("mnli", "hans", "snli", "rte"))
-    three_on_two = label_mapping(mnli, hans, "hans")
-    assert three_on_two == LabelMapping(predictions=(0, 1, 1))
-    logits = np.array([[3, 1, 2], [0, 2, 1], [0, 1, 2], [2, 0, 1]])
-    assert score("accuracy", logits, np.array([0, 1, 1, 1]), three_on_two) == 0.75
-    two_on_three = label_mapping(rte, snli, "snli")
-    assert two_on_three == LabelMapping(labels=(0, 1, 1))
-    assert score("accuracy", np.array([[1, 0], [0, 1], [0, 1]]), np.array([0, 1, 2]), two_on_three) == 1.0
-    assert not two_on_three.same
-    assert label_mapping(mnli, snli, "snli").same
+    three, two = np.array([[3, 1, 2], [0, 2, 1], [0, 1, 2], [2, 0, 1]]), np.array([[1, 0], [0, 1], [0, 1]])
+    assert score_and_loss(three, np.array([0, 1, 1, 1]), mnli, hans, ["accuracy"]) == {"accuracy": 0.75}
+    assert score_and_loss(two, np.array([0, 1, 2]), rte, snli, ["accuracy"]) == {"accuracy": 1.0}
+    assert "loss" in score_and_loss(three, np.array([0, 1, 2, 0]), mnli, snli, ["accuracy"])

@@ -241,8 +241,8 @@ def test_rows_are_drawn_once_and_for_all() -> None:
 
 
 @pytest.mark.parametrize(("domain", "total"), [("amazon", 3708), ("movie", 10605), ("nyt", 5190), ("tweets", 4200)])
-def test_the_real_sentiment_set(archive: Path, domain: str, total: int) -> None:
-    parts = {split: load_vader(domain, split, archive) for split in ("train", "dev", "test")}
+def test_the_real_sentiment_set(workdir: Path, domain: str, total: int) -> None:
+    parts = {split: load_vader(domain, split) for split in ("train", "dev", "test")}
     sizes = {split: len(texts) for split, (texts, _, _) in parts.items()}
     assert sizes["train"] > sizes["test"] > sizes["dev"] > 400
     assert all(set(labels) == {0, 1} and all(texts) for texts, labels, _ in parts.values())

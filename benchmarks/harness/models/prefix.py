@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold
+from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write
 from emoe.architectures import find_ffns
 from emoe.files import tensor_digest
 
@@ -170,7 +171,7 @@ class PrefixStates:
         key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:24]
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
-        with hold(folder / f".{key}.lock"):
+        with FileLock(folder / f".{key}.lock"):
             if not file.exists():
                 _write(file, prefix, ends, lengths, batch)
         self._values, self._ends, self._lengths = np.load(file, mmap_mode="r"), ends, lengths

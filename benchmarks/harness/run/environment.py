@@ -9,12 +9,11 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
@@ -34,14 +33,12 @@ VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "M
 
 
 def capture() -> dict[str, Any]:
-    """Return the versions of :data:`PACKAGES`, CUDA and BLAS, the commit, the processor, memory and accelerators."""
+    """Return the versions of :data:`PACKAGES`, the commit, the processor, memory and accelerators."""
     versions = {}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     commit, dirty = _git()
-    torch_blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         "packages": versions,
         "python": platform.python_version(),
@@ -49,40 +46,32 @@ def capture() -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": dirty,
         "processor": _processor()[0],
-        "instructions": torch.backends.cpu.get_cpu_capability(),  # ATEN_CPU_CAPABILITY may choose lesser ones
-        "blas": {
-            "torch": torch_blas[1] if torch_blas else "unknown",
-            "numpy": f"{numpy_blas['name']} {numpy_blas['version']}",
-        },
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
     }
 
 
-def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, str]:
+def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
     """Describe the packages and the hardware. If all are equal, numbers are equal to the last digit.
 
     Args:
-        packages: The versions of the packages.
-        gpus: The names of the accelerators.
+        captured: The result of :func:`capture`.
     """
     model, flags = _processor()
     facts = {
         "processor": model,
         "processor flags": flags,
-        "python": platform.python_version(),
+        "python": captured["python"],
         "torch build": _digest(torch.__config__.show()),
-        "CPU capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "GPUs": ", ".join(gpus),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),  # ATEN_CPU_CAPABILITY may choose a lesser one
+        "threads": str(captured["threads"]),
+        "GPUs": ", ".join(captured["gpus"]),
         "compiled kernels": "no" if compiled_kernels() is None else "yes",
     }
     facts |= {f"variable {name}": os.environ[name] for name in VARIABLES if name in os.environ}
-    return facts | {f"package {name}": version for name, version in packages.items()}
+    return facts | {f"package {name}": version for name, version in captured["packages"].items()}
 
 
 def _digest(text: str) -> str:
@@ -99,11 +88,8 @@ def _git() -> tuple[str | None, bool | None]:
 @functools.cache
 def _processor() -> tuple[str, str]:
     """Return the name of the processor, and a digest of its instructions."""
-    file = Path("/proc/cpuinfo")
-    facts: dict[str, str] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.strip())
-    model = facts.get("model name") or platform.processor() or platform.machine()
-    flags = facts.get("flags", facts.get("Features", ""))
-    return model, _digest(" ".join([model, *sorted(flags.split())]))
+    text = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
+    name = model[1].strip() if model else platform.machine()
+    return name, _digest(" ".join([name, *sorted(flags[1].split() if flags else [])]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-import selectors
+import select
 import shutil
 import signal
 import socket
@@ -22,6 +22,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ADDRESS = "EMOE_FORKSERVER"
@@ -33,7 +34,7 @@ _CALLERS_VARIABLES = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDI
     *("_", "SHLVL", "SHELLOPTS", "IFS", "OPTIND", "PS1", "PS2", "PS4")
 }
 _ENVIRONMENT = dict(os.environ)  # read before other imports, because some libraries set variables
-_ACCEPTED, _REFUSED = b"+", b"-"
+_ACCEPTED = b"+"
 
 
 def run_in_fork(arguments: Sequence[str]) -> int | None:
@@ -48,12 +49,12 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
     address = os.environ.get(ADDRESS)
     if not address:
         return None
-    caller = {"folder": str(Path.cwd()), "environment": _ENVIRONMENT, "python": sys.executable}
-    request = json.dumps({"arguments": list(arguments), **caller})
+    request = {"arguments": list(arguments), "folder": str(Path.cwd()), "environment": _ENVIRONMENT}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server, server.makefile("rb") as answer:
         try:
             server.connect(address)
-            socket.send_fds(server, [f"{request}\n".encode()], [0, 1, 2])
+            socket.send_fds(server, [b"\n"], [0, 1, 2])
+            server.sendall(f"{json.dumps(request)}\n".encode())
             if answer.read(1) != _ACCEPTED:
                 return None
         except OSError:  # the server has ended, or is on another machine
@@ -115,10 +116,8 @@ def serve(listener: socket.socket, import_all: Callable[[], None], work: Callabl
     import_all()
     gc.collect()
     gc.freeze()  # forks share these pages until one of them is written
-    with listener, selectors.DefaultSelector() as waiting:
-        for source in (listener, sys.stdin):
-            waiting.register(source, selectors.EVENT_READ)
-        while sys.stdin not in [key.fileobj for key, _ in waiting.select()]:
+    with listener:
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
             caller, _ = listener.accept()
             with caller:
                 if os.fork() == 0:
@@ -129,18 +128,14 @@ def serve(listener: socket.socket, import_all: Callable[[], None], work: Callabl
 
 def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
     """Run a caller's command in this fork, send the exit status, and end."""
-    content, streams = b"", list[int]()
-    while not content.endswith(b"\n"):
-        chunk, descriptors, _, _ = socket.recv_fds(caller, 2**16, 3)
-        if not chunk:
-            os._exit(1)
-        content, streams = content + chunk, streams + descriptors
-    request, status = json.loads(content), 1
+    status = 1
     try:
+        _, streams, _, _ = socket.recv_fds(caller, 1, 3)
+        with caller.makefile() as content:
+            request = json.loads(content.readline())
         changes = dict(request["environment"].items() ^ _ENVIRONMENT.items())
-        if request["python"] != sys.executable or not changes.keys() <= _CALLERS_VARIABLES:
-            caller.sendall(_REFUSED)
-            os._exit(0)
+        if not changes.keys() <= _CALLERS_VARIABLES:
+            os._exit(0)  # without an answer, so the caller runs the command itself
         caller.sendall(_ACCEPTED)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -154,9 +149,10 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        caller.sendall(str(status).encode())
+        with suppress(OSError):  # the caller has ended
+            sys.stdout.flush()
+            sys.stderr.flush()
+            caller.sendall(str(status).encode())
         os._exit(status)  # skips the exit handlers of the server
 
 

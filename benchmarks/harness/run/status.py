@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
-
-from pydantic import BaseModel
+from typing import Any, Literal, get_args
 
 from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
 from benchmarks.harness.config.benchmark import load_benchmark
@@ -21,7 +17,6 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 
 State = Literal["finished", "running", "failed", "missing"]
-_TAIL = 8192
 # dense TFLOP/s of the makers' data sheets: float32, and half precision
 _DEVICES = {
     "one CPU core": (0.25, 0.25),
@@ -30,14 +25,6 @@ _DEVICES = {
     "an H100": (67, 989),
 }
 _UTILIZATION = 0.15
-
-
-class _Cost(BaseModel):
-    job_seconds: float
-
-
-class _Metrics(BaseModel):
-    cost: _Cost
 
 
 @dataclass(frozen=True)
@@ -74,24 +61,15 @@ def describe(suite: Suite) -> str:
 def run_status(run: Run) -> RunStatus:
     """Return the status of a run."""
     folder = RUNS / run.folder
-    log, metrics = folder / LOG, folder / "metrics.json"
     is_running = is_held(folder / LOCK)  # checked first: a run writes its numbers before it releases its lock
-    if metrics.exists():
+    if (folder / "metrics.json").exists():
         return RunStatus(run, "finished")
-    if not is_running and not log.exists() and not (folder / LOCK).exists():
-        return RunStatus(run, "missing")
-    state: State = "running" if is_running else "failed"
+    log = folder / LOG
     if not log.exists():
-        return RunStatus(run, state)
-    return RunStatus(run, state, _last_line(log), time.time() - log.stat().st_mtime)
-
-
-def _last_line(log: Path) -> str:
-    """Return the last non-empty line of a log; for a progress bar, its last state."""
-    with log.open("rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
-        text = file.read().decode(errors="replace")
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+        return RunStatus(run, "running" if is_running else "missing")
+    lines = log.read_text(errors="replace").split("\n")  # a progress bar's states are lines, too
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return RunStatus(run, "running" if is_running else "failed", last, time.time() - log.stat().st_mtime)
 
 
 def estimate_text(runs: Sequence[Run]) -> str:
@@ -117,10 +95,9 @@ def estimate_text(runs: Sequence[Run]) -> str:
 
 def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
     """Count the runs of a benchmark by state, with the median seconds of the finished ones."""
-    states = Counter(status.state for status in statuses if status.run.benchmark == benchmark)
-    finished = [status.run for status in statuses if status.run.benchmark == benchmark and status.state == "finished"]
-    files = [RUNS / run.folder / "metrics.json" for run in finished]
-    advice = "delete it and run the suite again"
-    seconds = [read_json(file, _Metrics, advice).cost.job_seconds for file in files]
+    members = [status for status in statuses if status.run.benchmark == benchmark]
+    states = Counter(status.state for status in members)
+    files = [RUNS / status.run.folder / "metrics.json" for status in members if status.state == "finished"]
+    seconds = [read_json(file, dict[str, Any])["cost"]["job_seconds"] for file in files]
     row = {state: states[state] for state in get_args(State)}
     return {"benchmark": benchmark, **row, "median_seconds": round(statistics.median(seconds), 1) if seconds else None}

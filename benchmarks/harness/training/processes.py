@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from emoe.architectures import find_ffns
 
 _PARALLEL = "EMOE_PARALLEL"
 _TIMEOUT = timedelta(days=1)  # while the first process loads, or waits for a lock; torchrun ends all when one fails
@@ -67,18 +72,31 @@ def exit_worker() -> None:
         os._exit(0)
 
 
-def torchrun_command(processes: int, command: Sequence[str]) -> list[str]:
-    """Return the command that starts a Python module several times on this machine.
-
-    Args:
-        processes: The number of processes.
-        command: The module and its arguments.
-    """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    # without the dashes torchrun parses the module's options
-    return [*launcher, f"--nproc-per-node={processes}", "-m", "--", *command]
-
-
 def broadcast(value: Any) -> Any:
     """Return the main process's plain value on all processes."""
     return value if world_size() == 1 else broadcast_object_list([value])[0]
+
+
+def shard_(model: PreTrainedModel, precision: str) -> None:
+    """Share one model among the processes (FSDP2): shard each transformer block, then the rest.
+
+    The weights are those of the main process. Checkpoints hold whole tensors, so they fit any number of processes.
+
+    Args:
+        model: The model, with equal modules on all processes; only the main process needs its weights.
+        precision: The precision of the forward pass.
+    """
+    weights = model.state_dict() if is_main() else {}
+    blocks = {ffn.name for ffn in find_ffns(model)}
+    cast(Any, model).fsdp_plan = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight"
+        for name, module in model.named_modules()
+        # the rest of a block must have one type, and trained adapters are float32
+        if name in blocks or any(weight.dtype != model.dtype for weight in module.parameters(recurse=False))
+    }
+    requested = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
+    config, _, mesh = model.prepare_distribute_model(requested)
+    model.maybe_distribute_model(model, config, mesh)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)

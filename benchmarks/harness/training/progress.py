@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,7 @@ _EARLY = 0.05  # share of the work before which the pace is misleading
 
 
 class Progress(TrainerCallback):
-    """Print the number of finished runs, the step of this run, and the time left.
+    """Print the number of the workflow's finished runs, the step of this run, and the time left.
 
     A terminal shows every line. Without a terminal only warnings and finished runs are shown; the log has the rest.
 
@@ -29,9 +30,8 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, run_id: str, stream: TextIO | None = None) -> None:
-        self._run_id = run_id
-        self._stream = stream or sys.stderr
-        self._position = _position(run_id)
+        self._run_id, self._stream = run_id, stream or sys.stderr
+        self._position = _position()
         self._start = self._last = time.monotonic()
         self._first_step = 0
 
@@ -41,11 +41,11 @@ class Progress(TrainerCallback):
 
     def finish(self, seconds: float) -> None:
         """Print the duration of the finished run."""
-        self._position = _position(self._run_id)
-        self._print(f"finished in {clock(seconds)}", self._stream)
+        self._position = _position()
+        self._print(f"finished in {_clock(seconds)}", self._stream)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail the run
+        with suppress(OSError):  # a closed terminal must not fail the run
             print(f"[{self._position}{self._run_id}] {text}", file=stream, flush=True)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -59,30 +59,26 @@ class Progress(TrainerCallback):
             return
         self._last = now
         left = (now - self._start) / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
-        self.say(f"step {state.global_step}/{state.max_steps}, {clock(left)} of training left")
+        self.say(f"step {state.global_step}/{state.max_steps}, {_clock(left)} of training left")
 
 
-def clock(seconds: float) -> str:
-    """Format seconds as ``1:15``, or ``1:02:05`` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
-def _position(run_id: str) -> str:
-    """Return ``7 of 24 runs done, 9:10 left; ``, counted by files, or nothing outside a workflow.
+def _position() -> str:
+    """Return ``7 of 24 runs done, 0:09:10 left; ``, counted by files, or nothing outside a workflow.
 
     The time left assumes the pace since the workflow started, in usual seconds of finished runs. It is left out until
-    a twentieth of the work is done. A damaged plan gives nothing, because a progress line must never fail a run.
+    a twentieth of the work is done.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        plan = json.loads(Path(os.environ[PLAN]).read_text())
-        runs: dict[str, float] = plan["runs"]
-        if not any(folder.endswith(f"/{run_id}") for folder in runs):
-            return ""
-        done = [seconds for folder, seconds in runs.items() if (RUNS / folder / "metrics.json").exists()]
-        new, left = sum(done) - plan["before"], sum(runs.values()) - sum(done)
-        is_early = new <= _EARLY * (new + left)
-        text = "" if is_early else f", {clock((time.time() - plan['started']) / new * left)} left"
-        return f"{len(done)} of {len(runs)} runs done{text}; "
-    return ""
+    file = Path(os.environ.get(PLAN, ""))
+    if not file.is_file():
+        return ""
+    plan = json.loads(file.read_text())
+    runs: dict[str, float] = plan["runs"]
+    done = [seconds for folder, seconds in runs.items() if (RUNS / folder / "metrics.json").exists()]
+    new, left = sum(done) - plan["before"], sum(runs.values()) - sum(done)
+    is_early = new <= _EARLY * (new + left)
+    text = "" if is_early else f", {_clock((time.time() - plan['started']) / new * left)} left"
+    return f"{len(done)} of {len(runs)} runs done{text}; "

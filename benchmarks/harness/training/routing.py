@@ -66,16 +66,16 @@ class RoutingTrace(SavedCallback):
     def __init__(self) -> None:
         self.ends: list[int] = []
         self.loads: dict[str, list[list[int]]] = {}
-        self._recording, self._steps = ExitStack(), 0
+        self._recording = ExitStack()
         self._record: RoutingRecord | None = None
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self._record is None and routed_layers(kwargs["model"]):
-            self._record, self._steps = self._recording.enter_context(emoe.record_routing(kwargs["model"])), 0
+            self._record = self._recording.enter_context(emoe.record_routing(kwargs["model"]))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._steps += 1
-        if self._steps == window_steps(state.max_steps):
+        start = self.ends[-1] if self.ends else 0
+        if state.global_step - start == window_steps(state.max_steps):
             self._end_window(state.global_step)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

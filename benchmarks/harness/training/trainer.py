@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import emoe
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
-from benchmarks.harness.training.callbacks import Probe, SetEpochs
+from benchmarks.harness.training.callbacks import Probe, SetEpochs, UpdateGates
 from benchmarks.harness.training.checkpoints import MarkComplete
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.files import write_tensors
@@ -33,9 +32,9 @@ def available_precision(requested: str) -> str:
     return requested if torch.cuda.is_available() else "fp32"
 
 
-def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[Any]:
-    """Return an autocast context for ``bf16``, an empty context otherwise."""
-    return torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+def autocast(model: PreTrainedModel, precision: str) -> torch.autocast:
+    """Return an autocast context, which is only enabled for ``bf16``."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
@@ -61,8 +60,8 @@ def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingA
 class RoutedTrainer(Trainer):
     """Train routed and adapted models.
 
-    Adds the balance loss to the task's loss, orders the rows by seed and epoch, lowers the learning rate of some
-    parameters, and saves only the trained parameters in its checkpoints.
+    Adds the balance loss to the task's loss, updates running gates, orders the rows by seed and epoch, lowers the
+    learning rate of some parameters, and saves only the trained parameters in its checkpoints.
 
     Args:
         order: The order of the rows.
@@ -90,6 +89,7 @@ class RoutedTrainer(Trainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
         self._order, self._trainable, self._probe, self._base_lr_ratio = order, trainable, probe, base_lr_ratio
         self.add_callback(probe)
+        self.add_callback(UpdateGates())
         if hasattr(order, "set_epoch"):
             self.add_callback(SetEpochs(order))
         self.add_callback(MarkComplete())
@@ -113,21 +113,20 @@ class RoutedTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, *args, **kwargs)
-        extra = emoe.aux_loss(model) if model.training else 0.0
-        if not isinstance(extra, Tensor):
-            return result
+        loss: Any = super().compute_loss(model, *args, **kwargs)
+        balance = emoe.aux_loss(model) if model.training else 0.0
+        if not isinstance(balance, Tensor):
+            return loss
         if self.loss_is_scaled_for_ga:  # like the task's loss
-            extra = extra / self.current_gradient_accumulation_steps
-        return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
+            balance = balance / self.current_gradient_accumulation_steps
+        return loss + balance
 
     @property
     def _trained(self) -> nn.Module:
         return cast(nn.Module, self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        state = trained_state(self._trained)
+        folder, state = Path(str(output_dir)), trained_state(self._trained)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(state, folder / _WEIGHTS)
@@ -136,8 +135,7 @@ class RoutedTrainer(Trainer):
         load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
 
     def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint)).name
-        load_trained_(self._trained, Path(str(self.args.output_dir)) / best / _WEIGHTS)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
