@@ -83,7 +83,7 @@ def draw_ranks(outcomes: TextOutcomes, path: Path) -> None:
 
     scores = ranked_scores(outcomes)
     if not scores:
-        plots.placeholder_figure(path, "the ranked rows have no common set and seed")
+        plots.placeholder_figure(path)
         return
     rows = max(map(len, scores.values()))
     size = (plots.WIDTH, (1.1 + 0.2 * rows) * len(scores))

@@ -22,7 +22,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         outcomes.collect_rows(["panel", "step", "loss"], _loss_points).astype({"loss": float})
     )
     if points.empty:
-        plots.placeholder_figure(path, "none of these runs trains a model")
+        plots.placeholder_figure(path)
         return
     panels, groups = points["panel"].unique(), points.groupby(GROUP, sort=False)
     lines = points[["method_title", "method"]].drop_duplicates().itertuples()
@@ -68,7 +68,7 @@ def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
         if routing := outcomes.metrics[run.id]["routing"]:
             shown.setdefault(outcomes.row_title(cell_of(run)), routing)
     if not shown:
-        plots.placeholder_figure(path, "no method of these runs has experts")
+        plots.placeholder_figure(path)
         return
     heights = [len(routing["shares"]) + 1.5 for routing in shown.values()]
     size = (6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5)

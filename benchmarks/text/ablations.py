@@ -189,7 +189,6 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
 _COLUMNS, _NAMES = 3, 2.3  # panels per line, inches for their names
 _TITLE, _LINE = 1.4, 34  # inches of a panel's title, letters of a forest plot's labels
 _MOST_DIFFERENCES = 40  # differences in a forest plot
-_NO_RUNS = "this suite runs no row of this ablation"
 # setting of the x axis: its letter and its label
 _AXES = {"train_share": ("D", "Share of the training rows"), "top_k_fraction": ("k", "Share of experts in use")}
 
@@ -223,7 +222,7 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     rows = rows[rows["delta"].notna()]
     ours, paper = rows[rows["is_ours"]], rows[~rows["is_ours"]]
     if ours.empty:
-        plots.placeholder_figure(path, _NO_RUNS)
+        plots.placeholder_figure(path)
         return
     if len(ours) > _MOST_DIFFERENCES and ours["is_average"].any():  # every set is in the table
         ours = ours[ours["is_average"]]
@@ -266,7 +265,7 @@ def draw_curves(outcomes: TextOutcomes, path: Path, name: str) -> None:
         if group.loc[group[axis].ne(""), axis].nunique() > 1
     ]
     if not any(group["is_ours"].any() for _, group, _ in panels):
-        plots.placeholder_figure(path, _NO_RUNS)
+        plots.placeholder_figure(path)
         return
     styles = distinct_styles(
         (label, outcomes.style(points["method"].iloc[0])) for _, _, curves in panels for label, points in curves

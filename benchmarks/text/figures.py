@@ -47,7 +47,7 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
     """Draw expert use as heatmaps below each other: rows are sets (with classes if they fit), columns experts."""
     if not panels:
-        plots.placeholder_figure(path, "this suite has no experts to show")
+        plots.placeholder_figure(path)
         return
     heights = [sum(1 + len(use["classes"]) for use in usage["tasks"].values()) for _, _, usage in panels]
     classes = sum(heights) <= _MOST_LINES

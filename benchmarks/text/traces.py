@@ -124,7 +124,7 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     ]
     rows += [("the paper's", published)] if published else []
     if not rows:
-        plots.placeholder_figure(path, "this suite trains no routed method")
+        plots.placeholder_figure(path)
         return
     columns = max(len(by_method) for _, by_method in rows)
     size = (plots.WIDTH, 1.75 * len(rows) + 0.3)

@@ -196,7 +196,7 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     """
     ours = rows[rows["delta"].notna() & rows["unit"].eq("points")]
     if ours.empty:
-        placeholder_figure(path, "no claim was tested")
+        placeholder_figure(path)
         return
     is_smaller = ours["verdict"].eq(Verdict.UNDECIDED) & ours["against_paper"].eq("smaller")
     ours = ours.assign(series=ours["verdict"].mask(is_smaller, _SMALLER).replace(MISSING, _NO_VERDICT))
