@@ -71,5 +71,4 @@ FIGURES: dict[str, Figure] = {}
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    measured = Measurements(benchmark.definition, runs)
-    return Presentation(benchmark, TABLES, FIGURES, measured, claim_numbers=measured.claim_numbers)
+    return Presentation(benchmark, TABLES, FIGURES, Measurements(benchmark.definition, runs))
