@@ -137,7 +137,7 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
         table.write(RESULTS / suite / "tables")
     for name, figure in shown.figures.items():
         figure.draw(RESULTS / suite / "figures" / name)
-    write_paper_items(loaded, shown.artifacts, shown.tables)
+    write_paper_items(loaded, shown)
 
 
 @cli.command()

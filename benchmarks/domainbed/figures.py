@@ -44,7 +44,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
             shown.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
     if not shown:
-        plots.placeholder_figure(path, "no method of these runs has experts")
+        plots.placeholder_figure(path)
         return
     env_names = [outcomes.env_title(name, other) for other in outcomes.environments(name)]
     heights = [min(len(classes), 20), len(env_names)]

@@ -236,6 +236,5 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
         verdicts=list(verdicts(outcomes)),
         note=_NOTE,
         optimizer="Adam, constant rate, no clipping",
-        claim_numbers=outcomes.claim_numbers,
         parts={name: Presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets},
     )

@@ -21,7 +21,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         outcomes.collect_rows(["panel", "step", "loss"], _loss_points).astype({"loss": float})
     )
     if points.empty:
-        plots.placeholder_figure(path, "none of these runs trains a model")
+        plots.placeholder_figure(path)
         return
     panels, groups = points["panel"].unique(), points.groupby(GROUP, sort=False)
     lines = points[["method_title", "method"]].drop_duplicates().itertuples()

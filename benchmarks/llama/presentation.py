@@ -244,13 +244,5 @@ _NOTE = (
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = InstructionOutcomes(benchmark, runs)
-    return Presentation(
-        benchmark,
-        TABLES,
-        FIGURES,
-        outcomes,
-        verdicts=list(verdicts(outcomes)),
-        note=_NOTE,
-        optimizer="AdamW",
-        claim_numbers=outcomes.claim_numbers,
-    )
+    sentences = list(verdicts(outcomes))
+    return Presentation(benchmark, TABLES, FIGURES, outcomes, verdicts=sentences, note=_NOTE, optimizer="AdamW")

@@ -111,13 +111,5 @@ TABLES = {"gains": gains, "sets": ood, "tests": tests, "transfer": transfer, "co
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = MultitaskOutcomes(benchmark, runs)
-    return Presentation(
-        benchmark,
-        TABLES,
-        {},
-        outcomes,
-        verdicts=list(verdicts(outcomes)),
-        note=NOTE,
-        optimizer="AdamW, linear decay, no clipping",
-        claim_numbers=outcomes.claim_numbers,
-    )
+    sentences, optimizer = list(verdicts(outcomes)), "AdamW, linear decay, no clipping"
+    return Presentation(benchmark, TABLES, {}, outcomes, verdicts=sentences, note=NOTE, optimizer=optimizer)

@@ -60,4 +60,4 @@ TABLES = {name: partial(measure_table, name) for name in MEASURES}
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     measured = Measurements(benchmark.definition, runs, collect(runs))
-    return Presentation(benchmark, TABLES, {}, measured, claim_numbers=measured.claim_numbers)
+    return Presentation(benchmark, TABLES, {}, measured)

@@ -181,7 +181,7 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     paper = rows[rows["paper_delta"].notna()].drop(columns=["delta", "n"]).rename(columns={"paper_delta": "delta"})
     ours = rows[rows["is_ours"] & rows["delta"].notna()]
     if ours.empty:
-        plots.placeholder_figure(path, "this suite runs no row of this ablation")
+        plots.placeholder_figure(path)
         return
     ours = ours[ours["protocol"] == ours.groupby("model")["protocol"].transform("first")]
     has_average = ours.groupby(["panel", "domain"])["is_average"].transform("any")

@@ -40,5 +40,4 @@ def present_text(
         verdicts=list(verdicts(outcomes)),
         note=NOTE,
         optimizer=optimizer,
-        claim_numbers=outcomes.claim_numbers,
     )

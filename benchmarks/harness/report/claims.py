@@ -56,7 +56,7 @@ def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
 
 def collect_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
     """Collect the claim numbers of each benchmark, with the columns ``COMPARED`` of :mod:`.common`."""
-    return {name: present(load_benchmark(name), suite.runs_of(name)).claim_numbers() for name in suite.claimed}
+    return {name: present(load_benchmark(name), suite.runs_of(name)).outcomes.claim_numbers() for name in suite.claimed}
 
 
 def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -196,7 +196,7 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     """
     ours = rows[rows["delta"].notna() & rows["unit"].eq("points")]
     if ours.empty:
-        placeholder_figure(path, "no claim was tested")
+        placeholder_figure(path)
         return
     is_smaller = ours["verdict"].eq(Verdict.UNDECIDED) & ours["against_paper"].eq("smaller")
     ours = ours.assign(series=ours["verdict"].mask(is_smaller, _SMALLER).replace(MISSING, _NO_VERDICT))

@@ -19,7 +19,7 @@ from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import confidence_interval, information_numbers, paired_differences
 
 SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row
-# the numbers of the claims, one row per number: Presentation.claim_numbers
+# the numbers of the claims, one row per number
 COMPARED = [
     *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
 ]
@@ -27,8 +27,7 @@ COMPARED = [
 
 def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
     """Join frames of claim numbers, with the columns :data:`COMPARED`; a missing column becomes empty text."""
-    frames = [part.reindex(columns=COMPARED, fill_value="") for part in parts]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COMPARED)
+    return pd.concat([part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True)
 
 
 def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:

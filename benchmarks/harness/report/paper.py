@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,14 @@ import pandas as pd
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import atomic_write
 from benchmarks.harness.config import paper_items
-from benchmarks.harness.config.artifacts import FIGURE_FORMATS, Artifacts
+from benchmarks.harness.config.artifacts import FIGURE_FORMATS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import model_title
 from benchmarks.harness.config.paper_items import MainAverage, PaperOutput
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import SETTING, name_or_count
+from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.style import EMOE, GMOE, MethodStyle
 from benchmarks.harness.report.table import Table
 from benchmarks.harness.results.claims import Evidence, find_evidence
@@ -26,19 +27,15 @@ from benchmarks.harness.results.claims import Evidence, find_evidence
 _PROTOCOLS = ("published", "clean")  # in order of preference
 
 
-def write_paper_items(suite: Suite, artifacts: Artifacts, tables: Sequence[Table]) -> None:
+def write_paper_items(suite: Suite, presentation: Presentation) -> None:
     """Write the paper's tables and figures into ``results/<suite>/paper/``, with its numbering and rows.
 
-    Args:
-        suite: The suite.
-        artifacts: The names of the tables and figures of a benchmark or set. The figures must be drawn already, because
-            they are copied.
-        tables: The tables.
+    The figures of the benchmark or set must be drawn already, because they are copied.
     """
     folder = paths.RESULTS / suite.name / "paper"
-    by_name = {table.name: table for table in tables}
-    for output in paper_items.outputs_of(artifacts):
-        name = artifacts.stem(output.part.name)
+    by_name = {table.name: table for table in presentation.tables}
+    for output in paper_items.outputs_of(presentation.artifacts):
+        name = presentation.artifacts.stem(output.part.name)
         if output.part.figure:
             for end in FIGURE_FORMATS:
                 with atomic_write(folder / f"{output.name}.{end}") as temporary:
@@ -134,4 +131,4 @@ def draw_main(numbers: Mapping[str, pd.DataFrame], path: Path) -> None:
         label = "Difference to the dense model (points); bars: 95 % intervals; crosses: the paper"
         plots.draw_forest(rows, path, label)
     else:
-        plots.placeholder_figure(path, "this suite runs none of the main averages")
+        plots.placeholder_figure(path)

@@ -150,11 +150,11 @@ def save(figure: Any, path: Path, description: str | None = None) -> None:
     plt.close(figure)
 
 
-def placeholder_figure(path: Path, text: str) -> None:
-    """Write a figure with only a text, because the workflow expects its files. Pages omit it."""
+def placeholder_figure(path: Path) -> None:
+    """Write a figure that says that it has no data, because the workflow expects its files. Pages omit it."""
     with mpl.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(3, 0.6))
-        axis.text(0.5, 0.5, text, ha="center", va="center")
+        figure, axis = plt.subplots(figsize=(4, 0.6))
+        axis.text(0.5, 0.5, _PLACEHOLDER, ha="center", va="center")
         axis.axis("off")
         save(figure, path, _PLACEHOLDER)
 

@@ -23,6 +23,7 @@ NOTE = (
 )
 
 
+# the columns by which a row of a table finds its runs
 _ORIGIN = (
     *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
     *("layer", "num_experts", "seed"),
@@ -45,12 +46,12 @@ class Presentation:
         benchmark: The benchmark.
         table_functions: The functions of tables by name. They take ``outcomes``, and ``part`` if there is one.
         figure_functions: The figures by name. They take the same, and a path.
-        outcomes: The finished ``runs``, and in ``origins`` the records from which rows find their runs.
+        outcomes: The finished ``runs``, and in ``origins`` the records from which rows find their runs. If claims
+            compare the benchmark's methods, ``claim_numbers()`` returns :func:`.common.join_claim_numbers`.
         part: The set, for tables and figures of one set; else None.
         verdicts: Sentences on differences to the dense model.
         note: An explanation of the verdicts.
         optimizer: The optimizer, shown in the report; empty if nothing is trained.
-        claim_numbers: A function that returns the numbers of :func:`.common.join_claim_numbers`.
         parts: The presentations of sets; empty if sets share their tables.
     """
 
@@ -62,7 +63,6 @@ class Presentation:
     verdicts: Sequence[str] = ()
     note: str = ""
     optimizer: str = ""
-    claim_numbers: Callable[[], pd.DataFrame] = pd.DataFrame
     parts: Mapping[str, Presentation] = field(default_factory=dict)
 
     @property

@@ -122,10 +122,8 @@ class Table:
         """Render title, table and caption, with the best numbers in bold."""
         cells = self.texts().map(escape_markdown).rename(columns=escape_markdown)
         cells = cells.where(~self.best().to_numpy(), lambda texts: "**" + texts + "**")
-        parts = re.split(r"(`[^`]+`)", self.caption)  # every second part is code
-        caption = "".join(part if number % 2 else escape_markdown(part) for number, part in enumerate(parts))
         table = cells.to_markdown(index=False, disable_numparse=True)
-        return f"### {escape_markdown(self.title)}\n\n{table}\n\n{caption}\n"
+        return f"### {escape_markdown(self.title)}\n\n{table}\n\n{escape_markdown(self.caption)}\n"
 
     def latex(self) -> str:
         """Render a ``longtable`` with the best numbers in bold; the caption becomes a comment."""
