@@ -27,7 +27,6 @@ for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
 
 _PATH = click.Path(path_type=Path)
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 _threads = click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads.")
 
 
@@ -162,7 +161,7 @@ def claims(suite: str, write: bool) -> None:
 
 @cli.command()
 @_suite
-@click.option("--output", type=_PATH, required=True, help="The HTML page.")
+@click.option("--output", type=click.Path(path_type=Path, resolve_path=True), required=True, help="The HTML page.")
 @click.option("--benchmark", help="Only this benchmark.")
 def report(suite: str, output: Path, benchmark: str | None) -> None:
     """Write the one-page report of a suite with its tables."""
@@ -292,6 +291,7 @@ def rebuild(name: str, output: Path) -> None:
     from benchmarks.harness.models.repackaged import rebuild as rebuild_model
 
     rebuild_model(name, output)
+    click.echo(f"wrote {output}", err=True)
 
 
 @cli.command()
@@ -303,6 +303,7 @@ def partition(spec: str, output: Path, threads: int) -> None:
     from benchmarks.harness.models.build import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
+    click.echo(f"wrote {output}", err=True)
 
 
 @cli.command("serve", hidden=True)
@@ -323,10 +324,14 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
 
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
-    """Load a suite with a workflow job's settings, and check that it runs the benchmark."""
+    """Load a suite with a workflow job's settings, in the checkout if the current folder has no results."""
+    from benchmarks.harness.base import RESULTS, ROOT
     from benchmarks.harness.config.suite import suite_of_job
     from benchmarks.harness.config.yaml import check_names
 
+    if not RESULTS.exists() and Path.cwd() != ROOT:
+        click.echo(f"there is no {RESULTS}/ here; working in {ROOT}", err=True)
+        os.chdir(ROOT)
     loaded = suite_of_job(suite)
     check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
     return loaded

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from filelock import FileLock
 
 from benchmarks.__main__ import cli as suite_cli
@@ -114,3 +115,13 @@ def test_estimates_are_within_a_factor_of_three(here: Path) -> None:
         runs = suite.runs_of(name)
         hours = float(estimate_text(runs).split("about ")[1].split(" h on one CPU core")[0])
         assert 1 / 3 < hours * 3600 / (seconds * len(runs)) < 3
+
+
+def test_commands_work_in_the_checkout_from_a_folder_without_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(suite_cli, ["status", "--suite", "smoke"], catch_exceptions=False)
+    assert f"there is no results/ here; working in {ROOT}" in result.output
+    assert Path.cwd() == ROOT
+    assert not list(tmp_path.iterdir())

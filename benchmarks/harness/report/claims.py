@@ -30,7 +30,8 @@ _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 
 CAPTION = (
     "The claims of the paper and the differences that these runs measured, with 95 % intervals (from three pairs on); "
-    "crosses are the paper's effects. Tests in other units than points are in the table."
+    "crosses are the paper's effects. The shaded band has no difference that matters. Tests in other units than points "
+    "are in the table."
 )
 _SMALLER = "undecided, below the paper's"  # the whole interval is
 _NO_VERDICT = "random weights"
@@ -190,7 +191,7 @@ def verdict_sentences(rows: pd.DataFrame) -> list[str]:
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw the tests in points as a forest plot, a panel per claim, and crosses for the paper's effects.
+    """Draw the tests in points as a forest plot with numbers, a panel per claim, and crosses for the paper's effects.
 
     Write ``<path>.pdf`` and ``.png``. Tests in other units, and untested claims, appear only in the table.
     """
@@ -200,7 +201,9 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
         return
     is_smaller = ours["verdict"].eq(Verdict.UNDECIDED) & ours["against_paper"].eq("smaller")
     ours = ours.assign(series=ours["verdict"].mask(is_smaller, _SMALLER).replace(MISSING, _NO_VERDICT))
-    paper = ours[ours["effect"].notna()].assign(delta=ours["effect"], n=0, series=_PAPER)
+    ours["text"] = ours["runs_shown"].str.replace(" points", "") + ", n " + ours["n"].astype(int).astype(str)
+    paper = ours[ours["effect"].notna()].assign(delta=ours["effect"], n=0, series=_PAPER, text="")
     drawn = pd.concat([ours, paper])
     drawn = drawn.assign(panel=drawn["claim_title"], line=drawn["test"], style=drawn["series"].map(_STYLES))
-    draw_forest(drawn.assign(**drawn[["delta", "low", "high"]] / 100), path, "Difference (points)")
+    label = "Difference (points); shaded: no difference that matters"
+    draw_forest(drawn.assign(**drawn[["delta", "low", "high", "margin"]] / 100), path, label)

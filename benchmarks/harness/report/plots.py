@@ -24,7 +24,7 @@ if "MPLBACKEND" not in os.environ:  # a notebook sets it
     mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-REFERENCE = "#444444"  # the colour of reference lines
+REFERENCE, _BAND = "#444444", "#dceaf5"  # the colours of reference lines and margins
 # the use of an expert divided by its mean use: 1 is white; the colour-blind can distinguish purple and orange
 USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 STYLE: Any = {
@@ -61,7 +61,7 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
     Args:
         rows: One row per mark: the titles ``panel``, ``line`` (vertical position) and ``series`` (legend), the
             ``style``, the value ``delta``, and its interval (``low``, ``high``), which is drawn from :data:`FEW` pairs
-            ``n`` on.
+            ``n`` on. A panel with a ``margin`` is shaded around zero, and a ``text`` stands beside its mark.
         path: The path without ending.
         label: The label of the axis.
         zero: True to draw a line at zero.
@@ -78,6 +78,11 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
                 if row.n >= FEW and not math.isnan(row.low):
                     axis.plot([row.low * 100, row.high * 100], [height, height], color=row.style.colour, lw=1.4)
                 axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
+                if getattr(row, "text", ""):
+                    beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
+                    axis.annotate(row.text, (1.01, height), **beside)
+            if "margin" in group:
+                axis.axvspan(-100 * group["margin"].max(), 100 * group["margin"].max(), color=_BAND, zorder=0)
             if zero:
                 axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
             axis.set_title(wrap_text(title, _TEXT), fontsize=8)

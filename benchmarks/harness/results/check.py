@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,7 @@ class Numbers:
     rows: pd.DataFrame  # one per number: KEYS, value (text with all digits) and machine
     machines: Mapping[str, Mapping[str, str]]  # fingerprints by name
     code: str  # code_digest() at the time of the runs
+    seconds: Mapping[str, float]  # the median duration of a run of each benchmark, for the time left of a workflow
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,12 @@ def collect_numbers(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers
         DefinitionError: Two runs have the same name.
     """
     numbers, machines = list[tuple[object, ...]](), dict[str, Mapping[str, str]]()
+    seconds = dict[str, list[float]]()
     for run, metrics in results:
         fingerprint = metrics["environment"]["fingerprint"]
         machine = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
         machines[machine] = fingerprint
+        seconds.setdefault(run.benchmark, []).append(float(metrics["cost"]["job_seconds"]))
         keys = run_keys(run)
         keys["learning_rate"] = f"{keys['learning_rate']:g}"
         name = " ".join(str(keys[key]) for key in GROUP_KEYS if keys[key])
@@ -176,7 +180,8 @@ def collect_numbers(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers
     twice = rows[rows.duplicated(KEYS)]
     if len(twice):
         raise DefinitionError(f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
-    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest())
+    medians = {name: round(statistics.median(times), 1) for name, times in seconds.items()}
+    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest(), medians)
 
 
 def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -221,7 +226,7 @@ def read_reference(suite: str) -> Numbers:
     try:
         rows = pd.read_csv(path, keep_default_na=False, dtype=str)[_COLUMNS].astype({"seed": int})
         origin = json.loads(path.with_suffix(".json").read_text())
-        return Numbers(rows, origin["machines"], origin["code"])
+        return Numbers(rows, origin["machines"], origin["code"], origin["seconds"])
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise DefinitionError(
             f"{path} or its json is missing, damaged or of an older form: bless a run of the suite "
@@ -230,11 +235,12 @@ def read_reference(suite: str) -> Numbers:
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
-    """Write blessed numbers, and their commit, machines and code as JSON; return the path of the csv."""
+    """Write blessed numbers, and their commit, machines, code and seconds as JSON; return the path of the csv."""
     path = REFERENCE / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
-    write_json(path.with_suffix(".json"), {"commit": commit, "machines": numbers.machines, "code": numbers.code})
+    origin = {"commit": commit, "machines": numbers.machines, "code": numbers.code, "seconds": numbers.seconds}
+    write_json(path.with_suffix(".json"), origin)
     return path
 
 
