@@ -40,7 +40,7 @@ def run(spec: Mapping[str, Any], _folder: Path, progress: Progress) -> dict[str,
     torch.set_num_threads(settings.threads)
     progress.say(f"measuring the {measure}")
     auto = AutoModelForCausalLM if measure == "generate" else AutoModel
-    dense = load_pretrained(auto, spec["model"]).to(getattr(torch, settings.dtype))
+    dense: Any = load_pretrained(auto, spec["model"], dtype=getattr(torch, settings.dtype))
     if measure == "partition":
         return {"measured": measure_partition(dense, settings), "cost": {}}
     dense.train(measure in ("layer", "step"))

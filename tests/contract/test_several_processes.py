@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -65,21 +66,28 @@ def test_two_processes_finish_the_run_of_a_killed_one(tuning: str, parallel: str
     path = prepare(run, "killed")
     with killed_at(3):
         finish(path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    variables = {**os.environ, **group}
-    processes = [forked.start(work, rank, hub_here, variables, path, parallel) for rank in range(2)]
-    for process in processes:
-        process.join(WAIT)
-    assert [process.exitcode for process in processes] == [0, 0]
+    finish_on_two(path, parallel, hub_here)
     assert "resumed at step 2" in path.with_name("log-0.txt").read_text()
     check_same(numbers(path), whole)
     assert not (path.parent / "checkpoints").exists()
 
 
-def test_processes_end_with_their_launcher_and_one_process_finishes_the_run(capfd: pytest.CaptureFixture[str]) -> None:
+def finish_on_two(path: Path, parallel: str, folder: Path) -> None:
+    """Execute a run in two forks of this process, which work together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {**os.environ, **group}
+    processes = [forked.start(work, rank, folder, variables, path, parallel) for rank in range(2)]
+    for process in processes:
+        process.join(WAIT)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_processes_end_with_their_launcher_and_one_or_two_finish_the_run(
+    hub_here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = dropout_free("full", epochs=8, save_steps=4)
     whole = finish(prepare(run, "whole"))
     path = prepare(run, "killed")
@@ -90,6 +98,11 @@ def test_processes_end_with_their_launcher_and_one_process_finishes_the_run(capf
         launcher.kill()
     wait_for(lambda: not any(map(_is_alive, children)), WAIT)
     assert not (path.parent / "metrics.json").exists()
+    other = Path("other") / path
+    shutil.copytree(path.parent, other.parent)
+    finish_on_two(other, "fsdp", hub_here)
+    assert "resumed at step" in other.with_name("log-0.txt").read_text()
+    check_same(numbers(other), whole, 0.02)
     capfd.readouterr()
     check_same(finish(path), whole, 0.02)
     assert "resumed at step" in "".join(capfd.readouterr())
@@ -122,6 +135,6 @@ def test_runs_that_cannot_be_distributed_are_refused_before_any_process_starts(
 def test_a_failed_process_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun ends the others and has a status."""
     path = prepare(dropout_free("full"))
-    monkeypatch.setattr("benchmarks.harness.training.processes.torchrun_command", lambda *_arguments: ["false"])
+    monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: subprocess.CompletedProcess([], 1))
     with pytest.raises(RunError, match="one of its 2 processes failed"):
         launch_distributed(path, threads=2, log=Path("log.txt"), processes=2, parallel="fsdp")

@@ -63,7 +63,9 @@ def test_rows_of_existing_sets_are_counted_by_label(root: Path) -> None:
     assert "3 classes, 2 to 2 each" in row(text, "terra_incognita", "L38")
     assert row(text, "alpaca", "all").split()[2:6] == ["1", "of", "52,002", "1"]  # a row without an output is broken
     assert row(text, "snli", "test").split()[2:6] == ["3", "of", "10,000", "1"]  # one row has no gold label
-    assert "warning: snli (test): 4 rows, its makers count 10,000: another version, or not all of it" in text
+    assert (
+        "warning: snli (test): 3 rows and 1 dropped, its makers count 10,000: another version, or not all of it" in text
+    )
     assert row(text, "newsqa_qnli", "test").split()[2:5] == ["3", "of", "119,525"]  # as GLUE-X's result files count
 
 

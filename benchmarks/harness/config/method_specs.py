@@ -16,7 +16,7 @@ VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
 TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that also vary a row
 # letter by setting: N experts, k / N, converted layers, share of the training rows (data), factor on the usual epochs
 _LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D", "epochs_factor": "E"}
-_WORDS = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{} % of the rows", "E": "{} times the epochs"}
+_WORDS = {"N": "N {}", "k": "k/N {}", "L": "{}", "D": "{} % of the rows", "E": "{} times the epochs"}
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:
@@ -51,7 +51,8 @@ def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
     """
     values = setting_values(variant)
     if "L" in values:
-        values["L"] = ", ".join(layers) or values["L"].replace("+", ", ")
+        chosen = ", ".join(layers) or values["L"].replace("+", ", ")
+        values["L"] = f"layer {chosen}" if chosen.isdigit() else f"layers {chosen}"
     if "D" in values:
         values["D"] = f"{float(values['D']) * 100:g}"
     return ", ".join(_WORDS[key].format(value) for key, value in values.items())
