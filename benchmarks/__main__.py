@@ -21,7 +21,7 @@ from emoe.errors import EMoEError
 if TYPE_CHECKING:
     from benchmarks.harness.config.suite import Suite
 
-# both libraries send telemetry unless this is set before their import
+# both send telemetry unless this is set before their import
 for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
 
@@ -85,9 +85,8 @@ def status(suite: str) -> None:
 @click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs to reserve; waits until they are free.")
 @click.pass_obj
 def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str, gpus: int) -> None:
-    """Execute the run of a run.json.
+    """Execute the run of a run.json, and write metrics.json beside it.
 
-    It writes metrics.json beside it.
     Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
     from benchmarks.harness.run.devices import reserve_devices
@@ -188,14 +187,11 @@ def mirror(suite: str) -> None:
 @_suite
 @click.option("--elsewhere", is_flag=True, help="Judge as if this were another machine than the one that blessed.")
 def check(suite: str, elsewhere: bool) -> None:
-    """Compare a suite's numbers with the blessed ones.
-
-    Ends with status 1 if a number changed, is missing or is new. Times are not compared.
-    """
+    """Compare a suite's numbers, except times, with the blessed ones; status 1 if one changed, is missing or is new."""
     from benchmarks.harness.results.check import check as check_suite
 
     comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
-    click.echo(str(comparison))
+    click.echo(comparison)
     raise click.exceptions.Exit(not comparison.passed)
 
 
@@ -229,10 +225,7 @@ def bless(suite: str) -> None:
 @click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
-    """Fetch a suite's data, and show available and missing sets.
-
-    Ends with status 1 if something is missing.
-    """
+    """Fetch a suite's data, and show available and missing sets; status 1 if one is missing."""
     if check:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the next import
 
