@@ -205,5 +205,5 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     paper = ours[ours["effect"].notna()].assign(delta=ours["effect"], n=0, series=_PAPER, text="")
     drawn = pd.concat([ours, paper])
     drawn = drawn.assign(panel=drawn["claim_title"], line=drawn["test"], style=drawn["series"].map(_STYLES))
-    label = "Difference (points); shaded: no difference that matters"
+    label = "Points; shaded: no difference that matters"
     draw_forest(drawn.assign(**drawn[["delta", "low", "high", "margin"]] / 100), path, label)
