@@ -21,8 +21,7 @@ from emoe.errors import EMoEError
 if TYPE_CHECKING:
     from benchmarks.harness.config.suite import Suite
 
-# both send telemetry unless this is set before their import
-for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):  # read when they are imported
     os.environ.setdefault(_telemetry, "true")
 
 _PATH = click.Path(path_type=Path)
@@ -227,7 +226,7 @@ def bless(suite: str) -> None:
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
     """Fetch a suite's data, and show available and missing sets; status 1 if one is missing."""
     if check:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the next import
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
     from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets

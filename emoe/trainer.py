@@ -61,10 +61,16 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the sidecars into the checkpoint."""
-        model = kwargs["model"]
-        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        model, folder = kwargs["model"], _checkpoint(args, state)
         if not hasattr(model, "peft_config"):  # adapters are saved without the model
             save_sidecars(model, folder, write=args.should_save and folder.is_dir())
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the folder of the newest checkpoint; a search of hyper-parameters nests it."""
+    output, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    folders = [path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()]
+    return max(folders, key=lambda path: path.stat().st_mtime, default=output / name)
 
 
 def _stop_adding(model: nn.Module) -> None:

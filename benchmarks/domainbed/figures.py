@@ -36,24 +36,24 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw the use of experts by class and environment, by method and layer, for the first environment and trial."""
     model, env, runs = _first_runs(outcomes, name)
-    shown = []
+    panels = []
     for method, run in runs.items():
         metrics = read_metrics(run)
         classes: list[str] = metrics["classes"]
         for layer in sorted(metrics["routing"].get("loads", {}), key=int):
             loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
-            shown.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
-    if not shown:
+            panels.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
+    if not panels:
         plots.placeholder_figure(path)
         return
     env_names = [outcomes.env_title(name, other) for other in outcomes.environments(name)]
     heights = [min(len(classes), 20), len(env_names)]
-    columns = min(_COLUMNS, len(shown))
-    lines = -(-len(shown) // columns)
+    columns = min(_COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
     size = (min(1.6 * columns + 1.3, plots.WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5)
     ratios = heights * lines
     with plots.panel_figure(path, 2 * lines, columns, size, plots.HEATMAP, height_ratios=ratios) as (figure, axes):
-        for number, (title, loads, chance) in enumerate(shown):
+        for number, (title, loads, chance) in enumerate(panels):
             line, column = divmod(number, columns)
             above, below = axes[2 * line, column], axes[2 * line + 1, column]
             for axis, counts, labels in ((above, loads.sum(0), classes), (below, loads.sum(1), env_names)):

@@ -14,7 +14,7 @@ from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
-from benchmarks.harness.report.presentation import Figure, Presentation
+from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import PERMUTATIONS
 
@@ -222,7 +222,6 @@ _NOTE = (
     "intervals. Verdicts use paired t-tests at 5 %, corrected with Holm's procedure over all rows of the table of "
     "tests. With two trials a test has only two differences: read it as a hint."
 )
-FIGURES: dict[str, Figure] = {}
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
@@ -231,7 +230,7 @@ def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     return Presentation(
         benchmark,
         TABLES,
-        FIGURES,
+        {},
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=_NOTE,

@@ -17,7 +17,7 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_language_model, permutations, save_trained
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.models.trainable import Trainable, set_trained_, trained_state
+from benchmarks.harness.models.trainable import Trainable, load_trained_state_, trained_state
 from benchmarks.harness.training.callbacks import Probe, Stopwatch
 from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded, shard_
 from benchmarks.harness.training.progress import Progress
@@ -148,7 +148,7 @@ def _gather_model(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
     if not is_main():
         return trainable
     whole = build_language_model(spec, partition=partition or None)
-    set_trained_(whole.model, state, "the trained weights")
+    load_trained_state_(whole.model, state, "the trained weights")
     return replace(whole, summary=trainable.summary)
 
 

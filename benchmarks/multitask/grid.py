@@ -97,6 +97,9 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         read_as: dict[str, str] = {}
         for name in tasks:
             for other in self.tasks[name].ood:
-                if other not in (*tasks, *exclude):
-                    read_as.setdefault(other, name)
+                if other in (*tasks, *exclude):
+                    continue
+                if len(self.tasks[other].fields) != len(self.tasks[name].fields):
+                    raise DefinitionError(f"{self.file}: '{other}' cannot be read as '{name}': it has other fields")
+                read_as.setdefault(other, name)
         return read_as

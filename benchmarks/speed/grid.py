@@ -31,16 +31,17 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         self, part: Part[MeasurementPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         definition = self.definition
+        models = [name for name, config in definition.models.items() if config or name in load_models()]
         for number, block in enumerate(part.settings.grid):
             where = part.where("grid", number)
             check_names(where, "measure", [block.measure], definition.measures)
-            check_names(where, "model", block.model, definition.models)
+            check_names(where, "model", block.model, models)
             usual = definition.measures[block.measure].settings.given()
             check_names(where, "settings", block.settings, usual)
             at = ("benchmarks", self.name, "grid", number, "settings")
             for model, *values in itertools.product(block.model, *block.settings.values()):
-                changes = dict(zip(block.settings, values, strict=True))
-                settings = parse(usual | changes, Settings, part.file, *at).given()
+                point = usual | dict(zip(block.settings, values, strict=True))
+                settings = parse(point, Settings, part.file, *at).given()
                 check_names(where, "settings.candidates", settings["candidates"], definition.candidates)
                 changed = {key: value for key, value in settings.items() if key != "candidates" and value != usual[key]}
                 variant = "-".join(f"{key}={value}" for key, value in changed.items())
@@ -50,7 +51,6 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
                     model={"name": model, "config": config} if config else load_models()[model].spec(model),
                     task={"name": block.measure},
                     ood=[],
-                    # nothing is trained: no method, no learning rate
                     method={"name": "", "variant": variant, "config": None},
                     settings=settings,
                     learning_rate=0.0,

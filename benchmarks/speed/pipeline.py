@@ -25,7 +25,7 @@ from emoe.clustering import balanced_kmeans, explained_variance_ratio
 
 _ROUNDS = 5
 _MIN_SECONDS = 0.1  # of a candidate's calls in a round
-# timed statements on the variables from `variables`
+# the timed statement of each measure; `variables` makes its names
 _STATEMENTS = {
     "layer": "net.zero_grad(); net.layers[0].mlp(x.detach().requires_grad_()).backward(x)",
     "step": "optimizer.zero_grad(); net(**inputs).last_hidden_state.square().mean().backward(); optimizer.step()",

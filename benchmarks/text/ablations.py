@@ -66,7 +66,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         (not row.is_ours, row.model, row.protocol, row.domain, scopes.index(row.scope), _sort_key(ablation, row.method))
         for row in rows.itertuples()
     ]
-    rows = rows.iloc[sorted(range(len(rows)), key=sort_keys.__getitem__)]
+    rows = rows.iloc[sorted(range(len(rows)), key=lambda number: sort_keys[number])]
     return _add_titles(outcomes, outcomes.with_titles(rows.reset_index(drop=True)))
 
 

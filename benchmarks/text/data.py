@@ -65,6 +65,8 @@ class TextSplit:
     def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
         """Hold out a share of the rows, the same for every run; return the other rows and the held-out ones."""
         count = round(len(self) * share)
+        if not 0 < count < len(self):
+            raise DataError(f"{self.source}: a share of {share:g} of {len(self)} rows cannot be held out")
         chosen = set(random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count))
         return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(sorted(chosen))
 
@@ -249,6 +251,8 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
         for suffix in _BUILDERS:
             for name in (split, f"{split}-*-of-*", f"{split}/[0-9]*"):  # the last is the hub's conversion to Parquet
                 if files := sorted(subfolder.glob(f"{name}.{suffix}")):
+                    if "*-of-" in name and not files[0].stem.endswith(f"-of-{len(files):05}"):
+                        raise DataError(f"{subfolder} lacks a piece of the split '{split}'")
                     return [_read_file(file, folders, task) for file in files]
     wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
     convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
@@ -335,18 +339,11 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
             continue
         if label in classes:
             yield texts, classes[label]
-        elif not classes and low <= (score := _score(label)) <= high:
+        elif not classes and low <= (score := float(pd.to_numeric(label, errors="coerce"))) <= high:
             yield texts, score
         elif label.casefold() not in _NO_LABEL:
             hint = did_you_mean(label, classes) if classes else f"; it must be a number from {low:g} to {high:g}"
             raise DataError(f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'{hint}")
-
-
-def _score(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def label_text(value: object) -> str:

@@ -186,6 +186,8 @@ def transformed_rows(
     rows: dict[str, Method] = {}
     for name, row in transformed.items():
         where = f"{file}: 'transformed.{name}"
+        if name in definition.methods:
+            raise DefinitionError(f"{where}' has the name of a method; choose another name")
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where, key, [used], usual)
             if not _has_portable_weights(resolved[used]):

@@ -108,7 +108,7 @@ class TextOutcomes(Outcomes):
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
         self._include_ablations = include_ablations
         self._all_runs, self._all_records = runs, collect(runs) if records is None else records
-        records = with_transformed(self._all_records[self._all_records["run_id"].isin({run.id for run in shown})])
+        records = add_transformed_rows(self._all_records[self._all_records["run_id"].isin({run.id for run in shown})])
         self.records = records[records["method"].isin(kept)].reset_index(drop=True)
         if include_ablations:
             self._split_settings()
@@ -140,6 +140,7 @@ class TextOutcomes(Outcomes):
             remove_settings(row.variant, usual.get(row.model, set())) for row in records[is_ablation].itertuples()
         ]
         names = records["method"].where(settings == "", records["method"] + SETTING + settings)
+        # a row with a setting has the method of its row; the table adds the setting to its title
         self.methods |= {name: self.methods[name.partition(SETTING)[0]] for name in names.unique()}
         variant = records["variant"].mask(is_ablation | records["method"].ne(names), "")
         self.records = records.assign(method=names, variant=variant)
@@ -224,7 +225,7 @@ class TextOutcomes(Outcomes):
         return ARROW.join(titles)
 
 
-def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
+def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
     """Assign the numbers of models that were converted after training to the method of the conversion.
 
     The method also gets a copy of the run's dev scores, by which its runs are chosen.

@@ -56,26 +56,28 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
         plots.placeholder_figure(path)
         return
     heights = [sum(1 + len(use["classes"]) for use in usage["tasks"].values()) for _, usage in panels]
-    classes = sum(heights) <= _MOST_LINES
-    if not classes:
+    shows_classes = sum(heights) <= _MOST_LINES
+    if not shows_classes:
         heights = [len(usage["tasks"]) for _, usage in panels]
     size = (plots.WIDTH, 0.16 * sum(heights) + 0.4 * len(panels) + 0.3)
     with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (figure, axes):
         for axis, (title, usage) in zip(axes[:, 0], panels, strict=True):
-            _draw_use(axis, outcomes, usage, classes=classes)
+            _draw_use(axis, outcomes, usage, shows_classes=shows_classes)
             axis.set_title(title, fontsize=7.5)
         axes[-1, 0].set_xlabel("experts")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
 
 
-def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, classes: bool) -> None:
+def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, shows_classes: bool) -> None:
     sets = usage["tasks"]
     mean = np.mean([use["shares"] for use in sets.values()], axis=0)
     lines: list[tuple[str, list[float], list[int] | None]] = []  # label, shares, and the marks of a set
     for name, use in sets.items():
         lines.append((outcomes.title("task", name), use["shares"], use["marks"]))
         labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
-        lines += [(f"{labels[int(number)]} ", shares, None) for number, shares in use["classes"].items() if classes]
+        lines += [
+            (f"{labels[int(number)]} ", shares, None) for number, shares in use["classes"].items() if shows_classes
+        ]
     shares = np.array([shares for _, shares, _ in lines])
     plots.show_use(axis, plots.divide_by_mean(shares, mean))
     axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])

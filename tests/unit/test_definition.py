@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -12,8 +13,9 @@ import yaml
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import BENCHMARKS, DefinitionError
+from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError
 from benchmarks.harness.config import methods
+from benchmarks.harness.config.artifacts import table_sources
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import Method, MethodFile, load_methods
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
@@ -110,6 +112,18 @@ def test_a_seed_adds_runs_titles_change_none_and_the_version_all() -> None:
     assert len(after - before) == 4
     assert ids({"methods.emoe.title": "Ours"}, {}) == before
     assert not ids({"version": 99}, {}) & before
+
+
+def test_tables_depend_on_the_files_of_all_benchmarks_but_only_on_their_own_code() -> None:
+    sources = {os.path.relpath(file, ROOT) for file in table_sources("glue_ood")}
+    needed = {"benchmarks/glue/tasks.yaml", "benchmarks/glue_lora/benchmark.yaml", "benchmarks/metrics.yaml"}
+    assert {
+        *needed,
+        "benchmarks/glue_ood/ranks.py",
+        "benchmarks/glue_ood/paper.csv",
+        "benchmarks/text/data.py",
+    } <= sources
+    assert not any(file.startswith("benchmarks/llama/") and file.endswith(".py") for file in sources)
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,9 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
     (root / "RTE/train").mkdir()
     frame("converted by the hub").to_parquet(root / "RTE/train/0000.parquet")
     assert load_split(task("rte"), "train").texts[0][0] == "converted by the hub"
+    (root / "RTE" / piece.format(1)).unlink()
+    with pytest.raises(DataError, match="RTE lacks a piece of the split 'validation'"):
+        load_split(task("rte"), "dev")
 
 
 def test_local_files_need_no_network_and_copy_no_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +238,8 @@ def test_rows_are_drawn_once_and_for_all() -> None:
     assert (len(train), len(held)) == (90, 10)
     assert sorted(train.labels + held.labels) == list(range(100))
     assert split.hold_out(0.1, "cola/held out") == (train, held) != split.hold_out(0.1, "rte/held out")
+    with pytest.raises(DataError, match="cannot be held out"):
+        TextSplit([("a",)], [0], source="x").hold_out(0.1, "x")
 
 
 # human ratings

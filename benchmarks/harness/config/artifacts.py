@@ -61,19 +61,19 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
 def table_sources(*benchmarks: str) -> list[str]:
     """List the files that the benchmarks' tables are made from, besides the numbers of runs.
 
-    These are code, YAML and published numbers of the benchmarks and of their kinds, the harness's results and report,
-    and the lists of models, methods, metrics, claims and paper items.
+    These are code and published numbers of the benchmarks and of their kinds, the harness's results and report, and
+    all YAML: benchmarks read each other's definitions and tasks.
     """
     kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name)).__mro__]
     folders = {"harness/report", "harness/results", *benchmarks}
     folders |= {module[1] for module in kinds if module[0] == BENCHMARKS.name and module[1] != "harness"}
-    patterns = ["*.yaml", "harness/report/table.html.j2"]
-    patterns += [f"{folder}/{files}" for folder in sorted(folders) for files in ("*.py", "*.yaml", "**/*.csv")]
+    patterns = ["*.yaml", "*/*.yaml", "harness/report/table.html.j2"]
+    patterns += [f"{folder}/{files}" for folder in sorted(folders) for files in ("*.py", "**/*.csv")]
     return _files(*patterns)
 
 
 def page_sources() -> list[str]:
-    """List the template, style and script of the pages, and the file of the suite (a wildcard of Snakemake)."""
+    """List the template, style and script of the pages, and the suite's file; its name is a wildcard of Snakemake."""
     return [*_files("harness/report/page.*"), os.path.relpath(paths.CONFIG / "{suite}.yaml")]
 
 

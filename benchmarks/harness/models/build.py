@@ -113,7 +113,7 @@ def build_language_model(
 
 
 def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
-    """Load and convert an encoder-decoder model, given the spec of a run on several tasks, which trains all of it."""
+    """Load and convert an encoder-decoder model for a run on several tasks, and train all of it."""
     model = load_seq2seq(spec["model"])
     return _make_trainable(model, model, source_of(spec["model"], model), spec)
 

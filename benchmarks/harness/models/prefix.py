@@ -223,7 +223,7 @@ def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequenc
 
 
 def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the numbers of rows of similar length, with at most ``_TOKENS_AT_ONCE`` tokens after padding."""
+    """Group rows of similar length, of at most ``_TOKENS_AT_ONCE`` padded tokens, and yield their numbers."""
     rows: list[int] = []
     for row in np.argsort(np.asarray(lengths), kind="stable").tolist():
         if rows and lengths[row] * (len(rows) + 1) > _TOKENS_AT_ONCE:  # it would be the longest of the batch

@@ -66,13 +66,13 @@ def load_trained_(model: nn.Module, file: Path) -> None:
         DataError: The file belongs to another model.
         CheckpointError: The file is missing or damaged.
     """
-    set_trained_(model, read_tensors(file), str(file))
+    load_trained_state_(model, read_tensors(file), str(file))
 
 
-def set_trained_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_trained_state_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a :func:`trained_state` into a model that was built the same way.
 
-    ``source`` names the tensors in the :class:`DataError` about those of another model.
+    Raise :class:`DataError` with their ``source`` if they belong to another model.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     names = _trained_names(model)

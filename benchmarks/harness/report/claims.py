@@ -30,10 +30,10 @@ _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 
 CAPTION = (
     "The claims of the paper and the differences that these runs measured, with 95 % intervals (from three pairs on); "
-    "crosses are the paper's effects. The shaded band has no difference that matters. Tests in other units than points "
+    "thin crosses are the paper's effects. The shaded band has no difference that matters. Tests in other units than points "
     "are in the table."
 )
-_SMALLER = "undecided, below the paper's"  # the whole interval is
+_SMALLER = "undecided, below the paper's"  # the paper's effect lies above the whole interval
 _NO_VERDICT = "random weights"
 _PAPER = "the paper"
 _STYLES = {
@@ -125,15 +125,15 @@ def _evidence_columns(
     columns["runs_shown"] = _runs_text(scaled, row["unit"], compare, metric)
     if is_paired and not math.isnan(difference.low):
         margin = metric.equivalence_margin or math.nan
-        is_equal = is_within(difference, -margin, margin)
-        columns["equivalent"] = f"{'yes' if is_equal else 'not shown'}, margin {row['margin']:g}"
+        is_negligible = is_within(difference, -margin, margin)
+        columns["equivalent"] = f"{'yes' if is_negligible else 'not shown'}, margin {row['margin']:g}"
         if is_tested and not math.isnan(row["effect"]):
             columns["against_paper"] = compare_with_paper(compare, difference, row["effect"] / scale)
     return columns
 
 
 def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: Metric) -> str:
-    """Format a difference in its unit with its interval, or the ratio of a time."""
+    """Format a difference with its interval, a number of parameters, or the ratio of times."""
     delta, low, high = difference.mean, difference.low, difference.high
     if compare.direction == "equal":
         return f"{delta:+,.0f} parameters"
@@ -206,4 +206,6 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     drawn = pd.concat([ours, paper])
     drawn = drawn.assign(panel=drawn["claim_title"], line=drawn["test"], style=drawn["series"].map(_STYLES))
     label = "Points; shaded: no difference that matters"
-    draw_forest(drawn.assign(**drawn[["delta", "low", "high", "margin"]] / 100), path, label)
+    numbers = ["delta", "low", "high", "margin"]
+    drawn[numbers] /= 100  # draw_forest takes shares
+    draw_forest(drawn, path, label)

@@ -70,7 +70,7 @@ class Outcomes:
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the runs with their names, for :func:`with_runs`."""
+        """Return the runs with their names, for :func:`.presentation.with_runs`."""
         return self.records
 
     @property

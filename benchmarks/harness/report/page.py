@@ -210,7 +210,7 @@ def _environment_texts(environment: dict[str, Any]) -> dict[str, str]:
     for key, value in environment.items():
         if key != "fingerprint":  # for `check`
             listed = [f"{name} {version}" for name, version in value.items()] if isinstance(value, dict) else value
-            texts[key.replace("_", " ")] = ", ".join(listed) if isinstance(listed, list) else str(listed)
+            texts[key.replace("_", " ")] = (", ".join(listed) or "none") if isinstance(listed, list) else str(listed)
     return texts
 
 

@@ -34,7 +34,7 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
         processes: The number of processes of the run, one on each accelerator.
 
     Returns:
-        The locks, as a context manager; the end of the process releases them too.
+        The locks, as a context manager; the end of the process releases them too. The variable keeps its value.
 
     Raises:
         RunError: Fewer accelerators are visible than requested, or than processes.

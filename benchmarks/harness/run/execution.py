@@ -98,8 +98,8 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     load_benchmark(run.benchmark).check_processes(run.spec, processes, parallel)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     torchrun += [f"--nproc-per-node={processes}", "-m", "--"]  # without the dashes it parses the module's options
-    each = str(max(threads // processes, 1))
-    command = ["benchmarks", "run", str(path), "--threads", each, "--log", str(log), "--parallel", parallel]
+    threads_each = str(max(threads // processes, 1))
+    command = ["benchmarks", "run", str(path), "--threads", threads_each, "--log", str(log), "--parallel", parallel]
     result = subprocess.run([*torchrun, *command], env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False)
     if result.returncode:
         raise RunError(
