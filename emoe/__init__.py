@@ -1,4 +1,4 @@
-"""Emergent Mixture-of-Experts: make any pre-trained transformer's FFNs a mixture of experts.
+"""Emergent Mixture-of-Experts: turn any transformer's FFNs into a mixture of experts.
 
 import emoe
 

@@ -107,8 +107,8 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
 
     Args:
         key: ``model.config.model_type`` or, for models without a ``model_type``, the name of the model's class.
-        *specs: locations of its FFNs. Give several for several stacks of layers or kinds of FFN; those that the model
-            has are used, in this order.
+        *specs: locations of its FFNs, one per stack of layers or kind of FFN. Those that exist in the model are used,
+            in this order.
 
     Raises:
         ConversionError: ``between`` or ``fused`` of a spec is invalid.
@@ -127,7 +127,7 @@ class FFN:
         index: number of the FFN in the model.
         name: qualified name of the FFN's layer.
         spec: row of the architecture.
-        parents: module that holds each path's last attribute, by path. The layer is not kept, so that a copy of an FFN
+        parents: parent module of each path's last attribute, by path. Excludes the layer, so that copying an FFN
             does not copy the attention.
         rows_first: the layer takes ``[rows, tokens, h]``. False for PyTorch's own layers with ``batch_first=False``.
     """
@@ -166,7 +166,7 @@ class FFN:
         """Put a module, or the activation's function, at a path."""
         parent, name = self.parents[path], path.rpartition(".")[2]
         if not isinstance(module, nn.Module):
-            delattr(parent, name)  # PyTorch puts no function in a module's place
+            delattr(parent, name)  # setattr rejects a function for a module
         setattr(parent, name, module)
 
     def in_projections(self) -> list[tuple[str, nn.Module]]:
@@ -246,7 +246,7 @@ class FFN:
     def up(self, x: Tensor) -> Tensor:
         """Compute the up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
         projection = self.proj_up or self.proj_in
-        projection = getattr(projection, "projection", projection)  # the one that the sparse backend replaced
+        projection = getattr(projection, "projection", projection)  # unwrap the sparse backend
         return self._up_half(projection(x), -1)
 
     def neuron_dims(self) -> dict[str, int]:
@@ -291,7 +291,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """Find all FFNs of a model, numbered from the first layer.
 
     Raises:
-        ConversionError: the architecture is unknown, or its list of layers or a layer's modules are not as in its row.
+        ConversionError: the architecture is unknown, or the model has no such list of layers or modules.
     """
     specs = find_specs(model)
     layers = [(spec, name, layer) for spec in specs for name, layer in _layers(model, spec)]
@@ -306,7 +306,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in spec.paths()}
         batch_first = bool(getattr(getattr(layer, "self_attn", None), "batch_first", True))
         ffn = FFN(len(ffns), name, spec, parents, batch_first)
-        ffns.setdefault((id(layer), spec.proj_in), ffn)  # if several specs fit the same FFN, the first one counts
+        ffns.setdefault((id(layer), spec.proj_in), ffn)  # the first of several specs for the same FFN wins
     if missing and (len(specs) == 1 or not ffns):
         raise ConversionError(f"{missing[0]}, which the row of its architecture names")
     return list(ffns.values())

@@ -58,7 +58,7 @@ def record_activations(
 
 
 class _Sample:
-    """Sample rows of a stream uniformly: draw a random number for each row, and keep the rows with the lowest ones."""
+    """Sample rows of a stream uniformly: draw a random number for each row, and keep the lowest ones."""
 
     def __init__(self, seed: int, padding: PaddingMaskHook | None) -> None:
         self._generator, self._padding = torch.Generator().manual_seed(seed), padding

@@ -89,7 +89,7 @@ def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tens
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write a converted model: an ordinary checkpoint and the small files beside it.
+    """Write a converted model: an ordinary checkpoint, and sidecar files.
 
     Args:
         model: converted model of transformers, timm or another library.
@@ -168,7 +168,7 @@ def describe_layer(index: int, layer: RoutedActivation) -> Sequence[dict[str, Te
 
 
 def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, str, nn.Module]]:
-    """Return the modules whose state does not fit the dense model.
+    """Return the modules whose state the dense model lacks.
 
     Each has its name in the extra file and its path in the layer.
     """
@@ -209,13 +209,13 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         """Return the names of the tensors that GMoE copies; they are loaded after the FFNs are widened."""
         if not is_gmoe:
             return set()
-        ffns = [ffn for ffn, _ in converted_ffns(model, mark, tensors, folder)]
+        ffns = [ffn for ffn, _ in stored_expert_ffns(model, mark, tensors, folder)]
         prefixes = tuple(f"{ffn.name}.{path}." for ffn in ffns for path, _ in ffn.projections())
         return {name for name in model.state_dict() if name.startswith(prefixes)}
 
     saved_by_library = has_routing_state(mark, stored)
     model = files.load_stock(loader, folder, restored=copied_names if saved_by_library or is_gmoe else None, **options)
-    pairs = converted_ffns(model, mark, tensors, folder)
+    pairs = stored_expert_ffns(model, mark, tensors, folder)
     layers = []
     for ffn, permutation in pairs:
         if config.has_routing_state and any(map(is_offloaded, (ffn.proj_in, ffn.proj_out))):
@@ -223,7 +223,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         if is_gmoe:
             widen(ffn, config.num_experts)
         layers.append(RoutedActivation(ffn, config, permutation))
-    # the model's library saves routers among the weights, which are then newer than the extra file
+    # weights with routers come from the model's library and are newer than the extra file
     _restore_state(model, layers, stored if saved_by_library else extra, folder)
     for ffn, _ in pairs:
         check_key_norms(ffn, tensors, folder)
@@ -237,10 +237,10 @@ def has_routing_state(mark: Mark, stored: files.Weights) -> bool:
     return mark.config.has_routing_state and any(names)
 
 
-def converted_ffns(
+def stored_expert_ffns(
     model: nn.Module, mark: Mark, tensors: dict[str, Tensor], folder: Path
 ) -> list[tuple[FFN, Tensor | None]]:
-    """Return the FFNs of a dense model that are experts in its folder, with permutations (None if unknown)."""
+    """Return the FFNs that the folder stores as experts, with their permutations (None if unknown)."""
     ffns = find_ffns(model)
     if mark.layers[-1] >= len(ffns):
         raise CheckpointError(f"{folder} has experts in layer {mark.layers[-1]}, but the model only {len(ffns)} FFNs")

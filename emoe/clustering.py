@@ -49,7 +49,7 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tens
     elif num_clusters == n:
         labels = torch.arange(n)
     else:
-        labels = _swap(rows, _lloyd(rows, num_clusters, seed), num_clusters)
+        labels = _swap(rows, _balanced_lloyd(rows, num_clusters, seed), num_clusters)
     numbers: dict[int, int] = {}  # by first row, so that equal groupings have equal labels
     return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels.tolist()])
 
@@ -94,7 +94,7 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     return rows[chosen]
 
 
-def _lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
+def _balanced_lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     """Run balanced k-means. Return labels ``[n]``."""
     size = rows.shape[0] // num_clusters
     centres = _initial_centres(rows, num_clusters, seed)
@@ -112,7 +112,7 @@ def _lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
 
 
 def _assign(affinity: Tensor, size: int) -> Tensor:
-    """Assign rows to clusters with free places. Rows that lose most by their second choice are first."""
+    """Assign rows to clusters with free capacity, in descending order of first minus second affinity."""
     top = affinity.topk(2, dim=1).values
     order = torch.sort(top[:, 0] - top[:, 1], descending=True, stable=True).indices.tolist()
     preferences = torch.sort(affinity, dim=1, descending=True, stable=True).indices.tolist()

@@ -1,4 +1,4 @@
-"""Configurations: frozen, made of plain values, checked when they are built; and requests such as ``last-half:2``."""
+"""Frozen, validated configurations of plain values, and requests for layers such as ``last-half:2``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Layers = str | tuple[int, ...]
 Partition = Literal["kmeans", "random", "contiguous", "coactivation"]
 Selection = Literal["top", "bottom", "not_top", "random"]
 Score = Literal["keys", "gate", "up", "up_abs", "inter", "inter_abs"]
-# scores that are linear in the FFN's input: the experts' mean weights give them before any neuron is computed
+# scores that are linear in the FFN's input, so the experts' mean weights suffice to compute them
 LINEAR_SCORES = ("keys", "gate", "up")
 Weighting = Literal["binary", "softmax", "softmax_times_k"]
 BalanceLoss = Literal["corrected", "published"]
@@ -175,7 +175,7 @@ class RoutingConfig:
 
     @property
     def has_routing_state(self) -> bool:
-        """Check if routed layers have state of their own: a router, running gate, copies or expert biases."""
+        """Check if routed layers have extra state: a router, running gate, copies or expert biases."""
         return self.kind == "gmoe" or self.output_bias != "shared"
 
     def to_dict(self) -> dict[str, Any]:

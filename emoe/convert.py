@@ -25,7 +25,7 @@ from emoe.tokens import remove_argument_hooks, watch_padding
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
 MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
-_SIMILAR = 0.5  # mean cosine of keys: above it for the same model during training, far below it for another model
+_SIMILAR = 0.5  # mean cosine of keys; the same model in training is above it, another model far below
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
         incoming = layer.ffn.keys_of(cast(Tensor, weight)).to(keys)
         stored = float(F.cosine_similarity(keys, incoming, dim=1).mean())
         dense = float(F.cosine_similarity(keys, incoming[layer.permutation.to(keys.device)], dim=1).mean())
-        # if both orders are the same, the similarities differ by rounding
+        # if both orders are equal, similarities differ only by rounding
         if dense > max(stored, _SIMILAR) and bool((layer.permutation.diff() != 1).any()):
             way_out = "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
             raise CheckpointError(f"{layer.ffn.name}: the state dict has a dense model's order of neurons; {way_out}")
@@ -269,7 +269,7 @@ def mark_(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
         return
-    if not hasattr(config, MARK):  # marks a copy, because other models may have been built from the same object
+    if not hasattr(config, MARK):  # mark a copy, because other models may share this object
         shared, config = config, copy.copy(config)
         for module in model.modules():
             for name in [name for name, value in vars(module).items() if value is shared]:
@@ -282,10 +282,10 @@ def mark_(model: nn.Module) -> None:
 def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
     """Return the routed FFNs by their number in this model.
 
-    The numbers count in the model that is passed, even if only a part of it was converted.
+    The numbers count all FFNs of ``model``, even if only a part of it was converted.
 
     Raises:
-        ConversionError: a routed FFN is not in the registry row of the model.
+        ConversionError: the model's registry row lacks a routed FFN.
     """
     layers, numbers = routed_layers(model), {id(ffn.activation): ffn.index for ffn in find_ffns(model)}
     for layer in layers:

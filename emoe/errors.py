@@ -32,5 +32,5 @@ def did_you_mean(given: object, options: Iterable[object]) -> str:
 
 
 def nearest_divisor(width: int, number: int) -> int:
-    """Return the divisor of ``width`` nearest to ``number``, the smaller one of two."""
+    """Return the divisor of ``width`` nearest to ``number``; ties go to the smaller."""
     return min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - number))

@@ -84,7 +84,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions of a new file (raises :class:`CheckpointError`)."""
+    """Write a safetensors file with the umask's permissions (raises :class:`CheckpointError`)."""
     with _writable(path):
         save_file(tensors, path, metadata=metadata)
 
@@ -142,7 +142,7 @@ class Weights:
 def _library_names(model: nn.Module, names: list[str]) -> dict[str, str]:
     """Map tensor names to the names that transformers writes, which may be those of older releases.
 
-    Transformers has no function for this, so save a number under each name and read the names from the file.
+    Transformers has no function for this: save a number under each name, and read the file's names.
     """
     numbers = {name: torch.tensor([number]) for number, name in enumerate(names)}
     with TemporaryDirectory() as folder, quiet():
@@ -182,13 +182,13 @@ def loader_for(folder: Path) -> Any:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a library would load another model, code, or anything but safetensors."""
+    """Raise :class:`CheckpointError` if a library would load another model, code, or other file formats."""
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first")
-    # the settings of a nested model count too; a value may be an object with one name per part of the model
+    # includes nested models; a value may be an object with one name per part of the model
     if re.search(r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', json.dumps(read_settings(folder))):
         raise CheckpointError(f"{folder}: 'attn_implementation' names code from a hub; remove the key")
-    Weights(folder)  # names a damaged file, which the libraries do not
+    Weights(folder)  # its error names the damaged file
 
 
 def load_stock(
@@ -199,7 +199,7 @@ def load_stock(
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint (raises :class:`CheckpointError` if it is damaged or another model's).
-        restored: function that names the tensors that the caller loads later. All others must be stored.
+        restored: function that names tensors that the caller loads later. All others must be stored.
         new_head: accept a transformers checkpoint without the weights of the model's head.
         **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another shape.
     """
@@ -207,7 +207,7 @@ def load_stock(
     is_transformers = hasattr(loader, "from_pretrained")
     is_timm = str(getattr(loader, "__module__", None)).startswith("timm.")
     if not is_transformers and not is_timm:
-        return _load_state(loader(**options), folder, restored)  # errors in the user's function are not caught
+        return _load_state(loader(**options), folder, restored)  # do not catch errors of the user's function
     try:
         if is_transformers:
             return _load_with_transformers(loader, folder, restored, new_head, options)
@@ -224,7 +224,7 @@ def load_stock(
 def _load_with_transformers(
     loader: Any, folder: Path, restored: Restored | None, new_head: bool, options: dict[str, Any]
 ) -> nn.Module:
-    # mismatched sizes are checked below, because the error of transformers does not name them
+    # sizes are checked below, because transformers' error does not name the tensors
     fixed = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet() if restored else nullcontext():  # transformers would report what the caller restores
         model, info = loader.from_pretrained(str(folder), **{"trust_remote_code": False, **options, **fixed})

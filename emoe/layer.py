@@ -69,7 +69,7 @@ class RoutedActivation(nn.Module):
         self._handles = [ffn.proj_in.register_forward_pre_hook(self._keep_input)]
         if config.output_bias != "shared":
             self._split_output_bias()
-        # PyTorch's fused transformer layers, which would bypass this module, are not used if it has a hook
+        # a hook disables PyTorch's fused transformer layers, which would bypass this module
         self.register_forward_pre_hook(do_nothing)
         self.train(ffn.parents[ffn.spec.activation].training)
         ffn.replace(ffn.spec.activation, self)
@@ -179,19 +179,19 @@ class RoutedActivation(nn.Module):
             name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
             raise RuntimeError(f"{name} was replaced and lost the experts' biases: replace it before converting")
 
-    def _with_gradient(self) -> AbstractContextManager[Any]:
-        """Return a context that records gradients of the scores only if the output uses them (not as a binary mask)."""
+    def _score_grad_context(self) -> AbstractContextManager[Any]:
+        """Return a no-grad context unless score gradients are needed (expert weights, balance loss)."""
         needed = self.config.weighting != "binary" or self.config.aux_loss_coefficient > 0
         return nullcontext() if needed or not torch.is_grad_enabled() else torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
         """See :meth:`emoe.routers.Router.scores`."""
-        with self._with_gradient():
+        with self._score_grad_context():
             return self.router.scores(x, z, hidden)
 
     def linear_scores(self, x: Tensor) -> Tensor:
         """Score the experts ``[T, N]`` for inputs ``[T, h]`` without computing neurons."""
-        with self._with_gradient():
+        with self._score_grad_context():
             return self.router(x)
 
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class RoutedActivation(nn.Module):
         """
         config = self.config
         noise_std = config.router_noise / config.num_experts
-        with self._with_gradient():
+        with self._score_grad_context():
             noisy = clean + torch.randn_like(clean) * noise_std if noise_std and self.training else clean
             chosen = select_experts(noisy, config.top_k, config.selection)
             mask = kept = expert_mask(chosen, config.num_experts)
@@ -245,14 +245,14 @@ def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
 
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:
     """Return the routed FFNs of a model in layer order; the list is empty for a dense model."""
-    # PEFT keeps an unused original beside a module that it trains as a whole
+    # PEFT keeps the unused original of a module that it trains
     modules = [module for name, module in model.named_modules() if "original_module" not in name.split(".")]
     layers = [module for module in modules if isinstance(module, RoutedActivation)]
     return sorted(layers, key=lambda layer: layer.ffn.index)
 
 
 def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> None:
-    """Raise :class:`ConversionError` if parts of a model were converted separately: their layer numbers collide."""
+    """Raise :class:`ConversionError` if parts of a model were converted separately (equal layer numbers)."""
     if len({layer.ffn.index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
         raise ConversionError(f"{caller}: parts of the model were converted separately; handle each part by itself")
 

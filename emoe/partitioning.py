@@ -72,7 +72,7 @@ def partition(
         The partition, for :func:`emoe.convert_`.
 
     Raises:
-        ConversionError: an FFN cannot be split, or ``calibration`` is missing or superfluous.
+        ConversionError: an FFN cannot be split, or ``calibration`` is missing or unused.
         ConfigError: the configuration is not an :class:`emoe.EMoEConfig`.
     """
     if not isinstance(config, EMoEConfig):

@@ -32,7 +32,7 @@ class LayerRecord:
         self.windows: list[Tensor] = []
         self._labels, self._padding, self._window, self._passes = labels, padding, window, 0
         self._lock = threading.Lock()  # threads may share the model
-        # counted on the layer's device: reading a number from an accelerator in every step would stop it
+        # counted on the layer's device: reading from an accelerator in every step would stall it
         self._loads = torch.zeros(self.num_experts, dtype=torch.int64, device=layer.ffn.keys().device)
         self._loads_by_label = self._loads.new_zeros(0, self.num_experts)
         self._window_start = self._loads.clone()
@@ -185,7 +185,7 @@ class RoutingRecord:
 def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[RoutingRecord]:
     """Count the experts' loads during the forward passes inside the ``with`` block.
 
-    Padding is not counted if the model gets a two-dimensional mask; one that does not fit the tokens gives a warning.
+    Padding is not counted if the model gets a two-dimensional mask; a mask that does not fit gives a warning.
     Loads are also counted by label if the model gets one integer label per row, or if :meth:`RoutingRecord.set_labels`
     sets them. Forward passes that activation checkpointing repeats are not counted.
 

@@ -152,7 +152,7 @@ class AvgKRouter(Router):
             gate = self.frozen_keys if self.gate is None else self.gate
             bias = self._mean_bias() if config.score_bias else None
             return key_scores(x, self.mean_keys() if gate is None else gate, bias)
-        # the mean of an in-projection's outputs is the output of its mean weights
+        # the mean of a projection's outputs is the output of its mean weights
         weight, bias = self.ffn.blocks(config.num_experts)[0][config.score == "up"]
         return key_scores(x, neuron_means(weight), None if bias is None else neuron_means(bias))
 
@@ -251,7 +251,7 @@ def weights_in_place(*modules: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which the weights of offloaded modules are loaded."""
     offloaded = [module for module in modules if is_offloaded(module)]
     if not offloaded:
-        return nullcontext()  # torch.compile cannot trace the others
+        return nullcontext()  # torch.compile cannot trace hooks
     from accelerate.utils import align_module_device
 
     stack = ExitStack()

@@ -49,10 +49,10 @@ def capacity_mask(
     if token_mask is not None:
         waiting &= token_mask.unsqueeze(1)
         tokens = token_mask.sum()
-    # in float64 as the authors' Python numbers, on the CPU because MPS has no float64
+    # float64 like the authors' Python numbers; on the CPU, because MPS has no float64
     capacity = top_k * (capacity_factor * (tokens.cpu().double() / num_experts).ceil()).long().to(scores.device)
     order = _stable_order(scores.softmax(-1).amax(-1), descending=True)
-    # all assignments in order of priority; those of padding go to a queue of their own
+    # all assignments in order of priority; padding has a separate queue
     queue = torch.where(waiting, expert_indices, num_experts)[order].t().flatten()
     by_expert = _stable_order(queue, descending=False)
     lengths = queue.new_zeros(num_experts + 1).scatter_add_(0, queue, torch.ones_like(queue))

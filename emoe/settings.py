@@ -62,14 +62,14 @@ def set_backend_(model: nn.Module, backend: str) -> None:
     if any(cast(Tensor, layer.ffn.proj_in.weight).device.type == "cpu" for layer in layers):
         prepare_kernels()
     for layer, expected in zip(layers, outputs, strict=True):
-        if expected is not None and not _computes_expected(layer, expected):
+        if expected is not None and not _matches_masked_output(layer, expected):
             for other in layers:
                 other.restore_projections_()
             raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked")
 
 
-def _computes_expected(layer: RoutedActivation, expected: Tensor) -> bool:
-    """Check if a sparse FFN computes the output of the masked one."""
+def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
+    """Check that a sparse FFN computes the masked FFN's output."""
     sparse = cast(SparseFFN, layer.ffn.proj_out)
     sparse.always = True
     output = probe_output(layer)

@@ -1,4 +1,4 @@
-"""Convert a model's folder, and fold it back, from disk to disk: one layer or one weight file in memory at a time."""
+"""Convert a model's folder, or fold it back, from disk to disk, with one layer or weight file in memory."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def fold_folder(source: Path, out: Path, *, restore_order: bool = False) -> None
     if checkpoint.has_routing_state(mark, weights):
         raise NotStreamedError("routers are stored among the weights")
     changes: _Changes = {}
-    for ffn, permutation in checkpoint.converted_ffns(model, mark, tensors, source):
+    for ffn, permutation in checkpoint.stored_expert_ffns(model, mark, tensors, source):
         if restore_order and permutation is None:
             raise NotStreamedError("the original order of the neurons is unknown")
         with _load_projections(ffn, model, weights) as stored:
@@ -128,7 +128,7 @@ def _reorder(ffn: FFN, stored: dict[str, str], neurons: Tensor) -> _Changes:
 
 
 def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any]) -> None:
-    """Copy a folder with changed tensors, one weight file at a time, and ``mark`` in its configuration (or empty)."""
+    """Copy a folder file by file with changed tensors, and replace the mark in its configuration by ``mark``."""
     paths = files.weight_files(source)
     for path in tqdm(paths, "Writing", unit="file", disable=None):
         tensors = files.read_tensors(path)

@@ -25,7 +25,7 @@ def is_recomputed() -> bool:
 
 
 def do_nothing(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-    """Do nothing. As a forward pre-hook, keep torch's fused layers from bypassing a module."""
+    """Do nothing. As a forward pre-hook, stop torch's fused layers from bypassing a module."""
 
 
 class _ArgumentHook:
@@ -37,7 +37,7 @@ class _ArgumentHook:
         self._position = names.index(argument) if argument in names else None
         # Each thread's last call: the argument, and True while the call is in progress.
         self._thread = threading.local()
-        # The last call of any thread, for compiled graphs and for layers that checkpointing repeats in another thread.
+        # The last call of any thread, for compiled graphs and for checkpointing, which may run in another thread.
         self._latest: tuple[Tensor | None, bool] = (None, False)
         self._is_compiled = False
         begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -137,8 +137,8 @@ class LabelHook(_ArgumentHook):
 def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMaskHook]:
     """Watch the padding masks of FFNs. Return the hooks by layer number.
 
-    The innermost module around an FFN that takes token ids has the mask, so each stack of an encoder-decoder has its
-    own. Models of images or sound have none. If no module takes token ids, the mask is an argument of the model.
+    The mask belongs to the innermost module around an FFN that takes token ids, so encoder and decoder have separate
+    masks. Image and sound models have none. If no module takes token ids, the mask is an argument of the model.
     """
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
@@ -147,7 +147,7 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
     by_layer = {}
     for ffn in ffns:
         path = ffn.spec.activation
-        # stop above the layer: torch's layers get a mask of their own
+        # stop above the layer: torch's layers get their own mask
         parents = names[ffn.parents[path]].split(".")[: -1 - path.count(".")]
         ancestors = (".".join(parents[:length]) for length in range(len(parents), -1, -1))
         name = next((name for name in ancestors if inputs.intersection(_arguments(modules[name]))), "")
@@ -173,9 +173,9 @@ def _arguments(module: nn.Module) -> list[str]:
 
 
 def remove_argument_hooks(model: nn.Module) -> None:
-    """Remove the hooks that read arguments, also from a deep copy of the model that they were registered on."""
+    """Remove the hooks that read arguments, also from a deep copy of the hooked model."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # a copy has no handles to remove them with
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # a copy has no handles to remove
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), _ArgumentHook):
                     del hooks[key]

@@ -104,8 +104,8 @@ def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], outp
 def _loss_weight(model: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
     """Return the weight of one forward pass in the loss of the optimizer step.
 
-    Most models get ``num_items_in_batch``, the number of labels in the step, but only some divide their loss by it. The
-    loss of the others is a mean over the forward pass, and has no gradient with respect to this number.
+    Most models get ``num_items_in_batch``, the number of labels in the step, but only some divide their loss by it. In
+    others, the loss is a mean over the forward pass, without gradient with respect to this number.
     """
     count = kwargs.get("num_items_in_batch")
     if count is None or torch.autograd.grad(loss, count, retain_graph=True, allow_unused=True)[0] is None:
@@ -114,7 +114,7 @@ def _loss_weight(model: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor | f
     if "shift_labels" in kwargs:
         labels: Tensor = kwargs["shift_labels"]
     elif is_causal and not model.config.is_encoder_decoder:
-        labels = kwargs["labels"][..., 1:]  # the first token has no prediction
+        labels = kwargs["labels"][..., 1:]  # the first token is not predicted
     else:
         labels = kwargs["labels"]
     return labels.ne(_IGNORED_LABEL).sum() / count.detach().flatten()[0]

@@ -36,20 +36,20 @@ emoe.register_ffn("PlainNet", *SPECS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the whole smoke suite and other slow tests, so that no worker is left alone with them at the end."""
+    """Run the smoke suite and other slow tests first, so that no single worker ends with them."""
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.name != "test_smoke.py"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    """Freeze imported objects, which every collection of garbage in a training run would traverse (0.1 s)."""
+    """Freeze imported objects, so that garbage collections skip them (0.1 s each)."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[None]:
-    """Remove after a test what it registered, and the variables that commands set for their processes."""
+    """Restore registries and environment variables after a test."""
     with ExitStack() as stack:
         for names in (architectures.REGISTRY, ROUTERS, TUNINGS, os.environ):
             stack.enter_context(mock.patch.dict(names))
@@ -58,7 +58,7 @@ def registry() -> Iterator[None]:
 
 @pytest.fixture
 def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the sparse products for tiny shapes too, which they do not make faster."""
+    """Use the sparse products for tiny shapes too, although they are slower."""
     monkeypatch.setattr("emoe.sparse.module.pays_off", lambda *_args, **_options: True)
 
 
@@ -113,7 +113,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub_here(roots: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make an empty folder the working one, with the models and sets of the paper, which tests only read."""
+    """Change to an empty folder, with the roots of the paper's models and sets, which tests only read."""
     monkeypatch.setenv(MODEL_ROOT, str(roots / "models"))
     monkeypatch.setenv(DATA_ROOT, str(roots / "data"))
     return here

@@ -24,7 +24,7 @@ def _write_dot(_: Figure, path: Any, **options: Any) -> None:
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
-    """List the faults of all figures that are drawn meanwhile; each is written as a dot."""
+    """List the faults of all figures drawn in the context; write each as a dot."""
     problems: list[str] = []
 
     def check(figure: Figure, path: Any, **options: Any) -> None:

@@ -8,7 +8,7 @@ from multiprocessing.process import BaseProcess
 
 
 def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
-    """Start a process that calls a function; the first call has the server import the function's module."""
+    """Start a process that calls a function; at the first call the server imports its module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     process = context.Process(target=work, args=arguments)

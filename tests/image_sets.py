@@ -39,7 +39,7 @@ def write_images(root: Path, name: str, rows: int = 2) -> Path:
 
 
 def pacs_run(method: str = "erm", held_out: int = 0, **training: Any) -> Run:
-    """Return a run on PACS with timm's test_vit, cut to seconds; ``training`` are settings on top."""
+    """Return a run of seconds on PACS with timm's test_vit; ``training`` overrides settings."""
     cell = ("pacs", method, [held_out], 0)
     planned = (run.spec for run in paper_runs("domainbed"))
     keys = ("test_envs", "seed")

@@ -16,7 +16,7 @@ def python_blocks(page: str) -> list[CodeType]:
 
 
 def code_blocks(page: str) -> dict[str, list[str]]:
-    """Return the blocks of a page in any language by their heading (``## …``)."""
+    """Return a page's code blocks in all languages by heading (``## …``)."""
     by_heading: dict[str, list[str]] = {}
     for section in re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE)[1:]:
         blocks = re.findall(r"^```\w+\n(.*?)^```", section, re.MULTILINE | re.DOTALL)

@@ -57,7 +57,7 @@ def plan_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def edit(content: Any, edits: Edits) -> Any:
-    """Copy the content of a YAML file with other values; a number in a path is a place in a list."""
+    """Copy the content of a YAML file with other values; a number in a path is a list index."""
     content = copy.deepcopy(content)
     for path, value in edits.items():
         inner = content
@@ -110,7 +110,7 @@ def evaluations(runs: list[Run], suite: str = "smoke", **changes: Any) -> list[R
 
 @contextmanager
 def edited_project(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
-    """Plan from a copy of the project's files in which one has another text."""
+    """Plan from a copy of the project with an edited file."""
     for name in ("config", "benchmarks"):
         shutil.copytree(base.ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     text = (folder / file).read_text()

@@ -1,4 +1,4 @@
-"""Write small made-up rows in the layouts of GLUE and GLUE-X, and in every format that is read; know their labels."""
+"""Write small made-up rows with known labels, in the layouts of GLUE and GLUE-X and every other format."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ OWN_FILES: dict[str, dict[str, str]] = {
 }
 OWN_FILES["sick_entailment"] = OWN_FILES["sick_relatedness"]
 
-# what the sets' documentation says of these rows: labels in reading order, and how many rows have none (or no text)
+# documented labels of these rows in reading order, and the number of rows without label (or text)
 MEANING: dict[str, tuple[list[float], int]] = {
     "imdb": ([0, 1, 1], 0),
     "yelp_polarity": ([0, 1], 0),

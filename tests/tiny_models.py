@@ -49,7 +49,7 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("Dinov2", {**_BODY, "mlp_ratio": 2, **_IMAGE}),
     "clip_vision_model": ("CLIPVision", {**_HF, **_IMAGE}),
 }
-# what timm needs to build them again
+# timm's arguments to rebuild them
 _BEIT = {"embed_dim": HIDDEN, "depth": LAYERS, "num_heads": 4, "mlp_ratio": 2, "img_size": 32, "patch_size": 8}
 _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 32, "window_size": 4}
 TIMM: dict[str, dict[str, Any]] = {

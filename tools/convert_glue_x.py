@@ -23,7 +23,7 @@ csv.field_size_limit(sys.maxsize)  # a review may be long
 
 
 def main(root: Path, names: list[str]) -> None:
-    """Convert the sets that lie below a data root.
+    """Convert the sets below a data root.
 
     Args:
         root: The data root.
@@ -50,7 +50,7 @@ def main(root: Path, names: list[str]) -> None:
 
 
 def converted(folder: Path, task: Row) -> Iterator[tuple[Path, list[Row]]]:
-    """Yield the output file and the rows of each split, by the first layout whose file is there."""
+    """Yield the output file and rows of each split, by the first layout whose file exists."""
     splits = {split for part in task["splits"].values() for split in part.split("+")}
     for split in sorted(splits):
         for layout in task.get("raw_formats", []):
@@ -83,7 +83,7 @@ def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
 
 
 def _separated(file: Path, layout: Row, _label: str) -> Iterator[tuple[int, Row]]:
-    """Yield rows of cells: between tabs a quotation mark is a letter, between commas it encloses a cell."""
+    """Yield rows of cells. Quotation marks are letters in tab-separated files, and enclose cells in csv."""
     errors = layout.get("encoding_errors", "strict")
     with file.open(encoding="utf-8-sig", errors=errors, newline="\n") as lines:
         rows: Iterator[list[str]]
@@ -106,7 +106,7 @@ def _json_lines(file: Path, _layout: Row, _label: str) -> Iterator[tuple[int, Ro
 
 
 def _folders(file: Path, layout: Row, label: str) -> Iterator[tuple[int, Row]]:
-    """Yield one row a text file below a folder of its label's name."""
+    """Yield one row per text file; its folder's name is the label."""
     numbers = itertools.count(1)
     for name in layout["label_names"]:
         texts = [path for path in sorted((file / name).glob("*.txt")) if not path.name.startswith(".")]

@@ -44,7 +44,7 @@ def training_transform(size: int) -> Transform:
 def _transform(of_images: Callable[[Image.Image], Tensor], size: int, picture: Picture) -> Tensor:
     """Transform an image, or convert a digit to RGB: one channel is repeated, two channels become red and green.
 
-    DomainBed has no transform to RGB, because its network for digits takes their size and channels.
+    DomainBed does not convert digits, because its network for digits takes their size and channels.
     """
     if isinstance(picture, Image.Image):
         return of_images(picture)
@@ -60,7 +60,7 @@ def load_pixels(environment: Environment, row: int, transform: Transform, seed: 
         return transform(picture)
 
 
-Draw = tuple[int, int, int]  # the number of the draw, of the environment, and of the row in it
+Draw = tuple[int, int, int]  # numbers of the draw, the environment and the row in it
 
 
 class EnvironmentBatches(Sampler[Draw]):
@@ -126,7 +126,7 @@ def _example(environment: Environment, row: int, transform: Transform, *seed: ob
 
 @dataclass(eq=False)
 class TrainingRows(Dataset[dict[str, Any]]):
-    """Hold the rows of the training environments' *in* splits, by draw.
+    """Map draws to rows of the training environments' *in* splits.
 
     Augmentation depends on the seed and the draw, not on earlier draws or on the worker.
     """
@@ -146,9 +146,9 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
 @dataclass(eq=False)
 class EvaluationRows(Dataset[dict[str, Any]]):
-    """Hold the rows of one split in its order.
+    """Hold the rows of one split in order.
 
-    As in DomainBed, a random transform draws anew for the evaluation after each ``step``.
+    As in DomainBed, random transforms are redrawn for the evaluation after each ``step``.
     """
 
     environment: Environment

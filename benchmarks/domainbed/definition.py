@@ -28,7 +28,7 @@ from benchmarks.harness.config.yaml import (
 
 
 class HParams(ExplicitNulls):
-    """All hyper-parameters of a run. A ResNet's have no effect; they are kept to compare draws with DomainBed."""
+    """All hyper-parameters of a run. ResNet settings have no effect; they keep draws equal to DomainBed's."""
 
     lr: Positive
     """Adam's learning rate."""
@@ -83,10 +83,10 @@ class ImageTraining(Training):
     """Train adapters and the head only; null trains everything."""
     frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
-    for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
-    converts or trains a layer below. 0, or left out: none. Only for images that are not augmented."""
+    for a row is computed once and kept (`resources/prefixes/`). Only later layers have adapters, and no method
+    converts or trains a frozen layer. 0 or omitted: none. Only for images that are not augmented."""
     registry: Literal["domainbed", "emoe"] | None = optional()
-    """Source of default and random hyper-parameters: DomainBed (if left out), or the EMoE authors' fork; not part of a
+    """Source of default and random hyper-parameters: DomainBed (default), or the EMoE authors' fork; not part of a
     run's spec."""
     hparams: Annotated[dict[str, Any], Changes(HParams)] | None = optional()
     """Hyper-parameters that override default and random ones; the run's spec has all of them in `hparams`."""
@@ -125,7 +125,7 @@ class ImageDefinition(MethodsDefinition):
     """
 
     sets: str
-    """File with the definitions of the image sets, in the benchmark's folder."""
+    """File in the benchmark's folder that defines the image sets."""
     set_tables: list[str]
     """The tables of each set."""
     set_figures: list[str]

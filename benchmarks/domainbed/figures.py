@@ -79,7 +79,7 @@ def _information(name: str, counts: NDArray[np.int64], chance: Mapping[str, tupl
 
 
 def _first_runs(outcomes: DomainOutcomes, name: str) -> tuple[str, int, dict[str, Run]]:
-    """Return the first model of a set, its first environment that is held out alone, and the first run by method."""
+    """Return a set's first model, first environment that is held out alone, and first run by method."""
     alone = [run for run in outcomes.runs if run.spec["task"]["name"] == name and len(run.spec["test_envs"]) == 1]
     model = alone[0].spec["model"]["name"]
     of_model = [run for run in alone if run.spec["model"]["name"] == model]

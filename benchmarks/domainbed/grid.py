@@ -145,7 +145,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
 
 
 def _test_env_tuples(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
-    """Return the tuples of environments that are held out together, by number."""
+    """Return the tuples of numbers of environments that are held out together."""
     if isinstance(asked, str):
         return [envs for envs in held_out_combinations(len(environments)) if asked == "all" or len(envs) == 1]
     for names in asked:
@@ -154,7 +154,7 @@ def _test_env_tuples(asked: str | list[list[str]], environments: list[str], wher
 
 
 def _sweep(version: int, method: Method, training: ImageTraining) -> str:
-    """Hash the settings that a method's runs share over all sets, draws, trials and held-out environments."""
+    """Hash the settings that are equal in all runs of a method."""
     settings = [method.model_dump(exclude={"title", "role"}), training.model_dump(exclude={"by_model"})]
     text = json.dumps([version, *settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -115,17 +115,17 @@ def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
 
 
 def _environment_order(present: list[str], task: RunImageSet, where: str) -> list[str]:
-    """Sort the names of environments on disk or on the hub in DomainBed's order; ignore case, spaces and signs."""
-    names = {plain_name(name): name for name in present}
-    wanted = [plain_name(str(title)) for _, title in task.environments]
+    """Sort the names of environments on disk or on the hub in DomainBed's order, see :func:`normalize_name`."""
+    names = {normalize_name(name): name for name in present}
+    wanted = [normalize_name(str(title)) for _, title in task.environments]
     if len(present) != len(wanted) or set(names) != set(wanted):
         expected = ", ".join(f"{title} ({name})" for name, title in task.environments)
         raise DataError(f"{where} has the environments {', '.join(present)}; it must have {expected}, and no other")
     return [names[name] for name in wanted]
 
 
-def plain_name(name: str) -> str:
-    """Return a name without case, spaces and signs."""
+def normalize_name(name: str) -> str:
+    """Keep a name's letters and digits; fold case."""
     return re.sub(r"[\W_]", "", name).casefold()
 
 

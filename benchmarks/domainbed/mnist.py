@@ -40,7 +40,7 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
     root = Path(os.environ.get(DATA_ROOT, "data_root"))
     try:
         train, test = (MNIST(root, train=is_train) for is_train in (True, False))
-    except Exception as error:  # whatever torchvision's reader raises
+    except Exception as error:  # torchvision raises many types
         raise DataError(
             f"{root / 'MNIST' / 'raw'} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them), "
             "or one is damaged"

@@ -48,12 +48,12 @@ class DomainOutcomes(Outcomes):
         self.tests = with_verdicts(self._differences(self.cells))
 
     def _differences(self, cells: pd.DataFrame) -> pd.DataFrame:
-        # environment by environment: the order in which values are summed shows in the last digit
+        # sorted by environment, because the order of summation changes the last digit
         scores = cells[[*CELL, "env", "trial", "value"]].sort_values(["env", "trial"], kind="stable")
         return paired_differences(scores, CELL, {"method": self.baseline}, "trial").drop(columns="values")
 
     def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """Yield every run with its metrics, and keep only the steps, because all metrics would fill the memory."""
+        """Yield every run with its metrics, and store only the steps, to save memory."""
         for run in self.runs:
             metrics = read_metrics(run)
             self.steps[run.id] = metrics["records"]
@@ -79,14 +79,14 @@ class DomainOutcomes(Outcomes):
         return f"{env}{self.benchmark.tasks[name].unit}"
 
     def _cells(self) -> Iterator[tuple[Any, ...]]:
-        """Yield the row of each selection and environment: names, trial, chosen accuracy, and the choice."""
+        """Yield the row of each selection and environment: keys, accuracy, chosen step, draw and variant."""
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
             spec = run.spec
             key = (spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["seed"])
             groups.setdefault(key, []).append(run)
         for (model, name, method, trial), runs in groups.items():
-            # in the order of DomainBed's hparams_seed, and of one seed in the grid's
+            # by DomainBed's hparams_seed, then in the order of the grid
             choices = sorted(dict.fromkeys(map(_choice, runs)), key=lambda choice: choice[0])
             records = [
                 RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self.steps[run.id])
@@ -100,7 +100,7 @@ class DomainOutcomes(Outcomes):
                         yield (*row, *choices[chosen.choice])
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Return means of the shared cells over environments, by cell and trial; ``complete`` requires all of them."""
+        """Average shared cells over environments, by cell and trial; ``complete`` omits trials that lack some."""
         grouped = self.shared.groupby([*CELL, "trial"], sort=False)["value"]
         means, counts = grouped.mean(), grouped.count()
         if not complete:
@@ -109,7 +109,7 @@ class DomainOutcomes(Outcomes):
         return means[counts.to_numpy() == sizes]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return accuracies on the held-out environments of every trial, and numbers of parameters, for claims."""
+        """Return the held-out accuracies of every trial, and the parameter counts, for claims."""
         cells = self.cells.rename(columns={"set": "task", "env": "eval_task", "trial": "pair"})
         counts = parameter_counts(self.records.rename(columns={"set": "task"}))
         return join_claim_numbers(cells.assign(domain="held_out", metric="accuracy"), counts)

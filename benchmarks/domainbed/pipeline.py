@@ -18,7 +18,7 @@ from benchmarks.domainbed.batches import (
     with_prefix,
 )
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.domainbed.images import Environment, ImageSet, plain_name
+from benchmarks.domainbed.images import Environment, ImageSet, normalize_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
 from benchmarks.domainbed.validation import count_images, load_set, validate_once
@@ -160,7 +160,7 @@ def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -
     other settings: their digest, the variant, the model, and the set if it is a variant of DomainBed's.
     """
     method, task = spec.method, spec.task
-    variant = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
+    variant = task.name if normalize_name(task.name) != normalize_name(task.domainbed) else ""
     names = (f"{method['name']}-{spec.sweep}", method["variant"], spec.model["name"], variant)
     arguments = {
         "dataset": task.domainbed,

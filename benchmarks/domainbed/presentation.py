@@ -190,7 +190,7 @@ def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Return a sentence on each method's number of experts per token and its blocks with experts."""
+    """Return a sentence on the experts per token and the converted blocks of each method."""
     experts: dict[str, dict[str, None]] = {}
     for spec in _specs(outcomes, names):
         if config := spec["method"]["config"]:

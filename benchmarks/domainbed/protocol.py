@@ -115,18 +115,18 @@ def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw
     if registry == "domainbed":
         definitions["vit_dropout"] = (0.0, _dropout)
     if dataset in SMALL_IMAGES:
-        definitions["lr"] = (1e-3, _power_of_ten(-4.5, -2.5))
+        definitions["lr"] = (1e-3, _log10_uniform(-4.5, -2.5))
         definitions["weight_decay"] = (0.0, lambda _: 0.0)
         definitions["batch_size"] = (64, _log2_uniform(3, 9))
         return definitions
     definitions["batch_size"] = (32, _log2_uniform(3, 5 if dataset == "DomainNet" else 5.5))
     if registry == "emoe" and dataset in _FORK:
         lr, weight_decay = _FORK[dataset]
-        definitions["lr"] = (lr, _power_of_ten(-4.5, -2.5))
+        definitions["lr"] = (lr, _log10_uniform(-4.5, -2.5))
         definitions["weight_decay"] = (weight_decay, lambda _: 0.0)
     else:
-        definitions["lr"] = (_FORK_LR if registry == "emoe" else 5e-5, _power_of_ten(-5, -3.5))
-        definitions["weight_decay"] = (0.0, _power_of_ten(-6, -2))
+        definitions["lr"] = (_FORK_LR if registry == "emoe" else 5e-5, _log10_uniform(-5, -3.5))
+        definitions["weight_decay"] = (0.0, _log10_uniform(-6, -2))
     return definitions
 
 
@@ -134,7 +134,7 @@ def _dropout(random: np.random.RandomState) -> float:
     return float(random.choice([0.0, 0.1, 0.5]))
 
 
-def _power_of_ten(low: float, high: float) -> _Draw:
+def _log10_uniform(low: float, high: float) -> _Draw:
     return lambda random: float(10 ** random.uniform(low, high))
 
 
@@ -151,7 +151,7 @@ class RunRecords:
     """Hold the records of one run, in the order of its steps.
 
     Attributes:
-        test_envs: The numbers of the environments that it held out.
+        test_envs: The numbers of the held-out environments.
         choice: The number of the draw, in DomainBed's order (``hparams_seed``).
         records: Dictionaries with ``step``, ``env<i>_in_acc`` and ``env<i>_out_acc``.
     """
@@ -196,7 +196,7 @@ def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Selected
 def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     """Choose the step and run with the highest cross-validated accuracy over the other environments.
 
-    Each other environment is evaluated by the run that holds out it and ``env``; None if such a run is missing.
+    Each other environment is evaluated by the run that holds out both; None if such a run is missing.
     """
     return _best(
         [chosen for run in _runs_holding_out(runs, env) if (chosen := _cross_validate(run, runs, env)) is not None]
@@ -240,7 +240,7 @@ def _runs_holding_out(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
 
 
 def _best(candidates: Sequence[SelectedRecord]) -> SelectedRecord | None:
-    """Return the candidate with the highest value; of equal candidates, the last choice wins, as in DomainBed."""
+    """Return the candidate with the highest value; the last choice wins a tie, as in DomainBed."""
     return max(candidates, key=lambda chosen: (chosen.value, chosen.choice)) if candidates else None
 
 

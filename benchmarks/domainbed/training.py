@@ -185,7 +185,7 @@ class DomainTrainer(RoutedTrainer):
         for env, rows in enumerate(splits):
             for batch in DataLoader(rows, self._batch_size, num_workers=reading_workers()):
                 labels = batch.pop("labels")
-                if record is not None:  # each image by itself
+                if record is not None:  # one label per image
                     record.set_labels(torch.arange(images, images + len(labels)))
                 images += len(labels)
                 inputs = {name: values.to(device) for name, values in batch.items()}

@@ -29,7 +29,7 @@ def load_set(task: RunImageSet, seed: int, *, truncated: str) -> ImageSet:
 
 
 def validate_once(image_set: ImageSet, task: RunImageSet, truncated: str) -> None:
-    """Open every image of a set unless that was done before, and write its counts. Concurrent runs wait.
+    """Open every image of a set, if not done before, and write its counts. Concurrent runs wait.
 
     Raises:
         DataError: Images are damaged.

@@ -57,7 +57,7 @@ class EvaluationSpec(RunSpec):
     ood: list[RunTask]
     """The other sets that the chosen run is evaluated on."""
     transform: Literal["dense", "emoe"] | None = optional()
-    """Conversion of the chosen model before its evaluation, with ``method.config``; left out: no conversion."""
+    """Conversion of the chosen model before its evaluation, with ``method.config``; by default none."""
     evaluation: Evaluation
     """The evaluation."""
     candidates: list[str]

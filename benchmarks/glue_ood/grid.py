@@ -15,7 +15,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
 from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
 
-_Cell = tuple[str, str, str, str]  # model, task, protocol and method of candidates, of which one per seed is chosen
+_Cell = tuple[str, str, str, str]  # model, task, protocol and method of the candidates; one per seed is chosen
 
 
 class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
@@ -46,8 +46,8 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     def specs(
         self, part: Part[EvaluationPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        # Which learning rate and variant is evaluated is known only when the other benchmark's runs are finished, so a
-        # spec names all candidates of its cell, over all seeds; the run chooses among them by their records.
+        # The evaluated learning rate and variant are unknown until the other benchmark's runs are finished, so a
+        # spec names all candidates of its cell, over all seeds, and the run chooses among their records.
         trained = {run.folder: run.spec for run in others}
         settings = self.settings("evaluation", part).model_dump()
         cells: dict[_Cell, list[str]] = {}
@@ -101,7 +101,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
 def _rows(
     definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield each row's name, its candidate runs, and the runs of the method that it is converted to, if any."""
+    """Yield each row's name, candidate runs, and the runs of its target method, if it is converted."""
     for (*_, method), folders in cells.items():
         yield method, folders, []
     for name, row in definition.transformed.items():

@@ -61,7 +61,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
     if same and not routed_layers(classifier.model):
-        tested = recorded["scores"]["test"][read.task.name]  # as it was trained, on the same rows
+        tested = recorded["scores"]["test"][read.task.name]  # the training run's test scores
     else:
         progress.say(f"evaluating on {read.task.name}, {len(test):,} rows")
         tested = evaluator.evaluate(test, routing=routing)
@@ -89,7 +89,7 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
 
 
 def _chosen(spec: EvaluationSpec) -> Run:
-    """Return the candidate with this seed, and the learning rate and variant of the best mean dev score."""
+    """Return this seed's candidate with the learning rate and variant of the best mean dev score."""
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
     best = select_runs(collect(candidates), spec.protocol).iloc[0][[*CHOICE]]
     for candidate in candidates:

@@ -36,7 +36,7 @@ def ranked_scores(outcomes: TextOutcomes) -> Scores:
 
 
 def ranks(outcomes: TextOutcomes) -> Table:
-    """Make a table of our mean ranks over the OOD sets and the paper's."""
+    """Make a table of our mean ranks over OOD sets and the paper's."""
     published = read_published(outcomes.benchmark)
     published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
     scores = ranked_scores(outcomes)

@@ -144,7 +144,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def derive_seed(*parts: object) -> int:
-    """Hash named parts to a seed below 2**31, so that every use of randomness has an independent seed."""
+    """Hash named parts to a seed below 2**31, so that seeds of different uses are independent."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 2**31
 

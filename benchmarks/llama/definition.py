@@ -31,7 +31,7 @@ from benchmarks.harness.config.yaml import (
 )
 
 HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
-NATS = "nats_per_byte"  # of the right answer, for tasks whose choices are answers and not letters
+NATS = "nats_per_byte"  # of the right answer, if choices are answers instead of letters
 CHAT, RANDOM = "chat", "random"  # names of templates that are not in templates.yaml
 
 
@@ -42,7 +42,7 @@ class Finetuning(Entry):
     """Trained parameters: all; adapters; nothing (evaluation only); or a registered tuning, such as `blocks` (the
     transformer blocks of `layers`)."""
     layers: Layers | None = None
-    """The trained blocks, named like converted layers; with `quantize`, the layers whose FFNs are not quantised."""
+    """The trained blocks, in the form of `layers`; with `quantize`, the layers with unquantised FFNs."""
     lora: LoRA | None = None
     """The adapters."""
     weights: Literal["fp32", "bf16"] = "fp32"
@@ -114,20 +114,20 @@ class InstructionTraining(Training):
     save_steps: Count
     """Steps between checkpoints."""
     eval_every: Count | None = optional()
-    """Steps between held-out losses during training, the first one before any step; left out: no such losses."""
+    """Steps between held-out losses during training, starting before the first step; by default none."""
     keep_weights: bool
     """Keep the trained weights, so that the run can be exported."""
     frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
-    for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
-    converts or trains a layer below. 0, or left out: none."""
+    for a row is computed once and kept (`resources/prefixes/`). Only later layers have adapters, and no method
+    converts or trains a frozen layer. 0 or omitted: none."""
 
 
 class EvaluationTask(Strict):
     """One task of lm-eval."""
 
     task: str
-    """Name of a task or group; `mmlu_dev` are MMLU's few-shot questions, which are part of the lm-eval package."""
+    """Name of a task or group; `mmlu_dev` has MMLU's few-shot questions from the lm-eval package."""
     num_fewshot: Whole
     """Few-shot examples per question."""
     limit: Count | None = None
@@ -297,7 +297,7 @@ class InstructionSpec(RunSpec):
     data: Data
     """Settings of the instruction data."""
     templates: dict[str, PromptTemplate]
-    """Templates by name: the one of `data.template`; all for `random`; empty for `chat`."""
+    """Templates by name: only `data.template`; all for `random`; none for `chat`."""
     training: RunInstructionTraining | Untrained
     """Settings of the training."""
     evaluation: Evaluation
@@ -305,7 +305,7 @@ class InstructionSpec(RunSpec):
 
 
 def accumulation(training: InstructionTraining, processes: int) -> int:
-    """Return the number of micro-batches per step and process (:class:`DefinitionError` if it is no whole number)."""
+    """Return the number of micro-batches per step and process (:class:`DefinitionError` if it is not an integer)."""
     at_once = training.per_device_train_batch_size * processes
     if training.batch_size % at_once:
         raise DefinitionError(
@@ -330,7 +330,7 @@ Text = Annotated[str, AfterValidator(_check_text)]
 
 
 class Instruction(BaseModel):
-    """Hold one row: instruction, input (often empty), output, and its position for messages (``line 7``)."""
+    """Hold one row: instruction, input (may be empty), output, and position for messages (``line 7``)."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 

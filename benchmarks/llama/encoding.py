@@ -36,7 +36,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
     Attributes:
         rows: The usable rows.
-        broken: Messages on the rows whose prompt alone fills the maximum length.
+        broken: Messages on rows whose prompt fills the maximum length.
 
     Raises:
         NotImplementedError: The tokenizer has no offsets, which separate prompt and response.
@@ -116,7 +116,7 @@ def _response_start(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
     """Return a collator that pads rows on the right, or with ``packing`` concatenates them.
 
-    Padding is masked in attention, loss and routing records. Packed rows restart their positions, which separates their
+    Padding is masked in attention, loss and routing records. Position ids of packed rows restart, which separates their
     attention.
     """
     if packing:
@@ -136,7 +136,7 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
         batch = dict(collate(rows))
         labels = batch["labels"]
         learned = (labels != IGNORED).any(dim=0).nonzero()
-        keep = labels.shape[1] - int(learned[0]) + 1 if len(learned) else 1  # a token is predicted by the one before it
+        keep = labels.shape[1] - int(learned[0]) + 1 if len(learned) else 1  # logits predict the next token
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 
     return collated

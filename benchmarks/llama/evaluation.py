@@ -55,7 +55,7 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
             raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
         if shots and task.get_config("num_fewshot") == 0:
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0")
-        if is_dev and shots > (others := len(list(task.fewshot_docs())) - 1):  # without the question itself
+        if is_dev and shots > (others := len(list(task.fewshot_docs())) - 1):  # except the question itself
             raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {others} other questions")
     if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
         raise DefinitionError(f"{where}, whose tasks are scored by different metrics; name them one by one")
@@ -71,7 +71,7 @@ def _source(name: str, task: Any) -> str:
 
 
 def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
-    """Return accuracy or else the first metric that all tasks share; None if they share no metric."""
+    """Return the metric that all tasks share, preferably accuracy; None if they share none."""
     shared = [metric for metric in metrics[0] if all(metric in names for names in metrics)]
     return _ACCURACY if _ACCURACY in shared else next(iter(shared), None)
 
@@ -175,8 +175,8 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
         samples: The samples of one task of lm-eval.
 
     Returns:
-        A number per question in order (None if it is not finite). None instead of the list if questions do not have
-        several answers to one prompt, or if answers are letters. As in ``acc_bytes``, surrounding blanks do not count.
+        A number per question in order, None if it is not finite. Instead of the list, None if questions do not have
+        several answers to one prompt, or answers are letters. As in ``acc_bytes``, surrounding blanks do not count.
     """
     in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     if not all(_is_choice(sample) for sample in in_order):
@@ -192,7 +192,7 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
 
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
-    """Return True if a sample has one prompt and several answers, with one marked as right."""
+    """Return True if a sample has one prompt and several answers, one of them right."""
     asked, right = sample.get("arguments", ()), sample.get("target")
     if type(right) is not int or len(asked) < 2 or any(len(pair) != 2 for pair in asked):
         return False

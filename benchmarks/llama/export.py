@@ -37,7 +37,7 @@ def export(path: Path, output: Path, form: str) -> str:
         A description of the written model.
 
     Raises:
-        DataError: The run has no saved weights of a language model, or no experts.
+        DataError: The run has no saved language model, or no experts.
         CheckpointError: The folder exists.
     """
     path = path.resolve()

@@ -54,7 +54,7 @@ def _loss_points(metrics: Mapping[str, Any]) -> Iterator[Row]:
 
 def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: MethodStyle) -> None:
     """Draw losses by step. Dashes and marks keep overlapping lines visible."""
-    is_dense = style.colour == DENSE.colour  # wide, to stay visible below the others
+    is_dense = style.colour == DENSE.colour  # wide, to be visible below other lines
     width = {"lw": 2.6, "alpha": 0.55} if is_dense else {"lw": 1.2}
     marks = {"ms": 4, "markevery": max(1, len(losses) // 8)}
     axis.plot(losses.index, losses, label=title, **width, **style.line, **marks)

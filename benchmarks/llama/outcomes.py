@@ -34,13 +34,13 @@ class InstructionOutcomes(Outcomes):
         runs: The runs of the best learning rates.
         rates_chosen: True if a cell had several learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
-        several_sets: True if rows must name their set.
+        several_sets: True if runs have several sets.
         shared: The numbers of the seeds that all methods of a model, set and tuning share.
         tasks: The evaluated tasks in order, each with the result of its first run.
         questions: The ``value`` of each question by ``task`` and ``metric``: ``accuracy`` (1 if correct), or the right
             answer's nats per byte.
-        tests: By metric, the paired differences over questions, averaged over seeds, to the equally tuned baseline and
-            to the same untuned method, with verdicts, corrected over all rows.
+        tests: The paired tests over questions by metric, averaged over seeds, against the equally tuned baseline and
+            the same untuned method, with verdicts, corrected over all rows.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
@@ -72,13 +72,13 @@ class InstructionOutcomes(Outcomes):
         self.tests = {metric: self._tests(metric) for metric in (ACCURACY, NATS)}
 
     def collect_rows(self, columns: Sequence[str], read: Callable[[dict[str, Any]], Iterable[Row]]) -> pd.DataFrame:
-        """Collect the rows that a function yields from the metrics of each run, after the run's id, cell and seed."""
+        """Collect the rows that ``read`` yields from each run's metrics, and prepend run id, cell and seed."""
         rows = [
             (run.id, *cell_of(run).values(), run.spec["seed"], *row)
             for run in self.runs
             for row in read(self.metrics[run.id])
         ]
-        # pandas sums objects in order, floats pairwise, which shows in the last digit
+        # pandas sums objects in order but floats pairwise, with another last digit
         return pd.DataFrame(rows, columns=["run_id", *CELL, "seed", *columns], dtype=object)
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
@@ -119,7 +119,7 @@ class InstructionOutcomes(Outcomes):
     def claim_numbers(self) -> pd.DataFrame:
         """Return losses by seed, accuracy and nats per byte by question, and parameter counts, for claims.
 
-        The column ``setting`` has the variant, so that a claim can name its layers.
+        The column ``setting`` is the variant, so that claims can select layers.
         """
         records = self.records.rename(columns={"set": "task", "variant": "setting"})
         losses = records[(records["part"] == "dev") & (records["metric"] == "loss")].drop(columns="eval_task")

@@ -43,7 +43,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         progress: The progress line.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part; empty on all processes but the main one.
+        The content of ``metrics.json`` without the harness's part; empty on all other processes.
 
     Raises:
         DefinitionError: A template or task does not exist, or settings do not fit the model.

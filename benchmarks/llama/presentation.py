@@ -23,7 +23,7 @@ _LIKELIHOOD = (
     "By length: the answer is the choice with the highest likelihood per letter. "
 )
 _NEGATIVE_LOGS = "the right answers' nats per byte (negative log-likelihood divided by bytes)"
-# by metric: words, end of the title and first sentence of its table of tests
+# texts of a metric's table of tests: words, end of the title, first sentence
 _TESTED = {ACCURACY: ("accuracy", "", ""), NATS: (_NEGATIVE_LOGS, ", by nats per byte", "Less is better. ")}
 _LONGEST = 300  # letters of a text in a table
 _MMLU = "mmlu"
@@ -185,7 +185,7 @@ TABLES: dict[str, Callable[..., Table]] = {
 
 
 def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
-    """Yield a sentence per tuning and method, with its differences to the baseline and the gains of tuning."""
+    """Yield a sentence per tuning and method, with differences to the baseline and gains of tuning."""
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"]
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
     for row in losses[losses["method"].map(outcomes.role) == "method"].to_dict("records"):

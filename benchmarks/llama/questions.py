@@ -72,7 +72,7 @@ def _write_tasks(folder: Path) -> None:
                 "task_alias": subject,
                 "dataset_path": "json",
                 "dataset_kwargs": {"data_files": {_SPLIT: str(questions)}},
-                # shots are the other questions of the subject: lm-eval leaves out the one that is asked
+                # shots are the subject's other questions: lm-eval omits the evaluated one
                 "test_split": _SPLIT,
                 "fewshot_split": _SPLIT,
             }
@@ -80,13 +80,13 @@ def _write_tasks(folder: Path) -> None:
             _write_yaml(folder / f"{MMLU_DEV}_{subject}{ending}.yaml", task)
     for form in _FORMS:
         groups = [_read(file) for file in (mmlu / form).glob("_mmlu*.yaml")]
-        # the group of all subjects has the shortest name; it is last, because its file marks the folder as complete
+        # the group of all subjects (shortest name) is last, because its file marks the folder as complete
         for group in sorted(groups, key=lambda group: len(group["group"]), reverse=True):
             _write_yaml(folder / f"{group['group']}.yaml", group)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a definition of lm-eval, and rename groups, tasks and tags: ``mmlu_…`` becomes ``mmlu_dev_…``."""
+    """Read one of lm-eval's YAML files; rename groups, tasks and tags: ``mmlu_…`` to ``mmlu_dev_…``."""
     text = re.sub(r"(?m)\bmmlu(?=_|$)", MMLU_DEV, file.read_text(encoding="utf-8"))
     content: dict[str, Any] = yaml.safe_load(text)
     return content

@@ -22,10 +22,10 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     A row has the prompt and all choices; a choice attends to the prompt and to itself. Only positions that predict a
     choice get logits. Likelihoods equal lm-eval's up to rounding. On accelerators, and for models without support for
-    such masks, lm-eval's own code runs.
+    such masks, lm-eval's code runs.
 
     Args:
-        prefix: The frozen layers of the model, whose output is computed once for all runs; None for none.
+        prefix: The frozen layers of the model, with output cached for all runs; None if none are frozen.
         settings: The arguments of lm-eval's ``HFLM``.
     """
 
@@ -41,7 +41,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         for number, (_, prompt, _) in enumerate(requests):
             by_prompt.setdefault(tuple(prompt), []).append(number)
         questions = [_Question(prompt, [requests[i][2] for i in numbers]) for prompt, numbers in by_prompt.items()]
-        shared = [question for question in questions if self._fits(question)]
+        shared = [question for question in questions if self._can_share_prompt(question)]
         states = self._states(shared)
         for row, question in enumerate(shared):
             given = {} if states is None else {STATES: states[row][None]}
@@ -51,7 +51,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             answers |= dict(zip(rest, others, strict=True))
         return [answers[number] for number in range(len(requests))]
 
-    def _fits(self, question: _Question) -> bool:
+    def _can_share_prompt(self, question: _Question) -> bool:
         """Return True if a question can share its prompt: on a CPU, with SDPA, and within the length limits."""
         config = cast(Any, self.model).config
         tokens = len(question.prompt) + max(map(len, question.choices))

@@ -37,7 +37,7 @@ class Template:
         if self.text is None:
             return str(self._chat(self._messages(row), add_generation_prompt=True))
         form = self.text.with_input if row.input else self.text.without_input
-        # not str.format, which would read braces in the texts
+        # str.format would interpret braces in the texts
         before, _, rest = form.partition("{instruction}")
         return before + row.instruction + rest.replace("{input}", row.input)
 

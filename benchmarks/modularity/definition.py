@@ -26,9 +26,9 @@ class Reading(Strict):
     max_length: Annotated[int, Field(ge=4)]
     """Maximum tokens of a sentence or pair; longer rows are cut."""
     active_share: Share
-    """Share of the activations, the largest ones, that count as active. In the paper's matrix, 1.14 % are not zero."""
+    """Share of the largest activations that count as active. In the paper's matrix, 1.14 % are not zero."""
     shown_tokens: Count
-    """Number of tokens in the drawn matrix, equally many of every task."""
+    """Number of tokens in the drawn matrix, equal for every task."""
 
 
 class ModularityBlock(VariantAxes):

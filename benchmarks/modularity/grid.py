@@ -74,5 +74,5 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         return presentation
 
     def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        reading = spec["reading"]  # three passes over the rows: the dense model, its best experts, its worst
+        reading = spec["reading"]  # three passes over the rows: dense, top k and bottom k experts
         return text_tokens(reading["rows"] * (1 + len(spec["ood"])), reading["max_length"], 3 / 3)

@@ -44,7 +44,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
     Returns:
         The content of ``metrics.json`` without the harness's part: ``measured`` numbers, ``usage`` by task and class,
-        and ``matrix``, the active neurons of some tokens, in the order of the experts.
+        and ``matrix``, the active neurons of some tokens, sorted by expert.
     """
     read = parse(spec, ModularitySpec, str(folder / "run.json"))
     load = partial(load_part, rows=read.reading.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
@@ -145,10 +145,10 @@ def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[s
         num_blocks: The number of blocks of equal size, N.
 
     Returns:
-        ``best_quarter``: the share of a token's active neurons in the quarter of the blocks with most of them, mean
-        over tokens with any; ``best_quarter_mass``: the same of all magnitudes, without a threshold; ``usage_gini``:
-        the Gini coefficient of the blocks' active neurons over all tokens; ``dead``: the share of neurons that are
-        active for no token.
+        ``best_quarter``: the share of a token's active neurons in the quarter of blocks with most of them (mean over
+        tokens with active neurons); ``best_quarter_mass``: the same for magnitudes; ``usage_gini``: the Gini
+        coefficient of the blocks' counts of active neurons over all tokens; ``dead``: the share of neurons that no
+        token activates.
     """
     counts = active.unflatten(1, (num_blocks, -1)).sum(-1).double()
     mass = magnitudes.unflatten(1, (num_blocks, -1)).double().sum(-1)
@@ -167,7 +167,7 @@ def _best_quarter(by_block: Tensor) -> float:
 
 
 def gini(values: Tensor) -> float:
-    """Compute the Gini coefficient of non-negative values: 0 if all are equal, near 1 if one has everything.
+    """Compute the Gini coefficient of non-negative values: 0 if all are equal, near 1 if one is the total.
 
     >>> round(gini(torch.tensor([1.0, 1.0])), 3), round(gini(torch.tensor([0.0, 0.0, 0.0, 8.0])), 3)
     (0.0, 0.75)
@@ -188,7 +188,7 @@ def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, f
 
     Returns:
         ``kept``: the share of all magnitudes in used neurons; ``active``: the share of used neurons that are active for
-        the token; ``dead``: the share that is active for no token. The last two are means over tokens.
+        the token; ``dead``: the share that no token activates. The last two are means over tokens.
     """
     number = used.sum(1).double()
     return {
@@ -199,7 +199,7 @@ def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, f
 
 
 def sample_matrix(tokens: Mapping[str, int], magnitudes: Tensor, active: Tensor, count: int) -> dict[str, Any]:
-    """Sample ``count`` tokens, equally many of every task, and list their active neurons.
+    """Sample ``count`` tokens evenly over tasks, and list their active neurons.
 
     ``tokens`` counts the tokens of each task, in the order of ``magnitudes`` and ``active``, both ``[tokens, d]``.
     """

@@ -122,7 +122,7 @@ TABLES = {"concentration": concentration, "selected": neurons_in_use, "usage": u
 
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw a dot per active neuron: a line per model (its first layer), a column per construction."""
+    """Draw a dot per active neuron: panel rows are models (first layer), columns constructions."""
     panels = [(title, list(_first_runs(rows).itertuples())) for title, rows in outcomes.panels()]
     columns = max(len(runs) for _, runs in panels)
     size, shared = (plots.WIDTH, 2.3 * len(panels) + 0.4), {"sharex": "row", "sharey": "row"}

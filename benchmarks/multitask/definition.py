@@ -90,7 +90,7 @@ class MultitaskSpec(RunSpec):
     """The settings that determine the numbers of a run."""
 
     protocol: Literal["clean"]
-    """The selection of epoch and hyper-parameters, which uses rows that are not reported."""
+    """The selection of epoch and hyper-parameters, by rows that are not reported."""
     task: RunMixture
     """Training tasks."""
     ood: list[OtherTask]

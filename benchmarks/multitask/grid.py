@@ -23,7 +23,7 @@ _DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 
 
 class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
-    """Plan runs of encoder-decoder models that learn several tasks at once, and are evaluated on them and OOD sets."""
+    """Plan runs of encoder-decoder models that learn several tasks at once; evaluate them on these and OOD sets."""
 
     definition_model, part_model = MultitaskDefinition, MultitaskPart
     recorded = ("scores", "data", "model", "routing")

@@ -148,11 +148,11 @@ class MixedOrder(EpochOrder):
         return (rows[index] for index in super().__iter__())
 
     def _rows_of_epoch(self, name: str) -> list[int]:
-        """Return a task's rows of this epoch, the next ones in passes over its rows; each pass is shuffled anew."""
+        """Return a task's rows of this epoch. Epochs continue passes over all rows; each pass is reshuffled."""
         rows, share = len(self._tasks[name]), self._shares[name]
         first, start = divmod(self._epoch * share, rows)
         shuffled: list[int] = []
-        for number in (first, first + 1):  # an epoch ends in the next pass at the latest
+        for number in (first, first + 1):  # an epoch spans at most two passes
             generator = torch.Generator().manual_seed(derive_seed("rows of", name, self._seed, number))
             shuffled += torch.randperm(rows, generator=generator).tolist()
         return shuffled[start : start + share]

@@ -20,8 +20,8 @@ _MEANS = {ID_MEAN: ID, OOD_MEAN: OOD}
 class MultitaskOutcomes(TextOutcomes):
     """Collect the finished runs; the training task is the mixture, or the task that is learned alone.
 
-    There are two more domains: ``id_mean``, the mean over the tasks of a mixture, and ``transfer``, the score of a task
-    that is learned with the others minus its score if it is learned alone.
+    Two domains are added: ``id_mean``, the mean over the tasks of a mixture, and ``transfer``, a task's score in the
+    mixture minus its score if it is learned alone.
     """
 
     def select_mixtures(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -45,7 +45,7 @@ class MultitaskOutcomes(TextOutcomes):
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:
-    """Make a table of the mean over the sets and of the best set, beside the paper's best gains."""
+    """Make a table of the mean over sets, the best set, and the paper's best gains."""
     row, interval = [*CELL, "domain"], ["delta", "low", "high"]
     rows = outcomes.select_mixtures(outcomes.rows)
     frame = rows.loc[rows["domain"].isin(_MEANS), [*row, "mean", "std", "n", *interval]].replace({"domain": _MEANS})

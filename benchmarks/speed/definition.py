@@ -14,7 +14,7 @@ MEASURES = ("layer", "step", "forward", "generate", "partition")
 
 
 class Settings(Strict):
-    """Settings, in the order of a run's name. Each measure uses the settings in its entry in `measures`."""
+    """All settings, in their order in a run's name. Each measure uses those in its `measures` entry."""
 
     layers: Layers = "all"
     """Converted layers."""

@@ -24,8 +24,8 @@ from emoe.architectures import find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 
 _ROUNDS = 5
-_MIN_SECONDS = 0.1  # of a candidate's calls in a round
-# the timed statement of each measure; `variables` makes its names
+_MIN_SECONDS = 0.1  # time of a candidate per round
+# the timed statement of each measure; `variables` sets its names
 _STATEMENTS = {
     "layer": "net.zero_grad(); net.layers[0].mlp(x.detach().requires_grad_()).backward(x)",
     "step": "optimizer.zero_grad(); net(**inputs).last_hidden_state.square().mean().backward(); optimizer.step()",
@@ -53,7 +53,7 @@ def run(spec: Mapping[str, Any], _folder: Path, progress: Progress) -> dict[str,
 
 
 def make_candidate(name: str, dense: Any, settings: Settings) -> Any:
-    """Convert a copy for a backend or ``inference``, or make transformers' expert layer of the dense FFN's sizes."""
+    """Convert a copy for a backend or ``inference``, or build transformers' expert layer with the FFN's sizes."""
     n = settings.num_experts
     k = round(settings.top_k_fraction * n)
     if name.startswith("mixtral_"):
@@ -83,7 +83,7 @@ def variables(net: Any, settings: Settings) -> dict[str, Any]:
 
 
 def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
-    """Time all candidates, including ``dense``, in each round, so that a disturbance affects all of them.
+    """Time all candidates, including ``dense``, in each round, so that disturbances affect all.
 
     Each round begins with a warm-up. The ``ratio`` is to the dense time in the same round (median, lowest, highest).
     """
@@ -97,7 +97,7 @@ def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
 
 
 def measure_partition(net: Any, settings: Settings) -> dict[str, dict[str, float]]:
-    """Measure balanced clustering of the last layer's keys: seconds, and the unexplained share of the variance."""
+    """Measure balanced clustering of the last layer's keys: seconds, and share of unexplained variance."""
     keys, n = find_ffns(net)[-1].keys().detach().float(), settings.num_experts
     numbers = {}
     for candidate in settings.candidates:

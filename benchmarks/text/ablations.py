@@ -54,7 +54,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     )
     seeds = shared_pairs(seeds, _CELL, ["method"], "seed")
     rows = summarize(seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)])
-    # grouped means, because they round differently in the last digit
+    # grouped means, which differ from others in the last digit
     rows[["mean", "std"]] = seeds.groupby(_ROW, sort=False)["value"].agg(["mean", "std"]).to_numpy()
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
     rows = with_verdicts(rows.drop(columns="pairs"), _CELL)
@@ -77,7 +77,7 @@ def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Average per seed over the tasks (or pairs) that all rows of a selection, domain and model share."""
+    """Average each seed over the tasks (or pairs) that all rows of a selection, domain and model have."""
     averages = [seeds.iloc[:0]]
     for (protocol, domain, model), group in seeds.groupby(["protocol", "domain", "model"], sort=False):
         scopes = group.groupby("scope", sort=False)["method"].nunique()

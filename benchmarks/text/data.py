@@ -112,12 +112,12 @@ class TextSplit:
 
 
 def resolve_part(splits: Splits, part: str) -> str:
-    """Return the part whose split is used; a task without a test split uses the dev split as its test part."""
+    """Return the part to read: ``dev`` instead of ``test`` if the task has no test split."""
     return "dev" if part == "test" and splits.test is None else part
 
 
-def compare_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
-    """Compare the rows of a task's part with the row counts of its makers and of the paper's authors."""
+def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
+    """Describe the rows of a task's part, with the row counts of its makers and the paper's authors."""
     counts, labels = Counter(split.labels), f"{min(split.labels):g} to {max(split.labels):g}"
     if split.has_classes:
         labels = ", ".join(f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels))
@@ -152,7 +152,7 @@ def load_part(
     part = resolve_part(task.splits, part)
     split = load_split(task, part)
     entry = (entries or {}).get(task.name)
-    if say and entry and (note := compare_rows(task.name, part, split, entry).note):
+    if say and entry and (note := describe_rows(task.name, part, split, entry).note):
         say(f"warning: {note}")
     return split.sample(rows, f"{task.name}/{part}")
 
@@ -224,7 +224,7 @@ def _read_hub(task: RunTask, split: str) -> _Table:
         raise DataError(f"{folder} is missing; `python -m benchmarks data --check` says how to get '{task.name}'")
     try:
         dataset = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
-    except Exception as error:  # the hub raises many kinds; all mean the same to the user
+    except Exception as error:  # the hub raises many types
         raise DataError(
             f"could not load '{source.hub}' ({source.config}) from the hub: {type(error).__name__}: {error}\n"
             f"Without the hub, put its files into {folder} (config/README.md)"
@@ -234,7 +234,7 @@ def _read_hub(task: RunTask, split: str) -> _Table:
 
 
 def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Table]:
-    """Read the splits of a set saved by ``save_to_disk`` of ``datasets``; a set without splits is read whole."""
+    """Read the splits of a set from ``datasets``' ``save_to_disk``, or a whole set without splits."""
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
@@ -260,7 +260,7 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Read a file; class names that it lacks are those of the README.md (or ``dataset_infos.json``) in its folders."""
+    """Read a file. If it has no class names, take them from README.md or ``dataset_infos.json`` in the folders."""
     with _name_file_in_errors(file):
         if file.suffix == ".csv":
             table = _Table(str(file), read_csv(file))
@@ -299,7 +299,7 @@ def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
 
 
 def _split_by_hash(text: str) -> str:
-    """Return the split of a text, chosen by its hash, so that it does not depend on other rows."""
+    """Choose the split of a text by its hash, independently of other rows."""
     fraction = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
     return "dev" if fraction < _DEV_SHARE else "test" if fraction < _DEV_SHARE + _TEST_SHARE else "train"
 
@@ -320,7 +320,7 @@ def _name_file_in_errors(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except Exception as error:  # libraries raise different kinds
+    except Exception as error:  # libraries raise many types
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
@@ -354,7 +354,7 @@ def label_text(value: object) -> str:
 def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
     """Map spellings of labels to class numbers.
 
-    A number is the number of a class, unless the task's class names are numbers, or the file has class names.
+    Numbers are class numbers, unless the task's class names are numbers or the file has class names.
     """
     names = task.labels
     by_number = {str(number): name for number, name in enumerate(names)}

@@ -76,18 +76,18 @@ class TextTraining(EpochTraining):
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
     train_share: Share | None = optional()
-    """Share of these rows, sampled per class; a smaller share is a subset of a larger one. Left out: all."""
+    """Share of these rows, sampled per class; smaller shares are subsets of larger ones. Default: all."""
     dev_rows: Count | None = optional()
-    """Rows of the dev split, for tasks that also have a test split; left out, or null: `eval_rows`."""
+    """Rows of the dev split, for tasks with a test split; null or omitted: `eval_rows`."""
     ood_rows: Count | None = optional()
-    """Rows of every OOD set; left out, or null: `eval_rows`."""
+    """Rows of every OOD set; null or omitted: `eval_rows`."""
     patience: Count | None
     """Stop after this many epochs without a new best score above 0 (needs checkpoint_selection: best); null: never
     stop."""
     frozen_layers: Whole | None = optional_zero()
     """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
-    for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
-    converts or trains a layer below. 0, or left out: none."""
+    for a row is computed once and kept (`resources/prefixes/`). Only later layers have adapters, and no method
+    converts or trains a frozen layer. 0 or omitted: none."""
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool
@@ -164,7 +164,7 @@ class Ablated(Strict):
     ablations: dict[Key, Ablation] = Field({})
     """Ablations by name; `tables` and `figures` list the ones to show."""
     transformed: dict[Key, Transformed] = Field({})
-    """Rows that are trained as one method and evaluated as another, by name; for ablations."""
+    """Rows for ablations that are trained as one method and evaluated as another, by name."""
 
 
 class PublishedTraces(Strict):
@@ -206,7 +206,7 @@ class TextSource(Strict):
     vader_sentiment: str | None = optional()
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = optional()
-    """Use the strength of the rating (weak, strong) as the label; left out: the sign of the rating."""
+    """Label by the strength of the rating (weak, strong); by default by its sign."""
 
 
 class Splits(Strict):
@@ -264,11 +264,11 @@ class RunTask(Strict):
     """Label values that mark a row without a gold label, in addition to -1, null, nan and an empty cell. These rows are
     dropped and counted, as are rows without text."""
     label_map: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
-    """Merged classes, if a model or a set has fewer: the new number of each class, by the number of classes."""
+    """Merged classes for models or sets with fewer: the new number of each class, by class count."""
     metric: str
     """Metric for selection and report, if a model is trained on the task; a name in metrics.yaml."""
     ood_metrics: Names = Field(default_factory=lambda data: [data["metric"]])
-    """Metrics if a model was trained on another task; the first is the paper's. Left out: metric."""
+    """Metrics of models trained on another task; the first is the paper's. Default: metric."""
     splits: Splits
     """Split names by part. The dev part is for selection; the test part is reported (without it, dev). Sets without
     train and dev are only for evaluation."""
@@ -351,4 +351,4 @@ class TextSpec(RunSpec):
     training: TextTraining
     """The training."""
     used_as: UsedAs | None = optional()
-    """Method that the model is converted to and evaluated as at the end; left out: none."""
+    """Target method of a final conversion and second evaluation; by default none."""

@@ -67,7 +67,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
         return [SetReader(*part, functools.partial(self._describe, *part)) for part in parts]
 
     def _describe(self, name: str, part: str, open_files: bool) -> Iterator[SetPart]:
-        from benchmarks.text.data import compare_rows, load_split
+        from benchmarks.text.data import describe_rows, load_split
 
         task = self.tasks[name]
         try:
@@ -76,7 +76,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
             advice = _advice(name, task, first_line(error))
             yield SetPart(name, part, None, expected=task.rows.get(part), advice=advice)
         else:
-            yield compare_rows(name, part, split, task)
+            yield describe_rows(name, part, split, task)
 
 
 class TextBenchmark(TextSets[TextDefinition, TextPart]):
@@ -134,7 +134,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
     def _method_specs(
         self, methods: Mapping[str, Method], point: Mapping[str, Any], settings: TextTraining, where: str
     ) -> dict[str, Any]:
-        """Return ``method`` of a run's spec, and ``used_as`` if its model is also evaluated as another method."""
+        """Return ``method`` of a run's spec, and ``used_as`` if the model is also evaluated as another method."""
 
         def resolved(name: str) -> dict[str, Any]:
             return method_spec(methods, {**point, "method": name}, point["seed"], settings.lora, where)
@@ -238,7 +238,7 @@ def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
 
 
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
-    """Return the protocol of a run: the one of its grid point, or the usual one of its task."""
+    """Return the protocol of a run: its grid point's, or the task's default."""
     has_test = task.splits.test is not None
     if has_test and point.get("protocol") == PUBLISHED:
         raise DefinitionError(f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split")

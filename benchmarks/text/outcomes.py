@@ -28,7 +28,7 @@ _SET = ["protocol", "domain", *_PAIR, "scope"]
 _ROW = [*_SET, "method"]
 
 
-def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
+def selection_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the dev score of every run, which chooses hyper-parameters.
 
     Tasks with a test split have clean runs only; for them the authors' protocol uses the score of the best dev epoch.
@@ -43,7 +43,7 @@ def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     The columns are :data:`CELL`, :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``. The first of
     equally good choices wins.
     """
-    grouped = choosing_scores(records, protocol).groupby([*CELL, *CHOICE], sort=False)["value"]
+    grouped = selection_scores(records, protocol).groupby([*CELL, *CHOICE], sort=False)["value"]
     table = grouped.agg(mean="mean", std="std", n="count").reset_index()
     best = table.groupby(CELL, sort=False)["mean"].idxmax()
     return table.assign(chosen=table.index.isin(best))
@@ -56,7 +56,7 @@ def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """
     table = choices(records, protocol)
     chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
-    runs = choosing_scores(records, protocol)["run_id"]
+    runs = selection_scores(records, protocol)["run_id"]
     selected = records[records["run_id"].isin(runs)].merge(chosen, on=[*CELL, *CHOICE], how="inner")
     return selected.assign(run_protocol=selected["protocol"], protocol=protocol)
 
@@ -154,7 +154,7 @@ class TextOutcomes(Outcomes):
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the records of the chosen runs, in which the rows of tables find their runs."""
+        """Return the records of the chosen runs, which link table rows to runs."""
         return self.chosen
 
     @cached_property
@@ -228,7 +228,7 @@ class TextOutcomes(Outcomes):
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
     """Assign the numbers of models that were converted after training to the method of the conversion.
 
-    The method also gets a copy of the run's dev scores, by which its runs are chosen.
+    The method also gets a copy of the run's dev scores, which choose its runs.
     """
     parts = records["part"].str.partition(AS)
     trained = records[parts[2] == ""]

@@ -52,7 +52,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     transformed = {}
     if read.used_as:
         as_other = {part: scores[part] for part in ("test", "ood")}
-        # a model that diverged has no weights to cluster, so its scores stay
+        # weights of a diverged model cannot be clustered; keep its scores
         if kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
             convert_trained_(classifier.model, read.used_as.config)

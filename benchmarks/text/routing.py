@@ -35,7 +35,7 @@ UsagePanel = tuple[str, Mapping[str, Any]]  # a title, and the usage of :func:`~
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw expert use per routed method (without controls, at most three), for the first model, task and seed."""
+    """Draw expert use per routed method (at most three, no controls), for the first model, task and seed."""
     panels: dict[str, UsagePanel] = {}
     cell = None
     for record, metrics in outcomes.training():
@@ -51,7 +51,7 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
-    """Draw expert use as heatmaps below each other: rows are sets (with classes if they fit), columns experts."""
+    """Draw expert use as stacked heatmaps: rows are sets (with classes if they fit), columns experts."""
     if not panels:
         plots.placeholder_figure(path)
         return
@@ -90,7 +90,7 @@ def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, shows_
         for expert, mark in enumerate(marks or ()):
             if mark:
                 axis.plot(expert, line, "^" if mark > 0 else "v", ms=4, color="black", mec="white", mew=0.4)
-    if shared := usage["shared"]:  # a line without points would be drawn in the corner of the figure
+    if shared := usage["shared"]:  # an empty plot would be drawn in the figure's corner
         axis.plot(shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False)
 
 

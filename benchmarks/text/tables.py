@@ -11,7 +11,7 @@ from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.definition import CLEAN, ID, OOD, PAPER_COLUMNS, PUBLISHED
-from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, PROTOCOLS, TextOutcomes, choices, choosing_scores
+from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, PROTOCOLS, TextOutcomes, choices, selection_scores
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
 _ROW = ["model", "protocol", "method"]
@@ -107,7 +107,7 @@ def ood(outcomes: TextOutcomes) -> Table:
 
 def cost(outcomes: TextOutcomes) -> Table:
     """Make a table of time, memory, parameters and the use of experts."""
-    # the clean runs; for cells without clean runs, all
+    # clean runs; all runs for cells without clean ones
     records = outcomes.origins
     records = records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
     return common.cost_table(
@@ -127,7 +127,7 @@ def choices_table(outcomes: TextOutcomes) -> Table:
     table["variant_shown"] = table["variant"].replace("", MISSING)
     table["mark"] = table["chosen"].map({True: "✓", False: ""})
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
-    tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
+    tried = [selection_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
     return Table(
         "Hyper-parameters, and the choice",
         "The choice (✓) has the best mean dev score over n seeds. A method with more choices has more chances. In a "
@@ -197,7 +197,7 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
             Column("score", delta, f"Δ ours, {title}", interval=ends, signed=True, decimals=2),
             Column("runs", f"{protocol}_n", f"n, {title}"),
         ]
-    # an unknown number has a row only if there is one of ours
+    # a row of an unknown published number needs one of ours
     frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
     ranks = {name: rank for rank, name in enumerate(outcomes.methods)}
     frame = frame.sort_values(

@@ -175,7 +175,7 @@ def epoch_arguments(
 
 
 def kept_epoch(epochs: list[Epoch], best: str | None) -> Epoch:
-    """Return the epoch whose weights Trainer keeps: the first with the best score, or the last if ``best`` is None."""
+    """Return the epoch with the kept weights: the first one with the best score, or the last if ``best`` is None."""
     return max(epochs, key=lambda epoch: epoch[best]) if best else epochs[-1]
 
 
@@ -189,7 +189,7 @@ class Patience(TrainerCallback):
         self._metric, self._epochs = f"eval_{metric}", epochs
 
     def is_over(self, log: list[dict[str, float]]) -> bool:
-        """Return True if the last evaluations in a log, as many as the patience, have no new best score."""
+        """Return True if the last ``epochs`` evaluations in a log have no new best score."""
         scores = [0.0, *(entry[self._metric] for entry in log if self._metric in entry)]
         return len(scores) - 1 - scores.index(max(scores)) >= self._epochs
 

@@ -26,7 +26,7 @@ Loads = NDArray[np.int64]
 
 
 def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
-    """Measure the mutual information of expert and task. For chance, rows are shuffled over all tasks."""
+    """Measure the mutual information of expert and task. For chance, shuffle rows over all tasks."""
     return MutualInformation.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
 
 
@@ -153,11 +153,11 @@ class RoutingRecorder:
         self._summaries[name] = routing_summary(record)
 
     def set_routing(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the routing of a set, and the usage of all sets.
+        """Return a set's routing summary, and all sets' usage.
 
         Returns:
-            The set's :func:`~benchmarks.harness.training.routing.routing_summary` and an empty mapping. With several
-            sets, the summary includes the numbers of :func:`describe_usage`, and its usage is the second value.
+            The set's :func:`~benchmarks.harness.training.routing.routing_summary` and, if there are several sets, the
+            usage of :func:`describe_usage` (else empty), whose numbers are added to the summary.
         """
         if len(self._sets) < 2:
             return self._summaries.get(name, {}), {}

@@ -19,7 +19,7 @@ import torch
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _NAME = "emoe_kernels"
-# runs in another process, with the ninja package's program on its path
+# runs in another process, with the ninja package on its path
 _COMPILE = """
 import sys
 from torch.utils import cpp_extension
@@ -39,7 +39,7 @@ def library_file() -> Path:
 
 
 def build_kernels() -> Path:
-    """Compile the kernels if this was not done yet, and return the library's path.
+    """Compile the kernels if necessary, and return the library's path.
 
     Raises:
         RuntimeError: there is no compiler or home folder, or the compiler fails; the message is its first error.

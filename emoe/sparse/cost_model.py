@@ -40,7 +40,7 @@ _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
 def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
     """Check if the sparse products of inputs ``[T, h]`` should be faster; see :func:`predicted_time_ratio`.
 
-    On an accelerator they are used if PyTorch has a grouped product for them.
+    On an accelerator, True if PyTorch has a grouped product for them.
     """
     if x.device.type != "cpu":
         return can_group(x)

@@ -25,7 +25,7 @@ from emoe.sparse.cost_model import pays_off
 from emoe.sparse.ffn import Inputs, sparse_ffn
 
 _WAY_OUT = "call emoe.set_backend_(model, 'masked')"
-# tokens that for_inference_'s layout serves; more tokens share their weights better in one dense or sparse product
+# maximum tokens for for_inference_'s layout; for more tokens, one dense or sparse product is faster
 _FEW_TOKENS = 8
 
 
@@ -34,7 +34,7 @@ class _Replacement(nn.Module):
 
     def __init__(self, projection: nn.Module) -> None:
         super().__init__()
-        # the same dictionaries: a parameter that is replaced in one module is replaced in the other
+        # shared dictionaries: replacing a parameter in one module replaces it in the other
         self._parameters, self._buffers = projection._parameters, projection._buffers
         self._projection = (projection,)  # in a tuple, so that it does not become a child module
 
@@ -90,7 +90,7 @@ class SparseFFN(_Replacement):
         reject_hooks(layer)
         rows = x.reshape(-1, x.shape[-1])
         if self.layout is not None and len(rows) <= _FEW_TOKENS and not torch.compiler.is_compiling():
-            y, weights = self._compute_few(rows, *self.layout)
+            y, weights = self._compute_chosen_only(rows, *self.layout)
         elif self._needs_mask(rows):
             return self._compute_masked(x)
         else:
@@ -134,7 +134,7 @@ class SparseFFN(_Replacement):
             hidden = F.dropout(hidden, dropout.p, self.training)
         return cast(Tensor, self.projection(hidden))
 
-    def _compute_few(self, rows: Tensor, inputs: Inputs, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _compute_chosen_only(self, rows: Tensor, inputs: Inputs, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the output ``[T, h]``, computed with the chosen experts' weights only, and the expert weights."""
         layer, config = self._layer[0], self._layer[0].config
         scores = layer.linear_scores(rows)
@@ -218,7 +218,7 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     The comparison detects code between the projections, which the sparse backend would skip.
 
     Returns:
-        Output ``[1, 4, h]``. None if the module has other inputs, a part of the FFN, or random outputs.
+        Output ``[1, 4, h]``. None if the module has other inputs, part of the FFN, or random outputs.
     """
     ffn = layer.ffn
     module, weight = ffn.parents[ffn.spec.proj_in], cast(Tensor, ffn.proj_in.weight)

@@ -1,4 +1,4 @@
-"""Two processes with DDP or FSDP2 train a converted model as one process does."""
+"""Train a converted model with DDP or FSDP2 on two processes as on one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converted models are compiled, exported and traced wherever the dense model is."""
+"""Compile, export and trace converted models like the dense model."""
 
 from __future__ import annotations
 

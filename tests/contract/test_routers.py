@@ -1,4 +1,4 @@
-"""A router of the user's, as docs/adding.md adds it, does what the library's own routers do."""
+"""Test that the user's router of docs/adding.md works like the library's routers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("always_sparse")
 
 @pytest.fixture(autouse=True)
 def router(registry: None) -> None:
-    """Register the page's router as the page registers it."""
+    """Register the page's router."""
     exec(python_blocks("docs/adding.md")[0], {})  # noqa: S102 -- our own page
 
 

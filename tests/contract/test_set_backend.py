@@ -1,4 +1,4 @@
-"""``set_backend_`` replaces modules and nothing else, and rejects what the sparse backend cannot compute."""
+"""Test that ``set_backend_`` replaces only modules, and rejects FFNs that it cannot compute."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_forward_pass_rejects(case: str, tmp_path: Path) -> None:
 
 
 class CustomFFN(FFN):
-    """Do more between the projections than the FFN's row says."""
+    """Run code between projections that the FFN's row lacks."""
 
     def __init__(self, between: Callable[[Tensor], Tensor], activation: nn.Module | None = None) -> None:
         super().__init__(16, 64)

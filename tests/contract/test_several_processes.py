@@ -133,7 +133,7 @@ def test_runs_that_cannot_be_distributed_are_refused_before_any_process_starts(
 
 
 def test_a_failed_process_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun ends the others and has a status."""
+    """torchrun ends the others and fails."""
     path = prepare(dropout_free("full"))
     monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: subprocess.CompletedProcess([], 1))
     with pytest.raises(RunError, match="one of its 2 processes failed"):

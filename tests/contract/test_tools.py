@@ -1,4 +1,4 @@
-"""Every registered architecture under the tools that people train and serve with."""
+"""Test every registered architecture with common tools for training and serving."""
 
 from __future__ import annotations
 

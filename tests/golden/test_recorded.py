@@ -151,7 +151,7 @@ def test_llama_block_mask(name: str, backend: str) -> None:
 
 
 def test_the_clean_method_is_theirs_without_capacity_noise_and_loss() -> None:
-    """A shared output bias equals output biases of the experts that are all the same."""
+    """A shared output bias equals identical output biases of the experts."""
     meta, data = load("emoe_eval_dropless")
     net = PlainNet(FFN(meta["hidden"], meta["num_experts"] * meta["expert_size"], meta["activation"], gated=False))
     state = {f"layers.0.{TUTEL[theirs]}": data[theirs] for theirs in ("fc1_weight", "fc1_bias", "fc2_weight")}

@@ -1,4 +1,4 @@
-"""Every run of every suite keeps its name: an id is a hash of what shapes the numbers, so finished runs are found again."""
+"""Test that run ids stay the same, so that finished runs are found: an id is a hash of the run's spec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M from its GGUF file, and the authors' masked MLP on its weights, written from its definition."""
+"""SmolLM2-135M from its GGUF file, and an independent version of the authors' masked MLP on its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Follow docs/adding.md word by word: every addition on the page works in a copy of the project."""
+"""Execute docs/adding.md in a copy of the project, and test every addition."""
 
 from __future__ import annotations
 

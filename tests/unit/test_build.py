@@ -1,4 +1,4 @@
-"""The kernels are compiled by ``set_backend_`` or ``python -m emoe build``, never by a conversion or a forward pass."""
+"""Test that only ``set_backend_`` and ``python -m emoe build`` compile the kernels."""
 
 from __future__ import annotations
 

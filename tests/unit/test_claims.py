@@ -1,4 +1,4 @@
-"""Claims: the comparison and its verdict, the file, and table, figure and command of a finished suite."""
+"""Test claims: comparisons, verdicts, the file, and a finished suite's table, figure and command."""
 
 from __future__ import annotations
 

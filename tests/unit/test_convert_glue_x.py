@@ -1,4 +1,4 @@
-"""Convert and read the makers' files of GLUE and GLUE-X: their labels, texts and pairs."""
+"""Convert and read the makers' files of GLUE and GLUE-X: labels, texts, pairs."""
 
 from __future__ import annotations
 

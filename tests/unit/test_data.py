@@ -1,4 +1,4 @@
-"""``python -m benchmarks data`` counts the sets, and says how to get the missing ones."""
+"""Test ``python -m benchmarks data``: row counts, and instructions for missing sets."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_nothing_of_a_package_runs_before_its_hash_is_checked(root: Path, monkey
     )
     with tarfile.open(root / "demo-1.0.tar.gz", "w:gz") as archive:
         archive.add(source, source.name)
-    # a folder in the place of the package index
+    # a folder instead of the package index
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(root), "NO_BUILD_ISOLATION": "0"}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     with pytest.raises(DataError, match=r"could not download the package demo 1\.0: (.|\n)*Got"):

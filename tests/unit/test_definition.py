@@ -1,4 +1,4 @@
-"""Mistakes in YAML files are one line; runs and tables depend on their own definitions alone."""
+"""Test one-line errors for mistakes in YAML files, and the settings that change run ids."""
 
 from __future__ import annotations
 

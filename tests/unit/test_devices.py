@@ -1,4 +1,4 @@
-"""Share accelerators among jobs: made-up ones, which a variable of the environment names."""
+"""Share made-up accelerators, from an environment variable, among jobs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def held(count: int, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that holds so many devices."""
+    """Start a process that holds some devices."""
     environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT), **variables}, subprocess.PIPE
     command = [sys.executable, "-c", HOLD, str(count)]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:

@@ -1,4 +1,4 @@
-"""DomainBed's selections, and what is made of them: tables, figures, verdicts."""
+"""Test DomainBed's selections, and their tables, figures and verdicts."""
 
 from __future__ import annotations
 

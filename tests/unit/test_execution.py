@@ -196,7 +196,7 @@ def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.M
     metrics = finish(write_run(run))
     assert metrics["scores"]["test"]["tweets"]["loss"] is None
     assert 0 <= metrics["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
-    # no experts are made of weights that are no numbers
+    # weights that are nan are not converted
     (made,) = metrics["transformed"].values()
     assert made["scores"] == {part: metrics["scores"][part] for part in ("test", "ood")}
 

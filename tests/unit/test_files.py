@@ -1,4 +1,4 @@
-"""Files that exist as a whole or not at all, and locks that one process holds at a time."""
+"""Test atomic writes, and locks that one process holds at a time."""
 
 from __future__ import annotations
 

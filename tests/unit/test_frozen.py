@@ -1,4 +1,4 @@
-"""A frozen prefix runs once for each row, and nothing else changes by that."""
+"""Test that a frozen prefix runs once per row, and changes no number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instructions: reading them, naming broken rows, making prompts, and what of them is learned."""
+"""Test instructions: reading, broken rows, prompts, and learned tokens."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ TOKENS = [[3 + (7 * index + number) % 57 for index in range(4 + 3 * number)] for
 
 
 def test_only_logits_of_prompts_are_omitted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows: list[dict[str, Any]] = [  # nothing of the first is learned
+    rows: list[dict[str, Any]] = [  # the first has no learned token
         {"input_ids": row, "attention_mask": [1] * len(row), "labels": [IGNORED] * 4 + row[4:]} for row in TOKENS
     ]
     plain, short = collator(tokenizer)(rows), without_prompt_logits(collator(tokenizer), model)(rows)

@@ -1,4 +1,4 @@
-"""What is made of finished runs of instruction tuning: tables, figures, verdicts."""
+"""Test tables, figures and verdicts of instruction tuning."""
 
 from __future__ import annotations
 

@@ -214,5 +214,5 @@ def test_choices_that_share_their_prompt_are_as_likely_as_alone(frozen_layers: i
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-5)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert len({value for value, _ in ours}) == len(texts)
-    assert again == ours  # what the frozen layers make of the questions is read
+    assert again == ours  # read the frozen layers' output for the questions
     assert len(list(PREFIXES.glob("*.npy"))) == (frozen_layers > 0)

@@ -1,4 +1,4 @@
-"""A ``metrics.json`` is checked as a whole: what is damaged is one line that names the file and the key."""
+"""Test checks of ``metrics.json``: an error is one line that names file and key."""
 
 from __future__ import annotations
 

@@ -108,6 +108,6 @@ def test_no_library_reports_usage_unless_asked_to(tmp_path: Path) -> None:
         "import os, benchmarks.__main__; from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY as hub;"
         "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled(), hub)"
     )
-    # no variable by which mlflow knows a test
+    # mlflow must not detect a test
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "True True\n"

@@ -71,7 +71,7 @@ def test_tokens_of_one_row_count_as_one_observation() -> None:
 
 def test_classes_are_shuffled_within_their_task_and_tasks_without_have_none() -> None:
     loads, tasks = rows_of([[0.7, 0.3], [0.3, 0.7]], rows=40, tokens=20, seed=3)
-    classes = np.tile([0, 1], 40)  # the loads know nothing of them
+    classes = np.tile([0, 1], 40)  # loads do not depend on them
     for known in (False, True):
         loads[(classes == 1) & (tasks == 0), 0] += 20 * known
         information = class_information(loads, tasks, classes, seed=0)

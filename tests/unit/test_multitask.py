@@ -36,7 +36,7 @@ def test_answers_are_the_names_of_classes_with_their_end() -> None:
     tokens = tokenise_answers(tokenizer, task("rte"))
     assert [tokenizer.decode(answer[:-1]) for answer in tokens] == ["entailment", "not _ entailment"]
     assert {answer[-1] for answer in tokens} == {tokenizer.eos_token_id}
-    alike = task("rte").model_copy(update={"labels": ["Yes", "no", "yes"]})  # the tokenizer knows no capitals
+    alike = task("rte").model_copy(update={"labels": ["Yes", "no", "yes"]})  # the tokenizer is lower-case
     with pytest.raises(DataError, match="task 'rte': the tokenizer writes two of its classes Yes, no, yes alike"):
         tokenise_answers(tokenizer, alike)
 

@@ -1,4 +1,4 @@
-"""The notebooks run, offline, and are committed with what the present code shows."""
+"""Test that the notebooks run offline and show their committed outputs."""
 
 from __future__ import annotations
 

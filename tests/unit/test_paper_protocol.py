@@ -21,12 +21,12 @@ ROWS = {
     "glue_lora": {"lora", "lora_block", "lora_gmoe", "lora_emoe", "lora_emoe_learn"},
 }
 MODELS = {"glue": {"bert-base-cased", "bert-large-cased", "gpt2"}, "glue_lora": {"bert-large-cased", "gpt2-xl"}}
-# the converted block: layer 10 of 12, its like in BERT-large, and the authors' own for GPT2-XL
+# the converted block: layer 10 of 12, BERT-large's counterpart, the authors' for GPT2-XL
 LAYER = {"bert-base-cased": 10, "gpt2": 10, "bert-large-cased": 22, "gpt2-xl": 44}
 
 
 def of(benchmark: str, protocol: str | None = None) -> list[dict[str, Any]]:
-    """The specs of a benchmark's main rows; ablations differ from them in what they are about."""
+    """Return the specs of a benchmark's main rows, without ablations."""
     return [
         run.spec
         for run in paper_runs("glue", "glue_lora", "glue_ood")

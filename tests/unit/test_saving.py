@@ -1,4 +1,4 @@
-"""Folders and state dicts of converted models; damaged and foreign ones raise one line and run no code."""
+"""Test folders and state dicts; damaged and foreign ones raise one-line errors and run no code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links of the Markdown files lead to something, and the files make a site that needs no network."""
+"""Test the links of the Markdown files, and the site, which needs no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Differences, ranks and corrections are scipy's and the textbooks'."""
+"""Check differences, ranks and corrections by scipy and textbooks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_differences_without_spread_or_with_one_pair() -> None:
     assert math.isnan(single.low)
     equal = mean_difference(np.array([0.125, 0.125]))
     assert equal.mean == 0.125
-    assert math.isnan(equal.low)  # two equal differences are no certainty
+    assert math.isnan(equal.low)  # two equal differences prove nothing
     same = mean_difference(np.zeros(2))
     assert (same.mean, same.low, same.high) == (0, 0, 0)
     assert confidence_interval(np.array([0.3])) == (0.3, 0.3)

@@ -42,7 +42,7 @@ def test_cells_and_the_best_by_number() -> None:
     assert best["Accuracy (%)"].tolist() == [True, False, False]  # a group of one has no best
     assert best["Loss"].tolist() == [True, False, False]  # 2 is better than 10, though "10" sorts first
     judged = replace(TABLE, frame=TABLE.frame.assign(verdict="better"), notes={"verdict": "Verdict"})
-    bare = judged.without_verdicts()
+    bare = judged.with_random_weights_note()
     assert (bare.best().to_numpy().any(), set(bare.texts()["Verdict"])) == (False, {"–"})
 
 

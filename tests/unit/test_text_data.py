@@ -1,4 +1,4 @@
-"""Rows of text sets in every format: rows that are kept, dropped and refused, their labels, and their tokens."""
+"""Test text sets in every format: kept, dropped and refused rows, labels, and tokens."""
 
 from __future__ import annotations
 

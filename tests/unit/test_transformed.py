@@ -1,4 +1,4 @@
-"""Full fine-tuning: models that are also evaluated as another method's; and how rows of every set are routed."""
+"""Test models that are also evaluated as another method, and the routing of the rows of every set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lock of a Snakemake: removed after a kill, and never while somebody works in the folder."""
+"""Test that Snakemake's lock is removed after a kill, but not while its process is alive."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
     assert {folder: metrics(checkout, folder)["scores"] for folder in before} == before
     plan = json.loads((checkout.folder / "results/mini/plan.json").read_text())
     needed = {folder for run in (alone, *again) for folder in run.spec["candidates"]}
-    assert set(plan["runs"]) == folders | needed  # progress counts what was asked for, not the suite
+    assert set(plan["runs"]) == folders | needed  # progress counts the target's runs
 
 
 @contextmanager

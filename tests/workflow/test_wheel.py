@@ -1,4 +1,4 @@
-"""The wheel holds the library alone and works with what it requires."""
+"""The wheel holds only the library and works with its requirements."""
 
 from __future__ import annotations
 

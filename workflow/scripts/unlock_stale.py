@@ -34,7 +34,7 @@ def last_host(folder: Path) -> object:
 
 
 def main() -> None:
-    """Unlock the current folder if nobody works in it."""
+    """Unlock the current folder if no run is active."""
     folder = Path.cwd()
     # before Snakemake has planned its jobs it holds no lock
     if process := active_process(folder):

@@ -59,7 +59,7 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
 
 
 def table_sources(*benchmarks: str) -> list[str]:
-    """List the files that the benchmarks' tables are made from, besides the numbers of runs.
+    """List the source files of the benchmarks' tables, besides the numbers of runs.
 
     These are code and published numbers of the benchmarks and of their kinds, the harness's results and report, and
     all YAML: benchmarks read each other's definitions and tasks.

@@ -76,7 +76,7 @@ class Definition(Strict):
     kind: str
     """The kind of benchmark, which plans, executes and shows its runs: a name in benchmarks/kinds.py."""
     version: Count
-    """Part of every run's id. Increase it when the same settings give different or additional numbers."""
+    """Part of every run's id. Increase it if the same settings give different or additional numbers."""
     title: str
     """Heading of the benchmark's tables and of its section in the report."""
     tables: Names
@@ -141,13 +141,13 @@ class Part(Generic[P]):
     settings: P
 
     def where(self, *keys: str | int) -> str:
-        """Return the file and the keys that lead to a setting, as the ``where`` of :func:`check_names`."""
+        """Return the file and key path of a setting, as the ``where`` of :func:`check_names`."""
         return f"{self.file}: '{key_path(['benchmarks', self.benchmark, *keys])}"
 
     def grid_points(
         self, names: Mapping[str, Collection[str]], axes: Iterable[str]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield every point of the grid, after the location of its block in the file.
+        """Yield every point of the grid, with the location of its block in the file.
 
         Args:
             names: The valid names, by key of a block.
@@ -282,10 +282,10 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
-        """Check that a run can be spread over several processes, with ``ddp`` or ``fsdp``.
+        """Check that a run can use several processes with ``ddp`` or ``fsdp``.
 
         Raises:
-            RunError: The run cannot be spread.
+            RunError: Only one process works.
             DefinitionError: Its settings do not fit the number of processes.
         """
         if processes > 1:
@@ -294,7 +294,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     # shared by all kinds
 
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
-        """Return the methods with all their settings, for the benchmark itself or for its part of a suite.
+        """Return the methods with all their settings, for the benchmark or its part of a suite.
 
         Later layers override earlier ones: the benchmark's ``method_defaults`` for the method's kind, the suite's
         ``method_defaults``, ``methods.yaml``, the benchmark's ``methods``, the suite's ``methods``.
@@ -334,7 +334,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         return bool(getattr(self.definition, "set_tables", ()))
 
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
-        """Make the spec of a run. ``variant`` is a short name of its settings besides model, task and method."""
+        """Make the spec of a run. ``variant`` names its settings besides model, task and method."""
         return {"benchmark": self.name, "version": self.definition.version, "variant": variant, **content}
 
 

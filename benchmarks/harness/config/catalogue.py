@@ -57,7 +57,7 @@ class ModelEntry(Strict):
     shape: Shape | None = optional()
     """Size of the model, for checks of N and for the estimates of `status`; not part of a run's spec."""
     modality: Literal["image", "language", "seq2seq"] | None = optional()
-    """Modality of the model: images, language modelling, or sequence to sequence; left out: text classification."""
+    """Modality of the model: images, language modelling, or sequence to sequence; default: text classification."""
     hub: str | None = optional()
     """Repository on the hub."""
     revision: str | None = None
@@ -80,7 +80,7 @@ class ModelEntry(Strict):
     """Model whose tokenizer is used with config."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """Make the ``model`` part of a run's spec, without title and shape, which change no number."""
+        """Make the ``model`` section of a run's spec, without title and shape."""
         return {"name": name, **self.model_dump(exclude={"title", "shape"})}
 
 

@@ -46,16 +46,16 @@ class Comparison(Strict):
     selection: str | None = optional()
     """The selection of epoch and hyper-parameters, if a benchmark reports several."""
     models: Names | None = optional()
-    """Only these models; left out: all models that both methods have."""
+    """Compared models; by default all that both methods have."""
     tasks: Names | None = optional()
-    """Only these tasks (sets of images or instructions); left out: all tasks that both methods have."""
+    """Compared tasks (sets of images or instructions); by default all that both methods have."""
     tunings: Names | None = optional()
-    """Only these fine-tuning methods of instruction tuning."""
+    """Compared fine-tuning methods of instruction tuning."""
     questions: Names | None = optional()
-    """Only these sets of questions, such as `mmlu 5-shot`; left out: all that both methods have."""
+    """Compared sets of questions, such as `mmlu 5-shot`; by default all that both methods have."""
     settings: Names | Literal["all"] | None = optional()
-    """For a method with several settings: some of them (`[D0.8]`) or `all`; each pair is averaged over them. Left
-    out: the settings of main tables."""
+    """Compared settings of a method that has several: `[D0.8]` or `all`; each pair is averaged over them. By
+    default the settings of main tables."""
 
 
 class ClaimTest(Strict):
@@ -103,12 +103,12 @@ def load_claims() -> dict[str, Claim]:
 
 
 def check_comparison(compare: Comparison, file: Path, at: str) -> None:
-    """Check that the names in a comparison exist and go together.
+    """Check that the names in a comparison exist and fit.
 
     Args:
         compare: The comparison.
         file: The file of the comparison.
-        at: The keys that lead to it in the file.
+        at: The key path in the file.
     """
     where = f"{file}: '{at}"
     check_names(where, "benchmark", [compare.benchmark], benchmark_names())
@@ -117,7 +117,7 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
     check_names(where, "against", [compare.against], [row for row in benchmark.row_titles if row != compare.method])
     check_names(where, "domain", [compare.domain], benchmark.domains)
     domain, metrics = benchmark.domains[compare.domain], load_metrics()
-    # only counts, which are equal or not, need no margin
+    # counts are equal or not, so they need no margin
     tested = [name for name in metrics if compare.direction == "equal" or metrics[name].equivalence_margin is not None]
     check_names(where, "metric", [compare.metric], [name for name in domain.metrics if name in tested])
     check_names(where, "models", compare.models or (), load_models())

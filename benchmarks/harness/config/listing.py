@@ -26,7 +26,7 @@ def _rows(entries: Mapping[str, object], *keys: str) -> list[Row]:
 
 
 def suite_rows(runs: Iterable[Run]) -> list[Row]:
-    """Tabulate the runs of a suite: a row for each benchmark and model, with the values that its runs take."""
+    """Tabulate a suite: a row per benchmark and model, with the methods, tasks and settings of its runs."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run.benchmark, run.spec["model"]["name"]), []).append(run.spec)
@@ -52,7 +52,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: object) -> object:
-    """Format a table cell: join a list; of a long list, show the first values and the length."""
+    """Format a table cell: join a list; shorten a long one to its first values and length."""
     if not isinstance(value, list):
         return value
     return ", ".join(value) if len(value) <= 12 else f"{', '.join(value[:4])}, … ({len(value)})"

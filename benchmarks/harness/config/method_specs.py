@@ -42,7 +42,7 @@ def setting_values(variant: str) -> dict[str, str]:
 
 
 def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
-    """Describe a variant in words, with the numbers of its layers if they are known.
+    """Describe a variant in words, with its layer numbers if they are known.
 
     >>> setting_text("N32-k0.5-L28::2-D0.8")
     'N 32, k/N 0.5, layers 28::2, 80 % of the rows'
@@ -74,13 +74,13 @@ def method_spec(
 
     Args:
         methods: The methods from :func:`.benchmark.resolve_methods`.
-        point: The point of the grid: the method's name, and perhaps its varied settings.
+        point: The point of the grid: the method's name and its varied settings, if any.
         seed: The seed of the run.
         lora: ``training.lora`` of the run.
         where: The file and the key, for messages.
 
     Raises:
-        DefinitionError: Settings do not go together.
+        DefinitionError: Settings exclude each other.
     """
     base = methods[point["method"]]
     # all variants share one dense run, unless the variant changes its trained blocks

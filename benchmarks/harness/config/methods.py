@@ -49,7 +49,7 @@ def register_tuning(name: str, tuning: Tuning) -> None:
     >>> del TUNINGS["norms"]
 
     Args:
-        name: The name in YAML, and of the parameter group in a run's record.
+        name: The name in YAML and of the parameter group in the record.
         tuning: The function that returns the names of the trained parameters, given the converted and adapted model
             and the method's ``layers``, or None.
     """
@@ -116,9 +116,9 @@ _ConfigFields: Any = create_model("_ConfigFields", __base__=ExplicitNulls, **CON
 
 
 class Method(_ConfigFields):  # type: ignore[misc]
-    """A method, or some of its settings: methods.yaml defines it; a benchmark, a suite and a grid may change it.
+    """A method or some of its settings. methods.yaml defines it; a benchmark, suite and grid may override it.
 
-    Each of these files gives some keys, also those of :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`.
+    Each file sets some keys, including fields of :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`.
     :func:`merge_methods` merges them; the result has a title and a kind.
     """
 
@@ -138,14 +138,14 @@ class Method(_ConfigFields):  # type: ignore[misc]
     also_train: Names | None = None
     """With LoRA or `tune`: further modules to train, by the last part of their name (the authors' pooler and ln_f)."""
     as_published: Literal["tutel", "llama"] | None = None
-    """Take the authors' own settings (of their Tutel layer, or of their Llama block mask) for every field that is not
+    """Use the authors' settings (of their Tutel layer or their Llama block mask) for all fields that are not
     given."""
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
     layers: Layers | None = None
     """FFNs to convert: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
     partition_seed: Whole | Literal["run"] | None = None
-    """Seed of the partition; `run` takes the run's own seed."""
+    """Seed of the partition; `run` uses the run's seed."""
     router: Annotated[str, registered(ROUTERS)] | None = None
     """A registered router. `avg_k` scores an expert by the mean of its keys, `cosine` is EMoE-learn's."""
 
@@ -174,7 +174,7 @@ class LoRA(Strict):
 
 
 class VariantAxes(Strict):
-    """A block of a grid: a product of lists. Lists of method settings become part of the method's variant."""
+    """A block of a grid: the product of its lists. Varied method settings form the method's variant."""
 
     model: Names
     """Names in models.yaml."""
@@ -203,7 +203,7 @@ def import_plugins() -> None:
             raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported: {error!r}") from error
 
 
-_TOP_K = {"top_k", "top_k_fraction"}  # two forms of one setting: each replaces the other
+_TOP_K = {"top_k", "top_k_fraction"}  # forms of one setting, which replace each other
 
 
 class MethodFile(Strict):
@@ -230,7 +230,7 @@ def load_methods() -> dict[str, Method]:
 
 
 def merge_methods(*layers: Method) -> Method:
-    """Merge the given settings of some layers; a later layer overrides an earlier one."""
+    """Merge the given settings of several layers; later layers override earlier ones."""
     merged: dict[str, Any] = {}
     for layer in layers:
         settings = layer.given()

@@ -1,13 +1,13 @@
 """Merge the settings of a benchmark, a suite and a model.
 
-These rules are not merges:
+Exceptions:
 
 - ``top_k`` and ``top_k_fraction`` replace each other (:func:`benchmarks.harness.config.methods.merge_methods`).
 - ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.method_specs.method_spec`).
 - ``by_model`` is a layer after the suite's (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
 - A task and a row change the epochs, and a protocol the validation rows (:func:`benchmarks.text.grid.run_training`).
 - An untrained model has no training settings (:mod:`benchmarks.llama.grid`).
-- A set of images has its own ``eval_every``, a draw its own hyper-parameters (:mod:`benchmarks.domainbed.grid`).
+- An image set sets ``eval_every``, and a draw the hyper-parameters (:mod:`benchmarks.domainbed.grid`).
 """
 
 from __future__ import annotations

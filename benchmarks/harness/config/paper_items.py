@@ -33,7 +33,7 @@ class PaperPart(Strict):
     figure: str | None = optional()
     """One of its `figures`."""
     rows: Names | None = optional()
-    """The methods that the paper shows; left out: all rows of the table."""
+    """The methods that the paper shows; by default all rows."""
 
     @property
     def name(self) -> str:
@@ -185,7 +185,7 @@ def paper_outputs() -> Iterator[PaperOutput]:
 
 
 def outputs_of(artifacts: Artifacts) -> list[PaperOutput]:
-    """List the outputs that are made with the tables and figures of a benchmark, or of one of its sets."""
+    """List the paper's outputs that come from a benchmark, or from one of its sets."""
     key = (artifacts.benchmark, artifacts.part)
     return [output for output in paper_outputs() if (output.part.benchmark, output.of_set) == key]
 
@@ -207,7 +207,7 @@ def main_files(suite: str) -> list[str]:
 
 
 def paper_files(suite: Suite, item: str | None = None) -> list[str]:
-    """List the files of a suite that show the paper's items, or one of them."""
+    """List a suite's files for the paper's items, or for one of them."""
     files = []
     for name, entry in load_paper().items.items():
         if item in (None, name) and entry.main and set(item_benchmarks(entry)) & set(suite.settings.benchmarks):

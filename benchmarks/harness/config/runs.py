@@ -117,7 +117,7 @@ def read_run(path: Path) -> Run:
 
 @dataclass(frozen=True)
 class PartitionJob:
-    """Describe the clustering of one layer of a model under one setting, shared by all runs that need it."""
+    """Describe one clustering of a model's layers, shared by all runs that need it."""
 
     model: dict[str, Any]
     config: dict[str, Any]
@@ -138,7 +138,7 @@ class PartitionJob:
 
 
 def partition_jobs(run: Run) -> list[PartitionJob]:
-    """Return the clusterings that a run needs before it starts, one for each layer of its configuration."""
+    """Return the clusterings that a run needs: one per layer, or one for a request such as ``all``."""
     config = run.spec["method"]["config"]
     if config is None or config.get("partition") != "kmeans":
         return []

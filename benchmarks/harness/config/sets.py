@@ -33,8 +33,8 @@ class SetPart:
         dropped: The number of rows that are left out: broken, or without a gold label or text.
         expected: The number of rows according to the set's makers; None if unknown.
         labels: The number of rows by label, as text.
-        source: The place that the rows came from.
-        advice: The way to get the part if it is missing.
+        source: The source of the rows.
+        advice: Instructions to get a missing part.
         published: The number of rows that the paper's authors score, if we score another number.
     """
 

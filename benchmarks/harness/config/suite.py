@@ -29,8 +29,8 @@ from benchmarks.harness.sources.local import local_path, user_file
 from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
 
-# Without them glibc returns memory to the kernel and requests it again in every step, a tenth of a small model's
-# training time. Variables that are set already are kept; other C libraries ignore them.
+# They stop glibc from returning memory to the kernel in every step, which takes a tenth of a small model's
+# training time. Variables that are already set are kept; other C libraries ignore them.
 _GLIBC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
@@ -48,7 +48,7 @@ class SuiteSettings(Strict):
     benchmarks: Annotated[dict[Key, Any], Field(min_length=1)]
     """Benchmarks to run, in the order of the report, each with its grid and its differences from benchmark.yaml."""
     exclude: Annotated[list[str], UNIQUE] = Field([])
-    """Names of sets to leave out because you could not obtain them. Tables state the sets that they cover."""
+    """Names of sets to exclude, for example because you have no access. Tables list their sets."""
     seeds: Count | None = None
     """Number of seeds (trials for images), from 0 on. It replaces lists of several seeds in the blocks of a grid."""
     data_root: str | None = None
@@ -171,7 +171,7 @@ def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
 
 
 def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of the files that a run's sets and a rebuilt model are read from, by name."""
+    """Return the sha256 of the source files of a run's sets and rebuilt model, by name."""
     digests: dict[str, str] = {}
     if rebuilt := spec["model"].get("rebuilt"):
         digests[find_package(rebuilt).name] = find_package(rebuilt).sha256
@@ -198,7 +198,7 @@ class Suite:
     Attributes:
         name: ``smoke``, ``mini``, …
         settings: The checked configuration.
-        benchmark_parts: Its part of each benchmark, by name.
+        benchmark_parts: The part of each benchmark, by name.
         overrides: The values of the command line.
     """
 
@@ -226,7 +226,7 @@ class Suite:
         return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
 
     def parts(self, benchmark: str) -> list[str]:
-        """Return the benchmark's sets that have tables of their own and are in this suite, without planning runs."""
+        """Return this suite's sets of a benchmark with separate tables per set, without planning runs."""
         loaded = load_benchmark(benchmark)
         if not loaded.has_set_tables:
             return []
@@ -255,7 +255,7 @@ class Suite:
 
     @property
     def claimed(self) -> list[str]:
-        """Return the suite's benchmarks that the paper's claims are tested on, in the order of the claims."""
+        """Return the suite's benchmarks that test the paper's claims, in the order of the claims."""
         tests = [test for claim in load_claims().values() for test in claim.tests]
         names = dict.fromkeys(test.compare.benchmark for test in tests if test.compare)
         return [name for name in names if name in self.settings.benchmarks]
@@ -296,7 +296,7 @@ class Suite:
         optional = {
             paths.DATA_ROOT: data_root and str(Path(data_root).resolve()),
             paths.MODEL_ROOT: model_root and str(Path(model_root).resolve()),
-            paths.TRACKING_URI: self.settings.tracking_uri,  # may hold a password, so no argument
+            paths.TRACKING_URI: self.settings.tracking_uri,  # no argument: may hold a password
         }
         return variables | {name: value for name, value in optional.items() if value}
 
@@ -305,7 +305,7 @@ class Suite:
         return paths.RESULTS / self.name / "plan.tsv"
 
     def read_planned(self, key: str) -> dict[str, Any] | None:
-        """Return the content of a run or partition from the file of :meth:`write_plan`; None if it is not there."""
+        """Read a run or partition from the file of :meth:`write_plan`; None if it is missing."""
         if not self._plan_file.exists():
             return None
         with self._plan_file.open(encoding="utf-8") as lines:
@@ -377,7 +377,7 @@ def _suites(first: Suite) -> Iterator[Suite]:
 
 
 def suites_hint(target: str, benchmarks: Collection[str], given: Suite, part: str | None = None) -> str:
-    """Explain which suites run the benchmarks of a workflow's target, or one of their parts, which a suite lacks."""
+    """Explain that a suite lacks a target's benchmarks or their part, and list the suites that have them."""
     suites = {name: plain_suite(name) for name in suite_names()}
     others = [name for name in suites if any(suites[name].output_files(each, part) for each in benchmarks)]
     where = f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`" if others else ""
@@ -388,7 +388,7 @@ def suites_with(compare: Comparison) -> list[str]:
     """List the suites whose grids have both methods with a shared model that is not randomly initialised."""
     benchmark, models = load_benchmark(compare.benchmark), load_models()
     random = {name for name, model in models.items() if model.config or model.random}
-    # a row that evaluates the weights of another row needs the runs of that row
+    # a transformed row needs the runs of the row that trains its weights
     transformed = getattr(benchmark.definition, "transformed", {})
     rows = [transformed[row].trained if row in transformed else row for row in (compare.method, compare.against)]
     runs_it, trains = suite_parts(benchmark.name), suite_parts(benchmark.evaluates or benchmark.name)

@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound="Strict")
 
 if TYPE_CHECKING:
     from yaml import SafeLoader
-else:  # libyaml, which PyYAML's wheels have, saves every command half a second
+else:  # libyaml (in PyYAML's wheels) saves half a second per command
     SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         near = did_you_mean(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
         raise DefinitionError(f"{path}: {error.strerror}{near}") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # as of a date that does not exist
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as an impossible date
         problem = str(error).replace('in "<unicode string>", ', "at ")
         raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
 
@@ -83,7 +83,7 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
     problems = error.errors(include_url=False)
     first, keys = problems[0], _keys(problems[0], content)
     key = key_path([*at, *keys]) or "the file"
-    # a value that fits no branch of a union has a problem for each
+    # pydantic reports a problem for each branch of a union
     messages = " or ".join(problem["msg"] for problem in problems if _keys(problem, content) == keys)
     if first["type"] in ("missing", "refusal"):
         return f"'{key}': {messages}"
@@ -96,7 +96,7 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
 
 
 def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
-    """Return the keys that lead to a problem; other steps of pydantic's location name the branches of unions."""
+    """Return the key path of a problem, without the names of union branches in pydantic's location."""
     keys: list[str | int] = []
     for step in problem["loc"]:
         if isinstance(content, list | dict) and step in (content if isinstance(content, dict) else range(len(content))):
@@ -106,7 +106,7 @@ def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
 
 
 class Strict(BaseModel):
-    """Hold the data of a file: no unknown key, no conversion of a value, no change afterwards.
+    """Hold the data of a file: reject unknown keys, never convert values, be immutable.
 
     A field's docstring is its description in an editor.
     """
@@ -142,7 +142,7 @@ class Strict(BaseModel):
 
 
 class ExplicitNulls(Strict):
-    """Hold data in which null differs from a missing key: the dump has given keys and defaults other than null."""
+    """Hold data in which null differs from a missing key. Only explicit nulls are dumped."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -163,12 +163,12 @@ def optional() -> Any:
 
 
 def optional_zero() -> Any:
-    """Return the default of an optional number; a run's spec omits it, and a 0 too."""
+    """Return the default of an optional number; a run's spec omits None and 0."""
     return Field(default=None, exclude_if=lambda value: not value)
 
 
 def _keep_integer(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Keep an integer an integer if any number is allowed: a run's id is a hash of JSON, where 1 is not 1.0."""
+    """Validate a number without converting int to float: 1 and 1.0 would hash to different run ids."""
     check(value)
     return value
 
@@ -180,7 +180,7 @@ def _check_unique(values: list[Any]) -> list[Any]:
 
 
 def registered(names: Collection[str], beside: Collection[str] = ()) -> AfterValidator:
-    """Require a string to be a registered name when it is read.
+    """Require a string to be a registered name at reading time.
 
     Args:
         names: The registered names.
@@ -220,7 +220,7 @@ def parse(content: object, model: type[Model], where: str, *at: str | int) -> Mo
         content: The content from YAML or JSON.
         model: The model of the content.
         where: The file, for messages.
-        at: The keys that lead to ``content`` in it.
+        at: The key path of ``content`` in the file.
 
     Raises:
         DefinitionError: Names the file, the key and the nearest valid value.
@@ -252,7 +252,7 @@ def check_names(where: str, key: str, names: Iterable[str], valid: Collection[st
 
 
 def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
-    """Check that a CSV that a file names exists, and has the columns of published numbers.
+    """Check that a CSV exists and has the columns of published numbers.
 
     Args:
         where: See :func:`check_names`.

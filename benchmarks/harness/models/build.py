@@ -73,7 +73,7 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainab
         num_classes: The number of classes of the set.
     """
     size, drop_path = spec["training"]["image_size"], spec["training"]["drop_path"]
-    dropout = spec["hparams"].get("vit_dropout", 0.0)  # not every registry has it
+    dropout = spec["hparams"].get("vit_dropout", 0.0)  # the fork does not have it
     head_seed = derive_seed("head", spec["seed"])
     model = load_image_classifier(spec["model"], num_classes, size, drop_path, head_seed, dropout)
     return _make_trainable(model, model.network, model.source, spec)
@@ -170,7 +170,7 @@ def _make_trainable(
 
 def _count(model: nn.Module) -> int:
     if getattr(model, "is_quantized", False):
-        return int(cast(PreTrainedModel, model).num_parameters())  # a byte holds two numbers of 4 bits
+        return int(cast(PreTrainedModel, model).num_parameters())  # counts packed 4-bit weights too
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -53,7 +53,7 @@ def _convert_(
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
     saved, is_fixed = partition, config.router == "fixed"
-    if is_fixed:  # fixes the experts that avg-k uses most
+    if is_fixed:  # fix the experts that avg-k uses most
         config = dataclasses.replace(config, router="avg_k")
     if partition is None and config.partition == "kmeans":
         partition = cached_partition(model, config)

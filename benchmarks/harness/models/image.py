@@ -70,8 +70,8 @@ def load_image_classifier(
         model: The resolved entry of ``models.yaml``.
         num_classes: The number of classes of the head.
         image_size: The width and height of the images in pixels; None for the size in pre-training.
-        drop_path: The rate of stochastic depth: in timm of the last block, with a linear rise before it; in DINOv2 of
-            every block.
+        drop_path: The rate of stochastic depth: of the last block in timm (earlier ones rise linearly), of every
+            block in DINOv2.
         seed: The seed of the head.
         dropout: The dropout before the head.
 
@@ -143,7 +143,7 @@ def _load_timm(
 
 
 def _draw_(network: nn.Module, seed: int) -> None:
-    """Draw random weights that are the same in all releases of torch, unlike timm's own (``trunc_normal_``)."""
+    """Draw random weights that are equal in all torch releases, unlike timm's (``trunc_normal_``)."""
     torch.manual_seed(seed)
     for name, weight in network.named_parameters():
         if weight.ndim > 1:

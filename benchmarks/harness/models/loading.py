@@ -63,7 +63,7 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> Pr
         **options: Options of :func:`emoe.files.load_stock`.
 
     Raises:
-        DataError: The weights are missing, damaged, pickled or another model's.
+        DataError: The weights are missing, damaged, pickled or do not fit.
     """
     if "config" in model:
         torch.manual_seed(derive_seed("random weights", model["name"]))
@@ -101,7 +101,7 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder, depending on the other rows of the batch
     tokenizer.padding_side = "right"
-    if model.get("modality") == "seq2seq":  # T5 takes no others; BERT's tokenizer gives more
+    if model.get("modality") == "seq2seq":  # T5 takes only these; BERT's tokenizer adds more
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
@@ -133,7 +133,7 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
         "problem_type": "regression" if num_labels == 1 else "single_label_classification",
     }
     if "config" in model:
-        # as a checkpoint without a file, so that the head is drawn like any other
+        # an empty checkpoint, so that the head is drawn as for a loaded model
         config, weights = AutoConfig.for_model(**model["config"], **options), load_backbone(model).state_dict()
         kind = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
         torch.manual_seed(seed)
@@ -171,7 +171,7 @@ def build_empty_language_model(model: Mapping[str, Any], converted: Any) -> PreT
 
     Args:
         model: The resolved entry of ``models.yaml``.
-        converted: The layers that will be converted, whose weights become zero; all others are uninitialised.
+        converted: The layers to convert. Their weights become zero; all others stay uninitialised.
     """
     with no_init_weights():
         built: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model), dtype=_dtype(model))

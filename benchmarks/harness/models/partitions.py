@@ -22,7 +22,7 @@ _ALGORITHM_VERSION = 2
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
-    """Return the model's partition, with each layer from the cache if its keys were clustered before.
+    """Return the model's partition; read each layer from the cache if its keys were clustered before.
 
     The cache is keyed by content, never by name.
     """

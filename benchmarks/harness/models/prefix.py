@@ -23,7 +23,7 @@ from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write
 from emoe.architectures import find_ffns
 from emoe.files import tensor_digest
 
-STATES = "prefix_states"  # the argument of a model for the output of its prefix
+STATES = "prefix_states"  # model argument with the output of its prefix
 
 # modules and parameters that run before the layers, by model type or, in timm, by class
 _BEFORE: dict[str, tuple[str, ...]] = {
@@ -66,7 +66,7 @@ class Prefix:
         self._model, self._network = model, network
         self._blocks = [modules[path] for path in blocks]
         self._modules = [modules[path] for path in paths if path in modules]
-        # an irrelevant difference, such as the path of the weights, only costs a recomputation
+        # irrelevant differences, such as the path of the weights, only cause a recomputation
         described = [type(network).__name__, getattr(network, "config", ""), *self._modules]
         self._description = "\n".join(map(str, described))
         self._states: Tensor | None = None
@@ -151,12 +151,12 @@ class PrefixStates:
     """Cache the prefix's output for every row of a set: ``[tokens, width]`` each, float32.
 
     All runs with the same prefix and rows read the same memory-mapped file below ``resources/prefixes/``. Its name is a
-    digest of all that determines the numbers: the prefix's weights and settings, the rows, processor, threads and
-    torch. The first run computes it, in large batches of rows of similar length, while others wait.
+    digest of everything that determines the numbers: weights and settings of the prefix, rows, processor, threads,
+    torch. The first run computes it in large batches of rows of similar length; other runs wait.
 
     Args:
         prefix: The prefix of the model.
-        rows: The digest of the rows as the model reads them.
+        rows: The digest of the model inputs.
         lengths: The tokens of each row.
         batch: A function that returns the model's inputs for rows by their numbers, padded on the right.
         folder: The folder of the files.
@@ -226,7 +226,7 @@ def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Group rows of similar length, of at most ``_TOKENS_AT_ONCE`` padded tokens, and yield their numbers."""
     rows: list[int] = []
     for row in np.argsort(np.asarray(lengths), kind="stable").tolist():
-        if rows and lengths[row] * (len(rows) + 1) > _TOKENS_AT_ONCE:  # it would be the longest of the batch
+        if rows and lengths[row] * (len(rows) + 1) > _TOKENS_AT_ONCE:  # rows are sorted: it is the longest
             yield rows
             rows = []
         rows.append(row)

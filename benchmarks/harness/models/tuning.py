@@ -44,7 +44,7 @@ def tune_(
         The new adapters, and the groups of :func:`trained_groups`.
 
     Raises:
-        DefinitionError: There are no target layers for the model's type, or names match nothing.
+        DefinitionError: The model's type has no target layers, or names match nothing.
     """
     adapters = None if lora is None else _add_adapters_(model, lora, seed, frozen)
     groups = trained_groups(model, tune, frozen)
@@ -115,5 +115,5 @@ def _add_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int, f
     torch.manual_seed(derive_seed("adapters", seed))
     try:
         return LoraModel(model, config, "default")
-    except ValueError as error:  # no such layer, or only frozen ones
+    except ValueError as error:  # targets are missing or all frozen
         raise DefinitionError(f"training.lora.targets.{kind}: {error}") from error

@@ -72,7 +72,7 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
         ``effect`` are in the row's ``unit``, and ``n`` counts the row's ``pair`` (seeds, trials, …).
     """
     rows = [
-        {"claim": name, "claim_title": claim.title, **_test_columns(test, numbers)}
+        {"claim": name, "claim_title": claim.title, **_test_row(test, numbers)}
         for name, claim in load_claims().items()
         for test in claim.tests
     ]
@@ -89,8 +89,8 @@ def _verdict(row: Any) -> Verdict:
     return judge(row.compare, row.evidence.difference, row.p_holm, margin)
 
 
-def _test_columns(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """Return the columns of a test, except its corrected p and its verdict."""
+def _test_row(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """Compute the row of a test, except its corrected p and its verdict."""
     paper, compare = test.paper, test.compare
     effect = "no number" if paper.effect is None else f"{paper.effect:+g} {paper.unit}"
     row: dict[str, Any] = {"test": test.title, "headline": test.headline, "test_shown": test.title}
@@ -116,7 +116,7 @@ def _test_columns(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[
 def _evidence_columns(
     row: Mapping[str, Any], compare: Comparison, metric: Metric, difference: Difference
 ) -> dict[str, Any]:
-    """Return the difference in the row's unit, its comparison with the margin and the paper, and its texts."""
+    """Compute the columns of a difference in the row's unit, compared with the margin and the paper."""
     is_paired, is_tested = compare.direction not in ("equal", "near"), compare.direction in ("higher", "lower")
     scale = metric.scale if is_paired else 1
     mean, low, high = difference.mean * scale, difference.low * scale, difference.high * scale
@@ -176,11 +176,11 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         name=CLAIMS.name,
         wraps=True,
     )
-    return table.without_verdicts() if has_random_weights(suite.runs) else table
+    return table.with_random_weights_note() if has_random_weights(suite.runs) else table
 
 
 def verdict_sentences(rows: pd.DataFrame) -> list[str]:
-    """Count the verdicts, and the undecided tests whose interval lies below the paper's effect, in sentences."""
+    """Return sentences that count verdicts, and undecided tests with intervals below the paper's effect."""
     counts = rows["verdict"].value_counts()
     verdicts = ", ".join(f"{counts[word]} {word}" for word in map(str, Verdict) if word in counts)
     sentences = [f"{len(rows)} tests of {rows['claim'].nunique()} claims of the paper: {verdicts}."]
@@ -191,7 +191,7 @@ def verdict_sentences(rows: pd.DataFrame) -> list[str]:
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw the tests in points as a forest plot with numbers, a panel per claim, and crosses for the paper's effects.
+    """Draw a forest plot of the tests in points, with a panel per claim and crosses for the paper's effects.
 
     Write ``<path>.pdf`` and ``.png``. Tests in other units, and untested claims, appear only in the table.
     """

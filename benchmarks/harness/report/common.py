@@ -37,7 +37,7 @@ def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
 
 
 class Outcomes:
-    """Hold the finished runs of a benchmark in the order of the grid. Subclasses add their results.
+    """Hold the finished runs of a benchmark in grid order. Subclasses add their results.
 
     ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or a key
     of ``titles``. ``titles`` maps names to titles, in the order of rows.
@@ -70,12 +70,12 @@ class Outcomes:
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Return the runs with their names, for :func:`.presentation.with_runs`."""
+        """Return run ids and row names, for :func:`.presentation.with_runs`."""
         return self.records
 
     @property
     def shared_note(self) -> str:
-        """Explain in a caption that the rows of a table are compared with :func:`.statistics.shared_pairs`."""
+        """Return caption sentences on the use of :func:`.statistics.shared_pairs`."""
         return f"n counts the {self.pair}s that all compared rows have. Scores, Δ and marks use only these."
 
     @property
@@ -91,12 +91,12 @@ class Outcomes:
         return style_of(self.methods[method.partition(SETTING)[0]])
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add ``<key>_title`` for every key of the rows, and ``is_method``: True if the row is no control."""
+        """Add ``<key>_title`` for every key of the rows, and ``is_method``, False for controls."""
         titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
         return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Add titles and sort by columns: names by their titles, unknown names last, other columns by value."""
+        """Add titles, and sort by columns: names in the order of ``titles`` (unknown last), others by value."""
 
         def rank(column: pd.Series) -> pd.Series:
             ranks = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
@@ -157,7 +157,7 @@ def with_columns(
 
 
 def with_average(frame: pd.DataFrame, columns: list[Column], metric: str) -> tuple[pd.DataFrame, list[Column]]:
-    """Add the average of the columns; nan for a row that lacks one, because its average could not be compared."""
+    """Add the average of the columns; nan if a row lacks a value, because averages must be comparable."""
     averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
     average = Column(metric, "average", "Average", best=True)
     return frame.assign(average=averages), [*columns, average]

@@ -86,7 +86,7 @@ class _Page:
         }
 
     def figure(self, path: Path, caption: str) -> dict[str, str]:
-        """Return a figure with its picture; empty for a placeholder."""
+        """Return a figure's template data; empty for a placeholder."""
         if not is_drawn(path):
             return {}
         image = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
@@ -135,7 +135,7 @@ class _Page:
 
 
 def caption_title(caption: str) -> str:
-    """Cut a caption at the first full stop, which is not that of ``Fig. 4``."""
+    """Return a caption's first sentence; ``Fig. 4`` does not end one."""
     return re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)[0].rstrip(".")
 
 
@@ -169,7 +169,7 @@ def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str
 
 
 def _data_rows(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """List row and label counts of every split of a task; if a split differs between runs, the largest one."""
+    """List row and label counts per task and split; use the largest split if runs differ."""
     rows = []
     for run, metrics in zip(runs, recorded, strict=True):
         for key, summary in metrics["data"].items():
@@ -184,7 +184,7 @@ def _data_rows(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str
 
 
 def _training_texts(runs: list[Run]) -> dict[str, str]:
-    """Describe the training settings by key; of a setting that differs between runs, up to three values."""
+    """Describe the training settings by key; list up to three values if runs differ."""
     settings = pd.DataFrame([{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs])
     texts = settings.astype(object).where(settings.notna(), MISSING).astype(str)
     return {key: name_or_count(list(texts[key].unique()), "values") for key in texts}

@@ -45,7 +45,7 @@ def write_paper_items(suite: Suite, presentation: Presentation) -> None:
 
 
 def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
-    """Keep the rows that the paper has, under the authors' selection if the suite runs it, else the clean one."""
+    """Keep the paper's rows, under the authors' selection if the suite has it, else the clean one."""
     frame, caption = table.frame, table.caption
     if output.part.rows and "method" in frame:
         frame = frame[frame["method"].str.split(SETTING, regex=False).str[0].isin(output.part.rows)]

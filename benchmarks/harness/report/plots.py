@@ -41,7 +41,7 @@ CURVES = {**STYLE, "axes.grid.axis": "both"}
 HEATMAP = {**STYLE, "axes.grid": False, "font.size": 7}
 
 WIDTH = 6.9  # inches of a page's text, the largest width of a figure
-FEW = 3  # with fewer pairs no interval of a difference is drawn
+FEW = 3  # minimum number of pairs for drawing an interval
 _FOREST, _LINE, _TEXT = 6.0, 0.26, 3.5  # inches of a forest plot: its width, the height of a line, the width of a title
 _APART = 0.8  # share of a line with marks
 
@@ -60,8 +60,8 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
 
     Args:
         rows: One row per mark: the titles ``panel``, ``line`` (vertical position) and ``series`` (legend), the
-            ``style``, the value ``delta``, and its interval (``low``, ``high``), which is drawn from :data:`FEW` pairs
-            ``n`` on. A panel with a ``margin`` is shaded around zero, and a ``text`` stands beside its mark.
+            ``style``, the value ``delta``, and its interval (``low``, ``high``), drawn if ``n`` is at least
+            :data:`FEW`. A ``margin`` shades its panel around zero, and a ``text`` is printed beside its mark.
         path: The path without ending.
         label: The label of the axis.
         zero: True to draw a line at zero.
@@ -156,7 +156,7 @@ def save(figure: Any, path: Path, description: str | None = None) -> None:
 
 
 def placeholder_figure(path: Path) -> None:
-    """Write a figure that says that it has no data, because the workflow expects its files. Pages omit it."""
+    """Write an empty figure with a notice, because the workflow expects its files. Pages omit it."""
     with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(4, 0.6))
         axis.text(0.5, 0.5, _PLACEHOLDER, ha="center", va="center")

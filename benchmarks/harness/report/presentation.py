@@ -23,7 +23,7 @@ NOTE = (
 )
 
 
-# the columns by which a row of a table finds its runs
+# columns that link a table row to its runs
 _ORIGIN = (
     *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
     *("layer", "num_experts", "seed"),
@@ -44,9 +44,9 @@ class Presentation:
 
     Attributes:
         benchmark: The benchmark.
-        table_functions: The functions of tables by name. They take ``outcomes``, and ``part`` if there is one.
-        figure_functions: The figures by name. They take the same, and a path.
-        outcomes: The finished ``runs``, and in ``origins`` the records from which rows find their runs. If claims
+        table_functions: The table functions by name. Arguments: ``outcomes``, and ``part`` if there is one.
+        figure_functions: The figures by name. Their functions also take a path.
+        outcomes: The finished ``runs``, and ``origins``, the run ids with the names of rows. If claims
             compare the benchmark's methods, ``claim_numbers()`` returns :func:`.common.join_claim_numbers`.
         part: The set, for tables and figures of one set; else None.
         verdicts: Sentences on differences to the dense model.
@@ -89,7 +89,7 @@ class Presentation:
         table = replace(self.table_functions[name](*self._arguments), name=self.artifacts.stem(name))
         origins = self.outcomes.origins if table.origins is None else table.origins
         table = with_runs(table, origins, self.benchmark.name)
-        return table.without_verdicts() if has_random_weights(self.outcomes.runs) else table
+        return table.with_random_weights_note() if has_random_weights(self.outcomes.runs) else table
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
@@ -103,7 +103,7 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     if not keys or RUNS in table.frame:  # the table already lists its runs
         return table
     tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
-    numbers = {key: tried.groupby(key).indices for key in keys}  # of the runs with a name
+    numbers = {key: tried.groupby(key).indices for key in keys}  # indices of runs by name
     folders = []
     for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
         matching = (numbers[key].get(name, ()) for key, name in names.items() if name)

@@ -69,7 +69,7 @@ def _style_of_kind(method: Method) -> MethodStyle:
 
 
 def distinct_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, MethodStyle]:
-    """Return the styles by label. Equal styles get other dashes, and every second one the other filling."""
+    """Return the styles by label. Equal styles get different dashes, and alternate hollow and filled."""
     distinct: dict[str, MethodStyle] = {}
     seen: Counter[MethodStyle] = Counter()
     for label, style in dict(labelled).items():

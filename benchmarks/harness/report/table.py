@@ -127,7 +127,7 @@ class Table:
 
     def latex(self) -> str:
         """Render a ``longtable`` with the best numbers in bold; the caption becomes a comment."""
-        texts, sentence = self._without_shared()
+        texts, sentence = self._drop_constant_columns()
         numbers = {column.heading for column in self.printed}
         long = {heading for heading in texts if len(texts) and texts[heading].map(len).max() > _LONG}
         cells = texts.map(escape_latex)
@@ -145,7 +145,7 @@ class Table:
 
     def html(self) -> str:
         """Render an unstyled ``<figure>`` with a sort value for each number and the folders of each row's runs."""
-        texts, sentence = self._without_shared()
+        texts, sentence = self._drop_constant_columns()
         sort_values = {
             column.heading: ["" if pd.isna(value) else f"{value:.9g}" for value in self.frame[column.value]]
             for column in self.printed
@@ -161,8 +161,8 @@ class Table:
         )
         return text + "\n"
 
-    def _without_shared(self) -> tuple[pd.DataFrame, str]:
-        """Drop columns with equal texts in all rows, except the last key; return the rest and a sentence on them."""
+    def _drop_constant_columns(self) -> tuple[pd.DataFrame, str]:
+        """Drop columns with equal texts in all rows, except the last key; list their texts in a sentence."""
         texts, names = self.texts(), list(self.keys.values())
         headings = (*names, *self.notes.values())
         shared = [heading for heading in headings if len(texts) > 1 and texts[heading].nunique() == 1]
@@ -172,8 +172,8 @@ class Table:
         listed = "; ".join(f"{heading} {text}" for heading, text in values.items() if text not in ("", MISSING))
         return texts.drop(columns=shared), f"In all rows: {listed}." if listed else ""
 
-    def without_verdicts(self) -> Table:
-        """Remove the verdicts and marks of models with random weights, if any, and say so in the caption."""
+    def with_random_weights_note(self) -> Table:
+        """Remove verdicts and marks, if any, and state in the caption that weights are random."""
         if "verdict" not in self.notes and not any(column.best for column in self.columns):
             return self
         columns = [replace(column, best=False) for column in self.columns]

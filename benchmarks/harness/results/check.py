@@ -68,7 +68,7 @@ class CheckResult:
     differences: pd.DataFrame  # KEYS, status (changed, missing or new), before, after and tolerance
     equal: int  # numbers that agree
     machines: list[str]  # a sentence per pair of machines: count of numbers and kind of comparison
-    unfinished: Sequence[str] = ()  # runs without numbers, with the reason if available
+    unfinished: Sequence[str] = ()  # runs without numbers, with the reason if known
 
     @property
     def passed(self) -> bool:
@@ -133,7 +133,7 @@ def compare(
 
 
 def _comparison_kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
-    """Describe the comparison of two machines' numbers: exact or within tolerances, with the reason."""
+    """Describe the comparison of two machines: exact, or within tolerances and the reason."""
     if old == new:
         is_older = before.code != after.code
         return "within tolerances: the reference was made by older code" if is_older else "exactly"
@@ -220,7 +220,7 @@ def read_reference(suite: str) -> Numbers:
     """Read blessed numbers.
 
     Raises:
-        DefinitionError: A file is missing, damaged or of an older form.
+        DefinitionError: A file is missing, damaged or in an old format.
     """
     path = REFERENCE / f"{suite}.csv"
     try:
@@ -235,7 +235,7 @@ def read_reference(suite: str) -> Numbers:
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
-    """Write blessed numbers, and their commit, machines, code and seconds as JSON; return the path of the csv."""
+    """Write blessed numbers as csv, and their origin (commit, machines, …) as JSON; return the csv's path."""
     path = REFERENCE / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
@@ -309,7 +309,7 @@ def bless(runs: Sequence[Run], suite: str, say: Callable[[str], None]) -> Path:
     Returns the path of the written csv.
 
     Raises:
-        DefinitionError: The checkout is not clean, a run is not finished, or the runs do not repeat here exactly.
+        DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other numbers.
     """
     commit = clean_commit()
     check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")

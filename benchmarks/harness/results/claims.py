@@ -36,7 +36,7 @@ class Evidence:
 
 
 def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Compare two methods in the way that the claim's direction requires; None if they share no model and task.
+    """Compare two methods as the claim's direction requires; None if they share no model and task.
 
     Args:
         numbers: The numbers of all runs of a benchmark, see :data:`benchmarks.harness.report.common.COMPARED`.
@@ -51,7 +51,7 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
 
 
 def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
-    """Select the numbers of both methods: of the reference the main setting, else the compared settings."""
+    """Select both methods' numbers: the reference's main setting, and the method's compared settings."""
     setting, is_main = numbers["setting"], numbers["setting"].eq("")
     is_compared = ~is_main if compare.settings == "all" else setting.isin(compare.settings or [""])
     is_against = numbers["method"].eq(compare.against)

@@ -21,7 +21,7 @@ from benchmarks.harness.results.records import GROUP_KEYS, read_metrics, run_key
 
 _DIGEST = "emoe.digest"  # tag with the digest of a run's metrics.json, set when the run is complete
 _SQLITE = "sqlite:///"
-# the first page of such an experiment in MLflow lists training runs
+# MLflow then lists training runs on the experiment's first page
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MOST = 50_000  # stored runs that MLflow returns at once
 _FILES = ("run.json", "metrics.json", paths.LOG)
@@ -44,7 +44,7 @@ def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
     counts = Counter(added=0, replaced=0, unchanged=0)
     with FileLock(store.with_name(f".{store.name}.lock")):
         if is_file:
-            store.touch()  # with the permissions of the umask
+            store.touch()  # with the umask's permissions
         try:
             client = MlflowClient(uri)
             for benchmark in dict.fromkeys(run.benchmark for run in runs):
@@ -59,7 +59,7 @@ def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
 
 
 def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str:
-    """Return the identifier of a benchmark's experiment; create it if it is missing. A server chooses its own files."""
+    """Return the identifier of a benchmark's experiment; create it if missing. A server chooses its file location."""
     if experiment := client.get_experiment_by_name(benchmark):
         return str(experiment.experiment_id)
     location = (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri() if has_files else None

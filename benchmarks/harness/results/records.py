@@ -30,7 +30,7 @@ Curve = list[dict[str, float | None]]
 
 
 class Metrics(BaseModel):
-    """Define the parts of a ``metrics.json``; ``Benchmark.recorded`` lists those that a benchmark's runs need."""
+    """Define the parts of a ``metrics.json``; ``Benchmark.recorded`` lists a benchmark's required parts."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -43,15 +43,15 @@ class Metrics(BaseModel):
     data: dict[str, dict[str, Any]] | None = None  # rows and their labels, by set
     model: dict[str, Any] | None = None
     routing: dict[str, Any] | None = None
-    usage: dict[str, Any] | None = None  # of experts by class; empty for a model without experts
+    usage: dict[str, Any] | None = None  # expert use by class; empty for a dense model
     matrix: dict[str, Any] | None = None  # activations by task and neuron
     tasks: dict[str, dict[str, Any]] | None = None  # questions: scores, categories, subjects, right answers
     answers: list[dict[str, str]] | None = None
-    chosen: dict[str, str | float] | None = None  # of the runs that a run without training reads
+    chosen: dict[str, str | float] | None = None  # evaluated run, for runs without training
     epochs: Curve = []
     dev_curve: Curve = []
     held_out_curve: Curve = []
-    records: Curve | None = None  # of domain generalisation, every few steps
+    records: Curve | None = None  # DomainBed's records, every few steps
     curve: list[float | None] = []  # training losses
     confusion: dict[str, list[list[int]]] | None = None
     classes: list[str] | None = None

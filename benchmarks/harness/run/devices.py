@@ -29,7 +29,7 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
     before anything uses an accelerator.
 
     Args:
-        count: The number of accelerators. With 0, or on a machine without any, nothing is reserved and nothing changes.
+        count: The number of accelerators. With 0, or on a machine without any, nothing is reserved.
         name: The name of the run, for messages.
         processes: The number of processes of the run, one on each accelerator.
 
@@ -72,8 +72,8 @@ def visible_devices() -> list[str]:
 
 
 def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -> list[str]:
-    """Lock ``count`` devices, and return them. One job at a time chooses, so that two never wait for each other."""
-    # each scheduler's job has its own folder, because schedulers may number the devices of each job from 0
+    """Lock ``count`` devices, and return them. Jobs choose one at a time, which avoids deadlocks."""
+    # one folder per scheduled job, because schedulers may number the devices of each job from 0
     job = next(filter(None, map(os.environ.get, _JOBS)), "")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "emoe" / "accelerators" / "-".join(filter(None, (platform.node(), job)))

@@ -65,7 +65,7 @@ def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
         "processor flags": flags,
         "python": captured["python"],
         "torch build": _digest(torch.__config__.show()),
-        "CPU capability": torch.backends.cpu.get_cpu_capability(),  # ATEN_CPU_CAPABILITY may choose a lesser one
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),  # ATEN_CPU_CAPABILITY may lower it
         "threads": str(captured["threads"]),
         "GPUs": ", ".join(captured["gpus"]),
         "compiled kernels": "no" if compiled_kernels() is None else "yes",

@@ -64,7 +64,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             progress = Progress(run.id, terminal if is_main else sys.stderr)
             captured = environment.capture()
             pipeline = benchmark.pipeline()
-            if not torch.cuda.is_available():  # before the first run, so that all runs of a suite have them, or none
+            if not torch.cuda.is_available():  # built before a suite's first run, so that all its runs use them
                 prepare_kernels()
             startup = time.time() - started
             torch.manual_seed(derive_seed("run", run.spec["seed"]))
@@ -97,7 +97,7 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     run = read_run(path)
     load_benchmark(run.benchmark).check_processes(run.spec, processes, parallel)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    torchrun += [f"--nproc-per-node={processes}", "-m", "--"]  # without the dashes it parses the module's options
+    torchrun += [f"--nproc-per-node={processes}", "-m", "--"]  # else torchrun parses the module's options
     threads_each = str(max(threads // processes, 1))
     command = ["benchmarks", "run", str(path), "--threads", threads_each, "--log", str(log), "--parallel", parallel]
     result = subprocess.run([*torchrun, *command], env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False)
@@ -109,7 +109,7 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
 
 
 def _end_with_launcher() -> None:
-    """End this process when its launcher ends, because a killed launcher cannot end its processes."""
+    """End this process when its launcher ends; a killed launcher cannot end its processes."""
     launcher = os.environ.pop(_LAUNCHER, None)
     if launcher is None:
         return

@@ -44,7 +44,7 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
         arguments: The arguments of ``python -m benchmarks``.
 
     Returns:
-        The exit status; None if nothing was done, because there is no server or it has another environment.
+        The exit status; None if there is no server with the same environment, and nothing was run.
     """
     address = os.environ.get(ADDRESS)
     if not address:
@@ -70,7 +70,7 @@ class Server:
     """Start and stop the process that imports and forks.
 
     Args:
-        benchmarks: The benchmarks whose pipelines it imports; a command may need others.
+        benchmarks: The benchmarks whose pipelines it imports; forks may import others.
     """
 
     def __init__(self, benchmarks: Iterable[str]) -> None:
@@ -78,7 +78,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server, and pass its address to later commands in the environment. They wait for the imports."""
+        """Start the server, and set its address in the environment. Later commands wait for the imports."""
         # torch counts accelerators without starting their driver, which would not work in a fork
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         address = str(Path(tempfile.mkdtemp(prefix="emoe-")) / "socket")

@@ -73,7 +73,7 @@ def run_status(run: Run) -> RunStatus:
 
 
 def estimate_text(runs: Sequence[Run]) -> str:
-    """Return a line with a benchmark's estimated hours on each device: 6 × parameters × tokens ÷ rate."""
+    """Estimate a benchmark's hours on each device (6 × parameters × tokens ÷ rate) as a line of text."""
     hours, name = dict.fromkeys(_DEVICES, 0.0), runs[0].benchmark
     for run in runs:
         model, training = load_models().get(run.spec["model"]["name"]), run.spec.get("training", {})

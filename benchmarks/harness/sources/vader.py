@@ -69,7 +69,7 @@ def load_vader(domain: str, split: str, *, strength: bool = False) -> tuple[list
 
 @functools.lru_cache(maxsize=1)
 def _unpack(archive: bytes) -> dict[str, bytes]:
-    """Unpack the files with ratings, all at once, because a packed archive can only be read from its start."""
+    """Unpack all files with ratings at once, because a packed archive can only be read from its start."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None  # noqa: S101  the checksum fixes the content

@@ -1,1 +1,1 @@
-"""Train: the loop, its callbacks, checkpoints, metrics and processes."""
+"""Training loop, callbacks, checkpoints, metrics and processes."""

@@ -48,7 +48,7 @@ class Stopwatch(SavedCallback):
         return {"steps": steps, "step_seconds": each, "train_seconds": each * steps}
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # several sets are evaluated one after the other, each with its own time
+        # Trainer evaluates several sets one after another, with a time for each
         self.evaluation += sum(value for name, value in kwargs["metrics"].items() if name.endswith("_runtime"))
 
     on_predict = on_evaluate
@@ -92,7 +92,7 @@ def summarise_logits(logits: Tensor) -> dict[str, float]:
     """
     flat = logits.detach().double().flatten().cpu()
     source = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
-    # integers are drawn alike by every processor, normal numbers are not
+    # random integers are equal on all processors, normal numbers are not
     direction = torch.randint(-1000, 1001, (len(flat),), generator=source).double() / 577  # of variance 1
     return {
         "mean": float(flat.mean()),
@@ -103,7 +103,7 @@ def summarise_logits(logits: Tensor) -> dict[str, float]:
 
 
 class Probe(SavedCallback):
-    """Record numbers that barely differ between machines: the first losses, and a fixed batch's logits and loads."""
+    """Record numbers that barely differ between machines: first losses, and logits and loads of a fixed batch."""
 
     SAVED = ("losses",)
 
@@ -113,7 +113,7 @@ class Probe(SavedCallback):
 
     @torch.no_grad()
     def observe(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Summarise a batch's logits, and count the experts that it uses; nothing if the model is sharded.
+        """Summarise a batch's logits, and count its expert choices; do nothing if the model is sharded.
 
         Args:
             model: The converted model before training. Its state and all random states are restored.

@@ -1,4 +1,4 @@
-"""Find the checkpoint from which a killed run resumes. A file that is written last marks it as complete."""
+"""Mark complete checkpoints with a file, and resume a killed run from the last one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SavedCallback(TrainerCallback, ExportableState):
 
 
 class MarkComplete(TrainerCallback):
-    """Mark each new checkpoint as complete after all processes have written their files, and these are on the disk."""
+    """Mark each new checkpoint as complete after all processes have written and flushed their files."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()

@@ -47,7 +47,7 @@ def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], merged: Seque
         metric: The key in :data:`SCORES`.
         logits: The logits of the head.
         labels: The labels of the set.
-        merged: The class of the set for each class of the head; None if they are the same.
+        merged: The set's class for each class of the head; None if they are equal.
     """
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
     if merged:

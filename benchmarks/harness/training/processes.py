@@ -19,7 +19,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from emoe.architectures import find_ffns
 
 _PARALLEL = "EMOE_PARALLEL"
-_TIMEOUT = timedelta(days=1)  # while the first process loads, or waits for a lock; torchrun ends all when one fails
+_TIMEOUT = timedelta(days=1)  # other processes wait while the first one loads; torchrun ends all if one fails
 
 
 def world_size() -> int:

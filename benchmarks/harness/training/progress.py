@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 from benchmarks.harness.base import PLAN, RUNS
 
 _SECONDS_BETWEEN_LINES = 15.0
-_EARLY = 0.05  # share of the work before which the pace is misleading
+_EARLY = 0.05  # share of work without an estimate of the time left
 
 
 class Progress(TrainerCallback):
@@ -31,7 +31,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, run_id: str, stream: TextIO | None = None) -> None:
         self._run_id, self._stream = run_id, stream or sys.stderr
-        self._position = _position()
+        self._position = _workflow_progress()
         self._start = self._last = time.monotonic()
         self._first_step = 0
 
@@ -41,7 +41,7 @@ class Progress(TrainerCallback):
 
     def finish(self, seconds: float) -> None:
         """Print the duration of the finished run."""
-        self._position = _position()
+        self._position = _workflow_progress()
         self._print(f"finished in {_clock(seconds)}", self._stream)
 
     def _print(self, text: str, stream: TextIO) -> None:
@@ -66,11 +66,11 @@ def _clock(seconds: float) -> timedelta:
     return timedelta(seconds=round(seconds))
 
 
-def _position() -> str:
-    """Return ``7 of 24 runs done, 0:09:10 left; ``, counted by files, or nothing outside a workflow.
+def _workflow_progress() -> str:
+    """Return ``7 of 24 runs done, 0:09:10 left; `` from the files of runs; empty outside a workflow.
 
-    The time left assumes the pace since the workflow started, in usual seconds of finished runs. It is left out until
-    a twentieth of the work is done.
+    The time left assumes the pace since the workflow started, in usual seconds of finished runs. It is omitted before
+    5 % of the work is done.
     """
     file = Path(os.environ.get(PLAN, ""))
     if not file.is_file():

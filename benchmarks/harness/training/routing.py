@@ -47,7 +47,7 @@ def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
 
 
 def window_steps(steps: int) -> int:
-    """Return the number of steps per window, 100 as the authors', but limit the windows per run to 20 to 100.
+    """Return the steps per window: 100 as in the authors' code, but with 20 to 100 windows per run.
 
     >>> window_steps(80), window_steps(5000), window_steps(60_000)
     (4, 100, 600)
@@ -56,9 +56,9 @@ def window_steps(steps: int) -> int:
 
 
 class RoutingTrace(SavedCallback):
-    """Count the experts' loads in windows of training steps; nothing if the model is dense.
+    """Count the experts' loads per window of training steps. No-op for dense models.
 
-    As in the authors' code, and so in the paper's figure, a window also ends with the epoch.
+    As in the authors' code and the paper's figure, each epoch also ends a window.
     """
 
     SAVED = ("ends", "loads")

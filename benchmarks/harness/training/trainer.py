@@ -48,8 +48,8 @@ def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingA
         bf16=precision == "bf16",
         ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
-        remove_unused_columns=False,  # a hook reads the prefix states, so no signature has them
-        save_total_limit=2,  # the previous checkpoint serves if the last one is incomplete
+        remove_unused_columns=False,  # a hook takes the prefix states, which no signature has
+        save_total_limit=2,  # the previous one is used if the last one is incomplete
         **options,
     )
     if arguments.n_gpu > 1:
@@ -68,7 +68,7 @@ class RoutedTrainer(Trainer):
         trainable: The model.
         probe: The probe that records the loss of the first batches.
         base_lr_ratio: The share of the learning rate for trained parameters other than adapters and head.
-        by_token: Average the loss of a step over all its learned tokens; otherwise over its batches.
+        by_token: True to average a step's loss over its learned tokens, False over its batches.
         **kwargs: The arguments of Trainer.
     """
 
@@ -139,7 +139,7 @@ class RoutedTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        # whole tensors by the names of the parameters, which fit any number of processes
+        # whole tensors by parameter name, which fit any number of processes
         state = get_optimizer_state_dict(self._trained, self._unwrapped_optimizer, options=options)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / _OPTIMIZER)
