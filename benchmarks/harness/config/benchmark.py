@@ -202,7 +202,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     part_model: ClassVar[type[SuitePart]]
     task_files: ClassVar[Mapping[str, type[Strict]]] = {}  # models of its other YAML files, by name
     paper_columns: ClassVar[tuple[str, ...]] = ()  # of paper.csv, before value, status and source
-    recorded: ClassVar[tuple[str, ...]]  # the keys of metrics.json that each of its runs has
+    recorded: ClassVar[tuple[str, ...]] = ()  # the keys of metrics.json that each of its runs has
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> Pr
     """
     if "config" in model:
         torch.manual_seed(derive_seed("random weights", model["name"]))
-        return cast(PreTrainedModel, loader.from_config(load_config(model), dtype=options["dtype"]))
+        return cast(PreTrainedModel, loader.from_config(load_config(model), dtype=options.get("dtype", torch.float32)))
     with loading_errors(model):
         return cast(PreTrainedModel, load_stock(loader, _model_folder(model), **options))
 

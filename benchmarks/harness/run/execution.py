@@ -74,7 +74,11 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             seconds = time.time() - started
             is_gpu, usage = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF)
             memory = torch.cuda.max_memory_allocated() if is_gpu else usage.ru_maxrss * 1024
-            metrics["cost"] |= {"startup_seconds": startup, "job_seconds": seconds, "peak_memory_mb": memory / 1e6}
+            metrics["cost"] = metrics.get("cost", {}) | {
+                "startup_seconds": startup,
+                "job_seconds": seconds,
+                "peak_memory_mb": memory / 1e6,
+            }
             captured["fingerprint"] = environment.fingerprint(captured)
             content = {"run_id": run.id, **metrics, "environment": captured}
             check_content(run, content, output)
