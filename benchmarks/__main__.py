@@ -84,9 +84,9 @@ def status(suite: str) -> None:
 @click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs to reserve; waits until they are free.")
 @click.pass_obj
 def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str, gpus: int) -> None:
-    """Execute the run of a run.json, and write metrics.json beside it.
+    """Execute the run of a run.json.
 
-    Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
+    It writes metrics.json beside it. Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
     from benchmarks.harness.run.devices import reserve_devices
     from benchmarks.harness.run.execution import execute, launch_distributed
@@ -186,7 +186,7 @@ def mirror(suite: str) -> None:
 @_suite
 @click.option("--elsewhere", is_flag=True, help="Use the tolerances for different machines.")
 def check(suite: str, elsewhere: bool) -> None:
-    """Compare a suite's numbers, except times, with the blessed ones; status 1 if one changed, is missing or is new."""
+    """Compare a suite's numbers with the blessed ones."""
     from benchmarks.harness.results.check import check as check_suite
 
     comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
@@ -224,7 +224,7 @@ def bless(suite: str) -> None:
 @click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
-    """Fetch a suite's data, and show available and missing sets; status 1 if one is missing."""
+    """Fetch a suite's data, and show available and missing sets."""
     if check:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 

@@ -201,6 +201,11 @@ class RoutedActivation(nn.Module):
             Mask of the experts in use and their weights, both ``[T, N]``.
         """
         config = self.config
+        if clean.shape[-1] != config.num_experts:
+            router = type(self.router).__name__
+            raise ConversionError(
+                f"{router} returned {clean.shape[-1]} scores per token for {config.num_experts} experts"
+            )
         noise_std = config.router_noise / config.num_experts
         with self._score_grad_context():
             noisy = clean + torch.randn_like(clean) * noise_std if noise_std and self.training else clean

@@ -69,3 +69,16 @@ def test_a_checkpoint_whose_router_is_not_registered_is_an_error(tmp_path: Path)
     with pytest.raises(emoe.CheckpointError, match=r"'linear'.*emoe\.register_router.*avg_k") as error:
         emoe.from_pretrained(tiny_models.loader("bert"), tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_router_with_too_few_scores_is_named(backend: str) -> None:
+    class Short(emoe.Router):
+        learned = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float()[..., :3]
+
+    emoe.register_router("short", Short)
+    with pytest.raises(emoe.ConversionError, match="Short returned 3 scores per token for 4 experts"):
+        tiny_models.output(converted.model("bert", backend, router="short", num_experts=4), tiny_models.inputs("bert"))

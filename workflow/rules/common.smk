@@ -119,7 +119,14 @@ onerror:
 
 def suite_named(name):
     """The configured suite, or another one by name (`snakemake smoke` under any configuration)."""
-    return SUITE if name == SUITE.name else suites.plain_suite(name)
+    if name == SUITE.name:
+        return SUITE
+    try:
+        suite = suites.plain_suite(name)
+        suite.runs
+        return suite
+    except EMoEError as error:
+        sys.exit(f"error: {error}")
 
 
 def sources_of(*benchmarks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS
@@ -61,15 +62,25 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
 def table_sources(*benchmarks: str) -> list[str]:
     """List the source files of the benchmarks' tables, besides the numbers of runs.
 
-    These are code and published numbers of the benchmarks and of their kinds, the harness's results and report, and
-    all YAML: benchmarks read each other's definitions and tasks.
+    These are code, definitions and published numbers of the benchmarks and of their kinds, the harness's results and
+    report, and the lists of models, methods, metrics, claims and paper items.
     """
     kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name)).__mro__]
     folders = {"harness/report", "harness/results", *benchmarks}
     folders |= {module[1] for module in kinds if module[0] == BENCHMARKS.name and module[1] != "harness"}
-    patterns = ["*.yaml", "*/*.yaml", "harness/report/table.html.j2"]
+    patterns = ["*.yaml", "harness/report/table.html.j2"]
     patterns += [f"{folder}/{files}" for folder in sorted(folders) for files in ("*.py", "**/*.csv")]
-    return _files(*patterns)
+    definitions = dict.fromkeys(file for name in benchmarks for file in _definitions(name))
+    return [*_files(*patterns), *map(os.path.relpath, definitions)]
+
+
+def _definitions(name: str) -> list[Path]:
+    """List the YAML files of a benchmark, its file of tasks, and those of the benchmark that it evaluates."""
+    loaded = load_benchmark(name)
+    files = sorted(loaded.folder.glob("*.yaml"))
+    if tasks := getattr(loaded.definition, "tasks", None):
+        files.append((loaded.folder / tasks).resolve())
+    return files + (_definitions(loaded.evaluates) if loaded.evaluates else [])
 
 
 def page_sources() -> list[str]:

@@ -13,8 +13,9 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 
-from benchmarks.harness.base import atomic_write, write_text
+from benchmarks.harness.base import DefinitionError, atomic_write, write_text
 from benchmarks.harness.config.catalogue import load_metrics
+from emoe.errors import did_you_mean
 
 MISSING = "–"
 RUNS = "runs"  # column with the folders of a row's runs, separated by blanks
@@ -49,6 +50,11 @@ class Column:
     signed: bool = False  # True to print a plus sign (differences)
     best: bool = False  # True to mark the best cell of each group
     decimals: int | None = None  # by default the metric's
+
+    def __post_init__(self) -> None:
+        if self.metric not in load_metrics():
+            near = did_you_mean(self.metric, load_metrics())
+            raise DefinitionError(f"a table has the metric '{self.metric}', which is not in metrics.yaml{near}")
 
     @property
     def heading(self) -> str:
