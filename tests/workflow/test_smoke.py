@@ -173,6 +173,7 @@ def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout)
     for words, message in (
         (["--config", "suite=minni"], "there is no suite 'minni'; did you mean 'mini'?"),
         (["table_multitask", "--config", "suite=mini"], "error: the suite 'mini' does not run multitask; smoke, paper"),
+        (["results/runs/glue/nothing-12345678/metrics.json"], "error: no suite has the run 'glue/nothing-12345678'"),
     ):
         result = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
         assert result.returncode != 0

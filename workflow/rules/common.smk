@@ -2,6 +2,7 @@
 import gc
 import os
 import sys
+from contextlib import contextmanager
 
 # the millions of objects that Snakemake keeps for ten thousand jobs would be walked through again and again
 gc.set_threshold(100_000, 20, 20)
@@ -25,7 +26,17 @@ logger.addFilter(
     lambda record: not record.getMessage().startswith(("Select jobs", "Execute "))
 )
 
-try:
+
+@contextmanager
+def one_line_errors():
+    # an expected error explains itself; a traceback would hide it
+    try:
+        yield
+    except EMoEError as error:
+        sys.exit(f"error: {error}")
+
+
+with one_line_errors():
     SUITE = suites.load_suite(config)
     SHOWN = artifacts.all_artifacts()
     paper_items.load_paper()
@@ -34,9 +45,6 @@ try:
     ):  # a job on a cluster has its run from the main process, and plans nothing
         SUITE.runs
         claims.load_claims()
-except EMoEError as error:
-    # one line that explains it; a traceback would hide it
-    sys.exit(f"error: {error}")
 
 
 # only used with `--sdm conda`
@@ -81,7 +89,7 @@ onstart:
     needed = [
         run_of(job.wildcards) for job in run_jobs(workflow.dag.needrun_jobs())
     ]
-    try:
+    with one_line_errors():
         if workflow.local_exec:  # else a cluster's nodes have the accelerators
             devices.check_accelerators(SUITE.name, needed)
         if needed:
@@ -90,8 +98,6 @@ onstart:
             )  # it takes a second
 
             check_presentations(SUITE.settings.benchmarks)
-    except EMoEError as error:
-        sys.exit(f"error: {error}")
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
     # of the targets that were asked for: of one table they are fewer than the suite's
@@ -121,12 +127,10 @@ def suite_named(name):
     """The configured suite, or another one by name (`snakemake smoke` under any configuration)."""
     if name == SUITE.name:
         return SUITE
-    try:
+    with one_line_errors():
         suite = suites.plain_suite(name)
         suite.runs
         return suite
-    except EMoEError as error:
-        sys.exit(f"error: {error}")
 
 
 def sources_of(*benchmarks):
@@ -172,14 +176,18 @@ def refused(reason):
 
 
 def not_here(target, wanted, part=None):
-    return lambda wildcards: sys.exit(
-        f"error: {suites.suites_hint(target, wanted, SUITE, part)}"
-    )
+    def reason(wildcards):
+        with one_line_errors():
+            hint = suites.suites_hint(target, wanted, SUITE, part)
+        sys.exit(f"error: {hint}")
+
+    return reason
 
 
 def run_of(wildcards):
     folder = f"{wildcards.benchmark}/{wildcards.run}"
-    return suites.find_run(folder, SUITE, on_cluster=not workflow.is_main_process)
+    with one_line_errors():
+        return suites.find_run(folder, SUITE, on_cluster=not workflow.is_main_process)
 
 
 def run_resource(name, usual=None):
@@ -206,7 +214,8 @@ def run_threads(wildcards):
 
 def partition_of(wildcards):
     on_cluster = not workflow.is_main_process
-    return suites.find_partition(wildcards.partition, SUITE, on_cluster=on_cluster)
+    with one_line_errors():
+        return suites.find_partition(wildcards.partition, SUITE, on_cluster=on_cluster)
 
 
 def suite_metrics(wildcards):
