@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
+from emoe.registration import register_loader
 
 if TYPE_CHECKING:
     from emoe.architectures import FFNSpec, register_ffn
@@ -76,3 +77,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES})
+
+
+register_loader()  # so that AutoModel.from_pretrained loads converted checkpoints

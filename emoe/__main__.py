@@ -19,7 +19,6 @@ from emoe import checkpoint, files
 from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
 from emoe.layer import routed_layers
 from emoe.sparse.build import build_kernels
-from emoe.streaming import NotStreamedError, convert_folder, fold_folder
 
 _FOLDER = click.Path(path_type=Path)
 _output = click.option("--output", type=_FOLDER, required=True, help="A new folder.")
@@ -87,7 +86,7 @@ def convert(
 ) -> None:
     """Convert MODEL, a folder or hub id of transformers or timm, and write it to a new folder.
 
-    Transformers models are converted from disk to disk, with one layer or weight file in memory at a time.
+    The folder's other files, such as the tokenizer's, are copied.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     given |= {"layers": _plain_layers(fields["layers"]), **dict(map(_field_value, others))}
@@ -97,15 +96,13 @@ def convert(
         raise ConfigError("a co-activation partition needs calibration data; convert in Python (docs/library.md)")
     files.check_new(output)
     source = files.model_folder(model)
-    try:
-        report = convert_folder(source, output, config)
-    except NotStreamedError as reason:
-        click.echo(f"Loading the model: {reason}", err=True)
-        loaded = files.load_stock(files.loader_for(source), source).eval()
-        torch.manual_seed(0)  # for learned routers, as from disk to disk
-        report = emoe.convert_(loaded, config, progress=True)
-        with files.new_folder(output, source) as new:
-            emoe.save_pretrained(loaded, new)
+    if checkpoint.read_experts(source) is not None:
+        raise CheckpointError(f"{source} holds experts already; fold them back first (python -m emoe to-dense)")
+    dense = files.load_stock(files.loader_for(source), source).eval()
+    torch.manual_seed(0)  # for learned routers
+    report = emoe.convert_(dense, config, progress=True)
+    with files.new_folder(output, source) as new:
+        emoe.save_pretrained(dense, new)
     click.echo(report)
     click.echo(f"Written to {output}")
 
@@ -147,13 +144,10 @@ def to_dense(folder: Path, output: Path, restore_order: bool) -> None:
     """Fold the experts of a converted FOLDER back, and write the dense model to a new folder."""
     files.check_new(output)
     source = files.model_folder(str(folder))
-    try:
-        fold_folder(source, output, restore_order=restore_order)
-    except NotStreamedError as reason:
-        click.echo(f"Loading the model: {reason}", err=True)
-        model = emoe.to_dense_(emoe.from_pretrained(files.loader_for(source), source), restore_order=restore_order)
-        with files.new_folder(output, source) as new:
-            files.save_weights(model, new)
+    model = emoe.from_pretrained(files.loader_for(source), source)
+    emoe.to_dense_(model, restore_order=restore_order)
+    with files.new_folder(output, source) as new:
+        files.save_weights(model, new)
     click.echo(f"Written to {output}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, cast
@@ -17,6 +16,7 @@ from emoe.checks import check_divisible, check_plain, check_weights
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, resize_parameter_, routed_layers
+from emoe.model_config import describe_experts_, described_configs, update_description_
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
 from emoe.tokens import remove_argument_hooks, watch_padding
@@ -24,7 +24,6 @@ from emoe.tokens import remove_argument_hooks, watch_padding
 # columns of the table, one per field of LayerReport
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
-MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
 _SIMILAR = 0.5  # mean cosine of keys; the same model in training is above it, another model far below
 
 
@@ -213,7 +212,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         layer.remove_()
         if restore_order:
             layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
-    update_mark_(model)
+    update_description_(model)
     return model
 
 
@@ -224,11 +223,11 @@ def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
 
 
 def finish_conversion_(model: nn.Module) -> None:
-    """Finish the conversion of a model: write the mark and register hooks.
+    """Finish the conversion of a model: describe the experts in its configuration and register hooks.
 
     The hooks check the state dicts that are loaded and, if the configuration needs it, read the padding mask.
     """
-    mark_(model)
+    describe_experts_(model)
     model.register_load_state_dict_pre_hook(_check_state)
     layers = routed_layers(model)
     config = layers[0].config
@@ -260,60 +259,11 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
             layer.permutation = None
 
 
-def mark_(model: nn.Module) -> None:
-    """Write the experts' configuration into a transformers model's configuration, and so into its ``config.json``.
-
-    The model's library saves it with every checkpoint; a stock class ignores it and reads the model as dense. A
-    model without a transformers configuration gets no mark. Raises the errors of :func:`numbered_layers`.
-    """
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_diff_dict"):
-        return
-    if not hasattr(config, MARK):  # mark a copy, because other models may share this object
-        shared, config = config, copy.copy(config)
-        for module in model.modules():
-            for name in [name for name, value in vars(module).items() if value is shared]:
-                setattr(module, name, config)
-    layers = numbered_layers(model)
-    experts = next(iter(layers.values())).config.to_dict()
-    setattr(config, MARK, {"config": experts, "layers": sorted(layers)})
-
-
-def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
-    """Return the routed FFNs by their number in this model.
-
-    The numbers count all FFNs of ``model``, even if only a part of it was converted.
-
-    Raises:
-        ConversionError: the model's registry row lacks a routed FFN.
-    """
-    layers, numbers = routed_layers(model), {id(ffn.activation): ffn.index for ffn in find_ffns(model)}
-    for layer in layers:
-        if id(layer) not in numbers:
-            raise ConversionError(f"the row of {type(model).__name__} lacks {layer.ffn.name}: save the converted part")
-    return {numbers[id(layer)]: layer for layer in layers}
-
-
-def update_mark_(model: nn.Module) -> None:
-    """Update the marks in a model after its experts' settings changed; remove them if it has no experts left."""
-    layers = routed_layers(model)
-    for config in _marked_configs(model):
-        if layers:
-            setattr(config, MARK, {**getattr(config, MARK), "config": layers[0].config.to_dict()})
-        else:
-            delattr(config, MARK)
-
-
-def _marked_configs(model: nn.Module) -> list[Any]:
-    configs = [vars(module).get("config") for module in model.modules()]
-    return list({id(config): config for config in configs if hasattr(config, MARK)}.values())
-
-
 def converted_layers(model: nn.Module, caller: str, hint: str = "convert it first") -> list[RoutedActivation]:
     """Return a model's routed FFNs; raise :class:`ConversionError` with a hint if there are none."""
     layers = routed_layers(model)
     if not layers:
-        if _marked_configs(model):
+        if described_configs(model):
             hint = "it was saved with experts, but its stock class loaded it as dense: use emoe.from_pretrained"
         raise ConversionError(f"{caller}: the model has no routed FFN; {hint}")
     return layers

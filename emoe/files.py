@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,8 +36,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Raise a one-line :class:`CheckpointError` if a file cannot be read."""
+    """Raise a one-line :class:`CheckpointError` if a path is not a file, or cannot be read."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")  # opening a named pipe would wait for ever
         yield
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {one_line(error)}") from error
@@ -111,54 +113,39 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def tensor_files(paths: Iterable[Path]) -> dict[str, Path]:
+    """Map the names of the tensors in safetensors files to their files (raises :class:`CheckpointError`)."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        with _readable(path), safe_open(path, framework="pt") as file:
+            names |= dict.fromkeys(file.keys(), path)
+    return names
+
+
 class Weights:
     """Read single tensors of a folder's weights. ``files`` maps their names to the files."""
 
     def __init__(self, folder: Path) -> None:
-        self.files: dict[str, Path] = {}
-        for path in weight_files(folder):
-            with _readable(path), safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+        self.files = tensor_files(weight_files(folder))
 
     def __getitem__(self, name: str) -> Tensor:
         with _readable(self.files[name]), safe_open(self.files[name], framework="pt") as file:
             return cast(Tensor, file.get_tensor(name))
 
-    def find(self, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-        """Map a model's tensor names to the names in the files, without tensors that are not stored."""
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a checkpoint may have it or not
-
-        def match(name: str) -> str | None:
-            spellings = (name, prefix + name, name.removeprefix(prefix))
-            return next((spelling for spelling in spellings if spelling in self.files), None)
-
-        matches = {name: match(name) for name in names}
-        missing = [name for name, stored in matches.items() if stored is None]
-        if missing and hasattr(model, "save_pretrained"):
-            matches |= {name: match(older) for name, older in _library_names(model, missing).items()}
-        return {name: stored for name, stored in matches.items() if stored}
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its values."""
+        with _readable(self.files[name]), safe_open(self.files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
 
 
-def _library_names(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Map tensor names to the names that transformers writes, which may be those of older releases.
-
-    Transformers has no function for this: save a number under each name, and read the file's names.
-    """
-    numbers = {name: torch.tensor([number]) for number, name in enumerate(names)}
-    with TemporaryDirectory() as folder, quiet():
-        cast(Any, model).save_pretrained(folder, state_dict=numbers)
-        saved = read_tensors(Path(folder) / WEIGHT_FILES[0])
-    return {names[int(number)]: name for name, number in saved.items() if number.shape == (1,)}
-
-
-def model_folder(model: str) -> Path:
+def model_folder(model: str, revision: str | None = None) -> Path:
     """Return a model's folder, downloaded if the model is a hub id (raises :class:`CheckpointError`)."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(model, allow_patterns=DOWNLOADED))
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED))
         except (OSError, ValueError) as error:  # the errors of the hub are subclasses
             raise CheckpointError(f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}") from error
     check_loadable(folder)
@@ -193,37 +180,81 @@ def check_loadable(folder: Path) -> None:
 
 def load_stock(
     loader: Any, folder: Path, *, restored: Restored | None = None, new_head: bool = True, **options: Any
-) -> nn.Module:
+) -> Any:
     """Load a checkpoint with its own library: safetensors only, and no code of the checkpoint.
 
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint (raises :class:`CheckpointError` if it is damaged or another model's).
-        restored: function that names tensors that the caller loads later. All others must be stored.
+        restored: function that names tensors that :mod:`emoe.loader` reads from another file of the folder. All others
+            must be stored.
         new_head: accept a transformers checkpoint without the weights of the model's head.
-        **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another shape.
+        **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another shape, timm's
+            ``num_classes`` a new head.
+
+    Returns:
+        The model. With the option ``output_loading_info=True``, also transformers' report.
     """
     check_loadable(folder)
-    is_transformers = hasattr(loader, "from_pretrained")
-    is_timm = str(getattr(loader, "__module__", None)).startswith("timm.")
-    if not is_transformers and not is_timm:
-        return _load_state(loader(**options), folder, restored)  # do not catch errors of the user's function
-    try:
-        if is_transformers:
+    if hasattr(loader, "from_pretrained"):
+        with _one_line_errors(loader, folder):
             return _load_with_transformers(loader, folder, restored, new_head, options)
-        # timm 1.0.20 cannot choose among several safetensors files
-        by_timm = restored is None and len(list(folder.glob("*.safetensors"))) == 1
-        model = loader(f"local-dir:{folder}", pretrained=by_timm, **options)
-        return model if by_timm else _load_state(model, folder, restored)
+    # timm 1.0.20 cannot choose among several safetensors files
+    if _is_timm(loader) and len(list(folder.glob("*.safetensors"))) == 1:
+        check_head(folder, options)
+        with _one_line_errors(loader, folder):
+            return loader(f"local-dir:{folder}", pretrained=True, **options)
+    model = build_without_weights(loader, folder, **options)
+    load_state_(model, read_tensors(folder / WEIGHT_FILES[0]), folder)
+    return model
+
+
+def build_without_weights(loader: Any, folder: Path, **options: Any) -> nn.Module:
+    """Build the timm or plain model of a folder (raises :class:`CheckpointError`)."""
+    check_loadable(folder)
+    if not _is_timm(loader):
+        return cast(nn.Module, loader(**options))  # do not catch errors of the user's function
+    check_head(folder, options)
+    with _one_line_errors(loader, folder):
+        return cast(nn.Module, loader(f"local-dir:{folder}", pretrained=False, **options))
+
+
+def _is_timm(loader: Any) -> bool:
+    return str(getattr(loader, "__module__", None)).startswith("timm.")
+
+
+@contextmanager
+def _one_line_errors(loader: Any, folder: Path) -> Iterator[None]:
+    """Raise :class:`CheckpointError` for any error of a model's library."""
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # a damaged configuration raises anything
         raise CheckpointError(f"{folder} cannot be loaded by {loader.__name__}: {one_line(error)}") from error
 
 
+def check_head(folder: Path, options: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError` if a timm folder's number of classes is not its stored head's.
+
+    timm would draw a new head without a message. The option ``num_classes`` asks for one.
+    """
+    settings = read_settings(folder)
+    head = (settings.get("pretrained_cfg") or {}).get("classifier")
+    classes = settings.get("num_classes")
+    if "num_classes" in options or classes is None or not isinstance(head, str):
+        return
+    weights = Weights(folder)
+    name = f"{head}.weight"
+    stored = weights.shape(name)[0] if name in weights.files else 0
+    if classes != stored:
+        path = folder / STOCK_CONFIG_FILE
+        raise CheckpointError(f"{path}: num_classes is {classes!r:.80}, but the weights have a head of {stored}")
+
+
 def _load_with_transformers(
     loader: Any, folder: Path, restored: Restored | None, new_head: bool, options: dict[str, Any]
-) -> nn.Module:
+) -> Any:
     # sizes are checked below, because transformers' error does not name the tensors
     fixed = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet() if restored else nullcontext():  # transformers would report what the caller restores
@@ -239,17 +270,31 @@ def _load_with_transformers(
         logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, ", ".join(sorted(drawn)))
     resized = mismatched & heads if options.get("ignore_mismatched_sizes") else set()
     _check_complete((missing | mismatched) - drawn - resized, folder)
-    return cast(nn.Module, model)
+    _check_layers(model, info["unexpected_keys"], folder)
+    return (model, info) if options.get("output_loading_info") else model
 
 
-def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn.Module:
-    """Load the stored tensors of a plain or timm model that have the model's shapes."""
+def _check_layers(model: nn.Module, unexpected: Iterable[str], folder: Path) -> None:
+    """Raise :class:`CheckpointError` if the weights have more layers than the model's configuration."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    kinds = {_without_numbers(name).removeprefix(prefix) for name in model.state_dict()}
+    for name in sorted(unexpected):
+        if re.search(r"\.\d+\.", name) and _without_numbers(name).removeprefix(prefix) in kinds:
+            path = folder / STOCK_CONFIG_FILE
+            raise CheckpointError(f"{path} counts fewer layers than the weights, which have {name}")
+
+
+def _without_numbers(name: str) -> str:
+    """Return a tensor's name with all layer numbers replaced by a sign."""
+    return re.sub(r"\d+", "#", name)
+
+
+def load_state_(model: nn.Module, stored: Mapping[str, Tensor], folder: Path, restored: Collection[str] = ()) -> None:
+    """Load the stored tensors of a plain or timm model. All but the restored ones must have the model's shapes."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    stored = read_tensors(folder / WEIGHT_FILES[0])
     state = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
-    _check_complete(shapes.keys() - state.keys() - (restored(model) if restored else set()), folder)
+    _check_complete(shapes.keys() - state.keys() - set(restored), folder)
     model.load_state_dict(state, strict=False)
-    return model
 
 
 def _check_complete(missing: Collection[str], folder: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emoe.convert import converted_layers, update_mark_
+from emoe.convert import converted_layers
 from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
+from emoe.model_config import update_description_
 from emoe.routers import FixedRouter
 from emoe.sparse.build import prepare_kernels
 from emoe.sparse.module import SparseFFN, check_supported, install_, probe_output
@@ -131,4 +132,4 @@ def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any
     configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
     for layer, config in zip(layers, configs, strict=True):
         layer.config = layer.router.config = config
-    update_mark_(model)
+    update_description_(model)

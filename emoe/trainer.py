@@ -14,10 +14,11 @@ from transformers import TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from emoe.checkpoint import save_sidecars
-from emoe.convert import converted_layers, mark_
+from emoe.checkpoint import save_order
+from emoe.convert import converted_layers
 from emoe.errors import ConfigError
 from emoe.layer import aux_loss, update_gates_
+from emoe.model_config import describe_experts_
 
 _IGNORED_LABEL = -100
 _handles: WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]] = WeakKeyDictionary()
@@ -41,7 +42,7 @@ class TrainerCallback(transformers.TrainerCallback):
         model: nn.Module = kwargs["model"]
         layers = converted_layers(model, "TrainerCallback")
         if not hasattr(model, "peft_config"):
-            mark_(model)
+            describe_experts_(model)
         _stop_adding(model)  # an interrupted training left its hooks
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
             checkpointing: Any = args.activation_checkpointing_kwargs if args.activation_checkpointing else None
@@ -63,7 +64,7 @@ class TrainerCallback(transformers.TrainerCallback):
         """Write the sidecars into the checkpoint."""
         model, folder = kwargs["model"], _checkpoint(args, state)
         if not hasattr(model, "peft_config"):  # adapters are saved without the model
-            save_sidecars(model, folder, write=args.should_save and folder.is_dir())
+            save_order(model, folder, write=args.should_save and folder.is_dir())
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,0 +1,102 @@
+"""Build the experts while transformers loads a converted checkpoint.
+
+Transformers asks the quantizer that ``quantization_config`` names to prepare the model before the weights load, and to
+finish it afterwards. Ours builds the experts, so that shards, ``device_map``, ``dtype``, hub ids and ``revision`` stay
+transformers' own work. It quantises nothing, and transformers forgets it after loading.
+
+Importing this module registers the loader (:mod:`emoe.registration` does so).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+from transformers.integrations.moe import ExpertsInterface
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from emoe import files
+from emoe.checkpoint import (
+    EXTRA_FILE,
+    build_experts_,
+    check_placement,
+    check_routing_is_stored,
+    load_extra_,
+    read_order_,
+    stored_routing,
+)
+from emoe.convert import finish_conversion_
+from emoe.errors import CheckpointError
+from emoe.model_config import NEEDS_EMOE, QUANT_METHOD, Experts
+
+
+@register_quantization_config(QUANT_METHOD)
+class ExpertsConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a converted checkpoint."""
+
+    dequantize = True  # transformers removes its marks of a quantised model after loading
+
+    def __init__(self, **content: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        try:
+            self.experts = Experts.from_quantization_config(content)
+        except ValueError as error:
+            message = f"config.json: quantization_config is damaged: {files.one_line(error)}"
+            raise CheckpointError(message) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``config.json``."""
+        return self.experts.quantization_config()
+
+
+@register_quantizer(QUANT_METHOD)
+class ExpertsLoader(HfQuantizer):
+    """Builds the experts of a model whose weights transformers loads."""
+
+    requires_calibration = True  # only a converted checkpoint can be loaded, not a dense one
+    quantization_config: ExpertsConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        paths = [Path(file) for file in checkpoint_files or []]
+        self._folder = paths[0].parent if paths else None
+        self._layers = build_experts_(model, self.quantization_config.experts, self._folder or "the checkpoint")
+        self._uses_extra_file = False
+        if self._folder is not None:
+            stored = files.tensor_files(paths)
+            # Folders of emoe 0.1 have routers in a file of their own, unless a Trainer wrote them.
+            has_extra_file = (self._folder / EXTRA_FILE).exists()
+            self._uses_extra_file = has_extra_file and not stored_routing(self._layers, stored)
+            if not self._uses_extra_file:
+                check_routing_is_stored(self._layers, stored, self._folder)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        check_placement(self._layers)
+        if self._folder is not None:
+            if self._uses_extra_file:
+                load_extra_(self._layers, self._folder)
+            read_order_(self._layers, self._folder)
+        finish_conversion_(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Return True: the model saves its weights as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: the model trains like the dense one."""
+        return True
+
+
+def _refuse_experts(*_args: Any, **_kwargs: Any) -> NoReturn:
+    """Refuse to compute the experts of a mixture-of-experts architecture, which no FFN of ours is."""
+    raise CheckpointError(f"experts_implementation='{NEEDS_EMOE}' marks a converted dense model")
+
+
+ExpertsInterface.register(NEEDS_EMOE, _refuse_experts)

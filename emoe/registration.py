@@ -1,0 +1,57 @@
+"""Register the loader of converted checkpoints with transformers, once transformers is imported.
+
+``import emoe`` must not import transformers: planning a benchmark imports emoe in every process and needs neither
+transformers nor PyTorch, whose import takes seconds. But ``AutoModel.from_pretrained`` must know the loader, in
+whatever order a program imports the two. So Python's import system calls back when transformers' quantizers load.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+_QUANTIZERS = "transformers.quantizers.auto"
+_LOADER = "emoe.loader"
+
+
+def register_loader() -> None:
+    """Register the loader now if transformers' quantizers are imported, else when they are."""
+    if _QUANTIZERS in sys.modules:
+        importlib.import_module(_LOADER)
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds transformers' quantizers as Python does, and has them loaded by :class:`_LoadAndRegister`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the changed specification of the one module, None for all others."""
+        if fullname != _QUANTIZERS:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoadAndRegister(spec.loader)
+        return spec
+
+
+class _LoadAndRegister(Loader):
+    """Loads a module with its own loader, then imports our loader, which registers itself."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Let the module's own loader create it."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, then import our loader."""
+        self._loader.exec_module(module)
+        importlib.import_module(_LOADER)
