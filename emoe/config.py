@@ -8,7 +8,7 @@ import math
 import operator
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,6 +32,8 @@ _BOUNDS = {
     "exclusiveMaximum": (operator.lt, "below"),
 }
 
+_LARGEST_INTEGER = 2**63 - 1  # in PyTorch
+
 _SHARES = {"half": 2, "quarter": 4}  # of the layers, in requests such as "last-half:2"
 
 # fields of older releases with their defaults; ``from_dict`` ignores them if they changed nothing
@@ -53,9 +55,27 @@ _TUTEL: dict[str, Any] = {
 }
 
 
-def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
+def _number(default: Any = None, **bounds: float) -> Any:
     """Return a dataclass field for a number with bounds, named as in JSON Schema."""
     return dataclasses.field(default=default, metadata=bounds)
+
+
+def _describe(value: object) -> str:
+    """Write any value in one short line, for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write more than 4,300 digits
+        return "too long to print"
+    line = " ".join(text.split())
+    if len(line) > 80:
+        return f"{line[:77]}..."
+    return line
+
+
+def _suggest(value: object, options: Iterable[object]) -> str:
+    """Suggest an option in the place of a wrong value of any type."""
+    name = value if isinstance(value, str) else _describe(value)
+    return did_you_mean(name, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +115,17 @@ class RoutingConfig:
     expert_dropout: float = _number(0.0, minimum=0.0, exclusiveMaximum=1.0)
     dropout_position: Literal["before", "after"] = "after"
     output_bias: Literal["shared", "per_expert", "per_expert_whole"] = "shared"
-    version: int = CONFIG_VERSION
+    version: int = _number(CONFIG_VERSION, minimum=1)
 
     def __new__(cls, *_args: object, **values: Any) -> Self:
         version = values.get("version")
         if isinstance(version, int) and version > CONFIG_VERSION:  # checked before its unknown fields
-            raise ConfigError(f"{cls.__name__}.version is {version}; a newer release of emoe wrote it")
+            raise ConfigError(f"{cls.__name__}.version is {_describe(version)}; a newer release of emoe wrote it")
         # checked here because the generated __init__ would raise Python's own TypeError
-        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
-            if name not in fields:
-                raise ConfigError(f"{cls.__name__} has no field '{name}'{did_you_mean(name, fields)}")
-        for name, default in fields.items():
-            if values and default is dataclasses.MISSING and name not in values:  # copy.copy gives no values
-                raise ConfigError(f"{cls.__name__} needs the field '{name}'")
+            if name not in names:
+                raise ConfigError(f"{cls.__name__} has no field {_describe(name)}{did_you_mean(name, names)}")
         return super().__new__(cls)
 
     @classmethod
@@ -124,14 +141,19 @@ class RoutingConfig:
         Raises:
             ConfigError: the implementation, a field or a value does not exist.
         """
-        if implementation not in cls._published:
-            near = did_you_mean(implementation, cls._published)
-            raise ConfigError(f"{cls.__name__}.as_published: implementation is {implementation!r}{near}")
-        if values.get("router") == "cosine":
+        if not isinstance(implementation, str) or implementation not in cls._published:
+            near = _suggest(implementation, cls._published)
+            raise ConfigError(f"{cls.__name__}.as_published: implementation is {_describe(implementation)}{near}")
+        router = values.get("router")
+        if isinstance(router, str) and router == "cosine":
             values.setdefault("weighting", "softmax")
         return cls(**{**cls._published[implementation], **values})
 
     def __post_init__(self) -> None:
+        # both have None as default, because Python's own TypeError would report a field without default
+        for name in ("num_experts", "top_k"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{type(self).__name__} needs the field '{name}'")
         for field in dataclasses.fields(self):
             self._check_field(field)
         if self.top_k > self.num_experts:
@@ -139,22 +161,31 @@ class RoutingConfig:
         if self.balance_loss == "published" and self.aux_loss_coefficient and not self.router_noise:
             raise self._error("router_noise", "above 0 with balance_loss='published', which divides by it")
         if not isinstance(self.layers, str):
-            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
+            layers = tuple(self.layers) if self._lists_layers() else ()
             if not layers or not all(type(layer) is int for layer in layers):
                 raise self._error("layers", "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice")
             object.__setattr__(self, "layers", layers)
 
+    def _lists_layers(self) -> bool:
+        """Check that ``layers`` is a sequence, but not of bytes, which look like whole numbers."""
+        is_bytes = isinstance(self.layers, bytes | bytearray | memoryview)
+        return isinstance(self.layers, Sequence) and not is_bytes
+
     def _check_field(self, field: dataclasses.Field[Any]) -> None:
         hint, value = self._type_hints()[field.name], getattr(self, field.name)
         options = typing.get_args(hint) or (hint,)
-        if typing.get_origin(hint) is Literal and value not in options:
-            raise ConfigError(f"{type(self).__name__}.{field.name} is {value!r}{did_you_mean(value, options)}")
+        if typing.get_origin(hint) is Literal and not (isinstance(value, str) and value in options):
+            near = _suggest(value, options)
+            raise ConfigError(f"{type(self).__name__}.{field.name} is {_describe(value)}{near}")
         if hint is bool and not isinstance(value, bool):
             raise self._error(field.name, "true or false")
         if not field.metadata or (value is None and type(None) in options):
             return
         kinds = (int, float) if float in options else (int,)
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        if fits and isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+            raise self._error(field.name, f"at most {_LARGEST_INTEGER}")
+        fits = fits and math.isfinite(value)
         if not (fits and all(_BOUNDS[name][0](value, limit) for name, limit in field.metadata.items())):
             kind = "a number" if float in options else "a whole number"
             wanted = " and ".join(f"{_BOUNDS[name][1]} {limit}" for name, limit in field.metadata.items())
@@ -166,7 +197,7 @@ class RoutingConfig:
         return typing.get_type_hints(cls)
 
     def _error(self, name: str, wanted: str) -> ConfigError:
-        return ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {wanted}")
+        return ConfigError(f"{type(self).__name__}.{name} is {_describe(getattr(self, name))}; it must be {wanted}")
 
     @property
     def num_active_experts(self) -> int:
@@ -192,9 +223,15 @@ class RoutingConfig:
         Raises:
             ConfigError: a field is unknown or missing, or a value is out of range.
         """
-        if values.get("kind", cls.kind) != cls.kind:
-            raise ConfigError(f"{cls.__name__} cannot read a configuration of kind {values['kind']!r}")
-        unchanged = {name for name, default in _REMOVED_FIELDS.items() if values.get(name) == default}
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{cls.__name__} cannot read {_describe(values)}: it is not a dictionary")
+        kind = values.get("kind", cls.kind)
+        if not isinstance(kind, str) or kind != cls.kind:
+            raise ConfigError(f"{cls.__name__} cannot read a configuration of kind {_describe(kind)}")
+        for name in values:
+            if not isinstance(name, str):
+                raise ConfigError(f"{cls.__name__} has no field {_describe(name)}")
+        unchanged = {name for name, default in _REMOVED_FIELDS.items() if values.get(name) is default}
         ignored = {"kind", "backend", "decode_cache", *unchanged}
         return cls(**{name: value for name, value in values.items() if name not in ignored})
 
@@ -248,9 +285,10 @@ class EMoEConfig(RoutingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.router not in ROUTERS:
-            near = did_you_mean(self.router, ROUTERS)
-            raise ConfigError(f"EMoEConfig.router is {self.router!r}, which no emoe.register_router call added{near}")
+        if not isinstance(self.router, str) or self.router not in ROUTERS:
+            near = _suggest(self.router, ROUTERS)
+            given = _describe(self.router)
+            raise ConfigError(f"EMoEConfig.router is {given}, which no emoe.register_router call added{near}")
         with_router = f"with router='{self.router}'"
         if self.router != "avg_k" and self.score != "keys":
             raise self._error("score", f"'keys' {with_router}, which has its own scores")
@@ -307,10 +345,12 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
         ConfigError: the kind or a field does not exist, a field is missing, or a value is out of range.
     """
     kinds: dict[str, type[EMoEConfig] | type[GMoEConfig]] = {"emoe": EMoEConfig, "gmoe": GMoEConfig}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a configuration is a dictionary, not {_describe(values)}")
     kind = values.get("kind")
-    if str(kind) not in kinds:
-        raise ConfigError(f"kind is {kind!r}{did_you_mean(kind, kinds)}")
-    return kinds[str(kind)].from_dict(values)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ConfigError(f"kind is {_describe(kind)}{_suggest(kind, kinds)}")
+    return kinds[kind].from_dict(values)
 
 
 def resolve_layers(layers: Layers, count: int) -> list[int]:
@@ -326,26 +366,26 @@ def resolve_layers(layers: Layers, count: int) -> list[int]:
     if not isinstance(layers, str):
         missing = [i for i in layers if not -count <= i < count]
         if missing:
-            raise ConfigError(f"layers {missing} do not exist: the model has layers 0 to {count - 1}")
+            raise ConfigError(f"layers {_describe(missing)} do not exist: the model has layers 0 to {count - 1}")
         numbers = sorted({i % count for i in layers})
         if len(numbers) != len(layers):
-            raise ConfigError(f"layers {list(layers)} name the same layer twice")
+            raise ConfigError(f"layers {_describe(list(layers))} name the same layer twice")
         return numbers
     if layers == "all":
         return list(range(count))
-    if match := re.fullmatch(r"last:(\d+)", layers):
+    if match := re.fullmatch(r"last:(\d{1,9})", layers):
         if int(match[1]) > count:
             raise ConfigError(f"layers '{layers}' asks for more than the model's {count} layers")
         numbers = list(range(count - int(match[1]), count))
-    elif match := re.fullmatch(rf"last-({'|'.join(_SHARES)}):(\d+)", layers):
+    elif match := re.fullmatch(r"last-(half|quarter):(\d{1,9})", layers):
         share, step = _SHARES[match[1]], int(match[2])
         numbers = list(range(count * (share - 1) // share, count, step)) if step else []
-    elif re.fullmatch(r"-?\d*:-?\d*(:\d*)?", layers):
+    elif re.fullmatch(r"-?\d{0,9}:-?\d{0,9}(:\d{0,9})?", layers):
         bounds = [int(bound) if bound else None for bound in layers.split(":")]
         numbers = list(range(count))[slice(*bounds)] if bounds[2:] != [0] else []
     else:
         valid = "a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice like '8:12:2'"
-        raise ConfigError(f"layers '{layers}' is invalid; write {valid}")
+        raise ConfigError(f"layers {_describe(layers)} is invalid; write {valid}")
     if not numbers:
         raise ConfigError(f"layers '{layers}' matches none of the model's layers 0 to {count - 1}")
     return numbers
