@@ -8,6 +8,7 @@ print(emoe.convert_(model, config))
 
 import importlib
 import importlib.metadata
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
@@ -23,23 +24,36 @@ if TYPE_CHECKING:
     from emoe.records import record_routing
     from emoe.routers import Router, register_router
     from emoe.settings import fix_experts_, for_inference_, set_backend_, set_top_k_
-    from emoe.trainer import TrainerCallback as TrainerCallback
+    from emoe.trainer import TrainerCallback
 
-# imported on first use, because planning a benchmark needs neither PyTorch nor transformers
-_NAMES = {
-    "architectures": ("FFNSpec", "register_ffn"),
-    "checkpoint": ("from_pretrained", "save_pretrained"),
-    "convert": ("ConversionReport", "convert_", "to_dense_"),
-    "layer": ("aux_loss", "update_gates_"),
-    "partitioning": ("partition",),
-    "records": ("record_routing",),
-    "routers": ("Router", "register_router"),
-    "settings": ("fix_experts_", "for_inference_", "set_backend_", "set_top_k_"),
-    "trainer": ("TrainerCallback",),
+# The module of each name that is imported at its first use: planning a benchmark needs neither
+# PyTorch nor transformers.
+_MODULES = {
+    "ConversionReport": "convert",
+    "FFNSpec": "architectures",
+    "Router": "routers",
+    "TrainerCallback": "trainer",
+    "aux_loss": "layer",
+    "convert_": "convert",
+    "fix_experts_": "settings",
+    "for_inference_": "settings",
+    "from_pretrained": "checkpoint",
+    "partition": "partitioning",
+    "record_routing": "records",
+    "register_ffn": "architectures",
+    "register_router": "routers",
+    "save_pretrained": "checkpoint",
+    "set_backend_": "settings",
+    "set_top_k_": "settings",
+    "to_dense_": "convert",
+    "update_gates_": "layer",
 }
-_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-__version__ = importlib.metadata.version("emoe")
+try:
+    __version__ = importlib.metadata.version("emoe")
+except importlib.metadata.PackageNotFoundError:
+    # A checkout on the path that nobody installed has no metadata. Its version is unknown.
+    __version__ = "0.0.0+unknown"
 
 __all__ = [
     "CheckpointError",
@@ -68,11 +82,19 @@ __all__ = [
     "update_gates_",
 ]
 
+# The callback's module imports transformers, which is not a dependency. `from emoe import *`
+# imports every name in __all__, and must not fail without transformers.
+if importlib.util.find_spec("transformers") is not None:
+    __all__ += ["TrainerCallback"]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'emoe' has no attribute '{name}'")
-    return globals().setdefault(name, getattr(importlib.import_module(f"emoe.{_MODULES[name]}"), name))
+    module = importlib.import_module(f"emoe.{_MODULES[name]}")
+    value = getattr(module, name)
+    globals()[name] = value  # Python calls __getattr__ for missing names only
+    return value
 
 
 def __dir__() -> list[str]:

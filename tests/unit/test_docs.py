@@ -67,10 +67,3 @@ def test_every_example_of_a_docstring_runs(name: str) -> None:
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     failed, _ = doctest.DocTestRunner(optionflags=flags).run(EXAMPLES[name], out=output.append)
     assert not failed, "".join(output)
-
-
-def test_every_public_name_can_be_imported() -> None:
-    names: dict[str, object] = {}
-    exec("from emoe import *", names)  # noqa: S102 -- as a notebook does
-    assert set(emoe.__all__) <= set(names)
-    assert {*emoe.__all__, "TrainerCallback"} <= set(dir(emoe))
