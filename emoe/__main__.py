@@ -1,11 +1,10 @@
-"""``python -m emoe``: convert, inspect, fold back and run model folders from the shell."""
+"""``python -m emoe``: convert, inspect and fold back model folders from the shell."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +15,7 @@ from tabulate import tabulate
 
 import emoe
 from emoe import checkpoint, files
-from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
-from emoe.layer import routed_layers
+from emoe.errors import ConfigError, EMoEError
 from emoe.sparse.build import build_kernels
 
 _FOLDER = click.Path(path_type=Path)
@@ -109,8 +107,7 @@ def convert(
 
 @cli.command(short_help="Show the content of a converted folder.")
 @click.argument("folder", type=_FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def inspect(folder: Path, as_json: bool) -> None:
+def inspect(folder: Path) -> None:
     """Show the configuration, experts and files of a converted FOLDER without loading its weights.
 
     A * marks settings that are not the default.
@@ -122,9 +119,6 @@ def inspect(folder: Path, as_json: bool) -> None:
         neurons = len(tensors[f"key_norms.{row['layer']}"])
         row |= {"neurons": neurons, "size": neurons // experts}
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    if as_json:
-        click.echo(json.dumps({"config": config.to_dict(), "layers": layers, "files": sizes}, indent=1))
-        return
     defaults = type(config)(num_experts=experts, top_k=config.top_k).to_dict()
     values = config.to_dict().items()
     fields = [(name, json.dumps(value), "" if value == defaults[name] else "*") for name, value in values]
@@ -149,48 +143,6 @@ def to_dense(folder: Path, output: Path, restore_order: bool) -> None:
     with files.new_folder(output, source) as new:
         files.save_weights(model, new)
     click.echo(f"Written to {output}")
-
-
-@cli.command(short_help="Answer a prompt with a language model.")
-@click.argument("folder")
-@click.argument("prompt")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
-@click.option("--raw", is_flag=True, help="Pass the prompt on without the tokenizer's chat template.")
-def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
-    """Answer PROMPT greedily with the language model of FOLDER, converted or dense."""
-    from transformers import AutoTokenizer, TextStreamer
-
-    source = files.model_folder(folder)
-    is_converted = checkpoint.read_mark(source) is not None
-    load = emoe.from_pretrained if is_converted else files.load_stock
-    with files.quiet():
-        model: Any = load(files.loader_for(source), source).eval()
-    if not hasattr(model, "generate") or not model.can_generate():
-        raise CheckpointError(f"{source} holds a {type(model).__name__}, which does not generate text")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if is_converted:
-            emoe.for_inference_(model)
-    except ConversionError as error:  # its scores need every neuron
-        click.echo(f"Masked backend: {error}", err=True)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} holds no tokenizer: {files.one_line(error)}") from error
-    is_chat = bool(tokenizer.chat_template) and not raw
-    if is_chat:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # a template has the special tokens already
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not is_chat, return_token_type_ids=False)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    start = time.perf_counter()
-    inputs.to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    seconds = time.perf_counter() - start
-    tokens = output.shape[1] - inputs["input_ids"].shape[1]
-    backends = {f"{layer.backend} experts" for layer in routed_layers(model)} or {"dense"}
-    click.echo(f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} per second; {backends.pop()}]", err=True)
 
 
 @cli.command(short_help="Compile the sparse backend's kernels now.")
