@@ -380,7 +380,7 @@ def resolve_layers(layers: Layers, count: int) -> list[int]:
     elif match := re.fullmatch(r"last-(half|quarter):(\d{1,9})", layers):
         share, step = _SHARES[match[1]], int(match[2])
         numbers = list(range(count * (share - 1) // share, count, step)) if step else []
-    elif re.fullmatch(r"-?\d{0,9}:-?\d{0,9}(:\d{0,9})?", layers):
+    elif re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?(:\d{0,9})?", layers):
         bounds = [int(bound) if bound else None for bound in layers.split(":")]
         numbers = list(range(count))[slice(*bounds)] if bounds[2:] != [0] else []
     else:

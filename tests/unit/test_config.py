@@ -126,7 +126,7 @@ def test_requests_of_layers(request_: Any) -> None:
     assert resolve_layers(request_, 12) == REQUESTS[request_]
 
 
-NO_REQUESTS = ["last", "last:13", "last-half:0", "12:", "::0", "8-10", f"last:{'9' * 5000}"]
+NO_REQUESTS = ["last", "last:13", "last-half:0", "12:", "::0", "-:", "8-10", f"last:{'9' * 5000}"]
 NO_LAYERS = [(12,), (1, -11), (UNPRINTABLE,)]
 
 
