@@ -1,11 +1,10 @@
 """Frozen, validated configurations of plain values, and requests for layers such as ``last-half:2``."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: RoutingConfig checks its fields by their types, and
+# with that import the types would be strings.
 
 import dataclasses
-import functools
 import math
-import operator
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,19 +24,17 @@ BalanceLoss = Literal["corrected", "published"]
 
 CONFIG_VERSION = 1
 
-# comparison of each bound, by JSON Schema name, and its words in a message
-_BOUNDS = {
-    "minimum": (operator.ge, "of at least"),
-    "exclusiveMinimum": (operator.gt, "above"),
-    "exclusiveMaximum": (operator.lt, "below"),
-}
-
 _LARGEST_INTEGER = 2**63 - 1  # in PyTorch
 
-_SHARES = {"half": 2, "quarter": 4}  # of the layers, in requests such as "last-half:2"
+# parts of the layers, in requests such as "last-half:2"
+_SHARES = {"half": 2, "quarter": 4}
 
-# fields of older releases with their defaults; ``from_dict`` ignores them if they changed nothing
-_REMOVED_FIELDS = {"score_threshold": None, "normalize_gate": False, "value_norm_weighted": False}
+# fields of older releases, with the defaults that ``from_dict`` ignores
+_REMOVED_FIELDS = {
+    "score_threshold": None,
+    "normalize_gate": False,
+    "value_norm_weighted": False,
+}
 
 # True for routers with parameters; emoe.register_router adds to this
 ROUTERS = {"avg_k": False, "cosine": True, "fixed": False}
@@ -55,9 +52,39 @@ _TUTEL: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The bounds of a number; None for no bound."""
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def contain(self, value: float) -> bool:
+        """Check that a number is finite and within the bounds."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if self.at_least is not None and value < self.at_least:
+            return False
+        if self.above is not None and value <= self.above:
+            return False
+        return self.below is None or value < self.below
+
+    def describe(self) -> str:
+        """Write the bounds in words, such as ``of at least 0 and below 1``."""
+        words = []
+        if self.at_least is not None:
+            words.append(f"of at least {self.at_least}")
+        if self.above is not None:
+            words.append(f"above {self.above}")
+        if self.below is not None:
+            words.append(f"below {self.below}")
+        return " and ".join(words)
+
+
 def _number(default: Any = None, **bounds: float) -> Any:
-    """Return a dataclass field for a number with bounds, named as in JSON Schema."""
-    return dataclasses.field(default=default, metadata=bounds)
+    """Make a dataclass field for a number with these :class:`Bounds`."""
+    return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 def _describe(value: object) -> str:
@@ -104,29 +131,38 @@ class RoutingConfig:
     kind: ClassVar[str]
     _published: ClassVar[dict[str, dict[str, Any]]]
 
-    num_experts: int = _number(minimum=1)
-    top_k: int = _number(minimum=1)
+    num_experts: int = _number(at_least=1)
+    top_k: int = _number(at_least=1)
     layers: Layers | Sequence[int] = "last-half:2"
-    capacity_factor: float | None = _number(None, exclusiveMinimum=0)
+    capacity_factor: float | None = _number(None, above=0)
     count_padding: bool = False
-    router_noise: float = _number(0.0, minimum=0.0)
-    aux_loss_coefficient: float = _number(0.0, minimum=0.0)
+    router_noise: float = _number(0.0, at_least=0.0)
+    aux_loss_coefficient: float = _number(0.0, at_least=0.0)
     balance_loss: BalanceLoss = "corrected"
-    expert_dropout: float = _number(0.0, minimum=0.0, exclusiveMaximum=1.0)
+    expert_dropout: float = _number(0.0, at_least=0.0, below=1.0)
     dropout_position: Literal["before", "after"] = "after"
     output_bias: Literal["shared", "per_expert", "per_expert_whole"] = "shared"
-    version: int = _number(CONFIG_VERSION, minimum=1)
+    version: int = _number(CONFIG_VERSION, at_least=1)
 
     def __new__(cls, *_args: object, **values: Any) -> Self:
+        # the generated __init__ would raise Python's TypeError for an unknown field
+        cls._check_names(values)
+        return super().__new__(cls)
+
+    @classmethod
+    def _check_names(cls, values: Mapping[str, Any]) -> None:
+        """Raise an error for a field that this release does not know."""
+        # a newer release may have added the unknown fields
         version = values.get("version")
-        if isinstance(version, int) and version > CONFIG_VERSION:  # checked before its unknown fields
-            raise ConfigError(f"{cls.__name__}.version is {_describe(version)}; a newer release of emoe wrote it")
-        # checked here because the generated __init__ would raise Python's own TypeError
+        if isinstance(version, int) and version > CONFIG_VERSION:
+            newer = f"{_describe(version)}; a newer release of emoe wrote it"
+            raise ConfigError(f"{cls.__name__}.version is {newer}")
+
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                raise ConfigError(f"{cls.__name__} has no field {_describe(name)}{did_you_mean(name, names)}")
-        return super().__new__(cls)
+                near = did_you_mean(name, names)
+                raise ConfigError(f"{cls.__name__} has no field {_describe(name)}{near}")
 
     @classmethod
     def as_published(cls, implementation: str, **values: Any) -> Self:
@@ -142,62 +178,88 @@ class RoutingConfig:
             ConfigError: the implementation, a field or a value does not exist.
         """
         if not isinstance(implementation, str) or implementation not in cls._published:
+            given = _describe(implementation)
             near = _suggest(implementation, cls._published)
-            raise ConfigError(f"{cls.__name__}.as_published: implementation is {_describe(implementation)}{near}")
+            raise ConfigError(f"{cls.__name__}.as_published: implementation is {given}{near}")
         router = values.get("router")
         if isinstance(router, str) and router == "cosine":
             values.setdefault("weighting", "softmax")
-        return cls(**{**cls._published[implementation], **values})
+        fields = {**cls._published[implementation], **values}
+        return cls(**fields)
 
     def __post_init__(self) -> None:
-        # both have None as default, because Python's own TypeError would report a field without default
+        # Their default is None: Python's TypeError would report a missing field without default.
         for name in ("num_experts", "top_k"):
             if getattr(self, name) is None:
                 raise ConfigError(f"{type(self).__name__} needs the field '{name}'")
+
         for field in dataclasses.fields(self):
-            self._check_field(field)
+            if field.type is bool:
+                self._check_switch(field.name)
+            elif typing.get_origin(field.type) is Literal:
+                self._check_choice(field.name, typing.get_args(field.type))
+            elif "bounds" in field.metadata:
+                self._check_number(field)
+        self._check_layers()
+
         if self.top_k > self.num_experts:
             raise self._error("top_k", f"at most num_experts ({self.num_experts})")
         if self.balance_loss == "published" and self.aux_loss_coefficient and not self.router_noise:
-            raise self._error("router_noise", "above 0 with balance_loss='published', which divides by it")
-        if not isinstance(self.layers, str):
-            layers = tuple(self.layers) if self._lists_layers() else ()
-            if not layers or not all(type(layer) is int for layer in layers):
-                raise self._error("layers", "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice")
-            object.__setattr__(self, "layers", layers)
+            wanted = "above 0 with balance_loss='published', which divides by it"
+            raise self._error("router_noise", wanted)
 
-    def _lists_layers(self) -> bool:
-        """Check that ``layers`` is a sequence, but not of bytes, which look like whole numbers."""
-        is_bytes = isinstance(self.layers, bytes | bytearray | memoryview)
-        return isinstance(self.layers, Sequence) and not is_bytes
+    def _check_switch(self, name: str) -> None:
+        """Check that a field is true or false."""
+        if not isinstance(getattr(self, name), bool):
+            raise self._error(name, "true or false")
 
-    def _check_field(self, field: dataclasses.Field[Any]) -> None:
-        hint, value = self._type_hints()[field.name], getattr(self, field.name)
-        options = typing.get_args(hint) or (hint,)
-        if typing.get_origin(hint) is Literal and not (isinstance(value, str) and value in options):
+    def _check_choice(self, name: str, options: tuple[str, ...]) -> None:
+        """Check that a field is one of several words."""
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in options:
             near = _suggest(value, options)
-            raise ConfigError(f"{type(self).__name__}.{field.name} is {_describe(value)}{near}")
-        if hint is bool and not isinstance(value, bool):
-            raise self._error(field.name, "true or false")
-        if not field.metadata or (value is None and type(None) in options):
-            return
-        kinds = (int, float) if float in options else (int,)
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
-        if fits and isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-            raise self._error(field.name, f"at most {_LARGEST_INTEGER}")
-        fits = fits and math.isfinite(value)
-        if not (fits and all(_BOUNDS[name][0](value, limit) for name, limit in field.metadata.items())):
-            kind = "a number" if float in options else "a whole number"
-            wanted = " and ".join(f"{_BOUNDS[name][1]} {limit}" for name, limit in field.metadata.items())
-            raise self._error(field.name, f"{kind} {wanted}" + (", or null" if type(None) in options else ""))
+            raise ConfigError(f"{type(self).__name__}.{name} is {_describe(value)}{near}")
 
-    @classmethod
-    @functools.cache  # reading the hints takes longer than the checks
-    def _type_hints(cls) -> dict[str, Any]:
-        return typing.get_type_hints(cls)
+    def _check_number(self, field: dataclasses.Field[Any]) -> None:
+        """Check that a field is a number within its bounds, or None if its type includes None."""
+        value = getattr(self, field.name)
+        bounds: Bounds = field.metadata["bounds"]
+        allows_none = field.type == (float | None)
+        if value is None and allows_none:
+            return
+
+        if field.type is int:
+            wanted = f"a whole number {bounds.describe()}"
+            is_number = isinstance(value, int)
+        else:
+            wanted = f"a number {bounds.describe()}"
+            is_number = isinstance(value, int | float)
+        if isinstance(value, bool):  # Python's booleans are whole numbers
+            is_number = False
+        if allows_none:
+            wanted = f"{wanted}, or null"
+
+        if isinstance(value, int) and value > _LARGEST_INTEGER:
+            raise self._error(field.name, f"at most {_LARGEST_INTEGER}")
+        if not is_number or not bounds.contain(value):
+            raise self._error(field.name, wanted)
+
+    def _check_layers(self) -> None:
+        """Check that ``layers`` is a request or lists whole numbers. Make a list a tuple."""
+        if isinstance(self.layers, str):  # resolve_layers knows how many layers a model has
+            return
+        is_list = isinstance(self.layers, Sequence) and len(self.layers) > 0
+        if isinstance(self.layers, bytes | bytearray | memoryview):  # sequences of numbers too
+            is_list = False
+        # type() instead of isinstance(), which takes booleans for whole numbers
+        if not is_list or not all(type(layer) is int for layer in self.layers):
+            wanted = "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice"
+            raise self._error("layers", wanted)
+        object.__setattr__(self, "layers", tuple(self.layers))  # the fields are frozen
 
     def _error(self, name: str, wanted: str) -> ConfigError:
-        return ConfigError(f"{type(self).__name__}.{name} is {_describe(getattr(self, name))}; it must be {wanted}")
+        value = _describe(getattr(self, name))
+        return ConfigError(f"{type(self).__name__}.{name} is {value}; it must be {wanted}")
 
     @property
     def num_active_experts(self) -> int:
@@ -224,16 +286,23 @@ class RoutingConfig:
             ConfigError: a field is unknown or missing, or a value is out of range.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{cls.__name__} cannot read {_describe(values)}: it is not a dictionary")
+            given = _describe(values)
+            raise ConfigError(f"{cls.__name__} cannot read {given}: it is not a dictionary")
         kind = values.get("kind", cls.kind)
         if not isinstance(kind, str) or kind != cls.kind:
-            raise ConfigError(f"{cls.__name__} cannot read a configuration of kind {_describe(kind)}")
-        for name in values:
+            given = _describe(kind)
+            raise ConfigError(f"{cls.__name__} cannot read a configuration of kind {given}")
+
+        fields = {}
+        for name, value in values.items():
             if not isinstance(name, str):
                 raise ConfigError(f"{cls.__name__} has no field {_describe(name)}")
-        unchanged = {name for name, default in _REMOVED_FIELDS.items() if values.get(name) is default}
-        ignored = {"kind", "backend", "decode_cache", *unchanged}
-        return cls(**{name: value for name, value in values.items() if name not in ignored})
+            if name in ("kind", "backend", "decode_cache"):
+                continue
+            if name in _REMOVED_FIELDS and value is _REMOVED_FIELDS[name]:
+                continue
+            fields[name] = value
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,35 +344,50 @@ class EMoEConfig(RoutingConfig):
     _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": _TUTEL, "llama": {"score": "gate"}}
 
     partition: Partition = "kmeans"
-    partition_seed: int = _number(0, minimum=0)
+    partition_seed: int = _number(0, at_least=0)
     router: str = "avg_k"
     selection: Selection = "top"
     score: Score = "keys"
     score_bias: bool = False
-    gate_momentum: float = _number(0.0, minimum=0.0, exclusiveMaximum=1.0)
+    gate_momentum: float = _number(0.0, at_least=0.0, below=1.0)
     weighting: Weighting = "binary"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_router()
+        if self.output_bias == "per_expert_whole":
+            wanted = "'shared' or 'per_expert': an expert is a part of the FFN, not a copy"
+            raise self._error("output_bias", wanted)
+        if self.selection == "not_top" and self.top_k == self.num_experts:
+            wanted = "below num_experts with selection='not_top', or no expert is left"
+            raise self._error("top_k", wanted)
+
+    def _check_router(self) -> None:
+        """Check that the router exists, and that the other fields fit it."""
         if not isinstance(self.router, str) or self.router not in ROUTERS:
-            near = _suggest(self.router, ROUTERS)
             given = _describe(self.router)
-            raise ConfigError(f"EMoEConfig.router is {given}, which no emoe.register_router call added{near}")
+            unknown = "which no emoe.register_router call added"
+            near = _suggest(self.router, ROUTERS)
+            raise ConfigError(f"EMoEConfig.router is {given}, {unknown}{near}")
+
         with_router = f"with router='{self.router}'"
         if self.router != "avg_k" and self.score != "keys":
             raise self._error("score", f"'keys' {with_router}, which has its own scores")
+
+        # both change the mean keys, which only this router and this score use
+        uses_mean_keys = self.router == "avg_k" and self.score == "keys"
         for name in ("score_bias", "gate_momentum"):
-            if getattr(self, name) and (self.router != "avg_k" or self.score != "keys"):
+            if getattr(self, name) and not uses_mean_keys:
                 raise self._error(name, "off unless router is 'avg_k' and score is 'keys'")
-        if ROUTERS[self.router]:
-            if self.weighting == "binary":
-                raise self._error("weighting", f"'softmax' or 'softmax_times_k' {with_router}, else no gradient")
-            if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts:
-                raise self._error("top_k", "at least 2 with weighting='softmax_times_k', else the weight is always 1")
-        if self.output_bias == "per_expert_whole":
-            raise self._error("output_bias", "'shared' or 'per_expert': an expert is a part of the FFN, not a copy")
-        if self.selection == "not_top" and self.top_k == self.num_experts:
-            raise self._error("top_k", "below num_experts with selection='not_top', or no expert is left")
+
+        has_parameters = ROUTERS[self.router]
+        if has_parameters and self.weighting == "binary":
+            wanted = f"'softmax' or 'softmax_times_k' {with_router}, else no gradient"
+            raise self._error("weighting", wanted)
+        has_one_of_many = self.top_k == 1 and self.num_experts > 1
+        if has_parameters and self.weighting == "softmax_times_k" and has_one_of_many:
+            wanted = "at least 2 with weighting='softmax_times_k', else the weight is always 1"
+            raise self._error("top_k", wanted)
 
     @property
     def num_active_experts(self) -> int:
@@ -330,9 +414,9 @@ class GMoEConfig(RoutingConfig):
     score: ClassVar[Score] = "keys"
     weighting: ClassVar[Weighting] = "softmax"
 
-    num_experts: int = _number(6, minimum=1)
-    top_k: int = _number(2, minimum=1)
-    aux_loss_coefficient: float = _number(0.01, minimum=0.0)
+    num_experts: int = _number(6, at_least=1)
+    top_k: int = _number(2, at_least=1)
+    aux_loss_coefficient: float = _number(0.01, at_least=0.0)
 
 
 def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
@@ -364,28 +448,53 @@ def resolve_layers(layers: Layers, count: int) -> list[int]:
         ConfigError: the request is invalid or matches no layer.
     """
     if not isinstance(layers, str):
-        missing = [i for i in layers if not -count <= i < count]
-        if missing:
-            raise ConfigError(f"layers {_describe(missing)} do not exist: the model has layers 0 to {count - 1}")
-        numbers = sorted({i % count for i in layers})
-        if len(numbers) != len(layers):
-            raise ConfigError(f"layers {_describe(list(layers))} name the same layer twice")
-        return numbers
-    if layers == "all":
-        return list(range(count))
-    if match := re.fullmatch(r"last:(\d{1,9})", layers):
-        if int(match[1]) > count:
-            raise ConfigError(f"layers '{layers}' asks for more than the model's {count} layers")
-        numbers = list(range(count - int(match[1]), count))
-    elif match := re.fullmatch(r"last-(half|quarter):(\d{1,9})", layers):
-        share, step = _SHARES[match[1]], int(match[2])
-        numbers = list(range(count * (share - 1) // share, count, step)) if step else []
-    elif re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?(:\d{0,9})?", layers):
-        bounds = [int(bound) if bound else None for bound in layers.split(":")]
-        numbers = list(range(count))[slice(*bounds)] if bounds[2:] != [0] else []
-    else:
-        valid = "a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice like '8:12:2'"
-        raise ConfigError(f"layers {_describe(layers)} is invalid; write {valid}")
+        return _numbered_layers(layers, count)
+    numbers = _requested_layers(layers, count)
     if not numbers:
-        raise ConfigError(f"layers '{layers}' matches none of the model's layers 0 to {count - 1}")
+        valid = f"layers 0 to {count - 1}"
+        raise ConfigError(f"layers '{layers}' matches none of the model's {valid}")
     return numbers
+
+
+def _numbered_layers(layers: Sequence[int], count: int) -> list[int]:
+    """Return layer numbers in ascending order. Negative ones count from the last layer."""
+    missing = [number for number in layers if not -count <= number < count]
+    if missing:
+        valid = f"the model has layers 0 to {count - 1}"
+        raise ConfigError(f"layers {_describe(missing)} do not exist: {valid}")
+    numbers = {number % count for number in layers}
+    if len(numbers) < len(layers):
+        raise ConfigError(f"layers {_describe(list(layers))} name the same layer twice")
+    return sorted(numbers)
+
+
+def _requested_layers(request: str, count: int) -> list[int]:
+    """Return the layers, maybe none, that a request such as ``"last:2"`` asks for."""
+    every_layer = list(range(count))
+    if request == "all":
+        return every_layer
+
+    # nine digits are enough for layers, and for int()
+    last = re.fullmatch(r"last:(\d{1,9})", request)
+    if last:
+        number = int(last[1])
+        if number > count:
+            raise ConfigError(f"layers '{request}' asks for more than the model's {count} layers")
+        return every_layer[count - number :]
+
+    last_share = re.fullmatch(r"last-(half|quarter):(\d{1,9})", request)
+    if last_share:
+        parts = _SHARES[last_share[1]]
+        first = count * (parts - 1) // parts
+        step = int(last_share[2])
+        return every_layer[first::step] if step else []
+
+    bounds = re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?(?::(\d{1,9})?)?", request)
+    if bounds:
+        start = int(bounds[1]) if bounds[1] else None
+        stop = int(bounds[2]) if bounds[2] else None
+        step = int(bounds[3]) if bounds[3] else 1
+        return every_layer[start:stop:step] if step else []
+
+    valid = "a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice like '8:12:2'"
+    raise ConfigError(f"layers {_describe(request)} is invalid; write {valid}")

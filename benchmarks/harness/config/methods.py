@@ -32,7 +32,7 @@ from benchmarks.harness.config.yaml import (
     refusal,
     registered,
 )
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, resolve_layers
+from emoe.config import ROUTERS, Bounds, EMoEConfig, GMoEConfig, resolve_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,12 +100,12 @@ Kind = Literal["dense", "emoe", "gmoe"]
 
 def _config_fields() -> dict[str, Any]:
     """Return the fields of EMoEConfig and GMoEConfig with their types and bounds, all of them optional."""
-    bounds = {"minimum": "ge", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
     fields: dict[str, Any] = {}
     for config in (EMoEConfig, GMoEConfig):
         hints = get_type_hints(config)
         for field in dataclasses.fields(config):
-            limits = Field(**{bounds[key]: limit for key, limit in field.metadata.items()})
+            bounds = field.metadata.get("bounds", Bounds())
+            limits = Field(ge=bounds.at_least, gt=bounds.above, lt=bounds.below)
             fields[field.name] = (Annotated[hints[field.name], limits, KEEP_INTEGER] | None, None)
     del fields["version"]
     return fields
