@@ -18,7 +18,7 @@ from emoe.registration import register_loader
 if TYPE_CHECKING:
     from emoe.architectures import FFNSpec, register_ffn
     from emoe.checkpoint import from_pretrained, save_pretrained
-    from emoe.convert import ConversionReport, convert_, to_dense_
+    from emoe.convert import ConversionReport, config_of, convert_, is_converted, to_dense_
     from emoe.layer import aux_loss, update_gates_
     from emoe.partitioning import partition
     from emoe.records import record_routing
@@ -34,10 +34,12 @@ _MODULES = {
     "Router": "routers",
     "TrainerCallback": "trainer",
     "aux_loss": "layer",
+    "config_of": "convert",
     "convert_": "convert",
     "fix_experts_": "settings",
     "for_inference_": "settings",
     "from_pretrained": "checkpoint",
+    "is_converted": "convert",
     "partition": "partitioning",
     "record_routing": "records",
     "register_ffn": "architectures",
@@ -67,10 +69,12 @@ __all__ = [
     "Router",
     "aux_loss",
     "config_from_dict",
+    "config_of",
     "convert_",
     "fix_experts_",
     "for_inference_",
     "from_pretrained",
+    "is_converted",
     "partition",
     "record_routing",
     "register_ffn",

@@ -15,7 +15,8 @@ from tabulate import tabulate
 
 import emoe
 from emoe import checkpoint, files
-from emoe.errors import ConfigError, EMoEError
+from emoe.errors import CheckpointError, ConfigError, EMoEError
+from emoe.model_config import Experts
 from emoe.sparse.build import build_kernels
 
 _FOLDER = click.Path(path_type=Path)
@@ -105,6 +106,20 @@ def convert(
     click.echo(f"Written to {output}")
 
 
+def _layer_rows(folder: Path, experts: Experts) -> list[dict[str, int]]:
+    """Return a row for each converted FFN; neurons are known if emoe saved the folder."""
+    number = experts.config.num_experts
+    path = folder / checkpoint.PARTITION_FILE
+    if not path.exists():
+        return [{"layer": layer, "experts": number} for layer in experts.layers]
+    rows = []
+    tensors = files.read_tensors(path)
+    for layer in experts.layers:
+        neurons = len(tensors.get(f"key_norms.{layer}", ()))
+        rows.append({"layer": layer, "experts": number, "neurons": neurons, "size": neurons // number})
+    return rows
+
+
 @cli.command(short_help="Show the content of a converted folder.")
 @click.argument("folder", type=_FOLDER)
 def inspect(folder: Path) -> None:
@@ -112,21 +127,21 @@ def inspect(folder: Path) -> None:
 
     A * marks settings that are not the default.
     """
-    mark, tensors, _ = checkpoint.read_sidecars(folder)
-    config, experts = mark.config, mark.config.num_experts
-    layers: list[dict[str, int]] = [{"layer": index, "experts": experts} for index in mark.layers]
-    for row in layers if tensors else []:
-        neurons = len(tensors[f"key_norms.{row['layer']}"])
-        row |= {"neurons": neurons, "size": neurons // experts}
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    defaults = type(config)(num_experts=experts, top_k=config.top_k).to_dict()
-    values = config.to_dict().items()
-    fields = [(name, json.dumps(value), "" if value == defaults[name] else "*") for name, value in values]
+    files.check_loadable(folder)
+    experts = checkpoint.read_experts(folder)
+    if experts is None:
+        raise CheckpointError(f"{folder} holds no experts; convert it with python -m emoe convert")
+    config = experts.config
+    defaults = type(config)(num_experts=config.num_experts, top_k=config.top_k).to_dict()
+    fields = []
+    for name, value in config.to_dict().items():
+        fields.append((name, json.dumps(value), "" if value == defaults[name] else "*"))
     click.echo(tabulate(fields, headers=["field", "value", "set"], tablefmt="simple") + "\n")
-    click.echo(tabulate(layers, headers="keys", tablefmt="simple") + "\n")
-    rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes.items()]
+    click.echo(tabulate(_layer_rows(folder, experts), headers="keys", tablefmt="simple") + "\n")
+    sizes = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if path.is_file()]
+    rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes]
     click.echo(tabulate(rows, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
-    if not tensors:
+    if not (folder / checkpoint.PARTITION_FILE).exists():
         click.echo("\nThe model's own library saved this folder: the original order of the neurons is unknown.")
 
 

@@ -192,7 +192,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     Raises:
         CheckpointError: a file is missing or damaged, or the small files belong to other weights.
     """
-    folder = files.model_folder(str(folder), revision=options.get("revision"))
+    folder = files.model_folder(str(folder), options)
     experts = read_experts(folder)
     if experts is None:
         raise CheckpointError(f"{folder} holds no experts; load it with its own library, and call emoe.convert_")
@@ -322,7 +322,7 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     tensors = files.read_tensors(path)
     expected = {f"key_norms.{layer.ffn.index}" for layer in layers}
     stored = {name for name in tensors if name.startswith("key_norms.")}
-    num_experts = tensors.get("num_experts", torch.zeros(1)).tolist()
+    num_experts: Any = tensors.get("num_experts", torch.zeros(1)).tolist()
     if stored != expected or num_experts != layers[0].config.num_experts:
         raise CheckpointError(f"{path} describes other layers or numbers of experts than the configuration")
     for layer in layers:

@@ -15,7 +15,7 @@ from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_plain, check_weights
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
-from emoe.layer import RoutedActivation, resize_parameter_, routed_layers
+from emoe.layer import RoutedActivation, check_one_conversion, resize_parameter_, routed_layers
 from emoe.model_config import describe_experts_, described_configs, update_description_
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
@@ -230,6 +230,8 @@ def finish_conversion_(model: nn.Module) -> None:
     describe_experts_(model)
     model.register_load_state_dict_pre_hook(_check_state)
     layers = routed_layers(model)
+    for part in _parts_with_experts(model):
+        part.register_load_state_dict_pre_hook(_check_state_of_part)
     config = layers[0].config
     if not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0):
         hooks = watch_padding(model, [layer.ffn for layer in layers])
@@ -237,26 +239,77 @@ def finish_conversion_(model: nn.Module) -> None:
             layer.padding = hooks.get(layer.ffn.index)
 
 
+def _parts_with_experts(model: nn.Module) -> list[nn.Module]:
+    """Return the modules below a model that contain a routed FFN: the base model, the list of layers, a layer, …"""
+    names = [name for name, module in model.named_modules() if isinstance(module, RoutedActivation)]
+    paths = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
+    return [model.get_submodule(path) for path in sorted(paths)]
+
+
+def _check_state_of_part(part: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Check the state that is loaded into a part of a converted model."""
+    if prefix == "":  # else the state of a larger module is loaded, whose hook has checked it
+        _check_state(part, state, prefix)
+
+
 def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Raise :class:`CheckpointError` for a dense model's state, before anything is loaded."""
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
     for layer in routed_layers(model):
         name = names.get(id(layer.ffn.proj_in))
-        weight = state.get(f"{name}.weight", state.get(f"{name}.base_layer.weight"))
-        present = cast(Tensor, layer.ffn.proj_in.weight)
-        are_plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in (weight, present))
-        if layer.permutation is None or not are_plain or cast(Tensor, weight).shape != present.shape:
-            continue
-        keys = layer.ffn.keys().detach().float()
-        incoming = layer.ffn.keys_of(cast(Tensor, weight)).to(keys)
-        stored = float(F.cosine_similarity(keys, incoming, dim=1).mean())
-        dense = float(F.cosine_similarity(keys, incoming[layer.permutation.to(keys.device)], dim=1).mean())
-        # if both orders are equal, similarities differ only by rounding
-        if dense > max(stored, _SIMILAR) and bool((layer.permutation.diff() != 1).any()):
-            way_out = "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
-            raise CheckpointError(f"{layer.ffn.name}: the state dict has a dense model's order of neurons; {way_out}")
-        if stored < _SIMILAR:  # the state of another model, whose original order is unknown
-            layer.permutation = None
+        incoming = state.get(f"{name}.weight", state.get(f"{name}.base_layer.weight"))
+        if layer.permutation is not None and _is_comparable(layer.ffn, incoming):
+            _check_order_(layer, cast(Tensor, incoming))
+
+
+def _is_comparable(ffn: FFN, incoming: Any) -> bool:
+    """Check if an in-projection's weight and the one to be loaded are plain tensors of the same shape."""
+    present = cast(Tensor, ffn.proj_in.weight)
+    are_plain = all(type(weight) in (Tensor, nn.Parameter) and not weight.is_meta for weight in (incoming, present))
+    return are_plain and incoming.shape == present.shape
+
+
+def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
+    """Compare the order of the neurons in an in-projection's weight that is to be loaded with the present one.
+
+    Raises :class:`CheckpointError` if it is the dense model's. If the weight is another model's, the layer's original
+    order becomes unknown.
+    """
+    permutation = cast(Tensor, layer.permutation)
+    keys = layer.ffn.keys().detach().float()
+    incoming = layer.ffn.keys_of(weight).to(keys)
+    stored = float(F.cosine_similarity(keys, incoming, dim=1).mean())
+    dense = float(F.cosine_similarity(keys, incoming[permutation.to(keys.device)], dim=1).mean())
+    # if both orders are equal, similarities differ only by rounding
+    orders_differ = bool((permutation.diff() != 1).any())
+    if orders_differ and dense > max(stored, _SIMILAR):
+        way_out = "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
+        raise CheckpointError(f"{layer.ffn.name}: the state dict has a dense model's order of neurons; {way_out}")
+    if stored < _SIMILAR:
+        layer.permutation = None
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Check if a model has experts.
+
+    Args:
+        model: any model, also wrapped by PEFT, DDP or ``torch.compile``.
+    """
+    return bool(routed_layers(model))
+
+
+def config_of(model: nn.Module) -> EMoEConfig | GMoEConfig:
+    """Return the configuration of a model's experts.
+
+    Args:
+        model: converted model, also wrapped by PEFT, DDP or ``torch.compile``.
+
+    Raises:
+        ConversionError: the model is not converted, or its parts were converted separately.
+    """
+    layers = converted_layers(model, "config_of")
+    check_one_conversion(layers, "config_of")
+    return layers[0].config
 
 
 def converted_layers(model: nn.Module, caller: str, hint: str = "convert it first") -> list[RoutedActivation]:

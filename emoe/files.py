@@ -26,6 +26,8 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers and templates
 DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
 Restored = Callable[[nn.Module], set[str]]  # returns the names of the tensors that the caller loads later
 
 
@@ -138,14 +140,20 @@ class Weights:
             return tuple(file.get_slice(name).get_shape())
 
 
-def model_folder(model: str, revision: str | None = None) -> Path:
-    """Return a model's folder, downloaded if the model is a hub id (raises :class:`CheckpointError`)."""
+def model_folder(model: str, options: Mapping[str, Any] | None = None) -> Path:
+    """Return a model's folder, downloaded if the model is a hub id (raises :class:`CheckpointError`).
+
+    Args:
+        model: folder or hub id.
+        options: a loader's options, of which ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` count.
+    """
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
+        given = {name: value for name, value in (options or {}).items() if name in _HUB_OPTIONS}
         try:
-            folder = Path(snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED))
+            folder = Path(snapshot_download(model, allow_patterns=DOWNLOADED, **given))
         except (OSError, ValueError) as error:  # the errors of the hub are subclasses
             raise CheckpointError(f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}") from error
     check_loadable(folder)
@@ -161,11 +169,21 @@ def loader_for(folder: Path) -> Any:
         return timm.create_model
     import transformers
 
-    name = str((settings.get("architectures") or ["AutoModel"])[0])
+    name = writer_of(folder) or "AutoModel"
     loader = getattr(transformers, name, None)
     if not hasattr(loader, "from_pretrained"):
         raise CheckpointError(f"{folder}: 'architectures' names '{name:.80}', which is not a model of transformers")
     return loader
+
+
+def writer_of(folder: Path) -> str | None:
+    """Return the name of the transformers class that wrote a folder, None if it names none."""
+    names = read_settings(folder).get("architectures")
+    if names is None or names == []:
+        return None
+    if not isinstance(names, list):
+        raise CheckpointError(f"{folder / STOCK_CONFIG_FILE}: 'architectures' is {names!r:.80}, not a list of names")
+    return str(names[0])
 
 
 def check_loadable(folder: Path) -> None:
@@ -264,8 +282,7 @@ def _load_with_transformers(
     mismatched = {name for name, *_ in info["mismatched_keys"]} - expected
     body = "" if model.base_model is model else f"{model.base_model_prefix}."
     heads = {name for name in missing | mismatched if not name.startswith(body) or ".pooler." in f".{name}"}
-    writer = (read_settings(folder).get("architectures") or [""])[0]
-    drawn = missing & heads if new_head and writer != type(model).__name__ else set()
+    drawn = missing & heads if new_head and writer_of(folder) != type(model).__name__ else set()
     if restored and drawn:
         logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, ", ".join(sorted(drawn)))
     resized = mismatched & heads if options.get("ignore_mismatched_sizes") else set()

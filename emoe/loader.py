@@ -40,7 +40,7 @@ class ExpertsConfig(QuantizationConfigMixin):
     dequantize = True  # transformers removes its marks of a quantised model after loading
 
     def __init__(self, **content: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD  # the base class knows transformers' own methods only
         try:
             self.experts = Experts.from_quantization_config(content)
         except ValueError as error:

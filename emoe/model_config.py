@@ -135,7 +135,7 @@ def _describes_experts(config: Any) -> bool:
 
 
 def _stored_layers(config: Any) -> tuple[int, ...]:
-    content = getattr(config, QUANTIZATION_CONFIG, None)
+    content: Any = getattr(config, QUANTIZATION_CONFIG, None)
     if not is_ours(content):
         content = getattr(config, SEPARATE_KEY)
     return tuple(content["layers"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,24 +98,74 @@ def settings(**changes: Any) -> Change:
     return lambda folder: edit_json(folder / "config.json", **changes)
 
 
+def edited(content: Any) -> Change:
+    return lambda folder: (folder / "emoe_config.json").write_text(json.dumps(content))
+
+
 def pickled(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 
-NEWER = {"config": {"kind": "emoe", "num_experts": 8, "top_k": 2, "version": 9, "new": 1}, "layers": [1, 3]}
+def without_gate(folder: Path) -> None:
+    names = [name for name in load_file(folder / "model.safetensors") if name.endswith("router.gate")]
+    edit_tensors(folder / "model.safetensors", dict.fromkeys(names))
+
+
+EXPERTS = {"kind": "emoe", "num_experts": 8, "top_k": 2, "gate_momentum": 0.5}
+
+
+def described(layers: Any, **experts: Any) -> Change:
+    """Describe other experts in ``config.json``."""
+    content = {"quant_method": "emoe", "experts": {**EXPERTS, **experts}, "layers": layers}
+    return settings(quantization_config=content)
+
+
+def pipe(name: str) -> Change:
+    """Put a named pipe, on which a reader would wait for ever, in the place of a file."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def piped_shard(folder: Path) -> None:
+    pipe("model.safetensors")(folder)
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "part.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def piped_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    pipe("model.safetensors.index.json")(folder)
+
+
 DAMAGES: dict[str, tuple[Change, str]] = {
     "cut settings": (cut("config.json"), r"config\.json"),
     "cut partition": (cut("emoe_partition.safetensors"), r"emoe_partition\.safetensors"),
     "cut weights": (cut("model.safetensors"), r"model\.safetensors"),
-    "no partition": (missing("emoe_partition.safetensors"), "is missing"),
-    "no extra": (missing("emoe_extra.safetensors"), "lacks"),
+    "no gate": (without_gate, r"lacks .*router\.gate"),
     "pickled weights": (pickled, r"holds no model\.safetensors"),
-    "no experts": (missing("config.json", "emoe_config.json"), "holds no experts"),
-    "dense weights": (with_dense_weights, "does not match the weights"),
-    "newer release": (settings(emoe=NEWER), "newer release"),
+    "no experts": (settings(quantization_config=None), "holds no experts"),
+    "dense weights": (with_dense_weights, "lacks .*router"),
+    "newer release": (described([1, 3], version=9, new=1), "newer release"),
+    "huge number": (described([1, 3], num_experts=10**400), "num_experts"),
     "code": (settings(attn_implementation="kernels-community/flash-attn2"), "code from a hub"),
     "code of a part": (settings(text_config={"attn_implementation": {"": "org/kernel"}}), "code from a hub"),
+    "architectures": (settings(architectures=3), "not a list of names"),
+    "no layers": (described([]), "not a list of layer numbers"),
+    "text as a layer": (described(["3"]), "not a list of layer numbers"),
+    "negative layer": (described([-1]), "not a list of layer numbers"),
+    "layer that does not exist": (described([1, 9]), "layer 9"),
+    "text as experts": (described([1, 3], selection=3), "selection"),
+    "piped settings": (pipe("config.json"), "not a file"),
+    "piped weights": (pipe("model.safetensors"), "not a file"),
+    "piped partition": (pipe("emoe_partition.safetensors"), "not a file"),
+    "piped shard": (piped_shard, "not a file"),
+    "piped index": (piped_index, "not a file"),
 }
 
 
@@ -122,6 +174,49 @@ def test_damaged_and_foreign_folders_are_one_line(folder: Path, case: str) -> No
     change, message = DAMAGES[case]
     change(folder)
     assert_refused(folder, message)
+
+
+PARTITION = "emoe_partition.safetensors"
+
+
+@pytest.mark.parametrize("name", ["key_norms.x", "key_norms.0"])
+def test_a_partition_of_other_layers_is_refused(folder: Path, name: str) -> None:
+    edit_tensors(folder / PARTITION, {name: torch.ones(64)})
+    assert_refused(folder, "describes other layers")
+
+
+def test_a_partition_of_other_weights_is_refused(tmp_path: Path) -> None:
+    model = bert(METHODS["emoe"])
+    emoe.save_pretrained(model, tmp_path)
+    model.bert.encoder.layer[3].intermediate.dense.weight.data += 1
+    model.save_pretrained(tmp_path)
+    assert_refused(tmp_path, "does not match the weights of .*without this file the model loads", BERT)
+    (tmp_path / PARTITION).unlink()
+    again = load(tmp_path)
+    with pytest.raises(emoe.ConversionError, match=r"order.*unknown"):
+        emoe.to_dense_(again, restore_order=True)
+
+
+def build_net() -> nn.Module:
+    return plain_net(16, 64, gated=True)
+
+
+PLAIN_DAMAGES: dict[str, tuple[Change, str]] = {
+    "piped settings": (pipe("emoe_config.json"), "not a file"),
+    "settings without a configuration": (edited({"layers": [0]}), "is damaged: KeyError"),
+    "settings without layers": (edited({"config": EXPERTS, "layers": []}), "not a list of layer numbers"),
+    "no partition": (missing(PARTITION), "is missing"),
+    "no extra": (missing("emoe_extra.safetensors"), "lacks"),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN_DAMAGES)
+def test_damaged_folders_of_plain_modules_are_one_line(case: str, tmp_path: Path) -> None:
+    net = converted.net(gate_momentum=0.5)
+    emoe.save_pretrained(net, tmp_path)
+    change, message = PLAIN_DAMAGES[case]
+    change(tmp_path)
+    assert_refused(tmp_path, message, build_net)
 
 
 # tensors of a classifier whose last two of four FFNs are experts
@@ -181,6 +276,15 @@ def assert_state_rejected(model: nn.Module, state: dict[str, Tensor]) -> None:
     with pytest.raises(emoe.CheckpointError, match=r"dense.*emoe\.convert_"):
         model.load_state_dict(state)
     assert_same(model.state_dict(), before)
+
+
+def test_a_dense_state_is_rejected_by_each_part_that_holds_experts() -> None:
+    dense, model = bert(None), bert(METHODS["emoe"])
+    paths = ["bert", "bert.encoder", "bert.encoder.layer", "bert.encoder.layer.3", "bert.encoder.layer.3.intermediate"]
+    for path in paths:
+        assert_state_rejected(model.get_submodule(path), dense.get_submodule(path).state_dict())
+        model.get_submodule(path).load_state_dict(model.get_submodule(path).state_dict())
+    model.bert.embeddings.load_state_dict(dense.bert.embeddings.state_dict())
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "VisionTransformer"])

@@ -157,10 +157,6 @@ def test_a_step_has_the_balance_loss_once_scaled_like_the_models_loss_and_moves_
 def test_models_without_experts_are_errors(tmp_path: Path) -> None:
     with pytest.raises(emoe.ConversionError, match="convert it first"):
         trainer(bert(None), tmp_path).train()
-    bert(METHODS["emoe"]).save_pretrained(tmp_path / "saved")
-    stock = BertForSequenceClassification.from_pretrained(tmp_path / "saved")
-    with pytest.raises(emoe.ConversionError, match=r"loaded it as dense: use emoe\.from_pretrained"):
-        trainer(stock, tmp_path).train()
 
 
 def test_balance_losses_that_cannot_be_added_are_errors(tmp_path: Path) -> None:
