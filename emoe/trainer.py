@@ -21,7 +21,8 @@ from emoe.layer import aux_loss, update_gates_
 from emoe.model_config import describe_experts_
 
 _IGNORED_LABEL = -100
-_handles: WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]] = WeakKeyDictionary()
+# the hooks of each model in training
+_handles: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -45,11 +46,8 @@ class TrainerCallback(transformers.TrainerCallback):
             describe_experts_(model)
         _stop_adding(model)  # an interrupted training left its hooks
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
-            checkpointing: Any = args.activation_checkpointing_kwargs if args.activation_checkpointing else None
-            if checkpointing and checkpointing.get("use_reentrant"):  # the balance loss would have no gradient
-                raise ConfigError("TrainerCallback: set activation_checkpointing_kwargs={'use_reentrant': False}")
-            pre_hook = model.register_forward_pre_hook(_differentiate_count, with_kwargs=True)
-            _handles[model] = pre_hook, model.register_forward_hook(_add_balance_loss, with_kwargs=True)
+            _check_checkpointing(args)
+            _start_adding(model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop adding the balance loss."""
@@ -62,60 +60,110 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the sidecars into the checkpoint."""
-        model, folder = kwargs["model"], _checkpoint(args, state)
+        model: nn.Module = kwargs["model"]
+        folder = _checkpoint(args, state)
         if not hasattr(model, "peft_config"):  # adapters are saved without the model
             save_order(model, folder, write=args.should_save and folder.is_dir())
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """Return the folder of the newest checkpoint; a search of hyper-parameters nests it."""
-    output, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    folders = [path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()]
-    return max(folders, key=lambda path: path.stat().st_mtime, default=output / name)
+    output = Path(str(args.output_dir))
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    candidates = [output / name, *output.glob(f"*/{name}")]
+    folders = [path for path in candidates if path.is_dir()]
+    if not folders:
+        return output / name
+    return max(folders, key=lambda path: path.stat().st_mtime)
+
+
+def _check_checkpointing(args: TrainingArguments) -> None:
+    """Reject reentrant checkpointing, in which the balance loss would have no gradient."""
+    options: Any = args.activation_checkpointing_kwargs
+    if args.activation_checkpointing and options and options.get("use_reentrant"):
+        way_out = "set activation_checkpointing_kwargs={'use_reentrant': False}"
+        raise ConfigError(f"TrainerCallback: {way_out}")
+
+
+def _start_adding(model: nn.Module) -> None:
+    """Add the balance loss to the loss of every forward pass in training."""
+    before = model.register_forward_pre_hook(_prepare_count, with_kwargs=True)
+    after = model.register_forward_hook(_add_balance_loss, with_kwargs=True)
+    _handles[model] = [before, after]
 
 
 def _stop_adding(model: nn.Module) -> None:
-    for handle in _handles.pop(model, ()):
+    for handle in _handles.pop(model, []):
         handle.remove()
 
 
-def _differentiate_count(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Make ``num_items_in_batch`` require a gradient, for :func:`_loss_weight`."""
-    if (count := kwargs.get("num_items_in_batch")) is not None:
-        kwargs = {**kwargs, "num_items_in_batch": torch.as_tensor(count).float().detach().requires_grad_()}
-    return args, kwargs
+# How the balance loss is scaled. An optimizer step sums the losses of several forward passes. The
+# balance loss of a pass gets the weight that the pass has in the task's loss:
+#
+# - Trainer may divide the model's loss by the number of passes, and with it the balance loss.
+# - Or it divides nothing, and gives `num_items_in_batch`, the number of labels in the step, to the
+#   model. It does so for every model whose forward method takes `**kwargs`. Some models divide
+#   their loss by this number: a pass has the weight (its labels) / (labels in the step).
+#   Others ignore it and return the mean over the pass, so each pass has the weight 1.
+#
+# No attribute of a model says whether it divides. We tried 64 heads of our architectures that get
+# the number: 19 divide by it, and 19 call a loss function that could, but do not pass the number on.
+# So we look at the computation: a loss has a gradient with respect to the number if it depends on it.
+
+
+def _prepare_count(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Make ``num_items_in_batch`` require a gradient, for :func:`_depends_on`."""
+    count = kwargs.get("num_items_in_batch")
+    if count is None:
+        return args, kwargs
+    differentiable = torch.as_tensor(count).float().detach().requires_grad_()
+    return args, {**kwargs, "num_items_in_batch": differentiable}
 
 
 def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Add the balance loss to a model's training loss, scaled like the task loss."""
-    balance = aux_loss(model) if model.training else 0.0
-    if not isinstance(balance, Tensor):
+    if not model.training:
         return output
+    balance = aux_loss(model)
+    if not isinstance(balance, Tensor):  # 0.0: no layer has one
+        return output
+
     loss = output.get("loss") if isinstance(output, dict) else output[0]
     if loss is None or loss.numel() != 1:
-        way_out = "add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
-        raise ConfigError(f"the model returned no loss to add to (compute_loss_func or label smoothing?): {way_out}")
-    loss = loss + balance * _loss_weight(model, kwargs, loss)
+        raise ConfigError(
+            "the model returned no loss to add to (compute_loss_func or label smoothing?): "
+            "add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
+        )
+
+    total = loss + balance * _loss_weight(model, kwargs, loss)
     if isinstance(output, tuple):
-        return (loss, *output[1:])
-    output["loss"] = loss
+        return (total, *output[1:])
+    output["loss"] = total
     return output
 
 
-def _loss_weight(model: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
-    """Return the weight of one forward pass in the loss of the optimizer step.
-
-    Most models get ``num_items_in_batch``, the number of labels in the step, but only some divide their loss by it. In
-    others, the loss is a mean over the forward pass, without gradient with respect to this number.
-    """
+def _loss_weight(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
+    """Return the weight that a forward pass has in the model's loss."""
     count = kwargs.get("num_items_in_batch")
-    if count is None or torch.autograd.grad(loss, count, retain_graph=True, allow_unused=True)[0] is None:
+    if count is None or not _depends_on(loss, count):
         return 1.0
-    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    labels_in_pass = _counted_labels(model, kwargs).ne(_IGNORED_LABEL).sum()
+    labels_in_step = count.detach().flatten()[0]  # DataParallel repeats the number
+    return labels_in_pass / labels_in_step
+
+
+def _depends_on(loss: Tensor, count: Tensor) -> bool:
+    """Check if a loss was computed from ``num_items_in_batch``."""
+    (gradient,) = torch.autograd.grad(loss, count, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _counted_labels(model: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the labels of a forward pass that Trainer counts in ``num_items_in_batch``."""
     if "shift_labels" in kwargs:
-        labels: Tensor = kwargs["shift_labels"]
-    elif is_causal and not model.config.is_encoder_decoder:
-        labels = kwargs["labels"][..., 1:]  # the first token is not predicted
-    else:
-        labels = kwargs["labels"]
-    return labels.ne(_IGNORED_LABEL).sum() / count.detach().flatten()[0]
+        return kwargs["shift_labels"]
+    labels: Tensor = kwargs["labels"]
+    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    if is_causal and not model.config.is_encoder_decoder:
+        return labels[..., 1:]  # the first token is not predicted
+    return labels

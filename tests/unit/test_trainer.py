@@ -9,7 +9,13 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BertForSequenceClassification, LlamaForCausalLM, Trainer, ViTForImageClassification
+from transformers import (
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForTokenClassification,
+    Trainer,
+    ViTForImageClassification,
+)
 
 import emoe
 from emoe.layer import routed_layers
@@ -101,6 +107,11 @@ def texts() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": x, "labels": x.masked_fill(m, -100)} for x, m in zip(ids, masked, strict=True)]
 
 
+def tagged() -> list[dict[str, torch.Tensor]]:
+    """Make rows of eight tokens with a label of two classes each."""
+    return [{"input_ids": row["input_ids"], "labels": row["input_ids"] % 2} for row in rows(4)]
+
+
 def images() -> list[dict[str, torch.Tensor]]:
     pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     return [{"pixel_values": image, "labels": torch.tensor(index % 2)} for index, image in enumerate(pixels)]
@@ -119,6 +130,7 @@ class Interrupt(transformers.TrainerCallback):
 LOSSES: dict[str, tuple[Any, list[dict[str, torch.Tensor]], tuple[float, float]]] = {
     "mean that Trainer divides": (BertForSequenceClassification, rows(4), (0.5, 0.5)),
     "mean that it does not divide": (BertForSequenceClassification, rows(4), (1, 1)),
+    "mean of the loss function that can divide": (LlamaForTokenClassification, tagged(), (1, 1)),
     "after an interrupted training": (BertForSequenceClassification, rows(4), (1, 1)),
     "sum over tokens": (LlamaForCausalLM, texts(), (13 / 19, 6 / 19)),
     "sum over rows": (ViTForImageClassification, images(), (0.5, 0.5)),
