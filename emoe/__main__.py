@@ -56,7 +56,7 @@ def cli(context: click.Context) -> None:
 
 def _plain_layers(text: str) -> str | list[int]:
     """Return ``8,10`` as a list of layers, and any other text unchanged."""
-    return [int(number) for number in text.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", text) else text
+    return [int(number) for number in text.split(",")] if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text) else text
 
 
 def _field_value(text: str) -> tuple[str, Any]:
@@ -66,7 +66,7 @@ def _field_value(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text}: write name=value, for example --set selection=bottom")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except ValueError:  # not JSON, or a number with too many digits
         return name, value
 
 

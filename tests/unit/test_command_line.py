@@ -17,6 +17,7 @@ from tests import classifiers
 from tests.model_folders import assert_same, edit_json, loaded, save, tensors
 
 SIZE = ("--num-experts", 8, "--top-k", 2)
+UNREADABLE = "9" * 5000  # Python reads no number of more than 4,300 digits
 
 
 @pytest.fixture
@@ -82,6 +83,8 @@ def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> Non
         (("convert", bert, "--output", out, "--num-experts", 7, "--top-k", 2), "64 neurons cannot be split into 7"),
         (("convert", bert, "--output", out, *SIZE, "--set", "selection"), "write name=value"),
         (("convert", bert, "--output", out, *SIZE, "--partition", "coactivation"), "needs calibration data"),
+        (("convert", bert, "--output", out, *SIZE, "--layers", UNREADABLE), "is invalid"),
+        (("convert", bert, "--output", out, *SIZE, "--set", f"version={UNREADABLE}"), "version is"),
         (("convert", "no/such-model", "--output", out, *SIZE), "the hub gave no model"),
         (("convert", converted, "--output", out, *SIZE), "holds experts already"),
         (("to-dense", bert, "--output", out), "holds no experts"),
