@@ -28,21 +28,29 @@ class _Commands(click.Group):
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> NoReturn:  # type: ignore[override]
         """Run a command, and exit with its status."""
-        status = 1
+        options["standalone_mode"] = False  # else click reports errors in its own way
         try:
-            sys.exit(super().main(args, **{**options, "standalone_mode": False}))
+            status = super().main(args, **options)
         except click.ClickException as error:
-            message, status = error.format_message(), error.exit_code
+            _fail(error.format_message(), error.exit_code)
         except EMoEError as error:
-            message = str(error)
+            _fail(str(error))
         except ModuleNotFoundError as error:  # the model's library, which is not a dependency
-            message = f"this needs the package '{error.name}': pip install {error.name}"
-        except OSError as error:  # no permission, a full disk; the second file is the written one
-            message = f"{error.filename2 or error.filename or 'a file'}: {error.strerror or error}"
+            _fail(f"this needs the package '{error.name}': pip install {error.name}")
+        except OSError as error:  # no permission, a full disk
+            # if there are two files, the second one is written
+            file = error.filename2 or error.filename or "a file"
+            reason = error.strerror or error
+            _fail(f"{file}: {reason}")
         except click.Abort:  # Ctrl-C
             sys.exit(130)
-        click.echo(f"error: {message}", err=True)
         sys.exit(status)
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    """Print a line of error, and exit."""
+    click.echo(f"error: {message}", err=True)
+    sys.exit(status)
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +64,10 @@ def cli(context: click.Context) -> None:
 
 def _plain_layers(text: str) -> str | list[int]:
     """Return ``8,10`` as a list of layers, and any other text unchanged."""
-    return [int(number) for number in text.split(",")] if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text) else text
+    # int() reads no number of any length
+    if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
+        return [int(number) for number in text.split(",")]
+    return text
 
 
 def _field_value(text: str) -> tuple[str, Any]:
@@ -81,18 +92,36 @@ def _field_value(text: str) -> tuple[str, Any]:
 @click.option("--as-published", help="The authors' settings: tutel or llama.")
 @click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other field of the configuration.")
 def convert(
-    model: str, output: Path, kind: str, as_published: str | None, others: tuple[str, ...], **fields: Any
+    model: str,
+    output: Path,
+    num_experts: int,
+    top_k: int,
+    layers: str,
+    partition: str | None,
+    kind: str,
+    as_published: str | None,
+    others: tuple[str, ...],
 ) -> None:
     """Convert MODEL, a folder or hub id of transformers or timm, and write it to a new folder.
 
     The folder's other files, such as the tokenizer's, are copied.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
-    given |= {"layers": _plain_layers(fields["layers"]), **dict(map(_field_value, others))}
-    cls: Any = emoe.EMoEConfig if kind == "emoe" else emoe.GMoEConfig
-    config = cls.as_published(as_published, **given) if as_published else cls(**given)
-    if getattr(config, "partition", None) == "coactivation":
-        raise ConfigError("a co-activation partition needs calibration data; convert in Python (docs/library.md)")
+    fields: dict[str, Any] = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "layers": _plain_layers(layers),
+    }
+    if partition is not None:
+        fields["partition"] = partition
+    for text in others:
+        name, value = _field_value(text)
+        fields[name] = value
+
+    config = _build_config(kind, as_published, fields)
+    if kind == "emoe" and config.partition == "coactivation":
+        way_out = "convert in Python (docs/library.md)"
+        raise ConfigError(f"a co-activation partition needs calibration data; {way_out}")
+
     files.check_new(output)
     source = files.model_folder(model)
     if checkpoint.read_experts(source) is not None:
@@ -106,18 +135,12 @@ def convert(
     click.echo(f"Written to {output}")
 
 
-def _layer_rows(folder: Path, experts: Experts) -> list[dict[str, int]]:
-    """Return a row for each converted FFN; neurons are known if emoe saved the folder."""
-    number = experts.config.num_experts
-    path = folder / checkpoint.PARTITION_FILE
-    if not path.exists():
-        return [{"layer": layer, "experts": number} for layer in experts.layers]
-    rows = []
-    tensors = files.read_tensors(path)
-    for layer in experts.layers:
-        neurons = len(tensors.get(f"key_norms.{layer}", ()))
-        rows.append({"layer": layer, "experts": number, "neurons": neurons, "size": neurons // number})
-    return rows
+def _build_config(kind: str, as_published: str | None, fields: dict[str, Any]) -> Any:
+    """Build the configuration of a kind, with the authors' settings if they are asked for."""
+    cls: Any = emoe.EMoEConfig if kind == "emoe" else emoe.GMoEConfig
+    if as_published is None:
+        return cls(**fields)
+    return cls.as_published(as_published, **fields)
 
 
 @cli.command(short_help="Show the content of a converted folder.")
@@ -131,18 +154,54 @@ def inspect(folder: Path) -> None:
     experts = checkpoint.read_experts(folder)
     if experts is None:
         raise CheckpointError(f"{folder} holds no experts; convert it with python -m emoe convert")
-    config = experts.config
-    defaults = type(config)(num_experts=config.num_experts, top_k=config.top_k).to_dict()
-    fields = []
-    for name, value in config.to_dict().items():
-        fields.append((name, json.dumps(value), "" if value == defaults[name] else "*"))
-    click.echo(tabulate(fields, headers=["field", "value", "set"], tablefmt="simple") + "\n")
-    click.echo(tabulate(_layer_rows(folder, experts), headers="keys", tablefmt="simple") + "\n")
-    sizes = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if path.is_file()]
-    rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes]
-    click.echo(tabulate(rows, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
-    if not (folder / checkpoint.PARTITION_FILE).exists():
-        click.echo("\nThe model's own library saved this folder: the original order of the neurons is unknown.")
+    partition = folder / checkpoint.PARTITION_FILE
+    tensors = files.read_tensors(partition) if partition.exists() else {}
+    click.echo(_config_table(experts.config))
+    click.echo()
+    click.echo(_layer_table(experts, tensors))
+    click.echo()
+    click.echo(_file_table(folder))
+    if not tensors:
+        unknown = "the original order of the neurons is unknown"
+        click.echo(f"\nThe model's own library saved this folder: {unknown}.")
+
+
+def _config_table(config: emoe.EMoEConfig | emoe.GMoEConfig) -> str:
+    """Make a table of a configuration's fields."""
+    values = config.to_dict()
+    # these two have no defaults
+    default_config = type(config)(num_experts=config.num_experts, top_k=config.top_k)
+    defaults = default_config.to_dict()
+    rows = []
+    for name, value in values.items():
+        star = "" if value == defaults[name] else "*"
+        rows.append((name, json.dumps(value), star))
+    return tabulate(rows, headers=["field", "value", "set"], tablefmt="simple")
+
+
+def _layer_table(experts: Experts, tensors: dict[str, torch.Tensor]) -> str:
+    """Make a table of the converted layers."""
+    num_experts = experts.config.num_experts
+    rows = []
+    for layer in experts.layers:
+        row = {"layer": layer, "experts": num_experts}
+        if tensors:  # the model's own library saves none
+            neurons = len(tensors.get(f"key_norms.{layer}", ()))
+            row["neurons"] = neurons
+            row["size"] = neurons // num_experts
+        rows.append(row)
+    return tabulate(rows, headers="keys", tablefmt="simple")
+
+
+def _file_table(folder: Path) -> str:
+    """Make a table of the files in a folder and their sizes."""
+    rows = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            size = path.stat().st_size / 1e6
+            rows.append((path.name, f"{size:.2f} MB"))
+    headers = ["file", "size"]
+    return tabulate(rows, headers=headers, tablefmt="simple", colalign=("left", "right"))
 
 
 @cli.command(short_help="Fold experts back into a dense model.")
@@ -164,9 +223,11 @@ def to_dense(folder: Path, output: Path, restore_order: bool) -> None:
 def build() -> None:
     """Compile the sparse backend's kernels for this machine now, instead of at their first use."""
     try:
-        click.echo(f"Kernels: {build_kernels()}")
+        path = build_kernels()
     except (OSError, RuntimeError, ImportError) as error:
-        raise click.ClickException(f"the kernels cannot be built: {error}; the sparse backend uses PyTorch") from error
+        message = f"the kernels cannot be built: {error}; the sparse backend uses PyTorch"
+        raise click.ClickException(message) from error
+    click.echo(f"Kernels: {path}")
 
 
 def main() -> None:
