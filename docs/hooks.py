@@ -89,7 +89,7 @@ class Docstrings(griffe.Extension):
     """Read docstrings as Markdown, without Sphinx's roles and with examples as code; show defaults without their bounds."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
-        """Show ``_number(0.0, minimum=0.0)``, a field with bounds, as its default."""
+        """Show ``_number(0.0, at_least=0.0)``, a field with bounds, as its default."""
         value = attr.value
         if isinstance(value, griffe.ExprCall) and str(value.function) == "_number":
             attr.value = next((each for each in value.arguments if not isinstance(each, griffe.ExprKeyword)), None)
