@@ -71,8 +71,11 @@ class RoutedActivation(nn.Module):
             self._split_output_bias()
         # a hook disables PyTorch's fused transformer layers, which would bypass this module
         self.register_forward_pre_hook(do_nothing)
-        self.train(ffn.parents[ffn.spec.activation].training)
+        parent = ffn.parents[ffn.spec.activation]
+        self.train(parent.training)
         ffn.replace(ffn.spec.activation, self)
+        # a copy of torch's decoder layer computes ReLU unless its activation is an entry of __dict__
+        vars(parent)[ffn.spec.activation.rpartition(".")[2]] = self
 
     @property
     def backend(self) -> str:

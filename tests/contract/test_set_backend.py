@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -62,21 +63,28 @@ def pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 @pytest.mark.parametrize("backend", converted.BACKENDS)
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_copies_are_models_with_their_own_weights(name: str, backend: str, copied: Callable) -> None:
+@pytest.mark.parametrize("name", sorted(tiny_models.BUILDERS))
+def test_copies_are_models_with_their_own_weights(name: str, backend: str) -> None:
     settings = {"output_bias": "per_expert", "aux_loss_coefficient": 0.1}
     model, values = converted.model(name, backend, **settings), tiny_models.inputs(name)
     expected = step(model, values)
-    twin = copied(model)
-    assert types(twin) == types(model)
-    assert emoe.aux_loss(twin) == 0.0
-    assert_same(step(twin, values), expected)
-    emoe.to_dense_(twin)
-    assert_same(step(model, values), expected)
-    with torch.no_grad():
-        find_ffns(twin)[0].proj_in.weight.zero_()
+    for copied in (copy.deepcopy, pickled, saved_and_loaded):
+        twin = copied(model)
+        assert types(twin) == types(model)
+        assert emoe.aux_loss(twin) == 0.0
+        assert_same(step(twin, values), expected)
+        with torch.no_grad():
+            find_ffns(twin)[0].proj_in.weight.zero_()
+        emoe.to_dense_(twin)
+        assert types(twin) == types(tiny_models.build(name))
     assert_same(step(model, values), expected)
 
 
