@@ -75,8 +75,13 @@ def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
     sparse.always = True
     output = probe_output(layer)
     sparse.always = False
-    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-    return output is not None and bool(((output - expected).abs() <= tolerance * expected.abs().max()).all())
+    if output is None:
+        return False
+    is_half = expected.dtype in (torch.bfloat16, torch.float16)
+    # in bfloat16 rounding alone changes the norm of small models' outputs by up to 0.006
+    tolerance = 0.02 if is_half else 1e-3
+    error = (output.float() - expected.float()).norm()
+    return bool(error <= tolerance * expected.float().norm())
 
 
 def for_inference_(model: nn.Module) -> None:

@@ -127,12 +127,13 @@ AFTER: dict[str, Change] = {**HOOKS, "sharded weight": shard_weights, "second de
 
 
 def assert_rejected(model: PlainNet) -> None:
-    before, expected = types(model), model(inputs())
+    x = inputs().to(model.layers[0].outer.weight.dtype)
+    before, expected = types(model), model(x)
     with pytest.raises(emoe.ConversionError, match=r"layers\.0") as error:
         emoe.set_backend_(model, "sparse")
     assert "\n" not in str(error.value)
     assert types(model) == before  # unchanged, and still usable
-    assert torch.equal(model(inputs()), expected)
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("case", BEFORE)
@@ -157,25 +158,36 @@ def test_a_forward_pass_rejects(case: str, tmp_path: Path) -> None:
 class CustomFFN(FFN):
     """Run code between projections that the FFN's row lacks."""
 
-    def __init__(self, between: Callable[[Tensor], Tensor], activation: nn.Module | None = None) -> None:
-        super().__init__(16, 64)
+    def __init__(
+        self,
+        between: Callable[[Tensor], Tensor],
+        activation: nn.Module | None = None,
+        *,
+        gated: bool = False,
+    ) -> None:
+        super().__init__(16, 64, gated=gated)
         self.between, self.act = between, activation or self.act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.between(self.act(self.inner(x))))
+        hidden = self.act(self.inner(x))
+        if self.up is not None:
+            hidden = hidden * self.up(x)
+        return self.outer(self.between(hidden))
 
 
 CUSTOM: dict[str, Callable[[], FFN]] = {
-    "clamp": lambda: CustomFFN(lambda hidden: hidden.clamp(max=0.1)),
+    "clamp": lambda: CustomFFN(lambda hidden: hidden.clamp(max=3)),
+    "scale": lambda: CustomFFN(lambda hidden: hidden * 1.05, gated=True),
     "activation across neurons": lambda: CustomFFN(nn.Identity(), nn.Softmax(-1)),
     "activation in place": lambda: CustomFFN(nn.Identity(), nn.ReLU(inplace=True)),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CUSTOM)
-def test_an_ffn_that_does_more_than_its_row_says_is_rejected(case: str) -> None:
+def test_an_ffn_that_does_more_than_its_row_says_is_rejected(case: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = PlainNet(CUSTOM[case]())
+    model = PlainNet(CUSTOM[case]()).to(dtype)
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0]))
     assert_rejected(model)
 
