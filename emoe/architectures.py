@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -198,7 +199,7 @@ class FFN:
 
     def keys(self) -> Tensor:
         """View the in-projection's weight as key vectors ``[d, h]``, one row per neuron."""
-        return self.keys_of(cast(Tensor, self.proj_in.weight))
+        return self.keys_of(weight_of(self.proj_in))
 
     def keys_of(self, weight: Tensor) -> Tensor:
         """View an in-projection weight as key vectors ``[d, h]``."""
@@ -219,7 +220,7 @@ class FFN:
 
     def values(self) -> Tensor:
         """View the out-projection's weight as value vectors ``[h, d]``, one column per neuron."""
-        return self._as_out_in(cast(Tensor, self.proj_out.weight))
+        return self._as_out_in(weight_of(self.proj_out))
 
     def _as_out_in(self, weight: Tensor) -> Tensor:
         """View a weight as ``[out, in]``, transposed if the spec stores ``[in, out]``."""
@@ -239,7 +240,7 @@ class FFN:
         inputs = [(split(self.keys()), None if bias is None else split(bias))]
         if self.gated:
             up = self.proj_up or self.proj_in
-            weight, bias = self._as_out_in(cast(Tensor, up.weight)), bias_of(up)
+            weight, bias = self._as_out_in(weight_of(up)), bias_of(up)
             inputs.append((split(self._up_half(weight)), None if bias is None else split(self._up_half(bias))))
         return inputs, split(self.values().t())
 
@@ -323,9 +324,17 @@ def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{number}", layer) for name, layers in lists.items() for number, layer in enumerate(layers)]
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """Return a projection's weight."""
+    weight: Any = module.weight
+    # the modules of torch.ao.quantization return it from a method
+    return weight() if inspect.ismethod(weight) else weight
+
+
 def bias_of(module: nn.Module) -> Tensor | None:
     """Return a projection's bias, None if it has none."""
-    return cast("Tensor | None", getattr(module, "bias", None))
+    bias: Any = getattr(module, "bias", None)
+    return bias() if inspect.ismethod(bias) else bias
 
 
 def has_plain_weight(module: nn.Module) -> bool:

@@ -102,6 +102,9 @@ class RoutedActivation(nn.Module):
 
     def remove_(self) -> None:
         """Restore the FFN's modules and its single output bias, ``(k / N) * sum of the experts' biases``."""
+        if not isinstance(self.ffn.proj_out.weight, Tensor):
+            name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
+            raise ConversionError(f"{name} is quantised: fold the experts back before quantize_dynamic")
         self.restore_projections_()
         for handle in self._handles:
             handle.remove()
@@ -126,7 +129,6 @@ class RoutedActivation(nn.Module):
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
         proj_out.register_buffer("bias", zeros)
         self._handles.append(proj_out.register_forward_hook(self._add_output_bias))
-        self._hooked = (proj_out,)  # in a tuple, so that it does not become a child module
 
     def mean_output_bias(self) -> Tensor:
         """Return the dense FFN's bias ``[h]``: the mean of the experts' biases times ``output_bias_parts``."""
@@ -178,7 +180,8 @@ class RoutedActivation(nn.Module):
 
     def _check_hooked(self) -> None:
         proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # unwrap an adapter
-        if getattr(proj_out, "projection", proj_out) is not self._hooked[0]:  # unwrap the sparse backend
+        proj_out = getattr(proj_out, "projection", proj_out)  # unwrap the sparse backend
+        if not proj_out._forward_hooks:
             name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
             raise RuntimeError(f"{name} was replaced and lost the experts' biases: replace it before converting")
 

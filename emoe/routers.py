@@ -178,7 +178,8 @@ class AvgKRouter(Router):
         """Compute ``keys`` scores from pre-activations."""
         if self.gate is not None:
             name = f"{self.ffn.name}.{self.ffn.spec.proj_in}"
-            raise ConversionError(f"{name} has no plain weight, which gate_momentum needs: merge or remove its adapter")
+            way_out = "merge or remove its adapter, or do not quantise it"
+            raise ConversionError(f"{name} has no plain weight, which gate_momentum needs: {way_out}")
         scores = block_means(z, self.config.num_experts)
         # pre-activations include the bias, the paper's score does not
         bias = None if self.config.score_bias else self._mean_bias()
@@ -225,7 +226,7 @@ class FixedRouter(Router):
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__(ffn, config)
-        device = cast(Tensor, ffn.proj_in.weight).device
+        device = ffn.keys().device
         self.register_buffer("usage", torch.zeros(config.num_experts, dtype=torch.int64, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
