@@ -15,7 +15,7 @@ from emoe.layer import RoutedActivation, routed_layers
 from emoe.model_config import update_description_
 from emoe.routers import FixedRouter
 from emoe.sparse.build import prepare_kernels
-from emoe.sparse.module import SparseFFN, check_supported, install_, probe_output
+from emoe.sparse.module import NOT_CALLED, SparseFFN, check_supported, install_, probe_output
 
 
 def set_top_k_(model: nn.Module, top_k: int) -> None:
@@ -75,6 +75,7 @@ def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
     sparse.always = True
     output = probe_output(layer)
     sparse.always = False
+    sparse.last_path = NOT_CALLED
     if output is None:
         return False
     is_half = expected.dtype in (torch.bfloat16, torch.float16)

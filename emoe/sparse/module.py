@@ -27,6 +27,7 @@ from emoe.sparse.ffn import Inputs, sparse_ffn
 _WAY_OUT = "call emoe.set_backend_(model, 'masked')"
 # maximum tokens for for_inference_'s layout; for more tokens, one dense or sparse product is faster
 _FEW_TOKENS = 8
+NOT_CALLED = "not called yet"
 
 
 class _Replacement(nn.Module):
@@ -75,6 +76,7 @@ class SparseFFN(_Replacement):
     Attributes:
         layout: in-projections and values ``[N, s, h]`` of frozen weights (:func:`emoe.for_inference_`), else None.
         always: use the sparse products even if they do not pay off.
+        last_path: products of the last forward pass; if they were the masked ones, also the reason.
     """
 
     def __init__(self, layer: RoutedActivation) -> None:
@@ -83,6 +85,7 @@ class SparseFFN(_Replacement):
         self._dropouts = [module for _, module in layer.ffn.between() if isinstance(module, nn.Dropout)]
         self.layout: tuple[Inputs, Tensor] | None = None
         self.always = False
+        self.last_path = NOT_CALLED
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the FFN's output ``[..., h]`` from inputs ``[..., h]``."""
@@ -90,10 +93,13 @@ class SparseFFN(_Replacement):
         reject_hooks(layer)
         rows = x.reshape(-1, x.shape[-1])
         if self.layout is not None and len(rows) <= _FEW_TOKENS and not torch.compiler.is_compiling():
+            self.last_path = "sparse, with the layout of for_inference_"
             y, weights = self._compute_chosen_only(rows, *self.layout)
-        elif self._needs_mask(rows):
+        elif reason := self._reason_for_mask(rows):
+            self.last_path = f"masked: {reason}"
             return self._compute_masked(x)
         else:
+            self.last_path = "sparse"
             _check_weights(layer.ffn)
             mask, weights = layer.route(layer.linear_scores(rows))
             inputs, values = layer.ffn.blocks(layer.config.num_experts)
@@ -106,18 +112,29 @@ class SparseFFN(_Replacement):
             y = layer.add_output_bias(y, cast(Tensor, weights))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _needs_mask(self, rows: Tensor) -> bool:
-        """Check if this forward pass needs the masked products, or is faster with them."""
-        layer, config = self._layer[0], self._layer[0].config
+    def _reason_for_mask(self, rows: Tensor) -> str | None:
+        """Say why this forward pass computes the masked products. None if it computes the sparse ones."""
+        layer = self._layer[0]
+        config = layer.config
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return True
-        if self.training and (config.expert_dropout or any(dropout.p for dropout in self._dropouts)):
-            return True
-        # in half precision the masked products round the neurons that these scores average
-        half = rows.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(rows.device.type)
-        rounded = half and config.score in ("gate", "up")
-        active = config.num_active_experts / config.num_experts
-        return rounded or not (self.always or pays_off(rows, layer.ffn.d // config.num_experts, active))
+            return "compiled, exported or traced"
+        drops_neurons = config.expert_dropout > 0 or any(module.p > 0 for module in self._dropouts)
+        if self.training and drops_neurons:
+            return "dropout is active"
+        dtype = rows.dtype
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        # the masked products round these neurons, so their means may choose other experts
+        if dtype in (torch.bfloat16, torch.float16) and config.score in ("gate", "up"):
+            return f"{dtype} would round the neurons that the score averages"
+        size = layer.ffn.d // config.num_experts
+        active = config.num_active_experts
+        if self.always or pays_off(rows, size, active / config.num_experts):
+            return None
+        if rows.device.type != "cpu":
+            return f"PyTorch has no grouped product for {dtype} on {rows.device.type}"
+        experts = f"{active} of {config.num_experts} experts of {size} neurons, {dtype}"
+        return f"no gain is expected for {len(rows)} tokens ({experts})"
 
     def _compute_masked(self, x: Tensor) -> Tensor:
         """Compute all neurons with the replaced modules, as the masked backend does."""
@@ -166,6 +183,9 @@ class SparseFFN(_Replacement):
             layer.router.frozen_keys = layer.router.mean_keys()
         frozen = [(weight.detach().contiguous(), None if bias is None else bias.detach()) for weight, bias in inputs]
         self.layout = frozen, values.detach().contiguous()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, last_path={self.last_path!r}"
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; training discards the layout of :func:`emoe.for_inference_`."""

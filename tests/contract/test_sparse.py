@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -124,6 +125,33 @@ def test_pairs_that_fill_more_than_a_tile_of_the_compiled_products(threads: int,
         assert_sparse_is_masked(*shape, seed=threads, dtype=torch.float32)
     finally:
         torch.set_num_threads(1)
+
+
+def path_after(network: nn.Module, x: torch.Tensor) -> str:
+    """Return the path that the text of a net of one FFN shows after a forward pass."""
+    assert "last_path='not called yet'" in repr(network)
+    network(x)
+    return re.search("last_path='(.*)'", repr(network))[1]
+
+
+def test_the_text_of_a_model_shows_which_products_ran_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = converted.inputs(5)
+    frozen = converted.net("sparse")
+    emoe.for_inference_(frozen)
+    assert path_after(frozen, x) == "sparse, with the layout of for_inference_"
+    assert path_after(converted.net("sparse"), x) == "sparse"
+    dropping = converted.net("sparse", expert_dropout=0.5)
+    assert path_after(dropping.train(), x) == "masked: dropout is active"
+    rounded = converted.net("sparse", score="gate").bfloat16()
+    assert path_after(rounded, x.bfloat16()).startswith("masked: torch.bfloat16 would round")
+    compiled = converted.net("sparse")
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        runs_twice = torch.compile(compiled, backend="eager", fullgraph=True)
+        assert path_after(runs_twice, x) == "masked: compiled, exported or traced"
+        runs_twice(x)
+    monkeypatch.setattr(module, "pays_off", cost_model.pays_off)
+    assert path_after(converted.net("sparse"), x).startswith("masked: no gain is expected for 5 tokens")
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "pays_off"), [(2000, 2, True), (2, 2, False), (2000, 8, False)])
