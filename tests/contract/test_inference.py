@@ -82,6 +82,15 @@ def test_settings_of_a_frozen_model_can_change() -> None:
         torch.testing.assert_close(model(x), masked(x))
 
 
+def test_a_frozen_model_can_be_traced() -> None:
+    model = net()
+    emoe.for_inference_(model)
+    traced = torch.jit.trace(model, (inputs(2),), check_trace=False)
+    for seed in range(8):  # which choose different numbers of experts
+        x = inputs(2, seed)
+        torch.testing.assert_close(traced(x), model(x), atol=1e-4, rtol=1e-4)
+
+
 def count_usage(model: nn.Module, values: dict[str, Tensor]) -> dict[int, Tensor]:
     with emoe.record_routing(model) as record:
         tiny_models.output(model, values)
