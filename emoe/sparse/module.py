@@ -216,6 +216,12 @@ def check_supported(layer: RoutedActivation) -> None:
     for path, module in ffn.projections():
         if is_offloaded(module) or not has_plain_weight(module) or "weight" not in dict(module.named_parameters()):
             raise ConversionError(f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: keep it masked")
+        # transformers loads T5 in float16 with an out-projection in float32
+        dtype = cast(Tensor, module.weight).dtype
+        dtype_in = ffn.keys().dtype
+        if dtype != dtype_in:
+            dtypes = f"{ffn.name}.{path} is {dtype} and {ffn.spec.proj_in} is {dtype_in}"
+            raise ConversionError(f"{dtypes}: cast the model to one dtype, or keep it masked")
     reject_hooks(layer, ConversionError)
 
 
