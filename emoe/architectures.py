@@ -337,6 +337,11 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias() if inspect.ismethod(bias) else bias
 
 
+def is_plain_tensor(weight: Any) -> bool:
+    """Check if a weight is a tensor in memory: not sharded, of a quantised class or on the meta device."""
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+
+
 def has_plain_weight(module: nn.Module) -> bool:
     """Check if a weight is a floating-point matrix: not quantised or packed. Sharded weights count as plain."""
     weight = getattr(module, "weight", None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, bias_of, has_plain_weight
+from emoe.architectures import FFN, bias_of, has_plain_weight, is_plain_tensor
 from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
@@ -252,7 +252,7 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     takes_one = sum(parameter.default is parameter.empty for parameter in parameters) == 1
     is_whole = all(parent is module for parent in ffn.parents.values())
     draws_experts = layer.config.selection == "random"  # differently in each call
-    if not (takes_one and is_whole) or draws_experts or layer.padding is not None or type(weight) is not nn.Parameter:
+    if not (takes_one and is_whole) or draws_experts or layer.padding is not None or not is_plain_tensor(weight):
         return None
     x = torch.randn(1, 4, ffn.h, generator=torch.Generator().manual_seed(0)).to(weight)
     modes, record, layer.record = {child: child.training for child in module.modules()}, layer.record, None
@@ -276,5 +276,5 @@ def _is_recorded() -> bool:
 def _check_weights(ffn: FFN) -> None:
     """Raise :class:`RuntimeError` if a weight is not a plain tensor in this forward pass."""
     for path, module in ffn.projections():
-        if type(module.weight) not in (Tensor, nn.Parameter) or module.weight.is_meta:
+        if not is_plain_tensor(module.weight):
             raise RuntimeError(f"{ffn.name}.{path}: the weight is sharded, quantised or offloaded: {_WAY_OUT}")
