@@ -20,7 +20,7 @@ from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
 from emoe.routers import AvgKRouter, is_offloaded
-from emoe.routing import select_experts
+from emoe.routing import is_recorded, select_experts
 from emoe.sparse.cost_model import pays_off
 from emoe.sparse.ffn import Inputs, sparse_ffn
 
@@ -92,7 +92,7 @@ class SparseFFN(_Replacement):
         layer = self._layer[0]
         reject_hooks(layer)
         rows = x.reshape(-1, x.shape[-1])
-        if self.layout is not None and not _is_recorded() and len(rows) <= _FEW_TOKENS:
+        if self.layout is not None and not is_recorded() and len(rows) <= _FEW_TOKENS:
             self.last_path = "sparse, with the layout of for_inference_"
             y, weights = self._compute_chosen_only(rows, *self.layout)
         elif reason := self._reason_for_mask(rows):
@@ -116,7 +116,7 @@ class SparseFFN(_Replacement):
         """Say why this forward pass computes the masked products. None if it computes the sparse ones."""
         layer = self._layer[0]
         config = layer.config
-        if _is_recorded():
+        if is_recorded():
             return "compiled, exported or traced"
         drops_neurons = config.expert_dropout > 0 or any(module.p > 0 for module in self._dropouts)
         if self.training and drops_neurons:
@@ -266,11 +266,6 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
         for child, mode in modes.items():
             child.training = mode
     return output if isinstance(output, Tensor) else None
-
-
-def _is_recorded() -> bool:
-    """Check if torch.compile, torch.export or torch.jit.trace is recording this forward pass."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _check_weights(ffn: FFN) -> None:
