@@ -338,7 +338,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 def is_plain_tensor(weight: Any) -> bool:
-    """Check if a weight is a tensor in memory: not sharded, of a quantised class or on the meta device."""
+    """Check if a weight is an ordinary tensor: not sharded, quantised or on the meta device."""
     return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 
 

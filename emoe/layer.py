@@ -74,7 +74,7 @@ class RoutedActivation(nn.Module):
         parent = ffn.parents[ffn.spec.activation]
         self.train(parent.training)
         ffn.replace(ffn.spec.activation, self)
-        # a copy of torch's decoder layer computes ReLU unless its activation is an entry of __dict__
+        # a copy of torch's decoder layer computes ReLU if its __dict__ has no activation
         vars(parent)[ffn.spec.activation.rpartition(".")[2]] = self
 
     @property
@@ -104,7 +104,7 @@ class RoutedActivation(nn.Module):
         """Restore the FFN's modules and its single output bias, ``(k / N) * sum of the experts' biases``."""
         if not isinstance(self.ffn.proj_out.weight, Tensor):
             name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
-            raise ConversionError(f"{name} is quantised: fold the experts back before quantize_dynamic")
+            raise ConversionError(f"{name} is quantised: call to_dense_ before quantize_dynamic")
         self.restore_projections_()
         for handle in self._handles:
             handle.remove()

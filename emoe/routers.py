@@ -178,8 +178,9 @@ class AvgKRouter(Router):
         """Compute ``keys`` scores from pre-activations."""
         if self.gate is not None:
             name = f"{self.ffn.name}.{self.ffn.spec.proj_in}"
+            reason = "has no plain weight, which gate_momentum needs"
             way_out = "merge or remove its adapter, or do not quantise it"
-            raise ConversionError(f"{name} has no plain weight, which gate_momentum needs: {way_out}")
+            raise ConversionError(f"{name} {reason}: {way_out}")
         scores = block_means(z, self.config.num_experts)
         # pre-activations include the bias, the paper's score does not
         bias = None if self.config.score_bias else self._mean_bias()

@@ -113,7 +113,7 @@ class SparseFFN(_Replacement):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _reason_for_mask(self, rows: Tensor) -> str | None:
-        """Say why this forward pass computes the masked products. None if it computes the sparse ones."""
+        """Return why this forward pass computes the masked products, None if it does not."""
         layer = self._layer[0]
         config = layer.config
         if is_recorded():
@@ -252,7 +252,9 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     takes_one = sum(parameter.default is parameter.empty for parameter in parameters) == 1
     is_whole = all(parent is module for parent in ffn.parents.values())
     draws_experts = layer.config.selection == "random"  # differently in each call
-    if not (takes_one and is_whole) or draws_experts or layer.padding is not None or not is_plain_tensor(weight):
+    if not (takes_one and is_whole) or draws_experts or layer.padding is not None:
+        return None
+    if not is_plain_tensor(weight):
         return None
     x = torch.randn(1, 4, ffn.h, generator=torch.Generator().manual_seed(0)).to(weight)
     modes, record, layer.record = {child: child.training for child in module.modules()}, layer.record, None

@@ -1,4 +1,4 @@
-"""Convert, then call ``torch.ao.quantization.quantize_dynamic``: linear layers become other modules."""
+"""Convert, then quantise with ``quantize_dynamic``, which replaces the linear modules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_all_experts_equal_the_quantised_dense_model(name: str, settings: Settin
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [*SETTINGS.values(), {"score": "gate"}])
 @torch.no_grad()
-def test_tokens_use_the_experts_of_the_model_in_single_precision(settings: Settings, backend: str) -> None:
+def test_tokens_use_the_experts_of_the_float_model(settings: Settings, backend: str) -> None:
     network = converted.net(backend, **settings)
     quantised, x = quantize_dynamic(network), converted.inputs(40)
     with emoe.record_routing(network) as expected, emoe.record_routing(quantised) as record:

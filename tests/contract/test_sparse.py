@@ -134,7 +134,7 @@ def path_after(network: nn.Module, x: torch.Tensor) -> str:
     return re.search("last_path='(.*)'", repr(network))[1]
 
 
-def test_the_text_of_a_model_shows_which_products_ran_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_of_a_model_shows_its_last_path(monkeypatch: pytest.MonkeyPatch) -> None:
     x = converted.inputs(5)
     frozen = converted.net("sparse")
     emoe.for_inference_(frozen)
@@ -151,7 +151,8 @@ def test_the_text_of_a_model_shows_which_products_ran_and_why(monkeypatch: pytes
         assert path_after(runs_twice, x) == "masked: compiled, exported or traced"
         runs_twice(x)
     monkeypatch.setattr(module, "pays_off", cost_model.pays_off)
-    assert path_after(converted.net("sparse"), x).startswith("masked: no gain is expected for 5 tokens")
+    too_short = converted.net("sparse")
+    assert path_after(too_short, x).startswith("masked: no gain is expected for 5 tokens")
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "pays_off"), [(2000, 2, True), (2, 2, False), (2000, 8, False)])
