@@ -18,8 +18,16 @@ from torch.nn import functional as F
 from emoe.architectures import FFN, bias_of
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
-from emoe.routers import AvgKRouter, Router, build_router, require_input, weights_in_place
-from emoe.routing import balance_loss, capacity_mask, expert_mask, expert_weights, select_experts
+from emoe.routers import Router, build_router, require_input, weights_in_place
+from emoe.routing import (
+    balance_loss,
+    capacity_mask,
+    choose_experts,
+    expert_mask,
+    expert_weights,
+    select_experts,
+)
+from emoe.sparse.build import kernels_for
 from emoe.tokens import PaddingMaskHook, do_nothing
 
 
@@ -69,9 +77,12 @@ class RoutedActivation(nn.Module):
         self._handles = [ffn.proj_in.register_forward_pre_hook(self._keep_input)]
         if config.output_bias != "shared":
             self._split_output_bias()
-        # a hook disables PyTorch's fused transformer layers, which would bypass this module
-        self.register_forward_pre_hook(do_nothing)
         parent = ffn.parents[ffn.spec.activation]
+        self.num_own_hooks = 0
+        if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            # a hook disables PyTorch's fused transformer layers, which would bypass this module
+            self.register_forward_pre_hook(do_nothing)
+            self.num_own_hooks = 1
         self.train(parent.training)
         ffn.replace(ffn.spec.activation, self)
         # a copy of torch's decoder layer computes ReLU if its __dict__ has no activation
@@ -87,8 +98,6 @@ class RoutedActivation(nn.Module):
         for path, module in self.replaced.items():
             self.ffn.replace(path, module.train(self.ffn.module(path).training))
         self.replaced = {}
-        if isinstance(self.router, AvgKRouter):
-            self.router.frozen_keys = None
 
     @property
     def aux_loss(self) -> Tensor | None:
@@ -160,6 +169,9 @@ class RoutedActivation(nn.Module):
         call, config = self._call_state, self.config
         x, call.x = call.x, None
         x = None if x is None else x.reshape(-1, x.shape[-1])
+        mask = None if x is None else self.mask_without_gradient(x)
+        if mask is not None:
+            return self._weighted(self.activation(z), mask)
         rows = z.reshape(-1, z.shape[-1])
         dropout = config.expert_dropout if self.training else 0.0
         is_before = config.dropout_position == "before"
@@ -175,8 +187,31 @@ class RoutedActivation(nn.Module):
             call.weights = weights
         if dropout and not is_before:
             hidden = F.dropout(hidden, dropout)
-        blocks = hidden.unflatten(-1, (config.num_experts, -1))
-        return (blocks * weights.view(*z.shape[:-1], config.num_experts, 1).to(hidden.dtype)).flatten(-2)
+        return self._weighted(hidden, weights)
+
+    def mask_without_gradient(self, x: Tensor) -> Tensor | None:
+        """Choose the experts ``[T, N]`` bool of inputs ``[T, h]`` by one call of the compiled kernels.
+
+        It equals :meth:`route`, whose steps take longer than the products of a few tokens. None if there are no
+        kernels, a gradient is recorded, or the configuration needs more than the highest or lowest scores.
+        """
+        config, keys = self.config, self.router.kept_keys()
+        if keys is None or self.record is not None or self.output_bias is not None:
+            return None
+        needs_weights = config.weighting != "binary" or config.capacity_factor is not None
+        if needs_weights or config.aux_loss_coefficient > 0 or config.selection not in ("top", "bottom"):
+            return None
+        kernels = kernels_for(x)
+        return None if kernels is None else kernels.route(x, keys, config.top_k, config.selection == "top")
+
+    def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """Multiply the neurons ``[..., d]`` by the weights ``[T, N]`` of their experts."""
+        kernels = kernels_for(hidden)
+        if kernels is not None and hidden.dtype in (torch.float32, torch.bfloat16):
+            return kernels.scale_blocks(hidden, weights)
+        blocks = hidden.unflatten(-1, (self.config.num_experts, -1))
+        per_block = weights.view(*blocks.shape[:-1], 1)
+        return (blocks * per_block.to(hidden.dtype)).flatten(-2)
 
     def _check_hooked(self) -> None:
         proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # unwrap an adapter
@@ -215,14 +250,17 @@ class RoutedActivation(nn.Module):
         noise_std = config.router_noise / config.num_experts
         with self._score_grad_context():
             noisy = clean + torch.randn_like(clean) * noise_std if noise_std and self.training else clean
-            chosen = select_experts(noisy, config.top_k, config.selection)
-            mask = kept = expert_mask(chosen, config.num_experts)
-            weights = expert_weights(noisy, mask, config.weighting, config.top_k)
             token_mask = self.padding.token_mask(len(clean)) if self.padding is not None else None
-            if config.capacity_factor is not None:
+            if config.capacity_factor is None:
+                mask = kept = choose_experts(noisy.detach(), config.top_k, config.selection)
+            else:
+                chosen = select_experts(noisy, config.top_k, config.selection)  # in the order of the choices
+                mask = expert_mask(chosen, config.num_experts)
                 active = config.num_active_experts
                 fits = capacity_mask(noisy.detach(), chosen, config.capacity_factor, active, token_mask)
                 kept = expert_mask(chosen, config.num_experts, fits)
+            weights = expert_weights(noisy, mask, config.weighting, config.top_k)
+            if config.capacity_factor is not None:
                 weights = weights * kept
             if config.aux_loss_coefficient > 0:
                 # the authors' formula divides by the noise in evaluation too

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, has_plain_weight
+from emoe.architectures import FFN, has_plain_weight, weight_of
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
+from emoe.sparse.build import is_in_memory, is_recorded
 
 _COSINE_DIM = 256
 _MAX_LOG_SCALE = math.log(100.0)
 _CHUNK = 1 << 19  # elements
+_COMPARED = 32  # elements of a weight
 
 
 def neuron_means(blocks: Tensor) -> Tensor:
@@ -82,6 +84,13 @@ class Router(nn.Module):
         """
         return self(require_input(self.ffn, x).to(z.device))
 
+    def kept_keys(self) -> Tensor | None:
+        """Return vectors ``[N, h]`` in float32 whose products with the input are the scores, if no gradient is recorded.
+
+        None if the scores are computed in another way, or the vectors are not at hand.
+        """
+        return None
+
     def update_(self) -> None:
         """Update the router's state after an optimizer step; the default has none."""
 
@@ -125,15 +134,51 @@ class CosineRouter(Router):
             return cosine * self.temperature.float().clamp(max=_MAX_LOG_SCALE).exp()
 
 
+class Stamp:
+    """What tells that a projection's weight has not changed: its identity, version, address and some elements.
+
+    PyTorch does not count changes through ``weight.data``, by which PEFT merges adapters. Those of a whole matrix
+    change the compared elements.
+
+    Args:
+        projection: module with a plain weight in the CPU's memory.
+        has_copy: false if only views of the weight are in use, which show changes of its elements.
+    """
+
+    def __init__(self, projection: nn.Module, *, has_copy: bool = True) -> None:
+        weight = weight_of(projection)
+        self._projection, self._weight = projection, weight
+        self._version, self._address = _version(weight), weight.data_ptr()
+        elements = weight.detach().view(-1) if has_copy else weight.new_empty(0)
+        step = max(len(elements) // _COMPARED, 1) | 1  # an odd step meets all columns
+        self._elements = elements[::step]  # a view: it shows later changes
+        self._stored = self._elements.clone()
+
+    def is_of(self, projection: nn.Module) -> bool:
+        """Check if a projection is the stamped one, and its weight unchanged."""
+        weight = self._weight
+        if projection is not self._projection or projection.weight is not weight:
+            return False
+        if weight.data_ptr() != self._address or _version(weight) != self._version:
+            return False
+        return len(self._stored) == 0 or torch.equal(self._elements, self._stored)
+
+
+def _version(weight: Tensor) -> int | None:
+    """Return the number of changes that PyTorch counted. None for tensors of inference mode, which have none."""
+    return None if weight.is_inference() else weight._version
+
+
 class AvgKRouter(Router):
     """Score an expert by the mean score of its neurons: the paper's avg-k (Eq. 4). It has no parameters.
 
     ``keys`` scores are products of the FFN's input and the mean keys. If the weights are adapted or quantised, they are
     means of the pre-activations, which are equal up to rounding.
 
+    In evaluation mode the mean keys are kept until the weights change.
+
     Attributes:
         gate: running mean keys ``[N, h]`` in float32 with ``gate_momentum``, else None.
-        frozen_keys: mean keys of frozen weights (:func:`emoe.for_inference_`), else None.
     """
 
     learned: ClassVar[bool] = False
@@ -142,19 +187,68 @@ class AvgKRouter(Router):
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__(ffn, config)
-        self.frozen_keys: Tensor | None = None
+        self._kept: tuple[Stamp, Tensor] | None = None
         self.register_buffer("gate", self.mean_keys() if self.config.gate_momentum else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """See :meth:`Router.forward`. Multiply inputs by mean weights, if scores are linear in the input."""
-        config = self.config
-        if config.score == "keys":
-            gate = self.frozen_keys if self.gate is None else self.gate
-            bias = self._mean_bias() if config.score_bias else None
-            return key_scores(x, self.mean_keys() if gate is None else gate, bias)
+        weight = self.gate
+        if weight is None:
+            weight = self._kept_mean_weight()
+        if weight is None:
+            weight = self._mean_weight()
+            self._keep(weight)
+        return key_scores(x, weight, self._score_bias())
+
+    def _projection(self) -> nn.Module:
+        """Return the projection whose outputs the score averages; a fused one holds both halves."""
+        projection = self.ffn.proj_up if self.config.score == "up" else None
+        return projection or self.ffn.proj_in
+
+    def kept_keys(self) -> Tensor | None:
+        """See :meth:`Router.kept_keys`."""
+        has_bias = self.config.score_bias or self.config.score != "keys"
+        return None if has_bias or self.gate is not None else self._kept_mean_weight()
+
+    def _may_keep(self) -> bool:
+        return not (self.training or torch.is_grad_enabled() or is_recorded())
+
+    def _kept_mean_weight(self) -> Tensor | None:
+        """Return the mean weights ``[N, h]`` of an earlier call; None if there are none or the weights changed."""
+        if not self._may_keep():
+            return None
+        kept = self._kept  # another thread may replace it
+        if kept is None or not kept[0].is_of(self._projection()):
+            return None
+        return kept[1]
+
+    def _keep(self, mean_weight: Tensor) -> None:
+        """Keep mean weights for the next call in evaluation mode."""
+        if not self._may_keep():
+            return
+        projection = self._projection()
+        weight = weight_of(projection)
+        # not on a GPU, which would have to wait for the comparison of elements
+        if is_in_memory(weight) and weight.is_contiguous():
+            self._kept = Stamp(projection), mean_weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # a copy has its own weights
+
+    def _mean_weight(self) -> Tensor:
+        """Compute the mean weights ``[N, h]`` of the score's projection."""
+        if self.config.score == "keys":
+            return self.mean_keys()
         # the mean of a projection's outputs is the output of its mean weights
-        weight, bias = self.ffn.blocks(config.num_experts)[0][config.score == "up"]
-        return key_scores(x, neuron_means(weight), None if bias is None else neuron_means(bias))
+        weight, _ = self.ffn.blocks(self.config.num_experts)[0][self.config.score == "up"]
+        return neuron_means(weight)
+
+    def _score_bias(self) -> Tensor | None:
+        """Return the mean biases ``[N]`` that are part of the score, None if there are none."""
+        if self.config.score == "keys":
+            return self._mean_bias() if self.config.score_bias else None
+        _, bias = self.ffn.blocks(self.config.num_experts)[0][self.config.score == "up"]
+        return None if bias is None else neuron_means(bias)
 
     def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
         """See :meth:`Router.scores`."""
@@ -193,12 +287,6 @@ class AvgKRouter(Router):
     def mean_keys(self) -> Tensor:
         """Compute the mean keys ``[N, h]`` of the current weights, without gradient."""
         return expert_means(unsharded(self.ffn.keys()), self.config.num_experts)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; training discards the frozen mean keys."""
-        if mode:
-            self.frozen_keys = None
-        return super().train(mode)
 
     @torch.no_grad()
     def update_(self) -> None:

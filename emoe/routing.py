@@ -11,38 +11,26 @@ import torch
 from torch import Tensor
 
 from emoe.config import BalanceLoss, Selection, Weighting
+from emoe.sparse.build import kernels_for
 
 
 def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     """Choose experts ``[T, k]``, first choice first. Ties go to the lower expert index."""
     if selection == "random":
         scores = torch.rand_like(scores)
-    is_descending = selection != "bottom"
-    if selection != "not_top" and scores.device.type == "cpu" and not is_recorded():
-        experts = _distinct_extremes(scores, top_k, is_descending)
-        if experts is not None:
-            return experts
-    order = _stable_order(scores, descending=is_descending)
+    order = _stable_order(scores, descending=selection != "bottom")
     return order[:, top_k:] if selection == "not_top" else order[:, :top_k]
 
 
-def is_recorded() -> bool:
-    """Check if torch.compile, torch.export or torch.jit.trace is recording this forward pass."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+def choose_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
+    """Mask the experts ``[T, N]`` that :func:`select_experts` chooses, without their order.
 
-
-def _distinct_extremes(scores: Tensor, top_k: int, is_descending: bool) -> Tensor | None:
-    """Choose experts ``[T, k]`` without sorting all of them. None if scores are equal or not numbers.
-
-    PyTorch's ``topk`` is several times faster than its stable sort, but gives equal scores any order.
+    The compiled kernels, if they were built, need no sort.
     """
-    compared = min(top_k + 1, scores.shape[-1])  # with the first expert that is not chosen
-    values, experts = scores.topk(compared, dim=-1, largest=is_descending)
-    first, second = values[:, :-1], values[:, 1:]
-    are_distinct = (first > second) if is_descending else (first < second)
-    if not bool(are_distinct.all()):
-        return None
-    return experts[:, :top_k]
+    kernels = kernels_for(scores) if selection in ("top", "bottom") else None
+    if kernels is not None and scores.dtype == torch.float32:
+        return kernels.choose(scores, top_k, selection == "top")
+    return expert_mask(select_experts(scores, top_k, selection), scores.shape[-1])
 
 
 def _stable_order(values: Tensor, *, descending: bool) -> Tensor:
@@ -91,9 +79,8 @@ def capacity_mask(
 def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
     """Return the mask ``[T, N]`` of experts ``[T, k]``, except those where ``kept`` ``[T, k]`` is False."""
     mask = torch.zeros(expert_indices.shape[0], num_experts, dtype=torch.bool, device=expert_indices.device)
-    if kept is None:
-        return mask.scatter(1, expert_indices, True)
-    return mask.scatter(1, expert_indices, kept)
+    marks = torch.ones_like(expert_indices, dtype=torch.bool) if kept is None else kept
+    return mask.scatter(1, expert_indices, marks)
 
 
 def expert_weights(scores: Tensor, mask: Tensor, weighting: Weighting, top_k: int) -> Tensor:

@@ -100,7 +100,7 @@ def for_inference_(model: nn.Module) -> None:
     set_backend_(model, "sparse")
     model.requires_grad_(False).eval()
     for layer in routed_layers(model):
-        cast(SparseFFN, layer.ffn.proj_out).lay_out_()
+        cast(SparseFFN, layer.ffn.proj_out).serves = True
 
 
 def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:

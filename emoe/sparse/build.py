@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor, nn
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _NAME = "emoe_kernels"
@@ -82,6 +83,32 @@ def compiled_kernels() -> ModuleType | None:
         _logger.warning("emoe: the kernels do not load, the sparse backend uses PyTorch: %s", error)
         return None
     return module
+
+
+def is_recorded() -> bool:
+    """Check if torch.compile, torch.export or torch.jit.trace is recording this forward pass."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """Return the compiled kernels if they may compute with a tensor in this forward pass.
+
+    They know neither gradients nor graphs, and read the CPU's memory.
+    """
+    if torch.is_grad_enabled() or is_recorded() or not is_in_memory(x):
+        return None
+    return compiled_kernels()
+
+
+def is_in_memory(tensor: Tensor) -> bool:
+    """Check if a tensor's elements are in the CPU's memory, in PyTorch's own format."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # the tensors of torch.func's transforms
+        return False
+    return True
 
 
 @functools.cache

@@ -9,7 +9,8 @@ change. ``emoe.set_backend_(model, "masked")`` puts the old modules back.
 from __future__ import annotations
 
 import inspect
-from typing import Self, cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,13 @@ from emoe.architectures import FFN, bias_of, has_plain_weight, is_plain_tensor
 from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
-from emoe.routers import AvgKRouter, is_offloaded
-from emoe.routing import is_recorded, select_experts
+from emoe.routers import is_offloaded
+from emoe.sparse.build import is_recorded, kernels_for
 from emoe.sparse.cost_model import pays_off
-from emoe.sparse.ffn import Inputs, sparse_ffn
+from emoe.sparse.ffn import sparse_ffn
+from emoe.sparse.serving import Layout, are_few, can_serve
 
 _WAY_OUT = "call emoe.set_backend_(model, 'masked')"
-# maximum tokens for for_inference_'s layout; for more tokens, one dense or sparse product is faster
-_FEW_TOKENS = 8
 NOT_CALLED = "not called yet"
 
 
@@ -74,7 +74,7 @@ class SparseFFN(_Replacement):
     """Replace an out-projection and compute the whole FFN from its input.
 
     Attributes:
-        layout: in-projections and values ``[N, s, h]`` of frozen weights (:func:`emoe.for_inference_`), else None.
+        serves: few tokens without gradient use the layout of :mod:`emoe.sparse.serving` (:func:`emoe.for_inference_`).
         always: use the sparse products even if they do not pay off.
         last_path: products of the last forward pass; if they were the masked ones, also the reason.
     """
@@ -83,34 +83,92 @@ class SparseFFN(_Replacement):
         super().__init__(layer.ffn.proj_out)
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
         self._dropouts = [module for _, module in layer.ffn.between() if isinstance(module, nn.Dropout)]
-        self.layout: tuple[Inputs, Tensor] | None = None
+        self._layout: Layout | None = None
+        self.serves = False
         self.always = False
         self.last_path = NOT_CALLED
+        self._hooks: list[tuple[dict[int, Any], int]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the FFN's output ``[..., h]`` from inputs ``[..., h]``."""
         layer = self._layer[0]
-        reject_hooks(layer)
+        if self._has_new_hooks():
+            reject_hooks(layer)
         rows = x.reshape(-1, x.shape[-1])
-        if self.layout is not None and not is_recorded() and len(rows) <= _FEW_TOKENS:
-            self.last_path = "sparse, with the layout of for_inference_"
-            y, weights = self._compute_chosen_only(rows, *self.layout)
-        elif reason := self._reason_for_mask(rows):
+        layout = self._current_layout(rows)
+        reason = None if layout is not None else self._reason_for_mask(rows)
+        if layout is not None:
+            y, weights = self._serve(rows, layout)
+        elif reason is not None:
             self.last_path = f"masked: {reason}"
             return self._compute_masked(x)
         else:
             self.last_path = "sparse"
-            _check_weights(layer.ffn)
-            mask, weights = layer.route(layer.linear_scores(rows))
-            inputs, values = layer.ffn.blocks(layer.config.num_experts)
-            per_expert = None if layer.config.weighting == "binary" else weights
-            y = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
+            y, weights = self._compute_sparse(rows)
         bias = bias_of(self)
         if bias is not None:
             y = y + bias.to(y.dtype)
         if layer.output_bias is not None:
             y = layer.add_output_bias(y, cast(Tensor, weights))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _has_new_hooks(self) -> bool:
+        """Check if the number of hooks on the FFN's modules has changed since the first forward pass."""
+        if self._hooks is None:
+            reject_hooks(self._layer[0])
+            ffn = self._layer[0].ffn
+            modules = [*ffn.projections(), *ffn.between(), (ffn.spec.activation, self._layer[0])]
+            tables = [table for _, module in modules for table in hook_tables(module)]
+            self._hooks = [(table, len(table)) for table in tables]
+        return any(len(table) != number for table, number in self._hooks)
+
+    def _current_layout(self, rows: Tensor) -> Layout | None:
+        """Return the layout of the present weights; None if this forward pass must not use it."""
+        kernels = kernels_for(rows) if self.serves else None
+        if kernels is None or torch.is_autocast_enabled("cpu") or self._rounds_scores(rows.dtype):
+            return None
+        layout = self._layout  # another thread may replace it
+        if layout is None or not layout.is_current():
+            layer = self._layer[0]
+            layout = Layout(layer, kernels) if can_serve(layer) else None
+            self._layout = layout
+        return layout
+
+    def _rounds_scores(self, dtype: torch.dtype) -> bool:
+        """Check if the masked products round the neurons that the score averages, so that other experts may win."""
+        return dtype in (torch.bfloat16, torch.float16) and self._layer[0].config.score in ("gate", "up")
+
+    def _serve(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """Return the outputs ``[T, h]`` and, if the configuration has any, the expert weights ``[T, N]``."""
+        layer = self._layer[0]
+        is_few = are_few(rows)
+        if not is_few and self._pays_off(rows):
+            self.last_path = "sparse"
+            return self._compute_sparse(rows)
+        mask, weights = layer.mask_without_gradient(rows), None
+        if mask is None:
+            mask, weights = layer.route(layer.linear_scores(rows))
+        per_expert = None if layer.config.weighting == "binary" else weights
+        if is_few:
+            self.last_path = "sparse, with the layout of for_inference_"
+            return layout.compute_few(rows, mask, per_expert).to(rows.dtype), weights
+        self.last_path = "masked, with the layout of for_inference_: too many tokens"
+        return layout.compute_all(rows, mask, per_expert), weights
+
+    def _compute_sparse(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs ``[T, h]`` and the expert weights ``[T, N]``, by the products of the chosen experts."""
+        layer = self._layer[0]
+        _check_weights(layer.ffn)
+        mask, weights = layer.route(layer.linear_scores(rows))
+        inputs, values = layer.ffn.blocks(layer.config.num_experts)
+        per_expert = None if layer.config.weighting == "binary" else weights
+        return sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert), weights
+
+    def _pays_off(self, rows: Tensor) -> bool:
+        layer = self._layer[0]
+        config = layer.config
+        active = config.num_active_experts / config.num_experts
+        return self.always or pays_off(rows, layer.ffn.d // config.num_experts, active)
 
     def _reason_for_mask(self, rows: Tensor) -> str | None:
         """Return why this forward pass computes the masked products, None if it does not."""
@@ -124,16 +182,14 @@ class SparseFFN(_Replacement):
         dtype = rows.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-        # the masked products round these neurons, so their means may choose other experts
-        if dtype in (torch.bfloat16, torch.float16) and config.score in ("gate", "up"):
+        if self._rounds_scores(dtype):
             return f"{dtype} would round the neurons that the score averages"
-        size = layer.ffn.d // config.num_experts
-        active = config.num_active_experts
-        if self.always or pays_off(rows, size, active / config.num_experts):
+        if self._pays_off(rows):
             return None
         if rows.device.type != "cpu":
             return f"PyTorch has no grouped product for {dtype} on {rows.device.type}"
-        experts = f"{active} of {config.num_experts} experts of {size} neurons, {dtype}"
+        size = layer.ffn.d // config.num_experts
+        experts = f"{config.num_active_experts} of {config.num_experts} experts of {size} neurons, {dtype}"
         return f"no gain is expected for {len(rows)} tokens ({experts})"
 
     def _compute_masked(self, x: Tensor) -> Tensor:
@@ -151,47 +207,21 @@ class SparseFFN(_Replacement):
             hidden = F.dropout(hidden, dropout.p, self.training)
         return cast(Tensor, self.projection(hidden))
 
-    def _compute_chosen_only(self, rows: Tensor, inputs: Inputs, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the output ``[T, h]``, computed with the chosen experts' weights only, and the expert weights."""
-        layer, config = self._layer[0], self._layer[0].config
-        scores = layer.linear_scores(rows)
-        weights = None
-        needs_weights = config.weighting != "binary" or layer.output_bias is not None or len(rows) > 1
-        if not needs_weights and layer.record is None and not config.aux_loss_coefficient:
-            experts = select_experts(scores, config.top_k, config.selection)[0]
-        else:
-            mask, weights = layer.route(scores)
-            experts = mask.any(0).nonzero()[:, 0]
-        pre = []
-        for weight, bias in inputs:
-            chosen_bias = None if bias is None else bias[experts].flatten()
-            pre.append(F.linear(rows, weight.index_select(0, experts).flatten(0, 1), chosen_bias))
-        hidden = layer.activation(pre[0])
-        if len(pre) > 1:
-            hidden = hidden * pre[1]
-        if weights is not None:
-            scale = weights.index_select(1, experts).unsqueeze(-1).to(hidden.dtype)
-            hidden = (hidden.unflatten(-1, (len(experts), -1)) * scale).flatten(1)
-        return hidden @ values.index_select(0, experts).flatten(0, 1), weights
-
-    def lay_out_(self) -> None:
-        """Store the frozen weights by expert."""
-        layer = self._layer[0]
-        _check_weights(layer.ffn)
-        inputs, values = layer.ffn.blocks(layer.config.num_experts)
-        if isinstance(layer.router, AvgKRouter):
-            layer.router.frozen_keys = layer.router.mean_keys()
-        frozen = [(weight.detach().contiguous(), None if bias is None else bias.detach()) for weight, bias in inputs]
-        self.layout = frozen, values.detach().contiguous()
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, last_path={self.last_path!r}"
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; training discards the layout of :func:`emoe.for_inference_`."""
+        """Set the mode; training ends serving (:func:`emoe.for_inference_`)."""
         if mode:
-            self.layout = None
+            self.serves, self._layout = False, None
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._layout = None  # its copy has the old device and dtype
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layout": None}  # a copy has its own weights
 
 
 def install_(layer: RoutedActivation) -> None:
@@ -228,14 +258,21 @@ def check_supported(layer: RoutedActivation) -> None:
 def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError) -> None:
     """Raise an error if a module of a routed FFN has a hook that this library did not register."""
     ffn, spec = layer.ffn, layer.ffn.spec
-    expected = {spec.activation: 1}
+    expected = {spec.activation: layer.num_own_hooks}
     if not layer.replaced:
         expected |= {spec.proj_in: 1, spec.proj_out: int(layer.output_bias is not None)}
     for path, module in [*ffn.projections(), *ffn.between(), (spec.activation, layer)]:
-        forward = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        if forward > expected.get(path, 0) or module._backward_hooks or module._backward_pre_hooks:
+        forward_hooks, forward_pre_hooks, *backward_hooks = hook_tables(module)
+        forward = len(forward_hooks) + len(forward_pre_hooks)
+        if forward > expected.get(path, 0) or any(backward_hooks):
             hidden = "has a hook, which cannot see the neurons of a sparse FFN"
             raise error(f"{ffn.name}.{path} {hidden}: remove it, or {_WAY_OUT}")
+
+
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """Return a module's tables of hooks: forward, forward pre-, backward and backward pre-hooks."""
+    forward = [module._forward_hooks, module._forward_pre_hooks]
+    return [*forward, module._backward_hooks, module._backward_pre_hooks]
 
 
 def probe_output(layer: RoutedActivation) -> Tensor | None:

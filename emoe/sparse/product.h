@@ -36,11 +36,6 @@ struct Product {
 
 constexpr int64_t kLine = 16;  // floats per cache line
 
-#ifdef FOR_SEVERAL_PROCESSORS
-constexpr int64_t kDepth = 256;    // rows of b in a block
-constexpr int64_t kBlock = 24576;  // floats in a block: 96 KiB
-constexpr int64_t kAhead = 8;      // rows that are prefetched
-
 // Holds W floats.
 template <int W>
 struct Vector {
@@ -53,6 +48,11 @@ INLINE typename Vector<W>::type loaded(const float* from) {
   std::memcpy(&vector, from, sizeof(vector));
   return vector;
 }
+
+#ifdef FOR_SEVERAL_PROCESSORS
+constexpr int64_t kDepth = 256;    // rows of b in a block
+constexpr int64_t kBlock = 24576;  // floats in a block: 96 KiB
+constexpr int64_t kAhead = 8;      // rows that are prefetched
 
 // Computes ROWS rows of VECTORS * W columns of c = a b, or c += a b, and writes the given number of columns.
 template <int W, int ROWS, int VECTORS>

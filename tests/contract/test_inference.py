@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ LEARNED = converted.SETTINGS["learned"]
 def test_outputs_are_the_masked_ones(variant: str, dtype: torch.dtype) -> None:
     masked, frozen = (net(config=converted.VARIANTS[variant]).to(dtype) for _ in range(2))
     emoe.for_inference_(frozen)
-    for tokens in (1, 2, 8, 9, 40):
+    for tokens in (1, 2, 9, 40, 70):  # few, and for each dtype too many for the layout
         x = inputs(tokens, seed=tokens).to(dtype)
         expected = masked(x)
         tolerance = 1e-4 if dtype == torch.float32 else 0.05 * float(expected.abs().max())
@@ -82,6 +83,69 @@ def test_settings_of_a_frozen_model_can_change() -> None:
         torch.testing.assert_close(model(x), masked(x))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
+def test_changed_weights_are_used_by_any_number_of_tokens(name: str) -> None:
+    """Five tokens alone, which use the layout, must equal the same five among more."""
+    model, other = converted.model(name), converted.model(name)
+    for parameter in other.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    emoe.for_inference_(model)
+    values = tiny_models.inputs(name, rows=1)
+    tiny_models.output(model, values)
+    model.load_state_dict(other.state_dict())
+    assert_equal_outputs(model, converted_like(other, model), values)
+    model.to(torch.bfloat16).to(torch.float64).to(torch.float32)
+    assert_equal_outputs(model, converted_like(model, model), values)
+    for layer in routed_layers(model):  # as PEFT merges adapters: PyTorch does not count this change
+        for _, module in layer.ffn.projections():
+            module.weight.data += 0.1 * torch.randn_like(module.weight)
+    assert_equal_outputs(model, converted_like(model, model), values)
+
+
+def converted_like(source: nn.Module, model: nn.Module) -> nn.Module:
+    """Return a masked copy of a model with the state of another one."""
+    copied = copy.deepcopy(model)
+    emoe.set_backend_(copied, "masked")
+    copied.load_state_dict(source.state_dict())
+    return copied
+
+
+def assert_equal_outputs(model: nn.Module, masked: nn.Module, values: dict[str, Tensor]) -> None:
+    expected = tiny_models.output(masked, values)
+    torch.testing.assert_close(tiny_models.output(model, values), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_are_computed_although_the_model_serves() -> None:
+    model, masked, x = net(), net(), inputs(5)
+    emoe.for_inference_(model)
+    with torch.no_grad():
+        model(x)
+    model.requires_grad_(True)
+    assert_same(step(model, x), step(masked, x))
+
+
+@torch.no_grad()
+def test_mean_keys_follow_the_weights_in_evaluation() -> None:
+    """The masked path keeps them between calls."""
+    model, fresh, x = net(), net(), inputs(5)
+    model(x)
+    for change in (
+        lambda weight: weight.mul_(-1),
+        lambda weight: weight.data.add_(torch.randn_like(weight)),
+        lambda weight: setattr(weight, "data", torch.randn_like(weight)),
+    ):
+        weight = model.layers[0].inner.weight
+        change(weight)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model(x), copy.deepcopy(fresh)(x))
+    with torch.inference_mode():
+        weight.mul_(-1)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model(x), copy.deepcopy(fresh)(x))
+
+
+@torch.no_grad()
 def test_a_frozen_model_can_be_traced() -> None:
     model = net()
     emoe.for_inference_(model)

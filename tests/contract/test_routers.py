@@ -44,7 +44,7 @@ def test_both_backends_train_save_freeze_and_remove_it(name: str, output_bias: s
     emoe.for_inference_(sparse)
     for model in (again, sparse):
         torch.testing.assert_close(tiny_models.output(model, values), results["output"], atol=1e-4, rtol=1e-4)
-    assert emoe.to_dense_(again).state_dict().keys() == tiny_models.stock(name, tmp_path).state_dict().keys()
+    assert emoe.to_dense_(again).state_dict().keys() == tiny_models.build(name).state_dict().keys()
 
 
 def test_it_is_trained_and_saved_beside_adapters(tmp_path: Path) -> None:
