@@ -15,9 +15,9 @@ from tabulate import tabulate
 
 import emoe
 from emoe import checkpoint, files
+from emoe.compiled.build import build_kernels
 from emoe.errors import CheckpointError, ConfigError, EMoEError
 from emoe.model_config import Experts
-from emoe.sparse.build import build_kernels
 
 _FOLDER = click.Path(path_type=Path)
 _output = click.option("--output", type=_FOLDER, required=True, help="A new folder.")

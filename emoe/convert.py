@@ -207,11 +207,11 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         for layer in layers:
             if layer.permutation is None:
                 raise ConversionError(f"{layer.ffn.name}: the neurons' order is unknown; leave out restore_order")
-    remove_argument_hooks(model)
     for layer in layers:
         layer.remove_()
         if restore_order:
             layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
+    remove_argument_hooks(model)
     update_description_(model)
     return model
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of
+from emoe.compiled.build import kernels_for
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
 from emoe.routers import Router, build_router, require_input, weights_in_place
@@ -27,7 +28,6 @@ from emoe.routing import (
     expert_weights,
     select_experts,
 )
-from emoe.sparse.build import kernels_for
 from emoe.tokens import PaddingMaskHook, do_nothing
 
 
@@ -320,11 +320,15 @@ def aux_loss(model: nn.Module) -> Tensor | float:
     return torch.stack(losses).sum() if losses else 0.0
 
 
-def update_gates_(model: nn.Module) -> None:
+def update_gates_(model: nn.Module) -> nn.Module:
     """Update the running gates after an optimizer step. Only configurations with ``gate_momentum`` have them.
 
     Args:
         model: converted model.
+
+    Returns:
+        The same model.
     """
     for layer in routed_layers(model):
         layer.router.update_()
+    return model

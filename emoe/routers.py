@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, has_plain_weight, weight_of
+from emoe.compiled.build import is_in_memory, is_recorded
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
-from emoe.sparse.build import is_in_memory, is_recorded
 
 _COSINE_DIM = 256
 _MAX_LOG_SCALE = math.log(100.0)

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from emoe.compiled.build import kernels_for
 from emoe.config import BalanceLoss, Selection, Weighting
-from emoe.sparse.build import kernels_for
 
 
 def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:

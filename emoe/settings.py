@@ -9,30 +9,34 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from emoe.compiled.build import prepare_kernels
 from emoe.convert import converted_layers
 from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
 from emoe.model_config import update_description_
 from emoe.routers import FixedRouter
-from emoe.sparse.build import prepare_kernels
 from emoe.sparse.module import NOT_CALLED, SparseFFN, check_supported, install_, probe_output
 
 
-def set_top_k_(model: nn.Module, top_k: int) -> None:
+def set_top_k_(model: nn.Module, top_k: int) -> nn.Module:
     """Change the number of experts that each token uses, in place, for training too.
 
     Args:
         model: converted model.
         top_k: number of experts.
 
+    Returns:
+        The same model.
+
     Raises:
         ConfigError: the number is out of range.
         ConversionError: the model is not converted.
     """
     _configure_(model, converted_layers(model, "set_top_k_"), top_k=top_k)
+    return model
 
 
-def set_backend_(model: nn.Module, backend: str) -> None:
+def set_backend_(model: nn.Module, backend: str) -> nn.Module:
     """Choose the implementation of a converted model's FFNs, in place. The results are equal up to rounding.
 
     ``masked`` (the default) computes all neurons and zeroes the neurons of other experts. It works with any code.
@@ -42,6 +46,9 @@ def set_backend_(model: nn.Module, backend: str) -> None:
     Args:
         model: converted model.
         backend: ``masked`` or ``sparse``.
+
+    Returns:
+        The same model.
 
     Raises:
         ConfigError: there is no such backend.
@@ -54,7 +61,7 @@ def set_backend_(model: nn.Module, backend: str) -> None:
     if backend == "masked":
         for layer in layers:
             layer.restore_projections_()
-        return
+        return model
     for layer in layers:
         check_supported(layer)
     outputs = [probe_output(layer) for layer in layers]
@@ -67,6 +74,7 @@ def set_backend_(model: nn.Module, backend: str) -> None:
             for other in layers:
                 other.restore_projections_()
             raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked")
+    return model
 
 
 def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
@@ -85,14 +93,18 @@ def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
     return bool(error <= tolerance * expected.float().norm())
 
 
-def for_inference_(model: nn.Module) -> None:
+def for_inference_(model: nn.Module) -> nn.Module:
     """Freeze a converted model for serving, in place: few tokens read only the weights of their experts.
 
-    Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by neuron, in
-    as much memory as the out-projections take. The weights must not change afterwards. ``model.train()`` discards this.
+    Sets the sparse backend and evaluation mode, and freezes all parameters. At the first forward pass of few tokens
+    without gradient, each FFN copies its values by neuron, into as much memory as the out-projections take; it does so
+    again after its weights changed. ``model.train()`` ends serving.
 
     Args:
         model: converted model.
+
+    Returns:
+        The same model.
 
     Raises:
         ConversionError: as :func:`set_backend_`.
@@ -101,9 +113,10 @@ def for_inference_(model: nn.Module) -> None:
     model.requires_grad_(False).eval()
     for layer in routed_layers(model):
         cast(SparseFFN, layer.ffn.proj_out).serves = True
+    return model
 
 
-def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
+def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
     """Give every token the experts that were used most, in place: a static control for token-wise routing.
 
     The configuration's ``router`` becomes ``fixed``, ``top_k`` and ``selection`` stay. The model saves the counts.
@@ -111,6 +124,9 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
     Args:
         model: model converted with an :class:`EMoEConfig` whose router is ``avg_k``.
         usage: counts ``[N]`` by layer number, as from :func:`emoe.record_routing`. Ties go to the lower expert index.
+
+    Returns:
+        The same model.
 
     Raises:
         ConversionError: the model is not converted or has a learned router, or counts are not valid. It is unchanged.
@@ -131,6 +147,7 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
         router.usage.copy_(count)
         layer.router = router
     _configure_(model, layers, router="fixed", score="keys", score_bias=False, gate_momentum=0.0)
+    return model
 
 
 def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:

@@ -32,7 +32,6 @@ from benchmarks.harness.training.trainer import (
     finite_or_none,
     trainer_arguments,
 )
-from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
 
 ACCURACY = "accuracy"
@@ -151,7 +150,7 @@ class DomainTrainer(RoutedTrainer):
             empty for a dense model. By layer it has ``loads``, the expert choices ``[environments, classes, experts]``,
             and ``chance``, the mean and 95 % quantile of the information of shuffled labels, in bits.
         """
-        with emoe.record_routing(self._trained) if routed_layers(self._trained) else nullcontext() as record:
+        with emoe.record_routing(self._trained) if emoe.is_converted(self._trained) else nullcontext() as record:
             confusion = self._confusion(splits, num_classes, record)
         if record is None:
             return confusion, {}

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import emoe
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base import RUNS, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
@@ -24,7 +25,6 @@ from benchmarks.text.outcomes import CHOICE, select_runs
 from benchmarks.text.training import TextEvaluator
 from benchmarks.text.usage import RoutingRecorder
 from emoe.errors import CheckpointError
-from emoe.layer import routed_layers
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     probe, routing = Probe(), RoutingRecorder(classifier.model)
     probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
-    if same and not routed_layers(classifier.model):
+    if same and not emoe.is_converted(classifier.model):
         tested = recorded["scores"]["test"][read.task.name]  # the training run's test scores
     else:
         progress.say(f"evaluating on {read.task.name}, {len(test):,} rows")

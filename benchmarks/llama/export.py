@@ -30,8 +30,8 @@ def export(path: Path, output: Path, form: str) -> str:
     Args:
         path: The ``run.json``.
         output: The new folder.
-        form: The format: ``dense`` for stock transformers, with neurons in their original order, or ``emoe`` for
-            :func:`emoe.from_pretrained`.
+        form: The format: ``dense`` for stock transformers, with neurons in their original order, or ``emoe`` with
+            experts.
 
     Returns:
         A description of the written model.

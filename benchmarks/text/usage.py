@@ -20,7 +20,6 @@ import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.results.statistics import CONFIDENCE, PERMUTATIONS, MutualInformation, shuffled_information
 from benchmarks.harness.training.routing import loads_by_row, routing_summary
-from emoe.layer import routed_layers
 
 Loads = NDArray[np.int64]
 
@@ -127,7 +126,7 @@ class RoutingRecorder:
     @contextmanager
     def record_set(self, name: str, classes: Loads) -> Iterator[None]:
         """Record one evaluation of a set. The model must see each row once, in the order of ``classes``."""
-        if not routed_layers(self._model):
+        if not emoe.is_converted(self._model):
             yield
             return
         draw = np.random.default_rng(derive_seed("rows by their routing", name))

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emoe.sparse.build import compiled_kernels
+from emoe.compiled.build import compiled_kernels
 from emoe.sparse.kernels import can_group
 
 

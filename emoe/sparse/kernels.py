@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emoe.sparse.build import compiled_kernels
+from emoe.compiled.build import compiled_kernels
 
 _TOKENS_PER_CHUNK = 2048  # smaller chunks cost more calls than the cache saves
 

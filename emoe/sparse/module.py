@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of, has_plain_weight, is_plain_tensor
+from emoe.compiled.build import is_recorded, kernels_for
 from emoe.config import LINEAR_SCORES
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
 from emoe.routers import is_offloaded
-from emoe.sparse.build import is_recorded, kernels_for
 from emoe.sparse.cost_model import pays_off
 from emoe.sparse.ffn import sparse_ffn
 from emoe.sparse.serving import Layout, are_few, can_serve
@@ -98,6 +98,7 @@ class SparseFFN(_Replacement):
         layout = self._current_layout(rows)
         reason = None if layout is not None else self._reason_for_mask(rows)
         if layout is not None:
+            self.last_path = "sparse, with the layout of for_inference_"
             y, weights = self._serve(rows, layout)
         elif reason is not None:
             self.last_path = f"masked: {reason}"
@@ -123,9 +124,11 @@ class SparseFFN(_Replacement):
         return any(len(table) != number for table, number in self._hooks)
 
     def _current_layout(self, rows: Tensor) -> Layout | None:
-        """Return the layout of the present weights; None if this forward pass must not use it."""
+        """Return the layout of the present weights; None if this forward pass does not use it."""
         kernels = kernels_for(rows) if self.serves else None
-        if kernels is None or torch.is_autocast_enabled("cpu") or self._rounds_scores(rows.dtype):
+        if kernels is None or not are_few(rows):
+            return None
+        if torch.is_autocast_enabled("cpu") or self._rounds_scores(rows.dtype):
             return None
         layout = self._layout  # another thread may replace it
         if layout is None or not layout.is_current():
@@ -141,19 +144,11 @@ class SparseFFN(_Replacement):
     def _serve(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Return the outputs ``[T, h]`` and, if the configuration has any, the expert weights ``[T, N]``."""
         layer = self._layer[0]
-        is_few = are_few(rows)
-        if not is_few and self._pays_off(rows):
-            self.last_path = "sparse"
-            return self._compute_sparse(rows)
         mask, weights = layer.mask_without_gradient(rows), None
         if mask is None:
             mask, weights = layer.route(layer.linear_scores(rows))
         per_expert = None if layer.config.weighting == "binary" else weights
-        if is_few:
-            self.last_path = "sparse, with the layout of for_inference_"
-            return layout.compute_few(rows, mask, per_expert).to(rows.dtype), weights
-        self.last_path = "masked, with the layout of for_inference_: too many tokens"
-        return layout.compute_all(rows, mask, per_expert), weights
+        return layout.compute(rows, mask, per_expert).to(rows.dtype), weights
 
     def _compute_sparse(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the outputs ``[T, h]`` and the expert weights ``[T, N]``, by the products of the chosen experts."""

@@ -6,12 +6,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from emoe.architectures import weight_of
+from emoe.compiled.build import is_in_memory
 from emoe.layer import RoutedActivation
 from emoe.routers import Stamp
-from emoe.sparse.build import is_in_memory
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _MAX_TOKENS = 64
@@ -33,7 +32,6 @@ class Layout:
         for weight, bias in inputs:
             self._inputs.append((weight.detach().contiguous(), None if bias is None else bias.detach()))
         self._values = values.detach().contiguous()
-        self._out_weight = layer.ffn.values().detach()
         self._projections = [module for _, module in layer.ffn.projections()]
         # the in-projections are views, unless they are transposed as GPT-2's
         has_copies = layer.ffn.spec.transposed
@@ -44,7 +42,7 @@ class Layout:
         """Check that the FFN's weights are the same and unchanged."""
         return all(stamp.is_of(module) for stamp, module in zip(self._stamps, self._projections, strict=True))
 
-    def compute_few(self, x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
         """Sum the outputs ``[T, h]`` of the chosen experts in float32, without the output bias.
 
         Args:
@@ -53,24 +51,13 @@ class Layout:
             weights: expert weights ``[T, N]``, None if all chosen experts have weight 1.
         """
         neurons = [self._kernels.few_gather_mm(x, mask, weight, bias) for weight, bias in self._inputs]
-        hidden = self._gated(neurons)
+        hidden = self._activation(neurons[0])
+        if len(neurons) > 1:  # the FFN is gated
+            hidden = hidden * neurons[1]
         if weights is not None:
             per_pair = weights.t()[mask.t()]  # by expert, as the kernels order them
             hidden = hidden * per_pair.unsqueeze(1)
         return self._kernels.few_scatter_mm(hidden, mask, self._values)
-
-    def compute_all(self, x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
-        """Compute all neurons and mask them. Like :meth:`compute_few`, in the dtype of ``x``."""
-        neurons = []
-        for weight, bias in self._inputs:
-            neurons.append(F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten()))
-        hidden = self._kernels.scale_blocks(self._gated(neurons), mask if weights is None else weights)
-        return F.linear(hidden, self._out_weight)
-
-    def _gated(self, neurons: list[Tensor]) -> Tensor:
-        """Activate the first of the in-projections' outputs, and multiply by the second, if there is one."""
-        hidden = self._activation(neurons[0])
-        return hidden * neurons[1] if len(neurons) > 1 else hidden
 
 
 def can_serve(layer: RoutedActivation) -> bool:
@@ -82,7 +69,7 @@ def can_serve(layer: RoutedActivation) -> bool:
 
 
 def are_few(rows: Tensor) -> bool:
-    """Check if inputs ``[T, h]`` have few enough tokens for :meth:`Layout.compute_few` to be the fastest."""
+    """Check if inputs ``[T, h]`` have few enough tokens for :meth:`Layout.compute` to be the fastest."""
     is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     is_half = rows.dtype == torch.bfloat16
     return len(rows) <= (_MAX_TOKENS_BFLOAT16 if is_half and is_avx512 else _MAX_TOKENS)

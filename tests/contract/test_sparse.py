@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import emoe
+from emoe.compiled.build import compiled_kernels
 from emoe.layer import routed_layers
 from emoe.sparse import cost_model, kernels, module
-from emoe.sparse.build import compiled_kernels
 from emoe.sparse.ffn import sparse_ffn
 from tests import converted, tiny_models
 from tests.converted import assert_same, step, without_dropout

@@ -161,7 +161,7 @@ def test_a_router_that_is_not_stored_is_an_error(tmp_path: Path) -> None:
     state = tensors(tmp_path)
     kept = {name: tensor for name, tensor in state.items() if "3.intermediate.intermediate_act_fn" not in name}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(emoe.CheckpointError, match="lacks .*router"):
+    with pytest.raises(emoe.CheckpointError, match=r"lacks .*router"):
         AutoModel.from_pretrained(tmp_path)
 
 

@@ -123,7 +123,7 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     files = {path for path in (ROOT / "emoe").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
-    assert {"emoe/py.typed", "emoe/sparse/kernels.cpp"} <= names
+    assert {"emoe/py.typed", "emoe/compiled/kernels.cpp"} <= names
 
 
 def test_the_wheel_works_with_its_requirements_alone(environment: dict[str, str], tmp_path: Path) -> None:

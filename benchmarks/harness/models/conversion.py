@@ -14,7 +14,6 @@ import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.partitions import cached_partition
 from emoe.config import EMoEConfig
-from emoe.layer import routed_layers
 
 _HEADS = {"classifier", "score"}  # transformers' names of new heads
 
@@ -77,7 +76,7 @@ def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None
 
 def use_sparse_(model: nn.Module) -> None:
     """Use the sparse backend on a CPU. FFNs with adapters, or with scores that need every neuron, stay masked."""
-    if torch.cuda.is_available() or not routed_layers(model):
+    if torch.cuda.is_available() or not emoe.is_converted(model):
         return
     with suppress(emoe.ConversionError):
         emoe.set_backend_(model, "sparse")

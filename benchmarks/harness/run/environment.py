@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from benchmarks.harness.base import ROOT, git
-from emoe.sparse.build import compiled_kernels
+from emoe.compiled.build import compiled_kernels
 
 # the packages that can change a number; some are optional
 PACKAGES = (

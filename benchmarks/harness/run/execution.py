@@ -27,7 +27,7 @@ from benchmarks.harness.results.records import check_content
 from benchmarks.harness.run import environment
 from benchmarks.harness.training import processes as group
 from benchmarks.harness.training.progress import Progress
-from emoe.sparse.build import prepare_kernels
+from emoe.compiled.build import prepare_kernels
 
 _LAUNCHER = "EMOE_LAUNCHER"  # the id of the process that started several processes for a run
 

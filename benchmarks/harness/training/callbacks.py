@@ -16,7 +16,6 @@ import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.training.checkpoints import SavedCallback
 from benchmarks.harness.training.processes import is_sharded, world_size
-from emoe.layer import routed_layers
 
 FIRST_STEPS = 8
 _FIXED_ROWS = 4
@@ -125,7 +124,7 @@ class Probe(SavedCallback):
             model.to("cuda")  # training uses it
         device = next(model.parameters()).device
         inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, device)
-        recording = emoe.record_routing(model) if routed_layers(model) else nullcontext()
+        recording = emoe.record_routing(model) if emoe.is_converted(model) else nullcontext()
         with restore_rng_and_modes(model), recording as record:
             model.eval()
             logits = model(**inputs)["logits"]

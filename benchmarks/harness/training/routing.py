@@ -14,7 +14,6 @@ from transformers import TrainerState
 
 import emoe
 from benchmarks.harness.training.checkpoints import SavedCallback
-from emoe.layer import routed_layers
 from emoe.records import LayerRecord, RoutingRecord
 
 _AUTHORS_WINDOW = 100  # steps, in the authors' code
@@ -25,7 +24,7 @@ Result = TypeVar("Result")
 
 def evaluate_with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
     """Evaluate a model, and summarise the routing of its tokens; the summary of a dense model is empty."""
-    if not routed_layers(model):
+    if not emoe.is_converted(model):
         return evaluate(), {}
     with emoe.record_routing(model) as record:
         result = evaluate()
@@ -70,7 +69,7 @@ class RoutingTrace(SavedCallback):
         self._record: RoutingRecord | None = None
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        if self._record is None and routed_layers(kwargs["model"]):
+        if self._record is None and emoe.is_converted(kwargs["model"]):
             self._record = self._recording.enter_context(emoe.record_routing(kwargs["model"]))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
