@@ -308,7 +308,7 @@ void with_numbers(const Tensor& tensor, const F& f) {
   }
 }
 
-// Multiplies x[token] by the chosen experts' rows of w [N, s, h] and adds b [N, s]: [P, s] in float32, by expert.
+// Multiplies x[token] by the chosen experts' rows of w [N, s, h] and adds b [N, s]: [P, s] by expert, rounded to x's dtype.
 Tensor few_gather_mm(const Tensor& x, const Tensor& mask, const Tensor& w, const std::optional<Tensor>& b) {
   const Chosen chosen(mask);
   const int64_t size = w.size(1), width = w.size(2), pairs = chosen.tokens.size();
@@ -333,7 +333,7 @@ Tensor few_gather_mm(const Tensor& x, const Tensor& mask, const Tensor& w, const
       }
     });
   });
-  return out;
+  return out.to(x.scalar_type());
 }
 
 // Sums a[pair] times the chosen expert's v [N, s, h] over each token's pairs: [T, h] in float32.

@@ -56,7 +56,7 @@ class Layout:
             hidden = hidden * neurons[1]
         if weights is not None:
             per_pair = weights.t()[mask.t()]  # by expert, as the kernels order them
-            hidden = hidden * per_pair.unsqueeze(1)
+            hidden = hidden * per_pair.unsqueeze(1).to(hidden.dtype)
         return self._kernels.few_scatter_mm(hidden, mask, self._values)
 
 

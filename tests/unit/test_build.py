@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import emoe
 from emoe.__main__ import cli
-from emoe.sparse import build
+from emoe.compiled import build
 from tests.converted import assert_same, inputs, net, step
 
 pytestmark = pytest.mark.usefixtures("always_sparse")
