@@ -3,7 +3,7 @@
 A transformers model is an ordinary checkpoint: ``config.json`` describes the experts (:mod:`emoe.model_config`), the
 weights include routers and experts' own biases, and ``AutoModel.from_pretrained`` loads it once emoe is imported.
 
-A timm or plain PyTorch model, and a quantised one, is written as the dense model, with small files beside it:
+A timm or plain PyTorch model, and a quantised one, are written as the dense model, with small files beside it:
 
 - ``emoe_config.json``: the experts' configuration, and the numbers of the converted FFNs;
 - ``emoe_extra.safetensors``, if there is state that the dense model lacks: learned routers, running gates, output
@@ -197,7 +197,8 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     if experts is None:
         raise CheckpointError(f"{folder} holds no experts; load it with its own library, and call emoe.convert_")
     if not hasattr(loader, "from_pretrained"):
-        return _load_plain(loader, folder, experts, options)
+        others = {name: value for name, value in options.items() if name not in files.HUB_OPTIONS}
+        return _load_plain(loader, folder, experts, others)
     stored = files.read_settings(folder).get(QUANTIZATION_CONFIG)
     if options.get(QUANTIZATION_CONFIG) or (stored and not is_ours(stored)):
         return _load_quantised(loader, folder, experts, options)
@@ -210,19 +211,25 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
 
 
 def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a folder's transformers configuration without the experts, and the options that are not its fields."""
+    """Return a folder's transformers configuration without the experts, and the options that are left for the loader.
+
+    Options that are fields of the configuration change it, as in transformers' own ``from_pretrained``.
+    """
     from transformers import AutoConfig
 
-    others = dict(options)
+    others = {"trust_remote_code": False, **options}
+    # AutoConfig would write these into the configuration, or drop them
+    kept = {name: others.pop(name) for name in (QUANTIZATION_CONFIG, "trust_remote_code") if name in others}
     config = others.pop("config", None)
     if config is None:
         try:
             config, others = AutoConfig.from_pretrained(
-                str(folder), return_unused_kwargs=True, trust_remote_code=False, **others
+                str(folder), return_unused_kwargs=True, trust_remote_code=kept["trust_remote_code"], **others
             )
         except Exception as error:  # a damaged configuration raises anything
             raise CheckpointError(f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.one_line(error)}") from error
     config = copy.deepcopy(config)
+    others |= kept
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
@@ -231,13 +238,15 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     return config, others
 
 
-def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> nn.Module:
+def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
     """Load a checkpoint quantised, then build its experts: transformers has room for one quantizer."""
     config = experts.config
     if isinstance(config, GMoEConfig) or config.gate_momentum:
         raise CheckpointError(f"{folder}: a GMoE, or experts with gate_momentum, cannot be loaded quantised")
     model_config, others = _read_config(folder, options)
-    model = files.load_stock(loader, folder, config=model_config, **others)
+    others["output_loading_info"] = True
+    with files.quiet():  # transformers would report the routers, which are loaded below
+        model, info = files.load_stock(loader, folder, config=model_config, **others)
     layers = build_experts_(model, experts, folder)
     if (folder / EXTRA_FILE).exists():
         load_extra_(layers, folder)
@@ -246,7 +255,8 @@ def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mappin
     check_placement(layers)
     read_order_(layers, folder)
     finish_conversion_(model)
-    return model.eval()
+    model.eval()
+    return (model, info) if options.get("output_loading_info") else model
 
 
 def _load_plain(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> nn.Module:
@@ -304,7 +314,7 @@ def routing_names(model: nn.Module) -> set[str]:
 
 
 def check_placement(layers: Sequence[RoutedActivation]) -> None:
-    """Raise :class:`CheckpointError` if a ``device_map`` offloads experts that need their weights for more."""
+    """Raise :class:`CheckpointError` if a ``device_map`` offloads an FFN with a router, biases or copies of its own."""
     for layer in layers:
         if layer.config.has_routing_state and any(map(is_offloaded, (layer.ffn.proj_in, layer.ffn.proj_out))):
             raise CheckpointError(f"the device_map offloads {layer.ffn.name}; keep these experts on a device")
@@ -322,9 +332,11 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     tensors = files.read_tensors(path)
     expected = {f"key_norms.{layer.ffn.index}" for layer in layers}
     stored = {name for name in tensors if name.startswith("key_norms.")}
-    num_experts: Any = tensors.get("num_experts", torch.zeros(1)).tolist()
+    has_number = "num_experts" in tensors and tensors["num_experts"].numel() == 1
+    num_experts = int(tensors["num_experts"]) if has_number else None
     if stored != expected or num_experts != layers[0].config.num_experts:
-        raise CheckpointError(f"{path} describes other layers or numbers of experts than the configuration")
+        way_out = "without this file the model loads, and its neurons' original order is unknown"
+        raise CheckpointError(f"{path} describes other layers or numbers of experts than the configuration; {way_out}")
     for layer in layers:
         ffn, permutation = layer.ffn, tensors.get(f"permutation.{layer.ffn.index}")
         if permutation is not None and not is_permutation(permutation, ffn.d):

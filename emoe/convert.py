@@ -16,7 +16,7 @@ from emoe.checks import check_divisible, check_plain, check_weights
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, resize_parameter_, routed_layers
-from emoe.model_config import describe_experts_, described_configs, update_description_
+from emoe.model_config import describe_experts_, described_configs, own_config_, update_description_
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
 from emoe.tokens import remove_argument_hooks, watch_padding
@@ -198,7 +198,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
 
     Raises:
         ConversionError: the model is dense or a GMoE, or, with ``restore_order``, an FFN has adapters or its order is
-            unknown (the model was saved without sidecars). The model is unchanged.
+            unknown (the model was saved without ``emoe_partition.safetensors``). The model is unchanged.
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
     check_foldable(layer.config for layer in layers)
@@ -227,6 +227,7 @@ def finish_conversion_(model: nn.Module) -> None:
 
     The hooks check the state dicts that are loaded and, if the configuration needs it, read the padding mask.
     """
+    own_config_(model)
     describe_experts_(model)
     model.register_load_state_dict_pre_hook(_check_state)
     layers = routed_layers(model)
@@ -241,8 +242,12 @@ def finish_conversion_(model: nn.Module) -> None:
 
 def _parts_with_experts(model: nn.Module) -> list[nn.Module]:
     """Return the modules below a model that contain a routed FFN: the base model, the list of layers, a layer, …"""
-    names = [name for name, module in model.named_modules() if isinstance(module, RoutedActivation)]
-    paths = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
+    paths = set()
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedActivation):
+            while "." in name:
+                name = name.rpartition(".")[0]
+                paths.add(name)
     return [model.get_submodule(path) for path in sorted(paths)]
 
 
@@ -317,6 +322,8 @@ def converted_layers(model: nn.Module, caller: str, hint: str = "convert it firs
     layers = routed_layers(model)
     if not layers:
         if described_configs(model):
-            hint = "it was saved with experts, but its stock class loaded it as dense: use emoe.from_pretrained"
+            hint = (
+                "its configuration describes experts, but its stock class loaded it as dense: use emoe.from_pretrained"
+            )
         raise ConversionError(f"{caller}: the model has no routed FFN; {hint}")
     return layers

@@ -26,7 +26,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers and templates
 DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 Restored = Callable[[nn.Module], set[str]]  # returns the names of the tensors that the caller loads later
 
@@ -151,7 +151,7 @@ def model_folder(model: str, options: Mapping[str, Any] | None = None) -> Path:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        given = {name: value for name, value in (options or {}).items() if name in _HUB_OPTIONS}
+        given = {name: value for name, value in (options or {}).items() if name in HUB_OPTIONS}
         try:
             folder = Path(snapshot_download(model, allow_patterns=DOWNLOADED, **given))
         except (OSError, ValueError) as error:  # the errors of the hub are subclasses
@@ -258,13 +258,15 @@ def check_head(folder: Path, options: Mapping[str, Any]) -> None:
     timm would draw a new head without a message. The option ``num_classes`` asks for one.
     """
     settings = read_settings(folder)
-    head = (settings.get("pretrained_cfg") or {}).get("classifier")
+    pretrained = settings.get("pretrained_cfg")
+    head = pretrained.get("classifier") if isinstance(pretrained, dict) else None
     classes = settings.get("num_classes")
     if "num_classes" in options or classes is None or not isinstance(head, str):
         return
     weights = Weights(folder)
     name = f"{head}.weight"
-    stored = weights.shape(name)[0] if name in weights.files else 0
+    shape = weights.shape(name) if name in weights.files else (0,)
+    stored = shape[0] if shape else 0
     if classes != stored:
         path = folder / STOCK_CONFIG_FILE
         raise CheckpointError(f"{path}: num_classes is {classes!r:.80}, but the weights have a head of {stored}")

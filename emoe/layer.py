@@ -169,7 +169,7 @@ class RoutedActivation(nn.Module):
         call, config = self._call_state, self.config
         x, call.x = call.x, None
         x = None if x is None else x.reshape(-1, x.shape[-1])
-        mask = None if x is None else self.mask_without_gradient(x)
+        mask = None if x is None else self.choose_quickly(x)
         if mask is not None:
             return self._weighted(self.activation(z), mask)
         rows = z.reshape(-1, z.shape[-1])
@@ -189,7 +189,7 @@ class RoutedActivation(nn.Module):
             hidden = F.dropout(hidden, dropout)
         return self._weighted(hidden, weights)
 
-    def mask_without_gradient(self, x: Tensor) -> Tensor | None:
+    def choose_quickly(self, x: Tensor) -> Tensor | None:
         """Choose the experts ``[T, N]`` bool of inputs ``[T, h]`` by one call of the compiled kernels.
 
         It equals :meth:`route`, whose steps take longer than the products of a few tokens. None if there are no
@@ -197,6 +197,8 @@ class RoutedActivation(nn.Module):
         """
         config, keys = self.config, self.router.kept_keys()
         if keys is None or self.record is not None or self.output_bias is not None:
+            return None
+        if torch.is_autocast_enabled(x.device.type):  # the kernel's product would be rounded
             return None
         needs_weights = config.weighting != "binary" or config.capacity_factor is not None
         if needs_weights or config.aux_loss_coefficient > 0 or config.selection not in ("top", "bottom"):

@@ -37,7 +37,7 @@ from emoe.model_config import NEEDS_EMOE, QUANT_METHOD, Experts
 class ExpertsConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a converted checkpoint."""
 
-    dequantize = True  # transformers removes its marks of a quantised model after loading
+    dequantize = True  # after loading, transformers removes what calls the model quantised
 
     def __init__(self, **content: Any) -> None:
         self.quant_method: Any = QUANT_METHOD  # the base class knows transformers' own methods only
@@ -95,7 +95,7 @@ class ExpertsLoader(HfQuantizer):
 
 
 def _refuse_experts(*_args: Any, **_kwargs: Any) -> NoReturn:
-    """Refuse to compute the experts of a mixture-of-experts architecture, which no FFN of ours is."""
+    """Raise an error: transformers computes experts by this name only in its own mixture-of-experts models."""
     raise CheckpointError(f"experts_implementation='{NEEDS_EMOE}' marks a converted dense model")
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig, GMoEConfig
-from emoe.model_config import numbered_layers
+from emoe.model_config import QUANTIZATION_CONFIG, is_ours, numbered_layers
 
 FILE = "README.md"
 _PAPER = "[Unlocking Emergent Modularity in Large Language Models](https://aclanthology.org/2024.naacl-long.144/)"
@@ -35,19 +35,19 @@ tags:
 
 ## Load it
 
-    pip install emoe
-
 ```python
 {example}
 ```
 
-`emoe.to_dense_(model)` removes the routing.
+{folding}
 
 ## Other software
 
 {others}
 """
 _SPLIT = "Emergent Mixture-of-Experts: each converted FFN of a dense model is split into experts of its own neurons."
+_FOLDED_SPLIT = "`emoe.to_dense_(model)` removes the routing."
+_FOLDED_COPIES = "The copies have no dense equal."
 _COPIED = "GMoE: each converted FFN of a dense model was copied, and the copies are the experts."
 
 
@@ -75,6 +75,7 @@ def model_card(model: nn.Module) -> str:
         top_k=config.num_active_experts,
         router=config.router,
         example=example,
+        folding=_FOLDED_COPIES if is_copied else _FOLDED_SPLIT,
         others=others,
     )
 
@@ -82,10 +83,13 @@ def model_card(model: nn.Module) -> str:
 def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> tuple[str, str, str]:
     """Return the name of a model's library, the code that loads the checkpoint, and what other software does."""
     kind = type(model).__name__
+    if hasattr(model, "save_pretrained") and not is_ours(getattr(model.config, QUANTIZATION_CONFIG, None)):
+        example = f'import emoe\nfrom transformers import {kind}\n\nmodel = emoe.from_pretrained({kind}, "this folder")'
+        return "transformers", example, "Transformers itself refuses this quantised checkpoint."
     if hasattr(model, "save_pretrained"):
         example = f'import emoe\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("this folder")'
         others = (
-            "Transformers refuses this checkpoint until `emoe` is imported. Software that ignores both "
+            "Transformers (from 5.24) refuses this checkpoint until `emoe` is imported. Software that ignores both "
             "`quantization_config` and `experts_implementation` in `config.json` reads a dense model"
         )
         library = "transformers"

@@ -80,10 +80,10 @@ def describe_experts_(model: nn.Module) -> None:
     if not hasattr(config, "to_diff_dict"):
         return
     if not _describes_experts(config):
-        config = _own_config_(model)
+        own_config_(model)
     layers = numbered_layers(model)
     first = next(iter(layers.values()))
-    _write(config, Experts(first.config, tuple(sorted(layers))))
+    _write(model.config, Experts(first.config, tuple(sorted(layers))))
 
 
 def update_description_(model: nn.Module) -> None:
@@ -98,8 +98,12 @@ def update_description_(model: nn.Module) -> None:
 
 def described_configs(model: nn.Module) -> list[Any]:
     """Return the configurations in a model that describe experts: its own, and those of wrapped models."""
-    configs = {id(config): config for config in (vars(module).get("config") for module in model.modules())}
-    return [config for config in configs.values() if _describes_experts(config)]
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if _describes_experts(config):
+            configs[id(config)] = config
+    return list(configs.values())
 
 
 def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
@@ -119,15 +123,16 @@ def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
     return {numbers[id(layer)]: layer for layer in layers}
 
 
-def _own_config_(model: nn.Module) -> Any:
-    """Give a model a copy of its configuration, because other models may share the object."""
-    shared: Any = model.config
+def own_config_(model: nn.Module) -> None:
+    """Give a transformers model a copy of its configuration, because other models may share the object."""
+    shared: Any = getattr(model, "config", None)
+    if not hasattr(shared, "to_diff_dict"):
+        return
     own = copy.copy(shared)
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if value is shared:
                 setattr(module, name, own)
-    return own
 
 
 def _describes_experts(config: Any) -> bool:

@@ -8,6 +8,7 @@ whatever order a program imports the two. So Python's import system calls back w
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -16,14 +17,25 @@ from types import ModuleType
 
 _QUANTIZERS = "transformers.quantizers.auto"
 _LOADER = "emoe.loader"
+_logger = logging.getLogger(__name__)
 
 
 def register_loader() -> None:
     """Register the loader now if transformers' quantizers are imported, else when they are."""
     if _QUANTIZERS in sys.modules:
-        importlib.import_module(_LOADER)
+        _import_loader()
     else:
         sys.meta_path.insert(0, _Finder())
+
+
+def _import_loader() -> None:
+    """Import our loader, which registers itself. A transformers that cannot have it keeps working."""
+    try:
+        importlib.import_module(_LOADER)
+    except ImportError as error:
+        _logger.warning(
+            "emoe: this transformers cannot load converted checkpoints, use emoe.from_pretrained: %s", error
+        )
 
 
 class _Finder(MetaPathFinder):
@@ -54,4 +66,4 @@ class _LoadAndRegister(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Execute the module, then import our loader."""
         self._loader.exec_module(module)
-        importlib.import_module(_LOADER)
+        _import_loader()

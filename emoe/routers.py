@@ -91,6 +91,9 @@ class Router(nn.Module):
         """
         return None
 
+    def forget_kept_keys_(self) -> None:
+        """Compute :meth:`kept_keys` anew in the next forward pass."""
+
     def update_(self) -> None:
         """Update the router's state after an optimizer step; the default has none."""
 
@@ -135,7 +138,7 @@ class CosineRouter(Router):
 
 
 class Stamp:
-    """What tells that a projection's weight has not changed: its identity, version, address and some elements.
+    """Detects changes of a projection's weight by its identity, version, address and some elements.
 
     PyTorch does not count changes through ``weight.data``, by which PEFT merges adapters. Those of a whole matrix
     change the compared elements.
@@ -150,7 +153,7 @@ class Stamp:
         self._projection, self._weight = projection, weight
         self._version, self._address = _version(weight), weight.data_ptr()
         elements = weight.detach().view(-1) if has_copy else weight.new_empty(0)
-        step = max(len(elements) // _COMPARED, 1) | 1  # an odd step meets all columns
+        step = max(len(elements) // _COMPARED, 1) | 1  # odd, so that not all are of one column
         self._elements = elements[::step]  # a view: it shows later changes
         self._stored = self._elements.clone()
 
@@ -207,8 +210,14 @@ class AvgKRouter(Router):
 
     def kept_keys(self) -> Tensor | None:
         """See :meth:`Router.kept_keys`."""
-        has_bias = self.config.score_bias or self.config.score != "keys"
-        return None if has_bias or self.gate is not None else self._kept_mean_weight()
+        scores_are_products = self.config.score == "keys" and not self.config.score_bias and self.gate is None
+        # a subclass or a hook may change the scores
+        is_changed = type(self) is not AvgKRouter or self._forward_hooks or self._forward_pre_hooks
+        return self._kept_mean_weight() if scores_are_products and not is_changed else None
+
+    def forget_kept_keys_(self) -> None:
+        """See :meth:`Router.forget_kept_keys_`."""
+        self._kept = None
 
     def _may_keep(self) -> bool:
         return not (self.training or torch.is_grad_enabled() or is_recorded())
@@ -295,6 +304,7 @@ class AvgKRouter(Router):
             self.gate.lerp_(self.mean_keys(), 1 - self.config.gate_momentum)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.forget_kept_keys_()  # they refer to the old weights
         # a running gate moves with the model but stays in float32
         gate = self.gate
         super()._apply(fn, recurse)

@@ -94,11 +94,12 @@ def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
 
 
 def for_inference_(model: nn.Module) -> nn.Module:
-    """Freeze a converted model for serving, in place: few tokens read only the weights of their experts.
+    """Prepare a converted model for serving, in place: few tokens read only the weights of their experts.
 
-    Sets the sparse backend and evaluation mode, and freezes all parameters. At the first forward pass of few tokens
-    without gradient, each FFN copies its values by neuron, into as much memory as the out-projections take; it does so
-    again after its weights changed. ``model.train()`` ends serving.
+    Sets the sparse backend and evaluation mode. At the first forward pass of few tokens without gradient, each FFN
+    copies its values by neuron, into as much memory as the out-projections take; it does so again after its weights
+    changed. ``model.train()`` ends serving. Parameters are not frozen: PyTorch multiplies frozen bfloat16 weights more
+    slowly on some processors.
 
     Args:
         model: converted model.
@@ -110,9 +111,12 @@ def for_inference_(model: nn.Module) -> nn.Module:
         ConversionError: as :func:`set_backend_`.
     """
     set_backend_(model, "sparse")
-    model.requires_grad_(False).eval()
+    model.eval()
     for layer in routed_layers(model):
-        cast(SparseFFN, layer.ffn.proj_out).serves = True
+        sparse = cast(SparseFFN, layer.ffn.proj_out)
+        sparse.serves = True
+        sparse.forget_layout_()
+        layer.router.forget_kept_keys_()
     return model
 
 

@@ -29,7 +29,7 @@ class TrainerCallback(transformers.TrainerCallback):
     """Train and save a converted model's experts with ``transformers.Trainer``.
 
     The callback adds the balance loss to the model's loss during training and updates running gates after each
-    optimizer step. It writes the sidecars of :func:`emoe.save_pretrained` into every checkpoint.
+    optimizer step. It writes the neurons' original order (``emoe_partition.safetensors``) into every checkpoint.
 
     Args:
         add_aux_loss: false if your ``compute_loss_func`` adds :func:`emoe.aux_loss` itself.
@@ -59,7 +59,7 @@ class TrainerCallback(transformers.TrainerCallback):
             update_gates_(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Write the sidecars into the checkpoint."""
+        """Write the neurons' original order into the checkpoint."""
         model: nn.Module = kwargs["model"]
         folder = _checkpoint(args, state)
         if not hasattr(model, "peft_config"):  # adapters are saved without the model

@@ -23,7 +23,7 @@ class Settings(Strict):
     top_k_fraction: Share = 1.0
     """k / N."""
     batch_size: Count = 1
-    """Rows of a training step."""
+    """Rows of a training step, or prompts that are answered together."""
     tokens: Count = 1
     """Number of tokens of a forward pass, a training row, or a prompt."""
     threads: Count

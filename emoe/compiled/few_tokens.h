@@ -4,9 +4,9 @@
 // are a row, so the first product is made of dot products and the second one adds scaled rows. Sums are in float32.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "product.h"
 
@@ -18,6 +18,13 @@ using product::Vector;
 template <int W>
 constexpr int kTokens = W == 16 ? 4 : 2;
 constexpr int kNeurons = 4;
+
+// The tokens of the next tile: as many as fit, else two, or the last one.
+template <int W>
+INLINE int64_t tile_tokens(int64_t left) {
+  if (left >= kTokens<W>) return kTokens<W>;
+  return left >= 2 ? 2 : 1;
+}
 
 // Loads W numbers as floats. Bfloat16 is the upper half of a float.
 template <int W>
@@ -60,7 +67,7 @@ INLINE float total(Vector<16>::type v) {
                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 
-// Computes the dot products of TOKENS inputs and kNeurons rows of weights; rows past `neurons` repeat the last one.
+// Adds the dot products of TOKENS inputs and kNeurons rows of weights; rows past `neurons` repeat the last one.
 template <int W, int TOKENS, typename scalar_t>
 INLINE void dot_tile(float* const* out, const float* const* x, const scalar_t* w, int64_t neurons, int64_t width) {
   typename Vector<W>::type sums[TOKENS][kNeurons];
@@ -91,13 +98,13 @@ template <int W, typename scalar_t>
 INLINE void dots(float* const* out, const float* const* x, int64_t tokens, const scalar_t* w, int64_t size,
                  int64_t width) {
   for (int64_t n = 0; n < size; n += kNeurons) {
-    for (int64_t t = 0; t < tokens; t += std::min<int64_t>(kTokens<W>, tokens - t > 3 ? 4 : tokens - t > 1 ? 2 : 1)) {
+    for (int64_t t = 0; t < tokens; t += tile_tokens<W>(tokens - t)) {
       float* to[kTokens<W>];
-      for (int64_t r = 0; r < std::min<int64_t>(kTokens<W>, tokens - t); ++r) to[r] = out[t + r] + n;
-      const int64_t left = tokens - t;
-      if (left == 1) {
+      const int64_t count = tile_tokens<W>(tokens - t);
+      for (int64_t r = 0; r < count; ++r) to[r] = out[t + r] + n;
+      if (count == 1) {
         dot_tile<W, 1>(to, x + t, w + n * width, size - n, width);
-      } else if (left < 4 || kTokens<W> < 4) {
+      } else if (count == 2) {
         dot_tile<W, 2>(to, x + t, w + n * width, size - n, width);
       } else {
         dot_tile<W, kTokens<W>>(to, x + t, w + n * width, size - n, width);
@@ -141,13 +148,13 @@ template <int W, typename scalar_t>
 INLINE void add(float* const* out, const float* const* a, int64_t tokens, const scalar_t* v, int64_t size,
                 int64_t width, int64_t begin, int64_t end) {
   for (int64_t n = 0; n < size; n += kNeurons) {
-    for (int64_t t = 0; t < tokens; t += std::min<int64_t>(kTokens<W>, tokens - t > 3 ? 4 : tokens - t > 1 ? 2 : 1)) {
+    for (int64_t t = 0; t < tokens; t += tile_tokens<W>(tokens - t)) {
       const float* from[kTokens<W>];
-      for (int64_t r = 0; r < std::min<int64_t>(kTokens<W>, tokens - t); ++r) from[r] = a[t + r] + n;
-      const int64_t left = tokens - t;
-      if (left == 1) {
+      const int64_t count = tile_tokens<W>(tokens - t);
+      for (int64_t r = 0; r < count; ++r) from[r] = a[t + r] + n;
+      if (count == 1) {
         add_tile<W, 1>(out + t, from, v + n * width, size - n, width, begin, end);
-      } else if (left < 4 || kTokens<W> < 4) {
+      } else if (count == 2) {
         add_tile<W, 2>(out + t, from, v + n * width, size - n, width, begin, end);
       } else {
         add_tile<W, kTokens<W>>(out + t, from, v + n * width, size - n, width, begin, end);

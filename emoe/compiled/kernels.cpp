@@ -1,5 +1,6 @@
 // The three products of an FFN of experts for the chosen (token, expert) pairs: in float32 with product.h if the
-// processor supports it, else with PyTorch.
+// processor supports it, else with PyTorch. And for passes without gradient: the choice of experts, the masking of
+// neurons, and two products for few tokens (few_tokens.h).
 //
 // Pairs are sorted by chunk of tokens, then expert, then token: those of chunk c and expert n are rows[i] for i from
 // starts[c * N + n] to starts[c * N + n + 1] - 1. Chunks share no output row and experts share no weight, so each

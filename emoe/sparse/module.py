@@ -61,7 +61,7 @@ class PassThrough(_Replacement):
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pass the input on."""
+        """Return what the sparse out-projection needs here: the input, a 1, or the input beside ones."""
         if self.output == "one":
             return x.new_ones(())
         if self.output == "input":
@@ -94,16 +94,19 @@ class SparseFFN(_Replacement):
         layer = self._layer[0]
         if self._has_new_hooks():
             reject_hooks(layer)
+        if self.serves and torch.is_grad_enabled() and not self._needs_gradient(x):
+            with torch.no_grad():
+                return self.forward(x)
         rows = x.reshape(-1, x.shape[-1])
         layout = self._current_layout(rows)
-        reason = None if layout is not None else self._reason_for_mask(rows)
         if layout is not None:
             self.last_path = "sparse, with the layout of for_inference_"
             y, weights = self._serve(rows, layout)
-        elif reason is not None:
-            self.last_path = f"masked: {reason}"
-            return self._compute_masked(x)
         else:
+            reason = self._reason_for_mask(rows)
+            if reason is not None:
+                self.last_path = f"masked: {reason}"
+                return self._compute_masked(x)
             self.last_path = "sparse"
             y, weights = self._compute_sparse(rows)
         bias = bias_of(self)
@@ -114,7 +117,10 @@ class SparseFFN(_Replacement):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _has_new_hooks(self) -> bool:
-        """Check if the number of hooks on the FFN's modules has changed since the first forward pass."""
+        """Check if the number of hooks on the FFN's modules has changed since the first forward pass.
+
+        The first forward pass raises the errors of :func:`reject_hooks`.
+        """
         if self._hooks is None:
             reject_hooks(self._layer[0])
             ffn = self._layer[0].ffn
@@ -122,6 +128,11 @@ class SparseFFN(_Replacement):
             tables = [table for _, module in modules for table in hook_tables(module)]
             self._hooks = [(table, len(table)) for table in tables]
         return any(len(table) != number for table, number in self._hooks)
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        """Check if the FFN's input or a parameter needs a gradient. A user may have frozen them."""
+        modules = [self._layer[0], *(module for _, module in self._layer[0].ffn.projections())]
+        return x.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
 
     def _current_layout(self, rows: Tensor) -> Layout | None:
         """Return the layout of the present weights; None if this forward pass does not use it."""
@@ -144,7 +155,7 @@ class SparseFFN(_Replacement):
     def _serve(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Return the outputs ``[T, h]`` and, if the configuration has any, the expert weights ``[T, N]``."""
         layer = self._layer[0]
-        mask, weights = layer.mask_without_gradient(rows), None
+        mask, weights = layer.choose_quickly(rows), None
         if mask is None:
             mask, weights = layer.route(layer.linear_scores(rows))
         per_expert = None if layer.config.weighting == "binary" else weights
@@ -211,8 +222,12 @@ class SparseFFN(_Replacement):
             self.serves, self._layout = False, None
         return super().train(mode)
 
+    def forget_layout_(self) -> None:
+        """Have the next forward pass lay out the weights anew."""
+        self._layout = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._layout = None  # its copy has the old device and dtype
+        self.forget_layout_()  # it has the old device and dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -276,7 +291,8 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     The comparison detects code between the projections, which the sparse backend would skip.
 
     Returns:
-        Output ``[1, 4, h]``. None if the module has other inputs, part of the FFN, or random outputs.
+        Output ``[1, 4, h]``. None if the module needs more than one input, contains only part of the FFN, chooses
+        experts at random, reads a padding mask, or fails.
     """
     ffn = layer.ffn
     module, weight = ffn.parents[ffn.spec.proj_in], cast(Tensor, ffn.proj_in.weight)

@@ -1,4 +1,4 @@
-"""Serving: the chosen experts' weights of a frozen FFN are read once for few tokens, where they lie."""
+"""Serve few tokens of a frozen FFN: read only the chosen experts' weights, and each of them once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from emoe.architectures import weight_of
+from emoe.architectures import bias_of, weight_of
 from emoe.compiled.build import is_in_memory
 from emoe.layer import RoutedActivation
 from emoe.routers import Stamp
@@ -18,7 +18,9 @@ _MAX_TOKENS_BFLOAT16 = 16  # processors with AVX-512 may multiply matrices in bf
 
 
 class Layout:
-    """The weights of a frozen FFN by expert: views of the in-projections, and a copy of the values.
+    """The weights of a frozen FFN by expert: views where each neuron's weights lie together, else copies.
+
+    Linear layers give views of the in-projections and copies of the values; GPT-2's Conv1D the opposite.
 
     Args:
         layer: routed FFN with plain weights on the CPU, in float32 or bfloat16.
@@ -33,14 +35,20 @@ class Layout:
             self._inputs.append((weight.detach().contiguous(), None if bias is None else bias.detach()))
         self._values = values.detach().contiguous()
         self._projections = [module for _, module in layer.ffn.projections()]
-        # the in-projections are views, unless they are transposed as GPT-2's
-        has_copies = layer.ffn.spec.transposed
-        self._stamps = [Stamp(module, has_copy=has_copies) for module in self._projections[:-1]]
-        self._stamps.append(Stamp(self._projections[-1]))
+        is_transposed = layer.ffn.spec.transposed
+        self._stamps = [Stamp(module, has_copy=is_transposed) for module in self._projections[:-1]]
+        self._stamps.append(Stamp(self._projections[-1], has_copy=not is_transposed))
+        self._bias_addresses = self._addresses_of_biases()
 
     def is_current(self) -> bool:
-        """Check that the FFN's weights are the same and unchanged."""
+        """Check that the FFN's weights and biases are the same and unchanged."""
+        if self._addresses_of_biases() != self._bias_addresses:
+            return False
         return all(stamp.is_of(module) for stamp, module in zip(self._stamps, self._projections, strict=True))
+
+    def _addresses_of_biases(self) -> list[int]:
+        biases = [bias_of(module) for module in self._projections[:-1]]  # SparseFFN adds the last one
+        return [bias.data_ptr() for bias in biases if bias is not None]
 
     def compute(self, x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
         """Sum the outputs ``[T, h]`` of the chosen experts in float32, without the output bias.

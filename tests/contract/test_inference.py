@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import emoe
 from emoe.architectures import find_ffns
 from emoe.layer import routed_layers
+from emoe.routers import AvgKRouter
 from tests import converted, tiny_models
 from tests.converted import assert_same, inputs, net, step
 
@@ -52,16 +53,15 @@ def test_only_the_chosen_experts_are_read(gated: bool, tokens: int) -> None:
     assert model(x).isnan().all()
 
 
-def test_it_is_frozen_until_it_trains() -> None:
+def test_it_serves_until_it_trains() -> None:
     model, x = net().train(), inputs(1)
     keys = list(model.state_dict())
     emoe.for_inference_(model)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
     assert [layer.backend for layer in routed_layers(model)] == ["sparse"]
     assert list(model.state_dict()) == keys
     # training discards the layout: from then on the weights are those of the modules
-    model.train().requires_grad_(True)
+    model.train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.2)
@@ -120,9 +120,32 @@ def test_gradients_are_computed_although_the_model_serves() -> None:
     model, masked, x = net(), net(), inputs(5)
     emoe.for_inference_(model)
     with torch.no_grad():
-        model(x)
-    model.requires_grad_(True)
+        expected = model(x)
     assert_same(step(model, x), step(masked, x))
+    model.requires_grad_(False)
+    assert torch.equal(model(x), expected)  # frozen weights need no gradient
+
+
+@torch.no_grad()
+def test_autocast_repeats_what_the_first_call_computed() -> None:
+    """The compiled kernels take over in the second call."""
+    for model in (net(), emoe.for_inference_(net())):
+        with torch.autocast("cpu", torch.bfloat16):
+            first, second = (model(inputs(5)) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_a_subclass_of_the_router_keeps_its_scores() -> None:
+    class Turned(AvgKRouter):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    turned, bottom, x = net(), net(selection="bottom"), inputs(5)
+    layer = routed_layers(turned)[0]
+    layer.router = Turned(layer.ffn, layer.config).eval()
+    for _ in range(3):
+        torch.testing.assert_close(turned.eval()(x), bottom.eval()(x))
 
 
 @torch.no_grad()

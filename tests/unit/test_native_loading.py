@@ -26,6 +26,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
 import emoe
 from emoe.layer import routed_layers
 from tests import converted, model_folders, tiny_models
@@ -207,8 +211,48 @@ def test_a_timm_folder_with_another_number_of_classes_is_refused(classes: int, t
         edit_json(folder / "config.json", num_classes=classes)
         with pytest.raises(emoe.CheckpointError, match=rf"num_classes is {classes}, but the weights have a head of"):
             load_folder(folder)
+    edit_json(source / "config.json", pretrained_cfg="x")
+    with pytest.raises(emoe.CheckpointError, match="cannot be loaded"):
+        model_folders.dense(source)
+    source = model_folders.save("VisionTransformer", tmp_path / "another")
     new_head = emoe.files.load_stock(timm.create_model, source, num_classes=3, **options)
     assert new_head.num_classes == 3
+
+
+@register_quantization_config("test")
+class NoQuantization(QuantizationConfigMixin):
+    """The configuration of a quantizer that changes nothing, in the place of bitsandbytes'."""
+
+    def __init__(self, **_: Any) -> None:
+        self.quant_method: Any = "test"
+
+
+@register_quantizer("test")
+class NoQuantizer(HfQuantizer):
+    requires_calibration = False
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("method", ["emoe", "emoe-learn", "emoe, published"])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_checkpoint_is_quantised_and_the_quantised_model_saved(method: str, is_old: bool, tmp_path: Path) -> None:
+    model = bert(METHODS[method])
+    save = write_as_release_0_1 if is_old else emoe.save_pretrained
+    save(model, tmp_path / "saved")
+    quantised, info = load(tmp_path / "saved", quantization_config=NoQuantization(), output_loading_info=True)
+    assert quantised.is_quantized
+    assert not info["missing_keys"]
+    assert torch.equal(logits(quantised), logits(model))
+    emoe.save_pretrained(quantised, tmp_path / "again")
+    assert "Transformers itself refuses" in (tmp_path / "again" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"experts_implementation=\"emoe.from_pretrained\"` is not supported"):
+        BertForSequenceClassification.from_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.is_quantized
+    assert torch.equal(logits(again), logits(model))
 
 
 def write_as_release_0_1(model: Any, folder: Path) -> None:
@@ -269,7 +313,7 @@ def test_the_librarys_own_folder_of_the_first_release_loads_but_not_as_dense(tmp
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("llama", ("LlamaModel.from_pretrained", "Transformers refuses", "2, 3 of 4", "library_name: transformers")),
+        ("llama", ("LlamaModel.from_pretrained", "refuses this checkpoint until", "2, 3 of 4", "library_name: transformers")),
         ("VisionTransformer", ("emoe.from_pretrained(timm.create_model", "timm does not know")),
         ("TransformerEncoder", ("build() returns a TransformerEncoder", "reads a dense model")),
     ],
