@@ -25,7 +25,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -313,7 +312,10 @@ def test_the_librarys_own_folder_of_the_first_release_loads_but_not_as_dense(tmp
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("llama", ("LlamaModel.from_pretrained", "refuses this checkpoint until", "2, 3 of 4", "library_name: transformers")),
+        (
+            "llama",
+            ("LlamaModel.from_pretrained", "refuses this checkpoint until", "2, 3 of 4", "library_name: transformers"),
+        ),
         ("VisionTransformer", ("emoe.from_pretrained(timm.create_model", "timm does not know")),
         ("TransformerEncoder", ("build() returns a TransformerEncoder", "reads a dense model")),
     ],
