@@ -59,7 +59,7 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.txt $(STAMP)
 # timm's own loader fails in its oldest releases on folders with several safetensors files
 test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest versions of torch, transformers, peft, accelerate
 	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract tests/golden tests/unit/test_docs.py --ignore tests/contract/test_several_processes.py \
-		-k 'not (checkpoint_loads_with_experts and (VisionTransformer or Beit or SwinTransformer))'
+		-k 'not (checkpoint_loads_with_emoe and (VisionTransformer or Beit or SwinTransformer))'
 
 test-paper-size: $(STAMP) ## graph, tables and report of the paper's suite at its whole size, with made-up results; minutes
 	@$(BIN)/python -m pytest -m paper_size tests/workflow/test_paper_size.py
