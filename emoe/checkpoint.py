@@ -52,6 +52,7 @@ from emoe.routers import is_offloaded, unsharded, weights_in_place
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
 EXTRA_FILE = "emoe_extra.safetensors"
+_WITHOUT_FILE = "without this file the model loads, and its neurons' original order is unknown"
 _NORM_TOLERANCE = 0.02  # for key norms after a cast to bfloat16
 
 
@@ -335,8 +336,9 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     has_number = "num_experts" in tensors and tensors["num_experts"].numel() == 1
     num_experts = int(tensors["num_experts"]) if has_number else None
     if stored != expected or num_experts != layers[0].config.num_experts:
-        way_out = "without this file the model loads, and its neurons' original order is unknown"
-        raise CheckpointError(f"{path} describes other layers or numbers of experts than the configuration; {way_out}")
+        raise CheckpointError(
+            f"{path} describes other layers or numbers of experts than the configuration; {_WITHOUT_FILE}"
+        )
     for layer in layers:
         ffn, permutation = layer.ffn, tensors.get(f"permutation.{layer.ffn.index}")
         if permutation is not None and not is_permutation(permutation, ffn.d):
@@ -354,8 +356,7 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
             return
         norms = _key_norms(ffn)
     if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6):
-        way_out = "without this file the model loads, and its neurons' original order is unknown"
-        raise CheckpointError(f"{path} does not match the weights of {ffn.name}; {way_out}")
+        raise CheckpointError(f"{path} does not match the weights of {ffn.name}; {_WITHOUT_FILE}")
 
 
 def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:

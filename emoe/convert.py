@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, find_ffns
+from emoe.architectures import FFN, find_ffns, is_plain_tensor
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_plain, check_weights
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
@@ -201,7 +201,8 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
             unknown (the model was saved without ``emoe_partition.safetensors``). The model is unchanged.
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
-    check_foldable(layer.config for layer in layers)
+    if any(isinstance(layer.config, GMoEConfig) for layer in layers):
+        raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained separately")
     if restore_order:
         check_plain(layer.ffn for layer in layers)
         for layer in layers:
@@ -214,12 +215,6 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     remove_argument_hooks(model)
     update_description_(model)
     return model
-
-
-def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
-    """Raise :class:`ConversionError` if experts have no dense equivalent."""
-    if any(isinstance(config, GMoEConfig) for config in configs):
-        raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained separately")
 
 
 def finish_conversion_(model: nn.Module) -> None:
@@ -270,7 +265,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
 def _is_comparable(ffn: FFN, incoming: Any) -> bool:
     """Check if an in-projection's weight and the one to be loaded are plain tensors of the same shape."""
     present = cast(Tensor, ffn.proj_in.weight)
-    are_plain = all(type(weight) in (Tensor, nn.Parameter) and not weight.is_meta for weight in (incoming, present))
+    are_plain = is_plain_tensor(incoming) and is_plain_tensor(present)
     return are_plain and incoming.shape == present.shape
 
 
