@@ -1,7 +1,7 @@
 # Entry of the workflow. What to run stands in config/<suite>.yaml, where to run it in profiles/.
 #   snakemake --cores all                         the mini suite
 #   snakemake --cores all --config suite=paper    the paper's grid
-#   snakemake --cores 2 smoke | glue | tables     one suite, one benchmark, the tables
+#   snakemake --cores 2 glue | table_4 | tables   one benchmark, one table of the paper, all tables
 from snakemake.utils import min_version
 
 min_version("9.19")
@@ -12,16 +12,15 @@ include: "workflow/rules/common.smk"
 
 localrules:
     all,
-    smoke,
     tables,
 
 
 rule all:
     default_target: True
     input:
-        lambda wildcards: suite_outputs(SUITE),
+        lambda wildcards: targets.suite_files(SUITE),
     message:
-        f"The suite is complete: results/{SUITE.name}/report.html"
+        f"The suite is complete: {RESULTS}/report.html"
 
 
 include: "workflow/rules/runs.smk"

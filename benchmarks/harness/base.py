@@ -38,7 +38,6 @@ QUESTIONS = Path("resources/questions")
 # environment variables, set by the workflow from the configuration, or by hand
 DATA_ROOT = "EMOE_DATA_ROOT"
 MODEL_ROOT = "EMOE_MODEL_ROOT"
-PLAN = "EMOE_PLAN"
 OVERRIDES = "EMOE_OVERRIDES"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 

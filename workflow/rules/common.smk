@@ -1,4 +1,4 @@
-# Loads and checks the configuration; short input functions. Logic lives in benchmarks/harness.
+# Loads and checks the configuration; short input functions. Logic lives in benchmarks/harness/workflow.
 import gc
 import os
 import sys
@@ -14,9 +14,12 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import hide_passwords
 from benchmarks.harness.config import artifacts, catalogue, claims, paper_items, runs
 from benchmarks.harness.config.artifacts import CLAIMS
-from benchmarks.harness.config import suite as suites
+from benchmarks.harness.config.suite import load_suite, suite_names
 from benchmarks.harness.run import devices
+from benchmarks.harness.run.data import missing_sets
 from benchmarks.harness.run.forkserver import Server
+from benchmarks.harness.workflow import plan, targets
+from benchmarks.harness.workflow.environment import job_environment
 from emoe.errors import EMoEError
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
@@ -25,6 +28,9 @@ from snakemake.logging import logger
 logger.addFilter(
     lambda record: not record.getMessage().startswith(("Select jobs", "Execute "))
 )
+
+# A job on a cluster parses these files again. It gets its run from the plan that the main process wrote.
+IN_JOB = not workflow.is_main_process
 
 
 @contextmanager
@@ -37,14 +43,18 @@ def one_line_errors():
 
 
 with one_line_errors():
-    SUITE = suites.load_suite(config)
-    SHOWN = artifacts.all_artifacts()
+    SUITE = load_suite(config)
+    SHOWN = artifacts.suite_artifacts(SUITE)
+    RECORDS = targets.record_parts(SUITE)
+    CLAIMED = claims.claimed_benchmarks(SUITE)
     paper_items.load_paper()
-    if (
-        workflow.is_main_process
-    ):  # a job on a cluster has its run from the main process, and plans nothing
+    if not IN_JOB:
+        runs.refuse_old_folders()
         SUITE.runs
-        claims.load_claims()
+    WEIGHTS = plan.weights_by_benchmark(SUITE, in_job=IN_JOB)
+
+RESULTS = f"results/{SUITE.name}"
+RUN_ID = "[0-9a-f]{12}"
 
 
 # only used with `--sdm conda`
@@ -55,59 +65,39 @@ ENVIRONMENT = "../envs/emoe.yaml"
 container: "emoe.sif"
 
 
-# by whether they train; None for both
-RUN_NAMES = {
-    None: r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
-    True: r"[A-Za-z0-9._+-]+-lr[0-9][A-Za-z0-9._+-]*-[0-9a-f]{8}",
-    False: r"(?:(?!-lr[0-9])[A-Za-z0-9._+-])+-[0-9a-f]{8}",
-}
-
-
 wildcard_constraints:
-    suite="[a-z][a-z0-9_]*",
     benchmark="[a-z][a-z0-9_]*",
-    run=RUN_NAMES[None],
+    run=RUN_ID,
     partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     model=r"[a-z0-9][a-z0-9._-]*",
     package=r"[A-Za-z0-9._@+-]+\.(whl|tar\.gz|tgz)",
 
 
-# Local paths and the plan reach the jobs through the environment: as parameters of a rule they would
-# make Snakemake run everything again when they change.
-os.environ.update(SUITE.environment())
+os.environ.update(job_environment(SUITE))
 
 
 # Jobs of this machine fork from a process that has imported what they need, unless `--sdm` gives each its own Python.
 FORKSERVER = Server(SUITE.settings.benchmarks)
 
 
-def run_jobs(jobs):
-    return [job for job in jobs if job.rule.name.startswith("run_")]
-
-
 onstart:
     needed = [
-        run_of(job.wildcards) for job in run_jobs(workflow.dag.needrun_jobs())
+        run_of(job.wildcards)
+        for job in workflow.dag.needrun_jobs()
+        if job.rule.name.startswith("run_")
     ]
     with one_line_errors():
         if workflow.local_exec:  # else a cluster's nodes have the accelerators
             devices.check_accelerators(SUITE.name, needed)
         if needed:
-            from benchmarks.harness.report.presentation import (
-                check_presentations,
-            )  # it takes a second
+            # imported here, because it takes a second
+            from benchmarks.harness.report.presentation import check_presentations
 
             check_presentations(SUITE.settings.benchmarks)
+        plan.write_plan(SUITE)
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
-    # of the targets that were asked for: of one table they are fewer than the suite's
-    SUITE.write_plan(
-        {
-            f"{job.wildcards.benchmark}/{job.wildcards.run}"
-            for job in run_jobs(workflow.dag.jobs)
-        }
-    )
-    if missing := SUITE.missing_sets():
+    if missing := missing_sets(SUITE):
         print(
             f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "
             f"--suite {SUITE.name}` says where they come from, `--config exclude=[{','.join(missing)}]` leaves them out",
@@ -123,71 +113,48 @@ onerror:
     FORKSERVER.stop()
 
 
-def suite_named(name):
-    """The configured suite, or another one by name (`snakemake smoke` under any configuration)."""
-    if name == SUITE.name:
-        return SUITE
-    with one_line_errors():
-        suite = suites.plain_suite(name)
-        suite.runs
-        return suite
-
-
 def sources_of(*benchmarks):
     # local: they are on this machine although results may be in a storage
     return local(artifacts.table_sources(*benchmarks))
 
 
-def in_report(shown, category):
-    # figures, which Snakemake's own report names by what they show
-    labels = {}
-    for file in shown.figure_files("{suite}"):
-        stem, end = os.path.basename(file).rsplit(".", 1)
-        labels[file] = {"figure": stem.replace("_", " "), "format": end}
-    said = dict(caption="../report/figure.rst", category=category)
-    return [report(file, labels=labels[file], **said) for file in labels]
-
-
-def suite_outputs(suite):
-    # runs and weights are named too: a deleted one is made again although its tables are still there
-    return [
-        f"results/{suite.name}/report.html",
-        f"results/{suite.name}/mlflow.txt",
-        *suite.metric_files(),
-        *suite.weight_files(),
-        *suite.output_files(),
-        *suite.pages(),
-        *paper_items.paper_files(suite),
-    ]
-
-
-def outputs_of(benchmark):
-    # of the configured suite, or of the suite of the benchmark's own name; the first is the page
-    if benchmark in SUITE.settings.benchmarks:
-        return [*SUITE.pages(benchmark), *SUITE.output_files(benchmark)]
-    if benchmark in suites.suite_names():
-        return lambda wildcards: suite_outputs(suite_named(benchmark))
-    return not_here(benchmark, [benchmark])
-
-
-# inputs of targets that cannot be made: they end with the reason when the target is asked for
-def refused(reason):
-    return lambda wildcards: sys.exit(f"error: {reason}")
-
-
-def not_here(target, wanted, part=None):
-    def reason(wildcards):
-        with one_line_errors():
-            hint = suites.suites_hint(target, wanted, SUITE, part)
-        sys.exit(f"error: {hint}")
-
-    return reason
+def benchmark_and_part(benchmark, part):
+    return f"--benchmark {benchmark}" + (f" --part {part}" if part else "")
 
 
 def run_of(wildcards):
     folder = f"{wildcards.benchmark}/{wildcards.run}"
     with one_line_errors():
-        return suites.find_run(folder, SUITE, on_cluster=not workflow.is_main_process)
+        if IN_JOB:
+            return plan.read_run_of_job(folder, SUITE)
+        return plan.find_run(folder, SUITE)
+
+
+def partition_of(wildcards):
+    with one_line_errors():
+        if IN_JOB:
+            return plan.read_partition_of_job(wildcards.partition, SUITE)
+        return plan.find_partition(wildcards.partition, SUITE)
+
+
+def inputs_of_run(wildcards):
+    # A finished run needs nothing. Its id is the hash of all that shapes its numbers, so time stamps do not matter.
+    run = run_of(wildcards)
+    return [] if run.is_finished else runs.run_inputs(run)
+
+
+def rule_of_runs(benchmark, keeps_weights):
+    has_both = len(set(WEIGHTS[benchmark].values())) == 2
+    return f"run_{benchmark}_untrained" if has_both and not keeps_weights else f"run_{benchmark}"
+
+
+def pattern_of_runs(benchmark, keeps_weights):
+    # the plan knows which runs keep their weights
+    without = [run for run, kept in WEIGHTS[benchmark].items() if not kept]
+    if len(without) in (0, len(WEIGHTS[benchmark])):
+        return RUN_ID
+    ids = "|".join(without)
+    return f"(?!{ids}){RUN_ID}" if keeps_weights else f"(?:{ids})"
 
 
 def run_resource(name, usual=None):
@@ -212,15 +179,11 @@ def run_threads(wildcards):
     return run_of(wildcards).resources["threads"] or all_threads()
 
 
-def partition_of(wildcards):
-    on_cluster = not workflow.is_main_process
-    with one_line_errors():
-        return suites.find_partition(wildcards.partition, SUITE, on_cluster=on_cluster)
+def refuse(explain):
+    # the input of a target that cannot be made: it ends with the reason when the target is asked for
+    def reason(wildcards):
+        with one_line_errors():
+            text = explain(wildcards)
+        sys.exit(f"error: {text}")
 
-
-def suite_metrics(wildcards):
-    return suite_named(wildcards.suite).metric_files()
-
-
-def suite_tables(wildcards):
-    return suite_named(wildcards.suite).output_files()
+    return reason

@@ -58,33 +58,28 @@ rule partition_neurons:
         "python -m benchmarks partition {params.spec:q} --output {output:q} --threads {threads} 2> {log:q}"
 
 
-# One rule a benchmark, so that small benchmarks come first: readers see their tables early. If its runs keep their
-# weights, one more for those that train nothing, whose names have no learning rate.
-for place, name in enumerate(
-    sorted(suites.benchmark_names(), key=lambda name: len(SUITE.runs_of(name)))
-    if workflow.is_main_process
-    else suites.benchmark_names()
-):
-    for trains in (True, False) if SUITE.keeps_weights(name) else (None,):
+# One rule a benchmark, so that small benchmarks come first: readers see their tables early. A benchmark of which only
+# some runs keep their weights has one more, for the others.
+for place, name in enumerate(sorted(WEIGHTS, key=lambda name: len(WEIGHTS[name]))):
+    for keeps in sorted(set(WEIGHTS[name].values()), reverse=True):
 
         rule:
             name:
-                f"run_{name}_untrained" if trains is False else f"run_{name}"
+                rule_of_runs(name, keeps)
             input:
-                lambda wildcards: runs.run_inputs(run_of(wildcards)),
+                inputs_of_run,
             output:
                 "results/runs/{benchmark}/{run}/metrics.json",
                 *(
                     [f"results/runs/{{benchmark}}/{{run}}/{paths.WEIGHTS}"]
-                    if trains
+                    if keeps
                     else []
                 ),
-                spec="results/runs/{benchmark}/{run}/run.json",
             log:
                 "results/runs/{benchmark}/{run}/log.txt",
             wildcard_constraints:
                 benchmark=name,
-                run=RUN_NAMES[trains],
+                run=pattern_of_runs(name, keeps),
             priority: -place
             conda:
                 ENVIRONMENT
@@ -96,13 +91,32 @@ for place, name in enumerate(
                 # of instruction tuning: how torchrun spreads a run
                 processes=run_resource("processes", 1),
                 parallel=run_resource("parallel", "ddp"),
+                # for the message; unlike a parameter it never makes a run repeat
+                called=lambda wildcards: run_of(wildcards).name,
             params:
                 # written here: a job of its own for each would keep Snakemake busier than the runs
                 spec=lambda wildcards: run_of(wildcards).to_json(),
                 file="results/runs/{benchmark}/{run}/run.json",
             message:
-                "Run {wildcards.run}"
+                "Run {resources.called}"
             shell:
                 "printf '%s\\n' {params.spec:q} > {params.file:q}.part && mv {params.file:q}.part {params.file:q} && "
                 "python -m benchmarks run {params.file:q} --threads {threads} --log {log:q}"
                 " --processes {resources.processes} --parallel {resources.parallel} --gpus {resources.gpu}"
+
+
+# Only asked for if a finished run has lost it.
+rule write_run_json:
+    output:
+        "results/runs/{benchmark}/{run}/run.json",
+    log:
+        "results/logs/write_run_json/{benchmark}/{run}.txt",
+    localrule: True
+    conda:
+        ENVIRONMENT
+    params:
+        spec=lambda wildcards: run_of(wildcards).to_json(),
+    message:
+        "Write {output} again"
+    shell:
+        "printf '%s\\n' {params.spec:q} > {output:q}.part 2> {log:q} && mv {output:q}.part {output:q} 2> {log:q}"

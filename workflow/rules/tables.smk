@@ -1,4 +1,27 @@
-# From the runs' metrics.json to tables, figures, the report and the MLflow mirror.
+# From the runs' metrics.json to tables, figures, pages and the MLflow mirror. Only `collect` reads metrics.json.
+
+
+# The records of a benchmark's runs in one file, so that each metrics.json is read once. Where sets of images are shown
+# one by one, each set has a file.
+rule collect:
+    input:
+        lambda wildcards: targets.metric_files(SUITE, *RECORDS[wildcards.records]),
+    output:
+        f"{RESULTS}/records/{{records}}.jsonl",
+    log:
+        f"results/logs/{SUITE.name}/collect/{{records}}.txt",
+    localrule: True
+    conda:
+        ENVIRONMENT
+    params:
+        # a suite with fewer runs collects again
+        runs=lambda wildcards, input: targets.digest_of_runs(input),
+        what=lambda wildcards: benchmark_and_part(*RECORDS[wildcards.records]),
+        suite=SUITE.name,
+    message:
+        "Collect the records of {wildcards.records}"
+    shell:
+        "python -m benchmarks collect --suite {params.suite} {params.what} 2> {log:q}"
 
 
 # One rule a benchmark, because each has its own tables and figures: `tables_of_glue`. Where sets of images are shown
@@ -10,109 +33,117 @@ for shown in SHOWN:
         name:
             f"tables_of_{shown.name}"
         input:
-            lambda wildcards, shown=shown: suite_named(wildcards.suite).metric_files(
-                shown.benchmark, shown.part
-            ),
+            targets.record_files(SUITE, shown.benchmark, shown.part),
             sources_of(shown.benchmark),
         output:
-            tables=shown.table_files("{suite}"),
-            figures=in_report(shown, shown.benchmark),
-            paper=paper_items.files_of(shown, "{suite}"),
+            shown.table_files(SUITE.name),
+            shown.figure_files(SUITE.name),
+            paper_items.files_of(shown, SUITE.name),
+            shown.section_file(SUITE.name),
+            *(
+                [artifacts.numbers_file(SUITE.name, shown.benchmark)]
+                if shown.benchmark in CLAIMED and shown.part is None
+                else []
+            ),
         log:
-            f"results/logs/{{suite}}/tables_of_{shown.name}.txt",
+            f"results/logs/{SUITE.name}/tables_of_{shown.name}.txt",
         localrule: True
         conda:
             ENVIRONMENT
         params:
-            what=f"--benchmark {shown.benchmark}"
-            + (f" --part {shown.part}" if shown.part else ""),
+            what=benchmark_and_part(shown.benchmark, shown.part),
+            suite=SUITE.name,
         message:
-            f"Tables and figures of {shown.name}, suite {{wildcards.suite}}"
+            f"Tables and figures of {shown.name}"
         shell:
-            "python -m benchmarks tables --suite {wildcards.suite} {params.what} 2> {log:q}"
+            "python -m benchmarks tables --suite {params.suite} {params.what} 2> {log:q}"
 
 
-rule table_of_claims:
-    input:
-        lambda wildcards: [
-            file
-            for name in suite_named(wildcards.suite).claimed
-            for file in suite_named(wildcards.suite).metric_files(name)
-        ],
-        lambda wildcards: sources_of(*suite_named(wildcards.suite).claimed),
-    output:
-        tables=CLAIMS.table_files("{suite}"),
-        figures=in_report(CLAIMS, "Claims"),
-        main=paper_items.main_files("{suite}"),
-    log:
-        "results/logs/{suite}/table_of_claims.txt",
-    localrule: True
-    conda:
-        ENVIRONMENT
-    message:
-        "What the runs say of the paper's claims, suite {wildcards.suite}"
-    shell:
-        "python -m benchmarks claims --write --suite {wildcards.suite} 2> {log:q}"
+if CLAIMED:
+
+    rule table_of_claims:
+        input:
+            [artifacts.numbers_file(SUITE.name, name) for name in CLAIMED],
+            sources_of(*CLAIMED),
+        output:
+            CLAIMS.table_files(SUITE.name),
+            CLAIMS.figure_files(SUITE.name),
+            paper_items.main_files(SUITE.name),
+        log:
+            f"results/logs/{SUITE.name}/table_of_claims.txt",
+        localrule: True
+        conda:
+            ENVIRONMENT
+        params:
+            benchmarks=CLAIMED,
+            suite=SUITE.name,
+        message:
+            "What the runs say of the paper's claims"
+        shell:
+            "python -m benchmarks claims --write --suite {params.suite} 2> {log:q}"
 
 
 # One page a benchmark, so that the first results can be read while others run.
 rule benchmark_report:
     input:
-        lambda wildcards: suite_named(wildcards.suite).metric_files(wildcards.benchmark),
-        lambda wildcards: suite_named(wildcards.suite).output_files(wildcards.benchmark),
-        local(artifacts.page_sources()),
+        lambda wildcards: targets.section_files(SUITE, wildcards.benchmark),
+        lambda wildcards: targets.output_files(SUITE, wildcards.benchmark),
+        local(artifacts.page_sources(SUITE.name)),
     output:
-        "results/{suite}/{benchmark}.html",
+        f"{RESULTS}/{{benchmark}}.html",
     log:
-        "results/logs/{suite}/benchmark_report/{benchmark}.txt",
+        f"results/logs/{SUITE.name}/benchmark_report/{{benchmark}}.txt",
     wildcard_constraints:
-        benchmark="|".join(suites.benchmark_names()),
+        benchmark="|".join(SUITE.settings.benchmarks),
     localrule: True
     conda:
         ENVIRONMENT
+    params:
+        suite=SUITE.name,
     message:
-        "Page of {wildcards.benchmark}, suite {wildcards.suite}: {output}"
+        "Page of {wildcards.benchmark}: {output}"
     shell:
-        "python -m benchmarks report --suite {wildcards.suite} --benchmark {wildcards.benchmark} --output {output:q} 2> {log:q}"
+        "python -m benchmarks report --suite {params.suite} --benchmark {wildcards.benchmark} --output {output:q} 2> {log:q}"
 
 
 rule report:
     input:
-        suite_metrics,
-        suite_tables,
-        local(artifacts.page_sources()),
+        targets.section_files(SUITE),
+        targets.output_files(SUITE),
+        paper_items.paper_files(SUITE),
+        local(artifacts.page_sources(SUITE.name)),
     output:
-        report(
-            "results/{suite}/report.html",
-            caption="../report/report.rst",
-            category="Report",
-        ),
+        f"{RESULTS}/report.html",
     log:
-        "results/logs/{suite}/report.txt",
+        f"results/logs/{SUITE.name}/report.txt",
     localrule: True
     conda:
         ENVIRONMENT
+    params:
+        benchmarks=list(SUITE.settings.benchmarks),
+        suite=SUITE.name,
     message:
-        "Report of the suite {wildcards.suite}"
+        "Report of the suite: {output}"
     shell:
-        "python -m benchmarks report --suite {wildcards.suite} --output {output:q} 2> {log:q}"
+        "python -m benchmarks report --suite {params.suite} --output {output:q} 2> {log:q}"
 
 
 # One job that mirrors all finished runs.
 rule mirror_to_mlflow:
     input:
-        suite_metrics,
+        targets.record_files(SUITE),
     output:
-        "results/{suite}/mlflow.txt",
+        f"{RESULTS}/mlflow.txt",
     log:
-        "results/logs/{suite}/mirror_to_mlflow.txt",
+        f"results/logs/{SUITE.name}/mirror_to_mlflow.txt",
     localrule: True
     conda:
         ENVIRONMENT
     params:
         # with its password hidden: Snakemake writes parameters and commands into its logs, and keeps them
         store=hide_passwords(SUITE.tracking_uri),
+        suite=SUITE.name,
     message:
         "Mirror the runs to MLflow at {params.store}"
     shell:
-        "python -m benchmarks mirror --suite {wildcards.suite} > {output:q} 2> {log:q}"
+        "python -m benchmarks mirror --suite {params.suite} --output {output:q} 2> {log:q}"

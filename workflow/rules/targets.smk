@@ -1,28 +1,21 @@
 # Names for what people ask for.
 
 
-rule smoke:
-    input:
-        lambda wildcards: suite_outputs(suite_named("smoke")),
-    message:
-        "The smoke suite is complete: results/smoke/report.html"
-
-
 rule tables:
     input:
-        SUITE.output_files(),
+        targets.output_files(SUITE),
     message:
         "All tables and figures are up to date"
 
 
-# one target per benchmark: `snakemake glue`, `snakemake speed`
-for name in suites.benchmark_names():
+# one target per benchmark: `snakemake glue`
+for name in SUITE.settings.benchmarks:
 
     rule:
         name:
             name
         input:
-            outputs_of(name),
+            targets.benchmark_files(SUITE, name),
         message:
             "The tables and figures of the benchmark are up to date: {input[0]}"
 
@@ -35,31 +28,43 @@ for shown in SHOWN:
             name:
                 shown.name
             input:
-                SUITE.output_files(shown.benchmark, shown.part)
-                or not_here(shown.name, [shown.benchmark], shown.part),
+                targets.output_files(SUITE, shown.benchmark, shown.part),
             message:
                 "The tables and figures of the set are up to date"
 
 
-# those of the paper that nothing here makes say why
-for name, reason in paper_items.missing_items().items():
-
-    rule:
-        name:
-            name
-        input:
-            refused(f"{name}: {reason}"),
-
-
 # one target per table and figure of the paper: `snakemake table_4`, `snakemake figure_7`
-for name, item in paper_items.load_paper().items.items():
-    if item.missing is None:
+for name in paper_items.load_paper().items:
+    if paper_items.paper_files(SUITE, name):
 
         rule:
             name:
                 name
             input:
-                paper_items.paper_files(SUITE, name)
-                or not_here(name, paper_items.item_benchmarks(item)),
+                paper_items.paper_files(SUITE, name),
             message:
                 "The paper's table or figure is up to date: {input}"
+
+
+# any other word: it explains itself
+rule unknown_target:
+    input:
+        refuse(lambda wildcards: targets.why_not(wildcards.target, SUITE)),
+    output:
+        "{target}",
+    wildcard_constraints:
+        target="[A-Za-z0-9_-]+",
+
+
+# the files of other suites
+rule other_suite:
+    input:
+        refuse(
+            lambda wildcards: targets.why_not_file(
+                wildcards.other, wildcards.file, SUITE
+            )
+        ),
+    output:
+        "results/{other}/{file}",
+    wildcard_constraints:
+        other="|".join(name for name in suite_names() if name != SUITE.name),

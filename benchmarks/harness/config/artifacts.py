@@ -9,6 +9,8 @@ from pathlib import Path
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
+from benchmarks.harness.config.methods import plugin_files
+from benchmarks.harness.config.suite import Suite
 
 FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png")
@@ -47,8 +49,19 @@ class Artifacts:
         folder = paths.RESULTS / suite / "figures"
         return [str(folder / f"{self.stem(figure)}.{end}") for figure in self.figures for end in FIGURE_FORMATS]
 
+    def section_file(self, suite: str) -> str:
+        """Return the file of what the pages say about these tables and figures."""
+        return str(paths.RESULTS / suite / "sections" / f"{self.name}.json")
 
+
+# the rooms of the harness that shape tables
+_HARNESS = ("harness/config", "harness/report", "harness/results", "harness/sources")
 CLAIMS = Artifacts("claims", None, [""], ["", "all"])
+
+
+def numbers_file(suite: str, benchmark: str) -> str:
+    """Return the file of the numbers that claims compare."""
+    return str(paths.RESULTS / suite / "numbers" / f"{benchmark}.jsonl")
 
 
 def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
@@ -60,18 +73,24 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
 
 
 def table_sources(*benchmarks: str) -> list[str]:
-    """List the source files of the benchmarks' tables, besides the numbers of runs.
+    """List the files that shape the benchmarks' tables, besides the records of runs.
 
-    These are code, definitions and published numbers of the benchmarks and of their kinds, the harness's results and
-    report, and the lists of models, methods, metrics, claims and paper items.
+    These are the code of the harness (but not of training), of the benchmarks' kinds and of plugins, the definitions,
+    the published numbers, and the lists of models, methods, metrics, claims and paper items.
     """
-    kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name)).__mro__]
-    folders = {"harness/report", "harness/results", *benchmarks}
-    folders |= {module[1] for module in kinds if module[0] == BENCHMARKS.name and module[1] != "harness"}
-    patterns = ["*.yaml", "harness/report/table.html.j2"]
-    patterns += [f"{folder}/{files}" for folder in sorted(folders) for files in ("*.py", "**/*.csv")]
-    definitions = dict.fromkeys(file for name in benchmarks for file in _definitions(name))
-    return [*_files(*patterns), *map(os.path.relpath, definitions)]
+    folders = {*_HARNESS, *benchmarks}
+    for name in benchmarks:
+        for cls in type(load_benchmark(name)).__mro__:
+            module = cls.__module__.split(".")
+            if module[0] == BENCHMARKS.name and module[1] != "harness":
+                folders.add(module[1])
+    patterns = ["*.yaml", "*.py", "harness/*.py", "harness/report/table.html.j2"]
+    for folder in sorted(folders):
+        patterns += [f"{folder}/*.py", f"{folder}/**/*.csv"]
+    definitions: dict[Path, None] = {}
+    for name in benchmarks:
+        definitions |= dict.fromkeys(_definitions(name))
+    return [*_files(*patterns), *map(os.path.relpath, definitions), *map(os.path.relpath, plugin_files())]
 
 
 def _definitions(name: str) -> list[Path]:
@@ -83,9 +102,15 @@ def _definitions(name: str) -> list[Path]:
     return files + (_definitions(loaded.evaluates) if loaded.evaluates else [])
 
 
-def page_sources() -> list[str]:
-    """List the template, style and script of the pages, and the suite's file; its name is a wildcard of Snakemake."""
-    return [*_files("harness/report/page.*"), os.path.relpath(paths.CONFIG / "{suite}.yaml")]
+def record_sources() -> list[str]:
+    """List the code that shapes the files of records."""
+    return _files("harness/results/records.py")
+
+
+def page_sources(suite: str) -> list[str]:
+    """List the code, template, style and script of the pages, the paper's items, and the suite's file."""
+    files = _files("harness/report/page.*", "harness/report/paper.py", "harness/config/paper_items.py", "paper.yaml")
+    return [*files, os.path.relpath(paths.CONFIG / f"{suite}.yaml")]
 
 
 def _files(*patterns: str) -> list[str]:
@@ -94,9 +119,17 @@ def _files(*patterns: str) -> list[str]:
 
 def all_artifacts() -> list[Artifacts]:
     """Return the tables and figures of all benchmarks and all their sets, whether a suite runs them or not."""
-    benchmarks = {name: load_benchmark(name) for name in benchmark_names()}
-    return [
-        artifacts_of(name, part)
-        for name, benchmark in benchmarks.items()
-        for part in (None, *(benchmark.tasks if benchmark.has_set_tables else ()))
-    ]
+    artifacts = []
+    for name in benchmark_names():
+        benchmark = load_benchmark(name)
+        sets = benchmark.tasks if benchmark.has_set_tables else ()
+        artifacts += [artifacts_of(name, part) for part in (None, *sets)]
+    return artifacts
+
+
+def suite_artifacts(suite: Suite) -> list[Artifacts]:
+    """Return the tables and figures of a suite's benchmarks, and of their sets."""
+    artifacts = []
+    for name in suite.settings.benchmarks:
+        artifacts += [artifacts_of(name, part) for part in (None, *suite.parts(name))]
+    return artifacts

@@ -11,6 +11,7 @@ from pydantic import Field
 from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
+from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
 
 
@@ -100,6 +101,16 @@ def load_claims() -> dict[str, Claim]:
             if test.compare:
                 check_comparison(test.compare, file, f"claims.{name}.tests[{number}].compare")
     return claims
+
+
+def claimed_benchmarks(suite: Suite) -> list[str]:
+    """Return a suite's benchmarks that test the paper's claims, in the order of the claims."""
+    claimed: dict[str, None] = {}
+    for claim in load_claims().values():
+        for test in claim.tests:
+            if test.compare and test.compare.benchmark in suite.settings.benchmarks:
+                claimed[test.compare.benchmark] = None
+    return list(claimed)
 
 
 def check_comparison(compare: Comparison, file: Path, at: str) -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, create_model
@@ -190,17 +191,32 @@ class VariantAxes(Strict):
 
 def import_plugins() -> None:
     """Import the plugins of ``methods.yaml``, which register routers and tunings in this process."""
-    file = BENCHMARKS / "methods.yaml"
-    content = read_yaml(file)
-    # the file is checked later, because methods may use the plugins' names
-    plugins = content.get("plugins") if isinstance(content, dict) else None
-    if plugins and str(ROOT) not in sys.path:  # a job may have another working directory
+    names = _plugin_names()
+    if names and str(ROOT) not in sys.path:  # a job may have another working directory
         sys.path.append(str(ROOT))
-    for name in plugins if isinstance(plugins, list) else ():
+    for name in names:
         try:
             importlib.import_module(name)
         except Exception as error:  # a module may raise anything
-            raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported: {error!r}") from error
+            raise DefinitionError(
+                f"{BENCHMARKS / 'methods.yaml'}: 'plugins' names '{name}', which cannot be imported: {error!r}"
+            ) from error
+
+
+def plugin_files() -> list[Path]:
+    """Return the source files of the plugins; a package has all its modules."""
+    files: list[Path] = []
+    for name in _plugin_names():
+        file = Path(str(importlib.import_module(name).__file__))
+        files += sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return files
+
+
+def _plugin_names() -> list[str]:
+    """Read the names of the plugins. The file is checked later, because methods may use names that plugins register."""
+    content = read_yaml(BENCHMARKS / "methods.yaml")
+    plugins = content.get("plugins") if isinstance(content, dict) else None
+    return plugins if isinstance(plugins, list) else []
 
 
 _TOP_K = {"top_k", "top_k_fraction"}  # forms of one setting, which replace each other

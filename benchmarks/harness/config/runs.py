@@ -49,15 +49,15 @@ def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*trained_sets(spec), *spec["ood"]]
 
 
-_READABLE = 71  # most characters of an id before its hash
+_ID_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Run:
-    """Hold one fully resolved run.
+    """One fully resolved run.
 
     Attributes:
-        id: A readable text and eight hex digits of the hash of ``spec``.
+        id: The first twelve hex digits of the hash of ``spec``; the run's folder has this name.
         spec: All settings that determine the numbers, as plain values. The suite is not one of them, so that suites
             share runs.
         resources: The resources that the scheduler reserves. They change no number and are not part of the id.
@@ -76,6 +76,53 @@ class Run:
         """Return the folder below ``results/runs``."""
         return f"{self.benchmark}/{self.id}"
 
+    @property
+    def name(self) -> str:
+        """Return a readable text: model, task, method, varied settings, learning rate and seed, then the id."""
+        spec = self.spec
+        task = spec["task"]
+        method = spec["method"]["name"]
+        parts = [spec["model"]["name"], task["name"], method, spec["variant"]]
+        # a task without a test split has runs of both protocols
+        has_no_test = task.get("splits", {}).get("test", "") is None
+        if has_no_test and spec.get("protocol") == "clean":
+            parts.append("clean")
+        if self.is_trained:
+            parts.append(f"lr{spec['learning_rate']:g}")
+        if method:  # a measurement has no seed
+            parts.append(f"s{spec['seed']}")
+        return "-".join([*(part for part in parts if part), self.id])
+
+    @property
+    def is_trained(self) -> bool:
+        """Return True if the run trains a model; an evaluation has the learning rate 0."""
+        return bool(self.spec["learning_rate"])
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Return True if the run keeps the weights that it trains."""
+        return self.is_trained and bool(self.spec.get("training", {}).get("keep_weights"))
+
+    @property
+    def metrics_file(self) -> Path:
+        """Return the path of ``metrics.json``, which a run writes when it is finished."""
+        return paths.RUNS / self.folder / "metrics.json"
+
+    @property
+    def spec_file(self) -> Path:
+        """Return the path of ``run.json``, the run's spec."""
+        return paths.RUNS / self.folder / "run.json"
+
+    @property
+    def weights_file(self) -> Path:
+        """Return the path of the weights, if the run keeps them."""
+        return paths.RUNS / self.folder / paths.WEIGHTS
+
+    @property
+    def is_finished(self) -> bool:
+        """Return True if the run's results exist: its numbers, and the weights if it keeps them."""
+        return self.metrics_file.exists() and (not self.keeps_weights or self.weights_file.exists())
+
     def to_json(self) -> str:
         """Return canonical JSON: it is hashed, written and compared."""
         return canonical_json(self.spec)
@@ -88,31 +135,30 @@ def canonical_json(value: object) -> str:
 
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
     """Make a run from a spec; the content determines the id."""
-    digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
-    method, task = spec["method"]["name"], spec["task"]
-    parts = [spec["model"]["name"], task["name"], method, spec["variant"]]
-    # a task without a test split has runs of both protocols
-    if spec.get("protocol") == "clean" and task.get("splits", {}).get("test", "") is None:
-        parts.append("clean")
-    if spec["learning_rate"]:  # 0 if nothing was trained
-        parts.append(f"lr{spec['learning_rate']:g}")
-    if method:  # a measurement has no seed
-        parts.append(f"s{spec['seed']}")
-    text = re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(part for part in parts if part))
-    return Run(f"{text[:_READABLE]}-{digest}", dict(spec))
+    digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()
+    return Run(digest[:_ID_DIGITS], dict(spec))
 
 
 def read_run(path: Path) -> Run:
     """Read a ``run.json``, and check that its content matches the name of its folder."""
-    advice = f"the workflow writes it when it runs `{path.parent}/metrics.json`"
-    spec = read_json(path, dict[str, Any], advice)
+    spec = read_json(path, dict[str, Any], f"`snakemake --cores 1 {path}` writes it again")
     try:
         run = run_from_spec(spec)
-    except (LookupError, TypeError) as error:  # a key is missing or has another type
-        raise DefinitionError(f"{path} is not a run's specification: {error!r}") from error
+    except ValueError as error:  # pydantic reads NaN, which no spec has
+        raise DefinitionError(f"{path} is not a run's specification: {error}") from error
     if path.parent.name != run.id:
         raise DefinitionError(f"{path} was changed by hand: its content belongs in a folder named {run.id}")
     return run
+
+
+def refuse_old_folders() -> None:
+    """Raise an error if a folder of runs has the readable name that older versions gave it."""
+    for path in sorted(paths.RUNS.glob("*/*/run.json")):
+        if not re.fullmatch(rf"[0-9a-f]{{{_ID_DIGITS}}}", path.parent.name):
+            raise DefinitionError(
+                f"{path.parent} was made by an older version, whose folders had readable names; this version would make "
+                f"its runs again: move {paths.RUNS} to another place, or delete it"
+            )
 
 
 @dataclass(frozen=True)
@@ -157,9 +203,6 @@ def model_files(model: Mapping[str, Any]) -> list[str]:
 def run_inputs(run: Run) -> list[str]:
     """List the files that a run needs besides ``run.json``: packages, weights, candidates' metrics, and partitions."""
     packages = [str(file.path) for task in all_sets(run.spec) for file in set_packages(task.get("source", {}))]
-    return [
-        *dict.fromkeys(packages),
-        *model_files(run.spec["model"]),
-        *(str(paths.RUNS / folder / "metrics.json") for folder in run.spec.get("candidates", ())),
-        *(job.file for job in partition_jobs(run)),
-    ]
+    candidates = [str(paths.RUNS / folder / "metrics.json") for folder in run.spec.get("candidates", ())]
+    partitions = [job.file for job in partition_jobs(run)]
+    return [*dict.fromkeys(packages), *model_files(run.spec["model"]), *candidates, *partitions]

@@ -1,15 +1,11 @@
-"""A suite: its file in ``config/``, its runs, and their input and output files for the workflow."""
+"""A suite: its file in ``config/``, and the runs that it plans."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
-import platform
-import sys
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,24 +14,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, read_json, write_json, write_text
-from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
-from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.claims import Comparison, load_claims
-from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, canonical_json, partition_jobs, run_from_spec
+from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, partition_jobs, run_from_spec
 from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse, read_yaml
-from benchmarks.harness.sources.local import local_path, user_file
 from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
 
-# They stop glibc from returning memory to the kernel in every step, which takes a tenth of a small model's
-# training time. Variables that are already set are kept; other C libraries ignore them.
-_GLIBC = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 _USUAL = ("mini", "full", "smoke", "paper")  # suites that are searched first
 
@@ -193,7 +178,7 @@ def _csv_digest(name: str) -> str:
 
 @dataclass(frozen=True)
 class Suite:
-    """Hold one suite.
+    """A suite: its checked configuration, and the runs that it plans.
 
     Attributes:
         name: ``smoke``, ``mini``, …
@@ -234,172 +219,7 @@ class Suite:
         named = dict.fromkeys(name for block in (part.settings.grid if part else ()) for name in block.set)
         return [name for name in named if name not in self.settings.exclude]
 
-    def metric_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """Return the ``metrics.json`` of all runs, or of the runs of one benchmark or part."""
-        runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
-        return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
-
-    def keeps_weights(self, benchmark: str) -> bool:
-        """Return True if the training runs of a benchmark keep their weights."""
-        loaded, part = load_benchmark(benchmark), self.benchmark_parts.get(benchmark)
-        training = getattr(loaded.definition, "training", None)
-        if training is not None and part is not None:  # another suite's runs follow the benchmark
-            training = loaded.settings("training", part)
-        return bool(getattr(training, "keep_weights", False))
-
-    def weight_files(self) -> list[str]:
-        """Return the files of weights that runs keep."""
-        names = [name for name in self.settings.benchmarks if self.keeps_weights(name)]
-        runs = [run for name in names for run in self.runs_of(name) if run.spec["learning_rate"]]
-        return [str(paths.RUNS / run.folder / paths.WEIGHTS) for run in runs]
-
-    @property
-    def claimed(self) -> list[str]:
-        """Return the suite's benchmarks that test the paper's claims, in the order of the claims."""
-        tests = [test for claim in load_claims().values() for test in claim.tests]
-        names = dict.fromkeys(test.compare.benchmark for test in tests if test.compare)
-        return [name for name in names if name in self.settings.benchmarks]
-
-    def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """Return the files of tables and figures of one part, of one benchmark, or of all including the claims."""
-        names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
-        artifacts = [
-            artifacts_of(name, shown) for name in names for shown in (None, *self.parts(name)) if part in (None, shown)
-        ]
-        if self.claimed and not benchmark:
-            artifacts = [CLAIMS, *artifacts]
-        return [file for each in artifacts for file in (*each.table_files(self.name), *each.figure_files(self.name))]
-
-    def pages(self, benchmark: str | None = None) -> list[str]:
-        """Return the page of each benchmark, or of one."""
-        names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
-        return [str(paths.RESULTS / self.name / f"{name}.html") for name in names]
-
     @property
     def tracking_uri(self) -> str:
         """Return MLflow's store: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
         return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
-
-    def environment(self) -> dict[str, str]:
-        """Return environment variables for the jobs, which use this interpreter even if it is not on the path."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        data_root, model_root = self.settings.data_root, self.settings.model_root
-        variables = {
-            "PATH": path,
-            "TOKENIZERS_PARALLELISM": "false",
-            # datasets asks the hub once for every local file that it opens
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-            **{name: os.environ.get(name, value) for name, value in _GLIBC.items()},
-            paths.OVERRIDES: canonical_json(self.overrides),
-            paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
-        }
-        optional = {
-            paths.DATA_ROOT: data_root and str(Path(data_root).resolve()),
-            paths.MODEL_ROOT: model_root and str(Path(model_root).resolve()),
-            paths.TRACKING_URI: self.settings.tracking_uri,  # no argument: may hold a password
-        }
-        return variables | {name: value for name, value in optional.items() if value}
-
-    @property
-    def _plan_file(self) -> Path:
-        return paths.RESULTS / self.name / "plan.tsv"
-
-    def read_planned(self, key: str) -> dict[str, Any] | None:
-        """Read a run or partition from the file of :meth:`write_plan`; None if it is missing."""
-        if not self._plan_file.exists():
-            return None
-        with self._plan_file.open(encoding="utf-8") as lines:
-            line = next((line for line in lines if line.startswith(f"{key}\t")), "")
-        return json.loads(line.partition("\t")[2]) if line else None
-
-    def missing_sets(self) -> list[str]:
-        """Return the missing sets that must be downloaded by hand; runs that need them will fail."""
-        sources = {task["name"]: task["source"] for run in self.runs for task in all_sets(run.spec) if "source" in task}
-        return [
-            name
-            for name, source in sources.items()
-            if "hub" not in source
-            and not set_packages(source)
-            and local_path(name, source) is None
-            and user_file(name) is None
-        ]
-
-    def write_plan(self, folders: Collection[str]) -> None:
-        """Write the plan for progress lines: each run's usual seconds, the start time and the machine's name.
-
-        A second file has the runs and their partitions, for jobs on a cluster: :func:`find_run`.
-
-        Args:
-            folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
-        """
-        runs = [find_run(folder, self) for folder in sorted(folders)]
-        lines = {run.folder: {"id": run.id, "spec": run.spec, "resources": run.resources} for run in runs}
-        lines |= {job.id: dataclasses.asdict(job) for run in runs for job in partition_jobs(run)}
-        write_text(self._plan_file, "".join(f"{key}\t{canonical_json(content)}\n" for key, content in lines.items()))
-        blessed = paths.REFERENCE / f"{self.name}.json"
-        usual = read_json(blessed, dict[str, Any]).get("seconds", {}) if blessed.exists() else {}
-        seconds = {run.folder: usual.get(run.benchmark, 1.0) for run in runs}
-        before = sum(seconds[folder] for folder in folders if (paths.RUNS / folder / "metrics.json").exists())
-        plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": seconds}
-        write_json(paths.RESULTS / self.name / "plan.json", plan)
-
-
-def find_run(folder: str, first: Suite, *, on_cluster: bool = False) -> Run:
-    """Find the run with this folder below ``results/runs``, in the given suite or in any other.
-
-    Args:
-        folder: The folder.
-        first: The suite to search first.
-        on_cluster: True to read the run from the file of :meth:`Suite.write_plan` instead of planning the suite.
-    """
-    if on_cluster and (content := first.read_planned(folder)):
-        return Run(**content)
-    for suite in _suites(first):
-        if folder.partition("/")[0] in suite.settings.benchmarks and folder in suite.runs_by_folder:
-            return suite.runs_by_folder[folder]
-    raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
-
-
-def find_partition(name: str, first: Suite, *, on_cluster: bool = False) -> PartitionJob:
-    """Find the clustering with this id, see :func:`find_run`."""
-    if on_cluster and (content := first.read_planned(name)):
-        return PartitionJob(**content)
-    for suite in _suites(first):
-        if name in suite.partitions:
-            return suite.partitions[name]
-    raise DefinitionError(f"no suite needs the partition '{name}'{did_you_mean(name, first.partitions)}")
-
-
-def _suites(first: Suite) -> Iterator[Suite]:
-    """Yield the given suite, then the others, loaded when needed."""
-    yield first
-    yield from (plain_suite(name) for name in suite_names() if name != first.name)
-
-
-def suites_hint(target: str, benchmarks: Collection[str], given: Suite, part: str | None = None) -> str:
-    """Explain that a suite lacks a target's benchmarks or their part, and list the suites that have them."""
-    suites = {name: plain_suite(name) for name in suite_names()}
-    others = [name for name in suites if any(suites[name].output_files(each, part) for each in benchmarks)]
-    where = f"{', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`" if others else ""
-    return f"the suite '{given.name}' does not run {part or ' or '.join(benchmarks)}; {where or 'no suite does'}"
-
-
-def suites_with(compare: Comparison) -> list[str]:
-    """List the suites whose grids have both methods with a shared model that is not randomly initialised."""
-    benchmark, models = load_benchmark(compare.benchmark), load_models()
-    random = {name for name, model in models.items() if model.config or model.random}
-    # a transformed row needs the runs of the row that trains its weights
-    transformed = getattr(benchmark.definition, "transformed", {})
-    rows = [transformed[row].trained if row in transformed else row for row in (compare.method, compare.against)]
-    runs_it, trains = suite_parts(benchmark.name), suite_parts(benchmark.evaluates or benchmark.name)
-    suites = []
-    for suite in runs_it:
-        models_of = {row: set[str]() for row in rows}
-        for block in trains[suite].settings.grid:
-            for row in rows:
-                has_row = row in getattr(block, "method", rows)  # measurements compare all rows
-                if has_row and (not compare.tunings or set(compare.tunings) & set(block.finetuning)):
-                    models_of[row] |= set(compare.models or block.model) & set(block.model)
-        if set.intersection(*models_of.values()) - random:
-            suites.append(suite)
-    return suites

@@ -11,7 +11,7 @@ import pandas as pd
 from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
+from benchmarks.harness.base import RESULTS, RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
 from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
@@ -55,6 +55,12 @@ class Metrics(BaseModel):
     curve: list[float | None] = []  # training losses
     confusion: dict[str, list[list[int]]] | None = None
     classes: list[str] | None = None
+
+
+def records_file(suite: str, benchmark: str, part: str | None = None) -> Path:
+    """Return the file of the records of a benchmark's runs, or of the runs of one of its parts."""
+    name = f"{benchmark}_{part}" if part else benchmark
+    return RESULTS / suite / "records" / f"{name}.jsonl"
 
 
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:

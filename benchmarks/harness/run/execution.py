@@ -56,12 +56,12 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     group.set_parallelism(parallel)
     benchmark.check_processes(run.spec, group.world_size(), parallel)
     log = log if is_main else log.with_name(f"{log.stem}-{group.rank()}{log.suffix}")
-    with _lock_run(path.parent, run.id) if is_main else nullcontext():
+    with _lock_run(path.parent, run.name) if is_main else nullcontext():
         group.init_process_group()
         if group.broadcast(output.exists()):
             return output
         with _redirect_output(log) as terminal:
-            progress = Progress(run.id, terminal if is_main else sys.stderr)
+            progress = Progress(run.name, terminal if is_main else sys.stderr)
             captured = environment.capture()
             pipeline = benchmark.pipeline()
             if not torch.cuda.is_available():  # built before a suite's first run, so that all its runs use them
@@ -107,7 +107,7 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     result = subprocess.run([*torchrun, *command], env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False)
     if result.returncode:
         raise RunError(
-            f"{run.id}: one of its {processes} processes failed, see {log} and the logs beside it; "
+            f"{run.name}: one of its {processes} processes failed, see {log} and the logs beside it; "
             "started again, the run goes on from its last checkpoint"
         )
 
@@ -126,12 +126,12 @@ def _end_with_launcher() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _lock_run(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
+def _lock_run(folder: Path, run_name: str) -> AcquireReturnProxy[Any]:
     lock = FileLock(folder / LOCK)
     try:
         return lock.acquire(blocking=False)
     except Timeout:
-        sys.stderr.write(f"[{run_id}] another process works on this run; waiting for it\n")
+        sys.stderr.write(f"[{run_name}] another process works on this run; waiting for it\n")
         return lock.acquire()
 
 

@@ -1,0 +1,112 @@
+"""Write the plan of a suite, and find runs in it.
+
+The main process of a workflow plans the runs. A job on a cluster reads them from the plan's files:
+
+- ``plan.tsv`` has a row for each run: its folder below ``results/runs``, its readable name, ``yes`` if it keeps its
+  weights, its resources and its spec.
+- ``partitions.tsv`` has a row for each clustering: its id and its settings.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError, write_text
+from benchmarks.harness.config.runs import PartitionJob, Run, canonical_json
+from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
+
+_RUN_COLUMNS = ("folder", "name", "keeps_weights", "resources", "spec")
+_PARTITION_COLUMNS = ("id", "partition")
+
+
+def write_plan(suite: Suite) -> None:
+    """Write the runs and partitions of a suite for people, and for jobs on a cluster."""
+    run_rows = []
+    for run in suite.runs:
+        keeps_weights = "yes" if run.keeps_weights else "no"
+        run_rows.append((run.folder, run.name, keeps_weights, canonical_json(run.resources), run.to_json()))
+    partition_rows = [(job.id, job.to_json()) for job in suite.partitions.values()]
+    _write_rows(_plan_file(suite), [_RUN_COLUMNS, *run_rows])
+    _write_rows(_partitions_file(suite), [_PARTITION_COLUMNS, *partition_rows])
+
+
+def find_run(folder: str, suite: Suite) -> Run:
+    """Return the suite's run with this folder below ``results/runs``.
+
+    Raises:
+        DefinitionError: The suite has no such run; names another suite that has it, or the nearest folder.
+    """
+    if folder in suite.runs_by_folder:
+        return suite.runs_by_folder[folder]
+    for other in suite_names():
+        if folder in plain_suite(other).runs_by_folder:
+            raise DefinitionError(
+                f"the suite '{suite.name}' has no run '{folder}', but '{other}' has: add `--config suite={other}`"
+            )
+    raise DefinitionError(f"no suite has the run '{folder}'; {_plan_file(suite)} lists the runs of this suite")
+
+
+def find_partition(name: str, suite: Suite) -> PartitionJob:
+    """Return the suite's clustering with this id; see :func:`find_run`."""
+    if name in suite.partitions:
+        return suite.partitions[name]
+    raise DefinitionError(
+        f"the suite '{suite.name}' needs no partition '{name}'; {_partitions_file(suite)} lists those of this suite"
+    )
+
+
+def read_run_of_job(folder: str, suite: Suite) -> Run:
+    """Read a run from the plan, in a job on a cluster."""
+    _, _, _, resources, spec = _read_row(_plan_file(suite), folder)
+    return Run(folder.rpartition("/")[2], json.loads(spec), json.loads(resources))
+
+
+def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
+    """Read a clustering from the plan, in a job on a cluster."""
+    _, settings = _read_row(_partitions_file(suite), name)
+    return PartitionJob(**json.loads(settings))
+
+
+def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, bool]]:
+    """Map each benchmark of a suite to its runs' ids, and each id to True if the run keeps its weights.
+
+    Args:
+        suite: The suite.
+        in_job: True to read the plan, in a job on a cluster, instead of planning the suite.
+    """
+    kept_by_benchmark: dict[str, dict[str, bool]] = {name: {} for name in suite.settings.benchmarks}
+    if not in_job:
+        for run in suite.runs:
+            kept_by_benchmark[run.benchmark][run.id] = run.keeps_weights
+        return kept_by_benchmark
+    with _plan_file(suite).open(encoding="utf-8") as lines:
+        next(lines)  # the headings
+        for line in lines:
+            folder, _, keeps_weights, _ = line.split("\t", 3)
+            benchmark, _, run_id = folder.partition("/")
+            kept_by_benchmark[benchmark][run_id] = keeps_weights == "yes"
+    return kept_by_benchmark
+
+
+def _plan_file(suite: Suite) -> Path:
+    return paths.RESULTS / suite.name / "plan.tsv"
+
+
+def _partitions_file(suite: Suite) -> Path:
+    return paths.RESULTS / suite.name / "partitions.tsv"
+
+
+def _write_rows(path: Path, rows: list[tuple[str, ...]]) -> None:
+    lines = ["\t".join(row) for row in rows]  # canonical JSON has no tabs
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _read_row(path: Path, key: str) -> list[str]:
+    """Return the cells of the row whose first cell is ``key``."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith(f"{key}\t"):
+                return line.rstrip("\n").split("\t")
+    raise DefinitionError(f"{path} has no row '{key}'; start the workflow again")

@@ -1,0 +1,143 @@
+"""Name the files of a workflow's targets, and explain why a target cannot be made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from benchmarks.harness import base as paths
+from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts, artifacts_of, suite_artifacts
+from benchmarks.harness.config.benchmark import benchmark_names
+from benchmarks.harness.config.claims import claimed_benchmarks
+from benchmarks.harness.config.paper_items import item_benchmarks, load_paper, missing_items, paper_files
+from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
+from benchmarks.harness.results.records import records_file
+from emoe.errors import did_you_mean
+
+
+def suite_files(suite: Suite) -> list[str]:
+    """Return the files that a complete suite has.
+
+    Runs, weights and specs are among them: a deleted one is made again although its tables are still there.
+    """
+    return [
+        str(paths.RESULTS / suite.name / "report.html"),
+        str(paths.RESULTS / suite.name / "mlflow.txt"),
+        *metric_files(suite),
+        *weight_files(suite),
+        *lost_spec_files(suite),
+        *output_files(suite),
+        *page_files(suite),
+        *paper_files(suite),
+    ]
+
+
+def metric_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
+    """Return the ``metrics.json`` of all runs, or of the runs of one benchmark or part."""
+    runs = suite.runs if benchmark is None else suite.runs_of(benchmark, part)
+    return [str(run.metrics_file) for run in runs]
+
+
+def weight_files(suite: Suite) -> list[str]:
+    """Return the files of weights that runs keep."""
+    return [str(run.weights_file) for run in suite.runs if run.keeps_weights]
+
+
+def lost_spec_files(suite: Suite) -> list[str]:
+    """Return the ``run.json`` files that finished runs have lost. An unfinished run writes its own."""
+    return [str(run.spec_file) for run in suite.runs if run.is_finished and not run.spec_file.exists()]
+
+
+def record_parts(suite: Suite) -> dict[str, tuple[str, str | None]]:
+    """Map the name of each file of records to its benchmark and part.
+
+    A benchmark with separate tables for each set has one file a set, so that a set needs no other set's runs.
+    """
+    parts_by_name: dict[str, tuple[str, str | None]] = {}
+    for benchmark in suite.settings.benchmarks:
+        for part in suite.parts(benchmark) or [None]:
+            parts_by_name[artifacts_of(benchmark, part).name] = (benchmark, part)
+    return parts_by_name
+
+
+def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
+    """Return the files of records of all benchmarks, of one benchmark, or of one part."""
+    files = []
+    for name in suite.settings.benchmarks:
+        if benchmark in (None, name):
+            parts = suite.parts(name) or [None]
+            files += [str(records_file(suite.name, name, each)) for each in parts if part in (None, each)]
+    return files
+
+
+def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
+    """Return the files of what the pages say about all benchmarks, or about one and its parts."""
+    shown = [each for each in suite_artifacts(suite) if benchmark in (None, each.benchmark)]
+    return [each.section_file(suite.name) for each in shown]
+
+
+def digest_of_runs(files: Iterable[str]) -> str:
+    """Hash the paths of runs, so that a suite with fewer runs collects its records again."""
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:12]
+
+
+def output_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
+    """Return the files of tables and figures of one part, of one benchmark, or of all including the claims."""
+    artifacts = []
+    if benchmark is None and claimed_benchmarks(suite):
+        artifacts.append(CLAIMS)
+    for name in suite.settings.benchmarks:
+        if benchmark in (None, name):
+            shown_parts = [None, *suite.parts(name)]
+            artifacts += [artifacts_of(name, each) for each in shown_parts if part in (None, each)]
+    files = []
+    for each in artifacts:
+        files += [*each.table_files(suite.name), *each.figure_files(suite.name)]
+    return files
+
+
+def page_files(suite: Suite, benchmark: str | None = None) -> list[str]:
+    """Return the page of each benchmark, or of one."""
+    names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
+    return [str(paths.RESULTS / suite.name / f"{name}.html") for name in names]
+
+
+def benchmark_files(suite: Suite, benchmark: str) -> list[str]:
+    """Return the page, tables and figures of a benchmark; the page is the first."""
+    return [*page_files(suite, benchmark), *output_files(suite, benchmark)]
+
+
+def why_not(target: str, suite: Suite) -> str:
+    """Explain in one line why a suite does not make a target of this name, and what does."""
+    missing = missing_items()
+    if target in missing:
+        return f"{target}: {missing[target]}"
+    items = load_paper().items
+    if target in items:
+        return _hint(target, item_benchmarks(items[target]), suite)
+    for shown in all_artifacts():
+        if target == shown.name:
+            return _hint(target, [shown.benchmark], suite, shown.part)
+    if target in suite_names():
+        return f"'{target}' is a suite: `snakemake --cores all --config suite={target}`"
+    known = ["all", "tables", *benchmark_names(), *items, *suite_names()]
+    return f"there is no target '{target}'{did_you_mean(target, known)}"
+
+
+def why_not_file(other: str, file: str, suite: Suite) -> str:
+    """Explain in one line why a suite does not make a file of another suite."""
+    path = paths.RESULTS / other / file
+    return f"{path} belongs to the suite '{other}', not to '{suite.name}': add `--config suite={other}`"
+
+
+def _hint(target: str, benchmarks: list[str], given: Suite, part: str | None = None) -> str:
+    """Say that a suite lacks a target's benchmarks or their part, and list the suites that have them."""
+    others = []
+    for name in suite_names():
+        suite = plain_suite(name)
+        if any(output_files(suite, benchmark, part) for benchmark in benchmarks):
+            others.append(name)
+    lacks = f"the suite '{given.name}' does not run {part or ' or '.join(benchmarks)}"
+    if not others:
+        return f"{lacks}; no suite does"
+    return f"{lacks}; {', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`"
