@@ -74,6 +74,7 @@ class DomainTrainer(RoutedTrainer):
         self._splits = dict(splits)
         self._batch_size, self._seed = training.eval_batch_size, derive_seed("chance", spec.seed)
         self._stopwatch, self.probe = Stopwatch(), Probe()
+        self._say = progress.say
         self._precision = available_precision(training.precision)
         every = cast(int, training.eval_every)  # a run's spec has the set's number instead of null
         arguments = trainer_arguments(
@@ -127,7 +128,7 @@ class DomainTrainer(RoutedTrainer):
         Returns:
             DomainBed's records, with ``step``, ``loss`` (mean since the previous record) and ``<split>_acc``.
         """
-        self.train(resume_from_checkpoint=resume(self))
+        self.train(resume_from_checkpoint=resume(self, self._say))
         records: dict[int, dict[str, Any]] = {}
         for entry in self.state.log_history:
             step = int(entry["step"])

@@ -81,7 +81,7 @@ def train(
         evaluate = partial(held_out_loss, tokenizer=tokenizer, batch_size=spec.evaluation.batch_size)
         loss = partial(evaluate, rows=held_out, precision=precision)
         trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, so that it is not timed
-    trainer.train(resume_from_checkpoint=resume(trainer))
+    trainer.train(resume_from_checkpoint=resume(trainer, progress.say))
     log = trainer.state.log_history
     trained: dict[str, Any] = {
         "curve": [finite_or_none(entry["loss"]) for entry in log if "loss" in entry],

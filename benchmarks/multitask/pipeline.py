@@ -200,6 +200,7 @@ class MultitaskTrainer(RoutedTrainer):
         self._answers = {name: tokenise_answers(tokenizer, task) for name, task in self._tasks.items()}
         self._network = cast(PreTrainedModel, trainable.model)
         self._stopwatch, self.probe = Stopwatch(), Probe()
+        self._say = progress.say
         self._precision = available_precision(training.precision)
         self._best = _MEAN if training.checkpoint_selection == "best" else None
         learned = {
@@ -229,7 +230,7 @@ class MultitaskTrainer(RoutedTrainer):
 
     def fit(self) -> tuple[list[Epoch], Epoch]:
         """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
-        self.train(resume_from_checkpoint=resume(self))
+        self.train(resume_from_checkpoint=resume(self, self._say))
         epochs: list[Epoch] = [
             {"epoch": entry["epoch"], **{name: entry[f"eval_{name}"] for name in (_MEAN, *self._tasks)}}
             for entry in self.state.log_history

@@ -216,6 +216,7 @@ class TextTrainer(SplitEvaluator):
         progress: Progress,
     ) -> None:
         training, self._metric = spec.training, spec.task.metric
+        self._say = progress.say
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
         self._precision = available_precision(training.precision)
         self._best = self._metric if training.checkpoint_selection == "best" else None
@@ -254,7 +255,7 @@ class TextTrainer(SplitEvaluator):
 
     def train(self) -> tuple[list[Epoch], Epoch]:
         """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
-        checkpoint = resume(self.trainer)
+        checkpoint = resume(self.trainer, self._say)
         if self._patience and self._patience.is_over(self.trainer.state.log_history):
             self.trainer._load_best_model()  # training had stopped early
         else:

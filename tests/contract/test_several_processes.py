@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -61,13 +62,21 @@ def work(rank: int, folder: Path, variables: dict[str, str], path: Path, paralle
 
 @pytest.mark.parametrize(("tuning", "parallel"), [("lora", "fsdp"), ("full", "ddp")])
 def test_two_processes_finish_the_run_of_a_killed_one(tuning: str, parallel: str, hub_here: Path) -> None:
-    run = dropout_free(tuning)
+    run = dropout_free(tuning, save_steps=1)
     whole = finish(prepare(run, "whole"))
     path = prepare(run, "killed")
     with killed_at(3):
         finish(path)
+    damaged = path.parent / "checkpoints/checkpoint-2/optimizer.pt"
+    damaged.write_bytes(b"")
     finish_on_two(path, parallel, hub_here)
-    assert "resumed at step 2" in path.with_name("log-0.txt").read_text()
+    log = path.with_name("log-0.txt").read_text()
+    assert f"warning: {damaged} has changed since it was saved; the run goes on from checkpoint-1" in log
+    assert "resumed at step 1" in log
+    # the main process alone checks the files
+    logs = [file.read_text() for file in path.parent.glob("log-*.txt")]
+    assert len(logs) == 2
+    assert "".join(logs).count("] warning: ") == 1
     check_same(numbers(path), whole)
     assert not (path.parent / "checkpoints").exists()
 
@@ -98,6 +107,8 @@ def test_processes_end_with_their_launcher_and_one_or_two_finish_the_run(
         launcher.kill()
     wait_for(lambda: not any(map(_is_alive, children)), WAIT)
     assert not (path.parent / "metrics.json").exists()
+    complete = next(path.parent.glob("checkpoints/*/complete"))
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(json.loads(complete.read_text()))
     other = Path("other") / path
     shutil.copytree(path.parent, other.parent)
     finish_on_two(other, "fsdp", hub_here)

@@ -20,7 +20,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness.config.runs import read_run, run_from_spec
 from benchmarks.harness.run import execution
 from benchmarks.harness.training import progress as progress_module
-from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.checkpoints import MarkComplete, last_complete_checkpoint
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.text.data import TextSplit, load_split
@@ -118,12 +118,15 @@ def test_a_killed_run_resumes_from_the_last_complete_checkpoint_to_the_same_numb
 
 
 def test_incomplete_checkpoints_are_removed_and_the_newest_complete_one_is_used(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path))
     for step in (6, 12, 100):
+        state = TrainerState(global_step=step)
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+        state.save_to_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
+        MarkComplete().on_save(arguments, state, TrainerControl())
     for step, newest in ((100, "checkpoint-12"), (12, "checkpoint-6"), (6, None)):
         (tmp_path / f"checkpoint-{step}" / "complete").unlink()
-        assert last_complete_checkpoint(tmp_path) == (newest and tmp_path / newest)
+        assert last_complete_checkpoint(tmp_path, print) == (newest and tmp_path / newest)
         assert not (tmp_path / f"checkpoint-{step}").exists()
 
 

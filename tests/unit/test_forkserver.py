@@ -119,7 +119,7 @@ def test_a_killed_caller_ends_its_fork_and_the_run_resumes(forks: Forks) -> None
     whole = finish(small(RUNS["vanilla"], "whole", epochs=12))
     path = small(RUNS["vanilla"], "killed", epochs=12)
     for number in (signal.SIGKILL, signal.SIGTERM):
-        steps = last_complete_checkpoint(path.parent / "checkpoints")
+        steps = last_complete_checkpoint(path.parent / "checkpoints", print)
         process = start("run", path)
         wait_for(partial(has_saved_since, path, steps))
         process.send_signal(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -12,10 +13,11 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from benchmarks.harness.base import write_text
+from benchmarks.harness.base import DataError, read_json, write_json
+from benchmarks.harness.sources.packages import sha256
 from benchmarks.harness.training.processes import broadcast, is_main
 
-COMPLETE = "complete"
+COMPLETE = "complete"  # in a checkpoint: the sha256 of its other files, by name
 
 
 class SavedCallback(TrainerCallback, ExportableState):
@@ -38,37 +40,103 @@ class MarkComplete(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if is_main():
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            for path in folder.iterdir():
+            checkpoint = _checkpoint(args, state.global_step)
+            files = list(checkpoint.iterdir())
+            for path in files:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-            write_text(folder / COMPLETE, "")
+            digests = {path.name: sha256(path) for path in files}
+            write_json(checkpoint / COMPLETE, digests)
 
 
-def resume(trainer: Trainer) -> str | None:
+class FindBest(TrainerCallback):
+    """Find the best checkpoint in the run's folder.
+
+    Trainer saves its path. If the folder was moved since, Trainer would end with the last weights instead.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        _find_best(args, state)
+
+
+def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
     """Restore the state and the callbacks of a trainer from its last complete checkpoint.
+
+    Args:
+        trainer: The trainer, before training.
+        say: The function that prints a warning for each checkpoint that is not complete.
 
     Returns:
         The checkpoint, for ``trainer.train(resume_from_checkpoint=…)``; None if there is none.
     """
-    checkpoint = last_complete_checkpoint(Path(str(trainer.args.output_dir)))
+    checkpoint = last_complete_checkpoint(Path(str(trainer.args.output_dir)), say)
     if checkpoint is None:
         return None
-    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    trainer.state = _read_state(checkpoint)
+    _find_best(trainer.args, trainer.state)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SavedCallback):
             callback.restore(trainer.state)
     return str(checkpoint)
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the last complete checkpoint of a run, and remove incomplete ones; None if there is none."""
-    complete: list[Path] = []
+def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint whose files are as they were saved; None if there is none.
+
+    Other checkpoints are removed. A warning names the wrong file of each.
+    """
+    newest: Path | None = None
     if is_main():
-        for checkpoint in folder.glob("checkpoint-*"):
-            if (checkpoint / COMPLETE).exists():
-                complete.append(checkpoint)
+        faults: list[str] = []
+        # the oldest first, because a newer one may need its weights
+        for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step):
+            fault = _find_fault(checkpoint)
+            if fault is None:
+                newest = checkpoint
             else:
+                faults.append(fault)
                 shutil.rmtree(checkpoint)
-    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        consequence = f"the run goes on from {newest.name}" if newest else "the run starts again from the beginning"
+        for fault in faults:
+            say(f"warning: {fault}; {consequence}")
     return cast("Path | None", broadcast(newest))
+
+
+def _find_fault(checkpoint: Path) -> str | None:
+    """Describe the first file of a checkpoint that is not as it was saved; None if there is none."""
+    try:
+        digests = read_json(checkpoint / COMPLETE, dict[str, str])
+    except DataError as error:
+        return str(error)
+    for name, digest in digests.items():
+        path = checkpoint / name
+        try:
+            is_unchanged = sha256(path) == digest
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+        if not is_unchanged:
+            return f"{path} has changed since it was saved"
+    # the run ends with the weights of its best checkpoint, which is this one or an older one
+    best_step = _read_state(checkpoint).best_global_step
+    if best_step is not None:
+        best = checkpoint.with_name(f"checkpoint-{best_step}")
+        if not best.exists():
+            return f"{checkpoint} is of no use without {best.name}, which has the best weights"
+    return None
+
+
+def _find_best(args: TrainingArguments, state: TrainerState) -> None:
+    if state.best_global_step is not None:
+        state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{step}"
+
+
+def _read_state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

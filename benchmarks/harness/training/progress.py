@@ -16,7 +16,8 @@ _SECONDS_BETWEEN_LINES = 15.0
 class Progress(TrainerCallback):
     """Lines about a run: its step, and the time left for its training.
 
-    A terminal shows every line. Without a terminal only warnings and finished runs are shown; the log has the rest.
+    A terminal shows every line. Without a terminal only warnings and finished runs are shown; the log has the rest, and
+    the warnings too.
 
     Args:
         run_name: The readable name of the run, which begins each line.
@@ -30,8 +31,13 @@ class Progress(TrainerCallback):
         self._first_step = 0
 
     def say(self, text: str) -> None:
-        """Print a line to the terminal, or to the log if there is none."""
-        self._print(text, self._stream if self._stream.isatty() or text.startswith("warning") else sys.stdout)
+        """Print a line to the terminal, or to the log if there is none; print a warning to both."""
+        is_warning = text.startswith("warning")
+        has_terminal = self._stream.isatty()
+        if is_warning or has_terminal:
+            self._print(text, self._stream)
+        if is_warning or not has_terminal:
+            self._print(text, sys.stdout)
 
     def finish(self, seconds: float) -> None:
         """Print the duration of the finished run."""

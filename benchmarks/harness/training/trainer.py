@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import emoe
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.training.callbacks import Probe, SetEpochs, UpdateGates
-from benchmarks.harness.training.checkpoints import MarkComplete
+from benchmarks.harness.training.checkpoints import FindBest, MarkComplete
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.files import write_tensors
 
@@ -49,7 +49,7 @@ def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingA
         ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,  # a hook takes the prefix states, which no signature has
-        save_total_limit=2,  # the previous one is used if the last one is incomplete
+        save_total_limit=2,  # the previous one is used if the last one is incomplete or damaged
         **options,
     )
     if arguments.n_gpu > 1:
@@ -93,6 +93,7 @@ class RoutedTrainer(Trainer):
         if hasattr(order, "set_epoch"):
             self.add_callback(SetEpochs(order))
         self.add_callback(MarkComplete())
+        self.add_callback(FindBest())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
