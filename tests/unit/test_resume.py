@@ -62,7 +62,12 @@ def whole_best(sentences: None) -> Numbers:
 @pytest.fixture(scope="module")
 def killed_best(sentences: None) -> Path:
     """Kill that run after its training, and return its ``run.json``."""
-    path = prepare(small_run(checkpoint_selection="best"), "killed")
+    return killed_after_training(small_run(checkpoint_selection="best"))
+
+
+def killed_after_training(run: Run) -> Path:
+    """Kill a run when its training has ended, and return its ``run.json``."""
+    path = prepare(run, "killed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextTrainer, "evaluate", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -170,11 +175,13 @@ def test_a_run_whose_best_checkpoint_is_damaged_starts_again(
     assert second.startswith(f"warning: {checkpoints / 'checkpoint-18'} is of no use without checkpoint-6")
 
 
-def test_a_run_that_was_moved_after_its_training_keeps_its_best_weights(
-    whole_best: Numbers, killed_best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: Path
-) -> None:
-    path = copied(killed_best, tmp_path / "moved")
-    monkeypatch.chdir(tmp_path)  # the checkpoints name their best one by a path that does not exist from here
-    ARCHIVE.parent.mkdir(parents=True)
-    ARCHIVE.symlink_to(archive)
-    assert finish(path) == whole_best
+@pytest.mark.parametrize("patience", [None, 2])
+def test_a_run_that_was_moved_after_its_training_keeps_its_best_weights(patience: int | None, workdir: Path) -> None:
+    """With patience the run trains nothing more: it has stopped early, although after as many epochs here."""
+    run = small_run(checkpoint_selection="best", patience=patience)
+    whole = finish(prepare(run, "whole"))
+    assert whole["kept_epoch"] == 1
+    path = killed_after_training(run)
+    moved = Path("moved").absolute() / path
+    shutil.move(path.parent, moved.parent)
+    assert finish(moved) == whole
