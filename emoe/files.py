@@ -188,12 +188,21 @@ def writer_of(folder: Path) -> str | None:
 
 def check_loadable(folder: Path) -> None:
     """Raise :class:`CheckpointError` if a library would load another model, code, or other file formats."""
+    check_companions(folder)
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first")
     # includes nested models; a value may be an object with one name per part of the model
     if re.search(r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', json.dumps(read_settings(folder))):
         raise CheckpointError(f"{folder}: 'attn_implementation' names code from a hub; remove the key")
     Weights(folder)  # its error names the damaged file
+
+
+def check_companions(folder: Path) -> None:
+    """Raise :class:`CheckpointError` if a settings file is a named pipe: libraries would wait for its content."""
+    for path in folder.iterdir():
+        is_special = path.exists() and not path.is_file() and not path.is_dir()
+        if is_special and path.suffix in _COMPANIONS:
+            raise CheckpointError(f"{path} is not a file; remove it")
 
 
 def load_stock(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from benchmarks.harness.sources import vader
+from benchmarks.harness.sources.packages import find_package
 from tests.conftest import ROOT
 
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
@@ -39,8 +39,9 @@ class Checkout:
 
     def put(self, archive: Path) -> None:
         """Put the sentences into the folder of downloads."""
-        (self.folder / vader.ARCHIVE).parent.mkdir(parents=True)
-        shutil.copy2(archive, self.folder / vader.ARCHIVE)
+        path = self.folder / find_package("vaderSentiment").path
+        path.parent.mkdir(parents=True)
+        shutil.copy2(archive, path)
 
     def start(self, *command: object, stream: IO[str]) -> subprocess.Popen[str]:
         words, environment = list(map(str, command)), self.environment

@@ -21,7 +21,6 @@ import emoe
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.config.methods import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, find_package
-from benchmarks.harness.sources.vader import ARCHIVE
 from emoe import architectures
 from emoe.config import ROUTERS
 from tests.plain_net import SPECS
@@ -131,8 +130,9 @@ def shared_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def workdir(here: Path, archive: Path) -> Path:
     """Change to a working directory that holds only the real sentences."""
-    ARCHIVE.parent.mkdir(parents=True)
-    ARCHIVE.symlink_to(archive)
+    path = find_package("vaderSentiment").path
+    path.parent.mkdir(parents=True)
+    path.symlink_to(archive)
     return here
 
 

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from benchmarks.harness import base
-from benchmarks.harness.base import CONFIG
+from benchmarks.harness.base import CONFIG, read_yaml
 from benchmarks.harness.config import suite as suites
 from benchmarks.harness.config.benchmark import KINDS, AnyBenchmark, Part, load_benchmark, parse_part
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.suite import plain_suite, suite_parts
-from benchmarks.harness.config.yaml import read_yaml
 from benchmarks.harness.sources import packages
 
 Edits = Mapping[str, Any]  # values by the dotted path of their keys
@@ -116,8 +114,7 @@ def edited_project(folder: Path, file: str, old: str, new: str) -> Iterator[None
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new))
-    entries = yaml.safe_load((folder / "benchmarks/harness/sources/packages.yaml").read_text())
-    files = {name: packages.PackageFile(package=name, **fields) for name, fields in entries.items()}
+    files = packages.read_packages(folder / "benchmarks/harness/sources/packages.yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "CONFIG", folder / "config")
         for module in ("harness.config.benchmark", "llama.grid"):

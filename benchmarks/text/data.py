@@ -26,7 +26,8 @@ from benchmarks.harness.base import ROOT, DataError, derive_seed, first_line
 from benchmarks.harness.config.sets import SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import expected_path, local_path
-from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
+from benchmarks.harness.sources.packages import find_package
+from benchmarks.harness.sources.vader import PACKAGE, load_vader
 from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from emoe.errors import did_you_mean
 
@@ -173,7 +174,9 @@ def load_split(task: RunTask, part: str) -> TextSplit:
         strength = source.vader_label == "strength"
         texts, labels, dropped = load_vader(source.vader_sentiment, split, strength=strength)
         name = ", ".join(filter(None, (source.vader_sentiment, source.vader_label, split)))
-        return TextSplit([(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {name}")
+        return TextSplit(
+            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {find_package(PACKAGE).version}, {name}"
+        )
     tables = _read_tables(task, split)
     rows = [row for table in tables for row in _complete_rows(table, task)]
     name, total = ", ".join(table.source for table in tables), sum(len(table.cells) for table in tables)

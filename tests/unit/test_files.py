@@ -1,11 +1,13 @@
-"""Test atomic writes, and locks that one process holds at a time."""
+"""Test atomic writes, readers of damaged files, hidden passwords, and locks that one process holds at a time."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +15,18 @@ import pytest
 from filelock import FileLock
 from pydantic import BaseModel
 
-from benchmarks.harness.base import DataError, atomic_write, is_held, read_json, write_json
+from benchmarks.harness.base import (
+    DataError,
+    DefinitionError,
+    atomic_write,
+    hide_passwords,
+    is_held,
+    read_json,
+    read_yaml,
+    write_json,
+    write_text,
+)
+from benchmarks.harness.sources.packages import PackageFile, read_packages
 from tests.checkout import wait_for
 from tests.forked import start as start_fork
 
@@ -39,6 +52,79 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         write_json(path, {"loss": float("nan")})
     assert json.loads(path.read_text()) == {"loss": 0.5}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    with pytest.raises(OSError, match="No space left on device") as full, atomic_write(path):
+        Path("/dev/full").write_text("rows")
+    assert full.value.errno == errno.ENOSPC
+    assert full.value.filename == str(path)
+    # a library's own error has no number
+    with pytest.raises(OSError, match=r"encoder error.*table\.csv"), atomic_write(path):
+        raise OSError("encoder error")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_killed_writers_are_removed_after_a_day(tmp_path: Path) -> None:
+    path = tmp_path / "forest[1].pdf"
+    old, new, other = (tmp_path / f".{name}.{'0a' * 16}" for name in (path.name, path.name, "forest.pdf"))
+    new = new.with_suffix("." + "1b" * 16)
+    for file in (old, new, other):
+        file.touch()
+    for file in (old, other):
+        os.utime(file, (time.time() - 90_000,) * 2)
+    write_text(path, "whole")
+    assert set(tmp_path.iterdir()) == {path, new, other}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mysql://lab:my secret@db/mlflow", "mysql://lab:***@db/mlflow"),
+        ("postgresql://lab:a@b:c/d@db", "postgresql://lab:***@db"),
+        ("https://SECRET@lab.org/mlflow", "https://***@lab.org/mlflow"),
+        ("postgresql://lab@db/mlflow", "postgresql://lab@db/mlflow"),
+        (
+            "https://lab.org?passwd=a&pwd=b&pw=c&api_key=d&team=e",
+            "https://lab.org?passwd=***&pwd=***&pw=***&api_key=***&team=e",
+        ),
+        (
+            "failed: postgresql://lab:a@db, then postgresql://lab:a@db",
+            "failed: postgresql://lab:***@db, then postgresql://lab:***@db",
+        ),
+        ("host=db password='two words' user=lab", "host=db password=*** user=lab"),
+    ],
+)
+def test_passwords_and_tokens_are_hidden(text: str, shown: str) -> None:
+    assert hide_passwords(text) == shown
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make", [make_pipe, Path.mkdir], ids=["a named pipe", "a folder"])
+def test_what_is_not_a_file_is_one_line_without_a_wait(make: Callable[[Path], None], here: Path) -> None:
+    package = PackageFile("wheel", "demo", "1.0", "0" * 64)
+    package.path.parent.mkdir(parents=True)
+    for path in (here / "metrics.json", here / "mini.yaml", package.path):
+        make(path)
+    with pytest.raises(DataError, match=r"metrics\.json cannot be read: it is not a file; delete it$"):
+        read_json(here / "metrics.json", Receipt, "delete it")
+    with pytest.raises(DefinitionError, match=r"mini\.yaml cannot be read: it is not a file$"):
+        read_yaml(here / "mini.yaml")
+    with pytest.raises(DataError, match=rf"{package.name} is not a file; delete it and .*fetch {package.name}`$"):
+        package.check()
+
+
+def test_a_damaged_package_file_names_the_command_that_fetches_it_again(here: Path) -> None:
+    package = PackageFile("wheel", "demo", "1.0", "0" * 64)
+    package.path.parent.mkdir(parents=True)
+    package.path.write_bytes(b"half")
+    way_out = rf"delete it and fetch it again: `python -m benchmarks fetch {package.name}`$"
+    with pytest.raises(DataError, match=rf"{package.path} is damaged or another version: .*; {way_out}"):
+        package.check()
 
 
 @pytest.mark.parametrize("content", [*DAMAGE.values(), None], ids=[*DAMAGE, "a folder"])
@@ -71,3 +157,26 @@ def test_a_lock_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
     os.kill(other.pid, signal.SIGKILL)
     other.join()
     assert not is_held(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("demo: {kind: wheel, version: 1.0, sha256: x}", "'demo.version': Input should be a valid string"),
+        ("demo: {kind: egg, version: '1', sha256: x}", "'demo.kind': Input should be 'sdist' or 'wheel'"),
+        ("demo: {kind: wheel, version: '1', sha256: x}", "'demo.sha256': String should match"),
+        ("demo: {kind: wheel, version: '1', sha: x}", "'demo.sha256': Field required"),
+        ("demo: 3", "'demo': Input should be"),
+        ("[demo]", "'the file': Input should be a valid dictionary"),
+        ("", "'the file': Input should be a valid dictionary"),
+        ("3: {}", "'3.*': Input should be a valid string"),
+    ],
+)
+def test_a_mistake_in_the_list_of_packages_is_one_line(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "packages.yaml"
+    path.write_text(content)
+    with pytest.raises(DefinitionError, match=message) as error:
+        read_packages(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith("a package has the keys kind (sdist or wheel), version and sha256")
+    assert "\n" not in str(error.value)

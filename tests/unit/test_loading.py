@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -46,6 +47,11 @@ LOADERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def pickle_weights(path: Path) -> None:
@@ -95,6 +101,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "attention from a hub": (CONFIG, edit_config(attn_implementation="kernels-community/flash-attn2")),
     "cut tokenizer": ("tokenizer.json", cut),
     "a tokenizer's own code": ("tokenizer.json", ask_for_code_of_tokenizer),
+    "a pipe as tokenizer": ("tokenizer.json", replace_by_pipe),
 }
 
 

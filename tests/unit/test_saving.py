@@ -164,6 +164,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "piped settings": (pipe("config.json"), "not a file"),
     "piped weights": (pipe("model.safetensors"), "not a file"),
     "piped partition": (pipe("emoe_partition.safetensors"), "not a file"),
+    "piped tokenizer": (pipe("tokenizer.json"), "not a file"),
     "piped shard": (piped_shard, "not a file"),
     "piped index": (piped_index, "not a file"),
 }

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import Field
 
-from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError
+from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError, read_yaml
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import Kind, Method, load_methods, merge_methods
 from benchmarks.harness.config.overlay import Changes, merge
@@ -30,7 +30,6 @@ from benchmarks.harness.config.yaml import (
     key_path,
     optional,
     parse,
-    read_yaml,
 )
 from emoe.errors import did_you_mean
 

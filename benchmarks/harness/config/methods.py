@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, create_model
 
-from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError
+from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, read_yaml
 from benchmarks.harness.config.yaml import (
     KEEP_INTEGER,
     Count,
@@ -29,7 +29,6 @@ from benchmarks.harness.config.yaml import (
     Whole,
     optional,
     read,
-    read_yaml,
     refusal,
     registered,
 )

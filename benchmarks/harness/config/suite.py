@@ -14,10 +14,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import DefinitionError, read_yaml
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
 from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, partition_jobs, run_from_spec
-from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse, read_yaml
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse
 from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
 

@@ -1,4 +1,4 @@
-"""Read YAML files into models. Every error names the file, the key and the nearest valid value."""
+"""Validate the content of YAML files. Every error names the file, the key and the nearest valid value."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -24,49 +23,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.base import DefinitionError, read_yaml
 from emoe.errors import did_you_mean
 
 Model = TypeVar("Model", bound="Strict")
-
-if TYPE_CHECKING:
-    from yaml import SafeLoader
-else:  # libyaml (in PyYAML's wheels) saves half a second per command
-    SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Loader(SafeLoader):
-    """Load safe YAML with ``5e-5`` as a number. A duplicate key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        names = [self.construct_object(key, deep=True) for key in given]
-        for key, name in zip(given, names, strict=True):
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def read_yaml(path: Path) -> Any:
-    """Parse one YAML file, which may have no tags."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        events: Iterable[Any] = yaml.parse(text, SafeLoader)
-        for event in events:
-            if getattr(event, "tag", None):
-                raise yaml.MarkedYAMLError(
-                    problem=f"the tag '{event.tag}' is not allowed", problem_mark=event.start_mark
-                )
-        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except OSError as error:
-        near = did_you_mean(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
-        raise DefinitionError(f"{path}: {error.strerror}{near}") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as an impossible date
-        problem = str(error).replace('in "<unicode string>", ', "at ")
-        raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
 
 
 def key_path(keys: Iterable[str | int]) -> str:

@@ -37,7 +37,7 @@ from benchmarks.harness.sources.packages import package_folder
 from emoe.architectures import FFN, find_ffns
 from emoe.config import resolve_layers
 from emoe.errors import CheckpointError
-from emoe.files import DOWNLOADED, load_stock, one_line, tensor_digest
+from emoe.files import DOWNLOADED, check_companions, load_stock, one_line, tensor_digest
 
 
 def _model_folder(model: Mapping[str, Any]) -> Path:
@@ -46,6 +46,7 @@ def _model_folder(model: Mapping[str, Any]) -> Path:
     A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
     """
     if folder := user_model_folder(model):
+        check_companions(folder)
         return folder
     if "rebuilt" in model:
         return MODELS / model["name"]

@@ -54,7 +54,9 @@ def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
                     if run.benchmark == benchmark:
                         counts[_write(client, experiment, run, stored.get(run.id))] += 1
         except Exception as error:  # MLflow passes on errors of databases, drivers and servers
-            raise RunError(hide_passwords(f"MLflow at {uri}: {first_line(error)}")) from None
+            hidden = hide_passwords(uri)
+            reason = hide_passwords(first_line(error).replace(uri, hidden))
+            raise RunError(f"MLflow at {hidden}: {reason}") from None
     return dict(counts)
 
 

@@ -65,7 +65,7 @@ def run_status(run: Run) -> RunStatus:
     if (folder / "metrics.json").exists():
         return RunStatus(run, "finished")
     log = folder / LOG
-    if not log.exists():
+    if not log.is_file():
         return RunStatus(run, "running" if is_running else "missing")
     lines = log.read_text(errors="replace").split("\n")  # a progress bar's states are lines, too
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from benchmarks.harness.base import PACKAGES, DataError, atomic_write
+from benchmarks.harness.base import PACKAGES, DataError, DefinitionError, atomic_write, first_problem, read_yaml
 from emoe.errors import did_you_mean
 
 # by the hash, pip distinguishes source and wheel, and checks a source before running its code
@@ -86,15 +86,44 @@ class PackageFile:
         """Check the file's sha256 and return its path; raise :class:`DataError` if it is missing or different."""
         if not self.path.exists():
             raise DataError(f"{self.path} does not exist; get it with `python -m benchmarks fetch {self.name}`")
-        check_file(self.path, self.sha256)
+        advice = f"delete it and fetch it again: `python -m benchmarks fetch {self.name}`"
+        check_file(self.path, self.sha256, advice)
         return self.path
+
+
+class PackageEntry(BaseModel):
+    """One package of ``packages.yaml``; see :class:`PackageFile`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kind: Literal["sdist", "wheel"]
+    version: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def read_packages(path: Path) -> dict[str, PackageFile]:
+    """Read a ``packages.yaml``: all files, by package.
+
+    Raises:
+        DefinitionError: The file cannot be read, or an entry is wrong; names the file and the key.
+    """
+    content = read_yaml(path)
+    try:
+        entries = TypeAdapter(dict[str, PackageEntry]).validate_python(content)
+    except ValidationError as error:
+        raise DefinitionError(
+            f"{path}: {first_problem(error)}; a package has the keys kind (sdist or wheel), version and sha256"
+        ) from error
+    return {
+        name: PackageFile(kind=entry.kind, package=name, version=entry.version, sha256=entry.sha256)
+        for name, entry in entries.items()
+    }
 
 
 @functools.cache
 def package_files() -> dict[str, PackageFile]:
-    """Read ``packages.yaml``: all files, by package."""
-    content = yaml.safe_load(Path(__file__).with_name("packages.yaml").read_text())
-    return {name: PackageFile(package=name, **fields) for name, fields in content.items()}
+    """Read the suite's ``packages.yaml``, see :func:`read_packages`."""
+    return read_packages(Path(__file__).with_name("packages.yaml"))
 
 
 def find_package(name: str) -> PackageFile:
@@ -114,14 +143,23 @@ def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
     return [find_package(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
 
 
-def check_file(path: Path, checksum: str) -> None:
-    """Raise :class:`DataError` unless the file has that sha256."""
+def check_file(path: Path, checksum: str, advice: str = "") -> None:
+    """Raise :class:`DataError` unless the file has that sha256.
+
+    Args:
+        path: The path of the file.
+        checksum: The expected sha256.
+        advice: The end of the message about a file with another content.
+    """
     if not path.exists():
         raise DataError(f"{path} does not exist")
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise DataError(f"{path} is not a file" + (f"; {advice}" if advice else ""))
     state = path.stat()
     actual = _sha256_of(path, state.st_ino, state.st_size, state.st_mtime_ns)
     if actual != checksum:
-        raise DataError(f"{path} is damaged or another version: sha256 {actual}, expected {checksum}")
+        problem = f"{path} is damaged or another version: sha256 {actual}, expected {checksum}"
+        raise DataError(problem + (f"; {advice}" if advice else ""))
 
 
 def package_folder(package: str, path: str, checksums: Mapping[str, str]) -> Path:

