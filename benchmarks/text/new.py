@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.harness.base import BENCHMARKS, CONFIG, DataError, DefinitionError
+from benchmarks.harness.config.artifacts import all_artifacts
+from benchmarks.harness.config.names import check_name
 from benchmarks.text.data import label_text, read_csv
 from emoe.errors import did_you_mean
 
@@ -26,7 +28,7 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
         label: The column of the label.
 
     Raises:
-        DefinitionError: The name is taken.
+        DefinitionError: The name is taken, or the workflow uses it.
         DataError: The file cannot be read, lacks a column, or has one label only.
     """
     _check_name(name)
@@ -44,13 +46,12 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise DefinitionError(
-            f"'{name}' is not a valid name: use lower-case letters, digits and _, and begin with a letter"
-        )
+    check_name(name)
     for path in (BENCHMARKS / name, BENCHMARKS / f"{name}.py", CONFIG / f"{name}.yaml"):
         if path.exists():
             raise DefinitionError(f"{path} exists; choose another name than '{name}'")
+    if name in [shown.name for shown in all_artifacts()]:
+        raise DefinitionError(f"'{name}' is the target of a set's tables; choose another name")
 
 
 def _labels(file: Path, text: str, label: str) -> list[str]:

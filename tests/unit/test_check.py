@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.harness.base import RUNS, DefinitionError, write_json
+from benchmarks.harness.base import RUNS, DataError, DefinitionError, write_json
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results import check as checking
 from benchmarks.harness.results.check import (
@@ -185,11 +186,60 @@ def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: li
         collect_numbers([(run, content) for run in (runs[0], Run("other", runs[0].spec))])
 
 
-@pytest.mark.parametrize(("file", "text"), [("mini.csv", "benchmark,mean\n"), ("mini.json", "{")])
-def test_a_damaged_reference_is_named(file: str, text: str, runs: list[Run]) -> None:
-    (checking.REFERENCE / file).write_text(text)
-    with pytest.raises(DefinitionError, match=r"mini\.csv or its json is missing, damaged"):
+def without_key(file: Path) -> None:
+    content = json.loads(file.read_text())
+    del content["machines"]
+    file.write_text(json.dumps(content))
+
+
+def of_another_machine(file: Path) -> None:
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "machines": {"other": {}}}))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "other columns": (
+        "csv",
+        lambda file: file.write_text("benchmark,mean\n"),
+        "damaged or of an older form: .*None of",
+    ),
+    "an empty csv": ("csv", lambda file: file.write_text(""), "damaged or of an older form: No columns"),
+    "a seed that is no number": (
+        "csv",
+        lambda file: file.write_text(file.read_text().replace(",0,", ",x,")),
+        "damaged",
+    ),
+    "no csv": ("csv", Path.unlink, "cannot be read: No such file"),
+    "cut json": ("json", lambda file: file.write_text("{"), "is damaged: 'the file': Invalid JSON"),
+    "a list": ("json", lambda file: file.write_text("[]"), "is damaged: 'the file': Input should be an object"),
+    "a missing key": ("json", without_key, "is damaged: 'machines': Field required"),
+    "another machine": ("json", of_another_machine, "names the machine '.*', which its json does not have"),
+    "no json": ("json", Path.unlink, "cannot be read: No such file"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_reference_is_named(case: str, runs: list[Run]) -> None:
+    ending, damage, message = DAMAGES[case]
+    damage(checking.REFERENCE / f"mini.{ending}")
+    with pytest.raises(
+        (DataError, DefinitionError), match=rf"^\S+/mini\.\w+ .*{message}.*; bless a run of the suite"
+    ) as error:
         check(runs[:1], "mini")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_a_pipe_in_place_of_a_reference_is_not_waited_for(ending: str, runs: list[Run]) -> None:
+    file = checking.REFERENCE / f"mini.{ending}"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises((DataError, DefinitionError), match=r"mini\.\w+ cannot be read: it is not a file; bless"):
+        check(runs[:1], "mini")
+
+
+def test_a_damaged_number_of_the_reference_is_a_difference(runs: list[Run]) -> None:
+    assert not checking.values_agree("0.5", "half", 0.1)
 
 
 def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

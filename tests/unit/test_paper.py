@@ -10,7 +10,14 @@ from matplotlib import pyplot as plt
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.artifacts import all_artifacts
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
-from benchmarks.harness.config.paper_items import main_figure, outputs_of, paper_files, paper_outputs
+from benchmarks.harness.config.paper_items import (
+    PaperPart,
+    check_part,
+    main_figure,
+    outputs_of,
+    paper_files,
+    paper_outputs,
+)
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.claims import collect_claim_numbers
 from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
@@ -18,7 +25,7 @@ from benchmarks.harness.report.plots import save
 from benchmarks.harness.report.presentation import check_presentations, present
 from tests import fake_runs
 from tests.drawn import watched
-from tests.planned import edited_benchmark
+from tests.planned import edited_benchmark, edited_project
 
 
 def test_every_output_of_the_paper_is_made_by_exactly_one_rule() -> None:
@@ -33,6 +40,16 @@ def test_every_benchmark_names_tables_and_figures_that_exist() -> None:
     for name, tables, wrong in (("glue", "tables", "test"), ("domainbed", "set_tables", "choice")):
         with pytest.raises(DefinitionError, match=rf"{tables}' is '{wrong}', .* did you mean '{wrong}s'"):
             present(edited_benchmark(name, {tables: [wrong]}), [])
+
+
+def test_a_mistyped_table_is_named_in_the_file_that_has_the_mistake(tmp_path: Path) -> None:
+    where = "paper.yaml: 'items.table_2.parts[0]"
+    with pytest.raises(DefinitionError, match=r"paper\.yaml: .*table' is 'tsks', .* did you mean 'tasks'"):
+        check_part(PaperPart(benchmark="glue", table="tsks"), where)
+    edit = edited_project(tmp_path, "benchmarks/glue/benchmark.yaml", "results, tasks,", "results, tsks,")
+    message = r"^\S+/glue/benchmark\.yaml: 'tables' is 'tsks', which does not exist; did you mean 'tasks'"
+    with edit, pytest.raises(DefinitionError, match=message):
+        check_part(PaperPart(benchmark="glue", table="tasks"), where)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import base
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import runs, suite
 from tests.planned import edited_project, plan
@@ -28,6 +29,27 @@ def test_a_seed_that_is_not_a_list_is_named_despite_the_flag(tmp_path: Path) -> 
     ("overrides", "message"),
     [
         ({"suite": "minni"}, "did you mean 'mini'"),
+        *(
+            ({"suite": value}, "--config: 'suite': there is no suite .*; choose from mini")
+            for value in (3, None, "", [])
+        ),
+        *(
+            ({key: value}, f"^--config: '{key}': .* is neither a name nor a list of names")
+            for key in ("benchmarks", "exclude")
+            for value in (3, 2.5, True, {}, [3], [None], [["glue"]])
+        ),
+        ({"benchmarks": None}, "^--config: 'benchmarks': None is neither a name nor a list"),
+        ({"benchmarks": []}, "^--config: 'benchmarks': it names no benchmark; .* choose from domainbed, glue"),
+        ({"benchmarks": "gleu"}, "'benchmarks' is 'gleu', which does not exist; did you mean 'glue'"),
+        ({"benchmarks": ""}, "'benchmarks' is '', which does not exist; choose from"),
+        ({"exclude": ""}, "'exclude' is '', which does not exist; choose from"),
+        ({"exclude": ["amazon", "amazon"]}, "'exclude': 'amazon' occurs twice"),
+        *(({"seeds": value}, "^--config: 'seeds' is .*: Input should be") for value in (0, True, "3", [3], {}, 2.5)),
+        *(
+            ({key: value}, f"^--config: '{key}' is .*: (Input|String) should")
+            for key in ("data_root", "model_root", "tracking_uri")
+            for value in (3, True, "", [], {})
+        ),
         ({"suit": "mini"}, "did you mean 'suite'"),
         ({"exclude": ["flipkrt"]}, "'exclude' is 'flipkrt', which does not exist; did you mean 'flipkart'"),
         ({"benchmarks": ["glue_ood"]}, "'benchmarks' has 'glue_ood', which evaluates 'glue_lora'; name that too"),
@@ -35,8 +57,26 @@ def test_a_seed_that_is_not_a_list_is_named_despite_the_flag(tmp_path: Path) -> 
     ],
 )
 def test_wrong_configuration_is_named(overrides, message) -> None:
-    with pytest.raises(DefinitionError, match=message):
+    with pytest.raises(DefinitionError, match=message) as error:
         suite.load_suite(overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_without_a_value_is_as_in_the_file_and_one_name_is_a_list_of_it() -> None:
+    nothing = dict.fromkeys(("exclude", "seeds", "data_root", "model_root", "tracking_uri"))
+    assert suite.load_suite(nothing).settings == suite.load_suite({}).settings
+    one = suite.load_suite({"benchmarks": "glue", "exclude": "amazon"})
+    assert one.settings == suite.load_suite({"benchmarks": ["glue"], "exclude": ["amazon"]}).settings
+
+
+@pytest.mark.parametrize("text", ["{bad", "[]", "3", "null", ""])
+def test_a_wrong_environment_of_a_job_is_one_line(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(base.OVERRIDES, text)
+    with pytest.raises(
+        DefinitionError, match=r"the environment variable EMOE_OVERRIDES must hold .*; unset it"
+    ) as error:
+        suite.suite_of_job("mini")
+    assert "\n" not in str(error.value)
 
 
 def test_excluded_sets_are_neither_trained_on_nor_evaluated() -> None:

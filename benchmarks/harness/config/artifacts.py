@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import BENCHMARKS
+from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.methods import plugin_files
 from benchmarks.harness.config.suite import Suite
@@ -118,13 +118,24 @@ def _files(*patterns: str) -> list[str]:
 
 
 def all_artifacts() -> list[Artifacts]:
-    """Return the tables and figures of all benchmarks and all their sets, whether a suite runs them or not."""
-    artifacts = []
+    """Return the tables and figures of all benchmarks and all their sets, whether a suite runs them or not.
+
+    Raises:
+        DefinitionError: A benchmark has the name of another benchmark's set, so the workflow cannot tell them apart.
+    """
+    shown = []
     for name in benchmark_names():
         benchmark = load_benchmark(name)
-        sets = benchmark.tasks if benchmark.has_set_tables else ()
-        artifacts += [artifacts_of(name, part) for part in (None, *sets)]
-    return artifacts
+        shown.append(artifacts_of(name))
+        if benchmark.has_set_tables:
+            shown += [artifacts_of(name, part) for part in benchmark.tasks]
+    for of_set in shown:
+        if of_set.part and of_set.name in benchmark_names():
+            raise DefinitionError(
+                f"{BENCHMARKS / of_set.name}: '{of_set.name}' is also the target of the set '{of_set.part}' of "
+                f"'{of_set.benchmark}'; choose another name"
+            )
+    return shown
 
 
 def suite_artifacts(suite: Suite) -> list[Artifacts]:

@@ -16,6 +16,7 @@ from pydantic import Field
 from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError, read_yaml
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import Kind, Method, load_methods, merge_methods
+from benchmarks.harness.config.names import check_name
 from benchmarks.harness.config.overlay import Changes, merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import SetReader
@@ -292,6 +293,15 @@ class Benchmark(ABC, Generic[D, E, P]):
 
     # shared by all kinds
 
+    def checked_presentation(self) -> ModuleType:
+        """Import the module of :meth:`presentation`, and check the names of tables and figures in benchmark.yaml."""
+        module = self.presentation()
+        ablations = getattr(self.definition, "ablations", {})
+        for key in ("tables", "figures", "set_tables", "set_figures"):
+            valid = [*getattr(module, key.upper(), ()), *ablations]
+            check_names(f"{self.file}: '", key, getattr(self.definition, key, ()), valid)
+        return module
+
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
         """Return the methods with all their settings, for the benchmark or its part of a suite.
 
@@ -390,6 +400,7 @@ def load_benchmark(name: str) -> AnyBenchmark:
     if name not in benchmark_names():
         raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
     file = BENCHMARKS / name / "benchmark.yaml"
+    check_name(name, file)
     content = read_yaml(file)
     kind = content.get("kind") if isinstance(content, dict) else None
     kind = kind if isinstance(kind, str) else ""

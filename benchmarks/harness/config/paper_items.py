@@ -154,8 +154,12 @@ def check_part(part: PaperPart, where: str) -> None:
     check_names(where, "benchmark", [part.benchmark], benchmark_names())
     benchmark = load_benchmark(part.benchmark)
     for kind in ("table", "set_table", "figure"):
-        if name := getattr(part, kind):
-            check_names(where, kind, [name], getattr(benchmark.definition, f"{kind}s", ()))
+        name = getattr(part, kind)
+        known = getattr(benchmark.definition, f"{kind}s", ())
+        if name and name not in known:
+            # benchmark.yaml may have the mistake; only here, because the import takes a second
+            benchmark.checked_presentation()
+            check_names(where, kind, [name], known)
     check_names(where, "rows", part.rows or (), benchmark.row_titles)
 
 

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, read_yaml
+from benchmarks.harness.base import DefinitionError, first_problem, read_yaml
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
+from benchmarks.harness.config.names import check_name
 from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, partition_jobs, run_from_spec
-from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, check_names, parse
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, Text, check_names, parse, refusal
 from benchmarks.harness.sources.packages import find_package, set_packages, sha256
 from emoe.errors import did_you_mean
 
@@ -36,15 +37,15 @@ class SuiteSettings(Strict):
     """Names of sets to exclude, for example because you have no access. Tables list their sets."""
     seeds: Count | None = None
     """Number of seeds (trials for images), from 0 on. It replaces lists of several seeds in the blocks of a grid."""
-    data_root: str | None = None
+    data_root: Text | None = None
     """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
     hub.
     """
-    model_root: str | None = None
+    model_root: Text | None = None
     """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its
     package.
     """
-    tracking_uri: str | None = None
+    tracking_uri: Text | None = None
     """MLflow's store. Null: the variable MLFLOW_TRACKING_URI, else sqlite:///results/mlflow.db."""
 
 
@@ -52,6 +53,56 @@ def suite_names() -> list[str]:
     """Return the suites that have a file in ``config/``, the usual ones first."""
     names = sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
     return [*(name for name in _USUAL if name in names), *(name for name in names if name not in _USUAL)]
+
+
+def _check_suite(name: Any) -> Any:
+    if name not in suite_names():
+        raise refusal(f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})")
+    return name
+
+
+def _list_names(given: Any) -> Any:
+    """Take one name for a list of one name."""
+    names = [given] if isinstance(given, str) else given
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list:
+        raise refusal(f"{given!r:.100} is neither a name nor a list of names like [first,second]")
+    return names
+
+
+def _check_chosen(names: list[str]) -> list[str]:
+    if not names:
+        raise refusal(f"it names no benchmark; leave it out to run all{did_you_mean('', benchmark_names())}")
+    return names
+
+
+OneOrMore = Annotated[list[str], BeforeValidator(_list_names)]
+
+
+class CommandLine(Strict):
+    """The values of ``--config key=value``. A key of null, as in ``seeds=``, is as in the suite's file.
+
+    `suite` and `benchmarks` cannot be null.
+    """
+
+    suite: Annotated[str, BeforeValidator(_check_suite)] = "mini"
+    """Name of a file in config/."""
+    benchmarks: Annotated[list[str] | None, AfterValidator(_check_chosen), BeforeValidator(_list_names)] = None
+    """Benchmarks of the suite to run, one or a list."""
+    exclude: OneOrMore | None = None
+    """Names of sets to exclude, one or a list. They replace those of the suite's file, as do all keys below."""
+    seeds: Count | None = None
+    """Number of seeds."""
+    data_root: Text | None = None
+    """Folder with data sets."""
+    model_root: Text | None = None
+    """Folder with models."""
+    tracking_uri: Text | None = None
+    """MLflow's store."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the values that are given, null ones left out."""
+        return {key: value for key, value in self.given().items() if value is not None}
 
 
 def load_suite(overrides: Mapping[str, Any]) -> Suite:
@@ -63,24 +114,20 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     Raises:
         DefinitionError: There is no such suite, or a key or value is wrong; names the file and the nearest valid one.
     """
-    values = {"suite": "mini", **overrides}
-    valid = ["suite", *SuiteSettings.model_fields]
-    if unknown := [key for key in values if key not in valid]:
-        raise DefinitionError(f"--config: unknown key '{unknown[0]}'{did_you_mean(unknown[0], valid)}")
-    name = values.pop("suite")
-    if name not in suite_names():
-        raise DefinitionError(
-            f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
-        )
+    command_line = parse(dict(overrides), CommandLine, "--config")
+    given = command_line.values()
+    name = command_line.suite
     file = paths.CONFIG / f"{name}.yaml"
-    where = f"{file} with --config" if values else str(file)
-    chosen, content = values.pop("benchmarks", None), read_yaml(file)
-    settings = parse({**content, **values} if isinstance(content, dict) else content, SuiteSettings, where)
+    check_name(name, file, is_suite=True)
+    replaced = {key: value for key, value in given.items() if key not in ("suite", "benchmarks")}
+    where = f"{file} with --config" if given.keys() - {"suite"} else str(file)
+    content = read_yaml(file)
+    settings = parse({**content, **replaced} if isinstance(content, dict) else content, SuiteSettings, where)
     check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
-    if chosen:
-        chosen = [chosen] if isinstance(chosen, str) else chosen
-        check_names(f"{where}: '", "benchmarks", chosen, settings.benchmarks)
-        settings = settings.model_copy(update={"benchmarks": {key: settings.benchmarks[key] for key in chosen}})
+    if command_line.benchmarks:
+        check_names(f"{where}: '", "benchmarks", command_line.benchmarks, settings.benchmarks)
+        chosen = {benchmark: settings.benchmarks[benchmark] for benchmark in command_line.benchmarks}
+        settings = settings.model_copy(update={"benchmarks": chosen})
     parts = {
         benchmark: parse_part(
             load_benchmark(benchmark), name, file, _with_seeds(part, settings.seeds) if settings.seeds else part
@@ -96,7 +143,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
         if folder and not Path(folder).is_dir():
             raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
-    return Suite(name, settings, parts, dict(overrides))
+    return Suite(name, settings, parts, given)
 
 
 def _with_seeds(part: Any, seeds: int) -> Any:
@@ -117,7 +164,14 @@ def plain_suite(name: str) -> Suite:
 
 def suite_of_job(name: str) -> Suite:
     """Load a suite in a job of the workflow, with the command line's values from the environment."""
-    overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
+    text = os.environ.get(paths.OVERRIDES, "{}")
+    try:
+        overrides = TypeAdapter(dict[str, Any]).validate_json(text)
+    except ValidationError as error:
+        raise DefinitionError(
+            f"the environment variable {paths.OVERRIDES} must hold the values of --config as JSON, "
+            f'such as {{"seeds": 2}}; {first_problem(error)}; unset it, because the workflow sets it'
+        ) from error
     return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
 
 

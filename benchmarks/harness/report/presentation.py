@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -13,7 +12,6 @@ import pandas as pd
 from benchmarks.harness.config.artifacts import Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import check_names
 from benchmarks.harness.report.table import RUNS, Table
 
 NOTE = (
@@ -120,21 +118,11 @@ def has_random_weights(runs: Sequence[Run]) -> bool:
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present the finished runs of a benchmark."""
-    presentation: Presentation = _module(benchmark).present(benchmark, runs)
+    presentation: Presentation = benchmark.checked_presentation().present(benchmark, runs)
     return presentation
 
 
 def check_presentations(benchmarks: Iterable[str]) -> None:
     """Check the names of tables and figures in ``benchmark.yaml`` before the first run starts."""
     for name in benchmarks:
-        _module(load_benchmark(name))
-
-
-def _module(benchmark: AnyBenchmark) -> ModuleType:
-    """Return the module that presents a benchmark, and check the names of its tables and figures."""
-    module = benchmark.presentation()
-    ablations = getattr(benchmark.definition, "ablations", {})
-    for key in ("tables", "figures", "set_tables", "set_figures"):
-        valid = [*getattr(module, key.upper(), ()), *ablations]
-        check_names(f"{benchmark.file}: '", key, getattr(benchmark.definition, key, ()), valid)
-    return module
+        load_benchmark(name).checked_presentation()

@@ -28,12 +28,15 @@ from benchmarks.harness.base import (
     RUNS,
     DefinitionError,
     atomic_write,
+    check_is_file,
+    first_line,
     git,
     write_json,
     write_text,
 )
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.reference import bless_advice, read_origin
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_metrics, run_keys, run_numbers
 
@@ -98,7 +101,11 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
     """Return True if two values are equal or differ by at most the tolerance (relative for values above 1)."""
     if before == after or not tolerance:
         return before == after
-    old, new = (np.array(value.split(), dtype=float) for value in (before, after))
+    try:
+        old = np.array(before.split(), dtype=float)
+        new = np.array(after.split(), dtype=float)
+    except ValueError:  # a damaged number is a difference
+        return False
     if old.shape != new.shape or not np.isfinite([old, new]).all():
         return False
     return bool(np.abs(old - new).max() <= tolerance * max(1, np.abs(old).max()))
@@ -220,18 +227,23 @@ def read_reference(suite: str) -> Numbers:
     """Read blessed numbers.
 
     Raises:
-        DefinitionError: A file is missing, damaged or in an old format.
+        DefinitionError: The csv is missing, damaged or of an older form.
+        DataError: The origin is.
     """
     path = REFERENCE / f"{suite}.csv"
+    advice = bless_advice(suite)
     try:
+        check_is_file(path)
         rows = pd.read_csv(path, keep_default_na=False, dtype=str)[_COLUMNS].astype({"seed": int})
-        origin = json.loads(path.with_suffix(".json").read_text())
-        return Numbers(rows, origin["machines"], origin["code"], origin["seconds"])
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise DefinitionError(
-            f"{path} or its json is missing, damaged or of an older form: bless a run of the suite "
-            f"(`python -m benchmarks bless --suite {suite}`)"
-        ) from error
+    except OSError as error:
+        raise DefinitionError(f"{path} cannot be read: {error.strerror}; {advice}") from error
+    except (KeyError, ValueError) as error:
+        raise DefinitionError(f"{path} is damaged or of an older form: {first_line(error)}; {advice}") from error
+    origin = read_origin(path.with_suffix(".json"))
+    unknown = sorted(set(rows["machine"]) - set(origin.machines))
+    if unknown:
+        raise DefinitionError(f"{path} names the machine '{unknown[0]}', which its json does not have; {advice}")
+    return Numbers(rows, origin.machines, origin.code, origin.seconds)
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:

@@ -1,0 +1,56 @@
+"""Names that a benchmark and its suite may have: the workflow and the commands use others themselves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.harness.base import DefinitionError
+
+SMOKE = "smoke"  # the one suite that is a target of the workflow, too
+
+_FOLDERS = ("logs", "mlflow", "reference", "runs")
+_TARGETS = (
+    *("all", SMOKE, "tables", "report", "benchmark_report"),
+    *("fetch_package", "rebuild_model", "partition_neurons", "table_of_claims", "mirror_to_mlflow"),
+)
+_TARGET_PREFIXES = ("figure_", "run_", "table_", "tables_of_")
+_CODE = ("harness", "schemas", "text")
+_LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tasks")
+
+
+def check_name(name: str, file: Path | None = None, *, is_suite: bool = False) -> None:
+    """Check that the workflow and the commands do not use a benchmark's or suite's name for something else.
+
+    Args:
+        name: The name.
+        file: The file of the benchmark or suite, for the message; None if it is not written yet.
+        is_suite: True for a suite, which may be ``smoke``.
+
+    Raises:
+        DefinitionError: Names the file and the reason.
+    """
+    if is_suite and name == SMOKE:
+        return
+    reason = _reason_against(name)
+    if reason:
+        where = f"{file}: " if file else ""
+        raise DefinitionError(f"{where}'{name}' is not a valid name: {reason}; choose another name")
+
+
+def _reason_against(name: str) -> str:
+    """Return the reason why a name cannot be used; empty if it can."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        return "use lower-case letters, digits and _, and begin with a letter"
+    if name in _FOLDERS:
+        return f"results/{name} is not the folder of a suite"
+    if name in _TARGETS:
+        return f"'{name}' is a rule of the workflow"
+    for prefix in _TARGET_PREFIXES:
+        if name.startswith(prefix):
+            return f"names of rules of the workflow begin with '{prefix}'"
+    if name in _CODE:
+        return f"benchmarks/{name} is not the folder of a benchmark"
+    if name in _LISTS:
+        return f"`python -m benchmarks list {name}` lists something else"
+    return ""
