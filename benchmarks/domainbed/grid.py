@@ -138,11 +138,6 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
 
         return presentation
 
-    def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])
-        patches = (training["image_size"] // 14) ** 2
-        return float(training["steps"] * spec["hparams"]["batch_size"] * trained * patches)
-
 
 def _test_env_tuples(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
     """Return the tuples of numbers of environments that are held out together."""

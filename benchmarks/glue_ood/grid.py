@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, text_tokens
+from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
 from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
@@ -91,11 +91,6 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         from benchmarks.glue_ood import presentation
 
         return presentation
-
-    def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        settings = spec["evaluation"]
-        rows = sum(settings["rows"] or self.tasks[other["name"]].rows.get("test", 0) for other in spec["ood"])
-        return text_tokens(rows, settings["max_length"], 1 / 3)
 
 
 def _rows(

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
-from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part, text_tokens
+from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, method_spec
 from benchmarks.harness.config.overlay import merge
@@ -89,17 +89,6 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             yield load_instructions(name, InstructionSource.model_validate(source)).describe(name, entry.rows)
         except DataError as error:
             yield missing_set(name, first_line(error), entry.download_instructions, entry.rows)
-
-    def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        data, training = spec["data"], spec["training"]
-        # MMLU's 57 subjects have about 250 questions each, of about 100 tokens
-        asked = [(task["limit"] or 250) * (1 + task["num_fewshot"]) for task in spec["evaluation"]["tasks"]]
-        read = 57 * 100 * sum(asked) / 3
-        rows, epochs = data["train_rows"] or self.tasks[spec["task"]["name"]].rows, training.get("epochs", 0)
-        if training.get("steps"):
-            rows, epochs = training["steps"] * training["batch_size"], 1
-        trained = text_tokens(rows, data["max_length"], epochs)
-        return None if trained is None else trained + read
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         run = InstructionSpec.model_validate(spec)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import Part, text_tokens
+from benchmarks.harness.config.benchmark import Part
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
@@ -72,7 +72,3 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         from benchmarks.modularity import presentation
 
         return presentation
-
-    def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        reading = spec["reading"]  # three passes over the rows: dense, top k and bottom k experts
-        return text_tokens(reading["rows"] * (1 + len(spec["ood"])), reading["max_length"], 3 / 3)

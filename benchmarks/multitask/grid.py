@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import COUNTS, OOD_MEAN, Domain, Part, text_tokens
+from benchmarks.harness.config.benchmark import COUNTS, OOD_MEAN, Domain, Part
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
@@ -85,12 +85,6 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         from benchmarks.multitask import presentation
 
         return presentation
-
-    def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        training = spec["training"]
-        most = training["rows_per_epoch"]
-        rows = sum(most or self.tasks[task["name"]].rows.get("train", 0) for task in spec["task"]["tasks"])
-        return text_tokens(rows or None, training["max_length"], training["epochs"])
 
     def _ood_sets(self, tasks: Collection[str], exclude: Collection[str]) -> dict[str, str]:
         """Map the OOD sets of learned tasks to the first task that lists them."""

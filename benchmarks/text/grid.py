@@ -21,7 +21,6 @@ from benchmarks.harness.config.benchmark import (
     Part,
     check_rows,
     resolve_methods,
-    text_tokens,
 )
 from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
 from benchmarks.harness.config.method_specs import TRAINING_KEYS, VARIANT_KEYS, check_frozen, method_spec
@@ -156,10 +155,6 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows for selection")
         if training.patience is not None and training.checkpoint_selection != "best":
             raise DefinitionError(f"{where}.patience' needs checkpoint_selection: best; set patience: null")
-
-    def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        training, rows = spec["training"], self.tasks[spec["task"]["name"]].rows
-        return text_tokens(training["train_rows"] or rows.get("train"), training["max_length"], training["epochs"])
 
     def pipeline(self) -> ModuleType:
         from benchmarks.text import pipeline

@@ -15,8 +15,6 @@ from benchmarks.__main__ import cli as suite_cli
 from benchmarks.__main__ import main
 from benchmarks.harness.config import listing
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import plain_suite
-from benchmarks.harness.run.status import estimate_text
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.executed import prepare
@@ -99,22 +97,13 @@ def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(
     with FileLock(first / ".lock"):
         lines = call("status", "--suite", "smoke").splitlines()
     assert lines[2].split() == ["glue", str(len(runs) - 3), "1", "1", "1", "2"]
-    assert "glue_lora: no run is finished; how long they take is unknown" in lines
+    benchmarks = ["glue", "glue_lora", "glue_ood", "multitask", "modularity", "domainbed", "llama", "speed"]
+    assert [line.split()[0] for line in lines[2:-2]] == benchmarks
     assert [line.rpartition(" (")[0] for line in lines[-2:]] == [
         f"running  {runs[0].folder}: step 20",
         f"failed   {runs[1].folder}: ValueError: odd",
     ]
     assert call("status", "--suite", "smoke").splitlines()[2].split()[3] == "2"  # whoever ran the first is gone
-
-
-def test_estimates_are_within_a_factor_of_three(here: Path) -> None:
-    suite = plain_suite("mini")
-    # mean seconds of its runs on one core of an AMD EPYC
-    took = {"domainbed": 62.9, "glue": 33.3, "glue_lora": 15.4, "glue_ood": 5.4, "llama": 54.0, "modularity": 9.2}
-    for name, seconds in took.items():
-        runs = suite.runs_of(name)
-        hours = float(estimate_text(runs).split("about ")[1].split(" h on one CPU core")[0])
-        assert 1 / 3 < hours * 3600 / (seconds * len(runs)) < 3
 
 
 def test_commands_work_in_the_checkout_from_a_folder_without_results(

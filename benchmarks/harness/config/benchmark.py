@@ -186,7 +186,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     """Hold one folder of benchmarks/: its definition, its tasks, and the hooks of its kind.
 
     A kind is a subclass in ``grid.py`` of its package, named in benchmarks/kinds.py. It has the models of its YAML and
-    the hooks :meth:`load`, :meth:`specs`, :meth:`pipeline`, :meth:`presentation`, :meth:`sets`, :meth:`tokens` and
+    the hooks :meth:`load`, :meth:`specs`, :meth:`pipeline`, :meth:`presentation`, :meth:`sets` and
     :meth:`check_processes`; only the first four are required.
 
     Attributes:
@@ -257,13 +257,6 @@ class Benchmark(ABC, Generic[D, E, P]):
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         """Return a reader for each part of each set that a run reads."""
         return []
-
-    def tokens(self, spec: Mapping[str, Any]) -> float | None:
-        """Estimate the number of tokens that a run trains on; None if that is unknown.
-
-        A token without a backward pass counts as a third of a token.
-        """
-        return None
 
     @abstractmethod
     def pipeline(self) -> ModuleType:
@@ -349,17 +342,6 @@ class Benchmark(ABC, Generic[D, E, P]):
 
 AnyBenchmark = Benchmark[Any, Any, Any]
 KINDS: dict[str, type[AnyBenchmark]] = {}  # by name; benchmarks/kinds.py fills it
-
-
-def text_tokens(rows: int | None, max_length: int, times: float) -> float | None:
-    """Estimate the number of tokens of texts: padded rows have about half of their maximum length.
-
-    Args:
-        rows: The number of rows; None if unknown.
-        max_length: The maximum number of tokens of a row.
-        times: The number of passes over the rows.
-    """
-    return None if rows is None else rows * max_length / 2 * times
 
 
 def resolve_methods(

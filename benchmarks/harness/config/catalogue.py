@@ -18,28 +18,6 @@ MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_paramet
 LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
-class Shape(Strict):
-    """The size of a transformer."""
-
-    width: Count
-    """Width of the residual stream: `hidden_size` of transformers."""
-    layers: Count
-    """Transformer blocks."""
-    neurons: Count
-    """Width of one FFN: `intermediate_size`. N has to divide it."""
-    gated: bool = False
-    """An FFN has three matrices (SwiGLU) instead of two."""
-
-    @property
-    def parameters(self) -> int:
-        """Return the number of parameters in the blocks, about the multiplications per token.
-
-        >>> round(Shape(width=4096, layers=32, neurons=11008, gated=True).parameters / 1e9, 2)
-        6.48
-        """
-        return self.layers * self.width * (4 * self.width + (3 if self.gated else 2) * self.neurons)
-
-
 class ModelEntry(Strict):
     """One model of ``models.yaml``."""
 
@@ -54,8 +32,8 @@ class ModelEntry(Strict):
     )
     title: str
     """Label in tables."""
-    shape: Shape | None = optional()
-    """Size of the model, for checks of N and for the estimates of `status`; not part of a run's spec."""
+    neurons: Count | None = optional()
+    """Width of one FFN, `intermediate_size` of transformers. N has to divide it. Not part of a run's spec."""
     modality: Literal["image", "language", "seq2seq"] | None = optional()
     """Modality of the model: images, language modelling, or sequence to sequence; default: text classification."""
     hub: str | None = optional()
@@ -80,8 +58,8 @@ class ModelEntry(Strict):
     """Model whose tokenizer is used with config."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """Make the ``model`` section of a run's spec, without title and shape."""
-        return {"name": name, **self.model_dump(exclude={"title", "shape"})}
+        """Make the ``model`` section of a run's spec, without title and neurons."""
+        return {"name": name, **self.model_dump(exclude={"title", "neurons"})}
 
 
 class ModelFile(Strict):

@@ -89,12 +89,12 @@ def method_spec(
     method = merge_methods(base, Method(**varied))
     named = f"{where}': method '{point['method']}'"
     config = _config(method, seed, named)
-    shape = load_models()[point["model"]].shape
-    if shape and config and config["kind"] == "emoe" and shape.neurons % config["num_experts"]:
+    neurons = load_models()[point["model"]].neurons
+    if neurons and config and config["kind"] == "emoe" and neurons % config["num_experts"]:
         raise DefinitionError(
-            f"{named}: num_experts is {config['num_experts']}, but the {shape.neurons} neurons of an FFN of "
+            f"{named}: num_experts is {config['num_experts']}, but the {neurons} neurons of an FFN of "
             f"'{point['model']}' cannot be split into equal experts; the nearest divisor is "
-            f"{nearest_divisor(shape.neurons, config['num_experts'])}"
+            f"{nearest_divisor(neurons, config['num_experts'])}"
         )
     if method.tune == "blocks" and method.layers is None:
         raise DefinitionError(f"{named} sets 'tune: blocks' but no 'layers', which it needs")

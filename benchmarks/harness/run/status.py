@@ -10,26 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
-from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.listing import format_rows
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 
 State = Literal["finished", "running", "failed", "missing"]
-# dense TFLOP/s of the makers' data sheets: float32, and half precision
-_DEVICES = {
-    "one CPU core": (0.25, 0.25),
-    "an RTX 4090": (83, 165),
-    "an A100": (19.5, 312),
-    "an H100": (67, 989),
-}
-_UTILIZATION = 0.15
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Hold the status of one run.
+    """The status of one run.
 
     Attributes:
         run: The run.
@@ -50,12 +40,12 @@ class RunStatus:
 
 
 def describe(suite: Suite) -> str:
-    """Describe the runs of a suite: a table of counts, estimates, and the last line of running and failed runs."""
+    """Describe the runs of a suite: a table of counts, and the last line of running and failed runs."""
     statuses = [run_status(run) for run in suite.runs]
     rows = [count(name, statuses) for name in suite.settings.benchmarks]
-    estimates = [estimate_text(suite.runs_of(str(row["benchmark"]))) for row in rows if not row["finished"]]
-    listed = [status for state in ("running", "failed") for status in statuses if status.state == state]
-    return "\n".join([format_rows(rows), *estimates, *map(str, listed)])
+    running = [str(status) for status in statuses if status.state == "running"]
+    failed = [str(status) for status in statuses if status.state == "failed"]
+    return "\n".join([format_rows(rows), *running, *failed])
 
 
 def run_status(run: Run) -> RunStatus:
@@ -70,27 +60,6 @@ def run_status(run: Run) -> RunStatus:
     lines = log.read_text(errors="replace").split("\n")  # a progress bar's states are lines, too
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     return RunStatus(run, "running" if is_running else "failed", last, time.time() - log.stat().st_mtime)
-
-
-def estimate_text(runs: Sequence[Run]) -> str:
-    """Estimate a benchmark's hours on each device (6 × parameters × tokens ÷ rate) as a line of text."""
-    hours, name = dict.fromkeys(_DEVICES, 0.0), runs[0].benchmark
-    for run in runs:
-        model, training = load_models().get(run.spec["model"]["name"]), run.spec.get("training", {})
-        shape = model.shape if model else None  # a measurement has its own models
-        tokens = load_benchmark(name).tokens(run.spec) if shape else None
-        if shape is None or tokens is None:
-            return f"{name}: no run is finished; how long they take is unknown"
-        trained = 1 - (training.get("frozen_layers") or 0) / shape.layers
-        is_half = training.get("precision", "fp32") != "fp32"
-        for device, rates in _DEVICES.items():
-            operations = 6 * shape.parameters * trained * tokens
-            hours[device] += operations / (rates[is_half] * 1e12 * _UTILIZATION) / 3600
-    times = ", ".join(f"{value:,.2f} h on {device}" for device, value in hours.items())
-    return (
-        f"{name}: no run is finished; one after the other they take about {times} "
-        "(6 × parameters × tokens ÷ rate, within a factor of three; the start of each run comes on top)"
-    )
 
 
 def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
