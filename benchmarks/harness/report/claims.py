@@ -15,7 +15,7 @@ from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
 from benchmarks.harness.config.claims import ClaimTest, Comparison, load_claims
-from benchmarks.harness.config.suite import Suite, suites_with
+from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.common import interval_text, name_or_count
 from benchmarks.harness.report.plots import draw_forest, placeholder_figure
 from benchmarks.harness.report.presentation import has_random_weights, present
@@ -108,7 +108,7 @@ def _test_row(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str,
         row["effect"] = float(paper.effect)
     evidence = find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
     if evidence is None:
-        return row | {"remark": f"both methods run in {', '.join(suites_with(compare)) or 'no suite'}"}
+        return row | {"remark": "not in this suite"}
     row |= _evidence_columns(row, compare, metric, evidence.difference)
     return row | {"evidence": evidence, "remark": _remark(evidence, row["pair"], benchmark)}
 
