@@ -8,7 +8,6 @@ import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.domainbed.definition import (
@@ -36,6 +35,7 @@ _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     """Plan runs of image classifiers, trained on some environments of a set and evaluated on the held-out ones."""
 
+    package = "benchmarks.domainbed"
     definition_model, part_model = ImageDefinition, ImagePart
     recorded = ("scores", "data", "model", "routing", "records", "confusion", "classes")
     task_files: ClassVar = {"image_sets": SetFile}
@@ -125,18 +125,6 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             yield SetPart(name, environment, rows, labels=labels, source=image_set.source)
         total = sum(map(len, image_set.environments))
         yield SetPart(name, ALL, total, expected=entry.images, source=image_set.source)
-
-    def pipeline(self) -> ModuleType:
-        import timm  # noqa: F401  (runs import it when they build a model)
-
-        from benchmarks.domainbed import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.domainbed import presentation
-
-        return presentation
 
 
 def _test_env_tuples(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
@@ -21,6 +20,7 @@ _Cell = tuple[str, str, str, str]  # model, task, protocol and method of the can
 class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     """Evaluate the chosen runs of another benchmark on the OOD sets of their tasks."""
 
+    package = "benchmarks.glue_ood"
     definition_model, part_model = EvaluationFile, EvaluationPart
     recorded = ("scores", "data", "chosen", "routing", "usage")
 
@@ -81,16 +81,6 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     seed=seed,
                     **{"method": {"name": name, "variant": "", "config": None}, **changes.get(seed, {})},
                 )
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.glue_ood import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.glue_ood import presentation
-
-        return presentation
 
 
 def _rows(

@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
@@ -43,6 +42,7 @@ _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, InstructionPart]):
     """Plan runs of language models that are tuned on instructions and evaluated with lm-eval."""
 
+    package = "benchmarks.llama"
     definition_model, part_model = InstructionDefinition, InstructionPart
     recorded = ("scores", "data", "model", "routing", "tasks", "answers")
     task_files: ClassVar = {"instruction_sets": SetFile, "templates": TemplateFile}
@@ -101,16 +101,6 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             raise RunError("a run with training.frozen_layers needs a single process")
         if processes > 1 and parallel == "fsdp" and run.model.get("quantize"):
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.llama import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.llama import presentation
-
-        return presentation
 
 
 def _templates(name: str, where: str) -> dict[str, dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
@@ -21,6 +20,7 @@ from benchmarks.text.grid import TextSets
 class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
     """Plan runs that analyse pre-trained text models on rows of several tasks, without training."""
 
+    package = "benchmarks.modularity"
     definition_model, part_model = ModularityDefinition, ModularityPart
     recorded = ("measured", "matrix", "usage")
     paper_columns = ("method", "num_experts", "metric")
@@ -62,13 +62,3 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
                 learning_rate=0.0,
                 seed=point["seed"],
             )
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.modularity import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.modularity import presentation
-
-        return presentation

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.base import DefinitionError
@@ -25,6 +24,7 @@ _DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
     """Plan runs of encoder-decoder models that learn several tasks at once; evaluate them on these and OOD sets."""
 
+    package = "benchmarks.multitask"
     definition_model, part_model = MultitaskDefinition, MultitaskPart
     recorded = ("scores", "data", "model", "routing")
     paper_columns = ("domain", "method")
@@ -75,16 +75,6 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
             )
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.multitask import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.multitask import presentation
-
-        return presentation
 
     def _ood_sets(self, tasks: Collection[str], exclude: Collection[str]) -> dict[str, str]:
         """Map the OOD sets of learned tasks to the first task that lists them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from benchmarks.harness.config.benchmark import Benchmark, Domain, Part
@@ -18,6 +17,7 @@ from benchmarks.speed.definition import Measure, MeasurementDefinition, Measurem
 class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
     """Plan runs that measure all candidates under one setting, without training."""
 
+    package = "benchmarks.speed"
     definition_model, part_model = MeasurementDefinition, MeasurementPart
     recorded = ("measured",)
 
@@ -56,13 +56,3 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
                     learning_rate=0.0,
                     seed=0,
                 )
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.speed import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.speed import presentation
-
-        return presentation

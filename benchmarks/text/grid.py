@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from benchmarks.harness.base import DataError, DefinitionError, first_line
@@ -81,6 +80,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
 class TextBenchmark(TextSets[TextDefinition, TextPart]):
     """Plan runs of text classifiers that are fine-tuned on one task, and evaluated on it and on OOD sets."""
 
+    package = "benchmarks.text"
     definition_model, part_model = TextDefinition, TextPart
     recorded = ("scores", "data", "model", "routing", "usage")
 
@@ -155,16 +155,6 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows for selection")
         if training.patience is not None and training.checkpoint_selection != "best":
             raise DefinitionError(f"{where}.patience' needs checkpoint_selection: best; set patience: null")
-
-    def pipeline(self) -> ModuleType:
-        from benchmarks.text import pipeline
-
-        return pipeline
-
-    def presentation(self) -> ModuleType:
-        from benchmarks.text import presentation
-
-        return presentation
 
 
 def transformed_rows(

@@ -16,7 +16,7 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, read_yaml
 from benchmarks.harness.config import methods
 from benchmarks.harness.config.artifacts import table_sources
-from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.benchmark import KINDS, benchmark_names, load_benchmark
 from benchmarks.harness.config.methods import Method, MethodFile, load_methods
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
 from benchmarks.harness.config.yaml import Strict, parse, read
@@ -24,6 +24,14 @@ from benchmarks.llama.definition import InstructionSpec
 from benchmarks.multitask.definition import MultitaskSpec
 from benchmarks.text.definition import TaskEntry, TextSpec
 from tests.planned import edited_benchmark, edited_part, plan, specs
+
+
+def test_the_package_of_a_kind_has_the_modules_that_execute_and_present_its_runs() -> None:
+    benchmarks = [load_benchmark(name) for name in benchmark_names()]
+    assert {type(benchmark) for benchmark in benchmarks} == set(KINDS.values())
+    for benchmark in benchmarks:
+        assert callable(benchmark.pipeline().run)
+        assert callable(benchmark.presentation().present)
 
 
 @pytest.mark.parametrize(

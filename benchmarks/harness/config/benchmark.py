@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -183,11 +184,11 @@ COUNTS = Domain(("parameters", "trainable_parameters"))  # for every model
 
 
 class Benchmark(ABC, Generic[D, E, P]):
-    """Hold one folder of benchmarks/: its definition, its tasks, and the hooks of its kind.
+    """One folder of benchmarks/: its definition, its tasks, and the hooks of its kind.
 
-    A kind is a subclass in ``grid.py`` of its package, named in benchmarks/kinds.py. It has the models of its YAML and
-    the hooks :meth:`load`, :meth:`specs`, :meth:`pipeline`, :meth:`presentation`, :meth:`sets` and
-    :meth:`check_processes`; only the first four are required.
+    A kind is a subclass, named in benchmarks/kinds.py. It names the package of its modules ``pipeline`` and
+    ``presentation``, and has the models of its YAML and the hooks :meth:`load`, :meth:`specs`, :meth:`sets` and
+    :meth:`check_processes`; only the first two are required.
 
     Attributes:
         name: The name of the folder.
@@ -198,6 +199,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         task_titles: The titles of the sets of runs, by the names that tables and claims use.
     """
 
+    package: ClassVar[str]  # of the modules :meth:`pipeline` and :meth:`presentation`, such as ``benchmarks.text``
     definition_model: ClassVar[type[Definition]]
     part_model: ClassVar[type[SuitePart]]
     task_files: ClassVar[Mapping[str, type[Strict]]] = {}  # models of its other YAML files, by name
@@ -258,22 +260,6 @@ class Benchmark(ABC, Generic[D, E, P]):
         """Return a reader for each part of each set that a run reads."""
         return []
 
-    @abstractmethod
-    def pipeline(self) -> ModuleType:
-        """Import the module of the kind that executes runs.
-
-        Its function ``run(spec, folder, progress)`` returns the content of ``metrics.json`` without the environment.
-        """
-
-    @abstractmethod
-    def presentation(self) -> ModuleType:
-        """Import the module of the kind that makes the tables and figures of finished runs.
-
-        It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if each set
-        has tables of its own. Its function ``present(benchmark, runs)`` makes a
-        :class:`~benchmarks.harness.report.presentation.Presentation`.
-        """
-
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """Check that a run can use several processes with ``ddp`` or ``fsdp``.
 
@@ -285,6 +271,23 @@ class Benchmark(ABC, Generic[D, E, P]):
             raise RunError("only training runs of instruction tuning can use several processes")
 
     # shared by all kinds
+
+    def pipeline(self) -> ModuleType:
+        """Import the module of the kind that executes runs.
+
+        Its function ``run(spec, folder, progress)`` returns the content of ``metrics.json`` without the environment.
+        """
+        # imported when it is needed, because it imports PyTorch, and planning is fast without
+        return importlib.import_module(f"{self.package}.pipeline")
+
+    def presentation(self) -> ModuleType:
+        """Import the module of the kind that makes the tables and figures of finished runs.
+
+        It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if each set
+        has tables of its own. Its function ``present(benchmark, runs)`` makes a
+        :class:`~benchmarks.harness.report.presentation.Presentation`.
+        """
+        return importlib.import_module(f"{self.package}.presentation")
 
     def checked_presentation(self) -> ModuleType:
         """Import the module of :meth:`presentation`, and check the names of tables and figures in benchmark.yaml."""
