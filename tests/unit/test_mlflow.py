@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -96,11 +98,62 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(ru
     ],
 )
 def test_a_refusal_is_one_line_without_the_password(runs: list[Run], error: Exception, message: str) -> None:
-    address = f"postgresql://lab:{KEPT_QUIET}@db/mlflow"
+    address = f"https://lab:{KEPT_QUIET}@db/mlflow"
     with mock.patch.object(mlflow, "MlflowClient", side_effect=error), pytest.raises(RunError) as refused:
         mirror(runs, address)
-    assert re.match(rf"MLflow at postgresql://lab:\*\*\*@db.*{message}", str(refused.value))
+    assert re.match(rf"MLflow at https://lab:\*\*\*@db.*{message}", str(refused.value))
     assert "\n" not in str(refused.value)
+
+
+def test_a_postgresql_that_does_not_answer_is_one_line_without_the_password(runs: list[Run]) -> None:
+    with pytest.raises(RunError) as refused:
+        mirror(runs, f"postgresql://lab:{KEPT_QUIET}@127.0.0.1:1/mlflow")
+    assert re.match(r"MLflow at postgresql://lab:\*\*\*@127.*[Cc]onnection refused", str(refused.value))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_locked_file_is_one_line_with_the_way_out(runs: list[Run], tmp_path: Path) -> None:
+    file = tmp_path / "m.db"
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(RunError, match=r"the database is locked; end the other process that uses it, and repeat$"):
+        mirror(runs, f"sqlite:///{file}")
+    other.close()
+    assert mirror(runs, f"sqlite:///{file}")["added"] == len(runs)
+
+
+def test_a_postgresql_store_is_locked_before_its_tables_are_created_until_the_last_run(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mirrors of two results folders then wait for each other. SQLite stands in for the database."""
+    steps = []
+
+    class Connection(sqlite3.Connection):
+        def close(self) -> None:
+            steps.append("freed")
+            super().close()
+
+    class Client(MlflowClient):
+        def __init__(self, _uri: str) -> None:
+            steps.append("opened")
+            super().__init__(f"sqlite:///{tmp_path}/m.db")
+
+        def set_terminated(self, *arguments: Any, **options: Any) -> None:
+            steps.append("wrote")
+            super().set_terminated(*arguments, **options)
+
+    def connect() -> Connection:
+        connection = sqlite3.connect(tmp_path / "lock.db", factory=Connection)
+        connection.create_function("pg_advisory_lock", 1, lambda _number: steps.append("locked"))
+        return connection
+
+    def create_engine(_uri: str, **options: Any) -> sqlalchemy.Engine:
+        return sqlalchemy.create_engine("sqlite://", creator=connect, **options)
+
+    monkeypatch.setattr(mlflow, "create_engine", create_engine)
+    monkeypatch.setattr(mlflow, "MlflowClient", Client)
+    assert mirror(runs, "postgresql://lab@db/mlflow")["added"] == len(runs)
+    assert steps == ["locked", "opened", *["wrote"] * len(runs), "freed"]
 
 
 def test_no_library_reports_usage_unless_asked_to(tmp_path: Path) -> None:

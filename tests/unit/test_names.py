@@ -42,7 +42,7 @@ def test_the_names_of_our_own_benchmarks_and_suites_are_valid() -> None:
     for name in benchmark_names():
         check_name(name)
     for name in suite_names():
-        check_name(name, is_suite=True)
+        check_name(name)
 
 
 @pytest.fixture

@@ -7,31 +7,26 @@ from pathlib import Path
 
 from benchmarks.harness.base import DefinitionError
 
-SMOKE = "smoke"  # the one suite that is a target of the workflow, too
-
 _FOLDERS = ("logs", "mlflow", "reference", "runs")
 _TARGETS = (
-    *("all", SMOKE, "tables", "report", "benchmark_report"),
-    *("fetch_package", "rebuild_model", "partition_neurons", "table_of_claims", "mirror_to_mlflow"),
+    *("all", "tables", "report", "benchmark_report", "collect", "table_of_claims", "mirror_to_mlflow"),
+    *("fetch_package", "rebuild_model", "partition_neurons", "write_run_json", "unknown_target", "other_suite"),
 )
 _TARGET_PREFIXES = ("figure_", "run_", "table_", "tables_of_")
 _CODE = ("harness", "schemas", "text")
 _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tasks")
 
 
-def check_name(name: str, file: Path | None = None, *, is_suite: bool = False) -> None:
+def check_name(name: str, file: Path | None = None) -> None:
     """Check that the workflow and the commands do not use a benchmark's or suite's name for something else.
 
     Args:
         name: The name.
         file: The file of the benchmark or suite, for the message; None if it is not written yet.
-        is_suite: True for a suite, which may be ``smoke``.
 
     Raises:
         DefinitionError: Names the file and the reason.
     """
-    if is_suite and name == SMOKE:
-        return
     reason = _reason_against(name)
     if reason:
         where = f"{file}: " if file else ""

@@ -118,7 +118,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     given = command_line.values()
     name = command_line.suite
     file = paths.CONFIG / f"{name}.yaml"
-    check_name(name, file, is_suite=True)
+    check_name(name, file)
     replaced = {key: value for key, value in given.items() if key not in ("suite", "benchmarks")}
     where = f"{file} with --config" if given.keys() - {"suite"} else str(file)
     content = read_yaml(file)

@@ -7,12 +7,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
+from sqlalchemy import NullPool, create_engine, text
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import RunError, first_line, hide_passwords
@@ -21,6 +23,8 @@ from benchmarks.harness.results.records import GROUP_KEYS, read_metrics, run_key
 
 _DIGEST = "emoe.digest"  # tag with the digest of a run's metrics.json, set when the run is complete
 _SQLITE = "sqlite:///"
+_POSTGRESQL = "postgresql"
+_LOCK_NUMBER = 231_010_908  # of the mirrors' lock in a PostgreSQL database; any number that nobody else locks
 # MLflow then lists training runs on the experiment's first page
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MOST = 50_000  # stored runs that MLflow returns at once
@@ -31,7 +35,8 @@ def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
     """Write the runs that are new or have changed numbers; count the ``added``, ``replaced`` and ``unchanged`` ones.
 
     A benchmark is an experiment. Runs that differ only in their seed have the same tag ``setting``; MLflow's page
-    groups by it to show means. Concurrent calls for one results folder or SQLite file wait for each other.
+    groups by it to show means. Concurrent calls for one results folder, SQLite file or PostgreSQL database wait for
+    each other.
 
     Raises:
         RunError: MLflow failed. The message names the store without its password.
@@ -46,18 +51,41 @@ def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
         if is_file:
             store.touch()  # with the umask's permissions
         try:
-            client = MlflowClient(uri)
-            for benchmark in dict.fromkeys(run.benchmark for run in runs):
-                experiment = _experiment(client, benchmark, has_files=not uri.startswith("http"))
-                stored = {run.info.run_name: run for run in client.search_runs([experiment], max_results=_MOST)}
-                for run in runs:
-                    if run.benchmark == benchmark:
-                        counts[_write(client, experiment, run, stored.get(run.id))] += 1
+            with _database_lock(uri):
+                client = MlflowClient(uri)
+                for benchmark in dict.fromkeys(run.benchmark for run in runs):
+                    experiment = _experiment(client, benchmark, has_files=not uri.startswith("http"))
+                    stored = {run.info.run_name: run for run in client.search_runs([experiment], max_results=_MOST)}
+                    for run in runs:
+                        if run.benchmark == benchmark:
+                            counts[_write(client, experiment, run, stored.get(run.id))] += 1
         except Exception as error:  # MLflow passes on errors of databases, drivers and servers
             hidden = hide_passwords(uri)
-            reason = hide_passwords(first_line(error).replace(uri, hidden))
+            reason = hide_passwords(_problem(error).replace(uri, hidden))
             raise RunError(f"MLflow at {hidden}: {reason}") from None
     return dict(counts)
+
+
+@contextmanager
+def _database_lock(uri: str) -> Iterator[None]:
+    """Wait until no other process mirrors into a PostgreSQL database. Other stores have no such lock."""
+    if not uri.startswith(_POSTGRESQL):
+        yield
+        return
+    # without a pool, so that the connection closes after the block, which frees the lock
+    engine = create_engine(uri, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        # else MLflow fails where two processes create its tables at once, and stores runs of both folders twice
+        connection.execute(text("SELECT pg_advisory_lock(:number)"), {"number": _LOCK_NUMBER})
+        yield
+
+
+def _problem(error: Exception) -> str:
+    """Describe MLflow's error in one line."""
+    # SQLAlchemy may say it in a later line
+    if "database is locked" in str(error):
+        return "the database is locked; end the other process that uses it, and repeat"
+    return first_line(error)
 
 
 def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str:
