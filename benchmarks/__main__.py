@@ -112,43 +112,45 @@ def export(spec: Path, output: Path, form: str) -> None:
     click.echo(f"wrote {output}: {export_run(spec, output, form)}")
 
 
+_benchmark = click.option("--benchmark", required=True, help="The benchmark.")
+_part = click.option("--part", help="Only this set, if each set has its own tables.")
+
+
 @cli.command()
 @_suite
-@click.option("--benchmark", required=True, help="The benchmark.")
-@click.option("--part", help="Only this set, if each set has its own tables.")
-def tables(suite: str, benchmark: str, part: str | None) -> None:
-    """Write the tables and figures of a benchmark."""
-    from benchmarks.harness.base import RESULTS
-    from benchmarks.harness.config.benchmark import load_benchmark
-    from benchmarks.harness.config.yaml import check_names
-    from benchmarks.harness.report.paper import write_paper_items
-    from benchmarks.harness.report.presentation import present
+@_benchmark
+@_part
+def collect(suite: str, benchmark: str, part: str | None) -> None:
+    """Collect the records of a benchmark's finished runs in one file."""
+    from benchmarks.harness.results.records import collect as collect_records
 
-    loaded = _load_suite(suite, benchmark)
-    if part:
-        check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
+    loaded = _load_suite(suite, benchmark, part)
     _check_finished(loaded, [benchmark], part)
-    presented = present(load_benchmark(benchmark), loaded.runs_of(benchmark, part))
-    shown = presented.parts[part] if part else presented
-    for table in shown.tables:
-        table.write(RESULTS / suite / "tables")
-    for name, figure in shown.figures.items():
-        figure.draw(RESULTS / suite / "figures" / name)
-    write_paper_items(loaded, shown)
+    click.echo(f"wrote {collect_records(loaded, benchmark, part)}")
+
+
+@cli.command()
+@_suite
+@_benchmark
+@_part
+def tables(suite: str, benchmark: str, part: str | None) -> None:
+    """Write the tables and figures of a benchmark from its collected records."""
+    from benchmarks.harness.report.writing import write_tables
+
+    write_tables(_load_suite(suite, benchmark, part), benchmark, part)
 
 
 @cli.command()
 @_suite
 @click.option("--write", is_flag=True, help="Write tables and figures below results/ instead of printing.")
 def claims(suite: str, write: bool) -> None:
-    """Test the paper's claims on finished runs."""
+    """Test the paper's claims on the numbers that `tables` wrote."""
     from benchmarks.harness.config.paper_items import main_figure
-    from benchmarks.harness.report.claims import claims_table, collect_claim_numbers, judge_claims, write_claims
+    from benchmarks.harness.report.claims import claims_table, judge_claims, read_claim_numbers, write_claims
     from benchmarks.harness.report.paper import draw_main
 
     loaded = _load_suite(suite)
-    _check_finished(loaded, loaded.claimed)
-    numbers = collect_claim_numbers(loaded)
+    numbers = read_claim_numbers(loaded)
     judged = judge_claims(loaded, numbers)
     if write:
         write_claims(loaded, judged)
@@ -162,24 +164,31 @@ def claims(suite: str, write: bool) -> None:
 @click.option("--output", type=click.Path(path_type=Path, resolve_path=True), required=True, help="The HTML page.")
 @click.option("--benchmark", help="Only this benchmark.")
 def report(suite: str, output: Path, benchmark: str | None) -> None:
-    """Write the one-page report of a suite with its tables."""
+    """Write the one-page report of a suite from its tables and figures."""
     from benchmarks.harness.report.page import write_report
 
-    loaded = _load_suite(suite, benchmark)
-    _check_finished(loaded, [benchmark] if benchmark else loaded.settings.benchmarks)
-    write_report(loaded, output, benchmark)
+    write_report(_load_suite(suite, benchmark), output, benchmark)
 
 
 @cli.command()
 @_suite
-def mirror(suite: str) -> None:
-    """Mirror finished runs to MLflow."""
-    from benchmarks.harness.results.mlflow import mirror as mirror_runs
+@click.option("--output", type=_PATH, help="File for the summary that is printed otherwise.")
+def mirror(suite: str, output: Path | None) -> None:
+    """Mirror the collected runs to MLflow."""
+    from benchmarks.harness.base import write_text
+    from benchmarks.harness.results.mlflow import mirror as mirror_records
+    from benchmarks.harness.results.records import read_records
 
     loaded = _load_suite(suite)
-    _check_finished(loaded, loaded.settings.benchmarks)
-    counts = mirror_runs(loaded.runs, loaded.tracking_uri)
-    click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
+    records = []
+    for name in loaded.settings.benchmarks:
+        records += read_records(loaded, name)
+    counts = mirror_records(records, loaded.tracking_uri)
+    text = "MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items())
+    if output:
+        write_text(output, text + "\n")
+    else:
+        click.echo(text)
 
 
 @cli.command()
@@ -189,7 +198,7 @@ def check(suite: str, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones."""
     from benchmarks.harness.results.check import check as check_suite
 
-    comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
+    comparison = check_suite(_load_suite(suite), elsewhere=elsewhere)
     click.echo(comparison)
     raise click.exceptions.Exit(not comparison.passed)
 
@@ -201,7 +210,7 @@ def verify(suite: str, count: int) -> None:
     """Rerun some finished runs, and compare their numbers."""
     from benchmarks.harness.results.check import verify as verify_runs
 
-    result = verify_runs(_load_suite(suite).runs, suite, count, click.echo)
+    result = verify_runs(_load_suite(suite), count, click.echo)
     click.echo(str(result))
     raise click.exceptions.Exit(not result.passed)
 
@@ -215,7 +224,7 @@ def bless(suite: str) -> None:
     """
     from benchmarks.harness.results.check import bless as bless_suite
 
-    click.echo(f"wrote {bless_suite(_load_suite(suite).runs, suite, click.echo)}")
+    click.echo(f"wrote {bless_suite(_load_suite(suite), click.echo)}")
 
 
 @cli.command()
@@ -230,9 +239,10 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
 
     from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets
+    from benchmarks.harness.workflow.environment import job_environment
 
     loaded = _load_suite(suite)
-    os.environ.update(loaded.environment())
+    os.environ.update(job_environment(loaded))
     if data_root:
         os.environ[DATA_ROOT] = data_root
     if not check:
@@ -315,8 +325,11 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
     serve(socket.socket(fileno=listener), import_all, _run_command)
 
 
-def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
-    """Load a suite with the job's overrides; change to the checkout if the folder has no results."""
+def _load_suite(suite: str, benchmark: str | None = None, part: str | None = None) -> Suite:
+    """Load a suite with the job's overrides, and check that it has a benchmark and part.
+
+    Changes to the checkout if the folder has no results.
+    """
     from benchmarks.harness.base import RESULTS, ROOT
     from benchmarks.harness.config.suite import suite_of_job
     from benchmarks.harness.config.yaml import check_names
@@ -325,7 +338,10 @@ def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
         click.echo(f"there is no {RESULTS}/ here; working in {ROOT}", err=True)
         os.chdir(ROOT)
     loaded = suite_of_job(suite)
-    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
+    if benchmark:
+        check_names(f"suite {suite}: '", "benchmark", [benchmark], loaded.settings.benchmarks)
+        if part:
+            check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
     return loaded
 
 

@@ -16,7 +16,7 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, reopen
 from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.results.records import collect, read_metrics
+from benchmarks.harness.results.records import read_record, tabulate_numbers
 from benchmarks.harness.training.callbacks import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
@@ -43,11 +43,13 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     load = partial(load_part, rows=settings.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
     test, splits = load(read.task, "test"), {other.name: _load(other, load) for other in read.ood}
     chosen = _chosen(read)
-    trained, recorded = parse(chosen.spec, TextSpec, chosen.folder), read_metrics(chosen)
-    training, tokenizer = trained.training, load_tokenizer(chosen.spec["model"])
+    trained = parse(chosen.spec, TextSpec, chosen.folder)
+    recorded = read_record(chosen).metrics
+    training = trained.training
+    tokenizer = load_tokenizer(chosen.spec["model"])
     build = partial(build_classifier, tokenizer=tokenizer)
     try:
-        classifier = reopen(build, chosen.spec, recorded["model"]["source"]["weights"], RUNS / chosen.folder / "model")
+        classifier = reopen(build, chosen.spec, recorded.weights, RUNS / chosen.folder / "model")
     except (DataError, CheckpointError) as error:
         raise DataError(
             f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
@@ -61,7 +63,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
     if same and not emoe.is_converted(classifier.model):
-        tested = recorded["scores"]["test"][read.task.name]  # the training run's test scores
+        tested = (recorded.scores or {})["test"][read.task.name]  # the training run's test scores
     else:
         progress.say(f"evaluating on {read.task.name}, {len(test):,} rows")
         tested = evaluator.evaluate(test, routing=routing)
@@ -91,7 +93,8 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
 def _chosen(spec: EvaluationSpec) -> Run:
     """Return this seed's candidate with the learning rate and variant of the best mean dev score."""
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
-    best = select_runs(collect(candidates), spec.protocol).iloc[0][[*CHOICE]]
+    numbers = tabulate_numbers(read_record(candidate) for candidate in candidates)
+    best = select_runs(numbers, spec.protocol).iloc[0][[*CHOICE]]
     for candidate in candidates:
         choice = (candidate.spec["method"]["variant"], candidate.spec["learning_rate"])
         if choice == tuple(best) and candidate.spec["seed"] == spec.seed:

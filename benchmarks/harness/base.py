@@ -128,10 +128,39 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically, lists of numbers on one line each."""
+    """Write JSON atomically; see :func:`format_json`."""
+    write_text(path, format_json(content))
+
+
+def format_json(content: object) -> str:
+    """Format JSON with sorted keys, and lists of numbers on one line each."""
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     text = re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda numbers: "".join(numbers[0].split()).replace(",", ", "), text)
-    write_text(path, text + "\n")
+    return text + "\n"
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines of text atomically, one after the other."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+
+
+def read_bytes(path: Path, advice: str = "") -> bytes:
+    """Read a file.
+
+    Args:
+        path: The path of the file.
+        advice: The end of the message of an error, such as "delete it".
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        check_is_file(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(_with_advice(f"{path} cannot be read: {error.strerror}", advice)) from None
 
 
 def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
@@ -145,14 +174,15 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
     Raises:
         DataError: The file cannot be read, or its content does not fit the model; names file and key.
     """
+    content = read_bytes(path, advice)
     try:
-        check_is_file(path)
-        return TypeAdapter(model).validate_json(path.read_bytes())
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
+        return TypeAdapter(model).validate_json(content)
     except ValidationError as error:
-        problem = f"is damaged: {first_problem(error)}"
-    raise DataError(f"{path} {problem}" + (f"; {advice}" if advice else ""))
+        raise DataError(_with_advice(f"{path} is damaged: {first_problem(error)}", advice)) from None
+
+
+def _with_advice(problem: str, advice: str) -> str:
+    return f"{problem}; {advice}" if advice else problem
 
 
 def check_is_file(path: Path) -> None:

@@ -13,7 +13,7 @@ from benchmarks.harness.base import DataError
 from benchmarks.harness.config.runs import read_run
 from benchmarks.harness.models.build import build_language_model, reopen
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.records import read_record
 from benchmarks.llama.definition import PromptTemplate
 from benchmarks.llama.templates import find_template
 from emoe.files import check_new, save_weights
@@ -49,7 +49,7 @@ def export(path: Path, output: Path, form: str) -> str:
             "nothing, or has training.keep_weights: false"
         )
     check_new(output)
-    recorded = read_metrics(run, path.parents[2])["model"]["source"]["weights"]
+    recorded = read_record(run, path.parents[2]).metrics.weights
     # adapters cannot be merged into quantised weights
     spec["model"] = {key: value for key, value in spec["model"].items() if key != "quantize"}
     trained = reopen(build_language_model, spec, recorded, path.parent / "model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -272,6 +271,10 @@ class Suite:
         part = self.benchmark_parts.get(benchmark)
         named = dict.fromkeys(name for block in (part.settings.grid if part else ()) for name in block.set)
         return [name for name in named if name not in self.settings.exclude]
+
+    def record_parts(self, benchmark: str) -> list[str | None]:
+        """Return the parts of a benchmark whose records have files of their own; only None if all are in one file."""
+        return [*self.parts(benchmark)] or [None]
 
     @property
     def tracking_uri(self) -> str:

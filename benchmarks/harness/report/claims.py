@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.config.artifacts import CLAIMS
+from benchmarks.harness.base import DataError, first_problem, read_bytes, write_lines
+from benchmarks.harness.config.artifacts import CLAIMS, numbers_file
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
-from benchmarks.harness.config.claims import ClaimTest, Comparison, load_claims
+from benchmarks.harness.config.claims import ClaimTest, Comparison, claimed_benchmarks, load_claims
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.common import interval_text, name_or_count
+from benchmarks.harness.report.common import COMPARED, interval_text, name_or_count
 from benchmarks.harness.report.plots import draw_forest, placeholder_figure
-from benchmarks.harness.report.presentation import has_random_weights, present
+from benchmarks.harness.report.presentation import has_random_weights
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.claims import Evidence, Verdict, compare_with_paper, find_evidence, is_within, judge
 from benchmarks.harness.results.statistics import Difference, holm
 
+_NUMBER = TypeAdapter(dict[str, str | int | float | None])
 _COMPARED = {"benchmark", "method", "against", "domain", "metric"}
 _TEXTS = ("contrast", *sorted(_COMPARED), "pair", "against_paper", "equivalent", "unit", "n_shown", "runs_shown")
 _NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
@@ -55,9 +59,32 @@ def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
     draw_claims(rows, folder / "figures" / CLAIMS.stem("all"))
 
 
-def collect_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Collect the claim numbers of each benchmark, with the columns ``COMPARED`` of :mod:`.common`."""
-    return {name: present(load_benchmark(name), suite.runs_of(name)).outcomes.claim_numbers() for name in suite.claimed}
+def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> None:
+    """Write the numbers of a benchmark that claims compare, one a line, with the columns ``COMPARED`` of :mod:`.common`."""
+    # pandas keeps numpy's numbers in columns of mixed types
+    lines = (
+        json.dumps(row, default=lambda number: number.item(), allow_nan=False) for row in numbers.to_dict("records")
+    )
+    write_lines(Path(numbers_file(suite, benchmark)), lines)
+
+
+def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Read the claim numbers of each benchmark of a suite that tests claims.
+
+    Raises:
+        DataError: A file is missing or damaged.
+    """
+    numbers = {}
+    for name in claimed_benchmarks(suite):
+        path = Path(numbers_file(suite.name, name))
+        advice = f"`snakemake --cores all {path} --config suite={suite.name}` makes it"
+        lines = read_bytes(path, advice).splitlines()
+        try:
+            rows = [_NUMBER.validate_json(line) for line in lines]
+        except ValidationError as error:
+            raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from error
+        numbers[name] = pd.DataFrame(rows, columns=COMPARED)
+    return numbers
 
 
 def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

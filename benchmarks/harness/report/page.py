@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import os
 import re
+import statistics
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,19 @@ from markupsafe import Markup
 import emoe
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import write_text
-from benchmarks.harness.config.artifacts import CLAIMS
-from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.catalogue import model_title
+from benchmarks.harness.config.claims import claimed_benchmarks
 from benchmarks.harness.config.paper_items import load_paper, main_figure
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import CAPTION, verdict_sentences
 from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.plots import is_drawn
-from benchmarks.harness.report.presentation import Presentation, has_random_weights, present
-from benchmarks.harness.report.table import MISSING, TEMPLATES
-from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.report.section import Machine, Section, read_section, section_title
+from benchmarks.harness.report.table import TEMPLATES
 
 _HERE = Path(__file__).parent
-_FEW_LABELS = 10
 _DATA = ["Task", "Split", "Rows used", "By label", "Dropped without a clear label or text"]
 
 
@@ -40,21 +38,23 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     """Write the page of a suite, or of one benchmark without the claims. The tables and figures must exist."""
     page = _Page(suite, output.parent.absolute())
     names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
-    recorded = {name: [_page_metrics(run) for run in suite.runs_of(name)] for name in names}
-    everything = list(itertools.chain(*recorded.values()))
-    models = dict.fromkeys(run.spec["model"]["name"] for name in names for run in suite.runs_of(name))
-    costs = {name: _costs(name, members) for name, members in {**recorded, "all": everything}.items()}
-    machines = Counter(tuple(_environment_texts(metrics["environment"]).items()) for metrics in everything)
+    sections = {name: read_section(artifacts_of(name), suite.name) for name in names}
+    costs = [_costs(name, [section]) for name, section in sections.items()]
+    costs.append(_costs("all", list(sections.values())))
+    models: dict[str, None] = {}
+    for section in sections.values():
+        models |= dict.fromkeys(section.models)
+    is_random = _are_random(sections.values())
     text = TEMPLATES.get_template("page.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
-        claims={} if benchmark else page.claims(),
+        claims={} if benchmark else page.claims(is_random),
         shown_names=names,
-        sections=[{**_section(page, name, recorded[name]), "cost": costs[name]} for name in names],
+        sections=[page.section(name, section) for name, section in sections.items()],
         models=name_or_count([model_title(model) for model in models], "models"),
         paper=[] if benchmark else page.paper_items(),
-        costs=list(costs.values()),
-        environments=[{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()],
+        costs=costs,
+        machines=_sum_machines(sections.values()),
         runs_folder=page.link(paths.RUNS),
         style=_read_trusted(_HERE / "page.css"),
         script=_read_trusted(_HERE / "page.js"),
@@ -85,10 +85,12 @@ class _Page:
             "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
         }
 
-    def figure(self, path: Path, caption: str) -> dict[str, str]:
+    def drawn_figure(self, path: Path, caption: str) -> dict[str, str]:
         """Return a figure's template data; empty for a placeholder."""
-        if not is_drawn(path):
-            return {}
+        return self.figure(path, caption) if is_drawn(path) else {}
+
+    def figure(self, path: Path, caption: str) -> dict[str, str]:
+        """Return a figure's template data."""
         image = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
         return {
             "name": path.name,
@@ -98,31 +100,57 @@ class _Page:
             "alt": caption_title(caption),
         }
 
-    def tables_and_figures(self, presentation: Presentation) -> dict[str, Any]:
-        """List the tables and figures of a benchmark or set, and the titles of the empty ones."""
-        tables = [self.table(table.name, table.title) for table in presentation.tables if len(table.frame)]
-        empty = [table.title for table in presentation.tables if not len(table.frame)]
+    def tables_and_figures(self, section: Section) -> dict[str, Any]:
+        """List the tables and figures of a section, and the titles of the empty ones."""
+        tables = []
         figures = []
-        for name, entry in presentation.figures.items():
-            if figure := self.figure(self.results / "figures" / name, entry.caption):
-                figures.append(figure)
+        empty: dict[str, None] = {}
+        for table in section.tables:
+            if table.is_empty:
+                empty[table.title] = None
             else:
-                empty.append(caption_title(entry.caption))
-        return {"tables": tables, "figures": figures, "empty": list(dict.fromkeys(empty))}
+                tables.append(self.table(table.name, table.title))
+        for figure in section.figures:
+            if figure.is_empty:
+                empty[caption_title(figure.caption)] = None
+            else:
+                figures.append(self.figure(self.results / "figures" / figure.name, figure.caption))
+        return {"tables": tables, "figures": figures, "empty": list(empty)}
 
-    def claims(self) -> dict[str, Any]:
+    def section(self, name: str, section: Section) -> dict[str, Any]:
+        """Return the template data of a benchmark and its sets."""
+        parts = []
+        for part in self.suite.parts(name):
+            of_set = artifacts_of(name, part)
+            shown = self.tables_and_figures(read_section(of_set, self.suite.name))
+            parts.append({"title": section_title(of_set), **shown})
+        return {
+            "name": name,
+            "title": section_title(artifacts_of(name)),
+            "random_weights": bool(section.random_weights),
+            "suite_note": self.suite.benchmark_parts[name].settings.note or "",
+            "verdicts": section.verdicts,
+            "note": section.note,
+            "data": [dict(zip(_DATA, row.model_dump().values(), strict=True)) for row in section.data],
+            "training": section.training,
+            "optimiser": section.optimizer,
+            "cost": _costs(name, [section]),
+            **self.tables_and_figures(section),
+            "parts": parts,
+        }
+
+    def claims(self, is_random: bool) -> dict[str, Any]:
         """Return the claims with their table and figures; empty if the suite tests no claim."""
-        if not self.suite.claimed:
+        if not claimed_benchmarks(self.suite):
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
         main = next(item for item in load_paper().items.values() if item.main)
-        is_random = has_random_weights(self.suite.runs)
         return {
             "sentences": [] if is_random else verdict_sentences(verdicts),
             "tests": {title: tests.to_dict("records") for title, tests in verdicts.groupby("claim_title", sort=False)},
             "table": self.table(CLAIMS.name, "Every test"),
-            "figure": self.figure(self.results / "figures" / CLAIMS.name, CAPTION),
-            "main": self.figure(main_figure(self.suite.name), main.caption or ""),
+            "figure": self.drawn_figure(self.results / "figures" / CLAIMS.name, CAPTION),
+            "main": self.drawn_figure(main_figure(self.suite.name), main.caption or ""),
         }
 
     def paper_items(self) -> list[dict[str, Any]]:
@@ -139,79 +167,35 @@ def caption_title(caption: str) -> str:
     return re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)[0].rstrip(".")
 
 
-def _page_metrics(run: Run) -> dict[str, Any]:
-    """Read the parts of a ``metrics.json`` that the page shows outside tables and figures."""
-    metrics = read_metrics(run)
-    return {key: metrics.get(key, {}) for key in ("data", "cost", "environment")}
+def _are_random(sections: Iterable[Section]) -> bool:
+    """Return True if all models of all sections have random weights."""
+    known = [section.random_weights for section in sections if section.random_weights is not None]
+    return bool(known) and all(known)
 
 
-def _section(page: _Page, name: str, recorded: list[dict[str, Any]]) -> dict[str, Any]:
-    benchmark = load_benchmark(name)
-    runs = page.suite.runs_of(name)
-    presentation, is_random = present(benchmark, runs), has_random_weights(runs)
-    verdicts = [] if is_random else presentation.verdicts
-    return {
-        "name": name,
-        "title": benchmark.definition.title,
-        "random_weights": is_random,
-        "suite_note": page.suite.benchmark_parts[name].settings.note or "",
-        "verdicts": verdicts,
-        "note": presentation.note,
-        "data": _data_rows(runs, recorded),
-        "training": _training_texts(runs) if presentation.optimizer else {},
-        "optimiser": presentation.optimizer,
-        **page.tables_and_figures(presentation),
-        "parts": [
-            {"title": benchmark.tasks[part].title, **page.tables_and_figures(presented)}
-            for part, presented in presentation.parts.items()
-        ],
-    }
-
-
-def _data_rows(runs: list[Run], recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """List row and label counts per task and split; use the largest split if runs differ."""
-    rows = []
-    for run, metrics in zip(runs, recorded, strict=True):
-        for key, summary in metrics["data"].items():
-            split, _, task = key.partition(":")  # "split:task" if a run has several sets
-            labels = summary.get("labels") or dict(zip(("from", "to"), summary.get("range", ()), strict=False))
-            texts = [f"{label}: {count}" for label, count in labels.items()]
-            listed = ", ".join(texts) if len(texts) <= _FEW_LABELS else f"{len(texts)} classes"
-            names = (task or run.spec["task"]["name"], "test" if split == "ood" else split)
-            rows += [(*names, summary["rows"], listed, summary["dropped"])] if labels else []
-    frame = pd.DataFrame(rows, columns=_DATA).sort_values(_DATA[:3], kind="stable")
-    return frame.drop_duplicates(_DATA[:2], keep="last").to_dict("records")
-
-
-def _training_texts(runs: list[Run]) -> dict[str, str]:
-    """Describe the training settings by key; list up to three values if runs differ."""
-    settings = pd.DataFrame([{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs])
-    texts = settings.astype(object).where(settings.notna(), MISSING).astype(str)
-    return {key: name_or_count(list(texts[key].unique()), "values") for key in texts}
-
-
-def _costs(name: str, recorded: list[dict[str, Any]]) -> dict[str, str]:
-    """Format the run count, hours, seconds per run and peak memory of a benchmark."""
-    costs = pd.DataFrame([metrics["cost"] for metrics in recorded])
-    seconds = costs["job_seconds"]
+def _costs(name: str, sections: Sequence[Section]) -> dict[str, str]:
+    """Format the run count, hours, seconds per run and peak memory of some benchmarks."""
+    seconds: list[float] = []
+    for section in sections:
+        seconds += section.job_seconds
+    peak_memory = max(section.peak_memory_mb for section in sections)
     return {
         "Benchmark": name,
-        "Runs": f"{len(costs):,}",
-        "Hours": f"{seconds.sum() / 3600:.2f}",
-        "Median run (s)": f"{seconds.median():.0f}",
-        "Longest run (s)": f"{seconds.max():.0f}",
-        "Peak memory (MB)": f"{costs['peak_memory_mb'].max():,.0f}",
+        "Runs": f"{len(seconds):,}",
+        "Hours": f"{sum(seconds) / 3600:.2f}",
+        "Median run (s)": f"{statistics.median(seconds):.0f}",
+        "Longest run (s)": f"{max(seconds):.0f}",
+        "Peak memory (MB)": f"{peak_memory:,.0f}",
     }
 
 
-def _environment_texts(environment: dict[str, Any]) -> dict[str, str]:
-    """Format the machine, packages and commit of a run."""
-    texts = {}
-    for key, value in environment.items():
-        if key != "fingerprint":  # for `check`
-            listed = [f"{name} {version}" for name, version in value.items()] if isinstance(value, dict) else value
-            texts[key.replace("_", " ")] = (", ".join(listed) or "none") if isinstance(listed, list) else str(listed)
-    return texts
+def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
+    """Add up the runs of each machine, and list the machines, those with most runs first."""
+    runs: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for section in sections:
+        for machine in section.machines:
+            runs[tuple(machine.facts.items())] += machine.runs
+    return [Machine(runs=count, facts=dict(facts)) for facts, count in runs.most_common()]
 
 
 def _read_trusted(path: Path) -> Markup:

@@ -13,6 +13,7 @@ from benchmarks.harness.config.artifacts import Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.table import RUNS, Table
+from benchmarks.harness.results.records import Record
 
 NOTE = (
     "Differences are in points: means over paired seeds with 95 % confidence intervals. Verdicts use paired t-tests at "
@@ -116,9 +117,9 @@ def has_random_weights(runs: Sequence[Run]) -> bool:
     return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 
-def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present the finished runs of a benchmark."""
-    presentation: Presentation = benchmark.checked_presentation().present(benchmark, runs)
+    presentation: Presentation = benchmark.checked_presentation().present(benchmark, records)
     return presentation
 
 

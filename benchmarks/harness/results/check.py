@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +23,6 @@ from benchmarks.harness.base import (
     BENCHMARKS,
     REFERENCE,
     ROOT,
-    RUNS,
     DefinitionError,
     atomic_write,
     check_is_file,
@@ -36,9 +33,21 @@ from benchmarks.harness.base import (
 )
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.config.reference import bless_advice, read_origin
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_metrics, run_keys, run_numbers
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.results.content import Metrics, ModelNumbers, Probe
+from benchmarks.harness.results.records import (
+    GROUP_KEYS,
+    Record,
+    check_current,
+    check_finished,
+    read_record,
+    read_records,
+    records_file,
+    run_keys,
+    run_numbers,
+)
+from benchmarks.harness.results.reference import bless_advice, read_origin
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
@@ -61,7 +70,6 @@ class Numbers:
     rows: pd.DataFrame  # one per number: KEYS, value (text with all digits) and machine
     machines: Mapping[str, Mapping[str, str]]  # fingerprints by name
     code: str  # code_digest() at the time of the runs
-    seconds: Mapping[str, float]  # the median duration of a run of each benchmark, for the time left of a workflow
 
 
 @dataclass(frozen=True)
@@ -165,62 +173,71 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def collect_numbers(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
-    """Collect the numbers of finished runs from their ``metrics.json``, without costs.
+def check_numbers(records: Iterable[Record]) -> Numbers:
+    """Make the compared numbers of finished runs, without costs.
 
     Raises:
         DefinitionError: Two runs have the same name.
     """
-    numbers, machines = list[tuple[object, ...]](), dict[str, Mapping[str, str]]()
-    seconds = dict[str, list[float]]()
-    for run, metrics in results:
-        fingerprint = metrics["environment"]["fingerprint"]
+    numbers: list[tuple[object, ...]] = []
+    machines: dict[str, Mapping[str, str]] = {}
+    for record in records:
+        run, metrics = record.run, record.metrics
+        fingerprint = metrics.environment.fingerprint
         machine = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
         machines[machine] = fingerprint
-        seconds.setdefault(run.benchmark, []).append(float(metrics["cost"]["job_seconds"]))
         keys = run_keys(run)
         keys["learning_rate"] = f"{keys['learning_rate']:g}"
         name = " ".join(str(keys[key]) for key in GROUP_KEYS if keys[key])
-        values = [*_scores(run, metrics), *_other_numbers(run, metrics)]
-        numbers += [(name, keys["seed"], *value, machine) for value in values]
+        for value in (*_scores(run, metrics), *_other_numbers(run, metrics)):
+            numbers.append((name, keys["seed"], *value, machine))
     rows = pd.DataFrame(numbers, columns=_COLUMNS)
     twice = rows[rows.duplicated(KEYS)]
     if len(twice):
         raise DefinitionError(f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
-    medians = {name: round(statistics.median(times), 1) for name, times in seconds.items()}
-    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest(), medians)
+    sorted_rows = rows.sort_values(KEYS, kind="stable", ignore_index=True)
+    return Numbers(sorted_rows, machines, code_digest())
 
 
-def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def _scores(run: Run, metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
     """Yield part, set, metric and value (text with all digits) of the numbers that tables show."""
     for part, task, metric, number in run_numbers(run, metrics):
         if metric in load_metrics() and part not in ("cost", "dev_best"):
             value = float(number)
-            yield part, task, metric, repr(int(value) if value.is_integer() and tolerance_of(metric) == 0 else value)
+            is_count = value.is_integer() and tolerance_of(metric) == 0
+            yield part, task, metric, repr(int(value) if is_count else value)
 
 
-def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def _other_numbers(run: Run, metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
     """Yield part, set, metric and value (text) of a run's probe, model and data."""
-    probe, model = metrics.get("probe", {}), metrics.get("model", {})
-    for step, loss in enumerate(probe.get("losses", ()), 1):
+    if metrics.probe:
+        is_evaluation = "candidates" in run.spec
+        yield from _probe_numbers(metrics.probe, "trained_logits" if is_evaluation else "logits")
+    if metrics.model:
+        yield from _model_numbers(metrics.model)
+    for name, summary in (metrics.data or {}).items():
+        yield "data", name, "content", summary.content
+
+
+def _probe_numbers(probe: Probe, logits: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the losses, logits (under the given metric) and expert loads of a probe."""
+    for step, loss in enumerate(probe.losses, 1):
         yield "probe", "", f"loss_{step}", loss
-    if probe.get("logits"):
-        name = "trained_logits" if "candidates" in run.spec else "logits"
-        yield "probe", "", name, " ".join(map(repr, probe["logits"].values()))
-    for layer, loads in probe.get("loads", {}).items():
+    if probe.logits:
+        yield "probe", "", logits, " ".join(repr(value) for _, value in probe.logits)
+    for layer, loads in probe.loads.items():
         yield "probe", f"layer {layer}", "loads", " ".join(map(str, loads))
-    for layer in model.get("conversion", ()):
-        name, experts = f"layer {layer['index']}", f"{layer['experts']} experts of {layer['expert_size']}"
-        yield "model", name, "conversion", f"{experts}, top {layer['top_k']}"
-        if layer["explained"] is not None:
-            yield "model", name, "inertia", repr(1 - layer["explained"])
-    for group, content in model.get("trained", {}).items():
-        yield "model", group, "trained", f"{content['parameters']} {content['names']}"
-    for name, summary in metrics.get("data", {}).items():
-        counts = [f"{key} {count}" for key, count in sorted(summary.items()) if isinstance(count, int)]
-        labels = [f"{label}: {count}" for label, count in summary.get("labels", {}).items()]
-        digest = [summary["digest"]] if "digest" in summary else []
-        yield "data", name, "content", ", ".join([*counts, *labels, *digest])
+
+
+def _model_numbers(model: ModelNumbers) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the conversion of each layer, and the trained parameters of each group."""
+    for layer in model.conversion:
+        name = f"layer {layer.index}"
+        yield "model", name, "conversion", f"{layer.experts} experts of {layer.expert_size}, top {layer.top_k}"
+        if layer.explained is not None:
+            yield "model", name, "inertia", repr(1 - layer.explained)
+    for group, trained in model.trained.items():
+        yield "model", group, "trained", f"{trained.parameters} {trained.names}"
 
 
 def read_reference(suite: str) -> Numbers:
@@ -243,7 +260,7 @@ def read_reference(suite: str) -> Numbers:
     unknown = sorted(set(rows["machine"]) - set(origin.machines))
     if unknown:
         raise DefinitionError(f"{path} names the machine '{unknown[0]}', which its json does not have; {advice}")
-    return Numbers(rows, origin.machines, origin.code, origin.seconds)
+    return Numbers(rows, origin.machines, origin.code)
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
@@ -251,88 +268,101 @@ def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
     path = REFERENCE / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
-    origin = {"commit": commit, "machines": numbers.machines, "code": numbers.code, "seconds": numbers.seconds}
+    origin = {"commit": commit, "machines": numbers.machines, "code": numbers.code}
     write_json(path.with_suffix(".json"), origin)
     return path
 
 
-def _finished_runs(runs: Sequence[Run], suite: str) -> list[Run]:
-    finished = [run for run in runs if (RUNS / run.folder / "metrics.json").exists()]
-    if not finished:
-        raise DefinitionError(f"no run of the suite '{suite}' is finished below {RUNS}: `make run SUITE={suite}`")
-    return finished
+def check(suite: Suite, *, elsewhere: bool = False) -> CheckResult:
+    """Compare the collected records of a suite with its blessed numbers.
 
-
-def read_numbers(runs: Sequence[Run]) -> Numbers:
-    """Read the numbers of finished runs; see :func:`collect_numbers`."""
-    return collect_numbers([(run, read_metrics(run)) for run in runs])
-
-
-def check(runs: Sequence[Run], suite: str, *, elsewhere: bool = False) -> CheckResult:
-    """Compare the finished runs of a suite with its blessed numbers.
+    Runs without a collected record are listed as unfinished.
 
     Raises:
-        DefinitionError: No run is finished, or a file is missing or damaged.
+        DefinitionError: No record is collected, or the reference is missing or damaged.
+        DataError: A file of records is damaged, or older than a ``metrics.json``.
     """
-    finished = _finished_runs(runs, suite)
-    unfinished = sorted({run.id for run in runs} - {run.id for run in finished})
-    before, after = read_reference(suite), read_numbers(finished)
-    return compare(before, after, suite, elsewhere=elsewhere, unfinished=unfinished)
+    records: list[Record] = []
+    for name in suite.settings.benchmarks:
+        for part in suite.record_parts(name):
+            if records_file(suite.name, name, part).exists():
+                records += read_records(suite, name, part)
+    if not records:
+        raise DefinitionError(f"no run of the suite '{suite.name}' is collected: `make run SUITE={suite.name}`")
+    for record in records:
+        check_current(record)
+    collected = {record.run.folder for record in records}
+    unfinished = sorted(run.name for run in suite.runs if run.folder not in collected)
+    before = read_reference(suite.name)
+    return compare(before, check_numbers(records), suite.name, elsewhere=elsewhere, unfinished=unfinished)
 
 
-def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
+def run_again(records: Sequence[Record], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
     """Rerun finished runs, each in a new process that writes to a temporary folder.
 
     Returns:
-        The new numbers, and for each failed run its id and last line of output.
+        The new numbers, and for each failed run its name and last line of output.
     """
-    results, failures = [], []
+    repeated: list[Record] = []
+    failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="again-") as folder:
-        for run in runs:
-            before = read_metrics(run)
-            say(f"running {run.id} again, about {before['cost']['job_seconds']:.0f} s")
+        for record in records:
+            run = record.run
+            say(f"running {run.name} again, about {record.metrics.cost.job_seconds:.0f} s")
             path = Path(folder) / run.folder / "run.json"
             write_text(path, run.to_json())
-            threads = str(before["environment"]["threads"])
+            threads = str(record.metrics.environment.threads)
             command = [sys.executable, "-m", "benchmarks", "run", str(path), "--threads", threads]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             if process.returncode:
-                failures.append(f"{run.id}: {(process.stderr.strip() or 'no output').splitlines()[-1]}")
+                output = process.stderr.strip() or "no output"
+                failures.append(f"{run.name}: {output.splitlines()[-1]}")
             else:
-                results.append((run, read_metrics(run, Path(folder))))
-    return collect_numbers(results), failures
+                repeated.append(read_record(run, Path(folder)))
+    return check_numbers(repeated), failures
 
 
-def verify(runs: Sequence[Run], suite: str, count: int, say: Callable[[str], None]) -> CheckResult:
+def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
     """Draw some finished runs, execute them again, and compare their numbers.
 
     Raises:
-        DefinitionError: No run is finished, or a file is damaged.
+        DefinitionError: No run is finished.
+        DataError: A ``metrics.json`` is damaged.
     """
-    finished = _finished_runs(runs, suite)
+    finished = [run for run in suite.runs if run.metrics_file.exists()]
+    if not finished:
+        raise DefinitionError(f"no run of the suite '{suite.name}' is finished: `make run SUITE={suite.name}`")
     chosen = random.sample(finished, min(count, len(finished)))
-    after, failures = run_again(chosen, say)
-    return compare(read_numbers(chosen), after, suite, unfinished=failures)
+    records = [read_record(run) for run in chosen]
+    after, failures = run_again(records, say)
+    return compare(check_numbers(records), after, suite.name, unfinished=failures)
 
 
-def bless(runs: Sequence[Run], suite: str, say: Callable[[str], None]) -> Path:
+def bless(suite: Suite, say: Callable[[str], None]) -> Path:
     """Bless the present numbers, if the fastest run of every benchmark repeats its numbers exactly.
 
     Returns the path of the written csv.
 
     Raises:
         DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other numbers.
+        DataError: A file of records is missing, damaged, or older than a ``metrics.json``.
     """
     commit = clean_commit()
-    check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
-    by_speed = sorted(runs, key=lambda run: float(read_metrics(run)["cost"]["job_seconds"]), reverse=True)
-    fastest = list({run.benchmark: run for run in by_speed}.values())
+    check_finished(suite.runs, f"of the suite '{suite.name}'", f"make run SUITE={suite.name}")
+    records: list[Record] = []
+    fastest: list[Record] = []
+    for name in suite.settings.benchmarks:
+        of_benchmark = read_records(suite, name)
+        records += of_benchmark
+        fastest.append(min(of_benchmark, key=lambda record: record.metrics.cost.job_seconds))
+    for record in records:
+        check_current(record)
     after, failures = run_again(fastest, say)
-    result = compare(read_numbers(fastest), after, suite, unfinished=failures)
+    result = compare(check_numbers(fastest), after, suite.name, unfinished=failures)
     if not result.passed or not all(kind.endswith("exactly") for kind in result.machines):
         say(str(result))
         raise DefinitionError("the runs do not repeat here exactly, so their numbers cannot be blessed")
-    return write_reference(suite, read_numbers(runs), commit)
+    return write_reference(suite.name, check_numbers(records), commit)
 
 
 def clean_commit() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections import Counter
@@ -18,8 +17,7 @@ from sqlalchemy import NullPool, create_engine, text
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import RunError, first_line, hide_passwords
-from benchmarks.harness.config.runs import Run, canonical_json
-from benchmarks.harness.results.records import GROUP_KEYS, read_metrics, run_keys, run_numbers
+from benchmarks.harness.results.records import GROUP_KEYS, Record, run_keys, run_numbers
 
 _DIGEST = "emoe.digest"  # tag with the digest of a run's metrics.json, set when the run is complete
 _SQLITE = "sqlite:///"
@@ -31,7 +29,7 @@ _MOST = 50_000  # stored runs that MLflow returns at once
 _FILES = ("run.json", "metrics.json", paths.LOG)
 
 
-def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
+def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
     """Write the runs that are new or have changed numbers; count the ``added``, ``replaced`` and ``unchanged`` ones.
 
     A benchmark is an experiment. Runs that differ only in their seed have the same tag ``setting``; MLflow's page
@@ -53,12 +51,12 @@ def mirror(runs: Sequence[Run], uri: str) -> dict[str, int]:
         try:
             with _database_lock(uri):
                 client = MlflowClient(uri)
-                for benchmark in dict.fromkeys(run.benchmark for run in runs):
+                for benchmark in dict.fromkeys(record.run.benchmark for record in records):
                     experiment = _experiment(client, benchmark, has_files=not uri.startswith("http"))
                     stored = {run.info.run_name: run for run in client.search_runs([experiment], max_results=_MOST)}
-                    for run in runs:
-                        if run.benchmark == benchmark:
-                            counts[_write(client, experiment, run, stored.get(run.id))] += 1
+                    for record in records:
+                        if record.run.benchmark == benchmark:
+                            counts[_write(client, experiment, record, stored.get(record.run.name))] += 1
         except Exception as error:  # MLflow passes on errors of databases, drivers and servers
             hidden = hide_passwords(uri)
             reason = hide_passwords(_problem(error).replace(uri, hidden))
@@ -96,47 +94,54 @@ def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str
     return str(client.create_experiment(benchmark, location, _KIND))
 
 
-def _write(client: MlflowClient, experiment: str, run: Run, stored: Any) -> str:
+def _write(client: MlflowClient, experiment: str, record: Record, stored: Any) -> str:
     """Write a run unless the stored one has the same numbers; return ``added``, ``replaced`` or ``unchanged``."""
-    metrics = read_metrics(run)
-    digest = hashlib.sha256(canonical_json(metrics).encode()).hexdigest()
-    if stored and stored.data.tags.get(_DIGEST) == digest:
+    if stored and stored.data.tags.get(_DIGEST) == record.digest:
         return "unchanged"
     if stored:
         client.delete_run(stored.info.run_id)
-    keys, environment = run_keys(run), metrics["environment"]
-    end = (paths.RUNS / run.folder / "metrics.json").stat().st_mtime
-    started, ended = round((end - metrics["cost"]["job_seconds"]) * 1000), round(end * 1000)
+    run, metrics = record.run, record.metrics
+    keys = run_keys(run)
+    end = run.metrics_file.stat().st_mtime
+    started = round((end - metrics.cost.job_seconds) * 1000)
+    ended = round(end * 1000)
     tags = {
         "setting": " / ".join(str(keys[key]) for key in GROUP_KEYS[1:] if keys[key] != ""),
         "benchmark": run.benchmark,
-        "processor": environment["processor"],
-        "mlflow.source.git.commit": str(environment["git_commit"]),
-        "git_dirty": str(environment["git_dirty"]),
+        "processor": metrics.environment.processor,
+        "mlflow.source.git.commit": str(metrics.environment.git_commit),
+        "git_dirty": str(metrics.environment.git_dirty),
     }
-    identifier = client.create_run(experiment, started, tags, run.id).info.run_id
+    identifier = client.create_run(experiment, started, tags, run.name).info.run_id
     for file in _FILES:
-        if (path := paths.RUNS / run.folder / file).exists():
+        path = paths.RUNS / run.folder / file
+        if path.exists():
             client.log_artifact(identifier, str(path))
     params = [Param(_plain(key), str(value)) for key, value in _flatten(run.spec).items()]
-    client.log_batch(identifier, list(_numbers(run, metrics, ended)), params)
+    client.log_batch(identifier, list(_numbers(record, ended)), params)
     client.set_terminated(identifier, end_time=ended)
-    client.set_tag(identifier, _DIGEST, digest)
+    client.set_tag(identifier, _DIGEST, record.digest)
     return "replaced" if stored else "added"
 
 
-def _numbers(run: Run, metrics: Mapping[str, Any], time: int) -> Iterator[Metric]:
+def _numbers(record: Record, time: int) -> Iterator[Metric]:
     """Yield the numbers of a run, and its training curves with their steps."""
-    for part, task, metric, value in run_numbers(run, metrics):
+    metrics = record.metrics
+    for part, task, metric, value in run_numbers(record.run, metrics):
         yield Metric(_plain(".".join(filter(None, (part, task, metric)))), float(value), time, 0)
-    losses = [{"step": step, "loss": loss} for step, loss in enumerate(metrics.get("curve", []), start=1)]
-    curves = {"record": metrics.get("records") or [], "epoch": metrics.get("epochs", []), "step": losses}
-    for name, entries in curves.items():
-        counter = "epoch" if name == "epoch" else "step"
-        for entry in entries:
-            for key, value in entry.items():
-                if key != counter and value is not None:  # the loss of a model that diverged
-                    yield Metric(_plain(f"{name}.{key}"), float(value), time, round(entry[counter]))
+    for point in metrics.records or ():
+        yield from _point("record", point.step, point.numbers(), time)
+    for epoch in metrics.epochs:
+        yield from _point("epoch", round(epoch.epoch), epoch.numbers(), time)
+    for step, loss in enumerate(metrics.curve, start=1):
+        yield from _point("step", step, {"loss": loss}, time)
+
+
+def _point(curve: str, step: int, numbers: Mapping[str, float | None], time: int) -> Iterator[Metric]:
+    """Yield the numbers of one point of a curve."""
+    for key, value in numbers.items():
+        if value is not None:  # the loss of a model that diverged
+            yield Metric(_plain(f"{curve}.{key}"), float(value), time, step)
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

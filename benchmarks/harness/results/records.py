@@ -1,20 +1,28 @@
-"""Read finished runs, and collect them into one tidy frame with a row for each number."""
+"""Read the records of finished runs, and tabulate their numbers.
+
+A record is a finished run with the content of its ``metrics.json``. The workflow collects the records of a benchmark in
+one file, so that each ``metrics.json`` is read once.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
-from annotated_types import MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from benchmarks.harness.base import RESULTS, RUNS, DataError, DefinitionError, first_problem, read_json
+from benchmarks.harness.base import RESULTS, RUNS, DataError, DefinitionError, first_problem, read_bytes, write_lines
 from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
 from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.config.yaml import Strict
+from benchmarks.harness.results.content import Metrics, Scores, rerun_advice
 from benchmarks.harness.results.statistics import information_numbers
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
@@ -25,36 +33,32 @@ _ROUNDING = 1e-6  # tolerance of range checks
 ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 
 
-Scores = dict[str, dict[str, Annotated[dict[str, float | None], MinLen(1)]]]  # by part, set and metric
-Curve = list[dict[str, float | None]]
+@dataclass(frozen=True)
+class Record:
+    """A finished run and what it recorded.
+
+    Attributes:
+        run: The run.
+        metrics: The checked content of its ``metrics.json``.
+        digest: The sha256 of that file.
+    """
+
+    run: Run
+    metrics: Metrics
+    digest: str
 
 
-class Metrics(BaseModel):
-    """Define the parts of a ``metrics.json``; ``Benchmark.recorded`` lists a benchmark's required parts."""
+class _Line(Strict):
+    """One line of a file of records."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    run_id: str
-    cost: dict[str, Any]  # seconds, peak memory in MB, precision
-    environment: dict[str, Any]  # machine, packages, commit, and their fingerprint
-    scores: Scores | None = None
-    measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None  # by candidate
-    transformed: dict[str, dict[str, Scores]] = {}  # scores after conversion to another method
-    data: dict[str, dict[str, Any]] | None = None  # rows and their labels, by set
-    model: dict[str, Any] | None = None
-    routing: dict[str, Any] | None = None
-    usage: dict[str, Any] | None = None  # expert use by class; empty for a dense model
-    matrix: dict[str, Any] | None = None  # activations by task and neuron
-    tasks: dict[str, dict[str, Any]] | None = None  # questions: scores, categories, subjects, right answers
-    answers: list[dict[str, str]] | None = None
-    chosen: dict[str, str | float] | None = None  # evaluated run, for runs without training
-    epochs: Curve = []
-    dev_curve: Curve = []
-    held_out_curve: Curve = []
-    records: Curve | None = None  # DomainBed's records, every few steps
-    curve: list[float | None] = []  # training losses
-    confusion: dict[str, list[list[int]]] | None = None
-    classes: list[str] | None = None
+    folder: str
+    """Folder of the run below results/runs."""
+    name: str
+    """Readable name of the run."""
+    digest: str
+    """sha256 of its metrics.json."""
+    metrics: Metrics
+    """Content of its metrics.json."""
 
 
 def records_file(suite: str, benchmark: str, part: str | None = None) -> Path:
@@ -63,14 +67,67 @@ def records_file(suite: str, benchmark: str, part: str | None = None) -> Path:
     return RESULTS / suite / "records" / f"{name}.jsonl"
 
 
-def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
-    """Read and check the ``metrics.json`` of a finished run."""
+def read_record(run: Run, root: Path = RUNS) -> Record:
+    """Read and check the ``metrics.json`` of a finished run below the folder ``root``."""
     path = root / run.folder / "metrics.json"
     if not path.exists():
         raise DefinitionError(f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)")
-    content = read_json(path, dict[str, Any], _rerun_advice(path))
-    check_content(run, content, path)
-    return content
+    content = read_bytes(path, rerun_advice(path))
+    metrics = check_metrics(run, content, path)
+    return Record(run, metrics, hashlib.sha256(content).hexdigest())
+
+
+def collect(suite: Suite, benchmark: str, part: str | None = None) -> Path:
+    """Write the records of a benchmark's runs, or of the runs of one of its parts, into one file.
+
+    Returns the path of the file, which has one line of JSON for each run, in the order of the grid.
+    """
+    path = records_file(suite.name, benchmark, part)
+    write_lines(path, (_to_line(read_record(run)) for run in suite.runs_of(benchmark, part)))
+    return path
+
+
+def _to_line(record: Record) -> str:
+    run = record.run
+    line = _Line(folder=run.folder, name=run.name, digest=record.digest, metrics=record.metrics)
+    return line.model_dump_json(by_alias=True, exclude_unset=True)
+
+
+def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[Record]:
+    """Read the collected records of a benchmark, or of one of its parts, in the order of the grid.
+
+    Raises:
+        DataError: A file of records is missing, damaged, or has the runs of another plan.
+    """
+    runs = {run.folder: run for run in suite.runs_of(benchmark, part)}
+    records: dict[str, Record] = {}
+    for each in [part] if part else suite.record_parts(benchmark):
+        path = records_file(suite.name, benchmark, each)
+        advice = f"`snakemake --cores all {path} --config suite={suite.name}` collects it"
+        for number, text in enumerate(read_bytes(path, advice).splitlines(), start=1):
+            try:
+                line = _Line.model_validate_json(text)
+            except ValidationError as error:
+                raise DataError(f"{path}, line {number}, is damaged: {first_problem(error)}; {advice}") from error
+            if line.folder not in runs:
+                raise DataError(f"{path} has the run '{line.folder}', which the suite does not plan; {advice}")
+            records[line.folder] = Record(runs[line.folder], line.metrics, line.digest)
+    missing = [folder for folder in runs if folder not in records]
+    if missing:
+        raise DataError(f"the records of {benchmark} in {suite.name} lack the run '{missing[0]}'; {advice}")
+    return [records[folder] for folder in runs]
+
+
+def check_current(record: Record) -> None:
+    """Check that a record is that of the present ``metrics.json``.
+
+    Raises:
+        DataError: The file has changed since its records were collected.
+    """
+    path = record.run.metrics_file
+    digest = hashlib.sha256(read_bytes(path, rerun_advice(path))).hexdigest()
+    if digest != record.digest:
+        raise DataError(f"{path} has changed since it was collected; run the workflow again, which collects it anew")
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
@@ -78,36 +135,45 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
 
     The error contains ``which``, a description of the runs, and the ``command`` that finishes them.
     """
-    missing = sum(not (RUNS / run.folder / "metrics.json").exists() for run in runs)
+    missing = sum(not run.metrics_file.exists() for run in runs)
     if missing:
         verb, them = ("is", "it") if missing == 1 else ("are", "them")
         raise DefinitionError(f"{missing:,} of {len(runs):,} runs {which} {verb} missing; make {them} with `{command}`")
 
 
-def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
+def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
     """Check that a ``metrics.json`` has all parts of its run, and that its numbers are in range (metrics.yaml).
 
-    Errors name the file and the part or number.
+    Args:
+        run: The run.
+        content: The content of the file, as JSON.
+        path: The path of the file, for messages.
+
+    Returns:
+        The content.
+
+    Raises:
+        DataError: Names the file, and the part or number.
     """
-    advice = _rerun_advice(path)
+    advice = rerun_advice(path)
     try:
-        _check_parts(run, Metrics.model_validate(content))
-        numbers = list(run_numbers(run, content))
+        metrics = Metrics.model_validate_json(content)
+        _check_parts(run, metrics)
+        numbers = list(run_numbers(run, metrics))
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from None
     except (LookupError, ValueError, TypeError) as error:
         raise DataError(f"{path} lacks a part that such a run records ({error}); {advice}") from None
-    metrics = load_metrics()
+    known = load_metrics()
     for part, task, name, value in numbers:
-        low, high = metrics[name].range if name in metrics else (None, None)
-        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        limits = known[name].range if name in known else [None, None]
+        lowest, highest = limits
+        low = -math.inf if lowest is None else lowest
+        high = math.inf if highest is None else highest
         if not isinstance(value, (int, float)) or not low - _ROUNDING <= value <= high + _ROUNDING:
             number = " ".join(filter(None, (part, task, name)))
             raise DataError(f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {advice}")
-
-
-def _rerun_advice(path: Path) -> str:
-    return f"delete it and run `snakemake --cores all {path}`"
+    return metrics
 
 
 def _check_parts(run: Run, metrics: Metrics) -> None:
@@ -115,19 +181,15 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
     if metrics.run_id != run.id:
         raise ValueError(f"it belongs to the run '{metrics.run_id}'")
     needed = load_benchmark(run.benchmark).recorded
-    if missing := [part for part in needed if getattr(metrics, part) is None]:
+    missing = [part for part in needed if getattr(metrics, part, None) is None]
+    if missing:
         raise ValueError(f"'{missing[0]}' is missing")
     if "scores" in needed and not any((metrics.scores or {}).values()):
         raise ValueError("'scores' has no number")
 
 
-def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
-    """Read runs and collect their numbers; see :func:`collect_from`."""
-    return collect_from((run, read_metrics(run, root)) for run in runs)
-
-
-def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
-    """Collect the numbers of runs from their ``metrics.json``, a row for each number.
+def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
+    """Tabulate the numbers of finished runs, a row for each number.
 
     The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score``
     (True for the main metric of a text task). The parts are
@@ -144,9 +206,11 @@ def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
     has one part, named after its measure; ``eval_task`` is the candidate.
     """
     rows = []
-    for run, metrics in read:
-        judging, keys = _main_metrics(run), run_keys(run).values()
-        for part, task, metric, value in run_numbers(run, metrics):
+    for record in records:
+        run = record.run
+        judging = _main_metrics(run)
+        keys = run_keys(run).values()
+        for part, task, metric, value in run_numbers(run, record.metrics):
             is_score = metric == judging.get((part.partition(AS)[0], task), "score")
             rows.append((*keys, run.id, part, task, metric, value, is_score))
     return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
@@ -167,34 +231,40 @@ def run_keys(run: Run) -> dict[str, Any]:
     return dict(zip(RUN_KEYS, values, strict=True))
 
 
-def run_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+def run_numbers(run: Run, metrics: Metrics) -> Iterator[tuple[str, str, str, Any]]:
     """Yield part, set, metric and value of every number of a run."""
     task = run.spec["task"]["name"]
-    if "measured" in metrics:
-        for candidate, values in metrics["measured"].items():
+    if metrics.measured is not None:
+        for candidate, values in metrics.measured.items():
             for name, value in values.items():
                 yield task, candidate, name, value
         return
-    yield from _score_numbers(run, metrics["scores"])
-    for method, content in metrics.get("transformed", {}).items():
-        yield from _score_numbers(run, content["scores"], AS + method)
-    if "epochs" in metrics and run.spec["task"]["splits"]["test"] is not None:
+    yield from _score_numbers(run, metrics.scores or {})
+    for method, transformed in metrics.transformed.items():
+        yield from _score_numbers(run, transformed.scores, AS + method)
+    if metrics.epochs and run.spec["task"]["splits"]["test"] is not None:
         metric = run.spec["task"]["metric"]
-        yield "dev_best", task, metric, max(entry[metric] for entry in metrics["epochs"])
-    for part, names in (("cost", COST), ("model", MODEL), ("routing", ROUTING)):
+        scores: list[Any] = [epoch.numbers()[metric] for epoch in metrics.epochs]
+        yield "dev_best", task, metric, max(scores)
+    for part, content, names in (
+        ("cost", metrics.cost, COST),
+        ("model", metrics.model, MODEL),
+        ("routing", metrics.routing, ROUTING),
+    ):
         for name in names:
-            if name in metrics.get(part, ()):
-                yield part, "", name, metrics[part][name]
+            number = getattr(content, name, None)
+            if number is not None:
+                yield part, "", name, number
 
 
-def _score_numbers(run: Run, scores: Mapping[str, Any], suffix: str = "") -> Iterator[tuple[str, str, str, float]]:
+def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[tuple[str, str, str, Any]]:
     """Yield part, set, metric and value of all scores, and of the OOD mean; the suffix is appended to each part."""
     for part, by_task in scores.items():
         for name, values in by_task.items():
             for key, value in values.items():
                 if value is not None or key not in _MAY_DIVERGE:
                     yield part + suffix, name, key, value
-    ood = [scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
+    ood: list[Any] = [scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
     if ood:
         yield OOD_MEAN + suffix, "", "score", sum(ood) / len(ood)
 

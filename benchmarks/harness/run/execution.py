@@ -20,10 +20,10 @@ import psutil
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from benchmarks.harness.base import LOCK, RunError, derive_seed, write_json
+from benchmarks.harness.base import LOCK, RunError, derive_seed, format_json, write_text
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import read_run
-from benchmarks.harness.results.records import check_content
+from benchmarks.harness.results.records import check_metrics
 from benchmarks.harness.run import environment
 from benchmarks.harness.training import processes as group
 from benchmarks.harness.training.progress import Progress
@@ -81,8 +81,9 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             }
             captured["fingerprint"] = environment.fingerprint(captured)
             content = {"run_id": run.id, **metrics, "environment": captured}
-            check_content(run, content, output)
-            write_json(output, content)
+            text = format_json(content)
+            check_metrics(run, text.encode(), output)
+            write_text(output, text)
             shutil.rmtree(path.with_name("checkpoints"), ignore_errors=True)
             progress.finish(seconds)
     return output

@@ -55,7 +55,7 @@ def record_parts(suite: Suite) -> dict[str, tuple[str, str | None]]:
     """
     parts_by_name: dict[str, tuple[str, str | None]] = {}
     for benchmark in suite.settings.benchmarks:
-        for part in suite.parts(benchmark) or [None]:
+        for part in suite.record_parts(benchmark):
             parts_by_name[artifacts_of(benchmark, part).name] = (benchmark, part)
     return parts_by_name
 
@@ -65,8 +65,8 @@ def record_files(suite: Suite, benchmark: str | None = None, part: str | None = 
     files = []
     for name in suite.settings.benchmarks:
         if benchmark in (None, name):
-            parts = suite.parts(name) or [None]
-            files += [str(records_file(suite.name, name, each)) for each in parts if part in (None, each)]
+            parts = [each for each in suite.record_parts(name) if part in (None, each)]
+            files += [str(records_file(suite.name, name, each)) for each in parts]
     return files
 
 

@@ -20,8 +20,6 @@ class Origin(BaseModel):
     """The fingerprints of the machines, by the names that the csv uses."""
     code: str
     """The digest of the code that numbers depend on."""
-    seconds: dict[str, float]
-    """The median duration of a run of each benchmark."""
 
 
 def bless_advice(suite: str) -> str:

@@ -1,0 +1,422 @@
+"""The content of a ``metrics.json``: what runs of all kinds record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from benchmarks.harness.config.yaml import refusal
+
+
+class Recorded(BaseModel):
+    """A part of a ``metrics.json``. A key that may be missing cannot be null."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_null(cls, content: Any) -> Any:
+        given = content if isinstance(content, dict) else {}
+        for key, field in cls.model_fields.items():
+            is_optional = not field.is_required() and field.default is None
+            if is_optional and key in given and given[key] is None:
+                raise refusal(f"'{key}' is null")
+        return content
+
+
+def _check_number(text: str) -> str:
+    try:
+        float(text)
+    except ValueError:
+        raise refusal(f"'{text:.50}' is not a number") from None
+    return text
+
+
+def _check_same_lengths(rows: Sequence[Sized]) -> Any:
+    if len({len(row) for row in rows}) > 1:
+        raise refusal("its lists have different lengths")
+    return rows
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Loss = float | None  # null if the model diverged
+NumberText = Annotated[str, AfterValidator(_check_number)]  # a number with all its digits
+Digits = Annotated[str, Field(pattern="^[0-9]+$")]
+Layer = Digits  # the number of a layer
+Loads = Annotated[list[Count], Field(min_length=1)]  # choices by expert
+Shares = Annotated[list[float], Field(min_length=1)]  # shares of the choices by expert
+LoadRows = Annotated[list[Loads], Field(min_length=1), AfterValidator(_check_same_lengths)]
+Scores = dict[str, dict[str, Annotated[dict[str, Loss], Field(min_length=1)]]]  # by part, set and metric
+
+
+class Cost(Recorded):
+    """What a run took. A kind that trains has the times of its training, too."""
+
+    job_seconds: float
+    """The whole job, from the start of its process."""
+    startup_seconds: float
+    """The part before the first row is read."""
+    peak_memory_mb: float
+    precision: str | None = None
+    steps: Count | None = None
+    """Optimizer steps."""
+    step_seconds: float | None = None
+    train_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    prefix_seconds: float | None = None
+    """Time in frozen layers whose outputs are kept."""
+
+
+class Environment(Recorded):
+    """The machine, the packages and the commit of a run."""
+
+    packages: dict[str, str]
+    """Versions by package."""
+    python: str
+    platform: str
+    git_commit: str | None
+    """Null outside a checkout, as is `git_dirty`."""
+    git_dirty: bool | None
+    processor: str
+    cores: Count | None
+    """Null if the system does not say."""
+    threads: Annotated[int, Field(ge=1)]
+    memory_gb: float
+    gpus: list[str]
+    fingerprint: dict[str, str]
+    """Packages and hardware. If all are equal, numbers are equal to the last digit."""
+
+
+class Logits(Recorded):
+    """A summary of logits. The order of the fields is that of a written file: `check` compares them as one text."""
+
+    deviation: float
+    mean: float
+    projection: float
+    rms: float
+
+
+class Probe(Recorded):
+    """Numbers of the first steps, which barely differ between machines."""
+
+    losses: list[NumberText]
+    loads: dict[Layer, Loads]
+    """Choices of a fixed batch by layer and expert; empty for a dense model."""
+    logits: Logits | None = None
+    """Of the same batch. Sharded models record none."""
+
+
+class ConvertedLayer(Recorded):
+    """A layer whose FFN was converted, see :class:`emoe.convert.LayerReport`."""
+
+    index: Count
+    name: str
+    neurons: Count
+    experts: Count
+    expert_size: Count
+    top_k: Count
+    explained: float | None
+    """Share of the keys' variance that the partition explains; null for GMoE."""
+    seconds: float | None
+
+
+class TrainedGroup(Recorded):
+    """The trained parameters of a group, such as adapters."""
+
+    parameters: Count
+    names: str
+    """Digest of their names."""
+
+
+class Source(Recorded):
+    """The origin of the pre-trained weights."""
+
+    origin: str = Field(alias="from")
+    weights: str
+    """Digest of the weights; empty if they were quantised."""
+
+
+class ModelNumbers(Recorded):
+    """The sizes of a run's model. A kind that trains nothing may record only its source and its conversion."""
+
+    source: Source
+    conversion: list[ConvertedLayer]
+    """Empty for a dense model."""
+    trained: dict[str, TrainedGroup] = {}
+    """By group; empty if all parameters were trained."""
+    parameters: Count | None = None
+    dense_parameters: Count | None = None
+    trainable_parameters: Count | None = None
+    active_parameters: Count | None = None
+    flops_per_token: Count | None = None
+    active_neurons: float | None = None
+
+
+_OF_INSTRUCTIONS = (
+    *("template", "broken_rows", "tokens", "learned_tokens", "longest"),
+    *("truncated_responses", "truncated_tokens"),
+)
+
+
+class DataSummary(Recorded):
+    """The rows of one split of a set: texts and images with labels or scores, or instructions with their tokens."""
+
+    source: str
+    rows: Count
+    digest: str | None = None
+    """Of texts."""
+    dropped: Count | None = None
+    """Rows without a clear label or text."""
+    labels: dict[str, Count] = {}
+    """Rows by class."""
+    range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """The lowest and highest score of a regression."""
+    template: str | None = None
+    """Of instructions, as are all following keys."""
+    broken_rows: Count | None = None
+    tokens: Count | None = None
+    learned_tokens: Count | None = None
+    longest: Count | None = None
+    truncated_responses: Count | None = None
+    truncated_tokens: Count | None = None
+
+    @property
+    def content(self) -> str:
+        """Return the counts and labels in one text, which differs if the rows do; ``check`` compares it."""
+        counts = []
+        for key, count in sorted(self):
+            if isinstance(count, int):
+                counts.append(f"{key} {count}")
+        labels = [f"{label}: {count}" for label, count in self.labels.items()]
+        digest = [self.digest] if self.digest is not None else []
+        return ", ".join([*counts, *labels, *digest])
+
+    def model_post_init(self, _context: Any, /) -> None:
+        has_instructions = any(getattr(self, key) is not None for key in _OF_INSTRUCTIONS)
+        needed = _OF_INSTRUCTIONS if has_instructions else ("dropped",)
+        for key in needed:
+            if getattr(self, key) is None:
+                raise refusal(f"'{key}' is missing")
+        if not has_instructions and not self.labels and self.range is None:
+            raise refusal("'labels' is missing")
+
+
+class Windows(Recorded):
+    """Expert loads during the training, window by window."""
+
+    ends: list[Count]
+    """The last step of each window."""
+    loads: dict[Layer, LoadRows]
+    """By layer, window and expert."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        for layer, rows in self.loads.items():
+            if len(rows) != len(self.ends):
+                raise refusal(f"'loads.{layer}' has {len(rows)} windows, but 'ends' has {len(self.ends)}")
+
+
+class Chance(Recorded):
+    """Information of expert and label by chance: the mean and the 95 % quantile of shuffles, in bits."""
+
+    by_class: Annotated[list[float], Field(min_length=2, max_length=2, alias="class")]
+    environment: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class Routing(Recorded):
+    """A summary of the evaluated tokens' routing; empty for a dense model.
+
+    Statistics are means over the layers. Kinds measure the information of different labels.
+    """
+
+    active_neurons: float | None = None
+    drop_rate: float | None = None
+    experts_per_token: float | None = None
+    load_entropy: float | None = None
+    load_max_over_mean: float | None = None
+    class_information: float | None = None
+    class_information_chance: float | None = None
+    class_information_chance_95: float | None = None
+    task_information: float | None = None
+    task_information_chance: float | None = None
+    task_information_chance_95: float | None = None
+    environment_information: float | None = None
+    environment_information_chance: float | None = None
+    environment_information_chance_95: float | None = None
+    shares: dict[Layer, Shares] = {}
+    """Shares of the choices by layer and expert."""
+    windows: Windows | None = None
+    """Of text benchmarks' training."""
+    loads: dict[Layer, Annotated[list[LoadRows], Field(min_length=1), AfterValidator(_check_same_lengths)]] = {}
+    """Of images, by layer, environment, class and expert."""
+    chance: dict[Layer, Chance] = {}
+    """Of images, by layer."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        if self.loads.keys() != self.chance.keys():
+            raise refusal("'loads' and 'chance' have different layers")
+
+
+class SetUsage(Recorded):
+    """The use of experts by the rows of one set."""
+
+    shares: Shares
+    """By expert."""
+    marks: list[Annotated[int, Field(ge=-1, le=1)]]
+    """1 for experts that are used more than by chance, -1 for less, by expert."""
+    classes: dict[Digits, Shares]
+    """Shares by class; empty for a regression."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        _check_same_lengths([self.shares, self.marks, *self.classes.values()])
+
+
+class Usage(Recorded):
+    """The use of experts by set; all is empty for a dense model, and for runs on a single set."""
+
+    tasks: dict[str, SetUsage] = {}
+    """By set."""
+    shared: list[Count] = []
+    specialised: list[Count] = []
+
+    def model_post_init(self, _context: Any, /) -> None:
+        if self.model_fields_set and self.model_fields_set != set(type(self).model_fields):
+            missing = next(key for key in type(self).model_fields if key not in self.model_fields_set)
+            raise refusal(f"'{missing}' is missing")
+        _check_same_lengths([use.shares for use in self.tasks.values()])
+        experts = min((len(use.shares) for use in self.tasks.values()), default=0)
+        if any(expert >= experts for expert in (*self.shared, *self.specialised)):
+            raise refusal(f"'shared' or 'specialised' names an expert beyond the {experts} of 'tasks'")
+
+
+class Matrix(Recorded):
+    """The active neurons of some tokens, a place for each: token, neuron (in the order of the experts) and value."""
+
+    neurons: Annotated[int, Field(ge=1)]
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """The set of each token."""
+    tokens: list[Count]
+    places: list[Count]
+    values: list[float]
+
+    def model_post_init(self, _context: Any, /) -> None:
+        _check_same_lengths([self.tokens, self.places, self.values])
+
+
+class QuestionResult(Recorded):
+    """The result of a task of lm-eval."""
+
+    scores: Annotated[dict[str, Loss], Field(min_length=1)]
+    metric: str
+    questions: Count
+    categories: dict[str, dict[str, float]]
+    """Metrics and number of questions by subgroup."""
+    subjects: dict[str, dict[str, float]]
+    """The same by subject."""
+    correct: dict[str, Annotated[str, Field(pattern="^[01]*$")]]
+    """A digit for each question by subject; empty without a binary accuracy."""
+    nats_per_byte: dict[str, list[Loss]] = {}
+    """For each right answer by subject; empty if questions have no several answers."""
+    source: list[str] = []
+    """Origin of the questions."""
+
+
+class Answer(Recorded):
+    """A generated answer."""
+
+    instruction: str
+    input: str
+    reference: str
+    answer: str
+
+
+class Chosen(Recorded):
+    """The run that an evaluation chose."""
+
+    run: str
+    """Folder below results/runs."""
+    learning_rate: float
+    variant: str
+
+
+class Transformed(Recorded):
+    """What a model scores after its conversion to another method."""
+
+    scores: Scores
+
+
+class Point(Recorded):
+    """A point of a training curve: its step, and any number of losses and scores by name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Loss]  # the names are those of sets, metrics and environments
+
+    def numbers(self) -> Mapping[str, Loss]:
+        """Return the losses and scores by name."""
+        return self.__pydantic_extra__
+
+
+class Epoch(Point):
+    """An epoch of text training. It may end between two evaluations, so it is no whole number."""
+
+    epoch: float
+
+
+class Step(Point):
+    """A step of an evaluation during the training."""
+
+    step: Count
+
+
+class Metrics(Recorded):
+    """The parts of a ``metrics.json``; ``Benchmark.recorded`` lists a benchmark's required parts.
+
+    A new kind may record further parts.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    run_id: str
+    cost: Cost
+    environment: Environment
+    scores: Scores | None = None
+    measured: Annotated[dict[str, Annotated[dict[str, float], Field(min_length=1)]], Field(min_length=1)] | None = None
+    """By candidate."""
+    transformed: dict[str, Transformed] = {}
+    """By method."""
+    data: dict[str, DataSummary] | None = None
+    """By set and part."""
+    model: ModelNumbers | None = None
+    probe: Probe | None = None
+    routing: Routing | None = None
+    usage: Usage | None = None
+    matrix: Matrix | None = None
+    tasks: dict[str, QuestionResult] | None = None
+    """By title of the evaluated task."""
+    answers: list[Answer] | None = None
+    chosen: Chosen | None = None
+    epochs: list[Epoch] = []
+    kept_epoch: float | None = None
+    dev_curve: list[Epoch] = []
+    held_out_curve: list[Step] = []
+    records: list[Step] | None = None
+    """DomainBed's records."""
+    curve: list[Loss] = []
+    """Training losses by step."""
+    confusion: dict[str, list[list[Count]]] | None = None
+    """Images by environment, true and predicted class."""
+    classes: list[str] | None = None
+
+    @property
+    def weights(self) -> str:
+        """Return the digest of the pre-trained weights."""
+        if self.model is None:
+            raise ValueError("the run recorded no model")
+        return self.model.source.weights
+
+
+def rerun_advice(path: Path) -> str:
+    """Say how to make a damaged ``metrics.json`` anew."""
+    return f"delete it and run `snakemake --cores all {path}`"
