@@ -21,8 +21,14 @@ _ENVIRONMENT |= {"packages": {"torch": "2"}, "processor": "CPU", "cores": 2, "th
 _ENVIRONMENT |= {"fingerprint": {"processor": "CPU", "threads": "1", "package torch": "2"}}
 _EVALUATION = {"evaluation_seconds": 1.0, "startup_seconds": 0.2, "job_seconds": 2.0, "peak_memory_mb": 100.0}
 _TRAINING = {**_EVALUATION, "evaluation_seconds": 0.7, "steps": 2, "step_seconds": 0.5, "train_seconds": 1.0}
+_SOURCE = {"from": "random weights", "weights": "0123456789abcdef"}
+_CONVERTED = [
+    {"index": 1, "name": "layer.1", "neurons": 64, "experts": 8, "expert_size": 8, "top_k": 2}
+    | {"explained": 0.25, "seconds": 0.1}
+]
 _ROUTING = {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0}
-_ROWS = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
+_MEASURING = {"job_seconds": 1.0, "startup_seconds": 0.1, "peak_memory_mb": 100.0}
+_ROWS = {"source": "made up", "rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
 
 
 def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
@@ -35,7 +41,8 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
 def _trained(trained: dict[str, Any]) -> dict[str, Any]:
     model = dict.fromkeys(("parameters", "dense_parameters", "trainable_parameters"), 1000)
     model |= {"active_parameters": 900, "flops_per_token": 1800}
-    return {"model": {**model, "active_neurons": 0.5, "conversion": [], "trained": trained}, "cost": _TRAINING}
+    model |= {"active_neurons": 0.5, "source": _SOURCE, "conversion": [], "trained": trained}
+    return {"model": model, "cost": _TRAINING}
 
 
 def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
@@ -110,8 +117,9 @@ def _modularity(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
         "measured": {"experts": {**measured, "shared_experts": 1.0, "specialised_experts": 2.0}},
         "usage": used["usage"],
         "matrix": matrix,
-        "cost": {"job_seconds": 1.0, "startup_seconds": 0.1, "peak_memory_mb": 100.0},
-        "data": {f"test:{name}": {"rows": 10, "dropped": 0, "labels": {"0": 5, "1": 5}} for name in names},
+        "model": {"source": _SOURCE, "conversion": _CONVERTED},
+        "cost": _MEASURING,
+        "data": {f"test:{name}": {**_ROWS, "dropped": 0, "labels": {"0": 5, "1": 5}} for name in names},
     }
 
 
@@ -119,13 +127,13 @@ def _measured(run: Run, draw: random.Random, _gain: float) -> dict[str, Any]:
     candidates = run.spec["settings"]["candidates"]
     if run.spec["task"]["name"] == "partition":
         measured = {candidate: {"seconds": draw.uniform(0.3, 2.0), "inertia": 0.9} for candidate in candidates}
-        return {"measured": measured, "cost": {"job_seconds": 1.0}}
+        return {"measured": measured, "cost": _MEASURING}
     ratios = {"dense": 1.0} | {candidate: draw.uniform(0.3, 2.0) for candidate in candidates}
     measured = {
         candidate: {"ratio": ratio, "ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio, "seconds": 0.1 * ratio}
         for candidate, ratio in ratios.items()
     }
-    return {"measured": measured, "cost": {"job_seconds": 1.0}}
+    return {"measured": measured, "cost": _MEASURING}
 
 
 def _domains(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
@@ -147,7 +155,7 @@ def _domains(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
         chance = {"8": {"class": [0.031, 0.052], "environment": [0.011, 0.022]}}
         routing |= {"load_entropy": 0.9, "chance": chance, "loads": {"8": loads}}
     held_out = {names[env]: {"accuracy": records[-1][f"env{env}_in_acc"]} for env in run.spec["test_envs"]}
-    rows = {"rows": 8, "dropped": 0, "labels": {"cat": 4, "dog": 4}}
+    rows = {"source": "made up", "rows": 8, "dropped": 0, "labels": {"cat": 4, "dog": 4}}
     return {
         "records": records,
         "scores": {"train": {task: {"loss": 1.0}}, "dev": {task: {"accuracy": 0.8}}, "test": held_out},

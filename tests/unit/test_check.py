@@ -147,7 +147,8 @@ def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monke
 
 
 def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(runs: list[Run]) -> None:
-    layer = {"index": 1, "experts": 4, "expert_size": 8, "top_k": 2, "explained": None}
+    layer = {"index": 1, "name": "1", "neurons": 32, "experts": 4, "expert_size": 8, "top_k": 2}
+    layer |= {"explained": None, "seconds": None}
 
     def change(content: dict[str, Any]) -> None:
         content["probe"].update(losses=["0.75", *content["probe"]["losses"][1:]], loads={"1": [12, 8, 10, 10]})

@@ -54,12 +54,6 @@ def suite_names() -> list[str]:
     return [*(name for name in _USUAL if name in names), *(name for name in names if name not in _USUAL)]
 
 
-def _check_suite(name: Any) -> Any:
-    if name not in suite_names():
-        raise refusal(f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})")
-    return name
-
-
 def _list_names(given: Any) -> Any:
     """Take one name for a list of one name."""
     names = [given] if isinstance(given, str) else given
@@ -84,7 +78,7 @@ class CommandLine(Strict):
     `suite` and `benchmarks` cannot be null.
     """
 
-    suite: Annotated[str, BeforeValidator(_check_suite)] = "mini"
+    suite: str = "mini"
     """Name of a file in config/."""
     benchmarks: Annotated[list[str] | None, AfterValidator(_check_chosen), BeforeValidator(_list_names)] = None
     """Benchmarks of the suite to run, one or a list."""
@@ -113,9 +107,13 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     Raises:
         DefinitionError: There is no such suite, or a key or value is wrong; names the file and the nearest valid one.
     """
+    name = overrides.get("suite", "mini")
+    if name not in suite_names():
+        raise DefinitionError(
+            f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
+        )
     command_line = parse(dict(overrides), CommandLine, "--config")
     given = command_line.values()
-    name = command_line.suite
     file = paths.CONFIG / f"{name}.yaml"
     check_name(name, file)
     replaced = {key: value for key, value in given.items() if key not in ("suite", "benchmarks")}

@@ -347,27 +347,44 @@ class Transformed(Recorded):
     scores: Scores
 
 
-class Point(Recorded):
-    """A point of a training curve: its step, and any number of losses and scores by name."""
+class Epoch(Recorded):
+    """An epoch of text training, with its loss and scores under the names of metrics or sets."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Loss]  # the names are those of sets, metrics and environments
+    __pydantic_extra__: dict[str, Loss]
+    epoch: float
 
     def numbers(self) -> Mapping[str, Loss]:
-        """Return the losses and scores by name."""
+        """Return the loss and the scores by name."""
         return self.__pydantic_extra__
 
 
-class Epoch(Point):
-    """An epoch of text training. It may end between two evaluations, so it is no whole number."""
-
-    epoch: float
-
-
-class Step(Point):
-    """A step of an evaluation during the training."""
+class HeldOutLoss(Recorded):
+    """The loss on held-out instructions at a step of the training."""
 
     step: Count
+    loss: Loss
+
+
+class StepRecord(Recorded):
+    """A record of DomainBed, with accuracies under names such as ``env0_in_acc``."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+    step: Count
+    epoch: float
+    loss: Loss
+
+    def numbers(self) -> Mapping[str, float]:
+        """Return the accuracies by name."""
+        return self.__pydantic_extra__
+
+
+def _check_same_numbers(records: list[StepRecord]) -> list[StepRecord]:
+    names = {frozenset(record.numbers()) for record in records}
+    if len(names) > 1:
+        raise refusal("its records have different accuracies")
+    return records
 
 
 class Metrics(Recorded):
@@ -400,14 +417,14 @@ class Metrics(Recorded):
     epochs: list[Epoch] = []
     kept_epoch: float | None = None
     dev_curve: list[Epoch] = []
-    held_out_curve: list[Step] = []
-    records: list[Step] | None = None
-    """DomainBed's records."""
+    held_out_curve: list[HeldOutLoss] = []
+    records: Annotated[list[StepRecord], Field(min_length=1), AfterValidator(_check_same_numbers)] | None = None
     curve: list[Loss] = []
     """Training losses by step."""
     confusion: dict[str, list[list[Count]]] | None = None
     """Images by environment, true and predicted class."""
     classes: list[str] | None = None
+
 
     @property
     def weights(self) -> str:

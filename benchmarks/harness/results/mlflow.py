@@ -130,7 +130,8 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
     for part, task, metric, value in run_numbers(record.run, metrics):
         yield Metric(_plain(".".join(filter(None, (part, task, metric)))), float(value), time, 0)
     for point in metrics.records or ():
-        yield from _point("record", point.step, point.numbers(), time)
+        numbers = {"epoch": point.epoch, "loss": point.loss, **point.numbers()}
+        yield from _point("record", point.step, numbers, time)
     for epoch in metrics.epochs:
         yield from _point("epoch", round(epoch.epoch), epoch.numbers(), time)
     for step, loss in enumerate(metrics.curve, start=1):

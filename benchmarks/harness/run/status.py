@@ -7,12 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
 from benchmarks.harness.config.listing import format_rows
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.results.content import Metrics, rerun_advice
 
 State = Literal["finished", "running", "failed", "missing"]
 
@@ -67,6 +68,6 @@ def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int 
     members = [status for status in statuses if status.run.benchmark == benchmark]
     states = Counter(status.state for status in members)
     files = [RUNS / status.run.folder / "metrics.json" for status in members if status.state == "finished"]
-    seconds = [read_json(file, dict[str, Any])["cost"]["job_seconds"] for file in files]
+    seconds = [read_json(file, Metrics, rerun_advice(file)).cost.job_seconds for file in files]
     row = {state: states[state] for state in get_args(State)}
     return {"benchmark": benchmark, **row, "median_seconds": round(statistics.median(seconds), 1) if seconds else None}
