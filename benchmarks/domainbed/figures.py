@@ -23,14 +23,19 @@ _COLUMNS = 4
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw mean accuracies under training-domain validation: a panel per model, a line per held-out environment."""
-    cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
-    cell = ["model", "env", "method"]
-    means = our_means(cells.set_index(cell)["value"], cell).rename(columns={"ours": "delta"})
-    rows = outcomes.order(means, ["model", "method"]).rename(columns={"model_title": "panel", "method_title": "series"})
-    lines = [f"{outcomes.env_title(name, env)} held out" for env in rows["env"]]
+    cells = outcomes.cells[(outcomes.cells["task"] == name) & (outcomes.cells["selection"] == _SELECTION)]
+    cell = ["model", "eval_task", "method"]
+    rows = outcomes.order(our_means(cells.set_index(cell)["value"], cell), ["model", "method"])
     styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
+    drawn = rows.assign(
+        panel=rows["model_title"],
+        line=[f"{outcomes.env_title(name, env)} held out" for env in rows["eval_task"]],
+        series=rows["method_title"],
+        style=rows["method"].map(styles),
+        delta=rows["ours"],
+    )
     label = f"Accuracy (%), {plots.count_text(rows['n'], 'trials')}; bars: 95 % intervals"
-    plots.draw_forest(rows.assign(line=lines, style=rows["method"].map(styles)), path, label, zero=False)
+    plots.draw_forest(drawn, path, label, zero=False)
 
 
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -68,7 +73,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             below.set_xlabel(f"{loads.shape[2]} experts")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         title = (
-            f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {env_names[env]} held out, first trial"
+            f"{outcomes.title('task', name)}, {outcomes.title('model', model)}, {env_names[env]} held out, first trial"
         )
         figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 

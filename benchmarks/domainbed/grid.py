@@ -39,7 +39,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     definition_model, part_model = ImageDefinition, ImagePart
     recorded = ("scores", "data", "model", "routing", "records", "confusion", "classes")
     task_files: ClassVar = {"image_sets": SetFile}
-    paper_columns = ("model", "set", "method", "selection")
+    paper_columns = ("model", "task", "method", "selection")
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:

@@ -15,15 +15,16 @@ from benchmarks.harness.report.common import Outcomes, join_claim_numbers, param
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 
-CELL = ["selection", "model", "set", "method"]
+CELL = ["selection", "model", "task", "method"]  # the task is the image set
 
 
 class DomainOutcomes(Outcomes):
-    """Hold the finished runs of a domain generalisation benchmark.
+    """The finished runs of a domain generalisation benchmark.
 
     Attributes:
-        cells: The chosen records by selection, model, set, held-out environment, method and trial, with ``value`` (the
-            reported accuracy), ``chosen_by`` (the selection's value), ``step``, ``hparams_seed`` and ``variant``.
+        cells: The chosen records by :data:`CELL`, held-out environment (``eval_task``) and trial (``seed``), with
+            ``value`` (the reported accuracy), ``chosen_by`` (the selection's value), ``step``, ``hparams_seed`` and
+            ``variant``.
         steps: The records of the evaluated steps, by run id.
         records: Every number of every run.
         shared: The cells of the trials that have all methods and environments of a selection, model and set.
@@ -32,25 +33,25 @@ class DomainOutcomes(Outcomes):
             rows.
     """
 
-    pair = "trial"
+    pair = "trial"  # DomainBed's word for a seed
     benchmark: AnyBenchmark
 
     def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
         selections = {name: title for name, (title, _) in SELECTIONS.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
-        super().__init__(benchmark, runs, CELL, selection=selections, set=sets)
+        super().__init__(benchmark, runs, CELL, selection=selections, task=sets)
         self.steps: dict[str, list[dict[str, Any]]] = {}
-        self.records = collect_from(self._read()).rename(columns={"task": "set"})
-        columns = [*CELL, "env", "trial", "value", "chosen_by", "step", "hparams_seed", "variant"]
+        self.records = collect_from(self._read())
+        columns = [*CELL, "eval_task", "seed", "value", "chosen_by", "step", "hparams_seed", "variant"]
         self.cells = pd.DataFrame(self._cells(), columns=columns)
-        self.shared = shared_pairs(self.cells, ["selection", "model", "set"], ["method", "env"], "trial")
+        self.shared = shared_pairs(self.cells, ["selection", "model", "task"], ["method", "eval_task"], "seed")
         self.differences = self._differences(self.shared)
         self.tests = with_verdicts(self._differences(self.cells))
 
     def _differences(self, cells: pd.DataFrame) -> pd.DataFrame:
         # sorted by environment, because the order of summation changes the last digit
-        scores = cells[[*CELL, "env", "trial", "value"]].sort_values(["env", "trial"], kind="stable")
-        return paired_differences(scores, CELL, {"method": self.baseline}, "trial").drop(columns="values")
+        scores = cells[[*CELL, "eval_task", "seed", "value"]].sort_values(["eval_task", "seed"], kind="stable")
+        return paired_differences(scores, CELL, {"method": self.baseline}, "seed").drop(columns="values")
 
     def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
         """Yield every run with its metrics, and store only the steps, to save memory."""
@@ -62,8 +63,8 @@ class DomainOutcomes(Outcomes):
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
         """Return the runs of the shared trials."""
-        keys = ["model", "set", "method", "seed"]
-        return self.records.merge(self.shared.rename(columns={"trial": "seed"})[keys].drop_duplicates(), on=keys)
+        keys = ["model", "task", "method", "seed"]
+        return self.records.merge(self.shared[keys].drop_duplicates(), on=keys)
 
     @property
     def sets(self) -> list[str]:
@@ -78,14 +79,14 @@ class DomainOutcomes(Outcomes):
         """Return the title of an environment: its name, with the unit if it is a number."""
         return f"{env}{self.benchmark.tasks[name].unit}"
 
-    def _cells(self) -> Iterator[tuple[Any, ...]]:
-        """Yield the row of each selection and environment: keys, accuracy, chosen step, draw and variant."""
+    def _cells(self) -> Iterator[dict[str, Any]]:
+        """Yield the chosen record of every selection and held-out environment, if the selection has one."""
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
             spec = run.spec
             key = (spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["seed"])
             groups.setdefault(key, []).append(run)
-        for (model, name, method, trial), runs in groups.items():
+        for (model, name, method, seed), runs in groups.items():
             # by DomainBed's hparams_seed, then in the order of the grid
             choices = sorted(dict.fromkeys(map(_choice, runs)), key=lambda choice: choice[0])
             records = [
@@ -94,29 +95,41 @@ class DomainOutcomes(Outcomes):
             ]
             for selection, (_, choose) in SELECTIONS.items():
                 for env, env_name in enumerate(self.environments(name)):
-                    if chosen := choose(records, env):
-                        accuracy, step = chosen.test_accuracy(env), chosen.record["step"]
-                        row = (selection, model, name, method, env_name, trial, accuracy, chosen.value, step)
-                        yield (*row, *choices[chosen.choice])
+                    chosen = choose(records, env)
+                    if chosen is None:
+                        continue
+                    hparams_seed, variant = choices[chosen.choice]
+                    yield {
+                        "selection": selection,
+                        "model": model,
+                        "task": name,
+                        "method": method,
+                        "eval_task": env_name,
+                        "seed": seed,
+                        "value": chosen.test_accuracy(env),
+                        "chosen_by": chosen.value,
+                        "step": chosen.record["step"],
+                        "hparams_seed": hparams_seed,
+                        "variant": variant,
+                    }
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
         """Average shared cells over environments, by cell and trial; ``complete`` omits trials that lack some."""
-        grouped = self.shared.groupby([*CELL, "trial"], sort=False)["value"]
+        grouped = self.shared.groupby([*CELL, "seed"], sort=False)["value"]
         means, counts = grouped.mean(), grouped.count()
         if not complete:
             return means
-        sizes = [len(self.environments(name)) for name in means.index.get_level_values("set")]
+        sizes = [len(self.environments(name)) for name in means.index.get_level_values("task")]
         return means[counts.to_numpy() == sizes]
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return the held-out accuracies of every trial, and the parameter counts, for claims."""
-        cells = self.cells.rename(columns={"set": "task", "env": "eval_task", "trial": "pair"})
-        counts = parameter_counts(self.records.rename(columns={"set": "task"}))
-        return join_claim_numbers(cells.assign(domain="held_out", metric="accuracy"), counts)
+        accuracies = self.cells.assign(domain="held_out", metric="accuracy")
+        return join_claim_numbers(accuracies, parameter_counts(self.records))
 
     def held_out(self, name: str) -> int:
         """Count the environments of a set that were held out."""
-        return int(self.cells.loc[self.cells["set"] == name, "env"].nunique())
+        return int(self.cells.loc[self.cells["task"] == name, "eval_task"].nunique())
 
 
 def _choice(run: Run) -> tuple[int, str]:

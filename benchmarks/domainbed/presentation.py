@@ -20,9 +20,9 @@ from benchmarks.harness.results.statistics import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
-_ORDER = ["model", "selection", "set", "method"]
-_ROW = {"model_title": "Model", "selection_title": "Selection", "set_title": "Set", "method_title": "Method"}
-_KEYS = {key: heading for key, heading in _ROW.items() if key != "set_title"}
+_ORDER = ["model", "selection", "task", "method"]
+_ROW = {"model_title": "Model", "selection_title": "Selection", "task_title": "Set", "method_title": "Method"}
+_KEYS = {key: heading for key, heading in _ROW.items() if key != "task_title"}
 _SELECTIONS = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
     "images of the training environments. Leave-one-domain-out: the step with the highest mean accuracy on each other "
@@ -38,13 +38,13 @@ _ERROR = "± is DomainBed's: the population standard deviation over trials, divi
 
 def results(outcomes: DomainOutcomes, name: str) -> Table:
     """Make a table of one set in DomainBed's layout: a column per held-out environment, and the mean."""
-    cells = outcomes.shared[outcomes.shared["set"] == name]
+    cells = outcomes.shared[outcomes.shared["task"] == name]
     limits = {spec["training"]["eval_rows"] for spec in _specs(outcomes, [name])}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
-    grouped = cells.groupby([*CELL, "env"], sort=False)["value"]
-    numbers = grouped.agg(mean="mean", error=_domainbed_error).reset_index()[["env", *CELL, "mean", "error"]]
-    frame = cells.groupby(CELL, sort=False).agg(n=("trial", "nunique")).reset_index()
-    envs = [env for env in outcomes.environments(name) if env in set(cells["env"])]
+    grouped = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
+    numbers = grouped.agg(mean="mean", error=_domainbed_error).reset_index()[["eval_task", *CELL, "mean", "error"]]
+    frame = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
+    envs = [env for env in outcomes.environments(name) if env in set(cells["eval_task"])]
     headings = {env: outcomes.env_title(name, env) for env in envs}
     frame, columns = common.with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
     frame, columns = common.with_average(frame, columns, "accuracy")
@@ -52,7 +52,7 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     delta = f"Δ to {outcomes.baseline_title}"
     columns.append(Column("accuracy", "delta", delta, interval=("low", "high"), signed=True))
     return Table(
-        f"{outcomes.title('set', name)}: accuracy by held-out environment",
+        f"{outcomes.title('task', name)}: accuracy by held-out environment",
         f"Accuracy on the in split of the held-out environment (80 % of its images{cut}). Mean over n trials. "
         f"{_ERROR}. {outcomes.shared_note} "
         f"{_held_out_note(outcomes, [name])}{_selections_note(outcomes, [name])} {_experts_note(outcomes, [name])}Δ is "
@@ -68,18 +68,20 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
     """Make a table of the step and the draw of hyper-parameters that each selection chose on one set."""
-    frame = outcomes.order(outcomes.cells[outcomes.cells["set"] == name], ["model", "selection", "method"])
-    frame["env_title"] = [outcomes.env_title(name, env) for env in frame["env"]]
+    frame = outcomes.order(outcomes.cells[outcomes.cells["task"] == name], ["model", "selection", "method"])
+    frame["eval_task_title"] = [outcomes.env_title(name, env) for env in frame["eval_task"]]
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
     varied = {"variant": "Variant"} if frame["variant"].any() else {}
     return Table(
-        f"{outcomes.title('set', name)}: choices",
+        f"{outcomes.title('task', name)}: choices",
         "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out "
         "environment and trial; the selection's value, and the reported accuracy on the held-out environment. "
         f"{_selections_note(outcomes, [name])}",
-        {**_KEYS, "env_title": "Held out", "trial": "Trial", "step": "Step", "draw": "Draw", **varied},
+        {**_KEYS, "eval_task_title": "Held out", "seed": "Trial", "step": "Step", "draw": "Draw", **varied},
         [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
         frame,
+        # a row lists the runs of all trials and held-out environments
+        origins=outcomes.records.drop(columns="seed"),
     )
 
 
@@ -89,8 +91,8 @@ def summary(outcomes: DomainOutcomes) -> Table:
     trials = outcomes.trials().groupby(CELL, sort=False)
     spread = trials.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
     frame = common.format_counts(spread, keys)
-    headings = {name: outcomes.title("set", name) for name in outcomes.sets}
-    numbers = spread[["set", *keys, "mean", "error"]]
+    headings = {name: outcomes.title("task", name) for name in outcomes.sets}
+    numbers = spread[["task", *keys, "mean", "error"]]
     frame, columns = common.with_columns(frame, keys, numbers, headings, "accuracy", std="error")
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, "accuracy")
@@ -121,9 +123,9 @@ def tests(outcomes: DomainOutcomes) -> Table:
 
 def cost(outcomes: DomainOutcomes) -> Table:
     """Make a table of costs, expert loads, and mutual information of experts with class and environment."""
-    cell = ["model", "set", "method"]
+    cell = ["model", "task", "method"]
     return common.cost_table(
-        {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
+        {"model_title": "Model", "task_title": "Set", "method_title": "Method"},
         outcomes.order(outcomes.records[cell].drop_duplicates(), cell),
         cell,
         outcomes.records,
@@ -140,14 +142,14 @@ def paper(outcomes: DomainOutcomes) -> Table:
     published = common.read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     trials = outcomes.trials(complete=True)
     ours = common.our_means(trials, CELL)
-    of_four = trials[trials.index.get_level_values("set").isin(FOUR)]
-    four = of_four.groupby(["selection", "model", "method", "trial"], sort=False)
+    of_four = trials[trials.index.get_level_values("task").isin(FOUR)]
+    four = of_four.groupby(["selection", "model", "method", "seed"], sort=False)
     whole = four.mean()[four.count() == len(FOUR)]
-    averages = common.our_means(whole, ["selection", "model", "method"]).assign(set=_FOUR)
-    ours = pd.concat([ours[ours["set"].isin(published["set"])], averages])
-    frame = published.merge(ours, on=["model", "set", "method", "selection"], how="outer", sort=False)
+    averages = common.our_means(whole, ["selection", "model", "method"]).assign(task=_FOUR)
+    ours = pd.concat([ours[ours["task"].isin(published["task"])], averages])
+    frame = published.merge(ours, on=["model", "task", "method", "selection"], how="outer", sort=False)
     frame["difference"] = frame["ours"] - frame["value"]
-    frame = outcomes.order(frame, ["selection", "set", "model", "method"])
+    frame = outcomes.order(frame, ["selection", "task", "model", "method"])
     return common.published_table(
         "Published averages beside ours",
         "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
@@ -155,7 +157,7 @@ def paper(outcomes: DomainOutcomes) -> Table:
         "(published, but the selection or the row is our interpretation). A dash: not run by this suite, or "
         "unavailable. Results with another model and other data neither confirm nor refute a published value. "
         f"{outcomes.shared_note} {_experts_note(outcomes, outcomes.sets)}".strip(),
-        {key: _ROW[key] for key in ("selection_title", "set_title", "model_title", "method_title")},
+        {key: _ROW[key] for key in ("selection_title", "task_title", "model_title", "method_title")},
         frame,
         origins=outcomes.shared_origins,
     )
@@ -165,7 +167,7 @@ def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
     """Yield a sentence per model, set and selection, with the differences of the methods; omit controls."""
     rows = outcomes.order(outcomes.tests, _ORDER)
     rows = rows[rows["method"].map(outcomes.role) == "method"]
-    for key, group in rows.groupby(["model_title", "selection_title", "set_title"], sort=False):
+    for key, group in rows.groupby(["model_title", "selection_title", "task_title"], sort=False):
         words = [f"{row.method_title} {common.difference_text(row)} (n = {row.n})" for row in group.itertuples()]
         yield f"{key[0]}, {key[2]}, {key[1]}: {'; '.join(words)}."
 
@@ -205,7 +207,7 @@ def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
 def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
     """Return a sentence for every set with environments that were not held out."""
     return "".join(
-        f"Of {outcomes.title('set', name)} {outcomes.held_out(name)} of {len(outcomes.environments(name))} "
+        f"Of {outcomes.title('task', name)} {outcomes.held_out(name)} of {len(outcomes.environments(name))} "
         "environments were held out. "
         for name in names
         if outcomes.held_out(name) < len(outcomes.environments(name))

@@ -35,7 +35,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
                     _draw_curve(axis, line.groupby("step")["loss"].mean(skipna=False), str(title), styles[str(title)])
                 axis.set_ylabel(label if column == 0 else "")
             tuned = outcomes.title("tuning", tuning)
-            below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
+            below = f"{outcomes.title('task', name)}, {tuned}" if outcomes.several_sets else tuned
             title = f"{outcomes.title('model', model)}\n{below}"
             axes[0, column].set_title(plots.wrap_text(title, (size[0] - 0.6) / len(groups)), fontsize=8)
             seeds = group.groupby("method_title")["run_id"].nunique()

@@ -16,7 +16,7 @@ from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, shared_pairs, with_verdicts
 from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, is_trained
 
-GROUP = ["model", "set", "tuning"]
+GROUP = ["model", "task", "tuning"]
 CELL = [*GROUP, "method", "variant"]
 BASELINE, UNTUNED = "baseline", "untuned"
 ACCURACY = "accuracy"
@@ -34,11 +34,11 @@ class InstructionOutcomes(Outcomes):
         runs: The runs of the best learning rates.
         rates_chosen: True if a cell had several learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
-        several_sets: True if runs have several sets.
+        several_sets: True if runs train on several sets; ``task`` is the set.
         shared: The numbers of the seeds that all methods of a model, set and tuning share.
-        tasks: The evaluated tasks in order, each with the result of its first run.
-        questions: The ``value`` of each question by ``task`` and ``metric``: ``accuracy`` (1 if correct), or the right
-            answer's nats per byte.
+        eval_tasks: The evaluated tasks in order, each with the result of its first run.
+        questions: The ``value`` of each question by ``eval_task`` and ``metric``: ``accuracy`` (1 if correct), or the
+            right answer's nats per byte.
         tests: The paired tests over questions by metric, averaged over seeds, against the equally tuned baseline and
             the same untuned method, with verdicts, corrected over all rows.
     """
@@ -48,7 +48,7 @@ class InstructionOutcomes(Outcomes):
         chosen = _best_rate_runs(runs, metrics)
         tunings = {name: tuning.title for name, tuning in benchmark.definition.finetuning.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
-        super().__init__(benchmark, chosen, [*GROUP, "method"], set=sets, tuning=tunings)
+        super().__init__(benchmark, chosen, [*GROUP, "method"], task=sets, tuning=tunings)
         self.rates_chosen = len(chosen) < len(runs)
         self.metrics = {run.id: metrics[run.id] for run in chosen}
         records = collect_from((run, self.metrics[run.id]) for run in chosen)
@@ -56,17 +56,18 @@ class InstructionOutcomes(Outcomes):
         self.records = records.drop(columns=["task", "model", "method", "variant"]).merge(
             cells, on="run_id", sort=False
         )
-        self.several_sets = self.records["set"].nunique() > 1
+        self.several_sets = self.records["task"].nunique() > 1
         self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
-        self.tasks: dict[str, Any] = {}
+        self.eval_tasks: dict[str, Any] = {}
         for finished in self.metrics.values():
-            self.tasks |= {name: result for name, result in finished["tasks"].items() if name not in self.tasks}
+            for name, result in finished["tasks"].items():
+                self.eval_tasks.setdefault(name, result)
         self._layers = {
             (run.spec["model"]["name"], run.spec["method"]["variant"]): sorted(routing["shares"], key=int)
             for run in chosen
             if (routing := self.metrics[run.id]["routing"])
         }
-        self.questions = self.collect_rows(["task", "metric", "question", "value"], _question_values)
+        self.questions = self.collect_rows(["eval_task", "metric", "question", "value"], _question_values)
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
         self.tests = {metric: self._tests(metric) for metric in (ACCURACY, NATS)}
@@ -97,13 +98,13 @@ class InstructionOutcomes(Outcomes):
     def _tests(self, metric: str) -> pd.DataFrame:
         values = self.questions[self.questions["metric"] == metric].drop(columns=["run_id", "metric"])
         differences = [
-            self._differences(values, [*CELL, "task"], against, "question").assign(against=against)
+            self._differences(values, [*CELL, "eval_task"], against, "question").assign(against=against)
             for against in self._references
         ]
         tests = pd.concat(differences, ignore_index=True).rename(columns={"n": "questions"})
         tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
-        tests = tests.sort_values("task", key=lambda names: names.map(list(self.tasks).index), kind="stable")
-        row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
+        tests = tests.sort_values("eval_task", key=lambda names: names.map(list(self.eval_tasks).index), kind="stable")
+        row = [*CELL, "against", "eval_task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(tests[row], lower_is_better=metric == NATS)
 
     def _differences(self, scores: pd.DataFrame, cell: list[str], against: str, pair: str) -> pd.DataFrame:
@@ -121,14 +122,12 @@ class InstructionOutcomes(Outcomes):
 
         The column ``setting`` is the variant, so that claims can select layers.
         """
-        records = self.records.rename(columns={"set": "task", "variant": "setting"})
-        losses = records[(records["part"] == "dev") & (records["metric"] == "loss")].drop(columns="eval_task")
-        names = {"task": "eval_task", "set": "task", "question": "pair", "variant": "setting"}
-        return join_claim_numbers(
-            losses.rename(columns={"seed": "pair"}).assign(domain=HELD_OUT),
-            self.questions.rename(columns=names).assign(domain=QUESTIONS),
-            parameter_counts(records),
-        )
+        records = self.records.assign(setting=self.records["variant"])
+        is_loss = (records["part"] == "dev") & (records["metric"] == "loss")
+        losses = records[is_loss].assign(domain=HELD_OUT, eval_task="")
+        # without seeds, so that each question is averaged over them
+        questions = self.questions.assign(domain=QUESTIONS, setting=self.questions["variant"], seed="")
+        return join_claim_numbers(losses, questions, parameter_counts(records))
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add titles; method titles include the variant."""
@@ -147,7 +146,7 @@ def cell_of(run: Run) -> dict[str, str]:
     spec = run.spec
     return {
         "model": spec["model"]["name"],
-        "set": spec["task"]["name"],
+        "task": spec["task"]["name"],
         "tuning": spec["finetuning"],
         "method": spec["method"]["name"],
         "variant": spec["method"]["variant"],
@@ -172,7 +171,7 @@ def _best_rate_runs(runs: Sequence[Run], metrics: Mapping[str, dict[str, Any]]) 
 
 
 def _question_values(metrics: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield task, metric, question and value of each question."""
+    """Yield evaluated task, metric, question and value of each question."""
     for task, result in metrics["tasks"].items():
         for key, metric in (("correct", ACCURACY), (NATS, NATS)):
             for subject, values in result.get(key, {}).items():

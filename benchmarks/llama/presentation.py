@@ -37,7 +37,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
         frame = common.with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
         interval = (f"{against} low", f"{against} high")
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
-    for task, tested in outcomes.tasks.items():
+    for task, tested in outcomes.eval_tasks.items():
         parts = {ACCURACY: "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
         parts |= {NATS: ", right answer", "task_score": f", {tested['metric']}"}
         for metric, word in parts.items():
@@ -56,7 +56,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
         {**_key_headings(outcomes), "n": "n"},
         columns,
         outcomes.order(frame, CELL),
-        group=("model", "set", "tuning"),
+        group=("model", "task", "tuning"),
         origins=outcomes.shared,
     )
 
@@ -70,9 +70,9 @@ def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
     """Make a table of tests paired by question, against the equally tuned baseline and the same untuned method."""
     frame = outcomes.order(outcomes.tests[metric], CELL)
     frame["against"] = frame["against"].map(_reference_titles(outcomes))
-    frame["task_title"] = frame["task"].map(format_task)
+    frame["eval_task_title"] = frame["eval_task"].map(format_task)
     words, title, note = _TESTED[metric]
-    keys = {**_key_headings(outcomes), "against": "Against", "task_title": "Task"}
+    keys = {**_key_headings(outcomes), "against": "Against", "eval_task_title": "Task"}
     return common.tests_table(
         f"{outcomes.baseline_title}, and against the untuned model{title}",
         f"{note}Differences of {words} to the equally tuned {outcomes.baseline_title} and to the same untuned method, "
@@ -120,18 +120,23 @@ _DATA = {
 def data(outcomes: InstructionOutcomes) -> Table:
     """Make a table of row and token counts: learned, held out, cut and broken."""
     rows = [
-        {"model": run.spec["model"]["name"], "set": run.spec["task"]["name"], "part": split.replace("_", " "), **counts}
+        {
+            "model": run.spec["model"]["name"],
+            "task": run.spec["task"]["name"],
+            "part": split.replace("_", " "),
+            **counts,
+        }
         for run in outcomes.runs
         for split, counts in outcomes.metrics[run.id]["data"].items()
         if split != "train" or is_trained(run.spec)
     ]
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
-    frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
+    frame["task_title"] = [outcomes.title("task", name) for name in frame["task"]]
     return Table(
         "Instructions",
         "Only the tokens of responses are learned. Responses are cut at the maximum length. A row is broken if its "
         "prompt alone is longer, or if it lacks a field, is empty, or is not UTF-8.",
-        {"set_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
+        {"task_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
         [Column("count", name, heading) for name, heading in _DATA.items()],
         frame,
         notes={"source": "Source"},
@@ -153,25 +158,25 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 def paper(outcomes: InstructionOutcomes) -> Table:
     """Make a table of our MMLU accuracies and the paper's."""
     published = common.read_published(outcomes.benchmark).assign(
-        value=lambda frame: frame["value"] / 100, task_paper="MMLU (shots unknown)"
+        value=lambda frame: frame["value"] / 100, eval_task_paper="MMLU (shots unknown)"
     )
     ours = [
-        common.our_means(outcomes.numbers("test", ACCURACY, task), CELL).assign(task=format_task(task))
-        for task in outcomes.tasks
+        common.our_means(outcomes.numbers("test", ACCURACY, task), CELL).assign(eval_task_title=format_task(task))
+        for task in outcomes.eval_tasks
     ]
-    measured = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "task"])
+    measured = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "eval_task_title"])
     frame = published.merge(measured, on=["model", "tuning", "method"], how="outer", sort=False)
-    frame = frame.fillna({"task": frame["task_paper"], "variant": ""})
-    is_mmlu = frame["task"].str.startswith(f"{_MMLU.upper()} (")
+    frame = frame.fillna({"eval_task_title": frame["eval_task_paper"], "variant": ""})
+    is_mmlu = frame["eval_task_title"].str.startswith(f"{_MMLU.upper()} (")
     frame["difference"] = (frame["ours"] - frame["value"]).where(is_mmlu)
-    frame = outcomes.order(frame.assign(set=""), CELL)
+    frame = outcomes.order(frame.assign(task=""), CELL)
     return common.published_table(
         "The paper's MMLU accuracies beside ours",
         "Status: published (quoted by others; the paper's full tables were not available). The paper's number of "
         "shots, and its learning rate and epochs of LoRA, are unknown. A dash: not run by this suite, or unavailable. "
         "Results with another model, other data and other questions neither confirm nor refute a published value. Only "
         f"MMLU itself has a difference. {outcomes.shared_note}",
-        {**_key_headings(outcomes), "task": "Task"},
+        {**_key_headings(outcomes), "eval_task_title": "Task"},
         frame,
         origins=outcomes.shared,
     )
@@ -197,7 +202,7 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
         for metric, tests in outcomes.tests.items():
             of_cell = (tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)
             for test in tests[of_cell].itertuples():
-                words.append(f"{format_task(test.task)} {_difference_text(test, metric)}")
+                words.append(f"{format_task(test.eval_task)} {_difference_text(test, metric)}")
         titles = [row[key] for key in _key_headings(outcomes)]
         yield f"{', '.join(titles[:-1])}, against {outcomes.baseline_title}: {titles[-1]}: {'; '.join(words)}."
 
@@ -211,7 +216,7 @@ def _difference_text(test: Any, metric: str) -> str:
 
 def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
     """Return the headings of the key columns; include the set if there are several."""
-    sets = {"set_title": "Set"} if outcomes.several_sets else {}
+    sets = {"task_title": "Set"} if outcomes.several_sets else {}
     return {"model_title": "Model", **sets, "tuning_title": "Tuned", "method_title": "Method"}
 
 
@@ -221,10 +226,10 @@ def _questions_note(outcomes: InstructionOutcomes) -> str:
         f"{format_task(task)} has {tested['questions']:,} questions; the standard error of one accuracy near 30 % is "
         f"{45.8 / math.sqrt(tested['questions']):.1f} points"
         f"{'; chance is 25 %' if task.startswith(_MMLU) else ''}"
-        for task, tested in outcomes.tasks.items()
+        for task, tested in outcomes.eval_tasks.items()
         if tested["metric"] == "acc"
     ]
-    is_dev = any(task.startswith("mmlu_dev") for task in outcomes.tasks)
+    is_dev = any(task.startswith("mmlu_dev") for task in outcomes.eval_tasks)
     dev = "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test questions. "
     return f"{'; '.join(words)}. {dev if is_dev else ''}" if words else ""
 

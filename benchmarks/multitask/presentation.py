@@ -40,7 +40,7 @@ class MultitaskOutcomes(TextOutcomes):
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return the scores of mixtures by seed and the parameter counts, for claims."""
-        scores = self.select_mixtures(self.seeds).rename(columns={"protocol": "selection", "seed": "pair"})
+        scores = self.select_mixtures(self.seeds).rename(columns={"protocol": "selection"})
         return common.join_claim_numbers(scores.assign(metric="score"), common.parameter_counts(self.records))
 
 

@@ -27,7 +27,7 @@ class Measurements:
     def claim_numbers(self) -> pd.DataFrame:
         """Return the ratios of every setting, for claims."""
         ratios = self.origins[self.origins["metric"].str.startswith("ratio")]
-        names = {"task": "domain", "eval_task": "method", "run_id": "pair"}
+        names = {"task": "domain", "eval_task": "method"}
         return join_claim_numbers(ratios.drop(columns="method").rename(columns=names))
 
 

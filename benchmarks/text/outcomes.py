@@ -205,7 +205,7 @@ class TextOutcomes(Outcomes):
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return scores of every seed and parameter counts, for claims, with the rows of ablations."""
-        scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
+        scores = self.seeds.rename(columns={"protocol": "selection"}).assign(metric="score")
         numbers = join_claim_numbers(scores, parameter_counts(self.records))
         names = numbers["method"].str.partition(SETTING)
         numbers = numbers.assign(method=names[0], setting=names[2])

@@ -43,9 +43,9 @@ def claimed(direction: str, **changes: Any) -> Comparison:
 def numbers(by_method: dict[str, dict[tuple[str, int], float]], **columns: Any) -> pd.DataFrame:
     """Return rows like those of a presentation: the value of each method, task and seed."""
     usual = {"selection": "clean", "domain": "id", "metric": "score", "model": "m"}
-    usual |= dict.fromkeys(("eval_task", "tuning", "setting"), "")
+    usual |= dict.fromkeys(("eval_task", "tuning", "setting", "question"), "")
     rows = [
-        {**usual, "method": method, "task": task, "pair": seed, "value": value, **columns}
+        {**usual, "method": method, "task": task, "seed": seed, "value": value, **columns}
         for method, values in by_method.items()
         for (task, seed), value in values.items()
     ]
@@ -214,7 +214,7 @@ def test_a_wrong_name_ends_with_file_key_and_the_nearest(
 def test_the_papers_effects_are_those_of_its_published_averages(
     claim: str, benchmark: str, method: str, against: str
 ) -> None:
-    published = pd.read_csv(BENCHMARKS / benchmark / "paper.csv").rename(columns={"set": "scope"})
+    published = pd.read_csv(BENCHMARKS / benchmark / "paper.csv").rename(columns={"task": "scope"})
     published = published[published["scope"].str.startswith("average")].drop_duplicates(["model", "method"])
     averages = published.pivot(index="model", columns="method", values="value")
     tests = [test for test in load_claims()[claim].tests if test.compare and test.compare.benchmark == benchmark]

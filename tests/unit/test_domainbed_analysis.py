@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.domainbed.outcomes import DomainOutcomes
-from benchmarks.domainbed.presentation import paper, results, summary
+from benchmarks.domainbed.presentation import choices, paper, results, summary
 from benchmarks.domainbed.protocol import (
     RunRecords,
     Selection,
@@ -20,6 +20,7 @@ from benchmarks.domainbed.protocol import (
 )
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
+from benchmarks.harness.report.presentation import with_runs
 from tests.fake_runs import write_runs
 from tests.image_sets import pacs_run
 from tests.planned import plan
@@ -92,8 +93,8 @@ def test_tables_average_over_environments_then_trials(runs: list[Run]) -> None:
     others = [run_from_spec({**run.spec, "test_envs": [5]}) for run in runs]
     write_runs(others)
     both = outcomes([*runs, *others])
-    cells = both.cells[both.cells["selection"] == "training"].set_index(["method", "trial", "env"])["value"]
-    trials = cells.groupby(["method", "trial"]).mean()
+    cells = both.cells[both.cells["selection"] == "training"].set_index(["method", "seed", "eval_task"])["value"]
+    trials = cells.groupby(["method", "seed"]).mean()
     row = summary(both).frame.set_index(["selection", "method"]).loc[("training", "emoe")]
     assert row["rotated_mnist_5k mean"] == pytest.approx(trials["emoe"].mean())
     assert row["rotated_mnist_5k error"] == pytest.approx(np.std(trials["emoe"]) / math.sqrt(3))  # as DomainBed has it
@@ -107,6 +108,15 @@ def test_tables_average_over_environments_then_trials(runs: list[Run]) -> None:
     assert row["n"] == 3  # trials
 
 
+def test_each_trial_has_its_choices_with_the_runs_of_all_trials(runs: list[Run]) -> None:
+    table = choices(outcomes(runs), "rotated_mnist_5k")
+    shown = with_runs(table, table.origins, "domainbed").frame
+    of_emoe = shown[(shown["method"] == "emoe") & (shown["selection"] == "training")]
+    assert of_emoe["seed"].tolist() == [0, 1, 2]
+    folders = {run.folder for run in runs if run.spec["method"]["name"] == "emoe"}
+    assert [set(listed.split()) for listed in of_emoe["runs"]] == [folders] * 3
+
+
 def test_the_best_draw_is_reported_and_named(here: Path) -> None:
     cell = ("pacs", "erm", 0)
     planned = plan(["domainbed"], "domainbed_sweep")
@@ -115,7 +125,7 @@ def test_the_best_draw_is_reported_and_named(here: Path) -> None:
     swept = outcomes(runs)
     assert set(swept.cells["selection"]) == {"training", "leave_one_out", "oracle"}
     for row in swept.cells[swept.cells["selection"] == "oracle"].itertuples():
-        env = ["A", "C", "P", "S"].index(row.env)
+        env = ["A", "C", "P", "S"].index(row.eval_task)
         last = {
             run.spec["hparams_seed"]: swept.steps[run.id][-1][f"env{env}_out_acc"]
             for run in runs
@@ -127,6 +137,6 @@ def test_the_best_draw_is_reported_and_named(here: Path) -> None:
 def test_both_gmoes_have_their_published_numbers(here: Path) -> None:
     runs = [pacs_run(method, env, eval_every=6) for method in ("gmoe", "gmoe_upstream") for env in range(4)]
     write_runs(runs)
-    frame = paper(outcomes(runs)).frame.set_index(["set", "method_title", "selection", "model"])["value"]
+    frame = paper(outcomes(runs)).frame.set_index(["task", "method_title", "selection", "model"])["value"]
     assert frame["pacs", "GMoE (GMoE's code)", "training", "deit-small"] == pytest.approx(0.881)
     assert frame["average of four", "GMoE (EMoE's README)", "training", "deit-small"] == 0.7134

@@ -10,7 +10,9 @@ import pytest
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.claims import Comparison
 from benchmarks.harness.config.runs import Run, run_from_spec
+from benchmarks.harness.results.claims import find_evidence
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import paper, results, verdicts
@@ -77,13 +79,30 @@ def test_results_separate_the_cost_of_conversion_and_the_gain_of_tuning(runs: li
 def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, task: str) -> None:
     outcomes = InstructionOutcomes(LLAMA, runs)
     frame = paired_tests(outcomes, metric).frame
-    frame = frame[(frame["against"] == "dense") & (frame["task"] == task)].set_index("tuning")
+    frame = frame[(frame["against"] == "dense") & (frame["eval_task"] == task)].set_index("tuning")
     assert frame["questions"].tolist() == [100] * 3
     assert frame["seeds"].to_dict() == {"base": 1, "lora": 2, "full": 1}
     dense, routed = (of(runs, "lora", method, lambda scores: scores["test"][task][metric]) for method in METHODS)
     assert frame.loc["lora", "delta"] == pytest.approx((sum(routed) - sum(dense)) / 2)
     assert frame.loc["lora", "verdict"] == "better"  # a higher accuracy, or a lower likelihood
     assert any("LoRA, against dense: EMoE: held-out loss -0." in sentence for sentence in verdicts(outcomes))
+
+
+def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Run]) -> None:
+    outcomes = InstructionOutcomes(LLAMA, runs)
+    table = paired_tests(outcomes, "accuracy").frame
+    (row,) = table[
+        (table["against"] == "dense") & (table["eval_task"] == TASK) & (table["tuning"] == "lora")
+    ].itertuples()
+    names = {"benchmark": "llama", "method": "emoe", "against": "dense", "tunings": ["lora"], "direction": "higher"}
+    questions = Comparison(**names, domain="questions", metric="accuracy", questions=[TASK])
+    evidence = find_evidence(outcomes.claim_numbers(), questions)
+    assert evidence is not None
+    assert (evidence.difference.n, evidence.incomplete) == (row.questions, 0)
+    assert evidence.difference.mean == pytest.approx(row.delta)
+    losses = find_evidence(outcomes.claim_numbers(), Comparison(**names, domain="held_out", metric="loss"))
+    assert losses is not None
+    assert losses.difference.n == row.seeds
 
 
 def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
@@ -94,7 +113,7 @@ def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
     write_runs(published)
     frame = paper(InstructionOutcomes(LLAMA, published)).frame
     row = frame[(frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")]
-    assert set(row["task"]) == {"MMLU (5-shot)", "MMLU (0-shot)"}
+    assert set(row["eval_task_title"]) == {"MMLU (5-shot)", "MMLU (0-shot)"}
     assert (row["difference"] == row["ours"] - row["value"]).all()
 
 

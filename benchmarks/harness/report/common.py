@@ -21,7 +21,8 @@ from benchmarks.harness.results.statistics import confidence_interval, informati
 SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row
 # the numbers of the claims, one row per number
 COMPARED = [
-    *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
+    *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting"),
+    *("seed", "question", "value"),
 ]
 
 
@@ -33,14 +34,14 @@ def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
 def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
     """Return the parameter counts of all runs, for :func:`join_claim_numbers`."""
     rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
-    return rows.rename(columns={"seed": "pair"}).assign(domain="model")
+    return rows.assign(domain="model")
 
 
 class Outcomes:
-    """Hold the finished runs of a benchmark in grid order. Subclasses add their results.
+    """The finished runs of a benchmark in grid order. Subclasses add their results.
 
-    ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or a key
-    of ``titles``. ``titles`` maps names to titles, in the order of rows.
+    ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, or a key of
+    ``titles``. ``titles`` maps names to titles, in the order of rows.
     """
 
     pair = "seed"  # the unit of paired differences
@@ -61,7 +62,7 @@ class Outcomes:
         models = in_order({name: model.title for name, model in load_models().items()}, "model")
         tasks = in_order(benchmark.task_titles, "task")
         methods = {name: method.title for name, method in self.methods.items()}
-        by_key = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
+        by_key = {"model": models, "method": methods, "task": tasks, "eval_task": tasks, **titles}
         self.titles = {key: by_key[key] for key in keys}
 
     def title(self, key: str, name: str) -> str:

@@ -24,7 +24,7 @@ NOTE = (
 
 # columns that link a table row to its runs
 _ORIGIN = (
-    *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
+    *("run_id", "protocol", "model", "task", "method", "tuning", "variant", "learning_rate"),
     *("layer", "num_experts", "seed"),
 )
 

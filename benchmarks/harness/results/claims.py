@@ -13,6 +13,7 @@ from benchmarks.harness.config.claims import Comparison
 from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
 
 _CELL = ["model", "task", "eval_task", "tuning"]
+_PAIR = ["seed", "question"]  # a number of a seed has no question; the numbers of a question are averaged over seeds
 
 
 class Verdict(StrEnum):
@@ -68,17 +69,17 @@ def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
 
 
 def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
-    """Compare pair by pair, after averaging each pair over models, tasks, sets and settings.
+    """Compare seed by seed or question by question, after averaging each pair over models, tasks, sets and settings.
 
     A pair is omitted if it lacks a model, task, set or setting of another pair.
     """
     # repeated numbers count once
-    means = ours.groupby([*_CELL, "setting", "pair"], sort=False)["value"].mean()
-    other_means = others.groupby([*_CELL, "pair"], sort=False)["value"].mean().rename("other")
-    both = means.reset_index().merge(other_means.reset_index(), on=[*_CELL, "pair"])
+    means = ours.groupby([*_CELL, "setting", *_PAIR], sort=False)["value"].mean()
+    other_means = others.groupby([*_CELL, *_PAIR], sort=False)["value"].mean().rename("other")
+    both = means.reset_index().merge(other_means.reset_index(), on=[*_CELL, *_PAIR])
     if both.empty:
         return None
-    by_pair = both.assign(difference=both["value"] - both["other"]).groupby("pair", sort=True)["difference"]
+    by_pair = both.assign(difference=both["value"] - both["other"]).groupby(_PAIR, sort=True)["difference"]
     complete = by_pair.mean()[by_pair.size() == len(both[[*_CELL, "setting"]].drop_duplicates())]
     difference = mean_difference(complete.to_numpy(dtype=float))
     return Evidence(
