@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import our_means
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.style import distinct_styles
-from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
@@ -43,11 +41,12 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     model, env, runs = _first_runs(outcomes, name)
     panels = []
     for method, run in runs.items():
-        metrics = read_metrics(run)
-        classes: list[str] = metrics["classes"]
-        for layer in sorted(metrics["routing"].get("loads", {}), key=int):
-            loads, chance = (metrics["routing"][key][layer] for key in ("loads", "chance"))
-            panels.append((f"{outcomes.title('method', method)}, block {layer}", np.array(loads), chance))
+        metrics = outcomes.finished[run.id].metrics
+        classes = metrics.classes or []
+        if metrics.routing:
+            for layer in sorted(metrics.routing.loads, key=int):
+                title = f"{outcomes.title('method', method)}, block {layer}"
+                panels.append((title, np.array(metrics.routing.loads[layer]), metrics.routing.chance[layer]))
     if not panels:
         plots.placeholder_figure(path)
         return
@@ -67,9 +66,9 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
                 beside = labels if column == 0 and len(labels) <= heights[0] else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
-            by_class = _information("class", loads.sum(0), chance)
+            by_class = _information("class", loads.sum(0), chance.by_class)
             above.set_title(f"{plots.wrap_text(title, 1.4, 7)}\n{by_class}", fontsize=7)
-            below.set_title(_information("environment", loads.sum(1), chance), fontsize=7)
+            below.set_title(_information("environment", loads.sum(1), chance.environment), fontsize=7)
             below.set_xlabel(f"{loads.shape[2]} experts")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         title = (
@@ -78,8 +77,8 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
 
-def _information(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float, float]]) -> str:
-    mean, high = chance[name]
+def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> str:
+    mean, high = chance
     return f"{name} {mutual_information(counts):.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
 
 

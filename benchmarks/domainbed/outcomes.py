@@ -12,7 +12,7 @@ from benchmarks.domainbed.protocol import SELECTIONS, RunRecords
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
-from benchmarks.harness.results.records import collect_from, read_metrics
+from benchmarks.harness.results.records import Record, tabulate_numbers
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 
 CELL = ["selection", "model", "task", "method"]  # the task is the image set
@@ -25,7 +25,7 @@ class DomainOutcomes(Outcomes):
         cells: The chosen records by :data:`CELL`, held-out environment (``eval_task``) and trial (``seed``), with
             ``value`` (the reported accuracy), ``chosen_by`` (the selection's value), ``step``, ``hparams_seed`` and
             ``variant``.
-        steps: The records of the evaluated steps, by run id.
+        finished: The runs with what they recorded, by run id.
         records: Every number of every run.
         shared: The cells of the trials that have all methods and environments of a selection, model and set.
         differences: The paired differences to the baseline over these trials, of means over environments.
@@ -36,12 +36,12 @@ class DomainOutcomes(Outcomes):
     pair = "trial"  # DomainBed's word for a seed
     benchmark: AnyBenchmark
 
-    def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
+    def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
         selections = {name: title for name, (title, _) in SELECTIONS.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
-        super().__init__(benchmark, runs, CELL, selection=selections, task=sets)
-        self.steps: dict[str, list[dict[str, Any]]] = {}
-        self.records = collect_from(self._read())
+        super().__init__(benchmark, [record.run for record in finished], CELL, selection=selections, task=sets)
+        self.finished = {record.run.id: record for record in finished}
+        self.records = tabulate_numbers(finished)
         columns = [*CELL, "eval_task", "seed", "value", "chosen_by", "step", "hparams_seed", "variant"]
         self.cells = pd.DataFrame(self._cells(), columns=columns)
         self.shared = shared_pairs(self.cells, ["selection", "model", "task"], ["method", "eval_task"], "seed")
@@ -52,13 +52,6 @@ class DomainOutcomes(Outcomes):
         # sorted by environment, because the order of summation changes the last digit
         scores = cells[[*CELL, "eval_task", "seed", "value"]].sort_values(["eval_task", "seed"], kind="stable")
         return paired_differences(scores, CELL, {"method": self.baseline}, "seed").drop(columns="values")
-
-    def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """Yield every run with its metrics, and store only the steps, to save memory."""
-        for run in self.runs:
-            metrics = read_metrics(run)
-            self.steps[run.id] = metrics["records"]
-            yield run, metrics
 
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
@@ -89,10 +82,10 @@ class DomainOutcomes(Outcomes):
         for (model, name, method, seed), runs in groups.items():
             # by DomainBed's hparams_seed, then in the order of the grid
             choices = sorted(dict.fromkeys(map(_choice, runs)), key=lambda choice: choice[0])
-            records = [
-                RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self.steps[run.id])
-                for run in runs
-            ]
+            records = []
+            for run in runs:
+                steps = [step.model_dump() for step in self.finished[run.id].metrics.records or ()]
+                records.append(RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), steps))
             for selection, (_, choose) in SELECTIONS.items():
                 for env, env_name in enumerate(self.environments(name)):
                     chosen = choose(records, env)

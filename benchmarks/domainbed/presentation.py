@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ import pandas as pd
 from benchmarks.domainbed.figures import SET_FIGURES
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.harness.config.benchmark import AnyBenchmark
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Column, Table
+from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.statistics import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
@@ -226,9 +226,9 @@ _NOTE = (
 )
 
 
-def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
-    outcomes = DomainOutcomes(benchmark, runs)
+    outcomes = DomainOutcomes(benchmark, records)
     return Presentation(
         benchmark,
         TABLES,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.glue_ood.ranks import ranks
 from benchmarks.harness.config.benchmark import AnyBenchmark
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Table
+from benchmarks.harness.results.records import Record
 from benchmarks.text.definition import OOD
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.presentation import present_text
@@ -26,6 +26,6 @@ TABLES: dict[str, Callable[[TextOutcomes], Table]] = {
 FIGURES = {"usage": USAGE}
 
 
-def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
-    return present_text(benchmark, runs, TABLES, FIGURES, optimizer="")
+    return present_text(benchmark, records, TABLES, FIGURES, optimizer="")

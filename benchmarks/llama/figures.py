@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.style import DENSE, MethodStyle, distinct_styles
+from benchmarks.harness.results.content import Metrics
 from benchmarks.llama.outcomes import GROUP, InstructionOutcomes, Row
 
 
@@ -44,12 +45,12 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         plots.legend_below(figure, axes.flat, len(groups) + 1)
 
 
-def _loss_points(metrics: Mapping[str, Any]) -> Iterator[Row]:
+def _loss_points(metrics: Metrics) -> Iterator[Row]:
     """Yield panel, step and loss; a loss is None if the model diverged."""
-    for step, loss in enumerate(metrics["curve"], start=1):
+    for step, loss in enumerate(metrics.curve, start=1):
         yield "training loss", step, loss
-    for point in metrics.get("held_out_curve", ()):
-        yield "held-out loss", point["step"], point["loss"]
+    for point in metrics.held_out_curve:
+        yield "held-out loss", point.step, point.loss
 
 
 def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: MethodStyle) -> None:

@@ -12,9 +12,10 @@ from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.method_specs import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
-from benchmarks.harness.results.records import collect_from, read_metrics
+from benchmarks.harness.results.content import Metrics, QuestionResult
+from benchmarks.harness.results.records import Record, tabulate_numbers
 from benchmarks.harness.results.statistics import Difference, paired_differences, shared_pairs, with_verdicts
-from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS, is_trained
+from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS
 
 GROUP = ["model", "task", "tuning"]
 CELL = [*GROUP, "method", "variant"]
@@ -30,8 +31,8 @@ class InstructionOutcomes(Outcomes):
     Each cell has the runs of its best learning rate, with the lowest mean held-out loss.
 
     Attributes:
-        metrics: The ``metrics.json`` of the runs by run id.
-        runs: The runs of the best learning rates.
+        chosen: The finished runs of the best learning rates.
+        runs: The same without what they recorded.
         rates_chosen: True if a cell had several learning rates.
         records: All numbers of these runs, with the columns of :data:`CELL`.
         several_sets: True if runs train on several sets; ``task`` is the set.
@@ -43,42 +44,41 @@ class InstructionOutcomes(Outcomes):
             the same untuned method, with verdicts, corrected over all rows.
     """
 
-    def __init__(self, benchmark: AnyBenchmark, runs: Sequence[Run]) -> None:
-        metrics = {run.id: read_metrics(run) for run in runs}
-        chosen = _best_rate_runs(runs, metrics)
+    def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
+        self.chosen = _best_rate_runs(finished)
+        runs = [record.run for record in self.chosen]
         tunings = {name: tuning.title for name, tuning in benchmark.definition.finetuning.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
-        super().__init__(benchmark, chosen, [*GROUP, "method"], task=sets, tuning=tunings)
-        self.rates_chosen = len(chosen) < len(runs)
-        self.metrics = {run.id: metrics[run.id] for run in chosen}
-        records = collect_from((run, self.metrics[run.id]) for run in chosen)
-        cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
+        super().__init__(benchmark, runs, [*GROUP, "method"], task=sets, tuning=tunings)
+        self.rates_chosen = len(self.chosen) < len(finished)
+        records = tabulate_numbers(self.chosen)
+        cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in runs], columns=["run_id", *CELL])
         self.records = records.drop(columns=["task", "model", "method", "variant"]).merge(
             cells, on="run_id", sort=False
         )
         self.several_sets = self.records["task"].nunique() > 1
         self.shared = shared_pairs(self.records, GROUP, ["method", "variant"], "seed")
-        self.eval_tasks: dict[str, Any] = {}
-        for finished in self.metrics.values():
-            for name, result in finished["tasks"].items():
+        self.eval_tasks: dict[str, QuestionResult] = {}
+        self._layers: dict[tuple[str, str], list[str]] = {}
+        for record in self.chosen:
+            for name, result in (record.metrics.tasks or {}).items():
                 self.eval_tasks.setdefault(name, result)
-        self._layers = {
-            (run.spec["model"]["name"], run.spec["method"]["variant"]): sorted(routing["shares"], key=int)
-            for run in chosen
-            if (routing := self.metrics[run.id]["routing"])
-        }
+            if record.metrics.routing and record.metrics.routing.shares:
+                spec = record.run.spec
+                converted = sorted(record.metrics.routing.shares, key=int)
+                self._layers[spec["model"]["name"], spec["method"]["variant"]] = converted
         self.questions = self.collect_rows(["eval_task", "metric", "question", "value"], _question_values)
-        untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
+        untuned = next((run.spec["finetuning"] for run in runs if not run.is_trained), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
         self.tests = {metric: self._tests(metric) for metric in (ACCURACY, NATS)}
 
-    def collect_rows(self, columns: Sequence[str], read: Callable[[dict[str, Any]], Iterable[Row]]) -> pd.DataFrame:
+    def collect_rows(self, columns: Sequence[str], read: Callable[[Metrics], Iterable[Row]]) -> pd.DataFrame:
         """Collect the rows that ``read`` yields from each run's metrics, and prepend run id, cell and seed."""
-        rows = [
-            (run.id, *cell_of(run).values(), run.spec["seed"], *row)
-            for run in self.runs
-            for row in read(self.metrics[run.id])
-        ]
+        rows = []
+        for record in self.chosen:
+            run = record.run
+            for row in read(record.metrics):
+                rows.append((run.id, *cell_of(run).values(), run.spec["seed"], *row))
         # pandas sums objects in order but floats pairwise, with another last digit
         return pd.DataFrame(rows, columns=["run_id", *CELL, "seed", *columns], dtype=object)
 
@@ -159,22 +159,29 @@ def format_task(task: str) -> str:
     return " ".join((_TITLES.get(name, name), shots)).strip()
 
 
-def _best_rate_runs(runs: Sequence[Run], metrics: Mapping[str, dict[str, Any]]) -> list[Run]:
+def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
     """Return the runs of each cell's learning rate with the lowest mean held-out loss."""
-    rates = [(*cell_of(run).values(), run.spec["learning_rate"]) for run in runs]
+    rates = []
+    losses = []
+    for record in finished:
+        spec = record.run.spec
+        rates.append((*cell_of(record.run).values(), spec["learning_rate"]))
+        loss = (record.metrics.scores or {})["dev"][spec["task"]["name"]]["loss"]
+        losses.append(math.inf if loss is None else loss)  # the model diverged
     frame = pd.DataFrame(rates, columns=[*CELL, "rate"])
-    losses = [metrics[run.id]["scores"]["dev"][run.spec["task"]["name"]]["loss"] for run in runs]
-    frame["loss"] = [math.inf if loss is None else loss for loss in losses]
+    frame["loss"] = losses
     means = frame.groupby([*CELL, "rate"], sort=False)["loss"].mean()
     best = set(means.groupby(CELL, sort=False).idxmin())
-    return [run for run, rate in zip(runs, rates, strict=True) if rate in best]
+    return [record for record, rate in zip(finished, rates, strict=True) if rate in best]
 
 
-def _question_values(metrics: Mapping[str, Any]) -> Iterator[Row]:
+def _question_values(metrics: Metrics) -> Iterator[Row]:
     """Yield evaluated task, metric, question and value of each question."""
-    for task, result in metrics["tasks"].items():
-        for key, metric in (("correct", ACCURACY), (NATS, NATS)):
-            for subject, values in result.get(key, {}).items():
-                for number, value in enumerate(values):
-                    if value is not None:  # the model diverged
-                        yield task, metric, f"{subject} {number}", float(value)
+    for task, result in (metrics.tasks or {}).items():
+        for subject, digits in result.correct.items():
+            for number, digit in enumerate(digits):
+                yield task, ACCURACY, f"{subject} {number}", float(digit)
+        for subject, values in result.nats_per_byte.items():
+            for number, value in enumerate(values):
+                if value is not None:  # the model diverged
+                    yield task, NATS, f"{subject} {number}", float(value)

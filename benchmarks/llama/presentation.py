@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.llama.definition import NATS, is_trained
+from benchmarks.harness.results.content import Metrics
+from benchmarks.harness.results.records import Record
+from benchmarks.llama.definition import NATS
 from benchmarks.llama.figures import FIGURES
 from benchmarks.llama.outcomes import ACCURACY, BASELINE, CELL, GROUP, UNTUNED, InstructionOutcomes, Row, format_task
 
@@ -39,7 +40,7 @@ def results(outcomes: InstructionOutcomes) -> Table:
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
     for task, tested in outcomes.eval_tasks.items():
         parts = {ACCURACY: "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
-        parts |= {NATS: ", right answer", "task_score": f", {tested['metric']}"}
+        parts |= {NATS: ", right answer", "task_score": f", {tested.metric}"}
         for metric, word in parts.items():
             name = f"{task} {metric}"
             frame = frame.join(_means(outcomes.numbers("test", metric, task), name), on=CELL)
@@ -87,11 +88,14 @@ def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
 def answers(outcomes: InstructionOutcomes) -> Table:
     """Make a table of greedy answers to held-out instructions."""
 
-    def shortened(metrics: dict[str, Any]) -> Iterator[Row]:
-        for number, answer in enumerate(metrics["answers"], start=1):
-            instruction = "\n".join(filter(None, (answer["instruction"], answer["input"])))
-            texts = (" ".join(text.split()) for text in (instruction, answer["answer"]))
-            yield number, *(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…" for text in texts)
+    def shorten(text: str) -> str:
+        words = " ".join(text.split())
+        return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"
+
+    def shortened(metrics: Metrics) -> Iterator[Row]:
+        for number, answer in enumerate(metrics.answers or (), start=1):
+            instruction = "\n".join(filter(None, (answer.instruction, answer.input)))
+            yield number, shorten(instruction), shorten(answer.answer)
 
     rows = outcomes.collect_rows(["number", "asked", "answer"], shortened)
     first = rows.drop_duplicates([*CELL, "number"]).drop(columns=["run_id", "seed"])
@@ -119,17 +123,13 @@ _DATA = {
 
 def data(outcomes: InstructionOutcomes) -> Table:
     """Make a table of row and token counts: learned, held out, cut and broken."""
-    rows = [
-        {
-            "model": run.spec["model"]["name"],
-            "task": run.spec["task"]["name"],
-            "part": split.replace("_", " "),
-            **counts,
-        }
-        for run in outcomes.runs
-        for split, counts in outcomes.metrics[run.id]["data"].items()
-        if split != "train" or is_trained(run.spec)
-    ]
+    rows = []
+    for record in outcomes.chosen:
+        spec = record.run.spec
+        names = {"model": spec["model"]["name"], "task": spec["task"]["name"]}
+        for split, counts in (record.metrics.data or {}).items():
+            if split != "train" or record.run.is_trained:
+                rows.append({**names, "part": split.replace("_", " "), **counts.model_dump(exclude_unset=True)})
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["task_title"] = [outcomes.title("task", name) for name in frame["task"]]
     return Table(
@@ -223,11 +223,11 @@ def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
 def _questions_note(outcomes: InstructionOutcomes) -> str:
     """Return sentences on the number of questions of each task and the standard error of its accuracy."""
     words = [
-        f"{format_task(task)} has {tested['questions']:,} questions; the standard error of one accuracy near 30 % is "
-        f"{45.8 / math.sqrt(tested['questions']):.1f} points"
+        f"{format_task(task)} has {tested.questions:,} questions; the standard error of one accuracy near 30 % is "
+        f"{45.8 / math.sqrt(tested.questions):.1f} points"
         f"{'; chance is 25 %' if task.startswith(_MMLU) else ''}"
         for task, tested in outcomes.eval_tasks.items()
-        if tested["metric"] == "acc"
+        if tested.metric == "acc"
     ]
     is_dev = any(task.startswith("mmlu_dev") for task in outcomes.eval_tasks)
     dev = "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test questions. "
@@ -246,8 +246,8 @@ _NOTE = (
 )
 
 
-def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
-    outcomes = InstructionOutcomes(benchmark, runs)
+    outcomes = InstructionOutcomes(benchmark, records)
     sentences = list(verdicts(outcomes))
     return Presentation(benchmark, TABLES, FIGURES, outcomes, verdicts=sentences, note=_NOTE, optimizer="AdamW")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, average_over_seeds, read_published
 from benchmarks.harness.report.presentation import Figure, Presentation
 from benchmarks.harness.report.style import EMOE
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.content import Matrix
+from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.modularity.definition import EXPERTS
 from benchmarks.text.routing import UsagePanel, draw_usage
@@ -37,16 +37,23 @@ class ModularityOutcomes(Outcomes):
         means: The means over seeds, with ``<metric>_std``, ``n`` and titles.
     """
 
-    def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
-        super().__init__(benchmark, runs, ["model", "method", "task"])
-        rows, numbers = [], list[str]()
-        for run in runs:
-            metrics, method = read_metrics(run), run.spec["method"]
-            layer, num_experts = method["config"]["layers"][0], method["config"]["num_experts"]
-            cell = dict(zip(CELL, [run.spec["model"]["name"], layer, num_experts, method["name"]], strict=True))
-            named = {"seed": run.spec["seed"], "run_id": run.id, "usage": metrics["usage"], "matrix": metrics["matrix"]}
-            rows.append({**cell, **named, **metrics["measured"][EXPERTS]})
-            numbers = list(metrics["measured"][EXPERTS])
+    def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
+        super().__init__(benchmark, [record.run for record in finished], ["model", "method", "task"])
+        rows: list[dict[str, Any]] = []
+        numbers: list[str] = []
+        for record in finished:
+            run, metrics = record.run, record.metrics
+            method = run.spec["method"]
+            measured = (metrics.measured or {})[EXPERTS]
+            cell = {
+                "model": run.spec["model"]["name"],
+                "layer": method["config"]["layers"][0],
+                "num_experts": method["config"]["num_experts"],
+                "method": method["name"],
+            }
+            named = {"seed": run.spec["seed"], "run_id": run.id, "usage": metrics.usage, "matrix": metrics.matrix}
+            rows.append({**cell, **named, **measured})
+            numbers = list(measured)
         self.records = self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
         self.means = self.with_titles(average_over_seeds(self.rows, CELL, numbers))
 
@@ -132,20 +139,20 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
                 _draw_matrix(axis, run.matrix, run.num_experts)
                 axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
                 axis.set_xlabel("neurons, expert by expert")
-            tasks = runs[0].matrix["tasks"]
+            tasks = runs[0].matrix.tasks
             middles = pd.Series(range(len(tasks))).groupby(tasks, sort=False).mean()
             axis_row[0].set_yticks(middles, [outcomes.title("task", str(name)) for name in middles.index])
             axis_row[0].tick_params(axis="y", length=0)
             axis_row[0].set_ylabel(f"{title}\ntokens of")
 
 
-def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
-    size = matrix["neurons"] // experts
-    for edge in range(size, matrix["neurons"], size):
+def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
+    size = matrix.neurons // experts
+    for edge in range(size, matrix.neurons, size):
         axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
-    axis.plot(matrix["places"], matrix["tokens"], "s", ms=0.9, mew=0, color=EMOE.colour, alpha=0.8, rasterized=True)
-    axis.set(xlim=(-0.5, matrix["neurons"] - 0.5), ylim=(len(matrix["tasks"]) - 0.5, -0.5))
-    axis.set_xticks([0, matrix["neurons"]])
+    axis.plot(matrix.places, matrix.tokens, "s", ms=0.9, mew=0, color=EMOE.colour, alpha=0.8, rasterized=True)
+    axis.set(xlim=(-0.5, matrix.neurons - 0.5), ylim=(len(matrix.tasks) - 0.5, -0.5))
+    axis.set_xticks([0, matrix.neurons])
 
 
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
@@ -157,8 +164,8 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
         for number, run in enumerate(runs, 1):
             axis: Any = figure.add_subplot(1, len(runs), number, projection="3d")
             axis.scatter(
-                run.matrix["places"], run.matrix["tokens"], run.matrix["values"],
-                c=run.matrix["values"], cmap="viridis", s=1.2, linewidths=0, rasterized=True,
+                run.matrix.places, run.matrix.tokens, run.matrix.values,
+                c=run.matrix.values, cmap="viridis", s=1.2, linewidths=0, rasterized=True,
             )  # fmt: skip
             axis.set_xlabel("neurons", labelpad=-1)
             axis.set_ylabel("tokens", labelpad=-4)
@@ -233,7 +240,7 @@ _NOTE = (
 )
 
 
-def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
-    outcomes = ModularityOutcomes(benchmark, runs)
+    outcomes = ModularityOutcomes(benchmark, records)
     return Presentation(benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)

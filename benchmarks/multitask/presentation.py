@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import NOTE, Presentation
 from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
+from benchmarks.harness.results.records import Record
 from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, TextOutcomes
 from benchmarks.text.tables import cost, ood, tests, verdicts
@@ -108,8 +110,8 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
 TABLES = {"gains": gains, "sets": ood, "tests": tests, "transfer": transfer, "cost": cost}
 
 
-def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
-    outcomes = MultitaskOutcomes(benchmark, runs)
+    outcomes = MultitaskOutcomes(benchmark, records)
     sentences, optimizer = list(verdicts(outcomes)), "AdamW, linear decay, no clipping"
     return Presentation(benchmark, TABLES, {}, outcomes, verdicts=sentences, note=NOTE, optimizer=optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import join_claim_numbers
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.harness.results.records import collect
+from benchmarks.harness.results.records import Record, tabulate_numbers
 from benchmarks.speed.definition import MEASURES, MeasurementDefinition
 
 
@@ -57,7 +58,8 @@ def measure_table(name: str, measured: Measurements) -> Table:
 TABLES = {name: partial(measure_table, name) for name in MEASURES}
 
 
-def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
-    measured = Measurements(benchmark.definition, runs, collect(runs))
+    runs = [record.run for record in records]
+    measured = Measurements(benchmark.definition, runs, tabulate_numbers(records))
     return Presentation(benchmark, TABLES, {}, measured)

@@ -11,9 +11,9 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
 from benchmarks.harness.config.method_specs import remove_settings, setting_values
 from benchmarks.harness.config.methods import ABLATION
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import SETTING, Outcomes, join_claim_numbers, parameter_counts, summarize
-from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
+from benchmarks.harness.results.content import Metrics
+from benchmarks.harness.results.records import AS, Record, scores_of, tabulate_numbers
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
@@ -97,17 +97,18 @@ class TextOutcomes(Outcomes):
     def __init__(
         self,
         benchmark: AnyBenchmark,
-        runs: Sequence[Run],
+        finished: Sequence[Record],
         records: pd.DataFrame | None = None,
         *,
         include_ablations: bool = False,
     ) -> None:
         methods = resolve_methods(benchmark.definition)
         kept = [name for name, method in methods.items() if include_ablations or method.role != ABLATION]
-        shown = [run for run in runs if run.spec["method"]["name"] in kept]
+        shown = [record.run for record in finished if record.run.spec["method"]["name"] in kept]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
         self._include_ablations = include_ablations
-        self._all_runs, self._all_records = runs, collect(runs) if records is None else records
+        self._finished = finished
+        self._all_records = tabulate_numbers(finished) if records is None else records
         records = add_transformed_rows(self._all_records[self._all_records["run_id"].isin({run.id for run in shown})])
         self.records = records[records["method"].isin(kept)].reset_index(drop=True)
         if include_ablations:
@@ -126,7 +127,7 @@ class TextOutcomes(Outcomes):
     @cached_property
     def ablated(self) -> TextOutcomes:
         """Return the outcomes of the same runs, including the rows of ablations."""
-        return TextOutcomes(self.benchmark, self._all_runs, self._all_records, include_ablations=True)
+        return TextOutcomes(self.benchmark, self._finished, self._all_records, include_ablations=True)
 
     def _split_settings(self) -> None:
         """Turn every setting of an ablation, and of a row with several variants, into a separate row."""
@@ -163,12 +164,12 @@ class TextOutcomes(Outcomes):
         keys = ["protocol", *CELL, "seed"]
         return self.chosen.merge(self.shared[keys].drop_duplicates(), on=keys)
 
-    def training(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Yield the record and the ``metrics.json`` of each chosen run of the first protocol."""
-        by_id = {run.id: run for run in self.runs}
+    def training(self) -> Iterator[tuple[Any, Metrics]]:
+        """Yield the names of each chosen run of the first protocol, and what it recorded."""
+        by_id = {record.run.id: record.metrics for record in self._finished}
         chosen = self.chosen[self.chosen["protocol"].isin(self.run_protocols[:1])].drop_duplicates("run_id")
         for record in self.order(chosen, [*CELL, "seed"]).itertuples():
-            yield record, read_metrics(by_id[str(record.run_id)])
+            yield record, by_id[str(record.run_id)]
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         if self.benchmark.evaluates is None:

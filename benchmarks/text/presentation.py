@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Figure, Presentation
 from benchmarks.harness.report.table import Table
+from benchmarks.harness.results.records import Record
 from benchmarks.text.ablations import ablation_figure, ablation_table
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.routing import TRACES, USAGE, trace_table, usage_table
@@ -18,20 +18,21 @@ TABLES |= {"usage": usage_table, "traces": trace_table}
 FIGURES = {"usage": USAGE, "traces": TRACES}
 
 
-def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
-    return present_text(benchmark, runs, TABLES, FIGURES, optimizer="AdamW, linear decay, no clipping")
+    return present_text(benchmark, records, TABLES, FIGURES, optimizer="AdamW, linear decay, no clipping")
 
 
 def present_text(
     benchmark: AnyBenchmark,
-    runs: list[Run],
+    records: Sequence[Record],
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Figure],
     optimizer: str,
 ) -> Presentation:
     """Present a text benchmark: tables, figures, ablations, and a verdict on every method."""
-    outcomes, ablations = TextOutcomes(benchmark, runs), benchmark.definition.ablations
+    outcomes = TextOutcomes(benchmark, records)
+    ablations = benchmark.definition.ablations
     return Presentation(
         benchmark,
         {**tables, **{name: partial(ablation_table, name=name) for name in ablations}},

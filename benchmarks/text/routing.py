@@ -5,7 +5,7 @@ A trace is the frame of one layer: a row of the experts' shares for each window,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, average_over_seeds
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.table import MISSING, Column, Table
+from benchmarks.harness.results.content import Usage
 from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.outcomes import CELL, KEYS, TextOutcomes
@@ -31,7 +32,7 @@ _PERIODS = 4  # quarters of the training
 _MOST_TASKS = 4  # rows of panels
 NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "load_drift_chance")
 
-UsagePanel = tuple[str, Mapping[str, Any]]  # a title, and the usage of :func:`~benchmarks.text.usage.describe_usage`
+UsagePanel = tuple[str, Usage]  # a title, and the use of experts
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
@@ -39,12 +40,12 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
     panels: dict[str, UsagePanel] = {}
     cell = None
     for record, metrics in outcomes.training():
-        if not metrics["usage"] or outcomes.role(record.method) == CONTROL:
+        if not metrics.usage or not metrics.usage.tasks or outcomes.role(record.method) == CONTROL:
             continue
         cell = cell or (record.model, record.task)
         if cell == (record.model, record.task) and record.method not in panels:
-            sets = metrics["usage"]["tasks"]
-            usage = {**metrics["usage"], "tasks": {record.task: sets[record.task], **sets}}
+            sets = metrics.usage.tasks
+            usage = metrics.usage.model_copy(update={"tasks": {record.task: sets[record.task], **sets}})
             title = f"{record.method_title}, {record.model_title}, trained on {record.task_title}"
             panels[record.method] = (title, usage)
     draw_usage(list(panels.values())[:_MOST_PANELS], outcomes, path)
@@ -55,10 +56,10 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     if not panels:
         plots.placeholder_figure(path)
         return
-    heights = [sum(1 + len(use["classes"]) for use in usage["tasks"].values()) for _, usage in panels]
+    heights = [sum(1 + len(use.classes) for use in usage.tasks.values()) for _, usage in panels]
     shows_classes = sum(heights) <= _MOST_LINES
     if not shows_classes:
-        heights = [len(usage["tasks"]) for _, usage in panels]
+        heights = [len(usage.tasks) for _, usage in panels]
     size = (plots.WIDTH, 0.16 * sum(heights) + 0.4 * len(panels) + 0.3)
     with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (figure, axes):
         for axis, (title, usage) in zip(axes[:, 0], panels, strict=True):
@@ -68,16 +69,15 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
 
 
-def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, shows_classes: bool) -> None:
-    sets = usage["tasks"]
-    mean = np.mean([use["shares"] for use in sets.values()], axis=0)
+def _draw_use(axis: Any, outcomes: Outcomes, usage: Usage, *, shows_classes: bool) -> None:
+    sets = usage.tasks
+    mean = np.mean([use.shares for use in sets.values()], axis=0)
     lines: list[tuple[str, list[float], list[int] | None]] = []  # label, shares, and the marks of a set
     for name, use in sets.items():
-        lines.append((outcomes.title("task", name), use["shares"], use["marks"]))
+        lines.append((outcomes.title("task", name), use.shares, use.marks))
         labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
-        lines += [
-            (f"{labels[int(number)]} ", shares, None) for number, shares in use["classes"].items() if shows_classes
-        ]
+        if shows_classes:
+            lines += [(f"{labels[int(number)]} ", shares, None) for number, shares in use.classes.items()]
     shares = np.array([shares for _, shares, _ in lines])
     plots.show_use(axis, plots.divide_by_mean(shares, mean))
     axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])
@@ -90,21 +90,20 @@ def _draw_use(axis: Any, outcomes: Outcomes, usage: Mapping[str, Any], *, shows_
         for expert, mark in enumerate(marks or ()):
             if mark:
                 axis.plot(expert, line, "^" if mark > 0 else "v", ms=4, color="black", mec="white", mew=0.4)
-    if shared := usage["shared"]:  # an empty plot would be drawn in the figure's corner
+    if shared := usage.shared:  # an empty plot would be drawn in the figure's corner
         axis.plot(shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False)
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
     """Make a table of the mutual information of experts with set and class, by model, training task and method."""
-    information, kinds = information_numbers("task", "class"), ("specialised", "shared")
-    rows = [
-        {key: getattr(record, key) for key in CELL}
-        | metrics["routing"]
-        | {f"{kind}_experts": len(metrics["usage"][kind]) for kind in kinds}
-        for record, metrics in outcomes.training()
-        if metrics["usage"]
-    ]
-    numbers = [*information, *(f"{kind}_experts" for kind in kinds)]
+    information = information_numbers("task", "class")
+    rows = []
+    for record, metrics in outcomes.training():
+        if metrics.usage and metrics.usage.tasks and metrics.routing:
+            cell = [getattr(record, key) for key in CELL]
+            measured = [getattr(metrics.routing, name) for name in information]
+            rows.append([*cell, *measured, len(metrics.usage.specialised), len(metrics.usage.shared)])
+    numbers = [*information, "specialised_experts", "shared_experts"]
     means = average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
     return Table(
         "Information in the choice of an expert after training",
@@ -159,12 +158,14 @@ def traces(outcomes: TextOutcomes) -> pd.DataFrame:
     """Return the traces of the chosen runs with routing, under the first selection: a row per run and layer."""
     rows = []
     for record, metrics in outcomes.training():
-        windows = metrics["routing"].get("windows") or {"loads": {}}
-        for layer, loads in windows["loads"].items():
+        windows = metrics.routing.windows if metrics.routing else None
+        if windows is None:
+            continue
+        for layer, loads in windows.loads.items():
             counts = np.asarray(loads, dtype=np.float64)
             shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
             run = [getattr(record, key) for key in _RUN]
-            rows.append([*run, layer, pd.DataFrame(shares, windows["ends"])])
+            rows.append([*run, layer, pd.DataFrame(shares, windows.ends)])
     return outcomes.with_titles(pd.DataFrame(rows, columns=[*_RUN, "layer", "trace"]))
 
 

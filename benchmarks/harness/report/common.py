@@ -51,7 +51,9 @@ class Outcomes:
     def __init__(
         self, benchmark: AnyBenchmark, runs: Sequence[Run], keys: Sequence[str], **titles: Mapping[str, str]
     ) -> None:
-        self.benchmark, self.runs, self.name = benchmark, list(runs), benchmark.name
+        self.benchmark = benchmark
+        self.runs = list(runs)
+        self.name = benchmark.name
         self.methods = benchmark.methods()
         self.baseline = benchmark.definition.baseline
 

@@ -425,7 +425,6 @@ class Metrics(Recorded):
     """Images by environment, true and predicted class."""
     classes: list[str] | None = None
 
-
     @property
     def weights(self) -> str:
         """Return the digest of the pre-trained weights."""
