@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from string import Template
 
-from benchmarks.harness.base import BENCHMARKS, CONFIG, DataError, DefinitionError
+from benchmarks.harness.base import BENCHMARKS, CONFIG, DataError, DefinitionError, atomic_write, write_text
 from benchmarks.harness.config.artifacts import all_artifacts
 from benchmarks.harness.config.names import check_name
 from benchmarks.text.data import label_text, read_csv
@@ -39,10 +39,11 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
     values |= {"name": name, "title": name.replace("_", " ").capitalize(), "csv": f"benchmarks/{name}/{rows}"}
     folder = BENCHMARKS / name
     folder.mkdir()
-    (folder / rows).write_bytes(file.read_bytes())
+    with atomic_write(folder / rows) as temporary:
+        temporary.write_bytes(file.read_bytes())
     for template in _TEMPLATE.iterdir():
         target = CONFIG / f"{name}.yaml" if template.name == "config.yaml" else folder / template.name
-        target.write_text(Template(template.read_text(encoding="utf-8")).substitute(values), encoding="utf-8")
+        write_text(target, Template(template.read_text(encoding="utf-8")).substitute(values))
 
 
 def _check_name(name: str) -> None:
