@@ -129,7 +129,8 @@ def data(outcomes: InstructionOutcomes) -> Table:
         names = {"model": spec["model"]["name"], "task": spec["task"]["name"]}
         for split, counts in (record.metrics.data or {}).items():
             if split != "train" or record.run.is_trained:
-                rows.append({**names, "part": split.replace("_", " "), **counts.model_dump(exclude_unset=True)})
+                given = sorted(counts.model_dump(exclude_unset=True).items())
+                rows.append({**names, "part": split.replace("_", " "), **dict(given)})
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["task_title"] = [outcomes.title("task", name) for name in frame["task"]]
     return Table(

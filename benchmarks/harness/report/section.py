@@ -56,6 +56,14 @@ class DataRow(Strict):
     """Rows without a clear label or text."""
 
 
+class Setting(Strict):
+    """A training setting."""
+
+    name: str
+    value: str
+    """Its values as text; up to three if runs differ."""
+
+
 class Machine(Strict):
     """A machine with its packages and commit."""
 
@@ -76,8 +84,8 @@ class Section(Strict):
     """How to read the verdicts."""
     optimizer: str
     """Empty if nothing is trained."""
-    training: dict[str, str]
-    """Training settings by key."""
+    training: list[Setting]
+    """Training settings, in the order of the definition."""
     data: list[DataRow]
     models: list[str]
     """Names of the models."""
@@ -106,7 +114,7 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
         verdicts=[] if is_random else list(presentation.verdicts),
         note=presentation.note,
         optimizer=presentation.optimizer,
-        training=_training_texts(records) if presentation.optimizer else {},
+        training=_training_settings(records) if presentation.optimizer else [],
         data=_data_rows(records),
         models=list(dict.fromkeys(run.spec["model"]["name"] for run in runs)),
         random_weights=is_random if has_methods else None,
@@ -153,13 +161,13 @@ def _label_text(summary: DataSummary) -> str:
     return ", ".join(texts) if len(texts) <= _FEW_LABELS else f"{len(texts)} classes"
 
 
-def _training_texts(records: Sequence[Record]) -> dict[str, str]:
-    """Describe the training settings by key; list up to three values if runs differ."""
+def _training_settings(records: Sequence[Record]) -> list[Setting]:
+    """Describe the training settings; list up to three values if runs differ."""
     settings = pd.DataFrame(
         [{**record.run.spec["training"], **record.run.spec.get("hparams", {})} for record in records]
     )
     texts = settings.astype(object).where(settings.notna(), MISSING).astype(str)
-    return {key: name_or_count(list(texts[key].unique()), "values") for key in texts}
+    return [Setting(name=name, value=name_or_count(list(texts[name].unique()), "values")) for name in texts]
 
 
 def _machines(records: Sequence[Record]) -> list[Machine]:
