@@ -121,7 +121,7 @@ _part = click.option("--part", help="Only this set, if each set has its own tabl
 @_benchmark
 @_part
 def collect(suite: str, benchmark: str, part: str | None) -> None:
-    """Collect the records of a benchmark's finished runs in one file."""
+    """Collect the records of a benchmark's runs in one file."""
     from benchmarks.harness.results.records import collect as collect_records
 
     loaded = _load_suite(suite, benchmark, part)

@@ -101,8 +101,8 @@ def test_forks_have_the_numbers_of_a_process_without_a_server_in_any_order(forks
     assert first == second == alone
     # in this process, whose environment is another one from then on
     assert other == executed.finish(small(RUNS["gmoe_published"], "alone"))
-    paths = [next(Path(folder).glob("glue/*-emoe-*/metrics.json")) for folder in ("alone", "second")]
-    seconds = [json.loads(path.read_text())["cost"]["startup_seconds"] for path in paths]
+    paths = [small(RUNS["emoe"], folder) for folder in ("alone", "second")]
+    seconds = [json.loads(path.with_name("metrics.json").read_text())["cost"]["startup_seconds"] for path in paths]
     assert seconds[0] > 3 * seconds[1]  # the server has imported all by then
 
 

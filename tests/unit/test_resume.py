@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.sources.vader import ARCHIVE
+from benchmarks.harness.sources.packages import find_package
 from benchmarks.text.training import TextTrainer
 from tests.executed import finish, killed_at, prepare
 from tests.planned import plan
@@ -32,8 +32,9 @@ def small_run(**training: object) -> Run:
 @pytest.fixture(scope="module")
 def sentences(shared_here: Path, archive: Path) -> None:
     """Change to a folder with the real sentences, which the tests of this module share."""
-    ARCHIVE.parent.mkdir(parents=True)
-    ARCHIVE.symlink_to(archive)
+    path = find_package("vaderSentiment").path
+    path.parent.mkdir(parents=True)
+    path.symlink_to(archive)
 
 
 @pytest.fixture(scope="module")

@@ -84,23 +84,6 @@ def test_excluded_sets_are_neither_trained_on_nor_evaluated() -> None:
         suite.load_suite({"benchmarks": ["domainbed"], "exclude": ["rotated_mnist_5k"]}).runs  # noqa: B018
 
 
-def test_jobs_see_the_command_lines_values(monkeypatch, tmp_path) -> None:
-    chosen = suite.load_suite({"suite": "smoke", "data_root": str(tmp_path)})
-    for name, value in chosen.environment().items():
-        monkeypatch.setenv(name, value)
-    assert suite.suite_of_job("smoke").settings == chosen.settings
-    assert suite.suite_of_job("mini").settings.data_root is None
-
-
-def test_runs_are_found_in_any_suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "suite_names", lambda: ["mini", "mini_search", "smoke"])
-    mini = suite.load_suite({})
-    smoke = suite.load_suite({"suite": "smoke"}).runs[0]
-    assert suite.find_run(smoke.folder, mini) == smoke
-    with pytest.raises(DefinitionError, match=r"did you mean 'glue/minilm"):
-        suite.find_run(mini.runs[0].folder[:-1] + "x", mini)
-
-
 def test_methods_share_the_clustering_of_each_layer_and_others_wait_for_none() -> None:
     needs = {run.spec["method"]["name"]: runs.partition_jobs(run) for run in plan(["glue", "glue_lora"], "smoke")}
     assert all(needs[name] for name in ("emoe", "emoe_learn", "lora_emoe", "lora_bottom", "lora_noise"))
@@ -109,20 +92,6 @@ def test_methods_share_the_clustering_of_each_layer_and_others_wait_for_none() -
     runs_of_both = [run for run in search.runs if run.spec["method"]["config"]["layers"] == [3, 5]]
     assert all(len(runs.partition_jobs(run)) == 2 for run in runs_of_both)
     assert len(search.partitions) == 3 * 2  # three numbers of experts, layers 3 and 5
-
-
-def test_a_job_on_a_cluster_plans_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smoke = suite.load_suite({"suite": "smoke"})
-    smoke.write_plan([run.folder for run in smoke.runs])
-    (partition, *_) = smoke.partitions.values()
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("a job plans the suite")
-
-    monkeypatch.setattr(suite, "plan", refuse)
-    job = suite.load_suite({"suite": "smoke"})
-    assert [suite.find_run(run.folder, job, on_cluster=True) for run in smoke.runs] == smoke.runs
-    assert suite.find_partition(partition.id, job, on_cluster=True) == partition
 
 
 PACKAGES_FILE = "benchmarks/harness/sources/packages.yaml"

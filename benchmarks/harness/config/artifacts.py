@@ -59,6 +59,11 @@ _HARNESS = ("harness/config", "harness/report", "harness/results", "harness/sour
 CLAIMS = Artifacts("claims", None, [""], ["", "all"])
 
 
+def records_file(suite: str, benchmark: str, part: str | None = None) -> Path:
+    """Return the file of the records of a benchmark's runs, or of the runs of one of its parts."""
+    return paths.RESULTS / suite / "records" / f"{artifacts_of(benchmark, part).name}.jsonl"
+
+
 def numbers_file(suite: str, benchmark: str) -> str:
     """Return the file of the numbers that claims compare."""
     return str(paths.RESULTS / suite / "numbers" / f"{benchmark}.jsonl")

@@ -65,8 +65,7 @@ def _values(values: Iterable[str]) -> list[str]:
 
 LISTS: dict[str, Callable[[], list[Row]]] = {
     "suites": lambda: [
-        {"name": suite.name, "runs": len(suite.runs), "benchmarks": list(suite.settings.benchmarks)}
-        for suite in map(plain_suite, suite_names())
+        {"name": suite.name, "benchmarks": list(suite.settings.benchmarks)} for suite in map(plain_suite, suite_names())
     ],
     "benchmarks": lambda: [
         {"name": name, "title": load_benchmark(name).definition.title, "suites": sorted(suite_parts(name))}

@@ -31,6 +31,7 @@ from benchmarks.harness.base import (
     write_json,
     write_text,
 )
+from benchmarks.harness.config.artifacts import records_file
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
@@ -43,7 +44,6 @@ from benchmarks.harness.results.records import (
     check_finished,
     read_record,
     read_records,
-    records_file,
     run_keys,
     run_numbers,
 )

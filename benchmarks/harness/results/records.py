@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from benchmarks.harness.base import RESULTS, RUNS, DataError, DefinitionError, first_problem, read_bytes, write_lines
+from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_bytes, write_lines
+from benchmarks.harness.config.artifacts import records_file
 from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
 from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
@@ -59,12 +60,6 @@ class _Line(Strict):
     """sha256 of its metrics.json."""
     metrics: Metrics
     """Content of its metrics.json."""
-
-
-def records_file(suite: str, benchmark: str, part: str | None = None) -> Path:
-    """Return the file of the records of a benchmark's runs, or of the runs of one of its parts."""
-    name = f"{benchmark}_{part}" if part else benchmark
-    return RESULTS / suite / "records" / f"{name}.jsonl"
 
 
 def read_record(run: Run, root: Path = RUNS) -> Record:

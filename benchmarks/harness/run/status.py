@@ -37,7 +37,7 @@ class RunStatus:
 
     def __str__(self) -> str:
         ago = "" if self.silent is None else f" ({self.silent:.0f} s ago)"
-        return f"{self.state:<8} {self.run.folder}: {self.last or 'its log is empty'}{ago}"
+        return f"{self.state:<8} {self.run.name}: {self.last or 'its log is empty'}{ago}"
 
 
 def describe(suite: Suite) -> str:

@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Iterable
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts, artifacts_of, suite_artifacts
+from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts, artifacts_of, records_file, suite_artifacts
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.claims import claimed_benchmarks
 from benchmarks.harness.config.paper_items import item_benchmarks, load_paper, missing_items, paper_files
 from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
-from benchmarks.harness.results.records import records_file
 from emoe.errors import did_you_mean
 
 

@@ -1,0 +1,134 @@
+"""What Snakemake's rules ask for: the plan, the files of targets, reasons, and the environment of jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.base import DefinitionError
+from benchmarks.harness.config import suite as suites
+from benchmarks.harness.config.paper_items import missing_items
+from benchmarks.harness.config.runs import refuse_old_folders, run_from_spec
+from benchmarks.harness.workflow import plan, targets
+from benchmarks.harness.workflow.environment import job_environment
+from tests import fake_runs
+from tests.executed import prepare
+
+SMOKE = suites.load_suite({"suite": "smoke"})
+
+
+def test_jobs_see_the_command_lines_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = suites.load_suite({"suite": "smoke", "data_root": str(tmp_path)})
+    for name, value in job_environment(chosen).items():
+        monkeypatch.setenv(name, value)
+    assert suites.suite_of_job("smoke").settings == chosen.settings
+    assert suites.suite_of_job("mini").settings.data_root is None
+
+
+def test_a_job_on_a_cluster_reads_what_the_main_process_planned(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan.write_plan(SMOKE)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a job plans the suite")
+
+    monkeypatch.setattr(suites, "plan", refuse)
+    job = suites.load_suite({"suite": "smoke"})
+    assert [plan.read_run_of_job(run.folder, job) for run in SMOKE.runs] == SMOKE.runs
+    for name, partition in SMOKE.partitions.items():
+        assert plan.read_partition_of_job(name, job) == partition
+    weights = plan.weights_by_benchmark(job, in_job=True)
+    assert weights == plan.weights_by_benchmark(SMOKE, in_job=False)
+    assert set(weights["llama"].values()) == {True, False}  # the untuned models keep none
+    with pytest.raises(DefinitionError, match=r"plan.tsv has no row 'glue/000000000000'; start the workflow again"):
+        plan.read_run_of_job("glue/000000000000", job)
+
+
+def test_the_plan_has_the_readable_name_of_each_run(here: Path) -> None:
+    plan.write_plan(SMOKE)
+    headings, *rows = Path("results/smoke/plan.tsv").read_text().splitlines()
+    assert headings.split("\t")[:3] == ["folder", "name", "keeps_weights"]
+    names = dict(row.split("\t")[:2] for row in rows)
+    assert names == {run.folder: run.name for run in SMOKE.runs}
+
+
+def test_a_run_of_another_suite_is_refused_with_its_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "suite_names", lambda: ["mini", "smoke"])
+    mini = suites.load_suite({})
+    assert plan.find_run(mini.runs[0].folder, mini) == mini.runs[0]
+    with pytest.raises(DefinitionError, match=r"'mini' has no run '.*', but 'smoke' has: add `--config suite=smoke`"):
+        plan.find_run(SMOKE.runs[0].folder, mini)
+    with pytest.raises(DefinitionError, match=r"no suite has the run 'glue/000000000000'; results/mini/plan.tsv lists"):
+        plan.find_run("glue/000000000000", mini)
+    with pytest.raises(DefinitionError, match=r"needs no partition 'a'; results/mini/partitions.tsv lists"):
+        plan.find_partition("a", mini)
+
+
+def test_a_long_name_makes_no_long_folder() -> None:
+    spec = SMOKE.runs[0].spec
+    run = run_from_spec({**spec, "model": {**spec["model"], "name": 300 * "m"}})
+    assert run.name.startswith(f"{300 * 'm'}-tweets-")
+    assert len(run.folder) < 40
+
+
+def test_a_finished_run_has_its_numbers_and_the_weights_that_it_keeps(here: Path) -> None:
+    run = next(run for run in SMOKE.runs if run.keeps_weights)
+    assert not run.is_finished
+    run.metrics_file.parent.mkdir(parents=True)
+    run.metrics_file.write_text("{}")
+    assert not run.is_finished
+    run.weights_file.parent.mkdir()
+    run.weights_file.write_bytes(b"")
+    assert run.is_finished
+
+
+def test_a_complete_suite_has_the_spec_of_each_finished_run(here: Path) -> None:
+    finished, *_ = SMOKE.runs_of("glue")
+    assert str(finished.spec_file) not in targets.suite_files(SMOKE)  # it is not finished yet: its job writes it
+    prepare(finished, "results/runs")
+    fake_runs.write_runs([finished])
+    assert targets.lost_spec_files(SMOKE) == []
+    finished.spec_file.unlink()
+    assert targets.lost_spec_files(SMOKE) == [str(finished.spec_file)]
+
+
+def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:
+    prepare(SMOKE.runs[0], "results/runs")
+    refuse_old_folders()
+    old = Path("results/runs/glue/minilm-tweets-vanilla-lr0.0001-s0-fd5d5140")
+    old.mkdir()
+    (old / "run.json").write_text("{}")
+    with pytest.raises(DefinitionError, match=f"^{old} was made by an older version, .*: move results/runs to another"):
+        refuse_old_folders()
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("table_99", "there is no target 'table_99'; did you mean 'table_"),
+        ("gleu", "there is no target 'gleu'; did you mean 'glue'"),
+        ("smoke", "'smoke' is a suite: `snakemake --cores all --config suite=smoke`"),
+        ("multitask", "the suite 'mini' does not run multitask; smoke, paper"),
+        ("domainbed_pacs", "the suite 'mini' does not run pacs; paper, domainbed_large, domainbed_sweep do: "),
+        (
+            "speed",
+            "the suite 'mini' does not run speed; full, smoke, speed do: `snakemake --cores all speed --config suite=full`",
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_made_says_why_and_what_can(target: str, reason: str) -> None:
+    text = targets.why_not(target, suites.load_suite({}))
+    assert text.startswith(reason)
+    assert "\n" not in text
+
+
+def test_each_missing_item_of_the_paper_says_why() -> None:
+    for name, reason in missing_items().items():
+        assert targets.why_not(name, SMOKE) == f"{name}: {reason}"
+
+
+def test_a_set_needs_the_records_of_its_own_runs_alone() -> None:
+    files = targets.record_files(SMOKE, "domainbed", "rotated_mnist_5k")
+    assert files == ["results/smoke/records/domainbed_rotated_mnist_5k.jsonl"]
+    assert set(files) < set(targets.record_files(SMOKE, "domainbed"))
+    assert targets.record_parts(SMOKE)["domainbed_rotated_mnist_5k"] == ("domainbed", "rotated_mnist_5k")
