@@ -43,10 +43,11 @@ GresTypes=gpu
 NodeName=$node NodeAddr=127.0.0.1 CPUs=$cores RealMemory=$memory Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
-    for number in 0 1; do
-        [ -e "$folder/nvidia$number" ] || mknod "$folder/nvidia$number" c 1 3 # Slurm needs a device; this one is /dev/null
-        echo "NodeName=$node Name=gpu File=$folder/nvidia$number"
-    done > "$folder/gres.conf"
+    # a GPU wants a device, and these two are on every machine, while a container may be forbidden to make one
+    cat > "$folder/gres.conf" <<END
+NodeName=$node Name=gpu File=/dev/null
+NodeName=$node Name=gpu File=/dev/zero
+END
     install -d /etc/slurm
     for file in "$folder"/*.conf; do ln -s "$file" /etc/slurm/; done
     slurmctld -c

@@ -73,7 +73,7 @@ def test_jobs_that_the_cluster_ends_are_tried_again_with_more_and_go_on(checkout
     glue, lora, modularity = "  glue:\n", "  glue_lora:\n", "  modularity:\n"
     for old, new in (
         (modularity, f"{modularity}    resources: {{mem_mb: 300}}\n"),
-        (f"{glue}    training: {{epochs: 3,", f"{glue}    resources: {{runtime: 1}}\n    training: {{epochs: 600,"),
+        (f"{glue}    training: {{epochs: 3,", f"{glue}    resources: {{runtime: 1}}\n    training: {{epochs: 400,"),
         (f"{lora}    training: {{epochs: 2,", f"{lora}    training: {{epochs: 60,"),
     ):
         checkout.edit("config/smoke.yaml", old, new)
@@ -97,6 +97,7 @@ def test_jobs_that_the_cluster_ends_are_tried_again_with_more_and_go_on(checkout
 
 # the edited suite's own: one run of each, whose ids have changed
 _LISTED = """
+import benchmarks.kinds
 from benchmarks.harness.config.suite import load_suite
 wanted = {"glue": "vanilla", "glue_lora": "lora", "modularity": "contiguous"}
 for run in load_suite({"suite": "smoke"}).runs:
