@@ -2,19 +2,21 @@
 #   make run     set up, run the suite (SUITE=mini), say where the results are
 #   make test    set up, run every check and test; CI calls exactly this
 SUITE ?= mini
+# the versions by which the numbers were blessed; `make setup CONSTRAINTS=` installs the newest that pyproject.toml allows
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-paper-size coverage oldest test-oldest lint docs check bless ui
+.PHONY: help setup constraints run test test-paper-size coverage oldest test-oldest lint docs check bless ui
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## make .venv and install the suite; nothing when that is current
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@python=$$(for name in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
 		$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$name && break; done); \
 	if [ -z "$$python" ]; then echo "error: no Python from 3.11 to 3.13 found; name one with PYTHON=/path/to/python" >&2; exit 1; fi; \
@@ -22,9 +24,20 @@ $(STAMP): pyproject.toml
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV) || \
 		{ echo "error: could not make $(VENV); on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	@echo "Installing the suite, PyTorch and the packages that data and models are in: about three minutes, in which pip says nothing"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[suite,mini,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[suite,mini,dev]' $(addprefix --constraint ,$(CONSTRAINTS))
 	@touch $@
 	@echo "Ready. For commands other than make: . $(BIN)/activate"
+
+# by the oldest Python, because the versions have to fit the others too. torch and its CUDA are the machine's
+constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows; minutes
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	python3.11 -m venv "$$folder" && \
+	"$$folder/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[suite,mini,dev,slurm]' && \
+	"$$folder/bin/python" -m pip freeze --all --exclude-editable > "$$folder/installed.txt" && \
+	grep '^#' constraints.txt > "$$folder/constraints.txt" && \
+	grep -vE '^(pip|torch|torchvision|triton|(nvidia|cuda)-.*)==' "$$folder/installed.txt" | \
+		tr 'A-Z_' 'a-z-' | LC_ALL=C sort >> "$$folder/constraints.txt" && \
+	cp "$$folder/constraints.txt" constraints.txt
 
 run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 	@$(BIN)/python workflow/scripts/unlock_stale.py

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks.harness.base import PACKAGES
 from benchmarks.harness.config.runs import run_inputs
@@ -23,10 +29,90 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def test_conda_environments_follow_pyproject(file: str) -> None:
     listed = yaml.safe_load((ROOT / file).read_text())["dependencies"]
     assert listed[:2] == [f"python{PYPROJECT['project']['requires-python']}", "pip"]
-    install = "--editable .[suite,mini,dev]"
-    assert listed[2:] == ([{"pip": [install]}] if file == "environment.yml" else [])
+    install = ["--constraint constraints.txt", "--editable .[suite,mini,dev]"]
+    assert listed[2:] == ([{"pip": install}] if file == "environment.yml" else [])
     for name in ("workflow/envs/emoe.post-deploy.sh", "Makefile"):
         assert "--editable '.[suite,mini,dev]'" in (ROOT / name).read_text()
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """Return what the library needs, and what these extras need besides."""
+    lines = list(PYPROJECT["project"]["dependencies"])
+    for extra in extras:
+        lines += PYPROJECT["project"]["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+def names(listed: list[Requirement]) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in listed}
+
+
+def imported_modules(folder: str) -> set[str]:
+    """Return the top-level modules that the files of a folder import, also inside functions."""
+    modules = set()
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module, f"{file} imports relatively"
+                modules.add(node.module)
+    return {module.partition(".")[0] for module in modules}
+
+
+@pytest.mark.parametrize("folder", ["emoe", "benchmarks", "tools"])
+def test_every_imported_distribution_is_declared(folder: str) -> None:
+    declared = names(requirements("suite", "mini"))
+    distributions = packages_distributions()
+    undeclared = []
+    for module in imported_modules(folder) - sys.stdlib_module_names - {"emoe", "benchmarks"}:
+        providers = {canonicalize_name(name) for name in distributions.get(module, [module])}
+        if not providers & declared:
+            undeclared.append(module)
+    assert undeclared == []
+
+
+@pytest.mark.parametrize("name", ["datasets", "lm-eval", "mlflow", "peft", "snakemake", "transformers"])
+def test_a_package_whose_new_majors_break_the_suite_has_an_upper_bound(name: str) -> None:
+    (requirement,) = (known for known in requirements("suite") if known.name == name)
+    assert "<" in {bound.operator for bound in requirement.specifier}
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [line.split("==") for line in lines if not line.startswith("#")]
+    assert len(dict(pinned)) == len(pinned)
+    return dict(pinned)
+
+
+def test_every_declared_distribution_has_a_pin_that_fits_except_torch() -> None:
+    pinned = pins()
+    assert all(re.fullmatch(r"[\w.!]+", version) for version in pinned.values())  # no build of one machine, as 2.0+cpu
+    left_to_the_machine = {"torch", "torchvision"}
+    assert not left_to_the_machine & set(pinned)
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    declared = requirements(*(extra for extra in extras if extra != "quantized"))
+    assert names(declared) - left_to_the_machine - {"emoe"} <= set(pinned)
+    for requirement in declared:
+        name = canonicalize_name(requirement.name)
+        if name in pinned:
+            assert requirement.specifier.contains(pinned[name], prereleases=True), f"{name} {pinned[name]}"
+
+
+def planned_by_make(*words: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in ("CONSTRAINTS", "MAKEFLAGS")}
+    return subprocess.check_output(["make", "--dry-run", *words], cwd=ROOT, env=environment, text=True)
+
+
+def test_make_setup_installs_the_pinned_versions_unless_told_otherwise() -> None:
+    assert "'.[suite,mini,dev]' --constraint constraints.txt\n" in planned_by_make("--always-make", "setup")
+    newest = planned_by_make("--always-make", "setup", "CONSTRAINTS=")
+    assert "'.[suite,mini,dev]'" in newest
+    assert "--constraint" not in newest
+
+
+def test_new_pins_are_installed_by_the_next_command() -> None:
+    assert "pip install" in planned_by_make("--old-file", "pyproject.toml", "--what-if", "constraints.txt", "setup")
 
 
 def test_snakemake_plans_a_part_of_the_paper(tmp_path: Path) -> None:

@@ -1,2 +1,2 @@
 set -euo pipefail
-python -m pip install --editable '.[suite,mini,dev]'
+python -m pip install --editable '.[suite,mini,dev]' --constraint constraints.txt
