@@ -24,6 +24,7 @@ _QUESTION = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\
 _ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
 _FIFTH = "(E)"  # one question of college chemistry has five choices, and the fifth is right
 _SPLIT = "questions"
+_LAST_SUBJECT = "world_religions"  # in alphabetical order, in which they are written
 _SHA256 = "2bf5de78578617eb2fccbb25df2a86ab6682dfb19e822d4347450623d7756568"  # of all subjects and questions
 # lm-eval's folder of each form, and the suffix of our task names
 _FORMS = {"default": "", "continuation": "_continuation"}
@@ -37,17 +38,28 @@ def is_mmlu_dev(task: str) -> bool:
 def ensure_mmlu_dev() -> Path:
     """Write the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines, and return their folder.
 
-    If they exist, nothing is written. Concurrent runs wait.
+    If they exist, nothing is written. Concurrent runs wait. The YAML names the questions' files from the working
+    directory, so that a copy of a checkout reads its own.
 
     Raises:
         DataError: lm-eval's questions are not those of lm-eval 0.4.13.
     """
-    folder = (QUESTIONS / MMLU_DEV).resolve()
+    folder = QUESTIONS / MMLU_DEV
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not all((folder / f"{MMLU_DEV}{ending}.yaml").exists() for ending in _FORMS.values()):
+        if not _are_written(folder):
             _write_tasks(folder)
-    return folder
+    return folder.resolve()
+
+
+def _are_written(folder: Path) -> bool:
+    groups = [folder / f"{MMLU_DEV}{ending}.yaml" for ending in _FORMS.values()]
+    last_task = folder / f"{MMLU_DEV}_{_LAST_SUBJECT}_continuation.yaml"
+    if not all(file.exists() for file in (*groups, last_task)):
+        return False
+    # version 0.1 wrote absolute paths, and the copy of a checkout then asked the questions of the first one
+    questions = folder / f"{_LAST_SUBJECT}.jsonl"
+    return f"{_SPLIT}: {questions}\n" in last_task.read_text(encoding="utf-8")
 
 
 def _write_tasks(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,39 @@ def test_questions_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatc
     assert len(asked) == 4 * len(lines)
     assert asked[0][2][0].endswith("\nAnswer:")
     assert asked[0][2][1] == f" {rows[0]['choices'][0]}"
+
+
+def test_a_copied_checkout_asks_its_own_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    first.mkdir()
+    monkeypatch.chdir(first)
+    ensure_mmlu_dev()
+    shutil.copytree(first, copy)
+    monkeypatch.chdir(copy)
+    edit_question(copy)
+    assert ANATOMY in asked_about_anatomy()
+    # written by version 0.1
+    for file in FILES.glob("*.yaml"):
+        file.write_text(file.read_text().replace(f": {FILES}/", f": {first / FILES}/"))
+    ensure_mmlu_dev()
+    edit_question(copy)
+    assert ANATOMY in asked_about_anatomy()
+
+
+ANATOMY = "Where is the heart?"
+
+
+def edit_question(checkout: Path) -> None:
+    file = checkout / FILES / "anatomy.jsonl"
+    first, *others = file.read_text().splitlines(keepends=True)
+    edited = {**json.loads(first), "question": ANATOMY}
+    file.write_text(json.dumps(edited) + "\n" + "".join(others))
+
+
+def asked_about_anatomy() -> list[str]:
+    entry = EvaluationTask(task=LETTERS, num_fewshot=0)
+    task = load_task(entry)["tasks"][LETTERS]
+    return [row["question"] for row in task.test_docs()]
 
 
 def sample(number: int, choices: list[str], right: int, logs: list[float]) -> dict[str, Any]:
