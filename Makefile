@@ -40,7 +40,6 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 	cp "$$folder/constraints.txt" constraints.txt
 
 run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
-	@$(BIN)/python workflow/scripts/unlock_stale.py
 	@echo "Running the suite '$(SUITE)': snakemake --cores all --config suite=$(SUITE)"
 	@$(BIN)/snakemake --cores all --quiet reason host rules progress --config suite=$(SUITE)
 	@echo
