@@ -145,7 +145,11 @@ def inputs_of_run(wildcards):
 
 def rule_of_runs(benchmark, keeps_weights):
     has_both = len(set(WEIGHTS[benchmark].values())) == 2
-    return f"run_{benchmark}_untrained" if has_both and not keeps_weights else f"run_{benchmark}"
+    return (
+        f"run_{benchmark}_untrained"
+        if has_both and not keeps_weights
+        else f"run_{benchmark}"
+    )
 
 
 def pattern_of_runs(benchmark, keeps_weights):

@@ -6,6 +6,7 @@
 rule collect:
     input:
         lambda wildcards: targets.metric_files(SUITE, *RECORDS[wildcards.records]),
+        local(artifacts.record_sources()),
     output:
         f"{RESULTS}/records/{{records}}.jsonl",
     log:
@@ -14,8 +15,10 @@ rule collect:
     conda:
         ENVIRONMENT
     params:
-        # a suite with fewer runs collects again
-        runs=lambda wildcards, input: targets.digest_of_runs(input),
+        # a suite with fewer runs collects again; of the input itself, Snakemake would not compare it
+        runs=lambda wildcards: targets.digest_of_runs(
+            SUITE, *RECORDS[wildcards.records]
+        ),
         what=lambda wildcards: benchmark_and_part(*RECORDS[wildcards.records]),
         suite=SUITE.name,
     message:
@@ -63,8 +66,9 @@ if CLAIMED:
 
     rule table_of_claims:
         input:
-            [artifacts.numbers_file(SUITE.name, name) for name in CLAIMED],
+            targets.number_files(SUITE),
             sources_of(*CLAIMED),
+            local(artifacts.claim_sources()),
         output:
             CLAIMS.table_files(SUITE.name),
             CLAIMS.figure_files(SUITE.name),
@@ -88,7 +92,7 @@ rule benchmark_report:
     input:
         lambda wildcards: targets.section_files(SUITE, wildcards.benchmark),
         lambda wildcards: targets.output_files(SUITE, wildcards.benchmark),
-        local(artifacts.page_sources(SUITE.name)),
+        local(artifacts.page_sources()),
     output:
         f"{RESULTS}/{{benchmark}}.html",
     log:
@@ -99,6 +103,7 @@ rule benchmark_report:
     conda:
         ENVIRONMENT
     params:
+        note=lambda wildcards: SUITE.benchmark_parts[wildcards.benchmark].settings.note,
         suite=SUITE.name,
     message:
         "Page of {wildcards.benchmark}: {output}"
@@ -111,7 +116,7 @@ rule report:
         targets.section_files(SUITE),
         targets.output_files(SUITE),
         paper_items.paper_files(SUITE),
-        local(artifacts.page_sources(SUITE.name)),
+        local(artifacts.page_sources()),
     output:
         f"{RESULTS}/report.html",
     log:
@@ -120,7 +125,9 @@ rule report:
     conda:
         ENVIRONMENT
     params:
-        benchmarks=list(SUITE.settings.benchmarks),
+        notes=[
+            (name, part.settings.note) for name, part in SUITE.benchmark_parts.items()
+        ],
         suite=SUITE.name,
     message:
         "Report of the suite: {output}"

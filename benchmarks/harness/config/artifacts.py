@@ -54,6 +54,13 @@ class Artifacts:
         return str(paths.RESULTS / suite / "sections" / f"{self.name}.json")
 
 
+_LISTS = ("models.yaml", "metrics.yaml", "methods.yaml", "paper.yaml")
+# files in these rooms that shape only the claims, or no table
+_OF_CLAIMS = ("harness/config/claims.py", "harness/report/claims.py", "harness/results/claims.py")
+_NO_TABLES = (
+    *("harness/config/listing.py", "harness/config/schemas.py", "harness/report/page.py", "__main__.py"),
+    *("harness/results/check.py", "harness/results/mlflow.py", "harness/results/reference.py"),
+)
 # the rooms of the harness that shape tables
 _HARNESS = ("harness/config", "harness/report", "harness/results", "harness/sources")
 CLAIMS = Artifacts("claims", None, [""], ["", "all"])
@@ -89,13 +96,15 @@ def table_sources(*benchmarks: str) -> list[str]:
             module = cls.__module__.split(".")
             if module[0] == BENCHMARKS.name and module[1] != "harness":
                 folders.add(module[1])
-    patterns = ["*.yaml", "*.py", "harness/*.py", "harness/report/table.html.j2"]
+    patterns = [*_LISTS, "*.py", "harness/*.py", "harness/report/table.html.j2"]
     for folder in sorted(folders):
         patterns += [f"{folder}/*.py", f"{folder}/**/*.csv"]
     definitions: dict[Path, None] = {}
     for name in benchmarks:
         definitions |= dict.fromkeys(_definitions(name))
-    return [*_files(*patterns), *map(os.path.relpath, definitions), *map(os.path.relpath, plugin_files())]
+    shape_nothing = set(_files(*_OF_CLAIMS, *_NO_TABLES))
+    files = [file for file in _files(*patterns) if file not in shape_nothing]
+    return [*files, *map(os.path.relpath, definitions), *map(os.path.relpath, plugin_files())]
 
 
 def _definitions(name: str) -> list[Path]:
@@ -112,10 +121,14 @@ def record_sources() -> list[str]:
     return _files("harness/results/records.py")
 
 
-def page_sources(suite: str) -> list[str]:
-    """List the code, template, style and script of the pages, the paper's items, and the suite's file."""
-    files = _files("harness/report/page.*", "harness/report/paper.py", "harness/config/paper_items.py", "paper.yaml")
-    return [*files, os.path.relpath(paths.CONFIG / f"{suite}.yaml")]
+def claim_sources() -> list[str]:
+    """List the claims, and the code that shapes their table and figures alone."""
+    return _files("claims.yaml", *_OF_CLAIMS)
+
+
+def page_sources() -> list[str]:
+    """List the code, template, style and script of the pages, and the paper's items."""
+    return _files("harness/report/page.*", "harness/report/paper.py", "harness/config/paper_items.py", "paper.yaml")
 
 
 def _files(*patterns: str) -> list[str]:

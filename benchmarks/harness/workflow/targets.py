@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts, artifacts_of, records_file, suite_artifacts
+from benchmarks.harness.config.artifacts import (
+    CLAIMS,
+    all_artifacts,
+    artifacts_of,
+    numbers_file,
+    records_file,
+    suite_artifacts,
+)
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.claims import claimed_benchmarks
 from benchmarks.harness.config.paper_items import item_benchmarks, load_paper, missing_items, paper_files
@@ -17,7 +23,7 @@ from emoe.errors import did_you_mean
 def suite_files(suite: Suite) -> list[str]:
     """Return the files that a complete suite has.
 
-    Runs, weights and specs are among them: a deleted one is made again although its tables are still there.
+    Files that only other files are made of are among them: a deleted one is made again although its tables are there.
     """
     return [
         str(paths.RESULTS / suite.name / "report.html"),
@@ -25,6 +31,9 @@ def suite_files(suite: Suite) -> list[str]:
         *metric_files(suite),
         *weight_files(suite),
         *lost_spec_files(suite),
+        *record_files(suite),
+        *section_files(suite),
+        *number_files(suite),
         *output_files(suite),
         *page_files(suite),
         *paper_files(suite),
@@ -75,9 +84,15 @@ def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
     return [each.section_file(suite.name) for each in shown]
 
 
-def digest_of_runs(files: Iterable[str]) -> str:
-    """Hash the paths of runs, so that a suite with fewer runs collects its records again."""
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:12]
+def digest_of_runs(suite: Suite, benchmark: str, part: str | None) -> str:
+    """Hash the folders of the runs of a benchmark or part, in the order of the grid."""
+    folders = [run.folder for run in suite.runs_of(benchmark, part)]
+    return hashlib.sha256("\n".join(folders).encode()).hexdigest()[:12]
+
+
+def number_files(suite: Suite) -> list[str]:
+    """Return the files of the numbers that claims compare."""
+    return [numbers_file(suite.name, name) for name in claimed_benchmarks(suite)]
 
 
 def output_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
