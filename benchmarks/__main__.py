@@ -126,7 +126,7 @@ def collect(suite: str, benchmark: str, part: str | None) -> None:
 
     loaded = _load_suite(suite, benchmark, part)
     _check_finished(loaded, [benchmark], part)
-    click.echo(f"wrote {collect_records(loaded, benchmark, part)}")
+    click.echo(f"wrote {collect_records(loaded, benchmark, part)}", err=True)
 
 
 @cli.command()
@@ -134,7 +134,10 @@ def collect(suite: str, benchmark: str, part: str | None) -> None:
 @_benchmark
 @_part
 def tables(suite: str, benchmark: str, part: str | None) -> None:
-    """Write the tables and figures of a benchmark from its collected records."""
+    """Write the tables and figures of a benchmark.
+
+    It reads the collected runs, and also writes what `claims` and `report` read.
+    """
     from benchmarks.harness.report.writing import write_tables
 
     write_tables(_load_suite(suite, benchmark, part), benchmark, part)
@@ -144,7 +147,7 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
 @_suite
 @click.option("--write", is_flag=True, help="Write tables and figures below results/ instead of printing.")
 def claims(suite: str, write: bool) -> None:
-    """Test the paper's claims on the numbers that `tables` wrote."""
+    """Test the paper's claims on the numbers of `tables`."""
     from benchmarks.harness.config.paper_items import main_figure
     from benchmarks.harness.report.claims import claims_table, judge_claims, read_claim_numbers, write_claims
     from benchmarks.harness.report.paper import draw_main
@@ -164,7 +167,10 @@ def claims(suite: str, write: bool) -> None:
 @click.option("--output", type=click.Path(path_type=Path, resolve_path=True), required=True, help="The HTML page.")
 @click.option("--benchmark", help="Only this benchmark.")
 def report(suite: str, output: Path, benchmark: str | None) -> None:
-    """Write the one-page report of a suite from its tables and figures."""
+    """Write the page of a suite, or of one benchmark.
+
+    It reads what `tables` wrote.
+    """
     from benchmarks.harness.report.page import write_report
 
     write_report(_load_suite(suite, benchmark), output, benchmark)
@@ -262,7 +268,7 @@ def new(name: str, csv: Path, text: str, label: str) -> None:
     from benchmarks.text.new import new_benchmark
 
     new_benchmark(name, csv, text, label)
-    click.echo(f"wrote benchmarks/{name} and config/{name}.yaml\nrun it: snakemake --cores 2 {name}")
+    click.echo(f"wrote benchmarks/{name} and config/{name}.yaml\nrun it: snakemake --cores 2 --config suite={name}")
 
 
 @cli.command()

@@ -14,6 +14,7 @@ from benchmarks.harness.config.suite import load_suite
 from benchmarks.text import new
 from benchmarks.text.new import new_benchmark
 from tests.executed import recorded
+from tests.programs import call
 
 CSV = "text,label\n" + "".join(f"sentence number {i},{('bad', 'good')[i % 2]}\n" for i in range(80))
 
@@ -53,6 +54,13 @@ def test_a_csv_becomes_a_benchmark_that_runs(project: Path) -> None:
     metrics = recorded(next(run for run in runs if run.spec["method"]["name"] == "emoe"))
     assert 0 <= metrics["scores"]["test"]["mine"]["accuracy"] <= 1
     assert sum(metrics["data"][part]["rows"] for part in ("train", "dev", "test")) == 80
+
+
+def test_the_command_prints_how_to_run_the_new_suite(project: Path) -> None:
+    shown = call("new", "mine", "--csv", str(written(project, CSV)))
+    assert shown.splitlines()[-1] == "run it: snakemake --cores 2 --config suite=mine"
+    for file in ("benchmarks/mine/README.md", "config/mine.yaml"):
+        assert "snakemake --cores 2 --config suite=mine" in (project / file).read_text()
 
 
 @pytest.mark.parametrize(
