@@ -1,6 +1,6 @@
 "use strict";
 // Everything is readable without this: it sorts tables, names runs, and opens what is folded where a link or the printer needs it.
-const runsFolder = document.body.dataset.runsFolder;
+const { runsFolder, suite } = document.body.dataset;
 
 function addButton(cell, act) {
   const button = document.createElement("button");
@@ -41,7 +41,7 @@ function listRuns(cell, button) {
   const items = cell.dataset.runs.split(" ").map((run) => {
     const links = { numbers: "metrics.json", settings: "run.json", log: "log.txt" };
     const parts = Object.entries(links).map(([name, file]) => `<a href='${runsFolder}/${run}/${file}'>${name}</a>`);
-    parts.push(`<code>snakemake --cores 1 results/runs/${run}/metrics.json</code>`);
+    parts.push(`<code>snakemake --cores 1 results/runs/${run}/metrics.json --config suite=${suite}</code>`);
     return `<li>${run.split("/")[1]}: ${parts.join(" · ")}</li>`;
   });
   row.insertAdjacentHTML("afterend", `<tr class="runs"><td colspan="${row.cells.length}"><ul>${items.join("")}</ul></td></tr>`);
