@@ -41,7 +41,7 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 
 run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 	@echo "Running the suite '$(SUITE)': snakemake --cores all --config suite=$(SUITE)"
-	@$(BIN)/snakemake --cores all --quiet reason host rules progress --config suite=$(SUITE)
+	@$(BIN)/snakemake --cores all --quiet reason host rules --config suite=$(SUITE)
 	@echo
 	@echo "Tables:  results/$(SUITE)/tables/   (csv, md, tex, html)"
 	@echo "Figures: results/$(SUITE)/figures/"
