@@ -37,8 +37,9 @@ from tests.fake_runs import write_runs
 cli(sys.argv[1:], standalone_mode=False)
 planned = load_suite({"suite": "reviews"}).runs
 write_runs(planned)
+cli(["collect", "--suite", "reviews", "--benchmark", "reviews"], standalone_mode=False)
 cli(["tables", "--suite", "reviews", "--benchmark", "reviews"], standalone_mode=False)
-print(*(run.id for run in load_suite({"suite": "smoke"}).runs_of("glue")))
+print(*(run.name for run in load_suite({"suite": "smoke"}).runs_of("glue")))
 runs = {run.spec["method"]["name"]: run for run in planned}
 for name in ("emoe_linear", "bitfit"):
     spec = runs[name].spec
