@@ -7,21 +7,25 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.harness.config.artifacts import suite_artifacts
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.sources.packages import find_package
+from benchmarks.harness.workflow import targets
 from tests.checkout import SNAKEMAKE, Checkout, wait_for
 from tests.programs import call
 
 pytestmark = pytest.mark.slow
 
 SUITE = load_suite({"suite": "smoke"})
+Action = Callable[[Checkout], object]
 
 
 def metrics(checkout: Checkout, folder: str) -> dict[str, Any]:
@@ -31,39 +35,192 @@ def metrics(checkout: Checkout, folder: str) -> dict[str, Any]:
 
 def jobs(text: str) -> dict[str, int]:
     """Return the number of jobs by rule, from Snakemake's output."""
-    return {name: int(count) for name, count in re.findall(r"^([a-z_]+) +(\d+)$", text, re.M) if name != "total"}
+    counts = re.findall(r"^([a-z_0-9]+) +(\d+)$", text, re.M)
+    return {name: int(count) for name, count in counts if name not in ("total", "all")}
+
+
+def smoke(checkout: Checkout, *words: object, config: tuple[str, ...] = ()) -> str:
+    """Run Snakemake on the smoke suite."""
+    return checkout.snakemake(*words, "--config", "suite=smoke", *config)
+
+
+def plan(checkout: Checkout, *words: object, config: tuple[str, ...] = ()) -> dict[str, int]:
+    """Return the number of planned jobs by rule."""
+    return jobs(smoke(checkout, "-n", *words, config=config))
+
+
+@contextmanager
+def kept(checkout: Checkout, *paths: str) -> Iterator[None]:
+    """Restore files and folders of the checkout, with their times."""
+    with tempfile.TemporaryDirectory() as folder:
+        copies = {}
+        for number, name in enumerate(paths):
+            path = checkout.folder / name
+            copies[path] = Path(folder, str(number))
+            if path.is_dir():
+                shutil.copytree(path, copies[path])
+            else:
+                shutil.copy2(path, copies[path])
+        try:
+            yield
+        finally:
+            for path, copy in copies.items():
+                if copy.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                    shutil.copytree(copy, path)
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(copy, path)
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Checkout:
     made = Checkout(tmp_path_factory.mktemp("checkout"))
     made.put(archive)
-    text = made.snakemake("smoke")
+    text = smoke(made)
     assert "Traceback" not in text
     return made
 
 
-def test_everything_that_the_suite_promises_is_there(checkout: Checkout) -> None:
-    for file in (*SUITE.metric_files(), *SUITE.output_files(), "results/smoke/report.html", "results/smoke/mlflow.txt"):
-        assert (checkout.folder / file).stat().st_size > 20, file
-    assert (checkout.folder / "results/runs" / SUITE.runs[0].folder / "log.txt").exists()
-    page = (checkout.folder / "results/smoke/report.html").read_text()
-    assert "its scores mean nothing" in page
+def test_everything_that_the_suite_promises_is_there(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout.folder)
+    for file in targets.suite_files(SUITE):
+        assert Path(file).stat().st_size > 20, file
+    first = SUITE.runs[0]
+    assert Path("results/runs", first.folder, "log.txt").exists()
+    assert first.name in Path("results/smoke/plan.tsv").read_text()
+    assert "its scores mean nothing" in Path("results/smoke/report.html").read_text()
 
 
-def test_an_edit_of_a_table_or_title_reruns_only_the_tables_and_pages_of_its_benchmark(checkout: Checkout) -> None:
+# what follows the tables of a benchmark
+SHOWN = {"benchmark_report": 1, "table_of_claims": 1, "report": 1}
+# what follows a changed run of a benchmark
+COLLECTED = {"collect": 1, "mirror_to_mlflow": 1, **SHOWN}
+ALL_TABLES = {f"tables_of_{shown.name}": 1 for shown in suite_artifacts(SUITE)}
+GLUE, TUNED = SUITE.runs_of("glue")[0], next(run for run in SUITE.runs_of("llama") if run.keeps_weights)
+SEEDS = "method: [vanilla, emoe], seed: [0, 1]"
+LONG = "a-tiny-model-whose-name-has-many-more-than-forty-two-letters"
+
+
+def edit(file: str, old: str, new: str) -> Action:
+    return lambda checkout: checkout.edit(file, old, new)
+
+
+def delete(*patterns: str) -> Action:
+    def act(checkout: Checkout) -> None:
+        for pattern in patterns:
+            for path in checkout.folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return act
+
+
+def renew(*patterns: str) -> Action:
+    """Give files the present time."""
+
+    def act(checkout: Checkout) -> None:
+        for pattern in patterns:
+            for path in checkout.folder.glob(pattern):
+                os.utime(path)
+
+    return act
+
+
+# for each action: the files that it changes, the command line's values, and the expected plan
+ACTIONS: dict[str, tuple[list[Action], list[str], tuple[str, ...], dict[str, int]]] = {
+    "nothing is done": ([], [], (), {}),
+    "what finished runs were made of is gone": (
+        [delete("resources/packages/*", "resources/partitions/*", ".snakemake/metadata")],
+        ["resources", ".snakemake"],
+        (),
+        {},
+    ),
+    "what finished runs were made of is newer": (
+        [renew("resources/packages/*", "resources/partitions/*")],
+        ["resources"],
+        (),
+        {},
+    ),
+    "a seed is added, and packages and partitions are gone": (
+        [edit("config/smoke.yaml", SEEDS, SEEDS.replace("1]", "1, 2]")), delete("resources/*")],
+        ["config/smoke.yaml", "resources"],
+        (),
+        {"fetch_package": 1, "partition_neurons": 1, "run_glue": 2, "tables_of_glue": 1, **COLLECTED},
+    ),
+    "a seed is removed": (
+        [edit("config/smoke.yaml", SEEDS, SEEDS.replace("0, 1]", "0]"))],
+        ["config/smoke.yaml"],
+        (),
+        {"tables_of_glue": 1, **COLLECTED},
+    ),
+    "the command line sets the seeds": ([], [], ("seeds=1",), {"tables_of_glue": 1, **COLLECTED}),
+    "a comment is added": (
+        [edit("config/smoke.yaml", "  glue_ood:\n", "  glue_ood: # only a comment\n")],
+        ["config/smoke.yaml"],
+        (),
+        {},
+    ),
+    "a run's spec is gone": (
+        [delete(str(GLUE.spec_file))],
+        [str(GLUE.spec_file)],
+        (),
+        {"write_run_json": 1},
+    ),
+    "a run's weights are gone": (
+        [delete(str(TUNED.weights_file))],
+        [str(TUNED.weights_file)],
+        (),
+        {"run_llama": 1, "tables_of_llama": 1, **COLLECTED},
+    ),
+    "records, a section and a page are gone": (
+        [delete("results/smoke/records/speed.jsonl", "results/smoke/sections/llama.json", "results/smoke/glue.html")],
+        ["results/smoke"],
+        (),
+        {"collect": 1, "mirror_to_mlflow": 1, "tables_of_speed": 1, "tables_of_llama": 1}
+        | {"benchmark_report": 3, "table_of_claims": 1, "report": 1},
+    ),
+    "a table and a title are edited": (
+        [
+            edit("benchmarks/llama/presentation.py", "import annotations", "import annotations  # edited"),
+            edit("benchmarks/multitask/benchmark.yaml", "T5 on", "The T5 on"),
+        ],
+        ["benchmarks/llama/presentation.py", "benchmarks/multitask/benchmark.yaml"],
+        (),
+        {**SHOWN, "tables_of_llama": 1, "tables_of_multitask": 1, "benchmark_report": 2},
+    ),
+    "the titles of rows are edited": (
+        [edit("benchmarks/harness/config/method_specs.py", "import annotations", "import annotations  # edited")],
+        ["benchmarks/harness/config/method_specs.py"],
+        (),
+        {**SHOWN, **ALL_TABLES, "benchmark_report": len(SUITE.settings.benchmarks)},
+    ),
+    "a claim is edited": (
+        [edit("benchmarks/claims.yaml", "title: ", "title: Edited. ")],
+        ["benchmarks/claims.yaml"],
+        (),
+        {"table_of_claims": 1, "report": 1},
+    ),
+    "a model has a long name": (
+        [
+            edit("benchmarks/models.yaml", "  tiny-bert:", f"  {LONG}:"),
+            edit("config/smoke.yaml", "[tiny-bert]", f"[{LONG}]"),
+        ],
+        ["benchmarks/models.yaml", "config/smoke.yaml"],
+        (),
+        {"run_glue": len(SUITE.runs_of("glue")), "run_modularity": 3, "partition_neurons": 1}
+        | {**ALL_TABLES, **COLLECTED, "collect": 2, "benchmark_report": len(SUITE.settings.benchmarks)},
+    ),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_action_makes_again_exactly_what_it_affects(checkout: Checkout, action: str) -> None:
     """This is before the tests that repeat runs, because repeated runs are newer than their tables."""
-    edits = [
-        ("benchmarks/llama/presentation.py", '"""', '"""Edited. '),
-        ("benchmarks/multitask/benchmark.yaml", "T5 on", "The T5 on"),
-    ]
-    assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
-    for file, old, new in edits:
-        checkout.edit(file, old, new)
-    rerun = {"tables_of_llama": 1, "tables_of_multitask": 1, "table_of_claims": 1, "benchmark_report": 2, "report": 1}
-    assert jobs(checkout.snakemake("-n", "smoke")) == {**rerun, "smoke": 1}
-    for file, old, new in edits:
-        checkout.edit(file, new, old)
+    acts, changed, config, expected = ACTIONS[action]
+    with kept(checkout, *changed):
+        for act in acts:
+            act(checkout)
+        assert plan(checkout, config=config) == expected
 
 
 def test_pdflatex_compiles_every_table(checkout: Checkout) -> None:
@@ -88,25 +245,6 @@ def test_the_numbers_are_the_blessed_ones_within_the_tolerances(
     call("check", "--suite", "smoke", "--elsewhere")
 
 
-def test_only_runs_of_a_new_seed_and_of_deleted_weights_are_planned(checkout: Checkout) -> None:
-    """A comment in a suite's file runs nothing."""
-    file = "config/smoke.yaml"
-    original = (checkout.folder / file).read_text()
-    weights = checkout.folder / SUITE.weight_files()[0]
-    content = weights.read_bytes()
-    weights.unlink()
-    try:
-        checkout.edit(file, "  glue_ood:\n", "  glue_ood: # only a comment\n")
-        checkout.edit(file, "method: [vanilla, emoe], seed: [0, 1]", "method: [vanilla, emoe], seed: [0, 1, 2]")
-        plan = jobs(checkout.snakemake("-n", "smoke"))
-        assert plan["run_glue"] == 2
-        assert plan.get("run_glue_lora", 0) + plan.get("run_llama", 0) == 1
-        assert "partition_neurons" not in plan
-    finally:
-        (checkout.folder / file).write_text(original)
-        weights.write_bytes(content)
-
-
 def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: Checkout) -> None:
     """Delete two trainings (one is killed then), an evaluation with its training, and an evaluation alone.
 
@@ -125,7 +263,8 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
     log = (checkout.folder / target).with_name("log.txt")
     log.unlink()
     with damaged(checkout, failing), (checkout.folder / "shown.txt").open("w+") as stream:
-        main = checkout.start(SNAKEMAKE, "--cores", 1, "--prioritize", failing, "--", failing, target, stream=stream)
+        words = ("--cores", 1, "--prioritize", failing, "--config", "suite=smoke", "--", failing, target)
+        main = checkout.start(SNAKEMAKE, *words, stream=stream)
         wait_for(lambda: log.exists() and "training," in log.read_text())
         main.send_signal(signal.SIGKILL)
         main.wait()
@@ -133,7 +272,7 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
         assert "is damaged or another version" in stream.read()
         assert not (checkout.folder / failing).exists()
     assert list((checkout.folder / ".snakemake/locks").iterdir())
-    locked = checkout.snakemake(target, check=False)
+    locked = checkout.snakemake(target, "--config", "suite=smoke", check=False)
     assert "Directory cannot be locked" in locked
     assert "--unlock" in locked
     checkout.snakemake("--unlock")
@@ -141,15 +280,28 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
     again = [run for run in evaluations if trained in run.spec["candidates"]]
     runs = {"run_glue": 2, "run_glue_lora": 1, "run_glue_ood": 1 + len(again)}
     shown = {f"tables_of_{name.removeprefix('run_')}" for name in runs}
-    planned = jobs(checkout.snakemake("-n", "smoke"))
+    planned = plan(checkout)
     assert {name: count for name, count in planned.items() if name.startswith("run_")} == runs
     assert {name for name in planned if name.startswith("tables_of_")} == shown
     folders = {killed, other, trained, alone.folder, *(run.folder for run in again)}
-    assert jobs(checkout.snakemake(*(f"results/runs/{folder}/metrics.json" for folder in folders))) == runs
+    assert jobs(smoke(checkout, *(f"results/runs/{folder}/metrics.json" for folder in folders))) == runs
     assert {folder: metrics(checkout, folder)["scores"] for folder in before} == before
-    plan = json.loads((checkout.folder / "results/mini/plan.json").read_text())
-    needed = {folder for run in (alone, *again) for folder in run.spec["candidates"]}
-    assert set(plan["runs"]) == folders | needed  # progress counts the target's runs
+
+
+def test_runs_that_an_interrupted_snakemake_finished_are_not_repeated(checkout: Checkout) -> None:
+    """Only Snakemake gets the signal, so the run that it started goes on and finishes."""
+    target = f"results/runs/{SUITE.runs_of('glue')[1].folder}/metrics.json"
+    (checkout.folder / target).unlink()
+    log = (checkout.folder / target).with_name("log.txt")
+    log.unlink()
+    with (checkout.folder / "shown.txt").open("w+") as stream:
+        main = checkout.start(SNAKEMAKE, "--cores", 1, "--config", "suite=smoke", "--", target, stream=stream)
+        wait_for(lambda: log.exists() and "training," in log.read_text())
+        main.send_signal(signal.SIGINT)
+        main.wait()
+    assert main.returncode != 0
+    assert (checkout.folder / target).exists()
+    assert plan(checkout, target) == {}
 
 
 @contextmanager
@@ -173,8 +325,11 @@ def restore_times(file: Path, stat: os.stat_result) -> None:
 def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout) -> None:
     for words, message in (
         (["--config", "suite=minni"], "there is no suite 'minni'; did you mean 'mini'?"),
-        (["table_multitask", "--config", "suite=mini"], "error: the suite 'mini' does not run multitask; smoke, paper"),
-        (["results/runs/glue/nothing-12345678/metrics.json"], "error: no suite has the run 'glue/nothing-12345678'"),
+        (["table_multitask"], "error: the suite 'mini' does not run multitask; smoke, paper"),
+        (["table_99"], "error: there is no target 'table_99'; did you mean 'table_"),
+        (["full"], "error: 'full' is a suite: `snakemake --cores all --config suite=full`"),
+        (["results/smoke/report.html"], "belongs to the suite 'smoke', not to 'mini': add `--config suite=smoke`"),
+        (["results/runs/glue/0123456789ab/metrics.json"], "error: no suite has the run 'glue/0123456789ab'"),
     ):
         result = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
         assert result.returncode != 0
@@ -183,8 +338,11 @@ def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout)
 
 
 def test_runs_that_were_copied_from_another_machine_are_finished(checkout: Checkout, tmp_path: Path) -> None:
+    """The copies have new times, in any order, and what the runs were made of is newer or missing."""
     other = Checkout(tmp_path)
-    # rsync copies inputs before their runs, in the order of names; cp has no order, and must keep the times
-    copy = ("rsync", "-r") if shutil.which("rsync") else ("cp", "-a")
-    other.run(*copy, checkout.folder / "results/runs", other.folder / "results")
-    assert "Nothing to be done" in other.snakemake("-n", *SUITE.metric_files())
+    copied = other.folder / "results/runs"
+    shutil.copytree(checkout.folder / "results/runs", copied, copy_function=shutil.copyfile)
+    shutil.copytree(checkout.folder / "resources/packages", other.folder / "resources/packages")
+    for path in (other.folder / "resources/packages").iterdir():
+        os.utime(path)
+    assert plan(other, *targets.metric_files(SUITE)) == {}
