@@ -12,6 +12,9 @@ import numpy as np
 
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.results import records as results
+from benchmarks.harness.results.records import Record, read_record
 from benchmarks.llama.definition import InstructionSpec
 from tests.planned import plan
 
@@ -229,9 +232,20 @@ def write_runs(runs: list[Run], gains: dict[str, float] | None = None, folder: P
         path.write_text(json.dumps(metrics(run, (gains or {}).get(run.spec["method"]["name"], 0.0))))
 
 
+def records(runs: Iterable[Run]) -> list[Record]:
+    """Read the records of finished runs."""
+    return [read_record(run) for run in runs]
+
+
+def collect(suite: Suite) -> None:
+    """Collect the records of all benchmarks of a suite."""
+    for benchmark in suite.settings.benchmarks:
+        for part in suite.record_parts(benchmark):
+            results.collect(suite, benchmark, part)
+
+
 def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the recorded numbers of a run."""
-    path = RUNS / run.folder / "metrics.json"
-    content = json.loads(path.read_text())
+    content = json.loads(run.metrics_file.read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    run.metrics_file.write_text(json.dumps(content))

@@ -13,8 +13,8 @@ from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.method_specs import remove_settings
 from benchmarks.harness.config.methods import ABLATION
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import present
+from benchmarks.harness.results.records import Record
 from benchmarks.text.ablations import ablation_rows
 from benchmarks.text.data import TextSplit
 from benchmarks.text.outcomes import TextOutcomes
@@ -78,24 +78,24 @@ def test_ablations_that_compare_nothing_sensible_are_refused(
 
 
 @pytest.fixture(scope="module")
-def finished(shared_here: Path) -> list[Run]:
+def finished(shared_here: Path) -> list[Record]:
     """Make up numbers of the default suite's adapters, and of every ablation on one task of the paper's."""
     runs = fake_runs.write(RUNS, "mini", benchmarks=("glue_lora",))
     more = [run for run in paper_runs("glue_lora") if run.spec["model"]["name"] == "bert-large-cased"]
     more = [run for run in more if run.spec["task"]["name"] == "cola" and run.spec["protocol"] == "clean"]
     more = [run for run in more if run.spec["learning_rate"] == 3.0e-4]
     fake_runs.write_runs(more)
-    return [*runs, *more]
+    return fake_runs.records([*runs, *more])
 
 
 @pytest.fixture(scope="module")
-def adapted(finished: list[Run]) -> TextOutcomes:
+def adapted(finished: list[Record]) -> TextOutcomes:
     return TextOutcomes(LORA, finished)
 
 
-def test_every_setting_is_a_row_and_main_tables_have_none(finished: list[Run], adapted: TextOutcomes) -> None:
+def test_every_setting_is_a_row_and_main_tables_have_none(finished: list[Record], adapted: TextOutcomes) -> None:
     rows = ablation_rows(adapted, LORA.definition.ablations["settings"])
-    methods = [run.spec["method"] for run in finished]
+    methods = [record.run.spec["method"] for record in finished]
     planned = [method["variant"] for method in methods if method["name"] == "lora_emoe_settings"]
     shown = {name.partition("|")[2] for name in rows["method"] if name.startswith("lora_emoe_settings|")}
     assert shown == {remove_settings(variant, {"L22", "L44"}) for variant in planned}
@@ -131,7 +131,7 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(h
     runs = [run for run in runs if run.spec["task"]["name"] in ("cola", "mrpc", "rte")]
     runs = [run for run in runs if run.spec["model"]["name"] == "bert-large-cased"]
     fake_runs.write_runs(runs)
-    rows = ablation_rows(TextOutcomes(LORA, runs), shown)
+    rows = ablation_rows(TextOutcomes(LORA, fake_runs.records(runs)), shown)
     rows = rows[rows["model"] == "bert-large-cased"]
     assert rows["paper"].notna().sum() == 39
     assert rows.loc[rows["paper"].notna(), "is_ours"].all()

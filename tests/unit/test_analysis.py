@@ -13,9 +13,8 @@ from scipy import stats
 from benchmarks.glue_ood.ranks import ranked_scores, ranks
 from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.results.records import scores_of
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.results.records import Record, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.outcomes import TextOutcomes, choices, reported_scores, select_runs
 from benchmarks.text.routing import published_traces, trace_numbers
@@ -26,20 +25,15 @@ from tests import fake_runs
 
 
 @pytest.fixture(scope="module")
-def finished(shared_here: Path) -> Suite:
-    """Finish the text of the mini suite with made-up numbers and a gain of EMoE."""
-    suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood"]})
-    fake_runs.write_runs(suite.runs, {"emoe": 0.05, "random_partition": -0.1})
-    return suite
+def glue(shared_here: Path) -> TextOutcomes:
+    """Finish full fine-tuning of the mini suite with made-up numbers and a gain of EMoE."""
+    runs = load_suite({"benchmarks": ["glue"]}).runs
+    fake_runs.write_runs(runs, {"emoe": 0.05, "random_partition": -0.1})
+    return outcomes_of(fake_runs.records(runs), "glue")
 
 
-@pytest.fixture(scope="module")
-def glue(finished: Suite) -> TextOutcomes:
-    return outcomes_of(finished.runs)
-
-
-def outcomes_of(runs: list[Run], benchmark: str = "glue") -> TextOutcomes:
-    return TextOutcomes(load_benchmark(benchmark), [run for run in runs if run.benchmark == benchmark])
+def outcomes_of(records: list[Record], benchmark: str) -> TextOutcomes:
+    return TextOutcomes(load_benchmark(benchmark), [record for record in records if record.run.benchmark == benchmark])
 
 
 # scores
@@ -119,18 +113,18 @@ def test_paper_table_puts_published_numbers_beside_ours(glue: TextOutcomes) -> N
 
 
 @pytest.fixture(scope="module")
-def paper(shared_here: Path) -> list[Run]:
+def paper(shared_here: Path) -> list[Record]:
     """Make up numbers of a part of the paper suite: two models' LoRA rows on all tasks, and GLUE-X."""
-    return fake_runs.write(RUNS, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood"))
+    return fake_runs.records(fake_runs.write(RUNS, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood")))
 
 
 @pytest.fixture(scope="module")
-def adapted(paper: list[Run]) -> TextOutcomes:
+def adapted(paper: list[Record]) -> TextOutcomes:
     return outcomes_of(paper, "glue_lora")
 
 
 @pytest.fixture(scope="module")
-def evaluated(paper: list[Run]) -> TextOutcomes:
+def evaluated(paper: list[Record]) -> TextOutcomes:
     return outcomes_of(paper, "glue_ood")
 
 
@@ -149,9 +143,10 @@ def test_published_and_clean_runs_stand_side_by_side(adapted: TextOutcomes) -> N
     assert row["average"] == pytest.approx(row[[name for name in by_row if name.endswith(" mean")]].mean())
 
 
-def test_an_average_is_over_all_tasks_or_not_given(paper: list[Run]) -> None:
-    runs = [run for run in paper if (run.spec["method"]["name"], run.spec["task"]["name"]) != ("lora_block", "cola")]
-    by_row = tasks(outcomes_of(runs, "glue_lora")).frame.set_index(["model", "protocol", "method"])
+def test_an_average_is_over_all_tasks_or_not_given(paper: list[Record]) -> None:
+    lost = ("lora_block", "cola")
+    kept = [record for record in paper if (record.run.spec["method"]["name"], record.run.spec["task"]["name"]) != lost]
+    by_row = tasks(outcomes_of(kept, "glue_lora")).frame.set_index(["model", "protocol", "method"])
     assert math.isnan(by_row.loc[("gpt2-xl", "clean", "lora_block"), "average"])
     assert not math.isnan(by_row.loc[("gpt2-xl", "clean", "lora"), "average"])
 
@@ -170,7 +165,7 @@ LORA = load_benchmark("glue_lora")
 
 @pytest.fixture
 def outcomes(here: Path) -> TextOutcomes:
-    return TextOutcomes(LORA, fake_runs.write(RUNS, "smoke", benchmarks=("glue_lora",)))
+    return TextOutcomes(LORA, fake_runs.records(fake_runs.write(RUNS, "smoke", benchmarks=("glue_lora",))))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_figures_fit_a_page_and_no_text_touches_another(suite: str, benchmark: s
     elif (suite, benchmark) == ("paper", "glue_lora"):  # as good as all for figures
         runs = [run for run in runs if (run.spec["learning_rate"], run.spec["protocol"]) == (3e-4, "published")]
     fake_runs.write_runs(runs)
-    shown = present(load_benchmark(benchmark), runs)
+    shown = present(load_benchmark(benchmark), fake_runs.records(runs))
     figures = {name: figure.draw for page in (shown, *shown.parts.values()) for name, figure in page.figures.items()}
     assert len(figures) >= len(load_benchmark(benchmark).definition.figures)
     for name, draw in figures.items():

@@ -90,10 +90,11 @@ def test_the_chosen_runs_of_all_seeds_are_evaluated(hub_here: Path) -> None:
         recorded(run)
         value = values[run.spec["learning_rate"], run.spec["seed"]]
         fake_runs.edit(run, lambda content, value=value: content["scores"]["dev"]["mrpc"].update(accuracy_f1=value))
+    seed_of = {run.folder: run.spec["seed"] for run in runs}
     for evaluation in evaluations(runs, "paper"):
         chosen = recorded(evaluation)["chosen"]
         assert chosen["learning_rate"] == rates[1]
-        assert f"-s{evaluation.spec['seed']}-" in chosen["run"]
+        assert seed_of[chosen["run"]] == evaluation.spec["seed"]
 
 
 def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(

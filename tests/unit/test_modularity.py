@@ -123,14 +123,16 @@ def test_methods_whose_experts_mean_nothing_before_training_are_refused() -> Non
 
 def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_chance(here: Path) -> None:
     runs = fake_runs.write(RUNS, "mini", benchmarks=("modularity",))
-    by_cell = present(BENCHMARK, runs).tables[0].frame.set_index(["method", "num_experts"])
+    records = fake_runs.records(runs)
+    by_cell = present(BENCHMARK, records).tables[0].frame.set_index(["method", "num_experts"])
     assert by_cell.loc[("emoe", 64), "best_quarter_paper"] == pytest.approx(0.957)
     assert np.isnan(by_cell.loc[("emoe", 16), "usage_gini_paper"])
-    rows = ModularityOutcomes(BENCHMARK, runs).rows
+    rows = ModularityOutcomes(BENCHMARK, records).rows
     measured = rows[(rows["method"] == "random_partition") & (rows["num_experts"] == 32)]
     row = by_cell.loc[("random_partition", 32)]
     assert (row["best_quarter"], row["n"]) == (pytest.approx(measured["best_quarter"].mean()), 3)
     for bits, words in ((0.9, "more than chance"), (0.0, "no more than chance")):
         for run in runs:
             fake_runs.edit(run, lambda content, bits=bits: content["measured"]["experts"].update(task_information=bits))
-        assert any(f"tells {words} of the task" in sentence for sentence in present(BENCHMARK, runs).verdicts)
+        sentences = present(BENCHMARK, fake_runs.records(runs)).verdicts
+        assert any(f"tells {words} of the task" in sentence for sentence in sentences)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from benchmarks.speed import pipeline
@@ -69,8 +70,9 @@ def test_each_measure_gives_numbers_of_each_candidate(
 
 
 def test_tables_of_measures_without_runs_are_empty(here: Path) -> None:
-    runs = fake_runs.write(Path("results/runs"), "smoke", benchmarks=("speed",))
-    shown = present(load_benchmark("speed"), [run for run in runs if run.spec["task"]["name"] == "step"])
+    runs = fake_runs.write(RUNS, "smoke", benchmarks=("speed",))
+    steps = [run for run in runs if run.spec["task"]["name"] == "step"]
+    shown = present(load_benchmark("speed"), fake_runs.records(steps))
     for table in shown.tables:
         table.write(here)
         assert len(table.texts()) == (1 if table.name == "speed_step" else 0)
