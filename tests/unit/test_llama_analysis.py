@@ -13,12 +13,12 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.claims import Comparison
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.results.claims import find_evidence
-from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.records import read_record
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import paper, results, verdicts
 from benchmarks.llama.presentation import tests as paired_tests
 from emoe.config import resolve_layers
-from tests.fake_runs import edit, write_runs
+from tests.fake_runs import edit, records, write_runs
 from tests.planned import edited_part, paper_runs, plan, specs
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -46,7 +46,11 @@ def of(runs: list[Run], tuning: str, method: str, number: Callable[[dict[str, An
     """Return a number of the runs of a cell, by seed."""
     cell = (tuning, method)
     of_cell = [run for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == cell]
-    return [number(read_metrics(run)["scores"]) for run in of_cell]
+    return [number(read_record(run).metrics.scores or {}) for run in of_cell]
+
+
+def outcomes_of(runs: list[Run]) -> InstructionOutcomes:
+    return InstructionOutcomes(LLAMA, records(runs))
 
 
 def accuracy(scores: dict[str, Any]) -> float:
@@ -58,7 +62,7 @@ def loss(scores: dict[str, Any]) -> float:
 
 
 def test_results_separate_the_cost_of_conversion_and_the_gain_of_tuning(runs: list[Run]) -> None:
-    table = results(InstructionOutcomes(LLAMA, runs))
+    table = results(outcomes_of(runs))
     rows = table.frame.set_index(["tuning", "method"])
     assert list(rows.index) == [(tuning, method) for tuning in ("base", "lora", "full") for method in METHODS]
     assert rows["n"].tolist() == [1, 1, 2, 2, 1, 1]
@@ -77,7 +81,7 @@ def test_results_separate_the_cost_of_conversion_and_the_gain_of_tuning(runs: li
 
 @pytest.mark.parametrize(("metric", "task"), [("accuracy", TASK), ("nats_per_byte", ANSWERS)])
 def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, task: str) -> None:
-    outcomes = InstructionOutcomes(LLAMA, runs)
+    outcomes = outcomes_of(runs)
     frame = paired_tests(outcomes, metric).frame
     frame = frame[(frame["against"] == "dense") & (frame["eval_task"] == task)].set_index("tuning")
     assert frame["questions"].tolist() == [100] * 3
@@ -89,7 +93,7 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, ta
 
 
 def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Run]) -> None:
-    outcomes = InstructionOutcomes(LLAMA, runs)
+    outcomes = outcomes_of(runs)
     table = paired_tests(outcomes, "accuracy").frame
     (row,) = table[
         (table["against"] == "dense") & (table["eval_task"] == TASK) & (table["tuning"] == "lora")
@@ -106,12 +110,12 @@ def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Ru
 
 
 def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
-    frame = paper(InstructionOutcomes(LLAMA, runs)).frame
+    frame = paper(outcomes_of(runs)).frame
     assert frame["value"].dropna().tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
     assert frame["difference"].isna().all()  # MMLU-dev is not MMLU
     published = [run for run in paper_runs("llama") if run.spec["seed"] == 0]
     write_runs(published)
-    frame = paper(InstructionOutcomes(LLAMA, published)).frame
+    frame = paper(outcomes_of(published)).frame
     row = frame[(frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")]
     assert set(row["eval_task_title"]) == {"MMLU (5-shot)", "MMLU (0-shot)"}
     assert (row["difference"] == row["ours"] - row["value"]).all()
@@ -122,7 +126,7 @@ def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_div
     others = [run_from_spec({**dense, "learning_rate": rate}) for rate in (0.5, 0.6)]
     write_runs(others, {"dense": -0.5})
     edit(others[1], lambda content: content["scores"]["dev"]["alpaca_demo"].update(loss=None))
-    outcomes = InstructionOutcomes(LLAMA, [*runs, *others])
+    outcomes = outcomes_of([*runs, *others])
     assert {run.id for run in outcomes.runs} == {run.id for run in runs}
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.base import RUNS, DataError, DefinitionError
+from benchmarks.harness.base import DataError, DefinitionError
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.results.content import Metrics
-from benchmarks.harness.results.records import check_content, read_metrics
+from benchmarks.harness.results.records import check_metrics, read_record
 from benchmarks.harness.run.status import count, run_status
 from emoe.errors import EMoEError
 from tests import fake_runs
@@ -33,7 +33,8 @@ RUN = {
 def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
     run = RUN[benchmark]
     fake_runs.write_runs([run])
-    assert read_metrics(run) == json.loads((RUNS / run.folder / "metrics.json").read_text())
+    metrics = read_record(run).metrics
+    assert metrics.model_dump(by_alias=True, exclude_unset=True) == json.loads(run.metrics_file.read_text())
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
 def test_a_damaged_file_is_named(benchmark: str, keys: Sequence[str], value: Any, message: str, here: Path) -> None:
     run = RUN[benchmark]
     fake_runs.write_runs([run])
-    path = RUNS / run.folder / "metrics.json"
+    path = run.metrics_file
     content = json.loads(path.read_text())
     inner, (*above, last) = content, keys
     for key in above:
@@ -62,7 +63,7 @@ def test_a_damaged_file_is_named(benchmark: str, keys: Sequence[str], value: Any
     inner.pop(last) if value is GONE else inner.update({last: value})
     path.write_text(json.dumps(content))
     with pytest.raises(DataError) as damaged:
-        read_metrics(run)
+        read_record(run)
     assert message in str(damaged.value)
     assert str(damaged.value).startswith(str(path))
     assert "\n" not in str(damaged.value)
@@ -70,7 +71,7 @@ def test_a_damaged_file_is_named(benchmark: str, keys: Sequence[str], value: Any
 
 def test_a_run_without_a_file_is_not_finished(here: Path) -> None:
     with pytest.raises(DefinitionError, match="is not finished"):
-        read_metrics(RUN["glue"])
+        read_record(RUN["glue"])
 
 
 # a value of every type, and a number that no machine holds
@@ -104,7 +105,7 @@ def is_refused(run: Run, content: dict[str, Any]) -> bool:
     """Return True if a content is refused, in one line that names the file."""
     message = ""
     try:
-        check_content(run, content, Path("metrics.json"))
+        check_metrics(run, json.dumps(content).encode(), Path("metrics.json"))
     except EMoEError as error:
         message = str(error)
     assert message.startswith("metrics.json") or not message
@@ -172,11 +173,11 @@ def test_the_key_of_a_damaged_value_is_named(
     benchmark: str, path: Sequence[Any], value: Any, key: str, here: Path
 ) -> None:
     run = RUN[benchmark]
-    file = RUNS / run.folder / "metrics.json"
+    file = run.metrics_file
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(changed(fake_runs.metrics(run), path, value)))
     with pytest.raises(DataError) as error:
-        read_metrics(run)
+        read_record(run)
     assert key in str(error.value)
 
 
@@ -200,16 +201,16 @@ def test_parts_of_a_file_are_attributes() -> None:
 
 def test_a_pipe_in_place_of_the_numbers_is_not_waited_for(here: Path) -> None:
     run = RUN["glue"]
-    path = RUNS / run.folder / "metrics.json"
+    path = run.metrics_file
     path.parent.mkdir(parents=True)
     os.mkfifo(path)
     with pytest.raises(DataError, match="is not a file"):
-        read_metrics(run)
+        read_record(run)
 
 
 def test_status_names_the_damaged_file_of_a_run(here: Path) -> None:
     run = RUN["glue"]
-    path = RUNS / run.folder / "metrics.json"
+    path = run.metrics_file
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(changed(fake_runs.metrics(run), ("cost",), {})))
     with pytest.raises(DataError, match=rf"^{path} is damaged: 'cost.job_seconds': Field required; delete it"):
@@ -218,7 +219,7 @@ def test_status_names_the_damaged_file_of_a_run(here: Path) -> None:
 
 def test_a_run_file_of_another_form_is_one_line(here: Path) -> None:
     run = RUN["glue"]
-    path = RUNS / run.folder / "run.json"
+    path = run.spec_file
     path.parent.mkdir(parents=True)
     for key in run.spec:
         for value in (GONE, *VALUES):

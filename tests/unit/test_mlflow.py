@@ -21,9 +21,10 @@ from benchmarks.harness.base import RUNS, RunError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results import mlflow
 from benchmarks.harness.results.mlflow import mirror
-from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.records import read_record
 from tests import fake_runs
 from tests.conftest import ROOT
+from tests.fake_runs import records
 from tests.planned import plan
 
 KEPT_QUIET = "S3cret"
@@ -64,11 +65,11 @@ def edit(run: Run, change: Any) -> None:
 def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(runs: list[Run], tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/m.db"
     edit(runs[0], lambda metrics: metrics.update(curve=[0.5, None, 0.25]))  # None: the loss diverged
-    assert mirror(runs, uri) == {"added": len(runs), "replaced": 0, "unchanged": 0}
+    assert mirror(records(runs), uri) == {"added": len(runs), "replaced": 0, "unchanged": 0}
     client, stored = MlflowClient(uri), mirrored(uri)
-    assert set(stored) == {run.id for run in runs}
+    assert set(stored) == {run.name for run in runs}
     for run in runs:
-        copy, scores = stored[run.id], read_metrics(run)["scores"]
+        copy, scores = stored[run.name], read_record(run).metrics.scores or {}
         assert (copy.info.status, copy.info.end_time) == ("FINISHED", 1000 * (ENDED + run.spec["seed"]))
         assert copy.info.end_time - copy.info.start_time == 2000  # cost.job_seconds
         assert {file.path for file in client.list_artifacts(copy.info.run_id)} == {"metrics.json", "log.txt"}
@@ -76,17 +77,17 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(ru
         assert copy.data.metrics[SCORE] == scores["test"]["tweets"]["balanced_accuracy"]
     settings = Counter(copy.data.tags["setting"] for copy in stored.values())
     assert sorted(settings.values()) == [2, 2]  # two seeds of two methods
-    history = client.get_metric_history(stored[runs[0].id].info.run_id, "step.loss")
+    history = client.get_metric_history(stored[runs[0].name].info.run_id, "step.loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
 
-    assert mirror(runs, uri) == {"added": 0, "replaced": 0, "unchanged": 4}
+    assert mirror(records(runs), uri) == {"added": 0, "replaced": 0, "unchanged": 4}
     assert {run.info.run_id for run in mirrored(uri).values()} == {run.info.run_id for run in stored.values()}
     edit(runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25))
-    assert mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
+    assert mirror(records(runs), uri) == {"added": 0, "replaced": 1, "unchanged": 3}
     stored = mirrored(uri)
-    assert (len(stored), stored[runs[0].id].data.metrics[SCORE]) == (4, 0.25)
-    client.delete_tag(stored[runs[0].id].info.run_id, "emoe.digest")  # the mirror was interrupted
-    assert mirror(runs, uri)["replaced"] == 1
+    assert (len(stored), stored[runs[0].name].data.metrics[SCORE]) == (4, 0.25)
+    client.delete_tag(stored[runs[0].name].info.run_id, "emoe.digest")  # the mirror was interrupted
+    assert mirror(records(runs), uri)["replaced"] == 1
     assert len(mirrored(uri)) == 4
 
 
@@ -100,14 +101,14 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(ru
 def test_a_refusal_is_one_line_without_the_password(runs: list[Run], error: Exception, message: str) -> None:
     address = f"https://lab:{KEPT_QUIET}@db/mlflow"
     with mock.patch.object(mlflow, "MlflowClient", side_effect=error), pytest.raises(RunError) as refused:
-        mirror(runs, address)
+        mirror(records(runs), address)
     assert re.match(rf"MLflow at https://lab:\*\*\*@db.*{message}", str(refused.value))
     assert "\n" not in str(refused.value)
 
 
 def test_a_postgresql_that_does_not_answer_is_one_line_without_the_password(runs: list[Run]) -> None:
     with pytest.raises(RunError) as refused:
-        mirror(runs, f"postgresql://lab:{KEPT_QUIET}@127.0.0.1:1/mlflow")
+        mirror(records(runs), f"postgresql://lab:{KEPT_QUIET}@127.0.0.1:1/mlflow")
     assert re.match(r"MLflow at postgresql://lab:\*\*\*@127.*[Cc]onnection refused", str(refused.value))
     assert "\n" not in str(refused.value)
 
@@ -117,9 +118,9 @@ def test_a_locked_file_is_one_line_with_the_way_out(runs: list[Run], tmp_path: P
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(RunError, match=r"the database is locked; end the other process that uses it, and repeat$"):
-        mirror(runs, f"sqlite:///{file}")
+        mirror(records(runs), f"sqlite:///{file}")
     other.close()
-    assert mirror(runs, f"sqlite:///{file}")["added"] == len(runs)
+    assert mirror(records(runs), f"sqlite:///{file}")["added"] == len(runs)
 
 
 def test_a_postgresql_store_is_locked_before_its_tables_are_created_until_the_last_run(
@@ -152,7 +153,7 @@ def test_a_postgresql_store_is_locked_before_its_tables_are_created_until_the_la
 
     monkeypatch.setattr(mlflow, "create_engine", create_engine)
     monkeypatch.setattr(mlflow, "MlflowClient", Client)
-    assert mirror(runs, "postgresql://lab@db/mlflow")["added"] == len(runs)
+    assert mirror(records(runs), "postgresql://lab@db/mlflow")["added"] == len(runs)
     assert steps == ["locked", "opened", *["wrote"] * len(runs), "freed"]
 
 

@@ -12,7 +12,6 @@ from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.conversion import convert_trained_
-from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.outcomes import TextOutcomes
@@ -54,16 +53,17 @@ def test_trained_weights_are_evaluated_as_another_methods_which_changes_no_other
 def test_rows_of_transformed_weights_come_from_the_runs_that_trained_them(here: Path) -> None:
     runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")]
     fake_runs.write_runs(runs)
-    main = TextOutcomes(GLUE, runs)
+    records = fake_runs.records(runs)
+    main = TextOutcomes(GLUE, records)
     ablated = main.ablated
     assert set(main.rows["method"]) == {"vanilla", "emoe"}
     assert set(ablated.rows["method"]) == {"vanilla", "emoe", "vanilla2emoe", "emoe2vanilla"}
     seeds = ablated.seeds[(ablated.seeds["method"] == "vanilla2emoe") & (ablated.seeds["domain"] == "id")]
-    vanilla = {run.spec["seed"]: run for run in runs if run.spec["method"]["name"] == "vanilla"}
-    assert set(seeds["seed"]) == set(vanilla)
+    vanilla = [record for record in records if record.run.spec["method"]["name"] == "vanilla"]
+    recorded = {record.run.spec["seed"]: record.metrics.transformed["vanilla2emoe"].scores for record in vanilla}
+    assert set(seeds["seed"]) == set(recorded)
     for seed, value in zip(seeds["seed"], seeds["value"], strict=True):
-        recorded = read_metrics(vanilla[seed])["transformed"]["vanilla2emoe"]
-        assert value == recorded["scores"]["test"]["tweets"]["balanced_accuracy"]
+        assert value == recorded[seed]["test"]["tweets"]["balanced_accuracy"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
