@@ -16,23 +16,24 @@ import pytest
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, write_json
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.results import check as checking
 from benchmarks.harness.results.check import (
     KEYS,
     Numbers,
     bless,
     check,
+    check_numbers,
     clean_commit,
     code_digest,
-    collect_numbers,
     compare,
-    read_numbers,
     read_reference,
     tolerance_of,
     values_agree,
     write_reference,
 )
-from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.content import Metrics
+from benchmarks.harness.results.records import Record, read_record, records_file
 from tests import fake_runs
 from tests.executed import finish, prepare
 from tests.fake_runs import edit
@@ -43,17 +44,25 @@ SCORES = ("dev", "test", "ood", "ood_mean")
 
 
 @pytest.fixture
-def runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Write finished runs of text and measurements to an empty working directory, and their numbers as the reference."""
+def suite(here: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """Finish and collect text and measurements in an empty working directory; their numbers are the reference."""
     monkeypatch.setattr(checking, "REFERENCE", here / "reference")
-    text = [run for run in fake_runs.write(RUNS) if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
-    runs = [*text, *fake_runs.write(RUNS, "smoke", benchmarks=("speed",))]
-    write_reference("mini", read_numbers(runs), "0" * 40)
-    return runs
+    suite = load_suite({"suite": "smoke", "benchmarks": ["glue", "speed"]})
+    fake_runs.write_runs(suite.runs)
+    fake_runs.collect(suite)
+    bless_all(suite.runs)
+    return suite
 
 
-def changed(runs: list[Run], *, elsewhere: bool = False) -> set[tuple[str, str]]:
-    differences = check(runs, "mini", elsewhere=elsewhere).differences
+def bless_all(runs: list[Run]) -> None:
+    """Write the numbers of some runs as the reference."""
+    write_reference("smoke", check_numbers(fake_runs.records(runs)), "0" * 40)
+
+
+def changed(suite: Suite, *, elsewhere: bool = False) -> set[tuple[str, str]]:
+    """Collect a suite, and return the part and metric of the numbers that differ from the reference."""
+    fake_runs.collect(suite)
+    differences = check(suite, elsewhere=elsewhere).differences
     return set(differences[["part", "metric"]].itertuples(index=False, name=None))
 
 
@@ -111,24 +120,25 @@ def test_numbers_of_two_machines_agree_within_the_tolerance(metric: str, before:
     assert values_agree(before, after, 0) == (before == after)
 
 
-def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherwise(runs: list[Run]) -> None:
-    score = add_to_score(runs[0], 2e-16)
-    assert changed(runs) == {score}
-    assert changed(runs, elsewhere=True) == set()
-    assert str(check(runs, "mini")).endswith(" agree, 1 changed, 0 missing, 0 new")
+def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherwise(suite: Suite) -> None:
+    run = suite.runs[0]
+    score = add_to_score(run, 2e-16)
+    assert changed(suite) == {score}
+    assert changed(suite, elsewhere=True) == set()
+    assert str(check(suite)).endswith(" agree, 1 changed, 0 missing, 0 new")
 
-    reference = checking.REFERENCE / "mini.json"
+    reference = checking.REFERENCE / "smoke.json"
     content = json.loads(reference.read_text())
     reference.write_text(json.dumps(content | {"code": "0" * 64}))
-    assert "within tolerances: the reference was made by older code" in str(check(runs, "mini"))
-    assert changed(runs) == set()
+    assert "within tolerances: the reference was made by older code" in str(check(suite))
+    assert changed(suite) == set()
     reference.write_text(json.dumps(content))
-    for run in runs:
-        edit(run, lambda content: content["environment"]["fingerprint"].update({"threads": "2"}))
-    assert "the reference was made on another machine (threads: 1 -> 2)" in str(check(runs, "mini"))
-    assert changed(runs) == set()
-    add_to_score(runs[0], -0.3)
-    assert changed(runs) == {score}
+    for each in suite.runs:
+        edit(each, lambda content: content["environment"]["fingerprint"].update({"threads": "2"}))
+    assert changed(suite) == set()
+    assert "the reference was made on another machine (threads: 1 -> 2)" in str(check(suite))
+    add_to_score(run, -0.3)
+    assert changed(suite) == {score}
 
 
 def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +156,7 @@ def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monke
     assert len(set(digests[len(files) :])) == 1
 
 
-def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(runs: list[Run]) -> None:
+def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(suite: Suite) -> None:
     layer = {"index": 1, "name": "1", "neurons": 32, "experts": 4, "expert_size": 8, "top_k": 2}
     layer |= {"explained": None, "seconds": None}
 
@@ -156,35 +166,65 @@ def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(r
         content["model"].update(conversion=[layer])
         content["data"]["train"].update(rows=9)
 
-    edit(next(run for run in runs if run.spec["method"].get("name") == "emoe"), change)
-    numbers = {metric for _, metric in changed(runs, elsewhere=True)}
+    edit(next(run for run in suite.runs if run.spec["method"].get("name") == "emoe"), change)
+    numbers = {metric for _, metric in changed(suite, elsewhere=True)}
     assert numbers == {"loss_1", "loads", "logits", "conversion", "content"}
 
 
-def test_times_are_not_compared_but_the_work_of_a_measurement_is(runs: list[Run]) -> None:
-    run = next(run for run in runs if run.spec["task"]["name"] == "partition")
+def test_times_are_not_compared_but_the_work_of_a_measurement_is(suite: Suite) -> None:
+    run = next(run for run in suite.runs if run.spec["task"]["name"] == "partition")
     edit(run, lambda content: content["measured"]["emoe"].update(seconds=3.0, inertia=0.8))
-    assert {metric for _, metric in changed(runs)} == {"inertia"}
+    assert {metric for _, metric in changed(suite)} == {"inertia"}
 
 
-def test_lost_and_new_runs_fail(runs: list[Run]) -> None:
-    assert set(check(runs[1:], "mini").differences["status"]) == {"missing"}
-    (RUNS / runs[1].folder / "metrics.json").unlink()
-    unfinished = check(runs, "mini")
+def test_lost_and_new_runs_fail(suite: Suite) -> None:
+    lost = suite.runs[1]
+    bless_all(suite.runs[3:])
+    assert set(check(suite).differences["status"]) == {"new"}
+    bless_all(suite.runs)
+    without = load_suite({"suite": "smoke", "benchmarks": ["glue"]})
+    assert set(check(without).differences["status"]) == {"missing"}
+    lost.metrics_file.unlink()
+    unfinished = check(suite)
     assert not unfinished.passed
-    assert unfinished.unfinished == [runs[1].id]
-    write_reference("mini", read_numbers(runs[3:]), "0" * 40)
-    assert set(check(runs[2:], "mini").differences["status"]) == {"new"}
+    assert unfinished.unfinished == [lost.name]
+    assert set(unfinished.differences["status"]) == {"missing"}
 
 
-def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: list[Run]) -> None:
-    reference, content, task = read_reference("mini"), read_metrics(runs[0]), runs[0].spec["task"]
-    assert repr(content["scores"]["test"][task["name"]][task["metric"]]) in set(reference.rows["value"])
-    assert list(reference.machines.values()) == [content["environment"]["fingerprint"]]
+def test_runs_that_are_not_collected_are_unfinished(suite: Suite) -> None:
+    records_file("smoke", "speed").unlink()
+    result = check(suite)
+    assert not result.passed
+    assert result.unfinished == sorted(run.name for run in suite.runs_of("speed"))
+    records_file("smoke", "glue").unlink()
+    with pytest.raises(
+        DefinitionError, match="no finished run of the suite 'smoke' is collected: `make run SUITE=smoke`"
+    ):
+        check(suite)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_records_that_are_older_than_a_run_are_refused(suite: Suite) -> None:
+    run = suite.runs[-1]
+    edit(run, lambda content: content["cost"].update(job_seconds=3.0))
+    message = f"^{run.metrics_file} has changed since it was collected; run the workflow again, which collects it anew$"
+    for refuse in (lambda: check(suite), lambda: bless(suite, print)):
+        with pytest.raises(DataError, match=message):
+            refuse()
+    fake_runs.collect(suite)
+    assert check(suite).passed
+
+
+def test_the_reference_has_every_number_with_all_digits_and_its_machine(suite: Suite) -> None:
+    run = suite.runs[0]
+    reference, record, task = read_reference("smoke"), read_record(run), run.spec["task"]
+    scores = record.metrics.scores or {}
+    assert repr(scores["test"][task["name"]][task["metric"]]) in set(reference.rows["value"])
+    assert list(reference.machines.values()) == [record.metrics.environment.fingerprint]
     assert set(reference.rows["machine"]) == set(reference.machines)
     assert not reference.rows.duplicated(KEYS).any()
     with pytest.raises(DefinitionError, match="two finished runs have the same number"):
-        collect_numbers([(run, content) for run in (runs[0], Run("other", runs[0].spec))])
+        check_numbers([record, replace(record, run=Run("other", run.spec))])
 
 
 def without_key(file: Path) -> None:
@@ -220,27 +260,27 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_reference_is_named(case: str, runs: list[Run]) -> None:
+def test_a_damaged_reference_is_named(case: str, suite: Suite) -> None:
     ending, damage, message = DAMAGES[case]
-    damage(checking.REFERENCE / f"mini.{ending}")
+    damage(checking.REFERENCE / f"smoke.{ending}")
     with pytest.raises(
-        (DataError, DefinitionError), match=rf"^\S+/mini\.\w+ .*{message}.*; bless a run of the suite"
+        (DataError, DefinitionError), match=rf"^\S+/smoke\.\w+ .*{message}.*; bless a run of the suite"
     ) as error:
-        check(runs[:1], "mini")
+        check(suite)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("ending", ["csv", "json"])
-def test_a_pipe_in_place_of_a_reference_is_not_waited_for(ending: str, runs: list[Run]) -> None:
-    file = checking.REFERENCE / f"mini.{ending}"
+def test_a_pipe_in_place_of_a_reference_is_not_waited_for(ending: str, suite: Suite) -> None:
+    file = checking.REFERENCE / f"smoke.{ending}"
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises((DataError, DefinitionError), match=r"mini\.\w+ cannot be read: it is not a file; bless"):
-        check(runs[:1], "mini")
+    with pytest.raises((DataError, DefinitionError), match=r"smoke\.\w+ cannot be read: it is not a file; bless"):
+        check(suite)
 
 
-def test_a_damaged_number_of_the_reference_is_a_difference(runs: list[Run]) -> None:
-    assert not checking.values_agree("0.5", "half", 0.1)
+def test_a_damaged_number_of_the_reference_is_a_difference() -> None:
+    assert not values_agree("0.5", "half", 0.1)
 
 
 def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +295,7 @@ def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatc
     assert "content" in output
     assert output.endswith(" agree, 1 changed, 0 missing, 0 new\n")
     monkeypatch.setattr(sys, "executable", "false")
-    assert f"1 runs are not finished, the first is {run.id}: no output" in call(*verify, status=1)
+    assert f"1 runs are not finished, the first is {run.name}: no output" in call(*verify, status=1)
     assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before
 
 
@@ -279,25 +319,28 @@ def test_bless_refuses_a_tree_with_changes_but_for_blessed_numbers(checkout: Pat
 
 
 @pytest.mark.usefixtures("checkout")
-def test_only_numbers_that_repeat_are_blessed(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_numbers_that_repeat_are_blessed(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     repeated, failures = list[str](), list[str]()
 
     def bless_runs(change: Callable[[dict[str, Any]], None] = lambda content: None) -> Path:
-        def run_again(chosen: list[Run], _say: object) -> tuple[Numbers, list[str]]:
-            results = [(run, read_metrics(run)) for run in chosen]
-            repeated.extend(run.id for run in chosen)
-            for _, content in results:
+        def run_again(chosen: list[Record], _say: object) -> tuple[Numbers, list[str]]:
+            results = []
+            for record in chosen:
+                repeated.append(record.run.id)
+                content = json.loads(record.run.metrics_file.read_text())
                 change(content)
-            return collect_numbers(results), failures
+                results.append(replace(record, metrics=Metrics.model_validate(content)))
+            return check_numbers(results), failures
 
         monkeypatch.setattr(checking, "run_again", run_again)
-        return bless(runs, "mini", print)
+        return bless(suite, print)
 
-    fastest = [next(run for run in runs if run.benchmark == name) for name in ("glue", "speed")]
+    fastest = [suite.runs_of(name)[-1] for name in ("glue", "speed")]
     for run in fastest:
         edit(run, lambda content: content["cost"].update(job_seconds=0.5))
+    fake_runs.collect(suite)
     bless_runs()
-    assert check(runs, "mini").passed
+    assert check(suite).passed
     assert sorted(repeated) == sorted(run.id for run in fastest)
     for change in (
         lambda content: content.get("probe", {}).update(losses=["0.25"]),
@@ -308,6 +351,6 @@ def test_only_numbers_that_repeat_are_blessed(runs: list[Run], monkeypatch: pyte
     failures.append("minilm: ValueError: odd")
     with pytest.raises(DefinitionError, match="the runs do not repeat here exactly"):
         bless_runs()
-    (RUNS / runs[1].folder / "metrics.json").unlink()
+    suite.runs[1].metrics_file.unlink()
     with pytest.raises(DefinitionError, match=r"1 of \d+ runs .* is missing"):
         bless_runs()

@@ -276,23 +276,26 @@ def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
 def check(suite: Suite, *, elsewhere: bool = False) -> CheckResult:
     """Compare the collected records of a suite with its blessed numbers.
 
-    Runs without a collected record are listed as unfinished.
+    Runs without a collected record, or without their ``metrics.json``, are listed as unfinished.
 
     Raises:
-        DefinitionError: No record is collected, or the reference is missing or damaged.
+        DefinitionError: No finished run is collected, or the reference is missing or damaged.
         DataError: A file of records is damaged, or older than a ``metrics.json``.
     """
     records: list[Record] = []
     for name in suite.settings.benchmarks:
         for part in suite.record_parts(name):
             if records_file(suite.name, name, part).exists():
-                records += read_records(suite, name, part)
+                collected = read_records(suite, name, part)
+                records += [record for record in collected if record.run.metrics_file.exists()]
     if not records:
-        raise DefinitionError(f"no run of the suite '{suite.name}' is collected: `make run SUITE={suite.name}`")
+        raise DefinitionError(
+            f"no finished run of the suite '{suite.name}' is collected: `make run SUITE={suite.name}`"
+        )
     for record in records:
         check_current(record)
-    collected = {record.run.folder for record in records}
-    unfinished = sorted(run.name for run in suite.runs if run.folder not in collected)
+    finished = {record.run.folder for record in records}
+    unfinished = sorted(run.name for run in suite.runs if run.folder not in finished)
     before = read_reference(suite.name)
     return compare(before, check_numbers(records), suite.name, elsewhere=elsewhere, unfinished=unfinished)
 
