@@ -92,25 +92,33 @@ def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[
     """Read the collected records of a benchmark, or of one of its parts, in the order of the grid.
 
     Raises:
-        DataError: A file of records is missing, damaged, or has the runs of another plan.
+        DataError: A file of records is missing, damaged, or has the runs of another plan; names the file.
     """
-    runs = {run.folder: run for run in suite.runs_of(benchmark, part)}
     records: dict[str, Record] = {}
     for each in [part] if part else suite.record_parts(benchmark):
         path = records_file(suite.name, benchmark, each)
-        advice = f"`snakemake --cores all {path} --config suite={suite.name}` collects it"
-        for number, text in enumerate(read_bytes(path, advice).splitlines(), start=1):
-            try:
-                line = _Line.model_validate_json(text)
-            except ValidationError as error:
-                raise DataError(f"{path}, line {number}, is damaged: {first_problem(error)}; {advice}") from error
-            if line.folder not in runs:
-                raise DataError(f"{path} has the run '{line.folder}', which the suite does not plan; {advice}")
-            records[line.folder] = Record(runs[line.folder], line.metrics, line.digest)
-    missing = [folder for folder in runs if folder not in records]
-    if missing:
-        raise DataError(f"the records of {benchmark} in {suite.name} lack the run '{missing[0]}'; {advice}")
-    return [records[folder] for folder in runs]
+        # else Snakemake leaves a file of the wrong content as it is
+        advice = f"`snakemake --cores all --force {path} --config suite={suite.name}` collects it again"
+        records |= _read_file(path, suite.runs_of(benchmark, each), advice)
+    return [records[run.folder] for run in suite.runs_of(benchmark, part)]
+
+
+def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record]:
+    """Read a file that has the records of these runs, by folder."""
+    runs_by_folder = {run.folder: run for run in runs}
+    records: dict[str, Record] = {}
+    for number, text in enumerate(read_bytes(path, advice).splitlines(), start=1):
+        try:
+            line = _Line.model_validate_json(text)
+        except ValidationError as error:
+            raise DataError(f"{path}, line {number}, is damaged: {first_problem(error)}; {advice}") from error
+        if line.folder not in runs_by_folder:
+            raise DataError(f"{path} has the run '{line.folder}', which the suite does not plan; {advice}")
+        records[line.folder] = Record(runs_by_folder[line.folder], line.metrics, line.digest)
+    for folder in runs_by_folder:
+        if folder not in records:
+            raise DataError(f"{path} lacks the run '{folder}'; {advice}")
+    return records
 
 
 def check_current(record: Record) -> None:
