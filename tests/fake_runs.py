@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from benchmarks.harness.base import RUNS
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.claims import claimed_benchmarks
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results import records as results
 from benchmarks.harness.results.records import Record, read_record
 from benchmarks.llama.definition import InstructionSpec
@@ -242,6 +246,15 @@ def collect(suite: Suite) -> None:
     for benchmark in suite.settings.benchmarks:
         for part in suite.record_parts(benchmark):
             results.collect(suite, benchmark, part)
+
+
+def claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Compute the claim numbers of a suite's finished runs, by benchmark."""
+    numbers = {}
+    for name in claimed_benchmarks(suite):
+        presentation = present(load_benchmark(name), records(suite.runs_of(name)))
+        numbers[name] = presentation.outcomes.claim_numbers()
+    return numbers
 
 
 def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:

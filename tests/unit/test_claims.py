@@ -13,12 +13,18 @@ import pytest
 import yaml
 from scipy import stats
 
-from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DefinitionError
+from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DataError, DefinitionError
+from benchmarks.harness.config.artifacts import numbers_file
 from benchmarks.harness.config.claims import Claim, Comparison, load_claims
 from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.report.claims import claims_table, collect_claim_numbers, draw_claims, judge_claims
+from benchmarks.harness.report.claims import (
+    claims_table,
+    draw_claims,
+    judge_claims,
+    read_claim_numbers,
+    write_claim_numbers,
+)
 from benchmarks.harness.results.claims import Evidence, Verdict, compare_with_paper, find_evidence, judge
-from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.statistics import holm
 from tests import fake_runs
 from tests.drawn import watched
@@ -262,8 +268,17 @@ def suite(shared_here: Path) -> Suite:
 
 
 @pytest.fixture(scope="module")
-def rows(suite: Suite) -> pd.DataFrame:
-    return judge_claims(suite, collect_claim_numbers(suite))
+def computed(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Write the claim numbers of the suite, and return them as they were computed."""
+    computed = fake_runs.claim_numbers(suite)
+    for name, frame in computed.items():
+        write_claim_numbers(suite.name, name, frame)
+    return computed
+
+
+@pytest.fixture(scope="module")
+def rows(suite: Suite, computed: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    return judge_claims(suite, computed)
 
 
 def test_every_test_has_a_row_with_p_corrected_over_the_table(rows: pd.DataFrame) -> None:
@@ -279,7 +294,8 @@ def test_differences_are_those_of_the_runs_and_the_table_shows_them(suite: Suite
     scores: dict[tuple[str, int], float] = {}
     for run in suite.runs_of("glue_lora"):
         name, metric = run.spec["task"]["name"], run.spec["task"]["metric"]
-        scores[run.spec["method"]["name"], run.spec["seed"]] = read_metrics(run)["scores"]["test"][name][metric]
+        recorded = json.loads(run.metrics_file.read_text())
+        scores[run.spec["method"]["name"], run.spec["seed"]] = recorded["scores"]["test"][name][metric]
     seeds = sorted({seed for method, seed in scores if method == "lora_emoe"})
     pairs = np.array([scores["lora_emoe", seed] - scores["lora", seed] for seed in seeds]) * 100
     row = rows.iloc[1]
@@ -299,3 +315,41 @@ def test_no_text_of_the_picture_touches_another(rows: pd.DataFrame, tmp_path: Pa
 def test_the_command_prints_the_table(suite: Suite, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OVERRIDES, json.dumps(PART_OF_MINI))
     assert call("claims", "--suite", "mini") == f"{claims_table(suite, rows).markdown()}\n"
+
+
+def test_numbers_that_are_read_have_the_types_and_verdicts_of_those_that_were_computed(
+    suite: Suite, computed: dict[str, pd.DataFrame], rows: pd.DataFrame
+) -> None:
+    read = read_claim_numbers(suite)
+    assert list(read) == list(computed)
+    for name, frame in computed.items():
+        assert read[name].to_dict("records") == frame.to_dict("records")
+        for column in frame:
+            assert list(map(type, read[name][column])) == list(map(type, frame[column])), (name, column)
+    # a seed is a number, a question and an environment are text
+    assert set(map(type, read["glue_lora"]["seed"])) == {int}
+    assert {"anatomy 0", ""} <= set(read["llama"]["question"])
+    assert "0" in set(read["domainbed"]["eval_task"])
+    pd.testing.assert_frame_equal(judge_claims(suite, read), rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ('{"seed": 0', "is damaged: 'the file': Invalid JSON: EOF .*"),
+        ("[1]", "is damaged: 'the file': Input should be an object"),
+        ('{"seed": [0]}', "is damaged: 'seed.str': Input should be a valid string"),
+    ],
+)
+def test_wrong_numbers_are_named_with_the_way_to_make_them_again(
+    content: str | None, problem: str, suite: Suite, here: Path
+) -> None:
+    path = Path(numbers_file("mini", "glue_lora"))
+    path.parent.mkdir(parents=True)
+    if content is not None:
+        path.write_text(content)
+    advice = f"`snakemake --cores all --force {path} --config suite=mini` makes it again"
+    with pytest.raises(DataError, match=rf"^{path} {problem}; {advice}$") as error:
+        read_claim_numbers(suite)
+    assert "\n" not in str(error.value)

@@ -19,7 +19,6 @@ from benchmarks.harness.config.paper_items import (
     paper_outputs,
 )
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.claims import collect_claim_numbers
 from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
 from benchmarks.harness.report.plots import save
 from benchmarks.harness.report.presentation import check_presentations, present
@@ -59,7 +58,7 @@ def test_paper_tables_have_the_papers_rows(here: Path) -> None:
     folder, drawn = Path("results/mini/paper"), Path("results/mini/figures")
     drawn.mkdir(parents=True)
     for name in suite.settings.benchmarks:
-        presented = present(load_benchmark(name), suite.runs_of(name))
+        presented = present(load_benchmark(name), fake_runs.records(suite.runs_of(name)))
         for figure in presented.figures:
             save(plt.figure(), drawn / figure)  # test_figures draws them
             (drawn / f"{figure}.pdf").write_text(figure)
@@ -78,7 +77,7 @@ def test_paper_tables_have_the_papers_rows(here: Path) -> None:
 def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> None:
     suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood", "domainbed"]})
     fake_runs.write_runs(suite.runs, {"emoe": 0.03})
-    numbers = collect_claim_numbers(suite)
+    numbers = fake_runs.claim_numbers(suite)
     rows = main_rows(numbers)
     ours = rows[rows["is_ours"]]
     assert ours[["panel", "line"]].drop_duplicates().shape[0] == 4

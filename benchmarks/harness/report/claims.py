@@ -77,7 +77,8 @@ def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
     numbers = {}
     for name in claimed_benchmarks(suite):
         path = Path(numbers_file(suite.name, name))
-        advice = f"`snakemake --cores all {path} --config suite={suite.name}` makes it"
+        # else Snakemake leaves a damaged file as it is
+        advice = f"`snakemake --cores all --force {path} --config suite={suite.name}` makes it again"
         lines = read_bytes(path, advice).splitlines()
         try:
             rows = [_NUMBER.validate_json(line) for line in lines]

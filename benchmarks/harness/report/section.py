@@ -131,7 +131,9 @@ def read_section(artifacts: Artifacts, suite: str) -> Section:
         DataError: The file is missing or damaged.
     """
     path = Path(artifacts.section_file(suite))
-    return read_json(path, Section, f"`snakemake --cores all {path} --config suite={suite}` makes it")
+    # else Snakemake leaves a damaged file as it is
+    advice = f"`snakemake --cores all --force {path} --config suite={suite}` makes it again"
+    return read_json(path, Section, advice)
 
 
 def _data_rows(records: Sequence[Record]) -> list[DataRow]:
