@@ -14,10 +14,12 @@ import pytest
 
 from benchmarks.__main__ import cli
 from benchmarks.harness import base as paths
+from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.presentation import with_runs
 from benchmarks.harness.report.table import RUNS, Column, Table
 from tests import fake_runs
 from tests.drawn import undraw
+from tests.planned import plan
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -34,7 +36,9 @@ def page_file(shared_here: Path) -> Iterator[Path]:
         patch.setenv(paths.OVERRIDES, '{"benchmarks": ["glue", "modularity"], "suite": "mini"}')
         if CHROMIUM is None:
             undraw(patch)
-        fake_runs.write(paths.RUNS, "mini", benchmarks=tuple(SHOWN))
+        suite = load_suite({"suite": "mini", "benchmarks": SHOWN})
+        fake_runs.write_runs(suite.runs)
+        fake_runs.collect(suite)
         for name in SHOWN:
             cli(["tables", "--suite", "mini", "--benchmark", name], standalone_mode=False)
         cli(["claims", "--suite", "mini", "--write"], standalone_mode=False)
@@ -47,9 +51,11 @@ def test_each_row_links_to_the_runs_that_it_averages(page_file: Path) -> None:
     text = page_file.read_text()
     rows = pd.read_csv(page_file.parent / "tables/glue_results.csv")
     named = [cell.split() for cell in rows[RUNS]]
+    task_of = {run.folder: run.spec["task"]["name"] for run in plan(["glue"], "mini")}
     assert [len(runs) for runs in named] == list(rows["n"])
     for row, runs in zip(rows.itertuples(), named, strict=True):
-        assert all(f"-{row.task}-" in run and (page_file.parents[1] / "runs" / run).is_dir() for run in runs)
+        assert {task_of[run] for run in runs} == {row.task}
+        assert all((page_file.parents[1] / "runs" / run).is_dir() for run in runs)
         assert f'data-runs="{" ".join(runs)}"' in text
     assert 'data-runs-folder="../runs"' in text
 

@@ -1,0 +1,117 @@
+"""Test that the pages and the claims need only the files that `tables` writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.base import OVERRIDES, RESULTS, RUNS, DataError
+from benchmarks.harness.config.artifacts import artifacts_of
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.suite import Suite, load_suite
+from benchmarks.harness.report.claims import read_claim_numbers
+from benchmarks.harness.report.presentation import present
+from benchmarks.harness.report.section import DataRow, make_section, read_section
+from benchmarks.harness.results.records import read_records
+from tests import fake_runs
+from tests.drawn import undraw
+from tests.programs import call
+
+SHOWN = {"suite": "mini", "benchmarks": ["glue", "domainbed"]}
+MINI = Path("results/mini")
+
+
+@pytest.fixture(scope="module")
+def suite(shared_here: Path) -> Iterator[Suite]:
+    """Finish and collect two benchmarks, one with tables for each set, and write their tables."""
+    suite = load_suite(SHOWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(OVERRIDES, json.dumps(SHOWN))
+        undraw(patch)
+        fake_runs.write_runs(suite.runs)
+        fake_runs.collect(suite)
+        for name in suite.settings.benchmarks:
+            call("tables", "--suite", "mini", "--benchmark", name)
+            for part in suite.parts(name):
+                call("tables", "--suite", "mini", "--benchmark", name, "--part", part)
+        yield suite
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "part"), [("glue", None), ("domainbed", None), ("domainbed", "rotated_mnist_5k")]
+)
+def test_tables_write_the_section_of_the_pages(benchmark: str, part: str | None, suite: Suite) -> None:
+    records = read_records(suite, benchmark, part)
+    presentation = present(load_benchmark(benchmark), records)
+    shown = presentation.parts[part] if part else presentation
+    section = read_section(artifacts_of(benchmark, part), "mini")
+    assert section == make_section(shown, records, "mini")
+    assert [table.name for table in section.tables] == [table.name for table in shown.tables]
+    assert [figure.name for figure in section.figures] == list(shown.figures)
+    assert section.verdicts == list(shown.verdicts)
+    assert section.job_seconds == [2.0] * len(records)
+    assert [machine.runs for machine in section.machines] == [len(records)]
+
+
+def test_a_section_has_the_rows_and_the_settings_of_the_runs(suite: Suite) -> None:
+    section = read_section(artifacts_of("glue"), "mini")
+    assert DataRow(task="tweets", split="train", rows=10, labels="0: 4, 1: 6", dropped=1) in section.data
+    training = suite.runs_of("glue")[0].spec["training"]
+    assert [setting.name for setting in section.training] == list(training)
+    assert {setting.name: setting.value for setting in section.training}["epochs"] == str(training["epochs"])
+    assert section.models == ["minilm"]
+    assert section.random_weights is False
+
+
+def test_tables_write_the_numbers_of_the_claims(suite: Suite) -> None:
+    written = read_claim_numbers(suite)
+    computed = fake_runs.claim_numbers(suite)
+    assert list(written) == list(computed) == ["glue", "domainbed"]
+    for name, numbers in computed.items():
+        assert written[name].to_dict("records") == numbers.to_dict("records")
+
+
+def test_claims_and_pages_need_neither_runs_nor_records(suite: Suite, here: Path, shared_here: Path) -> None:
+    shutil.copytree(shared_here / "results", here / "results")
+    pages = {name: MINI / f"{name}.html" for name in suite.settings.benchmarks}
+    report = MINI / "report.html"
+
+    def write_pages() -> list[str]:
+        printed = call("claims", "--suite", "mini")
+        call("claims", "--suite", "mini", "--write")
+        call("report", "--suite", "mini", "--output", str(report))
+        for name, page in pages.items():
+            call("report", "--suite", "mini", "--benchmark", name, "--output", str(page))
+        return [printed, *(file.read_text() for file in (report, *pages.values()))]
+
+    with_runs = write_pages()
+    shutil.rmtree(RUNS)
+    shutil.rmtree(RESULTS / "mini/records")
+    for file in (report, *pages.values(), *(MINI / "tables").glob("claims.*")):
+        file.unlink()
+    assert write_pages() == with_runs
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ('{"tables": []', "is damaged: 'the file': Invalid JSON: EOF .*"),
+        ('{"tables": 3}', "is damaged: 'tables': Input should be a valid .*"),
+    ],
+)
+def test_a_wrong_section_is_named_with_the_way_to_make_it_again(
+    content: str | None, problem: str, suite: Suite, here: Path
+) -> None:
+    path = MINI / "sections/glue.json"
+    path.parent.mkdir(parents=True)
+    if content is not None:
+        path.write_text(content)
+    advice = f"`snakemake --cores all --force {path} --config suite=mini` makes it again"
+    with pytest.raises(DataError, match=rf"^{path} {problem}; {advice}$") as error:
+        call("report", "--suite", "mini", "--benchmark", "glue", "--output", "page.html")
+    assert "\n" not in str(error.value)
