@@ -7,6 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.results.check import check_numbers
+from tests import fake_runs
 from tests.conftest import ROOT
 from tests.notebooks import FOLDER, executed, shown, without_numbers
 
@@ -50,3 +53,13 @@ def test_the_notebook_of_training_shows_its_committed_outputs_except_numbers(che
 
 def test_the_notebook_of_results_shows_its_committed_outputs(checkout: Path) -> None:
     assert shown(executed(committed(NAMES[1]), checkout)) == shown(committed(NAMES[1]))
+
+
+def test_the_notebook_of_results_reads_collected_records(checkout: Path, here: Path) -> None:
+    suite = load_suite({"suite": "mini", "benchmarks": ["glue"]})
+    fake_runs.write_runs(suite.runs)
+    fake_runs.collect(suite)
+    outputs = shown(executed(committed(NAMES[1]), checkout))
+    count = len(check_numbers(fake_runs.records(suite.runs)).rows)
+    read = f"{count} numbers of 7 kinds of runs, from results/mini/records/glue.jsonl\n"
+    assert any(read in texts for texts in outputs)
