@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, write_json
+from benchmarks.harness.config.artifacts import records_file
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.results import check as checking
@@ -33,7 +34,7 @@ from benchmarks.harness.results.check import (
     write_reference,
 )
 from benchmarks.harness.results.content import Metrics
-from benchmarks.harness.results.records import Record, read_record, records_file
+from benchmarks.harness.results.records import Record, read_record
 from tests import fake_runs
 from tests.executed import finish, prepare
 from tests.fake_runs import edit

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 
 from benchmarks.harness.base import DataError
+from benchmarks.harness.config.artifacts import records_file
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.results.records import read_records, records_file, tabulate_numbers
+from benchmarks.harness.results.records import read_records, tabulate_numbers
 from tests import fake_runs
 from tests.programs import call
 
@@ -90,8 +91,7 @@ def test_a_number_out_of_range_is_not_collected(glue: Suite) -> None:
 
 
 def test_the_command_collects_a_benchmark(glue: Suite) -> None:
-    path = records_file("smoke", "glue")
-    assert call("collect", "--suite", "smoke", "--benchmark", "glue") == f"wrote {path}\n"
+    call("collect", "--suite", "smoke", "--benchmark", "glue")
     assert read_records(glue, "glue") == fake_runs.records(glue.runs)
 
 
