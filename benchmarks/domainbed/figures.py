@@ -84,14 +84,14 @@ def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> s
 
 def _first_runs(outcomes: DomainOutcomes, name: str) -> tuple[str, int, dict[str, Run]]:
     """Return a set's first model, first environment that is held out alone, and first run by method."""
-    alone = [run for run in outcomes.runs if run.spec["task"]["name"] == name and len(run.spec["test_envs"]) == 1]
-    model = alone[0].spec["model"]["name"]
-    of_model = [run for run in alone if run.spec["model"]["name"] == model]
+    alone = [run for run in outcomes.runs if run.task == name and len(run.spec["test_envs"]) == 1]
+    model = alone[0].model
+    of_model = [run for run in alone if run.model == model]
     env = min(run.spec["test_envs"][0] for run in of_model)
     first: dict[str, Run] = {}
     for run in of_model:
         if run.spec["test_envs"] == [env]:
-            first.setdefault(run.spec["method"]["name"], run)
+            first.setdefault(run.method, run)
     return model, env, first
 
 

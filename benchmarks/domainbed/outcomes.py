@@ -62,7 +62,7 @@ class DomainOutcomes(Outcomes):
     @property
     def sets(self) -> list[str]:
         """Return the names of the sets with runs."""
-        return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs))
+        return list(dict.fromkeys(run.task for run in self.runs))
 
     def environments(self, name: str) -> list[str]:
         """Return the names of a set's environments, in DomainBed's order."""
@@ -76,8 +76,7 @@ class DomainOutcomes(Outcomes):
         """Yield the chosen record of every selection and held-out environment, if the selection has one."""
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
-            spec = run.spec
-            key = (spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["seed"])
+            key = (run.model, run.task, run.method, run.seed)
             groups.setdefault(key, []).append(run)
         for (model, name, method, seed), runs in groups.items():
             # by DomainBed's hparams_seed, then in the order of the grid
@@ -127,4 +126,4 @@ class DomainOutcomes(Outcomes):
 
 def _choice(run: Run) -> tuple[int, str]:
     """Return the hyper-parameters' draw and the variant of a run."""
-    return run.spec["hparams_seed"], run.spec["method"]["variant"]
+    return run.spec["hparams_seed"], run.method_variant

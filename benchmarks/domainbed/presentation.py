@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ import pandas as pd
 from benchmarks.domainbed.figures import SET_FIGURES
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.harness.config.benchmark import AnyBenchmark
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import common
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Column, Table
@@ -39,7 +39,7 @@ _ERROR = "± is DomainBed's: the population standard deviation over trials, divi
 def results(outcomes: DomainOutcomes, name: str) -> Table:
     """Make a table of one set in DomainBed's layout: a column per held-out environment, and the mean."""
     cells = outcomes.shared[outcomes.shared["task"] == name]
-    limits = {spec["training"]["eval_rows"] for spec in _specs(outcomes, [name])}
+    limits = {run.spec["training"]["eval_rows"] for run in _runs_on(outcomes, [name])}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     grouped = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
     numbers = grouped.agg(mean="mean", error=_domainbed_error).reset_index()[["eval_task", *CELL, "mean", "error"]]
@@ -176,30 +176,30 @@ TABLES = {"summary": summary, "tests": tests, "cost": cost, "paper": paper}
 SET_TABLES = {"results": results, "choices": choices}
 
 
-def _specs(outcomes: DomainOutcomes, names: list[str]) -> list[Mapping[str, Any]]:
-    """Return the specs of the runs on some sets."""
-    return [run.spec for run in outcomes.runs if run.spec["task"]["name"] in names]
+def _runs_on(outcomes: DomainOutcomes, names: list[str]) -> list[Run]:
+    """Return the runs on some sets."""
+    return [run for run in outcomes.runs if run.task in names]
 
 
 def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
     """Return sentences on the selections, and on validation images if sets are augmented (MNIST's are not)."""
-    augmented = {
-        spec["training"]["val_augment"]
-        for spec in _specs(outcomes, names)
-        if spec["hparams"]["data_augmentation"] and "mnist" not in spec["task"]["source"]
-    }
+    augmented = set()
+    for run in _runs_on(outcomes, names):
+        is_mnist = "mnist" in run.spec["task"]["source"]
+        if run.spec["hparams"]["data_augmentation"] and not is_mnist:
+            augmented.add(run.spec["training"]["val_augment"])
     return " ".join([_SELECTIONS, *(_VALIDATION[value] for value in sorted(augmented, reverse=True))])
 
 
 def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
     """Return a sentence on the experts per token and the converted blocks of each method."""
     experts: dict[str, dict[str, None]] = {}
-    for spec in _specs(outcomes, names):
-        if config := spec["method"]["config"]:
-            layers = config["layers"]
+    for run in _runs_on(outcomes, names):
+        if run.config:
+            layers = run.config["layers"]
             blocks = layers if isinstance(layers, str) else ", ".join(map(str, layers))
-            text = f"{config['top_k']} of {config['num_experts']} in {blocks}"
-            experts.setdefault(outcomes.title("method", spec["method"]["name"]), {})[text] = None
+            text = f"{run.config['top_k']} of {run.config['num_experts']} in {blocks}"
+            experts.setdefault(outcomes.title("method", run.method), {})[text] = None
     words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in experts.items())
     return f"Experts per token, and blocks with experts: {words}. " if words else ""
 

@@ -96,8 +96,8 @@ def _chosen(spec: EvaluationSpec) -> Run:
     numbers = tabulate_numbers(read_record(candidate) for candidate in candidates)
     best = select_runs(numbers, spec.protocol).iloc[0][[*CHOICE]]
     for candidate in candidates:
-        choice = (candidate.spec["method"]["variant"], candidate.spec["learning_rate"])
-        if choice == tuple(best) and candidate.spec["seed"] == spec.seed:
+        choice = (candidate.method_variant, candidate.learning_rate)
+        if choice == tuple(best) and candidate.seed == spec.seed:
             return candidate
     raise DataError(
         f"{spec.benchmark}: seed {spec.seed} did not train {spec.method['name']} with the chosen "

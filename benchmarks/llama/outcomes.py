@@ -64,9 +64,8 @@ class InstructionOutcomes(Outcomes):
             for name, result in (record.metrics.tasks or {}).items():
                 self.eval_tasks.setdefault(name, result)
             if record.metrics.routing and record.metrics.routing.shares:
-                spec = record.run.spec
                 converted = sorted(record.metrics.routing.shares, key=int)
-                self._layers[spec["model"]["name"], spec["method"]["variant"]] = converted
+                self._layers[record.run.model, record.run.method_variant] = converted
         self.questions = self.collect_rows(["eval_task", "metric", "question", "value"], _question_values)
         untuned = next((run.spec["finetuning"] for run in runs if not run.is_trained), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
@@ -78,7 +77,7 @@ class InstructionOutcomes(Outcomes):
         for record in self.chosen:
             run = record.run
             for row in read(record.metrics):
-                rows.append((run.id, *cell_of(run).values(), run.spec["seed"], *row))
+                rows.append((run.id, *cell_of(run).values(), run.seed, *row))
         # pandas sums objects in order but floats pairwise, with another last digit
         return pd.DataFrame(rows, columns=["run_id", *CELL, "seed", *columns], dtype=object)
 
@@ -143,13 +142,12 @@ class InstructionOutcomes(Outcomes):
 
 def cell_of(run: Run) -> dict[str, str]:
     """Return the cell of a run."""
-    spec = run.spec
     return {
-        "model": spec["model"]["name"],
-        "task": spec["task"]["name"],
-        "tuning": spec["finetuning"],
-        "method": spec["method"]["name"],
-        "variant": spec["method"]["variant"],
+        "model": run.model,
+        "task": run.task,
+        "tuning": run.spec["finetuning"],
+        "method": run.method,
+        "variant": run.method_variant,
     }
 
 
@@ -164,9 +162,9 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
     rates = []
     losses = []
     for record in finished:
-        spec = record.run.spec
-        rates.append((*cell_of(record.run).values(), spec["learning_rate"]))
-        loss = (record.metrics.scores or {})["dev"][spec["task"]["name"]]["loss"]
+        run = record.run
+        rates.append((*cell_of(run).values(), run.learning_rate))
+        loss = (record.metrics.scores or {})["dev"][run.task]["loss"]
         losses.append(math.inf if loss is None else loss)  # the model diverged
     frame = pd.DataFrame(rates, columns=[*CELL, "rate"])
     frame["loss"] = losses

@@ -125,8 +125,7 @@ def data(outcomes: InstructionOutcomes) -> Table:
     """Make a table of row and token counts: learned, held out, cut and broken."""
     rows = []
     for record in outcomes.chosen:
-        spec = record.run.spec
-        names = {"model": spec["model"]["name"], "task": spec["task"]["name"]}
+        names = {"model": record.run.model, "task": record.run.task}
         for split, counts in (record.metrics.data or {}).items():
             if split != "train" or record.run.is_trained:
                 given = sorted(counts.model_dump(exclude_unset=True).items())

@@ -43,15 +43,14 @@ class ModularityOutcomes(Outcomes):
         numbers: list[str] = []
         for record in finished:
             run, metrics = record.run, record.metrics
-            method = run.spec["method"]
             measured = (metrics.measured or {})[EXPERTS]
             cell = {
-                "model": run.spec["model"]["name"],
-                "layer": method["config"]["layers"][0],
-                "num_experts": method["config"]["num_experts"],
-                "method": method["name"],
+                "model": run.model,
+                "layer": run.config["layers"][0],
+                "num_experts": run.config["num_experts"],
+                "method": run.method,
             }
-            named = {"seed": run.spec["seed"], "run_id": run.id, "usage": metrics.usage, "matrix": metrics.matrix}
+            named = {"seed": run.seed, "run_id": run.id, "usage": metrics.usage, "matrix": metrics.matrix}
             rows.append({**cell, **named, **measured})
             numbers = list(measured)
         self.records = self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])

@@ -36,8 +36,8 @@ def measure_table(name: str, measured: Measurements) -> Table:
     """Make the table of one measure: a row per run, in the order of the grid, with the numbers of each candidate."""
     measure, titles = measured.definition.measures[name], measured.definition.candidates
     keys = ["model", *(key for key in measure.settings.given() if key != "candidates")]
-    runs = [run for run in measured.runs if run.spec["task"]["name"] == name]
-    rows = [{"run_id": run.id, "model": run.spec["model"]["name"], **run.spec["settings"]} for run in runs]
+    runs = [run for run in measured.runs if run.task == name]
+    rows = [{"run_id": run.id, "model": run.model, **run.spec["settings"]} for run in runs]
     numbers = measured.origins[measured.origins["task"] == name]
     numbers = numbers.assign(column=numbers["eval_task"] + "_" + numbers["metric"])
     values = numbers.pivot(index="run_id", columns="column", values="value")

@@ -112,7 +112,7 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
 
 def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add titles with settings, and ``is_average``; if k varies, titles of main rows include N and k/N."""
-    configs = {run.id: run.spec["method"]["config"] or {} for run in outcomes.runs}
+    configs = {run.id: run.config for run in outcomes.runs}
     first_runs = outcomes.records.drop_duplicates(["model", "method"]).set_index(["model", "method"])["run_id"]
     k_varies = any("k" in setting_values(name.partition(SETTING)[2]) for name in rows["method"])
     titles = []

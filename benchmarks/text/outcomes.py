@@ -104,7 +104,7 @@ class TextOutcomes(Outcomes):
     ) -> None:
         methods = resolve_methods(benchmark.definition)
         kept = [name for name, method in methods.items() if include_ablations or method.role != ABLATION]
-        shown = [record.run for record in finished if record.run.spec["method"]["name"] in kept]
+        shown = [record.run for record in finished if record.run.method in kept]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
         self._include_ablations = include_ablations
         self._finished = finished

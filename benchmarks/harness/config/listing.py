@@ -27,21 +27,21 @@ def _rows(entries: Mapping[str, object], *keys: str) -> list[Row]:
 
 def suite_rows(runs: Iterable[Run]) -> list[Row]:
     """Tabulate a suite: a row per benchmark and model, with the methods, tasks and settings of its runs."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.benchmark, run.spec["model"]["name"]), []).append(run.spec)
+        groups.setdefault((run.benchmark, run.model), []).append(run)
     return [
         {
             "benchmark": benchmark,
             "model": model,
-            "methods": _values(spec["method"]["name"] for spec in specs),
-            "tasks": _values(spec["task"]["name"] for spec in specs),
-            "settings": _values(spec["variant"] for spec in specs),
-            "learning_rates": _values(f"{spec['learning_rate']:g}" for spec in specs if spec["learning_rate"]),
-            "seeds": _values(str(spec["seed"]) for spec in specs),
-            "runs": len(specs),
+            "methods": _values(run.method for run in members),
+            "tasks": _values(run.task for run in members),
+            "settings": _values(run.variant for run in members),
+            "learning_rates": _values(f"{run.learning_rate:g}" for run in members if run.is_trained),
+            "seeds": _values(str(run.seed) for run in members),
+            "runs": len(members),
         }
-        for (benchmark, model), specs in groups.items()
+        for (benchmark, model), members in groups.items()
     ]
 
 

@@ -72,6 +72,51 @@ class Run:
         return str(self.spec["benchmark"])
 
     @property
+    def model(self) -> str:
+        """Return the name of the model."""
+        return str(self.spec["model"]["name"])
+
+    @property
+    def task(self) -> str:
+        """Return the name of the task, set or measure."""
+        return str(self.spec["task"]["name"])
+
+    @property
+    def method(self) -> str:
+        """Return the name of the method; empty for a measurement."""
+        return str(self.spec["method"]["name"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return the configuration of the experts; empty for a dense model."""
+        return self.spec["method"]["config"] or {}
+
+    @property
+    def method_variant(self) -> str:
+        """Return the varied settings of the method."""
+        return str(self.spec["method"]["variant"])
+
+    @property
+    def variant(self) -> str:
+        """Return the settings besides model, task and method."""
+        return str(self.spec["variant"])
+
+    @property
+    def protocol(self) -> str:
+        """Return the protocol, ``published`` or ``clean``; empty without one."""
+        return str(self.spec.get("protocol", ""))
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the peak learning rate; 0 if nothing is trained."""
+        return self.spec["learning_rate"]
+
+    @property
+    def seed(self) -> int:
+        """Return the seed, or the trial of images."""
+        return self.spec["seed"]
+
+    @property
     def folder(self) -> str:
         """Return the folder below ``results/runs``."""
         return f"{self.benchmark}/{self.id}"
@@ -79,24 +124,21 @@ class Run:
     @property
     def name(self) -> str:
         """Return a readable text: model, task, method, varied settings, learning rate and seed, then the id."""
-        spec = self.spec
-        task = spec["task"]
-        method = spec["method"]["name"]
-        parts = [spec["model"]["name"], task["name"], method, spec["variant"]]
+        parts = [self.model, self.task, self.method, self.variant]
         # a task without a test split has runs of both protocols
-        has_no_test = task.get("splits", {}).get("test", "") is None
-        if has_no_test and spec.get("protocol") == "clean":
+        has_no_test = self.spec["task"].get("splits", {}).get("test", "") is None
+        if has_no_test and self.protocol == "clean":
             parts.append("clean")
         if self.is_trained:
-            parts.append(f"lr{spec['learning_rate']:g}")
-        if method:  # a measurement has no seed
-            parts.append(f"s{spec['seed']}")
+            parts.append(f"lr{self.learning_rate:g}")
+        if self.method:  # a measurement has no seed
+            parts.append(f"s{self.seed}")
         return "-".join([*(part for part in parts if part), self.id])
 
     @property
     def is_trained(self) -> bool:
         """Return True if the run trains a model; an evaluation has the learning rate 0."""
-        return bool(self.spec["learning_rate"])
+        return bool(self.learning_rate)
 
     @property
     def keeps_weights(self) -> bool:

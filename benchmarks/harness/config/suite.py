@@ -197,7 +197,7 @@ def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
             planned[name] = []
             for spec in benchmark.specs(part, exclude, others):
                 run = run_from_spec(spec | {"files": _file_digests(spec)})
-                reserved = resources if spec["learning_rate"] else resources | fewer
+                reserved = resources if run.is_trained else resources | fewer
                 planned[name].append(replace(run, resources=dict(reserved)))
             if not planned[name]:
                 raise DefinitionError(f"{part.file}: 'exclude' leaves no run of '{name}'; leave out the benchmark too")
@@ -259,7 +259,7 @@ class Suite:
 
     def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
         """Return the runs of a benchmark, or of one of its parts."""
-        return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
+        return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.task)]
 
     def parts(self, benchmark: str) -> list[str]:
         """Return this suite's sets of a benchmark with separate tables per set, without planning runs."""

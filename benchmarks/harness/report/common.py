@@ -57,12 +57,12 @@ class Outcomes:
         self.methods = benchmark.methods()
         self.baseline = benchmark.definition.baseline
 
-        def in_order(titles: Mapping[str, str], part: str) -> dict[str, str]:
-            ran = [run.spec[part]["name"] for run in runs]
+        def in_order(titles: Mapping[str, str], ran: Iterable[str]) -> dict[str, str]:
             return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
 
-        models = in_order({name: model.title for name, model in load_models().items()}, "model")
-        tasks = in_order(benchmark.task_titles, "task")
+        model_titles = {name: model.title for name, model in load_models().items()}
+        models = in_order(model_titles, [run.model for run in runs])
+        tasks = in_order(benchmark.task_titles, [run.task for run in runs])
         methods = {name: method.title for name, method in self.methods.items()}
         by_key = {"model": models, "method": methods, "task": tasks, "eval_task": tasks, **titles}
         self.titles = {key: by_key[key] for key in keys}

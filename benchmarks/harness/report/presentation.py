@@ -113,7 +113,7 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
 
 def has_random_weights(runs: Sequence[Run]) -> bool:
     """Return True if all models have random weights. Their scores mean nothing."""
-    models = [run.spec["model"] for run in runs if run.spec["method"]["name"]]  # a measurement has no method
+    models = [run.spec["model"] for run in runs if run.method]  # a measurement has no method
     return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 

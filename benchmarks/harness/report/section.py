@@ -101,7 +101,7 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
     """Describe the written tables and figures of a presentation, and its runs."""
     runs = [record.run for record in records]
     is_random = has_random_weights(runs)
-    has_methods = any(run.spec["method"]["name"] for run in runs)
+    has_methods = any(run.method for run in runs)
     figures = RESULTS / suite / "figures"
     return Section(
         tables=[
@@ -116,7 +116,7 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
         optimizer=presentation.optimizer,
         training=_training_settings(records) if presentation.optimizer else [],
         data=_data_rows(records),
-        models=list(dict.fromkeys(run.spec["model"]["name"] for run in runs)),
+        models=list(dict.fromkeys(run.model for run in runs)),
         random_weights=is_random if has_methods else None,
         job_seconds=[record.metrics.cost.job_seconds for record in records],
         peak_memory_mb=max(record.metrics.cost.peak_memory_mb for record in records),
@@ -142,7 +142,7 @@ def _data_rows(records: Sequence[Record]) -> list[DataRow]:
     for record in records:
         for key, summary in (record.metrics.data or {}).items():
             split, _, task = key.partition(":")  # "split:task" if a run has several sets
-            task = task or record.run.spec["task"]["name"]
+            task = task or record.run.task
             split = "test" if split == "ood" else split
             labels = _label_text(summary)
             if not labels:

@@ -228,15 +228,12 @@ def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
 
 def run_keys(run: Run) -> dict[str, Any]:
     """Return a run's values of :data:`RUN_KEYS`."""
-    spec = run.spec
-    names = [spec[key]["name"] for key in ("model", "task", "method")]
-    values = (run.benchmark, *names, spec.get("protocol", ""), spec["variant"], spec["learning_rate"], spec["seed"])
-    return dict(zip(RUN_KEYS, values, strict=True))
+    return {key: getattr(run, key) for key in RUN_KEYS}
 
 
 def run_numbers(run: Run, metrics: Metrics) -> Iterator[tuple[str, str, str, Any]]:
     """Yield part, set, metric and value of every number of a run."""
-    task = run.spec["task"]["name"]
+    task = run.task
     if metrics.measured is not None:
         for candidate, values in metrics.measured.items():
             for name, value in values.items():

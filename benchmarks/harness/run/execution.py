@@ -67,7 +67,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             if not torch.cuda.is_available():  # built before a suite's first run, so that all its runs use them
                 prepare_kernels()
             startup = time.time() - started
-            torch.manual_seed(derive_seed("run", run.spec["seed"]))
+            torch.manual_seed(derive_seed("run", run.seed))
             metrics: dict[str, Any] = pipeline.run(run.spec, path.parent, progress)
             if not is_main:
                 return output
