@@ -1,6 +1,7 @@
 "use strict";
 // Everything is readable without this: it sorts tables, names runs, and opens what is folded where a link or the printer needs it.
 const { runsFolder, suite } = document.body.dataset;
+const runNames = JSON.parse(document.getElementById("run-names").textContent); // by folder
 
 function addButton(cell, act) {
   const button = document.createElement("button");
@@ -42,7 +43,7 @@ function listRuns(cell, button) {
     const links = { numbers: "metrics.json", settings: "run.json", log: "log.txt" };
     const parts = Object.entries(links).map(([name, file]) => `<a href='${runsFolder}/${run}/${file}'>${name}</a>`);
     parts.push(`<code>snakemake --cores 1 results/runs/${run}/metrics.json --config suite=${suite}</code>`);
-    return `<li>${run.split("/")[1]}: ${parts.join(" · ")}</li>`;
+    return `<li>${runNames[run]}: ${parts.join(" · ")}</li>`;
   });
   row.insertAdjacentHTML("afterend", `<tr class="runs"><td colspan="${row.cells.length}"><ul>${items.join("")}</ul></td></tr>`);
 }
@@ -51,7 +52,7 @@ for (const cell of document.querySelectorAll("td[data-runs]:not([data-runs=''])"
   const button = addButton(cell, () => listRuns(cell, button));
   button.setAttribute("aria-expanded", "false");
   button.setAttribute("aria-label", `${cell.textContent} runs: list them`);
-  button.title = cell.dataset.runs.replaceAll(" ", "\n");
+  button.title = cell.dataset.runs.split(" ").map((run) => runNames[run]).join("\n");
 }
 for (const table of document.querySelectorAll("table.numbers, table.sentences")) {
   if (!table.tHead || table.tBodies[0].rows.length < 2) continue;

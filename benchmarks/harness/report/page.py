@@ -42,8 +42,10 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     costs = [_costs(name, [section]) for name, section in sections.items()]
     costs.append(_costs("all", list(sections.values())))
     models: dict[str, None] = {}
+    run_names: dict[str, str] = {}
     for section in sections.values():
         models |= dict.fromkeys(section.models)
+        run_names |= section.runs
     is_random = _are_random(sections.values())
     text = TEMPLATES.get_template("page.html.j2").render(
         suite=suite.name,
@@ -56,6 +58,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         costs=costs,
         machines=_sum_machines(sections.values()),
         runs_folder=page.link(paths.RUNS),
+        run_names=run_names,
         style=_read_trusted(_HERE / "page.css"),
         script=_read_trusted(_HERE / "page.js"),
     )

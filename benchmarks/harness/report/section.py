@@ -87,6 +87,8 @@ class Section(Strict):
     training: list[Setting]
     """Training settings, in the order of the definition."""
     data: list[DataRow]
+    runs: dict[str, str]
+    """Readable names of the runs, by folder."""
     models: list[str]
     """Names of the models."""
     random_weights: bool | None
@@ -116,6 +118,7 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
         optimizer=presentation.optimizer,
         training=_training_settings(records) if presentation.optimizer else [],
         data=_data_rows(records),
+        runs={run.folder: run.name for run in runs},
         models=list(dict.fromkeys(run.model for run in runs)),
         random_weights=is_random if has_methods else None,
         job_seconds=[record.metrics.cost.job_seconds for record in records],
