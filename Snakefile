@@ -10,11 +10,6 @@ min_version("9.19")
 include: "workflow/rules/common.smk"
 
 
-localrules:
-    all,
-    tables,
-
-
 rule all:
     default_target: True
     input:

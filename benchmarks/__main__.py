@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,11 +121,13 @@ _part = click.option("--part", help="Only this set, if each set has its own tabl
 @_part
 def collect(suite: str, benchmark: str, part: str | None) -> None:
     """Collect the records of a benchmark's runs in one file."""
+    from benchmarks.harness.results.records import check_finished
     from benchmarks.harness.results.records import collect as collect_records
 
     loaded = _load_suite(suite, benchmark, part)
-    _check_finished(loaded, [benchmark], part)
-    click.echo(f"wrote {collect_records(loaded, benchmark, part)}", err=True)
+    check_finished(loaded.runs_of(benchmark, part), f"of the suite {suite}", f"make run SUITE={suite}")
+    for file in collect_records(loaded, benchmark, part):
+        click.echo(f"wrote {file}", err=True)
 
 
 @cli.command()
@@ -183,12 +184,14 @@ def mirror(suite: str, output: Path | None) -> None:
     """Mirror the collected runs to MLflow."""
     from benchmarks.harness.base import write_text
     from benchmarks.harness.results.mlflow import mirror as mirror_records
-    from benchmarks.harness.results.records import read_records
+    from benchmarks.harness.results.records import check_current, read_records
 
     loaded = _load_suite(suite)
     records = []
     for name in loaded.settings.benchmarks:
         records += read_records(loaded, name)
+    for record in records:  # MLflow also gets the files of the runs
+        check_current(record)
     counts = mirror_records(records, loaded.tracking_uri)
     text = "MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items())
     if output:
@@ -349,14 +352,6 @@ def _load_suite(suite: str, benchmark: str | None = None, part: str | None = Non
         if part:
             check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
     return loaded
-
-
-def _check_finished(suite: Suite, benchmarks: Collection[str], part: str | None = None) -> None:
-    """Raise an error that counts the missing runs, if there are any."""
-    from benchmarks.harness.results.records import check_finished
-
-    runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
-    check_finished(runs, f"of the suite {suite.name}", f"make run SUITE={suite.name}")
 
 
 def _run_command(arguments: list[str]) -> int:

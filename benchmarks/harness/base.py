@@ -151,7 +151,7 @@ def read_bytes(path: Path, advice: str = "") -> bytes:
 
     Args:
         path: The path of the file.
-        advice: The end of the message of an error, such as "delete it".
+        advice: What the user should do, such as "delete it"; the end of the message of an error.
 
     Raises:
         DataError: The file cannot be read.
@@ -169,7 +169,7 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
     Args:
         path: The path of the file.
         model: The pydantic model of the content, or a type such as ``dict[str, float]``.
-        advice: The end of the message of an error, such as "delete it".
+        advice: What the user should do, such as "delete it"; the end of the message of an error.
 
     Raises:
         DataError: The file cannot be read, or its content does not fit the model; names file and key.

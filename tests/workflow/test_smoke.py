@@ -98,6 +98,8 @@ SHOWN = {"benchmark_report": 1, "table_of_claims": 1, "report": 1}
 # what follows a changed run of a benchmark
 COLLECTED = {"collect": 1, "mirror_to_mlflow": 1, **SHOWN}
 ALL_TABLES = {f"tables_of_{shown.name}": 1 for shown in suite_artifacts(SUITE)}
+EVALUATED = max(SUITE.runs_of("glue_ood"), key=lambda run: len(run.spec["candidates"]))
+CANDIDATES = EVALUATED.spec["candidates"]
 GLUE, TUNED = SUITE.runs_of("glue")[0], next(run for run in SUITE.runs_of("llama") if run.keeps_weights)
 SEEDS = "method: [vanilla, emoe], seed: [0, 1]"
 LONG = "a-tiny-model-whose-name-has-many-more-than-forty-two-letters"
@@ -155,6 +157,23 @@ ACTIONS: dict[str, tuple[list[Action], list[str], tuple[str, ...], dict[str, int
         {"tables_of_glue": 1, **COLLECTED},
     ),
     "the command line sets the seeds": ([], [], ("seeds=1",), {"tables_of_glue": 1, **COLLECTED}),
+    "the command line excludes a set": (
+        [],
+        [],
+        ("exclude=rotated_mnist_5k",),
+        {"tables_of_domainbed": 1, **SHOWN},
+    ),
+    "an evaluation is gone, and the spec and weights of what it evaluates": (
+        [
+            delete(str(EVALUATED.metrics_file), *(f"results/runs/{folder}/model" for folder in CANDIDATES[:1])),
+            delete(*(f"results/runs/{folder}/run.json" for folder in CANDIDATES[1:])),
+        ],
+        ["results/runs"],
+        (),
+        {"run_glue_lora": 1, "run_glue_ood": 1, "tables_of_glue_lora": 1, "tables_of_glue_ood": 1}
+        | {**COLLECTED, "collect": 2, "benchmark_report": 2}
+        | ({"write_run_json": len(CANDIDATES) - 1} if CANDIDATES[1:] else {}),
+    ),
     "a comment is added": (
         [edit("config/smoke.yaml", "  glue_ood:\n", "  glue_ood: # only a comment\n")],
         ["config/smoke.yaml"],
@@ -320,10 +339,12 @@ def damaged(checkout: Checkout, target: str) -> Iterator[None]:
     (checkout.folder / target).unlink()
     package.write_bytes(b"damaged")
     restore_times(package, files[package][1])
-    yield
-    for file, (content, stat) in files.items():
-        file.write_bytes(content)
-        restore_times(file, stat)
+    try:
+        yield
+    finally:
+        for file, (content, stat) in files.items():
+            file.write_bytes(content)
+            restore_times(file, stat)
 
 
 def restore_times(file: Path, stat: os.stat_result) -> None:
@@ -342,7 +363,7 @@ def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout)
         result = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
         assert result.returncode != 0
         assert message in result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_runs_that_were_copied_from_another_machine_are_finished(checkout: Checkout, tmp_path: Path) -> None:

@@ -29,9 +29,6 @@ logger.addFilter(
     lambda record: not record.getMessage().startswith(("Select jobs", "Execute "))
 )
 
-# A job on a cluster parses these files again. It gets its run from the plan that the main process wrote.
-IN_JOB = not workflow.is_main_process
-
 
 @contextmanager
 def one_line_errors():
@@ -44,6 +41,8 @@ def one_line_errors():
 
 with one_line_errors():
     SUITE = load_suite(config)
+    # A job on a cluster parses these files again. It gets its run from the plan of the main process if it sees that file.
+    IN_JOB = not workflow.is_main_process and plan.is_written(SUITE)
     SHOWN = artifacts.suite_artifacts(SUITE)
     RECORDS = targets.record_parts(SUITE)
     CLAIMED = claims.claimed_benchmarks(SUITE)
@@ -70,7 +69,7 @@ wildcard_constraints:
     run=RUN_ID,
     partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     model=r"[a-z0-9][a-z0-9._-]*",
-    package=r"[A-Za-z0-9._@+-]+\.(whl|tar\.gz|tgz)",
+    package=r"[A-Za-z0-9._@+-]+\.(whl|tar\.gz)",
 
 
 os.environ.update(job_environment(SUITE))
@@ -135,6 +134,11 @@ def partition_of(wildcards):
         if IN_JOB:
             return plan.read_partition_of_job(wildcards.partition, SUITE)
         return plan.find_partition(wildcards.partition, SUITE)
+
+
+def package_of_model(wildcards):
+    with one_line_errors():
+        return catalogue.rebuilt_from(wildcards.model).path
 
 
 def inputs_of_run(wildcards):

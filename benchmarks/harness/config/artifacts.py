@@ -50,7 +50,7 @@ class Artifacts:
         return [str(folder / f"{self.stem(figure)}.{end}") for figure in self.figures for end in FIGURE_FORMATS]
 
     def section_file(self, suite: str) -> str:
-        """Return the file of what the pages say about these tables and figures."""
+        """Return the path of the section: the JSON that pages are written from."""
         return str(paths.RESULTS / suite / "sections" / f"{self.name}.json")
 
 

@@ -18,7 +18,7 @@ _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tas
 
 
 def check_name(name: str, file: Path | None = None) -> None:
-    """Check that the workflow and the commands do not use a benchmark's or suite's name for something else.
+    """Refuse a name that the workflow or a command uses itself.
 
     Args:
         name: The name.

@@ -243,8 +243,19 @@ def model_files(model: Mapping[str, Any]) -> list[str]:
 
 
 def run_inputs(run: Run) -> list[str]:
-    """List the files that a run needs besides ``run.json``: packages, weights, candidates' metrics, and partitions."""
+    """List the files that a run needs besides ``run.json``: packages, a rebuilt model, files of candidates, partitions."""
     packages = [str(file.path) for task in all_sets(run.spec) for file in set_packages(task.get("source", {}))]
-    candidates = [str(paths.RUNS / folder / "metrics.json") for folder in run.spec.get("candidates", ())]
+    candidates: list[str] = []
+    for folder in run.spec.get("candidates", ()):
+        candidates += _candidate_files(paths.RUNS / folder)
     partitions = [job.file for job in partition_jobs(run)]
     return [*dict.fromkeys(packages), *model_files(run.spec["model"]), *candidates, *partitions]
+
+
+def _candidate_files(folder: Path) -> list[str]:
+    """List the files that an evaluation reads of a candidate: its numbers, its weights, and its spec if it was lost."""
+    metrics, spec = folder / "metrics.json", folder / "run.json"
+    files = [str(metrics), str(folder / paths.WEIGHTS)]
+    if metrics.exists() and not spec.exists():  # an unfinished candidate writes its spec itself
+        files.append(str(spec))
+    return files

@@ -144,7 +144,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
 
 
 def _with_seeds(part: Any, seeds: int) -> Any:
-    """Set lists of several seeds or trials in a part's unvalidated content to the given number of seeds."""
+    """Replace each list of several seeds or trials by ``range(seeds)``, before the content is validated."""
     if isinstance(part, list):
         return [_with_seeds(value, seeds) for value in part]
     if not isinstance(part, dict):
@@ -262,7 +262,7 @@ class Suite:
         return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.task)]
 
     def parts(self, benchmark: str) -> list[str]:
-        """Return this suite's sets of a benchmark with separate tables per set, without planning runs."""
+        """Return the sets of a benchmark that have tables of their own. Plans no runs."""
         loaded = load_benchmark(benchmark)
         if not loaded.has_set_tables:
             return []
@@ -271,7 +271,7 @@ class Suite:
         return [name for name in named if name not in self.settings.exclude]
 
     def record_parts(self, benchmark: str) -> list[str | None]:
-        """Return the parts of a benchmark whose records have files of their own; only None if all are in one file."""
+        """Return the sets with a file of records each, or [None] if one file has all records."""
         return [*self.parts(benchmark)] or [None]
 
     @property

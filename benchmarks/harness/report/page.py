@@ -136,7 +136,7 @@ class _Page:
             "note": section.note,
             "data": [dict(zip(_DATA, row.model_dump().values(), strict=True)) for row in section.data],
             "training": section.training,
-            "optimiser": section.optimizer,
+            "optimizer": section.optimizer,
             "cost": _costs(name, [section]),
             **self.tables_and_figures(section),
             "parts": parts,
@@ -203,4 +203,4 @@ def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
 
 def _read_trusted(path: Path) -> Markup:
     """Read a stylesheet, a script, or a rendered table (its cells are escaped) as safe HTML."""
-    return Markup(path.read_text())  # noqa: S704
+    return Markup(path.read_text(encoding="utf-8"))  # noqa: S704

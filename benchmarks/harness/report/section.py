@@ -1,6 +1,6 @@
-"""What a page says about a benchmark or one of its sets: made once from records, written beside the tables.
+"""The section of a benchmark or set: what its page shows beside tables and figures.
 
-The pages read only these files, the tables and the figures.
+`tables` writes it once from records. `report` reads it, the tables and the figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the tables and figures of a benchmark, or of one of its sets, with what pages and claims need of them."""
+"""Write the tables, figures, section and claim numbers of a benchmark or of one of its sets."""
 
 from __future__ import annotations
 

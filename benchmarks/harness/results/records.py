@@ -72,14 +72,18 @@ def read_record(run: Run, root: Path = RUNS) -> Record:
     return Record(run, metrics, hashlib.sha256(content).hexdigest())
 
 
-def collect(suite: Suite, benchmark: str, part: str | None = None) -> Path:
-    """Write the records of a benchmark's runs, or of the runs of one of its parts, into one file.
+def collect(suite: Suite, benchmark: str, part: str | None = None) -> list[Path]:
+    """Write the records of a benchmark's runs, or of the runs of one of its parts.
 
-    Returns the path of the file, which has one line of JSON for each run, in the order of the grid.
+    Returns the paths of the files. A file has one line of JSON for each run, in the order of the grid.
     """
-    path = records_file(suite.name, benchmark, part)
-    write_lines(path, (_to_line(read_record(run)) for run in suite.runs_of(benchmark, part)))
-    return path
+    parts = [part] if part else suite.record_parts(benchmark)
+    files = []
+    for each in parts:
+        path = records_file(suite.name, benchmark, each)
+        write_lines(path, (_to_line(read_record(run)) for run in suite.runs_of(benchmark, each)))
+        files.append(path)
+    return files
 
 
 def _to_line(record: Record) -> str:

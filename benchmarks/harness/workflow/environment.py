@@ -20,7 +20,7 @@ _GLIBC = {
 
 
 def job_environment(suite: Suite) -> dict[str, str]:
-    """Return the environment variables of a suite's jobs, which use this interpreter even if it is not on the path.
+    """Return the environment variables of a suite's jobs. PATH begins with this interpreter's folder.
 
     Local paths and the command line's values are among them: as parameters of a rule they would make Snakemake run
     everything again when they change.

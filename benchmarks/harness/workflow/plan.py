@@ -32,6 +32,11 @@ def write_plan(suite: Suite) -> None:
     _write_rows(_partitions_file(suite), [_PARTITION_COLUMNS, *partition_rows])
 
 
+def is_written(suite: Suite) -> bool:
+    """Return True if the plan of a suite is there. Jobs elsewhere may not see the main process's files."""
+    return _plan_file(suite).exists() and _partitions_file(suite).exists()
+
+
 def find_run(folder: str, suite: Suite) -> Run:
     """Return the suite's run with this folder below ``results/runs``.
 
@@ -41,7 +46,7 @@ def find_run(folder: str, suite: Suite) -> Run:
     if folder in suite.runs_by_folder:
         return suite.runs_by_folder[folder]
     for other in suite_names():
-        if folder in plain_suite(other).runs_by_folder:
+        if other != suite.name and folder in plain_suite(other).runs_by_folder:
             raise DefinitionError(
                 f"the suite '{suite.name}' has no run '{folder}', but '{other}' has: add `--config suite={other}`"
             )

@@ -23,7 +23,7 @@ from emoe.errors import did_you_mean
 def suite_files(suite: Suite) -> list[str]:
     """Return the files that a complete suite has.
 
-    Files that only other files are made of are among them: a deleted one is made again although its tables are there.
+    It includes intermediate files, so that a deleted one is made again.
     """
     return [
         str(paths.RESULTS / suite.name / "report.html"),
@@ -79,7 +79,7 @@ def record_files(suite: Suite, benchmark: str | None = None, part: str | None = 
 
 
 def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
-    """Return the files of what the pages say about all benchmarks, or about one and its parts."""
+    """Return the sections of all benchmarks, or of one and its sets."""
     shown = [each for each in suite_artifacts(suite) if benchmark in (None, each.benchmark)]
     return [each.section_file(suite.name) for each in shown]
 
@@ -149,7 +149,7 @@ def _hint(target: str, benchmarks: list[str], given: Suite, part: str | None = N
     others = []
     for name in suite_names():
         suite = plain_suite(name)
-        if any(output_files(suite, benchmark, part) for benchmark in benchmarks):
+        if name != given.name and any(output_files(suite, benchmark, part) for benchmark in benchmarks):
             others.append(name)
     lacks = f"the suite '{given.name}' does not run {part or ' or '.join(benchmarks)}"
     if not others:
