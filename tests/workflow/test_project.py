@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from benchmarks.harness.base import PACKAGES
 from benchmarks.harness.config.runs import run_inputs
 from benchmarks.harness.config.suite import SuiteSettings, load_suite
-from benchmarks.harness.workflow.targets import metric_files
+from benchmarks.harness.workflow.targets import metric_files, weight_files
 from tests.checkout import SNAKEMAKE, Checkout
 from tests.conftest import ROOT
 
@@ -127,7 +127,7 @@ def test_snakemake_plans_a_part_of_the_paper(tmp_path: Path) -> None:
 def test_every_input_of_a_run_is_made_by_a_rule(name: str) -> None:
     """Check the files of all runs without Snakemake's graph of thousands of jobs."""
     suite = load_suite({"suite": name})
-    made = {*metric_files(suite), *(job.file for job in suite.partitions.values())}
+    made = {*metric_files(suite), *weight_files(suite), *(job.file for job in suite.partitions.values())}
     needed = {file for run in suite.runs for file in run_inputs(run) if not file.startswith(str(PACKAGES))}
     assert needed <= made
     assert {"threads", "mem_mb", "runtime"} <= set.intersection(*(set(run.resources) for run in suite.runs))
