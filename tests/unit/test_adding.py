@@ -170,3 +170,9 @@ def test_its_data_router_tuning_metric_architecture_and_table_work(project: Path
     assert set(model["trained"]) == {"head", "bias"}
     assert 0 < model["trained"]["bias"]["parameters"] < model["parameters"] / 100
     assert model["trainable_parameters"] == sum(group["parameters"] for group in model["trained"].values())
+
+
+def test_an_edit_of_the_plugin_makes_the_tables_again(project: Path) -> None:
+    program = "import benchmarks.kinds\nfrom benchmarks.harness.config.artifacts import table_sources\n"
+    program += "print('my_plugin.py' in table_sources('reviews'))"
+    assert run(project, [sys.executable, "-c", program]).splitlines()[-1] == "True"
