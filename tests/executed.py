@@ -13,6 +13,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness.base import RUNS
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.models.build import build_classifier, reopen
 from benchmarks.harness.models.loading import load_tokenizer
@@ -42,12 +43,17 @@ def recorded(run: Run) -> dict[str, Any]:
     return metrics
 
 
+def typed(run: Run) -> Any:
+    """Return the validated spec of a run."""
+    return load_benchmark(run.benchmark).read_spec(run)
+
+
 def reopened(run: Run, metrics: dict[str, Any]) -> tuple[Trainable, Any]:
     """Return the model that a recorded run kept, and its tokenizer."""
     tokenizer = load_tokenizer(run.spec["model"])
     weights = metrics["model"]["source"]["weights"]
-    build = partial(build_classifier, tokenizer=tokenizer)
-    return reopen(build, run.spec, weights, RUNS / run.folder / "model"), tokenizer
+    build = partial(build_classifier, labels=len(run.spec["task"]["labels"]), tokenizer=tokenizer)
+    return reopen(build, typed(run), weights, RUNS / run.folder / "model"), tokenizer
 
 
 def numbers(path: Path) -> dict[str, Any]:

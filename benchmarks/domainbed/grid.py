@@ -14,6 +14,7 @@ from benchmarks.domainbed.definition import (
     HParams,
     ImageDefinition,
     ImagePart,
+    ImageSpec,
     ImageTraining,
     RunImageSet,
     SetEntry,
@@ -36,6 +37,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     """Plan runs of image classifiers, trained on some environments of a set and evaluated on the held-out ones."""
 
     package = "benchmarks.domainbed"
+    spec_model = ImageSpec
     definition_model, part_model = ImageDefinition, ImagePart
     recorded = ("scores", "data", "model", "routing", "records", "confusion", "classes")
     task_files: ClassVar = {"image_sets": SetFile}
@@ -80,7 +82,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
         training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
         method = method_spec(methods, point, trial, settings.lora, where)
-        check_frozen(training, method, f"{where}'")
+        check_frozen(training.get("frozen_layers"), method, f"{where}'")
         if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
             raise DefinitionError(
                 f"{part.where('training')}.frozen_layers' needs hparams.data_augmentation: false, because augmented "

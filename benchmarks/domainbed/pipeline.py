@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,58 +24,58 @@ from benchmarks.domainbed.validation import count_images, load_set, validate_onc
 from benchmarks.harness.base import DataError, derive_seed, write_text
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.sets import ALL, SetPart
-from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_image_classifier
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.training.progress import Progress
 
 
-def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     """Train and evaluate the image classifier of one spec.
 
     Args:
-        spec: The content of ``run.json``.
+        spec: The settings of the run.
         folder: The run's folder, for checkpoints and for the records in DomainBed's form (``results.jsonl``).
         progress: The reporter of progress.
 
     Returns:
         The content of ``metrics.json`` without the harness's part.
     """
-    read = parse(spec, ImageSpec, str(folder / "run.json"))
-    training, hparams, held_out = read.training, read.hparams, read.test_envs
-    image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
-    if not read.task.source.mnist:
-        validate_once(image_set, read.task, training.truncated)
+    training, hparams, held_out = spec.training, spec.hparams, spec.test_envs
+    image_set = load_set(spec.task, spec.data_seed, truncated=training.truncated)
+    if not spec.task.source.mnist:
+        validate_once(image_set, spec.task, training.truncated)
     envs, classes, size = image_set.environments, image_set.classes, training.image_size
     progress.say(image_set.source)
     for name, count, labels in count_images(image_set):
         progress.say(f"{name}: {count:,} images, {labels}")
-    entry = load_benchmark(read.benchmark).tasks.get(read.task.name)
-    if entry and (note := SetPart(read.task.name, ALL, sum(map(len, envs)), expected=entry.images).note):
+    entry = load_benchmark(spec.benchmark).tasks.get(spec.task.name)
+    if entry and (note := SetPart(spec.task.name, ALL, sum(map(len, envs)), expected=entry.images).note):
         progress.say(f"warning: {note}")
-    splits = _split(read, image_set)
+    splits = _split(spec, image_set)
     trained = [env for env in range(len(envs)) if env not in held_out]
     names = [", ".join(envs[env].name for env in chosen) for chosen in (held_out, trained)]
     progress.say(f"held out: {names[0]}; trained on: {names[1]}")
-    classifier = build_image_classifier(spec, len(classes))
+    classifier = build_image_classifier(
+        spec, len(classes), size, drop_path=training.drop_path, dropout=hparams.vit_dropout or 0.0
+    )
     if classifier.prefix is not None:
-        envs = _add_prefixes(classifier.prefix, read, envs, splits)
+        envs = _add_prefixes(classifier.prefix, spec, envs, splits)
     rows = [splits[env].within for env in trained]
-    seed = derive_seed("environments", read.seed, *held_out)  # the same draws for all methods
+    seed = derive_seed("environments", spec.seed, *held_out)  # the same draws for all methods
     transform = training_transform(size) if hparams.data_augmentation else evaluation_transform(size)
     trainer = DomainTrainer(
         classifier,
-        read,
+        spec,
         TrainingRows([envs[env] for env in trained], rows, transform, seed),
         EnvironmentBatches([len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed),
-        _evaluation_splits(read, envs, splits),
+        _evaluation_splits(spec, envs, splits),
         folder,
         progress,
     )
     # DomainBed's epoch: steps through the smallest environment, held out or not
     epoch = min(len(split.within) for split in splits) / hparams.batch_size
     records = [record | {"epoch": record["step"] / epoch} for record in trainer.fit()]
-    _write_results(folder / "results.jsonl", read, records)
+    _write_results(folder / "results.jsonl", spec, records)
     progress.say("predicting the out splits")
     out = [
         EvaluationRows(environment, split.out[: training.eval_rows], evaluation_transform(size))
@@ -87,8 +86,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     return {
         "records": records,
         "scores": {
-            "train": {read.task.name: {"loss": best.record["loss"]}},
-            "dev": {read.task.name: {ACCURACY: best.value}},
+            "train": {spec.task.name: {"loss": best.record["loss"]}},
+            "dev": {spec.task.name: {ACCURACY: best.value}},
             "test": {envs[env].name: {ACCURACY: best.test_accuracy(env)} for env in held_out},
         },
         "confusion": {environment.name: matrix.tolist() for environment, matrix in zip(envs, confusion, strict=True)},

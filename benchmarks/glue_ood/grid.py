@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart
+from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart, EvaluationSpec
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
 from benchmarks.harness.config.methods import ABLATION
@@ -21,6 +21,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     """Evaluate the chosen runs of another benchmark on the OOD sets of their tasks."""
 
     package = "benchmarks.glue_ood"
+    spec_model = EvaluationSpec
     definition_model, part_model = EvaluationFile, EvaluationPart
     recorded = ("scores", "data", "chosen", "routing", "usage")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,53 +27,52 @@ from benchmarks.text.usage import RoutingRecorder
 from emoe.errors import CheckpointError
 
 
-def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     """Evaluate the chosen run of one spec.
 
     Args:
-        spec: The content of ``run.json``.
+        spec: The settings of the run.
         folder: The run's folder.
         progress: The progress line.
 
     Returns:
         The content of ``metrics.json`` without the harness's part; ``chosen`` is the evaluated run.
     """
-    read = parse(spec, EvaluationSpec, str(folder / "run.json"))
-    settings = read.evaluation
-    load = partial(load_part, rows=settings.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
-    test, splits = load(read.task, "test"), {other.name: _load(other, load) for other in read.ood}
-    chosen = _chosen(read)
+    settings = spec.evaluation
+    load = partial(load_part, rows=settings.rows, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
+    test, splits = load(spec.task, "test"), {other.name: _load(other, load) for other in spec.ood}
+    chosen = _chosen(spec)
     trained = parse(chosen.spec, TextSpec, chosen.folder)
     recorded = read_record(chosen).metrics
     training = trained.training
-    tokenizer = load_tokenizer(chosen.spec["model"])
-    build = partial(build_classifier, tokenizer=tokenizer)
+    tokenizer = load_tokenizer(trained.model)
+    build = partial(build_classifier, labels=len(trained.task.labels), tokenizer=tokenizer)
     try:
-        classifier = reopen(build, chosen.spec, recorded.weights, RUNS / chosen.folder / "model")
+        classifier = reopen(build, trained, recorded.weights, RUNS / chosen.folder / "model")
     except (DataError, CheckpointError) as error:
         raise DataError(
             f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
-    if read.transform is not None:
-        convert_trained_(classifier.model, read.method["config"])
+    if spec.transform is not None:
+        convert_trained_(classifier.model, spec.method["config"])
     evaluator = TextEvaluator(
         classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, training.precision, folder
     )
     probe, routing = Probe(), RoutingRecorder(classifier.model)
-    probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
-    same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
+    probe.observe(classifier.model, evaluator.first_batch(splits[spec.ood[0].name]))
+    same = spec.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
     if same and not emoe.is_converted(classifier.model):
-        tested = (recorded.scores or {})["test"][read.task.name]  # the training run's test scores
+        tested = (recorded.scores or {})["test"][spec.task.name]  # the training run's test scores
     else:
-        progress.say(f"evaluating on {read.task.name}, {len(test):,} rows")
+        progress.say(f"evaluating on {spec.task.name}, {len(test):,} rows")
         tested = evaluator.evaluate(test, routing=routing)
     scores = {}
-    for other in read.ood:
+    for other in spec.ood:
         progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
         scores[other.name] = evaluator.evaluate(splits[other.name], other, routing)
-    routed, usage = routing.set_routing(read.task.name)
+    routed, usage = routing.set_routing(spec.task.name)
     return {
-        "scores": {"test": {read.task.name: tested}, "ood": scores},
+        "scores": {"test": {spec.task.name: tested}, "ood": scores},
         "routing": routed,
         "usage": usage,
         "probe": probe.summary(),

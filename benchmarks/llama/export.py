@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from transformers import PreTrainedModel
 
 import emoe
 from benchmarks.harness.base import DataError
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import read_run
 from benchmarks.harness.models.build import build_language_model, reopen
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import read_record
-from benchmarks.llama.definition import PromptTemplate
+from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.templates import find_template
 from emoe.files import check_new, save_weights
 from emoe.layer import routed_layers
@@ -42,8 +43,8 @@ def export(path: Path, output: Path, form: str) -> str:
     """
     path = path.resolve()
     run = read_run(path)
-    spec: dict[str, Any] = dict(run.spec)
-    if "finetuning" not in spec or not (path.parent / "model").is_dir():
+    spec = load_benchmark(run.benchmark).read_spec(run)
+    if not isinstance(spec, InstructionSpec) or not (path.parent / "model").is_dir():
         raise DataError(
             f"{path.parent} has no weights of a language model: the run tunes no instructions, is not finished, trains "
             "nothing, or has training.keep_weights: false"
@@ -51,7 +52,8 @@ def export(path: Path, output: Path, form: str) -> str:
     check_new(output)
     recorded = read_record(run, path.parents[2]).metrics.weights
     # adapters cannot be merged into quantised weights
-    spec["model"] = {key: value for key, value in spec["model"].items() if key != "quantize"}
+    unquantised = {key: value for key, value in spec.model.items() if key != "quantize"}
+    spec = spec.model_copy(update={"model": unquantised})
     trained = reopen(build_language_model, spec, recorded, path.parent / "model")
     if trained.adapters is not None:
         trained.adapters.merge_and_unload(safe_merge=True)
@@ -59,9 +61,8 @@ def export(path: Path, output: Path, form: str) -> str:
     routed = routed_layers(model)
     if form == EXPERTS and not routed:
         raise DataError(f"{run.id} has no experts; export it as {DENSE}")
-    tokenizer = load_tokenizer(spec["model"])
-    templates = {name: PromptTemplate(**text) for name, text in spec["templates"].items()}
-    template = find_template(spec["data"]["template"], templates, tokenizer, spec["seed"])
+    tokenizer = load_tokenizer(spec.model)
+    template = find_template(spec.data.template, spec.templates, tokenizer, spec.seed)
     if model.generation_config is not None:
         model.generation_config.eos_token_id = template.end_tokens
     if form == EXPERTS:

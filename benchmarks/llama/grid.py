@@ -43,6 +43,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     """Plan runs of language models that are tuned on instructions and evaluated with lm-eval."""
 
     package = "benchmarks.llama"
+    spec_model = InstructionSpec
     definition_model, part_model = InstructionDefinition, InstructionPart
     recorded = ("scores", "data", "model", "routing", "tasks", "answers")
     task_files: ClassVar = {"instruction_sets": SetFile, "templates": TemplateFile}
@@ -121,7 +122,7 @@ def _training(
     if not point.get("learning_rate"):
         raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
     training = settings.spec() | tuning.model_dump(include={"lora"})
-    check_frozen(training, method, f"{where}'")
+    check_frozen(training.get("frozen_layers"), method, f"{where}'")
     return {"training": training, "learning_rate": float(point["learning_rate"])}
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_language_model, permutations, save_trained
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable, load_trained_state_, trained_state
@@ -34,11 +33,11 @@ from emoe.layer import routed_layers
 _CALIBRATION_ROWS = 256
 
 
-def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     """Train and evaluate the language model of one spec.
 
     Args:
-        spec: The content of ``run.json``.
+        spec: The settings of the run.
         folder: The run's folder, for checkpoints and kept weights.
         progress: The progress line.
 
@@ -49,16 +48,15 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         DefinitionError: A template or task does not exist, or settings do not fit the model.
         DataError: Rows are broken or too few, or the model is missing.
     """
-    read = parse(spec, InstructionSpec, str(folder / "run.json"))
-    training, tokenizer = read.training, load_tokenizer(spec["model"])
-    data = read_data(read, tokenizer)
-    tasks = {entry: load_task(entry) for entry in read.evaluation.tasks} if is_main() else {}
+    training, tokenizer = spec.training, load_tokenizer(spec.model)
+    data = read_data(spec, tokenizer)
+    tasks = {entry: load_task(entry) for entry in spec.evaluation.tasks} if is_main() else {}
     if is_main() and data.note:
         progress.say(f"warning: {data.note}")
     counts = data.summary["train"]
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {counts['broken_rows']} broken left out, "
-        f"{counts['truncated_responses']} responses cut at {read.data.max_length} tokens"
+        f"{counts['truncated_responses']} responses cut at {spec.data.max_length} tokens"
     )
     trainable = _build(spec, data)
     if trainable.prefix:
@@ -70,17 +68,17 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
     trained: dict[str, Any] = {"curve": [], "cost": Stopwatch().cost(0)}
     if isinstance(training, RunInstructionTraining):
-        trained = train(trainable, tokenizer, read, training, data.train, data.held_out, folder, progress, probe)
+        trained = train(trainable, tokenizer, spec, training, data.train, data.held_out, folder, progress, probe)
         trainable = _gather_model(spec, trainable)
     destroy_process_group()
     if not is_main():
         return {}
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
-    evaluated = _evaluate(read, trainable, data, tasks, progress)
+    evaluated = _evaluate(spec, trainable, data, tasks, progress)
     cost = {**trained["cost"], "precision": available_precision(training.precision), **trainable.prefix_cost()}
     if curve := trained.get("held_out_curve"):
-        curve.append({"step": cost["steps"], "loss": evaluated["scores"]["dev"][read.task.name]["loss"]})
+        curve.append({"step": cost["steps"], "loss": evaluated["scores"]["dev"][spec.task.name]["loss"]})
     model = {"probe": probe.summary(), "model": trainable.summary}
     return {**evaluated, **trained, **model, "cost": cost, "data": data.summary}
 
@@ -126,7 +124,7 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     return Data(template, train_rows, held_out_rows, summary, note)
 
 
-def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
+def _build(spec: InstructionSpec, data: Data) -> Trainable:
     """Build the model; if it is sharded, only the main process loads weights and distributes them."""
     collate, count = collator(data.template.tokenizer), min(len(data.train), _CALIBRATION_ROWS)
     calibration = (model_inputs(collate([data.train[row]])) for row in range(count))
@@ -136,11 +134,11 @@ def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
     partition = broadcast(None if built is None else permutations(built.model))
     if built is None:
         built = build_language_model(spec, partition=partition or None, empty=True)
-    shard_(cast(PreTrainedModel, built.model), available_precision(spec["training"]["precision"]))
+    shard_(cast(PreTrainedModel, built.model), available_precision(spec.training.precision))
     return built
 
 
-def _gather_model(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
+def _gather_model(spec: InstructionSpec, trainable: Trainable) -> Trainable:
     """Gather the trained model on the main process; return it unchanged if it is not sharded."""
     if not is_sharded():
         return trainable

@@ -12,7 +12,7 @@ from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse, read
-from benchmarks.modularity.definition import ModularityDefinition, ModularityPart
+from benchmarks.modularity.definition import ModularityDefinition, ModularityPart, ModularitySpec
 from benchmarks.text.definition import TaskFile
 from benchmarks.text.grid import TextSets
 
@@ -21,6 +21,7 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
     """Plan runs that analyse pre-trained text models on rows of several tasks, without training."""
 
     package = "benchmarks.modularity"
+    spec_model = ModularitySpec
     definition_model, part_model = ModularityDefinition, ModularityPart
     recorded = ("measured", "matrix", "usage")
     paper_columns = ("method", "num_experts", "metric")

@@ -15,7 +15,6 @@ from transformers import DataCollatorWithPadding
 import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import load_backbone, load_tokenizer, source_of
@@ -34,33 +33,32 @@ from emoe.records import RoutingRecord
 Batches = Iterable[Mapping[str, Any]]
 
 
-def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, Any]:
     """Measure the pre-trained model of one spec.
 
     Args:
-        spec: The content of ``run.json``.
-        folder: The folder of the run; nothing is written there.
+        spec: The settings of the run.
+        _folder: The folder of the run; nothing is written there.
         progress: The log.
 
     Returns:
         The content of ``metrics.json`` without the harness's part: ``measured`` numbers, ``usage`` by task and class,
         and ``matrix``, the active neurons of some tokens, sorted by expert.
     """
-    read = parse(spec, ModularitySpec, str(folder / "run.json"))
-    load = partial(load_part, rows=read.reading.rows, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
-    splits = {task.name: load(task, "test") for task in (read.task, *read.ood)}
-    tokenizer, model = load_tokenizer(spec["model"]), load_backbone(spec["model"])
+    load = partial(load_part, rows=spec.reading.rows, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
+    splits = {task.name: load(task, "test") for task in (spec.task, *spec.ood)}
+    tokenizer, model = load_tokenizer(spec.model), load_backbone(spec.model)
     model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
-    source = source_of(spec["model"], model)
-    (layer,) = spec["method"]["config"]["layers"]
+    source = source_of(spec.model, model)
+    (layer,) = spec.method["config"]["layers"]
     tokenise = partial(
-        TokenisedRows, tokenizer=tokenizer, max_length=read.reading.max_length, by_length=False, labelled=False
+        TokenisedRows, tokenizer=tokenizer, max_length=spec.reading.max_length, by_length=False, labelled=False
     )
     rows = {name: tokenise(split) for name, split in splits.items()}
-    read_batches = partial(batches, collate=DataCollatorWithPadding(tokenizer), size=read.reading.batch_size)
+    read_batches = partial(batches, collate=DataCollatorWithPadding(tokenizer), size=spec.reading.batch_size)
     progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
     dense = {name: dense_magnitudes(model, layer, read_batches(task)) for name, task in rows.items()}
-    report = apply_method_(model, spec["method"], read.seed)
+    report = apply_method_(model, spec.method, spec.seed)
     converted = [dataclasses.asdict(entry) for entry in report.layers] if report else []
     progress.say("reading them again with experts")
     loads, top, bottom = {}, [], []
@@ -71,8 +69,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         bottom.append(neurons_used(model, layer, read_batches(task), "bottom"))
     order = permutations(model)[layer]
     magnitudes = torch.cat([of_task[:, order] for of_task in dense.values()])
-    active = active_mask(magnitudes, read.reading.active_share)
-    measured = concentration(magnitudes, active, spec["method"]["config"]["num_experts"])
+    active = active_mask(magnitudes, spec.reading.active_share)
+    measured = concentration(magnitudes, active, spec.method["config"]["num_experts"])
     for selection, used in (("top", top), ("bottom", bottom)):
         numbers = measure_use(torch.cat(used), magnitudes, active)
         measured |= {f"{name}_{selection}": value for name, value in numbers.items()}
@@ -83,7 +81,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     return {
         "measured": {EXPERTS: measured},
         "usage": usage,
-        "matrix": sample_matrix(tokens, magnitudes, active, read.reading.shown_tokens),
+        "matrix": sample_matrix(tokens, magnitudes, active, spec.reading.shown_tokens),
         "model": {"source": source, "conversion": converted},
         "cost": {},
         "data": {f"test:{name}": split.summary() for name, split in splits.items()},

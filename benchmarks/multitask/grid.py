@@ -13,7 +13,7 @@ from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse, read
-from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart
+from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart, MultitaskSpec
 from benchmarks.text.definition import CLEAN, ID, OOD, TaskFile
 from benchmarks.text.grid import TextSets
 
@@ -25,6 +25,7 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
     """Plan runs of encoder-decoder models that learn several tasks at once; evaluate them on these and OOD sets."""
 
     package = "benchmarks.multitask"
+    spec_model = MultitaskSpec
     definition_model, part_model = MultitaskDefinition, MultitaskPart
     recorded = ("scores", "data", "model", "routing")
     paper_columns = ("domain", "method")

@@ -18,7 +18,6 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable
@@ -38,25 +37,24 @@ _IGNORED = -100
 Answers = list[list[int]]  # tokens of each class name of a task, with the end token
 
 
-def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     """Train and evaluate the model of one spec.
 
     Args:
-        spec: The content of ``run.json``.
+        spec: The settings of the run.
         folder: The folder of the run, for checkpoints.
         progress: The progress line.
 
     Returns:
         The content of ``metrics.json`` without the harness's part.
     """
-    read = parse(spec, MultitaskSpec, str(folder / "run.json"))
-    load = partial(load_part, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
-    splits = {task.name: _splits(task, read.training, load) for task in read.task.tasks}
-    ood = {other.name: load(other, "test", read.training.eval_rows) for other in read.ood}
+    load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
+    splits = {task.name: _splits(task, spec.training, load) for task in spec.task.tasks}
+    ood = {other.name: load(other, "test", spec.training.eval_rows) for other in spec.ood}
 
-    tokenizer = load_tokenizer(spec["model"])
+    tokenizer = load_tokenizer(spec.model)
     trainable = build_seq2seq(spec)
-    trainer = MultitaskTrainer(trainable, tokenizer, read, splits, folder, progress)
+    trainer = MultitaskTrainer(trainable, tokenizer, spec, splits, folder, progress)
     epochs, kept = trainer.fit()
     progress.say("evaluating")
     tested, routing = evaluate_with_routing(trainable.model, partial(trainer.score_tasks, "test"))
@@ -64,7 +62,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "scores": {
             "dev": trainer.score_tasks("dev"),
             "test": tested,
-            "ood": {other.name: trainer.score(ood[other.name], other) for other in read.ood},
+            "ood": {other.name: trainer.score(ood[other.name], other) for other in spec.ood},
         },
         "dev_curve": epochs,
         "kept_epoch": kept["epoch"],

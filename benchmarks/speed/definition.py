@@ -8,6 +8,7 @@ from pydantic import Field
 
 from benchmarks.harness.config.benchmark import Definition, Entry, Resources, SuitePart
 from benchmarks.harness.config.methods import Layers
+from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import Count, Names, Share, Strict, Whole, registered
 
 MEASURES = ("layer", "step", "forward", "generate", "partition")
@@ -79,3 +80,17 @@ class MeasurementDefinition(Definition):
     """Titles of the candidates, by name, in the order of table columns."""
     measures: dict[Annotated[str, registered(MEASURES)], Measure]
     """Measures, by name."""
+
+
+class MeasureName(Strict):
+    """The measure of a run."""
+
+    name: str
+
+
+class MeasurementSpec(RunSpec):
+    """The settings that determine what a run measures."""
+
+    task: MeasureName
+    ood: Annotated[list[Any], Field(max_length=0)]
+    settings: Settings

@@ -11,13 +11,14 @@ from benchmarks.harness.config.benchmark import Benchmark, Domain, Part
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
-from benchmarks.speed.definition import Measure, MeasurementDefinition, MeasurementPart, Settings
+from benchmarks.speed.definition import Measure, MeasurementDefinition, MeasurementPart, MeasurementSpec, Settings
 
 
 class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
     """Plan runs that measure all candidates under one setting, without training."""
 
     package = "benchmarks.speed"
+    spec_model = MeasurementSpec
     definition_model, part_model = MeasurementDefinition, MeasurementPart
     recorded = ("measured",)
 

@@ -19,7 +19,7 @@ import emoe
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.loading import load_pretrained
 from benchmarks.harness.training.progress import Progress
-from benchmarks.speed.definition import Settings
+from benchmarks.speed.definition import MeasurementSpec, Settings
 from emoe.architectures import find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 
@@ -34,20 +34,21 @@ _STATEMENTS = {
 }
 
 
-def run(spec: Mapping[str, Any], _folder: Path, progress: Progress) -> dict[str, Any]:
+def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, Any]:
     """Measure the candidates of a run's spec; return the numbers by candidate for ``metrics.json``."""
-    measure, settings = spec["task"]["name"], Settings.model_validate(spec["settings"])
+    measure = spec.task.name
+    settings = spec.settings
     torch.set_num_threads(settings.threads)
     progress.say(f"measuring the {measure}")
     auto = AutoModelForCausalLM if measure == "generate" else AutoModel
-    dense: Any = load_pretrained(auto, spec["model"], dtype=getattr(torch, settings.dtype))
+    dense: Any = load_pretrained(auto, spec.model, dtype=getattr(torch, settings.dtype))
     if measure == "partition":
         return {"measured": measure_partition(dense, settings), "cost": {}}
     dense.train(measure in ("layer", "step"))
     timers = {}
     for name in ("dense", *settings.candidates):
         net = dense if name == "dense" else make_candidate(name, dense, settings)
-        torch.manual_seed(derive_seed("speed", spec["seed"]))  # the same inputs for all
+        torch.manual_seed(derive_seed("speed", spec.seed))  # the same inputs for all
         timers[name] = Timer(_STATEMENTS[measure], globals=variables(net, settings), num_threads=settings.threads)
     return {"measured": time_in_turn(timers), "cost": {}}
 

@@ -39,6 +39,7 @@ from benchmarks.text.definition import (
     TaskFile,
     TextDefinition,
     TextPart,
+    TextSpec,
     TextTraining,
     Transformed,
     merged_classes,
@@ -81,6 +82,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
     """Plan runs of text classifiers that are fine-tuned on one task, and evaluated on it and on OOD sets."""
 
     package = "benchmarks.text"
+    spec_model = TextSpec
     definition_model, part_model = TextDefinition, TextPart
     recorded = ("scores", "data", "model", "routing", "usage")
 
@@ -115,7 +117,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             shaped = self._method_specs(methods, point, settings, where)
             protocol = _protocol(task, point, where)
             run_settings = run_training(settings, task, point, protocol)
-            check_frozen(run_settings, shaped["method"], where)
+            check_frozen(run_settings.get("frozen_layers"), shaped["method"], where)
             asked = settings.evaluate_ood
             evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
             yield self.spec(

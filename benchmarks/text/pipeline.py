@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import convert_trained_
 from benchmarks.harness.models.loading import load_tokenizer
@@ -20,44 +19,43 @@ from benchmarks.text.training import TextTrainer
 from benchmarks.text.usage import RoutingRecorder
 
 
-def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     """Train and evaluate the text classifier of one spec.
 
     Args:
-        spec: The content of ``run.json``.
+        spec: The settings of the run.
         folder: The run's folder, for checkpoints and kept weights.
         progress: The progress line.
 
     Returns:
         The content of ``metrics.json`` without the harness's part.
     """
-    read = parse(spec, TextSpec, str(folder / "run.json"))
-    task, training = read.task, read.training
-    load = partial(load_part, entries=load_benchmark(read.benchmark).tasks, say=progress.say)
+    task, training = spec.task, spec.training
+    load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
     splits = _splits(task, training, load)
-    ood = {other.name: load(other, "test", training.ood_rows or training.eval_rows) for other in read.ood}
+    ood = {other.name: load(other, "test", training.ood_rows or training.eval_rows) for other in spec.ood}
 
-    tokenizer = load_tokenizer(spec["model"])
+    tokenizer = load_tokenizer(spec.model)
     calibration = calibration_batches(splits["train"], tokenizer, training.max_length, training.eval_batch_size)
-    classifier = build_classifier(spec, tokenizer, calibration)
-    trainer = TextTrainer(classifier, tokenizer, read, splits["train"], splits["dev"], folder, progress)
+    classifier = build_classifier(spec, len(task.labels), tokenizer, calibration)
+    trainer = TextTrainer(classifier, tokenizer, spec, splits["train"], splits["dev"], folder, progress)
     epochs, kept = trainer.train()
     progress.say("evaluating")
     scores = {"dev": {task.name: {name: value for name, value in kept.items() if name != "epoch"}}}
     routing = RoutingRecorder(classifier.model)
-    scores |= _evaluate(trainer, read, splits["test"], ood, routing)
+    scores |= _evaluate(trainer, spec, splits["test"], ood, routing)
     routed, usage = routing.set_routing(task.name)
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
     transformed = {}
-    if read.used_as:
+    if spec.used_as:
         as_other = {part: scores[part] for part in ("test", "ood")}
         # weights of a diverged model cannot be clustered; keep its scores
         if kept["loss"] is not None:
-            progress.say(f"evaluating as {read.used_as.name}")
-            convert_trained_(classifier.model, read.used_as.config)
-            as_other = _evaluate(trainer, read, splits["test"], ood)
-        transformed = {read.used_as.name: {"scores": as_other}}
+            progress.say(f"evaluating as {spec.used_as.name}")
+            convert_trained_(classifier.model, spec.used_as.config)
+            as_other = _evaluate(trainer, spec, splits["test"], ood)
+        transformed = {spec.used_as.name: {"scores": as_other}}
     return {
         "scores": scores,
         "transformed": transformed,

@@ -33,10 +33,15 @@ def spec_of(method: str, model: str = "tiny-gpt2", **training: Any) -> dict[str,
     return spec
 
 
+def build_typed(spec: dict[str, Any]) -> Trainable:
+    read = TextSpec.model_validate(spec)
+    return build_classifier(read, len(read.task.labels), load_tokenizer(read.model))
+
+
 def build(method: str, model: str = "tiny-gpt2", seed: int = 0) -> tuple[Trainable, dict[str, Any]]:
     spec = {**spec_of(method, model), "seed": seed}
     torch.manual_seed(seed)
-    return build_classifier(spec, load_tokenizer(spec["model"])), spec
+    return build_typed(spec), spec
 
 
 def trained(method: str, model: str) -> dict[str, set[str]]:
@@ -96,7 +101,7 @@ def trainer_of(method: str, folder: Path, **training: Any) -> TextTrainer:
     spec["training"]["lora"]["dropout"] = 0.0
     torch.manual_seed(0)
     tokenizer = load_tokenizer(spec["model"])
-    classifier = build_classifier(spec, tokenizer)
+    classifier = build_typed(spec)
     return TextTrainer(classifier, tokenizer, TextSpec.model_validate(spec), ROWS, ROWS, folder, Progress("test"))
 
 
@@ -127,4 +132,4 @@ def test_names_that_match_nothing_are_refused(section: str, values: dict[str, An
     spec = spec_of("lora")
     spec[section]["lora" if section == "training" else "tune"] |= values
     with pytest.raises(EMoEError, match=message):
-        build_classifier(spec, load_tokenizer(spec["model"]))
+        build_typed(spec)

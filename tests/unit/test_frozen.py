@@ -23,7 +23,7 @@ from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable
 from benchmarks.llama import pipeline as instructions
 from benchmarks.text import pipeline as texts
-from tests.executed import finish, killed_at, prepare
+from tests.executed import finish, killed_at, prepare, typed
 from tests.image_sets import pacs_run
 from tests.instruction_runs import tiny_run
 from tests.planned import paper_spec
@@ -152,7 +152,7 @@ def test_the_digest_covers_frozen_weights_and_settings() -> None:
 def test_frozen_layers_that_cannot_be_are_refused() -> None:
     for layers in ([2, 4], [3]):
         for method in ({"config": {"layers": layers}, "tune": None}, {"config": None, "tune": {"blocks": layers}}):
-            arguments = ({"frozen_layers": 3}, {"name": "mine", **method}, "b.yaml: 'grid[0]")
+            arguments = (3, {"name": "mine", **method}, "b.yaml: 'grid[0]")
             if layers == [3]:
                 check_frozen(*arguments)
                 continue
@@ -166,4 +166,4 @@ def test_frozen_layers_that_cannot_be_are_refused() -> None:
         load_benchmark("llama").check_processes(run.spec, 2, "ddp")
     run.spec["method"]["config"]["layers"] = "last:3"  # of four, which planning does not know
     with pytest.raises(DefinitionError, match=r"method 'emoe' converts layer 1, .*is 2"):
-        build_language_model(run.spec)
+        build_language_model(typed(run))

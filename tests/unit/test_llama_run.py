@@ -27,7 +27,7 @@ from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import ensure_mmlu_dev
 from benchmarks.llama.shared_prompt import SharedPromptLM
-from tests.executed import finish, killed_and_resumed, prepare
+from tests.executed import finish, killed_and_resumed, prepare, typed
 from tests.instruction_runs import ROWS, offer_only, tiny_run
 from tests.programs import call
 
@@ -132,7 +132,7 @@ def test_exports_equal_the_trained_model(tuning: str) -> None:
         emoe.to_dense_(experts, restore_order=True)
         assert torch.allclose(experts(**inputs).logits, whole, atol=1e-5)
     # stock weights in their old order, so that only what was trained differs from the pre-trained model
-    before = build_language_model(tiny_run("dense", "base").spec).model.state_dict()
+    before = build_language_model(typed(tiny_run("dense", "base"))).model.state_dict()
     after = load_file("dense/model.safetensors")
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     adapted = {f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(4) for name in "qv"}
@@ -234,7 +234,7 @@ def test_nats_are_those_of_the_right_answer(questions: list[dict[str, Any]], nat
 @pytest.mark.parametrize("frozen_layers", [0, 2])
 def test_choices_that_share_their_prompt_are_as_likely_as_alone(frozen_layers: int) -> None:
     tokenizer = load_tokenizer(tiny_run().spec["model"])
-    built = build_language_model(tiny_run("emoe", "full", training={"frozen_layers": frozen_layers}).spec)
+    built = build_language_model(typed(tiny_run("emoe", "full", training={"frozen_layers": frozen_layers})))
     model, prefix = built.model.eval(), built.prefix
     texts = [("Name a colour.", " red"), ("Name a colour.", " a colour like blue"), ("One plus one is", " two")]
     texts += [("One plus one is", " not three"), ("Name a colour.", " green or so"), ("Alone", " it stands here")]

@@ -14,8 +14,9 @@ from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from benchmarks.speed import pipeline
-from benchmarks.speed.definition import MEASURES, Settings
+from benchmarks.speed.definition import MEASURES, MeasurementSpec, Settings
 from tests import fake_runs
+from tests.planned import plan
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 LLAMA = {"model_type": "llama", "vocab_size": 50, **SIZES}
@@ -57,7 +58,10 @@ def test_each_measure_gives_numbers_of_each_candidate(
     settings = usual | {name: value for name, value in small.items() if name in usual}
     if measure == "layer":
         settings["candidates"] = ["sparse", "masked", "mixtral_eager", "mixtral_grouped_mm"]
-    spec = {"task": {"name": measure}, "model": {"name": "small", "config": config}, "settings": settings, "seed": 0}
+    small_model = {"name": "small", "config": config}
+    planned = plan(["speed"], "smoke")[0].spec
+    changed = {**planned, "task": {"name": measure}, "model": small_model, "settings": settings}
+    spec = MeasurementSpec.model_validate(changed)
     threads = torch.get_num_threads()
     measured = pipeline.run(spec, tmp_path, cast(Any, SimpleNamespace(say=print)))["measured"]
     torch.set_num_threads(threads)

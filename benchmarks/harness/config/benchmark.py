@@ -19,7 +19,7 @@ from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import Kind, Method, load_methods, merge_methods
 from benchmarks.harness.config.names import check_name
 from benchmarks.harness.config.overlay import Changes, merge
-from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.runs import Run, RunSpec
 from benchmarks.harness.config.sets import SetReader
 from benchmarks.harness.config.yaml import (
     Count,
@@ -204,6 +204,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     part_model: ClassVar[type[SuitePart]]
     task_files: ClassVar[Mapping[str, type[Strict]]] = {}  # models of its other YAML files, by name
     paper_columns: ClassVar[tuple[str, ...]] = ()  # of paper.csv, before value, status and source
+    spec_model: ClassVar[type[RunSpec]]  # of the specs of its runs
     recorded: ClassVar[tuple[str, ...]] = ()  # the keys of metrics.json that each of its runs has
 
     def __init__(
@@ -275,7 +276,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     def pipeline(self) -> ModuleType:
         """Import the module of the kind that executes runs.
 
-        Its function ``run(spec, folder, progress)`` returns the content of ``metrics.json`` without the environment.
+        Its function ``run(spec, folder, progress)`` gets a :attr:`spec_model` and returns the content of ``metrics.json`` without the environment.
         """
         # imported when it is needed, because it imports PyTorch, and planning is fast without
         return importlib.import_module(f"{self.package}.pipeline")
@@ -337,6 +338,10 @@ class Benchmark(ABC, Generic[D, E, P]):
     def has_set_tables(self) -> bool:
         """Return True if the benchmark has separate tables and figures for each set."""
         return bool(getattr(self.definition, "set_tables", ()))
+
+    def read_spec(self, run: Run) -> RunSpec:
+        """Validate the spec of a run; raise :class:`DefinitionError` if it does not fit the kind."""
+        return parse(run.spec, self.spec_model, str(run.spec_file))
 
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
         """Make the spec of a run. ``variant`` names its settings besides model, task and method."""

@@ -135,11 +135,11 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
         raise DefinitionError(f"{where}: {error}") from error
 
 
-def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: str, count: int | None = None) -> None:
+def check_frozen(frozen: int | None, method: Mapping[str, Any], where: str, count: int | None = None) -> None:
     """Check that a method converts and trains nothing below the frozen layers.
 
     Args:
-        training: The training settings of the run's spec.
+        frozen: The number of frozen layers; None for none.
         method: The method of the run's spec.
         where: The file and the keys, for messages.
         count: The number of layers of the model. Without it, requests that depend on it (``last:2``) are not checked.
@@ -147,12 +147,11 @@ def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: 
     Raises:
         DefinitionError: The method uses a frozen layer.
     """
-    frozen = training.get("frozen_layers") or 0
     for settings, verb in ((method["config"] or {}, "converts"), (method["tune"] or {}, "trains")):
         for layers in filter(None, (settings.get("layers"), settings.get("blocks"))):
             if count is not None:
                 layers = resolve_layers(layers, count)
-            if isinstance(layers, list) and 0 <= min(layers) < frozen:
+            if isinstance(layers, list) and 0 <= min(layers) < (frozen or 0):
                 raise DefinitionError(
                     f"{where}: method '{method['name']}' {verb} layer {min(layers)}, but training.frozen_layers is "
                     f"{frozen}. Freeze fewer, or take layers from {frozen} on"

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -45,8 +45,22 @@ _NETWORKS: dict[str | None, Callable[[Mapping[str, Any]], nn.Module]] = {
 }
 
 
+class TrainedSpec(Protocol):
+    """The part of a training run's spec that all models are built from."""
+
+    @property
+    def model(self) -> dict[str, Any]: ...
+    @property
+    def method(self) -> dict[str, Any]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def training(self) -> Any: ...  # each kind has its own settings
+
+
 def build_classifier(
-    spec: Mapping[str, Any],
+    spec: TrainedSpec,
+    labels: int,
     tokenizer: PreTrainedTokenizerBase,
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
@@ -55,32 +69,34 @@ def build_classifier(
 
     Args:
         spec: The spec of a training run.
+        labels: The number of classes; 0 for a regression.
         tokenizer: The model's tokenizer.
         calibration: Batches of training rows, for a co-activation partition.
         partition: The saved partition of a model that is rebuilt.
     """
-    model = load_classifier(
-        spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
-    )
-    return _make_trainable(model, model, source_of(spec["model"], model), spec, calibration, partition)
+    model = load_classifier(spec.model, max(labels, 1), derive_seed("head", spec.seed), tokenizer.pad_token_id)
+    return _make_trainable(model, model, source_of(spec.model, model), spec, calibration, partition)
 
 
-def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainable:
+def build_image_classifier(
+    spec: TrainedSpec, num_classes: int, size: int, *, drop_path: float, dropout: float
+) -> Trainable:
     """Load, convert and adapt a classifier of images.
 
     Args:
         spec: The spec of a run that trains on images.
         num_classes: The number of classes of the set.
+        size: The width and height of the images in pixels.
+        drop_path: The rate of stochastic depth.
+        dropout: The dropout of the ViT; the fork does not have it.
     """
-    size, drop_path = spec["training"]["image_size"], spec["training"]["drop_path"]
-    dropout = spec["hparams"].get("vit_dropout", 0.0)  # the fork does not have it
-    head_seed = derive_seed("head", spec["seed"])
-    model = load_image_classifier(spec["model"], num_classes, size, drop_path, head_seed, dropout)
+    head_seed = derive_seed("head", spec.seed)
+    model = load_image_classifier(spec.model, num_classes, size, drop_path, head_seed, dropout)
     return _make_trainable(model, model.network, model.source, spec)
 
 
 def build_language_model(
-    spec: Mapping[str, Any],
+    spec: TrainedSpec,
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
     *,
@@ -97,12 +113,12 @@ def build_language_model(
     Raises:
         EMoEError: The weights are missing or damaged, or the method does not fit the model.
     """
-    layers = (spec["method"]["config"] or {}).get("layers")
-    model = build_empty_language_model(spec["model"], layers) if empty else load_language_model(spec["model"])
+    layers = (spec.method["config"] or {}).get("layers")
+    model = build_empty_language_model(spec.model, layers) if empty else load_language_model(spec.model)
     # the digest of quantised weights depends on the machine
-    source = source_of(spec["model"], model, with_digest=not empty and "quantize" not in spec["model"])
+    source = source_of(spec.model, model, with_digest=not empty and "quantize" not in spec.model)
     trainable = _make_trainable(model, model, source, spec, calibration, partition)
-    if "quantize" in spec["model"]:
+    if "quantize" in spec.model:
         cast(Any, model)._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
     elif not torch.cuda.is_available():
         model.float()  # after clustering the weights in their own type, as on an accelerator
@@ -112,33 +128,36 @@ def build_language_model(
     return trainable
 
 
-def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
+def build_seq2seq(spec: TrainedSpec) -> Trainable:
     """Load and convert an encoder-decoder model for a run on several tasks, and train all of it."""
-    model = load_seq2seq(spec["model"])
-    return _make_trainable(model, model, source_of(spec["model"], model), spec)
+    model = load_seq2seq(spec.model)
+    return _make_trainable(model, model, source_of(spec.model, model), spec)
 
 
 def _make_trainable(
     model: nn.Module,
     network: nn.Module,
     source: Mapping[str, Any],
-    spec: Mapping[str, Any],
+    spec: TrainedSpec,
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
     """Convert and adapt a model's network, which is the model itself or one of its modules."""
-    seed, tune, training = spec["seed"], spec["method"]["tune"], spec["training"]
+    tune = spec.method["tune"]
+    # some kinds have neither
+    frozen_layers = getattr(spec.training, "frozen_layers", None)
+    lora = getattr(spec.training, "lora", None)
     dense, embeddings, ffns = _count(model), _embedding_parameters(model), find_ffns(network)
     dense_ffns = sum(ffn.d * ffn.h * (len(ffn.in_projections()) + 1) for ffn in ffns)
     prefix = None
-    if training.get("frozen_layers"):
-        check_frozen(training, spec["method"], "the model", len(ffns))  # planning cannot resolve ``last:2``
-        prefix = Prefix(model, network, training["frozen_layers"])
-    report = apply_method_(network, spec["method"], seed, calibration, partition)
+    if frozen_layers:
+        check_frozen(frozen_layers, spec.method, "the model", len(ffns))  # planning cannot resolve ``last:2``
+        prefix = Prefix(model, network, frozen_layers)
+    report = apply_method_(network, spec.method, spec.seed, calibration, partition)
     adapters, groups = None, cast(Groups, {})
     if tune is not None:
         names = prefix.names if prefix else frozenset()
-        adapters, groups = tune_(cast(PreTrainedModel, network), training.get("lora"), tune, seed, names)
+        adapters, groups = tune_(cast(PreTrainedModel, network), lora, tune, spec.seed, names)
     if prefix:
         prefix.freeze_()
     use_sparse_(model)
@@ -195,7 +214,7 @@ def save_trained(model: nn.Module, folder: Path) -> None:
     write_tensors(trained_state(model), folder / _TRAINED)
 
 
-def reopen(build: Callable[..., Trainable], spec: Mapping[str, Any], weights: str, folder: Path) -> Trainable:
+def reopen(build: Callable[..., Trainable], spec: TrainedSpec, weights: str, folder: Path) -> Trainable:
     """Build the model of a finished run with its trained weights.
 
     Args:
@@ -208,13 +227,13 @@ def reopen(build: Callable[..., Trainable], spec: Mapping[str, Any], weights: st
         DataError: The trained tensors are missing or damaged, or the pre-trained weights have changed.
         CheckpointError: The partition is missing or damaged.
     """
-    config = spec["method"]["config"]
+    config = spec.method["config"]
     partition = load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None
     trainable = build(spec, partition=partition)
     now = trainable.summary["source"]["weights"]
     if weights and now != weights:
         raise DataError(
-            f"the weights of '{spec['model']['name']}' changed since the run was trained: {now} instead of {weights}"
+            f"the weights of '{spec.model['name']}' changed since the run was trained: {now} instead of {weights}"
         )
     load_trained_(trainable.model, folder / _TRAINED)
     return trainable

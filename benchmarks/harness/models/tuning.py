@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.harness.base import DefinitionError, derive_seed
-from benchmarks.harness.config.methods import TUNINGS, is_below
+from benchmarks.harness.config.methods import TUNINGS, LoRA, is_below
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
@@ -22,7 +22,7 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 def tune_(
     model: PreTrainedModel,
-    lora: Mapping[str, Any] | None,
+    lora: LoRA | None,
     tune: Mapping[str, Any],
     seed: int,
     frozen: Collection[str] = (),
@@ -99,16 +99,16 @@ def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
     return paths
 
 
-def _add_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int, frozen: Collection[str]) -> LoraModel:
+def _add_adapters_(model: PreTrainedModel, lora: LoRA, seed: int, frozen: Collection[str]) -> LoraModel:
     """Add adapters to a model in place, except to frozen layers, and return peft's model."""
     kind = model.config.model_type
-    if kind not in lora["targets"]:
-        raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")
+    if kind not in lora.targets:
+        raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora.targets)}")
     config = LoraConfig(
-        r=lora["rank"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=list(lora["targets"][kind]),
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),  # peft takes fractions, too
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets[kind]),
         exclude_modules=sorted({name.rpartition(".")[0] for name in frozen}),
         fan_in_fan_out=kind == "gpt2",  # its layers are Conv1D
     )

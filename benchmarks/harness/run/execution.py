@@ -52,6 +52,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     _end_with_launcher()
     run, output, is_main = read_run(path), path.with_name("metrics.json"), group.is_main()
     benchmark = load_benchmark(run.benchmark)
+    spec = benchmark.read_spec(run)
     torch.set_num_threads(threads)
     group.set_parallelism(parallel)
     benchmark.check_processes(run.spec, group.world_size(), parallel)
@@ -68,7 +69,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
                 prepare_kernels()
             startup = time.time() - started
             torch.manual_seed(derive_seed("run", run.seed))
-            metrics: dict[str, Any] = pipeline.run(run.spec, path.parent, progress)
+            metrics: dict[str, Any] = pipeline.run(spec, path.parent, progress)
             if not is_main:
                 return output
             seconds = time.time() - started
