@@ -131,4 +131,4 @@ def test_a_set_needs_the_records_of_its_own_runs_alone() -> None:
     files = targets.record_files(SMOKE, "domainbed", "rotated_mnist_5k")
     assert files == ["results/smoke/records/domainbed_rotated_mnist_5k.jsonl"]
     assert set(files) < set(targets.record_files(SMOKE, "domainbed"))
-    assert targets.record_parts(SMOKE)["domainbed_rotated_mnist_5k"] == ("domainbed", "rotated_mnist_5k")
+    assert targets.parts_by_records(SMOKE)["domainbed_rotated_mnist_5k"] == ("domainbed", "rotated_mnist_5k")

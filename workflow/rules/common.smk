@@ -44,8 +44,10 @@ with one_line_errors():
     # A job on a cluster parses these files again. It gets its run from the plan of the main process if it sees that file.
     IN_JOB = not workflow.is_main_process and plan.is_written(SUITE)
     SHOWN = artifacts.suite_artifacts(SUITE)
-    RECORDS = targets.record_parts(SUITE)
+    RECORDS = targets.parts_by_records(SUITE)
     CLAIMED = claims.claimed_benchmarks(SUITE)
+    # both refuse wrong files before any work
+    artifacts.all_artifacts()
     paper_items.load_paper()
     if not IN_JOB:
         runs.refuse_old_folders()

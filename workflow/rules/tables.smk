@@ -56,8 +56,10 @@ for shown in SHOWN:
         conda:
             ENVIRONMENT
         params:
-            # a suite with fewer runs or sets makes them again
-            runs=targets.digest_of_runs(SUITE, shown.benchmark, shown.part),
+            # a suite with fewer runs or sets makes them again; a function, because a job on a cluster plans no runs
+            runs=lambda wildcards, shown=shown: targets.digest_of_runs(
+                SUITE, shown.benchmark, shown.part
+            ),
             what=benchmark_and_part(shown.benchmark, shown.part),
             suite=SUITE.name,
         message:

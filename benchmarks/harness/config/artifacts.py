@@ -118,7 +118,7 @@ def _definitions(name: str) -> list[Path]:
 
 def record_sources() -> list[str]:
     """List the code that shapes the files of records."""
-    return _files("harness/results/records.py")
+    return _files("harness/results/records.py", "harness/results/content.py")
 
 
 def claim_sources() -> list[str]:

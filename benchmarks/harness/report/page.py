@@ -39,8 +39,8 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     page = _Page(suite, output.parent.absolute())
     names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
     sections = {name: read_section(artifacts_of(name), suite.name) for name in names}
-    costs = [_costs(name, [section]) for name, section in sections.items()]
-    costs.append(_costs("all", list(sections.values())))
+    costs = {name: _costs(name, [section]) for name, section in sections.items()}
+    cost_of_all = _costs("all", list(sections.values()))
     models: dict[str, None] = {}
     run_names: dict[str, str] = {}
     for section in sections.values():
@@ -52,10 +52,10 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         version=emoe.__version__,
         claims={} if benchmark else page.claims(is_random),
         shown_names=names,
-        sections=[page.section(name, section) for name, section in sections.items()],
+        sections=[{**page.section(name, section), "cost": costs[name]} for name, section in sections.items()],
         models=name_or_count([model_title(model) for model in models], "models"),
         paper=[] if benchmark else page.paper_items(),
-        costs=costs,
+        costs=[*costs.values(), cost_of_all],
         machines=_sum_machines(sections.values()),
         runs_folder=page.link(paths.RUNS),
         run_names=run_names,
@@ -137,7 +137,6 @@ class _Page:
             "data": [dict(zip(_DATA, row.model_dump().values(), strict=True)) for row in section.data],
             "training": section.training,
             "optimizer": section.optimizer,
-            "cost": _costs(name, [section]),
             **self.tables_and_figures(section),
             "parts": parts,
         }

@@ -64,14 +64,14 @@ def find_partition(name: str, suite: Suite) -> PartitionJob:
 
 def read_run_of_job(folder: str, suite: Suite) -> Run:
     """Read a run from the plan, in a job on a cluster."""
-    _, _, _, resources, spec = _read_row(_plan_file(suite), folder)
-    return Run(folder.rpartition("/")[2], json.loads(spec), json.loads(resources))
+    row = _read_row(_plan_file(suite), _RUN_COLUMNS, folder)
+    return Run(folder.rpartition("/")[2], json.loads(row["spec"]), json.loads(row["resources"]))
 
 
 def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
     """Read a clustering from the plan, in a job on a cluster."""
-    _, settings = _read_row(_partitions_file(suite), name)
-    return PartitionJob(**json.loads(settings))
+    row = _read_row(_partitions_file(suite), _PARTITION_COLUMNS, name)
+    return PartitionJob(**json.loads(row["partition"]))
 
 
 def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, bool]]:
@@ -108,10 +108,10 @@ def _write_rows(path: Path, rows: list[tuple[str, ...]]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _read_row(path: Path, key: str) -> list[str]:
-    """Return the cells of the row whose first cell is ``key``."""
+def _read_row(path: Path, columns: tuple[str, ...], key: str) -> dict[str, str]:
+    """Return the row whose first cell is ``key``, by column."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             if line.startswith(f"{key}\t"):
-                return line.rstrip("\n").split("\t")
+                return dict(zip(columns, line.rstrip("\n").split("\t"), strict=True))
     raise DefinitionError(f"{path} has no row '{key}'; start the workflow again")

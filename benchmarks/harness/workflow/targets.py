@@ -7,6 +7,7 @@ import hashlib
 from benchmarks.harness import base as paths
 from benchmarks.harness.config.artifacts import (
     CLAIMS,
+    Artifacts,
     all_artifacts,
     artifacts_of,
     numbers_file,
@@ -56,7 +57,7 @@ def lost_spec_files(suite: Suite) -> list[str]:
     return [str(run.spec_file) for run in suite.runs if run.is_finished and not run.spec_file.exists()]
 
 
-def record_parts(suite: Suite) -> dict[str, tuple[str, str | None]]:
+def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
     """Map the name of each file of records to its benchmark and part.
 
     A benchmark with separate tables for each set has one file a set, so that a set needs no other set's runs.
@@ -71,17 +72,24 @@ def record_parts(suite: Suite) -> dict[str, tuple[str, str | None]]:
 def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
     """Return the files of records of all benchmarks, of one benchmark, or of one part."""
     files = []
-    for name in suite.settings.benchmarks:
-        if benchmark in (None, name):
-            parts = [each for each in suite.record_parts(name) if part in (None, each)]
-            files += [str(records_file(suite.name, name, each)) for each in parts]
+    for name, each in parts_by_records(suite).values():
+        if benchmark in (None, name) and part in (None, each):
+            files.append(str(records_file(suite.name, name, each)))
     return files
 
 
 def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
     """Return the sections of all benchmarks, or of one and its sets."""
-    shown = [each for each in suite_artifacts(suite) if benchmark in (None, each.benchmark)]
-    return [each.section_file(suite.name) for each in shown]
+    return [each.section_file(suite.name) for each in _shown(suite, benchmark)]
+
+
+def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list[Artifacts]:
+    """Return the tables and figures of all benchmarks, of one with its sets, or of one set."""
+    shown = []
+    for each in suite_artifacts(suite):
+        if benchmark in (None, each.benchmark) and part in (None, each.part):
+            shown.append(each)
+    return shown
 
 
 def digest_of_runs(suite: Suite, benchmark: str, part: str | None) -> str:
@@ -97,13 +105,9 @@ def number_files(suite: Suite) -> list[str]:
 
 def output_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
     """Return the files of tables and figures of one part, of one benchmark, or of all including the claims."""
-    artifacts = []
+    artifacts = _shown(suite, benchmark, part)
     if benchmark is None and claimed_benchmarks(suite):
-        artifacts.append(CLAIMS)
-    for name in suite.settings.benchmarks:
-        if benchmark in (None, name):
-            shown_parts = [None, *suite.parts(name)]
-            artifacts += [artifacts_of(name, each) for each in shown_parts if part in (None, each)]
+        artifacts = [CLAIMS, *artifacts]
     files = []
     for each in artifacts:
         files += [*each.table_files(suite.name), *each.figure_files(suite.name)]
