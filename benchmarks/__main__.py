@@ -20,12 +20,17 @@ from emoe.errors import EMoEError
 if TYPE_CHECKING:
     from benchmarks.harness.config.suite import Suite
 
-for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):  # read when they are imported
+for _telemetry in (
+    "MLFLOW_DISABLE_TELEMETRY",
+    "HF_HUB_DISABLE_TELEMETRY",
+):  # read when they are imported
     os.environ.setdefault(_telemetry, "true")
 
 _PATH = click.Path(path_type=Path)
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
-_threads = click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads.")
+_threads = click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads."
+)
 
 
 @click.group(
@@ -54,7 +59,7 @@ def list_command(kind: str, suite: str) -> None:
 
     A suite's name lists its runs. `paper` lists the paper's tables and figures, with the files of `--suite`.
     """
-    from benchmarks.harness.config.listing import LISTS, format_rows, suite_rows
+    from benchmarks.harness.report.listing import LISTS, format_rows, suite_rows
 
     if kind == "paper":
         from benchmarks.harness.report.paper import paper_index
@@ -78,11 +83,31 @@ def status(suite: str) -> None:
 @click.argument("spec", type=_PATH)
 @_threads
 @click.option("--log", type=_PATH, help="Log file; by default log.txt beside SPEC.")
-@click.option("--processes", type=click.IntRange(min=1), default=1, help="Processes that torchrun starts for the run.")
-@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp", help="Model copies, or shards.")
-@click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs to reserve; waits until they are free.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Processes that torchrun starts for the run.",
+)
+@click.option(
+    "--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp", help="Model copies, or shards."
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=0),
+    default=0,
+    help="GPUs to reserve; waits until they are free.",
+)
 @click.pass_obj
-def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str, gpus: int) -> None:
+def run(
+    started: float,
+    spec: Path,
+    threads: int,
+    log: Path | None,
+    processes: int,
+    parallel: str,
+    gpus: int,
+) -> None:
     """Execute the run of a run.json.
 
     It writes metrics.json beside it. Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
@@ -94,7 +119,9 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
     log = log or spec.parent / "log.txt"
     with reserve_devices(gpus, spec.parent.name, processes):
         if processes > 1:
-            launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
+            launch_distributed(
+                spec, threads=threads, log=log, processes=processes, parallel=parallel
+            )
         else:
             execute(spec, threads=threads, log=log, started=started, parallel=parallel)
             exit_worker()
@@ -103,7 +130,12 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
 @cli.command()
 @click.argument("spec", type=_PATH)
 @click.option("--output", type=_PATH, required=True, help="A new folder.")
-@click.option("--form", type=click.Choice(["dense", "emoe"]), default="dense", help="For stock transformers, or emoe.")
+@click.option(
+    "--form",
+    type=click.Choice(["dense", "emoe"]),
+    default="dense",
+    help="For stock transformers, or emoe.",
+)
 def export(spec: Path, output: Path, form: str) -> None:
     """Write the tuned language model of the run.json SPEC."""
     from benchmarks.llama.export import export as export_run
@@ -125,7 +157,9 @@ def collect(suite: str, benchmark: str, part: str | None) -> None:
     from benchmarks.harness.results.records import collect as collect_records
 
     loaded = _load_suite(suite, benchmark, part)
-    check_finished(loaded.runs_of(benchmark, part), f"of the suite {suite}", f"make run SUITE={suite}")
+    check_finished(
+        loaded.runs_of(benchmark, part), f"of the suite {suite}", f"make run SUITE={suite}"
+    )
     for file in collect_records(loaded, benchmark, part):
         click.echo(f"wrote {file}", err=True)
 
@@ -146,12 +180,19 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
 
 @cli.command()
 @_suite
-@click.option("--write", is_flag=True, help="Write tables and figures below results/ instead of printing.")
+@click.option(
+    "--write", is_flag=True, help="Write tables and figures below results/ instead of printing."
+)
 def claims(suite: str, write: bool) -> None:
     """Test the paper's claims on the numbers of `tables`."""
-    from benchmarks.harness.config.paper_items import main_figure
-    from benchmarks.harness.report.claims import claims_table, judge_claims, read_claim_numbers, write_claims
+    from benchmarks.harness.report.claims_table import (
+        claims_table,
+        judge_claims,
+        read_claim_numbers,
+        write_claims,
+    )
     from benchmarks.harness.report.paper import draw_main
+    from benchmarks.harness.report.paper_items import main_figure
 
     loaded = _load_suite(suite)
     numbers = read_claim_numbers(loaded)
@@ -165,7 +206,12 @@ def claims(suite: str, write: bool) -> None:
 
 @cli.command()
 @_suite
-@click.option("--output", type=click.Path(path_type=Path, resolve_path=True), required=True, help="The HTML page.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, resolve_path=True),
+    required=True,
+    help="The HTML page.",
+)
 @click.option("--benchmark", help="Only this benchmark.")
 def report(suite: str, output: Path, benchmark: str | None) -> None:
     """Write the page of a suite, or of one benchmark.
@@ -214,7 +260,14 @@ def check(suite: str, elsewhere: bool) -> None:
 
 @cli.command()
 @_suite
-@click.option("--runs", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Number of runs.")
+@click.option(
+    "--runs",
+    "count",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Number of runs.",
+)
 def verify(suite: str, count: int) -> None:
     """Rerun some finished runs, and compare their numbers."""
     from benchmarks.harness.results.check import verify as verify_runs
@@ -239,8 +292,17 @@ def bless(suite: str) -> None:
 @cli.command()
 @_suite
 @click.option("--check", is_flag=True, help="Download nothing.")
-@click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
-@click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
+@click.option(
+    "--open",
+    "open_images",
+    is_flag=True,
+    help="Also open every image of image sets; takes minutes.",
+)
+@click.option(
+    "--data-root",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder with data; else the suite's.",
+)
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
     """Fetch a suite's data, and show available and missing sets."""
     if check:
@@ -271,13 +333,15 @@ def new(name: str, csv: Path, text: str, label: str) -> None:
     from benchmarks.text.new import new_benchmark
 
     new_benchmark(name, csv, text, label)
-    click.echo(f"wrote benchmarks/{name} and config/{name}.yaml\nrun it: snakemake --cores 2 --config suite={name}")
+    click.echo(
+        f"wrote benchmarks/{name} and config/{name}.yaml\nrun it: snakemake --cores 2 --config suite={name}"
+    )
 
 
 @cli.command()
 def schemas() -> None:
     """Write JSON Schemas of all YAML files, for editors."""
-    from benchmarks.harness.config.schemas import write_schemas
+    from benchmarks.harness.run.schemas import write_schemas
 
     click.echo("\n".join(f"wrote {file}" for file in write_schemas()))
 
@@ -307,7 +371,9 @@ def rebuild(name: str, output: Path) -> None:
 
 @cli.command()
 @click.argument("spec")
-@click.option("--output", type=_PATH, required=True, help="Receipt that names the cached partition.")
+@click.option(
+    "--output", type=_PATH, required=True, help="Receipt that names the cached partition."
+)
 @_threads
 def partition(spec: str, output: Path, threads: int) -> None:
     """Compute and cache the partition for a SPEC in JSON."""
@@ -340,8 +406,8 @@ def _load_suite(suite: str, benchmark: str | None = None, part: str | None = Non
     Changes to the checkout if the folder has no results.
     """
     from benchmarks.harness.base import RESULTS, ROOT
-    from benchmarks.harness.config.suite import suite_of_job
     from benchmarks.harness.config.yaml import check_names
+    from benchmarks.harness.workflow.environment import suite_of_job
 
     if not RESULTS.exists() and Path.cwd() != ROOT:
         click.echo(f"there is no {RESULTS}/ here; working in {ROOT}", err=True)

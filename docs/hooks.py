@@ -62,7 +62,10 @@ def notebook_page(path: Path) -> str:
             data = output.get("data", {"text/plain": output.get("text", ())})
             kind = next(kind for kind in ("image/png", "text/html", "text/plain") if kind in data)
             text = "".join(data[kind]).rstrip()
-            forms = {"image/png": f"![output](data:image/png;base64,{text})", "text/plain": f"```text\n{text}\n```"}
+            forms = {
+                "image/png": f"![output](data:image/png;base64,{text})",
+                "text/plain": f"```text\n{text}\n```",
+            }
             parts.append(forms.get(kind, text))
     return "\n\n".join(parts)
 
@@ -80,7 +83,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
             return f"[{text}]({posixpath.relpath(place, posixpath.dirname(here) or '.')}{anchor})"
         if not (ROOT / path).exists():
             return found[0]  # for MkDocs to complain
-        return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})" if config.repo_url else text
+        return (
+            f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
+            if config.repo_url
+            else text
+        )
 
     return _LINK.sub(link, markdown)
 
@@ -92,7 +99,9 @@ class Docstrings(griffe.Extension):
         """Show ``_number(0.0, at_least=0.0)``, a field with bounds, as its default."""
         value = attr.value
         if isinstance(value, griffe.ExprCall) and str(value.function) == "_number":
-            attr.value = next((each for each in value.arguments if not isinstance(each, griffe.ExprKeyword)), None)
+            attr.value = next(
+                (each for each in value.arguments if not isinstance(each, griffe.ExprKeyword)), None
+            )
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Edit one docstring."""

@@ -53,7 +53,11 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(emoe.__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -86,11 +90,30 @@ def _field_value(text: str) -> tuple[str, Any]:
 @_output
 @click.option("--num-experts", type=int, required=True, help="N, experts of each converted FFN.")
 @click.option("--top-k", type=int, required=True, help="Experts that each token uses.")
-@click.option("--layers", default="last-half:2", show_default=True, help="8,10; all; last:2; last-half:2; 8:12:2.")
-@click.option("--partition", help="Partition of the neurons: kmeans (the default), random, contiguous.")
-@click.option("--kind", type=click.Choice(["emoe", "gmoe"]), default="emoe", show_default=True, help="Split or copy.")
+@click.option(
+    "--layers",
+    default="last-half:2",
+    show_default=True,
+    help="8,10; all; last:2; last-half:2; 8:12:2.",
+)
+@click.option(
+    "--partition", help="Partition of the neurons: kmeans (the default), random, contiguous."
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["emoe", "gmoe"]),
+    default="emoe",
+    show_default=True,
+    help="Split or copy.",
+)
 @click.option("--as-published", help="The authors' settings: tutel or llama.")
-@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other field of the configuration.")
+@click.option(
+    "--set",
+    "others",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other field of the configuration.",
+)
 def convert(
     model: str,
     output: Path,
@@ -125,7 +148,9 @@ def convert(
     files.check_new(output)
     source = files.model_folder(model)
     if checkpoint.read_experts(source) is not None:
-        raise CheckpointError(f"{source} holds experts already; fold them back first (python -m emoe to-dense)")
+        raise CheckpointError(
+            f"{source} holds experts already; fold them back first (python -m emoe to-dense)"
+        )
     dense = files.load_stock(files.loader_for(source), source).eval()
     torch.manual_seed(0)  # for learned routers
     report = emoe.convert_(dense, config, progress=True)
@@ -207,7 +232,11 @@ def _file_table(folder: Path) -> str:
 @cli.command(short_help="Fold experts back into a dense model.")
 @click.argument("folder", type=_FOLDER)
 @_output
-@click.option("--restore-order", is_flag=True, help="Restore the order of the neurons from before the conversion.")
+@click.option(
+    "--restore-order",
+    is_flag=True,
+    help="Restore the order of the neurons from before the conversion.",
+)
 def to_dense(folder: Path, output: Path, restore_order: bool) -> None:
     """Fold the experts of a converted FOLDER back, and write the dense model to a new folder."""
     files.check_new(output)

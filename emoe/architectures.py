@@ -55,7 +55,9 @@ class FFNSpec:
                 parent = layer.get_submodule(prefix)
             except AttributeError:
                 return path
-            is_function = path == self.activation and callable(vars(parent).get(name))  # a method cannot be replaced
+            is_function = path == self.activation and callable(
+                vars(parent).get(name)
+            )  # a method cannot be replaced
             if not isinstance(getattr(parent, name, None), nn.Module) and not is_function:
                 return path
         return None
@@ -64,11 +66,15 @@ class FFNSpec:
 def _t5_specs(stack: str, position: int) -> list[FFNSpec]:
     """Return the two kinds of FFN in one of T5's stacks: T5 1.0's, and the gated FFN of T5 1.1."""
     ffn = f"layer.{position}.DenseReluDense"
-    plain = FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo", between=(f"{ffn}.dropout",))
+    plain = FFNSpec(
+        f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo", between=(f"{ffn}.dropout",)
+    )
     return [plain, replace(plain, proj_in=f"{ffn}.wi_0", proj_up=f"{ffn}.wi_1")]
 
 
-_BERT = FFNSpec("encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
+_BERT = FFNSpec(
+    "encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"
+)
 _GATED = FFNSpec("layers", "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj", proj_up="mlp.up_proj")
 _MLP = FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2")
 _TORCH = FFNSpec("layers", "linear1", "activation", "linear2", between=("dropout",))
@@ -77,13 +83,19 @@ _TIMM = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1",
 REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), (_BERT,)),
     "distilbert": (FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),),
-    "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first", between=("mlp.drop",)),),
+    "modernbert": (
+        FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first", between=("mlp.drop",)),
+    ),
     "gpt2": (FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),),
     "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
     "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
     "t5": (*_t5_specs("encoder", 1), *_t5_specs("decoder", 2)),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_GATED,)),
-    "phi3": (FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused="first"),),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_GATED,)
+    ),
+    "phi3": (
+        FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused="first"),
+    ),
     **dict.fromkeys(("phi", "vit", "deit"), (_MLP,)),
     "dinov2": (replace(_MLP, layers="encoder.layer"),),
     "clip_vision_model": (replace(_MLP, layers="encoder.layers"),),
@@ -116,7 +128,9 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
     """
     for spec in specs:
         if not isinstance(spec.between, tuple) or spec.fused not in (None, *HALVES):
-            raise ConversionError(f"register_ffn: between must be a tuple, fused None, 'first' or 'last': {spec}")
+            raise ConversionError(
+                f"register_ffn: between must be a tuple, fused None, 'first' or 'last': {spec}"
+            )
     REGISTRY[key] = specs
 
 
@@ -172,7 +186,9 @@ class FFN:
 
     def in_projections(self) -> list[tuple[str, nn.Module]]:
         """Return the in-projection and, if it is a separate module, the up-projection, with their paths."""
-        return [(path, self.module(path)) for path in (self.spec.proj_in, self.spec.proj_up) if path]
+        return [
+            (path, self.module(path)) for path in (self.spec.proj_in, self.spec.proj_up) if path
+        ]
 
     def projections(self) -> list[tuple[str, nn.Module]]:
         """Return the in-projections and the out-projection with their paths."""
@@ -185,12 +201,20 @@ class FFN:
     @property
     def d(self) -> int:
         """Number of neurons."""
-        return self.values().shape[1] if has_plain_weight(self.proj_out) else int(cast(Any, self.proj_out).in_features)
+        return (
+            self.values().shape[1]
+            if has_plain_weight(self.proj_out)
+            else int(cast(Any, self.proj_out).in_features)
+        )
 
     @property
     def h(self) -> int:
         """Width of the FFN's input."""
-        return self.keys().shape[1] if has_plain_weight(self.proj_in) else int(cast(Any, self.proj_in).in_features)
+        return (
+            self.keys().shape[1]
+            if has_plain_weight(self.proj_in)
+            else int(cast(Any, self.proj_in).in_features)
+        )
 
     @property
     def gated(self) -> bool:
@@ -216,7 +240,9 @@ class FFN:
 
     def _up_half(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return the up-projection's half of a tensor whose rows are neurons; the whole tensor if it is not fused."""
-        return tensor.chunk(2, dim)[1 - HALVES.index(self.spec.fused)] if self.spec.fused else tensor
+        return (
+            tensor.chunk(2, dim)[1 - HALVES.index(self.spec.fused)] if self.spec.fused else tensor
+        )
 
     def values(self) -> Tensor:
         """View the out-projection's weight as value vectors ``[h, d]``, one column per neuron."""
@@ -241,7 +267,9 @@ class FFN:
         if self.gated:
             up = self.proj_up or self.proj_in
             weight, bias = self._as_out_in(weight_of(up)), bias_of(up)
-            inputs.append((split(self._up_half(weight)), None if bias is None else split(self._up_half(bias))))
+            inputs.append(
+                (split(self._up_half(weight)), None if bias is None else split(self._up_half(bias)))
+            )
         return inputs, split(self.values().t())
 
     def up(self, x: Tensor) -> Tensor:
@@ -285,7 +313,9 @@ def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
         if name in REGISTRY:
             return REGISTRY[name]
     way_out = "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), or convert the submodule that has one"
-    raise ConversionError(f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], REGISTRY)}. {way_out}")
+    raise ConversionError(
+        f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], REGISTRY)}. {way_out}"
+    )
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -307,7 +337,9 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in spec.paths()}
         batch_first = bool(getattr(getattr(layer, "self_attn", None), "batch_first", True))
         ffn = FFN(len(ffns), name, spec, parents, batch_first)
-        ffns.setdefault((id(layer), spec.proj_in), ffn)  # the first of several specs for the same FFN wins
+        ffns.setdefault(
+            (id(layer), spec.proj_in), ffn
+        )  # the first of several specs for the same FFN wins
     if missing and (len(specs) == 1 or not ffns):
         raise ConversionError(f"{missing[0]}, which the row of its architecture names")
     return list(ffns.values())
@@ -317,11 +349,21 @@ def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
     """Return the layers in the module lists that ``spec.layers`` matches, with their qualified names."""
     pattern = re.compile(r"(.*\.)?" + re.escape(spec.layers).replace(r"\*", r"[^.]+"))
     kinds = nn.ModuleList | nn.Sequential
-    lists = {name: m for name, m in model.named_modules() if pattern.fullmatch(name) and isinstance(m, kinds)}
+    lists = {
+        name: m
+        for name, m in model.named_modules()
+        if pattern.fullmatch(name) and isinstance(m, kinds)
+    }
     if len(lists) > 1 and "*" not in spec.layers:
         name = f"{type(model).__name__} has several lists of layers '{spec.layers}'"
-        raise ConversionError(f"{name}: {', '.join(lists)}; convert the submodule that holds the intended one")
-    return [(f"{name}.{number}", layer) for name, layers in lists.items() for number, layer in enumerate(layers)]
+        raise ConversionError(
+            f"{name}: {', '.join(lists)}; convert the submodule that holds the intended one"
+        )
+    return [
+        (f"{name}.{number}", layer)
+        for name, layers in lists.items()
+        for number, layer in enumerate(layers)
+    ]
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -66,12 +66,20 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ConversionError: the model is not converted, or still carries adapters.
     """
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)  # torch.compile sets _orig_mod
+    while hasattr(model, "_orig_mod") or isinstance(
+        model, nn.DataParallel | nn.parallel.DistributedDataParallel
+    ):
+        model = cast(
+            nn.Module, getattr(model, "_orig_mod", None) or model.module
+        )  # torch.compile sets _orig_mod
     layers = converted_layers(model, "save_pretrained", "save it with its own library")
     # PEFT may leave its configuration on a model that it has merged
-    if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
+    if hasattr(model, "get_base_model") or any(
+        hasattr(module, "base_layer") for module in model.modules()
+    ):
+        raise ConversionError(
+            "save_pretrained: merge the adapters first (model = model.merge_and_unload())"
+        )
     check_one_conversion(layers, "save_pretrained")
     folder = Path(folder)
     describe_experts_(model)
@@ -196,7 +204,9 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     folder = files.model_folder(str(folder), options)
     experts = read_experts(folder)
     if experts is None:
-        raise CheckpointError(f"{folder} holds no experts; load it with its own library, and call emoe.convert_")
+        raise CheckpointError(
+            f"{folder} holds no experts; load it with its own library, and call emoe.convert_"
+        )
     if not hasattr(loader, "from_pretrained"):
         others = {name: value for name, value in options.items() if name not in files.HUB_OPTIONS}
         return _load_plain(loader, folder, experts, others)
@@ -220,22 +230,33 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
 
     others = {"trust_remote_code": False, **options}
     # AutoConfig would write these into the configuration, or drop them
-    kept = {name: others.pop(name) for name in (QUANTIZATION_CONFIG, "trust_remote_code") if name in others}
+    kept = {
+        name: others.pop(name)
+        for name in (QUANTIZATION_CONFIG, "trust_remote_code")
+        if name in others
+    }
     config = others.pop("config", None)
     if config is None:
         try:
             config, others = AutoConfig.from_pretrained(
-                str(folder), return_unused_kwargs=True, trust_remote_code=kept["trust_remote_code"], **others
+                str(folder),
+                return_unused_kwargs=True,
+                trust_remote_code=kept["trust_remote_code"],
+                **others,
             )
         except Exception as error:  # a damaged configuration raises anything
-            raise CheckpointError(f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.one_line(error)}") from error
+            raise CheckpointError(
+                f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.one_line(error)}"
+            ) from error
     config = copy.deepcopy(config)
     others |= kept
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
         delattr(config, SEPARATE_KEY)
-    others[IMPLEMENTATION_KEY] = None  # the configuration's value makes transformers refuse the folder
+    others[IMPLEMENTATION_KEY] = (
+        None  # the configuration's value makes transformers refuse the folder
+    )
     return config, others
 
 
@@ -243,7 +264,9 @@ def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mappin
     """Load a checkpoint quantised, then build its experts: transformers has room for one quantizer."""
     config = experts.config
     if isinstance(config, GMoEConfig) or config.gate_momentum:
-        raise CheckpointError(f"{folder}: a GMoE, or experts with gate_momentum, cannot be loaded quantised")
+        raise CheckpointError(
+            f"{folder}: a GMoE, or experts with gate_momentum, cannot be loaded quantised"
+        )
     model_config, others = _read_config(folder, options)
     others["output_loading_info"] = True
     with files.quiet():  # transformers would report the routers, which are loaded below
@@ -260,7 +283,9 @@ def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mappin
     return (model, info) if options.get("output_loading_info") else model
 
 
-def _load_plain(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> nn.Module:
+def _load_plain(
+    loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]
+) -> nn.Module:
     """Build a timm or plain model and its experts, then load their state."""
     model = files.build_without_weights(loader, folder, **options)
     layers = build_experts_(model, experts, folder)
@@ -274,14 +299,18 @@ def _load_plain(loader: Any, folder: Path, experts: Experts, options: Mapping[st
                 restored |= {name for name in model.state_dict() if name.startswith(prefix)}
         if layer.output_bias is not None:  # the stored one is the mean of the experts' biases
             restored.add(f"{names[layer.ffn.proj_out]}.bias")
-    files.load_state_(model, {name: state[name] for name in state.keys() - restored}, folder, restored)
+    files.load_state_(
+        model, {name: state[name] for name in state.keys() - restored}, folder, restored
+    )
     load_extra_(layers, folder)
     read_order_(layers, folder)
     finish_conversion_(model)
     return model.eval()
 
 
-def build_experts_(model: nn.Module, experts: Experts, source: str | os.PathLike[str]) -> list[RoutedActivation]:
+def build_experts_(
+    model: nn.Module, experts: Experts, source: str | os.PathLike[str]
+) -> list[RoutedActivation]:
     """Turn the FFNs that a checkpoint stores as experts into routed ones, before or after their weights load.
 
     Args:
@@ -296,7 +325,9 @@ def build_experts_(model: nn.Module, experts: Experts, source: str | os.PathLike
     config = experts.config
     last = experts.layers[-1]
     if last >= len(ffns):
-        raise CheckpointError(f"{source} has experts in layer {last}, but the model only {len(ffns)} FFNs")
+        raise CheckpointError(
+            f"{source} has experts in layer {last}, but the model only {len(ffns)} FFNs"
+        )
     chosen = [ffns[number] for number in experts.layers]
     if isinstance(config, EMoEConfig):
         check_divisible(chosen, config.num_experts)
@@ -310,15 +341,25 @@ def build_experts_(model: nn.Module, experts: Experts, source: str | os.PathLike
 
 def routing_names(model: nn.Module) -> set[str]:
     """Return the names of the state of routers and experts' biases."""
-    prefixes = [name for name, module in model.named_modules() if isinstance(module, RoutedActivation)]
-    return {name for name in model.state_dict() if name.startswith(tuple(f"{prefix}." for prefix in prefixes))}
+    prefixes = [
+        name for name, module in model.named_modules() if isinstance(module, RoutedActivation)
+    ]
+    return {
+        name
+        for name in model.state_dict()
+        if name.startswith(tuple(f"{prefix}." for prefix in prefixes))
+    }
 
 
 def check_placement(layers: Sequence[RoutedActivation]) -> None:
     """Raise :class:`CheckpointError` if a ``device_map`` offloads an FFN with a router, biases or copies of its own."""
     for layer in layers:
-        if layer.config.has_routing_state and any(map(is_offloaded, (layer.ffn.proj_in, layer.ffn.proj_out))):
-            raise CheckpointError(f"the device_map offloads {layer.ffn.name}; keep these experts on a device")
+        if layer.config.has_routing_state and any(
+            map(is_offloaded, (layer.ffn.proj_in, layer.ffn.proj_out))
+        ):
+            raise CheckpointError(
+                f"the device_map offloads {layer.ffn.name}; keep these experts on a device"
+            )
 
 
 def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
@@ -355,7 +396,9 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
         if cast(Tensor, ffn.proj_in.weight).is_meta:  # device_map="meta" loads no weights
             return
         norms = _key_norms(ffn)
-    if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6):
+    if norms.shape != saved.shape or not torch.allclose(
+        norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6
+    ):
         raise CheckpointError(f"{path} does not match the weights of {ffn.name}; {_WITHOUT_FILE}")
 
 
@@ -371,7 +414,9 @@ def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
             _load_named_(module, names, tensors, folder)
 
 
-def _load_routing_(layers: Sequence[RoutedActivation], weights: files.Weights, folder: Path) -> None:
+def _load_routing_(
+    layers: Sequence[RoutedActivation], weights: files.Weights, folder: Path
+) -> None:
     """Load the routing state of a model that transformers loaded without experts."""
     stored = stored_routing(layers, weights.files)
     for layer in layers:
@@ -380,15 +425,21 @@ def _load_routing_(layers: Sequence[RoutedActivation], weights: files.Weights, f
         _load_named_(layer, names, tensors, folder)
 
 
-def _load_named_(module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _load_named_(
+    module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], folder: Path
+) -> None:
     """Load a module's state, given the key of each name (raises :class:`CheckpointError`)."""
     for key in names.values():
         if key not in tensors:
-            raise CheckpointError(f"{folder} lacks {key}, the state of a router or of experts' biases")
+            raise CheckpointError(
+                f"{folder} lacks {key}, the state of a router or of experts' biases"
+            )
     try:
         module.load_state_dict({name: tensors[key] for name, key in names.items()})
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the state of the experts does not fit: {files.one_line(error)}") from error
+        raise CheckpointError(
+            f"{folder}: the state of the experts does not fit: {files.one_line(error)}"
+        ) from error
 
 
 def stored_routing(
@@ -400,7 +451,9 @@ def stored_routing(
     they end alike, and their layers are in the same order.
     """
     matches: dict[tuple[RoutedActivation, str], str] = {}
-    endings = {f"{layer.ffn.spec.activation}.{name}" for layer in layers for name in layer.state_dict()}
+    endings = {
+        f"{layer.ffn.spec.activation}.{name}" for layer in layers for name in layer.state_dict()
+    }
     for ending in sorted(endings):
         names = sorted((name for name in stored if name.endswith(f".{ending}")), key=_layer_numbers)
         owners = [layer for layer in layers if ending.startswith(f"{layer.ffn.spec.activation}.")]
@@ -414,7 +467,9 @@ def _layer_numbers(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
-def check_routing_is_stored(layers: Sequence[RoutedActivation], stored: Mapping[str, Path], folder: Path) -> None:
+def check_routing_is_stored(
+    layers: Sequence[RoutedActivation], stored: Mapping[str, Path], folder: Path
+) -> None:
     """Raise :class:`CheckpointError` if a checkpoint lacks a router or experts' biases.
 
     Transformers would only warn, and leave them as uninitialised memory.
@@ -424,4 +479,6 @@ def check_routing_is_stored(layers: Sequence[RoutedActivation], stored: Mapping[
         for name in layer.state_dict():
             if (layer, name) not in matches:
                 missing = f"{layer.ffn.name}.{layer.ffn.spec.activation}.{name}"
-                raise CheckpointError(f"{folder} lacks {missing}; save with emoe.save_pretrained or Trainer")
+                raise CheckpointError(
+                    f"{folder} lacks {missing}; save with emoe.save_pretrained or Trainer"
+                )

@@ -33,10 +33,19 @@ def check_plain(ffns: Iterable[FFN]) -> None:
 def _check_weight(name: str, module: nn.Module) -> None:
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     # a computed weight (weight norm, pruning) is not a parameter; a sharded or quantised one has another class
-    if weight is None or type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
-        raise ConversionError(f"{name} has no plain weight: convert before adapting, quantising, sharding or pruning")
+    if (
+        weight is None
+        or type(weight.detach()) is not Tensor
+        or not weight.is_floating_point()
+        or weight.itemsize < 2
+    ):
+        raise ConversionError(
+            f"{name} has no plain weight: convert before adapting, quantising, sharding or pruning"
+        )
     if weight.is_meta:
-        raise ConversionError(f"{name}.weight is on the meta device: load the weights before converting")
+        raise ConversionError(
+            f"{name}.weight is on the meta device: load the weights before converting"
+        )
     for tensor_name in ("weight", "bias"):
         tensor = getattr(module, tensor_name, None)
         if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
@@ -49,16 +58,25 @@ def _check_shapes(ffn: FFN) -> None:
         rows = module.weight.shape[1 if ffn.spec.transposed else 0]  # type: ignore[index]
         if rows != (2 * d if ffn.spec.fused else d):
             hint = "; set fused in emoe.FFNSpec" if rows == 2 * d else ""
-            raise ConversionError(f"{ffn.name}.{path} has {rows} outputs, but {ffn.spec.proj_out} has {d} inputs{hint}")
+            raise ConversionError(
+                f"{ffn.name}.{path} has {rows} outputs, but {ffn.spec.proj_out} has {d} inputs{hint}"
+            )
 
 
 def _check_between(ffn: FFN) -> None:
-    if isinstance(ffn.activation, nn.Module) and next(ffn.activation.parameters(), None) is not None:
+    if (
+        isinstance(ffn.activation, nn.Module)
+        and next(ffn.activation.parameters(), None) is not None
+    ):
         kind = type(ffn.activation).__name__
-        raise ConversionError(f"{ffn.name}.{ffn.spec.activation} ({kind}) has parameters, which EMoE does not support")
+        raise ConversionError(
+            f"{ffn.name}.{ffn.spec.activation} ({kind}) has parameters, which EMoE does not support"
+        )
     for path, module in ffn.between():
         if not isinstance(module, nn.Identity | nn.Dropout):
-            raise ConversionError(f"{ffn.name}.{path} is {type(module).__name__}, which mixes the experts' neurons")
+            raise ConversionError(
+                f"{ffn.name}.{path} is {type(module).__name__}, which mixes the experts' neurons"
+            )
 
 
 def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
@@ -71,7 +89,9 @@ def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
         for path, module in ffn.projections():
             name = f"{ffn.name}.{path}"
             if others := users.get(id(module.weight), set()) - {name}:
-                raise ConversionError(f"{name}.weight is shared with {', '.join(sorted(others))}: untie them first")
+                raise ConversionError(
+                    f"{name}.weight is shared with {', '.join(sorted(others))}: untie them first"
+                )
 
 
 def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
@@ -79,4 +99,6 @@ def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
     for ffn in ffns:
         if ffn.d % num_experts:
             nearest = f"the nearest number that can is {nearest_divisor(ffn.d, num_experts)}"
-            raise ConversionError(f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} experts; {nearest}")
+            raise ConversionError(
+                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} experts; {nearest}"
+            )

@@ -56,7 +56,9 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tens
 
 def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
     """Sum the squared distances of rows ``[n, h]`` to their cluster means, in float64."""
-    rows = rows.to(torch.float64, copy=True)  # a copy, so that squaring in place needs no more memory
+    rows = rows.to(
+        torch.float64, copy=True
+    )  # a copy, so that squaring in place needs no more memory
     sums = _sums(rows, labels.to(rows.device), num_clusters)
     counts = torch.bincount(labels, minlength=num_clusters).clamp(min=1).to(rows)
     return float((rows.square_().sum() - (sums.square().sum(1) / counts).sum()).clamp(min=0))
@@ -86,7 +88,9 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     for _ in range(num_clusters - 1):
         weights = distance.double().cpu().clamp(min=0)
         weights[chosen] = 0
-        if float(weights.sum()) < 1e-3:  # only duplicates are left, and the distances are rounding errors
+        if (
+            float(weights.sum()) < 1e-3
+        ):  # only duplicates are left, and the distances are rounding errors
             weights.fill_(1)
             weights[chosen] = 0
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
@@ -190,7 +194,11 @@ def _best_exchanges(
         chosen = bound.topk(min(_PAIRS_PER_CLUSTER * clusters, bound.numel())).indices
         first, second = first[chosen], second[chosen]
     left, right = moved[first, second], moved[second, first]
-    distance = squares[left][:, :, None] + squares[right][:, None, :] - 2 * _products_of_pairs(rows, left, right)
+    distance = (
+        squares[left][:, :, None]
+        + squares[right][:, None, :]
+        - 2 * _products_of_pairs(rows, left, right)
+    )
     total = value[first, second][:, :, None] + value[second, first][:, None, :] + distance
     best, pair = total.flatten(1).max(1)
     order = torch.sort(best, descending=True, stable=True).indices
@@ -199,7 +207,11 @@ def _best_exchanges(
     used_clusters, used_rows = [0] * clusters, set[int]()
     moves = []
     for a, b, row, other in torch.stack([first[order], second[order], i, j]).t().tolist():
-        if used_clusters[a] < depth and used_clusters[b] < depth and used_rows.isdisjoint((row, other)):
+        if (
+            used_clusters[a] < depth
+            and used_clusters[b] < depth
+            and used_rows.isdisjoint((row, other))
+        ):
             used_clusters[a] += 1
             used_clusters[b] += 1
             used_rows |= {row, other}
@@ -213,7 +225,9 @@ def _largest_(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     for _ in range(count):
         largest.append(values.max(-1, keepdim=True))
         values.scatter_(-1, largest[-1].indices, -torch.inf)
-    return torch.cat([top.values for top in largest], -1), torch.cat([top.indices for top in largest], -1)
+    return torch.cat([top.values for top in largest], -1), torch.cat(
+        [top.indices for top in largest], -1
+    )
 
 
 def _products_of_pairs(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 128) -> Tensor:

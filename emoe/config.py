@@ -408,7 +408,9 @@ class GMoEConfig(RoutingConfig):
     """
 
     kind: ClassVar[str] = "gmoe"
-    _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": {**_TUTEL, "num_experts": 6, "top_k": 1}}
+    _published: ClassVar[dict[str, dict[str, Any]]] = {
+        "tutel": {**_TUTEL, "num_experts": 6, "top_k": 1}
+    }
     router: ClassVar[str] = "cosine"
     selection: ClassVar[Selection] = "top"
     score: ClassVar[Score] = "keys"

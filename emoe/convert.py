@@ -24,7 +24,9 @@ from emoe.tokens import remove_argument_hooks, watch_padding
 # columns of the table, one per field of LayerReport
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
-_SIMILAR = 0.5  # mean cosine of keys; the same model in training is above it, another model far below
+_SIMILAR = (
+    0.5  # mean cosine of keys; the same model in training is above it, another model far below
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def convert_(
         ConfigError: ``layers`` matches nothing.
     """
     if routed_layers(model):
-        raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
+        raise ConversionError(
+            f"{type(model).__name__} is converted already; call emoe.to_dense_ first"
+        )
     ffns = find_ffns(model)
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
     check_weights(model, chosen)
@@ -106,7 +110,9 @@ def convert_(
             partition = build_partition(model, config, calibration=calibration, progress=progress)
         for ffn in chosen:
             if not is_permutation(partition.get(ffn.index), ffn.d):
-                raise ConversionError(f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}")
+                raise ConversionError(
+                    f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}"
+                )
     elif partition is not None or calibration is not None:
         raise ConversionError("GMoE copies whole FFNs; it takes no partition")
     reports = [convert_ffn(ffn, config, partition or {}) for ffn in chosen]
@@ -124,18 +130,28 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
     if isinstance(config, GMoEConfig):
         for ffn in ffns:
             for path, module in ffn.projections():
-                if not cast(Tensor, module.weight).requires_grad:  # copies of a frozen FFN would stay equal
-                    raise ConversionError(f"{ffn.name}.{path} is frozen, but GMoE's copies must train: unfreeze it")
+                if not cast(
+                    Tensor, module.weight
+                ).requires_grad:  # copies of a frozen FFN would stay equal
+                    raise ConversionError(
+                        f"{ffn.name}.{path} is frozen, but GMoE's copies must train: unfreeze it"
+                    )
         return
     check_divisible(ffns, config.num_experts)
     if config.router == "fixed":
-        raise ConversionError("router='fixed' needs usage: convert with router='avg_k', then call emoe.fix_experts_")
+        raise ConversionError(
+            "router='fixed' needs usage: convert with router='avg_k', then call emoe.fix_experts_"
+        )
     for ffn in ffns:
         if config.score in ("up", "up_abs") and not ffn.gated:
-            raise ConversionError(f"{ffn.name} is not gated: choose score 'keys', 'gate', 'inter' or 'inter_abs'")
+            raise ConversionError(
+                f"{ffn.name} is not gated: choose score 'keys', 'gate', 'inter' or 'inter_abs'"
+            )
 
 
-def convert_ffn(ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor]) -> LayerReport:
+def convert_ffn(
+    ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor]
+) -> LayerReport:
     """Turn one FFN into experts, in place, without checks. The partition is empty for GMoE."""
     permutation = None
     if isinstance(config, GMoEConfig):
@@ -154,8 +170,12 @@ def conversion_report(
     reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
 ) -> ConversionReport:
     """Summarize a conversion, given the dense model's number of FFNs and neurons, and the number of new parameters."""
-    dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts  # experts that compute the dense FFN
-    active = neurons + sum(report.expert_size * (config.num_active_experts - dense_experts) for report in reports)
+    dense_experts = (
+        1 if isinstance(config, GMoEConfig) else config.num_experts
+    )  # experts that compute the dense FFN
+    active = neurons + sum(
+        report.expert_size * (config.num_active_experts - dense_experts) for report in reports
+    )
     return ConversionReport(tuple(reports), ffns, active / neurons, added)
 
 
@@ -169,7 +189,12 @@ def widen(ffn: FFN, copies: int) -> None:
                 resize_parameter_(module, name, ffn.take(f"{path}.{name}", parameter, neurons))
         # nn.Linear stores [out, in] and GPT-2's Conv1D [in, out]
         rows, columns = cast(Tensor, module.weight).shape
-        for name, size in (("out_features", rows), ("in_features", columns), ("nx", rows), ("nf", columns)):
+        for name, size in (
+            ("out_features", rows),
+            ("in_features", columns),
+            ("nx", rows),
+            ("nf", columns),
+        ):
             if hasattr(module, name):
                 setattr(module, name, size)
 
@@ -202,12 +227,16 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
     if any(isinstance(layer.config, GMoEConfig) for layer in layers):
-        raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained separately")
+        raise ConversionError(
+            "a GMoE has no dense equal: its experts are full FFNs that were trained separately"
+        )
     if restore_order:
         check_plain(layer.ffn for layer in layers)
         for layer in layers:
             if layer.permutation is None:
-                raise ConversionError(f"{layer.ffn.name}: the neurons' order is unknown; leave out restore_order")
+                raise ConversionError(
+                    f"{layer.ffn.name}: the neurons' order is unknown; leave out restore_order"
+                )
     for layer in layers:
         layer.remove_()
         if restore_order:
@@ -229,7 +258,9 @@ def finish_conversion_(model: nn.Module) -> None:
     for part in _parts_with_experts(model):
         part.register_load_state_dict_pre_hook(_check_state_of_part)
     config = layers[0].config
-    if not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0):
+    if not config.count_padding and (
+        config.capacity_factor is not None or config.aux_loss_coefficient > 0
+    ):
         hooks = watch_padding(model, [layer.ffn for layer in layers])
         for layer in layers:
             layer.padding = hooks.get(layer.ffn.index)
@@ -246,7 +277,9 @@ def _parts_with_experts(model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(path) for path in sorted(paths)]
 
 
-def _check_state_of_part(part: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+def _check_state_of_part(
+    part: nn.Module, state: Mapping[str, Any], prefix: str, *_: object
+) -> None:
     """Check the state that is loaded into a part of a converted model."""
     if prefix == "":  # else the state of a larger module is loaded, whose hook has checked it
         _check_state(part, state, prefix)
@@ -284,7 +317,9 @@ def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
     orders_differ = bool((permutation.diff() != 1).any())
     if orders_differ and dense > max(stored, _SIMILAR):
         way_out = "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
-        raise CheckpointError(f"{layer.ffn.name}: the state dict has a dense model's order of neurons; {way_out}")
+        raise CheckpointError(
+            f"{layer.ffn.name}: the state dict has a dense model's order of neurons; {way_out}"
+        )
     if stored < _SIMILAR:
         layer.permutation = None
 
@@ -312,13 +347,13 @@ def config_of(model: nn.Module) -> EMoEConfig | GMoEConfig:
     return layers[0].config
 
 
-def converted_layers(model: nn.Module, caller: str, hint: str = "convert it first") -> list[RoutedActivation]:
+def converted_layers(
+    model: nn.Module, caller: str, hint: str = "convert it first"
+) -> list[RoutedActivation]:
     """Return a model's routed FFNs; raise :class:`ConversionError` with a hint if there are none."""
     layers = routed_layers(model)
     if not layers:
         if described_configs(model):
-            hint = (
-                "its configuration describes experts, but its stock class loaded it as dense: use emoe.from_pretrained"
-            )
+            hint = "its configuration describes experts, but its stock class loaded it as dense: use emoe.from_pretrained"
         raise ConversionError(f"{caller}: the model has no routed FFN; {hint}")
     return layers

@@ -28,7 +28,9 @@ DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
-Restored = Callable[[nn.Module], set[str]]  # returns the names of the tensors that the caller loads later
+Restored = Callable[
+    [nn.Module], set[str]
+]  # returns the names of the tensors that the caller loads later
 
 
 def one_line(error: BaseException) -> str:
@@ -87,7 +89,9 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file with the umask's permissions (raises :class:`CheckpointError`)."""
     with _writable(path):
         save_file(tensors, path, metadata=metadata)
@@ -107,11 +111,17 @@ def weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
+        raise CheckpointError(
+            f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read"
+        )
     shards = read_object(index).get("weight_map")
     names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else [""]
-    if unsafe := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise CheckpointError(f"{index} names '{unsafe[0]:.80}', which must be a .safetensors file of this folder")
+    if unsafe := [
+        name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+    ]:
+        raise CheckpointError(
+            f"{index} names '{unsafe[0]:.80}', which must be a .safetensors file of this folder"
+        )
     return [folder / name for name in names]
 
 
@@ -155,7 +165,9 @@ def model_folder(model: str, options: Mapping[str, Any] | None = None) -> Path:
         try:
             folder = Path(snapshot_download(model, allow_patterns=DOWNLOADED, **given))
         except (OSError, ValueError) as error:  # the errors of the hub are subclasses
-            raise CheckpointError(f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}") from error
+            raise CheckpointError(
+                f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}"
+            ) from error
     check_loadable(folder)
     return folder
 
@@ -172,7 +184,9 @@ def loader_for(folder: Path) -> Any:
     name = writer_of(folder) or "AutoModel"
     loader = getattr(transformers, name, None)
     if not hasattr(loader, "from_pretrained"):
-        raise CheckpointError(f"{folder}: 'architectures' names '{name:.80}', which is not a model of transformers")
+        raise CheckpointError(
+            f"{folder}: 'architectures' names '{name:.80}', which is not a model of transformers"
+        )
     return loader
 
 
@@ -182,7 +196,9 @@ def writer_of(folder: Path) -> str | None:
     if names is None or names == []:
         return None
     if not isinstance(names, list):
-        raise CheckpointError(f"{folder / STOCK_CONFIG_FILE}: 'architectures' is {names!r:.80}, not a list of names")
+        raise CheckpointError(
+            f"{folder / STOCK_CONFIG_FILE}: 'architectures' is {names!r:.80}, not a list of names"
+        )
     return str(names[0])
 
 
@@ -190,10 +206,16 @@ def check_loadable(folder: Path) -> None:
     """Raise :class:`CheckpointError` if a library would load another model, code, or other file formats."""
     check_companions(folder)
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first")
+        raise CheckpointError(
+            f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first"
+        )
     # includes nested models; a value may be an object with one name per part of the model
-    if re.search(r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', json.dumps(read_settings(folder))):
-        raise CheckpointError(f"{folder}: 'attn_implementation' names code from a hub; remove the key")
+    if re.search(
+        r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', json.dumps(read_settings(folder))
+    ):
+        raise CheckpointError(
+            f"{folder}: 'attn_implementation' names code from a hub; remove the key"
+        )
     Weights(folder)  # its error names the damaged file
 
 
@@ -206,7 +228,12 @@ def check_companions(folder: Path) -> None:
 
 
 def load_stock(
-    loader: Any, folder: Path, *, restored: Restored | None = None, new_head: bool = True, **options: Any
+    loader: Any,
+    folder: Path,
+    *,
+    restored: Restored | None = None,
+    new_head: bool = True,
+    **options: Any,
 ) -> Any:
     """Load a checkpoint with its own library: safetensors only, and no code of the checkpoint.
 
@@ -258,7 +285,9 @@ def _one_line_errors(loader: Any, folder: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged configuration raises anything
-        raise CheckpointError(f"{folder} cannot be loaded by {loader.__name__}: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded by {loader.__name__}: {one_line(error)}"
+        ) from error
 
 
 def check_head(folder: Path, options: Mapping[str, Any]) -> None:
@@ -278,7 +307,9 @@ def check_head(folder: Path, options: Mapping[str, Any]) -> None:
     stored = shape[0] if shape else 0
     if classes != stored:
         path = folder / STOCK_CONFIG_FILE
-        raise CheckpointError(f"{path}: num_classes is {classes!r:.80}, but the weights have a head of {stored}")
+        raise CheckpointError(
+            f"{path}: num_classes is {classes!r:.80}, but the weights have a head of {stored}"
+        )
 
 
 def _load_with_transformers(
@@ -286,16 +317,26 @@ def _load_with_transformers(
 ) -> Any:
     # sizes are checked below, because transformers' error does not name the tensors
     fixed = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with quiet() if restored else nullcontext():  # transformers would report what the caller restores
-        model, info = loader.from_pretrained(str(folder), **{"trust_remote_code": False, **options, **fixed})
+    with (
+        quiet() if restored else nullcontext()
+    ):  # transformers would report what the caller restores
+        model, info = loader.from_pretrained(
+            str(folder), **{"trust_remote_code": False, **options, **fixed}
+        )
     expected = restored(model) if restored else set()
     missing = set(info["missing_keys"]) - expected
     mismatched = {name for name, *_ in info["mismatched_keys"]} - expected
     body = "" if model.base_model is model else f"{model.base_model_prefix}."
-    heads = {name for name in missing | mismatched if not name.startswith(body) or ".pooler." in f".{name}"}
+    heads = {
+        name
+        for name in missing | mismatched
+        if not name.startswith(body) or ".pooler." in f".{name}"
+    }
     drawn = missing & heads if new_head and writer_of(folder) != type(model).__name__ else set()
     if restored and drawn:
-        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, ", ".join(sorted(drawn)))
+        logging.getLogger("emoe").warning(
+            "%s has no %s: train this new head", folder, ", ".join(sorted(drawn))
+        )
     resized = mismatched & heads if options.get("ignore_mismatched_sizes") else set()
     _check_complete((missing | mismatched) - drawn - resized, folder)
     _check_layers(model, info["unexpected_keys"], folder)
@@ -317,7 +358,9 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def load_state_(model: nn.Module, stored: Mapping[str, Tensor], folder: Path, restored: Collection[str] = ()) -> None:
+def load_state_(
+    model: nn.Module, stored: Mapping[str, Tensor], folder: Path, restored: Collection[str] = ()
+) -> None:
     """Load the stored tensors of a plain or timm model. All but the restored ones must have the model's shapes."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
@@ -329,7 +372,9 @@ def _check_complete(missing: Collection[str], folder: Path) -> None:
     """Raise :class:`CheckpointError` if a folder's weights lack tensors or have them in other shapes."""
     if missing:
         name = min(missing)
-        raise CheckpointError(f"the weights in {folder} lack {name}, or have other shapes: they are not this model's")
+        raise CheckpointError(
+            f"the weights in {folder} lack {name}, or have other shapes: they are not this model's"
+        )
 
 
 @contextmanager
@@ -352,7 +397,9 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
     """Save a model with its own library, or a plain module's tensors; ``state`` replaces the model's state."""
     state = model.state_dict() if state is None else state
     if any(tensor.is_meta for tensor in state.values()) and not hasattr(model, "hf_device_map"):
-        raise ConversionError("these weights are offloaded; call accelerate.hooks.remove_hook_from_submodules first")
+        raise ConversionError(
+            "these weights are offloaded; call accelerate.hooks.remove_hook_from_submodules first"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained"):
         with _writable(folder):
@@ -361,9 +408,14 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
     if hasattr(model, "pretrained_cfg"):
         from timm.models._hub import save_config_for_hf
 
-        save_config_for_hf(model, cast(Any, folder / STOCK_CONFIG_FILE))  # older releases need a path
+        save_config_for_hf(
+            model, cast(Any, folder / STOCK_CONFIG_FILE)
+        )  # older releases need a path
     # clones, so that tied tensors are written under each of their names
-    plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    plain = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
     write_tensors(plain, folder / WEIGHT_FILES[0])
 
 
@@ -379,8 +431,12 @@ def new_folder(folder: Path, source: Path) -> Iterator[Path]:
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     root = source.resolve()
-    root = root.parents[1] if root.parent.name == "snapshots" else root  # the hub's cache links to files in `blobs`
-    companions = [path for path in source.rglob("*") if path.suffix in _COMPANIONS and path.is_file()]
+    root = (
+        root.parents[1] if root.parent.name == "snapshots" else root
+    )  # the hub's cache links to files in `blobs`
+    companions = [
+        path for path in source.rglob("*") if path.suffix in _COMPANIONS and path.is_file()
+    ]
     companions = [path for path in companions if path.resolve().is_relative_to(root)]
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         temporary = Path(scratch) / folder.name

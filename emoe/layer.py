@@ -35,7 +35,9 @@ class _CallState:
     """Hold the tensors that an FFN's modules exchange in one call, and the balance loss."""
 
     x: Tensor | None = None  # FFN input ``[..., h]``, from the in-projection to the activation
-    weights: Tensor | None = None  # expert weights ``[T, N]``, from the activation to the out-projection
+    weights: Tensor | None = (
+        None  # expert weights ``[T, N]``, from the activation to the out-projection
+    )
     loss: Tensor | None = None
 
 
@@ -63,7 +65,9 @@ class RoutedActivation(nn.Module):
     output_bias: nn.Parameter | None
     output_bias_parts: Tensor | None
 
-    def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None) -> None:
+    def __init__(
+        self, ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None
+    ) -> None:
         super().__init__()
         self.activation = ffn.activation
         self.ffn, self.config, self.permutation = ffn, config, permutation
@@ -119,8 +123,12 @@ class RoutedActivation(nn.Module):
             handle.remove()
         self.ffn.replace(self.ffn.spec.activation, self.activation)
         if self.output_bias is not None:
-            proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # an adapter wraps the base layer
-            bias = nn.Parameter(self.mean_output_bias(), requires_grad=self.output_bias.requires_grad)
+            proj_out = getattr(
+                self.ffn.proj_out, "base_layer", self.ffn.proj_out
+            )  # an adapter wraps the base layer
+            bias = nn.Parameter(
+                self.mean_output_bias(), requires_grad=self.output_bias.requires_grad
+            )
             del proj_out.bias
             proj_out.register_parameter("bias", bias)
 
@@ -129,10 +137,16 @@ class RoutedActivation(nn.Module):
         bias = bias_of(proj_out)
         if bias is None:
             return
-        parts = 1 if self.config.output_bias == "per_expert_whole" else self.config.num_active_experts
-        self.output_bias_parts = torch.tensor(parts, device=bias.device)  # an integer, which no cast rounds
+        parts = (
+            1 if self.config.output_bias == "per_expert_whole" else self.config.num_active_experts
+        )
+        self.output_bias_parts = torch.tensor(
+            parts, device=bias.device
+        )  # an integer, which no cast rounds
         zeros = torch.zeros_like(bias)
-        resize_parameter_(proj_out, "bias", (bias.detach() / parts).repeat(self.config.num_experts, 1))
+        resize_parameter_(
+            proj_out, "bias", (bias.detach() / parts).repeat(self.config.num_experts, 1)
+        )
         self.output_bias = cast(nn.Parameter, proj_out.bias)
         del proj_out.bias
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
@@ -141,7 +155,9 @@ class RoutedActivation(nn.Module):
 
     def mean_output_bias(self) -> Tensor:
         """Return the dense FFN's bias ``[h]``: the mean of the experts' biases times ``output_bias_parts``."""
-        return cast(Tensor, self.output_bias).detach().mean(0) * cast(Tensor, self.output_bias_parts)
+        return cast(Tensor, self.output_bias).detach().mean(0) * cast(
+            Tensor, self.output_bias_parts
+        )
 
     def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._call_state.x = args[0]
@@ -165,7 +181,9 @@ class RoutedActivation(nn.Module):
     def activate(self, z: Tensor) -> Tensor:
         """Activate and mask pre-activations ``[..., d]`` of the input that the in-projection received."""
         if z.is_nested:
-            raise RuntimeError(f"{self.ffn.name}: nested tensors cannot be routed; set enable_nested_tensor=False")
+            raise RuntimeError(
+                f"{self.ffn.name}: nested tensors cannot be routed; set enable_nested_tensor=False"
+            )
         call, config = self._call_state, self.config
         x, call.x = call.x, None
         x = None if x is None else x.reshape(-1, x.shape[-1])
@@ -201,10 +219,18 @@ class RoutedActivation(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # the kernel's product would be rounded
             return None
         needs_weights = config.weighting != "binary" or config.capacity_factor is not None
-        if needs_weights or config.aux_loss_coefficient > 0 or config.selection not in ("top", "bottom"):
+        if (
+            needs_weights
+            or config.aux_loss_coefficient > 0
+            or config.selection not in ("top", "bottom")
+        ):
             return None
         kernels = kernels_for(x)
-        return None if kernels is None else kernels.route(x, keys, config.top_k, config.selection == "top")
+        return (
+            None
+            if kernels is None
+            else kernels.route(x, keys, config.top_k, config.selection == "top")
+        )
 
     def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Multiply the neurons ``[..., d]`` by the weights ``[T, N]`` of their experts."""
@@ -220,7 +246,9 @@ class RoutedActivation(nn.Module):
         proj_out = getattr(proj_out, "projection", proj_out)  # unwrap the sparse backend
         if not proj_out._forward_hooks:
             name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
-            raise RuntimeError(f"{name} was replaced and lost the experts' biases: replace it before converting")
+            raise RuntimeError(
+                f"{name} was replaced and lost the experts' biases: replace it before converting"
+            )
 
     def _score_grad_context(self) -> AbstractContextManager[Any]:
         """Return a no-grad context unless score gradients are needed (expert weights, balance loss)."""
@@ -251,15 +279,23 @@ class RoutedActivation(nn.Module):
             )
         noise_std = config.router_noise / config.num_experts
         with self._score_grad_context():
-            noisy = clean + torch.randn_like(clean) * noise_std if noise_std and self.training else clean
+            noisy = (
+                clean + torch.randn_like(clean) * noise_std
+                if noise_std and self.training
+                else clean
+            )
             token_mask = self.padding.token_mask(len(clean)) if self.padding is not None else None
             if config.capacity_factor is None:
                 mask = kept = choose_experts(noisy.detach(), config.top_k, config.selection)
             else:
-                chosen = select_experts(noisy, config.top_k, config.selection)  # in the order of the choices
+                chosen = select_experts(
+                    noisy, config.top_k, config.selection
+                )  # in the order of the choices
                 mask = expert_mask(chosen, config.num_experts)
                 active = config.num_active_experts
-                fits = capacity_mask(noisy.detach(), chosen, config.capacity_factor, active, token_mask)
+                fits = capacity_mask(
+                    noisy.detach(), chosen, config.capacity_factor, active, token_mask
+                )
                 kept = expert_mask(chosen, config.num_experts, fits)
             weights = expert_weights(noisy, mask, config.weighting, config.top_k)
             if config.capacity_factor is not None:
@@ -268,7 +304,9 @@ class RoutedActivation(nn.Module):
                 # the authors' formula divides by the noise in evaluation too
                 std = noise_std if self.training or config.balance_loss == "published" else 0.0
                 self._traced.loss = None
-                self._call_state.loss = balance_loss(clean, noisy, mask, std, config.balance_loss, token_mask)
+                self._call_state.loss = balance_loss(
+                    clean, noisy, mask, std, config.balance_loss, token_mask
+                )
         if self.record is not None:
             self.record.update(mask, kept)
         return kept, weights
@@ -297,15 +335,22 @@ def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:
     """Return the routed FFNs of a model in layer order; the list is empty for a dense model."""
     # PEFT keeps the unused original of a module that it trains
-    modules = [module for name, module in model.named_modules() if "original_module" not in name.split(".")]
+    modules = [
+        module for name, module in model.named_modules() if "original_module" not in name.split(".")
+    ]
     layers = [module for module in modules if isinstance(module, RoutedActivation)]
     return sorted(layers, key=lambda layer: layer.ffn.index)
 
 
 def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> None:
     """Raise :class:`ConversionError` if parts of a model were converted separately (equal layer numbers)."""
-    if len({layer.ffn.index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
-        raise ConversionError(f"{caller}: parts of the model were converted separately; handle each part by itself")
+    if (
+        len({layer.ffn.index for layer in layers}) < len(layers)
+        or len({layer.config for layer in layers}) > 1
+    ):
+        raise ConversionError(
+            f"{caller}: parts of the model were converted separately; handle each part by itself"
+        )
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:
@@ -318,7 +363,11 @@ def aux_loss(model: nn.Module) -> Tensor | float:
         model: converted model.
     """
     layers = routed_layers(model)
-    losses = [layer.aux_loss * layer.config.aux_loss_coefficient for layer in layers if layer.aux_loss is not None]
+    losses = [
+        layer.aux_loss * layer.config.aux_loss_coefficient
+        for layer in layers
+        if layer.aux_loss is not None
+    ]
     return torch.stack(losses).sum() if losses else 0.0
 
 

@@ -64,7 +64,9 @@ class ExpertsLoader(HfQuantizer):
     ) -> nn.Module:
         paths = [Path(file) for file in checkpoint_files or []]
         self._folder = paths[0].parent if paths else None
-        self._layers = build_experts_(model, self.quantization_config.experts, self._folder or "the checkpoint")
+        self._layers = build_experts_(
+            model, self.quantization_config.experts, self._folder or "the checkpoint"
+        )
         self._uses_extra_file = False
         if self._folder is not None:
             stored = files.tensor_files(paths)

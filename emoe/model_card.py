@@ -83,7 +83,9 @@ def model_card(model: nn.Module) -> str:
 def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> tuple[str, str, str]:
     """Return the name of a model's library, the code that loads the checkpoint, and what other software does."""
     kind = type(model).__name__
-    if hasattr(model, "save_pretrained") and not is_ours(getattr(model.config, QUANTIZATION_CONFIG, None)):
+    if hasattr(model, "save_pretrained") and not is_ours(
+        getattr(model.config, QUANTIZATION_CONFIG, None)
+    ):
         example = f'import emoe\nfrom transformers import {kind}\n\nmodel = emoe.from_pretrained({kind}, "this folder")'
         return "transformers", example, "Transformers itself refuses this quantised checkpoint."
     if hasattr(model, "save_pretrained"):

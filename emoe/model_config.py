@@ -31,7 +31,9 @@ QUANT_METHOD = "emoe"
 SEPARATE_KEY = "emoe"  # key in config.json for a quantised model, and in folders of emoe 0.1
 IMPLEMENTATION_KEY = "experts_implementation"
 NEEDS_EMOE = "emoe"  # registered by emoe.loader, so unknown without `import emoe`
-NEEDS_FROM_PRETRAINED = "emoe.from_pretrained"  # never registered: transformers' own loader always refuses it
+NEEDS_FROM_PRETRAINED = (
+    "emoe.from_pretrained"  # never registered: transformers' own loader always refuses it
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,19 @@ class Experts:
 
     def quantization_config(self) -> dict[str, Any]:
         """Return the ``quantization_config`` of a converted model."""
-        return {"quant_method": QUANT_METHOD, "experts": self.config.to_dict(), "layers": list(self.layers)}
+        return {
+            "quant_method": QUANT_METHOD,
+            "experts": self.config.to_dict(),
+            "layers": list(self.layers),
+        }
 
 
 def is_ours(quantization_config: Any) -> bool:
     """Check if a ``quantization_config`` describes experts, not a quantised model."""
-    return isinstance(quantization_config, Mapping) and quantization_config.get("quant_method") == QUANT_METHOD
+    return (
+        isinstance(quantization_config, Mapping)
+        and quantization_config.get("quant_method") == QUANT_METHOD
+    )
 
 
 def describe_experts_(model: nn.Module) -> None:
@@ -119,7 +128,9 @@ def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
     for layer in layers:
         if id(layer) not in numbers:
             kind = type(model).__name__
-            raise ConversionError(f"the row of {kind} lacks {layer.ffn.name}: save the converted part")
+            raise ConversionError(
+                f"the row of {kind} lacks {layer.ffn.name}: save the converted part"
+            )
     return {numbers[id(layer)]: layer for layer in layers}
 
 

@@ -47,7 +47,11 @@ class Partition(Mapping[int, Tensor]):
 
 
 def partition(
-    model: nn.Module, config: EMoEConfig, *, calibration: Iterable[Batch] | None = None, progress: bool = False
+    model: nn.Module,
+    config: EMoEConfig,
+    *,
+    calibration: Iterable[Batch] | None = None,
+    progress: bool = False,
 ) -> Partition:
     """Group the neurons of each selected FFN into ``num_experts`` experts of equal size. The model is not changed.
 
@@ -76,20 +80,26 @@ def partition(
         ConfigError: the configuration is not an :class:`emoe.EMoEConfig`.
     """
     if not isinstance(config, EMoEConfig):
-        raise ConfigError("partition needs an emoe.EMoEConfig; GMoE copies whole FFNs and groups no neurons")
+        raise ConfigError(
+            "partition needs an emoe.EMoEConfig; GMoE copies whole FFNs and groups no neurons"
+        )
     ffns = find_ffns(model)
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
     check_weights(model, chosen)
     check_divisible(chosen, config.num_experts)
     if (config.partition == "coactivation") != (calibration is not None):
-        raise ConversionError("partition='coactivation' needs calibration=[...], and no other partition takes it")
+        raise ConversionError(
+            "partition='coactivation' needs calibration=[...], and no other partition takes it"
+        )
     features: dict[int, Tensor] = {}
     if calibration is not None:
         features = record_activations(model, chosen, calibration, seed=config.partition_seed)
     from tqdm.auto import tqdm  # `import emoe` imports only PyTorch and safetensors
 
     bar = tqdm(chosen, "Grouping neurons", unit="layer", disable=not progress)
-    return join_partitions(group_neurons(ffn.keys(), config, ffn.index, features.get(ffn.index)) for ffn in bar)
+    return join_partitions(
+        group_neurons(ffn.keys(), config, ffn.index, features.get(ffn.index)) for ffn in bar
+    )
 
 
 def join_partitions(partitions: Iterable[Partition]) -> Partition:
@@ -102,7 +112,9 @@ def join_partitions(partitions: Iterable[Partition]) -> Partition:
     return joined
 
 
-def group_neurons(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None = None) -> Partition:
+def group_neurons(
+    keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None = None
+) -> Partition:
     """Group the neurons of one FFN. Return the partition of this layer.
 
     Args:
@@ -118,7 +130,9 @@ def group_neurons(keys: Tensor, config: EMoEConfig, layer: int, activations: Ten
     else:
         labels = torch.arange(num_experts).repeat_interleave(len(keys) // num_experts)
         if config.partition == "random":
-            digest = hashlib.sha256(f"random partition, seed {seed}, layer {layer}".encode()).digest()
+            digest = hashlib.sha256(
+                f"random partition, seed {seed}, layer {layer}".encode()
+            ).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             labels = labels[torch.randperm(len(keys), generator=generator)]
     explained = explained_variance_ratio(keys, labels, num_experts)

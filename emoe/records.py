@@ -26,14 +26,20 @@ class LayerRecord:
     """
 
     def __init__(
-        self, layer: RoutedActivation, labels: LabelHook, padding: PaddingMaskHook | None, window: int | None
+        self,
+        layer: RoutedActivation,
+        labels: LabelHook,
+        padding: PaddingMaskHook | None,
+        window: int | None,
     ) -> None:
         self.num_experts, self._rows_first = layer.config.num_experts, layer.ffn.rows_first
         self.windows: list[Tensor] = []
         self._labels, self._padding, self._window, self._passes = labels, padding, window, 0
         self._lock = threading.Lock()  # threads may share the model
         # counted on the layer's device: reading from an accelerator in every step would stall it
-        self._loads = torch.zeros(self.num_experts, dtype=torch.int64, device=layer.ffn.keys().device)
+        self._loads = torch.zeros(
+            self.num_experts, dtype=torch.int64, device=layer.ffn.keys().device
+        )
         self._loads_by_label = self._loads.new_zeros(0, self.num_experts)
         self._window_start = self._loads.clone()
         self._tokens, self._dropped = self._loads.new_zeros(()), self._loads.new_zeros(())
@@ -74,7 +80,9 @@ class LayerRecord:
         else:
             by_row = chosen.unflatten(0, (-1, len(labels))).sum(0)
         new_labels = int(labels.max()) + 1 - len(self._loads_by_label) if len(labels) else 0
-        self._loads_by_label = torch.nn.functional.pad(self._loads_by_label, (0, 0, 0, max(new_labels, 0)))
+        self._loads_by_label = torch.nn.functional.pad(
+            self._loads_by_label, (0, 0, 0, max(new_labels, 0))
+        )
         labels = labels.to(by_row.device)
         labelled = labels >= 0
         self._loads_by_label.index_add_(0, labels[labelled], by_row[labelled])
@@ -98,7 +106,9 @@ class LayerRecord:
     @property
     def by_label(self) -> dict[int, Tensor]:
         """Loads ``[N]`` by label, if labels were known."""
-        return {label: loads for label, loads in enumerate(self._loads_by_label.cpu()) if loads.any()}
+        return {
+            label: loads for label, loads in enumerate(self._loads_by_label.cpu()) if loads.any()
+        }
 
     @property
     def shares(self) -> Tensor:

@@ -34,7 +34,8 @@ def _import_loader() -> None:
         importlib.import_module(_LOADER)
     except ImportError as error:
         _logger.warning(
-            "emoe: this transformers cannot load converted checkpoints, use emoe.from_pretrained: %s", error
+            "emoe: this transformers cannot load converted checkpoints, use emoe.from_pretrained: %s",
+            error,
         )
 
 

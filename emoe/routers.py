@@ -24,7 +24,11 @@ _COMPARED = 32  # elements of a weight
 
 def neuron_means(blocks: Tensor) -> Tensor:
     """Average over the neurons of each expert in float32, ``[N, s, ...]`` to ``[N, ...]``."""
-    if blocks.dtype == torch.float32 or blocks.device.type != "cpu" or torch.compiler.is_compiling():
+    if (
+        blocks.dtype == torch.float32
+        or blocks.device.type != "cpu"
+        or torch.compiler.is_compiling()
+    ):
         return blocks.float().mean(1)
     # a few experts at a time: allocating a float32 copy of a large layer takes longer than computing the means
     experts = max(_CHUNK // max(blocks[:1].numel(), 1), 1)
@@ -133,7 +137,9 @@ class CosineRouter(Router):
     def forward(self, x: Tensor) -> Tensor:
         """See :meth:`Router.forward`."""
         with torch.autocast(x.device.type, enabled=False):
-            cosine = F.normalize(self.proj(x), dim=-1) @ F.normalize(self.expert_embeddings.float(), dim=0)
+            cosine = F.normalize(self.proj(x), dim=-1) @ F.normalize(
+                self.expert_embeddings.float(), dim=0
+            )
             return cosine * self.temperature.float().clamp(max=_MAX_LOG_SCALE).exp()
 
 
@@ -210,7 +216,9 @@ class AvgKRouter(Router):
 
     def kept_keys(self) -> Tensor | None:
         """See :meth:`Router.kept_keys`."""
-        scores_are_products = self.config.score == "keys" and not self.config.score_bias and self.gate is None
+        scores_are_products = (
+            self.config.score == "keys" and not self.config.score_bias and self.gate is None
+        )
         # a subclass or a hook may change the scores
         is_changed = type(self) is not AvgKRouter or self._forward_hooks or self._forward_pre_hooks
         return self._kept_mean_weight() if scores_are_products and not is_changed else None
@@ -265,7 +273,12 @@ class AvgKRouter(Router):
         if score == "keys":
             with weights_in_place(ffn.proj_in):
                 is_adapted = hasattr(ffn.proj_in, "base_layer")
-                if x is None or is_adapted or not has_plain_weight(ffn.proj_in) or ffn.proj_in.weight.is_meta:
+                if (
+                    x is None
+                    or is_adapted
+                    or not has_plain_weight(ffn.proj_in)
+                    or ffn.proj_in.weight.is_meta
+                ):
                     return self._scores_from_neurons(z)
                 return self(x)
         neurons = z
@@ -275,7 +288,9 @@ class AvgKRouter(Router):
                 neurons = neurons * ffn.up(require_input(ffn, x))
         elif score.startswith("up"):
             neurons = ffn.up(require_input(ffn, x))
-        return block_means(neurons.abs() if score.endswith("_abs") else neurons, self.config.num_experts)
+        return block_means(
+            neurons.abs() if score.endswith("_abs") else neurons, self.config.num_experts
+        )
 
     def _scores_from_neurons(self, z: Tensor) -> Tensor:
         """Compute ``keys`` scores from pre-activations."""
@@ -326,7 +341,9 @@ class FixedRouter(Router):
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__(ffn, config)
         device = ffn.keys().device
-        self.register_buffer("usage", torch.zeros(config.num_experts, dtype=torch.int64, device=device))
+        self.register_buffer(
+            "usage", torch.zeros(config.num_experts, dtype=torch.int64, device=device)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """See :meth:`Router.forward`. An expert's score is the number of less used experts."""
@@ -334,7 +351,11 @@ class FixedRouter(Router):
         return (usage.unsqueeze(1) > usage).sum(1).float().expand(x.shape[0], -1)
 
 
-_CLASSES: dict[str, type[Router]] = {"avg_k": AvgKRouter, "cosine": CosineRouter, "fixed": FixedRouter}
+_CLASSES: dict[str, type[Router]] = {
+    "avg_k": AvgKRouter,
+    "cosine": CosineRouter,
+    "fixed": FixedRouter,
+}
 
 
 def build_router(ffn: FFN, config: EMoEConfig | GMoEConfig) -> Router:
@@ -368,5 +389,7 @@ def unsharded(weight: Tensor) -> Tensor:
 def require_input(ffn: FFN, passed: Tensor | None) -> Tensor:
     """Return the tensor that an FFN's in-projection passed on. Raise :class:`RuntimeError` if there is none."""
     if passed is None:
-        raise RuntimeError(f"{ffn.name}: its in-projection did not run or was replaced (PEFT must train the whole FFN)")
+        raise RuntimeError(
+            f"{ffn.name}: its in-projection did not run or was replaced (PEFT must train the whole FFN)"
+        )
     return passed

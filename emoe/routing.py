@@ -35,13 +35,19 @@ def choose_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
 
 def _stable_order(values: Tensor, *, descending: bool) -> Tensor:
     """Return the indices that sort the last dimension; equal values keep their order."""
-    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK keeps the order of equal values
+    if (
+        torch.onnx.is_in_onnx_export()
+    ):  # ONNX has no stable sort, but its TopK keeps the order of equal values
         return values.topk(values.shape[-1], dim=-1, largest=descending).indices
     return torch.sort(values, dim=-1, descending=descending, stable=True).indices
 
 
 def capacity_mask(
-    scores: Tensor, expert_indices: Tensor, capacity_factor: float, top_k: int, token_mask: Tensor | None = None
+    scores: Tensor,
+    expert_indices: Tensor,
+    capacity_factor: float,
+    top_k: int,
+    token_mask: Tensor | None = None,
 ) -> Tensor:
     """Mask the assignments ``[T, k]`` bool that fit into the experts' capacity.
 
@@ -62,7 +68,9 @@ def capacity_mask(
         waiting &= token_mask.unsqueeze(1)
         tokens = token_mask.sum()
     # float64 like the authors' Python numbers; on the CPU, because MPS has no float64
-    capacity = top_k * (capacity_factor * (tokens.cpu().double() / num_experts).ceil()).long().to(scores.device)
+    capacity = top_k * (capacity_factor * (tokens.cpu().double() / num_experts).ceil()).long().to(
+        scores.device
+    )
     order = _stable_order(scores.softmax(-1).amax(-1), descending=True)
     # all assignments in order of priority; padding has a separate queue
     queue = torch.where(waiting, expert_indices, num_experts)[order].t().flatten()
@@ -78,7 +86,9 @@ def capacity_mask(
 
 def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
     """Return the mask ``[T, N]`` of experts ``[T, k]``, except those where ``kept`` ``[T, k]`` is False."""
-    mask = torch.zeros(expert_indices.shape[0], num_experts, dtype=torch.bool, device=expert_indices.device)
+    mask = torch.zeros(
+        expert_indices.shape[0], num_experts, dtype=torch.bool, device=expert_indices.device
+    )
     marks = torch.ones_like(expert_indices, dtype=torch.bool) if kept is None else kept
     return mask.scatter(1, expert_indices, marks)
 
@@ -118,7 +128,11 @@ def balance_loss(
         formula: ``published`` uses the clean *probability* in the load, as the authors' code does.
         token_mask: tokens ``[T]`` bool that count, None for all.
     """
-    share = torch.ones_like(clean[:, :1]) if token_mask is None else token_mask.unsqueeze(1).to(clean.dtype)
+    share = (
+        torch.ones_like(clean[:, :1])
+        if token_mask is None
+        else token_mask.unsqueeze(1).to(clean.dtype)
+    )
     probabilities = clean.softmax(-1)
     importance = _squared_variation((probabilities * share).sum(0))
     if noise_std == 0:

@@ -57,7 +57,9 @@ def set_backend_(model: nn.Module, backend: str) -> nn.Module:
     """
     if backend not in ("masked", "sparse"):
         raise ConfigError(f"set_backend_: backend is {backend!r}; choose 'masked' or 'sparse'")
-    layers = [layer for layer in converted_layers(model, "set_backend_") if layer.backend != backend]
+    layers = [
+        layer for layer in converted_layers(model, "set_backend_") if layer.backend != backend
+    ]
     if backend == "masked":
         for layer in layers:
             layer.restore_projections_()
@@ -73,7 +75,9 @@ def set_backend_(model: nn.Module, backend: str) -> nn.Module:
         if expected is not None and not _matches_masked_output(layer, expected):
             for other in layers:
                 other.restore_projections_()
-            raise ConversionError(f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked")
+            raise ConversionError(
+                f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked"
+            )
     return model
 
 
@@ -140,10 +144,14 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
     for layer in layers:
         name, config, number = f"fix_experts_: {layer.ffn.name}", layer.config, layer.ffn.index
         if config.router not in ("avg_k", "fixed"):
-            raise ConversionError(f"{name} has the router '{config.router}': convert it with router='avg_k'")
+            raise ConversionError(
+                f"{name} has the router '{config.router}': convert it with router='avg_k'"
+            )
         count = torch.as_tensor(usage.get(number, ()))
         if count.shape != (config.num_experts,) or count.is_floating_point() or not count.any():
-            wanted = f"{config.num_experts} counts, not all 0, such as record.layers[{number}].loads"
+            wanted = (
+                f"{config.num_experts} counts, not all 0, such as record.layers[{number}].loads"
+            )
             raise ConversionError(f"{name}: usage[{number}] must be {wanted}")
         counts.append(count)
     for layer, count in zip(layers, counts, strict=True):

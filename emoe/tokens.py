@@ -57,7 +57,10 @@ class _ArgumentHook:
             value = args[self._position]
         else:
             value = kwargs.get(self._argument)
-        self._keep(value if isinstance(value, Tensor) and value.ndim == self._ndim else None, is_running=True)
+        self._keep(
+            value if isinstance(value, Tensor) and value.ndim == self._ndim else None,
+            is_running=True,
+        )
 
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         self._keep(self._call()[0], is_running=False)
@@ -90,7 +93,9 @@ class PaddingMaskHook(_ArgumentHook):
         rows_first: layers get ``[rows, tokens, h]``; false for torch's ``batch_first=False``.
     """
 
-    def __init__(self, module: nn.Module, argument: str, *, cached: bool, rows_first: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, argument: str, *, cached: bool, rows_first: bool = True
+    ) -> None:
         super().__init__(module, argument, ndim=2)
         self._name, self._cached, self._rows_first = type(module).__name__, cached, rows_first
 
@@ -103,13 +108,17 @@ class PaddingMaskHook(_ArgumentHook):
         value, is_running = self._call()
         if not is_running and not is_recomputed():
             way_out = "call model(...), or set count_padding=True"
-            raise RuntimeError(f"padding unknown: {self._name} was not called as a module; {way_out}")
+            raise RuntimeError(
+                f"padding unknown: {self._name} was not called as a module; {way_out}"
+            )
         if value is None:
             return None
         rows, columns = value.shape
         newest = tokens // rows if self._cached and rows else columns
         if rows * newest != tokens or newest > columns:
-            raise RuntimeError(f"{self._argument} {[rows, columns]} does not fit the {tokens} tokens of a layer")
+            raise RuntimeError(
+                f"{self._argument} {[rows, columns]} does not fit the {tokens} tokens of a layer"
+            )
         mask = value[:, columns - newest :]
         if self._argument != _MASK:
             mask = mask.logical_not() if mask.dtype == torch.bool else mask == 0
@@ -150,7 +159,9 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
         # stop above the layer: torch's layers get their own mask
         parents = names[ffn.parents[path]].split(".")[: -1 - path.count(".")]
         ancestors = (".".join(parents[:length]) for length in range(len(parents), -1, -1))
-        name = next((name for name in ancestors if inputs.intersection(_arguments(modules[name]))), "")
+        name = next(
+            (name for name in ancestors if inputs.intersection(_arguments(modules[name]))), ""
+        )
         if name not in hooks:
             hooks[name] = _watch(modules[name], rows_first=ffn.rows_first)
         by_layer[ffn.index] = hooks[name]
@@ -162,7 +173,9 @@ def _watch(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
     arguments = _arguments(module)
     name = next((name for name in (*_KEY_PADDING, _MASK) if name in arguments), None)
     takes_text = _TEXT in arguments
-    if name is None or (name == _MASK and not takes_text and set(_OTHER_INPUTS).intersection(arguments)):
+    if name is None or (
+        name == _MASK and not takes_text and set(_OTHER_INPUTS).intersection(arguments)
+    ):
         return None
     return PaddingMaskHook(module, name, cached=name == _MASK and takes_text, rows_first=rows_first)
 
@@ -175,7 +188,10 @@ def _arguments(module: nn.Module) -> list[str]:
 def remove_argument_hooks(model: nn.Module) -> None:
     """Remove the hooks that read arguments, also from a deep copy of the hooked model."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # a copy has no handles to remove
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+        ):  # a copy has no handles to remove
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), _ArgumentHook):
                     del hooks[key]

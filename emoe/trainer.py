@@ -38,7 +38,9 @@ class TrainerCallback(transformers.TrainerCallback):
     def __init__(self, *, add_aux_loss: bool = True) -> None:
         self.add_aux_loss = add_aux_loss
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
         """Mark the model as converted and start to add the balance loss."""
         model: nn.Module = kwargs["model"]
         layers = converted_layers(model, "TrainerCallback")
@@ -58,7 +60,9 @@ class TrainerCallback(transformers.TrainerCallback):
         if not getattr(kwargs["optimizer"], "step_was_skipped", False):
             update_gates_(kwargs["model"])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
+    ) -> None:
         """Write the neurons' original order into the checkpoint."""
         model: nn.Module = kwargs["model"]
         folder = _checkpoint(args, state)

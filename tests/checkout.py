@@ -45,11 +45,15 @@ class Checkout:
 
     def start(self, *command: object, stream: IO[str]) -> subprocess.Popen[str]:
         words, environment = list(map(str, command)), self.environment
-        return subprocess.Popen(words, cwd=self.folder, env=environment, stdout=stream, stderr=stream, text=True)
+        return subprocess.Popen(
+            words, cwd=self.folder, env=environment, stdout=stream, stderr=stream, text=True
+        )
 
     def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         words, environment = list(map(str, command)), self.environment
-        result = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
 

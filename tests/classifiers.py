@@ -9,13 +9,20 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import emoe
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 SOME = {"num_experts": 8, "top_k": 2, "layers": "last:2"}
 METHODS = {
     "emoe": emoe.EMoEConfig(**SOME),
     "emoe, momentum": emoe.EMoEConfig(**SOME, gate_momentum=0.9),
     "emoe, published": emoe.EMoEConfig.as_published("tutel", **SOME),
-    "emoe-learn": emoe.EMoEConfig(**SOME, router="cosine", weighting="softmax_times_k", aux_loss_coefficient=0.1),
+    "emoe-learn": emoe.EMoEConfig(
+        **SOME, router="cosine", weighting="softmax_times_k", aux_loss_coefficient=0.1
+    ),
     "gmoe": emoe.GMoEConfig(num_experts=3, layers="last:2"),
 }
 
@@ -35,7 +42,10 @@ def load(folder: Any, **options: Any) -> Any:
 def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
-        {"input_ids": torch.randint(3, 60, (8,), generator=generator), "labels": torch.tensor(place % 2)}
+        {
+            "input_ids": torch.randint(3, 60, (8,), generator=generator),
+            "labels": torch.tensor(place % 2),
+        }
         for place in range(count)
     ]
 

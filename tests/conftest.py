@@ -36,7 +36,12 @@ emoe.register_ffn("PlainNet", *SPECS)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the smoke suite and other slow tests first, so that no single worker ends with them."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.name != "test_smoke.py"))
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("slow") is None,
+            item.path.name != "test_smoke.py",
+        )
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

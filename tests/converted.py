@@ -32,7 +32,11 @@ PUBLISHED: dict[str, Config] = {
 }
 VARIANTS: dict[str, Config] = {
     **{name: emoe.EMoEConfig(**USUAL, **settings) for name, settings in SETTINGS.items()},
-    **{name: dataclasses.replace(config, expert_dropout=0.0) for name, config in PUBLISHED.items() if name != "gmoe"},
+    **{
+        name: dataclasses.replace(config, expert_dropout=0.0)
+        for name, config in PUBLISHED.items()
+        if name != "gmoe"
+    },
     "clean gmoe": emoe.GMoEConfig(num_experts=4, top_k=2, layers="all"),
     "score bias": emoe.EMoEConfig(**USUAL, score_bias=True, expert_dropout=0.3),
     "not_top": emoe.EMoEConfig(**USUAL, selection="not_top"),
@@ -43,7 +47,12 @@ VARIANTS: dict[str, Config] = {
 BACKENDS = ("masked", "sparse")
 
 
-def net(backend: str = "masked", gated: bool | None = None, config: Config | None = None, **settings: Any) -> PlainNet:
+def net(
+    backend: str = "masked",
+    gated: bool | None = None,
+    config: Config | None = None,
+    **settings: Any,
+) -> PlainNet:
     """Convert one FFN of 64 neurons and width 16, two of eight experts; gated unless experts have output biases."""
     config = config or emoe.EMoEConfig(**{**USUAL, **settings})
     network = plain_net(16, 64, gated=config.output_bias == "shared" if gated is None else gated)
@@ -89,9 +98,13 @@ def step(model: nn.Module, values: Tensor | dict[str, Tensor]) -> dict[str, Tens
     torch.manual_seed(1)
     model.zero_grad()
     y = tiny_models.output(model, {"x": values} if isinstance(values, Tensor) else values)
-    loss = (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum() + emoe.aux_loss(model)
+    loss = (
+        y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
+    ).sum() + emoe.aux_loss(model)
     loss.backward()
-    return {"output": y.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": y.detach()} | {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -51,7 +51,12 @@ def faults(figure: Figure) -> list[str]:
     problems += [f"{text!r} has {size:g} points" for text, _, size in texts if size < SMALLEST]
     page = figure.bbox
     for text, box, _ in texts:
-        if box.x0 < page.x0 - 1 or box.x1 > page.x1 + 1 or box.y0 < page.y0 - 1 or box.y1 > page.y1 + 1:
+        if (
+            box.x0 < page.x0 - 1
+            or box.x1 > page.x1 + 1
+            or box.y0 < page.y0 - 1
+            or box.y1 > page.y1 + 1
+        ):
             problems.append(f"{text!r} is cut at the edge")
     for number, (text, box, _) in enumerate(texts):
         for other, beside, _ in texts[number + 1 :]:

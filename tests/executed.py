@@ -39,7 +39,9 @@ def finish(path: Path) -> dict[str, Any]:
 def recorded(run: Run) -> dict[str, Any]:
     """Execute a run below ``results/runs``, and return its metrics."""
     path = prepare(run, str(RUNS))
-    metrics: dict[str, Any] = json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+    metrics: dict[str, Any] = json.loads(
+        execute(path, threads=1, log=path.parent / "log.txt").read_text()
+    )
     return metrics
 
 
@@ -70,7 +72,11 @@ def killed_at(step: int) -> Iterator[None]:
     """Kill the run that is executed inside when a step ends."""
 
     def die(
-        self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self: Progress,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         if state.global_step == step:
             raise KeyboardInterrupt

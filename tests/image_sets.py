@@ -44,13 +44,29 @@ def pacs_run(method: str = "erm", held_out: int = 0, **training: Any) -> Run:
     planned = (run.spec for run in paper_runs("domainbed"))
     keys = ("test_envs", "seed")
     spec = copy.deepcopy(
-        next(s for s in planned if (s["task"]["name"], s["method"]["name"], *(s[key] for key in keys)) == cell)
+        next(
+            s
+            for s in planned
+            if (s["task"]["name"], s["method"]["name"], *(s[key] for key in keys)) == cell
+        )
     )
     if spec["method"]["config"] is not None:
-        spec["method"]["config"] |= {"layers": [2, 4], "num_experts": 8, "top_k": 8 if method == "all_experts" else 2}
-    spec["training"] |= {"steps": 7, "eval_every": 3, "image_size": 32, "eval_batch_size": 8, **training}
+        spec["method"]["config"] |= {
+            "layers": [2, 4],
+            "num_experts": 8,
+            "top_k": 8 if method == "all_experts" else 2,
+        }
+    spec["training"] |= {
+        "steps": 7,
+        "eval_every": 3,
+        "image_size": 32,
+        "eval_batch_size": 8,
+        **training,
+    }
     spec["hparams"] |= {"lr": 1e-3, "batch_size": 4}
-    return run_from_spec({**spec, "model": plan(["domainbed"], "smoke")[0].spec["model"], "learning_rate": 1e-3})
+    return run_from_spec(
+        {**spec, "model": plan(["domainbed"], "smoke")[0].spec["model"], "learning_rate": 1e-3}
+    )
 
 
 def load(truncated: str = "refuse", task: dict[str, Any] = PACS) -> ImageSet:

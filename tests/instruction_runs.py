@@ -34,26 +34,40 @@ def offer_only(folder: str, patch: pytest.MonkeyPatch) -> None:
     """Restrict lm-eval's list to the tasks of one folder: reading its nine thousand files takes five seconds."""
     from lm_eval.tasks import _index
 
-    patch.setattr(evaluation, "_manager", evaluation._manager.__wrapped__)  # other tests see the whole list
+    patch.setattr(
+        evaluation, "_manager", evaluation._manager.__wrapped__
+    )  # other tests see the whole list
     shipped = Path(_index.__file__).parent
     files = _index.TaskIndex._iter_yaml_files
     patch.setattr(
-        _index.TaskIndex, "_iter_yaml_files", lambda root: files(root / folder if Path(root) == shipped else root)
+        _index.TaskIndex,
+        "_iter_yaml_files",
+        lambda root: files(root / folder if Path(root) == shipped else root),
     )
 
 
 def tiny_run(
-    method: str = "emoe", tuning: str = "lora", changes: Mapping[str, Any] | None = None, **sections: Any
+    method: str = "emoe",
+    tuning: str = "lora",
+    changes: Mapping[str, Any] | None = None,
+    **sections: Any,
 ) -> Run:
     """Return a run of the smoke suite on the set ``own``, with no task of lm-eval, and with changes to its sections."""
     planned = (run.spec for run in plan(["llama"], "smoke"))
     cell = (tuning, method)
-    spec = copy.deepcopy(next(spec for spec in planned if (spec["finetuning"], spec["method"]["name"]) == cell))
+    spec = copy.deepcopy(
+        next(spec for spec in planned if (spec["finetuning"], spec["method"]["name"]) == cell)
+    )
     spec["task"] = {"name": "own", "source": {}}
     spec["data"] |= {"max_length": 48, "train_rows": 12, "held_out_rows": 6}
     spec["evaluation"] |= {"tasks": [], "generations": 1}
     if "steps" in spec["training"]:
-        spec["training"] |= {"epochs": 2, "batch_size": 4, "per_device_train_batch_size": 2, "save_steps": 2}
+        spec["training"] |= {
+            "epochs": 2,
+            "batch_size": 4,
+            "per_device_train_batch_size": 2,
+            "save_steps": 2,
+        }
     for section, values in {**(changes or {}), **sections}.items():
         spec[section] = {**spec[section], **values} if isinstance(values, dict) else values
     return run_from_spec(spec)

@@ -15,7 +15,9 @@ from emoe.files import load_stock, loader_for, save_weights
 from tests.tiny_models import build
 
 
-def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str | None = None) -> Path:
+def save(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str | None = None
+) -> Path:
     folder.mkdir()
     model: Any = build(name).to(dtype)
     if shard_size:
@@ -35,7 +37,11 @@ def dense(folder: Path) -> nn.Module:
 
 
 def tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob(pattern)) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob(pattern))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -34,20 +34,29 @@ def executed(notebook: Any, folder: Path) -> Any:
     }
     with mock.patch.dict(os.environ, settings):
         NotebookClient(
-            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+            notebook,
+            timeout=600,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
         ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times
         if "outputs" in cell:  # warnings of libraries name the machine's paths
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": notebook.metadata["kernelspec"],
+        "language_info": {"name": "python"},
+    }
     return notebook
 
 
 def shown(notebook: Any) -> list[list[str]]:
     """Return the outputs of each code cell as text; ``picture`` for a picture."""
     return [
-        [output.text if output.output_type == "stream" else _text(output.data) for output in cell.outputs]
+        [
+            output.text if output.output_type == "stream" else _text(output.data)
+            for output in cell.outputs
+        ]
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]
@@ -65,7 +74,11 @@ def without_numbers(text: str) -> str:
 def pictures(notebook: Any) -> list[bytes]:
     """Return the pictures among the outputs of a notebook."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return [base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
+    return [
+        base64.b64decode(output.data["image/png"])
+        for output in outputs
+        if "image/png" in output.get("data", {})
+    ]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ def python_blocks(page: str) -> list[CodeType]:
     """Compile the Python blocks of a page, such as ``docs/library.md``, with the page's line numbers."""
     text = (ROOT / page).read_text()
     blocks = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [compile("\n" * (text[: block.start()].count("\n") + 1) + block[1], page, "exec") for block in blocks]
+    return [
+        compile("\n" * (text[: block.start()].count("\n") + 1) + block[1], page, "exec")
+        for block in blocks
+    ]
 
 
 def code_blocks(page: str) -> dict[str, list[str]]:

@@ -14,11 +14,16 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "silu": nn.SiLU,
 }
-SPECS = (emoe.FFNSpec("layers", "inner", "act", "outer", proj_up="up"), emoe.FFNSpec("layers", "inner", "act", "outer"))
+SPECS = (
+    emoe.FFNSpec("layers", "inner", "act", "outer", proj_up="up"),
+    emoe.FFNSpec("layers", "inner", "act", "outer"),
+)
 
 
 class FFN(nn.Module):
-    def __init__(self, hidden: int, width: int, activation: str = "gelu", *, gated: bool = False) -> None:
+    def __init__(
+        self, hidden: int, width: int, activation: str = "gelu", *, gated: bool = False
+    ) -> None:
         super().__init__()
         self.inner = nn.Linear(hidden, width, bias=not gated)
         self.up = nn.Linear(hidden, width, bias=False) if gated else None
@@ -43,7 +48,9 @@ class PlainNet(nn.Module):
         return x
 
 
-def plain_net(hidden: int, width: int, *, gated: bool = False, seed: int = 0, layers: int = 1) -> PlainNet:
+def plain_net(
+    hidden: int, width: int, *, gated: bool = False, seed: int = 0, layers: int = 1
+) -> PlainNet:
     """Build a net with random weights and biases in evaluation mode; equal seeds give equal weights."""
     torch.manual_seed(seed)
     net = PlainNet(*(FFN(hidden, width, gated=gated) for _ in range(layers)))

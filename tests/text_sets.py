@@ -47,7 +47,11 @@ TSV = {
         "dev.tsv",
         [
             "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
-            *("7\t1\t2\tHow?\tIn what way?\t1", "9\t5\t6\tThis row ends early", "8\t3\t4\tWho?\tWhere?\t0"),
+            *(
+                "7\t1\t2\tHow?\tIn what way?\t1",
+                "9\t5\t6\tThis row ends early",
+                "8\t3\t4\tWho?\tWhere?\t0",
+            ),
         ],
     ),
     "mnli": (
@@ -61,10 +65,19 @@ TSV = {
             ),
         ],
     ),
-    "qnli": ("dev.tsv", ["index\tquestion\tsentence\tlabel", *_entailed("When?", "In 1990.", "Blue.")]),
-    "rte": ("dev.tsv", ["index\tsentence1\tsentence2\tlabel", *_entailed("Rain fell.", "It rained.", "Snow.")]),
+    "qnli": (
+        "dev.tsv",
+        ["index\tquestion\tsentence\tlabel", *_entailed("When?", "In 1990.", "Blue.")],
+    ),
+    "rte": (
+        "dev.tsv",
+        ["index\tsentence1\tsentence2\tlabel", *_entailed("Rain fell.", "It rained.", "Snow.")],
+    ),
 }
-LABELS = {name: [1, 0] for name in ("cola", "sst2", "mrpc", "qqp")} | {"stsb": [4.8, 0.0], "mnli": [0, 1, 2]}
+LABELS = {name: [1, 0] for name in ("cola", "sst2", "mrpc", "qqp")} | {
+    "stsb": [4.8, 0.0],
+    "mnli": [0, 1, 2],
+}
 LABELS |= {"qnli": [0, 1], "rte": [0, 1]}
 GLUE = list(TSV)
 
@@ -88,11 +101,18 @@ OWN_FILES: dict[str, dict[str, str]] = {
         "Cooler,3999,1,,broke,negative\nCooler,3999,1,bad,,negative\nCooler,3999,4,good,nice,\n"
     },
     "twitter_pit": {
-        "train.data": "\n".join(_PIT.format("It rains", "Rain", votes) for votes in ("(3, 2)", "(2, 3)", "(0, 5)"))
+        "train.data": "\n".join(
+            _PIT.format("It rains", "Rain", votes) for votes in ("(3, 2)", "(2, 3)", "(0, 5)")
+        )
         + "\n",
-        "dev.data": "\n".join(_PIT.format("It snows", '"Snow', votes) for votes in ("(5, 0)", "(1, 4)", "(4, 1)"))
+        "dev.data": "\n".join(
+            _PIT.format("It snows", '"Snow', votes) for votes in ("(5, 0)", "(1, 4)", "(4, 1)")
+        )
         + "\n",
-        "test.data": "\n".join(_PIT.format("He won", "He lost", grade) for grade in "54321 0".replace(" ", "")) + "\n",
+        "test.data": "\n".join(
+            _PIT.format("He won", "He lost", grade) for grade in "54321 0".replace(" ", "")
+        )
+        + "\n",
     },
     "sick_relatedness": {
         "SICK.txt": "\n".join(
@@ -109,7 +129,14 @@ OWN_FILES: dict[str, dict[str, str]] = {
     },
     "snli": {
         "snli_1.0_test.jsonl": "".join(
-            json.dumps({"pairID": "1.jpg#0r1n", "gold_label": label, "sentence1": 'He "ran".', "sentence2": "He won."})
+            json.dumps(
+                {
+                    "pairID": "1.jpg#0r1n",
+                    "gold_label": label,
+                    "sentence1": 'He "ran".',
+                    "sentence2": "He won.",
+                }
+            )
             + "\n"
             for label in ("neutral", "entailment", "-", "contradiction")
         )
@@ -143,7 +170,9 @@ MEANING: dict[str, tuple[list[float], int]] = {
 }
 
 
-def write_glue(root: Path, name: str, *, train: bool = False, copies: int = 1, raw: bool = False) -> Path:
+def write_glue(
+    root: Path, name: str, *, train: bool = False, copies: int = 1, raw: bool = False
+) -> Path:
     """Write a GLUE task below a data root: the dev split, and the training split if asked for; return its raw dev file.
 
     The rows are converted from the makers' layout unless only the ``raw`` file is asked for.
@@ -171,9 +200,13 @@ def write_own(root: Path, name: str, *, raw: bool = False) -> Path:
     return folder
 
 
-def write_saved(root: Path, name: str, labels: list[object], names: list[str] | None = None) -> None:
+def write_saved(
+    root: Path, name: str, labels: list[object], names: list[str] | None = None
+) -> None:
     """Write a set as `datasets` saves it: without splits, as GLUE-X hands them out; perhaps with class names."""
-    fields = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
+    fields = {
+        field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]
+    }
     saved = datasets.Dataset.from_dict({**fields, TASKS[name]["label"]: labels})
     if names:
         saved = saved.cast_column(TASKS[name]["label"], datasets.ClassLabel(names=names))
@@ -195,12 +228,17 @@ def write_rows(
 ) -> None:
     """Write the dev split of a task in a format under the hub's column names, class names stored beside numbers."""
     folder, split = root / TASKS[name]["source"]["folder"], TASKS[name]["splits"]["dev"]
-    columns = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
+    columns = {
+        field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]
+    }
     columns |= {TASKS[name]["label"]: labels}
     file = folder / f"{split}.{form}"
     file.parent.mkdir()
     if form == "csv":  # as text, so that every row is written as it is given
-        rows = (["" if cell is None else str(cell) for cell in row] for row in zip(*columns.values(), strict=True))
+        rows = (
+            ["" if cell is None else str(cell) for cell in row]
+            for row in zip(*columns.values(), strict=True)
+        )
         file.write_text("\n".join(",".join(row) for row in [[*columns], *rows]) + "\n")
         return
     loaded = datasets.Dataset.from_dict(columns)

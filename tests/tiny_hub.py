@@ -20,7 +20,9 @@ from transformers import (
 
 from tests.text_sets import GLUE, OWN_FILES, write_glue, write_own, write_saved
 
-WORDS = re.findall(r"\w+", "a the he she it rain sun dog cat ran won fell train man film fine dull when where who")
+WORDS = re.findall(
+    r"\w+", "a the he she it rain sun dog cat ran won fell train man film fine dull when where who"
+)
 LAYERS = {"bert-base-cased": 12, "gpt2": 12, "bert-large-cased": 24, "gpt2-xl": 48}
 ANSWERS = ["entailment", "neutral", "contradiction", "not_entailment"]
 
@@ -49,16 +51,30 @@ def write_models(root: Path, names: list[str]) -> None:
         torch.manual_seed(0)
         size, layers = {"vocab_size": len(vocabulary)}, LAYERS[name]
         if name.startswith("bert"):
-            sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 64}
+            sizes = {
+                "hidden_size": 16,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+            }
             _save(root / name, BertModel(BertConfig(**size, **sizes)), raw, pad_token="[PAD]")
         else:
-            sizes = {"n_embd": 16, "n_layer": layers, "n_head": 2, "n_inner": 64, "bos_token_id": 2, "eos_token_id": 2}
+            sizes = {
+                "n_embd": 16,
+                "n_layer": layers,
+                "n_head": 2,
+                "n_inner": 64,
+                "bos_token_id": 2,
+                "eos_token_id": 2,
+            }
             _save(root / name, GPT2Model(GPT2Config(**size, **sizes)), raw, eos_token="[EOS]")
 
 
 def _save(folder: Path, model: PreTrainedModel, raw: Tokenizer, **tokens: str) -> None:
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", **tokens).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", **tokens).save_pretrained(
+        folder
+    )
 
 
 def write_data(root: Path) -> None:

@@ -28,9 +28,15 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm-roberta": ("XLMRoberta", _TEXT),
     "electra": ("Electra", {**_TEXT, "embedding_size": HIDDEN}),
     "deberta-v2": ("DebertaV2", _TEXT),
-    "distilbert": ("DistilBert", {**_TOKENS, "dim": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": WIDTH}),
+    "distilbert": (
+        "DistilBert",
+        {**_TOKENS, "dim": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": WIDTH},
+    ),
     "modernbert": ("ModernBert", {**_TEXT, "cls_token_id": 1, "sep_token_id": 2, "mlp_bias": True}),
-    "gpt2": ("GPT2", {**_TOKENS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_inner": WIDTH}),
+    "gpt2": (
+        "GPT2",
+        {**_TOKENS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_inner": WIDTH},
+    ),
     "gpt_neox": ("GPTNeoX", _TEXT),
     "opt": ("OPT", {**_TOKENS, **_BODY, "ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN}),
     "t5": ("T5", _T5),
@@ -50,7 +56,14 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip_vision_model": ("CLIPVision", {**_HF, **_IMAGE}),
 }
 # timm's arguments to rebuild them
-_BEIT = {"embed_dim": HIDDEN, "depth": LAYERS, "num_heads": 4, "mlp_ratio": 2, "img_size": 32, "patch_size": 8}
+_BEIT = {
+    "embed_dim": HIDDEN,
+    "depth": LAYERS,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+    "img_size": 32,
+    "patch_size": 8,
+}
 _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 32, "window_size": 4}
 TIMM: dict[str, dict[str, Any]] = {
     "VisionTransformer": {"model_name": "test_vit"},
@@ -65,7 +78,9 @@ def _from_transformers(name: str) -> nn.Module:
 
 
 def _torch_stack(kind: str) -> nn.Module:
-    layer = getattr(nn, f"{kind}Layer")(HIDDEN, 4, WIDTH, dropout=0.1, activation=nn.functional.gelu, batch_first=True)
+    layer = getattr(nn, f"{kind}Layer")(
+        HIDDEN, 4, WIDTH, dropout=0.1, activation=nn.functional.gelu, batch_first=True
+    )
     return getattr(nn, kind)(layer, LAYERS)
 
 
@@ -92,7 +107,9 @@ def build_generator(name: str, seed: int = 0) -> Any:
 
 
 def _settled(model: nn.Module) -> nn.Module:
-    with torch.no_grad():  # fresh biases are zero and fresh weights small, which would hide mistakes with them
+    with (
+        torch.no_grad()
+    ):  # fresh biases are zero and fresh weights small, which would hide mistakes with them
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias") or parameter.ndim == 2:
                 parameter.normal_(0, 0.1)
@@ -125,7 +142,9 @@ def output(model: nn.Module, values: dict[str, torch.Tensor]) -> torch.Tensor:
 def stock(name: str, folder: Any) -> nn.Module:
     """Load the dense model from a folder with its own library."""
     if name in TIMM:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True, **load_options(name)).eval()
+        return timm.create_model(
+            f"local-dir:{folder}", pretrained=True, **load_options(name)
+        ).eval()
     if name.startswith("Transformer"):
         model = BUILDERS[name]()
         model.load_state_dict(load_file(f"{folder}/model.safetensors"))

@@ -38,11 +38,16 @@ def main(root: Path, names: list[str]) -> None:
         for folder in {root / task["source"].get("folder", name), root / name}:
             for file, rows in converted(folder, task):
                 if file in outputs:  # two tasks of one set: SICK has two labels
-                    rows = [{**first, **second} for first, second in zip(outputs[file], rows, strict=True)]
+                    rows = [
+                        {**first, **second}
+                        for first, second in zip(outputs[file], rows, strict=True)
+                    ]
                 outputs[file] = rows
     for file, rows in outputs.items():
         temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
         temporary.replace(file)
         sys.stdout.write(f"{file}: {len(rows):,} rows\n")
     if not outputs:
@@ -71,13 +76,17 @@ def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
     required = [*columns.values(), *([where["column"]] if where else [])]
     for number, cells in READERS[layout.get("format", "tsv")](file, layout, label):
         if number == 1 and (missing := [column for column in required if column not in cells]):
-            raise SystemExit(f"{file} has no column '{missing[0]}'; it has {', '.join(map(str, cells))}")
+            raise SystemExit(
+                f"{file} has no column '{missing[0]}'; it has {', '.join(map(str, cells))}"
+            )
         if where and cells[where["column"]] != where["values"][split]:
             continue
         row = {name: cells.get(column) for name, column in ({label: label} | columns).items()}
         if names and row[label] not in unlabelled:
             if row[label] not in names:
-                raise SystemExit(f"{file}, row {number}: '{row[label]}' is no label; choose from {', '.join(names)}")
+                raise SystemExit(
+                    f"{file}, row {number}: '{row[label]}' is no label; choose from {', '.join(names)}"
+                )
             row[label] = names[row[label]]
         yield row
 
@@ -90,12 +99,16 @@ def _separated(file: Path, layout: Row, _label: str) -> Iterator[tuple[int, Row]
         if layout.get("format") == "csv":
             rows = filter(None, csv.reader(lines, strict=True))
         else:
-            rows = (text.split("\t") for line in lines if (text := line.rstrip("\n").removesuffix("\r")))
+            rows = (
+                text.split("\t") for line in lines if (text := line.rstrip("\n").removesuffix("\r"))
+            )
         header = next(rows, []) if layout.get("header", True) else None
         for number, cells in enumerate(rows, start=1):
             names: Sequence[Any] = header or range(len(cells))
             if header and any(cells[len(header) :]):
-                raise SystemExit(f"{file}, row {number} has {len(cells)} cells, and the first line {len(header)}")
+                raise SystemExit(
+                    f"{file}, row {number} has {len(cells)} cells, and the first line {len(header)}"
+                )
             # a row that ends early lacks its last cells
             yield number, {**dict.fromkeys(names), **dict(zip(names, cells, strict=False))}
 
@@ -109,7 +122,9 @@ def _folders(file: Path, layout: Row, label: str) -> Iterator[tuple[int, Row]]:
     """Yield one row per text file; its folder's name is the label."""
     numbers = itertools.count(1)
     for name in layout["label_names"]:
-        texts = [path for path in sorted((file / name).glob("*.txt")) if not path.name.startswith(".")]
+        texts = [
+            path for path in sorted((file / name).glob("*.txt")) if not path.name.startswith(".")
+        ]
         if not texts:
             raise SystemExit(f"{file / name} holds no .txt file")
         for path in texts:

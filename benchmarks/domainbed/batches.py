@@ -28,7 +28,9 @@ _NORMAL = (transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION))
 
 def evaluation_transform(size: int) -> Transform:
     """Return the evaluation transform: resize to ``size`` × ``size`` pixels and normalise."""
-    return partial(_transform, transforms.Compose([transforms.Resize((size, size)), *_NORMAL]), size)
+    return partial(
+        _transform, transforms.Compose([transforms.Resize((size, size)), *_NORMAL]), size
+    )
 
 
 def training_transform(size: int) -> Transform:
@@ -36,7 +38,10 @@ def training_transform(size: int) -> Transform:
 
     As in DomainBed, MNIST's digits are not augmented.
     """
-    crop, mirror = transforms.RandomResizedCrop(size, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip()
+    crop, mirror = (
+        transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
+        transforms.RandomHorizontalFlip(),
+    )
     colours = [transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale()]
     return partial(_transform, transforms.Compose([crop, mirror, *colours, *_NORMAL]), size)
 
@@ -48,7 +53,11 @@ def _transform(of_images: Callable[[Image.Image], Tensor], size: int, picture: P
     """
     if isinstance(picture, Image.Image):
         return of_images(picture)
-    channels = picture.repeat(3, 1, 1) if len(picture) == 1 else torch.cat([picture, torch.zeros_like(picture[:1])])
+    channels = (
+        picture.repeat(3, 1, 1)
+        if len(picture) == 1
+        else torch.cat([picture, torch.zeros_like(picture[:1])])
+    )
     return normalize(resize(channels, [size, size], antialias=True), list(MEAN), list(DEVIATION))
 
 
@@ -100,28 +109,42 @@ class PrefixedEnvironment(Environment):
     blank: Tensor
 
 
-def with_prefix(environment: Environment, prefix: Prefix, rows: Sequence[int], size: int) -> PrefixedEnvironment:
+def with_prefix(
+    environment: Environment, prefix: Prefix, rows: Sequence[int], size: int
+) -> PrefixedEnvironment:
     """Compute the outputs of a model's frozen layers for distinct rows, with images of ``size`` pixels."""
     transform, digest = evaluation_transform(size), hashlib.sha256(f"{size}\n".encode())
     for row in rows:
         digest.update(np.asarray(environment.open(row)).tobytes())
 
     def batch(indices: Sequence[int]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.stack([load_pixels(environment, rows[i], transform, 0) for i in indices])}
+        return {
+            "pixel_values": torch.stack(
+                [load_pixels(environment, rows[i], transform, 0) for i in indices]
+            )
+        }
 
     tokens = prefix.output(batch([0])).shape[1]
     states = PrefixStates(prefix, digest.hexdigest(), [tokens] * len(rows), batch)
-    indices, blank = {row: index for index, row in enumerate(rows)}, torch.zeros(1).expand(3, size, size)
+    indices, blank = (
+        {row: index for index, row in enumerate(rows)},
+        torch.zeros(1).expand(3, size, size),
+    )
     return PrefixedEnvironment(**vars(environment), states=states, indices=indices, blank=blank)
 
 
-def _example(environment: Environment, row: int, transform: Transform, *seed: object) -> dict[str, Any]:
+def _example(
+    environment: Environment, row: int, transform: Transform, *seed: object
+) -> dict[str, Any]:
     """Return a row as model inputs: its label, and pixels or the output of the frozen layers."""
     labels = environment.labels[row]
     if isinstance(environment, PrefixedEnvironment):
         state = environment.states[environment.indices[row]]
         return {"pixel_values": environment.blank, STATES: state, "labels": labels}
-    return {"pixel_values": load_pixels(environment, row, transform, derive_seed("augment", *seed)), "labels": labels}
+    return {
+        "pixel_values": load_pixels(environment, row, transform, derive_seed("augment", *seed)),
+        "labels": labels,
+    }
 
 
 @dataclass(eq=False)
@@ -141,7 +164,9 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         number, env, index = draw
-        return _example(self.environments[env], self.rows[env][index], self.transform, self.seed, number)
+        return _example(
+            self.environments[env], self.rows[env][index], self.transform, self.seed, number
+        )
 
 
 @dataclass(eq=False)
@@ -166,4 +191,6 @@ class EvaluationRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        return _example(self.environment, row, self.transform, self.environment.name, row, self.step)
+        return _example(
+            self.environment, row, self.transform, self.environment.name, row, self.step
+        )

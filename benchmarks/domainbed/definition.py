@@ -6,7 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Precision, Training, TrainingPart
+from benchmarks.harness.config.benchmark import (
+    Entry,
+    MethodsDefinition,
+    Precision,
+    Training,
+    TrainingPart,
+)
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
@@ -99,7 +105,10 @@ class ImageBlock(VariantAxes):
     """Names of image sets."""
     test_envs: (
         Literal["single", "all"]
-        | Annotated[list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]],
+            Field(min_length=1),
+        ]
     )
     """Held-out environments: lists of names; `single` for every environment alone; `all` for every environment and
     every pair, as leave-one-domain-out selection needs.
@@ -186,7 +195,11 @@ class SetEntry(ImageTask, Entry):
     def spec(self, name: str) -> dict[str, Any]:
         """Return the name and the settings of the set that determine a run's numbers."""
         values = self.model_dump(include=set(ImageTask.model_fields))
-        return {"name": name, **values, "environments": [list(pair) for pair in self.environments.items()]}
+        return {
+            "name": name,
+            **values,
+            "environments": [list(pair) for pair in self.environments.items()],
+        }
 
 
 class SetFile(Strict):

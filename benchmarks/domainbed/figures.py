@@ -21,7 +21,9 @@ _COLUMNS = 4
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Draw mean accuracies under training-domain validation: a panel per model, a line per held-out environment."""
-    cells = outcomes.cells[(outcomes.cells["task"] == name) & (outcomes.cells["selection"] == _SELECTION)]
+    cells = outcomes.cells[
+        (outcomes.cells["task"] == name) & (outcomes.cells["selection"] == _SELECTION)
+    ]
     cell = ["model", "eval_task", "method"]
     rows = outcomes.order(our_means(cells.set_index(cell)["value"], cell), ["model", "method"])
     styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
@@ -46,7 +48,9 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         if metrics.routing:
             for layer in sorted(metrics.routing.loads, key=int):
                 title = f"{outcomes.title('method', method)}, block {layer}"
-                panels.append((title, np.array(metrics.routing.loads[layer]), metrics.routing.chance[layer]))
+                panels.append(
+                    (title, np.array(metrics.routing.loads[layer]), metrics.routing.chance[layer])
+                )
     if not panels:
         plots.placeholder_figure(path)
         return
@@ -56,11 +60,16 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     lines = -(-len(panels) // columns)
     size = (min(1.6 * columns + 1.3, plots.WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5)
     ratios = heights * lines
-    with plots.panel_figure(path, 2 * lines, columns, size, plots.HEATMAP, height_ratios=ratios) as (figure, axes):
+    with plots.panel_figure(
+        path, 2 * lines, columns, size, plots.HEATMAP, height_ratios=ratios
+    ) as (figure, axes):
         for number, (title, loads, chance) in enumerate(panels):
             line, column = divmod(number, columns)
             above, below = axes[2 * line, column], axes[2 * line + 1, column]
-            for axis, counts, labels in ((above, loads.sum(0), classes), (below, loads.sum(1), env_names)):
+            for axis, counts, labels in (
+                (above, loads.sum(0), classes),
+                (below, loads.sum(1), env_names),
+            ):
                 shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of a row's choices
                 plots.show_use(axis, plots.divide_by_mean(shares, shares.mean(0, keepdims=True)))
                 beside = labels if column == 0 and len(labels) <= heights[0] else []
@@ -68,12 +77,14 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
                 axis.set_xticks([])
             by_class = _information("class", loads.sum(0), chance.by_class)
             above.set_title(f"{plots.wrap_text(title, 1.4, 7)}\n{by_class}", fontsize=7)
-            below.set_title(_information("environment", loads.sum(1), chance.environment), fontsize=7)
+            below.set_title(
+                _information("environment", loads.sum(1), chance.environment), fontsize=7
+            )
             below.set_xlabel(f"{loads.shape[2]} experts")
-        figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
-        title = (
-            f"{outcomes.title('task', name)}, {outcomes.title('model', model)}, {env_names[env]} held out, first trial"
+        figure.colorbar(
+            plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
         )
+        title = f"{outcomes.title('task', name)}, {outcomes.title('model', model)}, {env_names[env]} held out, first trial"
         figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
 

@@ -20,7 +20,13 @@ from benchmarks.domainbed.definition import (
     SetEntry,
     SetFile,
 )
-from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
+from benchmarks.domainbed.protocol import (
+    BASELINE,
+    SELECTIONS,
+    held_out_combinations,
+    hyper_parameters,
+    sweep_seed,
+)
 from benchmarks.harness.base import DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part
 from benchmarks.harness.config.catalogue import load_models, model_names
@@ -49,7 +55,9 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         domains = {"held_out": Domain(("accuracy",), "trial", tuple(SELECTIONS)), "model": COUNTS}
         return cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
 
-    def specs(self, part: Part[ImagePart], exclude: Collection[str], others: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    def specs(
+        self, part: Part[ImagePart], exclude: Collection[str], others: Sequence[Run]
+    ) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
         for number, block in enumerate(part.settings.grid):
             where = part.where("grid", number)
@@ -61,10 +69,17 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
                 if name in exclude:
                     continue
                 values = block.model_dump()
-                values["test_envs"] = _test_env_tuples(block.test_envs, list(self.tasks[name].environments), where)
+                values["test_envs"] = _test_env_tuples(
+                    block.test_envs, list(self.tasks[name].environments), where
+                )
                 axes = {key: values[key] for key in _AXES if key in values}
                 for chosen in itertools.product(*axes.values()):
-                    point = {"model": model, "set": name, "method": method, **dict(zip(axes, chosen, strict=True))}
+                    point = {
+                        "model": model,
+                        "set": name,
+                        "method": method,
+                        **dict(zip(axes, chosen, strict=True)),
+                    }
                     yield self._spec(part, training[model], methods, point, where)
 
     def _spec(
@@ -89,7 +104,10 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
                 "images differ at every step"
             )
         envs = list(task.environments)
-        draws = [f"T{'+'.join(envs[env] for env in point['test_envs'])}", f"h{draw}" if draw else ""]
+        draws = [
+            f"T{'+'.join(envs[env] for env in point['test_envs'])}",
+            f"h{draw}" if draw else "",
+        ]
         return self.spec(
             "-".join(filter(None, (method["variant"], *draws))),
             model=load_models()[point["model"]].spec(point["model"]),
@@ -129,10 +147,16 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         yield SetPart(name, ALL, total, expected=entry.images, source=image_set.source)
 
 
-def _test_env_tuples(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
+def _test_env_tuples(
+    asked: str | list[list[str]], environments: list[str], where: str
+) -> list[tuple[int, ...]]:
     """Return the tuples of numbers of environments that are held out together."""
     if isinstance(asked, str):
-        return [envs for envs in held_out_combinations(len(environments)) if asked == "all" or len(envs) == 1]
+        return [
+            envs
+            for envs in held_out_combinations(len(environments))
+            if asked == "all" or len(envs) == 1
+        ]
     for names in asked:
         check_names(where, "test_envs", names, environments)
     return [tuple(sorted(environments.index(name) for name in names)) for names in asked]
@@ -140,6 +164,9 @@ def _test_env_tuples(asked: str | list[list[str]], environments: list[str], wher
 
 def _sweep(version: int, method: Method, training: ImageTraining) -> str:
     """Hash the settings that are equal in all runs of a method."""
-    settings = [method.model_dump(exclude={"title", "role"}), training.model_dump(exclude={"by_model"})]
+    settings = [
+        method.model_dump(exclude={"title", "role"}),
+        training.model_dump(exclude={"by_model"}),
+    ]
     text = json.dumps([version, *settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]

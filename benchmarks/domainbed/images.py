@@ -45,7 +45,11 @@ class Environment:
     def summary(self, classes: list[str], rows: Iterable[int] | None = None) -> dict[str, Any]:
         """Return the counts of rows (None for all) and of their classes, for ``metrics.json``."""
         counts = Counter(self.labels if rows is None else (self.labels[row] for row in rows))
-        return {"rows": counts.total(), "dropped": 0, "labels": {name: counts[i] for i, name in enumerate(classes)}}
+        return {
+            "rows": counts.total(),
+            "dropped": 0,
+            "labels": {name: counts[i] for i, name in enumerate(classes)},
+        }
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,11 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise many types
         is_short = "truncated" in str(error).lower()
-        hint = "; to fill what is missing, as DomainBed does, set training.truncated: load" if is_short else ""
+        hint = (
+            "; to fill what is missing, as DomainBed does, set training.truncated: load"
+            if is_short
+            else ""
+        )
         raise DataError(f"{where} cannot be used: {error}{hint}") from error
 
 
@@ -103,7 +111,9 @@ def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
     environments = []
     for (name, _), folder in zip(task.environments, folders, strict=True):
         if odd := sorted(set(_folders(folder)) ^ set(classes)):
-            raise DataError(f"classes differ between environments: '{odd[0]}' is only in one of {folders[0]}, {folder}")
+            raise DataError(
+                f"classes differ between environments: '{odd[0]}' is only in one of {folders[0]}, {folder}"
+            )
         try:
             rows = ImageFolder.make_dataset(str(folder), numbers, is_valid_file=_is_image)
         except FileNotFoundError as error:  # a class without images
@@ -120,7 +130,9 @@ def _environment_order(present: list[str], task: RunImageSet, where: str) -> lis
     wanted = [normalize_name(str(title)) for _, title in task.environments]
     if len(present) != len(wanted) or set(names) != set(wanted):
         expected = ", ".join(f"{title} ({name})" for name, title in task.environments)
-        raise DataError(f"{where} has the environments {', '.join(present)}; it must have {expected}, and no other")
+        raise DataError(
+            f"{where} has the environments {', '.join(present)}; it must have {expected}, and no other"
+        )
     return [names[name] for name in wanted]
 
 
@@ -136,7 +148,9 @@ def _is_image(path: str) -> bool:
 
 
 def _folders(here: Path) -> list[str]:
-    return sorted(path.name for path in here.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(
+        path.name for path in here.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
 
 
 def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
@@ -163,12 +177,20 @@ def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
     images = rows.cast_column("image", datasets.Image(decode=False))
     environments = []
     for (name, _), domain in zip(task.environments, present, strict=True):
-        chosen = sorted((i for i in range(len(rows)) if domains[i] == domain), key=lambda i: (labels[i], i))
+        chosen = sorted(
+            (i for i in range(len(rows)) if domains[i] == domain), key=lambda i: (labels[i], i)
+        )
         if absent := sorted(set(classes) - {labels[i] for i in chosen}):
-            raise DataError(f"{where}: the domain '{domain}' has no image of the class '{absent[0]}'")
+            raise DataError(
+                f"{where}: the domain '{domain}' has no image of the class '{absent[0]}'"
+            )
         numbers = [classes.index(labels[i]) for i in chosen]
-        environments.append(Environment(name, numbers, partial(_open_row, images, chosen, where, truncated)))
-    return ImageSet(environments, classes, f"hub {hub_name(where, task.source.revision, commit_of(parts))}")
+        environments.append(
+            Environment(name, numbers, partial(_open_row, images, chosen, where, truncated))
+        )
+    return ImageSet(
+        environments, classes, f"hub {hub_name(where, task.source.revision, commit_of(parts))}"
+    )
 
 
 def _column_names(rows: Any, column: str) -> list[str]:

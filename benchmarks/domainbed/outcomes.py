@@ -39,19 +39,36 @@ class DomainOutcomes(Outcomes):
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
         selections = {name: title for name, (title, _) in SELECTIONS.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
-        super().__init__(benchmark, [record.run for record in finished], CELL, selection=selections, task=sets)
+        super().__init__(
+            benchmark, [record.run for record in finished], CELL, selection=selections, task=sets
+        )
         self.finished = {record.run.id: record for record in finished}
         self.records = tabulate_numbers(finished)
-        columns = [*CELL, "eval_task", "seed", "value", "chosen_by", "step", "hparams_seed", "variant"]
+        columns = [
+            *CELL,
+            "eval_task",
+            "seed",
+            "value",
+            "chosen_by",
+            "step",
+            "hparams_seed",
+            "variant",
+        ]
         self.cells = pd.DataFrame(self._cells(), columns=columns)
-        self.shared = shared_pairs(self.cells, ["selection", "model", "task"], ["method", "eval_task"], "seed")
+        self.shared = shared_pairs(
+            self.cells, ["selection", "model", "task"], ["method", "eval_task"], "seed"
+        )
         self.differences = self._differences(self.shared)
         self.tests = with_verdicts(self._differences(self.cells))
 
     def _differences(self, cells: pd.DataFrame) -> pd.DataFrame:
         # sorted by environment, because the order of summation changes the last digit
-        scores = cells[[*CELL, "eval_task", "seed", "value"]].sort_values(["eval_task", "seed"], kind="stable")
-        return paired_differences(scores, CELL, {"method": self.baseline}, "seed").drop(columns="values")
+        scores = cells[[*CELL, "eval_task", "seed", "value"]].sort_values(
+            ["eval_task", "seed"], kind="stable"
+        )
+        return paired_differences(scores, CELL, {"method": self.baseline}, "seed").drop(
+            columns="values"
+        )
 
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
@@ -84,7 +101,9 @@ class DomainOutcomes(Outcomes):
             records = []
             for run in runs:
                 steps = [step.model_dump() for step in self.finished[run.id].metrics.records or ()]
-                records.append(RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), steps))
+                records.append(
+                    RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), steps)
+                )
             for selection, (_, choose) in SELECTIONS.items():
                 for env, env_name in enumerate(self.environments(name)):
                     chosen = choose(records, env)

@@ -49,7 +49,9 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     for name, count, labels in count_images(image_set):
         progress.say(f"{name}: {count:,} images, {labels}")
     entry = load_benchmark(spec.benchmark).tasks.get(spec.task.name)
-    if entry and (note := SetPart(spec.task.name, ALL, sum(map(len, envs)), expected=entry.images).note):
+    if entry and (
+        note := SetPart(spec.task.name, ALL, sum(map(len, envs)), expected=entry.images).note
+    ):
         progress.say(f"warning: {note}")
     splits = _split(spec, image_set)
     trained = [env for env in range(len(envs)) if env not in held_out]
@@ -62,12 +64,16 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
         envs = _add_prefixes(classifier.prefix, spec, envs, splits)
     rows = [splits[env].within for env in trained]
     seed = derive_seed("environments", spec.seed, *held_out)  # the same draws for all methods
-    transform = training_transform(size) if hparams.data_augmentation else evaluation_transform(size)
+    transform = (
+        training_transform(size) if hparams.data_augmentation else evaluation_transform(size)
+    )
     trainer = DomainTrainer(
         classifier,
         spec,
         TrainingRows([envs[env] for env in trained], rows, transform, seed),
-        EnvironmentBatches([len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed),
+        EnvironmentBatches(
+            [len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed
+        ),
         _evaluation_splits(spec, envs, splits),
         folder,
         progress,
@@ -90,14 +96,20 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
             "dev": {spec.task.name: {ACCURACY: best.value}},
             "test": {envs[env].name: {ACCURACY: best.test_accuracy(env)} for env in held_out},
         },
-        "confusion": {environment.name: matrix.tolist() for environment, matrix in zip(envs, confusion, strict=True)},
+        "confusion": {
+            environment.name: matrix.tolist()
+            for environment, matrix in zip(envs, confusion, strict=True)
+        },
         "classes": classes,
         "routing": routing,
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
         "data": {
-            f"{environment.name} {name}": {"source": image_set.source, **environment.summary(classes, chosen)}
+            f"{environment.name} {name}": {
+                "source": image_set.source,
+                **environment.summary(classes, chosen),
+            }
             for environment, split in zip(envs, splits, strict=True)
             for name, chosen in (("in", split.within), ("out", split.out))
         },
@@ -148,7 +160,9 @@ def _evaluation_splits(
             augments = spec.hparams.data_augmentation and training.val_augment and not is_test
             transform = training_transform(size) if augments else evaluation_transform(size)
             rows = split.within if name == "in" else split.out
-            evaluated[f"env{env}_{name}"] = EvaluationRows(environment, rows[: training.eval_rows], transform)
+            evaluated[f"env{env}_{name}"] = EvaluationRows(
+                environment, rows[: training.eval_rows], transform
+            )
     return evaluated
 
 
@@ -173,4 +187,6 @@ def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -
         "steps": spec.training.steps,
     }
     more = {"args": arguments, "hparams": spec.hparams.model_dump()}
-    write_text(path, "".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records))
+    write_text(
+        path, "".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records)
+    )

@@ -21,7 +21,12 @@ from benchmarks.harness.results.statistics import PERMUTATIONS
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
 _ORDER = ["model", "selection", "task", "method"]
-_ROW = {"model_title": "Model", "selection_title": "Selection", "task_title": "Set", "method_title": "Method"}
+_ROW = {
+    "model_title": "Model",
+    "selection_title": "Selection",
+    "task_title": "Set",
+    "method_title": "Method",
+}
 _KEYS = {key: heading for key, heading in _ROW.items() if key != "task_title"}
 _SELECTIONS = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
@@ -42,7 +47,9 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     limits = {run.spec["training"]["eval_rows"] for run in _runs_on(outcomes, [name])}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     grouped = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
-    numbers = grouped.agg(mean="mean", error=_domainbed_error).reset_index()[["eval_task", *CELL, "mean", "error"]]
+    numbers = grouped.agg(mean="mean", error=_domainbed_error).reset_index()[
+        ["eval_task", *CELL, "mean", "error"]
+    ]
     frame = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
     envs = [env for env in outcomes.environments(name) if env in set(cells["eval_task"])]
     headings = {env: outcomes.env_title(name, env) for env in envs}
@@ -68,7 +75,9 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
     """Make a table of the step and the draw of hyper-parameters that each selection chose on one set."""
-    frame = outcomes.order(outcomes.cells[outcomes.cells["task"] == name], ["model", "selection", "method"])
+    frame = outcomes.order(
+        outcomes.cells[outcomes.cells["task"] == name], ["model", "selection", "method"]
+    )
     frame["eval_task_title"] = [outcomes.env_title(name, env) for env in frame["eval_task"]]
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
     varied = {"variant": "Variant"} if frame["variant"].any() else {}
@@ -77,7 +86,14 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
         "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out "
         "environment and trial; the selection's value, and the reported accuracy on the held-out environment. "
         f"{_selections_note(outcomes, [name])}",
-        {**_KEYS, "eval_task_title": "Held out", "seed": "Trial", "step": "Step", "draw": "Draw", **varied},
+        {
+            **_KEYS,
+            "eval_task_title": "Held out",
+            "seed": "Trial",
+            "step": "Step",
+            "draw": "Draw",
+            **varied,
+        },
         [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
         frame,
         # a row lists the runs of all trials and held-out environments
@@ -139,7 +155,9 @@ def cost(outcomes: DomainOutcomes) -> Table:
 
 def paper(outcomes: DomainOutcomes) -> Table:
     """Make a table of our averages and the published ones."""
-    published = common.read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
+    published = common.read_published(outcomes.benchmark).assign(
+        value=lambda frame: frame["value"] / 100
+    )
     trials = outcomes.trials(complete=True)
     ours = common.our_means(trials, CELL)
     of_four = trials[trials.index.get_level_values("task").isin(FOUR)]
@@ -147,7 +165,9 @@ def paper(outcomes: DomainOutcomes) -> Table:
     whole = four.mean()[four.count() == len(FOUR)]
     averages = common.our_means(whole, ["selection", "model", "method"]).assign(task=_FOUR)
     ours = pd.concat([ours[ours["task"].isin(published["task"])], averages])
-    frame = published.merge(ours, on=["model", "task", "method", "selection"], how="outer", sort=False)
+    frame = published.merge(
+        ours, on=["model", "task", "method", "selection"], how="outer", sort=False
+    )
     frame["difference"] = frame["ours"] - frame["value"]
     frame = outcomes.order(frame, ["selection", "task", "model", "method"])
     return common.published_table(
@@ -157,7 +177,10 @@ def paper(outcomes: DomainOutcomes) -> Table:
         "(published, but the selection or the row is our interpretation). A dash: not run by this suite, or "
         "unavailable. Results with another model and other data neither confirm nor refute a published value. "
         f"{outcomes.shared_note} {_experts_note(outcomes, outcomes.sets)}".strip(),
-        {key: _ROW[key] for key in ("selection_title", "task_title", "model_title", "method_title")},
+        {
+            key: _ROW[key]
+            for key in ("selection_title", "task_title", "model_title", "method_title")
+        },
         frame,
         origins=outcomes.shared_origins,
     )
@@ -168,7 +191,10 @@ def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
     rows = outcomes.order(outcomes.tests, _ORDER)
     rows = rows[rows["method"].map(outcomes.role) == "method"]
     for key, group in rows.groupby(["model_title", "selection_title", "task_title"], sort=False):
-        words = [f"{row.method_title} {common.difference_text(row)} (n = {row.n})" for row in group.itertuples()]
+        words = [
+            f"{row.method_title} {common.difference_text(row)} (n = {row.n})"
+            for row in group.itertuples()
+        ]
         yield f"{key[0]}, {key[2]}, {key[1]}: {'; '.join(words)}."
 
 
@@ -188,7 +214,9 @@ def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
         is_mnist = "mnist" in run.spec["task"]["source"]
         if run.spec["hparams"]["data_augmentation"] and not is_mnist:
             augmented.add(run.spec["training"]["val_augment"])
-    return " ".join([_SELECTIONS, *(_VALIDATION[value] for value in sorted(augmented, reverse=True))])
+    return " ".join(
+        [_SELECTIONS, *(_VALIDATION[value] for value in sorted(augmented, reverse=True))]
+    )
 
 
 def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
@@ -237,5 +265,8 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
         verdicts=list(verdicts(outcomes)),
         note=_NOTE,
         optimizer="Adam, constant rate, no clipping",
-        parts={name: Presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets},
+        parts={
+            name: Presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name)
+            for name in outcomes.sets
+        },
     )

@@ -39,7 +39,9 @@ def seed_hash(*parts: object) -> int:
     return int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % 2**31
 
 
-def sweep_seed(dataset: str, algorithm: str, test_envs: Sequence[int], hparams_seed: int, trial_seed: int) -> int:
+def sweep_seed(
+    dataset: str, algorithm: str, test_envs: Sequence[int], hparams_seed: int, trial_seed: int
+) -> int:
     """Return the general seed that DomainBed's sweep passes to a run."""
     return seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial_seed)
 
@@ -80,7 +82,9 @@ def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
 
 
 @functools.cache  # a sweep's methods and held-out environments share their draws
-def hyper_parameters(registry: Registry, dataset: str, hparams_seed: int, trial_seed: int) -> Mapping[str, Any]:
+def hyper_parameters(
+    registry: Registry, dataset: str, hparams_seed: int, trial_seed: int
+) -> Mapping[str, Any]:
     """Return a run's hyper-parameters.
 
     Args:
@@ -97,7 +101,10 @@ def hyper_parameters(registry: Registry, dataset: str, hparams_seed: int, trial_
     if hparams_seed == 0:
         return {name: default for name, (default, _) in definitions.items()}
     seed = seed_hash(hparams_seed, trial_seed)
-    return {name: draw(np.random.RandomState(seed_hash(seed, name))) for name, (_, draw) in definitions.items()}
+    return {
+        name: draw(np.random.RandomState(seed_hash(seed, name)))
+        for name, (_, draw) in definitions.items()
+    }
 
 
 _Draw = Callable[[np.random.RandomState], Any]
@@ -174,11 +181,21 @@ class SelectedRecord:
         return float(self.record[f"env{env}_in_acc"])
 
 
-def best_record(records: Sequence[Record], test_envs: Sequence[int], choice: int = 0) -> SelectedRecord:
+def best_record(
+    records: Sequence[Record], test_envs: Sequence[int], choice: int = 0
+) -> SelectedRecord:
     """Choose the first of a run's records with the highest mean *out* accuracy of the training environments."""
 
     def value(record: Record) -> float:
-        return float(np.mean([record[f"env{env}_out_acc"] for env in _environments(record) if env not in test_envs]))
+        return float(
+            np.mean(
+                [
+                    record[f"env{env}_out_acc"]
+                    for env in _environments(record)
+                    if env not in test_envs
+                ]
+            )
+        )
 
     return _first_best([SelectedRecord(value(record), record, choice) for record in records])
 
@@ -190,7 +207,12 @@ def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Selected
         runs: The runs of one set, method and trial, for all held-out environments.
         env: The number of the held-out environment.
     """
-    return _best([best_record(run.records, run.test_envs, run.choice) for run in _runs_holding_out(runs, env)])
+    return _best(
+        [
+            best_record(run.records, run.test_envs, run.choice)
+            for run in _runs_holding_out(runs, env)
+        ]
+    )
 
 
 def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
@@ -199,13 +221,19 @@ def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord
     Each other environment is evaluated by the run that holds out both; None if such a run is missing.
     """
     return _best(
-        [chosen for run in _runs_holding_out(runs, env) if (chosen := _cross_validate(run, runs, env)) is not None]
+        [
+            chosen
+            for run in _runs_holding_out(runs, env)
+            if (chosen := _cross_validate(run, runs, env)) is not None
+        ]
     )
 
 
 def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
     pairs = {
-        next(other for other in pair.test_envs if other != env): {record["step"]: record for record in pair.records}
+        next(other for other in pair.test_envs if other != env): {
+            record["step"]: record for record in pair.records
+        }
         for pair in runs
         if len(pair.test_envs) == 2 and env in pair.test_envs and pair.choice == run.choice
     }
@@ -213,7 +241,9 @@ def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Se
     for record in run.records:
         step, others = record["step"], [other for other in _environments(record) if other != env]
         if all(step in pairs.get(other, {}) for other in others):
-            value = float(np.sum([pairs[other][step][f"env{other}_in_acc"] for other in others]) / len(others))
+            value = float(
+                np.sum([pairs[other][step][f"env{other}_in_acc"] for other in others]) / len(others)
+            )
             candidates.append(SelectedRecord(value, record, run.choice))
     return _first_best(candidates) if candidates else None
 
@@ -250,4 +280,6 @@ def _first_best(candidates: Sequence[SelectedRecord]) -> SelectedRecord:
 
 def _environments(record: Record) -> list[int]:
     """Return the numbers of the environments of a record."""
-    return sorted(int(name[3:-8]) for name in record if name.startswith("env") and name.endswith("_out_acc"))
+    return sorted(
+        int(name[3:-8]) for name in record if name.startswith("env") and name.endswith("_out_acc")
+    )

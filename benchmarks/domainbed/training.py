@@ -12,14 +12,24 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
-from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.trainable import Trainable
-from benchmarks.harness.results.statistics import MutualInformation, shuffle_statistics, shuffled_information
+from benchmarks.harness.results.statistics import (
+    MutualInformation,
+    shuffle_statistics,
+    shuffled_information,
+)
 from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
@@ -46,7 +56,9 @@ class EvaluationSteps(TrainerCallback):
     def __init__(self, every: int) -> None:
         self._every = every
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         step = state.global_step - 1
         if step % self._every == 0 or state.global_step == state.max_steps:
             control.should_log = control.should_evaluate = True
@@ -93,7 +105,9 @@ class DomainTrainer(RoutedTrainer):
             logging_nan_inf_filter=False,  # show losses that are nan
             dataloader_num_workers=reading_workers(),
         )
-        self.probe.observe(classifier.model, default_collate(fixed_rows(next(iter(splits.values())))))
+        self.probe.observe(
+            classifier.model, default_collate(fixed_rows(next(iter(splits.values()))))
+        )
         super().__init__(
             args=arguments,
             order=draws,
@@ -111,7 +125,11 @@ class DomainTrainer(RoutedTrainer):
     def cost(self) -> dict[str, Any]:
         """Return the cost of training and of the evaluations during it, for ``metrics.json``."""
         times = self._stopwatch.cost(self.args.max_steps)
-        return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
+        return {
+            **times,
+            "evaluation_seconds": self._stopwatch.evaluation,
+            "precision": self._precision,
+        }
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
@@ -119,7 +137,9 @@ class DomainTrainer(RoutedTrainer):
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         rows: Any = dataloader.dataset
         rows.step = self.state.global_step
-        with torch.random.fork_rng(devices=[]):  # a data loader takes a seed from the global generator
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a data loader takes a seed from the global generator
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def fit(self) -> list[dict[str, Any]]:
@@ -151,13 +171,19 @@ class DomainTrainer(RoutedTrainer):
             empty for a dense model. By layer it has ``loads``, the expert choices ``[environments, classes, experts]``,
             and ``chance``, the mean and 95 % quantile of the information of shuffled labels, in bits.
         """
-        with emoe.record_routing(self._trained) if emoe.is_converted(self._trained) else nullcontext() as record:
+        with (
+            emoe.record_routing(self._trained)
+            if emoe.is_converted(self._trained)
+            else nullcontext() as record
+        ):
             confusion = self._confusion(splits, num_classes, record)
         if record is None:
             return confusion, {}
         environments = np.repeat(np.arange(len(splits)), [len(rows) for rows in splits])
         classes = np.concatenate([rows.labels for rows in splits])
-        loads = np.stack([loads_by_row(layer, len(classes)) for layer in record.layers.values()], axis=1)
+        loads = np.stack(
+            [loads_by_row(layer, len(classes)) for layer in record.layers.values()], axis=1
+        )
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
         # labels are shuffled within strata of the other label, so chance includes the dependence of the two
@@ -168,9 +194,13 @@ class DomainTrainer(RoutedTrainer):
         routing: dict[str, Any] = record.summary()
         for name, values in bits.items():
             routing |= MutualInformation.mean(values).numbers(name)
-        routing["loads"] = {str(layer): counts[:, :, i].tolist() for i, layer in enumerate(record.layers)}
+        routing["loads"] = {
+            str(layer): counts[:, :, i].tolist() for i, layer in enumerate(record.layers)
+        }
         routing["chance"] = {
-            str(layer): {name: list(shuffle_statistics(values[:, i])) for name, values in bits.items()}
+            str(layer): {
+                name: list(shuffle_statistics(values[:, i])) for name, values in bits.items()
+            }
             for i, layer in enumerate(record.layers)
         }
         return confusion, routing

@@ -55,8 +55,13 @@ def validate_images(image_set: ImageSet) -> dict[str, Any]:
     if damaged:
         total = sum(map(len, image_set.environments))
         first = "\n".join(damaged[:_SHOWN])
-        raise DataError(f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used, the first:\n{first}")
-    environments = {environment.name: environment.summary(image_set.classes) for environment in image_set.environments}
+        raise DataError(
+            f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used, the first:\n{first}"
+        )
+    environments = {
+        environment.name: environment.summary(image_set.classes)
+        for environment in image_set.environments
+    }
     return {"source": image_set.source, "classes": image_set.classes, "environments": environments}
 
 
@@ -64,4 +69,8 @@ def count_images(image_set: ImageSet) -> Iterator[tuple[str, int, str]]:
     """Yield name, number of images and class summary of every environment."""
     for environment in image_set.environments:
         counts = environment.summary(image_set.classes)["labels"].values()
-        yield environment.name, len(environment), f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
+        yield (
+            environment.name,
+            len(environment),
+            f"{len(counts)} classes, {min(counts)} to {max(counts)} each",
+        )

@@ -6,7 +6,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile, EvaluationPart, EvaluationSpec
+from benchmarks.glue_ood.definition import (
+    EvaluationDefinition,
+    EvaluationFile,
+    EvaluationPart,
+    EvaluationSpec,
+)
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
 from benchmarks.harness.config.methods import ABLATION
@@ -14,7 +19,9 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
 from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
 
-_Cell = tuple[str, str, str, str]  # model, task, protocol and method of the candidates; one per seed is chosen
+_Cell = tuple[
+    str, str, str, str
+]  # model, task, protocol and method of the candidates; one per seed is chosen
 
 
 class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
@@ -31,12 +38,19 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         check_names(f"{file}: '", "evaluates", [evaluation_file.evaluates], benchmark_names())
         other = load_benchmark(evaluation_file.evaluates)
         if not isinstance(other, TextBenchmark):
-            raise DefinitionError(f"{file}: 'evaluates' is '{other.name}', which trains no text classifiers")
+            raise DefinitionError(
+                f"{file}: 'evaluates' is '{other.name}', which trains no text classifiers"
+            )
         trained, methods = other.definition, other.methods()
-        rows = {row: method for row, method in trained.methods.items() if methods[row].role != ABLATION}
+        rows = {
+            row: method for row, method in trained.methods.items() if methods[row].role != ABLATION
+        }
         rows |= transformed_rows(evaluation_file.transformed, trained, file)
         definition = EvaluationDefinition(
-            **evaluation_file.given(), baseline=trained.baseline, method_defaults=trained.method_defaults, methods=rows
+            **evaluation_file.given(),
+            baseline=trained.baseline,
+            method_defaults=trained.method_defaults,
+            methods=rows,
         )
         benchmark = cls(name, definition, other.tasks, DOMAINS)
         main = [row for row in definition.methods if row not in definition.transformed]
@@ -80,7 +94,10 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
                     candidates=folders,
                     learning_rate=0.0,
                     seed=seed,
-                    **{"method": {"name": name, "variant": "", "config": None}, **changes.get(seed, {})},
+                    **{
+                        "method": {"name": name, "variant": "", "config": None},
+                        **changes.get(seed, {}),
+                    },
                 )
 
 
@@ -108,7 +125,10 @@ def _transform_overrides(
     changes: dict[int, dict[str, Any]] = {}
     for folder in used_as:
         config, seed = others[folder]["method"]["config"], others[folder]["seed"]
-        change = {"transform": "emoe" if config else "dense", "method": {"name": name, "variant": "", "config": config}}
+        change = {
+            "transform": "emoe" if config else "dense",
+            "method": {"name": name, "variant": "", "config": config},
+        }
         if changes.setdefault(seed, change) != change:
             raise DefinitionError(
                 f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers; it must have one setting"

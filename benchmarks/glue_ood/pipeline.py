@@ -39,7 +39,12 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         The content of ``metrics.json`` without the harness's part; ``chosen`` is the evaluated run.
     """
     settings = spec.evaluation
-    load = partial(load_part, rows=settings.rows, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
+    load = partial(
+        load_part,
+        rows=settings.rows,
+        entries=load_benchmark(spec.benchmark).tasks,
+        say=progress.say,
+    )
     test, splits = load(spec.task, "test"), {other.name: _load(other, load) for other in spec.ood}
     chosen = _chosen(spec)
     trained = parse(chosen.spec, TextSpec, chosen.folder)
@@ -56,11 +61,20 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     if spec.transform is not None:
         convert_trained_(classifier.model, spec.method["config"])
     evaluator = TextEvaluator(
-        classifier, tokenizer, trained.task, settings.batch_size, settings.max_length, training.precision, folder
+        classifier,
+        tokenizer,
+        trained.task,
+        settings.batch_size,
+        settings.max_length,
+        training.precision,
+        folder,
     )
     probe, routing = Probe(), RoutingRecorder(classifier.model)
     probe.observe(classifier.model, evaluator.first_batch(splits[spec.ood[0].name]))
-    same = spec.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
+    same = spec.transform is None and (training.eval_rows, training.max_length) == (
+        settings.rows,
+        settings.max_length,
+    )
     if same and not emoe.is_converted(classifier.model):
         tested = (recorded.scores or {})["test"][spec.task.name]  # the training run's test scores
     else:
@@ -76,9 +90,14 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         "routing": routed,
         "usage": usage,
         "probe": probe.summary(),
-        "chosen": {"run": chosen.folder, "learning_rate": trained.learning_rate, "variant": trained.method["variant"]},
+        "chosen": {
+            "run": chosen.folder,
+            "learning_rate": trained.learning_rate,
+            "variant": trained.method["variant"],
+        },
         "cost": evaluator.cost,
-        "data": {"test": test.summary()} | {f"ood:{name}": split.summary() for name, split in splits.items()},
+        "data": {"test": test.summary()}
+        | {f"ood:{name}": split.summary() for name, split in splits.items()},
     }
 
 
@@ -86,7 +105,9 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
     try:
         return load(other, "test")
     except DataError as error:
-        raise DataError(f"{error}; to go on without it: `--config exclude=[{other.name}]`") from error
+        raise DataError(
+            f"{error}; to go on without it: `--config exclude=[{other.name}]`"
+        ) from error
 
 
 def _chosen(spec: EvaluationSpec) -> Run:

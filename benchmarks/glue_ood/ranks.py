@@ -24,10 +24,14 @@ def ranked_scores(outcomes: TextOutcomes) -> Scores:
     Means are over the seeds that all ranked methods share. Methods without a common set and seed are omitted.
     """
     methods = cast(EvaluationDefinition, outcomes.benchmark.definition).ranked
-    seeds = outcomes.seeds[(outcomes.seeds["domain"] == OOD) & outcomes.seeds["method"].isin(methods)]
+    seeds = outcomes.seeds[
+        (outcomes.seeds["domain"] == OOD) & outcomes.seeds["method"].isin(methods)
+    ]
     scores = {}
     for key, group in seeds.groupby(["protocol", "model"], sort=False):
-        by_seed = group.pivot_table(index="method", columns=["scope", "seed"], values="value", sort=False)
+        by_seed = group.pivot_table(
+            index="method", columns=["scope", "seed"], values="value", sort=False
+        )
         table = by_seed.dropna(axis=1).T.groupby(level="scope", sort=False).mean().T
         table = table.loc[[name for name in methods if name in table.index]]
         if not table.empty:
@@ -45,11 +49,15 @@ def ranks(outcomes: TextOutcomes) -> Table:
         mean_ranks, p = friedman_ranks(table)
         test = "no Friedman test" if math.isnan(p) else f"Friedman p = {p:.3f}"
         difference = f"critical difference {critical_difference(*table.shape):.2f}"
-        notes.append(f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection: {test}, {difference}")
+        notes.append(
+            f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection: {test}, {difference}"
+        )
         for method, rank in mean_ranks.items():
             paper = published.get((model, method), math.nan)
             rows.append((protocol, model, method, rank, table.shape[1], len(table), paper))
-    frame = pd.DataFrame(rows, columns=["protocol", "model", "method", "rank", "sets", "ranked", "paper"])
+    frame = pd.DataFrame(
+        rows, columns=["protocol", "model", "method", "rank", "sets", "ranked", "paper"]
+    )
     sets = list(dict.fromkeys(name for table in scores.values() for name in table.columns))
     methods = [outcomes.title("method", name) for name in frame["method"].unique()]
     return Table(

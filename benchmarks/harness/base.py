@@ -102,7 +102,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if error.filename is not None:
             raise
         # a full disk fails a write, and the system then names no file
-        raise OSError(error.errno or errno.EIO, error.strerror or first_line(error), str(path)) from error
+        raise OSError(
+            error.errno or errno.EIO, error.strerror or first_line(error), str(path)
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -135,7 +137,9 @@ def write_json(path: Path, content: object) -> None:
 def format_json(content: object) -> str:
     """Format JSON with sorted keys, and lists of numbers on one line each."""
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    text = re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda numbers: "".join(numbers[0].split()).replace(",", ", "), text)
+    text = re.sub(
+        r"\[\n[\s\d.,eE+-]*\]", lambda numbers: "".join(numbers[0].split()).replace(",", ", "), text
+    )
     return text + "\n"
 
 
@@ -178,7 +182,9 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
     try:
         return TypeAdapter(model).validate_json(content)
     except ValidationError as error:
-        raise DataError(_with_advice(f"{path} is damaged: {first_problem(error)}", advice)) from None
+        raise DataError(
+            _with_advice(f"{path} is damaged: {first_problem(error)}", advice)
+        ) from None
 
 
 def _with_advice(problem: str, advice: str) -> str:
@@ -199,11 +205,15 @@ class _Loader(SafeLoader):
         names = [self.construct_object(key, deep=True) for key in given]
         for key, name in zip(given, names, strict=True):
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{name}' is given twice", key.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def read_yaml(path: Path) -> Any:
@@ -251,7 +261,9 @@ def git(root: Path, *arguments: str) -> str:
         OSError: Git is not installed.
         CalledProcessError: The folder is not a checkout.
     """
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def derive_seed(*parts: object) -> int:

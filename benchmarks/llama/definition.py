@@ -8,7 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Resources, Training, TrainingPart
+from benchmarks.harness.config.benchmark import (
+    Entry,
+    MethodsDefinition,
+    Resources,
+    Training,
+    TrainingPart,
+)
 from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes, tuning_spec
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
@@ -56,18 +62,24 @@ class Finetuning(Entry):
         if self.quantize and self.lora is None:
             raise refusal("weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
         if (self.train == "blocks" or self.quantize is not None) != (self.layers is not None):
-            raise refusal("'layers' and 'train: blocks' or 'quantize' need each other; set both or none")
+            raise refusal(
+                "'layers' and 'train: blocks' or 'quantize' need each other; set both or none"
+            )
 
     def tune_spec(self) -> dict[str, Any] | None:
         """Return the parameters trained in addition to adapters, head and routers; None for full fine-tuning."""
         if self.train == "all":
             return None
-        return tuning_spec(self.train if self.train in TUNINGS else None, self.layers) | {"head": False}
+        return tuning_spec(self.train if self.train in TUNINGS else None, self.layers) | {
+            "head": False
+        }
 
     def model_spec(self) -> dict[str, Any]:
         """Return the model's settings for weights that are not float32; empty otherwise."""
         weights: dict[str, Any] = {"weights": self.weights} if self.weights != "fp32" else {}
-        return weights | ({"quantize": self.quantize, "whole": self.layers} if self.quantize else {})
+        return weights | (
+            {"quantize": self.quantize, "whole": self.layers} if self.quantize else {}
+        )
 
 
 class Data(Strict):

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, collate_states, columns_digest
+from benchmarks.harness.models.prefix import (
+    STATES,
+    Prefix,
+    PrefixStates,
+    collate_states,
+    columns_digest,
+)
 from benchmarks.llama.definition import Instruction
 from benchmarks.llama.templates import Template
 
@@ -43,7 +49,9 @@ class EncodedRows(Dataset[dict[str, Any]]):
         DefinitionError: The chat template changes the prompt.
     """
 
-    def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
+    def __init__(
+        self, instructions: Sequence[Instruction], template: Template, max_length: int
+    ) -> None:
         self.rows: list[EncodedRow] = []
         self.broken: list[str] = []
         self._states: PrefixStates | None = None
@@ -53,7 +61,9 @@ class EncodedRows(Dataset[dict[str, Any]]):
             encoded = template.tokenizer(prompt + template.response(row), **options)
             tokens, begin = encoded["input_ids"], _response_start(prompt, encoded["offset_mapping"])
             if begin < max_length:
-                self.rows.append(EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
+                self.rows.append(
+                    EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0))
+                )
             else:
                 reason = f"has a prompt of {begin} tokens, so the response does not fit into {max_length}"
                 self.broken.append(f"{row.position} {reason}")
@@ -71,7 +81,10 @@ class EncodedRows(Dataset[dict[str, Any]]):
         def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
             return model_inputs(collate([self[i] for i in numbers]))
 
-        columns = {"tokens": np.concatenate([row.tokens for row in self.rows]), "lengths": np.asarray(lengths)}
+        columns = {
+            "tokens": np.concatenate([row.tokens for row in self.rows]),
+            "lengths": np.asarray(lengths),
+        }
         rows = copy.copy(self)
         rows._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
         return rows
@@ -82,7 +95,11 @@ class EncodedRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         labels = [IGNORED] * row.begin + row.tokens[row.begin :]
-        inputs = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": labels}
+        inputs = {
+            "input_ids": row.tokens,
+            "attention_mask": [1] * len(row.tokens),
+            "labels": labels,
+        }
         return inputs if self._states is None else {**inputs, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:
@@ -136,7 +153,9 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
         batch = dict(collate(rows))
         labels = batch["labels"]
         learned = (labels != IGNORED).any(dim=0).nonzero()
-        keep = labels.shape[1] - int(learned[0]) + 1 if len(learned) else 1  # logits predict the next token
+        keep = (
+            labels.shape[1] - int(learned[0]) + 1 if len(learned) else 1
+        )  # logits predict the next token
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 
     return collated

@@ -30,7 +30,10 @@ from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
 _ACCURACY, _BY_LENGTH = "acc", "acc_norm"
-_SEED, _OTHER_SEED = 0, 1234  # defaults of lm-eval's command: Python; NumPy, torch and few-shot examples
+_SEED, _OTHER_SEED = (
+    0,
+    1234,
+)  # defaults of lm-eval's command: Python; NumPy, torch and few-shot examples
 
 
 def load_task(entry: EvaluationTask) -> dict[str, Any]:
@@ -44,7 +47,9 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
     manager = _manager(ensure_mmlu_dev() if is_dev else None)
     where = f"'evaluation.tasks' names '{name}'"
     if name not in manager.all_tasks:
-        raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}")
+        raise DefinitionError(
+            f"{where}, which lm-eval does not have{did_you_mean(name, manager.all_tasks)}"
+        )
     try:
         loaded: dict[str, Any] = manager.load([name])
     except Exception as error:  # the hub, parsers and the task's own code raise many types
@@ -52,13 +57,23 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
     tasks = loaded["tasks"]
     for subject, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
+            raise DefinitionError(
+                f"{where}, but '{subject}' executes generated code or needs images"
+            )
         if shots and task.get_config("num_fewshot") == 0:
-            raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0")
-        if is_dev and shots > (others := len(list(task.fewshot_docs())) - 1):  # except the question itself
-            raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {others} other questions")
+            raise DefinitionError(
+                f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0"
+            )
+        if is_dev and shots > (
+            others := len(list(task.fewshot_docs())) - 1
+        ):  # except the question itself
+            raise DefinitionError(
+                f"{where} with {shots} shots, but '{subject}' has {others} other questions"
+            )
     if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
-        raise DefinitionError(f"{where}, whose tasks are scored by different metrics; name them one by one")
+        raise DefinitionError(
+            f"{where}, whose tasks are scored by different metrics; name them one by one"
+        )
     return loaded
 
 
@@ -79,7 +94,11 @@ def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
 @functools.cache
 def _manager(folder: Path | None) -> Any:
     # reading lm-eval's own list takes seconds
-    return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    return (
+        TaskManager()
+        if folder is None
+        else TaskManager(include_path=str(folder), include_defaults=False)
+    )
 
 
 def run_task(
@@ -115,20 +134,29 @@ def run_task(
             task.set_config(key="num_fewshot", value=entry.num_fewshot)
         task.set_fewshot_seed(seed=_OTHER_SEED)
     result = evaluate(
-        lm=wrapped, task_dict=loaded, limit=entry.limit, log_samples=True, bootstrap_iters=0, fewshot_as_multiturn=True
+        lm=wrapped,
+        task_dict=loaded,
+        limit=entry.limit,
+        log_samples=True,
+        bootstrap_iters=0,
+        fewshot_as_multiturn=True,
     )
     return {**summarise(result), "source": sorted({_source(entry.task, task) for task in tasks})}
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     """Summarise lm-eval's result by subject and category; see :func:`run_task`."""
-    counts = {name: int(samples["effective"]) for name, samples in result["n-samples"].items()}  # groups have none
+    counts = {
+        name: int(samples["effective"]) for name, samples in result["n-samples"].items()
+    }  # groups have none
     subjects = {name: _metric_values(result["results"][name]) for name in counts}
     metric = _shared_metric([list(values) for values in subjects.values()])
     assert metric is not None  # noqa: S101  load_task checked it
 
     def mean(names: Iterable[str], of: str = metric) -> float:
-        return sum(subjects[name][of] * counts[name] for name in names) / sum(counts[name] for name in names)
+        return sum(subjects[name][of] * counts[name] for name in names) / sum(
+            counts[name] for name in names
+        )
 
     members, categories = result.get("group_subtasks", {}), {}
     for group in members:
@@ -140,13 +168,18 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
         "questions": sum(counts.values()),
         "metric": metric,
         "categories": categories,
-        "subjects": {_alias(result, name): values | {"questions": counts[name]} for name, values in subjects.items()},
+        "subjects": {
+            _alias(result, name): values | {"questions": counts[name]}
+            for name, values in subjects.items()
+        },
     }
     if metric != _ACCURACY:
         return {**summary, "scores": {"task_score": mean(counts)}, "correct": {}}
     scores: dict[str, float | None] = {"accuracy": mean(counts)}
     if len(counts) > 1:
-        scores["accuracy_macro"] = sum(values[metric] for values in subjects.values()) / len(subjects)
+        scores["accuracy_macro"] = sum(values[metric] for values in subjects.values()) / len(
+            subjects
+        )
     if all(_BY_LENGTH in values for values in subjects.values()):
         scores["accuracy_norm"] = mean(counts, _BY_LENGTH)
     samples = {_alias(result, name): result["samples"][name] for name in counts}
@@ -162,7 +195,10 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
     """Return a text with ``1`` or ``0`` per question; None if accuracies are not binary (truthfulqa_mc2)."""
-    values = [float(sample[_ACCURACY]) for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))]
+    values = [
+        float(sample[_ACCURACY])
+        for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    ]
     return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else None
 
 
@@ -226,7 +262,11 @@ def _metric_values(values: Mapping[str, Any]) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_loss(
-    model: PreTrainedModel, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, batch_size: int, precision: str
+    model: PreTrainedModel,
+    rows: EncodedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    precision: str,
 ) -> float | None:
     """Return the mean loss per response token of the rows, in nats; None if the model diverged."""
     model.eval()
@@ -238,7 +278,9 @@ def held_out_loss(
         labels = inputs.pop("labels")[:, 1:]
         with autocast(model, precision):
             logits = model(**inputs).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
         total, tokens = total + loss.item(), tokens + int((labels != IGNORED).sum())
     mean = total / tokens
     return mean if math.isfinite(mean) else None
@@ -246,14 +288,20 @@ def held_out_loss(
 
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel, template: Template, instructions: Sequence[Instruction], new_tokens: int, precision: str
+    model: PreTrainedModel,
+    template: Template,
+    instructions: Sequence[Instruction],
+    new_tokens: int,
+    precision: str,
 ) -> list[dict[str, str]]:
     """Generate greedy answers, row by row; return ``instruction``, ``input``, ``reference`` and ``answer`` of each."""
     model.eval()
     tokenizer, rows = template.tokenizer, []
     for row in instructions:
         prompt, special = template.prompt(row), template.special_tokens
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=special).to(model.device)
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=special).to(
+            model.device
+        )
         encoded.pop("token_type_ids", None)
         with autocast(model, precision):
             output = cast(Any, model).generate(
@@ -264,6 +312,15 @@ def generate_answers(
                 eos_token_id=template.end_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        text = tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        rows.append({"instruction": row.instruction, "input": row.input, "reference": row.output, "answer": str(text)})
+        text = tokenizer.decode(
+            output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        rows.append(
+            {
+                "instruction": row.instruction,
+                "input": row.input,
+                "reference": row.output,
+                "answer": str(text),
+            }
+        )
     return rows

@@ -29,16 +29,28 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     styles = distinct_styles((line.method_title, outcomes.style(line.method)) for line in lines)
     size = (min(3.0 * len(groups) + 0.6, plots.WIDTH), 2.3 * len(panels) + 0.3)
     shared = {"sharex": "col", "sharey": "row"}
-    with plots.panel_figure(path, len(panels), len(groups), size, plots.CURVES, **shared) as (figure, axes):
+    with plots.panel_figure(path, len(panels), len(groups), size, plots.CURVES, **shared) as (
+        figure,
+        axes,
+    ):
         for column, ((model, name, tuning), group) in enumerate(groups):
             for axis, label in zip(axes[:, column], panels, strict=True):
-                for title, line in group[group["panel"] == label].groupby("method_title", sort=False):
-                    _draw_curve(axis, line.groupby("step")["loss"].mean(skipna=False), str(title), styles[str(title)])
+                for title, line in group[group["panel"] == label].groupby(
+                    "method_title", sort=False
+                ):
+                    _draw_curve(
+                        axis,
+                        line.groupby("step")["loss"].mean(skipna=False),
+                        str(title),
+                        styles[str(title)],
+                    )
                 axis.set_ylabel(label if column == 0 else "")
             tuned = outcomes.title("tuning", tuning)
             below = f"{outcomes.title('task', name)}, {tuned}" if outcomes.several_sets else tuned
             title = f"{outcomes.title('model', model)}\n{below}"
-            axes[0, column].set_title(plots.wrap_text(title, (size[0] - 0.6) / len(groups)), fontsize=8)
+            axes[0, column].set_title(
+                plots.wrap_text(title, (size[0] - 0.6) / len(groups)), fontsize=8
+            )
             seeds = group.groupby("method_title")["run_id"].nunique()
             axes[-1, column].set_xlabel(f"step; means of {plots.count_text(seeds)}")
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))

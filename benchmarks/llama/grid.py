@@ -52,7 +52,11 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, InstructionDefinition, str(file))
-        domains = {HELD_OUT: Domain(("loss",)), QUESTIONS: Domain(("accuracy", NATS), "question"), "model": COUNTS}
+        domains = {
+            HELD_OUT: Domain(("loss",)),
+            QUESTIONS: Domain(("accuracy", NATS), "question"),
+            "model": COUNTS,
+        }
         return cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
 
     def specs(
@@ -61,13 +65,20 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         methods, tunings = self.methods(part), _tunings(self, part)
         usual = {key: self.settings(key, part).model_dump() for key in ("data", "evaluation")}
         usual["templates"] = _templates(usual["data"]["template"], part.where("data"))
-        names = {"model": model_names("language"), "set": self.tasks, "finetuning": tunings, "method": methods}
+        names = {
+            "model": model_names("language"),
+            "set": self.tasks,
+            "finetuning": tunings,
+            "method": methods,
+        }
         settings = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *_AXES)):
             if point["set"] in exclude:
                 continue
             tuning = tunings[point["finetuning"]]
-            method = method_spec(methods, point, point["seed"], None, where) | {"tune": tuning.tune_spec()}
+            method = method_spec(methods, point, point["seed"], None, where) | {
+                "tune": tuning.tune_spec()
+            }
             yield self.spec(
                 "-".join(filter(None, (point["finetuning"], method["variant"]))),
                 model={**load_models()[point["model"]].spec(point["model"]), **tuning.model_spec()},
@@ -82,12 +93,18 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         name = spec["task"]["name"]
-        return [SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]))]
+        return [
+            SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]))
+        ]
 
-    def _describe(self, name: str, source: Mapping[str, Any], _open_files: bool) -> Iterator[SetPart]:
+    def _describe(
+        self, name: str, source: Mapping[str, Any], _open_files: bool
+    ) -> Iterator[SetPart]:
         entry = self.tasks[name]
         try:
-            yield load_instructions(name, InstructionSource.model_validate(source)).describe(name, entry.rows)
+            yield load_instructions(name, InstructionSource.model_validate(source)).describe(
+                name, entry.rows
+            )
         except DataError as error:
             yield missing_set(name, first_line(error), entry.download_instructions, entry.rows)
 
@@ -108,19 +125,29 @@ def _templates(name: str, where: str) -> dict[str, dict[str, str]]:
     """Return the templates that ``data.template`` selects from ``templates.yaml``, by name."""
     templates = read(BENCHMARKS / "llama" / "templates.yaml", TemplateFile).templates
     check_names(where, "template", [name], [*templates, CHAT, RANDOM])
-    chosen = templates if name == RANDOM else {key: text for key, text in templates.items() if key == name}
+    chosen = (
+        templates
+        if name == RANDOM
+        else {key: text for key, text in templates.items() if key == name}
+    )
     return {key: text.model_dump() for key, text in chosen.items()}
 
 
 def _training(
-    settings: InstructionTraining, tuning: Finetuning, method: Mapping[str, Any], point: Mapping[str, Any], where: str
+    settings: InstructionTraining,
+    tuning: Finetuning,
+    method: Mapping[str, Any],
+    point: Mapping[str, Any],
+    where: str,
 ) -> dict[str, Any]:
     """Return ``training`` and ``learning_rate`` of a spec; an untrained model has only settings with an effect."""
     if tuning.train == "nothing":
         untrained = {"lora": None, "precision": settings.precision, "keep_weights": False}
         return {"training": untrained, "learning_rate": 0.0}
     if not point.get("learning_rate"):
-        raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
+        raise DefinitionError(
+            f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'"
+        )
     training = settings.spec() | tuning.model_dump(include={"lora"})
     check_frozen(training.get("frozen_layers"), method, f"{where}'")
     return {"training": training, "learning_rate": float(point["learning_rate"])}
@@ -132,6 +159,11 @@ def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> di
     check_names(part.where(), "finetuning", changes, usual)
     where = (part.file, "benchmarks", benchmark.name, "finetuning")
     return {
-        name: parse(merge(tuning.model_dump(exclude_unset=True), changes.get(name, {})), Finetuning, *where, name)
+        name: parse(
+            merge(tuning.model_dump(exclude_unset=True), changes.get(name, {})),
+            Finetuning,
+            *where,
+            name,
+        )
         for name, tuning in usual.items()
     }

@@ -87,9 +87,13 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
     try:
         values = json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}; name it .jsonl if every line is an object") from error
+        raise DataError(
+            f"{where} is not JSON: {error}; name it .jsonl if every line is an object"
+        ) from error
     if not isinstance(values, list) or not values:
-        raise DataError(f"{where} is not a list of objects, or is empty; name it .jsonl if every line is an object")
+        raise DataError(
+            f"{where} is not a list of objects, or is empty; name it .jsonl if every line is an object"
+        )
     return _split_usable("row", values, where)
 
 

@@ -14,7 +14,12 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, join_claim_numbers, parameter_counts
 from benchmarks.harness.results.content import Metrics, QuestionResult
 from benchmarks.harness.results.records import Record, tabulate_numbers
-from benchmarks.harness.results.statistics import Difference, paired_differences, shared_pairs, with_verdicts
+from benchmarks.harness.results.statistics import (
+    Difference,
+    paired_differences,
+    shared_pairs,
+    with_verdicts,
+)
 from benchmarks.llama.definition import HELD_OUT, NATS, QUESTIONS
 
 GROUP = ["model", "task", "tuning"]
@@ -22,7 +27,11 @@ CELL = [*GROUP, "method", "variant"]
 BASELINE, UNTUNED = "baseline", "untuned"
 ACCURACY = "accuracy"
 Row = tuple[Any, ...]
-_TITLES = {"mmlu": "MMLU", "mmlu_dev": "MMLU-dev", "mmlu_dev_continuation": "MMLU-dev, continuations"}
+_TITLES = {
+    "mmlu": "MMLU",
+    "mmlu_dev": "MMLU-dev",
+    "mmlu_dev_continuation": "MMLU-dev, continuations",
+}
 
 
 class InstructionOutcomes(Outcomes):
@@ -52,7 +61,9 @@ class InstructionOutcomes(Outcomes):
         super().__init__(benchmark, runs, [*GROUP, "method"], task=sets, tuning=tunings)
         self.rates_chosen = len(self.chosen) < len(finished)
         records = tabulate_numbers(self.chosen)
-        cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in runs], columns=["run_id", *CELL])
+        cells = pd.DataFrame(
+            [{"run_id": run.id, **cell_of(run)} for run in runs], columns=["run_id", *CELL]
+        )
         self.records = records.drop(columns=["task", "model", "method", "variant"]).merge(
             cells, on="run_id", sort=False
         )
@@ -66,12 +77,19 @@ class InstructionOutcomes(Outcomes):
             if record.metrics.routing and record.metrics.routing.shares:
                 converted = sorted(record.metrics.routing.shares, key=int)
                 self._layers[record.run.model, record.run.method_variant] = converted
-        self.questions = self.collect_rows(["eval_task", "metric", "question", "value"], _question_values)
+        self.questions = self.collect_rows(
+            ["eval_task", "metric", "question", "value"], _question_values
+        )
         untuned = next((run.spec["finetuning"] for run in runs if not run.is_trained), "")
-        self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
+        self._references = {
+            BASELINE: {"method": self.baseline, "variant": ""},
+            UNTUNED: {"tuning": untuned},
+        }
         self.tests = {metric: self._tests(metric) for metric in (ACCURACY, NATS)}
 
-    def collect_rows(self, columns: Sequence[str], read: Callable[[Metrics], Iterable[Row]]) -> pd.DataFrame:
+    def collect_rows(
+        self, columns: Sequence[str], read: Callable[[Metrics], Iterable[Row]]
+    ) -> pd.DataFrame:
         """Collect the rows that ``read`` yields from each run's metrics, and prepend run id, cell and seed."""
         rows = []
         for record in self.chosen:
@@ -95,18 +113,26 @@ class InstructionOutcomes(Outcomes):
         return cells.join(seeds, on=CELL).fillna({"n": 0}).astype({"n": int}).reset_index(drop=True)
 
     def _tests(self, metric: str) -> pd.DataFrame:
-        values = self.questions[self.questions["metric"] == metric].drop(columns=["run_id", "metric"])
+        values = self.questions[self.questions["metric"] == metric].drop(
+            columns=["run_id", "metric"]
+        )
         differences = [
-            self._differences(values, [*CELL, "eval_task"], against, "question").assign(against=against)
+            self._differences(values, [*CELL, "eval_task"], against, "question").assign(
+                against=against
+            )
             for against in self._references
         ]
         tests = pd.concat(differences, ignore_index=True).rename(columns={"n": "questions"})
         tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
-        tests = tests.sort_values("eval_task", key=lambda names: names.map(list(self.eval_tasks).index), kind="stable")
+        tests = tests.sort_values(
+            "eval_task", key=lambda names: names.map(list(self.eval_tasks).index), kind="stable"
+        )
         row = [*CELL, "against", "eval_task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(tests[row], lower_is_better=metric == NATS)
 
-    def _differences(self, scores: pd.DataFrame, cell: list[str], against: str, pair: str) -> pd.DataFrame:
+    def _differences(
+        self, scores: pd.DataFrame, cell: list[str], against: str, pair: str
+    ) -> pd.DataFrame:
         # untuned models do not depend on the seed
         averaged = ["seed"] if against == UNTUNED else []
         return paired_differences(scores, cell, self._references[against], pair, averaged)
@@ -125,18 +151,24 @@ class InstructionOutcomes(Outcomes):
         is_loss = (records["part"] == "dev") & (records["metric"] == "loss")
         losses = records[is_loss].assign(domain=HELD_OUT, eval_task="")
         # without seeds, so that each question is averaged over them
-        questions = self.questions.assign(domain=QUESTIONS, setting=self.questions["variant"], seed="")
+        questions = self.questions.assign(
+            domain=QUESTIONS, setting=self.questions["variant"], seed=""
+        )
         return join_claim_numbers(losses, questions, parameter_counts(records))
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add titles; method titles include the variant."""
         return (
-            super().with_titles(frame).assign(method_title=[self.method_title(row) for row in frame.to_dict("records")])
+            super()
+            .with_titles(frame)
+            .assign(method_title=[self.method_title(row) for row in frame.to_dict("records")])
         )
 
     def method_title(self, cell: Mapping[str, str]) -> str:
         """Return a method's title with its variant and the numbers of its converted layers."""
-        setting = setting_text(cell["variant"], self._layers.get((cell["model"], cell["variant"]), ()))
+        setting = setting_text(
+            cell["variant"], self._layers.get((cell["model"], cell["variant"]), ())
+        )
         return ", ".join(filter(None, (self.title("method", cell["method"]), setting)))
 
 

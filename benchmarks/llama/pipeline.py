@@ -18,7 +18,13 @@ from benchmarks.harness.models.build import build_language_model, permutations, 
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable, load_trained_state_, trained_state
 from benchmarks.harness.training.callbacks import Probe, Stopwatch
-from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded, shard_
+from benchmarks.harness.training.processes import (
+    broadcast,
+    destroy_process_group,
+    is_main,
+    is_sharded,
+    shard_,
+)
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import evaluate_with_routing
 from benchmarks.harness.training.trainer import available_precision
@@ -60,7 +66,9 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     )
     trainable = _build(spec, data)
     if trainable.prefix:
-        train_rows, held_out = (rows.with_prefix(trainable.prefix, tokenizer) for rows in (data.train, data.held_out))
+        train_rows, held_out = (
+            rows.with_prefix(trainable.prefix, tokenizer) for rows in (data.train, data.held_out)
+        )
         data = replace(data, train=train_rows, held_out=held_out)
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn.index) for layer in routed)}")
@@ -68,7 +76,9 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
     trained: dict[str, Any] = {"curve": [], "cost": Stopwatch().cost(0)}
     if isinstance(training, RunInstructionTraining):
-        trained = train(trainable, tokenizer, spec, training, data.train, data.held_out, folder, progress, probe)
+        trained = train(
+            trainable, tokenizer, spec, training, data.train, data.held_out, folder, progress, probe
+        )
         trainable = _gather_model(spec, trainable)
     destroy_process_group()
     if not is_main():
@@ -76,9 +86,15 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
     evaluated = _evaluate(spec, trainable, data, tasks, progress)
-    cost = {**trained["cost"], "precision": available_precision(training.precision), **trainable.prefix_cost()}
+    cost = {
+        **trained["cost"],
+        "precision": available_precision(training.precision),
+        **trainable.prefix_cost(),
+    }
     if curve := trained.get("held_out_curve"):
-        curve.append({"step": cost["steps"], "loss": evaluated["scores"]["dev"][spec.task.name]["loss"]})
+        curve.append(
+            {"step": cost["steps"], "loss": evaluated["scores"]["dev"][spec.task.name]["loss"]}
+        )
     model = {"probe": probe.summary(), "model": trainable.summary}
     return {**evaluated, **trained, **model, "cost": cost, "data": data.summary}
 
@@ -107,8 +123,13 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     if settings.broken_rows == "refuse":
         refuse_broken(broken, instructions.source)
     order = list(range(len(whole)))
-    random.Random(derive_seed("held out", name)).shuffle(order)  # the same rows for all runs on the set
-    held_out, rest = order[: settings.held_out_rows], order[settings.held_out_rows :][: settings.train_rows]
+    random.Random(derive_seed("held out", name)).shuffle(
+        order
+    )  # the same rows for all runs on the set
+    held_out, rest = (
+        order[: settings.held_out_rows],
+        order[settings.held_out_rows :][: settings.train_rows],
+    )
     batch = training.batch_size if isinstance(training, RunInstructionTraining) else 1
     learned = rest[: len(rest) // batch * batch]
     if not learned:
@@ -167,12 +188,15 @@ def _evaluate(
     model.config.use_cache = True
     progress.say("evaluating on held-out instructions")
     loss, routing = evaluate_with_routing(
-        model, lambda: held_out_loss(model, data.held_out, tokenizer, evaluation.batch_size, precision)
+        model,
+        lambda: held_out_loss(model, data.held_out, tokenizer, evaluation.batch_size, precision),
     )
     evaluated = {}
     for entry, loaded in tasks.items():
         progress.say(f"evaluating on {entry.title}")
-        result = run_task(model, tokenizer, entry, loaded, evaluation.batch_size, precision, trainable.prefix)
+        result = run_task(
+            model, tokenizer, entry, loaded, evaluation.batch_size, precision, trainable.prefix
+        )
         evaluated[entry.title] = result
     instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
@@ -182,6 +206,8 @@ def _evaluate(
             "test": {name: result["scores"] for name, result in evaluated.items()},
         },
         "tasks": evaluated,
-        "answers": generate_answers(model, data.template, instructions, evaluation.new_tokens, precision),
+        "answers": generate_answers(
+            model, data.template, instructions, evaluation.new_tokens, precision
+        ),
         "routing": routing,
     }

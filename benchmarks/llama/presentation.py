@@ -17,7 +17,16 @@ from benchmarks.harness.results.content import Metrics
 from benchmarks.harness.results.records import Record
 from benchmarks.llama.definition import NATS
 from benchmarks.llama.figures import FIGURES
-from benchmarks.llama.outcomes import ACCURACY, BASELINE, CELL, GROUP, UNTUNED, InstructionOutcomes, Row, format_task
+from benchmarks.llama.outcomes import (
+    ACCURACY,
+    BASELINE,
+    CELL,
+    GROUP,
+    UNTUNED,
+    InstructionOutcomes,
+    Row,
+    format_task,
+)
 
 _LIKELIHOOD = (
     "Right answer: its negative log-likelihood per byte; less is better. "
@@ -25,7 +34,10 @@ _LIKELIHOOD = (
 )
 _NEGATIVE_LOGS = "the right answers' nats per byte (negative log-likelihood divided by bytes)"
 # texts of a metric's table of tests: words, end of the title, first sentence
-_TESTED = {ACCURACY: ("accuracy", "", ""), NATS: (_NEGATIVE_LOGS, ", by nats per byte", "Less is better. ")}
+_TESTED = {
+    ACCURACY: ("accuracy", "", ""),
+    NATS: (_NEGATIVE_LOGS, ", by nats per byte", "Less is better. "),
+}
 _LONGEST = 300  # letters of a text in a table
 _MMLU = "mmlu"
 
@@ -35,17 +47,31 @@ def results(outcomes: InstructionOutcomes) -> Table:
     frame = outcomes.cells().join(_means(outcomes.numbers("dev", "loss"), "loss"), on=CELL)
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
     for against, words in _reference_titles(outcomes).items():
-        frame = common.with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
+        frame = common.with_numbers(
+            frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} "
+        )
         interval = (f"{against} low", f"{against} high")
-        columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
+        columns.append(
+            Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True)
+        )
     for task, tested in outcomes.eval_tasks.items():
-        parts = {ACCURACY: "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
+        parts = {
+            ACCURACY: "",
+            "accuracy_macro": ", mean of subjects",
+            "accuracy_norm": ", by length",
+        }
         parts |= {NATS: ", right answer", "task_score": f", {tested.metric}"}
         for metric, word in parts.items():
             name = f"{task} {metric}"
             frame = frame.join(_means(outcomes.numbers("test", metric, task), name), on=CELL)
-            columns.append(Column(metric, name, f"{format_task(task)}{word}", std=f"{name} std", best=True))
-    chosen = "Rows show the learning rate with the lowest held-out loss. " if outcomes.rates_chosen else ""
+            columns.append(
+                Column(metric, name, f"{format_task(task)}{word}", std=f"{name} std", best=True)
+            )
+    chosen = (
+        "Rows show the learning rate with the lowest held-out loss. "
+        if outcomes.rates_chosen
+        else ""
+    )
     return Table(
         "Held-out loss and accuracy",
         f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over the response tokens "
@@ -161,10 +187,16 @@ def paper(outcomes: InstructionOutcomes) -> Table:
         value=lambda frame: frame["value"] / 100, eval_task_paper="MMLU (shots unknown)"
     )
     ours = [
-        common.our_means(outcomes.numbers("test", ACCURACY, task), CELL).assign(eval_task_title=format_task(task))
+        common.our_means(outcomes.numbers("test", ACCURACY, task), CELL).assign(
+            eval_task_title=format_task(task)
+        )
         for task in outcomes.eval_tasks
     ]
-    measured = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "eval_task_title"])
+    measured = (
+        pd.concat(ours)
+        if ours
+        else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "eval_task_title"])
+    )
     frame = published.merge(measured, on=["model", "tuning", "method"], how="outer", sort=False)
     frame = frame.fillna({"eval_task_title": frame["eval_task_paper"], "variant": ""})
     is_mmlu = frame["eval_task_title"].str.startswith(f"{_MMLU.upper()} (")
@@ -195,9 +227,16 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
     for row in losses[losses["method"].map(outcomes.role) == "method"].to_dict("records"):
         cell = tuple(row[key] for key in CELL)
-        words = [f"held-out loss {row['delta']:+z.3f}{common.interval_text(row['low'], row['high'], 3)}"]
-        tuned = {row["method_title"]: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
-        if by_tuning := [f"{title} {gains[of]:+z.3f}" for title, of in tuned.items() if of in gains.index]:
+        words = [
+            f"held-out loss {row['delta']:+z.3f}{common.interval_text(row['low'], row['high'], 3)}"
+        ]
+        tuned = {
+            row["method_title"]: cell,
+            outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, ""),
+        }
+        if by_tuning := [
+            f"{title} {gains[of]:+z.3f}" for title, of in tuned.items() if of in gains.index
+        ]:
             words.append(f"by tuning: {', '.join(by_tuning)}")
         for metric, tests in outcomes.tests.items():
             of_cell = (tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)
@@ -211,7 +250,11 @@ def _difference_text(test: Any, metric: str) -> str:
     if metric == ACCURACY:
         return common.difference_text(test, " points")
     interval = common.interval_text(test.low, test.high, 3)
-    return ", ".join(filter(None, (f"{test.delta:+z.3f}{interval} nats per byte of the right answer", test.verdict)))
+    return ", ".join(
+        filter(
+            None, (f"{test.delta:+z.3f}{interval} nats per byte of the right answer", test.verdict)
+        )
+    )
 
 
 def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
@@ -230,7 +273,9 @@ def _questions_note(outcomes: InstructionOutcomes) -> str:
         if tested.metric == "acc"
     ]
     is_dev = any(task.startswith("mmlu_dev") for task in outcomes.eval_tasks)
-    dev = "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test questions. "
+    dev = (
+        "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test questions. "
+    )
     return f"{'; '.join(words)}. {dev if is_dev else ''}" if words else ""
 
 
@@ -250,4 +295,6 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
     outcomes = InstructionOutcomes(benchmark, records)
     sentences = list(verdicts(outcomes))
-    return Presentation(benchmark, TABLES, FIGURES, outcomes, verdicts=sentences, note=_NOTE, optimizer="AdamW")
+    return Presentation(
+        benchmark, TABLES, FIGURES, outcomes, verdicts=sentences, note=_NOTE, optimizer="AdamW"
+    )

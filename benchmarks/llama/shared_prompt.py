@@ -40,14 +40,21 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for number, (_, prompt, _) in enumerate(requests):
             by_prompt.setdefault(tuple(prompt), []).append(number)
-        questions = [_Question(prompt, [requests[i][2] for i in numbers]) for prompt, numbers in by_prompt.items()]
+        questions = [
+            _Question(prompt, [requests[i][2] for i in numbers])
+            for prompt, numbers in by_prompt.items()
+        ]
         shared = [question for question in questions if self._can_share_prompt(question)]
         states = self._states(shared)
         for row, question in enumerate(shared):
             given = {} if states is None else {STATES: states[row][None]}
-            answers |= dict(zip(by_prompt[question.prompt], self._answers(question, given), strict=True))
+            answers |= dict(
+                zip(by_prompt[question.prompt], self._answers(question, given), strict=True)
+            )
         if rest := [number for number in range(len(requests)) if number not in answers]:
-            others = super()._loglikelihood_tokens([requests[number] for number in rest], disable_tqdm, override_bs)
+            others = super()._loglikelihood_tokens(
+                [requests[number] for number in rest], disable_tqdm, override_bs
+            )
             answers |= dict(zip(rest, others, strict=True))
         return [answers[number] for number in range(len(requests))]
 
@@ -56,29 +63,43 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         config = cast(Any, self.model).config
         tokens = len(question.prompt) + max(map(len, question.choices))
         longest = min(self.max_length, getattr(config, "sliding_window", None) or self.max_length)
-        return self.device.type == "cpu" and config._attn_implementation == "sdpa" and tokens <= longest
+        return (
+            self.device.type == "cpu"
+            and config._attn_implementation == "sdpa"
+            and tokens <= longest
+        )
 
     def _states(self, questions: Sequence[_Question]) -> PrefixStates | None:
         """Return the frozen layers' output for the questions; None if no layer is frozen."""
         if self._prefix is None or not questions:
             return None
         sizes = [len(segment) for question in questions for segment in question.segments]
-        columns = {"tokens": np.concatenate([question.tokens for question in questions]), "parts": np.asarray(sizes)}
+        columns = {
+            "tokens": np.concatenate([question.tokens for question in questions]),
+            "parts": np.asarray(sizes),
+        }
         lengths = [len(question.tokens) for question in questions]
         return PrefixStates(
-            self._prefix, columns_digest(columns), lengths, lambda rows: _inputs([questions[row] for row in rows])
+            self._prefix,
+            columns_digest(columns),
+            lengths,
+            lambda rows: _inputs([questions[row] for row in rows]),
         )
 
     @torch.inference_mode()
     def _answers(self, question: _Question, states: dict[str, Tensor]) -> list[Answer]:
         """Return for each choice its log-likelihood, and True if it is the greedy continuation."""
         keep = len(question.tokens) - len(question.prompt) + 1
-        logits = cast(Any, self.model)(**_inputs([question]), **states, logits_to_keep=keep, use_cache=False).logits[0]
+        logits = cast(Any, self.model)(
+            **_inputs([question]), **states, logits_to_keep=keep, use_cache=False
+        ).logits[0]
         logs = torch.log_softmax(logits.float(), dim=-1)
         answers = []
         rests = logs[1:].split([len(choice) - 1 for choice in question.choices])
         for choice, rest in zip(question.choices, rests, strict=True):
-            of_choice = torch.cat([logs[:1], rest])  # the prompt's last token predicts each first token
+            of_choice = torch.cat(
+                [logs[:1], rest]
+            )  # the prompt's last token predicts each first token
             tokens = torch.tensor(choice)
             value = of_choice.gather(1, tokens[:, None]).sum()
             answers.append((float(value), bool((of_choice.argmax(dim=-1) == tokens).all())))

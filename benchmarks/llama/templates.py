@@ -46,7 +46,9 @@ class Template:
         if self.text is not None:
             return f"{row.output}{self.tokenizer.eos_token}"
         prompt = self.prompt(row)
-        whole = str(self._chat([*self._messages(row), {"role": "assistant", "content": row.output}]))
+        whole = str(
+            self._chat([*self._messages(row), {"role": "assistant", "content": row.output}])
+        )
         if not whole.startswith(prompt):
             raise DefinitionError(
                 f"data.template: the chat template of {self.tokenizer.name_or_path} changes the prompt if there is an "
@@ -76,14 +78,19 @@ class Template:
         )
 
     def _messages(self, row: Instruction) -> list[dict[str, str]]:
-        return [{"role": "user", "content": "\n\n".join(filter(None, (row.instruction, row.input)))}]
+        return [
+            {"role": "user", "content": "\n\n".join(filter(None, (row.instruction, row.input)))}
+        ]
 
     def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def find_template(
-    name: str, templates: Mapping[str, PromptTemplate], tokenizer: PreTrainedTokenizerBase, seed: int
+    name: str,
+    templates: Mapping[str, PromptTemplate],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
 ) -> Template:
     """Return the template of a run.
 

@@ -18,7 +18,12 @@ from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
-from benchmarks.harness.training.trainer import RoutedTrainer, available_precision, finite_or_none, trainer_arguments
+from benchmarks.harness.training.trainer import (
+    RoutedTrainer,
+    available_precision,
+    finite_or_none,
+    trainer_arguments,
+)
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining, accumulation
 from benchmarks.llama.encoding import EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
@@ -74,13 +79,19 @@ def train(
         probe=probe,
         by_token=True,
         train_dataset=rows,
-        data_collator=without_prompt_logits(collator(tokenizer, packing=training.packing), trainable.model),
+        data_collator=without_prompt_logits(
+            collator(tokenizer, packing=training.packing), trainable.model
+        ),
         callbacks=[progress, stopwatch],
     )
     if every := training.eval_every:
-        evaluate = partial(held_out_loss, tokenizer=tokenizer, batch_size=spec.evaluation.batch_size)
+        evaluate = partial(
+            held_out_loss, tokenizer=tokenizer, batch_size=spec.evaluation.batch_size
+        )
         loss = partial(evaluate, rows=held_out, precision=precision)
-        trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, so that it is not timed
+        trainer.add_callback(
+            HeldOutCurve(loss, every)
+        )  # after the stopwatch, so that it is not timed
     trainer.train(resume_from_checkpoint=resume(trainer, progress.say))
     log = trainer.state.log_history
     trained: dict[str, Any] = {
@@ -88,7 +99,9 @@ def train(
         "cost": stopwatch.cost(trainer.state.global_step),
     }
     if training.eval_every:
-        trained["held_out_curve"] = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
+        trained["held_out_curve"] = [
+            {"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry
+        ]
     return trained
 
 
@@ -105,14 +118,20 @@ class HeldOutCurve(TrainerCallback):
     def __init__(self, loss: Callable[[Any], float | None], every: int) -> None:
         self._loss, self._every = loss, every
 
-    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step == 0:
             self._add_point(state, kwargs["model"])
 
-    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
             self._add_point(state, kwargs["model"])
 
     def _add_point(self, state: TrainerState, model: nn.Module) -> None:
         with restore_rng_and_modes(model):
-            state.log_history.append({_KEY: cast(Any, self._loss(model)), "step": state.global_step})
+            state.log_history.append(
+                {_KEY: cast(Any, self._loss(model)), "step": state.global_step}
+            )

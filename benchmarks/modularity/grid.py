@@ -32,7 +32,11 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, {})
         for row, method in benchmark.methods().items():
             given = method.given()
-            if method.kind != "emoe" or "router" in given or given.get("partition") == "coactivation":
+            if (
+                method.kind != "emoe"
+                or "router" in given
+                or given.get("partition") == "coactivation"
+            ):
                 raise DefinitionError(
                     f"{file}: 'methods.{row}' must be an EMoE with avg-k and experts from the weights"
                 )
@@ -52,7 +56,9 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
             method = method_spec(methods, point, point["seed"], None, where)
             layers = method["config"]["layers"]
             if not isinstance(layers, list) or len(layers) != 1:
-                raise DefinitionError(f"{where}.layers' must be lists of one layer each: [[5]], not {layers}")
+                raise DefinitionError(
+                    f"{where}.layers' must be lists of one layer each: [[5]], not {layers}"
+                )
             yield self.spec(
                 method["variant"],
                 model=load_models()[point["model"]].spec(point["model"]),

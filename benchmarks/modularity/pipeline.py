@@ -45,19 +45,34 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
         The content of ``metrics.json`` without the harness's part: ``measured`` numbers, ``usage`` by task and class,
         and ``matrix``, the active neurons of some tokens, sorted by expert.
     """
-    load = partial(load_part, rows=spec.reading.rows, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
+    load = partial(
+        load_part,
+        rows=spec.reading.rows,
+        entries=load_benchmark(spec.benchmark).tasks,
+        say=progress.say,
+    )
     splits = {task.name: load(task, "test") for task in (spec.task, *spec.ood)}
     tokenizer, model = load_tokenizer(spec.model), load_backbone(spec.model)
     model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
     source = source_of(spec.model, model)
     (layer,) = spec.method["config"]["layers"]
     tokenise = partial(
-        TokenisedRows, tokenizer=tokenizer, max_length=spec.reading.max_length, by_length=False, labelled=False
+        TokenisedRows,
+        tokenizer=tokenizer,
+        max_length=spec.reading.max_length,
+        by_length=False,
+        labelled=False,
     )
     rows = {name: tokenise(split) for name, split in splits.items()}
-    read_batches = partial(batches, collate=DataCollatorWithPadding(tokenizer), size=spec.reading.batch_size)
-    progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
-    dense = {name: dense_magnitudes(model, layer, read_batches(task)) for name, task in rows.items()}
+    read_batches = partial(
+        batches, collate=DataCollatorWithPadding(tokenizer), size=spec.reading.batch_size
+    )
+    progress.say(
+        f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model"
+    )
+    dense = {
+        name: dense_magnitudes(model, layer, read_batches(task)) for name, task in rows.items()
+    }
     report = apply_method_(model, spec.method, spec.seed)
     converted = [dataclasses.asdict(entry) for entry in report.layers] if report else []
     progress.say("reading them again with experts")
@@ -65,7 +80,9 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     for name, task in rows.items():
         with emoe.record_routing(model) as record:
             top.append(neurons_used(model, layer, _label_by_row(read_batches(task), record), "top"))
-        loads[name] = SetLoads(loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers)
+        loads[name] = SetLoads(
+            loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers
+        )
         bottom.append(neurons_used(model, layer, read_batches(task), "bottom"))
     order = permutations(model)[layer]
     magnitudes = torch.cat([of_task[:, order] for of_task in dense.values()])
@@ -76,7 +93,9 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
         measured |= {f"{name}_{selection}": value for name, value in numbers.items()}
     measured["inertia"] = 1 - converted[0]["explained"]
     information, usage = describe_usage(loads)
-    measured |= information | {f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")}
+    measured |= information | {
+        f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")
+    }
     tokens = {name: len(of_task) for name, of_task in dense.items()}
     return {
         "measured": {EXPERTS: measured},
@@ -88,7 +107,9 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     }
 
 
-def _label_by_row(batches: Iterable[dict[str, Any]], record: RoutingRecord) -> Iterator[dict[str, Any]]:
+def _label_by_row(
+    batches: Iterable[dict[str, Any]], record: RoutingRecord
+) -> Iterator[dict[str, Any]]:
     """Yield batches, and set the row numbers as labels of the record."""
     start = 0
     for batch in batches:
@@ -196,7 +217,9 @@ def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, f
     }
 
 
-def sample_matrix(tokens: Mapping[str, int], magnitudes: Tensor, active: Tensor, count: int) -> dict[str, Any]:
+def sample_matrix(
+    tokens: Mapping[str, int], magnitudes: Tensor, active: Tensor, count: int
+) -> dict[str, Any]:
     """Sample ``count`` tokens evenly over tasks, and list their active neurons.
 
     ``tokens`` counts the tokens of each task, in the order of ``magnitudes`` and ``active``, both ``[tokens, d]``.

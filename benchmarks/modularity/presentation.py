@@ -24,7 +24,13 @@ from benchmarks.text.routing import UsagePanel, draw_usage
 
 PLACE = ["model", "layer"]
 CELL = [*PLACE, "num_experts", "method"]
-_KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_title": "Neurons in blocks", "n": "n"}
+_KEYS = {
+    "model_title": "Model",
+    "layer": "Layer",
+    "num_experts": "N",
+    "method_title": "Neurons in blocks",
+    "n": "n",
+}
 _PAPERS_N = 64  # of Fig. 4
 
 
@@ -38,7 +44,9 @@ class ModularityOutcomes(Outcomes):
     """
 
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
-        super().__init__(benchmark, [record.run for record in finished], ["model", "method", "task"])
+        super().__init__(
+            benchmark, [record.run for record in finished], ["model", "method", "task"]
+        )
         rows: list[dict[str, Any]] = []
         numbers: list[str] = []
         for record in finished:
@@ -50,7 +58,12 @@ class ModularityOutcomes(Outcomes):
                 "num_experts": run.config["num_experts"],
                 "method": run.method,
             }
-            named = {"seed": run.seed, "run_id": run.id, "usage": metrics.usage, "matrix": metrics.matrix}
+            named = {
+                "seed": run.seed,
+                "run_id": run.id,
+                "usage": metrics.usage,
+                "matrix": metrics.matrix,
+            }
             rows.append({**cell, **named, **measured})
             numbers = list(measured)
         self.records = self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
@@ -66,7 +79,11 @@ class ModularityOutcomes(Outcomes):
 def concentration(outcomes: ModularityOutcomes) -> Table:
     """Make a table of the concentration by construction, beside the paper's matrices."""
     cell = ["method", "num_experts"]
-    published = read_published(outcomes.benchmark).pivot(index=cell, columns="metric", values="value").astype(float)
+    published = (
+        read_published(outcomes.benchmark)
+        .pivot(index=cell, columns="metric", values="value")
+        .astype(float)
+    )
     frame = outcomes.means.join(published.add_suffix("_paper"), on=cell)
     frame["best_quarter_paper"] /= 100
     (share,) = {run.spec["reading"]["active_share"] for run in outcomes.runs}
@@ -102,7 +119,15 @@ def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
         "use, means over tokens. Kept is the share of all magnitude. Means over n random partitions ± standard "
         "deviation.",
         dict(_KEYS),
-        _columns("dead", "dead_top", "dead_bottom", "active_top", "active_bottom", "kept_top", "kept_bottom"),
+        _columns(
+            "dead",
+            "dead_top",
+            "dead_bottom",
+            "active_top",
+            "active_bottom",
+            "kept_top",
+            "kept_bottom",
+        ),
         outcomes.means,
     )
 
@@ -140,7 +165,9 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
                 axis.set_xlabel("neurons, expert by expert")
             tasks = runs[0].matrix.tasks
             middles = pd.Series(range(len(tasks))).groupby(tasks, sort=False).mean()
-            axis_row[0].set_yticks(middles, [outcomes.title("task", str(name)) for name in middles.index])
+            axis_row[0].set_yticks(
+                middles, [outcomes.title("task", str(name)) for name in middles.index]
+            )
             axis_row[0].tick_params(axis="y", length=0)
             axis_row[0].set_ylabel(f"{title}\ntokens of")
 
@@ -149,7 +176,16 @@ def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
     size = matrix.neurons // experts
     for edge in range(size, matrix.neurons, size):
         axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
-    axis.plot(matrix.places, matrix.tokens, "s", ms=0.9, mew=0, color=EMOE.colour, alpha=0.8, rasterized=True)
+    axis.plot(
+        matrix.places,
+        matrix.tokens,
+        "s",
+        ms=0.9,
+        mew=0,
+        color=EMOE.colour,
+        alpha=0.8,
+        rasterized=True,
+    )
     axis.set(xlim=(-0.5, matrix.neurons - 0.5), ylim=(len(matrix.tasks) - 0.5, -0.5))
     axis.set_xticks([0, matrix.neurons])
 
@@ -157,7 +193,9 @@ def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw magnitudes of the first model and layer in 3D, before and after clustering, as the paper does."""
     title, rows = next(outcomes.panels())
-    runs = list(_first_runs(rows[rows["method"].isin(["contiguous", outcomes.baseline])]).itertuples())
+    runs = list(
+        _first_runs(rows[rows["method"].isin(["contiguous", outcomes.baseline])]).itertuples()
+    )
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
         figure = plt.figure(figsize=(plots.WIDTH, 3.0), layout="constrained")
         for number, run in enumerate(runs, 1):
@@ -189,7 +227,9 @@ def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the use of experts by task and class, a panel per model (first layer, smallest N)."""
     panels: list[UsagePanel] = []
     for title, rows in outcomes.panels():
-        clusters = rows[rows["method"] == outcomes.baseline].sort_values("num_experts", kind="stable")
+        clusters = rows[rows["method"] == outcomes.baseline].sort_values(
+            "num_experts", kind="stable"
+        )
         for row in clusters.head(1).itertuples():
             panels.append((f"{title}, N = {row.num_experts}", row.usage))
     draw_usage(panels, outcomes, path)
@@ -223,7 +263,10 @@ def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
         if outcomes.baseline not in largest.index:
             continue
         baseline, others = largest.loc[outcomes.baseline], largest.drop(index=outcomes.baseline)
-        shares = ", ".join(f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %" for row in others.itertuples())
+        shares = ", ".join(
+            f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %"
+            for row in others.itertuples()
+        )
         bits, chance, most = (baseline[name] for name in information_numbers("task"))
         yield (
             f"{baseline['model_title']}, layer {layer}, N = {baseline['num_experts']}: a token has "
@@ -242,4 +285,6 @@ _NOTE = (
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
     outcomes = ModularityOutcomes(benchmark, records)
-    return Presentation(benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)
+    return Presentation(
+        benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE
+    )

@@ -40,13 +40,23 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         for key, mixture in definition.mixtures.items():
             check_names(f"{file}: 'mixtures.{key}", "tasks", mixture.tasks, benchmark.trainable())
         for row, method in benchmark.methods().items():
-            if method.tune or method.also_train or method.given().get("partition") == "coactivation":
-                raise DefinitionError(f"{file}: 'methods.{row}' must train everything, without co-activation groups")
+            if (
+                method.tune
+                or method.also_train
+                or method.given().get("partition") == "coactivation"
+            ):
+                raise DefinitionError(
+                    f"{file}: 'methods.{row}' must train everything, without co-activation groups"
+                )
         return benchmark
 
     def trainable(self) -> list[str]:
         """Return the tasks with classes and with splits for training and selection."""
-        return [name for name, task in self.tasks.items() if task.labels and task.splits.train and task.splits.dev]
+        return [
+            name
+            for name, task in self.tasks.items()
+            if task.labels and task.splits.train and task.splits.dev
+        ]
 
     def specs(
         self, part: Part[MultitaskPart], exclude: Collection[str], others: Sequence[Run]
@@ -56,12 +66,16 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         mixtures |= {name: mixture.tasks for name, mixture in self.definition.mixtures.items()}
         names = {"model": model_names("seq2seq"), "mixture": mixtures, "method": methods}
         training = functools.cache(functools.partial(self.settings, "training", part))
-        for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, "learning_rate", "seed")):
+        for where, point in part.grid_points(
+            names, (*names, *VARIANT_KEYS, "learning_rate", "seed")
+        ):
             tasks = mixtures[point["mixture"]]
             if set(tasks) & set(exclude):
                 continue
             prefixes = {name: self.definition.prefixes.get(name, name) for name in tasks}
-            learned = [{**self.tasks[name].spec(), "prefix": prefix} for name, prefix in prefixes.items()]
+            learned = [
+                {**self.tasks[name].spec(), "prefix": prefix} for name, prefix in prefixes.items()
+            ]
             read_as = self._ood_sets(tasks, exclude)
             ood = [{**self.tasks[other].spec(), "read_as": name} for other, name in read_as.items()]
             method = method_spec(methods, point, point["seed"], None, where)
@@ -85,6 +99,8 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 if other in (*tasks, *exclude):
                     continue
                 if len(self.tasks[other].fields) != len(self.tasks[name].fields):
-                    raise DefinitionError(f"{self.file}: '{other}' cannot be read as '{name}': it has other fields")
+                    raise DefinitionError(
+                        f"{self.file}: '{other}' cannot be read as '{name}': it has other fields"
+                    )
                 read_as.setdefault(other, name)
         return read_as

@@ -14,14 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import ConcatDataset
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable
-from benchmarks.harness.training.callbacks import Probe, Stopwatch, fixed_rows, restore_rng_and_modes
+from benchmarks.harness.training.callbacks import (
+    Probe,
+    Stopwatch,
+    fixed_rows,
+    restore_rng_and_modes,
+)
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import evaluate_with_routing
@@ -70,12 +80,18 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
         "probe": trainer.probe.summary(),
         "model": trainable.summary,
         "cost": trainer.cost,
-        "data": {f"{part}:{name}": split.summary() for name, parts in splits.items() for part, split in parts.items()}
+        "data": {
+            f"{part}:{name}": split.summary()
+            for name, parts in splits.items()
+            for part, split in parts.items()
+        }
         | {f"ood:{name}": split.summary() for name, split in ood.items()},
     }
 
 
-def _splits(task: LearnedTask, training: MultitaskTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
+def _splits(
+    task: LearnedTask, training: MultitaskTraining, load: Callable[..., TextSplit]
+) -> dict[str, TextSplit]:
     """Load the splits of a task: train, dev (for selection) and test (reported).
 
     A task without a test split reports the dev split, and selects with held-out training rows.
@@ -91,23 +107,36 @@ def _splits(task: LearnedTask, training: MultitaskTraining, load: Callable[..., 
 
 def as_text(split: TextSplit, task: LearnedTask) -> TextSplit:
     """Format rows of a task, or of its OOD set, for T5: ``mnli premise: He ran. hypothesis: …``"""
-    rows = [[f"{field}: {text}" for field, text in zip(task.fields, texts, strict=True)] for texts in split.texts]
+    rows = [
+        [f"{field}: {text}" for field, text in zip(task.fields, texts, strict=True)]
+        for texts in split.texts
+    ]
     return replace(split, texts=[(" ".join([task.prefix, *row]),) for row in rows])
 
 
 def tokenise_answers(tokenizer: PreTrainedTokenizerBase, task: LearnedTask) -> Answers:
     """Tokenise the class names of a task, each with the end token; raise :class:`DataError` if two are equal."""
     end = cast(int, tokenizer.eos_token_id)
-    answers = [[*tokenizer(name, add_special_tokens=False)["input_ids"], end] for name in task.labels]
+    answers = [
+        [*tokenizer(name, add_special_tokens=False)["input_ids"], end] for name in task.labels
+    ]
     if len(set(map(tuple, answers))) < len(answers):
-        raise DataError(f"task '{task.name}': the tokenizer writes two of its classes {', '.join(task.labels)} alike")
+        raise DataError(
+            f"task '{task.name}': the tokenizer writes two of its classes {', '.join(task.labels)} alike"
+        )
     return answers
 
 
 class LearnedRows(TokenisedRows):
     """Hold a task's rows, with the tokens of their answers as labels."""
 
-    def __init__(self, split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, answers: Answers) -> None:
+    def __init__(
+        self,
+        split: TextSplit,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        answers: Answers,
+    ) -> None:
         super().__init__(split, tokenizer, max_length, by_length=False)
         self._answers = answers
 
@@ -125,11 +154,19 @@ class MixedOrder(EpochOrder):
     """
 
     def __init__(
-        self, tasks: Mapping[str, list[int]], most: int | None, batch_size: int, seed: int, *, by_length: bool
+        self,
+        tasks: Mapping[str, list[int]],
+        most: int | None,
+        batch_size: int,
+        seed: int,
+        *,
+        by_length: bool,
     ) -> None:
         super().__init__([], batch_size, seed, by_length=by_length)
         self._tasks = tasks
-        self._shares = {name: min(len(lengths), most or len(lengths)) for name, lengths in tasks.items()}
+        self._shares = {
+            name: min(len(lengths), most or len(lengths)) for name, lengths in tasks.items()
+        }
 
     def __len__(self) -> int:
         return sum(self._shares.values())
@@ -151,13 +188,17 @@ class MixedOrder(EpochOrder):
         first, start = divmod(self._epoch * share, rows)
         shuffled: list[int] = []
         for number in (first, first + 1):  # an epoch spans at most two passes
-            generator = torch.Generator().manual_seed(derive_seed("rows of", name, self._seed, number))
+            generator = torch.Generator().manual_seed(
+                derive_seed("rows of", name, self._seed, number)
+            )
             shuffled += torch.randperm(rows, generator=generator).tolist()
         return shuffled[start : start + share]
 
 
 @torch.no_grad()
-def log_likelihoods(model: PreTrainedModel, batch: Mapping[str, Tensor], answers: Answers) -> Tensor:
+def log_likelihoods(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], answers: Answers
+) -> Tensor:
     """Compute the log-likelihood of each answer, given the row, ``[rows, answers]``; rows are encoded once.
 
     ``batch`` has ``input_ids`` and ``attention_mask``, on the model's device.
@@ -172,7 +213,9 @@ def log_likelihoods(model: PreTrainedModel, batch: Mapping[str, Tensor], answers
         attention_mask=batch["attention_mask"].repeat_interleave(count, 0),
         decoder_input_ids=cast(Any, model).prepare_decoder_input_ids_from_labels(labels),
     ).logits
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+    )
     return -losses.view(rows, count, longest).sum(-1)
 
 
@@ -195,23 +238,41 @@ class MultitaskTrainer(RoutedTrainer):
         training, self._tokenizer, self._splits = spec.training, tokenizer, splits
         self._max_length, self._eval_batch_size = training.max_length, training.eval_batch_size
         self._tasks = {task.name: task for task in spec.task.tasks}
-        self._answers = {name: tokenise_answers(tokenizer, task) for name, task in self._tasks.items()}
+        self._answers = {
+            name: tokenise_answers(tokenizer, task) for name, task in self._tasks.items()
+        }
         self._network = cast(PreTrainedModel, trainable.model)
         self._stopwatch, self.probe = Stopwatch(), Probe()
         self._say = progress.say
         self._precision = available_precision(training.precision)
         self._best = _MEAN if training.checkpoint_selection == "best" else None
         learned = {
-            name: LearnedRows(as_text(splits[name]["train"], task), tokenizer, self._max_length, self._answers[name])
+            name: LearnedRows(
+                as_text(splits[name]["train"], task),
+                tokenizer,
+                self._max_length,
+                self._answers[name],
+            )
             for name, task in self._tasks.items()
         }
-        lengths, by_length = {name: rows.lengths for name, rows in learned.items()}, training.sampling != "random"
+        lengths, by_length = (
+            {name: rows.lengths for name, rows in learned.items()},
+            training.sampling != "random",
+        )
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
         self.probe.observe(self._network, collate(fixed_rows(rows)))
         super().__init__(
-            args=epoch_arguments(folder / "checkpoints", self._precision, training, spec, self._best),
-            order=MixedOrder(lengths, training.rows_per_epoch, training.batch_size, spec.seed, by_length=by_length),
+            args=epoch_arguments(
+                folder / "checkpoints", self._precision, training, spec, self._best
+            ),
+            order=MixedOrder(
+                lengths,
+                training.rows_per_epoch,
+                training.batch_size,
+                spec.seed,
+                by_length=by_length,
+            ),
             trainable=trainable,
             probe=self.probe,
             train_dataset=rows,
@@ -230,7 +291,10 @@ class MultitaskTrainer(RoutedTrainer):
         """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
         self.train(resume_from_checkpoint=resume(self, self._say))
         epochs: list[Epoch] = [
-            {"epoch": entry["epoch"], **{name: entry[f"eval_{name}"] for name in (_MEAN, *self._tasks)}}
+            {
+                "epoch": entry["epoch"],
+                **{name: entry[f"eval_{name}"] for name in (_MEAN, *self._tasks)},
+            }
             for entry in self.state.log_history
             if f"eval_{_MEAN}" in entry
         ]
@@ -239,29 +303,47 @@ class MultitaskTrainer(RoutedTrainer):
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Return the dev scores of all tasks and their mean, which selects the epoch; log them."""
         by_task = self.score_tasks("dev")
-        scores = {name: cast(float, by_task[name][task.metric]) for name, task in self._tasks.items()}
+        scores = {
+            name: cast(float, by_task[name][task.metric]) for name, task in self._tasks.items()
+        }
         scores[_MEAN] = sum(scores.values()) / len(scores)
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def score_tasks(self, part: str) -> dict[str, dict[str, float | None]]:
         """Score the ``dev`` or ``test`` split of every learned task, by task and metric."""
-        return {name: self.score(self._splits[name][part], task) for name, task in self._tasks.items()}
+        return {
+            name: self.score(self._splits[name][part], task) for name, task in self._tasks.items()
+        }
 
     def score(self, split: TextSplit, task: LearnedTask | OtherTask) -> dict[str, float | None]:
         """Score a split of a task or an OOD set by its most likely answers; restore RNG state and train/eval mode."""
         start = time.perf_counter()
-        name, metrics = (task.read_as, task.ood_metrics) if isinstance(task, OtherTask) else (task.name, [task.metric])
+        name, metrics = (
+            (task.read_as, task.ood_metrics)
+            if isinstance(task, OtherTask)
+            else (task.name, [task.metric])
+        )
         learned = self._tasks[name]
-        rows = TokenisedRows(as_text(split, learned), self._tokenizer, self._max_length, by_length=True, labelled=False)
+        rows = TokenisedRows(
+            as_text(split, learned),
+            self._tokenizer,
+            self._max_length,
+            by_length=True,
+            labelled=False,
+        )
         collate, likelihoods = DataCollatorWithPadding(self._tokenizer), []
         with restore_rng_and_modes(self._network), self.compute_loss_context_manager():
             self._network.eval()
             for batch in batches(rows, collate, self._eval_batch_size):
                 inputs = {key: tensor.to(self._network.device) for key, tensor in batch.items()}
-                likelihoods.append(log_likelihoods(self._network, inputs, self._answers[name]).cpu().numpy())
+                likelihoods.append(
+                    log_likelihoods(self._network, inputs, self._answers[name]).cpu().numpy()
+                )
         scores = score_and_loss(np.concatenate(likelihoods), rows.labels, learned, task, metrics)
         self._stopwatch.evaluation += time.perf_counter() - start
         return scores

@@ -34,7 +34,9 @@ class MultitaskOutcomes(TextOutcomes):
         seeds = super()._seeds(*protocol)
         tasks = seeds[seeds["domain"] == ID]
         together, alone = self.select_mixtures(tasks), tasks[tasks["task"] == tasks["eval_task"]]
-        means = together.groupby(["protocol", *CELL, "seed"], sort=False)["value"].mean().reset_index()
+        means = (
+            together.groupby(["protocol", *CELL, "seed"], sort=False)["value"].mean().reset_index()
+        )
         on = ["protocol", "model", "eval_task", "method", "seed"]
         both = together.merge(alone, on=on, suffixes=("", "_alone"))
         gained = both.assign(domain=TRANSFER, value=both["value"] - both["value_alone"])[[*seeds]]
@@ -43,18 +45,24 @@ class MultitaskOutcomes(TextOutcomes):
     def claim_numbers(self) -> pd.DataFrame:
         """Return the scores of mixtures by seed and the parameter counts, for claims."""
         scores = self.select_mixtures(self.seeds).rename(columns={"protocol": "selection"})
-        return common.join_claim_numbers(scores.assign(metric="score"), common.parameter_counts(self.records))
+        return common.join_claim_numbers(
+            scores.assign(metric="score"), common.parameter_counts(self.records)
+        )
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:
     """Make a table of the mean over sets, the best set, and the paper's best gains."""
     row, interval = [*CELL, "domain"], ["delta", "low", "high"]
     rows = outcomes.select_mixtures(outcomes.rows)
-    frame = rows.loc[rows["domain"].isin(_MEANS), [*row, "mean", "std", "n", *interval]].replace({"domain": _MEANS})
+    frame = rows.loc[rows["domain"].isin(_MEANS), [*row, "mean", "std", "n", *interval]].replace(
+        {"domain": _MEANS}
+    )
     sets = rows[rows["domain"].isin(DOMAINS)]
     counts = sets.groupby(row, sort=False).size().rename("sets").reset_index()
     compared = sets[sets["delta"].notna()]
-    best = compared.loc[compared.groupby(row, sort=False)["delta"].idxmax(), [*row, *interval, "eval_task_title"]]
+    best = compared.loc[
+        compared.groupby(row, sort=False)["delta"].idxmax(), [*row, *interval, "eval_task_title"]
+    ]
     published = common.read_published(outcomes.benchmark)[["domain", "method", "value"]]
     frame = common.with_numbers(common.with_numbers(frame, row, counts), row, best, "best_")
     frame = common.with_numbers(frame, ["domain", "method"], published, "paper_")
@@ -76,7 +84,13 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
         [
             Column("score", "mean", "Mean", std="std", best=True),
             Column("score", "delta", "Δ, mean", interval=("low", "high"), signed=True),
-            Column("score", "best_delta", "Δ, best set", interval=("best_low", "best_high"), signed=True),
+            Column(
+                "score",
+                "best_delta",
+                "Δ, best set",
+                interval=("best_low", "best_high"),
+                signed=True,
+            ),
             Column("score", "paper", "Paper, best gain", signed=True, decimals=2),
         ],
         outcomes.order(frame, ["model", "task", "domain", "method"]),
@@ -91,7 +105,9 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
     frame, cell = outcomes.of(TRANSFER, CLEAN).drop(columns="scope"), ["model", "method"]
     runs = outcomes.origins.groupby([*cell, "task"])["run_id"].unique()
     folders = runs.map(lambda ids: " ".join(f"{outcomes.name}/{run}" for run in ids))
-    together, alone = (frame.join(folders, on=[*cell, key])["run_id"] for key in ("task", "eval_task"))
+    together, alone = (
+        frame.join(folders, on=[*cell, key])["run_id"] for key in ("task", "eval_task")
+    )
     return Table(
         "Learned together against learned alone",
         "Score of a task that is learned with the others minus its score if it is learned alone, with as many passes "
@@ -101,7 +117,13 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
         {**KEYS, "eval_task_title": "Task", "n": "n"},
         [
             Column("score", "mean", "Δ to alone", std="std", signed=True),
-            Column("score", "delta", f"Δ less {outcomes.baseline_title}'s", interval=("low", "high"), signed=True),
+            Column(
+                "score",
+                "delta",
+                f"Δ less {outcomes.baseline_title}'s",
+                interval=("low", "high"),
+                signed=True,
+            ),
         ],
         frame.assign(**{RUNS: together + " " + alone}),
     )
@@ -114,4 +136,6 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
     outcomes = MultitaskOutcomes(benchmark, records)
     sentences, optimizer = list(verdicts(outcomes)), "AdamW, linear decay, no clipping"
-    return Presentation(benchmark, TABLES, {}, outcomes, verdicts=sentences, note=NOTE, optimizer=optimizer)
+    return Presentation(
+        benchmark, TABLES, {}, outcomes, verdicts=sentences, note=NOTE, optimizer=optimizer
+    )

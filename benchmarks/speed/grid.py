@@ -11,7 +11,13 @@ from benchmarks.harness.config.benchmark import Benchmark, Domain, Part
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names, parse
-from benchmarks.speed.definition import Measure, MeasurementDefinition, MeasurementPart, MeasurementSpec, Settings
+from benchmarks.speed.definition import (
+    Measure,
+    MeasurementDefinition,
+    MeasurementPart,
+    MeasurementSpec,
+    Settings,
+)
 
 
 class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
@@ -25,14 +31,18 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, MeasurementDefinition, str(file))
-        domains = dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))
+        domains = dict.fromkeys(
+            definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting")
+        )
         return cls(name, definition, definition.measures, domains, row_titles=definition.candidates)
 
     def specs(
         self, part: Part[MeasurementPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         definition = self.definition
-        models = [name for name, config in definition.models.items() if config or name in load_models()]
+        models = [
+            name for name, config in definition.models.items() if config or name in load_models()
+        ]
         for number, block in enumerate(part.settings.grid):
             where = part.where("grid", number)
             check_names(where, "measure", [block.measure], definition.measures)
@@ -43,13 +53,21 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
             for model, *values in itertools.product(block.model, *block.settings.values()):
                 point = usual | dict(zip(block.settings, values, strict=True))
                 settings = parse(point, Settings, part.file, *at).given()
-                check_names(where, "settings.candidates", settings["candidates"], definition.candidates)
-                changed = {key: value for key, value in settings.items() if key != "candidates" and value != usual[key]}
+                check_names(
+                    where, "settings.candidates", settings["candidates"], definition.candidates
+                )
+                changed = {
+                    key: value
+                    for key, value in settings.items()
+                    if key != "candidates" and value != usual[key]
+                }
                 variant = "-".join(f"{key}={value}" for key, value in changed.items())
                 config = definition.models[model]
                 yield self.spec(
                     variant,
-                    model={"name": model, "config": config} if config else load_models()[model].spec(model),
+                    model={"name": model, "config": config}
+                    if config
+                    else load_models()[model].spec(model),
                     task={"name": block.measure},
                     ood=[],
                     method={"name": "", "variant": variant, "config": None},

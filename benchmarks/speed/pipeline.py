@@ -49,7 +49,9 @@ def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, A
     for name in ("dense", *settings.candidates):
         net = dense if name == "dense" else make_candidate(name, dense, settings)
         torch.manual_seed(derive_seed("speed", spec.seed))  # the same inputs for all
-        timers[name] = Timer(_STATEMENTS[measure], globals=variables(net, settings), num_threads=settings.threads)
+        timers[name] = Timer(
+            _STATEMENTS[measure], globals=variables(net, settings), num_threads=settings.threads
+        )
     return {"measured": time_in_turn(timers), "cost": {}}
 
 
@@ -60,10 +62,16 @@ def make_candidate(name: str, dense: Any, settings: Settings) -> Any:
     if name.startswith("mixtral_"):
         width, expert_size = dense.config.hidden_size, dense.config.intermediate_size // n
         sizes = {"hidden_size": width, "intermediate_size": expert_size, "num_local_experts": n}
-        config = AutoConfig.for_model("mixtral", num_hidden_layers=1, vocab_size=8, num_experts_per_tok=k, **sizes)
-        return AutoModel.from_config(config, experts_implementation=name.removeprefix("mixtral_")).to(dense.dtype)
+        config = AutoConfig.for_model(
+            "mixtral", num_hidden_layers=1, vocab_size=8, num_experts_per_tok=k, **sizes
+        )
+        return AutoModel.from_config(
+            config, experts_implementation=name.removeprefix("mixtral_")
+        ).to(dense.dtype)
     net = copy.deepcopy(dense)
-    emoe.convert_(net, emoe.EMoEConfig(num_experts=n, top_k=k, layers=settings.layers, partition="contiguous"))
+    emoe.convert_(
+        net, emoe.EMoEConfig(num_experts=n, top_k=k, layers=settings.layers, partition="contiguous")
+    )
     if name == "inference":
         emoe.for_inference_(net)
     else:
@@ -76,7 +84,11 @@ def variables(net: Any, settings: Settings) -> dict[str, Any]:
     config, rows = net.config, settings.batch_size
     x = torch.randn(1, settings.tokens, config.hidden_size, dtype=net.dtype)
     if net.main_input_name == "pixel_values":
-        inputs = {"pixel_values": torch.randn(rows, config.num_channels, config.image_size, config.image_size)}
+        inputs = {
+            "pixel_values": torch.randn(
+                rows, config.num_channels, config.image_size, config.image_size
+            )
+        }
     else:
         ids = torch.randint(config.vocab_size, (rows, settings.tokens))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -89,7 +101,10 @@ def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
     Each round begins with a warm-up. The ``ratio`` is to the dense time in the same round (median, lowest, highest).
     """
     seconds = pd.DataFrame(
-        {name: timer.blocked_autorange(min_run_time=_MIN_SECONDS).median for name, timer in timers.items()}
+        {
+            name: timer.blocked_autorange(min_run_time=_MIN_SECONDS).median
+            for name, timer in timers.items()
+        }
         for _ in range(_ROUNDS)
     )
     ratios = seconds.div(seconds["dense"], axis=0)
@@ -114,5 +129,7 @@ def _kmeans_constrained(keys: Tensor, num_clusters: int) -> Tensor:
     from k_means_constrained import KMeansConstrained
 
     size = len(keys) // num_clusters
-    clusterer = KMeansConstrained(n_clusters=num_clusters, size_min=size, size_max=size, random_state=0)
+    clusterer = KMeansConstrained(
+        n_clusters=num_clusters, size_min=size, size_max=size, random_state=0
+    )
     return torch.from_numpy(clusterer.fit_predict(F.normalize(keys, dim=1).double().numpy())).long()

@@ -50,7 +50,9 @@ def measure_table(name: str, measured: Measurements) -> Table:
             Column("ratio", f"{key}_ratio", f"{title} ÷ dense", interval=interval),
             Column("inertia", f"{key}_inertia", f"Unexplained, {title}"),
         ]
-    shown = [column for column in columns if column.value in frame and column.value != "dense_ratio"]
+    shown = [
+        column for column in columns if column.value in frame and column.value != "dense_ratio"
+    ]
     headings = {key: key.replace("_", " ").capitalize() for key in keys}
     return Table(measure.title, measure.caption, headings, shown, frame)
 

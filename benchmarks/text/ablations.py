@@ -44,16 +44,27 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     ``paper_delta``, ``status``, ``source``), ``is_ours``, ``is_average``, and titles.
     """
     outcomes = outcomes.ablated
-    names = [name for row in ablation.rows for name in outcomes.methods if name.partition(SETTING)[0] == row]
+    names = [
+        name
+        for row in ablation.rows
+        for name in outcomes.methods
+        if name.partition(SETTING)[0] == row
+    ]
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
     seeds = seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])]
     seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
-    is_ablated = {name: SETTING in name or outcomes.role(name) in (ABLATION, CONTROL) for name in names}
+    is_ablated = {
+        name: SETTING in name or outcomes.role(name) in (ABLATION, CONTROL) for name in names
+    }
     seeds = seeds.groupby(_CELL, sort=False).filter(
-        lambda cell: cell["method"].map(is_ablated).any() and cell["method"].eq(outcomes.baseline).any()
+        lambda cell: (
+            cell["method"].map(is_ablated).any() and cell["method"].eq(outcomes.baseline).any()
+        )
     )
     seeds = shared_pairs(seeds, _CELL, ["method"], "seed")
-    rows = summarize(seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)])
+    rows = summarize(
+        seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)]
+    )
     # grouped means, which differ from others in the last digit
     rows[["mean", "std"]] = seeds.groupby(_ROW, sort=False)["value"].agg(["mean", "std"]).to_numpy()
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
@@ -63,7 +74,14 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     rows = rows.assign(is_ours=rows["mean"].notna())
     scopes = list(rows["scope"].unique())
     sort_keys = [
-        (not row.is_ours, row.model, row.protocol, row.domain, scopes.index(row.scope), _sort_key(ablation, row.method))
+        (
+            not row.is_ours,
+            row.model,
+            row.protocol,
+            row.domain,
+            scopes.index(row.scope),
+            _sort_key(ablation, row.method),
+        )
         for row in rows.itertuples()
     ]
     rows = rows.iloc[sorted(range(len(rows)), key=lambda number: sort_keys[number])]
@@ -73,13 +91,19 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
     """Return the sort key of a row: its position in the ablation, then the numbers of its setting."""
     row, _, setting = name.partition(SETTING)
-    return ablation.rows.index(row), [float(number) for number in re.findall(r"\d+\.?\d*", setting)], setting
+    return (
+        ablation.rows.index(row),
+        [float(number) for number in re.findall(r"\d+\.?\d*", setting)],
+        setting,
+    )
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
     """Average each seed over the tasks (or pairs) that all rows of a selection, domain and model have."""
     averages = [seeds.iloc[:0]]
-    for (protocol, domain, model), group in seeds.groupby(["protocol", "domain", "model"], sort=False):
+    for (protocol, domain, model), group in seeds.groupby(
+        ["protocol", "domain", "model"], sort=False
+    ):
         scopes = group.groupby("scope", sort=False)["method"].nunique()
         shared = list(scopes[scopes == group["method"].nunique()].index)
         if len(shared) < 2:
@@ -89,7 +113,9 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
         )
         means = wide.dropna().mean(axis=1).rename("value").reset_index()
         listed = name_or_count(shared, "tasks" if domain == ID else "pairs")
-        averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=_AVERAGE_OF + listed))
+        averages.append(
+            means.assign(protocol=protocol, domain=domain, model=model, scope=_AVERAGE_OF + listed)
+        )
     return pd.concat(averages)
 
 
@@ -104,16 +130,24 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
         value=published["value"].astype(float) / 100,
         protocol=PUBLISHED,
     )
-    published = published.assign(paper=published["value"], paper_delta=published_delta(published, outcomes.baseline))
+    published = published.assign(
+        paper=published["value"], paper_delta=published_delta(published, outcomes.baseline)
+    )
     on = ["protocol", "model", "scope", "method"]
-    rows = rows.merge(published[[*on, "paper", "paper_delta", "status", "source"]], on=on, how="outer", sort=False)
-    return rows.assign(domain=rows["domain"].fillna(rows["scope"].map(lambda name: OOD if ARROW in name else ID)))
+    rows = rows.merge(
+        published[[*on, "paper", "paper_delta", "status", "source"]], on=on, how="outer", sort=False
+    )
+    return rows.assign(
+        domain=rows["domain"].fillna(rows["scope"].map(lambda name: OOD if ARROW in name else ID))
+    )
 
 
 def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
     """Add titles with settings, and ``is_average``; if k varies, titles of main rows include N and k/N."""
     configs = {run.id: run.config for run in outcomes.runs}
-    first_runs = outcomes.records.drop_duplicates(["model", "method"]).set_index(["model", "method"])["run_id"]
+    first_runs = outcomes.records.drop_duplicates(["model", "method"]).set_index(
+        ["model", "method"]
+    )["run_id"]
     k_varies = any("k" in setting_values(name.partition(SETTING)[2]) for name in rows["method"])
     titles = []
     for row in rows.itertuples():
@@ -121,7 +155,9 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
         config = configs[first_runs[row.model, row.method]] if row.is_ours else {}
         if k_varies and not setting and config.get("kind") == "emoe":
             setting = f"N{config['num_experts']}-k{config['top_k'] / config['num_experts']:g}"
-        titles.append(", ".join(filter(None, (outcomes.title("method", name), setting_text(setting)))))
+        titles.append(
+            ", ".join(filter(None, (outcomes.title("method", name), setting_text(setting))))
+        )
     return rows.assign(method_title=titles, is_average=rows["scope"].str.startswith(_AVERAGE_OF))
 
 
@@ -130,7 +166,10 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
     frame = rows.assign(
-        **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
+        **{
+            key: rows[key].fillna("").replace("", MISSING)
+            for key in ("verdict", "status", "source")
+        },
         n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
         model_title=rows["model_title"].replace("", MISSING),
         on=rows["scope"] + " (" + rows["domain"].map(DOMAINS) + ")",
@@ -142,7 +181,13 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
         "seed, with a 95 % confidence interval (Student's t). p is from the paired t-test, corrected with Holm's "
         "procedure over the rows of a set and selection; the verdict uses it at 5 %. The paper's numbers are for its "
         "own models and tasks.",
-        {"model_title": "Model", "selection": "Selection", "on": "On", "method_title": "Method", "n": "n"},
+        {
+            "model_title": "Model",
+            "selection": "Selection",
+            "on": "On",
+            "method_title": "Method",
+            "n": "n",
+        },
         [
             Column("score", "mean", "Score", std="std"),
             Column("score", "delta", "Δ", interval=("low", "high"), signed=True, decimals=2),
@@ -178,14 +223,22 @@ def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
     rows = rows.assign(panel=rows["model_title"].replace("", "the paper"))
-    paper = rows[rows["paper_delta"].notna()].drop(columns=["delta", "n"]).rename(columns={"paper_delta": "delta"})
+    paper = (
+        rows[rows["paper_delta"].notna()]
+        .drop(columns=["delta", "n"])
+        .rename(columns={"paper_delta": "delta"})
+    )
     ours = rows[rows["is_ours"] & rows["delta"].notna()]
     if ours.empty:
         plots.placeholder_figure(path)
         return
     ours = ours[ours["protocol"] == ours.groupby("model")["protocol"].transform("first")]
     has_average = ours.groupby(["panel", "domain"])["is_average"].transform("any")
-    means = paper.groupby(["panel", "domain", "method", "method_title"], sort=False)["delta"].mean().reset_index()
+    means = (
+        paper.groupby(["panel", "domain", "method", "method_title"], sort=False)["delta"]
+        .mean()
+        .reset_index()
+    )
     rows = pd.concat([ours[ours["is_average"] == has_average], means.assign(is_ours=False)])
     marks = []
     for row in rows.itertuples():

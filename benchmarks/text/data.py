@@ -31,7 +31,13 @@ from benchmarks.harness.sources.vader import PACKAGE, load_vader
 from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from emoe.errors import did_you_mean
 
-_BUILDERS = {"parquet": "parquet", "arrow": "arrow", "jsonl": "json", "json": "json", "csv": "csv"}  # in this order
+_BUILDERS = {
+    "parquet": "parquet",
+    "arrow": "arrow",
+    "jsonl": "json",
+    "json": "json",
+    "csv": "csv",
+}  # in this order
 _DEV_SHARE, _TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # missing labels, unless the task has such a class
@@ -61,15 +67,23 @@ class TextSplit:
         """Draw ``rows`` rows, the same for every run; None keeps all rows."""
         if rows is None or rows >= len(self):
             return self
-        return self._rows(sorted(random.Random(derive_seed("rows", seed_name)).sample(range(len(self)), rows)))
+        return self._rows(
+            sorted(random.Random(derive_seed("rows", seed_name)).sample(range(len(self)), rows))
+        )
 
     def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
         """Hold out a share of the rows, the same for every run; return the other rows and the held-out ones."""
         count = round(len(self) * share)
         if not 0 < count < len(self):
-            raise DataError(f"{self.source}: a share of {share:g} of {len(self)} rows cannot be held out")
-        chosen = set(random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count))
-        return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(sorted(chosen))
+            raise DataError(
+                f"{self.source}: a share of {share:g} of {len(self)} rows cannot be held out"
+            )
+        chosen = set(
+            random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count)
+        )
+        return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(
+            sorted(chosen)
+        )
 
     def stratified_sample(self, share: float, seed_name: str) -> TextSplit:
         """Draw a share of the rows of every class (for a regression: rounded score), the same for every run.
@@ -86,7 +100,9 @@ class TextSplit:
         return self._rows(sorted(chosen))
 
     def _rows(self, chosen: Sequence[int]) -> TextSplit:
-        return replace(self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen])
+        return replace(
+            self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen]
+        )
 
     @property
     def has_classes(self) -> bool:
@@ -103,10 +119,16 @@ class TextSplit:
         digest = hashlib.sha256()
         for row in zip(self.texts, self.labels, strict=True):
             digest.update(repr(row).encode())
-        summary: dict[str, Any] = {"source": self.source, "digest": digest.hexdigest()[:16], "rows": len(self)}
+        summary: dict[str, Any] = {
+            "source": self.source,
+            "digest": digest.hexdigest()[:16],
+            "rows": len(self),
+        }
         summary["dropped"] = self.dropped
         if self.has_classes:
-            summary["labels"] = {str(label): count for label, count in sorted(Counter(self.labels).items())}
+            summary["labels"] = {
+                str(label): count for label, count in sorted(Counter(self.labels).items())
+            }
         else:
             summary["range"] = [min(self.labels), max(self.labels)]
         return summary
@@ -121,7 +143,9 @@ def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> S
     """Describe the rows of a task's part, with the row counts of its makers and the paper's authors."""
     counts, labels = Counter(split.labels), f"{min(split.labels):g} to {max(split.labels):g}"
     if split.has_classes:
-        labels = ", ".join(f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels))
+        labels = ", ".join(
+            f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels)
+        )
     return SetPart(
         name,
         part,
@@ -175,14 +199,22 @@ def load_split(task: RunTask, part: str) -> TextSplit:
         texts, labels, dropped = load_vader(source.vader_sentiment, split, strength=strength)
         name = ", ".join(filter(None, (source.vader_sentiment, source.vader_label, split)))
         return TextSplit(
-            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {find_package(PACKAGE).version}, {name}"
+            [(text,) for text in texts],
+            labels,
+            dropped,
+            f"{PACKAGE} {find_package(PACKAGE).version}, {name}",
         )
     tables = _read_tables(task, split)
     rows = [row for table in tables for row in _complete_rows(table, task)]
-    name, total = ", ".join(table.source for table in tables), sum(len(table.cells) for table in tables)
+    name, total = (
+        ", ".join(table.source for table in tables),
+        sum(len(table.cells) for table in tables),
+    )
     if not rows:
         raise DataError(f"{name} has no row with text and label ({total} without)")
-    return TextSplit([texts for texts, _ in rows], [label for _, label in rows], total - len(rows), name)
+    return TextSplit(
+        [texts for texts, _ in rows], [label for _, label in rows], total - len(rows), name
+    )
 
 
 @dataclass(frozen=True)
@@ -224,9 +256,13 @@ def _read_hub(task: RunTask, split: str) -> _Table:
     source = task.source
     folder = expected_path(source.model_dump())
     if source.hub is None:
-        raise DataError(f"{folder} is missing; `python -m benchmarks data --check` says how to get '{task.name}'")
+        raise DataError(
+            f"{folder} is missing; `python -m benchmarks data --check` says how to get '{task.name}'"
+        )
     try:
-        dataset = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+        dataset = datasets.load_dataset(
+            source.hub, source.config, split=split, revision=source.revision
+        )
     except Exception as error:  # the hub raises many types
         raise DataError(
             f"could not load '{source.hub}' ({source.config}) from the hub: {type(error).__name__}: {error}\n"
@@ -243,23 +279,35 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
         if isinstance(saved, datasets.DatasetDict):
             return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
         if task.splits.train is not None:
-            raise DataError(f"{folder} has no splits, but '{task.name}' needs several: save a DatasetDict")
+            raise DataError(
+                f"{folder} has no splits, but '{task.name}' needs several: save a DatasetDict"
+            )
         return [_to_table(saved, str(folder), task)]
 
 
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
     """Read a split from files with the hub's names, in the first available format."""
-    folders = [folder, folder / task.source.config, folder / "data"] if task.source.config else [folder]
+    folders = (
+        [folder, folder / task.source.config, folder / "data"] if task.source.config else [folder]
+    )
     for subfolder in folders:
         for suffix in _BUILDERS:
-            for name in (split, f"{split}-*-of-*", f"{split}/[0-9]*"):  # the last is the hub's conversion to Parquet
+            for name in (
+                split,
+                f"{split}-*-of-*",
+                f"{split}/[0-9]*",
+            ):  # the last is the hub's conversion to Parquet
                 if files := sorted(subfolder.glob(f"{name}.{suffix}")):
                     if "*-of-" in name and not files[0].stem.endswith(f"-of-{len(files):05}"):
                         raise DataError(f"{subfolder} lacks a piece of the split '{split}'")
                     return [_read_file(file, folders, task) for file in files]
     wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
-    convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
-    raise DataError(f"{folder} has no file for the split '{split}': wanted one of {wanted}{convert}")
+    convert = (
+        "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
+    )
+    raise DataError(
+        f"{folder} has no file for the split '{split}': wanted one of {wanted}{convert}"
+    )
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
@@ -269,12 +317,18 @@ def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
             table = _Table(str(file), read_csv(file))
         else:
             builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
-            dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)  # without a cache
+            dataset = datasets.load_dataset(
+                builder, data_files=files, split="train", streaming=True
+            )  # without a cache
             table = _to_table(dataset, str(file), task)
         for folder in folders if table.class_names is None else ():
             infos = DatasetInfosDict.from_directory(str(folder))
             info = infos.get(task.source.config) or infos.get("default")
-            feature = info.features.get(table.column(task.label, task)) if info and info.features else None
+            feature = (
+                info.features.get(table.column(task.label, task))
+                if info and info.features
+                else None
+            )
             if isinstance(feature, datasets.ClassLabel):
                 return replace(table, class_names=feature.names)
         return table
@@ -287,24 +341,40 @@ def read_csv(file: Path) -> pd.DataFrame:
         DataError: The file cannot be read.
     """
     with _name_file_in_errors(file), warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # the first row has more cells than the header
-        return pd.read_csv(file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig")
+        warnings.simplefilter(
+            "error", pd.errors.ParserWarning
+        )  # the first row has more cells than the header
+        return pd.read_csv(
+            file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig"
+        )
 
 
 def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
     """Read the rows of a split from one csv, by its column ``split`` or else by a hash of the text."""
     table = _Table(str(file), read_csv(file))
     cells = table.cells
-    splits = cells["split"] if "split" in cells else cells[table.column(task.fields[0], task)].map(_split_by_hash)
+    splits = (
+        cells["split"]
+        if "split" in cells
+        else cells[table.column(task.fields[0], task)].map(_split_by_hash)
+    )
     if split not in set(splits):
-        raise DataError(f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}")
+        raise DataError(
+            f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}"
+        )
     return replace(table, cells=cells[splits == split])
 
 
 def _split_by_hash(text: str) -> str:
     """Choose the split of a text by its hash, independently of other rows."""
     fraction = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-    return "dev" if fraction < _DEV_SHARE else "test" if fraction < _DEV_SHARE + _TEST_SHARE else "train"
+    return (
+        "dev"
+        if fraction < _DEV_SHARE
+        else "test"
+        if fraction < _DEV_SHARE + _TEST_SHARE
+        else "train"
+    )
 
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
@@ -313,7 +383,11 @@ def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
     cells = pa.concat_tables(batches, promote_options="default").to_pydict()
     table = _Table(source, pd.DataFrame(cells, dtype=object))
     feature = (dataset.features or {}).get(table.column(task.label, task))
-    return replace(table, class_names=feature.names) if isinstance(feature, datasets.ClassLabel) else table
+    return (
+        replace(table, class_names=feature.names)
+        if isinstance(feature, datasets.ClassLabel)
+        else table
+    )
 
 
 @contextmanager
@@ -345,8 +419,14 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
         elif not classes and low <= (score := float(pd.to_numeric(label, errors="coerce"))) <= high:
             yield texts, score
         elif label.casefold() not in _NO_LABEL:
-            hint = did_you_mean(label, classes) if classes else f"; it must be a number from {low:g} to {high:g}"
-            raise DataError(f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'{hint}")
+            hint = (
+                did_you_mean(label, classes)
+                if classes
+                else f"; it must be a number from {low:g} to {high:g}"
+            )
+            raise DataError(
+                f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'{hint}"
+            )
 
 
 def label_text(value: object) -> str:
@@ -366,7 +446,9 @@ def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
     spellings = task.label_names | {name: name for name in names}
     if table.class_names is None:
         spellings = by_number | spellings
-    elif by_number and set(table.class_names) == {str(number) for number in range(len(table.class_names))}:
+    elif by_number and set(table.class_names) == {
+        str(number) for number in range(len(table.class_names))
+    }:
         spellings = by_number
     else:  # the names may come from the makers' files
         for layout in task.raw_formats or ():

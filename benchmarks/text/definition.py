@@ -7,7 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.benchmark import Entry, MethodsDefinition, Precision, Training, TrainingPart
+from benchmarks.harness.config.benchmark import (
+    Entry,
+    MethodsDefinition,
+    Precision,
+    Training,
+    TrainingPart,
+)
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
@@ -35,7 +41,11 @@ Protocol = Literal["published", "clean"]
 PUBLISHED, CLEAN = "published", "clean"
 ID, OOD = "id", "ood"  # domains: in distribution and out of distribution
 
-PAPER_COLUMNS = ("model", "scope", "method")  # of published numbers, before value, status and source
+PAPER_COLUMNS = (
+    "model",
+    "scope",
+    "method",
+)  # of published numbers, before value, status and source
 ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
 
 
@@ -324,7 +334,8 @@ class TaskFile(Strict):
         match content:
             case {"tasks": dict(tasks)}:
                 named = {
-                    name: {**task, "name": name} if isinstance(task, dict) else task for name, task in tasks.items()
+                    name: {**task, "name": name} if isinstance(task, dict) else task
+                    for name, task in tasks.items()
                 }
                 return {**content, "tasks": named}
         return content

@@ -22,7 +22,12 @@ from benchmarks.harness.config.benchmark import (
     resolve_methods,
 )
 from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
-from benchmarks.harness.config.method_specs import TRAINING_KEYS, VARIANT_KEYS, check_frozen, method_spec
+from benchmarks.harness.config.method_specs import (
+    TRAINING_KEYS,
+    VARIANT_KEYS,
+    check_frozen,
+    method_spec,
+)
 from benchmarks.harness.config.methods import ABLATION, Method
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.sets import SetPart, SetReader
@@ -92,25 +97,37 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         rows = transformed_rows(definition.transformed, definition, file)
         trained = [row.trained for row in definition.transformed.values()]
         if twice := [row for row in trained if trained.count(row) > 1]:
-            raise DefinitionError(f"{file}: 'transformed' has '{twice[0]}' twice; a run is converted only once")
+            raise DefinitionError(
+                f"{file}: 'transformed' has '{twice[0]}' twice; a run is converted only once"
+            )
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
-        benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, DOMAINS)
+        benchmark = cls(
+            name, definition, read(file.parent / definition.tasks, TaskFile).tasks, DOMAINS
+        )
         check_ablations(benchmark)
         for task in benchmark.tasks:
-            _check_task(f"{benchmark.folder / definition.tasks}: 'tasks.{task}", task, benchmark.tasks)
+            _check_task(
+                f"{benchmark.folder / definition.tasks}: 'tasks.{task}", task, benchmark.tasks
+            )
         return benchmark
 
-    def specs(self, part: Part[TextPart], exclude: Collection[str], others: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    def specs(
+        self, part: Part[TextPart], exclude: Collection[str], others: Sequence[Run]
+    ) -> Iterator[dict[str, Any]]:
         self._check_training(part)
         methods = self.methods(part)
         trained = [name for name in methods if name not in self.definition.transformed]
-        trainable = [name for name, task in self.tasks.items() if task.splits.train and task.splits.dev]
+        trainable = [
+            name for name, task in self.tasks.items() if task.splits.train and task.splits.dev
+        ]
         names = {"model": model_names(None), "task": trainable, "method": trained}
         training = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             for key in TRAINING_KEYS:
                 if key in point and methods[point["method"]].role != ABLATION:
-                    raise DefinitionError(f"{where}.{key}' is for rows with role: {ABLATION}, not '{point['method']}'")
+                    raise DefinitionError(
+                        f"{where}.{key}' is for rows with role: {ABLATION}, not '{point['method']}'"
+                    )
             if point["task"] in exclude:
                 continue
             settings, task = training(point["model"]), self.tasks[point["task"]]
@@ -125,7 +142,11 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
                 protocol=protocol,
                 model=load_models()[point["model"]].spec(point["model"]),
                 task=task.spec(),
-                ood=[self.tasks[name].spec() for name in task.ood if evaluated and name not in exclude],
+                ood=[
+                    self.tasks[name].spec()
+                    for name in task.ood
+                    if evaluated and name not in exclude
+                ],
                 training=run_settings,
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
@@ -133,12 +154,18 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             )
 
     def _method_specs(
-        self, methods: Mapping[str, Method], point: Mapping[str, Any], settings: TextTraining, where: str
+        self,
+        methods: Mapping[str, Method],
+        point: Mapping[str, Any],
+        settings: TextTraining,
+        where: str,
     ) -> dict[str, Any]:
         """Return ``method`` of a run's spec, and ``used_as`` if the model is also evaluated as another method."""
 
         def resolved(name: str) -> dict[str, Any]:
-            return method_spec(methods, {**point, "method": name}, point["seed"], settings.lora, where)
+            return method_spec(
+                methods, {**point, "method": name}, point["seed"], settings.lora, where
+            )
 
         specs: dict[str, Any] = {"method": resolved(point["method"])}
         for name, row in self.definition.transformed.items():
@@ -154,9 +181,13 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         if not isinstance(training.evaluate_ood, bool):
             check_names(where, "evaluate_ood", training.evaluate_ood or (), self.definition.methods)
         if not training.validation_fraction:
-            raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows for selection")
+            raise DefinitionError(
+                f"{where}.validation_fraction' is 0, but clean runs need rows for selection"
+            )
         if training.patience is not None and training.checkpoint_selection != "best":
-            raise DefinitionError(f"{where}.patience' needs checkpoint_selection: best; set patience: null")
+            raise DefinitionError(
+                f"{where}.patience' needs checkpoint_selection: best; set patience: null"
+            )
 
 
 def transformed_rows(
@@ -178,16 +209,22 @@ def transformed_rows(
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where, key, [used], usual)
             if not _has_portable_weights(resolved[used]):
-                raise DefinitionError(f"{where}.{key}' is '{resolved[used].title}', whose weights fit no other row")
+                raise DefinitionError(
+                    f"{where}.{key}' is '{resolved[used].title}', whose weights fit no other row"
+                )
         trained = definition.methods[row.trained].given()
-        rows[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
+        rows[name] = Method(
+            **{"method": row.trained, **trained, "title": row.title, "role": ABLATION}
+        )
     return rows
 
 
 def _has_portable_weights(method: Method) -> bool:
     """Return False if a method has a learned router, experts from its run's data, or other trained parameters."""
     settings = method.given()
-    learned = settings.get("router", "avg_k") != "avg_k" or settings.get("partition") == "coactivation"
+    learned = (
+        settings.get("router", "avg_k") != "avg_k" or settings.get("partition") == "coactivation"
+    )
     return not (learned or method.kind == "gmoe" or method.tune or method.also_train)
 
 
@@ -202,7 +239,9 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
         where = f"{benchmark.file}: 'ablations.{name}"
         check_names(where, "rows", ablation.rows, definition.methods)
         if ablation.rows[0] != definition.baseline:
-            raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
+            raise DefinitionError(
+                f"{where}.rows' must begin with the baseline, '{definition.baseline}'"
+            )
         if ablation.paper:
             check_file(where, "paper", ablation.paper, benchmark.folder, ABLATION_COLUMNS)
 
@@ -220,8 +259,15 @@ def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
             except DefinitionError as error:
                 raise DefinitionError(f"{where}.ood': {error}") from error
     check_names(where, "label_names", task.label_names.values(), task.labels)
-    if not (task.source.hub or task.source.csv or task.source.vader_sentiment or task.download_instructions):
-        raise DefinitionError(f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions'")
+    if not (
+        task.source.hub
+        or task.source.csv
+        or task.source.vader_sentiment
+        or task.download_instructions
+    ):
+        raise DefinitionError(
+            f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions'"
+        )
 
 
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
@@ -232,7 +278,9 @@ def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
     return str(point.get("protocol", CLEAN if has_test else PUBLISHED))
 
 
-def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+def run_training(
+    settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str
+) -> dict[str, Any]:
     """Return the training settings of a run's spec: ``settings``, adapted to task, protocol and grid point."""
     training = settings.spec()
     epochs = (settings.epochs_by_task or {}).get(point["task"], settings.epochs)
@@ -254,7 +302,9 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     else:
         hub = f"{task.source.hub} ({task.source.config})"
         solution = f"on the hub as {hub}; `python -m benchmarks data` or the first run downloads it"
-    files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
+    files = dict.fromkeys(
+        file for layout in task.raw_formats or () for file in layout.files.values()
+    )
     columns = ", ".join([*task.fields, task.label])
     folder = f"{expected_path(source)} ({', '.join(files) or 'its files'}; hub columns {columns})"
     return f"{name}: {solution}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"

@@ -8,9 +8,16 @@ import re
 from pathlib import Path
 from string import Template
 
-from benchmarks.harness.base import BENCHMARKS, CONFIG, DataError, DefinitionError, atomic_write, write_text
-from benchmarks.harness.config.artifacts import all_artifacts
+from benchmarks.harness.base import (
+    BENCHMARKS,
+    CONFIG,
+    DataError,
+    DefinitionError,
+    atomic_write,
+    write_text,
+)
 from benchmarks.harness.config.names import check_name
+from benchmarks.harness.report.artifacts import all_artifacts
 from benchmarks.text.data import label_text, read_csv
 from emoe.errors import did_you_mean
 
@@ -35,14 +42,22 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
     labels = _labels(file, text, label)
     rows = f"rows-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.csv"
     columns = {"text": text, "label": label, "labels": labels}
-    values = {key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()}  # JSON is valid YAML
-    values |= {"name": name, "title": name.replace("_", " ").capitalize(), "csv": f"benchmarks/{name}/{rows}"}
+    values = {
+        key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()
+    }  # JSON is valid YAML
+    values |= {
+        "name": name,
+        "title": name.replace("_", " ").capitalize(),
+        "csv": f"benchmarks/{name}/{rows}",
+    }
     folder = BENCHMARKS / name
     folder.mkdir()
     with atomic_write(folder / rows) as temporary:
         temporary.write_bytes(file.read_bytes())
     for template in _TEMPLATE.iterdir():
-        target = CONFIG / f"{name}.yaml" if template.name == "config.yaml" else folder / template.name
+        target = (
+            CONFIG / f"{name}.yaml" if template.name == "config.yaml" else folder / template.name
+        )
         write_text(target, Template(template.read_text(encoding="utf-8")).substitute(values))
 
 
@@ -64,5 +79,7 @@ def _labels(file: Path, text: str, label: str) -> list[str]:
             raise DataError(f"{file} has no column '{column}'{near}; set it with --text or --label")
     labels = {name for name in map(label_text, rows[label]) if name.casefold() not in _NO_LABEL}
     if len(labels) < 2:
-        raise DataError(f"{file}: all rows have the label {labels or None}; a benchmark needs two labels")
+        raise DataError(
+            f"{file}: all rows have the label {labels or None}; a benchmark needs two labels"
+        )
     return sorted(labels, key=int if all(re.fullmatch(r"-?\d+", name) for name in labels) else None)

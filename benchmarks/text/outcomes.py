@@ -11,14 +11,24 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, AnyBenchmark, resolve_methods
 from benchmarks.harness.config.method_specs import remove_settings, setting_values
 from benchmarks.harness.config.methods import ABLATION
-from benchmarks.harness.report.common import SETTING, Outcomes, join_claim_numbers, parameter_counts, summarize
+from benchmarks.harness.report.common import (
+    SETTING,
+    Outcomes,
+    join_claim_numbers,
+    parameter_counts,
+    summarize,
+)
 from benchmarks.harness.results.content import Metrics
 from benchmarks.harness.results.records import AS, Record, scores_of, tabulate_numbers
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
 CELL = ["model", "task", "method"]
-KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}  # their headings
+KEYS = {
+    "model_title": "Model",
+    "task_title": "Trained on",
+    "method_title": "Method",
+}  # their headings
 CHOICE = ["variant", "learning_rate"]
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
 DOMAINS = {ID: "in domain", OOD: "out of domain"}  # their titles
@@ -103,20 +113,26 @@ class TextOutcomes(Outcomes):
         include_ablations: bool = False,
     ) -> None:
         methods = resolve_methods(benchmark.definition)
-        kept = [name for name, method in methods.items() if include_ablations or method.role != ABLATION]
+        kept = [
+            name for name, method in methods.items() if include_ablations or method.role != ABLATION
+        ]
         shown = [record.run for record in finished if record.run.method in kept]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
         self._include_ablations = include_ablations
         self._finished = finished
         self._all_records = tabulate_numbers(finished) if records is None else records
-        records = add_transformed_rows(self._all_records[self._all_records["run_id"].isin({run.id for run in shown})])
+        records = add_transformed_rows(
+            self._all_records[self._all_records["run_id"].isin({run.id for run in shown})]
+        )
         self.records = records[records["method"].isin(kept)].reset_index(drop=True)
         if include_ablations:
             self._split_settings()
         self.chosen = pd.concat([self._chosen(protocol) for protocol in PROTOCOLS])
         seeds = self._seeds()
         pairs = zip(seeds["task"], seeds["eval_task"], strict=True)
-        self.seeds = seeds.assign(scope=[self.pair_title(*pair) for pair in pairs]).reset_index(drop=True)
+        self.seeds = seeds.assign(scope=[self.pair_title(*pair) for pair in pairs]).reset_index(
+            drop=True
+        )
         self.protocols, self.run_protocols = (
             [protocol for protocol in PROTOCOLS if protocol in set(frame["protocol"])]
             for frame in (self.seeds, self.records)
@@ -127,18 +143,23 @@ class TextOutcomes(Outcomes):
     @cached_property
     def ablated(self) -> TextOutcomes:
         """Return the outcomes of the same runs, including the rows of ablations."""
-        return TextOutcomes(self.benchmark, self._finished, self._all_records, include_ablations=True)
+        return TextOutcomes(
+            self.benchmark, self._finished, self._all_records, include_ablations=True
+        )
 
     def _split_settings(self) -> None:
         """Turn every setting of an ablation, and of a row with several variants, into a separate row."""
         records = self.records
         is_ablation = records["method"].map(self.role).eq(ABLATION)
-        variants = records.groupby(["protocol", "model", "task", "method"])["variant"].transform("nunique")
+        variants = records.groupby(["protocol", "model", "task", "method"])["variant"].transform(
+            "nunique"
+        )
         main_rows = records[~is_ablation].groupby("model", sort=False)
         usual = {model: self._usual_settings(rows) for model, rows in main_rows}
         settings = records["variant"].where(variants > 1, "")
         settings[is_ablation] = [
-            remove_settings(row.variant, usual.get(row.model, set())) for row in records[is_ablation].itertuples()
+            remove_settings(row.variant, usual.get(row.model, set()))
+            for row in records[is_ablation].itertuples()
         ]
         names = records["method"].where(settings == "", records["method"] + SETTING + settings)
         # a row with a setting has the method of its row; the table adds the setting to its title
@@ -167,14 +188,18 @@ class TextOutcomes(Outcomes):
     def training(self) -> Iterator[tuple[Any, Metrics]]:
         """Yield the names of each chosen run of the first protocol, and what it recorded."""
         by_id = {record.run.id: record.metrics for record in self._finished}
-        chosen = self.chosen[self.chosen["protocol"].isin(self.run_protocols[:1])].drop_duplicates("run_id")
+        chosen = self.chosen[self.chosen["protocol"].isin(self.run_protocols[:1])].drop_duplicates(
+            "run_id"
+        )
         for record in self.order(chosen, [*CELL, "seed"]).itertuples():
             yield record, by_id[str(record.run_id)]
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         if self.benchmark.evaluates is None:
             return select_runs(self.records, protocol)
-        chosen = self.records[self.records["protocol"] == protocol]  # all its runs evaluate chosen runs
+        chosen = self.records[
+            self.records["protocol"] == protocol
+        ]  # all its runs evaluate chosen runs
         return chosen.assign(run_protocol=protocol)
 
     def _seeds(self) -> pd.DataFrame:
@@ -192,7 +217,9 @@ class TextOutcomes(Outcomes):
 
     def _tests(self) -> pd.DataFrame:
         scores = self.seeds[self.seeds["domain"].isin([ID, OOD])]
-        tests = paired_differences(scores, _ROW, {"method": self.baseline}, "seed").drop(columns="values")
+        tests = paired_differences(scores, _ROW, {"method": self.baseline}, "seed").drop(
+            columns="values"
+        )
         return self._by_set(with_verdicts(tests))
 
     def _by_set(self, rows: pd.DataFrame) -> pd.DataFrame:
@@ -213,7 +240,9 @@ class TextOutcomes(Outcomes):
         if self._include_ablations or not self.benchmark.definition.ablations:
             return numbers
         with_ablations, keys = self.ablated.claim_numbers(), ["method", "setting", "domain"]
-        is_new = ~pd.MultiIndex.from_frame(with_ablations[keys]).isin(pd.MultiIndex.from_frame(numbers[keys]))
+        is_new = ~pd.MultiIndex.from_frame(with_ablations[keys]).isin(
+            pd.MultiIndex.from_frame(numbers[keys])
+        )
         return pd.concat([numbers, with_ablations[is_new]], ignore_index=True)
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:

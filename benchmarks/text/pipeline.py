@@ -33,12 +33,19 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     task, training = spec.task, spec.training
     load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
     splits = _splits(task, training, load)
-    ood = {other.name: load(other, "test", training.ood_rows or training.eval_rows) for other in spec.ood}
+    ood = {
+        other.name: load(other, "test", training.ood_rows or training.eval_rows)
+        for other in spec.ood
+    }
 
     tokenizer = load_tokenizer(spec.model)
-    calibration = calibration_batches(splits["train"], tokenizer, training.max_length, training.eval_batch_size)
+    calibration = calibration_batches(
+        splits["train"], tokenizer, training.max_length, training.eval_batch_size
+    )
     classifier = build_classifier(spec, len(task.labels), tokenizer, calibration)
-    trainer = TextTrainer(classifier, tokenizer, spec, splits["train"], splits["dev"], folder, progress)
+    trainer = TextTrainer(
+        classifier, tokenizer, spec, splits["train"], splits["dev"], folder, progress
+    )
     epochs, kept = trainer.train()
     progress.say("evaluating")
     scores = {"dev": {task.name: {name: value for name, value in kept.items() if name != "epoch"}}}
@@ -81,11 +88,15 @@ def _evaluate(
     """Return the scores on the test split and the OOD sets, by part, set and metric."""
     return {
         "test": {spec.task.name: trainer.evaluate(test, routing=routing)},
-        "ood": {other.name: trainer.evaluate(ood[other.name], other, routing) for other in spec.ood},
+        "ood": {
+            other.name: trainer.evaluate(ood[other.name], other, routing) for other in spec.ood
+        },
     }
 
 
-def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
+def _splits(
+    task: RunTask, training: TextTraining, load: Callable[..., TextSplit]
+) -> dict[str, TextSplit]:
     """Load the splits of a run: train, dev (for selection) and test (reported).
 
     A task without a test split reports the dev split, and a clean run selects with held-out training rows.
@@ -95,7 +106,9 @@ def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit
     if training.validation_fraction:
         train, dev = train.hold_out(training.validation_fraction, f"{task.name}/held out")
     else:
-        dev = load(task, "dev", training.dev_rows or training.eval_rows) if task.splits.test else test
+        dev = (
+            load(task, "dev", training.dev_rows or training.eval_rows) if task.splits.test else test
+        )
     if training.train_share:
         train = train.stratified_sample(training.train_share, f"{task.name}/train")
     return {"train": train, "dev": dev, "test": test}

@@ -20,7 +20,9 @@ FIGURES = {"usage": USAGE, "traces": TRACES}
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
-    return present_text(benchmark, records, TABLES, FIGURES, optimizer="AdamW, linear decay, no clipping")
+    return present_text(
+        benchmark, records, TABLES, FIGURES, optimizer="AdamW, linear decay, no clipping"
+    )
 
 
 def present_text(

@@ -45,7 +45,9 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
         cell = cell or (record.model, record.task)
         if cell == (record.model, record.task) and record.method not in panels:
             sets = metrics.usage.tasks
-            usage = metrics.usage.model_copy(update={"tasks": {record.task: sets[record.task], **sets}})
+            usage = metrics.usage.model_copy(
+                update={"tasks": {record.task: sets[record.task], **sets}}
+            )
             title = f"{record.method_title}, {record.model_title}, trained on {record.task_title}"
             panels[record.method] = (title, usage)
     draw_usage(list(panels.values())[:_MOST_PANELS], outcomes, path)
@@ -61,23 +63,32 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     if not shows_classes:
         heights = [len(usage.tasks) for _, usage in panels]
     size = (plots.WIDTH, 0.16 * sum(heights) + 0.4 * len(panels) + 0.3)
-    with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (figure, axes):
+    with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (
+        figure,
+        axes,
+    ):
         for axis, (title, usage) in zip(axes[:, 0], panels, strict=True):
             _draw_use(axis, outcomes, usage, shows_classes=shows_classes)
             axis.set_title(title, fontsize=7.5)
         axes[-1, 0].set_xlabel("experts")
-        figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
+        figure.colorbar(
+            plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max"
+        )
 
 
 def _draw_use(axis: Any, outcomes: Outcomes, usage: Usage, *, shows_classes: bool) -> None:
     sets = usage.tasks
     mean = np.mean([use.shares for use in sets.values()], axis=0)
-    lines: list[tuple[str, list[float], list[int] | None]] = []  # label, shares, and the marks of a set
+    lines: list[
+        tuple[str, list[float], list[int] | None]
+    ] = []  # label, shares, and the marks of a set
     for name, use in sets.items():
         lines.append((outcomes.title("task", name), use.shares, use.marks))
         labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
         if shows_classes:
-            lines += [(f"{labels[int(number)]} ", shares, None) for number, shares in use.classes.items()]
+            lines += [
+                (f"{labels[int(number)]} ", shares, None) for number, shares in use.classes.items()
+            ]
     shares = np.array([shares for _, shares, _ in lines])
     plots.show_use(axis, plots.divide_by_mean(shares, mean))
     axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])
@@ -89,9 +100,19 @@ def _draw_use(axis: Any, outcomes: Outcomes, usage: Usage, *, shows_classes: boo
     for line, (_, _, marks) in enumerate(lines):
         for expert, mark in enumerate(marks or ()):
             if mark:
-                axis.plot(expert, line, "^" if mark > 0 else "v", ms=4, color="black", mec="white", mew=0.4)
+                axis.plot(
+                    expert,
+                    line,
+                    "^" if mark > 0 else "v",
+                    ms=4,
+                    color="black",
+                    mec="white",
+                    mew=0.4,
+                )
     if shared := usage.shared:  # an empty plot would be drawn in the figure's corner
-        axis.plot(shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False)
+        axis.plot(
+            shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False
+        )
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
@@ -102,9 +123,13 @@ def usage_table(outcomes: TextOutcomes) -> Table:
         if metrics.usage and metrics.usage.tasks and metrics.routing:
             cell = [getattr(record, key) for key in CELL]
             measured = [getattr(metrics.routing, name) for name in information]
-            rows.append([*cell, *measured, len(metrics.usage.specialised), len(metrics.usage.shared)])
+            rows.append(
+                [*cell, *measured, len(metrics.usage.specialised), len(metrics.usage.shared)]
+            )
     numbers = [*information, "specialised_experts", "shared_experts"]
-    means = average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype({"n": str})
+    means = average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype(
+        {"n": str}
+    )
     return Table(
         "Information in the choice of an expert after training",
         "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "
@@ -114,8 +139,13 @@ def usage_table(outcomes: TextOutcomes) -> Table:
         "set differs from chance. Means over n seeds ± standard deviation. The benchmark modularity measures the same "
         "before training.",
         {**KEYS, "n": "n"},
-        [Column(name, name, std=f"{name}_std" if name.endswith("_information") else None) for name in numbers],
-        outcomes.order(means[[*CELL, *numbers, *(f"{name}_std" for name in information), "n"]], CELL),
+        [
+            Column(name, name, std=f"{name}_std" if name.endswith("_information") else None)
+            for name in numbers
+        ],
+        outcomes.order(
+            means[[*CELL, *numbers, *(f"{name}_std" for name in information), "n"]], CELL
+        ),
     )
 
 
@@ -144,7 +174,12 @@ def trace_numbers(trace: pd.DataFrame) -> dict[str, float]:
         changes = [
             np.abs(np.diff(shares, axis=0)).sum(1).mean(),
             _distance(shares[:quarter], shares[-quarter:]),
-            np.mean([_distance(half[::2], half[1::2]) for half in (shares[: 2 * quarter], shares[-2 * quarter :])]),
+            np.mean(
+                [
+                    _distance(half[::2], half[1::2])
+                    for half in (shares[: 2 * quarter], shares[-2 * quarter :])
+                ]
+            ),
         ]
     values = (windows, entropy.mean(), shares.max(1).mean() * experts, *changes)
     return dict(zip(("windows", *NUMBERS), map(float, values), strict=True))
@@ -187,11 +222,15 @@ def trace_table(outcomes: TextOutcomes) -> Table:
     layer_means = measured.groupby(_RUN, sort=False).mean().reset_index()
     frame = outcomes.order(average_over_seeds(layer_means, CELL, numbers), CELL)
     if published := published_traces(outcomes):
-        paper = pd.DataFrame([{"method": name, **trace_numbers(trace)} for name, trace in published.items()])
+        paper = pd.DataFrame(
+            [{"method": name, **trace_numbers(trace)} for name, trace in published.items()]
+        )
         task_title = f"{outcomes.title('task', outcomes.benchmark.definition.published_traces.task)} (the paper)"
         paper = outcomes.with_titles(paper).assign(model_title=MISSING, task_title=task_title, n=1)
         frame = pd.concat([frame, paper], ignore_index=True)
-    frame = frame.assign(n=frame["n"].astype(int).astype(str), windows=frame["windows"].map("{:.0f}".format))
+    frame = frame.assign(
+        n=frame["n"].astype(int).astype(str), windows=frame["windows"].map("{:.0f}".format)
+    )
     return Table(
         "Shares of experts over training",
         "Loads of training batches without padding, in windows of 100 steps as in the authors' code (shorter if a run "
@@ -224,13 +263,21 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     ]
     rows = rows[:_MOST_TASKS]
     if published:
-        rows.append(("the paper's", [(outcomes.title("method", name), trace) for name, trace in published.items()]))
+        rows.append(
+            (
+                "the paper's",
+                [(outcomes.title("method", name), trace) for name, trace in published.items()],
+            )
+        )
     if not rows:
         plots.placeholder_figure(path)
         return
     columns = max(len(panels) for _, panels in rows)
     size = (plots.WIDTH, 1.75 * len(rows) + 0.3)
-    with plots.panel_figure(path, len(rows), columns, size, plots.HEATMAP, sharey="row") as (figure, axes):
+    with plots.panel_figure(path, len(rows), columns, size, plots.HEATMAP, sharey="row") as (
+        figure,
+        axes,
+    ):
         for axis_row, (title, panels) in zip(axes, rows, strict=True):
             for axis, (label, trace) in zip(axis_row, panels, strict=False):
                 _draw_trace(axis, trace)

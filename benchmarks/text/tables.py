@@ -11,7 +11,15 @@ from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.definition import CLEAN, ID, OOD, PAPER_COLUMNS, PUBLISHED
-from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, PROTOCOLS, TextOutcomes, choices, selection_scores
+from benchmarks.text.outcomes import (
+    CELL,
+    DOMAINS,
+    KEYS,
+    PROTOCOLS,
+    TextOutcomes,
+    choices,
+    selection_scores,
+)
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
 _ROW = ["model", "protocol", "method"]
@@ -30,13 +38,28 @@ def results(outcomes: TextOutcomes) -> Table:
     for prefix, domain, protocol, score, delta, std in (
         ("id", ID, CLEAN, "ID", "Δ ID", "std"),
         ("ood", OOD_MEAN, CLEAN, "OOD", "Δ OOD", "std"),
-        ("published", ID, PUBLISHED, "ID, authors' selection", "Δ, authors' selection", "population_std"),
+        (
+            "published",
+            ID,
+            PUBLISHED,
+            "ID, authors' selection",
+            "Δ, authors' selection",
+            "population_std",
+        ),
     ):
         numbers = ["mean", "std", "population_std", "delta", "low", "high"]
-        frame = common.with_numbers(frame, CELL, outcomes.of(domain, protocol)[[*CELL, *numbers]], f"{prefix}_")
+        frame = common.with_numbers(
+            frame, CELL, outcomes.of(domain, protocol)[[*CELL, *numbers]], f"{prefix}_"
+        )
         columns += [
             Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=True),
-            Column("score", f"{prefix}_delta", delta, interval=(f"{prefix}_low", f"{prefix}_high"), signed=True),
+            Column(
+                "score",
+                f"{prefix}_delta",
+                delta,
+                interval=(f"{prefix}_low", f"{prefix}_high"),
+                signed=True,
+            ),
         ]
     return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
@@ -58,7 +81,9 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     rows = rows.assign(std=rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"]))
     frame = common.format_counts(rows, _ROW)
     headings = {scope: scope for scope in rows["scope"].unique()}
-    frame, columns = common.with_columns(frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score")
+    frame, columns = common.with_columns(
+        frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score"
+    )
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, "score")
     return Table(
@@ -88,7 +113,9 @@ def tests(outcomes: TextOutcomes) -> Table:
 
 def ood(outcomes: TextOutcomes) -> Table:
     """Make a table of scores on every set, by training task."""
-    rows = outcomes.rows[(outcomes.rows["protocol"] == CLEAN) & outcomes.rows["domain"].isin([ID, OOD])]
+    rows = outcomes.rows[
+        (outcomes.rows["protocol"] == CLEAN) & outcomes.rows["domain"].isin([ID, OOD])
+    ]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
     numbers = rows[["eval_task", *CELL, "mean", "std"]]
     frame = outcomes.order(common.format_counts(rows, CELL), CELL)
@@ -122,12 +149,18 @@ def cost(outcomes: TextOutcomes) -> Table:
 
 def choices_table(outcomes: TextOutcomes) -> Table:
     """Make a table of all hyper-parameter choices with their dev scores; mark the chosen ones."""
-    tables = [choices(outcomes.records, protocol).assign(protocol=protocol) for protocol in outcomes.protocols]
+    tables = [
+        choices(outcomes.records, protocol).assign(protocol=protocol)
+        for protocol in outcomes.protocols
+    ]
     table = outcomes.with_titles(pd.concat(tables, ignore_index=True))
     table["variant_shown"] = table["variant"].replace("", MISSING)
     table["mark"] = table["chosen"].map({True: "✓", False: ""})
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
-    tried = [selection_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
+    tried = [
+        selection_scores(outcomes.records, name).assign(protocol=name)
+        for name in outcomes.protocols
+    ]
     return Table(
         "Hyper-parameters, and the choice",
         "The choice (✓) has the best mean dev score over n seeds. A method with more choices has more chances. In a "
@@ -147,8 +180,12 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
     keys = ["protocol", "model", "method"]
     for (protocol, model, method), group in outcomes.order(rows, keys).groupby(keys, sort=False):
         title = f"{outcomes.title('method', method)}, {outcomes.title('model', model)}"
-        in_domains = [(words, group[group["domain"] == domain]) for domain, words in DOMAINS.items()]
-        text = "; ".join(f"{words} {_differences_text(tests)}" for words, tests in in_domains if len(tests))
+        in_domains = [
+            (words, group[group["domain"] == domain]) for domain, words in DOMAINS.items()
+        ]
+        text = "; ".join(
+            f"{words} {_differences_text(tests)}" for words, tests in in_domains if len(tests)
+        )
         yield f"{title}, {PROTOCOLS[protocol]} selection: {text}."
 
 
@@ -160,7 +197,11 @@ def _differences_text(tests: pd.DataFrame) -> str:
     words = [f"{tests['delta'].mean() * 100:+z.1f} on average"]
     for verdict in ("better", "worse", "within noise", "equal"):
         scopes = tests.loc[tests["verdict"] == verdict, "scope"]
-        where = ", ".join(scopes) if verdict in ("better", "worse") else f"{len(scopes)} of {len(tests)}"
+        where = (
+            ", ".join(scopes)
+            if verdict in ("better", "worse")
+            else f"{len(scopes)} of {len(tests)}"
+        )
         words += [f"{verdict} on {where}"] if len(scopes) else []
     return ", ".join(words)
 
@@ -173,7 +214,10 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
         task = outcomes.benchmark.tasks[name]
         metric = task.metric if domain == ID else (task.ood_metrics or [task.metric])[0]
         by_metric.setdefault(metric, []).append(outcomes.title("task", name))
-    parts = [f"{load_metrics()[metric].label.lower()} ({', '.join(titles)})" for metric, titles in by_metric.items()]
+    parts = [
+        f"{load_metrics()[metric].label.lower()} ({', '.join(titles)})"
+        for metric, titles in by_metric.items()
+    ]
     return f"Scores are {'; '.join(parts)}, in %."
 
 
@@ -190,8 +234,14 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
         Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
     ]
     for protocol in (PUBLISHED, CLEAN):
-        frame = frame.merge(_our_scores(outcomes, domain, protocol), on=_PUBLISHED_KEY, how="outer", sort=False)
-        title, delta, ends = PROTOCOLS[protocol], f"{protocol}_delta", (f"{protocol}_low", f"{protocol}_high")
+        frame = frame.merge(
+            _our_scores(outcomes, domain, protocol), on=_PUBLISHED_KEY, how="outer", sort=False
+        )
+        title, delta, ends = (
+            PROTOCOLS[protocol],
+            f"{protocol}_delta",
+            (f"{protocol}_low", f"{protocol}_high"),
+        )
         columns += [
             Column("score", protocol, f"Ours, {title} selection", decimals=2),
             Column("score", delta, f"Δ ours, {title}", interval=ends, signed=True, decimals=2),
@@ -201,7 +251,9 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
     ranks = {name: rank for rank, name in enumerate(outcomes.methods)}
     frame = frame.sort_values(
-        _PUBLISHED_KEY, key=lambda column: column.map(ranks) if column.name == "method" else column, kind="stable"
+        _PUBLISHED_KEY,
+        key=lambda column: column.map(ranks) if column.name == "method" else column,
+        kind="stable",
     )
     frame = outcomes.with_titles(frame)
     frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
@@ -225,12 +277,16 @@ def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFr
     ours = rows[[*_PUBLISHED_KEY, *numbers]]
     if domain == ID:
         tasks_of_paper = [
-            name for name, task in outcomes.benchmark.tasks.items() if task.splits.train and task.source.hub
+            name
+            for name, task in outcomes.benchmark.tasks.items()
+            if task.splits.train and task.source.hub
         ]
         of_paper = rows[rows["task"].isin(tasks_of_paper)].groupby(["model", "method"], sort=False)
         averages = of_paper[["mean", "delta"]].mean()[of_paper.size() == len(tasks_of_paper)]
         ours = pd.concat([ours, averages.reset_index().assign(scope="average")])
-    return ours.rename(columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol})
+    return ours.rename(
+        columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol}
+    )
 
 
 TABLES = {

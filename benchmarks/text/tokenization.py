@@ -45,13 +45,17 @@ class TokenisedRows(Dataset[dict[str, Any]]):
     ) -> None:
         self._rows = _tokenise(split, tokenizer, max_length)
         self._lengths = np.asarray([len(row["input_ids"]) for row in self._rows], dtype=np.int32)
-        self.order = np.argsort(self._lengths, kind="stable") if by_length else np.arange(len(split))
+        self.order = (
+            np.argsort(self._lengths, kind="stable") if by_length else np.arange(len(split))
+        )
         self._labels = split.labels if labelled else None
         self.labels = np.asarray(split.labels)[self.order]
         self._states: PrefixStates | None = None
         if prefix:
             collate = DataCollatorWithPadding(tokenizer)
-            columns = {name: np.concatenate([row[name] for row in self._rows]) for name in self._rows[0]}
+            columns = {
+                name: np.concatenate([row[name] for row in self._rows]) for name in self._rows[0]
+            }
             digest = columns_digest({**columns, "lengths": self._lengths})
 
             def batch(numbers: Sequence[int]) -> dict[str, Any]:
@@ -87,7 +91,9 @@ def calibration_batches(
     return batches(encoded, DataCollatorWithPadding(tokenizer), batch_size)
 
 
-def batches(rows: TokenisedRows, collate: DataCollatorWithPadding, size: int) -> Iterator[dict[str, Any]]:
+def batches(
+    rows: TokenisedRows, collate: DataCollatorWithPadding, size: int
+) -> Iterator[dict[str, Any]]:
     """Yield all rows in order, as batches of ``size`` rows of model inputs."""
     for start in range(0, len(rows), size):
         yield dict(collate([rows[index] for index in range(start, min(start + size, len(rows)))]))
@@ -99,8 +105,15 @@ def _tokenise(
     """Return the model inputs of each row as arrays, which take less memory than lists."""
     rows: list[dict[str, NDArray[np.int32]]] = []
     for start in range(0, len(split), _ROWS_AT_ONCE):
-        texts = [list(column) for column in zip(*split.texts[start : start + _ROWS_AT_ONCE], strict=True)]
+        texts = [
+            list(column) for column in zip(*split.texts[start : start + _ROWS_AT_ONCE], strict=True)
+        ]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         for values in zip(*encoded.values(), strict=True):
-            rows.append({name: np.asarray(row, dtype=np.int32) for name, row in zip(encoded, values, strict=True)})
+            rows.append(
+                {
+                    name: np.asarray(row, dtype=np.int32)
+                    for name, row in zip(encoded, values, strict=True)
+                }
+            )
     return rows

@@ -53,11 +53,17 @@ def padding_collator(
     tokenizer: PreTrainedTokenizerBase, precision: str
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return a collator that pads to the longest row, for fp16 to a multiple of 8 (as the authors do)."""
-    return collate_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
+    return collate_states(
+        DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None)
+    )
 
 
 def score_and_loss(
-    logits: NDArray[np.float32], labels: NDArray[Any], trained: RunTask, evaluated: RunTask, metrics: Sequence[str]
+    logits: NDArray[np.float32],
+    labels: NDArray[Any],
+    trained: RunTask,
+    evaluated: RunTask,
+    metrics: Sequence[str],
 ) -> dict[str, float | None]:
     """Compute the metrics of a set, and ``loss`` if the set has the same classes as the training task.
 
@@ -75,8 +81,12 @@ def score_and_loss(
     if head < classes:
         labels = np.asarray(merged_classes(evaluated, trained))[labels]
     merged = merged_classes(trained, evaluated) if head > classes else None
-    scores: dict[str, float | None] = {name: score(name, logits, labels, merged) for name in metrics}
-    return {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if head == classes else scores
+    scores: dict[str, float | None] = {
+        name: score(name, logits, labels, merged) for name in metrics
+    }
+    return (
+        {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if head == classes else scores
+    )
 
 
 @dataclass
@@ -96,10 +106,23 @@ class SplitEvaluator:
 
         Batches have rows of similar length. Return scores by metric; ``loss`` only if the set has the head's classes.
         """
-        rows = TokenisedRows(split, self.tokenizer, self.max_length, by_length=True, labelled=False, prefix=self.prefix)
+        rows = TokenisedRows(
+            split,
+            self.tokenizer,
+            self.max_length,
+            by_length=True,
+            labelled=False,
+            prefix=self.prefix,
+        )
         evaluated = task or self.task
-        with routing.record_set(evaluated.name, split.class_numbers[rows.order]) if routing else nullcontext():
-            logits = extract_logits(self.trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
+        with (
+            routing.record_set(evaluated.name, split.class_numbers[rows.order])
+            if routing
+            else nullcontext()
+        ):
+            logits = extract_logits(
+                self.trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions
+            )
         metrics = task.ood_metrics if task else [self.task.metric]
         return score_and_loss(logits, rows.labels, self.task, evaluated, metrics)
 
@@ -121,7 +144,9 @@ class TextEvaluator(SplitEvaluator):
         self._collate = padding_collator(tokenizer, self._precision)
         trainer = Trainer(
             model=classifier.model,
-            args=trainer_arguments(folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size),
+            args=trainer_arguments(
+                folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size
+            ),
             data_collator=self._collate,
             callbacks=[self._stopwatch],
         )
@@ -134,7 +159,9 @@ class TextEvaluator(SplitEvaluator):
 
     def first_batch(self, split: TextSplit) -> dict[str, Any]:
         """Return the first rows of a split as inputs of the model."""
-        rows = TokenisedRows(split, self.tokenizer, self.max_length, by_length=False, labelled=False)
+        rows = TokenisedRows(
+            split, self.tokenizer, self.max_length, by_length=False, labelled=False
+        )
         return dict(self._collate(fixed_rows(rows)))
 
 
@@ -193,7 +220,9 @@ class Patience(TrainerCallback):
         scores = [0.0, *(entry[self._metric] for entry in log if self._metric in entry)]
         return len(scores) - 1 - scores.index(max(scores)) >= self._epochs
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.is_over(state.log_history):
             control.should_training_stop = True
 
@@ -220,16 +249,28 @@ class TextTrainer(SplitEvaluator):
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
         self._precision = available_precision(training.precision)
         self._best = self._metric if training.checkpoint_selection == "best" else None
-        self._patience = None if training.patience is None else Patience(self._metric, training.patience)
-        read = partial(TokenisedRows, tokenizer=tokenizer, max_length=training.max_length, prefix=classifier.prefix)
+        self._patience = (
+            None if training.patience is None else Patience(self._metric, training.patience)
+        )
+        read = partial(
+            TokenisedRows,
+            tokenizer=tokenizer,
+            max_length=training.max_length,
+            prefix=classifier.prefix,
+        )
         rows, self._dev = read(train, by_length=False), read(dev, by_length=True)
         collate = padding_collator(tokenizer, self._precision)
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
         callbacks = [progress, self._stopwatch, self.routing_trace, self._patience]
         trainer = RoutedTrainer(
-            args=epoch_arguments(folder / "checkpoints", self._precision, training, spec, self._best),
+            args=epoch_arguments(
+                folder / "checkpoints", self._precision, training, spec, self._best
+            ),
             order=EpochOrder(
-                rows.lengths, training.batch_size, spec.seed, by_length=training.sampling == "group_by_length"
+                rows.lengths,
+                training.batch_size,
+                spec.seed,
+                by_length=training.sampling == "group_by_length",
             ),
             trainable=classifier,
             base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
@@ -246,7 +287,11 @@ class TextTrainer(SplitEvaluator):
     def cost(self) -> dict[str, Any]:
         """Return the times of training and evaluation so far, for ``cost`` of ``metrics.json``."""
         times = self._stopwatch.cost(self.trainer.state.global_step)
-        return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
+        return {
+            **times,
+            "evaluation_seconds": self._stopwatch.evaluation,
+            "precision": self._precision,
+        }
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         # Trainer rounds labels to float32, and weights an incomplete last batch like a full one

@@ -18,7 +18,12 @@ from torch import nn
 
 import emoe
 from benchmarks.harness.base import derive_seed
-from benchmarks.harness.results.statistics import CONFIDENCE, PERMUTATIONS, MutualInformation, shuffled_information
+from benchmarks.harness.results.statistics import (
+    CONFIDENCE,
+    PERMUTATIONS,
+    MutualInformation,
+    shuffled_information,
+)
 from benchmarks.harness.training.routing import loads_by_row, routing_summary
 
 Loads = NDArray[np.int64]
@@ -26,16 +31,24 @@ Loads = NDArray[np.int64]
 
 def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
     """Measure the mutual information of expert and task. For chance, shuffle rows over all tasks."""
-    return MutualInformation.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
+    return MutualInformation.mean(
+        shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed)
+    )
 
 
-def class_information(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> MutualInformation | None:
+def class_information(
+    loads: Loads, tasks: Loads, classes: Loads, seed: int
+) -> MutualInformation | None:
     """Measure the mutual information of expert and class within a task, as the mean over tasks with classes."""
     bits = []
     for task in np.unique(tasks):
         rows = (tasks == task) & (classes >= 0)
         if len(np.unique(classes[rows])) > 1:
-            bits.append(shuffled_information(loads[rows][:, None], classes[rows], np.zeros_like(classes[rows]), seed))
+            bits.append(
+                shuffled_information(
+                    loads[rows][:, None], classes[rows], np.zeros_like(classes[rows]), seed
+                )
+            )
     return MutualInformation.mean(np.concatenate(bits, axis=1)) if bits else None
 
 
@@ -47,7 +60,9 @@ def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
     """
     random = np.random.default_rng(seed)
     shares = shares_by_group(loads, tasks)
-    shuffled = np.stack([shares_by_group(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)])
+    shuffled = np.stack(
+        [shares_by_group(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)]
+    )
     mean, deviation = shuffled.mean(0), shuffled.std(0)
 
     def z_scores(uses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -89,7 +104,10 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
     tasks = np.repeat(np.arange(len(sets)), [len(routing.loads) for routing in sets.values()])
     classes = np.concatenate([routing.classes for routing in sets.values()])
     seed = derive_seed("shuffles")
-    of_tasks, of_classes = task_information(rows, tasks, seed), class_information(rows, tasks, classes, seed)
+    of_tasks, of_classes = (
+        task_information(rows, tasks, seed),
+        class_information(rows, tasks, classes, seed),
+    )
     marked, shares = mark_experts(rows, tasks, seed), shares_by_group(rows, tasks)
     shared, specialised = shared_and_specialised(shares, marked)
     by_set = {
@@ -101,7 +119,11 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
         for number, (name, routing) in enumerate(sets.items())
     }
     information = of_tasks.numbers("task") | (of_classes.numbers("class") if of_classes else {})
-    return information, {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
+    return information, {
+        "tasks": by_set,
+        "shared": shared.tolist(),
+        "specialised": specialised.tolist(),
+    }
 
 
 def _shares_by_class(routing: SetLoads) -> dict[str, list[float]]:

@@ -62,11 +62,18 @@ def _compile(folder: str) -> None:
     import ninja  # `import emoe` needs only torch and safetensors
 
     command = [sys.executable, "-c", _COMPILE, _NAME, str(_SOURCE), folder]
-    environment = {**os.environ, "PATH": f"{ninja.BIN_DIR}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    environment = {
+        **os.environ,
+        "PATH": f"{ninja.BIN_DIR}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["the compiler failed"]
-        raise RuntimeError(next((line for line in lines if re.search(r"\berror: ", line)), lines[-1]))
+        raise RuntimeError(
+            next((line for line in lines if re.search(r"\berror: ", line)), lines[-1])
+        )
 
 
 @functools.cache

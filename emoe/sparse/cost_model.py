@@ -33,7 +33,11 @@ class _Costs(NamedTuple):
 
 _COMPILED_FLOAT32 = _Costs(3.3, 5.0, 10.0, 4e4)
 _FLOAT32 = _Costs(3.7, 10.0, 7.2, 1.26e5)
-_COSTS = {torch.float32: _FLOAT32, torch.float64: _FLOAT32, torch.bfloat16: _Costs(11.0, 36.0, 48.0, 1.7e6)}
+_COSTS = {
+    torch.float32: _FLOAT32,
+    torch.float64: _FLOAT32,
+    torch.bfloat16: _Costs(11.0, 36.0, 48.0, 1.7e6),
+}
 _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
 
 
@@ -51,7 +55,13 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
 
 
 def predicted_time_ratio(
-    tokens: int, hidden: int, expert_size: int, active: float, dtype: torch.dtype, threads: int, compiled: bool = True
+    tokens: int,
+    hidden: int,
+    expert_size: int,
+    active: float,
+    dtype: torch.dtype,
+    threads: int,
+    compiled: bool = True,
 ) -> float | None:
     """Predict the sparse products' time on a CPU as a share of the dense FFN's; None if the dtype has no constants.
 
@@ -68,6 +78,10 @@ def predicted_time_ratio(
     if costs is None:
         return None
     small_experts = (costs.per_expert + costs.per_share * active) / expert_size
-    few_tokens = threads * (costs.per_call + costs.per_product / (hidden * expert_size)) / max(tokens, 1)
-    sharing = 1.0 if compiled else 1 + (threads - 1) * (_PER_THREAD + _PER_THREAD_EXPERT / expert_size)
+    few_tokens = (
+        threads * (costs.per_call + costs.per_product / (hidden * expert_size)) / max(tokens, 1)
+    )
+    sharing = (
+        1.0 if compiled else 1 + (threads - 1) * (_PER_THREAD + _PER_THREAD_EXPERT / expert_size)
+    )
     return (active + small_experts) * sharing + few_tokens

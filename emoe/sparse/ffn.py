@@ -14,11 +14,18 @@ from torch import Tensor
 from emoe.sparse.kernels import Pairs, expert_sums, gather_mm, outer_mm, pairs_of, scatter_mm
 
 Activation = Callable[[Tensor], Tensor]
-Inputs = Sequence[tuple[Tensor, Tensor | None]]  # weight [N, s, h] and bias [N, s] of each in-projection
+Inputs = Sequence[
+    tuple[Tensor, Tensor | None]
+]  # weight [N, s, h] and bias [N, s] of each in-projection
 
 
 def sparse_ffn(
-    x: Tensor, inputs: Inputs, values: Tensor, activation: Activation, mask: Tensor, weights: Tensor | None
+    x: Tensor,
+    inputs: Inputs,
+    values: Tensor,
+    activation: Activation,
+    mask: Tensor,
+    weights: Tensor | None,
 ) -> Tensor:
     """Sum the outputs of the chosen experts, without the output bias.
 
@@ -46,9 +53,18 @@ def sparse_ffn(
 class _SparseFFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, activation: Activation, pairs: Pairs, per_pair: Tensor | None, x: Tensor, values: Tensor, *inputs: Any
+        ctx: Any,
+        activation: Activation,
+        pairs: Pairs,
+        per_pair: Tensor | None,
+        x: Tensor,
+        values: Tensor,
+        *inputs: Any,
     ) -> Tensor:
-        pre = [gather_mm(x, weight, bias, pairs) for weight, bias in zip(inputs[::2], inputs[1::2], strict=True)]
+        pre = [
+            gather_mm(x, weight, bias, pairs)
+            for weight, bias in zip(inputs[::2], inputs[1::2], strict=True)
+        ]
         ctx.activation, ctx.pairs = activation, pairs
         x_needed = any(ctx.needs_input_grad[5::2])  # for the gradients of the in-projections
         ctx.save_for_backward(per_pair, x if x_needed else None, values, *inputs, *pre)
@@ -57,7 +73,9 @@ class _SparseFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("no second derivatives of sparse FFNs: call emoe.set_backend_(model, 'masked')")
+            raise RuntimeError(
+                "no second derivatives of sparse FFNs: call emoe.set_backend_(model, 'masked')"
+            )
         per_pair, x, values, *saved = ctx.saved_tensors
         count = len(saved) // 3
         inputs, pre = saved[: 2 * count], saved[2 * count :]
@@ -74,7 +92,11 @@ class _SparseFFN(torch.autograd.Function):
         d_inputs: list[Tensor | None] = []
         for i, (weight, bias, dz) in enumerate(zip(weights, biases, grads, strict=False)):
             d_inputs.append(outer_mm(dz, x, pairs, weight) if needed[5 + 2 * i] else None)
-            d_inputs.append(expert_sums(dz, pairs, weight.shape[0]) if bias is not None and needed[6 + 2 * i] else None)
+            d_inputs.append(
+                expert_sums(dz, pairs, weight.shape[0])
+                if bias is not None and needed[6 + 2 * i]
+                else None
+            )
             if needed[3]:
                 dx = scatter_mm(dz, weight, pairs)
                 d_x = dx if d_x is None else d_x + dx

@@ -49,7 +49,9 @@ def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
     tokens, num_experts = mask.shape
     threads = torch.get_num_threads()
     # the same number for each thread; it determines the order of sums
-    chunks = threads * max(1, -(-tokens // (threads * _TOKENS_PER_CHUNK))) if _compiled_for(x) else 1
+    chunks = (
+        threads * max(1, -(-tokens // (threads * _TOKENS_PER_CHUNK))) if _compiled_for(x) else 1
+    )
     length = -(-tokens // chunks)
     padded = F.pad(mask, (0, 0, 0, length * chunks - tokens))
     by_expert = padded.view(chunks, length, num_experts).transpose(1, 2)
@@ -64,7 +66,9 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
     if compiled := _compiled_for(x):
         return compiled.gather_mm(x.contiguous(), weight, bias, pairs.rows, pairs.starts)
     if can_group(x):
-        product = F.grouped_mm(x[pairs.rows], pad_rows(weight).transpose(1, 2), offs=pairs.ends)[:, : weight.shape[1]]
+        product = F.grouped_mm(x[pairs.rows], pad_rows(weight).transpose(1, 2), offs=pairs.ends)[
+            :, : weight.shape[1]
+        ]
         return product.contiguous() if bias is None else product + bias[pairs.experts]
     out = x.new_empty(len(pairs.rows), weight.shape[1])
     for expert, rows, block in _blocks(pairs, out):
@@ -80,7 +84,12 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
     """Sum ``a[pair]`` times the expert's ``weight [N, s, h]`` over each token's pairs in float32: ``[T, h]``."""
     if compiled := _compiled_for(a):
         return compiled.scatter_mm(a.contiguous(), weight, pairs.rows, pairs.starts, pairs.tokens)
-    out = torch.zeros(pairs.tokens, weight.shape[2], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
+    out = torch.zeros(
+        pairs.tokens,
+        weight.shape[2],
+        dtype=torch.promote_types(a.dtype, torch.float32),
+        device=a.device,
+    )
     if can_group(weight):
         product = F.grouped_mm(pad_rows(a), pad_rows(weight), offs=pairs.ends)
         return out.index_add_(0, pairs.rows, product.to(out.dtype)).to(a.dtype)
@@ -91,12 +100,16 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
 
 def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
     """Sum ``a[pair]^T x[token]`` over each expert's pairs: ``[N, s, h]`` with the memory layout of ``weight``."""
-    out = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
+    out = torch.empty_strided(
+        weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
+    )
     if compiled := _compiled_for(a):
         compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.rows, pairs.starts, out)
         return out
     if can_group(x):
-        return out.copy_(F.grouped_mm(pad_rows(a).t(), x[pairs.rows], offs=pairs.ends)[:, : a.shape[1]])
+        return out.copy_(
+            F.grouped_mm(pad_rows(a).t(), x[pairs.rows], offs=pairs.ends)[:, : a.shape[1]]
+        )
     out[pairs.starts.diff() == 0] = 0
     for expert, rows, block in _blocks(pairs, a):
         torch.mm(block.t(), x.index_select(0, rows), out=out[expert])

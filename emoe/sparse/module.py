@@ -82,7 +82,9 @@ class SparseFFN(_Replacement):
     def __init__(self, layer: RoutedActivation) -> None:
         super().__init__(layer.ffn.proj_out)
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
-        self._dropouts = [module for _, module in layer.ffn.between() if isinstance(module, nn.Dropout)]
+        self._dropouts = [
+            module for _, module in layer.ffn.between() if isinstance(module, nn.Dropout)
+        ]
         self._layout: Layout | None = None
         self.serves = False
         self.always = False
@@ -132,7 +134,9 @@ class SparseFFN(_Replacement):
     def _needs_gradient(self, x: Tensor) -> bool:
         """Check if the FFN's input or a parameter needs a gradient. A user may have frozen them."""
         modules = [self._layer[0], *(module for _, module in self._layer[0].ffn.projections())]
-        return x.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
+        return x.requires_grad or any(
+            p.requires_grad for module in modules for p in module.parameters()
+        )
 
     def _current_layout(self, rows: Tensor) -> Layout | None:
         """Return the layout of the present weights; None if this forward pass does not use it."""
@@ -150,7 +154,10 @@ class SparseFFN(_Replacement):
 
     def _rounds_scores(self, dtype: torch.dtype) -> bool:
         """Check if the masked products round the neurons that the score averages, so that other experts may win."""
-        return dtype in (torch.bfloat16, torch.float16) and self._layer[0].config.score in ("gate", "up")
+        return dtype in (torch.bfloat16, torch.float16) and self._layer[0].config.score in (
+            "gate",
+            "up",
+        )
 
     def _serve(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Return the outputs ``[T, h]`` and, if the configuration has any, the expert weights ``[T, N]``."""
@@ -240,7 +247,9 @@ def install_(layer: RoutedActivation) -> None:
     layer.replaced = dict([*ffn.projections(), *ffn.between()])
     replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
     replacements[spec.proj_out] = SparseFFN(layer)
-    for (path, module), output in zip(ffn.in_projections(), (spec.fused or "input", "one"), strict=False):
+    for (path, module), output in zip(
+        ffn.in_projections(), (spec.fused or "input", "one"), strict=False
+    ):
         replacements[path] = PassThrough(module, output)
     for path, module in replacements.items():
         ffn.replace(path, module.train(layer.replaced[path].training))
@@ -250,12 +259,22 @@ def check_supported(layer: RoutedActivation) -> None:
     """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend."""
     ffn, config = layer.ffn, layer.config
     if config.score not in LINEAR_SCORES:
-        raise ConversionError(f"{ffn.name}: score='{config.score}' needs every neuron: keep it masked")
+        raise ConversionError(
+            f"{ffn.name}: score='{config.score}' needs every neuron: keep it masked"
+        )
     if getattr(layer.activation, "inplace", False):
-        raise ConversionError(f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False")
+        raise ConversionError(
+            f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False"
+        )
     for path, module in ffn.projections():
-        if is_offloaded(module) or not has_plain_weight(module) or "weight" not in dict(module.named_parameters()):
-            raise ConversionError(f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: keep it masked")
+        if (
+            is_offloaded(module)
+            or not has_plain_weight(module)
+            or "weight" not in dict(module.named_parameters())
+        ):
+            raise ConversionError(
+                f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: keep it masked"
+            )
         # transformers loads T5 in float16 with an out-projection in float32
         dtype = cast(Tensor, module.weight).dtype
         dtype_in = ffn.keys().dtype
@@ -305,7 +324,11 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     if not is_plain_tensor(weight):
         return None
     x = torch.randn(1, 4, ffn.h, generator=torch.Generator().manual_seed(0)).to(weight)
-    modes, record, layer.record = {child: child.training for child in module.modules()}, layer.record, None
+    modes, record, layer.record = (
+        {child: child.training for child in module.modules()},
+        layer.record,
+        None,
+    )
     try:
         with torch.no_grad():
             output = module.eval()(x)
@@ -322,4 +345,6 @@ def _check_weights(ffn: FFN) -> None:
     """Raise :class:`RuntimeError` if a weight is not a plain tensor in this forward pass."""
     for path, module in ffn.projections():
         if not is_plain_tensor(module.weight):
-            raise RuntimeError(f"{ffn.name}.{path}: the weight is sharded, quantised or offloaded: {_WAY_OUT}")
+            raise RuntimeError(
+                f"{ffn.name}.{path}: the weight is sharded, quantised or offloaded: {_WAY_OUT}"
+            )

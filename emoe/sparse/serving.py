@@ -14,7 +14,9 @@ from emoe.routers import Stamp
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _MAX_TOKENS = 64
-_MAX_TOKENS_BFLOAT16 = 16  # processors with AVX-512 may multiply matrices in bfloat16 much faster than in float32
+_MAX_TOKENS_BFLOAT16 = (
+    16  # processors with AVX-512 may multiply matrices in bfloat16 much faster than in float32
+)
 
 
 class Layout:
@@ -32,7 +34,9 @@ class Layout:
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
         self._inputs = []
         for weight, bias in inputs:
-            self._inputs.append((weight.detach().contiguous(), None if bias is None else bias.detach()))
+            self._inputs.append(
+                (weight.detach().contiguous(), None if bias is None else bias.detach())
+            )
         self._values = values.detach().contiguous()
         self._projections = [module for _, module in layer.ffn.projections()]
         is_transposed = layer.ffn.spec.transposed
@@ -44,10 +48,15 @@ class Layout:
         """Check that the FFN's weights and biases are the same and unchanged."""
         if self._addresses_of_biases() != self._bias_addresses:
             return False
-        return all(stamp.is_of(module) for stamp, module in zip(self._stamps, self._projections, strict=True))
+        return all(
+            stamp.is_of(module)
+            for stamp, module in zip(self._stamps, self._projections, strict=True)
+        )
 
     def _addresses_of_biases(self) -> list[int]:
-        biases = [bias_of(module) for module in self._projections[:-1]]  # SparseFFN adds the last one
+        biases = [
+            bias_of(module) for module in self._projections[:-1]
+        ]  # SparseFFN adds the last one
         return [bias.data_ptr() for bias in biases if bias is not None]
 
     def compute(self, x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
@@ -58,7 +67,9 @@ class Layout:
             mask: chosen experts ``[T, N]`` bool.
             weights: expert weights ``[T, N]``, None if all chosen experts have weight 1.
         """
-        neurons = [self._kernels.few_gather_mm(x, mask, weight, bias) for weight, bias in self._inputs]
+        neurons = [
+            self._kernels.few_gather_mm(x, mask, weight, bias) for weight, bias in self._inputs
+        ]
         hidden = self._activation(neurons[0])
         if len(neurons) > 1:  # the FFN is gated
             hidden = hidden * neurons[1]

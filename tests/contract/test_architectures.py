@@ -16,8 +16,12 @@ from tests.model_folders import assert_same
 
 ARCHITECTURES = sorted(tiny_models.BUILDERS)
 EMOE = emoe.EMoEConfig(num_experts=8, top_k=2, layers="last-half:1")
-PUBLISHED = emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers=[1, 3], gate_momentum=0.5)
-LEARNED = emoe.EMoEConfig(num_experts=8, top_k=4, layers=[1], router="cosine", weighting="softmax_times_k")
+PUBLISHED = emoe.EMoEConfig.as_published(
+    "tutel", num_experts=8, top_k=2, layers=[1, 3], gate_momentum=0.5
+)
+LEARNED = emoe.EMoEConfig(
+    num_experts=8, top_k=4, layers=[1], router="cosine", weighting="softmax_times_k"
+)
 
 
 def test_each_row_has_a_tiny_model() -> None:
@@ -38,8 +42,12 @@ class TestContract:
         parameters = dict(model.named_parameters())
         dense, state = tiny_models.output(model, values), copy.deepcopy(model.state_dict())
         emoe.convert_(model, EMOE)
-        assert all(model.get_parameter(key) is parameter for key, parameter in parameters.items())  # for optimizers
-        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
+        assert all(
+            model.get_parameter(key) is parameter for key, parameter in parameters.items()
+        )  # for optimizers
+        assert {k: v.shape for k, v in model.state_dict().items()} == {
+            k: v.shape for k, v in state.items()
+        }
         assert (tiny_models.output(model, values) - dense).abs().max() > 1e-3
         emoe.to_dense_(model, restore_order=True)
         assert torch.equal(tiny_models.output(model, values), dense)
@@ -66,14 +74,20 @@ class TestContract:
         emoe.convert_(model, config)
         expected = tiny_models.output(model, values)
         emoe.save_pretrained(model, tmp_path)
-        again = emoe.from_pretrained(tiny_models.loader(name), tmp_path, **tiny_models.load_options(name))
-        torch.testing.assert_close(tiny_models.output(again, values), expected, atol=1e-6, rtol=1e-6)
+        again = emoe.from_pretrained(
+            tiny_models.loader(name), tmp_path, **tiny_models.load_options(name)
+        )
+        torch.testing.assert_close(
+            tiny_models.output(again, values), expected, atol=1e-6, rtol=1e-6
+        )
         stock = tiny_models.stock(name, tmp_path)
         if hasattr(model, "save_pretrained"):  # transformers finds the experts
             assert_same(stock.state_dict(), again.state_dict())
             assert torch.equal(tiny_models.output(stock, values), tiny_models.output(again, values))
         else:  # timm and torch read the dense model
-            torch.testing.assert_close(tiny_models.output(stock, values), dense, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                tiny_models.output(stock, values), dense, atol=1e-5, rtol=1e-5
+            )
 
     def test_gmoe_starts_as_the_dense_model_and_learns(self, name: str, tmp_path: Path) -> None:
         model, values = tiny_models.build(name), tiny_models.inputs(name)
@@ -85,7 +99,9 @@ class TestContract:
         optimizer.step()
         trained = tiny_models.output(model.eval(), values)
         emoe.save_pretrained(model, tmp_path)
-        again = emoe.from_pretrained(tiny_models.loader(name), tmp_path, **tiny_models.load_options(name))
+        again = emoe.from_pretrained(
+            tiny_models.loader(name), tmp_path, **tiny_models.load_options(name)
+        )
         torch.testing.assert_close(tiny_models.output(again, values), trained, atol=1e-6, rtol=1e-6)
         with pytest.raises(emoe.ConversionError, match="no dense equal"):
             emoe.to_dense_(model)

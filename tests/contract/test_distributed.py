@@ -38,18 +38,28 @@ CLEAN = emoe.EMoEConfig(**converted.USUAL)
 # state beside the weights: output biases of the experts and a running gate
 WITH_STATE = emoe.EMoEConfig(**converted.USUAL, output_bias="per_expert", gate_momentum=0.5)
 CASES = {
-    **dict.fromkeys([*tiny_models.BUILDERS, "bert, sparse", "gpt2, sparse", "llama, sparse", "phi3, sparse"], CLEAN),
+    **dict.fromkeys(
+        [*tiny_models.BUILDERS, "bert, sparse", "gpt2, sparse", "llama, sparse", "phi3, sparse"],
+        CLEAN,
+    ),
     **dict.fromkeys(("bert, state", "gpt2, state", "bert, state, sparse"), WITH_STATE),
 }
 # FSDP2 wraps each architecture's blocks; DDP sees only the parameters, so one of each kind of FFN is enough
 DDP = ["bert", "gpt2", "llama", "phi3", "t5", "VisionTransformer", "TransformerEncoder"]
-PAIRS = [(name, kind) for name in CASES for kind in WRAPPERS if kind == "fsdp2" or name in DDP or "," in name]
+PAIRS = [
+    (name, kind)
+    for name in CASES
+    for kind in WRAPPERS
+    if kind == "fsdp2" or name in DDP or "," in name
+]
 
 
 def losses(case: str, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> list[float]:
     """Train a few steps on these rows of the batch. Return the loss before each step."""
     name = case.split(",")[0]
-    model = wrap(converted.model(name, "sparse" if case.endswith("sparse") else "masked", CASES[case]))
+    model = wrap(
+        converted.model(name, "sparse" if case.endswith("sparse") else "masked", CASES[case])
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     values = {key: value[rows] for key, value in tiny_models.inputs(name, rows=ROWS).items()}
     before = []
@@ -66,7 +76,9 @@ def losses(case: str, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> li
 
 def train_all(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
+    )
     share = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
     results = {}
     for name, kind in PAIRS:

@@ -77,7 +77,10 @@ def test_it_serves_until_it_trains() -> None:
 def test_settings_of_a_frozen_model_can_change() -> None:
     model, masked, x = net(), net(), inputs(1)
     emoe.for_inference_(model)
-    for change in (lambda m: emoe.set_top_k_(m, 3), lambda m: emoe.fix_experts_(m, {0: torch.arange(8)})):
+    for change in (
+        lambda m: emoe.set_top_k_(m, 3),
+        lambda m: emoe.fix_experts_(m, {0: torch.arange(8)}),
+    ):
         for network in (model, masked):
             change(network)
         torch.testing.assert_close(model(x), masked(x))
@@ -97,7 +100,9 @@ def test_changed_weights_are_used_by_any_number_of_tokens(name: str) -> None:
     assert_equal_outputs(model, converted_like(other, model), values)
     model.to(torch.bfloat16).to(torch.float64).to(torch.float32)
     assert_equal_outputs(model, converted_like(model, model), values)
-    for layer in routed_layers(model):  # as PEFT merges adapters: PyTorch does not count this change
+    for layer in routed_layers(
+        model
+    ):  # as PEFT merges adapters: PyTorch does not count this change
         for _, module in layer.ffn.projections():
             module.weight.data += 0.1 * torch.randn_like(module.weight)
     assert_equal_outputs(model, converted_like(model, model), values)
@@ -186,7 +191,9 @@ def count_usage(model: nn.Module, values: dict[str, Tensor]) -> dict[int, Tensor
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "t5", "vit"])
 @pytest.mark.parametrize("backend", converted.BACKENDS)
-def test_all_tokens_have_the_neurons_of_the_most_used_experts(name: str, backend: str, tmp_path: Path) -> None:
+def test_all_tokens_have_the_neurons_of_the_most_used_experts(
+    name: str, backend: str, tmp_path: Path
+) -> None:
     values, model = tiny_models.inputs(name), converted.model(name, backend)
     counts = count_usage(model, values)
     emoe.fix_experts_(model, counts)
@@ -195,7 +202,9 @@ def test_all_tokens_have_the_neurons_of_the_most_used_experts(name: str, backend
     for ffn in find_ffns(pruned):
         keep = torch.zeros(8, ffn.d // 8)
         keep[counts[ffn.index].argsort(descending=True, stable=True)[:2]] = 1
-        ffn.proj_out.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep.flatten(),))
+        ffn.proj_out.register_forward_pre_hook(
+            lambda _, args, keep=keep: (args[0] * keep.flatten(),)
+        )
     emoe.save_pretrained(model, tmp_path)
     for fixed in (model, emoe.from_pretrained(tiny_models.loader(name), tmp_path)):
         result, expected = tiny_models.output(fixed, values), tiny_models.output(pruned, values)
@@ -205,9 +214,14 @@ def test_all_tokens_have_the_neurons_of_the_most_used_experts(name: str, backend
 @pytest.mark.parametrize("case", ["missing layer", "shares", "learned router"])
 def test_unsuitable_counts_are_rejected(case: str) -> None:
     values = tiny_models.inputs("bert")
-    model = converted.model("bert", **converted.SETTINGS["learned" if case == "learned router" else "plain"])
+    model = converted.model(
+        "bert", **converted.SETTINGS["learned" if case == "learned router" else "plain"]
+    )
     expected, counts = tiny_models.output(model, values), count_usage(model, values)
-    unsuitable = {"missing layer": {}, "shares": {number: loads / loads.sum() for number, loads in counts.items()}}
+    unsuitable = {
+        "missing layer": {},
+        "shares": {number: loads / loads.sum() for number, loads in counts.items()},
+    }
     with pytest.raises(emoe.ConversionError, match=r"layer.0"):
         emoe.fix_experts_(model, unsuitable.get(case, counts))
     assert torch.equal(tiny_models.output(model, values), expected)

@@ -33,7 +33,9 @@ def gradients_by_row(network: nn.Module, x: Tensor) -> Tensor:
     def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
         return torch.func.functional_call(network, parameters, (row,)).square().sum()
 
-    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(network.named_parameters()), x)[WEIGHT]
+    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(
+        dict(network.named_parameters()), x
+    )[WEIGHT]
 
 
 DERIVATIVES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -45,7 +47,9 @@ DERIVATIVES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("settings", ["plain", "output biases"])
 @pytest.mark.parametrize("derivative", DERIVATIVES)
-def test_derivatives_of_all_experts_are_those_of_the_dense_ffn(derivative: str, settings: str) -> None:
+def test_derivatives_of_all_experts_are_those_of_the_dense_ffn(
+    derivative: str, settings: str
+) -> None:
     network = net(top_k=8, **SETTINGS[settings])
     actual = DERIVATIVES[derivative](network, inputs())
     expected = DERIVATIVES[derivative](emoe.to_dense_(network), inputs())
@@ -63,19 +67,27 @@ def test_a_forward_pass_keeps_no_input(backend: str, settings: str) -> None:
     assert alive() is None
 
 
-@pytest.mark.parametrize("settings", [{"aux_loss_coefficient": 0.1, "capacity_factor": 1.0}, SETTINGS["learned"]])
+@pytest.mark.parametrize(
+    "settings", [{"aux_loss_coefficient": 0.1, "capacity_factor": 1.0}, SETTINGS["learned"]]
+)
 def test_peft_trains_whole_ffns(settings: Settings) -> None:
     """PEFT copies the modules that ``modules_to_save`` names."""
     values = {**tiny_models.inputs("llama"), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
     plain, base = model("llama", **settings), model("llama", **settings)
     expected = step(plain, values)
-    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], lora_dropout=0.0))
+    adapted = get_peft_model(
+        base, LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], lora_dropout=0.0)
+    )
     with emoe.record_routing(base) as record:
         actual = step(adapted.eval(), values)
     assert record.layers[0].tokens == 33
     torch.testing.assert_close(actual["output"], expected["output"])
-    trained = next(key for key in actual if key.endswith("mlp.modules_to_save.default.up_proj.weight"))
-    torch.testing.assert_close(actual[trained], expected["layers.0.mlp.up_proj.weight"], atol=1e-4, rtol=1e-4)
+    trained = next(
+        key for key in actual if key.endswith("mlp.modules_to_save.default.up_proj.weight")
+    )
+    torch.testing.assert_close(
+        actual[trained], expected["layers.0.mlp.up_proj.weight"], atol=1e-4, rtol=1e-4
+    )
     assert float(emoe.aux_loss(adapted)) == pytest.approx(float(emoe.aux_loss(plain)))
     copy.deepcopy(adapted)
 
@@ -93,12 +105,17 @@ def test_hooks_are_called_once_and_change_nothing(kind: str, settings: str) -> N
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("settings", [{}, {"score_bias": True}, SETTINGS["learned"], SETTINGS["output biases"]])
+@pytest.mark.parametrize(
+    "settings", [{}, {"score_bias": True}, SETTINGS["learned"], SETTINGS["output biases"]]
+)
 @torch.no_grad()
 def test_offloaded_weights_give_the_same(name: str, settings: Settings, tmp_path: Path) -> None:
     values = tiny_models.inputs(name)
     expected = tiny_models.output(model(name, **settings), values)
-    for offload in (accelerate.cpu_offload, lambda *args, **kwargs: accelerate.disk_offload(*args, tmp_path, **kwargs)):
+    for offload in (
+        accelerate.cpu_offload,
+        lambda *args, **kwargs: accelerate.disk_offload(*args, tmp_path, **kwargs),
+    ):
         network = model(name, **settings)
         offload(network, execution_device=torch.device("cpu"))
         for _ in range(2):
@@ -109,7 +126,10 @@ def test_offloaded_weights_give_the_same(name: str, settings: Settings, tmp_path
 @pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 3, 4, 16)])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_inputs_of_any_shape(shape: tuple[int, ...], settings: str, backend: str) -> None:
-    network, x = net(backend, **SETTINGS[settings]), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    network, x = (
+        net(backend, **SETTINGS[settings]),
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+    )
     y = network(x)
     assert y.shape == shape
     for row, output in zip(x.reshape(-1, 16), y.reshape(-1, 16), strict=True):

@@ -20,7 +20,9 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dty
 QUANTIZATIONS: dict[str, Callable[[], Any]] = {
     "nf4": lambda: BitsAndBytesConfig(**NF4),
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "torchao": lambda: TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()),
+    "torchao": lambda: TorchAoConfig(
+        pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()
+    ),
 }
 
 
@@ -32,20 +34,29 @@ def effective_weight(module: nn.Module) -> Tensor:
 @pytest.mark.parametrize("settings", [{}, SETTINGS["learned"]])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @torch.no_grad()
-def test_a_converted_checkpoint_loads_quantized(quantization: str, settings: Settings, tmp_path: Path) -> None:
+def test_a_converted_checkpoint_loads_quantized(
+    quantization: str, settings: Settings, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=60, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    ).eval()
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", **settings))
     emoe.save_pretrained(model, tmp_path)
-    quantized = emoe.from_pretrained(LlamaForCausalLM, tmp_path, quantization_config=QUANTIZATIONS[quantization]())
+    quantized = emoe.from_pretrained(
+        LlamaForCausalLM, tmp_path, quantization_config=QUANTIZATIONS[quantization]()
+    )
     with pytest.raises(emoe.ConversionError, match="quanti"):
         emoe.set_backend_(quantized, "sparse")
     ids = torch.arange(3, 20)[None]
     with emoe.record_routing(quantized) as record:
         logits = quantized(ids).logits.float()
     assert record.layers[0].experts_per_token == 2
-    for name, module in quantized.named_modules():  # give the model the quantized weights in full precision
+    for (
+        name,
+        module,
+    ) in quantized.named_modules():  # give the model the quantized weights in full precision
         if name.endswith("_proj"):
             model.get_submodule(name).weight.copy_(effective_weight(module))
     expected = model(ids).logits

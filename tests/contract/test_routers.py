@@ -32,8 +32,13 @@ def model_of(name: str, backend: str = "masked", **settings: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
 @pytest.mark.parametrize("output_bias", ["shared", "per_expert"])
-def test_both_backends_train_save_freeze_and_remove_it(name: str, output_bias: str, tmp_path: Path) -> None:
-    values, (masked, sparse) = tiny_models.inputs(name), (model_of(name, b, output_bias=output_bias) for b in BACKENDS)
+def test_both_backends_train_save_freeze_and_remove_it(
+    name: str, output_bias: str, tmp_path: Path
+) -> None:
+    values, (masked, sparse) = (
+        tiny_models.inputs(name),
+        (model_of(name, b, output_bias=output_bias) for b in BACKENDS),
+    )
     results = step(masked, values)
     assert_same(step(sparse, values), results)
     trained = [grad.any() for key, grad in results.items() if key.endswith("router.linear.weight")]
@@ -43,21 +48,27 @@ def test_both_backends_train_save_freeze_and_remove_it(name: str, output_bias: s
     again = emoe.from_pretrained(tiny_models.loader(name), tmp_path)
     emoe.for_inference_(sparse)
     for model in (again, sparse):
-        torch.testing.assert_close(tiny_models.output(model, values), results["output"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            tiny_models.output(model, values), results["output"], atol=1e-4, rtol=1e-4
+        )
     assert emoe.to_dense_(again).state_dict().keys() == tiny_models.build(name).state_dict().keys()
 
 
 def test_it_is_trained_and_saved_beside_adapters(tmp_path: Path) -> None:
     values, base = tiny_models.inputs("bert"), model_of("bert")
     before = copy.deepcopy(base)
-    settings = LoraConfig(target_modules=["query"], modules_to_save=["router"], init_lora_weights=False)
+    settings = LoraConfig(
+        target_modules=["query"], modules_to_save=["router"], init_lora_weights=False
+    )
     model = get_peft_model(base, settings)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     assert sum(".router." in key for key in step(model, values)) == tiny_models.LAYERS
     optimizer.step()
     expected = tiny_models.output(model.eval(), values)
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(tiny_models.output(PeftModel.from_pretrained(before, tmp_path), values), expected)
+    torch.testing.assert_close(
+        tiny_models.output(PeftModel.from_pretrained(before, tmp_path), values), expected
+    )
     emoe.save_pretrained(model.merge_and_unload(), tmp_path / "merged")
     again = emoe.from_pretrained(tiny_models.loader("bert"), tmp_path / "merged")
     torch.testing.assert_close(tiny_models.output(again, values), expected, atol=1e-5, rtol=1e-4)
@@ -66,7 +77,9 @@ def test_it_is_trained_and_saved_beside_adapters(tmp_path: Path) -> None:
 def test_a_checkpoint_whose_router_is_not_registered_is_an_error(tmp_path: Path) -> None:
     emoe.save_pretrained(model_of("bert"), tmp_path)
     del ROUTERS["linear"]
-    with pytest.raises(emoe.CheckpointError, match=r"'linear'.*emoe\.register_router.*avg_k") as error:
+    with pytest.raises(
+        emoe.CheckpointError, match=r"'linear'.*emoe\.register_router.*avg_k"
+    ) as error:
         emoe.from_pretrained(tiny_models.loader("bert"), tmp_path)
     assert "\n" not in str(error.value)
 
@@ -80,5 +93,10 @@ def test_a_router_with_too_few_scores_is_named(backend: str) -> None:
             return x.float()[..., :3]
 
     emoe.register_router("short", Short)
-    with pytest.raises(emoe.ConversionError, match="Short returned 3 scores per token for 4 experts"):
-        tiny_models.output(converted.model("bert", backend, router="short", num_experts=4), tiny_models.inputs("bert"))
+    with pytest.raises(
+        emoe.ConversionError, match="Short returned 3 scores per token for 4 experts"
+    ):
+        tiny_models.output(
+            converted.model("bert", backend, router="short", num_experts=4),
+            tiny_models.inputs("bert"),
+        )

@@ -40,14 +40,18 @@ def test_names_parameters_and_state_stay(name: str, tmp_path: Path) -> None:
     expected = step(masked, values)
     for backend in ("sparse", "sparse", "masked", "sparse"):
         emoe.set_backend_(model, backend)
-        for (before, first), (after, second) in zip(parameters, model.named_parameters(), strict=True):
+        for (before, first), (after, second) in zip(
+            parameters, model.named_parameters(), strict=True
+        ):
             assert (before, id(first)) == (after, id(second))
         assert list(model.state_dict()) == keys
         assert all(layer.backend == backend for layer in routed_layers(model))
         assert (types(model) == types(masked)) == (backend == "masked")
         assert_same(step(model, values), expected)
     emoe.save_pretrained(model, tmp_path)
-    again = emoe.from_pretrained(tiny_models.loader(name), tmp_path, **tiny_models.load_options(name))
+    again = emoe.from_pretrained(
+        tiny_models.loader(name), tmp_path, **tiny_models.load_options(name)
+    )
     assert_same(step(again, values), expected)
     emoe.set_backend_(model, "masked")
     emoe.set_backend_(model.train(), "sparse")
@@ -101,11 +105,15 @@ def test_lora_trains_beside_sparse_ffns_and_is_refused_in_them() -> None:
 
 
 def add_hook(path: str, kind: str) -> Callable[[PlainNet], object]:
-    return lambda model: getattr(model.layers[0].get_submodule(path), f"register_{kind}_hook")(lambda *_: None)
+    return lambda model: getattr(model.layers[0].get_submodule(path), f"register_{kind}_hook")(
+        lambda *_: None
+    )
 
 
 def shard_weights(model: PlainNet) -> None:
-    weight = distribute_tensor(model.layers[0].outer.weight.detach(), init_device_mesh("cpu", (1,)), [Replicate()])
+    weight = distribute_tensor(
+        model.layers[0].outer.weight.detach(), init_device_mesh("cpu", (1,)), [Replicate()]
+    )
     model.layers[0].outer.weight = nn.Parameter(weight)
 
 
@@ -123,7 +131,11 @@ BEFORE: dict[str, Change] = {
     "sharded": lambda model: fully_shard(model.layers[0].outer, mesh=init_device_mesh("cpu", (1,))),
     "parametrized": lambda model: nn.utils.parametrizations.weight_norm(model.layers[0].outer),
 }
-AFTER: dict[str, Change] = {**HOOKS, "sharded weight": shard_weights, "second derivative": lambda model: None}
+AFTER: dict[str, Change] = {
+    **HOOKS,
+    "sharded weight": shard_weights,
+    "second derivative": lambda model: None,
+}
 
 
 def assert_rejected(model: PlainNet) -> None:

@@ -39,7 +39,9 @@ def dropout_free(tuning: str, **training: Any) -> Run:
     """Plan a run without dropout, which each process draws for itself."""
     lora = tiny_run("emoe", tuning).spec["training"]["lora"]
     without = {"lora": {**lora, "dropout": 0.0} if lora else None}
-    return tiny_run("emoe", tuning, training={"per_device_train_batch_size": 1, **without, **training})
+    return tiny_run(
+        "emoe", tuning, training={"per_device_train_batch_size": 1, **without, **training}
+    )
 
 
 def check_same(numbers: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
@@ -61,7 +63,9 @@ def work(rank: int, folder: Path, variables: dict[str, str], path: Path, paralle
 
 
 @pytest.mark.parametrize(("tuning", "parallel"), [("lora", "fsdp"), ("full", "ddp")])
-def test_two_processes_finish_the_run_of_a_killed_one(tuning: str, parallel: str, hub_here: Path) -> None:
+def test_two_processes_finish_the_run_of_a_killed_one(
+    tuning: str, parallel: str, hub_here: Path
+) -> None:
     run = dropout_free(tuning, save_steps=1)
     whole = finish(prepare(run, "whole"))
     path = prepare(run, "killed")
@@ -71,7 +75,10 @@ def test_two_processes_finish_the_run_of_a_killed_one(tuning: str, parallel: str
     damaged.write_bytes(b"")
     finish_on_two(path, parallel, hub_here)
     log = path.with_name("log-0.txt").read_text()
-    assert f"warning: {damaged} has changed since it was saved; the run goes on from checkpoint-1" in log
+    assert (
+        f"warning: {damaged} has changed since it was saved; the run goes on from checkpoint-1"
+        in log
+    )
     assert "resumed at step 1" in log
     # the main process alone checks the files
     logs = [file.read_text() for file in path.parent.glob("log-*.txt")]
@@ -86,7 +93,12 @@ def finish_on_two(path: Path, parallel: str, folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     variables = {**os.environ, **group}
     processes = [forked.start(work, rank, folder, variables, path, parallel) for rank in range(2)]
     for process in processes:
@@ -123,13 +135,20 @@ def _is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-LARGE, QUANTIZED = {"training": {"per_device_train_batch_size": 8}}, {"model": {"quantize": "nf4", "whole": [3]}}
+LARGE, QUANTIZED = (
+    {"training": {"per_device_train_batch_size": 8}},
+    {"model": {"quantize": "nf4", "whole": [3]}},
+)
 
 
 @pytest.mark.parametrize(
     ("run", "parallel", "message"),
     [
-        ({"tuning": "full", **LARGE}, "ddp", "not a multiple of training.per_device_train_batch_size 8 times 2 proc"),
+        (
+            {"tuning": "full", **LARGE},
+            "ddp",
+            "not a multiple of training.per_device_train_batch_size 8 times 2 proc",
+        ),
         ({"tuning": "base"}, "fsdp", "only training runs of instruction tuning"),
         (QUANTIZED, "fsdp", "weights in 4 bits cannot be sharded; use --parallel ddp"),
     ],
@@ -137,7 +156,9 @@ LARGE, QUANTIZED = {"training": {"per_device_train_batch_size": 8}}, {"model": {
 def test_runs_that_cannot_be_distributed_are_refused_before_any_process_starts(
     run: dict[str, Any], parallel: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_args, **_options: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_args, **_options: pytest.fail("a process was started")
+    )
     path = prepare(tiny_run("dense", **run))
     with pytest.raises((RunError, DefinitionError), match=message):
         launch_distributed(path, threads=2, log=Path("log.txt"), processes=2, parallel=parallel)
@@ -146,6 +167,8 @@ def test_runs_that_cannot_be_distributed_are_refused_before_any_process_starts(
 def test_a_failed_process_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun ends the others and fails."""
     path = prepare(dropout_free("full"))
-    monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: subprocess.CompletedProcess([], 1))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_arguments, **_options: subprocess.CompletedProcess([], 1)
+    )
     with pytest.raises(RunError, match="one of its 2 processes failed"):
         launch_distributed(path, threads=2, log=Path("log.txt"), processes=2, parallel="fsdp")

@@ -35,7 +35,9 @@ def use(implementation: str, patch: pytest.MonkeyPatch) -> None:
     if implementation == "grouped":
         if not hasattr(nn.functional, "grouped_mm"):
             pytest.skip("this torch has no grouped_mm")
-        patch.setattr(kernels, "can_group", lambda x: x.dtype != torch.float64 and not x.shape[-1] % 8)
+        patch.setattr(
+            kernels, "can_group", lambda x: x.dtype != torch.float64 and not x.shape[-1] % 8
+        )
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -79,7 +81,8 @@ def test_every_variant(name: str, variant: str, implementation: str) -> None:
     values = tiny_models.inputs(name)
     values["attention_mask"] = (torch.arange(11) < torch.tensor([[11], [7], [4]])).long()
     masked, sparse = (
-        converted.model(name, backend, converted.VARIANTS[variant]).train() for backend in converted.BACKENDS
+        converted.model(name, backend, converted.VARIANTS[variant]).train()
+        for backend in converted.BACKENDS
     )
     with emoe.record_routing(masked) as expected, emoe.record_routing(sparse) as record:
         assert_same(step(sparse, values), step(masked, values))
@@ -88,22 +91,46 @@ def test_every_variant(name: str, variant: str, implementation: str) -> None:
         assert_same(step(sparse, values), step(masked, values))
     for number, layer in expected.layers.items():
         assert torch.equal(record.layers[number].loads, layer.loads)
-        assert (record.layers[number].tokens, record.layers[number].drop_rate) == (layer.tokens, layer.drop_rate)
+        assert (record.layers[number].tokens, record.layers[number].drop_rate) == (
+            layer.tokens,
+            layer.drop_rate,
+        )
 
 
-def assert_sparse_is_masked(tokens: int, experts: int, size: int, hidden: int, seed: int, dtype: torch.dtype) -> None:
-    networks = [plain_net(hidden, experts * size, gated=seed % 3 == 0, seed=seed).to(dtype) for _ in range(2)]
-    chosen = {"num_experts": experts, "top_k": 1 + seed % experts, "layers": [0], "partition": "contiguous"}
+def assert_sparse_is_masked(
+    tokens: int, experts: int, size: int, hidden: int, seed: int, dtype: torch.dtype
+) -> None:
+    networks = [
+        plain_net(hidden, experts * size, gated=seed % 3 == 0, seed=seed).to(dtype)
+        for _ in range(2)
+    ]
+    chosen = {
+        "num_experts": experts,
+        "top_k": 1 + seed % experts,
+        "layers": [0],
+        "partition": "contiguous",
+    }
     for network in networks:
         emoe.convert_(network, emoe.EMoEConfig(**chosen, weighting=("binary", "softmax")[seed % 2]))
     emoe.set_backend_(networks[0], "sparse")
-    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).to(dtype) / hidden**0.5
+    x = (
+        torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        / hidden**0.5
+    )
     assert_same(*(step(network, x) for network in networks))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(max_examples=40, deadline=None)
-@given(st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(1, 7), st.integers(0, 999)))
+@given(
+    st.tuples(
+        st.integers(1, 40),
+        st.integers(1, 6),
+        st.integers(1, 5),
+        st.integers(1, 7),
+        st.integers(0, 999),
+    )
+)
 def test_ffns_of_any_shape(implementation: str, shape: tuple[int, int, int, int, int]) -> None:
     tokens, experts, size, hidden, seed = shape
     with pytest.MonkeyPatch.context() as patch:
@@ -114,12 +141,21 @@ def test_ffns_of_any_shape(implementation: str, shape: tuple[int, int, int, int,
             assert_sparse_is_masked(tokens, experts, size, hidden, seed, dtype)
 
 
-LARGE = [(700, 2, 24, 40), (300, 3, 48, 300), (150, 2, 88, 520), (900, 1, 33, 8), (60, 5, 16, 1100), (4200, 2, 12, 20)]
+LARGE = [
+    (700, 2, 24, 40),
+    (300, 3, 48, 300),
+    (150, 2, 88, 520),
+    (900, 1, 33, 8),
+    (60, 5, 16, 1100),
+    (4200, 2, 12, 20),
+]
 
 
 @pytest.mark.parametrize("shape", LARGE)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_pairs_that_fill_more_than_a_tile_of_the_compiled_products(threads: int, shape: Any) -> None:
+def test_pairs_that_fill_more_than_a_tile_of_the_compiled_products(
+    threads: int, shape: Any
+) -> None:
     torch.set_num_threads(threads)
     try:
         assert_sparse_is_masked(*shape, seed=threads, dtype=torch.float32)
@@ -156,9 +192,15 @@ def test_the_text_of_a_model_shows_its_last_path(monkeypatch: pytest.MonkeyPatch
     assert path_after(too_short, x).startswith("masked: no gain is expected for 5 tokens")
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "pays_off"), [(2000, 2, True), (2, 2, False), (2000, 8, False)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "pays_off"), [(2000, 2, True), (2, 2, False), (2000, 8, False)]
+)
 def test_sparse_products_are_used_if_they_pay_off(
-    tokens: int, top_k: int, pays_off: bool, sparse_calls: mock.Mock, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    top_k: int,
+    pays_off: bool,
+    sparse_calls: mock.Mock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "pays_off", cost_model.pays_off)
     monkeypatch.setattr(cost_model, "compiled_kernels", object)

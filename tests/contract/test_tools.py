@@ -27,12 +27,20 @@ SOME = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
 
 def attention_projections(model: nn.Module) -> list[str]:
     ffns = find_ffns(model)
-    modules = [item for item in model.named_modules() if any(item[0].startswith(f"{ffn.name}.") for ffn in ffns)]
+    modules = [
+        item
+        for item in model.named_modules()
+        if any(item[0].startswith(f"{ffn.name}.") for ffn in ffns)
+    ]
     # torch's attention does not call its projections as modules, and timm's Beit not its first
     whole = [name for name, module in modules if isinstance(module, nn.MultiheadAttention)]
     linear = [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
     is_beit = isinstance(model, timm.models.beit.Beit)
-    return whole or [x for x in linear if re.search("att|EncDec", x, re.I) and not (is_beit and x.endswith("qkv"))]
+    return whole or [
+        x
+        for x in linear
+        if re.search("att|EncDec", x, re.I) and not (is_beit and x.endswith("qkv"))
+    ]
 
 
 def ffn_projections(model: nn.Module) -> list[str]:
@@ -44,12 +52,18 @@ def with_adapters(model: nn.Module, targets: list[str]) -> Any:
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+        return get_peft_model(
+            model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        ).eval()
 
 
-def assert_checkpointing_changes_nothing(name: str, backend: str, config: Any, use_reentrant: bool) -> None:
+def assert_checkpointing_changes_nothing(
+    name: str, backend: str, config: Any, use_reentrant: bool
+) -> None:
     """Compare gradients and records with and without gradient checkpointing."""
-    plain, checkpointed = (without_dropout(converted.model(name, backend, config)) for _ in range(2))
+    plain, checkpointed = (
+        without_dropout(converted.model(name, backend, config)) for _ in range(2)
+    )
     if name in tiny_models.TIMM:
         checkpointed.set_grad_checkpointing(True)
     else:
@@ -57,11 +71,15 @@ def assert_checkpointing_changes_nothing(name: str, backend: str, config: Any, u
     values = tiny_models.inputs(name)
     if "input_ids" in values:
         values["attention_mask"] = torch.ones(3, 11, dtype=torch.long)
-        for model in (plain, checkpointed) if use_reentrant else ():  # segments need an input with a gradient
+        for model in (
+            (plain, checkpointed) if use_reentrant else ()
+        ):  # segments need an input with a gradient
             model.enable_input_require_grads()
     with emoe.record_routing(plain) as expected, emoe.record_routing(checkpointed) as record:
         assert_same(step(checkpointed, values), step(plain, values))
-    assert [layer.tokens for layer in record.layers.values()] == [x.tokens for x in expected.layers.values()]
+    assert [layer.tokens for layer in record.layers.values()] == [
+        x.tokens for x in expected.layers.values()
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +95,17 @@ class TestTools:
     @pytest.mark.parametrize("where", ["attention", "ffn"])
     def test_lora_trains_merges_and_folds_back(self, name: str, where: str) -> None:
         values, base = tiny_models.inputs(name), converted.model(name)
-        model = with_adapters(base, attention_projections(base) if where == "attention" else ffn_projections(base))
+        model = with_adapters(
+            base, attention_projections(base) if where == "attention" else ffn_projections(base)
+        )
         tensors = step(model, values)
         expected = tensors.pop("output")
         assert all("lora_" in key for key in tensors)
         assert any(grad.abs().sum() > 0 for grad in tensors.values())
         merged = model.merge_and_unload()
-        torch.testing.assert_close(tiny_models.output(merged, values), expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            tiny_models.output(merged, values), expected, atol=1e-4, rtol=1e-3
+        )
         emoe.to_dense_(merged, restore_order=True)
         assert merged.state_dict().keys() == tiny_models.build(name).state_dict().keys()
 
@@ -99,16 +121,24 @@ class TestTools:
         assert (tiny_models.output(model, values) - dense).abs().max() > 1e-3
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_gradient_checkpointing_gives_the_same_gradients(self, name: str, use_reentrant: bool) -> None:
+    def test_gradient_checkpointing_gives_the_same_gradients(
+        self, name: str, use_reentrant: bool
+    ) -> None:
         if name.startswith("Transformer") or (use_reentrant and name in tiny_models.TIMM):
             pytest.skip("torch's stacks have no checkpointing, timm's have one kind")
         assert_checkpointing_changes_nothing(name, "masked", SOME, use_reentrant)
 
     def test_bf16(self, name: str) -> None:
-        values, model, dense = tiny_models.inputs(name), converted.model(name, top_k=8), tiny_models.build(name)
+        values, model, dense = (
+            tiny_models.inputs(name),
+            converted.model(name, top_k=8),
+            tiny_models.build(name),
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             routed, plain = (tiny_models.output(m, values) for m in (model, dense))
-            tiny_models.output(converted.model(name).train(), values).float().square().mean().backward()
+            tiny_models.output(
+                converted.model(name).train(), values
+            ).float().square().mean().backward()
         torch.testing.assert_close(routed.float(), plain.float(), atol=0.1, rtol=0.1)
         rounded = {key: x.bfloat16() if x.is_floating_point() else x for key, x in values.items()}
         whole = tiny_models.output(model.bfloat16(), rounded)
@@ -120,7 +150,9 @@ class TestTools:
 def test_generation_is_the_same_with_and_without_a_cache_and_frozen(name: str) -> None:
     model = tiny_models.build_generator(name)
     emoe.convert_(model, SOME)
-    ids = torch.randint(3, tiny_models.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, tiny_models.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0)
+    )
     mask = torch.ones_like(ids)
     mask[1, :2] = 0  # padded on the left
     options = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}

@@ -30,7 +30,9 @@ settings_of = st.fixed_dictionaries(
 )
 
 
-def by_hand(layer: RoutedActivation, ffn, x: Tensor, draws: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+def by_hand(
+    layer: RoutedActivation, ffn, x: Tensor, draws: Tensor, training: bool
+) -> tuple[Tensor, Tensor]:
     """Compute output and balance loss from the layer's description; only the weights come from the library."""
     config = layer.config
     n, k, tokens = config.num_experts, config.top_k, len(x)
@@ -46,9 +48,15 @@ def by_hand(layer: RoutedActivation, ffn, x: Tensor, draws: Tensor, training: bo
     noisy = z + draws * config.router_noise / n if training else z
     probabilities = noisy.softmax(1)
     slots = probabilities.topk(k, dim=1).indices
-    capacity = k * int(config.capacity_factor * math.ceil(tokens / n)) if config.capacity_factor else math.inf
+    capacity = (
+        k * int(config.capacity_factor * math.ceil(tokens / n))
+        if config.capacity_factor
+        else math.inf
+    )
     taken = [0] * n
-    zero = 0 * (w1.sum() + b1.sum() + w2.sum() + b2.sum())  # gives a gradient of zero if all is dropped
+    zero = 0 * (
+        w1.sum() + b1.sum() + w2.sum() + b2.sum()
+    )  # gives a gradient of zero if all is dropped
     y = [torch.zeros(H) + zero for _ in range(tokens)]
     order = sorted(range(tokens), key=lambda t: -float(probabilities[t].max()))
     for slot in range(k):
@@ -89,7 +97,9 @@ def test_output_loss_and_gradients(given_, data) -> None:
     if gmoe:
         emoe.convert_(net, emoe.GMoEConfig.as_published("tutel", **values))
     else:
-        config = emoe.EMoEConfig.as_published("tutel", partition="random", router=given_["router"], **values)
+        config = emoe.EMoEConfig.as_published(
+            "tutel", partition="random", router=given_["router"], **values
+        )
         emoe.convert_(net, config)
     with torch.no_grad():
         for parameter in net.parameters():

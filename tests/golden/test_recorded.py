@@ -35,7 +35,11 @@ TUTEL = {
     "fc2_weight": "outer.weight",
     "fc2_bias_per_expert": "act.output_bias",
 }
-LLAMA = {"gate_proj_weight": "inner.weight", "up_proj_weight": "up.weight", "down_proj_weight": "outer.weight"}
+LLAMA = {
+    "gate_proj_weight": "inner.weight",
+    "up_proj_weight": "up.weight",
+    "down_proj_weight": "outer.weight",
+}
 
 
 def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -45,14 +49,22 @@ def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def names(kind: str) -> list[str]:
-    return sorted(path.stem for path in DATA.glob("*.npz") if path.stem.startswith("llama") == (kind == "llama"))
+    return sorted(
+        path.stem
+        for path in DATA.glob("*.npz")
+        if path.stem.startswith("llama") == (kind == "llama")
+    )
 
 
 def assert_close(actual: Tensor | None, expected: Tensor, name: str) -> None:
     assert actual is not None, name
     scale = float(expected.abs().max())
     torch.testing.assert_close(
-        actual, expected.to(actual.dtype), rtol=1e-5, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}"
+        actual,
+        expected.to(actual.dtype),
+        rtol=1e-5,
+        atol=1e-5 * scale,
+        msg=lambda text: f"{name}: {text}",
     )
 
 
@@ -60,7 +72,9 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend:
     """Convert a dense net as published and load the recorded weights."""
     copies = name.startswith("gmoe")
     size, n = meta["expert_size"], meta["num_experts"]
-    net = PlainNet(FFN(meta["hidden"], size if copies else size * n, meta["activation"], gated=False))
+    net = PlainNet(
+        FFN(meta["hidden"], size if copies else size * n, meta["activation"], gated=False)
+    )
     values: dict[str, Any] = {
         "num_experts": n,
         "top_k": meta["top_k"],
@@ -73,10 +87,20 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend:
     if copies:
         emoe.convert_(net, emoe.GMoEConfig.as_published("tutel", **values))
     else:
-        values |= {"partition": "contiguous", "router": meta["router"], "gate_momentum": meta["gate_momentum"]}
-        net.layers[0].inner.weight.data = data["fc1_weight"].clone()  # whose means a running gate starts with
+        values |= {
+            "partition": "contiguous",
+            "router": meta["router"],
+            "gate_momentum": meta["gate_momentum"],
+        }
+        net.layers[0].inner.weight.data = data[
+            "fc1_weight"
+        ].clone()  # whose means a running gate starts with
         emoe.convert_(net, emoe.EMoEConfig.as_published("tutel", **values))
-    state = {f"layers.0.{ours}": data[theirs] for theirs, ours in (TUTEL | ROUTER).items() if theirs in data}
+    state = {
+        f"layers.0.{ours}": data[theirs]
+        for theirs, ours in (TUTEL | ROUTER).items()
+        if theirs in data
+    }
     assert not net.load_state_dict(state, strict=False).unexpected_keys
     emoe.set_backend_(net, backend)
     return net.train(meta["training"])
@@ -90,7 +114,9 @@ def with_noise(monkeypatch: pytest.MonkeyPatch, noise: Tensor | None) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [name for name in names("tutel") if "steps" not in name])
-def test_tutel_layer_output_loss_and_all_gradients(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutel_layer_output_loss_and_all_gradients(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     meta, data = load(name)
     net = tutel_net(name, meta, data, backend)
     with_noise(monkeypatch, data.get("router_noise"))
@@ -108,7 +134,9 @@ def test_tutel_layer_output_loss_and_all_gradients(name: str, backend: str, monk
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [name for name in names("tutel") if "steps" in name])
-def test_tutel_layer_after_optimiser_steps(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutel_layer_after_optimiser_steps(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     meta, data = load(name)
     net = tutel_net(name, meta, data, backend)
     with_noise(monkeypatch, data.get("router_noise"))
@@ -116,13 +144,17 @@ def test_tutel_layer_after_optimiser_steps(name: str, backend: str, monkeypatch:
     for step in range(meta["steps"]):
         y, loss = net(data["steps_x"][step]), emoe.aux_loss(net)
         assert_close(y, data["steps_y"][step], f"y of step {step}")
-        assert_close(loss / meta["aux_loss_coefficient"], data["steps_l_aux"][step], f"l_aux of step {step}")
+        assert_close(
+            loss / meta["aux_loss_coefficient"], data["steps_l_aux"][step], f"l_aux of step {step}"
+        )
         optimizer.zero_grad()
         ((y - data["steps_target"][step]).square().mean() + loss).backward()
         optimizer.step()
         emoe.update_gates_(net)
     for theirs, ours in TUTEL.items():
-        assert_close(net.get_parameter(f"layers.0.{ours}").detach(), data[f"final_{theirs}"], theirs)
+        assert_close(
+            net.get_parameter(f"layers.0.{ours}").detach(), data[f"final_{theirs}"], theirs
+        )
     if "final_gate_weight" in data:
         router = routed_layers(net)[0].router
         gate = router.mean_keys() if router.gate is None else router.gate
@@ -139,7 +171,9 @@ def test_llama_block_mask(name: str, backend: str) -> None:
     ffn.load_state_dict({ours: data[theirs] for theirs, ours in LLAMA.items()})
     net = PlainNet(ffn)
     values = {"num_experts": meta["num_experts"], "top_k": meta["top_k"], "score": meta["select"]}
-    emoe.convert_(net, emoe.EMoEConfig.as_published("llama", **values, layers=[0], partition="contiguous"))
+    emoe.convert_(
+        net, emoe.EMoEConfig.as_published("llama", **values, layers=[0], partition="contiguous")
+    )
     emoe.set_backend_(net, backend)
     x = data["x"].clone().requires_grad_()
     y = net(x)
@@ -153,14 +187,28 @@ def test_llama_block_mask(name: str, backend: str) -> None:
 def test_the_clean_method_is_theirs_without_capacity_noise_and_loss() -> None:
     """A shared output bias equals identical output biases of the experts."""
     meta, data = load("emoe_eval_dropless")
-    net = PlainNet(FFN(meta["hidden"], meta["num_experts"] * meta["expert_size"], meta["activation"], gated=False))
-    state = {f"layers.0.{TUTEL[theirs]}": data[theirs] for theirs in ("fc1_weight", "fc1_bias", "fc2_weight")}
+    net = PlainNet(
+        FFN(
+            meta["hidden"],
+            meta["num_experts"] * meta["expert_size"],
+            meta["activation"],
+            gated=False,
+        )
+    )
+    state = {
+        f"layers.0.{TUTEL[theirs]}": data[theirs]
+        for theirs in ("fc1_weight", "fc1_bias", "fc2_weight")
+    }
     state["layers.0.outer.bias"] = data["fc2_bias_per_expert"][0] * meta["top_k"]
     net.load_state_dict(state)
-    config = emoe.EMoEConfig(num_experts=meta["num_experts"], top_k=meta["top_k"], layers=[0], partition="contiguous")
+    config = emoe.EMoEConfig(
+        num_experts=meta["num_experts"], top_k=meta["top_k"], layers=[0], partition="contiguous"
+    )
     emoe.convert_(net, config)
     y = net(data["x"])
     assert_close(y, data["y"], "y")
     (y * data["grad_y"]).sum().backward()
     for theirs in ("fc1_weight", "fc1_bias", "fc2_weight"):
-        assert_close(net.get_parameter(f"layers.0.{TUTEL[theirs]}").grad, data[f"grad_{theirs}"], theirs)
+        assert_close(
+            net.get_parameter(f"layers.0.{TUTEL[theirs]}").grad, data[f"grad_{theirs}"], theirs
+        )

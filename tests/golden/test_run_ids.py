@@ -20,7 +20,10 @@ def digests(runs: list[Run]) -> dict[str, tuple[int, str]]:
     ids_of: dict[str, list[str]] = {}
     for run in runs:
         ids_of.setdefault(run.benchmark, []).append(run.id)
-    return {name: (len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]) for name, ids in ids_of.items()}
+    return {
+        name: (len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16])
+        for name, ids in ids_of.items()
+    }
 
 
 @pytest.mark.parametrize("suite", suite_names())
@@ -35,6 +38,8 @@ def test_every_run_of_a_suite_keeps_its_id(suite: str) -> None:
     assert len({run.folder for run in runs}) == len(runs)
     with FILE.open() as file:
         wanted = {
-            row["benchmark"]: (int(row["runs"]), row["digest"]) for row in csv.DictReader(file) if row["suite"] == suite
+            row["benchmark"]: (int(row["runs"]), row["digest"])
+            for row in csv.DictReader(file)
+            if row["suite"] == suite
         }
     assert digests(runs) == wanted

@@ -60,10 +60,13 @@ def test_the_unpacked_model_is_that_of_the_file(root: Path, model: Any) -> None:
     for key, values in model.named_parameters():
         tensor = stored[names.get_name(key, (".weight",))]
         theirs = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if heads := {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}.get(
-            key.split(".")[-2]
-        ):
-            theirs = theirs.view(heads, -1, 2, theirs.shape[1]).transpose(1, 2).reshape(theirs.shape)
+        if heads := {
+            "q_proj": model.config.num_attention_heads,
+            "k_proj": model.config.num_key_value_heads,
+        }.get(key.split(".")[-2]):
+            theirs = (
+                theirs.view(heads, -1, 2, theirs.shape[1]).transpose(1, 2).reshape(theirs.shape)
+            )
         assert torch.equal(values.detach(), theirs), key
         count += values.numel()
     assert count == 134_515_008
@@ -95,13 +98,17 @@ def test_our_experts_are_the_authors_masked_mlp(model: Any) -> None:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     for layer in report.layers:
         mlp = model.model.layers[layer.index].mlp
-        mlp.register_forward_hook(lambda _, args, y, i=layer.index: seen.update({i: (args[0].detach(), y)}))
+        mlp.register_forward_hook(
+            lambda _, args, y, i=layer.index: seen.update({i: (args[0].detach(), y)})
+        )
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
     for index, (x, y) in seen.items():
         mlp = model.model.layers[index].mlp
         plain = type(mlp)(model.config)
-        plain.load_state_dict({name: value for name, value in mlp.state_dict().items() if "act_fn" not in name})
+        plain.load_state_dict(
+            {name: value for name, value in mlp.state_dict().items() if "act_fn" not in name}
+        )
         theirs = masked_mlp(plain, x, 64, 16)
         torch.testing.assert_close(y, theirs, atol=1e-4, rtol=1e-4)
         upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0))
@@ -110,7 +117,9 @@ def test_our_experts_are_the_authors_masked_mlp(model: Any) -> None:
         mlp(x).backward(upstream)
         for name, parameter in plain.named_parameters():
             ours = mlp.get_parameter(name).grad
-            torch.testing.assert_close(ours, parameter.grad, atol=1e-4 * float(parameter.grad.abs().max()), rtol=1e-4)
+            torch.testing.assert_close(
+                ours, parameter.grad, atol=1e-4 * float(parameter.grad.abs().max()), rtol=1e-4
+            )
 
 
 def test_answers_are_the_same_with_and_without_cache_and_frozen_for_inference(model: Any) -> None:
@@ -120,7 +129,9 @@ def test_answers_are_the_same_with_and_without_cache_and_frozen_for_inference(mo
 
     def answer(use_cache: bool) -> list[list[int]]:
         with torch.inference_mode():
-            return model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache).tolist()
+            return model.generate(
+                **inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache
+            ).tolist()
 
     answers = [answer(use_cache=False), answer(use_cache=True)]
     emoe.set_backend_(model, "sparse")

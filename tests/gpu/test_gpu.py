@@ -36,7 +36,9 @@ SIZES = {"cpu": (16, 128, 48), "cuda": (256, 2048, 1024)}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-def converted(device: str, backend: str = "masked", *, gated: bool = True, layers: int = 1, **settings: Any) -> Any:
+def converted(
+    device: str, backend: str = "masked", *, gated: bool = True, layers: int = 1, **settings: Any
+) -> Any:
     """Convert a net of FFNs on the device; its activations are about as large as its inputs."""
     hidden, width, _ = SIZES[device]
     net = plain_net(hidden, width, gated=gated, layers=layers)
@@ -45,14 +47,18 @@ def converted(device: str, backend: str = "masked", *, gated: bool = True, layer
             parameter.mul_(2 / parameter.shape[-1] ** 0.5)
     net.to(device)
     torch.manual_seed(0)
-    emoe.convert_(net, emoe.EMoEConfig(num_experts=EXPERTS, top_k=TOP_K, layers=range(layers), **settings))
+    emoe.convert_(
+        net, emoe.EMoEConfig(num_experts=EXPERTS, top_k=TOP_K, layers=range(layers), **settings)
+    )
     emoe.set_backend_(net, backend)
     return net
 
 
 def inputs(device: str, tokens: int | None = None, seed: int = 0) -> Tensor:
     hidden, _, many = SIZES[device]
-    return torch.randn(tokens or many, hidden, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(tokens or many, hidden, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
 
 
 def sparse_copy(net: nn.Module) -> Any:
@@ -79,11 +85,20 @@ def autocast(device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tokens", [2, None])  # with two tokens most experts get none
 def test_masked_sparse_and_grouped_agree(
-    device: str, dtype: torch.dtype, products: str, gated: bool, tokens: int | None, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    dtype: torch.dtype,
+    products: str,
+    gated: bool,
+    tokens: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if products == "grouped" and not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped_mm")
-    if products == "grouped" and device == "cuda" and not kernels.can_group(inputs(device).to(dtype)):
+    if (
+        products == "grouped"
+        and device == "cuda"
+        and not kernels.can_group(inputs(device).to(dtype))
+    ):
         pytest.skip("grouped_mm takes bfloat16 on compute capability 8 and later")
     x = inputs(device, tokens)
     masked = converted(device, gated=gated, weighting="softmax_times_k")
@@ -110,7 +125,9 @@ def test_a_converted_model_moves(device: str, backend: str) -> None:
     x = inputs("cpu")
     expected = step(net, x)
     moved = copy.deepcopy(net).to(device)
-    assert_same({name: tensor.cpu() for name, tensor in step(moved, x.to(device)).items()}, expected, 1e-4)
+    assert_same(
+        {name: tensor.cpu() for name, tensor in step(moved, x.to(device)).items()}, expected, 1e-4
+    )
     emoe.update_gates_(moved)
     dense = emoe.to_dense_(moved, restore_order=True)
     assert all(p.device.type == device for p in dense.parameters())
@@ -122,8 +139,13 @@ def test_a_compiled_model_is_the_eager_one(device: str, backend: str) -> None:
     torch.compiler.reset()
     net = converted(device, backend, weighting="softmax_times_k")
     expected = step(net, inputs(device))
-    compiled = torch.compile(net, backend="inductor" if device == "cuda" else "aot_eager", fullgraph=True)
-    actual = {name.removeprefix("_orig_mod."): tensor for name, tensor in step(compiled, inputs(device)).items()}
+    compiled = torch.compile(
+        net, backend="inductor" if device == "cuda" else "aot_eager", fullgraph=True
+    )
+    actual = {
+        name.removeprefix("_orig_mod."): tensor
+        for name, tensor in step(compiled, inputs(device)).items()
+    }
     assert_same(actual, expected, 1e-4)
 
 
@@ -171,7 +193,10 @@ def test_threads_with_their_own_streams_share_a_model(
     device: str, way: str, tokens: int | None, dtype: torch.dtype
 ) -> None:
     masked = converted(device, layers=2).to(dtype)
-    net, batches = copy.deepcopy(masked), [inputs(device, tokens, seed).to(dtype) for seed in range(2)]
+    net, batches = (
+        copy.deepcopy(masked),
+        [inputs(device, tokens, seed).to(dtype) for seed in range(2)],
+    )
     if way == "for_inference_":
         emoe.for_inference_(net)
     else:
@@ -184,7 +209,9 @@ def test_threads_with_their_own_streams_share_a_model(
     def serve(number: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
             for _ in range(20):
-                assert_same({"output": net(batches[number])}, {"output": expected[number]}, TOLERANCE[dtype])
+                assert_same(
+                    {"output": net(batches[number])}, {"output": expected[number]}, TOLERANCE[dtype]
+                )
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(serve, range(2)))  # raises a thread's error

@@ -32,7 +32,13 @@ pytestmark = [
     ),
 ]
 # this cluster keeps no accounts, and answers at once
-SLURM = ("--workflow-profile", "profiles/slurm", "--slurm-status-command", "squeue", "--slurm-no-account")
+SLURM = (
+    "--workflow-profile",
+    "profiles/slurm",
+    "--slurm-status-command",
+    "squeue",
+    "--slurm-no-account",
+)
 SLURM += ("--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2")
 
 
@@ -51,20 +57,35 @@ def queued() -> list[list[str]]:
     return [line.split() for line in shown.splitlines()]
 
 
-def test_a_benchmark_runs_from_its_partitions_to_its_tables_on_the_gpu_that_it_asks_for(checkout: Checkout) -> None:
-    checkout.edit("config/smoke.yaml", "  modularity:\n", "  modularity:\n    resources: {gpu: 1}\n")
+def test_a_benchmark_runs_from_its_partitions_to_its_tables_on_the_gpu_that_it_asks_for(
+    checkout: Checkout,
+) -> None:
+    checkout.edit(
+        "config/smoke.yaml", "  modularity:\n", "  modularity:\n    resources: {gpu: 1}\n"
+    )
     ask = "from benchmarks.harness.run.devices import visible_devices; print(visible_devices())"
-    assert checkout.run("srun", "--gpus", 1, sys.executable, "-c", ask).stdout.strip() in ("['0']", "['1']")
+    assert checkout.run("srun", "--gpus", 1, sys.executable, "-c", ask).stdout.strip() in (
+        "['0']",
+        "['1']",
+    )
     table = "results/smoke/tables/modularity_usage.csv"
     done = checkout.run(SNAKEMAKE, *SLURM, "--config", "suite=smoke", "--", table)
     numbers = re.findall(r"has been submitted with SLURM jobid (\d+)", done.stdout + done.stderr)
     assert len(numbers) == 4  # three runs, and their partitions
-    jobs = [subprocess.check_output(["scontrol", "show", "job", number], text=True) for number in numbers]
+    jobs = [
+        subprocess.check_output(["scontrol", "show", "job", number], text=True)
+        for number in numbers
+    ]
     assert sum("gres/gpu:1" in job for job in jobs) == 3
     assert all("NumNodes=1" in job for job in jobs)
     assert (checkout.folder / table).stat().st_size > 20
     for run in load_suite({"suite": "smoke"}).runs_of("modularity"):
-        assert json.loads((checkout.folder / f"results/runs/{run.folder}/metrics.json").read_text())["run_id"] == run.id
+        assert (
+            json.loads((checkout.folder / f"results/runs/{run.folder}/metrics.json").read_text())[
+                "run_id"
+            ]
+            == run.id
+        )
     assert not queued()
 
 
@@ -73,17 +94,24 @@ def test_jobs_that_the_cluster_ends_are_tried_again_with_more_and_go_on(checkout
     glue, lora, modularity = "  glue:\n", "  glue_lora:\n", "  modularity:\n"
     for old, new in (
         (modularity, f"{modularity}    resources: {{mem_mb: 300}}\n"),
-        (f"{glue}    training: {{epochs: 3,", f"{glue}    resources: {{runtime: 1}}\n    training: {{epochs: 400,"),
+        (
+            f"{glue}    training: {{epochs: 3,",
+            f"{glue}    resources: {{runtime: 1}}\n    training: {{epochs: 400,",
+        ),
         (f"{lora}    training: {{epochs: 2,", f"{lora}    training: {{epochs: 60,"),
     ):
         checkout.edit("config/smoke.yaml", old, new)
     listed = checkout.run(sys.executable, "-c", _LISTED).stdout.splitlines()
     cancelled = next(name for name in listed if "glue_lora" in name)
     with (checkout.folder / "shown.txt").open("w") as stream:
-        main = checkout.start(SNAKEMAKE, *SLURM, "--config", "suite=smoke", "--", *listed, stream=stream)
+        main = checkout.start(
+            SNAKEMAKE, *SLURM, "--config", "suite=smoke", "--", *listed, stream=stream
+        )
         log = (checkout.folder / cancelled).with_name("log.txt")
         wait_for(lambda: log.exists() and "training," in log.read_text())
-        (number,) = (job[0] for job in queued() if "run_glue_lora" in job[2] and job[1] == "RUNNING")
+        (number,) = (
+            job[0] for job in queued() if "run_glue_lora" in job[2] and job[1] == "RUNNING"
+        )
         subprocess.run(["scancel", number], check=True)
         assert main.wait() == 0, (checkout.folder / "shown.txt").read_text()
     shown = (checkout.folder / "shown.txt").read_text()

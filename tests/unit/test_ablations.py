@@ -37,9 +37,17 @@ def test_a_part_has_every_class_in_proportion_and_a_smaller_one_lies_within() ->
     counts = {share: Counter(part.labels) for share, part in parts.items()}
     assert counts == {0.1: {0: 7, 1: 2, 2: 1}, 0.5: {0: 35, 1: 10, 2: 5}}
     assert set(parts[0.1].texts) < set(parts[0.5].texts) < set(whole.texts)
-    assert parts[0.5] == whole.stratified_sample(0.5, "t/train") != whole.stratified_sample(0.5, "other/train")
-    assert parts[0.5].texts == sorted(parts[0.5].texts, key=lambda row: int(row[0]))  # in the order of the set
-    assert Counter(split_of([0] * 99 + [1]).stratified_sample(0.1, "x").labels)[1] == 1  # of a rare class
+    assert (
+        parts[0.5]
+        == whole.stratified_sample(0.5, "t/train")
+        != whole.stratified_sample(0.5, "other/train")
+    )
+    assert parts[0.5].texts == sorted(
+        parts[0.5].texts, key=lambda row: int(row[0])
+    )  # in the order of the set
+    assert (
+        Counter(split_of([0] * 99 + [1]).stratified_sample(0.1, "x").labels)[1] == 1
+    )  # of a rare class
     scores = split_of([0.1, 0.2] * 5 + [4.9, 5.0] * 5)
     assert len(scores.stratified_sample(0.2, "x")) == 4  # rounded scores are classes
 
@@ -49,7 +57,10 @@ def test_a_part_has_every_class_in_proportion_and_a_smaller_one_lies_within() ->
 
 def test_only_rows_of_ablations_are_trained_otherwise() -> None:
     part = edited_part("glue_lora", "mini", {"grid.0.train_share": [0.5]})
-    with pytest.raises(DefinitionError, match=r"grid\[0\]\.train_share' is for rows with role: ablation, not 'lora'"):
+    with pytest.raises(
+        DefinitionError,
+        match=r"grid\[0\]\.train_share' is for rows with role: ablation, not 'lora'",
+    ):
         specs(LORA, part)
 
 
@@ -59,11 +70,31 @@ MORE = {"title": "More", "trained": "vanilla", "used_as": "random_partition"}
 @pytest.mark.parametrize(
     ("benchmark", "edits", "message"),
     [
-        ("glue_lora", {"ablations.selection.rows": ["lora", "lora_botom"]}, "did you mean 'lora_bottom'"),
-        ("glue_lora", {"ablations.selection.rows": ["lora_emoe", "lora_bottom"]}, "must begin with the baseline"),
-        ("glue_lora", {"ablations.selection.paper": "selektion.csv"}, r"did you mean 'selection\.csv'"),
-        ("glue_ood", {"transformed.lora2emoe.used_as": "lora_emoe_learn"}, "whose weights fit no other row"),
-        ("glue_ood", {"transformed.lora2emoe.trained": "lora_block"}, "whose weights fit no other row"),
+        (
+            "glue_lora",
+            {"ablations.selection.rows": ["lora", "lora_botom"]},
+            "did you mean 'lora_bottom'",
+        ),
+        (
+            "glue_lora",
+            {"ablations.selection.rows": ["lora_emoe", "lora_bottom"]},
+            "must begin with the baseline",
+        ),
+        (
+            "glue_lora",
+            {"ablations.selection.paper": "selektion.csv"},
+            r"did you mean 'selection\.csv'",
+        ),
+        (
+            "glue_ood",
+            {"transformed.lora2emoe.used_as": "lora_emoe_learn"},
+            "whose weights fit no other row",
+        ),
+        (
+            "glue_ood",
+            {"transformed.lora2emoe.trained": "lora_block"},
+            "whose weights fit no other row",
+        ),
         ("glue", {"transformed.more": MORE}, "'transformed' has 'vanilla' twice"),
     ],
 )
@@ -81,8 +112,14 @@ def test_ablations_that_compare_nothing_sensible_are_refused(
 def finished(shared_here: Path) -> list[Record]:
     """Make up numbers of the default suite's adapters, and of every ablation on one task of the paper's."""
     runs = fake_runs.write(RUNS, "mini", benchmarks=("glue_lora",))
-    more = [run for run in paper_runs("glue_lora") if run.spec["model"]["name"] == "bert-large-cased"]
-    more = [run for run in more if run.spec["task"]["name"] == "cola" and run.spec["protocol"] == "clean"]
+    more = [
+        run for run in paper_runs("glue_lora") if run.spec["model"]["name"] == "bert-large-cased"
+    ]
+    more = [
+        run
+        for run in more
+        if run.spec["task"]["name"] == "cola" and run.spec["protocol"] == "clean"
+    ]
     more = [run for run in more if run.spec["learning_rate"] == 3.0e-4]
     fake_runs.write_runs(more)
     return fake_runs.records([*runs, *more])
@@ -93,11 +130,15 @@ def adapted(finished: list[Record]) -> TextOutcomes:
     return TextOutcomes(LORA, finished)
 
 
-def test_every_setting_is_a_row_and_main_tables_have_none(finished: list[Record], adapted: TextOutcomes) -> None:
+def test_every_setting_is_a_row_and_main_tables_have_none(
+    finished: list[Record], adapted: TextOutcomes
+) -> None:
     rows = ablation_rows(adapted, LORA.definition.ablations["settings"])
     methods = [record.run.spec["method"] for record in finished]
     planned = [method["variant"] for method in methods if method["name"] == "lora_emoe_settings"]
-    shown = {name.partition("|")[2] for name in rows["method"] if name.startswith("lora_emoe_settings|")}
+    shown = {
+        name.partition("|")[2] for name in rows["method"] if name.startswith("lora_emoe_settings|")
+    }
     assert shown == {remove_settings(variant, {"L22", "L44"}) for variant in planned}
     main = present(LORA, finished).tables[0].frame
     assert {LORA.methods()[name].role for name in main["method"]}.isdisjoint({ABLATION})
@@ -107,13 +148,21 @@ def test_every_setting_is_a_row_and_main_tables_have_none(finished: list[Record]
 
 
 def test_the_same_weights_are_used_with_and_without_experts(workdir: Path) -> None:
-    runs = [run for run in plan(["glue_lora"], "smoke") if run.spec["method"]["name"] in ("lora", "lora_emoe")]
+    runs = [
+        run
+        for run in plan(["glue_lora"], "smoke")
+        if run.spec["method"]["name"] in ("lora", "lora_emoe")
+    ]
     trained = {run.spec["method"]["name"]: recorded(run) for run in runs}
     evaluated = {run.spec["method"]["name"]: recorded(run) for run in evaluations(runs)}
-    losses = {name: result["scores"]["test"]["tweets"]["loss"] for name, result in evaluated.items()}
+    losses = {
+        name: result["scores"]["test"]["tweets"]["loss"] for name, result in evaluated.items()
+    }
     # as it was trained: the numbers of the training run
     for name in ("lora", "lora_emoe"):
-        assert losses[name] == pytest.approx(trained[name]["scores"]["test"]["tweets"]["loss"], abs=1e-6)
+        assert losses[name] == pytest.approx(
+            trained[name]["scores"]["test"]["tweets"]["loss"], abs=1e-6
+        )
     # otherwise: others, of the same rows
     assert losses["lora2emoe"] != pytest.approx(losses["lora"], abs=1e-6)
     assert losses["emoe2lora"] != pytest.approx(losses["lora_emoe"], abs=1e-6)
@@ -135,7 +184,11 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(h
     rows = rows[rows["model"] == "bert-large-cased"]
     assert rows["paper"].notna().sum() == 39
     assert rows.loc[rows["paper"].notna(), "is_ours"].all()
-    cell = rows[(rows["scope"] == "RTE") & (rows["method"] == "lora_emoe_settings|N16-k0.125") & rows["paper"].notna()]
+    cell = rows[
+        (rows["scope"] == "RTE")
+        & (rows["method"] == "lora_emoe_settings|N16-k0.125")
+        & rows["paper"].notna()
+    ]
     assert cell["paper_delta"].tolist() == [pytest.approx(0.016889, abs=1e-5)]
 
 
@@ -143,10 +196,19 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(h
 
 
 def test_every_step_adds_one_thing_until_all_are_the_published_settings() -> None:
-    planned = {run.spec["method"]["name"]: run.spec["method"] for run in plan(["glue_lora"], "smoke")}
+    planned = {
+        run.spec["method"]["name"]: run.spec["method"] for run in plan(["glue_lora"], "smoke")
+    }
     configs = [planned[name]["config"] for name in LORA.definition.ablations["steps"].rows[1:]]
-    added = [{key for key in after if after[key] != before[key]} for before, after in itertools.pairwise(configs)]
-    steps = [{"expert_dropout", "dropout_position"}, {"output_bias"}, {"capacity_factor", "count_padding"}]
+    added = [
+        {key for key in after if after[key] != before[key]}
+        for before, after in itertools.pairwise(configs)
+    ]
+    steps = [
+        {"expert_dropout", "dropout_position"},
+        {"output_bias"},
+        {"capacity_factor", "count_padding"},
+    ]
     assert added == [*steps, {"router_noise"}, {"aux_loss_coefficient", "balance_loss"}, set()]
     # the last step also trains the parameters that the authors' code trains
     assert planned["lora_balance"]["tune"] != planned["lora_emoe_published"]["tune"]
@@ -154,9 +216,17 @@ def test_every_step_adds_one_thing_until_all_are_the_published_settings() -> Non
 
 def test_a_step_is_compared_with_the_row_above(adapted: TextOutcomes) -> None:
     ablation, seeds = LORA.definition.ablations["steps"], adapted.ablated.seeds
-    is_part = (seeds["model"] == "bert-large-cased") & (seeds["protocol"] == "clean") & (seeds["domain"] == "id")
+    is_part = (
+        (seeds["model"] == "bert-large-cased")
+        & (seeds["protocol"] == "clean")
+        & (seeds["domain"] == "id")
+    )
     seeds = seeds[is_part].set_index(["method", "seed"])["value"]
     rows = ablation_rows(adapted, ablation)
     rows = rows[rows["model"] == "bert-large-cased"].groupby("method").first()
-    for before, after in itertools.pairwise(ablation.rows[:-1]):  # the last one is no row of this suite
-        assert rows.loc[after, "delta"] == pytest.approx((seeds[after] - seeds[before]).dropna().mean())
+    for before, after in itertools.pairwise(
+        ablation.rows[:-1]
+    ):  # the last one is no row of this suite
+        assert rows.loc[after, "delta"] == pytest.approx(
+            (seeds[after] - seeds[before]).dropna().mean()
+        )

@@ -23,7 +23,9 @@ from tests.planned import plan
 
 pytestmark = pytest.mark.usefixtures("here")
 SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue_lora"], "smoke")}
-ROWS = TextSplit([(f"{word} film",) for word in ("a", "fine", "dull", "the") * 12], [0, 1, 0, 1] * 12)
+ROWS = TextSplit(
+    [(f"{word} film",) for word in ("a", "fine", "dull", "the") * 12], [0, 1, 0, 1] * 12
+)
 
 
 def spec_of(method: str, model: str = "tiny-gpt2", **training: Any) -> dict[str, Any]:
@@ -78,14 +80,22 @@ def test_every_method_trains_the_same_adapters_and_head_and_its_own_extras(
         assert groups["adapters"] == rows["lora"]["adapters"], method
         assert groups["head"] == head, method
         assert set(groups) - {"adapters", "head"} == ALSO_TRAINED[method], method
-    assert {name.split(".lora_")[0].rpartition(".")[2] for name in rows["lora"]["adapters"]} == targets
-    assert {name.rpartition(".")[0].split(".", 1)[1] for name in rows["lora_emoe_published"]["also"]} == {also}
+    assert {
+        name.split(".lora_")[0].rpartition(".")[2] for name in rows["lora"]["adapters"]
+    } == targets
+    assert {
+        name.rpartition(".")[0].split(".", 1)[1] for name in rows["lora_emoe_published"]["also"]
+    } == {also}
 
 
 def test_adapters_start_the_same_for_all_methods_and_differ_by_seed() -> None:
     def first(method: str, seed: int) -> dict[str, torch.Tensor]:
         named = build(method, seed=seed)[0].model.named_parameters()
-        return {name: value.detach() for name, value in named if ".lora_" in name or name.startswith("score")}
+        return {
+            name: value.detach()
+            for name, value in named
+            if ".lora_" in name or name.startswith("score")
+        }
 
     lora = first("lora", 0)
     for method in ("lora_block", "lora_gmoe", "lora_emoe_learn"):
@@ -102,10 +112,14 @@ def trainer_of(method: str, folder: Path, **training: Any) -> TextTrainer:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(spec["model"])
     classifier = build_typed(spec)
-    return TextTrainer(classifier, tokenizer, TextSpec.model_validate(spec), ROWS, ROWS, folder, Progress("test"))
+    return TextTrainer(
+        classifier, tokenizer, TextSpec.model_validate(spec), ROWS, ROWS, folder, Progress("test")
+    )
 
 
-def test_blocks_and_routers_learn_at_a_tenth_of_the_rate_and_frozen_weights_stay(tmp_path: Path) -> None:
+def test_blocks_and_routers_learn_at_a_tenth_of_the_rate_and_frozen_weights_stay(
+    tmp_path: Path,
+) -> None:
     trainer = trainer_of("lora_gmoe_published", tmp_path, checkpoint_selection="last").trainer
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -115,7 +129,9 @@ def test_blocks_and_routers_learn_at_a_tenth_of_the_rate_and_frozen_weights_stay
         is_fast = ".lora_" in name or name.startswith("classifier")
         assert rate == pytest.approx(1e-2 if is_fast else 1e-3), name
     trainer.train()
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.0] * len(groups))
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx(
+        [0.0] * len(groups)
+    )
     for name, value in trainer.model.named_parameters():
         assert torch.equal(value, before[name]) != (name in rates) == value.requires_grad, name
 
@@ -123,12 +139,18 @@ def test_blocks_and_routers_learn_at_a_tenth_of_the_rate_and_frozen_weights_stay
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("training", {"targets": {"gpt": ["c_attn"]}}, r"has no layers for 'gpt2'; did you mean 'gpt'"),
+        (
+            "training",
+            {"targets": {"gpt": ["c_attn"]}},
+            r"has no layers for 'gpt2'; did you mean 'gpt'",
+        ),
         ("training", {"targets": {"gpt2": ["c_atn"]}}, r"training\.lora\.targets\.gpt2: .*c_atn"),
         ("method", {"also": ["poolr"]}, "'also_train' names poolr, none of which the model has"),
     ],
 )
-def test_names_that_match_nothing_are_refused(section: str, values: dict[str, Any], message: str) -> None:
+def test_names_that_match_nothing_are_refused(
+    section: str, values: dict[str, Any], message: str
+) -> None:
     spec = spec_of("lora")
     spec[section]["lora" if section == "training" else "tune"] |= values
     with pytest.raises(EMoEError, match=message):

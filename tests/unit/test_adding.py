@@ -65,7 +65,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     shutil.copy(ROOT / "Snakefile", root)
     with contextlib.chdir(ROOT):
         texts, labels, _ = load_vader("tweets", "train")
-    rows = [(text, ("negative", "positive")[label]) for text, label in zip(texts, labels, strict=True)][:200]
+    rows = [
+        (text, ("negative", "positive")[label]) for text, label in zip(texts, labels, strict=True)
+    ][:200]
     write(root / "reviews.csv", rows)
 
     run(root, commands(PAGE["A benchmark from a csv"][0])[0])
@@ -85,7 +87,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     append(suite, block)
     append(mine["tasks.yaml"], task)
     append(suite, task_block)
-    topics = [(text, label, split) for split in ("train", "dev", "test") for text, label in TOPICS * 8]
+    topics = [
+        (text, label, split) for split in ("train", "dev", "test") for text, label in TOPICS * 8
+    ]
     write(root / "benchmarks/reviews/topics.csv", topics, ("text", "label", "split"))
     append(plugin, router)
     replace(files["methods.yaml"], "plugins: []\n", plugins)
@@ -95,11 +99,17 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     # like any other method: one row and one block
     for name in ("emoe_linear", "bitfit"):
         append(suite, block.replace("emoe_bottom", name))
-        replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row.replace('emoe_bottom', name)}")
+        replace(
+            mine["benchmark.yaml"],
+            "\nmethods:\n",
+            f"\nmethods:\n{row.replace('emoe_bottom', name)}",
+        )
     replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row}")
     glue = root / "benchmarks/glue/benchmark.yaml"
     replace(glue, "\nmethods:\n", f"\nmethods:\n{elsewhere}")
-    replace(root / "config/smoke.yaml", "\n\n  glue_lora:\n", f"\n{elsewhere_block}\n  glue_lora:\n")
+    replace(
+        root / "config/smoke.yaml", "\n\n  glue_lora:\n", f"\n{elsewhere_block}\n  glue_lora:\n"
+    )
     append(plugin, table)
     replace(mine["benchmark.yaml"], "tables: [results, tasks, tests, cost, choices]\n", tables)
     append(plugin, score)
@@ -115,18 +125,28 @@ TOPICS = [("A goal.", "sport"), ("A vote.", "politics")]
 
 def commands(block: str) -> list[list[str]]:
     """Split a block of shell into commands for this Python."""
-    return [[{"python": sys.executable}.get(word, word) for word in line.split()] for line in block.splitlines()]
+    return [
+        [{"python": sys.executable}.get(word, word) for word in line.split()]
+        for line in block.splitlines()
+    ]
 
 
 def run(root: Path, command: list[str]) -> str:
     places = [str(root), str(ROOT)]  # the copy's benchmarks, the library of here
-    paths = {"PYTHONPATH": os.pathsep.join(places), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(command, cwd=root, env={**os.environ, **paths}, capture_output=True, text=True, check=False)
+    paths = {
+        "PYTHONPATH": os.pathsep.join(places),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    result = subprocess.run(
+        command, cwd=root, env={**os.environ, **paths}, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
-def write(file: Path, rows: list[tuple[str, ...]], columns: tuple[str, ...] = ("text", "label")) -> None:
+def write(
+    file: Path, rows: list[tuple[str, ...]], columns: tuple[str, ...] = ("text", "label")
+) -> None:
     with file.open("w", newline="") as opened:
         csv.writer(opened).writerows([columns, *rows])
 
@@ -145,7 +165,9 @@ def replace(file: Path, old: str, new: str) -> None:
 def test_snakemake_plans_all_of_it(project: Path) -> None:
     planned = run(project, [*commands(PAGE["A benchmark from a csv"][0])[2], "-n"])
     names = ["vanilla", "emoe", "random_partition", "emoe_bottom", "emoe_linear", "bitfit"]
-    assert [name for name in names if f"Run minilm-reviews-{name}-lr0.0001-s1-" not in planned] == []
+    assert [
+        name for name in names if f"Run minilm-reviews-{name}-lr0.0001-s1-" not in planned
+    ] == []
     assert "Run minilm-topics-emoe-lr0.0001-s0-" in planned
 
 
@@ -159,20 +181,29 @@ def test_its_data_router_tuning_metric_architecture_and_table_work(project: Path
     assert "politics 8, sport 8" in output
     assert printed in output
     assert "tiny-bert-tweets-emoe_bottom-lr0.003-s1-" in output
-    assert "BitFit" in set(pd.read_csv(project / "results/reviews/tables/reviews_trained.csv")["title"])
+    assert "BitFit" in set(
+        pd.read_csv(project / "results/reviews/tables/reviews_trained.csv")["title"]
+    )
     paths = [project / line for line in output.splitlines() if line.endswith("metrics.json")]
     linear, bitfit = (json.loads(path.read_text()) for path in paths)
     for metrics in (linear, bitfit):
         assert -1 <= metrics["scores"]["test"]["reviews"]["kappa"] <= 1
-    assert json.loads(paths[0].with_name("run.json").read_text())["method"]["config"]["router"] == "linear"
+    assert (
+        json.loads(paths[0].with_name("run.json").read_text())["method"]["config"]["router"]
+        == "linear"
+    )
     assert linear["model"]["parameters"] - linear["model"]["dense_parameters"] == 8 * 32
     model = bitfit["model"]
     assert set(model["trained"]) == {"head", "bias"}
     assert 0 < model["trained"]["bias"]["parameters"] < model["parameters"] / 100
-    assert model["trainable_parameters"] == sum(group["parameters"] for group in model["trained"].values())
+    assert model["trainable_parameters"] == sum(
+        group["parameters"] for group in model["trained"].values()
+    )
 
 
 def test_an_edit_of_the_plugin_makes_the_tables_again(project: Path) -> None:
-    program = "import benchmarks.kinds\nfrom benchmarks.harness.config.artifacts import table_sources\n"
+    program = (
+        "import benchmarks.kinds\nfrom benchmarks.harness.workflow.sources import table_sources\n"
+    )
     program += "print('my_plugin.py' in table_sources('reviews'))"
     assert run(project, [sys.executable, "-c", program]).splitlines()[-1] == "True"

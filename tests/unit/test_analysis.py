@@ -33,7 +33,10 @@ def glue(shared_here: Path) -> TextOutcomes:
 
 
 def outcomes_of(records: list[Record], benchmark: str) -> TextOutcomes:
-    return TextOutcomes(load_benchmark(benchmark), [record for record in records if record.run.benchmark == benchmark])
+    return TextOutcomes(
+        load_benchmark(benchmark),
+        [record for record in records if record.run.benchmark == benchmark],
+    )
 
 
 # scores
@@ -47,7 +50,10 @@ def test_scores_by_hand() -> None:
     assert score("accuracy_f1", logits, labels) == pytest.approx((0.75 + 2 / 3) / 2)
     assert score("mcc", logits, labels) == pytest.approx((1 * 2 - 1 * 0) / math.sqrt(2 * 1 * 3 * 2))
     targets, predictions = np.array([0.0, 1.0, 2.0, 5.0]), np.array([[0.1], [0.9], [3.0], [2.5]])
-    expected = (stats.pearsonr(targets, predictions[:, 0])[0] + stats.spearmanr(targets, predictions[:, 0])[0]) / 2
+    expected = (
+        stats.pearsonr(targets, predictions[:, 0])[0]
+        + stats.spearmanr(targets, predictions[:, 0])[0]
+    ) / 2
     assert score("pearson_spearman", predictions, targets) == pytest.approx(expected)
     for metric in SCORES:  # a model that predicts one class or number alone has a score too
         constant = np.ones((4, 1)) if metric == "pearson_spearman" else np.array([[1.0, 0.0]] * 4)
@@ -60,7 +66,14 @@ def test_scores_by_hand() -> None:
 def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
     """Choose by the kept epoch, or, as the authors do, by the best dev epoch, which they report."""
     rows = []
-    cell = {"benchmark": "b", "model": "m", "task": "t", "method": "x", "protocol": "clean", "variant": ""}
+    cell = {
+        "benchmark": "b",
+        "model": "m",
+        "task": "t",
+        "method": "x",
+        "protocol": "clean",
+        "variant": "",
+    }
     cell |= {"eval_task": "t", "metric": "accuracy", "is_score": True}
     for rate, values in ((1e-5, (0.8, 0.8)), (2e-5, (0.7, 0.95)), (3e-5, (0.9, 0.6))):
         for seed, value in enumerate(values):
@@ -72,7 +85,9 @@ def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
     assert table.loc[table["chosen"], "learning_rate"].tolist() == [2e-5]
     assert reported_scores(select_runs(records, "clean"))["value"].tolist() == [2e-5, 2e-5]
     assert scores_of(select_runs(records, "published"), "test")["value"].tolist() == [3e-5, 3e-5]
-    assert reported_scores(select_runs(records, "published"))["value"].tolist() == pytest.approx([0.1, 0.4])
+    assert reported_scores(select_runs(records, "published"))["value"].tolist() == pytest.approx(
+        [0.1, 0.4]
+    )
 
 
 # tables and figures
@@ -87,10 +102,14 @@ def test_results_table_says_what_was_put_in(glue: TextOutcomes) -> None:
     assert math.isnan(frame.loc[("tweets", "vanilla"), "id_delta"])
 
 
-def test_means_differ_by_the_difference_beside_them_and_tests_keep_all_seeds(glue: TextOutcomes) -> None:
+def test_means_differ_by_the_difference_beside_them_and_tests_keep_all_seeds(
+    glue: TextOutcomes,
+) -> None:
     frame = results(glue).frame.set_index(["task", "method"])
     for prefix in ("id", "ood", "published"):
-        by_row = frame.loc["tweets"].drop(index="vanilla")  # vanilla and EMoE have eight seeds, the others five
+        by_row = frame.loc["tweets"].drop(
+            index="vanilla"
+        )  # vanilla and EMoE have eight seeds, the others five
         gaps = by_row[f"{prefix}_mean"] - frame.loc[("tweets", "vanilla"), f"{prefix}_mean"]
         assert by_row[f"{prefix}_delta"].tolist() == pytest.approx(gaps.tolist())
     tested = paired_tests(glue).frame.set_index(["task", "method"])["n"]
@@ -115,7 +134,9 @@ def test_paper_table_puts_published_numbers_beside_ours(glue: TextOutcomes) -> N
 @pytest.fixture(scope="module")
 def paper(shared_here: Path) -> list[Record]:
     """Make up numbers of a part of the paper suite: two models' LoRA rows on all tasks, and GLUE-X."""
-    return fake_runs.records(fake_runs.write(RUNS, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood")))
+    return fake_runs.records(
+        fake_runs.write(RUNS, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +161,18 @@ def test_published_and_clean_runs_stand_side_by_side(adapted: TextOutcomes) -> N
     test = scores.loc[(scores["part"] == "test") & (scores["learning_rate"] == rate), "value"]
     row = by_row.loc[("gpt2-xl", "published", "lora")]
     assert (row["CoLA mean"], row["CoLA std"]) == pytest.approx((test.mean(), np.std(test)))
-    assert row["average"] == pytest.approx(row[[name for name in by_row if name.endswith(" mean")]].mean())
+    assert row["average"] == pytest.approx(
+        row[[name for name in by_row if name.endswith(" mean")]].mean()
+    )
 
 
 def test_an_average_is_over_all_tasks_or_not_given(paper: list[Record]) -> None:
     lost = ("lora_block", "cola")
-    kept = [record for record in paper if (record.run.spec["method"]["name"], record.run.spec["task"]["name"]) != lost]
+    kept = [
+        record
+        for record in paper
+        if (record.run.spec["method"]["name"], record.run.spec["task"]["name"]) != lost
+    ]
     by_row = tasks(outcomes_of(kept, "glue_lora")).frame.set_index(["model", "protocol", "method"])
     assert math.isnan(by_row.loc[("gpt2-xl", "clean", "lora_block"), "average"])
     assert not math.isnan(by_row.loc[("gpt2-xl", "clean", "lora"), "average"])
@@ -154,7 +181,9 @@ def test_an_average_is_over_all_tasks_or_not_given(paper: list[Record]) -> None:
 def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:
     assert [scores.shape for scores in ranked_scores(evaluated).values()] == [(5, 15)] * 4
     table = ranks(evaluated)
-    assert "critical difference 1.57" in table.caption  # 2.728 * sqrt(5 * 6 / (6 * 15)), Demšar's table
+    assert (
+        "critical difference 1.57" in table.caption
+    )  # 2.728 * sqrt(5 * 6 / (6 * 15)), Demšar's table
     frame = table.frame.set_index(["model", "protocol", "method"])
     assert frame.loc[("gpt2-xl", "published", "lora_emoe"), "paper"] == 3.88
     assert set(frame["rank"].groupby(["model", "protocol"]).idxmin().str[2]) == {"lora_emoe"}
@@ -165,12 +194,18 @@ LORA = load_benchmark("glue_lora")
 
 @pytest.fixture
 def outcomes(here: Path) -> TextOutcomes:
-    return TextOutcomes(LORA, fake_runs.records(fake_runs.write(RUNS, "smoke", benchmarks=("glue_lora",))))
+    return TextOutcomes(
+        LORA, fake_runs.records(fake_runs.write(RUNS, "smoke", benchmarks=("glue_lora",)))
+    )
 
 
 @pytest.mark.parametrize(
     ("method", "entropy", "busiest", "change"),
-    [("lora_emoe", 0.923, 2.21, 0.025), ("lora_emoe_learn", 0.997, 1.28, 0.040), ("lora_gmoe", 0.994, 1.56, 0.048)],
+    [
+        ("lora_emoe", 0.923, 2.21, 0.025),
+        ("lora_emoe_learn", 0.997, 1.28, 0.040),
+        ("lora_gmoe", 0.994, 1.56, 0.048),
+    ],
 )
 def test_the_papers_traces_have_the_numbers_that_are_known_of_them(
     outcomes: TextOutcomes, method: str, entropy: float, busiest: float, change: float

@@ -38,7 +38,9 @@ def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
     forget()
 
 
-def test_only_set_backend_compiles(compilations: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_only_set_backend_compiles(
+    compilations: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     masked, *sparse = (net() for _ in range(3))
     expected = step(masked, inputs())
     assert compilations == []

@@ -16,7 +16,10 @@ from tests.planned import smoke_run
 def test_a_probe_restores_the_model_and_the_random_state() -> None:
     model, values = bert(METHODS["emoe, published"]).train(), tiny_models.inputs("bert")
     model.bert.eval()  # each module has its own mode
-    before, state = torch.get_rng_state(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before, state = (
+        torch.get_rng_state(),
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    )
     summaries = []
     for _ in range(2):
         probe = Probe()
@@ -31,7 +34,14 @@ def test_a_probe_restores_the_model_and_the_random_state() -> None:
 
 
 def test_a_run_has_twenty_to_a_hundred_windows() -> None:
-    assert [window_steps(steps) for steps in (1, 80, 2_000, 10_000, 32_735, 122_720)] == [1, 4, 100, 100, 328, 1228]
+    assert [window_steps(steps) for steps in (1, 80, 2_000, 10_000, 32_735, 122_720)] == [
+        1,
+        4,
+        100,
+        100,
+        328,
+        1228,
+    ]
     for steps in (40, 999, 7_777, 1_000_000):
         assert 20 <= -(-steps // window_steps(steps)) <= 101
 

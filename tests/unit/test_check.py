@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, write_json
-from benchmarks.harness.config.artifacts import records_file
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.results import check as checking
@@ -34,6 +33,7 @@ from benchmarks.harness.results.check import (
     write_reference,
 )
 from benchmarks.harness.results.content import Metrics
+from benchmarks.harness.results.files import records_file
 from benchmarks.harness.results.records import Record, read_record
 from tests import fake_runs
 from tests.executed import finish, prepare
@@ -79,16 +79,29 @@ def add_to_score(run: Run, difference: float) -> tuple[str, str]:
 
 def swapped_methods(blessed: Numbers, parts: tuple[str, ...]) -> list[bool]:
     """Give each run of smoke the numbers of every other method; return True for each run that the tolerant check flags."""
-    rows = blessed.rows[blessed.rows["part"].isin(parts) & ~blessed.rows["run"].str.startswith("speed ")]
+    rows = blessed.rows[
+        blessed.rows["part"].isin(parts) & ~blessed.rows["run"].str.startswith("speed ")
+    ]
     runs = rows[["run", "seed"]].drop_duplicates()
-    names = runs.groupby([runs["run"].str.split(" ").str[0], "seed"])["run"]  # of one benchmark and seed
+    names = runs.groupby([runs["run"].str.split(" ").str[0], "seed"])[
+        "run"
+    ]  # of one benchmark and seed
     flagged = []
     for shift in range(1, names.size().max()):
         pairs = runs.assign(other=names.transform(np.roll, shift))[names.transform("size") > shift]
-        swapped = pairs.merge(rows.rename(columns={"run": "other"}), on=["other", "seed"])[rows.columns]
-        before, after = replace(blessed, rows=rows.merge(pairs[["run", "seed"]])), replace(blessed, rows=swapped)
+        swapped = pairs.merge(rows.rename(columns={"run": "other"}), on=["other", "seed"])[
+            rows.columns
+        ]
+        before, after = (
+            replace(blessed, rows=rows.merge(pairs[["run", "seed"]])),
+            replace(blessed, rows=swapped),
+        )
         exact, tolerant = (
-            set(compare(before, after, "smoke", elsewhere=elsewhere).differences.groupby(["run", "seed"]).groups)
+            set(
+                compare(before, after, "smoke", elsewhere=elsewhere)
+                .differences.groupby(["run", "seed"])
+                .groups
+            )
             for elsewhere in (False, True)
         )
         flagged += [key in tolerant for key in exact]
@@ -97,7 +110,10 @@ def swapped_methods(blessed: Numbers, parts: tuple[str, ...]) -> list[bool]:
 
 def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
     blessed = read_reference("smoke")
-    records, scores = swapped_methods(blessed, tuple(set(blessed.rows["part"]))), swapped_methods(blessed, SCORES)
+    records, scores = (
+        swapped_methods(blessed, tuple(set(blessed.rows["part"]))),
+        swapped_methods(blessed, SCORES),
+    )
     assert min(len(records), len(scores)) > 1000
     assert sum(records) / len(records) > 0.99
     assert sum(records + scores) / len(records + scores) >= 0.95
@@ -116,12 +132,16 @@ def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
         ("content", "rows 3", "rows 4", False),
     ],
 )
-def test_numbers_of_two_machines_agree_within_the_tolerance(metric: str, before: str, after: str, agrees: bool) -> None:
+def test_numbers_of_two_machines_agree_within_the_tolerance(
+    metric: str, before: str, after: str, agrees: bool
+) -> None:
     assert values_agree(before, after, tolerance_of(metric)) == agrees
     assert values_agree(before, after, 0) == (before == after)
 
 
-def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherwise(suite: Suite) -> None:
+def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherwise(
+    suite: Suite,
+) -> None:
     run = suite.runs[0]
     score = add_to_score(run, 2e-16)
     assert changed(suite) == {score}
@@ -142,10 +162,17 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
     assert changed(suite) == {score}
 
 
-def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_covers_the_code_that_numbers_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checking, "ROOT", tmp_path)
     monkeypatch.setattr(checking, "BENCHMARKS", tmp_path / "benchmarks")
-    files = ("emoe/a.py", "emoe/sparse/a.cpp", "benchmarks/harness/training/a.py", "benchmarks/glue/pipeline.py")
+    files = (
+        "emoe/a.py",
+        "emoe/sparse/a.cpp",
+        "benchmarks/harness/training/a.py",
+        "benchmarks/glue/pipeline.py",
+    )
     others = ("benchmarks/glue/presentation.py", "benchmarks/harness/report/a.py", "README.md")
     digests = [code_digest()]
     for file in (*files, *others):
@@ -157,12 +184,16 @@ def test_the_digest_covers_the_code_that_numbers_depend_on(tmp_path: Path, monke
     assert len(set(digests[len(files) :])) == 1
 
 
-def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(suite: Suite) -> None:
+def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(
+    suite: Suite,
+) -> None:
     layer = {"index": 1, "name": "1", "neurons": 32, "experts": 4, "expert_size": 8, "top_k": 2}
     layer |= {"explained": None, "seconds": None}
 
     def change(content: dict[str, Any]) -> None:
-        content["probe"].update(losses=["0.75", *content["probe"]["losses"][1:]], loads={"1": [12, 8, 10, 10]})
+        content["probe"].update(
+            losses=["0.75", *content["probe"]["losses"][1:]], loads={"1": [12, 8, 10, 10]}
+        )
         content["probe"]["logits"].update(projection=0.51)
         content["model"].update(conversion=[layer])
         content["data"]["train"].update(rows=9)
@@ -199,7 +230,8 @@ def test_runs_that_are_not_collected_are_unfinished(suite: Suite) -> None:
     assert result.unfinished == sorted(run.name for run in suite.runs_of("speed"))
     records_file("smoke", "glue").unlink()
     with pytest.raises(
-        DefinitionError, match="no finished run of the suite 'smoke' is collected: `make run SUITE=smoke`"
+        DefinitionError,
+        match="no finished run of the suite 'smoke' is collected: `make run SUITE=smoke`",
     ):
         check(suite)
 
@@ -245,7 +277,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda file: file.write_text("benchmark,mean\n"),
         "damaged or of an older form: .*None of",
     ),
-    "an empty csv": ("csv", lambda file: file.write_text(""), "damaged or of an older form: No columns"),
+    "an empty csv": (
+        "csv",
+        lambda file: file.write_text(""),
+        "damaged or of an older form: No columns",
+    ),
     "a seed that is no number": (
         "csv",
         lambda file: file.write_text(file.read_text().replace(",0,", ",x,")),
@@ -253,9 +289,17 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "no csv": ("csv", Path.unlink, "cannot be read: No such file"),
     "cut json": ("json", lambda file: file.write_text("{"), "is damaged: 'the file': Invalid JSON"),
-    "a list": ("json", lambda file: file.write_text("[]"), "is damaged: 'the file': Input should be an object"),
+    "a list": (
+        "json",
+        lambda file: file.write_text("[]"),
+        "is damaged: 'the file': Input should be an object",
+    ),
     "a missing key": ("json", without_key, "is damaged: 'machines': Field required"),
-    "another machine": ("json", of_another_machine, "names the machine '.*', which its json does not have"),
+    "another machine": (
+        "json",
+        of_another_machine,
+        "names the machine '.*', which its json does not have",
+    ),
     "no json": ("json", Path.unlink, "cannot be read: No such file"),
 }
 
@@ -265,7 +309,8 @@ def test_a_damaged_reference_is_named(case: str, suite: Suite) -> None:
     ending, damage, message = DAMAGES[case]
     damage(checking.REFERENCE / f"smoke.{ending}")
     with pytest.raises(
-        (DataError, DefinitionError), match=rf"^\S+/smoke\.\w+ .*{message}.*; bless a run of the suite"
+        (DataError, DefinitionError),
+        match=rf"^\S+/smoke\.\w+ .*{message}.*; bless a run of the suite",
     ) as error:
         check(suite)
     assert "\n" not in str(error.value)
@@ -276,7 +321,9 @@ def test_a_pipe_in_place_of_a_reference_is_not_waited_for(ending: str, suite: Su
     file = checking.REFERENCE / f"smoke.{ending}"
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises((DataError, DefinitionError), match=r"smoke\.\w+ cannot be read: it is not a file; bless"):
+    with pytest.raises(
+        (DataError, DefinitionError), match=r"smoke\.\w+ cannot be read: it is not a file; bless"
+    ):
         check(suite)
 
 
@@ -284,8 +331,14 @@ def test_a_damaged_number_of_the_reference_is_a_difference() -> None:
     assert not values_agree("0.5", "half", 0.1)
 
 
-def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = next(run for run in plan(["modularity"], "smoke") if run.spec["method"]["name"] == "random_partition")
+def test_verify_runs_again_and_leaves_the_run_as_it_is(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = next(
+        run
+        for run in plan(["modularity"], "smoke")
+        if run.spec["method"]["name"] == "random_partition"
+    )
     path, verify = prepare(run, str(RUNS)), ("verify", "--suite", "smoke")
     with pytest.raises(DefinitionError, match="no run of the suite 'smoke' is finished"):
         call(*verify)
@@ -305,7 +358,12 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make an empty checkout."""
     folder = tmp_path / "checkout"
     folder.mkdir()
-    for command in ("init -q", "config user.email a@b", "config user.name a", "commit -q --allow-empty -m first"):
+    for command in (
+        "init -q",
+        "config user.email a@b",
+        "config user.name a",
+        "commit -q --allow-empty -m first",
+    ):
         subprocess.run(["git", *command.split()], cwd=folder, check=True)
     monkeypatch.setattr(checking, "ROOT", folder)
     return folder
@@ -320,7 +378,9 @@ def test_bless_refuses_a_tree_with_changes_but_for_blessed_numbers(checkout: Pat
 
 
 @pytest.mark.usefixtures("checkout")
-def test_only_numbers_that_repeat_are_blessed(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_numbers_that_repeat_are_blessed(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repeated, failures = list[str](), list[str]()
 
     def bless_runs(change: Callable[[dict[str, Any]], None] = lambda content: None) -> Path:

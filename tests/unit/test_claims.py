@@ -14,17 +14,23 @@ import yaml
 from scipy import stats
 
 from benchmarks.harness.base import BENCHMARKS, OVERRIDES, DataError, DefinitionError
-from benchmarks.harness.config.artifacts import numbers_file
-from benchmarks.harness.config.claims import Claim, Comparison, load_claims
 from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.report.claims import (
+from benchmarks.harness.report.artifacts import numbers_file
+from benchmarks.harness.report.claims import Claim, Comparison, load_claims
+from benchmarks.harness.report.claims_table import (
     claims_table,
     draw_claims,
     judge_claims,
     read_claim_numbers,
     write_claim_numbers,
 )
-from benchmarks.harness.results.claims import Evidence, Verdict, compare_with_paper, find_evidence, judge
+from benchmarks.harness.report.evidence import (
+    Evidence,
+    Verdict,
+    compare_with_paper,
+    find_evidence,
+    judge,
+)
 from benchmarks.harness.results.statistics import holm
 from tests import fake_runs
 from tests.drawn import watched
@@ -87,7 +93,9 @@ def test_more_or_less_is_judged_by_the_test_and_sameness_by_the_interval(
     differences: list[float], verdicts: str
 ) -> None:
     difference = evidence_of(differences).difference
-    for direction, verdict in zip(("higher", "lower", "same", "not_lower"), verdicts.split(","), strict=True):
+    for direction, verdict in zip(
+        ("higher", "lower", "same", "not_lower"), verdicts.split(","), strict=True
+    ):
         assert judge(claimed(direction), difference, difference.p, MARGIN) == verdict, direction
 
 
@@ -120,7 +128,14 @@ def test_an_interval_excludes_the_papers_effect_or_is_compatible_with_it(
 
 def test_tasks_are_averaged_within_a_seed_and_a_seed_that_lacks_one_is_left_out() -> None:
     base = {(task, seed): 0.5 for task in ("a", "b") for seed in (0, 1, 2)}
-    ours = {("a", 0): 0.52, ("b", 0): 0.54, ("a", 1): 0.51, ("b", 1): 0.53, ("a", 2): 0.9, ("c", 0): 0.9}
+    ours = {
+        ("a", 0): 0.52,
+        ("b", 0): 0.54,
+        ("a", 1): 0.51,
+        ("b", 1): 0.53,
+        ("a", 2): 0.9,
+        ("c", 0): 0.9,
+    }
     evidence = compared(numbers({"emoe": ours, "vanilla": base, "gmoe": {("d", 0): 1.0}}))
     assert (evidence.difference.n, evidence.incomplete, evidence.tasks) == (2, 1, ["a", "b"])
     assert evidence.difference.mean == pytest.approx((0.03 + 0.02) / 2)
@@ -134,13 +149,17 @@ def test_a_claim_of_all_settings_is_of_their_mean_and_a_setting_counts_if_it_is_
     base = {("t", seed): 0.5 + 0.01 * seed for seed in range(4)}
     rows = [numbers({"vanilla": base})]
     for setting, gain in {"": 0.0, "D0.8": 0.02, "D0.5": 0.04}.items():
-        rows.append(numbers({"emoe": {key: value + gain for key, value in base.items()}}, setting=setting))
+        rows.append(
+            numbers({"emoe": {key: value + gain for key, value in base.items()}}, setting=setting)
+        )
     for settings, mean in ((None, 0.0), (["D0.8"], 0.02), (["D0.8", "D0.5"], 0.03), ("all", 0.03)):
         difference = compared(pd.concat(rows), claimed("higher", settings=settings)).difference
         assert (difference.mean, difference.n) == (pytest.approx(mean), 4)
     assert find_evidence(pd.concat(rows), claimed("higher", settings=["D0.9"])) is None
     # against a row that only runs with settings: in the same one
-    rows.append(numbers({"gmoe": {key: value - 0.01 for key, value in base.items()}}, setting="D0.8"))
+    rows.append(
+        numbers({"gmoe": {key: value - 0.01 for key, value in base.items()}}, setting="D0.8")
+    )
     against = claimed("higher", settings=["D0.8"], against="gmoe")
     assert compared(pd.concat(rows), against).difference.mean == pytest.approx(0.03)
 
@@ -149,24 +168,38 @@ def test_only_what_is_named_is_compared() -> None:
     base = {("a", 0): 0.5, ("a", 1): 0.5, ("b", 0): 0.5, ("b", 1): 0.6}
     ours = {("a", 0): 0.6, ("a", 1): 0.7, ("b", 0): 0.1, ("b", 1): 0.2}
     rows = numbers({"emoe": ours, "vanilla": base})
-    others = [rows.assign(value=9.0, **other) for other in ({"domain": "ood"}, {"selection": "published"})]
+    others = [
+        rows.assign(value=9.0, **other) for other in ({"domain": "ood"}, {"selection": "published"})
+    ]
     everything = pd.concat([rows, *others])
-    assert compared(everything, claimed("higher", tasks=["a"])).difference.mean == pytest.approx(0.15)
+    assert compared(everything, claimed("higher", tasks=["a"])).difference.mean == pytest.approx(
+        0.15
+    )
     assert find_evidence(everything, claimed("higher", models=["other"])) is None
     assert find_evidence(everything, claimed("higher", method="gmoe")) is None
 
 
-@pytest.mark.parametrize(("ours", "verdict"), [([1000, 1000], "supported"), ([1000, 1001], "contradicted")])
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [([1000, 1000], "supported"), ([1000, 1001], "contradicted")]
+)
 def test_parameters_are_compared_exactly(ours: list[int], verdict: str) -> None:
     equal = claimed("equal", domain="model", metric="parameters", selection=None)
-    values = {"emoe": {("t", seed): value for seed, value in enumerate(ours)}, "vanilla": {("t", 0): 1000}}
+    values = {
+        "emoe": {("t", seed): value for seed, value in enumerate(ours)},
+        "vanilla": {("t", 0): 1000},
+    }
     difference = compared(numbers(values, domain="model", metric="parameters"), equal).difference
     assert judge(equal, difference, math.nan, 0.0) == verdict
 
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.9, 1.1, "supported"), (0.9, 1.11, "undecided"), (1.11, 1.4, "contradicted"), (0.2, 0.3, "supported")],
+    [
+        (0.9, 1.1, "supported"),
+        (0.9, 1.11, "undecided"),
+        (1.11, 1.4, "contradicted"),
+        (0.2, 0.3, "supported"),
+    ],
 )
 def test_a_ratio_is_near_one_if_all_of_its_range_is(low: float, high: float, verdict: str) -> None:
     near = claimed("near", domain="step", metric="ratio", selection=None)
@@ -185,8 +218,14 @@ def test_a_ratio_is_near_one_if_all_of_its_range_is(low: float, high: float, ver
     [
         ({"method": "emo"}, "compare.method' is 'emo', which does not exist; did you mean 'emoe'?"),
         ({"against": "emoe"}, "compare.against' is 'emoe', which does not exist"),
-        ({"selection": None}, "compare.selection' is '', which does not exist; choose from clean, published"),
-        ({"domain": "model", "metric": "parameters", "selection": None}, "compare.metric' is 'parameters', which does"),
+        (
+            {"selection": None},
+            "compare.selection' is '', which does not exist; choose from clean, published",
+        ),
+        (
+            {"domain": "model", "metric": "parameters", "selection": None},
+            "compare.metric' is 'parameters', which does",
+        ),
     ],
 )
 def test_a_wrong_name_ends_with_file_key_and_the_nearest(
@@ -195,8 +234,10 @@ def test_a_wrong_name_ends_with_file_key_and_the_nearest(
     compare = HIGHER.model_dump(exclude_none=True) | change
     compare = {key: value for key, value in compare.items() if value is not None}
     test = {"title": "b", "paper": {"effect": 1, "where": "Fig. 1"}, "compare": compare}
-    (tmp_path / "claims.yaml").write_text(yaml.safe_dump({"claims": {"a": {"title": "A", "tests": [test]}}}))
-    monkeypatch.setattr("benchmarks.harness.config.claims.BENCHMARKS", tmp_path)
+    (tmp_path / "claims.yaml").write_text(
+        yaml.safe_dump({"claims": {"a": {"title": "A", "tests": [test]}}})
+    )
+    monkeypatch.setattr("benchmarks.harness.report.claims.BENCHMARKS", tmp_path)
     with pytest.raises(DefinitionError) as caught:
         load_claims.__wrapped__()
     assert message in str(caught.value)
@@ -221,9 +262,15 @@ def test_the_papers_effects_are_those_of_its_published_averages(
     claim: str, benchmark: str, method: str, against: str
 ) -> None:
     published = pd.read_csv(BENCHMARKS / benchmark / "paper.csv").rename(columns={"task": "scope"})
-    published = published[published["scope"].str.startswith("average")].drop_duplicates(["model", "method"])
+    published = published[published["scope"].str.startswith("average")].drop_duplicates(
+        ["model", "method"]
+    )
     averages = published.pivot(index="model", columns="method", values="value")
-    tests = [test for test in load_claims()[claim].tests if test.compare and test.compare.benchmark == benchmark]
+    tests = [
+        test
+        for test in load_claims()[claim].tests
+        if test.compare and test.compare.benchmark == benchmark
+    ]
     (effect,) = (test.paper.effect for test in tests if test.paper.effect is not None)
     assert effect == pytest.approx((averages[method] - averages[against]).mean(), abs=0.006)
 
@@ -240,7 +287,9 @@ def test_the_papers_effects_are_those_of_its_published_averages(
         ("data", "glue_lora/data"),
     ],
 )
-def test_the_papers_effects_are_those_of_its_figures_with_each_training_task_once(claim: str, figure: str) -> None:
+def test_the_papers_effects_are_those_of_its_figures_with_each_training_task_once(
+    claim: str, figure: str
+) -> None:
     cells = pd.read_csv(BENCHMARKS / f"{figure}.csv").fillna("")
     for test in load_claims()[claim].tests:
         if test.compare and test.paper.effect is not None:
@@ -248,11 +297,19 @@ def test_the_papers_effects_are_those_of_its_figures_with_each_training_task_onc
             shown = cells[cells["scope"].str.contains("→") == (compare.domain == "ood_mean")]
             named = shown[shown["setting"].isin([*(compare.settings or ())])]
             ours, others = (
-                next(rows for rows in (part[part["method"] == name] for part in (named, shown)) if len(rows))
+                next(
+                    rows
+                    for rows in (part[part["method"] == name] for part in (named, shown))
+                    if len(rows)
+                )
                 for name in (compare.method, compare.against)
             )
             both = ours.merge(others, on="scope")
-            by_task = (both["value_x"] - both["value_y"]).groupby(both["scope"].str.partition(" → ")[0]).mean()
+            by_task = (
+                (both["value_x"] - both["value_y"])
+                .groupby(both["scope"].str.partition(" → ")[0])
+                .mean()
+            )
             assert test.paper.effect == pytest.approx(by_task.mean(), abs=0.006), test.title
 
 
@@ -290,20 +347,30 @@ def test_every_test_has_a_row_with_p_corrected_over_the_table(rows: pd.DataFrame
     assert missing["llama", "questions, full fine-tuning"] == "not in this suite"
 
 
-def test_differences_are_those_of_the_runs_and_the_table_shows_them(suite: Suite, rows: pd.DataFrame) -> None:
+def test_differences_are_those_of_the_runs_and_the_table_shows_them(
+    suite: Suite, rows: pd.DataFrame
+) -> None:
     scores: dict[tuple[str, int], float] = {}
     for run in suite.runs_of("glue_lora"):
         name, metric = run.spec["task"]["name"], run.spec["task"]["metric"]
         recorded = json.loads(run.metrics_file.read_text())
-        scores[run.spec["method"]["name"], run.spec["seed"]] = recorded["scores"]["test"][name][metric]
+        scores[run.spec["method"]["name"], run.spec["seed"]] = recorded["scores"]["test"][name][
+            metric
+        ]
     seeds = sorted({seed for method, seed in scores if method == "lora_emoe"})
     pairs = np.array([scores["lora_emoe", seed] - scores["lora", seed] for seed in seeds]) * 100
     row = rows.iloc[1]
     assert (row.delta, row.n) == pytest.approx((pairs.mean(), len(pairs)))
     cells = claims_table(suite, rows).texts()
     assert cells.iloc[1]["The paper"].startswith("+0.79 points (Fig. 2")
-    assert cells.iloc[1]["These runs"] == f"{row.delta:+.2f} points [{row.low:+.2f}, {row.high:+.2f}]"
-    assert cells.loc[rows["claim"] == "parameters", "These runs"].tolist() == ["–", "+0 parameters", "+0 parameters"]
+    assert (
+        cells.iloc[1]["These runs"] == f"{row.delta:+.2f} points [{row.low:+.2f}, {row.high:+.2f}]"
+    )
+    assert cells.loc[rows["claim"] == "parameters", "These runs"].tolist() == [
+        "–",
+        "+0 parameters",
+        "+0 parameters",
+    ]
 
 
 def test_no_text_of_the_picture_touches_another(rows: pd.DataFrame, tmp_path: Path) -> None:
@@ -312,7 +379,9 @@ def test_no_text_of_the_picture_touches_another(rows: pd.DataFrame, tmp_path: Pa
     assert faults == []
 
 
-def test_the_command_prints_the_table(suite: Suite, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_the_table(
+    suite: Suite, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(OVERRIDES, json.dumps(PART_OF_MINI))
     assert call("claims", "--suite", "mini") == f"{claims_table(suite, rows).markdown()}\n"
 
@@ -325,7 +394,10 @@ def test_numbers_that_are_read_have_the_types_and_verdicts_of_those_that_were_co
     for name, frame in computed.items():
         assert read[name].to_dict("records") == frame.to_dict("records")
         for column in frame:
-            assert list(map(type, read[name][column])) == list(map(type, frame[column])), (name, column)
+            assert list(map(type, read[name][column])) == list(map(type, frame[column])), (
+                name,
+                column,
+            )
     # a seed is a number, a question and an environment are text
     assert set(map(type, read["glue_lora"]["seed"])) == {int}
     assert {"anatomy 0", ""} <= set(read["llama"]["question"])

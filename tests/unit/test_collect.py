@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from benchmarks.harness.base import DataError
-from benchmarks.harness.config.artifacts import records_file
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite, load_suite
+from benchmarks.harness.results.files import records_file
 from benchmarks.harness.results.records import read_records, tabulate_numbers
 from tests import fake_runs
 from tests.programs import call
@@ -30,7 +30,9 @@ def suite(shared_here: Path) -> Suite:
 
 
 @pytest.mark.parametrize("benchmark", SMOKE.settings.benchmarks)
-def test_collected_records_are_those_of_the_runs_in_the_order_of_the_grid(benchmark: str, suite: Suite) -> None:
+def test_collected_records_are_those_of_the_runs_in_the_order_of_the_grid(
+    benchmark: str, suite: Suite
+) -> None:
     runs = suite.runs_of(benchmark)
     read = read_records(suite, benchmark)
     direct = fake_runs.records(runs)
@@ -47,7 +49,9 @@ def digest_of(run: Run) -> str:
 def test_a_set_with_its_own_tables_has_its_own_file(suite: Suite) -> None:
     for part in suite.parts("domainbed"):
         assert records_file("smoke", "domainbed", part).is_file()
-        assert [record.run for record in read_records(suite, "domainbed", part)] == suite.runs_of("domainbed", part)
+        assert [record.run for record in read_records(suite, "domainbed", part)] == suite.runs_of(
+            "domainbed", part
+        )
     assert not records_file("smoke", "domainbed").exists()
 
 
@@ -84,8 +88,13 @@ def test_unusual_numbers_are_collected_to_the_last_digit(glue: Suite) -> None:
 
 def test_a_number_out_of_range_is_not_collected(glue: Suite) -> None:
     run = glue.runs[1]
-    fake_runs.edit(run, lambda content: content["scores"]["test"]["tweets"].update(balanced_accuracy=17.0))
-    with pytest.raises(DataError, match=rf"^{run.metrics_file}: test tweets balanced_accuracy is 17\.0, not a number"):
+    fake_runs.edit(
+        run, lambda content: content["scores"]["test"]["tweets"].update(balanced_accuracy=17.0)
+    )
+    with pytest.raises(
+        DataError,
+        match=rf"^{run.metrics_file}: test tweets balanced_accuracy is 17\.0, not a number",
+    ):
         fake_runs.collect(glue)
     assert not records_file("smoke", "glue").exists()
 
@@ -117,9 +126,15 @@ def rename_run(path: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a cut line": (cut_line, ", line 2, is damaged: 'the file': Invalid JSON: EOF .*"),
-    "a mistyped number": (mistype_number, ", line 1, is damaged: 'metrics.cost.job_seconds': Input .* valid number"),
+    "a mistyped number": (
+        mistype_number,
+        ", line 1, is damaged: 'metrics.cost.job_seconds': Input .* valid number",
+    ),
     "a missing run": (drop_line, f" lacks the run '{SMOKE.runs_of('glue')[-1].folder}'"),
-    "a run of another plan": (rename_run, " has the run 'glue/0123456789ab', which the suite does not plan"),
+    "a run of another plan": (
+        rename_run,
+        " has the run 'glue/0123456789ab', which the suite does not plan",
+    ),
     "a missing file": (Path.unlink, " cannot be read: No such file or directory"),
 }
 
@@ -143,5 +158,7 @@ def test_a_run_that_only_one_of_several_files_lacks_is_named_with_that_file(here
     first, *others = (records_file("smoke", "domainbed", part) for part in suite.parts("domainbed"))
     assert others
     drop_line(first)
-    with pytest.raises(DataError, match=rf"^{first} lacks the run 'domainbed/\w+'; .* --force {first} "):
+    with pytest.raises(
+        DataError, match=rf"^{first} lacks the run 'domainbed/\w+'; .* --force {first} "
+    ):
         read_records(suite, "domainbed")

@@ -53,7 +53,9 @@ def assert_refused(*arguments: object, message: str) -> None:
 
 def test_convert_inspect_and_fold_back(source: Path, tmp_path: Path) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
-    text = call("convert", source, "--output", out, *SIZE, "--layers", "last:2", "--set", "selection=bottom")
+    text = call(
+        "convert", source, "--output", out, *SIZE, "--layers", "last:2", "--set", "selection=bottom"
+    )
     assert "% of FFN neurons active" in text
     shown = call("inspect", out)
     assert re.search(r'^selection +"bottom" +\*$', shown, re.MULTILINE)
@@ -65,13 +67,36 @@ def test_convert_inspect_and_fold_back(source: Path, tmp_path: Path) -> None:
         assert re.search(row, shown, re.MULTILINE)
     call("to-dense", out, "--output", dense, "--restore-order")
     assert_same(tensors(dense), tensors(source))
-    assert all((dense / file.relative_to(source)).exists() for file in source.rglob("*"))  # vocabulary too
+    assert all(
+        (dense / file.relative_to(source)).exists() for file in source.rglob("*")
+    )  # vocabulary too
 
 
 def test_published_settings_and_copies(bert: Path, tmp_path: Path) -> None:
-    call("convert", bert, "--output", tmp_path / "a", *SIZE, "--layers", "1,3", "--as-published", "tutel")
+    call(
+        "convert",
+        bert,
+        "--output",
+        tmp_path / "a",
+        *SIZE,
+        "--layers",
+        "1,3",
+        "--as-published",
+        "tutel",
+    )
     assert '"per_expert"' in call("inspect", tmp_path / "a")
-    call("convert", bert, "--output", tmp_path / "b", "--kind", "gmoe", "--num-experts", 3, "--top-k", 2)
+    call(
+        "convert",
+        bert,
+        "--output",
+        tmp_path / "b",
+        "--kind",
+        "gmoe",
+        "--num-experts",
+        3,
+        "--top-k",
+        2,
+    )
     assert [layer.config.kind for layer in routed_layers(loaded(tmp_path / "b"))] == ["gmoe"]
     assert_refused("to-dense", tmp_path / "b", "--output", tmp_path / "c", message="no dense equal")
 
@@ -80,9 +105,15 @@ def test_wrong_settings_and_folders_are_named(bert: Path, tmp_path: Path) -> Non
     out, converted = tmp_path / "out", tmp_path / "converted"
     call("convert", bert, "--output", converted, *SIZE)
     for words, message in (
-        (("convert", bert, "--output", out, "--num-experts", 7, "--top-k", 2), "64 neurons cannot be split into 7"),
+        (
+            ("convert", bert, "--output", out, "--num-experts", 7, "--top-k", 2),
+            "64 neurons cannot be split into 7",
+        ),
         (("convert", bert, "--output", out, *SIZE, "--set", "selection"), "write name=value"),
-        (("convert", bert, "--output", out, *SIZE, "--partition", "coactivation"), "needs calibration data"),
+        (
+            ("convert", bert, "--output", out, *SIZE, "--partition", "coactivation"),
+            "needs calibration data",
+        ),
         (("convert", bert, "--output", out, *SIZE, "--layers", UNREADABLE), "is invalid"),
         (("convert", bert, "--output", out, *SIZE, "--set", f"version={UNREADABLE}"), "version is"),
         (("convert", "no/such-model", "--output", out, *SIZE), "the hub gave no model"),
@@ -108,8 +139,14 @@ def own_code(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: edit_json(folder / "config.json", architectures=["NoSuchModel"]), "names 'NoSuchModel'"),
-        (lambda folder: edit_json(folder / "config.json", hidden_size="x"), "cannot be loaded by BertFor"),
+        (
+            lambda folder: edit_json(folder / "config.json", architectures=["NoSuchModel"]),
+            "names 'NoSuchModel'",
+        ),
+        (
+            lambda folder: edit_json(folder / "config.json", hidden_size="x"),
+            "cannot be loaded by BertFor",
+        ),
         (unsafe_shard, "must be a .safetensors file of this folder"),
         (own_code, "cannot be loaded by AutoModel"),
     ],
@@ -138,11 +175,19 @@ def test_the_hubs_cache_of_links_is_converted(bert: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["emoe", "emoe-learn"])
-def test_a_folder_that_the_models_library_saved_is_shown_and_folded_back(method: str, tmp_path: Path) -> None:
-    model, folder, out = classifiers.bert(classifiers.METHODS[method]), tmp_path / "saved", tmp_path / "dense"
+def test_a_folder_that_the_models_library_saved_is_shown_and_folded_back(
+    method: str, tmp_path: Path
+) -> None:
+    model, folder, out = (
+        classifiers.bert(classifiers.METHODS[method]),
+        tmp_path / "saved",
+        tmp_path / "dense",
+    )
     model.save_pretrained(folder)
     assert "the original order of the neurons is unknown" in call("inspect", folder)
-    assert_refused("to-dense", folder, "--output", out, "--restore-order", message="leave out restore_order")
+    assert_refused(
+        "to-dense", folder, "--output", out, "--restore-order", message="leave out restore_order"
+    )
     call("to-dense", folder, "--output", out)
     assert "emoe" not in json.loads((out / "config.json").read_text())
     assert_same(tensors(out), emoe.to_dense_(model).state_dict())

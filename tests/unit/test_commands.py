@@ -13,8 +13,8 @@ from filelock import FileLock
 
 from benchmarks.__main__ import cli as suite_cli
 from benchmarks.__main__ import main
-from benchmarks.harness.config import listing
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report import listing
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.executed import prepare
@@ -31,20 +31,28 @@ def test_every_command_of_the_suite_is_on_its_page() -> None:
 
 
 IMPORTS = re.findall(
-    r"^(?:import benchmarks|from (?:benchmarks|emoe)).*", (ROOT / "workflow/rules/common.smk").read_text(), re.MULTILINE
+    r"^(?:import benchmarks|from (?:benchmarks|emoe)).*",
+    (ROOT / "workflow/rules/common.smk").read_text(),
+    re.MULTILINE,
 )
 PLAN = "; ".join([*IMPORTS, "load_suite({'suite': 'paper'}).runs"])  # as Snakemake does
 START = "sys.argv[1:] = {}; runpy.run_module('benchmarks', run_name='__main__')"
 
 
 @pytest.mark.parametrize(
-    "program", [PLAN, *(START.format(words) for words in (["check", "--help"], ["status", "--suite", "smoke"]))]
+    "program",
+    [
+        PLAN,
+        *(START.format(words) for words in (["check", "--help"], ["status", "--suite", "smoke"])),
+    ],
 )
 def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
     """PyTorch alone takes a second."""
     heavy = "{'torch', 'pandas', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     program = f"import runpy, sys\ntry: {program}\nfinally: print({heavy})\n"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "set()"
 
 
@@ -53,15 +61,34 @@ def test_planning_and_listing_import_no_heavy_package(program: str) -> None:
     [
         ("status --suite smok", "there is no suite 'smok'; did you mean 'smoke'?"),
         ("list smok", "there is no suite 'smok'; did you mean 'smoke'?"),
-        ("tables --benchmark speed", "suite mini: 'benchmark' is 'speed', which does not exist; choose from glue,"),
-        ("collect --suite smoke --benchmark glue", "1 of 15 runs of the suite smoke is missing; make it with "),
-        ("claims --suite smoke", "results/smoke/numbers/glue.jsonl cannot be read: No such file or directory; "),
-        ("mirror --suite smoke", "results/smoke/records/glue.jsonl cannot be read: No such file or directory; "),
-        ("report --suite smoke --output a.html", "results/smoke/sections/glue.json cannot be read: No such file or "),
+        (
+            "tables --benchmark speed",
+            "suite mini: 'benchmark' is 'speed', which does not exist; choose from glue,",
+        ),
+        (
+            "collect --suite smoke --benchmark glue",
+            "1 of 15 runs of the suite smoke is missing; make it with ",
+        ),
+        (
+            "claims --suite smoke",
+            "results/smoke/numbers/glue.jsonl cannot be read: No such file or directory; ",
+        ),
+        (
+            "mirror --suite smoke",
+            "results/smoke/records/glue.jsonl cannot be read: No such file or directory; ",
+        ),
+        (
+            "report --suite smoke --output a.html",
+            "results/smoke/sections/glue.json cannot be read: No such file or ",
+        ),
     ],
 )
 def test_wrong_arguments_and_missing_runs_are_one_line(
-    runs: list[Run], arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: list[Run],
+    arguments: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (RUNS / runs[0].folder / "metrics.json").unlink()
     monkeypatch.setattr(sys, "argv", ["emoe-bench", *arguments.split()])
@@ -89,7 +116,9 @@ def runs(here: Path) -> list[Run]:
     return planned
 
 
-def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(runs: list[Run]) -> None:
+def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(
+    runs: list[Run],
+) -> None:
     first, second, third = (RUNS / run.folder for run in runs[:3])
     for folder in (first, second, third):
         (folder / "metrics.json").unlink()
@@ -98,13 +127,24 @@ def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(
     with FileLock(first / ".lock"):
         lines = call("status", "--suite", "smoke").splitlines()
     assert lines[2].split() == ["glue", str(len(runs) - 3), "1", "1", "1", "2"]
-    benchmarks = ["glue", "glue_lora", "glue_ood", "multitask", "modularity", "domainbed", "llama", "speed"]
+    benchmarks = [
+        "glue",
+        "glue_lora",
+        "glue_ood",
+        "multitask",
+        "modularity",
+        "domainbed",
+        "llama",
+        "speed",
+    ]
     assert [line.split()[0] for line in lines[2:-2]] == benchmarks
     assert [line.rpartition(" (")[0] for line in lines[-2:]] == [
         f"running  {runs[0].name}: step 20",
         f"failed   {runs[1].name}: ValueError: odd",
     ]
-    assert call("status", "--suite", "smoke").splitlines()[2].split()[3] == "2"  # whoever ran the first is gone
+    assert (
+        call("status", "--suite", "smoke").splitlines()[2].split()[3] == "2"
+    )  # whoever ran the first is gone
 
 
 def test_commands_work_in_the_checkout_from_a_folder_without_results(

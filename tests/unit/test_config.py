@@ -26,7 +26,10 @@ from emoe.config import resolve_layers
         ({"router": "cosine", "weighting": "softmax_times_k", "top_k": 1}, "at least 2"),
         ({"router": "cosine", "weighting": "softmax", "score": "up"}, "has its own scores"),
         ({"top_k": 8, "selection": "not_top"}, "no expert is left"),
-        ({"balance_loss": "published", "aux_loss_coefficient": 0.1}, "router_noise is 0.0; it must be above 0"),
+        (
+            {"balance_loss": "published", "aux_loss_coefficient": 0.1},
+            "router_noise is 0.0; it must be above 0",
+        ),
         ({"version": 99}, "newer release"),
     ],
 )
@@ -71,7 +74,12 @@ def test_values_of_wrong_types_are_one_short_line(names: list[str], values: list
 def test_configurations_of_older_releases_are_read() -> None:
     config = emoe.EMoEConfig(num_experts=8, top_k=2, selection="bottom")
     unused = {"score_threshold": None, "normalize_gate": False, "value_norm_weighted": False}
-    assert emoe.config_from_dict({**config.to_dict(), **unused, "backend": "sparse", "decode_cache": True}) == config
+    assert (
+        emoe.config_from_dict(
+            {**config.to_dict(), **unused, "backend": "sparse", "decode_cache": True}
+        )
+        == config
+    )
     with pytest.raises(emoe.ConfigError, match="score_threshold"):
         emoe.config_from_dict({**config.to_dict(), "score_threshold": 0.5})
 
@@ -88,7 +96,10 @@ def test_configurations_of_older_releases_are_read() -> None:
         (lambda: emoe.EMoEConfig.from_dict("x"), "cannot read 'x'"),
         (lambda: emoe.EMoEConfig.as_published(["tutel"]), "did you mean 'tutel'"),
         (lambda: emoe.config_from_dict({"kind": "gmoee"}), "did you mean 'gmoe'"),
-        (lambda: emoe.EMoEConfig.from_dict(emoe.GMoEConfig().to_dict()), "cannot read a configuration of kind 'gmoe'"),
+        (
+            lambda: emoe.EMoEConfig.from_dict(emoe.GMoEConfig().to_dict()),
+            "cannot read a configuration of kind 'gmoe'",
+        ),
         (lambda: emoe.GMoEConfig.as_published("llama"), "choose from tutel"),
     ],
 )
@@ -100,8 +111,16 @@ def test_wrong_kinds_and_missing_fields_are_rejected(read: Any, message: str) ->
 def test_as_published_has_the_authors_settings() -> None:
     tutel_with = partial(emoe.EMoEConfig.as_published, "tutel", num_experts=64, top_k=16)
     tutel = tutel_with()
-    assert (tutel.capacity_factor, tutel.router_noise, tutel.aux_loss_coefficient) == (1.5, 1.0, 0.01)
-    assert (tutel.output_bias, tutel.balance_loss, tutel.dropout_position) == ("per_expert", "published", "before")
+    assert (tutel.capacity_factor, tutel.router_noise, tutel.aux_loss_coefficient) == (
+        1.5,
+        1.0,
+        0.01,
+    )
+    assert (tutel.output_bias, tutel.balance_loss, tutel.dropout_position) == (
+        "per_expert",
+        "published",
+        "before",
+    )
     assert (tutel.weighting, tutel.count_padding) == ("binary", True)
     assert tutel_with(router="cosine").weighting == "softmax"
     vision = emoe.GMoEConfig.as_published("tutel", dropout_position="after")

@@ -40,7 +40,9 @@ def test_the_report_counts_active_neurons_and_added_parameters() -> None:
     assert report.active_neurons == pytest.approx((2 + 2 * 0.25) / 4)
     assert report.added_parameters == 0
     assert "encoder.layer.3" in str(report)
-    gmoe = emoe.convert_(tiny_models.build("bert"), emoe.GMoEConfig(num_experts=4, top_k=2, layers=[0]))
+    gmoe = emoe.convert_(
+        tiny_models.build("bert"), emoe.GMoEConfig(num_experts=4, top_k=2, layers=[0])
+    )
     assert gmoe.active_neurons == pytest.approx((3 + 2) / 4)
     assert gmoe.added_parameters > 3 * 2 * 64 * 32
 
@@ -71,12 +73,27 @@ ACT, LORA = "intermediate_act_fn", LoraConfig(target_modules=["intermediate.dens
 INT8 = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
 # changes of a BERT, its last layer, and the layer's projections; and the module or tensor that the error names
 BROKEN: dict[str, tuple[Change, str]] = {
-    "nan": (lambda bert: bert.down.weight[0, 0].fill_(torch.nan), r"layer\.3\.output\.dense\.weight"),
-    "quantised": (lambda bert: setattr(bert.up, "weight", INT8), r"dense has no plain weight: convert before"),
-    "activation": (lambda bert: setattr(bert.layer.intermediate, ACT, nn.PReLU()), "PReLU.*parameters"),
+    "nan": (
+        lambda bert: bert.down.weight[0, 0].fill_(torch.nan),
+        r"layer\.3\.output\.dense\.weight",
+    ),
+    "quantised": (
+        lambda bert: setattr(bert.up, "weight", INT8),
+        r"dense has no plain weight: convert before",
+    ),
+    "activation": (
+        lambda bert: setattr(bert.layer.intermediate, ACT, nn.PReLU()),
+        "PReLU.*parameters",
+    ),
     "norm": (put_norm_between, r"layer\.1\.output\.LayerNorm is LayerNorm"),
-    "shared": (lambda bert: setattr(bert.other, "weight", bert.up.weight), r"layer\.1.*is shared with .*layer\.3"),
-    "adapter": (lambda bert: get_peft_model(bert.model, LORA), r"intermediate\.dense has no plain weight"),
+    "shared": (
+        lambda bert: setattr(bert.other, "weight", bert.up.weight),
+        r"layer\.1.*is shared with .*layer\.3",
+    ),
+    "adapter": (
+        lambda bert: get_peft_model(bert.model, LORA),
+        r"intermediate\.dense has no plain weight",
+    ),
     "converted": (lambda bert: emoe.convert_(bert.model, CONFIG), "already"),
 }
 
@@ -105,15 +122,23 @@ def test_models_that_cannot_be_converted_are_named_and_unchanged(case: str) -> N
     ("config", "partition", "message"),
     [
         (dataclasses.replace(CONFIG, num_experts=7), None, "64 neurons.*7.*8"),
-        (dataclasses.replace(CONFIG, layers=[4]), None, r"layers \[4\] do not exist: the model has layers 0 to 3"),
+        (
+            dataclasses.replace(CONFIG, layers=[4]),
+            None,
+            r"layers \[4\] do not exist: the model has layers 0 to 3",
+        ),
         (dataclasses.replace(CONFIG, score="up"), None, "not gated"),
         (CONFIG, {1: torch.arange(64)}, "layer 3"),
         (CONFIG, {1: torch.arange(64), 3: torch.arange(32)}, "layer 3"),
         (emoe.GMoEConfig(layers=[1]), None, r"intermediate\.dense is frozen"),
     ],
 )
-def test_configurations_that_do_not_fit_the_model_are_named(config: Any, partition: Any, message: str) -> None:
-    assert_rejected(tiny_models.build("bert").requires_grad_(False), message, config, partition=partition)
+def test_configurations_that_do_not_fit_the_model_are_named(
+    config: Any, partition: Any, message: str
+) -> None:
+    assert_rejected(
+        tiny_models.build("bert").requires_grad_(False), message, config, partition=partition
+    )
 
 
 def test_pruned_and_equal_neurons_are_split_too() -> None:

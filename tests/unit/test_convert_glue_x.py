@@ -15,7 +15,10 @@ from tools.convert_glue_x import main as convert
 def test_makers_files_keep_their_labels(root: Path, name: str) -> None:
     if name in GLUE:
         write_glue(root, name)
-        split, expected = load_split(task(name), "dev"), (LABELS[name], int(name in ("mnli", "qqp")))
+        split, expected = (
+            load_split(task(name), "dev"),
+            (LABELS[name], int(name in ("mnli", "qqp"))),
+        )
     else:
         write_own(root, name)
         split, expected = load_split(task(name), "test"), MEANING[name]
@@ -40,7 +43,9 @@ def test_texts_are_read_unchanged(root: Path) -> None:
         write_own(root, name)
     assert {name: load_split(task(name), "test").texts[0] for name in expected} == expected
     file = write_glue(root, "cola", raw=True)
-    file.write_bytes(b'\xef\xbb\xbfgj04\t1\t\ta "b\rc\r\n\ngj04\t0\t*\td\n')  # quotation marks, a carriage return
+    file.write_bytes(
+        b'\xef\xbb\xbfgj04\t1\t\ta "b\rc\r\n\ngj04\t0\t*\td\n'
+    )  # quotation marks, a carriage return
     convert(root, ["cola"])
     assert load_split(task("cola"), "dev").texts == [('a "b\rc',), ("d",)]
 
@@ -56,15 +61,24 @@ def test_texts_are_read_unchanged(root: Path) -> None:
             },
             [1],
         ),
-        ("snli", {"snli_1.0_test.txt": "gold_label\tsentence1\tsentence2\nneutral\ta\tb\n-\ta\tb\n"}, [1]),
+        (
+            "snli",
+            {"snli_1.0_test.txt": "gold_label\tsentence1\tsentence2\nneutral\ta\tb\n-\ta\tb\n"},
+            [1],
+        ),
         (
             "twitter_pit",
-            {f"{split}.tsv": "Sent_1\tSent_2\tLabel\na\tb\t1\nc\td\t0\n" for split in ("train", "dev", "test")},
+            {
+                f"{split}.tsv": "Sent_1\tSent_2\tLabel\na\tb\t1\nc\td\t0\n"
+                for split in ("train", "dev", "test")
+            },
             [1, 0] * 3,
         ),
     ],
 )
-def test_other_layouts_of_the_makers(root: Path, name: str, files: dict[str, str], labels: list[int]) -> None:
+def test_other_layouts_of_the_makers(
+    root: Path, name: str, files: dict[str, str], labels: list[int]
+) -> None:
     for path, text in files.items():
         file = root / TASKS[name]["source"]["folder"] / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,14 +92,40 @@ def test_other_layouts_of_the_makers(root: Path, name: str, files: dict[str, str
 @pytest.mark.parametrize(
     ("name", "file", "old", "new", "message"),
     [
-        ("yelp_polarity", "test.csv", '"2"', '"0"', r"row 2: '0' is no label"),  # 0 is the hub's negative
-        ("twitter_pit", "dev.data", "(1, 4)", "(1, 5)", r"dev\.data, row 2: '\(1, 5\)' is no label"),
-        ("sick_entailment", "SICK.txt", "entailment_label", "entailment_labl", "no column 'entailment_label'; it has"),
-        ("snli", "snli_1.0_test.jsonl", '"entailment"', "", r"snli_1\.0_test\.jsonl cannot be read"),
+        (
+            "yelp_polarity",
+            "test.csv",
+            '"2"',
+            '"0"',
+            r"row 2: '0' is no label",
+        ),  # 0 is the hub's negative
+        (
+            "twitter_pit",
+            "dev.data",
+            "(1, 4)",
+            "(1, 5)",
+            r"dev\.data, row 2: '\(1, 5\)' is no label",
+        ),
+        (
+            "sick_entailment",
+            "SICK.txt",
+            "entailment_label",
+            "entailment_labl",
+            "no column 'entailment_label'; it has",
+        ),
+        (
+            "snli",
+            "snli_1.0_test.jsonl",
+            '"entailment"',
+            "",
+            r"snli_1\.0_test\.jsonl cannot be read",
+        ),
         ("imdb", "test/neg/0_2.txt", None, None, r"test/neg holds no \.txt file"),
     ],
 )
-def test_files_that_are_not_as_described_are_named(root: Path, name: str, file: str, old, new, message: str) -> None:
+def test_files_that_are_not_as_described_are_named(
+    root: Path, name: str, file: str, old, new, message: str
+) -> None:
     path = write_own(root, name, raw=True) / file
     if old is None:
         path.unlink()

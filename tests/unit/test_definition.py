@@ -15,11 +15,11 @@ from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, read_yaml
 from benchmarks.harness.config import methods
-from benchmarks.harness.config.artifacts import table_sources
 from benchmarks.harness.config.benchmark import KINDS, benchmark_names, load_benchmark
 from benchmarks.harness.config.methods import Method, MethodFile, load_methods
 from benchmarks.harness.config.runs import canonical_json, run_from_spec
 from benchmarks.harness.config.yaml import Strict, parse, read
+from benchmarks.harness.workflow.sources import table_sources
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.multitask.definition import MultitaskSpec
 from benchmarks.text.definition import TaskEntry, TextSpec
@@ -37,14 +37,28 @@ def test_the_package_of_a_kind_has_the_modules_that_execute_and_present_its_runs
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("methods.emoe.num_expert", 8, r"'methods\.emoe': unknown key 'num_expert'; did you mean 'num_experts'"),
-        ("methods.emoe.partition", "k-means", r"'methods\.emoe\.partition' is 'k-means'; did you mean 'kmeans'"),
+        (
+            "methods.emoe.num_expert",
+            8,
+            r"'methods\.emoe': unknown key 'num_expert'; did you mean 'num_experts'",
+        ),
+        (
+            "methods.emoe.partition",
+            "k-means",
+            r"'methods\.emoe\.partition' is 'k-means'; did you mean 'kmeans'",
+        ),
         ("training.epochs", "2", r"'training\.epochs' is '2': Input should be a valid number"),
         ("methods.emo", {}, r"'methods' is 'emo', which does not exist; did you mean 'emoe'"),
-        ("paper", "papers.csv", r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'"),
+        (
+            "paper",
+            "papers.csv",
+            r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'",
+        ),
     ],
 )
-def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(path, value, message) -> None:
+def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(
+    path, value, message
+) -> None:
     with pytest.raises(DefinitionError, match=rf"glue/benchmark\.yaml: .*{message}"):
         edited_benchmark("glue", {path: value})
 
@@ -52,19 +66,59 @@ def test_mistakes_in_a_benchmark_are_named_with_the_nearest_valid_value(path, va
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("methods.emoe.layer", [1], r"glue\.methods\.emoe': unknown key 'layer'; did you mean 'layers'"),
-        ("grid.0.seed", ["a"], r"'benchmarks\.glue\.grid\[0\]\.seed\[0\]' is 'a': Input should be a valid integer"),
-        ("grid_defaults.sed", [0], r"'benchmarks\.glue\.grid\[0\]': unknown key 'sed'; did you mean 'seed'"),
-        ("note", ["long"] * 3000, r"'benchmarks\.glue\.note' is \['long', .{20,80}\.\.\.\]: Input should be a valid"),
-        ("training.batch_sice", 8, r"glue\.training': unknown key 'batch_sice'; did you mean 'batch_size'"),
-        ("training.by_model", {"minilm": {"precision": "fp23"}}, r"minilm\.precision' is 'fp23'; did you mean 'fp32'"),
+        (
+            "methods.emoe.layer",
+            [1],
+            r"glue\.methods\.emoe': unknown key 'layer'; did you mean 'layers'",
+        ),
+        (
+            "grid.0.seed",
+            ["a"],
+            r"'benchmarks\.glue\.grid\[0\]\.seed\[0\]' is 'a': Input should be a valid integer",
+        ),
+        (
+            "grid_defaults.sed",
+            [0],
+            r"'benchmarks\.glue\.grid\[0\]': unknown key 'sed'; did you mean 'seed'",
+        ),
+        (
+            "note",
+            ["long"] * 3000,
+            r"'benchmarks\.glue\.note' is \['long', .{20,80}\.\.\.\]: Input should be a valid",
+        ),
+        (
+            "training.batch_sice",
+            8,
+            r"glue\.training': unknown key 'batch_sice'; did you mean 'batch_size'",
+        ),
+        (
+            "training.by_model",
+            {"minilm": {"precision": "fp23"}},
+            r"minilm\.precision' is 'fp23'; did you mean 'fp32'",
+        ),
         ("training.validation_fraction", 0, "clean runs need rows for selection"),
-        ("training.patience", 3, r"'benchmarks\.glue\.training\.patience' needs checkpoint_selection: best"),
-        ("grid.0.task", ["tweet"], r"grid\[0\]\.task' is 'tweet', which does not exist; did you mean 'tweets'"),
-        ("methods.emoe.num_experts", 40, "is 40, but the 1536 neurons of .* 'minilm' .*; the nearest divisor is 32"),
+        (
+            "training.patience",
+            3,
+            r"'benchmarks\.glue\.training\.patience' needs checkpoint_selection: best",
+        ),
+        (
+            "grid.0.task",
+            ["tweet"],
+            r"grid\[0\]\.task' is 'tweet', which does not exist; did you mean 'tweets'",
+        ),
+        (
+            "methods.emoe.num_experts",
+            40,
+            "is 40, but the 1536 neurons of .* 'minilm' .*; the nearest divisor is 32",
+        ),
         ("grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
-        ("methods.random_partition.also_train", ["pooler"], "sets 'also_train', which needs training.lora or 'tune'"),
+        (
+            "methods.random_partition.also_train",
+            ["pooler"],
+            "sets 'also_train', which needs training.lora or 'tune'",
+        ),
     ],
 )
 def test_mistakes_in_a_suite_are_named_with_the_nearest_valid_value(path, value, message) -> None:
@@ -83,10 +137,18 @@ def test_missing_file_names_its_neighbour_and_numbers_may_have_no_point(tmp_path
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("cola", {"metric": "acuracy"}, "metric' is 'acuracy', which does not exist; did you mean 'accuracy'"),
+        (
+            "cola",
+            {"metric": "acuracy"},
+            "metric' is 'acuracy', which does not exist; did you mean 'accuracy'",
+        ),
         ("stsb", {"ood": ["hans"]}, "ood': 'hans' has classes as labels, 'stsb' numbers"),
         ("mnli", {"ood": ["hans"], "label_map": {}}, "ood': 'mnli' has 3 classes, 'hans' 2"),
-        ("flipkart", {"download_instructions": None}, "' is neither on the hub nor in a package, so it needs 'downl"),
+        (
+            "flipkart",
+            {"download_instructions": None},
+            "' is neither on the hub nor in a package, so it needs 'downl",
+        ),
     ],
 )
 def test_tasks_with_wrong_metrics_sets_or_sources_are_refused(
@@ -103,14 +165,19 @@ def test_tasks_with_wrong_metrics_sets_or_sources_are_refused(
 
 
 def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:
-    with pytest.raises(DefinitionError, match=r"do not keep their weights; set training\.keep_weights: true there"):
+    with pytest.raises(
+        DefinitionError, match=r"do not keep their weights; set training\.keep_weights: true there"
+    ):
         specs(load_benchmark("glue_ood"), "smoke", plan(["glue"], "smoke"))
 
 
 def ids(edits: dict[str, object], part_edits: dict[str, object]) -> set[str]:
     """Return the ids of glue's runs in mini, with other values in the benchmark's file and in the suite's."""
     glue = edited_benchmark("glue", edits)
-    return {run_from_spec(spec | {"files": {}}).id for spec in specs(glue, edited_part(glue, "mini", part_edits))}
+    return {
+        run_from_spec(spec | {"files": {}}).id
+        for spec in specs(glue, edited_part(glue, "mini", part_edits))
+    }
 
 
 def test_a_seed_adds_runs_titles_change_none_and_the_version_all() -> None:
@@ -124,25 +191,39 @@ def test_a_seed_adds_runs_titles_change_none_and_the_version_all() -> None:
 
 def test_tables_depend_on_the_files_of_all_benchmarks_but_only_on_their_own_code() -> None:
     sources = {os.path.relpath(file, ROOT) for file in table_sources("glue_ood")}
-    needed = {"benchmarks/glue/tasks.yaml", "benchmarks/glue_lora/benchmark.yaml", "benchmarks/metrics.yaml"}
+    needed = {
+        "benchmarks/glue/tasks.yaml",
+        "benchmarks/glue_lora/benchmark.yaml",
+        "benchmarks/metrics.yaml",
+    }
     assert {
         *needed,
         "benchmarks/glue_ood/ranks.py",
         "benchmarks/glue_ood/paper.csv",
         "benchmarks/text/data.py",
     } <= sources
-    assert not any(file.startswith("benchmarks/llama/") and file.endswith(".py") for file in sources)
+    assert not any(
+        file.startswith("benchmarks/llama/") and file.endswith(".py") for file in sources
+    )
 
 
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
-        ("kind: dense, noise: 0.15", "kind: dens", "'methods.noisy_tuning.kind' is 'dens'; did you mean 'dense'"),
+        (
+            "kind: dense, noise: 0.15",
+            "kind: dens",
+            "'methods.noisy_tuning.kind' is 'dens'; did you mean 'dense'",
+        ),
         ("noise: 0.15", "noise: !maybe 1", "is not valid YAML: the tag '!maybe' is not allowed"),
         ("noise: 0.15", "noise: 0.15, noise: 0.2", "the key 'noise' is given twice"),
         ("noise: 0.15}", "noise: 0.15", "is not valid YAML: while parsing"),
         ("methods:\n", "methods: 3\nrest:\n", "'the file': unknown key 'rest'"),
-        ("noisy_tuning:", "Noisy Tuning:", "'methods.Noisy Tuning' is 'Noisy Tuning': String should match pattern"),
+        (
+            "noisy_tuning:",
+            "Noisy Tuning:",
+            "'methods.Noisy Tuning' is 'Noisy Tuning': String should match pattern",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path: Path, old: str, new: str, text: str) -> None:
@@ -176,12 +257,15 @@ def test_a_method_takes_the_fields_of_a_configuration_with_their_bounds() -> Non
 def test_a_spec_is_read_back_as_it_is_hashed(benchmark: str, spec: type[Strict]) -> None:
     for run in [*plan([benchmark], "mini"), *plan([benchmark], "smoke")]:
         assert canonical_json(parse(run.spec, spec, "run.json").model_dump()) == run.to_json()
-    with pytest.raises(DefinitionError, match=r"^run\.json: 'the file': unknown key 'sed'; did you mean 'seed'"):
+    with pytest.raises(
+        DefinitionError, match=r"^run\.json: 'the file': unknown key 'sed'; did you mean 'seed'"
+    ):
         parse({**run.spec, "sed": 0}, spec, "run.json")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("brokne", "No module named 'brokne'"), ("broken", "No module named 'no_such_package'")]
+    ("name", "message"),
+    [("brokne", "No module named 'brokne'"), ("broken", "No module named 'no_such_package'")],
 )
 def test_a_plugin_that_cannot_be_imported_is_named(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,5 +276,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(
     monkeypatch.setattr(methods, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(methods, "ROOT", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(DefinitionError, match=rf"/methods\.yaml: 'plugins' names '{name}', .*{message}"):
+    with pytest.raises(
+        DefinitionError, match=rf"/methods\.yaml: 'plugins' names '{name}', .*{message}"
+    ):
         load_methods.__wrapped__()

@@ -43,7 +43,9 @@ def held(count: int, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """Start a process that holds some devices."""
     environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT), **variables}, subprocess.PIPE
     command = [sys.executable, "-c", HOLD, str(count)]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment
+    ) as process:
         try:
             yield process
         finally:
@@ -55,7 +57,9 @@ def seen(process: subprocess.Popen[str]) -> list[str]:
     return process.stdout.readline().strip().split(",")
 
 
-def test_jobs_never_share_a_device_and_a_killed_job_frees_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_never_share_a_device_and_a_killed_job_frees_its_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with held(1) as job, held(2) as other:
         first, second = seen(job), seen(other)
         assert (len(first), len(second)) == (1, 2)
@@ -86,22 +90,36 @@ def test_only_the_runs_of_one_scheduled_job_share_its_devices() -> None:
 
 
 @pytest.mark.parametrize(("count", "processes"), [(8, 1), (4, 8)])
-def test_more_accelerators_than_visible_and_too_few_for_the_processes_are_refused(count: int, processes: int) -> None:
-    message = rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible;"
+def test_more_accelerators_than_visible_and_too_few_for_the_processes_are_refused(
+    count: int, processes: int
+) -> None:
+    message = (
+        rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible;"
+    )
     with pytest.raises(RunError, match=message):
         reserve_devices(count, "llama", processes)
 
 
-def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    paper, smoke = plain_suite("paper").runs_of("modularity"), plain_suite("smoke").runs_of("modularity")
+def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paper, smoke = (
+        plain_suite("paper").runs_of("modularity"),
+        plain_suite("smoke").runs_of("modularity"),
+    )
     check_accelerators("paper", paper)
     monkeypatch.setenv(VISIBLE, "")
     check_accelerators("smoke", smoke)
-    with pytest.raises(RunError, match=r"^the suite 'paper' .*'benchmarks\.modularity\.resources\.gpu: 0' in config"):
+    with pytest.raises(
+        RunError,
+        match=r"^the suite 'paper' .*'benchmarks\.modularity\.resources\.gpu: 0' in config",
+    ):
         check_accelerators("paper", paper)
 
 
-@pytest.mark.parametrize(("value", "reserved"), [("", ""), ("NoDevFiles", "NoDevFiles"), ("MIG-1/2,GPU-8f", "MIG-1/2")])
+@pytest.mark.parametrize(
+    ("value", "reserved"), [("", ""), ("NoDevFiles", "NoDevFiles"), ("MIG-1/2,GPU-8f", "MIG-1/2")]
+)
 def test_devices_may_have_names_and_none_is_no_error(
     value: str, reserved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

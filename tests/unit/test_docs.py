@@ -21,7 +21,9 @@ from tests.pages import python_blocks
 @pytest.mark.parametrize("page", ["docs/library.md", "docs/adding.md"])
 def test_every_python_block_runs(page: str, here: Path) -> None:
     names: dict[str, object] = {}
-    quantizes = importlib.util.find_spec("bitsandbytes") is not None  # it is in the environment of `make test-oldest`
+    quantizes = (
+        importlib.util.find_spec("bitsandbytes") is not None
+    )  # it is in the environment of `make test-oldest`
     for block in python_blocks(page):
         if quantizes or "BitsAndBytesConfig" not in block.co_names:
             exec(block, names)  # noqa: S102 -- our own page
@@ -41,7 +43,9 @@ def test_the_first_page_shows_the_output_of_its_code(
         (here / folder).mkdir()
         monkeypatch.setattr(new, folder.upper(), here / folder)
     new.new_benchmark("reviews", Path("reviews.csv"))
-    assert 'labels: ["negative", "positive"]' in (here / "benchmarks/reviews/tasks.yaml").read_text()
+    assert (
+        'labels: ["negative", "positive"]' in (here / "benchmarks/reviews/tasks.yaml").read_text()
+    )
 
 
 def test_each_registered_architecture_is_on_the_page() -> None:

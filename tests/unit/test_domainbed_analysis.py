@@ -28,7 +28,11 @@ from tests.planned import plan
 
 def record(step: int, within: list[float], out: list[float]) -> dict[str, Any]:
     accuracies = {f"env{env}_in_acc": value for env, value in enumerate(within)}
-    return {"step": step, **accuracies, **{f"env{env}_out_acc": value for env, value in enumerate(out)}}
+    return {
+        "step": step,
+        **accuracies,
+        **{f"env{env}_out_acc": value for env, value in enumerate(out)},
+    }
 
 
 def pairs(choice: int, values: dict[int, list[float]]) -> list[RunRecords]:
@@ -43,8 +47,16 @@ def pairs(choice: int, values: dict[int, list[float]]) -> list[RunRecords]:
 
 # environment 0 is held out
 ALONE = [
-    RunRecords((0,), 0, [record(0, [0.5, 0, 0], [0.9, 0.2, 0.4]), record(300, [0.6, 0, 0], [0.1, 0.5, 0.5])]),
-    RunRecords((0,), 1, [record(0, [0.7, 0, 0], [0.3, 0.6, 0.4]), record(300, [0.8, 0, 0], [0.2, 0.1, 0.1])]),
+    RunRecords(
+        (0,),
+        0,
+        [record(0, [0.5, 0, 0], [0.9, 0.2, 0.4]), record(300, [0.6, 0, 0], [0.1, 0.5, 0.5])],
+    ),
+    RunRecords(
+        (0,),
+        1,
+        [record(0, [0.7, 0, 0], [0.3, 0.6, 0.4]), record(300, [0.8, 0, 0], [0.2, 0.1, 0.1])],
+    ),
 ]
 SHUFFLED = [RunRecords(run.test_envs, run.choice, list(reversed(run.records))) for run in ALONE]
 
@@ -60,7 +72,11 @@ SHUFFLED = [RunRecords(run.test_envs, run.choice, list(reversed(run.records))) f
         # run 0: .5 at step 0, .55 at step 300; run 1: .2 and .5
         (
             leave_one_domain_out,
-            [*ALONE, *pairs(0, {1: [0.9, 0.3], 2: [0.1, 0.8]}), *pairs(1, {1: [0.2, 0.6], 2: [0.2, 0.4]})],
+            [
+                *ALONE,
+                *pairs(0, {1: [0.9, 0.3], 2: [0.1, 0.8]}),
+                *pairs(1, {1: [0.2, 0.6], 2: [0.2, 0.4]}),
+            ],
             (0.55, 0, 300, 0.6),
         ),
         # every pair is needed, and a step without is skipped
@@ -73,7 +89,12 @@ def test_selections_are_domainbeds(
     select: Selection, runs: list[RunRecords], chosen: tuple[float, int, int, float] | None
 ) -> None:
     choice = select(runs, 0)
-    values = choice and (choice.value, choice.choice, choice.record["step"], choice.test_accuracy(0))
+    values = choice and (
+        choice.value,
+        choice.choice,
+        choice.record["step"],
+        choice.test_accuracy(0),
+    )
     assert values == (chosen and pytest.approx(chosen))
 
 
@@ -93,11 +114,15 @@ def test_tables_average_over_environments_then_trials(runs: list[Run]) -> None:
     others = [run_from_spec({**run.spec, "test_envs": [5]}) for run in runs]
     write_runs(others)
     both = outcomes([*runs, *others])
-    cells = both.cells[both.cells["selection"] == "training"].set_index(["method", "seed", "eval_task"])["value"]
+    cells = both.cells[both.cells["selection"] == "training"].set_index(
+        ["method", "seed", "eval_task"]
+    )["value"]
     trials = cells.groupby(["method", "seed"]).mean()
     row = summary(both).frame.set_index(["selection", "method"]).loc[("training", "emoe")]
     assert row["rotated_mnist_5k mean"] == pytest.approx(trials["emoe"].mean())
-    assert row["rotated_mnist_5k error"] == pytest.approx(np.std(trials["emoe"]) / math.sqrt(3))  # as DomainBed has it
+    assert row["rotated_mnist_5k error"] == pytest.approx(
+        np.std(trials["emoe"]) / math.sqrt(3)
+    )  # as DomainBed has it
     table = results(both, "rotated_mnist_5k")
     row = table.frame.set_index(["selection", "method"]).loc[("training", "emoe")]
     assert row["0 mean"] == pytest.approx(cells["emoe", :, "0"].mean())
@@ -120,7 +145,11 @@ def test_each_trial_has_its_choices_with_the_runs_of_all_trials(runs: list[Run])
 def test_the_best_draw_is_reported_and_named(here: Path) -> None:
     cell = ("pacs", "erm", 0)
     planned = plan(["domainbed"], "domainbed_sweep")
-    runs = [run for run in planned if (run.spec["task"]["name"], run.spec["method"]["name"], run.spec["seed"]) == cell]
+    runs = [
+        run
+        for run in planned
+        if (run.spec["task"]["name"], run.spec["method"]["name"], run.spec["seed"]) == cell
+    ]
     write_runs(runs)
     swept = outcomes(runs)
     assert set(swept.cells["selection"]) == {"training", "leave_one_out", "oracle"}
@@ -135,8 +164,14 @@ def test_the_best_draw_is_reported_and_named(here: Path) -> None:
 
 
 def test_both_gmoes_have_their_published_numbers(here: Path) -> None:
-    runs = [pacs_run(method, env, eval_every=6) for method in ("gmoe", "gmoe_upstream") for env in range(4)]
+    runs = [
+        pacs_run(method, env, eval_every=6)
+        for method in ("gmoe", "gmoe_upstream")
+        for env in range(4)
+    ]
     write_runs(runs)
-    frame = paper(outcomes(runs)).frame.set_index(["task", "method_title", "selection", "model"])["value"]
+    frame = paper(outcomes(runs)).frame.set_index(["task", "method_title", "selection", "model"])[
+        "value"
+    ]
     assert frame["pacs", "GMoE (GMoE's code)", "training", "deit-small"] == pytest.approx(0.881)
     assert frame["average of four", "GMoE (EMoE's README)", "training", "deit-small"] == 0.7134

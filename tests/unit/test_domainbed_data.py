@@ -56,12 +56,23 @@ def test_the_transforms_are_domainbeds(pacs: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: shutil.rmtree(root / "photo"), "the environments art_painting, cartoon, sketch; it must have"),
-        (lambda root: [path.unlink() for path in (root / "cartoon/dog").iterdir()], "PACS/cartoon: .*dog.* images are"),
-        (lambda root: (root / "sketch/dog").rename(root / "sketch/dogs"), "'dog' is only in one of .*/art_painting, "),
+        (
+            lambda root: shutil.rmtree(root / "photo"),
+            "the environments art_painting, cartoon, sketch; it must have",
+        ),
+        (
+            lambda root: [path.unlink() for path in (root / "cartoon/dog").iterdir()],
+            "PACS/cartoon: .*dog.* images are",
+        ),
+        (
+            lambda root: (root / "sketch/dog").rename(root / "sketch/dogs"),
+            "'dog' is only in one of .*/art_painting, ",
+        ),
     ],
 )
-def test_folders_that_are_not_the_sets_are_named(pacs: Path, change: Callable[[Path], object], message: str) -> None:
+def test_folders_that_are_not_the_sets_are_named(
+    pacs: Path, change: Callable[[Path], object], message: str
+) -> None:
     change(pacs / "PACS")
     with pytest.raises(DataError, match=message):
         load()
@@ -80,7 +91,9 @@ def test_damaged_images_are_all_named_before_anything_is_trained(pacs: Path) -> 
     short, text = folder / "000.jpg", folder / "001.jpg"
     short.write_bytes(short.read_bytes()[:-200])
     text.write_text("not an image")
-    with pytest.raises(DataError, match=f"2 of 36 images cannot be used(.|\n)*{short} cannot(.|\n)*{text} cannot"):
+    with pytest.raises(
+        DataError, match=f"2 of 36 images cannot be used(.|\n)*{short} cannot(.|\n)*{text} cannot"
+    ):
         validate_images(load())
     text.unlink()
     assert validate_images(load("load"))["environments"]["P"]["rows"] == 8
@@ -122,7 +135,9 @@ def test_a_hub_set_has_the_same_environments_and_classes(
     assert loaded.classes == local.classes
     for ours, theirs in zip(loaded.environments, local.environments, strict=True):
         assert (ours.name, ours.labels) == (theirs.name, theirs.labels)
-        assert {ours.open(row).tobytes() for row in range(9)} == {theirs.open(row).tobytes() for row in range(9)}
+        assert {ours.open(row).tobytes() for row in range(9)} == {
+            theirs.open(row).tobytes() for row in range(9)
+        }
 
 
 def test_every_set_has_domainbeds_environments() -> None:
@@ -131,7 +146,10 @@ def test_every_set_has_domainbeds_environments() -> None:
     assert (names["pacs"], names["vlcs"], names["office_home"]) == ("A C P S", "C L S V", "A C P R")
     assert names["terra_incognita"] == "L100 L38 L43 L46"
     assert names["domain_net"] == "clip info paint quick real sketch"
-    assert (names["rotated_mnist"], names["colored_mnist"]) == ("0 15 30 45 60 75", "+90% +80% -90%")
+    assert (names["rotated_mnist"], names["colored_mnist"]) == (
+        "0 15 30 45 60 75",
+        "+90% +80% -90%",
+    )
     for entry in sets.values():
         if entry.source.folder:
             folders = list(entry.environments.values())
@@ -145,11 +163,17 @@ def test_all_of_mnist_is_read_train_before_test(root: Path) -> None:
     folder.mkdir(parents=True)
     for name, count, value in (("train", 12, 1), ("t10k", 4, 2)):
         pixels, labels = bytes([value]) * count * 28 * 28, bytes([value]) * count
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 2051, count, 28, 28) + pixels
+        )
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
     images, labels, source = load_digits("all")
     assert (images.shape, images.dtype, source) == ((16, 28, 28), torch.uint8, str(root / "MNIST"))
     assert images[:, 0, 0].tolist() == labels.tolist() == [1] * 12 + [2] * 4
-    task = {"name": "mnist", "domainbed": "ColoredMNIST", "source": {"mnist": "colored", "digits": "all"}}
+    task = {
+        "name": "mnist",
+        "domainbed": "ColoredMNIST",
+        "source": {"mnist": "colored", "digits": "all"},
+    }
     task["environments"] = [["+90%", 0.1], ["+80%", 0.2], ["-90%", 0.9]]
     assert [len(environment) for environment in load(task=task).environments] == [6, 5, 5]

@@ -35,7 +35,9 @@ def test_seeds_are_the_md5_of_the_tuples_text() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 10, 833])
 @pytest.mark.parametrize(("trial", "env"), [(0, 0), (0, 3), (2, 1)])
-def test_an_environment_is_split_by_the_hash_of_trial_and_number(rows: int, trial: int, env: int) -> None:
+def test_an_environment_is_split_by_the_hash_of_trial_and_number(
+    rows: int, trial: int, env: int
+) -> None:
     keys = list(range(rows))
     np.random.RandomState(md5_of(f"({trial}, {env})")).shuffle(keys)
     split = split_environment(rows, env, trial, is_test=False)
@@ -51,7 +53,12 @@ def test_a_held_out_environments_rows_are_shuffled_once_more() -> None:
 
 
 def test_default_hyper_parameters() -> None:
-    shared = {"data_augmentation": True, "resnet18": False, "resnet_dropout": 0.0, "class_balanced": False}
+    shared = {
+        "data_augmentation": True,
+        "resnet18": False,
+        "resnet_dropout": 0.0,
+        "class_balanced": False,
+    }
     shared |= {"nonlinear_classifier": False, "vit_dropout": 0.0}
     for dataset, lr, batch_size in (("PACS", 5e-5, 32), ("ColoredMNIST", 1e-3, 64)):
         expected = {**shared, "lr": lr, "weight_decay": 0.0, "batch_size": batch_size}
@@ -68,13 +75,21 @@ def test_the_authors_hyper_parameters_by_set() -> None:
     authors = {"PACS": (3e-5, 1e-6), "VLCS": (3e-5, 1e-6), "OfficeHome": (1e-5, 1e-6)}
     authors |= {"TerraIncognita": (5e-5, 1e-4), "DomainNet": (5e-5, 0.0)}
     for dataset, values in authors.items():
-        usual, drawn = hyper_parameters("emoe", dataset, 0, 0), hyper_parameters("emoe", dataset, 7, 2)
+        usual, drawn = (
+            hyper_parameters("emoe", dataset, 0, 0),
+            hyper_parameters("emoe", dataset, 7, 2),
+        )
         assert (usual["lr"], usual["weight_decay"], usual["batch_size"]) == (*values, 32)
-        assert (drawn["weight_decay"], drawn["lr"]) == (0, 10 ** drawn_state("lr").uniform(-4.5, -2.5))
+        assert (drawn["weight_decay"], drawn["lr"]) == (
+            0,
+            10 ** drawn_state("lr").uniform(-4.5, -2.5),
+        )
 
 
 def test_every_hyper_parameter_is_drawn_from_a_state_of_its_own() -> None:
-    drawn, small = (hyper_parameters("domainbed", dataset, 7, 2) for dataset in ("OfficeHome", "RotatedMNIST"))
+    drawn, small = (
+        hyper_parameters("domainbed", dataset, 7, 2) for dataset in ("OfficeHome", "RotatedMNIST")
+    )
     assert drawn["lr"] == 10 ** drawn_state("lr").uniform(-5, -3.5)
     assert drawn["weight_decay"] == 10 ** drawn_state("weight_decay").uniform(-6, -2)
     assert (small["lr"], small["weight_decay"]) == (10 ** drawn_state("lr").uniform(-4.5, -2.5), 0)
@@ -85,7 +100,9 @@ def test_every_hyper_parameter_is_drawn_from_a_state_of_its_own() -> None:
         assert hyper_parameters("domainbed", dataset, 7, 2)["batch_size"] == size
 
 
-DIGITS = torch.randint(0, 256, (60, 28, 28), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+DIGITS = torch.randint(0, 256, (60, 28, 28), generator=torch.Generator().manual_seed(1)).to(
+    torch.uint8
+)
 LABELS = torch.arange(60) % 10
 
 
@@ -97,7 +114,10 @@ def test_rotated_mnist_is_domainbeds() -> None:
     for env, (angle, (x, y)) in enumerate(zip(angles, environments, strict=True)):
         assert torch.equal(y, LABELS[order][env::6])
         image = Image.fromarray(DIGITS[order][env::6][3].numpy())
-        assert torch.equal(x[3], to_tensor(rotate(image, angle, fill=[0], interpolation=InterpolationMode.BILINEAR)))
+        assert torch.equal(
+            x[3],
+            to_tensor(rotate(image, angle, fill=[0], interpolation=InterpolationMode.BILINEAR)),
+        )
         assert x.shape == (10, 1, 28, 28)
 
 
@@ -118,7 +138,9 @@ def test_colored_mnist_is_domainbeds() -> None:
 
 
 def test_a_step_draws_the_same_number_of_rows_of_every_environment_by_the_seed_alone() -> None:
-    first, again, other = (list(EnvironmentBatches([10, 40], batch_size=3, steps=200, seed=n)) for n in (4, 4, 5))
+    first, again, other = (
+        list(EnvironmentBatches([10, 40], batch_size=3, steps=200, seed=n)) for n in (4, 4, 5)
+    )
     assert first == again != other
     assert [number for number, _, _ in first] == list(range(200 * 3 * 2))
     assert [env for _, env, _ in first[:12]] == [0, 0, 0, 1, 1, 1] * 2
@@ -144,11 +166,20 @@ def test_evaluations_are_at_domainbeds_steps(steps: int, every: int, expected: l
 
 def test_the_papers_protocol() -> None:
     runs = paper_runs("domainbed")
-    training = {"steps": 5001, "eval_every": 300, "eval_batch_size": 64, "image_size": 224, "drop_path": 0.1}
+    training = {
+        "steps": 5001,
+        "eval_every": 300,
+        "eval_batch_size": 64,
+        "image_size": 224,
+        "drop_path": 0.1,
+    }
     training |= {"val_augment": True, "evaluate": "all", "eval_rows": None}
     for run in runs:
         assert run.spec["training"] | training == run.spec["training"]
-        assert (run.spec["hparams"]["batch_size"], run.spec["hparams"]["data_augmentation"]) == (32, True)
+        assert (run.spec["hparams"]["batch_size"], run.spec["hparams"]["data_augmentation"]) == (
+            32,
+            True,
+        )
     cells = {(run.spec["model"]["name"], *run.spec["test_envs"], run.id) for run in runs}
     assert len(cells) == len(runs) == 2 * 4 * 11 * 4 * 3
     configs = {run.spec["method"]["name"]: run.spec["method"]["config"] for run in runs}
@@ -175,4 +206,7 @@ def test_the_papers_protocol() -> None:
 )
 def test_wrong_training_settings_are_named(key: str, value: Any, message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        specs(load_benchmark("domainbed"), edited_part("domainbed", "paper", {f"training.{key}": value}))
+        specs(
+            load_benchmark("domainbed"),
+            edited_part("domainbed", "paper", {f"training.{key}": value}),
+        )

@@ -43,7 +43,9 @@ def test_a_run_has_domainbeds_records_and_augments_validation_images_anew_at_eve
     def spy(self: EvaluationRows, index: int) -> dict[str, Any]:
         row = read(self, index)
         if index == 0:
-            first_images.setdefault((self.environment.name, len(self) == 20), []).append(row["pixel_values"])
+            first_images.setdefault((self.environment.name, len(self) == 20), []).append(
+                row["pixel_values"]
+            )
         return row
 
     monkeypatch.setattr(EvaluationRows, "__getitem__", spy)
@@ -52,13 +54,19 @@ def test_a_run_has_domainbeds_records_and_augments_validation_images_anew_at_eve
     metrics = finish(path)
     assert set(first_images) == set(itertools.product("ACPS", (False, True)))
     for (name, _), images in first_images.items():
-        steps = images[:3]  # of three evaluations; the last evaluation, after training, is a plain one
+        steps = images[
+            :3
+        ]  # of three evaluations; the last evaluation, after training, is a plain one
         assert [torch.equal(image, steps[0]) for image in steps] == [True, *[name == "P"] * 2]
     records, routing = metrics["records"], metrics["routing"]
     names = {f"env{env}_{split}_acc" for env in range(4) for split in ("in", "out")}
     assert all(names | {"step", "epoch", "loss"} == set(record) for record in records)
     # 24 images an environment: 4 out, 20 in; 4 of them in a step
-    assert [(record["step"], record["epoch"]) for record in records] == [(0, 0.0), (3, 3 / 5), (6, 6 / 5)]
+    assert [(record["step"], record["epoch"]) for record in records] == [
+        (0, 0.0),
+        (3, 3 / 5),
+        (6, 6 / 5),
+    ]
     rows = {f"{env} {split}": count for env in "ACPS" for split, count in (("in", 20), ("out", 4))}
     assert {name: data["rows"] for name, data in metrics["data"].items()} == rows
     best = best_record(records, [2])
@@ -66,9 +74,13 @@ def test_a_run_has_domainbeds_records_and_augments_validation_images_anew_at_eve
     assert metrics["scores"]["test"] == {"P": {"accuracy": best.record["env2_in_acc"]}}
     loads = torch.tensor(routing["loads"]["2"])
     assert loads.shape == (4, 3, 8)
-    assert loads.sum() == 16 * 5 * 2  # out images, their tokens (four patches and a class token), experts of each
+    assert (
+        loads.sum() == 16 * 5 * 2
+    )  # out images, their tokens (four patches and a class token), experts of each
     for name, axis in (("class", 0), ("environment", 1)):
-        bits = [mutual_information(np.array(loads).sum(axis)) for loads in routing["loads"].values()]
+        bits = [
+            mutual_information(np.array(loads).sum(axis)) for loads in routing["loads"].values()
+        ]
         assert routing[f"{name}_information"] == pytest.approx(np.mean(bits))
         assert 0 < routing[f"{name}_information_chance"] < routing[f"{name}_information_chance_95"]
     assert all(sum(map(sum, matrix)) == 4 for matrix in metrics["confusion"].values())
@@ -108,7 +120,9 @@ def recorded(
 
 def test_all_experts_train_exactly_like_the_dense_model_on_the_same_images(recorded) -> None:
     (dense, images, _), (routed, same, _) = (recorded(method) for method in ("erm", "all_experts"))
-    assert [image.shape for image in images] == [(12, 3, 32, 32)] * 7  # three environments, four images of each
+    assert [image.shape for image in images] == [
+        (12, 3, 32, 32)
+    ] * 7  # three environments, four images of each
     assert all(torch.equal(*pair) for pair in zip(images, same, strict=True))
     for ours, theirs in zip(routed["records"], dense["records"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
@@ -119,11 +133,15 @@ def test_a_killed_run_resumes_to_the_same_numbers_also_with_worker_processes(
 ) -> None:
     whole, _, _ = recorded("gmoe_published")
     monkeypatch.setattr("benchmarks.domainbed.training.reading_workers", lambda: 2)
-    assert killed_and_resumed(pacs_run("gmoe_published"), 6) == whole  # after the records of steps 0 and 3
+    assert (
+        killed_and_resumed(pacs_run("gmoe_published"), 6) == whole
+    )  # after the records of steps 0 and 3
     assert "resumed at step 4" in "".join(capfd.readouterr())
 
 
-def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_images_are_never_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other held-out images give other test scores and nothing else."""
     monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
     pacs = write_images(tmp_path / "data", "pacs", rows=8)
@@ -132,7 +150,10 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytes
         path.write_bytes((pacs / "photo/dog/000.jpg").read_bytes())
     after = finish(prepare(pacs_run(held_out=3), "after"))
     for metrics in zip(before["records"], after["records"], strict=True):
-        others = [{name: value for name, value in record.items() if "env3" not in name} for record in metrics]
+        others = [
+            {name: value for name, value in record.items() if "env3" not in name}
+            for record in metrics
+        ]
         assert others[0] == others[1]
     assert before["confusion"]["S"] != after["confusion"]["S"]
 
@@ -140,7 +161,11 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path, monkeypatch: pytes
 def test_adam_decays_every_parameter(recorded) -> None:
     _, _, optimizer = recorded("erm")
     (group,) = (group for group in optimizer.param_groups if group["params"])
-    assert (type(optimizer), group["weight_decay"], group["initial_lr"]) == (torch.optim.Adam, 1e-6, 1e-3)
+    assert (type(optimizer), group["weight_decay"], group["initial_lr"]) == (
+        torch.optim.Adam,
+        1e-6,
+        1e-3,
+    )
     assert len(group["params"]) > 70  # biases and norms too
 
 
@@ -152,7 +177,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     vit = ViTConfig(**small, intermediate_size=64, image_size=48, patch_size=16, num_labels=5)
     ViTForImageClassification(vit).save_pretrained(root / "vit-large")
-    Dinov2Model(Dinov2Config(**small, image_size=42, patch_size=14)).save_pretrained(root / "dinov2-small")
+    Dinov2Model(Dinov2Config(**small, image_size=42, patch_size=14)).save_pretrained(
+        root / "dinov2-small"
+    )
     timm_model = timm.create_model("deit_small_patch16_224", num_classes=1000)
     (root / "deit-small").mkdir()
     save_file(timm_model.state_dict(), root / "deit-small" / "model.safetensors")
@@ -165,18 +192,25 @@ def model_root(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return models
 
 
-def with_model(name: str, method: str = "emoe", tune: dict[str, Any] | None = None, **changes: Any) -> Run:
+def with_model(
+    name: str, method: str = "emoe", tune: dict[str, Any] | None = None, **changes: Any
+) -> Run:
     spec = pacs_run(method).spec
     config = spec["method"]["config"]
     layers = {"layers": [1, 3]} if config else {}
-    method_spec = {**spec["method"], "config": {**config, **layers} if config else None, "tune": tune}
+    method_spec = {
+        **spec["method"],
+        "config": {**config, **layers} if config else None,
+        "tune": tune,
+    }
     model = load_models()[name].spec(name)
     training = {**spec["training"], "steps": 2, "eval_every": 1, "eval_rows": 4, **changes}
     return run_from_spec({**spec, "model": model, "method": method_spec, "training": training})
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "drop_path"), [("dinov2-small", 28, 0.1), ("vit-large", 32, 0.0), ("deit-small", 32, 0.1)]
+    ("name", "size", "drop_path"),
+    [("dinov2-small", 28, 0.1), ("vit-large", 32, 0.0), ("deit-small", 32, 0.1)],
 )
 def test_every_library_of_models_trains_from_a_local_folder(
     model_root: Path, name: str, size: int, drop_path: float
@@ -187,19 +221,27 @@ def test_every_library_of_models_trains_from_a_local_folder(
 
 
 def test_vit_large_is_trained_by_adapters(model_root: Path) -> None:
-    spec = next(run.spec for run in plan(["domainbed"], "domainbed_large") if run.spec["method"]["name"] == "gmoe")
+    spec = next(
+        run.spec
+        for run in plan(["domainbed"], "domainbed_large")
+        if run.spec["method"]["name"] == "gmoe"
+    )
     lora, tune = spec["training"]["lora"], {**spec["method"]["tune"], "blocks": [1, 3]}
     run = with_model("vit-large", "gmoe", tune, image_size=32, drop_path=0.0, lora=lora)
     trained = finish(prepare(run))["model"]["trained"]
     assert set(trained) == {"adapters", "head", "also", "blocks", "routers"}
-    assert trained["adapters"]["parameters"] == 4 * 3 * 2 * 32 * 32  # layers, projections, two factors of rank 32
+    assert (
+        trained["adapters"]["parameters"] == 4 * 3 * 2 * 32 * 32
+    )  # layers, projections, two factors of rank 32
 
 
 TEST_VIT = load_models()["test-vit"].spec("test-vit")
 
 
 def test_the_head_hangs_on_its_seed_and_the_rest_does_not() -> None:
-    first, same, other = (load_image_classifier(TEST_VIT, 7, 32, 0.1, seed).network for seed in (1, 1, 2))
+    first, same, other = (
+        load_image_classifier(TEST_VIT, 7, 32, 0.1, seed).network for seed in (1, 1, 2)
+    )
     assert torch.equal(first.head.weight, same.head.weight)
     assert not torch.equal(first.head.weight, other.head.weight)
     assert torch.equal(first.blocks[3].mlp.fc1.weight, other.blocks[3].mlp.fc1.weight)
@@ -209,10 +251,14 @@ def test_a_partition_is_of_the_weights_that_are_trained_at_any_size() -> None:
     config = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[2])
     keys = partition_keys(load_image_network(TEST_VIT), config)
     for size in (32, 160):
-        assert partition_keys(load_image_classifier(TEST_VIT, 7, size, 0.1, 0).network, config) == keys
+        assert (
+            partition_keys(load_image_classifier(TEST_VIT, 7, size, 0.1, 0).network, config) == keys
+        )
 
 
-def test_random_weights_do_not_depend_on_the_release_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_weights_do_not_depend_on_the_release_of_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """torch's ``trunc_normal_`` draws other numbers from one release to the next."""
     wanted = load_image_classifier(TEST_VIT, 10, 32, 0.0, 3).state_dict()
 

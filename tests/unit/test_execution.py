@@ -38,7 +38,9 @@ SPEC = SMOKE[0].spec
 def prepare(method: str, folder: str = "runs", **training: object) -> Path:
     """Write the ``run.json`` of a small smoke run."""
     spec = next(run.spec for run in SMOKE if run.spec["method"]["name"] == method)
-    run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30, **training}})
+    run = run_from_spec(
+        {**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30, **training}}
+    )
     return write_run(run, folder)
 
 
@@ -46,7 +48,9 @@ def test_a_second_process_waits_for_a_run_and_keeps_its_numbers(workdir: Path) -
     path = prepare("emoe")
     command = [sys.executable, "-m", "benchmarks", "run", str(path)]
     with FileLock(path.parent / ".lock"):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workdir)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workdir
+        )
         assert process.stderr
         assert "another process works on this run" in process.stderr.readline()
         assert not (path.parent / "log.txt").exists()
@@ -117,7 +121,9 @@ def test_a_killed_run_resumes_from_the_last_complete_checkpoint_to_the_same_numb
     assert f"resumed at step {resumed_at}" in "".join(capfd.readouterr())
 
 
-def test_incomplete_checkpoints_are_removed_and_the_newest_complete_one_is_used(tmp_path: Path) -> None:
+def test_incomplete_checkpoints_are_removed_and_the_newest_complete_one_is_used(
+    tmp_path: Path,
+) -> None:
     arguments = TrainingArguments(str(tmp_path))
     for step in (6, 12, 100):
         state = TrainerState(global_step=step)
@@ -137,8 +143,15 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     again: list[dict[str, float | None]] = []
     evaluate = TextTrainer.evaluate
 
-    def spy(self: TextTrainer, split: TextSplit, task: object = None, routing: object = None) -> dict:
-        again.append(evaluate(self, load_split(RunTask.model_validate(SPEC["task"]), "dev").sample(30, "tweets/dev")))
+    def spy(
+        self: TextTrainer, split: TextSplit, task: object = None, routing: object = None
+    ) -> dict:
+        again.append(
+            evaluate(
+                self,
+                load_split(RunTask.model_validate(SPEC["task"]), "dev").sample(30, "tweets/dev"),
+            )
+        )
         return evaluate(self, split, task, routing)
 
     with monkeypatch.context() as patch:
@@ -150,12 +163,18 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     scores = [entry["balanced_accuracy"] for entry in whole["epochs"]]
     best = scores.index(max(scores))
     assert len(scores) == best + 3 < 12
-    assert whole["scores"]["dev"]["tweets"] == {k: whole["epochs"][best][k] for k in ("balanced_accuracy", "loss")}
+    assert whole["scores"]["dev"]["tweets"] == {
+        k: whole["epochs"][best][k] for k in ("balanced_accuracy", "loss")
+    }
 
     # killed after it had stopped, while evaluating: the best weights are loaded again and nothing is trained
     killed = prepare("vanilla", "killed", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(TextTrainer, "evaluate", lambda *_args, **_options: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            TextTrainer,
+            "evaluate",
+            lambda *_args, **_options: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             finish(killed)
     assert finish(killed) == whole
@@ -164,7 +183,9 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     assert cost["train_seconds"] > 0
 
 
-def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(workdir: Path) -> None:
+def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
+    workdir: Path,
+) -> None:
     """Score the epochs by held-out rows, because the dev split is the reported one."""
     spec = copy.deepcopy(SPEC)
     spec["task"]["splits"]["test"] = None
@@ -173,7 +194,9 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     metrics = finish(write_run(run_from_spec(spec)))
     assert [metrics["data"][part]["rows"] for part in ("train", "dev", "test")] == [54, 6, 30]
     kept = metrics["scores"]["dev"]["tweets"]
-    assert kept in [{k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in metrics["epochs"]]
+    assert kept in [
+        {k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in metrics["epochs"]
+    ]
     dev = load_split(RunTask.model_validate(spec["task"]), "dev").sample(30, "tweets/dev")
     assert metrics["data"]["test"] == dev.summary()
 
@@ -195,7 +218,9 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone(by_length: bool) -> N
 
 def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPEC | {"learning_rate": 1e30}
-    run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30}})
+    run = run_from_spec(
+        {**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30}}
+    )
     metrics = finish(write_run(run))
     assert metrics["scores"]["test"]["tweets"]["loss"] is None
     assert 0 <= metrics["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
@@ -223,7 +248,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_has_the_name_of_the_run_and_the_time_left_for_its_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_has_the_name_of_the_run_and_the_time_left_for_its_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = iter([0.0, 0.0, 20.0, 25.0, 40.0])
     times = SimpleNamespace(monotonic=lambda: next(now))
     monkeypatch.setattr(progress_module, "time", times)

@@ -17,19 +17,35 @@ from tests.planned import plan
 @pytest.mark.parametrize(
     ("suite", "benchmark"),
     [
-        *(("mini", name) for name in ("glue", "glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
-        *(("paper", name) for name in ("glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
+        *(
+            ("mini", name)
+            for name in ("glue", "glue_lora", "glue_ood", "modularity", "domainbed", "llama")
+        ),
+        *(
+            ("paper", name)
+            for name in ("glue_lora", "glue_ood", "modularity", "domainbed", "llama")
+        ),
     ],
 )
-def test_figures_fit_a_page_and_no_text_touches_another(suite: str, benchmark: str, here: Path) -> None:
+def test_figures_fit_a_page_and_no_text_touches_another(
+    suite: str, benchmark: str, here: Path
+) -> None:
     runs = plan([benchmark], suite)
     if (suite, benchmark) == ("paper", "domainbed"):
         runs = [run for run in runs if run.spec["task"]["name"] == "pacs"]
     elif (suite, benchmark) == ("paper", "glue_lora"):  # as good as all for figures
-        runs = [run for run in runs if (run.spec["learning_rate"], run.spec["protocol"]) == (3e-4, "published")]
+        runs = [
+            run
+            for run in runs
+            if (run.spec["learning_rate"], run.spec["protocol"]) == (3e-4, "published")
+        ]
     fake_runs.write_runs(runs)
     shown = present(load_benchmark(benchmark), fake_runs.records(runs))
-    figures = {name: figure.draw for page in (shown, *shown.parts.values()) for name, figure in page.figures.items()}
+    figures = {
+        name: figure.draw
+        for page in (shown, *shown.parts.values())
+        for name, figure in page.figures.items()
+    }
     assert len(figures) >= len(load_benchmark(benchmark).definition.figures)
     for name, draw in figures.items():
         with watched() as problems:

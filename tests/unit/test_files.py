@@ -68,7 +68,9 @@ def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path) -> No
 
 def test_files_of_killed_writers_are_removed_after_a_day(tmp_path: Path) -> None:
     path = tmp_path / "forest[1].pdf"
-    old, new, other = (tmp_path / f".{name}.{'0a' * 16}" for name in (path.name, path.name, "forest.pdf"))
+    old, new, other = (
+        tmp_path / f".{name}.{'0a' * 16}" for name in (path.name, path.name, "forest.pdf")
+    )
     new = new.with_suffix("." + "1b" * 16)
     for file in (old, new, other):
         file.touch()
@@ -105,16 +107,22 @@ def make_pipe(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_pipe, Path.mkdir], ids=["a named pipe", "a folder"])
-def test_what_is_not_a_file_is_one_line_without_a_wait(make: Callable[[Path], None], here: Path) -> None:
+def test_what_is_not_a_file_is_one_line_without_a_wait(
+    make: Callable[[Path], None], here: Path
+) -> None:
     package = PackageFile("wheel", "demo", "1.0", "0" * 64)
     package.path.parent.mkdir(parents=True)
     for path in (here / "metrics.json", here / "mini.yaml", package.path):
         make(path)
-    with pytest.raises(DataError, match=r"metrics\.json cannot be read: it is not a file; delete it$"):
+    with pytest.raises(
+        DataError, match=r"metrics\.json cannot be read: it is not a file; delete it$"
+    ):
         read_json(here / "metrics.json", Receipt, "delete it")
     with pytest.raises(DefinitionError, match=r"mini\.yaml cannot be read: it is not a file$"):
         read_yaml(here / "mini.yaml")
-    with pytest.raises(DataError, match=rf"{package.name} is not a file; delete it and .*fetch {package.name}`$"):
+    with pytest.raises(
+        DataError, match=rf"{package.name} is not a file; delete it and .*fetch {package.name}`$"
+    ):
         package.check()
 
 
@@ -123,7 +131,9 @@ def test_a_damaged_package_file_names_the_command_that_fetches_it_again(here: Pa
     package.path.parent.mkdir(parents=True)
     package.path.write_bytes(b"half")
     way_out = rf"delete it and fetch it again: `python -m benchmarks fetch {package.name}`$"
-    with pytest.raises(DataError, match=rf"{package.path} is damaged or another version: .*; {way_out}"):
+    with pytest.raises(
+        DataError, match=rf"{package.path} is damaged or another version: .*; {way_out}"
+    ):
         package.check()
 
 
@@ -162,8 +172,14 @@ def test_a_lock_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("demo: {kind: wheel, version: 1.0, sha256: x}", "'demo.version': Input should be a valid string"),
-        ("demo: {kind: egg, version: '1', sha256: x}", "'demo.kind': Input should be 'sdist' or 'wheel'"),
+        (
+            "demo: {kind: wheel, version: 1.0, sha256: x}",
+            "'demo.version': Input should be a valid string",
+        ),
+        (
+            "demo: {kind: egg, version: '1', sha256: x}",
+            "'demo.kind': Input should be 'sdist' or 'wheel'",
+        ),
         ("demo: {kind: wheel, version: '1', sha256: x}", "'demo.sha256': String should match"),
         ("demo: {kind: wheel, version: '1', sha: x}", "'demo.sha256': Field required"),
         ("demo: 3", "'demo': Input should be"),
@@ -172,11 +188,15 @@ def test_a_lock_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
         ("3: {}", "'3.*': Input should be a valid string"),
     ],
 )
-def test_a_mistake_in_the_list_of_packages_is_one_line(content: str, message: str, tmp_path: Path) -> None:
+def test_a_mistake_in_the_list_of_packages_is_one_line(
+    content: str, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "packages.yaml"
     path.write_text(content)
     with pytest.raises(DefinitionError, match=message) as error:
         read_packages(path)
     assert str(error.value).startswith(f"{path}: ")
-    assert str(error.value).endswith("a package has the keys kind (sdist or wheel), version and sha256")
+    assert str(error.value).endswith(
+        "a package has the keys kind (sdist or wheel), version and sha256"
+    )
     assert "\n" not in str(error.value)

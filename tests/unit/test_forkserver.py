@@ -66,12 +66,16 @@ def forks(starter: Process, workdir: Path) -> Forks:
     return working
 
 
-def start(*arguments: object, program: tuple[str, str] = ("-m", "benchmarks"), **variables: str) -> Process:
+def start(
+    *arguments: object, program: tuple[str, str] = ("-m", "benchmarks"), **variables: str
+) -> Process:
     """Start ``python -m benchmarks …`` as Snakemake starts a job."""
     environment = {**os.environ, **ONE_THREAD, **variables}
     environment.pop(_OF_PYTEST, None)
     command = [sys.executable, *program, *map(str, arguments)]
-    return Process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return Process(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def has_saved_since(path: Path, since: Path | None) -> bool:
@@ -81,7 +85,10 @@ def has_saved_since(path: Path, since: Path | None) -> bool:
 
 
 def small(run: Run, folder: str, **training: object) -> Path:
-    spec = {**run.spec, "training": {**run.spec["training"], "train_rows": 48, "eval_rows": 30, **training}}
+    spec = {
+        **run.spec,
+        "training": {**run.spec["training"], "train_rows": 48, "eval_rows": 30, **training},
+    }
     return prepare(run_from_spec(spec), folder)
 
 
@@ -102,14 +109,21 @@ def test_forks_have_the_numbers_of_a_process_without_a_server_in_any_order(forks
     # in this process, whose environment is another one from then on
     assert other == executed.finish(small(RUNS["gmoe_published"], "alone"))
     paths = [small(RUNS["emoe"], folder) for folder in ("alone", "second")]
-    seconds = [json.loads(path.with_name("metrics.json").read_text())["cost"]["startup_seconds"] for path in paths]
+    seconds = [
+        json.loads(path.with_name("metrics.json").read_text())["cost"]["startup_seconds"]
+        for path in paths
+    ]
     assert seconds[0] > 3 * seconds[1]  # the server has imported all by then
 
 
 def test_a_command_with_another_environment_or_no_server_is_not_forked(forks: Forks) -> None:
     """Variables that a shell keeps for itself do not count."""
     ask = "from benchmarks.harness.run.forkserver import run_in_fork; print(run_in_fork(['check', '--sweet']))"
-    cases = [({"PS1": "(.venv) "}, "2"), ({"OMP_NUM_THREADS": "2"}, "None"), ({ADDRESS: "/nowhere/socket"}, "None")]
+    cases = [
+        ({"PS1": "(.venv) "}, "2"),
+        ({"OMP_NUM_THREADS": "2"}, "None"),
+        ({ADDRESS: "/nowhere/socket"}, "None"),
+    ]
     for variables, status in cases:
         process = start(program=("-c", ask), **variables)
         assert process.communicate()[0].splitlines()[-1] == status

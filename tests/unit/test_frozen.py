@@ -30,7 +30,11 @@ from tests.planned import paper_spec
 
 pytestmark = pytest.mark.usefixtures("hub_here")
 FROZEN = {"frozen_layers": 2}
-BUILDERS = {texts: "build_classifier", images: "build_image_classifier", instructions: "build_language_model"}
+BUILDERS = {
+    texts: "build_classifier",
+    images: "build_image_classifier",
+    instructions: "build_language_model",
+}
 
 
 def text_run(method: str, model: str = "bert-base-cased", **training: Any) -> Run:
@@ -66,7 +70,9 @@ def watched(
 
     def spy(*args: Any, **kwargs: Any) -> Trainable:
         built = build(*args, **kwargs)
-        models.append((built, {name: values.clone() for name, values in built.model.named_parameters()}))
+        models.append(
+            (built, {name: values.clone() for name, values in built.model.named_parameters()})
+        )
         return built if cached else replace(built, prefix=None)
 
     monkeypatch.setattr(pipeline, BUILDERS[pipeline], spy)
@@ -82,14 +88,20 @@ def assert_close(result: Any, expected: Any) -> None:
     elif isinstance(expected, list):
         for pair in zip(result, expected, strict=True):
             assert_close(*pair)
-    elif isinstance(expected, str) and re.fullmatch(r"-?[0-9]+[.][0-9]+", expected):  # a loss with all its digits
+    elif isinstance(expected, str) and re.fullmatch(
+        r"-?[0-9]+[.][0-9]+", expected
+    ):  # a loss with all its digits
         assert_close(float(result), float(expected))
     else:
-        assert result == (pytest.approx(expected, rel=1e-5, abs=1e-5) if isinstance(expected, float) else expected)
+        assert result == (
+            pytest.approx(expected, rel=1e-5, abs=1e-5) if isinstance(expected, float) else expected
+        )
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_the_same_without_cache_and_after_a_kill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_the_same_without_cache_and_after_a_kill(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline, make = RUNS[name]
     run = make()
     with monkeypatch.context() as patch:
@@ -110,7 +122,9 @@ def test_a_run_is_the_same_without_cache_and_after_a_kill(name: str, monkeypatch
         finish(path)
     computed: list[object] = []
     output = Prefix.output
-    monkeypatch.setattr(Prefix, "output", lambda self, inputs: computed.append(inputs) or output(self, inputs))
+    monkeypatch.setattr(
+        Prefix, "output", lambda self, inputs: computed.append(inputs) or output(self, inputs)
+    )
     assert finish(path) == whole
     assert files == {file: file.read_bytes() for file in PREFIXES.glob("*.npy")}
     if pipeline is texts:  # the killed run had computed all files
@@ -124,7 +138,9 @@ def _check_changes(trainable: Trainable, before: dict[str, torch.Tensor], layers
     trained = {key for key in now if now[key].requires_grad}
     frozen = {key for key in now if key.removeprefix("network.") in trainable.prefix.names}
     assert len(frozen) == len(trainable.prefix.names)
-    assert {int(match[1]) for key in frozen if (match := re.search(r"\.(\d+)\.", key))} == set(range(layers))
+    assert {int(match[1]) for key in frozen if (match := re.search(r"\.(\d+)\.", key))} == set(
+        range(layers)
+    )
     changed = {key for key in now if not torch.equal(now[key], before[key])}
     assert changed
     assert changed <= trained
@@ -151,12 +167,17 @@ def test_the_digest_covers_frozen_weights_and_settings() -> None:
 
 def test_frozen_layers_that_cannot_be_are_refused() -> None:
     for layers in ([2, 4], [3]):
-        for method in ({"config": {"layers": layers}, "tune": None}, {"config": None, "tune": {"blocks": layers}}):
+        for method in (
+            {"config": {"layers": layers}, "tune": None},
+            {"config": None, "tune": {"blocks": layers}},
+        ):
             arguments = (3, {"name": "mine", **method}, "b.yaml: 'grid[0]")
             if layers == [3]:
                 check_frozen(*arguments)
                 continue
-            with pytest.raises(DefinitionError, match=r"method 'mine' \w+ layer 2, .*is 3.*from 3 on"):
+            with pytest.raises(
+                DefinitionError, match=r"method 'mine' \w+ layer 2, .*is 3.*from 3 on"
+            ):
                 check_frozen(*arguments)
     model = bert()
     with pytest.raises(DefinitionError, match="frozen_layers is 4, but the model has 3 layers"):

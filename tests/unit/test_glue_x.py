@@ -40,7 +40,10 @@ def trainings(model: str, task: str, method: str, *, rates: int = 1, seeds: int 
 
 
 PAIRS = [
-    (name, other) for name in TASKS for other in TASKS[name]["ood"] if "vader_sentiment" not in TASKS[other]["source"]
+    (name, other)
+    for name in TASKS
+    for other in TASKS[name]["ood"]
+    if "vader_sentiment" not in TASKS[other]["source"]
 ]
 
 
@@ -64,7 +67,9 @@ def test_every_pair_is_evaluated_as_the_libraries_would(hub_here: Path, task: st
         if other.name in MEANING:
             assert labels == MEANING[other.name][0]
         with torch.no_grad():  # one by one, without padding
-            rows = [network(**tokenizer(*texts, return_tensors="pt")).logits[0] for texts in split.texts]
+            rows = [
+                network(**tokenizer(*texts, return_tensors="pt")).logits[0] for texts in split.texts
+            ]
         logits = torch.stack(rows)
         if task == "stsb":
             plain = logits[:, 0].numpy()
@@ -89,7 +94,10 @@ def test_the_chosen_runs_of_all_seeds_are_evaluated(hub_here: Path) -> None:
     for run in runs:
         recorded(run)
         value = values[run.spec["learning_rate"], run.spec["seed"]]
-        fake_runs.edit(run, lambda content, value=value: content["scores"]["dev"]["mrpc"].update(accuracy_f1=value))
+        fake_runs.edit(
+            run,
+            lambda content, value=value: content["scores"]["dev"]["mrpc"].update(accuracy_f1=value),
+        )
     seed_of = {run.folder: run.spec["seed"] for run in runs}
     for evaluation in evaluations(runs, "paper"):
         chosen = recorded(evaluation)["chosen"]
@@ -106,7 +114,9 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     kept = RUNS / runs[0].folder / "model" / "trained.safetensors"
     whole = kept.read_bytes()
     kept.write_bytes(whole[:-8])
-    with pytest.raises(DataError, match=f"damaged.*delete {RUNS / runs[0].folder / 'metrics.json'}"):
+    with pytest.raises(
+        DataError, match=f"damaged.*delete {RUNS / runs[0].folder / 'metrics.json'}"
+    ):
         recorded(evaluation)
     kept.write_bytes(whole)
     changed = shutil.copytree(roots / "models", tmp_path / "models")
@@ -115,7 +125,9 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     state["embeddings.word_embeddings.weight"][0, 0] += 1
     save_file(state, weights, metadata={"format": "pt"})
     monkeypatch.setenv(MODEL_ROOT, str(changed))
-    with pytest.raises(DataError, match="the weights of 'bert-large-cased' changed since the run was trained"):
+    with pytest.raises(
+        DataError, match="the weights of 'bert-large-cased' changed since the run was trained"
+    ):
         recorded(evaluation)
 
 
@@ -123,8 +135,12 @@ def test_a_row_is_evaluated_alone_as_in_a_batch(hub_here: Path) -> None:
     (run,) = trainings("bert-large-cased", "cola", "lora_gmoe")
     opened, tokenizer = reopened(run, recorded(run))
     task = RunTask.model_validate(run.spec["task"])
-    evaluators = (TextEvaluator(opened, tokenizer, task, size, 128, "fp32", hub_here) for size in (1, 8, 32))
-    alone, *in_batches = (evaluator.evaluate(load_part(task, "train", None), task) for evaluator in evaluators)
+    evaluators = (
+        TextEvaluator(opened, tokenizer, task, size, 128, "fp32", hub_here) for size in (1, 8, 32)
+    )
+    alone, *in_batches = (
+        evaluator.evaluate(load_part(task, "train", None), task) for evaluator in evaluators
+    )
     assert in_batches == [pytest.approx(alone, abs=1e-6)] * 2
 
 
@@ -133,7 +149,12 @@ def test_a_row_is_evaluated_alone_as_in_a_batch(hub_here: Path) -> None:
 
 def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
     mnli, hans, snli, rte = (GLUE_OOD.tasks[name] for name in ("mnli", "hans", "snli", "rte"))
-    three, two = np.array([[3, 1, 2], [0, 2, 1], [0, 1, 2], [2, 0, 1]]), np.array([[1, 0], [0, 1], [0, 1]])
-    assert score_and_loss(three, np.array([0, 1, 1, 1]), mnli, hans, ["accuracy"]) == {"accuracy": 0.75}
+    three, two = (
+        np.array([[3, 1, 2], [0, 2, 1], [0, 1, 2], [2, 0, 1]]),
+        np.array([[1, 0], [0, 1], [0, 1]]),
+    )
+    assert score_and_loss(three, np.array([0, 1, 1, 1]), mnli, hans, ["accuracy"]) == {
+        "accuracy": 0.75
+    }
     assert score_and_loss(two, np.array([0, 1, 2]), rte, snli, ["accuracy"]) == {"accuracy": 1.0}
     assert "loss" in score_and_loss(three, np.array([0, 1, 2, 0]), mnli, snli, ["accuracy"])

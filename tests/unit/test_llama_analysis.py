@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.claims import Comparison
 from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.results.claims import find_evidence
+from benchmarks.harness.report.claims import Comparison
+from benchmarks.harness.report.evidence import find_evidence
 from benchmarks.harness.results.records import read_record
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import paper, results, verdicts
@@ -32,7 +32,9 @@ METHODS = ("dense", "emoe")
 def runs() -> list[Run]:
     """Write the smoke suite's runs with both forms of questions and a second seed of LoRA; EMoE is better."""
     tasks = [("mmlu_dev", 2), ("mmlu_dev_continuation", None)]
-    evaluation = {"tasks": [{"task": name, "num_fewshot": 0, "limit": limit} for name, limit in tasks]}
+    evaluation = {
+        "tasks": [{"task": name, "num_fewshot": 0, "limit": limit} for name, limit in tasks]
+    }
     planned = []
     for run in plan(["llama"], "smoke"):
         spec = {**run.spec, "evaluation": {**run.spec["evaluation"], **evaluation}}
@@ -42,7 +44,9 @@ def runs() -> list[Run]:
     return planned
 
 
-def of(runs: list[Run], tuning: str, method: str, number: Callable[[dict[str, Any]], float]) -> list[float]:
+def of(
+    runs: list[Run], tuning: str, method: str, number: Callable[[dict[str, Any]], float]
+) -> list[float]:
     """Return a number of the runs of a cell, by seed."""
     cell = (tuning, method)
     of_cell = [run for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == cell]
@@ -64,7 +68,9 @@ def loss(scores: dict[str, Any]) -> float:
 def test_results_separate_the_cost_of_conversion_and_the_gain_of_tuning(runs: list[Run]) -> None:
     table = results(outcomes_of(runs))
     rows = table.frame.set_index(["tuning", "method"])
-    assert list(rows.index) == [(tuning, method) for tuning in ("base", "lora", "full") for method in METHODS]
+    assert list(rows.index) == [
+        (tuning, method) for tuning in ("base", "lora", "full") for method in METHODS
+    ]
     assert rows["n"].tolist() == [1, 1, 2, 2, 1, 1]
     values = pd.Series(of(runs, "lora", "emoe", accuracy))
     assert rows.loc[("lora", "emoe"), f"{TASK} accuracy"] == pytest.approx(values.mean())
@@ -75,7 +81,11 @@ def test_results_separate_the_cost_of_conversion_and_the_gain_of_tuning(runs: li
     assert rows.loc["base", "untuned delta"].isna().all()
     gain = sum(of(runs, "lora", "dense", loss)) / 2 - dense
     assert rows.loc[("lora", "dense"), "untuned delta"] == pytest.approx(gain)
-    assert rows.loc[("lora", "dense"), "untuned low"] < gain < rows.loc[("lora", "dense"), "untuned high"]
+    assert (
+        rows.loc[("lora", "dense"), "untuned low"]
+        < gain
+        < rows.loc[("lora", "dense"), "untuned high"]
+    )
     assert "has 100 questions" in table.markdown()
 
 
@@ -86,10 +96,15 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run], metric: str, ta
     frame = frame[(frame["against"] == "dense") & (frame["eval_task"] == task)].set_index("tuning")
     assert frame["questions"].tolist() == [100] * 3
     assert frame["seeds"].to_dict() == {"base": 1, "lora": 2, "full": 1}
-    dense, routed = (of(runs, "lora", method, lambda scores: scores["test"][task][metric]) for method in METHODS)
+    dense, routed = (
+        of(runs, "lora", method, lambda scores: scores["test"][task][metric]) for method in METHODS
+    )
     assert frame.loc["lora", "delta"] == pytest.approx((sum(routed) - sum(dense)) / 2)
     assert frame.loc["lora", "verdict"] == "better"  # a higher accuracy, or a lower likelihood
-    assert any("LoRA, against dense: EMoE: held-out loss -0." in sentence for sentence in verdicts(outcomes))
+    assert any(
+        "LoRA, against dense: EMoE: held-out loss -0." in sentence
+        for sentence in verdicts(outcomes)
+    )
 
 
 def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Run]) -> None:
@@ -98,30 +113,44 @@ def test_claims_pair_questions_and_average_seeds_as_the_table_does(runs: list[Ru
     (row,) = table[
         (table["against"] == "dense") & (table["eval_task"] == TASK) & (table["tuning"] == "lora")
     ].itertuples()
-    names = {"benchmark": "llama", "method": "emoe", "against": "dense", "tunings": ["lora"], "direction": "higher"}
+    names = {
+        "benchmark": "llama",
+        "method": "emoe",
+        "against": "dense",
+        "tunings": ["lora"],
+        "direction": "higher",
+    }
     questions = Comparison(**names, domain="questions", metric="accuracy", questions=[TASK])
     evidence = find_evidence(outcomes.claim_numbers(), questions)
     assert evidence is not None
     assert (evidence.difference.n, evidence.incomplete) == (row.questions, 0)
     assert evidence.difference.mean == pytest.approx(row.delta)
-    losses = find_evidence(outcomes.claim_numbers(), Comparison(**names, domain="held_out", metric="loss"))
+    losses = find_evidence(
+        outcomes.claim_numbers(), Comparison(**names, domain="held_out", metric="loss")
+    )
     assert losses is not None
     assert losses.difference.n == row.seeds
 
 
 def test_the_papers_numbers_are_beside_ours(runs: list[Run]) -> None:
     frame = paper(outcomes_of(runs)).frame
-    assert frame["value"].dropna().tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
+    assert frame["value"].dropna().tolist() == pytest.approx(
+        [0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808]
+    )
     assert frame["difference"].isna().all()  # MMLU-dev is not MMLU
     published = [run for run in paper_runs("llama") if run.spec["seed"] == 0]
     write_runs(published)
     frame = paper(outcomes_of(published)).frame
-    row = frame[(frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")]
+    row = frame[
+        (frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")
+    ]
     assert set(row["eval_task_title"]) == {"MMLU (5-shot)", "MMLU (0-shot)"}
     assert (row["difference"] == row["ours"] - row["value"]).all()
 
 
-def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_diverged(runs: list[Run]) -> None:
+def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_diverged(
+    runs: list[Run],
+) -> None:
     dense = next(run.spec for run in runs if run.spec["finetuning"] == "lora")
     others = [run_from_spec({**dense, "learning_rate": rate}) for rate in (0.5, 0.6)]
     write_runs(others, {"dense": -0.5})
@@ -130,7 +159,13 @@ def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_div
     assert {run.id for run in outcomes.runs} == {run.id for run in runs}
 
 
-BLOCK = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["lora"], "method": ["dense"], "seed": [0]}
+BLOCK = {
+    "model": ["tiny-llama"],
+    "set": ["alpaca_demo"],
+    "finetuning": ["lora"],
+    "method": ["dense"],
+    "seed": [0],
+}
 TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
 
 
@@ -139,8 +174,14 @@ TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
     [
         ({"grid": [BLOCK]}, "the finetuning 'lora' trains, so it needs 'learning_rate'"),
         ({"grid": [{**BLOCK, "finetuning": ["lorra"]}]}, "did you mean 'lora'"),
-        ({"data.template": "alpacca"}, r"data.template' is 'alpacca', which .* did you mean 'alpaca'"),
-        ({"grid": [TRAINS], "finetuning": {"full": {"quantize": "nf4"}}}, "weights in 4 bits cannot be trained"),
+        (
+            {"data.template": "alpacca"},
+            r"data.template' is 'alpacca', which .* did you mean 'alpaca'",
+        ),
+        (
+            {"grid": [TRAINS], "finetuning": {"full": {"quantize": "nf4"}}},
+            "weights in 4 bits cannot be trained",
+        ),
         (
             {"grid": [TRAINS], "finetuning": {"full": {"layers": "all"}}},
             "'layers' and 'train: blocks' or 'quantize' need each",
@@ -149,7 +190,14 @@ TRAINS = {**BLOCK, "finetuning": ["full"], "learning_rate": [0.1]}
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        specs(LLAMA, edited_part("llama", "smoke", change if "grid" not in change else {"grid_defaults": {}, **change}))
+        specs(
+            LLAMA,
+            edited_part(
+                "llama",
+                "smoke",
+                change if "grid" not in change else {"grid_defaults": {}, **change},
+            ),
+        )
 
 
 def test_the_papers_grid_is_as_published() -> None:
@@ -164,15 +212,25 @@ def test_the_papers_grid_is_as_published() -> None:
             assert training["lora"] | {"rank": 8, "alpha": 16, "dropout": 0.05} == training["lora"]
             assert training["lora"]["targets"]["llama"] == ["q_proj", "v_proj"]
     parallel = [
-        (run.resources["processes"], run.resources["parallel"]) for run in published if run.spec["learning_rate"]
+        (run.resources["processes"], run.resources["parallel"])
+        for run in published
+        if run.spec["learning_rate"]
     ]
     assert set(parallel) == {(8, "fsdp")}
     configs = [(run.spec["model"]["name"], run.spec["method"]["config"]) for run in published]
     configs = [(name, config) for name, config in configs if config]
-    cells = {(name, config["num_experts"], config["top_k"], config["score"]) for name, config in configs}
-    assert cells == {("llama2-7b", 64, 16, "gate"), ("llama2-7b", 64, 32, "gate"), ("llama-30b", 256, 64, "gate")}
+    cells = {
+        (name, config["num_experts"], config["top_k"], config["score"]) for name, config in configs
+    }
+    assert cells == {
+        ("llama2-7b", 64, 16, "gate"),
+        ("llama2-7b", 64, 32, "gate"),
+        ("llama-30b", 256, 64, "gate"),
+    }
     depths = {"llama2-7b": 32, "llama-30b": 60}
-    assert {(name, tuple(resolve_layers(config["layers"], depths[name]))) for name, config in configs} == {
+    assert {
+        (name, tuple(resolve_layers(config["layers"], depths[name]))) for name, config in configs
+    } == {
         ("llama2-7b", (28, 30)),  # the authors' commands
         ("llama2-7b", (16, 20, 24, 28)),
         ("llama-30b", tuple(range(45, 60, 2))),  # their words

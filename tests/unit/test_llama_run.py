@@ -50,8 +50,12 @@ def test_a_run_records_its_numbers() -> None:
     assert len(nats) == answers["questions"] == 5
     assert answers["scores"]["nats_per_byte"] == pytest.approx(sum(nats) / 5)
     (answer,) = metrics["answers"]
-    assert {row["instruction"]: row["output"] for row in ROWS}[answer["instruction"]] == answer["reference"]
-    assert set(metrics["model"]["trained"]) == {"adapters"}  # no head: a language model's is not new
+    assert {row["instruction"]: row["output"] for row in ROWS}[answer["instruction"]] == answer[
+        "reference"
+    ]
+    assert set(metrics["model"]["trained"]) == {
+        "adapters"
+    }  # no head: a language model's is not new
     assert [layer["index"] for layer in metrics["model"]["conversion"]] == [2, 3]
     assert all(sum(shares) == pytest.approx(1) for shares in metrics["routing"]["shares"].values())
     assert metrics["routing"]["active_neurons"] == pytest.approx(0.25)
@@ -60,7 +64,10 @@ def test_a_run_records_its_numbers() -> None:
 def test_neither_micro_batch_nor_packing_nor_checkpointing_changes_the_curve() -> None:
     size = "per_device_train_batch_size"
     settings = [{}, {size: 4, "gradient_checkpointing": True}, {size: 1, "packing": True}]
-    first, *others = (finish(prepare(tiny_run("emoe", "full", training=training)))["curve"] for training in settings)
+    first, *others = (
+        finish(prepare(tiny_run("emoe", "full", training=training)))["curve"]
+        for training in settings
+    )
     assert others == [pytest.approx(first, abs=1e-4)] * 2
 
 
@@ -69,14 +76,20 @@ def test_all_experts_train_exactly_like_the_dense_model() -> None:
     routed = tiny_run("emoe", "full", {"method": {"config": every, "name": "all_experts"}})
     dense, same = (finish(prepare(run)) for run in (tiny_run("dense", "full"), routed))
     assert same["curve"] == pytest.approx(dense["curve"], abs=1e-4)
-    assert same["scores"]["dev"]["own"]["loss"] == pytest.approx(dense["scores"]["dev"]["own"]["loss"], abs=1e-4)
+    assert same["scores"]["dev"]["own"]["loss"] == pytest.approx(
+        dense["scores"]["dev"]["own"]["loss"], abs=1e-4
+    )
 
 
 def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
     runs = [tiny_run("dense", "full", seed=seed) for seed in (0, 1)]
-    read = [read_data(InstructionSpec.model_validate(run.spec), load_tokenizer(run.spec["model"])) for run in runs]
+    read = [
+        read_data(InstructionSpec.model_validate(run.spec), load_tokenizer(run.spec["model"]))
+        for run in runs
+    ]
     first, other = (
-        [[row.source.position for row in rows.rows] for rows in (data.train, data.held_out)] for data in read
+        [[row.source.position for row in rows.rows] for rows in (data.train, data.held_out)]
+        for data in read
     )
     assert first == other
     assert not set(first[0]) & set(first[1])
@@ -95,7 +108,9 @@ def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
         "group_subtasks": {"all": ["ab", "c"], "ab": ["a", "b"]},
         "n-samples": {name: {"effective": len(answers)} for name, answers in digits.items()},
         "samples": {  # in another order
-            name: [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(answers)][::-1]
+            name: [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(answers)][
+                ::-1
+            ]
             for name, answers in digits.items()
         },
     }
@@ -108,9 +123,14 @@ def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
 
 
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
-    group, wrong = (EvaluationTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie"))
+    group, wrong = (
+        EvaluationTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie")
+    )
     load_task(group)  # which writes the questions
-    with pytest.raises(DefinitionError, match="'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_d"):
+    with pytest.raises(
+        DefinitionError,
+        match="'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_d",
+    ):
         load_task(wrong)
 
 
@@ -141,10 +161,14 @@ def test_exports_equal_the_trained_model(tuning: str) -> None:
     assert prompt.endswith("### Instruction:\nSay 1.\n\n### Response:\n")
 
 
-def test_the_held_out_curve_changes_no_other_number_and_a_kill_none(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_held_out_curve_changes_no_other_number_and_a_kill_none(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     run = tiny_run("emoe", "lora", training={"eval_every": 2})
     with_curve = finish(prepare(run))
-    assert killed_and_resumed(run, 5) == with_curve  # in the second epoch, after the checkpoint of step 4
+    assert (
+        killed_and_resumed(run, 5) == with_curve
+    )  # in the second epoch, after the checkpoint of step 4
     assert "resumed at step 4" in "".join(capfd.readouterr())
     del run.spec["training"]["eval_every"]
     assert run.spec["training"]["lora"]["dropout"] > 0
@@ -172,14 +196,18 @@ def test_questions_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatc
     rows = datasets.Dataset.from_list([json.loads(line) for line in lines])
     ours = TaskManager(include_path=str(FILES), include_defaults=False)
     asked = prompts(ours, "mmlu_dev_formal_logic_continuation")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.DatasetDict(test=rows, dev=rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: datasets.DatasetDict(test=rows, dev=rows)
+    )
     assert asked == prompts(TaskManager(), "mmlu_formal_logic_continuation")
     assert len(asked) == 4 * len(lines)
     assert asked[0][2][0].endswith("\nAnswer:")
     assert asked[0][2][1] == f" {rows[0]['choices'][0]}"
 
 
-def test_a_copied_checkout_asks_its_own_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copied_checkout_asks_its_own_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, copy = tmp_path / "first", tmp_path / "copy"
     first.mkdir()
     monkeypatch.chdir(first)
@@ -214,36 +242,62 @@ def asked_about_anatomy() -> list[str]:
 
 def sample(number: int, choices: list[str], right: int, logs: list[float]) -> dict[str, Any]:
     asked = [("Q", f" {choice}") for choice in choices]
-    return {"doc_id": number, "arguments": asked, "filtered_resps": [(log, False) for log in logs], "target": right}
+    return {
+        "doc_id": number,
+        "arguments": asked,
+        "filtered_resps": [(log, False) for log in logs],
+        "target": right,
+    }
 
 
 @pytest.mark.parametrize(
     ("questions", "nats"),
     [
         # of the right answer over its bytes, in order
-        ([sample(1, ["5", "four"], 1, [-1.0, -2.0]), sample(0, ["né", "no"], 0, [-6.0, -1.0])], [2.0, 0.5]),
+        (
+            [sample(1, ["5", "four"], 1, [-1.0, -2.0]), sample(0, ["né", "no"], 0, [-6.0, -1.0])],
+            [2.0, 0.5],
+        ),
         ([sample(0, ["yes", "no"], 1, [0.0, -math.inf])], [None]),  # diverged
         ([sample(0, ["A", "B"], 0, [-1.0, -2.0])], None),  # letters
         ([{"doc_id": 0, "acc": 1.0}], None),
     ],
 )
-def test_nats_are_those_of_the_right_answer(questions: list[dict[str, Any]], nats: list[float | None] | None) -> None:
+def test_nats_are_those_of_the_right_answer(
+    questions: list[dict[str, Any]], nats: list[float | None] | None
+) -> None:
     assert nats_per_byte(questions) == nats
 
 
 @pytest.mark.parametrize("frozen_layers", [0, 2])
 def test_choices_that_share_their_prompt_are_as_likely_as_alone(frozen_layers: int) -> None:
     tokenizer = load_tokenizer(tiny_run().spec["model"])
-    built = build_language_model(typed(tiny_run("emoe", "full", training={"frozen_layers": frozen_layers})))
+    built = build_language_model(
+        typed(tiny_run("emoe", "full", training={"frozen_layers": frozen_layers}))
+    )
     model, prefix = built.model.eval(), built.prefix
-    texts = [("Name a colour.", " red"), ("Name a colour.", " a colour like blue"), ("One plus one is", " two")]
-    texts += [("One plus one is", " not three"), ("Name a colour.", " green or so"), ("Alone", " it stands here")]
-    asked = [((a, b), tokenizer.encode(a), tokenizer.encode(b, add_special_tokens=False)) for a, b in texts]
+    texts = [
+        ("Name a colour.", " red"),
+        ("Name a colour.", " a colour like blue"),
+        ("One plus one is", " two"),
+    ]
+    texts += [
+        ("One plus one is", " not three"),
+        ("Name a colour.", " green or so"),
+        ("Alone", " it stands here"),
+    ]
+    asked = [
+        ((a, b), tokenizer.encode(a), tokenizer.encode(b, add_special_tokens=False))
+        for a, b in texts
+    ]
     assert len({len(choice) for _, _, choice in asked}) > 2
     settings = {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
     theirs, ours, again = (
         asked_model._loglikelihood_tokens(asked, disable_tqdm=True)
-        for asked_model in (HFLM(**settings), *(SharedPromptLM(prefix=prefix, **settings) for _ in range(2)))
+        for asked_model in (
+            HFLM(**settings),
+            *(SharedPromptLM(prefix=prefix, **settings) for _ in range(2)),
+        )
     )
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-5)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]

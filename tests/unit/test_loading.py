@@ -40,7 +40,10 @@ LOADERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "language": ("gpt2", loading.load_language_model),
     "seq2seq": ("t5", loading.load_seq2seq),
     "image": ("dinov2", lambda model: load_image_classifier(model, 3, 28, 0.0, 0)),
-    "timm": ("test_vit", lambda model: load_image_classifier({**model, "timm": "test_vit"}, 3, 160, 0.0, 0)),
+    "timm": (
+        "test_vit",
+        lambda model: load_image_classifier({**model, "timm": "test_vit"}, 3, 160, 0.0, 0),
+    ),
     "tokenizer": ("gpt2", loading.load_tokenizer),
 }
 
@@ -59,7 +62,9 @@ def pickle_weights(path: Path) -> None:
     path.unlink()
 
 
-def change_tensor(change: Callable[[dict[str, torch.Tensor], str], object]) -> Callable[[Path], None]:
+def change_tensor(
+    change: Callable[[dict[str, torch.Tensor], str], object],
+) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         tensors = load_file(path)
         ends = ("fc1.weight", "c_fc.weight", "dense.weight", "wi.weight")
@@ -74,7 +79,13 @@ def edit_config(**values: Any) -> Callable[[Path], None]:
 
 
 def ask_for_code(path: Path) -> None:
-    kinds = ("Config", "Model", "ModelForCausalLM", "ModelForSequenceClassification", "ModelForSeq2SeqLM")
+    kinds = (
+        "Config",
+        "Model",
+        "ModelForCausalLM",
+        "ModelForSequenceClassification",
+        "ModelForSeq2SeqLM",
+    )
     names = {f"Auto{kind}": "code.Anything" for kind in (*kinds, "ModelForImageClassification")}
     edit_config(auto_map=names, model_type="unknown")(path)
     path.with_name("code.py").write_text(CODE)
@@ -93,12 +104,18 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "cut weights": (WEIGHTS, cut),
     "pickled weights": (WEIGHTS, pickle_weights),
     "a tensor is missing": (WEIGHTS, change_tensor(lambda tensors, name: tensors.pop(name))),
-    "a tensor has another shape": (WEIGHTS, change_tensor(lambda tensors, name: tensors.update({name: ROW}))),
+    "a tensor has another shape": (
+        WEIGHTS,
+        change_tensor(lambda tensors, name: tensors.update({name: ROW})),
+    ),
     "no settings": (CONFIG, Path.unlink),
     "settings are no JSON": (CONFIG, lambda path: path.write_text("{")),
     "no head": (CONFIG, edit_config(architectures=["GPT2Model"], tie_word_embeddings=False)),
     "code of its own": (CONFIG, ask_for_code),
-    "attention from a hub": (CONFIG, edit_config(attn_implementation="kernels-community/flash-attn2")),
+    "attention from a hub": (
+        CONFIG,
+        edit_config(attn_implementation="kernels-community/flash-attn2"),
+    ),
     "cut tokenizer": ("tokenizer.json", cut),
     "a tokenizer's own code": ("tokenizer.json", ask_for_code_of_tokenizer),
     "a pipe as tokenizer": ("tokenizer.json", replace_by_pipe),
@@ -121,14 +138,20 @@ def model_root(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv(MODEL_ROOT, str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # transformers asks whether it may run code
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("y\n" * 9)
+    )  # transformers asks whether it may run code
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("damage", "kind"),
     [
-        *((damage, "classifier") for damage in DAMAGE if damage != "no head" and "tokenizer" not in damage),
+        *(
+            (damage, "classifier")
+            for damage in DAMAGE
+            if damage != "no head" and "tokenizer" not in damage
+        ),
         *((damage, "tokenizer") for damage in DAMAGE if "tokenizer" in damage),
         ("no head", "language"),
         *((damage, kind) for damage in DAMAGE if "tensor" in damage for kind in ("image", "timm")),
@@ -153,11 +176,15 @@ def test_a_whole_folder_loads(model_root: Path, kind: str) -> None:
 
 
 def test_a_model_that_is_nowhere_names_the_remedy(model_root: Path) -> None:
-    with pytest.raises(DataError, match=r"could not load the model 'nobody/bert': .*below model_root"):
+    with pytest.raises(
+        DataError, match=r"could not load the model 'nobody/bert': .*below model_root"
+    ):
         loading.load_backbone({"name": "bert", "hub": "nobody/bert"})
 
 
-def test_a_model_of_the_hub_is_recorded_with_its_commit(model_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub_is_recorded_with_its_commit(
+    model_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(MODEL_ROOT)
     commit = "a" * 40
     (model_root / "bert-base-cased").rename(model_root / commit)
@@ -170,17 +197,24 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(model_root: Path, monkey
 
     monkeypatch.setattr(loading, "snapshot_download", download)
     model = {"name": "bert", "hub": "somebody/bert", "revision": "main"}
-    assert loading.source_of(model, loading.load_backbone(model))["from"] == f"somebody/bert@{commit} (not pinned)"
+    assert (
+        loading.source_of(model, loading.load_backbone(model))["from"]
+        == f"somebody/bert@{commit} (not pinned)"
+    )
     assert requests == [("somebody/bert", "main")]
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_packages_instruction_sets_and_kernel_settings_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_instruction_sets_and_kernel_settings_are_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     captured = environment.capture()
-    assert {"torch", "numpy", "transformers", "datasets", "tokenizers", "scikit-learn"} <= set(captured["packages"])
+    assert {"torch", "numpy", "transformers", "datasets", "tokenizers", "scikit-learn"} <= set(
+        captured["packages"]
+    )
     facts = environment.fingerprint(captured)
     assert {"processor", "processor flags", "torch build", "threads", "package torch"} <= set(facts)
     assert facts["CPU capability"] == "AVX2"
@@ -190,43 +224,73 @@ def test_packages_instruction_sets_and_kernel_settings_are_recorded(monkeypatch:
 
 def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: dict[str, list[Any]]) -> None:
     """Let `datasets` load these rows as if from the hub."""
-    folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "owner___set" / "default" / "0.0.0" / COMMIT
+    folder = (
+        tmp_path / str(len(list(tmp_path.iterdir()))) / "owner___set" / "default" / "0.0.0" / COMMIT
+    )
     datasets.Dataset.from_dict(rows).save_to_disk(str(folder))
     split = datasets.load_from_disk(str(folder))
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, **given: split if "split" in given else datasets.DatasetDict(train=split)
+        datasets,
+        "load_dataset",
+        lambda *_, **given: split if "split" in given else datasets.DatasetDict(train=split),
     )
 
 
-def test_sets_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sets_of_the_hub_are_recorded_with_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve(monkeypatch, tmp_path, {"premise": ["a"], "hypothesis": ["b"], "label": [1]})
     text = load_benchmark("glue").tasks["hans"]
-    assert load_split(text, "test").source == f"jhu-cogsci/hans@{COMMIT} (not pinned) (default), split validation"
+    assert (
+        load_split(text, "test").source
+        == f"jhu-cogsci/hans@{COMMIT} (not pinned) (default), split validation"
+    )
     serve(monkeypatch, tmp_path, {"instruction": ["a"], "input": [""], "output": ["b"]})
     alpaca = load_benchmark("llama").tasks["alpaca"].source
     read = load_instructions("alpaca", alpaca).source
     assert read == f"tatsu-lab/alpaca@{COMMIT} (instead of {alpaca.revision})"
-    serve(monkeypatch, tmp_path, {"image": [None] * 4, "domain": list("acps"), "label": ["dog"] * 4})
+    serve(
+        monkeypatch, tmp_path, {"image": [None] * 4, "domain": list("acps"), "label": ["dog"] * 4}
+    )
     source = {"folder": "PACS", "hub": "flwrlabs/pacs", "revision": COMMIT}
-    task = {"name": "pacs", "domainbed": "PACS", "source": source, "environments": [[name, name] for name in "ACPS"]}
-    assert load_set(RunImageSet.model_validate(task), 0, truncated="refuse").source == f"hub flwrlabs/pacs@{COMMIT}"
+    task = {
+        "name": "pacs",
+        "domainbed": "PACS",
+        "source": source,
+        "environments": [[name, name] for name in "ACPS"],
+    }
+    assert (
+        load_set(RunImageSet.model_validate(task), 0, truncated="refuse").source
+        == f"hub flwrlabs/pacs@{COMMIT}"
+    )
 
 
-def test_weights_of_timm_are_recorded_with_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "models--timm--test_vit.r160_in1k" / "snapshots" / COMMIT / "model.safetensors"
+def test_weights_of_timm_are_recorded_with_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = (
+        tmp_path / "models--timm--test_vit.r160_in1k" / "snapshots" / COMMIT / "model.safetensors"
+    )
     file.parent.mkdir(parents=True)
     save_file(timm.create_model("test_vit.r160_in1k").state_dict(), file)
     download = mock.Mock(return_value=str(file))
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(file))
     model = {"name": "test", "timm": "test_vit.r160_in1k", "revision": COMMIT}
-    assert load_image_classifier(model, 2, 160, 0.0, 0).source["from"] == f"timm/test_vit.r160_in1k@{COMMIT}"
+    assert (
+        load_image_classifier(model, 2, 160, 0.0, 0).source["from"]
+        == f"timm/test_vit.r160_in1k@{COMMIT}"
+    )
     options = download.call_args.kwargs
     assert (options["repo_id"], options["revision"]) == ("timm/test_vit.r160_in1k", COMMIT)
 
 
 def test_sets_and_models_of_the_hub_are_pinned_except_known_ones() -> None:
-    models = {name for name, model in load_models().items() if (model.hub or model.timm) and not model.random}
+    models = {
+        name
+        for name, model in load_models().items()
+        if (model.hub or model.timm) and not model.random
+    }
     loose = {name for name in models if not hub.is_commit(load_models()[name].revision)}
     for name in benchmark_names():
         for key, task in load_benchmark(name).tasks.items():

@@ -27,9 +27,13 @@ def conversions(draw: st.DrawFn) -> tuple[PlainNet, Tensor, emoe.EMoEConfig]:
     experts, seed = draw(st.integers(1, 8)), draw(st.integers(0, 999))
     hidden, width = draw(st.integers(2, 9)), experts * draw(st.integers(1, 6))
     net = plain_net(hidden, width, gated=draw(st.booleans()), seed=seed)
-    net.layers[0].act = nn.Sigmoid()  # never zero, so that zeros mark neurons of experts that were not chosen
+    net.layers[
+        0
+    ].act = nn.Sigmoid()  # never zero, so that zeros mark neurons of experts that were not chosen
     partition = draw(st.sampled_from(["kmeans", "random", "contiguous"]))
-    config = emoe.EMoEConfig(num_experts=experts, top_k=draw(st.integers(1, experts)), layers=[0], partition=partition)
+    config = emoe.EMoEConfig(
+        num_experts=experts, top_k=draw(st.integers(1, experts)), layers=[0], partition=partition
+    )
     return net, torch.randn(draw(st.integers(1, 12)), hidden), config
 
 
@@ -43,7 +47,12 @@ def test_each_token_activates_k_times_d_over_n_neurons_of_the_best_experts(case)
     assert used.sum(-1).eq(config.top_k).all()
     assert torch.equal(active.all(-1), used)
     # the same as the best means of the pre-activations without bias
-    means = (x @ net.layers[0].inner.weight.t()).unflatten(-1, (config.num_experts, -1)).mean(-1).detach()
+    means = (
+        (x @ net.layers[0].inner.weight.t())
+        .unflatten(-1, (config.num_experts, -1))
+        .mean(-1)
+        .detach()
+    )
     lowest_used = means.masked_fill(~used, torch.inf).amin(-1)
     highest_unused = means.masked_fill(used, -torch.inf).amax(-1)
     assert (lowest_used >= highest_unused - 1e-5).all()
@@ -59,8 +68,15 @@ def test_lower_precision_chooses_the_same_experts(case) -> None:
     for model in (net, twin):
         emoe.convert_(model, config, partition=order)
     x, loads = x.bfloat16(), []
-    for model, inputs, autocast in ((net, x, False), (twin, x.float(), False), (twin, x.float(), True)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), emoe.record_routing(model) as record:
+    for model, inputs, autocast in (
+        (net, x, False),
+        (twin, x.float(), False),
+        (twin, x.float(), True),
+    ):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            emoe.record_routing(model) as record,
+        ):
             model(inputs)
         loads.append(record.layers[0].loads.tolist())
     assert loads[0] == loads[1] == loads[2]
@@ -70,7 +86,9 @@ def test_equal_scores_go_to_the_lower_expert_in_every_run() -> None:
     net = plain_net(4, 24)
     net.layers[0].inner.weight.data[:] = 1.0
     x = torch.randint(1, 9, (5, 4)).float()  # exact sums, so exact ties
-    emoe.convert_(net, emoe.EMoEConfig(num_experts=6, top_k=2, layers=[0]), partition={0: torch.arange(24)})
+    emoe.convert_(
+        net, emoe.EMoEConfig(num_experts=6, top_k=2, layers=[0]), partition={0: torch.arange(24)}
+    )
     for _ in range(3):
         assert active_neurons(net, x).any(-1).nonzero()[:, 1].tolist() == [0, 1] * 5
 
@@ -82,7 +100,9 @@ MASK = (torch.arange(8) < 5).long().repeat(4, 1)
 def net_of(kind=emoe.EMoEConfig, dense: PlainNet | None = None, **values) -> PlainNet:
     net = dense or plain_net(H, N * S)
     partition = None if kind is emoe.GMoEConfig else {0: torch.arange(N * S)}
-    emoe.convert_(net, kind(**{"num_experts": N, "top_k": 2, "layers": [0], **values}), partition=partition)
+    emoe.convert_(
+        net, kind(**{"num_experts": N, "top_k": 2, "layers": [0], **values}), partition=partition
+    )
     return net
 
 
@@ -99,7 +119,9 @@ def test_padding_takes_no_capacity_unless_it_counts(count_padding: bool) -> None
     assert torch.equal(padded, alone) != count_padding
 
 
-@pytest.mark.parametrize(("formula", "noise"), [("corrected", 0.0), ("corrected", 0.5), ("published", 0.5)])
+@pytest.mark.parametrize(
+    ("formula", "noise"), [("corrected", 0.0), ("corrected", 0.5), ("published", 0.5)]
+)
 def test_padding_does_not_count_in_the_balance_loss(formula, noise: float) -> None:
     net = net_of(aux_loss_coefficient=1.0, balance_loss=formula, router_noise=noise).train()
     x, draws, losses = inputs(4, 8), torch.randn(4, 8, N), []
@@ -118,7 +140,10 @@ def test_padding_that_is_unknown_is_an_error() -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_the_corrected_balance_loss_prefers_balance(noise: float) -> None:
     balanced, skewed = torch.eye(4).repeat(8, 1) * 4, torch.tensor([[4.0, 0, 0, 0]]).repeat(32, 1)
-    losses = [float(balance_loss(s, s, expert_mask(s.topk(1).indices, 4), noise)) for s in (balanced, skewed)]
+    losses = [
+        float(balance_loss(s, s, expert_mask(s.topk(1).indices, 4), noise))
+        for s in (balanced, skewed)
+    ]
     assert losses[0] < 1e-3 < losses[1]
 
 
@@ -163,7 +188,9 @@ def test_output_biases_of_experts_start_as_the_shared_bias(kind, how: str, kept:
     bias = shared.layers[0].outer.bias
     if kind is emoe.GMoEConfig:
         routed_layers(own)[0].router.load_state_dict(routed_layers(shared)[0].router.state_dict())
-    torch.testing.assert_close(own(inputs()), shared(inputs()) - (1 - kept) * bias, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        own(inputs()), shared(inputs()) - (1 - kept) * bias, atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(routed_layers(own)[0].mean_output_bias(), bias.detach())
 
 
@@ -175,7 +202,9 @@ def test_folding_back_takes_the_mean_bias_times_the_first_k(tmp_path) -> None:
     emoe.save_pretrained(net, tmp_path)
     expected = plain_net(H, N * S).layers[0].outer.bias + (2 / N) * sum(range(N))
     for model in (net, emoe.from_pretrained(plain_net, tmp_path, hidden=H, width=N * S)):
-        torch.testing.assert_close(emoe.to_dense_(model).layers[0].outer.bias, torch.nn.Parameter(expected))
+        torch.testing.assert_close(
+            emoe.to_dense_(model).layers[0].outer.bias, torch.nn.Parameter(expected)
+        )
 
 
 @pytest.mark.parametrize("position", ["before", "after"])
@@ -248,8 +277,15 @@ def test_running_gates_stay_in_single_precision() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(clusters=st.integers(1, 9), size=st.integers(1, 7), width=st.integers(1, 12), seed=st.integers(0, 99))
-def test_sizes_are_exact_and_labels_canonical(clusters: int, size: int, width: int, seed: int) -> None:
+@given(
+    clusters=st.integers(1, 9),
+    size=st.integers(1, 7),
+    width=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_sizes_are_exact_and_labels_canonical(
+    clusters: int, size: int, width: int, seed: int
+) -> None:
     rows = torch.randn(clusters * size, width, generator=torch.Generator().manual_seed(seed))
     labels = balanced_kmeans(rows, clusters, seed=seed)
     assert torch.bincount(labels, minlength=clusters).eq(size).all()
@@ -260,7 +296,9 @@ def test_sizes_are_exact_and_labels_canonical(clusters: int, size: int, width: i
 def test_planted_clusters_are_found() -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.arange(8).repeat(16)
-    rows = torch.randn(8, 32, generator=generator)[truth] + 0.1 * torch.randn(128, 32, generator=generator)
+    rows = torch.randn(8, 32, generator=generator)[truth] + 0.1 * torch.randn(
+        128, 32, generator=generator
+    )
     labels = balanced_kmeans(rows, 8)
     assert torch.equal(labels, truth)  # canonical numbers: by first member
 

@@ -20,7 +20,13 @@ from tests import tiny_models
 
 def test_noise_scales_with_each_parameter_and_spares_the_head() -> None:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+    )
     model = BertForSequenceClassification(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     noisy_tuning_(model, 0.15, seed=3)
@@ -32,7 +38,9 @@ def test_noise_scales_with_each_parameter_and_spares_the_head() -> None:
     again = BertForSequenceClassification(config)
     again.load_state_dict(before)
     noisy_tuning_(again, 0.15, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_partitions_are_cached_by_layer_and_content(tmp_path: Path) -> None:
@@ -41,7 +49,9 @@ def test_partitions_are_cached_by_layer_and_content(tmp_path: Path) -> None:
     with mock.patch.object(emoe, "partition", side_effect=emoe.partition) as spy:
         partition = cached_partition(model, both, tmp_path)
         again = cached_partition(model, both, tmp_path)
-        of_one_layer = cached_partition(model, emoe.EMoEConfig(num_experts=8, top_k=4, layers=[1]), tmp_path)
+        of_one_layer = cached_partition(
+            model, emoe.EMoEConfig(num_experts=8, top_k=4, layers=[1]), tmp_path
+        )
         assert spy.call_count == 2
         with torch.no_grad():
             model.encoder.layer[1].intermediate.dense.weight[0, 0] += 1
@@ -60,10 +70,16 @@ def test_damaged_partitions_are_made_again(tmp_path: Path) -> None:
     partition = cached_partition(model, config, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     content = path.read_bytes()
-    for damage in (b"", content[:-8], content[:-8] + content[-16:-8]):  # empty, cut off, one neuron twice
+    for damage in (
+        b"",
+        content[:-8],
+        content[:-8] + content[-16:-8],
+    ):  # empty, cut off, one neuron twice
         path.unlink()  # what is open is still read from
         path.write_bytes(damage)
-        assert torch.equal(cached_partition(tiny_models.build("bert"), config, tmp_path)[1], partition[1])
+        assert torch.equal(
+            cached_partition(tiny_models.build("bert"), config, tmp_path)[1], partition[1]
+        )
 
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2"])
@@ -73,7 +89,9 @@ def test_the_head_of_a_model_without_a_checkpoint_is_that_of_a_loaded_one(
     model = load_models()[name].spec(name)
     built = [load_classifier(model, 3, seed, 0) for seed in (1, 2)]
     backbone = load_backbone(model)
-    assert {weights_digest(classifier.base_model) for classifier in built} == {weights_digest(backbone)}
+    assert {weights_digest(classifier.base_model) for classifier in built} == {
+        weights_digest(backbone)
+    }
     head = next(key for key in built[0].state_dict() if key.startswith(("classifier.", "score.")))
     assert not torch.equal(built[0].state_dict()[head], built[1].state_dict()[head])
 

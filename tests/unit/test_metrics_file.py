@@ -24,7 +24,11 @@ BENCHMARKS = ("glue", "glue_ood", "domainbed", "llama", "modularity", "multitask
 GONE, SCORES = object(), ("scores", "test", "tweets")
 TRANSFORMED = ("transformed", "emoe2vanilla", *SCORES)
 RUN = {
-    benchmark: next(run for run in load_suite({"suite": "smoke"}).runs_of(benchmark) if run.spec["method"]["config"])
+    benchmark: next(
+        run
+        for run in load_suite({"suite": "smoke"}).runs_of(benchmark)
+        if run.spec["method"]["config"]
+    )
     for benchmark in BENCHMARKS[:-1]
 } | {"speed": load_suite({"suite": "smoke"}).runs_of("speed")[0]}
 
@@ -34,7 +38,9 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
     run = RUN[benchmark]
     fake_runs.write_runs([run])
     metrics = read_record(run).metrics
-    assert metrics.model_dump(by_alias=True, exclude_unset=True) == json.loads(run.metrics_file.read_text())
+    assert metrics.model_dump(by_alias=True, exclude_unset=True) == json.loads(
+        run.metrics_file.read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +50,12 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
         ("glue", ["scores", "ood"], {}, "lacks a part"),
         ("glue", [*SCORES, "balanced_accuracy"], 17.0, "is 17.0, not a number from 0 to 1"),
         ("glue", [*SCORES, "loss"], float("nan"), "is damaged"),
-        ("glue", [*TRANSFORMED, "balanced_accuracy"], 17.0, "test as emoe2vanilla tweets balanced_accuracy is 17.0"),
+        (
+            "glue",
+            [*TRANSFORMED, "balanced_accuracy"],
+            17.0,
+            "test as emoe2vanilla tweets balanced_accuracy is 17.0",
+        ),
         ("glue", ["environment"], GONE, "'environment': Field required"),
         ("glue_ood", ["chosen"], GONE, "'chosen' is missing"),
         ("llama", ["tasks"], GONE, "'tasks' is missing"),
@@ -52,7 +63,9 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
         ("speed", ["measured"], GONE, "lacks a part"),
     ],
 )
-def test_a_damaged_file_is_named(benchmark: str, keys: Sequence[str], value: Any, message: str, here: Path) -> None:
+def test_a_damaged_file_is_named(
+    benchmark: str, keys: Sequence[str], value: Any, message: str, here: Path
+) -> None:
     run = RUN[benchmark]
     fake_runs.write_runs([run])
     path = run.metrics_file
@@ -123,9 +136,18 @@ def test_a_value_of_another_type_is_refused_in_one_line(benchmark: str) -> None:
         for value in VALUES:
             refused = is_refused(run, changed(content, path, value))
             # text may be any text, and numbers of a range may be any of it
-            same_kind = isinstance(before, float | int) and isinstance(value, float | int) and value is not True
+            same_kind = (
+                isinstance(before, float | int)
+                and isinstance(value, float | int)
+                and value is not True
+            )
             may_be_empty = isinstance(before, dict | list) and type(before) is type(value)
-            is_other = value is not None and type(before) is not type(value) and not same_kind and not may_be_empty
+            is_other = (
+                value is not None
+                and type(before) is not type(value)
+                and not same_kind
+                and not may_be_empty
+            )
             assert refused or not is_other, (path, value)
 
 
@@ -161,7 +183,12 @@ def test_values_that_changed_places_are_refused_or_of_one_type(benchmark: str) -
         ("modularity", ("matrix", "places"), [], "'matrix': its lists have different lengths"),
         ("domainbed", ("records", 0, "env0_in_acc"), "0.5", "records.0.env0_in_acc"),
         ("domainbed", ("records", 0, "env0_out_acc"), None, "records.0.env0_out_acc"),
-        ("domainbed", ("records", 0, "env0_in_acc"), GONE, "'records': its records have different accuracies"),
+        (
+            "domainbed",
+            ("records", 0, "env0_in_acc"),
+            GONE,
+            "'records': its records have different accuracies",
+        ),
         ("domainbed", ("records",), [], "'records': List should have at least 1 item"),
         ("domainbed", ("routing", "chance"), {}, "'loads' and 'chance' have different layers"),
         ("llama", ("data", "train", "tokens"), GONE, "'data.train': 'tokens' is missing"),
@@ -213,7 +240,9 @@ def test_status_names_the_damaged_file_of_a_run(here: Path) -> None:
     path = run.metrics_file
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(changed(fake_runs.metrics(run), ("cost",), {})))
-    with pytest.raises(DataError, match=rf"^{path} is damaged: 'cost.job_seconds': Field required; delete it"):
+    with pytest.raises(
+        DataError, match=rf"^{path} is damaged: 'cost.job_seconds': Field required; delete it"
+    ):
         count(run.benchmark, [run_status(run)])
 
 

@@ -52,7 +52,9 @@ def runs(here: Path) -> list[Run]:
 def mirrored(uri: str) -> dict[str, Any]:
     """Return the stored runs by name; no name may occur twice."""
     client = MlflowClient(uri)
-    stored = client.search_runs([client.get_experiment_by_name("glue").experiment_id], max_results=1000)
+    stored = client.search_runs(
+        [client.get_experiment_by_name("glue").experiment_id], max_results=1000
+    )
     assert len({run.info.run_name for run in stored}) == len(stored)
     return {run.info.run_name: run for run in stored}
 
@@ -62,17 +64,27 @@ def edit(run: Run, change: Any) -> None:
     os.utime(RUNS / run.folder / "metrics.json", (ENDED, ENDED))
 
 
-def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(runs: list[Run], tmp_path: Path) -> None:
+def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(
+    runs: list[Run], tmp_path: Path
+) -> None:
     uri = f"sqlite:///{tmp_path}/m.db"
-    edit(runs[0], lambda metrics: metrics.update(curve=[0.5, None, 0.25]))  # None: the loss diverged
+    edit(
+        runs[0], lambda metrics: metrics.update(curve=[0.5, None, 0.25])
+    )  # None: the loss diverged
     assert mirror(records(runs), uri) == {"added": len(runs), "replaced": 0, "unchanged": 0}
     client, stored = MlflowClient(uri), mirrored(uri)
     assert set(stored) == {run.name for run in runs}
     for run in runs:
         copy, scores = stored[run.name], read_record(run).metrics.scores or {}
-        assert (copy.info.status, copy.info.end_time) == ("FINISHED", 1000 * (ENDED + run.spec["seed"]))
+        assert (copy.info.status, copy.info.end_time) == (
+            "FINISHED",
+            1000 * (ENDED + run.spec["seed"]),
+        )
         assert copy.info.end_time - copy.info.start_time == 2000  # cost.job_seconds
-        assert {file.path for file in client.list_artifacts(copy.info.run_id)} == {"metrics.json", "log.txt"}
+        assert {file.path for file in client.list_artifacts(copy.info.run_id)} == {
+            "metrics.json",
+            "log.txt",
+        }
         assert copy.data.params["seed"] == str(run.spec["seed"])
         assert copy.data.metrics[SCORE] == scores["test"]["tweets"]["balanced_accuracy"]
     settings = Counter(copy.data.tags["setting"] for copy in stored.values())
@@ -81,8 +93,12 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(ru
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
 
     assert mirror(records(runs), uri) == {"added": 0, "replaced": 0, "unchanged": 4}
-    assert {run.info.run_id for run in mirrored(uri).values()} == {run.info.run_id for run in stored.values()}
-    edit(runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25))
+    assert {run.info.run_id for run in mirrored(uri).values()} == {
+        run.info.run_id for run in stored.values()
+    }
+    edit(
+        runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25)
+    )
     assert mirror(records(runs), uri) == {"added": 0, "replaced": 1, "unchanged": 3}
     stored = mirrored(uri)
     assert (len(stored), stored[runs[0].name].data.metrics[SCORE]) == (4, 0.25)
@@ -94,22 +110,37 @@ def test_runs_have_their_numbers_and_a_second_mirror_changes_only_new_numbers(ru
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device", "metrics.json"), r"No space left on device: 'metrics\.json'"),
-        (MlflowException(f"no answer of http://lab:{KEPT_QUIET}@db\nx"), r"no answer of http://lab:\*\*\*@db$"),
+        (
+            OSError(28, "No space left on device", "metrics.json"),
+            r"No space left on device: 'metrics\.json'",
+        ),
+        (
+            MlflowException(f"no answer of http://lab:{KEPT_QUIET}@db\nx"),
+            r"no answer of http://lab:\*\*\*@db$",
+        ),
     ],
 )
-def test_a_refusal_is_one_line_without_the_password(runs: list[Run], error: Exception, message: str) -> None:
+def test_a_refusal_is_one_line_without_the_password(
+    runs: list[Run], error: Exception, message: str
+) -> None:
     address = f"https://lab:{KEPT_QUIET}@db/mlflow"
-    with mock.patch.object(mlflow, "MlflowClient", side_effect=error), pytest.raises(RunError) as refused:
+    with (
+        mock.patch.object(mlflow, "MlflowClient", side_effect=error),
+        pytest.raises(RunError) as refused,
+    ):
         mirror(records(runs), address)
     assert re.match(rf"MLflow at https://lab:\*\*\*@db.*{message}", str(refused.value))
     assert "\n" not in str(refused.value)
 
 
-def test_a_postgresql_that_does_not_answer_is_one_line_without_the_password(runs: list[Run]) -> None:
+def test_a_postgresql_that_does_not_answer_is_one_line_without_the_password(
+    runs: list[Run],
+) -> None:
     with pytest.raises(RunError) as refused:
         mirror(records(runs), f"postgresql://lab:{KEPT_QUIET}@127.0.0.1:1/mlflow")
-    assert re.match(r"MLflow at postgresql://lab:\*\*\*@127.*[Cc]onnection refused", str(refused.value))
+    assert re.match(
+        r"MLflow at postgresql://lab:\*\*\*@127.*[Cc]onnection refused", str(refused.value)
+    )
     assert "\n" not in str(refused.value)
 
 
@@ -117,7 +148,9 @@ def test_a_locked_file_is_one_line_with_the_way_out(runs: list[Run], tmp_path: P
     file = tmp_path / "m.db"
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(RunError, match=r"the database is locked; end the other process that uses it, and repeat$"):
+    with pytest.raises(
+        RunError, match=r"the database is locked; end the other process that uses it, and repeat$"
+    ):
         mirror(records(runs), f"sqlite:///{file}")
     other.close()
     assert mirror(records(runs), f"sqlite:///{file}")["added"] == len(runs)
@@ -164,4 +197,7 @@ def test_no_library_reports_usage_unless_asked_to(tmp_path: Path) -> None:
     )
     # mlflow must not detect a test
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "True True\n"
+    assert (
+        subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        == "True True\n"
+    )

@@ -15,7 +15,12 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from benchmarks.modularity.pipeline import concentration, dense_magnitudes, gini, neurons_used
 from benchmarks.modularity.presentation import ModularityOutcomes
-from benchmarks.text.usage import class_information, mark_experts, shared_and_specialised, task_information
+from benchmarks.text.usage import (
+    class_information,
+    mark_experts,
+    shared_and_specialised,
+    task_information,
+)
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare
 from tests.planned import edited_benchmark, smoke_run
@@ -53,7 +58,9 @@ def test_an_expert_that_one_task_prefers_is_marked_and_informs_about_the_task() 
 
 def test_few_matrices_without_a_difference_have_a_marked_expert() -> None:
     marked = sum(
-        bool(mark_experts(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any())
+        bool(
+            mark_experts(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any()
+        )
         for seed in range(60)
     )
     assert marked <= 8  # 3 are expected; 9 or more happen once in 300
@@ -85,7 +92,10 @@ def test_used_neurons_are_those_of_the_models_forward_pass(name: str) -> None:
     model, batches = tiny_models.build(name), [tiny_models.inputs(name)]
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=3, layers=[1]))
     expected = tiny_models.output(model, batches[0])
-    used = {selection: neurons_used(model, 1, batches, selection) for selection in ("top", "bottom", "not_top")}
+    used = {
+        selection: neurons_used(model, 1, batches, selection)
+        for selection in ("top", "bottom", "not_top")
+    }
     assert torch.equal(used["top"], dense_magnitudes(model, 1, batches) != 0)
     assert torch.equal(used["top"], ~used["not_top"])
     assert (used["bottom"].float().mean(1) == 3 / 8).all()
@@ -97,7 +107,9 @@ def test_a_run_measures_experts_and_repeats_exactly(workdir: Path) -> None:
     run = smoke_run("modularity", "emoe", "reading")
     metrics = finish(prepare(run))
     config, measured = run.spec["method"]["config"], metrics["measured"]["experts"]
-    assert config["top_k"] / config["num_experts"] < measured["kept_top"] < 1  # more than as many random experts
+    assert (
+        config["top_k"] / config["num_experts"] < measured["kept_top"] < 1
+    )  # more than as many random experts
     assert measured["kept_bottom"] < measured["kept_top"]
     assert 0.25 < measured["best_quarter"] <= 1
     assert set(metrics["usage"]["tasks"]) == {"tweets", "amazon"}
@@ -109,7 +121,10 @@ def test_a_run_measures_experts_and_repeats_exactly(workdir: Path) -> None:
     assert other["measured"]["experts"] == pytest.approx(measured, abs=1e-4)
     # contiguous neurons fire as the clustered ones do, in another order
     contiguous = finish(prepare(smoke_run("modularity", "contiguous", "reading")))
-    by_token = [sorted(zip(shown["tokens"], shown["values"], strict=True)) for shown in (matrix, contiguous["matrix"])]
+    by_token = [
+        sorted(zip(shown["tokens"], shown["values"], strict=True))
+        for shown in (matrix, contiguous["matrix"])
+    ]
     assert by_token[0] == by_token[1]
     assert matrix["places"] != contiguous["matrix"]["places"]
     assert measured["inertia"] < contiguous["measured"]["experts"]["inertia"]
@@ -121,7 +136,9 @@ def test_methods_whose_experts_mean_nothing_before_training_are_refused() -> Non
             edited_benchmark("modularity", {"methods": {"emoe": {}, method: {}}})
 
 
-def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_chance(here: Path) -> None:
+def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_chance(
+    here: Path,
+) -> None:
     runs = fake_runs.write(RUNS, "mini", benchmarks=("modularity",))
     records = fake_runs.records(runs)
     by_cell = present(BENCHMARK, records).tables[0].frame.set_index(["method", "num_experts"])
@@ -133,6 +150,11 @@ def test_tables_have_means_over_seeds_the_papers_values_and_a_sentence_about_cha
     assert (row["best_quarter"], row["n"]) == (pytest.approx(measured["best_quarter"].mean()), 3)
     for bits, words in ((0.9, "more than chance"), (0.0, "no more than chance")):
         for run in runs:
-            fake_runs.edit(run, lambda content, bits=bits: content["measured"]["experts"].update(task_information=bits))
+            fake_runs.edit(
+                run,
+                lambda content, bits=bits: content["measured"]["experts"].update(
+                    task_information=bits
+                ),
+            )
         sentences = present(BENCHMARK, fake_runs.records(runs)).verdicts
         assert any(f"tells {words} of the task" in sentence for sentence in sentences)

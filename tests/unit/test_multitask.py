@@ -34,10 +34,17 @@ def task(name: str, prefix: str | None = None) -> LearnedTask:
 def test_answers_are_the_names_of_classes_with_their_end() -> None:
     tokenizer = load_tokenizer(TINY)
     tokens = tokenise_answers(tokenizer, task("rte"))
-    assert [tokenizer.decode(answer[:-1]) for answer in tokens] == ["entailment", "not _ entailment"]
+    assert [tokenizer.decode(answer[:-1]) for answer in tokens] == [
+        "entailment",
+        "not _ entailment",
+    ]
     assert {answer[-1] for answer in tokens} == {tokenizer.eos_token_id}
-    alike = task("rte").model_copy(update={"labels": ["Yes", "no", "yes"]})  # the tokenizer is lower-case
-    with pytest.raises(DataError, match="task 'rte': the tokenizer writes two of its classes Yes, no, yes alike"):
+    alike = task("rte").model_copy(
+        update={"labels": ["Yes", "no", "yes"]}
+    )  # the tokenizer is lower-case
+    with pytest.raises(
+        DataError, match="task 'rte': the tokenizer writes two of its classes Yes, no, yes alike"
+    ):
         tokenise_answers(tokenizer, alike)
 
 
@@ -46,7 +53,9 @@ def test_likelihoods_equal_those_of_decoding_token_by_token() -> None:
     model, tokenizer = load_seq2seq(TINY).eval(), load_tokenizer(TINY)
     possible, texts = tokenise_answers(tokenizer, task("rte")), ["a fine film", "rain"]
     assert len({len(answer) for answer in possible}) == 2  # one is padded
-    ranked = log_likelihoods(model, dict(tokenizer(texts, padding=True, return_tensors="pt")), possible)
+    ranked = log_likelihoods(
+        model, dict(tokenizer(texts, padding=True, return_tensors="pt")), possible
+    )
     for row, text in enumerate(texts):
         alone = tokenizer([text], return_tensors="pt")
         for number, answer in enumerate(possible):
@@ -76,25 +85,35 @@ def test_an_epoch_mixes_tasks_up_to_a_limit_and_large_ones_go_through_all_rows()
     epochs = [epoch(mixed, number) for number in range(5)]
     assert {len(rows) for rows in epochs} == {len(mixed)} == {4 + 3}
     assert all({row for row in rows if row >= 10} == {10, 11, 12} for rows in epochs)
-    assert set(Counter(row for rows in epochs for row in rows if row < 10).values()) == {2}  # 20 rows of 10
-    assert len({row for rows in epochs[:2] for row in rows if row < 10}) == 8  # none twice before all had their turn
+    assert set(Counter(row for rows in epochs for row in rows if row < 10).values()) == {
+        2
+    }  # 20 rows of 10
+    assert (
+        len({row for rows in epochs[:2] for row in rows if row < 10}) == 8
+    )  # none twice before all had their turn
     # the order depends on seed and epoch alone
     assert epoch(order(4), 3) == epochs[3]
     assert epochs[1] != epochs[0] != epoch(order(4, seed=1), 0)
     assert sorted(epoch(order(None), 0)) == list(range(13))
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_run_resumes_to_the_same_numbers(
+    workdir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = smoke_run("multitask", "emoe")
     whole = finish(prepare(run))
-    assert killed_and_resumed(run, 12) == whole  # in the second epoch, after the checkpoint of step 8
+    assert (
+        killed_and_resumed(run, 12) == whole
+    )  # in the second epoch, after the checkpoint of step 8
     assert "resumed at step 8" in "".join(capfd.readouterr())
     assert set(whole["scores"]["test"]) == {"amazon", "amazon_strength"}
     assert set(whole["scores"]["ood"]) == {other["name"] for other in run.spec["ood"]}
     assert [entry["epoch"] for entry in whole["dev_curve"]] == [1.0, 2.0]
 
 
-def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(hub_here: Path) -> None:
+def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
+    hub_here: Path,
+) -> None:
     spec = paper_spec("multitask", task="nli", method="emoe")
     read_as = {other["name"]: other["read_as"] for other in spec["ood"]}
     assert read_as == {"snli": "mnli", "sick_entailment": "mnli", "scitail": "rte", "hans": "rte"}
@@ -102,15 +121,23 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(h
     assert (config["num_experts"], config["top_k"], config["layers"]) == (32, 8, [10])
     result = finish(prepare(run_from_spec({**spec, "training": {**spec["training"], "epochs": 2}})))
     assert set(result["scores"]["ood"]) == set(read_as)
-    assert result["data"]["dev:rte"]["rows"] + result["data"]["train:rte"]["rows"] == 16  # a tenth is held out
+    assert (
+        result["data"]["dev:rte"]["rows"] + result["data"]["train:rte"]["rows"] == 16
+    )  # a tenth is held out
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"mixtures.six.tasks": ["mnlo"]}, r"six\.tasks' is 'mnlo'.*did you mean 'mnli'"),
-        ({"mixtures.six.tasks": ["snli", "rte"]}, r"six\.tasks' is 'snli'"),  # it has no training rows
-        ({"methods": {"vanilla": {}, "block": {"layers": [1]}}}, "methods.block' must train everything"),
+        (
+            {"mixtures.six.tasks": ["snli", "rte"]},
+            r"six\.tasks' is 'snli'",
+        ),  # it has no training rows
+        (
+            {"methods": {"vanilla": {}, "block": {"layers": [1]}}},
+            "methods.block' must train everything",
+        ),
     ],
 )
 def test_unusable_tasks_and_methods_are_named(change: dict[str, Any], message: str) -> None:
@@ -133,13 +160,21 @@ def test_tables_have_means_over_tasks_the_papers_gains_and_the_transfer(here: Pa
     runs = fake_runs.write(RUNS, "paper", {"emoe": 0.05}, benchmarks=("multitask",))
     records = fake_runs.records(runs)
     outcomes = MultitaskOutcomes(BENCHMARK, records)
-    scores = outcomes.seeds.set_index(["domain", "task", "eval_task", "method", "seed"])["value"].sort_index()
-    tables = {table.name.removeprefix("multitask_"): table.frame for table in present(BENCHMARK, records).tables}
+    scores = outcomes.seeds.set_index(["domain", "task", "eval_task", "method", "seed"])[
+        "value"
+    ].sort_index()
+    tables = {
+        table.name.removeprefix("multitask_"): table.frame
+        for table in present(BENCHMARK, records).tables
+    }
     gains = tables["gains"].set_index(["task", "method", "where"])
     row = gains.loc[("six", "emoe", "in domain")]
     assert (row["paper"], row["n"], row["sets"]) == (pytest.approx(0.0756), 3, 6)
     assert row["mean"] == pytest.approx(scores.loc[("id", "six", slice(None), "emoe")].mean())
-    by_seed = [scores.loc[("id", "six", slice(None), name)].groupby("seed").mean() for name in ("emoe", "vanilla")]
+    by_seed = [
+        scores.loc[("id", "six", slice(None), name)].groupby("seed").mean()
+        for name in ("emoe", "vanilla")
+    ]
     assert row["delta"] == pytest.approx((by_seed[0] - by_seed[1]).mean())
     assert row["low"] < row["delta"] < row["high"]
     assert np.isnan(gains.loc[("six", "gmoe", "in domain"), "paper"])

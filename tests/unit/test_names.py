@@ -10,12 +10,12 @@ import pytest
 
 from benchmarks.harness import base
 from benchmarks.harness.base import ROOT, DefinitionError
-from benchmarks.harness.config.artifacts import all_artifacts
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
-from benchmarks.harness.config.listing import LISTS
 from benchmarks.harness.config.names import check_name
-from benchmarks.harness.config.paper_items import load_paper
 from benchmarks.harness.config.suite import load_suite, suite_names
+from benchmarks.harness.report.artifacts import all_artifacts
+from benchmarks.harness.report.listing import LISTS
+from benchmarks.harness.report.paper_items import load_paper
 from benchmarks.text.new import new_benchmark
 from tests.planned import edited_project
 
@@ -34,7 +34,9 @@ def used_names() -> Iterator[str]:
 def test_a_name_that_is_used_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     csv = tmp_path / "rows.csv"
     csv.write_text("text,label\na,b\nc,d\n")
-    with pytest.raises(DefinitionError, match=rf"^'{name}' is not a valid name: .*; choose another name$"):
+    with pytest.raises(
+        DefinitionError, match=rf"^'{name}' is not a valid name: .*; choose another name$"
+    ):
         new_benchmark(name, csv)
 
 
@@ -55,16 +57,23 @@ def project(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("name", ["reference", "figure_7", "Mine", "my-own"])
 def test_files_made_by_hand_are_refused_too(name: str, project: Path) -> None:
     (project / "benchmarks/glue").rename(project / "benchmarks" / name)
-    with pytest.raises(DefinitionError, match=rf"^\S+/{name}/benchmark\.yaml: '{name}' is not a valid name: "):
+    with pytest.raises(
+        DefinitionError, match=rf"^\S+/{name}/benchmark\.yaml: '{name}' is not a valid name: "
+    ):
         load_benchmark(name)
     (base.CONFIG / "mini.yaml").rename(base.CONFIG / f"{name}.yaml")
-    with pytest.raises(DefinitionError, match=rf"^\S+/config/{name}\.yaml: '{name}' is not a valid name: "):
+    with pytest.raises(
+        DefinitionError, match=rf"^\S+/config/{name}\.yaml: '{name}' is not a valid name: "
+    ):
         load_suite({"suite": name})
 
 
 def test_a_benchmark_with_the_name_of_a_sets_target_is_refused(project: Path) -> None:
     (project / "benchmarks/speed").rename(project / "benchmarks/domainbed_pacs")
-    with pytest.raises(DefinitionError, match="'domainbed_pacs' is also the target of the set 'pacs' of 'domainbed'"):
+    with pytest.raises(
+        DefinitionError,
+        match="'domainbed_pacs' is also the target of the set 'pacs' of 'domainbed'",
+    ):
         all_artifacts()
 
 

@@ -38,7 +38,12 @@ from tests.model_folders import assert_same, edit_json, tensors
 CONFIGS = {
     "avg-k": emoe.EMoEConfig(num_experts=4, top_k=2, layers="last:2"),
     "learned": emoe.EMoEConfig(
-        num_experts=4, top_k=2, layers="last:2", router="cosine", weighting="softmax", output_bias="per_expert"
+        num_experts=4,
+        top_k=2,
+        layers="last:2",
+        router="cosine",
+        weighting="softmax",
+        output_bias="per_expert",
     ),
     "gmoe": emoe.GMoEConfig(num_experts=2, top_k=1, layers="last:1"),
 }
@@ -52,7 +57,11 @@ AUTO_CLASSES: dict[str, Any] = {
 
 def trained(name: str, config: Any) -> Any:
     """Convert a tiny model, and move all weights of its routers and biases from where they start."""
-    model = tiny_models.build(name) if AUTO_CLASSES[name] is AutoModel else tiny_models.build_generator(name)
+    model = (
+        tiny_models.build(name)
+        if AUTO_CLASSES[name] is AutoModel
+        else tiny_models.build_generator(name)
+    )
     torch.manual_seed(0)
     emoe.convert_(model, config)
     with torch.no_grad():
@@ -90,16 +99,26 @@ def test_what_a_loaded_model_can_do(tmp_path: Path) -> None:
     assert again().half().dtype == again(dtype=torch.float16).dtype == torch.float16
     assert torch.equal(logits(again(device_map={"": "cpu"})), expected)
     assert torch.equal(logits(emoe.to_dense_(again(), restore_order=True)), logits(dense))
-    for name in ("is_quantized", "hf_quantizer", "quantization_method"):  # Trainer and PEFT would refuse or warn
+    for name in (
+        "is_quantized",
+        "hf_quantizer",
+        "quantization_method",
+    ):  # Trainer and PEFT would refuse or warn
         assert not getattr(again(), name, None)
 
     adapted: Any = get_peft_model(again(), LoraConfig(target_modules=["query"]))
-    arguments = TrainingArguments(str(tmp_path / "runs"), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
+    arguments = TrainingArguments(
+        str(tmp_path / "runs"), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
+    )
     for network in (adapted, again()):
-        Trainer(network, arguments, train_dataset=rows(), callbacks=[emoe.TrainerCallback()]).train()
+        Trainer(
+            network, arguments, train_dataset=rows(), callbacks=[emoe.TrainerCallback()]
+        ).train()
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(BertForSequenceClassification.from_pretrained(tmp_path / "merged")), logits(merged))
+    assert torch.equal(
+        logits(BertForSequenceClassification.from_pretrained(tmp_path / "merged")), logits(merged)
+    )
 
 
 def test_changed_settings_are_saved_and_a_folded_model_is_dense(tmp_path: Path) -> None:
@@ -134,7 +153,9 @@ assert emoe.is_converted({LOAD})
 
 
 @pytest.mark.parametrize("program", [WITHOUT_AND_WITH, EMOE_FIRST], ids=["emoe last", "emoe first"])
-def test_transformers_refuses_the_folder_until_emoe_is_imported(program: str, tmp_path: Path) -> None:
+def test_transformers_refuses_the_folder_until_emoe_is_imported(
+    program: str, tmp_path: Path
+) -> None:
     emoe.save_pretrained(bert(METHODS["emoe"]), tmp_path)
     command = [sys.executable, "-c", program.format(folder=str(tmp_path))]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -155,14 +176,20 @@ def test_a_hub_id_and_a_revision(tmp_path: Path) -> None:
     ):
         assert torch.equal(logits(again), logits(model))
     with pytest.raises(emoe.CheckpointError, match="the hub gave no model"):
-        emoe.from_pretrained(BertForSequenceClassification, "org/experts", **{**options, "revision": "v2"})
+        emoe.from_pretrained(
+            BertForSequenceClassification, "org/experts", **{**options, "revision": "v2"}
+        )
 
 
 def test_a_router_that_is_not_stored_is_an_error(tmp_path: Path) -> None:
     """Transformers would warn, and leave it as uninitialised memory."""
     bert(METHODS["emoe-learn"]).save_pretrained(tmp_path)
     state = tensors(tmp_path)
-    kept = {name: tensor for name, tensor in state.items() if "3.intermediate.intermediate_act_fn" not in name}
+    kept = {
+        name: tensor
+        for name, tensor in state.items()
+        if "3.intermediate.intermediate_act_fn" not in name
+    }
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(emoe.CheckpointError, match=r"lacks .*router"):
         AutoModel.from_pretrained(tmp_path)
@@ -175,7 +202,12 @@ def test_experts_on_the_disk_or_without_weights(tmp_path: Path) -> None:
     assert next(empty.parameters()).is_meta
     assert next(load(tmp_path / "plain", device_map="meta").parameters()).is_meta
     emoe.save_pretrained(bert(METHODS["emoe-learn"]), tmp_path / "learned")
-    places = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+    places = {
+        "bert.embeddings": "cpu",
+        "bert.encoder": "disk",
+        "bert.pooler": "cpu",
+        "classifier": "cpu",
+    }
     with pytest.raises(emoe.CheckpointError, match="offloads"):
         load(tmp_path / "learned", device_map=places, offload_folder=str(tmp_path / "disk"))
 
@@ -192,23 +224,34 @@ FEWER_LAYERS = {"llama": "num_hidden_layers", "gpt2": "n_layer", "t5": "num_laye
 
 
 @pytest.mark.parametrize("name", FEWER_LAYERS)
-def test_a_configuration_with_fewer_layers_than_the_weights_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_configuration_with_fewer_layers_than_the_weights_is_refused(
+    name: str, tmp_path: Path
+) -> None:
     emoe.save_pretrained(converted.model(name, layers=[0]), tmp_path)
     edit_json(tmp_path / "config.json", **{FEWER_LAYERS[name]: 1})
     for folder_loader in (AutoModel, tiny_models.loader(name)):
-        with pytest.raises(emoe.CheckpointError, match=r"config\.json counts fewer layers than the weights"):
+        with pytest.raises(
+            emoe.CheckpointError, match=r"config\.json counts fewer layers than the weights"
+        ):
             emoe.from_pretrained(folder_loader, tmp_path)
 
 
 @pytest.mark.parametrize("classes", [7, 0, 10**9])
-def test_a_timm_folder_with_another_number_of_classes_is_refused(classes: int, tmp_path: Path) -> None:
+def test_a_timm_folder_with_another_number_of_classes_is_refused(
+    classes: int, tmp_path: Path
+) -> None:
     source = model_folders.save("VisionTransformer", tmp_path / "dense")
     model = converted.model("VisionTransformer")
     emoe.save_pretrained(model, tmp_path / "experts")
     options = tiny_models.load_options("VisionTransformer")
-    for folder, load_folder in ((source, model_folders.dense), (tmp_path / "experts", model_folders.loaded)):
+    for folder, load_folder in (
+        (source, model_folders.dense),
+        (tmp_path / "experts", model_folders.loaded),
+    ):
         edit_json(folder / "config.json", num_classes=classes)
-        with pytest.raises(emoe.CheckpointError, match=rf"num_classes is {classes}, but the weights have a head of"):
+        with pytest.raises(
+            emoe.CheckpointError, match=rf"num_classes is {classes}, but the weights have a head of"
+        ):
             load_folder(folder)
     edit_json(source / "config.json", pretrained_cfg="x")
     with pytest.raises(emoe.CheckpointError, match="cannot be loaded"):
@@ -237,17 +280,23 @@ class NoQuantizer(HfQuantizer):
 
 @pytest.mark.parametrize("method", ["emoe", "emoe-learn", "emoe, published"])
 @pytest.mark.parametrize("is_old", [False, True])
-def test_a_checkpoint_is_quantised_and_the_quantised_model_saved(method: str, is_old: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_is_quantised_and_the_quantised_model_saved(
+    method: str, is_old: bool, tmp_path: Path
+) -> None:
     model = bert(METHODS[method])
     save = write_as_release_0_1 if is_old else emoe.save_pretrained
     save(model, tmp_path / "saved")
-    quantised, info = load(tmp_path / "saved", quantization_config=NoQuantization(), output_loading_info=True)
+    quantised, info = load(
+        tmp_path / "saved", quantization_config=NoQuantization(), output_loading_info=True
+    )
     assert quantised.is_quantized
     assert not info["missing_keys"]
     assert torch.equal(logits(quantised), logits(model))
     emoe.save_pretrained(quantised, tmp_path / "again")
     assert "Transformers itself refuses" in (tmp_path / "again" / "README.md").read_text()
-    with pytest.raises(ValueError, match=r"experts_implementation=\"emoe.from_pretrained\"` is not supported"):
+    with pytest.raises(
+        ValueError, match=r"experts_implementation=\"emoe.from_pretrained\"` is not supported"
+    ):
         BertForSequenceClassification.from_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     assert again.is_quantized
@@ -273,7 +322,9 @@ def write_as_release_0_1(model: Any, folder: Path) -> None:
             state[f"{names[layer.ffn.proj_out]}.bias"] = layer.mean_output_bias()
         if layer.config.kind == "gmoe":
             for path, module in layer.ffn.projections():
-                tensors_of_copy = {f"{layer.ffn.index}.{path}.{key}": t for key, t in module.state_dict().items()}
+                tensors_of_copy = {
+                    f"{layer.ffn.index}.{path}.{key}": t for key, t in module.state_dict().items()
+                }
                 extra |= tensors_of_copy
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     if extra:
@@ -291,11 +342,17 @@ def test_folders_of_the_first_release_load(method: str, tmp_path: Path) -> None:
         assert layer.config == expected.config
         assert method == "gmoe" or torch.equal(layer.permutation, expected.permutation)
     emoe.save_pretrained(again, tmp_path)  # as a folder of today
-    assert not {"emoe_config.json", "emoe_extra.safetensors"} & {path.name for path in tmp_path.iterdir()}
-    assert torch.equal(logits(BertForSequenceClassification.from_pretrained(tmp_path)), logits(model))
+    assert not {"emoe_config.json", "emoe_extra.safetensors"} & {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert torch.equal(
+        logits(BertForSequenceClassification.from_pretrained(tmp_path)), logits(model)
+    )
 
 
-def test_the_librarys_own_folder_of_the_first_release_loads_but_not_as_dense(tmp_path: Path) -> None:
+def test_the_librarys_own_folder_of_the_first_release_loads_but_not_as_dense(
+    tmp_path: Path,
+) -> None:
     model = bert(METHODS["emoe-learn"])
     model.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
@@ -305,7 +362,9 @@ def test_the_librarys_own_folder_of_the_first_release_loads_but_not_as_dense(tmp
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert torch.equal(logits(load(tmp_path)), logits(model))
     stock = BertForSequenceClassification.from_pretrained(tmp_path)
-    with pytest.raises(emoe.ConversionError, match=r"loaded it as dense: use emoe\.from_pretrained"):
+    with pytest.raises(
+        emoe.ConversionError, match=r"loaded it as dense: use emoe\.from_pretrained"
+    ):
         emoe.set_top_k_(stock, 3)
 
 
@@ -314,7 +373,12 @@ def test_the_librarys_own_folder_of_the_first_release_loads_but_not_as_dense(tmp
     [
         (
             "llama",
-            ("LlamaModel.from_pretrained", "refuses this checkpoint until", "2, 3 of 4", "library_name: transformers"),
+            (
+                "LlamaModel.from_pretrained",
+                "refuses this checkpoint until",
+                "2, 3 of 4",
+                "library_name: transformers",
+            ),
         ),
         ("VisionTransformer", ("emoe.from_pretrained(timm.create_model", "timm does not know")),
         ("TransformerEncoder", ("build() returns a TransformerEncoder", "reads a dense model")),
@@ -335,6 +399,11 @@ def test_the_configuration_of_a_model_is_asked_for() -> None:
     dense, model = bert(None), bert(METHODS["emoe"])
     assert not emoe.is_converted(dense)
     assert emoe.is_converted(nn.DataParallel(model))
-    assert emoe.config_of(get_peft_model(model, LoraConfig(target_modules=["query"]))) == METHODS["emoe"]
-    with pytest.raises(emoe.ConversionError, match="config_of: the model has no routed FFN; convert it first"):
+    assert (
+        emoe.config_of(get_peft_model(model, LoraConfig(target_modules=["query"])))
+        == METHODS["emoe"]
+    )
+    with pytest.raises(
+        emoe.ConversionError, match="config_of: the model has no routed FFN; convert it first"
+    ):
         emoe.config_of(dense)

@@ -67,19 +67,38 @@ def test_the_command_prints_how_to_run_the_new_suite(project: Path) -> None:
     ("content", "labels"),
     [
         ("text,label\na,10\nb,9\nc,-1\nd,nan\ne,\nf,9.0\n", ["-1", "9", "10"]),
-        ('\ufefftext,label\na,größer\nb,"x, y"\nc,yes\n', ["größer", "x, y", "yes"]),  # YAML would read yes as true
+        (
+            '\ufefftext,label\na,größer\nb,"x, y"\nc,yes\n',
+            ["größer", "x, y", "yes"],
+        ),  # YAML would read yes as true
     ],
 )
 def test_labels_are_read_from_the_csv(project: Path, content: str, labels: list[str]) -> None:
     new_benchmark("mine", written(project, content))
-    assert yaml.safe_load((project / "benchmarks/mine/tasks.yaml").read_text())["tasks"]["mine"]["labels"] == labels
+    assert (
+        yaml.safe_load((project / "benchmarks/mine/tasks.yaml").read_text())["tasks"]["mine"][
+            "labels"
+        ]
+        == labels
+    )
 
 
 def test_columns_are_named_and_other_rows_are_other_runs(project: Path) -> None:
     sources = []
-    for name, content in (("one", CSV), ("two", CSV), ("three", CSV.replace("number 3", "number three"))):
-        new_benchmark(name, written(project, content.replace("text,label", "Review: a,class")), "Review: a", "class")
-        task = yaml.safe_load((project / f"benchmarks/{name}/tasks.yaml").read_text())["tasks"][name]
+    for name, content in (
+        ("one", CSV),
+        ("two", CSV),
+        ("three", CSV.replace("number 3", "number three")),
+    ):
+        new_benchmark(
+            name,
+            written(project, content.replace("text,label", "Review: a,class")),
+            "Review: a",
+            "class",
+        )
+        task = yaml.safe_load((project / f"benchmarks/{name}/tasks.yaml").read_text())["tasks"][
+            name
+        ]
         assert (task["fields"], task["label"]) == (["Review: a"], "class")
         sources.append(Path(task["source"]["csv"]).name)
     assert sources[0] == sources[1] != sources[2]

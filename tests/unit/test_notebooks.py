@@ -42,13 +42,19 @@ SMALLER = {
 }
 
 
-def test_the_notebook_of_training_shows_its_committed_outputs_except_numbers(checkout: Path) -> None:
+def test_the_notebook_of_training_shows_its_committed_outputs_except_numbers(
+    checkout: Path,
+) -> None:
     notebook = committed(NAMES[0])
     for old, new in SMALLER.items():
         (cell,) = (cell for cell in notebook.cells if old in cell.source)
         cell.source = cell.source.replace(old, new)
-    now = [[without_numbers(text) for text in texts] for texts in shown(executed(notebook, checkout))]
-    assert now == [[without_numbers(text) for text in texts] for texts in shown(committed(NAMES[0]))]
+    now = [
+        [without_numbers(text) for text in texts] for texts in shown(executed(notebook, checkout))
+    ]
+    assert now == [
+        [without_numbers(text) for text in texts] for texts in shown(committed(NAMES[0]))
+    ]
 
 
 def test_the_notebook_of_results_shows_its_committed_outputs(checkout: Path) -> None:

@@ -8,9 +8,11 @@ import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.base import DefinitionError
-from benchmarks.harness.config.artifacts import all_artifacts
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
-from benchmarks.harness.config.paper_items import (
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.artifacts import all_artifacts
+from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
+from benchmarks.harness.report.paper_items import (
     PaperPart,
     check_part,
     main_figure,
@@ -18,8 +20,6 @@ from benchmarks.harness.config.paper_items import (
     paper_files,
     paper_outputs,
 )
-from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
 from benchmarks.harness.report.plots import save
 from benchmarks.harness.report.presentation import check_presentations, present
 from tests import fake_runs
@@ -37,16 +37,24 @@ def test_every_output_of_the_paper_is_made_by_exactly_one_rule() -> None:
 def test_every_benchmark_names_tables_and_figures_that_exist() -> None:
     check_presentations(benchmark_names())
     for name, tables, wrong in (("glue", "tables", "test"), ("domainbed", "set_tables", "choice")):
-        with pytest.raises(DefinitionError, match=rf"{tables}' is '{wrong}', .* did you mean '{wrong}s'"):
+        with pytest.raises(
+            DefinitionError, match=rf"{tables}' is '{wrong}', .* did you mean '{wrong}s'"
+        ):
             present(edited_benchmark(name, {tables: [wrong]}), [])
 
 
 def test_a_mistyped_table_is_named_in_the_file_that_has_the_mistake(tmp_path: Path) -> None:
     where = "paper.yaml: 'items.table_2.parts[0]"
-    with pytest.raises(DefinitionError, match=r"paper\.yaml: .*table' is 'tsks', .* did you mean 'tasks'"):
+    with pytest.raises(
+        DefinitionError, match=r"paper\.yaml: .*table' is 'tsks', .* did you mean 'tasks'"
+    ):
         check_part(PaperPart(benchmark="glue", table="tsks"), where)
-    edit = edited_project(tmp_path, "benchmarks/glue/benchmark.yaml", "results, tasks,", "results, tsks,")
-    message = r"^\S+/glue/benchmark\.yaml: 'tables' is 'tsks', which does not exist; did you mean 'tasks'"
+    edit = edited_project(
+        tmp_path, "benchmarks/glue/benchmark.yaml", "results, tasks,", "results, tsks,"
+    )
+    message = (
+        r"^\S+/glue/benchmark\.yaml: 'tables' is 'tsks', which does not exist; did you mean 'tasks'"
+    )
     with edit, pytest.raises(DefinitionError, match=message):
         check_part(PaperPart(benchmark="glue", table="tasks"), where)
 
@@ -65,13 +73,21 @@ def test_paper_tables_have_the_papers_rows(here: Path) -> None:
         write_paper_items(suite, presented)
     draw_main({}, main_figure(suite.name))
     assert (folder / "figure_5a.pdf").read_text() == "glue_lora_settings"
-    assert {path.name for path in folder.iterdir()} == {Path(file).name for file in paper_files(suite)}
-    for name, rows, others in (("4a", "bottom k", "all but the top k"), ("2a", "Vanilla", "random partition")):
+    assert {path.name for path in folder.iterdir()} == {
+        Path(file).name for file in paper_files(suite)
+    }
+    for name, rows, others in (
+        ("4a", "bottom k", "all but the top k"),
+        ("2a", "Vanilla", "random partition"),
+    ):
         table = (folder / f"table_{name}.md").read_text()
         assert (rows in table, others in table) == (True, False)
     assert "all but the top k" in (folder / "table_17.md").read_text()
     status = {row["item"]: row["status"] for row in paper_index(suite)}
-    assert (status["table_4"], status["table_mmlu"]) == ("made", "not in this suite (benchmark llama)")
+    assert (status["table_4"], status["table_mmlu"]) == (
+        "made",
+        "not in this suite (benchmark llama)",
+    )
 
 
 def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> None:
@@ -84,13 +100,17 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> Non
     scores: dict[tuple[str, str, int], float] = {}
     for run in suite.runs_of("glue"):
         task, method = run.spec["task"], run.spec["method"]["name"]
-        tested = fake_runs.metrics(run, 0.03 if method == "emoe" else 0.0)["scores"]["test"][task["name"]]
+        tested = fake_runs.metrics(run, 0.03 if method == "emoe" else 0.0)["scores"]["test"][
+            task["name"]
+        ]
         scores[method, task["name"], run.spec["seed"]] = tested[task["metric"]]
     full = ours[ours["panel"] == "Text in full"].set_index("method")
     # GMoE ran on tweets with five seeds alone
     for method, tasks, seeds in (("gmoe", ["tweets"], 5), ("emoe", ["tweets", "amazon"], 8)):
         pairs = [(task, seed) for task in tasks for seed in range(seeds)]
-        difference = sum(scores[method, *pair] - scores["vanilla", *pair] for pair in pairs) / len(pairs)
+        difference = sum(scores[method, *pair] - scores["vanilla", *pair] for pair in pairs) / len(
+            pairs
+        )
         assert full.loc[method, ["delta", "n"]].to_list() == pytest.approx([difference, seeds])
         assert full.loc[method, "line"] == "MiniLM-L6 (22.7 M)\n(Tweets, Amazon; n = 5 to 8 pairs)"
     paper = rows[~rows["is_ours"]].set_index(["panel", "line", "method"])

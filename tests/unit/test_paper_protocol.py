@@ -20,7 +20,10 @@ ROWS = {
     "glue": {"vanilla", "noisy_tuning", "gmoe", "emoe", "emoe_learn"},
     "glue_lora": {"lora", "lora_block", "lora_gmoe", "lora_emoe", "lora_emoe_learn"},
 }
-MODELS = {"glue": {"bert-base-cased", "bert-large-cased", "gpt2"}, "glue_lora": {"bert-large-cased", "gpt2-xl"}}
+MODELS = {
+    "glue": {"bert-base-cased", "bert-large-cased", "gpt2"},
+    "glue_lora": {"bert-large-cased", "gpt2-xl"},
+}
 # the converted block: layer 10 of 12, BERT-large's counterpart, the authors' for GPT2-XL
 LAYER = {"bert-base-cased": 10, "gpt2": 10, "bert-large-cased": 22, "gpt2-xl": 44}
 
@@ -45,7 +48,11 @@ ABLATIONS = {
 
 
 def test_ablations_are_trained_as_main_rows_are() -> None:
-    specs = [run.spec for run in paper_runs("glue", "glue_lora") if run.spec["method"]["name"] in ABLATIONS]
+    specs = [
+        run.spec
+        for run in paper_runs("glue", "glue_lora")
+        if run.spec["method"]["name"] in ABLATIONS
+    ]
     assert {spec["task"]["name"] for spec in specs} == {"cola", "mrpc", "rte"}
     for spec in specs:
         training = {key: value for key, value in spec["training"].items() if key != "train_share"}
@@ -53,26 +60,44 @@ def test_ablations_are_trained_as_main_rows_are() -> None:
         assert training == published_training(spec)
 
 
-@pytest.mark.parametrize(("benchmark", "rates"), [("glue", [2e-5, 3e-5, 5e-5]), ("glue_lora", [2e-4, 3e-4, 5e-4])])
+@pytest.mark.parametrize(
+    ("benchmark", "rates"), [("glue", [2e-5, 3e-5, 5e-5]), ("glue_lora", [2e-4, 3e-4, 5e-4])]
+)
 @pytest.mark.parametrize("protocol", ["published", "clean"])
 def test_models_tasks_methods_seeds_and_rates_are_all_combined(
     benchmark: str, rates: list[float], protocol: str
 ) -> None:
     planned = {
-        (*(spec[part]["name"] for part in ("model", "task", "method")), spec["learning_rate"], spec["seed"])
+        (
+            *(spec[part]["name"] for part in ("model", "task", "method")),
+            spec["learning_rate"],
+            spec["seed"],
+        )
         for spec in of(benchmark, protocol)
     }
-    assert planned >= {*itertools.product(MODELS[benchmark], TASKS, ROWS[benchmark], rates, [0, 1, 2])}
+    assert planned >= {
+        *itertools.product(MODELS[benchmark], TASKS, ROWS[benchmark], rates, [0, 1, 2])
+    }
     assert {row[0] for row in planned} == MODELS[benchmark]
     assert {row[3:] for row in planned} == {*itertools.product(rates, [0, 1, 2])}
 
 
 def published_training(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the training settings that the paper's facts 2.1 and 2.2 give for a run."""
-    lora, long, xl = spec["benchmark"] == "glue_lora", spec["task"]["name"] in LONG, spec["model"]["name"] == "gpt2-xl"
+    lora, long, xl = (
+        spec["benchmark"] == "glue_lora",
+        spec["task"]["name"] in LONG,
+        spec["model"]["name"] == "gpt2-xl",
+    )
     adapters = {"rank": 8, "alpha": 16, "dropout": 0.1, "base_lr_ratio": 0.1}
     adapters["targets"] = {"bert": ["query", "value"], "gpt2": ["c_attn"]}
-    fixed = {"eval_batch_size": 8, "max_length": 128, "weight_decay": 0.0, "warmup": 0.0, "sampling": "random"}
+    fixed = {
+        "eval_batch_size": 8,
+        "max_length": 128,
+        "weight_decay": 0.0,
+        "warmup": 0.0,
+        "sampling": "random",
+    }
     fixed |= {"checkpoint_selection": "best", "patience": 4, "train_rows": None, "eval_rows": None}
     return {
         **fixed,
@@ -139,18 +164,24 @@ def test_a_row_has_the_papers_experts(row: tuple[str, str]) -> None:
     assert {config["top_k"] for config in configs} == EXPERTS[row][1]
     if "emoe" in row[1]:
         routers = {("cosine" if "learn" in row[1] else "avg_k", "kmeans", None)}
-        assert {(config["router"], config["partition"], config["capacity_factor"]) for config in configs} == routers
+        assert {
+            (config["router"], config["partition"], config["capacity_factor"]) for config in configs
+        } == routers
 
 
 @pytest.mark.parametrize("benchmark", ["glue", "glue_lora"])
-def test_one_block_is_converted_and_rows_as_published_have_the_authors_settings(benchmark: str) -> None:
+def test_one_block_is_converted_and_rows_as_published_have_the_authors_settings(
+    benchmark: str,
+) -> None:
     published = {"capacity_factor": 1.5, "router_noise": 1.0, "aux_loss_coefficient": 0.01}
     published |= {"expert_dropout": 0.1, "dropout_position": "before", "output_bias": "per_expert"}
     for spec in of(benchmark):
         config, name = spec["method"]["config"], spec["method"]["name"]
         if config:
             assert config["layers"] == [LAYER[spec["model"]["name"]]]
-            assert name.endswith("_published") == ({key: config.get(key) for key in published} == published)
+            assert name.endswith("_published") == (
+                {key: config.get(key) for key in published} == published
+            )
         assert spec["method"]["noise"] == (0.15 if name == "noisy_tuning" else 0.0)
 
 
@@ -188,23 +219,42 @@ def test_the_fifteen_pairs_of_glue_x() -> None:
     for spec in of("glue_ood"):
         for other in spec["ood"]:
             split = other["splits"]["test"] or other["splits"]["dev"]
-            row = (spec["task"]["name"], other["name"], split, str(other["fields"]), len(other["labels"]))
+            row = (
+                spec["task"]["name"],
+                other["name"],
+                split,
+                str(other["fields"]),
+                len(other["labels"]),
+            )
             pairs.add((*row, other["ood_metrics"][0]))
-            assert other["ood_metrics"][1:] == ([BESIDE[other["name"]]] if other["name"] in BESIDE else [])
-    assert pairs == {(a, b, split, str(fields), classes, metric) for a, b, split, fields, classes, metric in PAIRS}
+            assert other["ood_metrics"][1:] == (
+                [BESIDE[other["name"]]] if other["name"] in BESIDE else []
+            )
+    assert pairs == {
+        (a, b, split, str(fields), classes, metric)
+        for a, b, split, fields, classes, metric in PAIRS
+    }
 
 
 def test_glue_x_is_evaluated_on_the_chosen_models_of_every_row_and_seed() -> None:
     evaluated, trained = (
         {
-            (*(spec[part]["name"] for part in ("model", "task", "method")), spec["protocol"], spec["seed"])
+            (
+                *(spec[part]["name"] for part in ("model", "task", "method")),
+                spec["protocol"],
+                spec["seed"],
+            )
             for spec in rows
         }
         for rows in (of("glue_ood"), of("glue_lora"))
     )
     assert evaluated == trained
     for spec in of("glue_ood"):
-        assert [spec["evaluation"][key] for key in ("batch_size", "max_length", "rows")] == [32, 128, None]
+        assert [spec["evaluation"][key] for key in ("batch_size", "max_length", "rows")] == [
+            32,
+            128,
+            None,
+        ]
 
 
 # the paper's numbers

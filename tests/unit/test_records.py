@@ -36,7 +36,10 @@ def test_loads_by_label() -> None:
                 record.set_labels(labels)
             model(input_ids=ids, labels=None if given else labels)
         layer = record.layers[2]
-        assert {label: int(loads.sum()) for label, loads in layer.by_label.items()} == {0: 12, 1: 24}
+        assert {label: int(loads.sum()) for label, loads in layer.by_label.items()} == {
+            0: 12,
+            1: 24,
+        }
         assert int(layer.loads.sum()) == 48
 
 
@@ -52,7 +55,9 @@ def test_drops_windows_and_the_table() -> None:
     assert layer.active_neurons == pytest.approx(0.25 * (1 - layer.drop_rate))
     assert [int(loads.sum()) for loads in layer.windows] == [2 * 2 * 88] * 2
     assert 0 < layer.change < 2
-    assert record.summary()["drop_rate"] == pytest.approx((layer.drop_rate + record.layers[2].drop_rate) / 2)
+    assert record.summary()["drop_rate"] == pytest.approx(
+        (layer.drop_rate + record.layers[2].drop_rate) / 2
+    )
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -72,7 +77,10 @@ def test_padding_masks_of_torchs_own_encoder(batch_first: bool) -> None:
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first)
     model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], capacity_factor=1.0))
-    x, padding = torch.randn(3, 9, 32), torch.arange(9).repeat(3, 1) >= torch.tensor([[9], [5], [4]])
+    x, padding = (
+        torch.randn(3, 9, 32),
+        torch.arange(9).repeat(3, 1) >= torch.tensor([[9], [5], [4]]),
+    )
     noise = torch.where(padding.unsqueeze(-1), 30 * torch.randn(3, 9, 32), 0)
     outputs = []
     for rows in (x, x + noise):

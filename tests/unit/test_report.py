@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 SHOWN = ["glue", "modularity"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 
 
@@ -80,18 +82,29 @@ def test_claims_come_first_and_each_benchmark_has_one_open_table(page_file: Path
     assert shown.count("<table") == 1
     assert 'id="glue_results"' in shown
     assert '<a href="paper/figure_4a.png">figure_4a.png</a>' in text
-    assert (page_file.parent / "paper/figure_5b.png").exists()  # for the workflow: only the paper has its numbers
+    assert (
+        page_file.parent / "paper/figure_5b.png"
+    ).exists()  # for the workflow: only the paper has its numbers
     assert ("figure_5b.png" in text, '<figure id="glue_settings"><img' in text) == (False, False)
     assert "<p>No run of this suite is of: " in glue
-    assert "`" not in re.sub(r"<(script|style)>.*?</\1>", "", text, flags=re.DOTALL)  # code in captions is marked
+    assert "`" not in re.sub(
+        r"<(script|style)>.*?</\1>", "", text, flags=re.DOTALL
+    )  # code in captions is marked
 
 
 def test_runs_of_a_row_are_those_with_its_names() -> None:
     origins = pd.DataFrame(
-        {"run_id": ["a", "b", "b", "c"], "model": "m", "method": ["x", "y", "y", "y"], "seed": [0, 0, 0, 1]}
+        {
+            "run_id": ["a", "b", "b", "c"],
+            "model": "m",
+            "method": ["x", "y", "y", "y"],
+            "seed": [0, 0, 0, 1],
+        }
     )
     frame = pd.DataFrame({"method": ["x", "y", "", "paper"], "seed_title": "", "accuracy": 0.5})
-    table = with_runs(Table("T", "", {"method": "M"}, [Column("accuracy", "accuracy")], frame), origins, "glue")
+    table = with_runs(
+        Table("T", "", {"method": "M"}, [Column("accuracy", "accuracy")], frame), origins, "glue"
+    )
     assert list(table.frame[RUNS]) == ["glue/a", "glue/b glue/c", "glue/a glue/b glue/c", ""]
     assert "Runs" not in table.markdown()
 
@@ -107,13 +120,18 @@ def browser() -> Iterator[Browser]:
         launched.close()
 
 
-def opened(browser: Browser, file: Path, width: int = 1280, scheme: str = "light") -> tuple[Page, list[str]]:
+def opened(
+    browser: Browser, file: Path, width: int = 1280, scheme: str = "light"
+) -> tuple[Page, list[str]]:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
     messages: list[str] = []
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.on(
-        "request", lambda request: None if request.url.startswith(("file:", "data:")) else messages.append(request.url)
+        "request",
+        lambda request: (
+            None if request.url.startswith(("file:", "data:")) else messages.append(request.url)
+        ),
     )
     page.goto(file.as_uri())
     return page, messages
@@ -127,9 +145,16 @@ def violations(page: Page) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_pages_are_accessible_and_fit_every_width(browser: Browser, page_file: Path, width: int, scheme: str) -> None:
-    small = page_file.with_name("modularity.html")  # with nothing folded: axe takes its time over large tables
-    cli(["report", "--suite", "mini", "--benchmark", "modularity", "--output", str(small)], standalone_mode=False)
+def test_pages_are_accessible_and_fit_every_width(
+    browser: Browser, page_file: Path, width: int, scheme: str
+) -> None:
+    small = page_file.with_name(
+        "modularity.html"
+    )  # with nothing folded: axe takes its time over large tables
+    cli(
+        ["report", "--suite", "mini", "--benchmark", "modularity", "--output", str(small)],
+        standalone_mode=False,
+    )
     for file in (page_file, small):
         page, messages = opened(browser, file, width, scheme)
         assert violations(page) == []
@@ -139,7 +164,9 @@ def test_pages_are_accessible_and_fit_every_width(browser: Browser, page_file: P
     assert violations(page) == []
 
 
-def test_a_heading_sorts_by_the_number_and_the_keyboard_lists_runs(browser: Browser, page_file: Path) -> None:
+def test_a_heading_sorts_by_the_number_and_the_keyboard_lists_runs(
+    browser: Browser, page_file: Path
+) -> None:
     page, _ = opened(browser, page_file)
     heading = page.locator("#glue_results thead button", has_text="ID (%)").first
     values = "[...document.querySelectorAll('#glue_results tbody tr')].map((row) => Number(row.cells[3].dataset.sort))"
@@ -161,7 +188,9 @@ def test_a_heading_sorts_by_the_number_and_the_keyboard_lists_runs(browser: Brow
     assert listed.count() == 0
 
 
-def test_a_link_opens_its_folded_table_and_prints_are_white_and_complete(browser: Browser, page_file: Path) -> None:
+def test_a_link_opens_its_folded_table_and_prints_are_white_and_complete(
+    browser: Browser, page_file: Path
+) -> None:
     page, _ = opened(browser, page_file, scheme="dark")
     assert not page.locator("#glue_tests").is_visible()
     page.evaluate("location.hash = '#glue_tests'")

@@ -17,7 +17,14 @@ from tests.executed import finish, killed_at, prepare
 from tests.planned import plan
 
 SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue"], "smoke")}
-FILES = ("complete", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trained.safetensors", "trainer_state.json")
+FILES = (
+    "complete",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trained.safetensors",
+    "trainer_state.json",
+)
 Numbers = dict[str, Any]
 Damage = Callable[[Path], None]
 
@@ -132,7 +139,12 @@ def warnings_in(text: str) -> list[str]:
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
-    name: str, damage: Damage, whole: Numbers, killed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str,
+    damage: Damage,
+    whole: Numbers,
+    killed: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = copied(killed, tmp_path)
     last = path.parent / "checkpoints" / "checkpoint-12"
@@ -152,7 +164,10 @@ def test_a_run_without_an_undamaged_checkpoint_starts_again(
 ) -> None:
     """Older versions wrote an empty file ``complete``."""
     path = copied(killed, tmp_path)
-    damaged = [path.parent / "checkpoints" / checkpoint / name for checkpoint in ("checkpoint-6", "checkpoint-12")]
+    damaged = [
+        path.parent / "checkpoints" / checkpoint / name
+        for checkpoint in ("checkpoint-6", "checkpoint-12")
+    ]
     for file in damaged:
         empty(file)
     assert finish(path) == whole
@@ -165,7 +180,11 @@ def test_a_run_without_an_undamaged_checkpoint_starts_again(
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_whose_best_checkpoint_is_damaged_starts_again(
-    damage: Damage, whole_best: Numbers, killed_best: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    damage: Damage,
+    whole_best: Numbers,
+    killed_best: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = copied(killed_best, tmp_path)
     checkpoints = path.parent / "checkpoints"
@@ -173,11 +192,15 @@ def test_a_run_whose_best_checkpoint_is_damaged_starts_again(
     assert finish(path) == whole_best
     first, second = read_output(capfd).warnings
     assert first.startswith(f"warning: {checkpoints / 'checkpoint-6' / 'trained.safetensors'} ")
-    assert second.startswith(f"warning: {checkpoints / 'checkpoint-18'} is of no use without checkpoint-6")
+    assert second.startswith(
+        f"warning: {checkpoints / 'checkpoint-18'} is of no use without checkpoint-6"
+    )
 
 
 @pytest.mark.parametrize("patience", [None, 2])
-def test_a_run_that_was_moved_after_its_training_keeps_its_best_weights(patience: int | None, workdir: Path) -> None:
+def test_a_run_that_was_moved_after_its_training_keeps_its_best_weights(
+    patience: int | None, workdir: Path
+) -> None:
     """With patience the run trains nothing more: it has stopped early, although after as many epochs here."""
     run = small_run(checkpoint_selection="best", patience=patience)
     whole = finish(prepare(run, "whole"))

@@ -15,7 +15,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 import emoe
 from emoe.layer import routed_layers
@@ -27,7 +33,9 @@ from tests.plain_net import plain_net
 BERT = BertForSequenceClassification
 
 
-@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel]
+)
 def test_a_wrapped_model_is_saved_as_the_model_inside(wrap: Any, tmp_path: Path) -> None:
     model = bert(METHODS["emoe"])
     expected = logits(model)
@@ -76,7 +84,11 @@ def assert_refused(folder: Path, message: str = "", loader: Any = BertModel) -> 
 
 def edit_tensors(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
     tensors = {**load_file(path), **changes}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        path,
+        {"format": "pt"},
+    )
 
 
 Change = Callable[[Path], Any]
@@ -91,7 +103,9 @@ def missing(*names: str) -> Change:
 
 
 def with_dense_weights(folder: Path) -> None:
-    save_file(tiny_models.build("bert").state_dict(), folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        tiny_models.build("bert").state_dict(), folder / "model.safetensors", {"format": "pt"}
+    )
 
 
 def settings(**changes: Any) -> Change:
@@ -108,7 +122,9 @@ def pickled(folder: Path) -> None:
 
 
 def without_gate(folder: Path) -> None:
-    names = [name for name in load_file(folder / "model.safetensors") if name.endswith("router.gate")]
+    names = [
+        name for name in load_file(folder / "model.safetensors") if name.endswith("router.gate")
+    ]
     edit_tensors(folder / "model.safetensors", dict.fromkeys(names))
 
 
@@ -154,7 +170,10 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "newer release": (described([1, 3], version=9, new=1), "newer release"),
     "huge number": (described([1, 3], num_experts=10**400), "num_experts"),
     "code": (settings(attn_implementation="kernels-community/flash-attn2"), "code from a hub"),
-    "code of a part": (settings(text_config={"attn_implementation": {"": "org/kernel"}}), "code from a hub"),
+    "code of a part": (
+        settings(text_config={"attn_implementation": {"": "org/kernel"}}),
+        "code from a hub",
+    ),
     "architectures": (settings(architectures=3), "not a list of names"),
     "no layers": (described([]), "not a list of layer numbers"),
     "text as a layer": (described(["3"]), "not a list of layer numbers"),
@@ -191,7 +210,9 @@ def test_a_partition_of_other_weights_is_refused(tmp_path: Path) -> None:
     emoe.save_pretrained(model, tmp_path)
     model.bert.encoder.layer[3].intermediate.dense.weight.data += 1
     model.save_pretrained(tmp_path)
-    assert_refused(tmp_path, "does not match the weights of .*without this file the model loads", BERT)
+    assert_refused(
+        tmp_path, "does not match the weights of .*without this file the model loads", BERT
+    )
     (tmp_path / PARTITION).unlink()
     again = load(tmp_path)
     with pytest.raises(emoe.ConversionError, match=r"order.*unknown"):
@@ -205,7 +226,10 @@ def build_net() -> nn.Module:
 PLAIN_DAMAGES: dict[str, tuple[Change, str]] = {
     "piped settings": (pipe("emoe_config.json"), "not a file"),
     "settings without a configuration": (edited({"layers": [0]}), "is damaged: KeyError"),
-    "settings without layers": (edited({"config": EXPERTS, "layers": []}), "not a list of layer numbers"),
+    "settings without layers": (
+        edited({"config": EXPERTS, "layers": []}),
+        "not a list of layer numbers",
+    ),
     "no partition": (missing(PARTITION), "is missing"),
     "no extra": (missing("emoe_extra.safetensors"), "lacks"),
 }
@@ -221,14 +245,20 @@ def test_damaged_folders_of_plain_modules_are_one_line(case: str, tmp_path: Path
 
 
 # tensors of a classifier whose last two of four FFNs are experts
-REQUIRED = ["bert.encoder.layer.3.attention.self.query.weight", "bert.pooler.dense.bias", "classifier.weight"]
+REQUIRED = [
+    "bert.encoder.layer.3.attention.self.query.weight",
+    "bert.pooler.dense.bias",
+    "classifier.weight",
+]
 both_saves = pytest.mark.parametrize("save", [emoe.save_pretrained, BertModel.save_pretrained])
 methods = pytest.mark.parametrize("method", ["emoe", "gmoe", "emoe-learn"])
 
 
 @methods
 @both_saves
-def test_tensors_that_are_missing_or_of_another_shape_are_named(save: Any, method: str, tmp_path: Path) -> None:
+def test_tensors_that_are_missing_or_of_another_shape_are_named(
+    save: Any, method: str, tmp_path: Path
+) -> None:
     save(bert(METHODS[method]), tmp_path)
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
@@ -251,7 +281,9 @@ def test_a_new_head_may_be_missing(save: Any, method: str, tmp_path: Path) -> No
     assert_same(state, model.bert.state_dict())
 
 
-@pytest.mark.parametrize("config", [emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]), emoe.GMoEConfig(layers=[0])])
+@pytest.mark.parametrize(
+    "config", [emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]), emoe.GMoEConfig(layers=[0])]
+)
 def test_a_plain_module_needs_all_its_tensors(config: Any, tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(plain_net(4, 16), nn.Linear(4, 4))
@@ -268,7 +300,10 @@ def test_a_plain_module_needs_all_its_tensors(config: Any, tmp_path: Path) -> No
 def trained(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Change weights much more than fine-tuning does, and round them."""
     torch.manual_seed(1)
-    changed = {name: x + 0.2 * x.std() * torch.randn(x.shape) if x.ndim == 2 else x for name, x in state.items()}
+    changed = {
+        name: x + 0.2 * x.std() * torch.randn(x.shape) if x.ndim == 2 else x
+        for name, x in state.items()
+    }
     return {name: tensor.bfloat16() for name, tensor in changed.items()}
 
 
@@ -281,7 +316,13 @@ def assert_state_rejected(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def test_a_dense_state_is_rejected_by_each_part_that_holds_experts() -> None:
     dense, model = bert(None), bert(METHODS["emoe"])
-    paths = ["bert", "bert.encoder", "bert.encoder.layer", "bert.encoder.layer.3", "bert.encoder.layer.3.intermediate"]
+    paths = [
+        "bert",
+        "bert.encoder",
+        "bert.encoder.layer",
+        "bert.encoder.layer.3",
+        "bert.encoder.layer.3.intermediate",
+    ]
     for path in paths:
         assert_state_rejected(model.get_submodule(path), dense.get_submodule(path).state_dict())
         model.get_submodule(path).load_state_dict(model.get_submodule(path).state_dict())
@@ -317,4 +358,6 @@ def test_the_weights_of_another_model_leave_the_first_order_unknown() -> None:
 
 
 def test_a_dense_state_of_the_same_order_is_loaded() -> None:
-    converted.model("bert", partition="contiguous").load_state_dict(tiny_models.build("bert").state_dict())
+    converted.model("bert", partition="contiguous").load_state_dict(
+        tiny_models.build("bert").state_dict()
+    )

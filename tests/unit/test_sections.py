@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.base import OVERRIDES, RESULTS, RUNS, DataError
-from benchmarks.harness.config.artifacts import artifacts_of
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.suite import Suite, load_suite
-from benchmarks.harness.report.claims import read_claim_numbers
+from benchmarks.harness.report.artifacts import artifacts_of
+from benchmarks.harness.report.claims_table import read_claim_numbers
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.section import DataRow, make_section, read_section
 from benchmarks.harness.results.records import read_records
@@ -44,7 +44,9 @@ def suite(shared_here: Path) -> Iterator[Suite]:
 @pytest.mark.parametrize(
     ("benchmark", "part"), [("glue", None), ("domainbed", None), ("domainbed", "rotated_mnist_5k")]
 )
-def test_tables_write_the_section_of_the_pages(benchmark: str, part: str | None, suite: Suite) -> None:
+def test_tables_write_the_section_of_the_pages(
+    benchmark: str, part: str | None, suite: Suite
+) -> None:
     records = read_records(suite, benchmark, part)
     presentation = present(load_benchmark(benchmark), records)
     shown = presentation.parts[part] if part else presentation
@@ -59,10 +61,15 @@ def test_tables_write_the_section_of_the_pages(benchmark: str, part: str | None,
 
 def test_a_section_has_the_rows_and_the_settings_of_the_runs(suite: Suite) -> None:
     section = read_section(artifacts_of("glue"), "mini")
-    assert DataRow(task="tweets", split="train", rows=10, labels="0: 4, 1: 6", dropped=1) in section.data
+    assert (
+        DataRow(task="tweets", split="train", rows=10, labels="0: 4, 1: 6", dropped=1)
+        in section.data
+    )
     training = suite.runs_of("glue")[0].spec["training"]
     assert [setting.name for setting in section.training] == list(training)
-    assert {setting.name: setting.value for setting in section.training}["epochs"] == str(training["epochs"])
+    assert {setting.name: setting.value for setting in section.training}["epochs"] == str(
+        training["epochs"]
+    )
     assert section.models == ["minilm"]
     assert section.random_weights is False
 
@@ -75,7 +82,9 @@ def test_tables_write_the_numbers_of_the_claims(suite: Suite) -> None:
         assert written[name].to_dict("records") == numbers.to_dict("records")
 
 
-def test_claims_and_pages_need_neither_runs_nor_records(suite: Suite, here: Path, shared_here: Path) -> None:
+def test_claims_and_pages_need_neither_runs_nor_records(
+    suite: Suite, here: Path, shared_here: Path
+) -> None:
     shutil.copytree(shared_here / "results", here / "results")
     pages = {name: MINI / f"{name}.html" for name in suite.settings.benchmarks}
     report = MINI / "report.html"

@@ -15,7 +15,9 @@ import pytest
 import emoe
 from tests.conftest import ROOT
 
-TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+TRACKED = subprocess.run(
+    ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 HEADING = re.compile(r"^#{1,6} (.+?)\s*$", re.MULTILINE)
 # scripts, styles, images and fonts that a browser fetches, in contrast to links
@@ -37,7 +39,11 @@ def anchors(file: Path) -> set[str]:
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
         last_of[slug] = last_of.get(slug, -1) + 1
-    return {f"{slug}-{number}" if number else slug for slug, last in last_of.items() for number in range(last + 1)}
+    return {
+        f"{slug}-{number}" if number else slug
+        for slug, last in last_of.items()
+        for number in range(last + 1)
+    }
 
 
 @pytest.mark.parametrize("page", TRACKED.split())
@@ -48,7 +54,9 @@ def test_links_have_targets(page: str) -> None:
             continue
         path, _, anchor = unquote(link).partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page
-        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file.resolve())):
+        if not file.exists() or (
+            anchor and file.suffix == ".md" and anchor not in anchors(file.resolve())
+        ):
             broken.append(link)
     assert broken == []
 
@@ -61,7 +69,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 

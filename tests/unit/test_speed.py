@@ -18,7 +18,12 @@ from benchmarks.speed.definition import MEASURES, MeasurementSpec, Settings
 from tests import fake_runs
 from tests.planned import plan
 
-SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+}
 LLAMA = {"model_type": "llama", "vocab_size": 50, **SIZES}
 VIT = {"model_type": "vit", "image_size": 32, "patch_size": 16, **SIZES}
 
@@ -30,7 +35,10 @@ def test_candidates_compute_the_same_experts(config: dict[str, Any]) -> None:
     settings = Settings(num_experts=4, top_k_fraction=0.5, candidates=["sparse"], threads=1)
     dense = AutoModel.from_config(AutoConfig.for_model(**config)).eval()
     x = torch.randn(1, 10, 32)
-    outputs = [pipeline.make_candidate(name, dense, settings).eval().layers[0].mlp(x) for name in ("masked", "sparse")]
+    outputs = [
+        pipeline.make_candidate(name, dense, settings).eval().layers[0].mlp(x)
+        for name in ("masked", "sparse")
+    ]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(outputs[0], dense.layers[0].mlp(x), atol=1e-5)
 
@@ -40,14 +48,21 @@ def test_the_experts_of_mixtral_have_the_sizes_of_the_dense_ffn() -> None:
     dense = AutoModel.from_config(AutoConfig.for_model(**LLAMA))
     layer = pipeline.make_candidate("mixtral_eager", dense, settings).layers[0].mlp
     assert (layer.experts.num_experts, layer.top_k) == (4, 2)
-    counts = [sum(weight.numel() for weight in part.parameters()) for part in (layer.experts, dense.layers[0].mlp)]
+    counts = [
+        sum(weight.numel() for weight in part.parameters())
+        for part in (layer.experts, dense.layers[0].mlp)
+    ]
     assert counts[0] == counts[1]
 
 
 @pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize(
     ("measure", "config"),
-    [*((measure, LLAMA) for measure in MEASURES), ("step", LLAMA | {"model_type": "bert"}), ("step", VIT)],
+    [
+        *((measure, LLAMA) for measure in MEASURES),
+        ("step", LLAMA | {"model_type": "bert"}),
+        ("step", VIT),
+    ],
 )
 def test_each_measure_gives_numbers_of_each_candidate(
     measure: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,9 +83,13 @@ def test_each_measure_gives_numbers_of_each_candidate(
     assert set(settings["candidates"]) == set(measured) - {"dense"}
     assert all(row["seconds"] > 0 for row in measured.values())
     if measure == "partition":
-        assert 0 < measured["emoe"]["inertia"] <= measured["kmeans_constrained"]["inertia"] + 0.05 < 1
+        assert (
+            0 < measured["emoe"]["inertia"] <= measured["kmeans_constrained"]["inertia"] + 0.05 < 1
+        )
     else:
-        assert all(0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in measured.values())
+        assert all(
+            0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in measured.values()
+        )
 
 
 def test_tables_of_measures_without_runs_are_empty(here: Path) -> None:

@@ -23,7 +23,11 @@ from benchmarks.harness.results.statistics import (
 def test_a_difference_is_scipys_paired_t_test_over_the_seeds_that_both_have() -> None:
     ours, base = [0.8, 0.9, 0.7, 0.85], [0.75, 0.8, 0.72, 0.8, 0.1]
     scores = pd.DataFrame(
-        {"method": ["ours"] * 4 + ["base"] * 5, "seed": [0, 1, 2, 3, 0, 1, 2, 3, 9], "value": ours + base}
+        {
+            "method": ["ours"] * 4 + ["base"] * 5,
+            "seed": [0, 1, 2, 3, 0, 1, 2, 3, 9],
+            "value": ours + base,
+        }
     )
     (row,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
     expected = stats.ttest_rel(ours, base[:4])
@@ -32,12 +36,24 @@ def test_a_difference_is_scipys_paired_t_test_over_the_seeds_that_both_have() ->
 
 
 def test_values_of_a_pair_are_averaged_over_shared_values() -> None:
-    rows = [("ours", 0, "a", 0.9), ("ours", 0, "b", 0.7), ("ours", 1, "a", 0.6), ("ours", 1, "c", 0.0)]
-    rows += [("base", 0, "a", 0.5), ("base", 0, "b", 0.5), ("base", 1, "a", 0.5), ("base", 2, "a", 0.1)]
+    rows = [
+        ("ours", 0, "a", 0.9),
+        ("ours", 0, "b", 0.7),
+        ("ours", 1, "a", 0.6),
+        ("ours", 1, "c", 0.0),
+    ]
+    rows += [
+        ("base", 0, "a", 0.5),
+        ("base", 0, "b", 0.5),
+        ("base", 1, "a", 0.5),
+        ("base", 2, "a", 0.1),
+    ]
     scores = pd.DataFrame(rows, columns=["method", "seed", "env", "value"])
     (row,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
     assert (row["delta"], row["n"], row["values"]) == (pytest.approx((0.3 + 0.1) / 2), 2, 3)
-    (row,) = paired_differences(scores, ["method"], {"method": "base"}, "seed", ["seed"]).to_dict("records")
+    (row,) = paired_differences(scores, ["method"], {"method": "base"}, "seed", ["seed"]).to_dict(
+        "records"
+    )
     means = {"a": (0.5 + 0.5 + 0.1) / 3, "b": 0.5}
     first, second = (0.9 + 0.7 - means["a"] - means["b"]) / 2, 0.6 - means["a"]
     assert row["delta"] == pytest.approx((first + second) / 2)
@@ -56,7 +72,9 @@ def test_differences_without_spread_or_with_one_pair() -> None:
 
 
 def test_friedman_ranks() -> None:
-    table = pd.DataFrame({"x": [0.9, 0.8, 0.7], "y": [0.5, 0.6, 0.4], "z": [0.3, 0.3, 0.1]}, index=["a", "b", "c"])
+    table = pd.DataFrame(
+        {"x": [0.9, 0.8, 0.7], "y": [0.5, 0.6, 0.4], "z": [0.3, 0.3, 0.1]}, index=["a", "b", "c"]
+    )
     ranks, p = friedman_ranks(table)
     assert ranks.to_dict() == pytest.approx({"a": 4.5 / 3, "b": 4.5 / 3, "c": 3})
     assert p == pytest.approx(stats.friedmanchisquare(*table.to_numpy()).pvalue)
@@ -71,7 +89,9 @@ def test_holm_by_hand() -> None:
 
 
 def test_all_tests_of_a_table_are_one_family() -> None:
-    rows = pd.DataFrame({"method": ["a", "b"], "delta": -0.1, "low": -0.2, "high": -0.01, "p": 0.03})
+    rows = pd.DataFrame(
+        {"method": ["a", "b"], "delta": -0.1, "low": -0.2, "high": -0.01, "p": 0.03}
+    )
     assert with_verdicts(rows)["verdict"].tolist() == ["within noise"] * 2
     assert with_verdicts(rows, ["method"])["verdict"].tolist() == ["worse"] * 2
 

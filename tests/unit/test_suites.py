@@ -9,6 +9,7 @@ import pytest
 from benchmarks.harness import base
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import runs, suite
+from benchmarks.harness.workflow.environment import suite_of_job
 from tests.planned import edited_project, plan
 
 
@@ -20,8 +21,15 @@ def test_one_flag_sets_the_number_of_seeds() -> None:
 
 
 def test_a_seed_that_is_not_a_list_is_named_despite_the_flag(tmp_path: Path) -> None:
-    edit = edited_project(tmp_path, "config/mini.yaml", "contiguous], seed: [0]", "contiguous], seed: 0")
-    with edit, pytest.raises(DefinitionError, match=r"mini.yaml: 'benchmarks.modularity.grid\[0\].seed' is 0"):
+    edit = edited_project(
+        tmp_path, "config/mini.yaml", "contiguous], seed: [0]", "contiguous], seed: 0"
+    )
+    with (
+        edit,
+        pytest.raises(
+            DefinitionError, match=r"mini.yaml: 'benchmarks.modularity.grid\[0\].seed' is 0"
+        ),
+    ):
         suite.load_suite({"suite": "mini", "seeds": 2})
 
 
@@ -29,28 +37,49 @@ def test_a_seed_that_is_not_a_list_is_named_despite_the_flag(tmp_path: Path) -> 
     ("overrides", "message"),
     [
         ({"suite": "minni"}, "did you mean 'mini'"),
-        *(({"suite": value}, "^there is no suite .*; choose from mini") for value in (3, None, "", [])),
+        *(
+            ({"suite": value}, "^there is no suite .*; choose from mini")
+            for value in (3, None, "", [])
+        ),
         *(
             ({key: value}, f"^--config: '{key}': .* is neither a name nor a list of names")
             for key in ("benchmarks", "exclude")
             for value in (3, 2.5, True, {}, [3], [None], [["glue"]])
         ),
         ({"benchmarks": None}, "^--config: 'benchmarks': None is neither a name nor a list"),
-        ({"benchmarks": []}, "^--config: 'benchmarks': it names no benchmark; .* choose from domainbed, glue"),
-        ({"benchmarks": "gleu"}, "'benchmarks' is 'gleu', which does not exist; did you mean 'glue'"),
+        (
+            {"benchmarks": []},
+            "^--config: 'benchmarks': it names no benchmark; .* choose from domainbed, glue",
+        ),
+        (
+            {"benchmarks": "gleu"},
+            "'benchmarks' is 'gleu', which does not exist; did you mean 'glue'",
+        ),
         ({"benchmarks": ""}, "'benchmarks' is '', which does not exist; choose from"),
         ({"exclude": ""}, "'exclude' is '', which does not exist; choose from"),
         ({"exclude": ["amazon", "amazon"]}, "'exclude': 'amazon' occurs twice"),
-        *(({"seeds": value}, "^--config: 'seeds' is .*: Input should be") for value in (0, True, "3", [3], {}, 2.5)),
+        *(
+            ({"seeds": value}, "^--config: 'seeds' is .*: Input should be")
+            for value in (0, True, "3", [3], {}, 2.5)
+        ),
         *(
             ({key: value}, f"^--config: '{key}' is .*: (Input|String) should")
             for key in ("data_root", "model_root", "tracking_uri")
             for value in (3, True, "", [], {})
         ),
         ({"suit": "mini"}, "did you mean 'suite'"),
-        ({"exclude": ["flipkrt"]}, "'exclude' is 'flipkrt', which does not exist; did you mean 'flipkart'"),
-        ({"benchmarks": ["glue_ood"]}, "'benchmarks' has 'glue_ood', which evaluates 'glue_lora'; name that too"),
-        ({"data_root": "/no/such/folder"}, "'data_root' is '/no/such/folder', which is not a folder"),
+        (
+            {"exclude": ["flipkrt"]},
+            "'exclude' is 'flipkrt', which does not exist; did you mean 'flipkart'",
+        ),
+        (
+            {"benchmarks": ["glue_ood"]},
+            "'benchmarks' has 'glue_ood', which evaluates 'glue_lora'; name that too",
+        ),
+        (
+            {"data_root": "/no/such/folder"},
+            "'data_root' is '/no/such/folder', which is not a folder",
+        ),
     ],
 )
 def test_wrong_configuration_is_named(overrides, message) -> None:
@@ -63,16 +92,20 @@ def test_a_key_without_a_value_is_as_in_the_file_and_one_name_is_a_list_of_it() 
     nothing = dict.fromkeys(("exclude", "seeds", "data_root", "model_root", "tracking_uri"))
     assert suite.load_suite(nothing).settings == suite.load_suite({}).settings
     one = suite.load_suite({"benchmarks": "glue", "exclude": "amazon"})
-    assert one.settings == suite.load_suite({"benchmarks": ["glue"], "exclude": ["amazon"]}).settings
+    assert (
+        one.settings == suite.load_suite({"benchmarks": ["glue"], "exclude": ["amazon"]}).settings
+    )
 
 
 @pytest.mark.parametrize("text", ["{bad", "[]", "3", "null", ""])
-def test_a_wrong_environment_of_a_job_is_one_line(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_environment_of_a_job_is_one_line(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(base.OVERRIDES, text)
     with pytest.raises(
         DefinitionError, match=r"the environment variable EMOE_OVERRIDES must hold .*; unset it"
     ) as error:
-        suite.suite_of_job("mini")
+        suite_of_job("mini")
     assert "\n" not in str(error.value)
 
 
@@ -85,9 +118,16 @@ def test_excluded_sets_are_neither_trained_on_nor_evaluated() -> None:
 
 
 def test_methods_share_the_clustering_of_each_layer_and_others_wait_for_none() -> None:
-    needs = {run.spec["method"]["name"]: runs.partition_jobs(run) for run in plan(["glue", "glue_lora"], "smoke")}
-    assert all(needs[name] for name in ("emoe", "emoe_learn", "lora_emoe", "lora_bottom", "lora_noise"))
-    assert not any(needs[name] for name in ("vanilla", "gmoe", "random_partition", "lora", "lora_contiguous"))
+    needs = {
+        run.spec["method"]["name"]: runs.partition_jobs(run)
+        for run in plan(["glue", "glue_lora"], "smoke")
+    }
+    assert all(
+        needs[name] for name in ("emoe", "emoe_learn", "lora_emoe", "lora_bottom", "lora_noise")
+    )
+    assert not any(
+        needs[name] for name in ("vanilla", "gmoe", "random_partition", "lora", "lora_contiguous")
+    )
     search = suite.plain_suite("mini_search")
     runs_of_both = [run for run in search.runs if run.spec["method"]["config"]["layers"] == [3, 5]]
     assert all(len(runs.partition_jobs(run)) == 2 for run in runs_of_both)
@@ -107,7 +147,9 @@ PACKAGES_FILE = "benchmarks/harness/sources/packages.yaml"
         (PACKAGES_FILE, "1702c0bfb8", "0702c0bfb8", "llama"),
     ],
 )
-def test_a_change_of_data_models_or_packages_changes_the_ids_of_runs(file, old, new, benchmark, tmp_path: Path) -> None:
+def test_a_change_of_data_models_or_packages_changes_the_ids_of_runs(
+    file, old, new, benchmark, tmp_path: Path
+) -> None:
     before = {run.id for run in suite.load_suite({"suite": "smoke"}).runs_of(benchmark)}
     with edited_project(tmp_path, file, old, new):
         after = {run.id for run in suite.load_suite({"suite": "smoke"}).runs_of(benchmark)}

@@ -40,8 +40,14 @@ def test_cells_and_the_best_by_number() -> None:
     assert texts["Δ (%)"].tolist() == ["+0.0 [-1.0, +1.0]", "+2.0", "–"]
     best = TABLE.best()
     assert best["Accuracy (%)"].tolist() == [True, False, False]  # a group of one has no best
-    assert best["Loss"].tolist() == [True, False, False]  # 2 is better than 10, though "10" sorts first
-    judged = replace(TABLE, frame=TABLE.frame.assign(verdict="better"), notes={"verdict": "Verdict"})
+    assert best["Loss"].tolist() == [
+        True,
+        False,
+        False,
+    ]  # 2 is better than 10, though "10" sorts first
+    judged = replace(
+        TABLE, frame=TABLE.frame.assign(verdict="better"), notes={"verdict": "Verdict"}
+    )
     bare = judged.with_random_weights_note()
     assert (bare.best().to_numpy().any(), set(bare.texts()["Verdict"])) == (False, {"–"})
 
@@ -49,7 +55,13 @@ def test_cells_and_the_best_by_number() -> None:
 def test_every_format_escapes() -> None:
     assert "**100.0 ± 1.0**" in TABLE.markdown()
     latex = TABLE.latex()
-    for text in (r"\toprule", r"\textbf{100.0 ± 1.0}", r"\caption{A \& B.}", r"two\_<b>", "% How to read"):
+    for text in (
+        r"\toprule",
+        r"\textbf{100.0 ± 1.0}",
+        r"\caption{A \& B.}",
+        r"two\_<b>",
+        "% How to read",
+    ):
         assert text in latex
     assert escape_markdown("[x](javascript:alert(1))") == r"[x\](javascript:alert(1))"
     assert "two_&lt;b&gt;" in TABLE.html()
@@ -58,7 +70,9 @@ def test_every_format_escapes() -> None:
 
 def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
     frame = pd.DataFrame({"name": ["a | b\n\n# c <script>x</script>"], "a": [0.5]})
-    table = Table("T <b>", "p < 0.05 | `ab`<br>", {"name": "N | M"}, [Column("accuracy", "a")], frame)
+    table = Table(
+        "T <b>", "p < 0.05 | `ab`<br>", {"name": "N | M"}, [Column("accuracy", "a")], frame
+    )
     title, _, heading, _, row, _, caption = table.markdown().splitlines()
     assert title == "### T \\<b>"
     assert "N \\| M" in heading

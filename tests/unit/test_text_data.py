@@ -52,19 +52,38 @@ LABELS: list[tuple[list[str], str, list[str] | None, list[object], list[float] |
     # numbers are read by the stored class names
     (NAMED, "mnli", ["contradiction", "entailment", "neutral"], [0, 1, 2, -1], [2, 0, 1]),
     (["hub"], "sst2", ["positive", "negative"], [0, 1], [1, 0]),
-    (["hub"], "rte", ["yes", "no"], [0], "row 1: 'yes' is no label of task 'rte'; choose from entailment, not_entail"),
+    (
+        ["hub"],
+        "rte",
+        ["yes", "no"],
+        [0],
+        "row 1: 'yes' is no label of task 'rte'; choose from entailment, not_entail",
+    ),
     # numbers that are class names do not count from 0
     (["csv"], "stars", None, [3, 1.0, 2, -1], [2, 0, 1]),
-    (["csv"], "stars", None, [0, 1, 2], "row 1: '0' is no label of task 'sst2'; choose from 1, 2, 3$"),
+    (
+        ["csv"],
+        "stars",
+        None,
+        [0, 1, 2],
+        "row 1: '0' is no label of task 'sst2'; choose from 1, 2, 3$",
+    ),
     (["parquet"], "stars", ["3", "1", "2"], [0, 1, 2], [2, 0, 1]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("form", "name", "names", "written", "labels"), [(form, *case) for forms, *case in LABELS for form in forms]
+    ("form", "name", "names", "written", "labels"),
+    [(form, *case) for forms, *case in LABELS for form in forms],
 )
 def test_labels_are_read_dropped_and_counted_or_refused(
-    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, names, written: list[object], labels
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    name: str,
+    names,
+    written: list[object],
+    labels,
 ) -> None:
     name, changes = ("sst2", {"labels": ["1.0", "2", "3"]}) if name == "stars" else (name, {})
     write_rows(root, name, list(written), form, monkeypatch, names)
@@ -101,7 +120,9 @@ def test_numbers_are_read_by_the_class_names_beside_a_file(root: Path, monkeypat
         ("newsqa_qnli", ["not_entailment", "entailment"], None, [1, 0]),
     ],
 )
-def test_saved_sets_of_glue_x_are_read_whole(root: Path, name: str, written, names, labels: list[float]) -> None:
+def test_saved_sets_of_glue_x_are_read_whole(
+    root: Path, name: str, written, names, labels: list[float]
+) -> None:
     write_saved(root, name, list(written), names=names)
     assert load_split(task(name), "test").labels == labels
 
@@ -111,21 +132,36 @@ def test_saved_sets_of_glue_x_are_read_whole(root: Path, name: str, written, nam
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_text_that_looks_like_something_else_stays_text(root: Path, form: str) -> None:
-    rows = [("007", 1), ("1e5", 0), ("True", 1), ("2020-01-01", 1), ("NA", 0), ("a\u2028b", 1), ('q"u,o\n', 0)]
+    rows = [
+        ("007", 1),
+        ("1e5", 0),
+        ("True", 1),
+        ("2020-01-01", 1),
+        ("NA", 0),
+        ("a\u2028b", 1),
+        ('q"u,o\n', 0),
+    ]
     if form == "csv":
         lines = ('1,"' + text.replace('"', '""') + f'",{label}\n' for text, label in rows)
         content = "\ufeffid,sentence,label\n" + "".join(lines)
     else:
-        content = "".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows)
+        content = "".join(
+            json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows
+        )
     write_file(root, "cola", f"validation.{form}", content)
     split = load_split(task("cola"), "dev")
-    assert list(zip(split.texts, split.labels, strict=True)) == [((text,), label) for text, label in rows]
+    assert list(zip(split.texts, split.labels, strict=True)) == [
+        ((text,), label) for text, label in rows
+    ]
 
 
 def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Path) -> None:
     """An empty second text is a text, as in the hub's copy of GLUE."""
     rows = [("a", "b", 1), ("c", "d", 0), ("e", None, 1), ("f", "", 1), (" ", "", 1)]
-    lines = (json.dumps({"sentence1": first, "sentence2": second, "label": label}) for first, second, label in rows)
+    lines = (
+        json.dumps({"sentence1": first, "sentence2": second, "label": label})
+        for first, second, label in rows
+    )
     write_file(root, "mrpc", "validation.jsonl", "\n".join(lines))
     split = load_split(task("mrpc"), "dev")
     assert (split.labels, split.dropped, split.texts[-1][1]) == ([1, 0, 1], 2, "")
@@ -137,13 +173,33 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("sst2", "validation.csv", "sentence;label\nfine;1\n", "no column 'sentence'; did you mean 'sentence;label'"),
+        (
+            "sst2",
+            "validation.csv",
+            "sentence;label\nfine;1\n",
+            "no column 'sentence'; did you mean 'sentence;label'",
+        ),
         ("sst2", "validation.csv", b"sentence,label\ncaf\xe9,0\n", "cannot be read: .*utf-8"),
-        ("sst2", "validation.csv", "sentence,label\nfine,1\nfine, really,1\n", "cannot be read: .*line 3, saw 3"),
+        (
+            "sst2",
+            "validation.csv",
+            "sentence,label\nfine,1\nfine, really,1\n",
+            "cannot be read: .*line 3, saw 3",
+        ),
         ("sst2", "validation.csv", "sentence,label\n", "has no row with text and label"),
-        ("sst2", "validation.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', "cannot be read: JSON parse"),
+        (
+            "sst2",
+            "validation.jsonl",
+            '{"sentence": "a", "label": 1}\n{"sentence": \n',
+            "cannot be read: JSON parse",
+        ),
         ("sst2", "validation.parquet", b"PAR1 nothing", "cannot be read: "),
-        ("rte", "validation.csv", "sentence1,sentence2,label\na,b,not_entailmnt\n", "row 1: .*mean 'not_entailment'"),
+        (
+            "rte",
+            "validation.csv",
+            "sentence1,sentence2,label\na,b,not_entailmnt\n",
+            "row 1: .*mean 'not_entailment'",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused_in_one_line(
@@ -177,10 +233,14 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
         load_split(task("rte"), "dev")
 
 
-def test_local_files_need_no_network_and_copy_no_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_need_no_network_and_copy_no_rows(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = root / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setattr(socket.socket, "connect", mock.Mock(side_effect=AssertionError("a socket was opened")))
+    monkeypatch.setattr(
+        socket.socket, "connect", mock.Mock(side_effect=AssertionError("a socket was opened"))
+    )
     for number, form in enumerate([*FILES, "saved"]):
         folder = root / f"[{number}] *"  # no pattern
         folder.mkdir()
@@ -195,7 +255,8 @@ def test_a_set_that_is_missing_says_where_it_belongs(root: Path) -> None:
         load_split(task("cola"), "dev")
     write_glue(root, "rte", raw=True)
     with pytest.raises(
-        DataError, match=r"no file for the split 'validation'.*; `python tools/convert_glue_x\.py` converts"
+        DataError,
+        match=r"no file for the split 'validation'.*; `python tools/convert_glue_x\.py` converts",
     ):
         load_split(task("rte"), "dev")
     write_own(root, "snli").rename(root / "snli")  # a folder of the task's name will do
@@ -217,12 +278,22 @@ def test_one_csv_holds_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return {part: set(load_split(read, part).texts) for part in splits}
 
     drawn = texts("sentence,label", *rows)
-    assert [len(drawn[part]) / 2000 for part in splits] == pytest.approx([0.7, 0.15, 0.15], abs=0.02)
-    other = texts("label,sentence", *(",".join(row.split(",")[::-1]) for row in [*rows[1000:], "new,1"]))
-    assert all(split - {("new",)} <= drawn[part] for part, split in other.items())  # the text alone decides
-    named = texts("sentence,label,split", *(f"{row},{[*splits][i % 3]}" for i, row in enumerate(rows)))
+    assert [len(drawn[part]) / 2000 for part in splits] == pytest.approx(
+        [0.7, 0.15, 0.15], abs=0.02
+    )
+    other = texts(
+        "label,sentence", *(",".join(row.split(",")[::-1]) for row in [*rows[1000:], "new,1"])
+    )
+    assert all(
+        split - {("new",)} <= drawn[part] for part, split in other.items()
+    )  # the text alone decides
+    named = texts(
+        "sentence,label,split", *(f"{row},{[*splits][i % 3]}" for i, row in enumerate(rows))
+    )
     assert {len(split) for split in named.values()} == {666, 667}
-    with pytest.raises(DataError, match=r"rows\.csv has no row of the split 'dev'; choose from train"):
+    with pytest.raises(
+        DataError, match=r"rows\.csv has no row of the split 'dev'; choose from train"
+    ):
         texts("sentence,label,split", "a,1,train")
 
 
@@ -237,7 +308,9 @@ def test_rows_are_drawn_once_and_for_all() -> None:
     train, held = split.hold_out(0.1, "cola/held out")
     assert (len(train), len(held)) == (90, 10)
     assert sorted(train.labels + held.labels) == list(range(100))
-    assert split.hold_out(0.1, "cola/held out") == (train, held) != split.hold_out(0.1, "rte/held out")
+    assert (
+        split.hold_out(0.1, "cola/held out") == (train, held) != split.hold_out(0.1, "rte/held out")
+    )
     with pytest.raises(DataError, match="cannot be held out"):
         TextSplit([("a",)], [0], source="x").hold_out(0.1, "x")
 
@@ -245,7 +318,9 @@ def test_rows_are_drawn_once_and_for_all() -> None:
 # human ratings
 
 
-@pytest.mark.parametrize(("domain", "total"), [("amazon", 3708), ("movie", 10605), ("nyt", 5190), ("tweets", 4200)])
+@pytest.mark.parametrize(
+    ("domain", "total"), [("amazon", 3708), ("movie", 10605), ("nyt", 5190), ("tweets", 4200)]
+)
 def test_the_real_sentiment_set(workdir: Path, domain: str, total: int) -> None:
     parts = {split: load_vader(domain, split) for split in ("train", "dev", "test")}
     sizes = {split: len(texts) for split, (texts, _, _) in parts.items()}
@@ -254,7 +329,9 @@ def test_the_real_sentiment_set(workdir: Path, domain: str, total: int) -> None:
     assert sum(len(texts) + dropped for texts, _, dropped in parts.values()) == total
 
 
-PAIRS = TextSplit([("a longer first sentence", "so it is"), ("short", "too"), ("", "empty first")], [1, 0, 1])
+PAIRS = TextSplit(
+    [("a longer first sentence", "so it is"), ("short", "too"), ("", "empty first")], [1, 0, 1]
+)
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +349,9 @@ def test_rows_are_what_the_tokenizer_gives(here: Path, tokenizer: PreTrainedToke
 def test_sorted_rows_keep_their_labels(here: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = TokenisedRows(PAIRS, tokenizer, 32, by_length=True)
     assert rows.lengths == sorted(rows.lengths)
-    plain = {tuple(row["input_ids"]): row["labels"] for row in TokenisedRows(PAIRS, tokenizer, 32, by_length=False)}
+    plain = {
+        tuple(row["input_ids"]): row["labels"]
+        for row in TokenisedRows(PAIRS, tokenizer, 32, by_length=False)
+    }
     assert [plain[tuple(row["input_ids"])] for row in rows] == rows.labels.tolist()
     assert "labels" not in TokenisedRows(PAIRS, tokenizer, 32, by_length=True, labelled=False)[0]

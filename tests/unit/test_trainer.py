@@ -27,15 +27,30 @@ from tests.model_folders import assert_same
 # plain gradient descent over the rows in their order
 CONSTANT = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0}
 BY_HAND = {**CONSTANT, "optim": "sgd", "train_sampling_strategy": "sequential"}
-USUAL = {"save_strategy": "no", "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+USUAL = {
+    "save_strategy": "no",
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+}
 QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
 
 
 def trainer(
-    model: Any, folder: Path, *, callback: Any = None, data: Any = None, compute_loss: Any = None, **settings: Any
+    model: Any,
+    folder: Path,
+    *,
+    callback: Any = None,
+    data: Any = None,
+    compute_loss: Any = None,
+    **settings: Any,
 ) -> Trainer:
     arguments: Any = transformers.TrainingArguments(str(folder), **{**USUAL, **QUIET, **settings})
-    parts = {"train_dataset": data or rows(), "eval_dataset": data or rows(), "compute_loss_func": compute_loss}
+    parts = {
+        "train_dataset": data or rows(),
+        "eval_dataset": data or rows(),
+        "compute_loss_func": compute_loss,
+    }
     return Trainer(model, arguments, callbacks=[callback or emoe.TrainerCallback()], **parts)
 
 
@@ -45,7 +60,9 @@ def assert_same_experts(again: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_checkpoints_keep_the_experts_and_training_resumes_identically(method: str, tmp_path: Path) -> None:
+def test_checkpoints_keep_the_experts_and_training_resumes_identically(
+    method: str, tmp_path: Path
+) -> None:
     model = bert(METHODS[method])
     trainer(model, tmp_path, save_strategy="steps", save_steps=2).train()
     halfway, again = load(tmp_path / "checkpoint-2"), load(tmp_path / "checkpoint-4")
@@ -53,15 +70,21 @@ def test_checkpoints_keep_the_experts_and_training_resumes_identically(method: s
     for layer, expected in zip(routed_layers(halfway), routed_layers(model), strict=True):
         assert layer.config == expected.config
     if method != "gmoe":
-        dense, expected = (emoe.to_dense_(network, restore_order=True) for network in (again, model))
+        dense, expected = (
+            emoe.to_dense_(network, restore_order=True) for network in (again, model)
+        )
         assert_same(dense.state_dict(), expected.state_dict())
     resumed = bert(METHODS[method])
-    trainer(resumed, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer(resumed, tmp_path / "again").train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
     assert_same_experts(resumed, load(tmp_path / "checkpoint-4"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_save_model_saves_the_experts_but_not_the_original_order(method: str, tmp_path: Path) -> None:
+def test_save_model_saves_the_experts_but_not_the_original_order(
+    method: str, tmp_path: Path
+) -> None:
     model = bert(METHODS[method])
     emoe.set_top_k_(model, 3)
     trainer(model, tmp_path).save_model(str(tmp_path))
@@ -77,7 +100,10 @@ def test_save_model_saves_the_experts_but_not_the_original_order(method: str, tm
 
 @pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "t5", "gpt2"])
 def test_checkpoints_load_although_the_library_renames_tensors(name: str, tmp_path: Path) -> None:
-    model, values = converted.model(name, router="cosine", weighting="softmax"), tiny_models.inputs(name)
+    model, values = (
+        converted.model(name, router="cosine", weighting="softmax"),
+        tiny_models.inputs(name),
+    )
     model.save_pretrained(tmp_path)
     again = emoe.from_pretrained(type(model), tmp_path)
     assert torch.equal(tiny_models.output(again, values), tiny_models.output(model, values))
@@ -86,7 +112,9 @@ def test_checkpoints_load_although_the_library_renames_tensors(name: str, tmp_pa
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = bert(METHODS["emoe, momentum"])
     steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    run = trainer(model, tmp_path, **steps, load_best_model_at_end=True, metric_for_best_model="loss")
+    run = trainer(
+        model, tmp_path, **steps, load_best_model_at_end=True, metric_for_best_model="loss"
+    )
     run.train()
     assert run.state.best_global_step == 2  # the labels are random, so the loss rises
     assert_same_experts(load(tmp_path / "checkpoint-2"), model)
@@ -95,7 +123,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
 def build(cls: Any) -> Any:
     """Build a model without dropout, with a running gate and a large balance loss."""
     torch.manual_seed(0)
-    model = without_dropout(cls(cls.config_class(**SIZES, vocab_size=60, image_size=16, patch_size=8)))
+    model = without_dropout(
+        cls(cls.config_class(**SIZES, vocab_size=60, image_size=16, patch_size=8))
+    )
     emoe.convert_(model, emoe.EMoEConfig(**SOME, aux_loss_coefficient=5.0, gate_momentum=0.5))
     return model
 
@@ -104,7 +134,9 @@ def texts() -> list[dict[str, torch.Tensor]]:
     """Make rows of eight tokens with 7, 6, 4 and 2 labels."""
     masked = [torch.arange(8) < 2 * index for index in range(4)]
     ids = [row["input_ids"] for row in rows(4)]
-    return [{"input_ids": x, "labels": x.masked_fill(m, -100)} for x, m in zip(ids, masked, strict=True)]
+    return [
+        {"input_ids": x, "labels": x.masked_fill(m, -100)} for x, m in zip(ids, masked, strict=True)
+    ]
 
 
 def tagged() -> list[dict[str, torch.Tensor]]:
@@ -114,7 +146,10 @@ def tagged() -> list[dict[str, torch.Tensor]]:
 
 def images() -> list[dict[str, torch.Tensor]]:
     pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return [{"pixel_values": image, "labels": torch.tensor(index % 2)} for index, image in enumerate(pixels)]
+    return [
+        {"pixel_values": image, "labels": torch.tensor(index % 2)}
+        for index, image in enumerate(pixels)
+    ]
 
 
 def batch(data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -174,21 +209,32 @@ def test_models_without_experts_are_errors(tmp_path: Path) -> None:
 def test_balance_losses_that_cannot_be_added_are_errors(tmp_path: Path) -> None:
     model = bert(METHODS["emoe-learn"])
 
-    def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    def own_loss(
+        outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(outputs.logits, labels) + emoe.aux_loss(model)
 
     with pytest.raises(emoe.ConfigError, match="add_aux_loss=False"):
         trainer(model, tmp_path, compute_loss=own_loss).train()
-    trainer(model, tmp_path, callback=emoe.TrainerCallback(add_aux_loss=False), compute_loss=own_loss).train()
-    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    with pytest.raises(emoe.ConfigError, match="use_reentrant"):  # the balance loss would have no gradient
+    trainer(
+        model, tmp_path, callback=emoe.TrainerCallback(add_aux_loss=False), compute_loss=own_loss
+    ).train()
+    reentrant = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    with pytest.raises(
+        emoe.ConfigError, match="use_reentrant"
+    ):  # the balance loss would have no gradient
         trainer(model, tmp_path, **reentrant).train()
 
 
 def test_adapters_are_saved_without_the_model_whose_experts_they_use(tmp_path: Path) -> None:
     model = bert(METHODS["emoe"])
     emoe.save_pretrained(model, tmp_path / "base")
-    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    adapted: Any = get_peft_model(
+        model, LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+    )
     trainer(adapted, tmp_path, save_strategy="steps", save_steps=2).train()
     with pytest.raises(emoe.CheckpointError, match="holds adapters, not a model"):
         load(tmp_path / "checkpoint-4")

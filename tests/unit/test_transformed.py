@@ -36,7 +36,13 @@ def test_trained_weights_are_evaluated_as_another_methods_which_changes_no_other
     assert bool(routed_layers(classifier.model)) == (method == "vanilla")
     task, training = RunTask.model_validate(run.spec["task"]), run.spec["training"]
     evaluator = TextEvaluator(
-        classifier, tokenizer, task, training["eval_batch_size"], training["max_length"], "fp32", workdir
+        classifier,
+        tokenizer,
+        task,
+        training["eval_batch_size"],
+        training["max_length"],
+        "fp32",
+        workdir,
     )
     other = RunTask.model_validate(run.spec["ood"][0])
     scores = metrics["transformed"][row]["scores"]
@@ -46,21 +52,32 @@ def test_trained_weights_are_evaluated_as_another_methods_which_changes_no_other
     ood = evaluator.evaluate(load_part(other, "test", training["eval_rows"]), other)
     assert ood == pytest.approx(scores["ood"][other.name])
     assert scores["test"] != metrics["scores"]["test"]
-    alone = finish(prepare(run_from_spec({name: value for name, value in run.spec.items() if name != "used_as"})))
+    alone = finish(
+        prepare(
+            run_from_spec({name: value for name, value in run.spec.items() if name != "used_as"})
+        )
+    )
     assert metrics | {"run_id": "", "transformed": {}} == alone | {"run_id": "", "transformed": {}}
 
 
 def test_rows_of_transformed_weights_come_from_the_runs_that_trained_them(here: Path) -> None:
-    runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")]
+    runs = [
+        run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")
+    ]
     fake_runs.write_runs(runs)
     records = fake_runs.records(runs)
     main = TextOutcomes(GLUE, records)
     ablated = main.ablated
     assert set(main.rows["method"]) == {"vanilla", "emoe"}
     assert set(ablated.rows["method"]) == {"vanilla", "emoe", "vanilla2emoe", "emoe2vanilla"}
-    seeds = ablated.seeds[(ablated.seeds["method"] == "vanilla2emoe") & (ablated.seeds["domain"] == "id")]
+    seeds = ablated.seeds[
+        (ablated.seeds["method"] == "vanilla2emoe") & (ablated.seeds["domain"] == "id")
+    ]
     vanilla = [record for record in records if record.run.spec["method"]["name"] == "vanilla"]
-    recorded = {record.run.spec["seed"]: record.metrics.transformed["vanilla2emoe"].scores for record in vanilla}
+    recorded = {
+        record.run.spec["seed"]: record.metrics.transformed["vanilla2emoe"].scores
+        for record in vanilla
+    }
     assert set(seeds["seed"]) == set(recorded)
     for seed, value in zip(seeds["seed"], seeds["value"], strict=True):
         assert value == recorded[seed]["test"]["tweets"]["balanced_accuracy"]
@@ -86,7 +103,9 @@ def test_loads_of_each_row_are_those_of_the_row_alone(batch_size: int) -> None:
     shares = np.sum(expected, axis=0) / np.sum(expected)
     assert usage["tasks"]["one"]["shares"] == pytest.approx(shares.tolist())
     by_class = np.sum(expected[1::2], axis=0)
-    assert usage["tasks"]["two"]["classes"]["1"] == pytest.approx((by_class / by_class.sum()).tolist())
+    assert usage["tasks"]["two"]["classes"]["1"] == pytest.approx(
+        (by_class / by_class.sum()).tolist()
+    )
     assert information["task_information"] == pytest.approx(0, abs=1e-12)  # the same rows twice
     assert information["shares"]["1"] == pytest.approx(shares.tolist())
 

@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import suite as suites
-from benchmarks.harness.config.paper_items import missing_items
 from benchmarks.harness.config.runs import refuse_old_folders, run_from_spec
+from benchmarks.harness.report.paper_items import missing_items
 from benchmarks.harness.workflow import plan, targets
-from benchmarks.harness.workflow.environment import job_environment
+from benchmarks.harness.workflow.environment import job_environment, suite_of_job
 from tests import fake_runs
 from tests.executed import prepare
 
@@ -22,17 +22,19 @@ def test_jobs_see_the_command_lines_values(monkeypatch: pytest.MonkeyPatch, tmp_
     chosen = suites.load_suite({"suite": "smoke", "data_root": str(tmp_path)})
     for name, value in job_environment(chosen).items():
         monkeypatch.setenv(name, value)
-    assert suites.suite_of_job("smoke").settings == chosen.settings
-    assert suites.suite_of_job("mini").settings.data_root is None
+    assert suite_of_job("smoke").settings == chosen.settings
+    assert suite_of_job("mini").settings.data_root is None
 
 
-def test_a_job_on_a_cluster_reads_what_the_main_process_planned(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_on_a_cluster_reads_what_the_main_process_planned(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan.write_plan(SMOKE)
 
     def refuse(*_: object) -> None:
         raise AssertionError("a job plans the suite")
 
-    monkeypatch.setattr(suites, "plan", refuse)
+    monkeypatch.setattr(suites, "plan_runs", refuse)
     job = suites.load_suite({"suite": "smoke"})
     assert [plan.read_run_of_job(run.folder, job) for run in SMOKE.runs] == SMOKE.runs
     for name, partition in SMOKE.partitions.items():
@@ -40,7 +42,9 @@ def test_a_job_on_a_cluster_reads_what_the_main_process_planned(here: Path, monk
     weights = plan.weights_by_benchmark(job, in_job=True)
     assert weights == plan.weights_by_benchmark(SMOKE, in_job=False)
     assert set(weights["llama"].values()) == {True, False}  # the untuned models keep none
-    with pytest.raises(DefinitionError, match=r"plan.tsv has no row 'glue/000000000000'; start the workflow again"):
+    with pytest.raises(
+        DefinitionError, match=r"plan.tsv has no row 'glue/000000000000'; start the workflow again"
+    ):
         plan.read_run_of_job("glue/000000000000", job)
 
 
@@ -56,11 +60,19 @@ def test_a_run_of_another_suite_is_refused_with_its_suite(monkeypatch: pytest.Mo
     monkeypatch.setattr(plan, "suite_names", lambda: ["mini", "smoke"])
     mini = suites.load_suite({})
     assert plan.find_run(mini.runs[0].folder, mini) == mini.runs[0]
-    with pytest.raises(DefinitionError, match=r"'mini' has no run '.*', but 'smoke' has: add `--config suite=smoke`"):
+    with pytest.raises(
+        DefinitionError,
+        match=r"'mini' has no run '.*', but 'smoke' has: add `--config suite=smoke`",
+    ):
         plan.find_run(SMOKE.runs[0].folder, mini)
-    with pytest.raises(DefinitionError, match=r"no suite has the run 'glue/000000000000'; results/mini/plan.tsv lists"):
+    with pytest.raises(
+        DefinitionError,
+        match=r"no suite has the run 'glue/000000000000'; results/mini/plan.tsv lists",
+    ):
         plan.find_run("glue/000000000000", mini)
-    with pytest.raises(DefinitionError, match=r"needs no partition 'a'; results/mini/partitions.tsv lists"):
+    with pytest.raises(
+        DefinitionError, match=r"needs no partition 'a'; results/mini/partitions.tsv lists"
+    ):
         plan.find_partition("a", mini)
 
 
@@ -84,7 +96,9 @@ def test_a_finished_run_has_its_numbers_and_the_weights_that_it_keeps(here: Path
 
 def test_a_complete_suite_has_the_spec_of_each_finished_run(here: Path) -> None:
     finished, *_ = SMOKE.runs_of("glue")
-    assert str(finished.spec_file) not in targets.suite_files(SMOKE)  # it is not finished yet: its job writes it
+    assert str(finished.spec_file) not in targets.suite_files(
+        SMOKE
+    )  # it is not finished yet: its job writes it
     prepare(finished, "results/runs")
     fake_runs.write_runs([finished])
     assert targets.lost_spec_files(SMOKE) == []
@@ -98,7 +112,10 @@ def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:
     old = Path("results/runs/glue/minilm-tweets-vanilla-lr0.0001-s0-fd5d5140")
     old.mkdir()
     (old / "run.json").write_text("{}")
-    with pytest.raises(DefinitionError, match=f"^{old} was made by an older version, .*: move results/runs to another"):
+    with pytest.raises(
+        DefinitionError,
+        match=f"^{old} was made by an older version, .*: move results/runs to another",
+    ):
         refuse_old_folders()
 
 
@@ -109,7 +126,10 @@ def test_folders_of_older_versions_are_refused_in_one_line(here: Path) -> None:
         ("gleu", "there is no target 'gleu'; did you mean 'glue'"),
         ("smoke", "'smoke' is a suite: `snakemake --cores all --config suite=smoke`"),
         ("multitask", "the suite 'mini' does not run multitask; smoke, paper"),
-        ("domainbed_pacs", "the suite 'mini' does not run pacs; paper, domainbed_large, domainbed_sweep do: "),
+        (
+            "domainbed_pacs",
+            "the suite 'mini' does not run pacs; paper, domainbed_large, domainbed_sweep do: ",
+        ),
         (
             "speed",
             "the suite 'mini' does not run speed; full, smoke, speed do: `snakemake --cores all speed --config suite=full`",
@@ -131,4 +151,7 @@ def test_a_set_needs_the_records_of_its_own_runs_alone() -> None:
     files = targets.record_files(SMOKE, "domainbed", "rotated_mnist_5k")
     assert files == ["results/smoke/records/domainbed_rotated_mnist_5k.jsonl"]
     assert set(files) < set(targets.record_files(SMOKE, "domainbed"))
-    assert targets.parts_by_records(SMOKE)["domainbed_rotated_mnist_5k"] == ("domainbed", "rotated_mnist_5k")
+    assert targets.parts_by_records(SMOKE)["domainbed_rotated_mnist_5k"] == (
+        "domainbed",
+        "rotated_mnist_5k",
+    )

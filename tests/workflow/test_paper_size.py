@@ -43,17 +43,31 @@ def most_memory(checkout: Checkout, *command: object) -> int:
 
 
 def test_the_graph_of_all_runs_fits_in_a_gibibyte(checkout: Checkout) -> None:
-    assert most_memory(checkout, SNAKEMAKE, "--dry-run", "--quiet", "all", "--config", "suite=paper") < GIB
+    assert (
+        most_memory(checkout, SNAKEMAKE, "--dry-run", "--quiet", "all", "--config", "suite=paper")
+        < GIB
+    )
 
 
 @pytest.mark.parametrize("benchmark", SUITE.settings.benchmarks)
 def test_every_benchmark_is_shown(checkout: Checkout, benchmark: str) -> None:
     parts = SUITE.parts(benchmark)
     for command, shown in (("collect", parts or [None]), ("tables", [None, *parts])):
-        words = [sys.executable, "-m", "benchmarks", command, "--suite", "paper", "--benchmark", benchmark]
+        words = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            command,
+            "--suite",
+            "paper",
+            "--benchmark",
+            benchmark,
+        ]
         for part in shown:
             assert most_memory(checkout, *words, *(["--part", part] if part else [])) < 4 * GIB
-    assert [file for file in output_files(SUITE, benchmark) if not (checkout.folder / file).exists()] == []
+    assert [
+        file for file in output_files(SUITE, benchmark) if not (checkout.folder / file).exists()
+    ] == []
 
 
 def test_the_report_opens(checkout: Checkout) -> None:

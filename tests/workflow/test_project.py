@@ -76,7 +76,9 @@ def test_every_imported_distribution_is_declared(folder: str) -> None:
     assert undeclared == []
 
 
-@pytest.mark.parametrize("name", ["datasets", "lm-eval", "mlflow", "peft", "snakemake", "transformers"])
+@pytest.mark.parametrize(
+    "name", ["datasets", "lm-eval", "mlflow", "peft", "snakemake", "transformers"]
+)
 def test_a_package_whose_new_majors_break_the_suite_has_an_upper_bound(name: str) -> None:
     (requirement,) = (known for known in requirements("suite") if known.name == name)
     assert "<" in {bound.operator for bound in requirement.specifier}
@@ -91,7 +93,9 @@ def pins() -> dict[str, str]:
 
 def test_every_declared_distribution_has_a_pin_that_fits_except_torch() -> None:
     pinned = pins()
-    assert all(re.fullmatch(r"[\w.!]+", version) for version in pinned.values())  # no build of one machine, as 2.0+cpu
+    assert all(
+        re.fullmatch(r"[\w.!]+", version) for version in pinned.values()
+    )  # no build of one machine, as 2.0+cpu
     left_to_the_machine = {"torch", "torchvision"}
     assert not left_to_the_machine & set(pinned)
     extras = PYPROJECT["project"]["optional-dependencies"]
@@ -100,29 +104,52 @@ def test_every_declared_distribution_has_a_pin_that_fits_except_torch() -> None:
     for requirement in declared:
         name = canonicalize_name(requirement.name)
         if name in pinned:
-            assert requirement.specifier.contains(pinned[name], prereleases=True), f"{name} {pinned[name]}"
+            assert requirement.specifier.contains(pinned[name], prereleases=True), (
+                f"{name} {pinned[name]}"
+            )
 
 
 def planned_by_make(*words: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name not in ("CONSTRAINTS", "MAKEFLAGS")}
-    return subprocess.check_output(["make", "--dry-run", *words], cwd=ROOT, env=environment, text=True)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CONSTRAINTS", "MAKEFLAGS")
+    }
+    return subprocess.check_output(
+        ["make", "--dry-run", *words], cwd=ROOT, env=environment, text=True
+    )
 
 
 def test_make_setup_installs_the_pinned_versions_unless_told_otherwise() -> None:
-    assert "'.[suite,mini,dev]' --constraint constraints.txt\n" in planned_by_make("--always-make", "setup")
+    assert "'.[suite,mini,dev]' --constraint constraints.txt\n" in planned_by_make(
+        "--always-make", "setup"
+    )
     newest = planned_by_make("--always-make", "setup", "CONSTRAINTS=")
     assert "'.[suite,mini,dev]'" in newest
     assert "--constraint" not in newest
 
 
 def test_new_pins_are_installed_by_the_next_command() -> None:
-    assert "pip install" in planned_by_make("--old-file", "pyproject.toml", "--what-if", "constraints.txt", "setup")
+    assert "pip install" in planned_by_make(
+        "--old-file", "pyproject.toml", "--what-if", "constraints.txt", "setup"
+    )
 
 
 def test_snakemake_plans_a_part_of_the_paper(tmp_path: Path) -> None:
     command = [SNAKEMAKE, "--snakefile", ROOT / "Snakefile", "--directory", tmp_path]
-    command += ["--cores", "1", "-n", "--quiet", "all", "--config", "suite=paper", "benchmarks=[llama]"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    command += [
+        "--cores",
+        "1",
+        "-n",
+        "--quiet",
+        "all",
+        "--config",
+        "suite=paper",
+        "benchmarks=[llama]",
+    ]
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -140,8 +167,12 @@ def test_a_job_on_a_cluster_plans_no_runs(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_benchmark_with_the_name_of_anothers_set_is_refused_at_the_start(checkout: Checkout) -> None:
-    shutil.copytree(checkout.folder / "benchmarks/glue", checkout.folder / "benchmarks/domainbed_pacs")
+def test_a_benchmark_with_the_name_of_anothers_set_is_refused_at_the_start(
+    checkout: Checkout,
+) -> None:
+    shutil.copytree(
+        checkout.folder / "benchmarks/glue", checkout.folder / "benchmarks/domainbed_pacs"
+    )
     shown = checkout.snakemake("-n", check=False)
     assert "'domainbed_pacs' is also the target of the set 'pacs' of 'domainbed'" in shown
     assert "Traceback" not in shown
@@ -151,10 +182,18 @@ def test_a_benchmark_with_the_name_of_anothers_set_is_refused_at_the_start(check
 def test_every_input_of_a_run_is_made_by_a_rule(name: str) -> None:
     """Check the files of all runs without Snakemake's graph of thousands of jobs."""
     suite = load_suite({"suite": name})
-    made = {*metric_files(suite), *weight_files(suite), *(job.file for job in suite.partitions.values())}
-    needed = {file for run in suite.runs for file in run_inputs(run) if not file.startswith(str(PACKAGES))}
+    made = {
+        *metric_files(suite),
+        *weight_files(suite),
+        *(job.file for job in suite.partitions.values()),
+    }
+    needed = {
+        file for run in suite.runs for file in run_inputs(run) if not file.startswith(str(PACKAGES))
+    }
     assert needed <= made
-    assert {"threads", "mem_mb", "runtime"} <= set.intersection(*(set(run.resources) for run in suite.runs))
+    assert {"threads", "mem_mb", "runtime"} <= set.intersection(
+        *(set(run.resources) for run in suite.runs)
+    )
 
 
 def test_every_configuration_key_is_documented() -> None:
@@ -171,7 +210,9 @@ exec "$@"
 
 
 @pytest.mark.slow
-def test_apptainer_runs_the_jobs_in_the_image(checkout: Checkout, tmp_path: Path, monkeypatch) -> None:
+def test_apptainer_runs_the_jobs_in_the_image(
+    checkout: Checkout, tmp_path: Path, monkeypatch
+) -> None:
     """Use a script in place of Apptainer."""
     program = tmp_path / "bin/apptainer"
     program.parent.mkdir()
@@ -179,7 +220,15 @@ def test_apptainer_runs_the_jobs_in_the_image(checkout: Checkout, tmp_path: Path
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     partition = next(iter(load_suite({"suite": "smoke"}).partitions.values())).file
-    words = ("--sdm", "apptainer", "--apptainer-args=--nv", "--config", "suite=smoke", "--", partition)
+    words = (
+        "--sdm",
+        "apptainer",
+        "--apptainer-args=--nv",
+        "--config",
+        "suite=smoke",
+        "--",
+        partition,
+    )
     checkout.snakemake(*words)
     (call,) = (tmp_path / "calls.txt").read_text().splitlines()
     home = re.escape(str(checkout.folder))
@@ -192,7 +241,9 @@ def test_apptainer_runs_the_jobs_in_the_image(checkout: Checkout, tmp_path: Path
 def test_the_image_has_a_python_extras_and_a_user_that_fit() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     oldest = PYPROJECT["project"]["requires-python"].split(",")[0].removeprefix(">=")
-    assert f"FROM python:{oldest}-slim" in dockerfile  # the oldest, by which the numbers were blessed
+    assert (
+        f"FROM python:{oldest}-slim" in dockerfile
+    )  # the oldest, by which the numbers were blessed
     (extras,) = re.findall(r"pip install .*'/tmp/dependencies\[(.+)\]'", dockerfile)
     assert set(extras.split(",")) <= set(PYPROJECT["project"]["optional-dependencies"])
     (user,) = re.findall(r"^USER (\d+)$", dockerfile, re.MULTILINE)

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.harness.config.artifacts import suite_artifacts
 from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.artifacts import suite_artifacts
 from benchmarks.harness.sources.packages import find_package
 from benchmarks.harness.workflow import targets
 from tests.checkout import SNAKEMAKE, Checkout, wait_for
@@ -83,7 +83,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Checkou
     return made
 
 
-def test_everything_that_the_suite_promises_is_there(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_the_suite_promises_is_there(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(checkout.folder)
     for file in targets.suite_files(SUITE):
         assert Path(file).stat().st_size > 20, file
@@ -100,7 +102,10 @@ COLLECTED = {"collect": 1, "mirror_to_mlflow": 1, **SHOWN}
 ALL_TABLES = {f"tables_of_{shown.name}": 1 for shown in suite_artifacts(SUITE)}
 EVALUATED = max(SUITE.runs_of("glue_ood"), key=lambda run: len(run.spec["candidates"]))
 CANDIDATES = EVALUATED.spec["candidates"]
-GLUE, TUNED = SUITE.runs_of("glue")[0], next(run for run in SUITE.runs_of("llama") if run.keeps_weights)
+GLUE, TUNED = (
+    SUITE.runs_of("glue")[0],
+    next(run for run in SUITE.runs_of("llama") if run.keeps_weights),
+)
 SEEDS = "method: [vanilla, emoe], seed: [0, 1]"
 LONG = "a-tiny-model-whose-name-has-many-more-than-forty-two-letters"
 
@@ -148,7 +153,13 @@ ACTIONS: dict[str, tuple[list[Action], list[str], tuple[str, ...], dict[str, int
         [edit("config/smoke.yaml", SEEDS, SEEDS.replace("1]", "1, 2]")), delete("resources/*")],
         ["config/smoke.yaml", "resources"],
         (),
-        {"fetch_package": 1, "partition_neurons": 1, "run_glue": 2, "tables_of_glue": 1, **COLLECTED},
+        {
+            "fetch_package": 1,
+            "partition_neurons": 1,
+            "run_glue": 2,
+            "tables_of_glue": 1,
+            **COLLECTED,
+        },
     ),
     "a seed is removed": (
         [edit("config/smoke.yaml", SEEDS, SEEDS.replace("0, 1]", "0]"))],
@@ -165,7 +176,10 @@ ACTIONS: dict[str, tuple[list[Action], list[str], tuple[str, ...], dict[str, int
     ),
     "an evaluation is gone, and the spec and weights of what it evaluates": (
         [
-            delete(str(EVALUATED.metrics_file), *(f"results/runs/{folder}/model" for folder in CANDIDATES[:1])),
+            delete(
+                str(EVALUATED.metrics_file),
+                *(f"results/runs/{folder}/model" for folder in CANDIDATES[:1]),
+            ),
             delete(*(f"results/runs/{folder}/run.json" for folder in CANDIDATES[1:])),
         ],
         ["results/runs"],
@@ -193,7 +207,13 @@ ACTIONS: dict[str, tuple[list[Action], list[str], tuple[str, ...], dict[str, int
         {"run_llama": 1, "tables_of_llama": 1, **COLLECTED},
     ),
     "records, a section and a page are gone": (
-        [delete("results/smoke/records/speed.jsonl", "results/smoke/sections/llama.json", "results/smoke/glue.html")],
+        [
+            delete(
+                "results/smoke/records/speed.jsonl",
+                "results/smoke/sections/llama.json",
+                "results/smoke/glue.html",
+            )
+        ],
         ["results/smoke"],
         (),
         {"collect": 1, "mirror_to_mlflow": 1, "tables_of_speed": 1, "tables_of_llama": 1}
@@ -201,7 +221,11 @@ ACTIONS: dict[str, tuple[list[Action], list[str], tuple[str, ...], dict[str, int
     ),
     "a table and a title are edited": (
         [
-            edit("benchmarks/llama/presentation.py", "import annotations", "import annotations  # edited"),
+            edit(
+                "benchmarks/llama/presentation.py",
+                "import annotations",
+                "import annotations  # edited",
+            ),
             edit("benchmarks/multitask/benchmark.yaml", "T5 on", "The T5 on"),
         ],
         ["benchmarks/llama/presentation.py", "benchmarks/multitask/benchmark.yaml"],
@@ -209,7 +233,13 @@ ACTIONS: dict[str, tuple[list[Action], list[str], tuple[str, ...], dict[str, int
         {**SHOWN, "tables_of_llama": 1, "tables_of_multitask": 1, "benchmark_report": 2},
     ),
     "the titles of rows are edited": (
-        [edit("benchmarks/harness/config/method_specs.py", "import annotations", "import annotations  # edited")],
+        [
+            edit(
+                "benchmarks/harness/config/method_specs.py",
+                "import annotations",
+                "import annotations  # edited",
+            )
+        ],
         ["benchmarks/harness/config/method_specs.py"],
         (),
         {**SHOWN, **ALL_TABLES, "benchmark_report": len(SUITE.settings.benchmarks)},
@@ -228,7 +258,12 @@ ACTIONS: dict[str, tuple[list[Action], list[str], tuple[str, ...], dict[str, int
         ["benchmarks/models.yaml", "config/smoke.yaml"],
         (),
         {"run_glue": len(SUITE.runs_of("glue")), "run_modularity": 3, "partition_neurons": 1}
-        | {**ALL_TABLES, **COLLECTED, "collect": 2, "benchmark_report": len(SUITE.settings.benchmarks)},
+        | {
+            **ALL_TABLES,
+            **COLLECTED,
+            "collect": 2,
+            "benchmark_report": len(SUITE.settings.benchmarks),
+        },
     ),
 }
 
@@ -251,7 +286,9 @@ def test_pdflatex_compiles_every_table(checkout: Checkout) -> None:
     packages = r"\usepackage[T1]{fontenc}\usepackage{booktabs,longtable}"
     body = "\\clearpage\n".join(table.read_text() for table in tables)
     document = checkout.folder / "tables.tex"
-    document.write_text(f"\\documentclass{{article}}{packages}\\begin{{document}}\n{body}\\end{{document}}\n")
+    document.write_text(
+        f"\\documentclass{{article}}{packages}\\begin{{document}}\n{body}\\end{{document}}\n"
+    )
     result = checkout.run("pdflatex", "-interaction=nonstopmode", document.name, check=False)
     log = document.with_suffix(".log").read_text(errors="replace")
     assert result.returncode == 0, log
@@ -280,11 +317,24 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
         before[folder] = metrics(checkout, folder)["scores"]
         (checkout.folder / "results/runs" / folder / "metrics.json").unlink()
 
-    failing, target = (f"results/runs/{folder}/metrics.json" for folder in (SUITE.runs_of("llama")[0].folder, killed))
+    failing, target = (
+        f"results/runs/{folder}/metrics.json"
+        for folder in (SUITE.runs_of("llama")[0].folder, killed)
+    )
     log = (checkout.folder / target).with_name("log.txt")
     log.unlink()
     with damaged(checkout, failing), (checkout.folder / "shown.txt").open("w+") as stream:
-        words = ("--cores", 1, "--prioritize", failing, "--config", "suite=smoke", "--", failing, target)
+        words = (
+            "--cores",
+            1,
+            "--prioritize",
+            failing,
+            "--config",
+            "suite=smoke",
+            "--",
+            failing,
+            target,
+        )
         main = checkout.start(SNAKEMAKE, *words, stream=stream)
         wait_for(lambda: log.exists() and "training," in log.read_text())
         kill_all(main.pid)
@@ -303,7 +353,9 @@ def test_only_killed_or_deleted_runs_run_again_with_the_same_numbers(checkout: C
     planned = plan(checkout)
     assert {name: count for name, count in planned.items() if name.startswith("run_")} == runs
     assert {name for name in planned if name.startswith("tables_of_")} == shown
-    assert jobs(smoke(checkout, *(f"results/runs/{folder}/metrics.json" for folder in before))) == runs
+    assert (
+        jobs(smoke(checkout, *(f"results/runs/{folder}/metrics.json" for folder in before))) == runs
+    )
     assert {folder: metrics(checkout, folder)["scores"] for folder in before} == before
 
 
@@ -314,7 +366,9 @@ def test_runs_that_an_interrupted_snakemake_finished_are_not_repeated(checkout: 
     log = (checkout.folder / target).with_name("log.txt")
     log.unlink()
     with (checkout.folder / "shown.txt").open("w+") as stream:
-        main = checkout.start(SNAKEMAKE, "--cores", 1, "--config", "suite=smoke", "--", target, stream=stream)
+        main = checkout.start(
+            SNAKEMAKE, "--cores", 1, "--config", "suite=smoke", "--", target, stream=stream
+        )
         wait_for(lambda: log.exists() and "training," in log.read_text())
         main.send_signal(signal.SIGINT)
         main.wait()
@@ -334,7 +388,10 @@ def kill_all(pid: int) -> None:
 @contextmanager
 def damaged(checkout: Checkout, target: str) -> Iterator[None]:
     """Delete the results of a run and damage the package of its instructions; restore all its files."""
-    folder, package = (checkout.folder / target).parent, checkout.folder / find_package("llamafactory").path
+    folder, package = (
+        (checkout.folder / target).parent,
+        checkout.folder / find_package("llamafactory").path,
+    )
     files = {file: (file.read_bytes(), file.stat()) for file in (package, *folder.glob("*.json"))}
     (checkout.folder / target).unlink()
     package.write_bytes(b"damaged")
@@ -357,8 +414,14 @@ def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout)
         (["table_multitask"], "error: the suite 'mini' does not run multitask; smoke, paper"),
         (["table_99"], "error: there is no target 'table_99'; did you mean 'table_"),
         (["full"], "error: 'full' is a suite: `snakemake --cores all --config suite=full`"),
-        (["results/smoke/report.html"], "belongs to the suite 'smoke', not to 'mini': add `--config suite=smoke`"),
-        (["results/runs/glue/0123456789ab/metrics.json"], "error: no suite has the run 'glue/0123456789ab'"),
+        (
+            ["results/smoke/report.html"],
+            "belongs to the suite 'smoke', not to 'mini': add `--config suite=smoke`",
+        ),
+        (
+            ["results/runs/glue/0123456789ab/metrics.json"],
+            "error: no suite has the run 'glue/0123456789ab'",
+        ),
     ):
         result = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
         assert result.returncode != 0
@@ -366,7 +429,9 @@ def test_a_wrong_suite_or_target_ends_with_one_clear_message(checkout: Checkout)
         assert "Traceback" not in result.stderr
 
 
-def test_runs_that_were_copied_from_another_machine_are_finished(checkout: Checkout, tmp_path: Path) -> None:
+def test_runs_that_were_copied_from_another_machine_are_finished(
+    checkout: Checkout, tmp_path: Path
+) -> None:
     """The copies have new times, in any order, and what the runs were made of is newer or missing."""
     other = Checkout(tmp_path)
     copied = other.folder / "results/runs"

@@ -79,7 +79,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pip(*words: object) -> None:
     """Run pip without the package index."""
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, words)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        *map(str, words),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
@@ -121,16 +128,26 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
     assert wheel.name == f"emoe-{VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = {path for path in (ROOT / "emoe").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files = {
+        path
+        for path in (ROOT / "emoe").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
     assert {"emoe/py.typed", "emoe/compiled/kernels.cpp"} <= names
 
 
-def test_the_wheel_works_with_its_requirements_alone(environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_wheel_works_with_its_requirements_alone(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     target = environment["PYTHONPATH"].split(os.pathsep)[0]
     code = f"SCRIPT, FOLDER = {target + '/bin/emoe'!r}, {str(tmp_path)!r}\n{USE}"
     result = subprocess.run(
-        [sys.executable, "-S", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-S", "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -138,4 +155,7 @@ def test_the_wheel_works_with_its_requirements_alone(environment: dict[str, str]
     assert f"{VERSION} {target}/emoe/__init__.py" in lines
     assert all(command in result.stdout for command in ("convert", "inspect", "to-dense"))
     assert lines[-1] == "ended with 1"
-    assert result.stderr.splitlines()[-1] == "error: this needs the package 'transformers': pip install transformers"
+    assert (
+        result.stderr.splitlines()[-1]
+        == "error: this needs the package 'transformers': pip install transformers"
+    )

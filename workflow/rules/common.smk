@@ -12,13 +12,14 @@ sys.path.insert(0, str(workflow.basedir))
 import benchmarks.kinds
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import hide_passwords
-from benchmarks.harness.config import artifacts, catalogue, claims, paper_items, runs
-from benchmarks.harness.config.artifacts import CLAIMS
+from benchmarks.harness.config import catalogue, runs
 from benchmarks.harness.config.suite import load_suite, suite_names
+from benchmarks.harness.report import artifacts, claims, paper_items
+from benchmarks.harness.report.artifacts import CLAIMS
 from benchmarks.harness.run import devices
 from benchmarks.harness.run.data import missing_sets
 from benchmarks.harness.run.forkserver import Server
-from benchmarks.harness.workflow import plan, targets
+from benchmarks.harness.workflow import plan, sources, targets
 from benchmarks.harness.workflow.environment import job_environment
 from emoe.errors import EMoEError
 from snakemake.exceptions import WorkflowError
@@ -116,7 +117,7 @@ onerror:
 
 def sources_of(*benchmarks):
     # local: they are on this machine although results may be in a storage
-    return local(artifacts.table_sources(*benchmarks))
+    return local(sources.table_sources(*benchmarks))
 
 
 def benchmark_and_part(benchmark, part):

@@ -6,7 +6,7 @@
 rule collect:
     input:
         lambda wildcards: targets.metric_files(SUITE, *RECORDS[wildcards.records]),
-        local(artifacts.record_sources()),
+        local(sources.record_sources()),
     output:
         f"{RESULTS}/records/{{records}}.jsonl",
     log:
@@ -74,7 +74,7 @@ if CLAIMED:
         input:
             targets.number_files(SUITE),
             sources_of(*CLAIMED),
-            local(artifacts.claim_sources()),
+            local(sources.claim_sources()),
         output:
             CLAIMS.table_files(SUITE.name),
             CLAIMS.figure_files(SUITE.name),
@@ -98,7 +98,7 @@ rule benchmark_report:
     input:
         lambda wildcards: targets.section_files(SUITE, wildcards.benchmark),
         lambda wildcards: targets.output_files(SUITE, wildcards.benchmark),
-        local(artifacts.page_sources()),
+        local(sources.page_sources()),
     output:
         f"{RESULTS}/{{benchmark}}.html",
     log:
@@ -124,7 +124,7 @@ rule report:
         targets.section_files(SUITE),
         targets.output_files(SUITE),
         paper_items.paper_files(SUITE),
-        local(artifacts.page_sources()),
+        local(sources.page_sources()),
     output:
         f"{RESULTS}/report.html",
     log:

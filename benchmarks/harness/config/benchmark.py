@@ -199,7 +199,9 @@ class Benchmark(ABC, Generic[D, E, P]):
         task_titles: The titles of the sets of runs, by the names that tables and claims use.
     """
 
-    package: ClassVar[str]  # of the modules :meth:`pipeline` and :meth:`presentation`, such as ``benchmarks.text``
+    package: ClassVar[
+        str
+    ]  # of the modules :meth:`pipeline` and :meth:`presentation`, such as ``benchmarks.text``
     definition_model: ClassVar[type[Definition]]
     part_model: ClassVar[type[SuitePart]]
     task_files: ClassVar[Mapping[str, type[Strict]]] = {}  # models of its other YAML files, by name
@@ -217,14 +219,23 @@ class Benchmark(ABC, Generic[D, E, P]):
         task_titles: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.definition, self.tasks, self.domains = name, definition, tasks, domains
-        self.task_titles = {**(task_titles or {}), **{key: task.title for key, task in tasks.items()}}
+        self.task_titles = {
+            **(task_titles or {}),
+            **{key: task.title for key, task in tasks.items()},
+        }
         if isinstance(definition, MethodsDefinition):
             check_rows(definition, self.file)
-        self.row_titles = row_titles or {key: method.title for key, method in self.methods().items()}
+        self.row_titles = row_titles or {
+            key: method.title for key, method in self.methods().items()
+        }
         if definition.paper:
-            check_file(f"{self.file}: '", "paper", definition.paper, self.folder, self.paper_columns)
+            check_file(
+                f"{self.file}: '", "paper", definition.paper, self.folder, self.paper_columns
+            )
         if "paper" in definition.tables and not definition.paper:
-            raise DefinitionError(f"{self.file}: 'tables' names 'paper', so it needs the key 'paper'")
+            raise DefinitionError(
+                f"{self.file}: 'tables' names 'paper', so it needs the key 'paper'"
+            )
 
     @property
     def folder(self) -> Path:
@@ -248,7 +259,9 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
 
     @abstractmethod
-    def specs(self, part: Part[P], exclude: Collection[str], others: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    def specs(
+        self, part: Part[P], exclude: Collection[str], others: Sequence[Run]
+    ) -> Iterator[dict[str, Any]]:
         """Yield the specs of a suite's grid, in its order.
 
         Args:
@@ -345,7 +358,12 @@ class Benchmark(ABC, Generic[D, E, P]):
 
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
         """Make the spec of a run. ``variant`` names its settings besides model, task and method."""
-        return {"benchmark": self.name, "version": self.definition.version, "variant": variant, **content}
+        return {
+            "benchmark": self.name,
+            "version": self.definition.version,
+            "variant": variant,
+            **content,
+        }
 
 
 AnyBenchmark = Benchmark[Any, Any, Any]
@@ -353,7 +371,9 @@ KINDS: dict[str, type[AnyBenchmark]] = {}  # by name; benchmarks/kinds.py fills 
 
 
 def resolve_methods(
-    definition: MethodsDefinition, defaults: Mapping[Kind, Method] = {}, changes: Mapping[str, Method] = {}
+    definition: MethodsDefinition,
+    defaults: Mapping[Kind, Method] = {},
+    changes: Mapping[str, Method] = {},
 ) -> dict[str, Method]:
     """Return the methods of a definition with all their settings.
 
@@ -366,7 +386,11 @@ def resolve_methods(
     for name, row in definition.methods.items():
         layers = [load_methods()[row.method or name], row, changes.get(name, Method())]
         kind = merge_methods(*layers).kind
-        usual = [settings[kind] for settings in (definition.method_defaults, defaults) if kind in settings]
+        usual = [
+            settings[kind]
+            for settings in (definition.method_defaults, defaults)
+            if kind in settings
+        ]
         resolved[name] = merge_methods(*usual, *layers)
     return resolved
 
@@ -388,7 +412,9 @@ def benchmark_names() -> list[str]:
 def load_benchmark(name: str) -> AnyBenchmark:
     """Read and check one benchmark."""
     if name not in benchmark_names():
-        raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
+        raise DefinitionError(
+            f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}"
+        )
     file = BENCHMARKS / name / "benchmark.yaml"
     check_name(name, file)
     content = read_yaml(file)

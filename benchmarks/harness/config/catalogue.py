@@ -13,8 +13,21 @@ from benchmarks.harness.sources.packages import PackageFile, find_package
 from emoe.errors import did_you_mean
 
 # metrics of the cost, the model and the expert loads of a run
-COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
-MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_parameters", "flops_per_token")
+COST = (
+    "train_seconds",
+    "step_seconds",
+    "evaluation_seconds",
+    "startup_seconds",
+    "job_seconds",
+    "peak_memory_mb",
+)
+MODEL = (
+    "active_neurons",
+    "parameters",
+    "trainable_parameters",
+    "active_parameters",
+    "flops_per_token",
+)
 LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
@@ -121,5 +134,7 @@ def rebuilt_from(name: str) -> PackageFile:
     """Return the package file of a rebuilt model (raises :class:`DataError` if there is no such model)."""
     rebuilt = {name: model.rebuilt for name, model in load_models().items() if model.rebuilt}
     if name not in rebuilt:
-        raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
+        raise DataError(
+            f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}"
+        )
     return find_package(rebuilt[name])

@@ -15,8 +15,20 @@ from emoe.errors import ConfigError, nearest_divisor
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
 TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that also vary a row
 # letter by setting: N experts, k / N, converted layers, share of the training rows (data), factor on the usual epochs
-_LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D", "epochs_factor": "E"}
-_WORDS = {"N": "N {}", "k": "k/N {}", "L": "{}", "D": "{} % of the rows", "E": "{} times the epochs"}
+_LETTERS = {
+    "num_experts": "N",
+    "top_k_fraction": "k",
+    "layers": "L",
+    "train_share": "D",
+    "epochs_factor": "E",
+}
+_WORDS = {
+    "N": "N {}",
+    "k": "k/N {}",
+    "L": "{}",
+    "D": "{} % of the rows",
+    "E": "{} times the epochs",
+}
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:
@@ -26,7 +38,11 @@ def variant_of(varied: Mapping[str, Any]) -> str:
     'N16-k0.25-L3+5'
     """
     values = {
-        key: "+".join(map(str, v)) if isinstance(v, list) else f"{v:g}" if isinstance(v, float) else str(v)
+        key: "+".join(map(str, v))
+        if isinstance(v, list)
+        else f"{v:g}"
+        if isinstance(v, float)
+        else str(v)
         for key, v in varied.items()
     }
     return "-".join(f"{_LETTERS[key]}{value}" for key, value in values.items())
@@ -38,7 +54,9 @@ def setting_values(variant: str) -> dict[str, str]:
     >>> setting_values("N16-L-1")
     {'N': '16', 'L': '-1'}
     """
-    return dict(re.findall(rf"(?:^|-)([{''.join(_WORDS)}])(.*?)(?=-[{''.join(_WORDS)}]|$)", variant))
+    return dict(
+        re.findall(rf"(?:^|-)([{''.join(_WORDS)}])(.*?)(?=-[{''.join(_WORDS)}]|$)", variant)
+    )
 
 
 def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
@@ -64,11 +82,19 @@ def remove_settings(variant: str, usual: Collection[str]) -> str:
     >>> remove_settings("k0.5-L22", ["L22"])
     'k0.5'
     """
-    return "-".join(f"{key}{value}" for key, value in setting_values(variant).items() if f"{key}{value}" not in usual)
+    return "-".join(
+        f"{key}{value}"
+        for key, value in setting_values(variant).items()
+        if f"{key}{value}" not in usual
+    )
 
 
 def method_spec(
-    methods: Mapping[str, Method], point: Mapping[str, Any], seed: int, lora: LoRA | None, where: str
+    methods: Mapping[str, Method],
+    point: Mapping[str, Any],
+    seed: int,
+    lora: LoRA | None,
+    where: str,
 ) -> dict[str, Any]:
     """Make the ``method`` part of a run's spec.
 
@@ -103,10 +129,14 @@ def method_spec(
         raise DefinitionError(f"{named} sets 'also_train', which needs training.lora or 'tune'")
     return {
         "name": point["method"],
-        "variant": variant_of({**varied, **{key: point[key] for key in TRAINING_KEYS if key in point}}),
+        "variant": variant_of(
+            {**varied, **{key: point[key] for key in TRAINING_KEYS if key in point}}
+        ),
         "noise": float(method.noise),
         "config": config,
-        "tune": None if trains_all else tuning_spec(method.tune, method.layers, method.also_train or ()),
+        "tune": None
+        if trains_all
+        else tuning_spec(method.tune, method.layers, method.also_train or ()),
     }
 
 
@@ -126,7 +156,9 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
         values["top_k"] = int(share)
     if values.get("partition_seed") == "run":
         values["partition_seed"] = seed
-    config: type[EMoEConfig] | type[GMoEConfig] = EMoEConfig if method.kind == "emoe" else GMoEConfig
+    config: type[EMoEConfig] | type[GMoEConfig] = (
+        EMoEConfig if method.kind == "emoe" else GMoEConfig
+    )
     try:
         if method.as_published:
             return config.as_published(method.as_published, **values).to_dict()
@@ -135,7 +167,9 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
         raise DefinitionError(f"{where}: {error}") from error
 
 
-def check_frozen(frozen: int | None, method: Mapping[str, Any], where: str, count: int | None = None) -> None:
+def check_frozen(
+    frozen: int | None, method: Mapping[str, Any], where: str, count: int | None = None
+) -> None:
     """Check that a method converts and trains nothing below the frozen layers.
 
     Args:

@@ -9,8 +9,23 @@ from benchmarks.harness.base import DefinitionError
 
 _FOLDERS = ("logs", "mlflow", "reference", "runs")
 _TARGETS = (
-    *("all", "tables", "report", "benchmark_report", "collect", "table_of_claims", "mirror_to_mlflow"),
-    *("fetch_package", "rebuild_model", "partition_neurons", "write_run_json", "unknown_target", "other_suite"),
+    *(
+        "all",
+        "tables",
+        "report",
+        "benchmark_report",
+        "collect",
+        "table_of_claims",
+        "mirror_to_mlflow",
+    ),
+    *(
+        "fetch_package",
+        "rebuild_model",
+        "partition_neurons",
+        "write_run_json",
+        "unknown_target",
+        "other_suite",
+    ),
 )
 _TARGET_PREFIXES = ("figure_", "run_", "table_", "tables_of_")
 _CODE = ("harness", "schemas", "text")
@@ -31,6 +46,11 @@ def check_name(name: str, file: Path | None = None) -> None:
     if reason:
         where = f"{file}: " if file else ""
         raise DefinitionError(f"{where}'{name}' is not a valid name: {reason}; choose another name")
+
+
+def target_name(benchmark: str, part: str | None) -> str:
+    """Return the workflow's target of a benchmark, or of one of its sets. Files of results begin with it."""
+    return f"{benchmark}_{part}" if part else benchmark
 
 
 def _reason_against(name: str) -> str:

@@ -30,7 +30,9 @@ class Changes:
     def __init__(self, model: type[Strict]) -> None:
         self.model = model
 
-    def __get_pydantic_json_schema__(self, _schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        self, _schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         described = handler.resolve_ref_schema(handler(self.model.__pydantic_core_schema__))
         return {key: value for key, value in described.items() if key != "required"}
 
@@ -45,5 +47,9 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         for key, value in layer.items():
             below = merged.get(key)
-            merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+            merged[key] = (
+                merge(below, value)
+                if isinstance(below, dict) and isinstance(value, dict)
+                else value
+            )
     return merged

@@ -172,7 +172,9 @@ class Run:
 
 def canonical_json(value: object) -> str:
     """Write JSON with sorted keys and no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
@@ -189,7 +191,9 @@ def read_run(path: Path) -> Run:
     except ValueError as error:  # pydantic reads NaN, which no spec has
         raise DefinitionError(f"{path} is not a run's specification: {error}") from error
     if path.parent.name != run.id:
-        raise DefinitionError(f"{path} was changed by hand: its content belongs in a folder named {run.id}")
+        raise DefinitionError(
+            f"{path} was changed by hand: its content belongs in a folder named {run.id}"
+        )
     return run
 
 
@@ -215,7 +219,11 @@ class PartitionJob:
 
     @property
     def id(self) -> str:
-        layers = "+".join(map(str, self.config["layers"])) if isinstance(self.config["layers"], list) else "layers"
+        layers = (
+            "+".join(map(str, self.config["layers"]))
+            if isinstance(self.config["layers"], list)
+            else "layers"
+        )
         digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
         return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{digest}"
 
@@ -233,7 +241,11 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
     keys = ("num_experts", "partition", "partition_seed")
     shared = {"kind": "emoe", "top_k": 1, **{key: config[key] for key in keys}}
     # the layers of a word such as "all" are known when the model is loaded
-    layers = [[layer] for layer in config["layers"]] if isinstance(config["layers"], list) else [config["layers"]]
+    layers = (
+        [[layer] for layer in config["layers"]]
+        if isinstance(config["layers"], list)
+        else [config["layers"]]
+    )
     return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
 
 
@@ -244,7 +256,11 @@ def model_files(model: Mapping[str, Any]) -> list[str]:
 
 def run_inputs(run: Run) -> list[str]:
     """List the files that a run needs besides ``run.json``: packages, a rebuilt model, files of candidates, partitions."""
-    packages = [str(file.path) for task in all_sets(run.spec) for file in set_packages(task.get("source", {}))]
+    packages = [
+        str(file.path)
+        for task in all_sets(run.spec)
+        for file in set_packages(task.get("source", {}))
+    ]
     candidates: list[str] = []
     for folder in run.spec.get("candidates", ()):
         candidates += _candidate_files(paths.RUNS / folder)

@@ -59,7 +59,11 @@ class SetPart:
         if self.rows is None or (self.published and self.published.rows == self.rows):
             return None
         if not self.as_expected:
-            rows = f"{self.rows:,} rows and {self.dropped:,} dropped" if self.dropped else f"{self.rows:,} rows"
+            rows = (
+                f"{self.rows:,} rows and {self.dropped:,} dropped"
+                if self.dropped
+                else f"{self.rows:,} rows"
+            )
             counts = f"{rows}, its makers count {self.expected:,}"
             return f"{self.name} ({self.part}): {counts}: another version, or not all of it"
         if self.published:

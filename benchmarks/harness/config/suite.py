@@ -1,24 +1,33 @@
-"""A suite: its file in ``config/``, and the runs that it plans."""
+"""A suite: its file in ``config/``, and its runs."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.base import DefinitionError, first_problem, read_yaml
+from benchmarks.harness.base import DefinitionError, read_yaml
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark, parse_part
 from benchmarks.harness.config.names import check_name
-from benchmarks.harness.config.runs import PartitionJob, Run, all_sets, partition_jobs, run_from_spec
-from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, Text, check_names, parse, refusal
-from benchmarks.harness.sources.packages import find_package, set_packages, sha256
+from benchmarks.harness.config.planning import plan_runs
+from benchmarks.harness.config.runs import PartitionJob, Run, partition_jobs
+from benchmarks.harness.config.yaml import (
+    UNIQUE,
+    Count,
+    Key,
+    Strict,
+    Text,
+    check_names,
+    parse,
+    refusal,
+)
 from emoe.errors import did_you_mean
 
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
@@ -51,7 +60,10 @@ class SuiteSettings(Strict):
 def suite_names() -> list[str]:
     """Return the suites that have a file in ``config/``, the usual ones first."""
     names = sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
-    return [*(name for name in _USUAL if name in names), *(name for name in names if name not in _USUAL)]
+    return [
+        *(name for name in _USUAL if name in names),
+        *(name for name in names if name not in _USUAL),
+    ]
 
 
 def _list_names(given: Any) -> Any:
@@ -65,7 +77,9 @@ def _list_names(given: Any) -> Any:
 
 def _check_chosen(names: list[str]) -> list[str]:
     if not names:
-        raise refusal(f"it names no benchmark; leave it out to run all{did_you_mean('', benchmark_names())}")
+        raise refusal(
+            f"it names no benchmark; leave it out to run all{did_you_mean('', benchmark_names())}"
+        )
     return names
 
 
@@ -80,7 +94,9 @@ class CommandLine(Strict):
 
     suite: str = "mini"
     """Name of a file in config/."""
-    benchmarks: Annotated[list[str] | None, AfterValidator(_check_chosen), BeforeValidator(_list_names)] = None
+    benchmarks: Annotated[
+        list[str] | None, AfterValidator(_check_chosen), BeforeValidator(_list_names)
+    ] = None
     """Benchmarks of the suite to run, one or a list."""
     exclude: OneOrMore | None = None
     """Names of sets to exclude, one or a list. They replace those of the suite's file, as do all keys below."""
@@ -116,31 +132,63 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     given = command_line.values()
     file = paths.CONFIG / f"{name}.yaml"
     check_name(name, file)
-    replaced = {key: value for key, value in given.items() if key not in ("suite", "benchmarks")}
     where = f"{file} with --config" if given.keys() - {"suite"} else str(file)
+    settings = _read_settings(file, where, command_line)
+    parts = _read_parts(name, file, settings)
+    _check_settings(settings, where, parts)
+    return Suite(name, settings, parts, given)
+
+
+def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSettings:
+    """Read a suite's file, and replace what the command line gives.
+
+    Args:
+        file: The suite's file.
+        where: The source of the values, for messages.
+        command_line: The values of the command line.
+    """
     content = read_yaml(file)
-    settings = parse({**content, **replaced} if isinstance(content, dict) else content, SuiteSettings, where)
+    if isinstance(content, dict):
+        replaced = {
+            key: value
+            for key, value in command_line.values().items()
+            if key not in ("suite", "benchmarks")
+        }
+        content = {**content, **replaced}
+    settings = parse(content, SuiteSettings, where)
     check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
-    if command_line.benchmarks:
-        check_names(f"{where}: '", "benchmarks", command_line.benchmarks, settings.benchmarks)
-        chosen = {benchmark: settings.benchmarks[benchmark] for benchmark in command_line.benchmarks}
-        settings = settings.model_copy(update={"benchmarks": chosen})
-    parts = {
-        benchmark: parse_part(
-            load_benchmark(benchmark), name, file, _with_seeds(part, settings.seeds) if settings.seeds else part
-        )
-        for benchmark, part in settings.benchmarks.items()
-    }
-    excludable = {task for benchmark in parts for task in load_benchmark(benchmark).tasks}
-    check_names(f"{where}: '", "exclude", settings.exclude, excludable)
+    if not command_line.benchmarks:
+        return settings
+    check_names(f"{where}: '", "benchmarks", command_line.benchmarks, settings.benchmarks)
+    chosen = {name: settings.benchmarks[name] for name in command_line.benchmarks}
+    return settings.model_copy(update={"benchmarks": chosen})
+
+
+def _read_parts(name: str, file: Path, settings: SuiteSettings) -> dict[str, Part[Any]]:
+    """Validate the suite's part of each benchmark, by name."""
+    parts = {}
+    for benchmark, content in settings.benchmarks.items():
+        if settings.seeds:
+            content = _with_seeds(content, settings.seeds)
+        parts[benchmark] = parse_part(load_benchmark(benchmark), name, file, content)
+    return parts
+
+
+def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Part[Any]]) -> None:
+    """Check that excluded sets, evaluated benchmarks and folders exist."""
+    tasks: set[str] = set()
+    for benchmark in parts:
+        tasks.update(load_benchmark(benchmark).tasks)
+    check_names(f"{where}: '", "exclude", settings.exclude, tasks)
     for benchmark in parts:
         other = load_benchmark(benchmark).evaluates
         if other and other not in parts:
-            raise DefinitionError(f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too")
+            raise DefinitionError(
+                f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too"
+            )
     for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
         if folder and not Path(folder).is_dir():
             raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
-    return Suite(name, settings, parts, given)
 
 
 def _with_seeds(part: Any, seeds: int) -> Any:
@@ -149,8 +197,11 @@ def _with_seeds(part: Any, seeds: int) -> Any:
         return [_with_seeds(value, seeds) for value in part]
     if not isinstance(part, dict):
         return part
-    several = {key for key in ("seed", "trial") if isinstance(part.get(key), list) and len(part[key]) > 1}
-    return {key: list(range(seeds)) if key in several else _with_seeds(value, seeds) for key, value in part.items()}
+    replaced: dict[str, Any] = {}
+    for key, value in part.items():
+        is_list_of_seeds = key in ("seed", "trial") and isinstance(value, list) and len(value) > 1
+        replaced[key] = list(range(seeds)) if is_list_of_seeds else _with_seeds(value, seeds)
+    return replaced
 
 
 @functools.cache
@@ -159,77 +210,19 @@ def plain_suite(name: str) -> Suite:
     return load_suite({"suite": name})
 
 
-def suite_of_job(name: str) -> Suite:
-    """Load a suite in a job of the workflow, with the command line's values from the environment."""
-    text = os.environ.get(paths.OVERRIDES, "{}")
-    try:
-        overrides = TypeAdapter(dict[str, Any]).validate_json(text)
-    except ValidationError as error:
-        raise DefinitionError(
-            f"the environment variable {paths.OVERRIDES} must hold the values of --config as JSON, "
-            f'such as {{"seeds": 2}}; {first_problem(error)}; unset it, because the workflow sets it'
-        ) from error
-    return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
-
-
 def suite_parts(benchmark: str) -> dict[str, Part[Any]]:
     """Return a benchmark's part of each suite that runs it, by suite."""
     suites = map(plain_suite, suite_names())
-    return {suite.name: suite.benchmark_parts[benchmark] for suite in suites if benchmark in suite.benchmark_parts}
-
-
-def plan(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[Run]:
-    """Plan every run of a suite, each once, in the order of the grids.
-
-    Args:
-        parts: The suite's part of each benchmark, by name.
-        exclude: The sets to leave out.
-    """
-    planned: dict[str, list[Run]] = {}
-
-    def runs_of(name: str) -> list[Run]:
-        if name not in planned:
-            benchmark, part = load_benchmark(name), parts[name]
-            others = runs_of(benchmark.evaluates) if benchmark.evaluates else []
-            resources = part.settings.resources.model_dump()
-            # a run that trains nothing takes one process and at most one GPU
-            fewer = {key: min(resources[key], 1) for key in ("gpu", "processes") if key in resources}
-            planned[name] = []
-            for spec in benchmark.specs(part, exclude, others):
-                run = run_from_spec(spec | {"files": _file_digests(spec)})
-                reserved = resources if run.is_trained else resources | fewer
-                planned[name].append(replace(run, resources=dict(reserved)))
-            if not planned[name]:
-                raise DefinitionError(f"{part.file}: 'exclude' leaves no run of '{name}'; leave out the benchmark too")
-        return planned[name]
-
-    return list({run.id: run for name in parts for run in runs_of(name)}.values())
-
-
-def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of the source files of a run's sets and rebuilt model, by name."""
-    digests: dict[str, str] = {}
-    if rebuilt := spec["model"].get("rebuilt"):
-        digests[find_package(rebuilt).name] = find_package(rebuilt).sha256
-    for task in all_sets(spec):
-        source = task.get("source", {})
-        digests |= {file.name: file.sha256 for file in set_packages(source)}
-        if "csv" in source:
-            digests[source["csv"]] = _csv_digest(source["csv"])
-    return digests
-
-
-@functools.cache
-def _csv_digest(name: str) -> str:
-    """Return the sha256 of a csv in the project."""
-    if not (paths.ROOT / name).is_file():
-        raise DefinitionError(f"{paths.ROOT / name} does not exist, but a task's 'source.csv' names it")
-    return sha256(paths.ROOT / name)
+    return {
+        suite.name: suite.benchmark_parts[benchmark]
+        for suite in suites
+        if benchmark in suite.benchmark_parts
+    }
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: its checked configuration, and the runs that it plans.
+    """A suite: its checked configuration and its runs.
 
     Attributes:
         name: ``smoke``, ``mini``, …
@@ -246,7 +239,7 @@ class Suite:
     @cached_property
     def runs(self) -> list[Run]:
         """Return every run, each once, in the order of the grids."""
-        return plan(self.benchmark_parts, self.settings.exclude)
+        return plan_runs(self.benchmark_parts, self.settings.exclude)
 
     @cached_property
     def runs_by_folder(self) -> dict[str, Run]:
@@ -255,7 +248,11 @@ class Suite:
     @cached_property
     def partitions(self) -> dict[str, PartitionJob]:
         """Return the clusterings that the runs need, by id."""
-        return {job.id: job for run in self.runs for job in partition_jobs(run)}
+        jobs = {}
+        for run in self.runs:
+            for job in partition_jobs(run):
+                jobs[job.id] = job
+        return jobs
 
     def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
         """Return the runs of a benchmark, or of one of its parts."""
@@ -266,15 +263,23 @@ class Suite:
         loaded = load_benchmark(benchmark)
         if not loaded.has_set_tables:
             return []
-        part = self.benchmark_parts.get(benchmark)
-        named = dict.fromkeys(name for block in (part.settings.grid if part else ()) for name in block.set)
-        return [name for name in named if name not in self.settings.exclude]
+        if benchmark not in self.benchmark_parts:
+            return []
+        names: list[str] = []
+        for block in self.benchmark_parts[benchmark].settings.grid:
+            for name in block.set:
+                if name not in names and name not in self.settings.exclude:
+                    names.append(name)
+        return names
 
     def record_parts(self, benchmark: str) -> list[str | None]:
         """Return the sets with a file of records each, or [None] if one file has all records."""
-        return [*self.parts(benchmark)] or [None]
+        parts = self.parts(benchmark)
+        return [*parts] if parts else [None]
 
     @property
     def tracking_uri(self) -> str:
         """Return MLflow's store: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
-        return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
+        return (
+            self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
+        )

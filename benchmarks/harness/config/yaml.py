@@ -35,7 +35,9 @@ def key_path(keys: Iterable[str | int]) -> str:
     >>> key_path(["benchmarks", "glue", "grid", 0])
     'benchmarks.glue.grid[0]'
     """
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(
+        "."
+    )
 
 
 def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -> str:
@@ -44,14 +46,18 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
     first, keys = problems[0], _keys(problems[0], content)
     key = key_path([*at, *keys]) or "the file"
     # pydantic reports a problem for each branch of a union
-    messages = " or ".join(problem["msg"] for problem in problems if _keys(problem, content) == keys)
+    messages = " or ".join(
+        problem["msg"] for problem in problems if _keys(problem, content) == keys
+    )
     if first["type"] in ("missing", "refusal"):
         return f"'{key}': {messages}"
     given = first["input"]
     value = f"{reprlib.repr(given):.100}"  # short, also if aliases of aliases make the value huge
     if first["type"] == "literal_error":
         options = re.findall("'([^']+)'", first["ctx"]["expected"])
-        return f"'{key}' is {value}{did_you_mean(given if isinstance(given, str) else value, options)}"
+        return (
+            f"'{key}' is {value}{did_you_mean(given if isinstance(given, str) else value, options)}"
+        )
     return f"'{key}' is {value}: {messages}"
 
 
@@ -59,7 +65,9 @@ def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
     """Return the key path of a problem, without the names of union branches in pydantic's location."""
     keys: list[str | int] = []
     for step in problem["loc"]:
-        if isinstance(content, list | dict) and step in (content if isinstance(content, dict) else range(len(content))):
+        if isinstance(content, list | dict) and step in (
+            content if isinstance(content, dict) else range(len(content))
+        ):
             keys.append(step)
             content = content[step]
     return [*keys, problem["loc"][-1]] if problem["type"] == "missing" else keys
@@ -72,7 +80,9 @@ class Strict(BaseModel):
     """
 
     exactly_one_of: ClassVar[tuple[str, ...]] = ()  # exactly one of these keys must have a value
-    together: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of a key and another key that it requires
+    together: ClassVar[
+        tuple[tuple[str, str], ...]
+    ] = ()  # pairs of a key and another key that it requires
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -87,7 +97,11 @@ class Strict(BaseModel):
 
     def given(self) -> dict[str, Any]:
         """Return the values that the file gives, without defaults."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return {
+            name: getattr(self, name)
+            for name in type(self).model_fields
+            if name in self.model_fields_set
+        }
 
     def model_post_init(self, _context: Any, /) -> None:
         if self.exactly_one_of:
@@ -106,7 +120,11 @@ class ExplicitNulls(Strict):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in dump(self).items() if value is not None or name in self.model_fields_set}
+        return {
+            name: value
+            for name, value in dump(self).items()
+            if value is not None or name in self.model_fields_set
+        }
 
 
 def refusal(message: str) -> PydanticCustomError:
@@ -209,7 +227,9 @@ def check_names(where: str, key: str, names: Iterable[str], valid: Collection[st
     for name in names:
         if name not in valid:
             at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
-            raise DefinitionError(f"{at}' is '{name[:100]}', which does not exist{did_you_mean(name, valid)}")
+            raise DefinitionError(
+                f"{at}' is '{name[:100]}', which does not exist{did_you_mean(name, valid)}"
+            )
 
 
 def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
@@ -228,4 +248,6 @@ def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[
         with (folder / name).open(encoding="utf-8-sig", errors="replace", newline="") as rows:
             header, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
         if header != wanted:
-            raise DefinitionError(f"{folder / name}: the columns are {header}, but must be {wanted}")
+            raise DefinitionError(
+                f"{folder / name}: the columns are {header}, but must be {wanted}"
+            )

@@ -25,7 +25,12 @@ from benchmarks.harness.models.loading import (
     load_seq2seq,
     source_of,
 )
-from benchmarks.harness.models.partitions import cached_partition, load_partition, partition_keys, save_partition
+from benchmarks.harness.models.partitions import (
+    cached_partition,
+    load_partition,
+    partition_keys,
+    save_partition,
+)
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
@@ -74,7 +79,9 @@ def build_classifier(
         calibration: Batches of training rows, for a co-activation partition.
         partition: The saved partition of a model that is rebuilt.
     """
-    model = load_classifier(spec.model, max(labels, 1), derive_seed("head", spec.seed), tokenizer.pad_token_id)
+    model = load_classifier(
+        spec.model, max(labels, 1), derive_seed("head", spec.seed), tokenizer.pad_token_id
+    )
     return _make_trainable(model, model, source_of(spec.model, model), spec, calibration, partition)
 
 
@@ -114,12 +121,16 @@ def build_language_model(
         EMoEError: The weights are missing or damaged, or the method does not fit the model.
     """
     layers = (spec.method["config"] or {}).get("layers")
-    model = build_empty_language_model(spec.model, layers) if empty else load_language_model(spec.model)
+    model = (
+        build_empty_language_model(spec.model, layers) if empty else load_language_model(spec.model)
+    )
     # the digest of quantised weights depends on the machine
     source = source_of(spec.model, model, with_digest=not empty and "quantize" not in spec.model)
     trainable = _make_trainable(model, model, source, spec, calibration, partition)
     if "quantize" in spec.model:
-        cast(Any, model)._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
+        cast(
+            Any, model
+        )._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
     elif not torch.cuda.is_available():
         model.float()  # after clustering the weights in their own type, as on an accelerator
     for parameter in model.parameters():
@@ -151,7 +162,9 @@ def _make_trainable(
     dense_ffns = sum(ffn.d * ffn.h * (len(ffn.in_projections()) + 1) for ffn in ffns)
     prefix = None
     if frozen_layers:
-        check_frozen(frozen_layers, spec.method, "the model", len(ffns))  # planning cannot resolve ``last:2``
+        check_frozen(
+            frozen_layers, spec.method, "the model", len(ffns)
+        )  # planning cannot resolve ``last:2``
         prefix = Prefix(model, network, frozen_layers)
     report = apply_method_(network, spec.method, spec.seed, calibration, partition)
     adapters, groups = None, cast(Groups, {})
@@ -162,22 +175,35 @@ def _make_trainable(
         prefix.freeze_()
     use_sparse_(model)
     share = report.active_neurons if report else 1.0
-    routers = sum(parameter.numel() for layer in routed_layers(network) for parameter in layer.parameters())
+    routers = sum(
+        parameter.numel() for layer in routed_layers(network) for parameter in layer.parameters()
+    )
     active = round(dense + (share - 1) * dense_ffns) + routers
-    slow_ids = {id(values) for group, members in groups.items() if group not in FAST for _, values in members}
-    slow = frozenset(name for name, parameter in model.named_parameters() if id(parameter) in slow_ids)
+    slow_ids = {
+        id(values)
+        for group, members in groups.items()
+        if group not in FAST
+        for _, values in members
+    }
+    slow = frozenset(
+        name for name, parameter in model.named_parameters() if id(parameter) in slow_ids
+    )
     summary = {
         "source": dict(source),
         "parameters": _count(model),
         "dense_parameters": dense,
         "active_parameters": active,
         "flops_per_token": 2 * (active - embeddings),
-        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "trainable_parameters": sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        ),
         "trained": {
             group: {
                 "parameters": sum(values.numel() for _, values in members),
                 # identifies runs with the same trained parameters
-                "names": hashlib.sha256("\n".join(sorted(name for name, _ in members)).encode()).hexdigest()[:16],
+                "names": hashlib.sha256(
+                    "\n".join(sorted(name for name, _ in members)).encode()
+                ).hexdigest()[:16],
             }
             for group, members in groups.items()
         },
@@ -203,7 +229,11 @@ def _embedding_parameters(model: nn.Module) -> int:
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
     """Return the permutations of a converted model's neurons by layer; empty for a dense model."""
-    return {layer.ffn.index: layer.permutation for layer in routed_layers(model) if layer.permutation is not None}
+    return {
+        layer.ffn.index: layer.permutation
+        for layer in routed_layers(model)
+        if layer.permutation is not None
+    }
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
@@ -214,7 +244,9 @@ def save_trained(model: nn.Module, folder: Path) -> None:
     write_tensors(trained_state(model), folder / _TRAINED)
 
 
-def reopen(build: Callable[..., Trainable], spec: TrainedSpec, weights: str, folder: Path) -> Trainable:
+def reopen(
+    build: Callable[..., Trainable], spec: TrainedSpec, weights: str, folder: Path
+) -> Trainable:
     """Build the model of a finished run with its trained weights.
 
     Args:

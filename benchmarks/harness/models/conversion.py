@@ -39,7 +39,11 @@ def apply_method_(
     """
     if method["noise"]:
         noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
-    return None if method["config"] is None else _convert_(model, method["config"], calibration, partition)
+    return (
+        None
+        if method["config"] is None
+        else _convert_(model, method["config"], calibration, partition)
+    )
 
 
 def _convert_(
@@ -57,11 +61,16 @@ def _convert_(
     if partition is None and config.partition == "kmeans":
         partition = cached_partition(model, config)
     needs_rows = partition is None and config.partition == "coactivation"
-    report = emoe.convert_(model, config, partition=partition, calibration=calibration if needs_rows else None)
+    report = emoe.convert_(
+        model, config, partition=partition, calibration=calibration if needs_rows else None
+    )
     if is_fixed:
         # a rebuilt model loads its counts later
         unknown = torch.ones(config.num_experts, dtype=torch.int64)
-        emoe.fix_experts_(model, _count_usage(model, calibration) if saved is None else dict.fromkeys(saved, unknown))
+        emoe.fix_experts_(
+            model,
+            _count_usage(model, calibration) if saved is None else dict.fromkeys(saved, unknown),
+        )
     return report
 
 

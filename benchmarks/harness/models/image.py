@@ -35,7 +35,9 @@ class ImageClassifier(nn.Module):
         source: The source of the weights, and the digest of all weights except the head.
     """
 
-    def __init__(self, network: nn.Module, source: Mapping[str, str], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, network: nn.Module, source: Mapping[str, str], options: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.network, self.source, self._options = network, dict(source), dict(options)
 
@@ -48,12 +50,18 @@ class ImageClassifier(nn.Module):
         """
         output = self.network(pixel_values, **self._options)
         logits = output if isinstance(output, Tensor) else output.logits
-        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        )
 
 
 def load_image_network(model: Mapping[str, Any]) -> nn.Module:
     """Load the pre-trained network, to cluster its neurons."""
-    return load_image_classifier(model, num_classes=2, image_size=None, drop_path=0.0, seed=0).network
+    return load_image_classifier(
+        model, num_classes=2, image_size=None, drop_path=0.0, seed=0
+    ).network
 
 
 def load_image_classifier(
@@ -86,7 +94,10 @@ def load_image_classifier(
     else:
         network, source = _load_transformers(model, num_classes, drop_path, seed)
         config = network.config
-        head, resized = network.classifier, config.model_type in ("vit", "deit") and config.image_size != image_size
+        head, resized = (
+            network.classifier,
+            config.model_type in ("vit", "deit") and config.image_size != image_size,
+        )
     if dropout:
         head.register_forward_pre_hook(partial(_apply_dropout, dropout))
     return ImageClassifier(network, source, {"interpolate_pos_encoding": True} if resized else {})
@@ -102,12 +113,18 @@ def _load_transformers(
     options: dict[str, Any] = {"num_labels": num_classes}
     if drop_path:
         if not hasattr(load_config(model), "drop_path_rate"):
-            raise DefinitionError(f"the model '{model['name']}' has no drop_path; set training.drop_path to 0 for it")
+            raise DefinitionError(
+                f"the model '{model['name']}' has no drop_path; set training.drop_path to 0 for it"
+            )
         options["drop_path_rate"] = drop_path
     torch.manual_seed(seed)
     # a checkpoint may have a head for other classes, or none
     network = load_pretrained(
-        AutoModelForImageClassification, model, dtype=torch.float32, ignore_mismatched_sizes=True, **options
+        AutoModelForImageClassification,
+        model,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        **options,
     )
     return network, source_of(model, network)
 
@@ -118,16 +135,24 @@ def _load_timm(
     import timm
 
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
-    repository, revision, folder = f"timm/{model['timm']}", model.get("revision"), user_model_folder(model)
+    repository, revision, folder = (
+        f"timm/{model['timm']}",
+        model.get("revision"),
+        user_model_folder(model),
+    )
     is_random = "random" in model
     if revision and not folder:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{revision}"}
     with loading_errors(model):
-        network: Any = timm.create_model(model["timm"], pretrained=not is_random and not folder, **options)
+        network: Any = timm.create_model(
+            model["timm"], pretrained=not is_random and not folder, **options
+        )
         if is_random:
             _draw_(network, derive_seed("random weights", model["name"]))
         elif folder:
-            missing, _ = network.load_state_dict(read_tensors(folder / WEIGHT_FILES[0]), strict=False)  # but the head
+            missing, _ = network.load_state_dict(
+                read_tensors(folder / WEIGHT_FILES[0]), strict=False
+            )  # but the head
             if missing:
                 raise DataError(f"the weights in {folder} lack '{missing[0]}' of '{model['name']}'")
     commit = cached_commit(repository, WEIGHT_FILES[0], revision)

@@ -52,7 +52,9 @@ def _model_folder(model: Mapping[str, Any]) -> Path:
         return MODELS / model["name"]
     if "package" in model:
         return package_folder(model["package"], model["path"], model["sha256"])
-    return Path(snapshot_download(model["hub"], revision=model.get("revision"), allow_patterns=DOWNLOADED))
+    return Path(
+        snapshot_download(model["hub"], revision=model.get("revision"), allow_patterns=DOWNLOADED)
+    )
 
 
 def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> PreTrainedModel:
@@ -68,7 +70,10 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> Pr
     """
     if "config" in model:
         torch.manual_seed(derive_seed("random weights", model["name"]))
-        return cast(PreTrainedModel, loader.from_config(load_config(model), dtype=options.get("dtype", torch.float32)))
+        return cast(
+            PreTrainedModel,
+            loader.from_config(load_config(model), dtype=options.get("dtype", torch.float32)),
+        )
     with loading_errors(model):
         return cast(PreTrainedModel, load_stock(loader, _model_folder(model), **options))
 
@@ -97,7 +102,9 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
             tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     else:
         with loading_errors(model):
-            tokenizer = AutoTokenizer.from_pretrained(str(_model_folder(model)), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(_model_folder(model)), trust_remote_code=False
+            )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder, depending on the other rows of the batch
@@ -120,7 +127,9 @@ def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
     return load_pretrained(AutoModel, model, dtype=torch.float32)
 
 
-def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_token_id: int | None) -> PreTrainedModel:
+def load_classifier(
+    model: Mapping[str, Any], num_labels: int, seed: int, pad_token_id: int | None
+) -> PreTrainedModel:
     """Load a pre-trained model with a new head (raises :class:`DataError`).
 
     Args:
@@ -135,13 +144,18 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
     }
     if "config" in model:
         # an empty checkpoint, so that the head is drawn as for a loaded model
-        config, weights = AutoConfig.for_model(**model["config"], **options), load_backbone(model).state_dict()
+        config, weights = (
+            AutoConfig.for_model(**model["config"], **options),
+            load_backbone(model).state_dict(),
+        )
         kind = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
         torch.manual_seed(seed)
         loaded: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=weights)
     else:
         torch.manual_seed(seed)
-        loaded = load_pretrained(AutoModelForSequenceClassification, model, dtype=torch.float32, **options)
+        loaded = load_pretrained(
+            AutoModelForSequenceClassification, model, dtype=torch.float32, **options
+        )
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = pad_token_id
     return loaded
@@ -160,7 +174,9 @@ def load_language_model(model: Mapping[str, Any]) -> PreTrainedModel:
             ``quantize``, and ``whole`` (layers whose FFNs are not quantised).
     """
     options = {"quantization_config": _four_bit(model)} if "quantize" in model else {}
-    return load_pretrained(AutoModelForCausalLM, model, dtype=_dtype(model), new_head=False, **options)
+    return load_pretrained(
+        AutoModelForCausalLM, model, dtype=_dtype(model), new_head=False, **options
+    )
 
 
 def _dtype(model: Mapping[str, Any]) -> torch.dtype:
@@ -175,7 +191,9 @@ def build_empty_language_model(model: Mapping[str, Any], converted: Any) -> PreT
         converted: The layers to convert. Their weights become zero; all others stay uninitialised.
     """
     with no_init_weights():
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model), dtype=_dtype(model))
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            load_config(model), dtype=_dtype(model)
+        )
     built.tie_weights()
     for ffn in _ffns_of(built, converted):
         for parameter in built.get_submodule(ffn.name).parameters():
@@ -193,7 +211,11 @@ def _four_bit(model: Mapping[str, Any]) -> BitsAndBytesConfig:
     """Return settings of bitsandbytes that keep the head and the FFNs of ``whole`` unquantised."""
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(load_config(model))
-    whole = [f"{ffn.name}.{path}" for ffn in _ffns_of(network, model["whole"]) for path, _ in ffn.projections()]
+    whole = [
+        f"{ffn.name}.{path}"
+        for ffn in _ffns_of(network, model["whole"])
+        for path, _ in ffn.projections()
+    ]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model["quantize"],
@@ -203,7 +225,9 @@ def _four_bit(model: Mapping[str, Any]) -> BitsAndBytesConfig:
     )
 
 
-def source_of(model: Mapping[str, Any], loaded: PreTrainedModel, *, with_digest: bool = True) -> dict[str, str]:
+def source_of(
+    model: Mapping[str, Any], loaded: PreTrainedModel, *, with_digest: bool = True
+) -> dict[str, str]:
     """Describe the weights of a loaded model for the record: their source, and their digest without the head's."""
     digest = weights_digest(loaded.base_model) if with_digest else ""
     return {"from": describe(model, Path(str(loaded.name_or_path)).name), "weights": digest}

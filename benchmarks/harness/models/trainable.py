@@ -9,7 +9,11 @@ from typing import Any
 
 from peft import LoraModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from benchmarks.harness.base import DataError
@@ -47,10 +51,14 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """
     state = model.state_dict()
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
         state = get_model_state_dict(model, options=options)
     names = _trained_names(model)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name in names}
+    return {
+        name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name in names
+    }
 
 
 def _trained_names(model: nn.Module) -> set[str]:
@@ -81,4 +89,6 @@ def load_trained_state_(model: nn.Module, state: Mapping[str, Tensor], source: s
         wrong = min(name for name, _ in shapes.items() ^ expected.items())
         raise DataError(f"{source} belongs to another model: they differ in '{wrong}'")
     # a sharded model takes its part of each tensor
-    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=False))
+    set_model_state_dict(
+        model, dict(state), options=StateDictOptions(full_state_dict=True, strict=False)
+    )

@@ -55,12 +55,16 @@ def tune_(
     return adapters, groups
 
 
-def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Collection[str] = ()) -> Groups:
+def trained_groups(
+    model: PreTrainedModel, tune: Mapping[str, Any], frozen: Collection[str] = ()
+) -> Groups:
     """Return the names and parameters that an adapted model trains, by group, without empty groups.
 
     The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all others.
     """
-    tuning, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
+    tuning, layers = (
+        ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
+    )
     parameters = dict(model.named_parameters())
     chosen = set(TUNINGS[tuning](model, layers)) if tuning else set()
     if unknown := sorted(chosen - parameters.keys()):
@@ -68,7 +72,11 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Coll
         raise DefinitionError(
             f"the tuning '{tuning}' names '{unknown[0]}', which is not a parameter of the model{near}"
         )
-    routers = [f"{path}.router" for path, module in model.named_modules() if isinstance(module, RoutedActivation)]
+    routers = [
+        f"{path}.router"
+        for path, module in model.named_modules()
+        if isinstance(module, RoutedActivation)
+    ]
     also = _find_modules(model, tune["also"])
 
     def group_of(name: str) -> str | None:
@@ -95,15 +103,21 @@ def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
     paths = [path for path, end in ends.items() if end in names]
     if names and not paths:
         near = did_you_mean(names[0], ends.values())
-        raise DefinitionError(f"'also_train' names {', '.join(names)}, none of which the model has{near}")
+        raise DefinitionError(
+            f"'also_train' names {', '.join(names)}, none of which the model has{near}"
+        )
     return paths
 
 
-def _add_adapters_(model: PreTrainedModel, lora: LoRA, seed: int, frozen: Collection[str]) -> LoraModel:
+def _add_adapters_(
+    model: PreTrainedModel, lora: LoRA, seed: int, frozen: Collection[str]
+) -> LoraModel:
     """Add adapters to a model in place, except to frozen layers, and return peft's model."""
     kind = model.config.model_type
     if kind not in lora.targets:
-        raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora.targets)}")
+        raise DefinitionError(
+            f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora.targets)}"
+        )
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),  # peft takes fractions, too

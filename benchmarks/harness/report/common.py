@@ -16,7 +16,11 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from benchmarks.harness.report.style import MethodStyle, style_of
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.statistics import confidence_interval, information_numbers, paired_differences
+from benchmarks.harness.results.statistics import (
+    confidence_interval,
+    information_numbers,
+    paired_differences,
+)
 
 SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row
 # the numbers of the claims, one row per number
@@ -28,7 +32,9 @@ COMPARED = [
 
 def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
     """Join frames of claim numbers, with the columns :data:`COMPARED`; a missing column becomes empty text."""
-    return pd.concat([part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True)
+    return pd.concat(
+        [part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True
+    )
 
 
 def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
@@ -49,7 +55,11 @@ class Outcomes:
     records: pd.DataFrame  # every number of every run; a subclass sets it
 
     def __init__(
-        self, benchmark: AnyBenchmark, runs: Sequence[Run], keys: Sequence[str], **titles: Mapping[str, str]
+        self,
+        benchmark: AnyBenchmark,
+        runs: Sequence[Run],
+        keys: Sequence[str],
+        **titles: Mapping[str, str],
     ) -> None:
         self.benchmark = benchmark
         self.runs = list(runs)
@@ -95,17 +105,27 @@ class Outcomes:
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add ``<key>_title`` for every key of the rows, and ``is_method``, False for controls."""
-        titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
-        return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
+        titles = {
+            f"{key}_title": [self.title(key, name) for name in frame[key]]
+            for key in self.titles
+            if key in frame
+        }
+        return frame.assign(
+            **titles, is_method=[self.role(name) != CONTROL for name in frame["method"]]
+        )
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
         """Add titles, and sort by columns: names in the order of ``titles`` (unknown last), others by value."""
 
         def rank(column: pd.Series) -> pd.Series:
-            ranks = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
+            ranks = {
+                name: number for number, name in enumerate(self.titles.get(str(column.name), ()))
+            }
             return column.map(lambda name: ranks.get(name, len(ranks))) if ranks else column
 
-        return self.with_titles(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
+        return self.with_titles(
+            frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True)
+        )
 
 
 def read_published(benchmark: AnyBenchmark, file: str | None = None) -> pd.DataFrame:
@@ -122,14 +142,18 @@ def read_published(benchmark: AnyBenchmark, file: str | None = None) -> pd.DataF
 def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:
     """Subtract the baseline's published ``value`` with the same ``model`` and ``scope``; nan for the baseline."""
     base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
-    reference = published[["model", "scope"]].join(base.rename("reference"), on=["model", "scope"])["reference"]
+    reference = published[["model", "scope"]].join(base.rename("reference"), on=["model", "scope"])[
+        "reference"
+    ]
     return (published["value"] - reference).where(published["method"] != baseline)
 
 
 _COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
 
 
-def with_numbers(frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
+def with_numbers(
+    frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = ""
+) -> pd.DataFrame:
     """Join numbers on the columns ``on``, and prefix their other columns."""
     named = numbers.set_index(list(on)).add_prefix(prefix)
     return frame.merge(named, left_on=list(on), right_index=True, how="left")
@@ -159,7 +183,9 @@ def with_columns(
     return frame, columns
 
 
-def with_average(frame: pd.DataFrame, columns: list[Column], metric: str) -> tuple[pd.DataFrame, list[Column]]:
+def with_average(
+    frame: pd.DataFrame, columns: list[Column], metric: str
+) -> tuple[pd.DataFrame, list[Column]]:
     """Add the average of the columns; nan if a row lacks a value, because averages must be comparable."""
     averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
     average = Column(metric, "average", "Average", best=True)
@@ -177,7 +203,9 @@ def difference_text(row: Any, unit: str = "") -> str:
     return ", ".join(filter(None, (f"{row.delta * 100:+z.1f}{unit}{interval}", row.verdict)))
 
 
-def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame) -> Table:
+def tests_table(
+    against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame
+) -> Table:
     """Make a table from the rows of :func:`.statistics.with_verdicts`, corrected over all rows."""
     return Table(
         f"Tests against {against}",
@@ -200,7 +228,10 @@ def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
     """Compute per cell the mean ``ours``, its 95 % interval ``low`` and ``high``, and the count ``n``."""
     rows = values.groupby(list(cell), sort=False)
     means = rows.agg(ours="mean", n="size")
-    ends = [confidence_interval(row.to_numpy()) if len(row) > 1 else (math.nan, math.nan) for _, row in rows]
+    ends = [
+        confidence_interval(row.to_numpy()) if len(row) > 1 else (math.nan, math.nan)
+        for _, row in rows
+    ]
     means[["low", "high"]] = np.reshape(ends, (-1, 2))
     return means.reset_index()
 
@@ -232,7 +263,9 @@ def cell_means(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str
     """Compute the means of costs and expert loads, one row per cell and one column per metric."""
     records = records[records["part"].isin(("cost", "model", "routing"))]
     rows = {metric: records[records["metric"] == metric] for metric in metrics}
-    means = {metric: of.groupby(list(cell), sort=False)["value"].mean() for metric, of in rows.items()}
+    means = {
+        metric: of.groupby(list(cell), sort=False)["value"].mean() for metric, of in rows.items()
+    }
     return pd.DataFrame(means).reset_index()
 
 
@@ -248,14 +281,23 @@ def name_or_count(names: Sequence[str], noun: str) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{len(names)} {noun}"
 
 
-def average_over_seeds(frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+def average_over_seeds(
+    frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]
+) -> pd.DataFrame:
     """Return per cell the mean of each column of numbers, ``<number>_std`` and the row count ``n``."""
     rows = frame.astype(dict.fromkeys(numbers, float)).groupby(list(cell), sort=False)
     values = rows[list(numbers)]
-    return values.mean().join(values.std().add_suffix("_std")).join(rows.size().rename("n")).reset_index()
+    return (
+        values.mean()
+        .join(values.std().add_suffix("_std"))
+        .join(rows.size().rename("n"))
+        .reset_index()
+    )
 
 
-def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
+def summarize(
+    scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tuple[str, str | None]]
+) -> pd.DataFrame:
     """Summarize the ``value`` of each cell over seeds, and compare it with a reference.
 
     ``references`` pairs each reference method with the method to compare, or with None for all methods. Returns one row
@@ -269,7 +311,9 @@ def summarize(scores: pd.DataFrame, cell: Sequence[str], references: Iterable[tu
     differences = []
     for reference, method in references:
         both = scores if method is None else scores[scores["method"].isin([reference, method])]
-        differences.append(paired_differences(both, cell, {"method": reference}, "seed").drop(columns="values"))
+        differences.append(
+            paired_differences(both, cell, {"method": reference}, "seed").drop(columns="values")
+        )
     compared = pd.concat(differences).rename(columns={"n": "pairs"})
     return pd.DataFrame(rows, columns=names).merge(compared, on=list(cell), how="left")
 

@@ -18,14 +18,14 @@ from markupsafe import Markup
 import emoe
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import write_text
-from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.catalogue import model_title
-from benchmarks.harness.config.claims import claimed_benchmarks
-from benchmarks.harness.config.paper_items import load_paper, main_figure
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.claims import CAPTION, verdict_sentences
+from benchmarks.harness.report.artifacts import CLAIMS, artifacts_of
+from benchmarks.harness.report.claims import claimed_benchmarks
+from benchmarks.harness.report.claims_table import CAPTION, verdict_sentences
 from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.paper import paper_index
+from benchmarks.harness.report.paper_items import load_paper, main_figure
 from benchmarks.harness.report.plots import is_drawn
 from benchmarks.harness.report.section import Machine, Section, read_section, section_title
 from benchmarks.harness.report.table import TEMPLATES
@@ -52,7 +52,10 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         version=emoe.__version__,
         claims={} if benchmark else page.claims(is_random),
         shown_names=names,
-        sections=[{**page.section(name, section), "cost": costs[name]} for name, section in sections.items()],
+        sections=[
+            {**page.section(name, section), "cost": costs[name]}
+            for name, section in sections.items()
+        ],
         models=name_or_count([model_title(model) for model in models], "models"),
         paper=[] if benchmark else page.paper_items(),
         costs=[*costs.values(), cost_of_all],
@@ -134,7 +137,9 @@ class _Page:
             "suite_note": self.suite.benchmark_parts[name].settings.note or "",
             "verdicts": section.verdicts,
             "note": section.note,
-            "data": [dict(zip(_DATA, row.model_dump().values(), strict=True)) for row in section.data],
+            "data": [
+                dict(zip(_DATA, row.model_dump().values(), strict=True)) for row in section.data
+            ],
             "training": section.training,
             "optimizer": section.optimizer,
             **self.tables_and_figures(section),
@@ -149,7 +154,10 @@ class _Page:
         main = next(item for item in load_paper().items.values() if item.main)
         return {
             "sentences": [] if is_random else verdict_sentences(verdicts),
-            "tests": {title: tests.to_dict("records") for title, tests in verdicts.groupby("claim_title", sort=False)},
+            "tests": {
+                title: tests.to_dict("records")
+                for title, tests in verdicts.groupby("claim_title", sort=False)
+            },
             "table": self.table(CLAIMS.name, "Every test"),
             "figure": self.drawn_figure(self.results / "figures" / CLAIMS.name, CAPTION),
             "main": self.drawn_figure(main_figure(self.suite.name), main.caption or ""),
@@ -159,7 +167,9 @@ class _Page:
         """List the files of the paper's items; empty if the suite makes none of them."""
         rows = paper_index(self.suite)
         for row in rows:
-            files = [Path(re.sub(r"\.md$", ".html", file)) for file in row["files"]]  # a browser shows no Markdown
+            files = [
+                Path(re.sub(r"\.md$", ".html", file)) for file in row["files"]
+            ]  # a browser shows no Markdown
             row["files"] = [(file.name, self.link(file) if file.exists() else "") for file in files]
         return rows if any(row["files"] for row in rows) else []
 

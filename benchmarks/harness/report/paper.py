@@ -11,18 +11,17 @@ import pandas as pd
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import atomic_write
-from benchmarks.harness.config import paper_items
-from benchmarks.harness.config.artifacts import FIGURE_FORMATS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import model_title
-from benchmarks.harness.config.paper_items import MainAverage, PaperOutput
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report import plots
+from benchmarks.harness.report import paper_items, plots
+from benchmarks.harness.report.artifacts import FIGURE_FORMATS
 from benchmarks.harness.report.common import SETTING, name_or_count
+from benchmarks.harness.report.evidence import Evidence, find_evidence
+from benchmarks.harness.report.paper_items import MainAverage, PaperOutput
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.style import EMOE, GMOE, MethodStyle
 from benchmarks.harness.report.table import Table
-from benchmarks.harness.results.claims import Evidence, find_evidence
 
 _PROTOCOLS = ("published", "clean")  # in order of preference
 
@@ -39,7 +38,9 @@ def write_paper_items(suite: Suite, presentation: Presentation) -> None:
         if output.part.figure:
             for end in FIGURE_FORMATS:
                 with atomic_write(folder / f"{output.name}.{end}") as temporary:
-                    temporary.write_bytes((folder.parent / "figures" / f"{name}.{end}").read_bytes())
+                    temporary.write_bytes(
+                        (folder.parent / "figures" / f"{name}.{end}").read_bytes()
+                    )
         else:
             _select_paper_rows(by_name[name], output, suite).write(folder)
 
@@ -52,13 +53,21 @@ def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table
     if "protocol" in frame:
         ran = {run.spec.get("protocol") for run in suite.runs_of(output.part.benchmark)}
         protocol = next((name for name in _PROTOCOLS if name in ran), None)
-        is_paper = frame["is_ours"].eq(False) if "is_ours" in frame else pd.Series(False, index=frame.index)
+        is_paper = (
+            frame["is_ours"].eq(False)
+            if "is_ours" in frame
+            else pd.Series(False, index=frame.index)
+        )
         frame = frame[frame["protocol"].eq(protocol) | is_paper]
     if "p_holm" in frame and len(frame) < len(table.frame):
-        caption += f" p is corrected over all rows of `{table.name}`; this table shows some of them."
+        caption += (
+            f" p is corrected over all rows of `{table.name}`; this table shows some of them."
+        )
     is_named = table.title == paper_items.load_paper().items[output.item].title
     title = output.title if is_named else f"{output.title}. {table.title}"
-    return replace(table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=caption)
+    return replace(
+        table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=caption
+    )
 
 
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
@@ -77,13 +86,18 @@ def paper_index(suite: Suite) -> list[dict[str, Any]]:
         else:
             shown = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
             status = "made" if shown else "no run of this suite is of it"
-        command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
+        command = (
+            "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
+        )
         row = {"item": name, "title": item.title, "naacl": item.naacl, "command": command}
         rows.append({**row, "files": shown, "status": status})
     return rows
 
 
-_MAIN: dict[Literal["gmoe", "emoe"], tuple[str, MethodStyle]] = {"gmoe": ("GMoE", GMOE), "emoe": ("EMoE", EMOE)}
+_MAIN: dict[Literal["gmoe", "emoe"], tuple[str, MethodStyle]] = {
+    "gmoe": ("GMoE", GMOE),
+    "emoe": ("EMoE", EMOE),
+}
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -98,22 +112,34 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     no_numbers = pd.DataFrame(columns=["model"])
     for average in paper_items.load_paper().main.values():
-        for model, of_model in numbers.get(average.of.benchmark, no_numbers).groupby("model", sort=False):
+        for model, of_model in numbers.get(average.of.benchmark, no_numbers).groupby(
+            "model", sort=False
+        ):
             compared = {
-                method: find_evidence(of_model, average.of.comparison(getattr(average.of, method))) for method in _MAIN
+                method: find_evidence(of_model, average.of.comparison(getattr(average.of, method)))
+                for method in _MAIN
             }
             evidence = {method: result for method, result in compared.items() if result}
             line = _line_title(average, str(model), evidence.values())
             for method, result in evidence.items():
                 row = {"panel": average.title, "line": line, "method": method, "is_ours": True}
-                rows.append({**row, **result.difference.columns(), "n": result.difference.n, "style": _MAIN[method][1]})
+                rows.append(
+                    {
+                        **row,
+                        **result.difference.columns(),
+                        "n": result.difference.n,
+                        "style": _MAIN[method][1],
+                    }
+                )
         for model, published in average.paper.items():
             for method, (_, style) in _MAIN.items():
                 row = {"panel": average.title, "line": model, "method": method, "is_ours": False}
                 delta = (published[method] - published["dense"]) / 100
                 rows.append({**row, "delta": delta, "n": 0, "style": replace(style, marker="x")})
     frame = pd.DataFrame(rows)
-    return frame.assign(series=frame["method"].map({method: title for method, (title, _) in _MAIN.items()}))
+    return frame.assign(
+        series=frame["method"].map({method: title for method, (title, _) in _MAIN.items()})
+    )
 
 
 def _line_title(average: MainAverage, model: str, evidence: Collection[Evidence]) -> str:

@@ -42,7 +42,11 @@ HEATMAP = {**STYLE, "axes.grid": False, "font.size": 7}
 
 WIDTH = 6.9  # inches of a page's text, the largest width of a figure
 FEW = 3  # minimum number of pairs for drawing an interval
-_FOREST, _LINE, _TEXT = 6.0, 0.26, 3.5  # inches of a forest plot: its width, the height of a line, the width of a title
+_FOREST, _LINE, _TEXT = (
+    6.0,
+    0.26,
+    3.5,
+)  # inches of a forest plot: its width, the height of a line, the width of a title
 _APART = 0.8  # share of a line with marks
 
 
@@ -70,19 +74,31 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
     series = rows.groupby("series", sort=False)["style"]
     heights = [group["line"].nunique() + 0.6 for _, group in panels]
     size = (_FOREST, _LINE * sum(heights) + 0.3 * len(panels) + 0.07 * len(series) + 0.5)
-    with panel_figure(path, len(panels), 1, size, height_ratios=heights, sharex=True) as (figure, axes):
+    with panel_figure(path, len(panels), 1, size, height_ratios=heights, sharex=True) as (
+        figure,
+        axes,
+    ):
         for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
             by_line = group.groupby("line", sort=False)
             shift = (by_line.cumcount() + 0.5) / by_line["line"].transform("size") - 0.5
-            for row, height in zip(group.itertuples(), by_line.ngroup() + _APART * shift, strict=True):
+            for row, height in zip(
+                group.itertuples(), by_line.ngroup() + _APART * shift, strict=True
+            ):
                 if row.n >= FEW and not math.isnan(row.low):
-                    axis.plot([row.low * 100, row.high * 100], [height, height], color=row.style.colour, lw=1.4)
+                    axis.plot(
+                        [row.low * 100, row.high * 100],
+                        [height, height],
+                        color=row.style.colour,
+                        lw=1.4,
+                    )
                 axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
                 if getattr(row, "text", ""):
                     beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
                     axis.annotate(row.text, (1.01, height), **beside)
             if "margin" in group:
-                axis.axvspan(-100 * group["margin"].max(), 100 * group["margin"].max(), color=_BAND, zorder=0)
+                axis.axvspan(
+                    -100 * group["margin"].max(), 100 * group["margin"].max(), color=_BAND, zorder=0
+                )
             if zero:
                 axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
             axis.set_title(wrap_text(title, _TEXT), fontsize=8)
@@ -90,7 +106,9 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
             axis.set_ylim(len(by_line) - 0.4, -0.6)
         for name, styles in series:
             colours = {style.colour for style in styles}
-            style = replace(styles.iloc[0], colour=colours.pop() if len(colours) == 1 else REFERENCE)
+            style = replace(
+                styles.iloc[0], colour=colours.pop() if len(colours) == 1 else REFERENCE
+            )
             axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **style.mark)
         legend_below(figure, axes[:1, 0], 3 if rows["series"].str.len().max() < 30 else 1)
         axes[-1, 0].set_xlabel(wrap_text(label, _TEXT))
@@ -98,7 +116,11 @@ def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
     """Draw one legend for all axes below the figure."""
-    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    named = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     options: Any = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
     figure.legend(named.values(), named.keys(), ncols=min(len(named), columns), **options)
 
@@ -107,7 +129,9 @@ def wrap_text(text: str, inches: float, size: float = 8) -> str:
     """Break a text into lines of at most ``inches``, estimated for letters of ``size`` points."""
     letters = max(8, int(inches * 72 / (0.58 * size)))
     text = re.sub(r"(?<=\d) (?=[MB]\))", "\u00a0", text)  # keep a parameter count with its unit
-    return "\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join(
+        textwrap.fill(line, letters, break_on_hyphens=False) for line in text.split("\n")
+    )
 
 
 def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
@@ -122,7 +146,12 @@ def divide_by_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> ND
 
 @contextmanager
 def panel_figure(
-    path: Path, lines: int, columns: int, size: tuple[float, float], style: Any = STYLE, **options: Any
+    path: Path,
+    lines: int,
+    columns: int,
+    size: tuple[float, float],
+    style: Any = STYLE,
+    **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield a figure and its axes ``[lines, columns]``; on exit hide the axes without data and save the figure.
 
@@ -130,7 +159,9 @@ def panel_figure(
     visible one labels its ticks.
     """
     with mpl.rc_context(style):
-        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **options)
+        figure, axes = plt.subplots(
+            lines, columns, figsize=size, squeeze=False, layout="constrained", **options
+        )
         yield figure, axes
         for column in axes.T:
             shown = [axis for axis in column if axis.has_data()]

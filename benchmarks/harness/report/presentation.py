@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.artifacts import Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.artifacts import Artifacts, artifacts_of
 from benchmarks.harness.report.table import RUNS, Table
 from benchmarks.harness.results.records import Record
 
@@ -33,7 +33,9 @@ _ORIGIN = (
 class Figure:
     """Pair the function that draws a figure with its caption."""
 
-    draw: Callable[..., None]  # its last argument is a path without ending, to which it writes a PDF and a PNG
+    draw: Callable[
+        ..., None
+    ]  # its last argument is a path without ending, to which it writes a PDF and a PNG
     caption: str  # its first sentence is the title
 
 
@@ -77,15 +79,23 @@ class Presentation:
     @property
     def figures(self) -> dict[str, Figure]:
         """Return the figures by file name without ending; their functions take only a path."""
-        figures = {self.artifacts.stem(name): self.figure_functions[name] for name in self.artifacts.figures}
-        return {file: replace(figure, draw=partial(figure.draw, *self._arguments)) for file, figure in figures.items()}
+        figures = {
+            self.artifacts.stem(name): self.figure_functions[name]
+            for name in self.artifacts.figures
+        }
+        return {
+            file: replace(figure, draw=partial(figure.draw, *self._arguments))
+            for file, figure in figures.items()
+        }
 
     @property
     def _arguments(self) -> list[Any]:
         return [self.outcomes, self.part] if self.part else [self.outcomes]
 
     def _table(self, name: str) -> Table:
-        table = replace(self.table_functions[name](*self._arguments), name=self.artifacts.stem(name))
+        table = replace(
+            self.table_functions[name](*self._arguments), name=self.artifacts.stem(name)
+        )
         origins = self.outcomes.origins if table.origins is None else table.origins
         table = with_runs(table, origins, self.benchmark.name)
         return table.with_random_weights_note() if has_random_weights(self.outcomes.runs) else table
@@ -101,13 +111,17 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     keys = [key for key in _ORIGIN if key in table.frame and key in origins]
     if not keys or RUNS in table.frame:  # the table already lists its runs
         return table
-    tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
+    tried = (
+        origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
+    )
     numbers = {key: tried.groupby(key).indices for key in keys}  # indices of runs by name
     folders = []
     for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
         matching = (numbers[key].get(name, ()) for key, name in names.items() if name)
         of_row = sorted(set(tried.index).intersection(*matching))
-        folders.append(" ".join(f"{benchmark}/{run}" for run in tried["run_id"].iloc[of_row].unique()))
+        folders.append(
+            " ".join(f"{benchmark}/{run}" for run in tried["run_id"].iloc[of_row].unique())
+        )
     return replace(table, frame=table.frame.assign(**{RUNS: folders}))
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.harness.base import RESULTS, read_json
-from benchmarks.harness.config.artifacts import Artifacts
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import Strict
+from benchmarks.harness.report.artifacts import Artifacts
 from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.plots import is_drawn
 from benchmarks.harness.report.presentation import Presentation, has_random_weights
@@ -107,7 +107,8 @@ def make_section(presentation: Presentation, records: Sequence[Record], suite: s
     figures = RESULTS / suite / "figures"
     return Section(
         tables=[
-            ShownTable(name=table.name, title=table.title, is_empty=table.frame.empty) for table in presentation.tables
+            ShownTable(name=table.name, title=table.title, is_empty=table.frame.empty)
+            for table in presentation.tables
         ],
         figures=[
             ShownFigure(name=name, caption=figure.caption, is_empty=not is_drawn(figures / name))
@@ -150,7 +151,13 @@ def _data_rows(records: Sequence[Record]) -> list[DataRow]:
             labels = _label_text(summary)
             if not labels:
                 continue
-            row = DataRow(task=task, split=split, rows=summary.rows, labels=labels, dropped=summary.dropped or 0)
+            row = DataRow(
+                task=task,
+                split=split,
+                rows=summary.rows,
+                labels=labels,
+                dropped=summary.dropped or 0,
+            )
             known = largest.get((task, split))
             if known is None or row.rows >= known.rows:
                 largest[task, split] = row
@@ -169,15 +176,23 @@ def _label_text(summary: DataSummary) -> str:
 def _training_settings(records: Sequence[Record]) -> list[Setting]:
     """Describe the training settings; list up to three values if runs differ."""
     settings = pd.DataFrame(
-        [{**record.run.spec["training"], **record.run.spec.get("hparams", {})} for record in records]
+        [
+            {**record.run.spec["training"], **record.run.spec.get("hparams", {})}
+            for record in records
+        ]
     )
     texts = settings.astype(object).where(settings.notna(), MISSING).astype(str)
-    return [Setting(name=name, value=name_or_count(list(texts[name].unique()), "values")) for name in texts]
+    return [
+        Setting(name=name, value=name_or_count(list(texts[name].unique()), "values"))
+        for name in texts
+    ]
 
 
 def _machines(records: Sequence[Record]) -> list[Machine]:
     """List the machines, those with most runs first."""
-    counts = Counter(tuple(_environment_texts(record.metrics.environment).items()) for record in records)
+    counts = Counter(
+        tuple(_environment_texts(record.metrics.environment).items()) for record in records
+    )
     return [Machine(runs=count, facts=dict(facts)) for facts, count in counts.most_common()]
 
 

@@ -33,8 +33,21 @@ _LATEX = r"""{comment}
 """
 _SIGNS = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "✓": r"\textbullet{}"}
-    | {"−": "$-$", "Δ": r"$\Delta$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "∞": r"$\infty$"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "✓": r"\textbullet{}",
+    }
+    | {
+        "−": "$-$",
+        "Δ": r"$\Delta$",
+        "→": r"$\to$",
+        "≤": r"$\le$",
+        "≥": r"$\ge$",
+        "≈": r"$\approx$",
+        "∞": r"$\infty$",
+    }
 )
 
 
@@ -54,7 +67,9 @@ class Column:
     def __post_init__(self) -> None:
         if self.metric not in load_metrics():
             near = did_you_mean(self.metric, load_metrics())
-            raise DefinitionError(f"a table has the metric '{self.metric}', which is not in metrics.yaml{near}")
+            raise DefinitionError(
+                f"a table has the metric '{self.metric}', which is not in metrics.yaml{near}"
+            )
 
     @property
     def heading(self) -> str:
@@ -90,8 +105,12 @@ class Table:
     keys: dict[str, str]  # text columns that identify a row, with their headings
     columns: Sequence[Column]
     frame: pd.DataFrame
-    group: Sequence[str] = ()  # columns of the groups whose best number is marked, among rows with ``is_method``
-    notes: dict[str, str] = field(default_factory=dict)  # text columns after the numbers, with their headings
+    group: Sequence[
+        str
+    ] = ()  # columns of the groups whose best number is marked, among rows with ``is_method``
+    notes: dict[str, str] = field(
+        default_factory=dict
+    )  # text columns after the numbers, with their headings
     name: str = ""  # file name without ending
     wraps: bool = False  # True if cells hold sentences that a page must wrap
     origins: pd.DataFrame | None = None  # the runs behind the rows; None for all finished runs
@@ -99,7 +118,11 @@ class Table:
     @property
     def printed(self) -> list[Column]:
         """Return the columns with at least one number."""
-        return [column for column in self.columns if len(self.frame) and self.frame[column.value].notna().any()]
+        return [
+            column
+            for column in self.columns
+            if len(self.frame) and self.frame[column.value].notna().any()
+        ]
 
     def texts(self) -> pd.DataFrame:
         """Format all cells."""
@@ -135,25 +158,33 @@ class Table:
         """Render a ``longtable`` with the best numbers in bold; the caption becomes a comment."""
         texts, sentence = self._drop_constant_columns()
         numbers = {column.heading for column in self.printed}
-        long = {heading for heading in texts if len(texts) and texts[heading].map(len).max() > _LONG}
+        long = {
+            heading for heading in texts if len(texts) and texts[heading].map(len).max() > _LONG
+        }
         cells = texts.map(escape_latex)
         cells = cells.where(~self.best()[texts.columns], r"\textbf{" + cells + "}")
         table = cells.rename(columns=_latex_heading).to_latex(
             index=False,
             escape=False,
             longtable=True,
-            column_format="".join("r" if name in numbers else "p{3cm}" if name in long else "l" for name in texts),
+            column_format="".join(
+                "r" if name in numbers else "p{3cm}" if name in long else "l" for name in texts
+            ),
             caption=escape_latex(f"{self.title}. {sentence}"),
             label=f"tab:{self.name.replace('_', '-')}",
         )
-        comment = textwrap.fill(f"How to read it: {self.caption}", 110, initial_indent="% ", subsequent_indent="% ")
+        comment = textwrap.fill(
+            f"How to read it: {self.caption}", 110, initial_indent="% ", subsequent_indent="% "
+        )
         return _LATEX.format(comment=comment, table=table)
 
     def html(self) -> str:
         """Render an unstyled ``<figure>`` with a sort value for each number and the folders of each row's runs."""
         texts, sentence = self._drop_constant_columns()
         sort_values = {
-            column.heading: ["" if pd.isna(value) else f"{value:.9g}" for value in self.frame[column.value]]
+            column.heading: [
+                "" if pd.isna(value) else f"{value:.9g}" for value in self.frame[column.value]
+            ]
             for column in self.printed
         }
         text = TEMPLATES.get_template("table.html.j2").render(
@@ -171,11 +202,15 @@ class Table:
         """Drop columns with equal texts in all rows, except the last key; list their texts in a sentence."""
         texts, names = self.texts(), list(self.keys.values())
         headings = (*names, *self.notes.values())
-        shared = [heading for heading in headings if len(texts) > 1 and texts[heading].nunique() == 1]
+        shared = [
+            heading for heading in headings if len(texts) > 1 and texts[heading].nunique() == 1
+        ]
         if set(names) <= set(shared):
             shared.remove(names[-1])
         values = {heading: texts[heading].iloc[0] for heading in shared}
-        listed = "; ".join(f"{heading} {text}" for heading, text in values.items() if text not in ("", MISSING))
+        listed = "; ".join(
+            f"{heading} {text}" for heading, text in values.items() if text not in ("", MISSING)
+        )
         return texts.drop(columns=shared), f"In all rows: {listed}." if listed else ""
 
     def with_random_weights_note(self) -> Table:
@@ -211,7 +246,9 @@ TEMPLATES.filters["code"] = code_as_html
 
 def escape_markdown(text: str) -> str:
     """Escape cell borders, tags and links in a text, and join its lines, for Markdown."""
-    return re.sub(r"\s*\n\s*", " ", re.sub(r"[\\|]|<(?=[A-Za-z/!?])|\](?=[(\[:])", r"\\\g<0>", text))
+    return re.sub(
+        r"\s*\n\s*", " ", re.sub(r"[\\|]|<(?=[A-Za-z/!?])|\](?=[(\[:])", r"\\\g<0>", text)
+    )
 
 
 def escape_latex(text: str) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from benchmarks.harness.base import RESULTS, write_json
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.claims import claimed_benchmarks
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.claims import write_claim_numbers
+from benchmarks.harness.report.claims import claimed_benchmarks
+from benchmarks.harness.report.claims_table import write_claim_numbers
 from benchmarks.harness.report.paper import write_paper_items
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.section import make_section

@@ -31,12 +31,12 @@ from benchmarks.harness.base import (
     write_json,
     write_text,
 )
-from benchmarks.harness.config.artifacts import records_file
 from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.results.content import Metrics, ModelNumbers, Probe
+from benchmarks.harness.results.files import records_file
 from benchmarks.harness.results.records import (
     GROUP_KEYS,
     Record,
@@ -60,7 +60,9 @@ _TOLERANCES = {
     "loads": 0.05,
 }
 _PRESENTATION_FILES = ("figures.py", "presentation.py", "tables.py")  # these files change no number
-_SUITE_SCALES = {"smoke": 0.1}  # factors on all tolerances; smoke's tiny models train for a few steps
+_SUITE_SCALES = {
+    "smoke": 0.1
+}  # factors on all tolerances; smoke's tiny models train for a few steps
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,12 @@ class CheckResult:
             for row in self.differences.itertuples()
         ]
         if self.unfinished:
-            lines.append(f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}")
-        counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("changed", "missing", "new"))
+            lines.append(
+                f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}"
+            )
+        counts = ", ".join(
+            f"{statuses.count(status)} {status}" for status in ("changed", "missing", "new")
+        )
         return "\n".join([*lines, *self.machines, f"{self.equal} agree, {counts}"])
 
 
@@ -120,20 +126,39 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
 
 
 def compare(
-    before: Numbers, after: Numbers, suite: str, *, elsewhere: bool = False, unfinished: Sequence[str] = ()
+    before: Numbers,
+    after: Numbers,
+    suite: str,
+    *,
+    elsewhere: bool = False,
+    unfinished: Sequence[str] = (),
 ) -> CheckResult:
     """Compare new numbers with old ones. ``elsewhere`` applies tolerances even on the same machine."""
-    rows = before.rows.merge(after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True)
-    rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
+    rows = before.rows.merge(
+        after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True
+    )
+    rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(
+        suite, 1
+    )
     rows = rows.dropna(subset="tolerance").fillna("")
     if before.code == after.code and not elsewhere:
-        rows["tolerance"] = rows["tolerance"].where(rows["machine_before"] != rows["machine_after"], 0.0)
+        rows["tolerance"] = rows["tolerance"].where(
+            rows["machine_before"] != rows["machine_after"], 0.0
+        )
     values = zip(rows["value_before"], rows["value_after"], rows["tolerance"], strict=True)
     is_equal = pd.Series(
-        [bool(old and new) and values_agree(old, new, limit) for old, new, limit in values], rows.index, bool
+        [bool(old and new) and values_agree(old, new, limit) for old, new, limit in values],
+        rows.index,
+        bool,
     )
-    status = rows["_merge"].astype(str).map({"both": "changed", "left_only": "missing", "right_only": "new"})
-    differences = rows.assign(status=status).rename(columns={"value_before": "before", "value_after": "after"})
+    status = (
+        rows["_merge"]
+        .astype(str)
+        .map({"both": "changed", "left_only": "missing", "right_only": "new"})
+    )
+    differences = rows.assign(status=status).rename(
+        columns={"value_before": "before", "value_after": "after"}
+    )
     pairs = rows[rows["_merge"] == "both"].groupby(["machine_before", "machine_after"]).size()
     return CheckResult(
         differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
@@ -164,12 +189,21 @@ def _comparison_kind(before: Numbers, after: Numbers, old: str, new: str) -> str
 def code_digest() -> str:
     """Hash the code that numbers depend on: experts, models, data and training of all benchmarks."""
     harness = [BENCHMARKS / "harness" / room for room in ("models", "sources", "training")]
-    folders = [ROOT / "emoe", *harness, BENCHMARKS / "text", *(BENCHMARKS / name for name in benchmark_names())]
+    folders = [
+        ROOT / "emoe",
+        *harness,
+        BENCHMARKS / "text",
+        *(BENCHMARKS / name for name in benchmark_names()),
+    ]
     digest = hashlib.sha256()
     for folder in folders:
-        for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
+        for file in sorted(
+            path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")
+        ):
             if file.name not in _PRESENTATION_FILES:
-                digest.update(f"{file.relative_to(folder.parent).as_posix()}\0".encode() + file.read_bytes())
+                digest.update(
+                    f"{file.relative_to(folder.parent).as_posix()}\0".encode() + file.read_bytes()
+                )
     return digest.hexdigest()
 
 
@@ -194,7 +228,9 @@ def check_numbers(records: Iterable[Record]) -> Numbers:
     rows = pd.DataFrame(numbers, columns=_COLUMNS)
     twice = rows[rows.duplicated(KEYS)]
     if len(twice):
-        raise DefinitionError(f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
+        raise DefinitionError(
+            f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'"
+        )
     sorted_rows = rows.sort_values(KEYS, kind="stable", ignore_index=True)
     return Numbers(sorted_rows, machines, code_digest())
 
@@ -233,7 +269,12 @@ def _model_numbers(model: ModelNumbers) -> Iterator[tuple[str, str, str, str]]:
     """Yield the conversion of each layer, and the trained parameters of each group."""
     for layer in model.conversion:
         name = f"layer {layer.index}"
-        yield "model", name, "conversion", f"{layer.experts} experts of {layer.expert_size}, top {layer.top_k}"
+        yield (
+            "model",
+            name,
+            "conversion",
+            f"{layer.experts} experts of {layer.expert_size}, top {layer.top_k}",
+        )
         if layer.explained is not None:
             yield "model", name, "inertia", repr(1 - layer.explained)
     for group, trained in model.trained.items():
@@ -255,11 +296,15 @@ def read_reference(suite: str) -> Numbers:
     except OSError as error:
         raise DefinitionError(f"{path} cannot be read: {error.strerror}; {advice}") from error
     except (KeyError, ValueError) as error:
-        raise DefinitionError(f"{path} is damaged or of an older form: {first_line(error)}; {advice}") from error
+        raise DefinitionError(
+            f"{path} is damaged or of an older form: {first_line(error)}; {advice}"
+        ) from error
     origin = read_origin(path.with_suffix(".json"))
     unknown = sorted(set(rows["machine"]) - set(origin.machines))
     if unknown:
-        raise DefinitionError(f"{path} names the machine '{unknown[0]}', which its json does not have; {advice}")
+        raise DefinitionError(
+            f"{path} names the machine '{unknown[0]}', which its json does not have; {advice}"
+        )
     return Numbers(rows, origin.machines, origin.code)
 
 
@@ -297,7 +342,9 @@ def check(suite: Suite, *, elsewhere: bool = False) -> CheckResult:
     finished = {record.run.folder for record in records}
     unfinished = sorted(run.name for run in suite.runs if run.folder not in finished)
     before = read_reference(suite.name)
-    return compare(before, check_numbers(records), suite.name, elsewhere=elsewhere, unfinished=unfinished)
+    return compare(
+        before, check_numbers(records), suite.name, elsewhere=elsewhere, unfinished=unfinished
+    )
 
 
 def run_again(records: Sequence[Record], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
@@ -334,7 +381,9 @@ def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
     """
     finished = [run for run in suite.runs if run.metrics_file.exists()]
     if not finished:
-        raise DefinitionError(f"no run of the suite '{suite.name}' is finished: `make run SUITE={suite.name}`")
+        raise DefinitionError(
+            f"no run of the suite '{suite.name}' is finished: `make run SUITE={suite.name}`"
+        )
     chosen = random.sample(finished, min(count, len(finished)))
     records = [read_record(run) for run in chosen]
     after, failures = run_again(records, say)
@@ -364,7 +413,9 @@ def bless(suite: Suite, say: Callable[[str], None]) -> Path:
     result = compare(check_numbers(fastest), after, suite.name, unfinished=failures)
     if not result.passed or not all(kind.endswith("exactly") for kind in result.machines):
         say(str(result))
-        raise DefinitionError("the runs do not repeat here exactly, so their numbers cannot be blessed")
+        raise DefinitionError(
+            "the runs do not repeat here exactly, so their numbers cannot be blessed"
+        )
     return write_reference(suite.name, check_numbers(records), commit)
 
 
@@ -374,7 +425,11 @@ def clean_commit() -> str:
     Raises:
         DefinitionError: A file is not committed.
     """
-    changed = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference").splitlines()
+    changed = git(
+        ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference"
+    ).splitlines()
     if changed:
-        raise DefinitionError(f"{len(changed)} files are not committed, the first is {changed[0].split()[-1]}")
+        raise DefinitionError(
+            f"{len(changed)} files are not committed, the first is {changed[0].split()[-1]}"
+        )
     return git(ROOT, "rev-parse", "HEAD")

@@ -49,7 +49,9 @@ Layer = Digits  # the number of a layer
 Loads = Annotated[list[Count], Field(min_length=1)]  # choices by expert
 Shares = Annotated[list[float], Field(min_length=1)]  # shares of the choices by expert
 LoadRows = Annotated[list[Loads], Field(min_length=1), AfterValidator(_check_same_lengths)]
-Scores = dict[str, dict[str, Annotated[dict[str, Loss], Field(min_length=1)]]]  # by part, set and metric
+Scores = dict[
+    str, dict[str, Annotated[dict[str, Loss], Field(min_length=1)]]
+]  # by part, set and metric
 
 
 class Cost(Recorded):
@@ -215,7 +217,9 @@ class Windows(Recorded):
     def model_post_init(self, _context: Any, /) -> None:
         for layer, rows in self.loads.items():
             if len(rows) != len(self.ends):
-                raise refusal(f"'loads.{layer}' has {len(rows)} windows, but 'ends' has {len(self.ends)}")
+                raise refusal(
+                    f"'loads.{layer}' has {len(rows)} windows, but 'ends' has {len(self.ends)}"
+                )
 
 
 class Chance(Recorded):
@@ -249,7 +253,9 @@ class Routing(Recorded):
     """Shares of the choices by layer and expert."""
     windows: Windows | None = None
     """Of text benchmarks' training."""
-    loads: dict[Layer, Annotated[list[LoadRows], Field(min_length=1), AfterValidator(_check_same_lengths)]] = {}
+    loads: dict[
+        Layer, Annotated[list[LoadRows], Field(min_length=1), AfterValidator(_check_same_lengths)]
+    ] = {}
     """Of images, by layer, environment, class and expert."""
     chance: dict[Layer, Chance] = {}
     """Of images, by layer."""
@@ -283,12 +289,16 @@ class Usage(Recorded):
 
     def model_post_init(self, _context: Any, /) -> None:
         if self.model_fields_set and self.model_fields_set != set(type(self).model_fields):
-            missing = next(key for key in type(self).model_fields if key not in self.model_fields_set)
+            missing = next(
+                key for key in type(self).model_fields if key not in self.model_fields_set
+            )
             raise refusal(f"'{missing}' is missing")
         _check_same_lengths([use.shares for use in self.tasks.values()])
         experts = min((len(use.shares) for use in self.tasks.values()), default=0)
         if any(expert >= experts for expert in (*self.shared, *self.specialised)):
-            raise refusal(f"'shared' or 'specialised' names an expert beyond the {experts} of 'tasks'")
+            raise refusal(
+                f"'shared' or 'specialised' names an expert beyond the {experts} of 'tasks'"
+            )
 
 
 class Matrix(Recorded):
@@ -399,7 +409,10 @@ class Metrics(Recorded):
     cost: Cost
     environment: Environment
     scores: Scores | None = None
-    measured: Annotated[dict[str, Annotated[dict[str, float], Field(min_length=1)]], Field(min_length=1)] | None = None
+    measured: (
+        Annotated[dict[str, Annotated[dict[str, float], Field(min_length=1)]], Field(min_length=1)]
+        | None
+    ) = None
     """By candidate."""
     transformed: dict[str, Transformed] = {}
     """By method."""
@@ -418,7 +431,9 @@ class Metrics(Recorded):
     kept_epoch: float | None = None
     dev_curve: list[Epoch] = []
     held_out_curve: list[HeldOutLoss] = []
-    records: Annotated[list[StepRecord], Field(min_length=1), AfterValidator(_check_same_numbers)] | None = None
+    records: (
+        Annotated[list[StepRecord], Field(min_length=1), AfterValidator(_check_same_numbers)] | None
+    ) = None
     curve: list[Loss] = []
     """Training losses by step."""
     confusion: dict[str, list[list[Count]]] | None = None

@@ -22,7 +22,9 @@ from benchmarks.harness.results.records import GROUP_KEYS, Record, run_keys, run
 _DIGEST = "emoe.digest"  # tag with the digest of a run's metrics.json, set when the run is complete
 _SQLITE = "sqlite:///"
 _POSTGRESQL = "postgresql"
-_LOCK_NUMBER = 231_010_908  # of the mirrors' lock in a PostgreSQL database; any number that nobody else locks
+_LOCK_NUMBER = (
+    231_010_908  # of the mirrors' lock in a PostgreSQL database; any number that nobody else locks
+)
 # MLflow then lists training runs on the experiment's first page
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MOST = 50_000  # stored runs that MLflow returns at once
@@ -52,11 +54,18 @@ def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
             with _database_lock(uri):
                 client = MlflowClient(uri)
                 for benchmark in dict.fromkeys(record.run.benchmark for record in records):
-                    experiment = _experiment(client, benchmark, has_files=not uri.startswith("http"))
-                    stored = {run.info.run_name: run for run in client.search_runs([experiment], max_results=_MOST)}
+                    experiment = _experiment(
+                        client, benchmark, has_files=not uri.startswith("http")
+                    )
+                    stored = {
+                        run.info.run_name: run
+                        for run in client.search_runs([experiment], max_results=_MOST)
+                    }
                     for record in records:
                         if record.run.benchmark == benchmark:
-                            counts[_write(client, experiment, record, stored.get(record.run.name))] += 1
+                            counts[
+                                _write(client, experiment, record, stored.get(record.run.name))
+                            ] += 1
         except Exception as error:  # MLflow passes on errors of databases, drivers and servers
             hidden = hide_passwords(uri)
             reason = hide_passwords(_problem(error).replace(uri, hidden))
@@ -138,7 +147,9 @@ def _numbers(record: Record, time: int) -> Iterator[Metric]:
         yield from _point("step", step, {"loss": loss}, time)
 
 
-def _point(curve: str, step: int, numbers: Mapping[str, float | None], time: int) -> Iterator[Metric]:
+def _point(
+    curve: str, step: int, numbers: Mapping[str, float | None], time: int
+) -> Iterator[Metric]:
     """Yield the numbers of one point of a curve."""
     for key, value in numbers.items():
         if value is not None:  # the loss of a model that diverged
@@ -149,7 +160,11 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to keys such as ``training.epochs``; omit empty mappings."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 

@@ -16,14 +16,21 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_bytes, write_lines
-from benchmarks.harness.config.artifacts import records_file
+from benchmarks.harness.base import (
+    RUNS,
+    DataError,
+    DefinitionError,
+    first_problem,
+    read_bytes,
+    write_lines,
+)
 from benchmarks.harness.config.benchmark import OOD_MEAN, load_benchmark
 from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.config.yaml import Strict
 from benchmarks.harness.results.content import Metrics, Scores, rerun_advice
+from benchmarks.harness.results.files import records_file
 from benchmarks.harness.results.statistics import information_numbers
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
@@ -66,7 +73,9 @@ def read_record(run: Run, root: Path = RUNS) -> Record:
     """Read and check the ``metrics.json`` of a finished run below the folder ``root``."""
     path = root / run.folder / "metrics.json"
     if not path.exists():
-        raise DefinitionError(f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)")
+        raise DefinitionError(
+            f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)"
+        )
     content = read_bytes(path, rerun_advice(path))
     metrics = check_metrics(run, content, path)
     return Record(run, metrics, hashlib.sha256(content).hexdigest())
@@ -102,7 +111,9 @@ def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[
     for each in [part] if part else suite.record_parts(benchmark):
         path = records_file(suite.name, benchmark, each)
         # else Snakemake leaves a file of the wrong content as it is
-        advice = f"`snakemake --cores all --force {path} --config suite={suite.name}` collects it again"
+        advice = (
+            f"`snakemake --cores all --force {path} --config suite={suite.name}` collects it again"
+        )
         records |= _read_file(path, suite.runs_of(benchmark, each), advice)
     return [records[run.folder] for run in suite.runs_of(benchmark, part)]
 
@@ -115,9 +126,13 @@ def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record
         try:
             line = _Line.model_validate_json(text)
         except ValidationError as error:
-            raise DataError(f"{path}, line {number}, is damaged: {first_problem(error)}; {advice}") from error
+            raise DataError(
+                f"{path}, line {number}, is damaged: {first_problem(error)}; {advice}"
+            ) from error
         if line.folder not in runs_by_folder:
-            raise DataError(f"{path} has the run '{line.folder}', which the suite does not plan; {advice}")
+            raise DataError(
+                f"{path} has the run '{line.folder}', which the suite does not plan; {advice}"
+            )
         records[line.folder] = Record(runs_by_folder[line.folder], line.metrics, line.digest)
     for folder in runs_by_folder:
         if folder not in records:
@@ -134,7 +149,9 @@ def check_current(record: Record) -> None:
     path = record.run.metrics_file
     digest = hashlib.sha256(read_bytes(path, rerun_advice(path))).hexdigest()
     if digest != record.digest:
-        raise DataError(f"{path} has changed since it was collected; run the workflow again, which collects it anew")
+        raise DataError(
+            f"{path} has changed since it was collected; run the workflow again, which collects it anew"
+        )
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
@@ -145,7 +162,9 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
     missing = sum(not run.metrics_file.exists() for run in runs)
     if missing:
         verb, them = ("is", "it") if missing == 1 else ("are", "them")
-        raise DefinitionError(f"{missing:,} of {len(runs):,} runs {which} {verb} missing; make {them} with `{command}`")
+        raise DefinitionError(
+            f"{missing:,} of {len(runs):,} runs {which} {verb} missing; make {them} with `{command}`"
+        )
 
 
 def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
@@ -170,7 +189,9 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from None
     except (LookupError, ValueError, TypeError) as error:
-        raise DataError(f"{path} lacks a part that such a run records ({error}); {advice}") from None
+        raise DataError(
+            f"{path} lacks a part that such a run records ({error}); {advice}"
+        ) from None
     known = load_metrics()
     for part, task, name, value in numbers:
         limits = known[name].range if name in known else [None, None]
@@ -179,7 +200,9 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
         high = math.inf if highest is None else highest
         if not isinstance(value, (int, float)) or not low - _ROUNDING <= value <= high + _ROUNDING:
             number = " ".join(filter(None, (part, task, name)))
-            raise DataError(f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {advice}")
+            raise DataError(
+                f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {advice}"
+            )
     return metrics
 
 
@@ -220,7 +243,9 @@ def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
         for part, task, metric, value in run_numbers(run, record.metrics):
             is_score = metric == judging.get((part.partition(AS)[0], task), "score")
             rows.append((*keys, run.id, part, task, metric, value, is_score))
-    return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
+    return pd.DataFrame(
+        rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"]
+    )
 
 
 def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
@@ -261,14 +286,18 @@ def run_numbers(run: Run, metrics: Metrics) -> Iterator[tuple[str, str, str, Any
                 yield part, "", name, number
 
 
-def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[tuple[str, str, str, Any]]:
+def _score_numbers(
+    run: Run, scores: Scores, suffix: str = ""
+) -> Iterator[tuple[str, str, str, Any]]:
     """Yield part, set, metric and value of all scores, and of the OOD mean; the suffix is appended to each part."""
     for part, by_task in scores.items():
         for name, values in by_task.items():
             for key, value in values.items():
                 if value is not None or key not in _MAY_DIVERGE:
                     yield part + suffix, name, key, value
-    ood: list[Any] = [scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
+    ood: list[Any] = [
+        scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]
+    ]
     if ood:
         yield OOD_MEAN + suffix, "", "score", sum(ood) / len(ood)
 

@@ -18,7 +18,9 @@ PERMUTATIONS = 500
 
 def information_numbers(*names: str) -> list[str]:
     """List the names of the mutual information metrics, each with its mean and 95 % quantile by chance."""
-    return [f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")]
+    return [
+        f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")
+    ]
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,25 @@ def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -
     error = float(differences.std(ddof=1)) / math.sqrt(n)
     # scipy's special functions, because its distributions take a millisecond to check their arguments
     reach = error * float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
-    return Difference(mean, mean - reach, mean + reach, 2 * float(special.stdtr(n - 1, -abs(mean) / error)), n)
+    return Difference(
+        mean, mean - reach, mean + reach, 2 * float(special.stdtr(n - 1, -abs(mean) / error)), n
+    )
 
 
-def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
+def confidence_interval(
+    values: np.ndarray[tuple[int], np.dtype[np.float64]],
+) -> tuple[float, float]:
     """Return the 95 % interval of a mean. Both ends are the mean for a single value or equal values."""
     mean = mean_difference(values)
     return (mean.mean, mean.mean) if math.isnan(mean.low) else (mean.low, mean.high)
 
 
 def paired_differences(
-    scores: pd.DataFrame, cell: Sequence[str], reference: Mapping[str, str], pair: str, averaged: Sequence[str] = ()
+    scores: pd.DataFrame,
+    cell: Sequence[str],
+    reference: Mapping[str, str],
+    pair: str,
+    averaged: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Compare every cell with its reference cell, which differs from it only in the columns of ``reference``.
 
@@ -75,7 +85,13 @@ def paired_differences(
     """
     is_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
     shared = [column for column in scores if column not in ("value", *reference, *averaged)]
-    base = scores[is_reference].groupby(shared, sort=False)["value"].mean().rename("reference").reset_index()
+    base = (
+        scores[is_reference]
+        .groupby(shared, sort=False)["value"]
+        .mean()
+        .rename("reference")
+        .reset_index()
+    )
     both = scores[~is_reference].merge(base, on=shared)
     by_pair = both.groupby([*cell, pair], sort=False)
     means = by_pair[["value", "reference"]].mean().assign(values=by_pair.size())
@@ -87,14 +103,17 @@ def paired_differences(
     return pd.DataFrame(rows, columns=[*cell, *Difference.COLUMNS, "n", "values"])
 
 
-def shared_pairs(scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str) -> pd.DataFrame:
+def shared_pairs(
+    scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str
+) -> pd.DataFrame:
     """Keep the scores of the pairs (such as seeds) that all rows of a table share, so that means are comparable.
 
     The columns ``table`` identify a table, and the columns ``row`` a row in it.
     """
     rows = scores.groupby(list(row), sort=False).ngroup()
     all_rows, rows_with_pair = (
-        rows.groupby([scores[key] for key in keys]).transform("nunique") for keys in (table, [*table, pair])
+        rows.groupby([scores[key] for key in keys]).transform("nunique")
+        for keys in (table, [*table, pair])
     )
     return scores[all_rows == rows_with_pair]
 
@@ -107,15 +126,26 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
     return steps.cummax().clip(upper=1.0).reindex(p.index)
 
 
-def with_verdicts(rows: pd.DataFrame, family: Sequence[str] = (), *, lower_is_better: bool = False) -> pd.DataFrame:
+def with_verdicts(
+    rows: pd.DataFrame, family: Sequence[str] = (), *, lower_is_better: bool = False
+) -> pd.DataFrame:
     """Add ``p_holm``, corrected over all rows or per group of the columns ``family``, and a ``verdict``.
 
     The verdict is ``better``, ``worse``, ``within noise``, ``equal``, or empty without a test.
     """
-    p = rows.groupby(list(family), sort=False)["p"].transform(holm) if family and len(rows) else holm(rows["p"])
+    p = (
+        rows.groupby(list(family), sort=False)["p"].transform(holm)
+        if family and len(rows)
+        else holm(rows["p"])
+    )
     is_better = rows["delta"] < 0 if lower_is_better else rows["delta"] > 0
     is_equal = (rows["low"] == 0) & (rows["high"] == 0)
-    words = {"equal": is_equal, "": p.isna(), "within noise": p >= SIGNIFICANCE, "better": is_better}
+    words = {
+        "equal": is_equal,
+        "": p.isna(),
+        "within noise": p >= SIGNIFICANCE,
+        "better": is_better,
+    }
     return rows.assign(p_holm=p, verdict=np.select(list(words.values()), list(words), "worse"))
 
 
@@ -191,4 +221,6 @@ class MutualInformation:
 
     def numbers(self, name: str) -> dict[str, float]:
         """Return the numbers by metric name; ``name`` is the kind of label, such as ``task``."""
-        return dict(zip(information_numbers(name), (self.bits, self.chance, self.chance_95), strict=True))
+        return dict(
+            zip(information_numbers(name), (self.bits, self.chance, self.chance_95), strict=True)
+        )

@@ -46,7 +46,9 @@ def describe(parts: list[SetPart]) -> str:
         )
     notes = "\n".join(f"warning: {part.note}" for part in parts if part.note)
     there = sum(part.rows is not None for part in parts)
-    return "\n\n".join(filter(None, [table, *advice, notes, f"{there} of {len(parts)} parts are there"]))
+    return "\n\n".join(
+        filter(None, [table, *advice, notes, f"{there} of {len(parts)} parts are there"])
+    )
 
 
 def _cells(part: SetPart) -> list[str]:

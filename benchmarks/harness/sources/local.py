@@ -9,7 +9,10 @@ from typing import Any
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, ROOT
 
-USER_SUFFIXES = (".json", ".jsonl")  # file name endings of the user's instruction sets below the data root
+USER_SUFFIXES = (
+    ".json",
+    ".jsonl",
+)  # file name endings of the user's instruction sets below the data root
 
 
 def local_path(name: str, source: Mapping[str, Any]) -> Path | None:

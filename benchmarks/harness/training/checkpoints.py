@@ -30,14 +30,18 @@ class SavedCallback(TrainerCallback, ExportableState):
 
     def restore(self, state: TrainerState) -> None:
         """Restore the attributes from a checkpoint's state."""
-        for name, value in cast(Any, state.stateful_callbacks)[type(self).__name__]["attributes"].items():
+        for name, value in cast(Any, state.stateful_callbacks)[type(self).__name__][
+            "attributes"
+        ].items():
             setattr(self, name, value)
 
 
 class MarkComplete(TrainerCallback):
     """Mark each new checkpoint as complete after all processes have written and flushed their files."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
+    ) -> None:
         PartialState().wait_for_everyone()
         if is_main():
             checkpoint = _checkpoint(args, state.global_step)
@@ -55,7 +59,9 @@ class FindBest(TrainerCallback):
     Trainer saves its path. If the folder was moved since, Trainer would end with the last weights instead.
     """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
+    ) -> None:
         _find_best(args, state)
 
 
@@ -96,7 +102,11 @@ def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path |
             else:
                 faults.append(fault)
                 shutil.rmtree(checkpoint)
-        consequence = f"the run goes on from {newest.name}" if newest else "the run starts again from the beginning"
+        consequence = (
+            f"the run goes on from {newest.name}"
+            if newest
+            else "the run starts again from the beginning"
+        )
         for fault in faults:
             say(f"warning: {fault}; {consequence}")
     return cast("Path | None", broadcast(newest))

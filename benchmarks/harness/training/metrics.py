@@ -18,7 +18,9 @@ _f1 = partial(metrics.f1_score, zero_division=0.0)
 
 
 def _accuracy_f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    return (float(metrics.accuracy_score(labels, predictions)) + float(_f1(labels, predictions))) / 2
+    return (
+        float(metrics.accuracy_score(labels, predictions)) + float(_f1(labels, predictions))
+    ) / 2
 
 
 def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
@@ -27,7 +29,9 @@ def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        return float((stats.pearsonr(labels, predictions)[0] + stats.spearmanr(labels, predictions)[0]) / 2)
+        return float(
+            (stats.pearsonr(labels, predictions)[0] + stats.spearmanr(labels, predictions)[0]) / 2
+        )
 
 
 SCORES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
@@ -40,7 +44,9 @@ SCORES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
 }
 
 
-def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], merged: Sequence[int] | None = None) -> float:
+def score(
+    metric: str, logits: NDArray[Any], labels: NDArray[Any], merged: Sequence[int] | None = None
+) -> float:
     """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``.
 
     Args:

@@ -19,7 +19,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from emoe.architectures import find_ffns
 
 _PARALLEL = "EMOE_PARALLEL"
-_TIMEOUT = timedelta(days=1)  # other processes wait while the first one loads; torchrun ends all if one fails
+_TIMEOUT = timedelta(
+    days=1
+)  # other processes wait while the first one loads; torchrun ends all if one fails
 
 
 def world_size() -> int:
@@ -92,11 +94,14 @@ def shard_(model: PreTrainedModel, precision: str) -> None:
         re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight"
         for name, module in model.named_modules()
         # the rest of a block must have one type, and trained adapters are float32
-        if name in blocks or any(weight.dtype != model.dtype for weight in module.parameters(recurse=False))
+        if name in blocks
+        or any(weight.dtype != model.dtype for weight in module.parameters(recurse=False))
     }
     requested = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
     config, _, mesh = model.prepare_distribute_model(requested)
     model.maybe_distribute_model(model, config, mesh)
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    set_model_state_dict(
+        model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)

@@ -57,7 +57,11 @@ class Progress(TrainerCallback):
         if now - self._last < _SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps:
             return
         self._last = now
-        left = (now - self._start) / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
+        left = (
+            (now - self._start)
+            / (state.global_step - self._first_step)
+            * (state.max_steps - state.global_step)
+        )
         self.say(f"step {state.global_step}/{state.max_steps}, {_clock(left)} of training left")
 
 

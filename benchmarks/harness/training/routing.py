@@ -22,7 +22,9 @@ _FEWEST_WINDOWS, _MOST_WINDOWS = 20, 100
 Result = TypeVar("Result")
 
 
-def evaluate_with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
+def evaluate_with_routing(
+    model: nn.Module, evaluate: Callable[[], Result]
+) -> tuple[Result, dict[str, Any]]:
     """Evaluate a model, and summarise the routing of its tokens; the summary of a dense model is empty."""
     if not emoe.is_converted(model):
         return evaluate(), {}

@@ -24,7 +24,12 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, *, by_length: bool) -> None:
-        self._lengths, self._batch_size, self._seed, self._by_length = lengths, batch_size, seed, by_length
+        self._lengths, self._batch_size, self._seed, self._by_length = (
+            lengths,
+            batch_size,
+            seed,
+            by_length,
+        )
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -37,5 +42,7 @@ class EpochOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(derive_seed("order", self._seed, self._epoch))
         if self._by_length:
-            return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+            return iter(
+                get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
+            )
         return iter(torch.randperm(len(self), generator=generator).tolist())

@@ -24,7 +24,11 @@ from benchmarks.harness.training.checkpoints import FindBest, MarkComplete
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.files import write_tensors
 
-_WEIGHTS, _OPTIMIZER, _SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"  # in a checkpoint
+_WEIGHTS, _OPTIMIZER, _SCHEDULER = (
+    "trained.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+)  # in a checkpoint
 
 
 def available_precision(requested: str) -> str:
@@ -53,7 +57,9 @@ def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingA
         **options,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
+        arguments._n_gpu = (
+            1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
+        )
     return arguments
 
 
@@ -87,7 +93,12 @@ class RoutedTrainer(Trainer):
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
-        self._order, self._trainable, self._probe, self._base_lr_ratio = order, trainable, probe, base_lr_ratio
+        self._order, self._trainable, self._probe, self._base_lr_ratio = (
+            order,
+            trainable,
+            probe,
+            base_lr_ratio,
+        )
         self.add_callback(probe)
         self.add_callback(UpdateGates())
         if hasattr(order, "set_epoch"):
@@ -100,12 +111,19 @@ class RoutedTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        is_slow = {parameter: name in self._trainable.slow for name, parameter in self._trained.named_parameters()}
+        is_slow = {
+            parameter: name in self._trainable.slow
+            for name, parameter in self._trained.named_parameters()
+        }
         for group in list(optimizer.param_groups):
             slow = [parameter for parameter in group["params"] if is_slow[parameter]]
             if slow:
-                group["params"] = [parameter for parameter in group["params"] if not is_slow[parameter]]
-                optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * self._base_lr_ratio})
+                group["params"] = [
+                    parameter for parameter in group["params"] if not is_slow[parameter]
+                ]
+                optimizer.add_param_group(
+                    {**group, "params": slow, "lr": group["lr"] * self._base_lr_ratio}
+                )
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -132,14 +150,18 @@ class RoutedTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(state, folder / _WEIGHTS)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
         # whole tensors by parameter name, which fit any number of processes
         state = get_optimizer_state_dict(self._trained, self._unwrapped_optimizer, options=options)
         if self.args.should_save:
@@ -149,10 +171,16 @@ class RoutedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             folder = Path(checkpoint)
-            state = torch.load(folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
+            state = torch.load(
+                folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True
+            )
             options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self._trained, self._unwrapped_optimizer, state, options=options)
-            cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+            set_optimizer_state_dict(
+                self._trained, self._unwrapped_optimizer, state, options=options
+            )
+            cast(Any, self.lr_scheduler).load_state_dict(
+                torch.load(folder / _SCHEDULER, weights_only=True)
+            )
 
     @property
     def _unwrapped_optimizer(self) -> torch.optim.Optimizer:

@@ -1,14 +1,18 @@
-"""Set the environment variables of a workflow's jobs."""
+"""Write the environment variables of a workflow's jobs, and read them in a job."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError, first_problem
 from benchmarks.harness.config.runs import canonical_json
-from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.config.suite import Suite, load_suite
 
 # They stop glibc from returning memory to the kernel in every step, which takes a tenth of a small model's
 # training time. Variables that are already set are kept; other C libraries ignore them.
@@ -42,3 +46,17 @@ def job_environment(suite: Suite) -> dict[str, str]:
     if suite.settings.tracking_uri:  # no argument, because it may hold a password
         variables[paths.TRACKING_URI] = suite.settings.tracking_uri
     return variables
+
+
+def suite_of_job(name: str) -> Suite:
+    """Load a suite in a job of the workflow, with the command line's values from the environment."""
+    text = os.environ.get(paths.OVERRIDES, "{}")
+    try:
+        overrides = TypeAdapter(dict[str, Any]).validate_json(text)
+    except ValidationError as error:
+        raise DefinitionError(
+            f"the environment variable {paths.OVERRIDES} must hold the values of --config as JSON, "
+            f'such as {{"seeds": 2}}; {first_problem(error)}; unset it, because the workflow sets it'
+        ) from error
+    is_of_this_suite = overrides.get("suite", "mini") == name
+    return load_suite(overrides if is_of_this_suite else {"suite": name})

@@ -26,7 +26,9 @@ def write_plan(suite: Suite) -> None:
     run_rows = []
     for run in suite.runs:
         keeps_weights = "yes" if run.keeps_weights else "no"
-        run_rows.append((run.folder, run.name, keeps_weights, canonical_json(run.resources), run.to_json()))
+        run_rows.append(
+            (run.folder, run.name, keeps_weights, canonical_json(run.resources), run.to_json())
+        )
     partition_rows = [(job.id, job.to_json()) for job in suite.partitions.values()]
     _write_rows(_plan_file(suite), [_RUN_COLUMNS, *run_rows])
     _write_rows(_partitions_file(suite), [_PARTITION_COLUMNS, *partition_rows])
@@ -50,7 +52,9 @@ def find_run(folder: str, suite: Suite) -> Run:
             raise DefinitionError(
                 f"the suite '{suite.name}' has no run '{folder}', but '{other}' has: add `--config suite={other}`"
             )
-    raise DefinitionError(f"no suite has the run '{folder}'; {_plan_file(suite)} lists the runs of this suite")
+    raise DefinitionError(
+        f"no suite has the run '{folder}'; {_plan_file(suite)} lists the runs of this suite"
+    )
 
 
 def find_partition(name: str, suite: Suite) -> PartitionJob:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 
 from benchmarks.harness import base as paths
-from benchmarks.harness.config.artifacts import (
+from benchmarks.harness.config.benchmark import benchmark_names
+from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
+from benchmarks.harness.report.artifacts import (
     CLAIMS,
     Artifacts,
     all_artifacts,
     artifacts_of,
     numbers_file,
-    records_file,
     suite_artifacts,
 )
-from benchmarks.harness.config.benchmark import benchmark_names
-from benchmarks.harness.config.claims import claimed_benchmarks
-from benchmarks.harness.config.paper_items import item_benchmarks, load_paper, missing_items, paper_files
-from benchmarks.harness.config.suite import Suite, plain_suite, suite_names
+from benchmarks.harness.report.claims import claimed_benchmarks
+from benchmarks.harness.report.paper_items import (
+    item_benchmarks,
+    load_paper,
+    missing_items,
+    paper_files,
+)
+from benchmarks.harness.results.files import records_file
 from emoe.errors import did_you_mean
 
 
@@ -54,7 +59,9 @@ def weight_files(suite: Suite) -> list[str]:
 
 def lost_spec_files(suite: Suite) -> list[str]:
     """Return the ``run.json`` files that finished runs have lost. An unfinished run writes its own."""
-    return [str(run.spec_file) for run in suite.runs if run.is_finished and not run.spec_file.exists()]
+    return [
+        str(run.spec_file) for run in suite.runs if run.is_finished and not run.spec_file.exists()
+    ]
 
 
 def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
@@ -153,7 +160,9 @@ def _hint(target: str, benchmarks: list[str], given: Suite, part: str | None = N
     others = []
     for name in suite_names():
         suite = plain_suite(name)
-        if name != given.name and any(output_files(suite, benchmark, part) for benchmark in benchmarks):
+        if name != given.name and any(
+            output_files(suite, benchmark, part) for benchmark in benchmarks
+        ):
             others.append(name)
     lacks = f"the suite '{given.name}' does not run {part or ' or '.join(benchmarks)}"
     if not others:

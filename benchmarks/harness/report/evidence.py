@@ -9,11 +9,14 @@ from enum import StrEnum
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.config.claims import Comparison
+from benchmarks.harness.report.claims import Comparison
 from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
 
 _CELL = ["model", "task", "eval_task", "tuning"]
-_PAIR = ["seed", "question"]  # a number of a seed has no question; the numbers of a question are averaged over seeds
+_PAIR = [
+    "seed",
+    "question",
+]  # a number of a seed has no question; the numbers of a question are averaged over seeds
 
 
 class Verdict(StrEnum):
@@ -47,8 +50,15 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
     if compare.direction == "near":
         return _compare_ratios(rows, compare)
     rows = rows[rows["metric"] == compare.metric]
-    ours, others = (rows[rows["method"] == name].astype({"value": float}) for name in (compare.method, compare.against))
-    return _compare_counts(ours, others) if compare.direction == "equal" else _compare_pairs(ours, others)
+    ours, others = (
+        rows[rows["method"] == name].astype({"value": float})
+        for name in (compare.method, compare.against)
+    )
+    return (
+        _compare_counts(ours, others)
+        if compare.direction == "equal"
+        else _compare_pairs(ours, others)
+    )
 
 
 def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
@@ -61,7 +71,12 @@ def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
     kept &= numbers["domain"] == compare.domain
     if compare.selection is not None:
         kept &= numbers["selection"] == compare.selection
-    named = {"model": compare.models, "task": compare.tasks, "tuning": compare.tunings, "eval_task": compare.questions}
+    named = {
+        "model": compare.models,
+        "task": compare.tasks,
+        "tuning": compare.tunings,
+        "eval_task": compare.questions,
+    }
     for column, names in named.items():
         if names:
             kept &= numbers[column].isin(names)
@@ -79,18 +94,26 @@ def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
     both = means.reset_index().merge(other_means.reset_index(), on=[*_CELL, *_PAIR])
     if both.empty:
         return None
-    by_pair = both.assign(difference=both["value"] - both["other"]).groupby(_PAIR, sort=True)["difference"]
+    by_pair = both.assign(difference=both["value"] - both["other"]).groupby(_PAIR, sort=True)[
+        "difference"
+    ]
     complete = by_pair.mean()[by_pair.size() == len(both[[*_CELL, "setting"]].drop_duplicates())]
     difference = mean_difference(complete.to_numpy(dtype=float))
     return Evidence(
-        difference, by_pair.ngroups - len(complete), list(both["model"].unique()), list(both["task"].unique())
+        difference,
+        by_pair.ngroups - len(complete),
+        list(both["model"].unique()),
+        list(both["task"].unique()),
     )
 
 
 def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
     """Return the largest difference of counts, which are deterministic; ``n`` counts the method's runs."""
     cell = ["model", "task", "tuning"]
-    ends = [rows.groupby(cell, sort=False)["value"].agg(["min", "max", "size"]) for rows in (ours, others)]
+    ends = [
+        rows.groupby(cell, sort=False)["value"].agg(["min", "max", "size"])
+        for rows in (ours, others)
+    ]
     both = ends[0].join(ends[1], how="inner", rsuffix="_other").reset_index()
     if both.empty:
         return None
@@ -104,11 +127,14 @@ def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
     """Return median ratio − 1, with the range over rounds of all settings; ``n`` counts settings."""
     rows = rows[rows["method"] == compare.method]
     ratios, low, high = (
-        rows.loc[rows["metric"] == f"{compare.metric}{end}", "value"].astype(float) for end in ("", "_low", "_high")
+        rows.loc[rows["metric"] == f"{compare.metric}{end}", "value"].astype(float)
+        for end in ("", "_low", "_high")
     )
     if ratios.empty:
         return None
-    difference = Difference(ratios.median() - 1, low.min() - 1, high.max() - 1, math.nan, len(ratios))
+    difference = Difference(
+        ratios.median() - 1, low.min() - 1, high.max() - 1, math.nan, len(ratios)
+    )
     return Evidence(difference, 0, list(rows["model"].unique()), [])
 
 
@@ -141,7 +167,11 @@ def judge(compare: Comparison, difference: Difference, p: float, margin: float) 
         return Verdict.SUPPORTED if is_claimed else Verdict.CONTRADICTED
     if math.isnan(difference.low):
         return Verdict.UNTESTABLE
-    bounds = {"same": (-margin, margin), "not_lower": (-margin, math.inf), "near": (-math.inf, margin)}
+    bounds = {
+        "same": (-margin, margin),
+        "not_lower": (-margin, math.inf),
+        "near": (-math.inf, margin),
+    }
     least, most = bounds.get(compare.direction, (0, 0))
     if is_within(difference, least, most):
         return Verdict.SUPPORTED

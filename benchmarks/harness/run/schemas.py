@@ -11,11 +11,11 @@ from pydantic.json_schema import models_json_schema
 from benchmarks.harness.base import SCHEMAS, write_text
 from benchmarks.harness.config.benchmark import KINDS, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import MetricFile, ModelFile
-from benchmarks.harness.config.claims import ClaimFile
 from benchmarks.harness.config.methods import MethodFile
-from benchmarks.harness.config.paper_items import PaperFile
 from benchmarks.harness.config.suite import SuiteSettings
 from benchmarks.harness.config.yaml import Strict
+from benchmarks.harness.report.claims import ClaimFile
+from benchmarks.harness.report.paper_items import PaperFile
 
 
 def write_schemas() -> list[Path]:
@@ -29,9 +29,13 @@ def write_schemas() -> list[Path]:
         **{name: kind.definition_model for name, kind in KINDS.items()},
         **{name: model for kind in KINDS.values() for name, model in kind.task_files.items()},
     }
-    schemas = {name: model.model_json_schema() for name, model in models.items()} | {"config": _suite_schema()}
+    schemas = {name: model.model_json_schema() for name, model in models.items()} | {
+        "config": _suite_schema()
+    }
     for name, schema in schemas.items():
-        write_text(SCHEMAS / f"{name}.schema.json", json.dumps(schema, indent=1, ensure_ascii=False))
+        write_text(
+            SCHEMAS / f"{name}.schema.json", json.dumps(schema, indent=1, ensure_ascii=False)
+        )
     return [SCHEMAS / f"{name}.schema.json" for name in schemas]
 
 

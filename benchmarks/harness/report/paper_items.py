@@ -13,11 +13,11 @@ from pydantic import Field
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS
-from benchmarks.harness.config.artifacts import FIGURE_FORMATS, FORMATS, Artifacts
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
-from benchmarks.harness.config.claims import Comparison, check_comparison
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
+from benchmarks.harness.report.artifacts import FIGURE_FORMATS, FORMATS, Artifacts
+from benchmarks.harness.report.claims import Comparison, check_comparison
 
 
 class PaperPart(Strict):
@@ -99,7 +99,10 @@ class MainAverage(Strict):
 class PaperFile(Strict):
     """The paper's tables and figures."""
 
-    items: Annotated[dict[Annotated[str, Field(pattern="^(table|figure)_[a-z0-9_]+$")], PaperItem], Field(min_length=1)]
+    items: Annotated[
+        dict[Annotated[str, Field(pattern="^(table|figure)_[a-z0-9_]+$")], PaperItem],
+        Field(min_length=1),
+    ]
     """The items by name: `table_` or `figure_`, and the number in the first version."""
     unknown: list[Key]
     """Tables of the first version whose content is unknown."""
@@ -127,7 +130,11 @@ class PaperOutput:
     def title(self) -> str:
         """Return the number and the title of the item."""
         kind, _, number = self.item.partition("_")
-        source = f"{kind.capitalize()} {number} of the paper (first version)" if number.isdigit() else "The paper"
+        source = (
+            f"{kind.capitalize()} {number} of the paper (first version)"
+            if number.isdigit()
+            else "The paper"
+        )
         return f"{source}: {load_paper().items[self.item].title}"
 
     def files(self, suite: str) -> list[str]:
@@ -166,13 +173,20 @@ def check_part(part: PaperPart, where: str) -> None:
 def missing_items() -> dict[str, str]:
     """Return the paper's tables and figures that are not reproduced, each with the reason."""
     missing = {name: item.missing for name, item in load_paper().items.items() if item.missing}
-    return missing | dict.fromkeys(load_paper().unknown, "its content is not known to this suite (docs/reproducing.md)")
+    return missing | dict.fromkeys(
+        load_paper().unknown, "its content is not known to this suite (docs/reproducing.md)"
+    )
 
 
 def item_benchmarks(item: PaperItem) -> list[str]:
     """List the benchmarks of an item."""
     averages = load_paper().main.values() if item.main else ()
-    return sorted({source.benchmark for source in (*(item.parts or ()), *(average.of for average in averages))})
+    return sorted(
+        {
+            source.benchmark
+            for source in (*(item.parts or ()), *(average.of for average in averages))
+        }
+    )
 
 
 def paper_outputs() -> Iterator[PaperOutput]:
@@ -214,11 +228,18 @@ def paper_files(suite: Suite, item: str | None = None) -> list[str]:
     """List a suite's files for the paper's items, or for one of them."""
     files = []
     for name, entry in load_paper().items.items():
-        if item in (None, name) and entry.main and set(item_benchmarks(entry)) & set(suite.settings.benchmarks):
+        if (
+            item in (None, name)
+            and entry.main
+            and set(item_benchmarks(entry)) & set(suite.settings.benchmarks)
+        ):
             files += main_files(suite.name)
     for output in paper_outputs():
         benchmark = output.part.benchmark
-        in_suite = benchmark in suite.settings.benchmarks and output.of_set in (None, *suite.parts(benchmark))
+        in_suite = benchmark in suite.settings.benchmarks and output.of_set in (
+            None,
+            *suite.parts(benchmark),
+        )
         if item in (None, output.item) and in_suite:
             files += output.files(suite.name)
     return files

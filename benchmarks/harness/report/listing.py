@@ -9,20 +9,27 @@ from tabulate import tabulate
 
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
-from benchmarks.harness.config.claims import load_claims
 from benchmarks.harness.config.methods import load_methods
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import plain_suite, suite_names, suite_parts
+from benchmarks.harness.report.claims import load_claims
 
 Row = dict[str, Any]
 
 
 def _tasks() -> list[Row]:
-    return [{"benchmark": name, **row} for name in benchmark_names() for row in _rows(load_benchmark(name).tasks)]
+    return [
+        {"benchmark": name, **row}
+        for name in benchmark_names()
+        for row in _rows(load_benchmark(name).tasks)
+    ]
 
 
 def _rows(entries: Mapping[str, object], *keys: str) -> list[Row]:
-    return [{"name": name} | {key: getattr(entry, key) for key in ("title", *keys)} for name, entry in entries.items()]
+    return [
+        {"name": name} | {key: getattr(entry, key) for key in ("title", *keys)}
+        for name, entry in entries.items()
+    ]
 
 
 def suite_rows(runs: Iterable[Run]) -> list[Row]:
@@ -37,7 +44,9 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
             "methods": _values(run.method for run in members),
             "tasks": _values(run.task for run in members),
             "settings": _values(run.variant for run in members),
-            "learning_rates": _values(f"{run.learning_rate:g}" for run in members if run.is_trained),
+            "learning_rates": _values(
+                f"{run.learning_rate:g}" for run in members if run.is_trained
+            ),
             "seeds": _values(str(run.seed) for run in members),
             "runs": len(members),
         }
@@ -65,10 +74,15 @@ def _values(values: Iterable[str]) -> list[str]:
 
 LISTS: dict[str, Callable[[], list[Row]]] = {
     "suites": lambda: [
-        {"name": suite.name, "benchmarks": list(suite.settings.benchmarks)} for suite in map(plain_suite, suite_names())
+        {"name": suite.name, "benchmarks": list(suite.settings.benchmarks)}
+        for suite in map(plain_suite, suite_names())
     ],
     "benchmarks": lambda: [
-        {"name": name, "title": load_benchmark(name).definition.title, "suites": sorted(suite_parts(name))}
+        {
+            "name": name,
+            "title": load_benchmark(name).definition.title,
+            "suites": sorted(suite_parts(name)),
+        }
         for name in benchmark_names()
     ],
     "methods": lambda: _rows(load_methods(), "kind", "role"),
@@ -78,5 +92,7 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
         {"name": name, **metric.model_dump(include={"label", "unit", "direction", "tolerance"})}
         for name, metric in load_metrics().items()
     ],
-    "claims": lambda: [{**row, "tests": len(load_claims()[row["name"]].tests)} for row in _rows(load_claims())],
+    "claims": lambda: [
+        {**row, "tests": len(load_claims()[row["name"]].tests)} for row in _rows(load_claims())
+    ],
 }

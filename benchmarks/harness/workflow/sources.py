@@ -1,0 +1,104 @@
+"""List the files that shape each output, so that Snakemake makes an output again after an edit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from benchmarks.harness.base import BENCHMARKS
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.methods import plugin_files
+
+_LISTS = ("models.yaml", "metrics.yaml", "methods.yaml", "paper.yaml")
+# the rooms of the harness that shape tables
+_TABLE_ROOMS = ("harness/config", "harness/report", "harness/results", "harness/sources")
+# files in these rooms that shape only the claims
+_CLAIM_FILES = (
+    "harness/report/claims.py",
+    "harness/report/claims_table.py",
+    "harness/report/evidence.py",
+)
+# files in these rooms that shape no table
+_OTHER_FILES = (
+    "__main__.py",
+    "harness/report/listing.py",
+    "harness/report/page.py",
+    "harness/results/check.py",
+    "harness/results/mlflow.py",
+    "harness/results/reference.py",
+)
+
+
+def table_sources(*benchmarks: str) -> list[str]:
+    """List the files that shape the benchmarks' tables, besides the records of runs.
+
+    These are the code of the harness (except training), of the benchmarks' kinds and of plugins; the definitions; the
+    published numbers; and the lists of models, methods, metrics and paper items.
+    """
+    folders = {*_TABLE_ROOMS, *benchmarks}
+    for name in benchmarks:
+        folders |= _folders_of_kind(name)
+    patterns = [*_LISTS, "*.py", "harness/*.py", "harness/report/table.html.j2"]
+    for folder in sorted(folders):
+        patterns.append(f"{folder}/*.py")
+        patterns.append(f"{folder}/**/*.csv")
+    shape_no_table = set(_files(*_CLAIM_FILES, *_OTHER_FILES))
+    sources = [file for file in _files(*patterns) if file not in shape_no_table]
+    for name in benchmarks:
+        for file in _definition_files(name):
+            definition_file = os.path.relpath(file)
+            if definition_file not in sources:  # two benchmarks may share a file of tasks
+                sources.append(definition_file)
+    plugins = [os.path.relpath(file) for file in plugin_files()]
+    return [*sources, *plugins]
+
+
+def record_sources() -> list[str]:
+    """List the code that shapes the files of records."""
+    return _files("harness/results/records.py", "harness/results/content.py")
+
+
+def claim_sources() -> list[str]:
+    """List the claims, and the code that shapes only their table and figures."""
+    return _files("claims.yaml", *_CLAIM_FILES)
+
+
+def page_sources() -> list[str]:
+    """List the code, template, style and script of the pages, and the paper's items."""
+    return _files(
+        "harness/report/page.*",
+        "harness/report/paper.py",
+        "harness/report/paper_items.py",
+        "paper.yaml",
+    )
+
+
+def _folders_of_kind(name: str) -> set[str]:
+    """Return the folders below ``benchmarks/`` that define a benchmark's class and its base classes."""
+    folders = set()
+    for cls in type(load_benchmark(name)).__mro__:
+        package, *rest = cls.__module__.split(".")
+        if package == BENCHMARKS.name and rest[0] != "harness":
+            folders.add(rest[0])
+    return folders
+
+
+def _definition_files(name: str) -> list[Path]:
+    """List the YAML files of a benchmark, its file of tasks, and those of the benchmark that it evaluates."""
+    benchmark = load_benchmark(name)
+    files = sorted(benchmark.folder.glob("*.yaml"))
+    tasks_file = getattr(benchmark.definition, "tasks", None)
+    if tasks_file:
+        files.append((benchmark.folder / tasks_file).resolve())
+    if benchmark.evaluates:
+        files += _definition_files(benchmark.evaluates)
+    return files
+
+
+def _files(*patterns: str) -> list[str]:
+    """List the files below ``benchmarks/`` that match, relative to the working directory."""
+    files = []
+    for pattern in patterns:
+        for file in sorted(BENCHMARKS.glob(pattern)):
+            files.append(os.path.relpath(file))
+    return files
