@@ -49,7 +49,7 @@ class FFNSpec:
     between: tuple[str, ...] = ()
 
     def in_paths(self) -> list[str]:
-        """Return the path of the in-projection and, if there is a separate one, the up-projection."""
+        """Return the paths of the in-projection and, if it is separate, the up-projection."""
         if self.proj_up:
             return [self.proj_in, self.proj_up]
         return [self.proj_in]
