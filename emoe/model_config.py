@@ -64,9 +64,7 @@ class Experts:
         if not isinstance(config, Mapping):
             raise ValueError(f"the experts' configuration is {config!r:.80}, not an object")
         is_list = isinstance(layers, list) and len(layers) > 0
-        # isinstance would accept True
-        are_numbers = is_list and all(type(layer) is int and layer >= 0 for layer in layers)
-        if not are_numbers:
+        if not is_list or not all(_is_layer_number(layer) for layer in layers):
             raise ValueError(f"layers is {layers!r:.80}, not a list of layer numbers")
         numbers = sorted(set(layers))
         return cls(config_from_dict(config), tuple(numbers))
@@ -83,6 +81,11 @@ class Experts:
             "experts": self.config.to_dict(),
             "layers": list(self.layers),
         }
+
+
+def _is_layer_number(value: object) -> bool:
+    """Check if a value is an integer of at least 0, and not a bool."""
+    return type(value) is int and value >= 0
 
 
 def is_ours(quantization_config: Any) -> bool:

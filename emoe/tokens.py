@@ -23,7 +23,7 @@ _KEY_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")
 
 def is_recomputed() -> bool:
     """Check if activation checkpointing is repeating a forward pass within the backward pass."""
-    # PyTorch has no public function for this. A compiled graph is recomputed without calling Python.
+    # PyTorch has no public function for this. Recomputing a compiled graph does not call Python.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -226,8 +226,8 @@ def _module_with_mask(
     It is ``""``, the whole model, if there is none.
     """
     path = ffn.spec.activation
-    # Start with the module that contains the layer, not with the layer: torch's layers get their own
-    # mask. From the activation's parent, that is one step up for each dot of the path, and one more.
+    # Start with the module that contains the layer, because torch's layers get a mask of their own.
+    # From the activation's parent, it is one step up for each dot of the path, and one more.
     name = names[ffn.parents[path]]
     steps = path.count(".") + 1
     for _ in range(steps):
