@@ -199,7 +199,7 @@ def read_experts(folder: Path) -> Experts | None:
     settings = files.read_settings(folder)
     path = folder / files.STOCK_CONFIG_FILE  # the file that an error names
     try:
-        quantization_config = settings.get(QUANTIZATION_CONFIG)
+        quantization_config: Any = settings.get(QUANTIZATION_CONFIG)
         if is_ours(quantization_config):
             return Experts.from_quantization_config(quantization_config)
         content = settings.get(SEPARATE_KEY)
