@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from emoe.errors import ConversionError, did_you_mean
 
-HALVES = ("first", "last")
-
 
 @dataclass(frozen=True)
 class FFNSpec:
@@ -167,7 +165,7 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
         ConversionError: ``between`` or ``fused`` of a spec is invalid.
     """
     for spec in specs:
-        if not isinstance(spec.between, tuple) or spec.fused not in (None, *HALVES):
+        if not isinstance(spec.between, tuple) or spec.fused not in (None, "first", "last"):
             raise ConversionError(
                 f"register_ffn: between must be a tuple, fused None, 'first' or 'last': {spec}"
             )
@@ -316,6 +314,7 @@ class FFN:
         """
         in_projections = [_by_expert(self.keys(), self.key_bias(), num_experts)]
         if self.gated:
+            # a fused in-projection is also the up-projection
             projection = self._up_module()
             weight = self._up_half(self._as_out_in(weight_of(projection)))
             bias = bias_of(projection)
@@ -342,6 +341,7 @@ class FFN:
 
         The out-projection's bias has no such dimension and is left out.
         """
+        # a weight is [out, in], or [in, out] if it is transposed
         out_dim = 1 if self.spec.transposed else 0
         in_dim = 1 - out_dim
         dims = {f"{self.spec.proj_out}.weight": in_dim}
@@ -360,8 +360,8 @@ class FFN:
         """
         dim = self.neuron_dims()[path]
         indices = neurons.to(tensor.device)
-        is_fused = self.spec.fused is not None and path != f"{self.spec.proj_out}.weight"
-        if not is_fused:
+        is_out = path == f"{self.spec.proj_out}.weight"
+        if is_out or self.spec.fused is None:
             return tensor.index_select(dim, indices)
         # both halves have the same neurons
         halves = [half.index_select(dim, indices) for half in tensor.chunk(2, dim)]
@@ -375,6 +375,7 @@ class FFN:
         """
         for path in self.neuron_dims():
             module_path, _, name = path.rpartition(".")
+            # a projection may have no bias
             tensor = cast("Tensor | None", getattr(self.module(module_path), name, None))
             if tensor is not None:
                 tensor.copy_(self.take(path, tensor, permutation))

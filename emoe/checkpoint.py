@@ -81,8 +81,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     describe_experts_(model)
     config = getattr(model, "config", None)
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
+        # a transformers checkpoint: config.json describes the experts
         files.save_weights(model, folder)
-        # config.json describes the experts, and files of an older save would contradict it
+        # files of an older save would contradict it
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         (folder / EXTRA_FILE).unlink(missing_ok=True)
     else:
@@ -116,6 +117,7 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     names = {module: name for name, module in model.named_modules()}
     for layer in routed_layers(model):
+        # routers, running gates and biases of experts
         layer_name = names[layer]
         for name in layer.state_dict():
             del state[f"{layer_name}.{name}"]
@@ -326,6 +328,7 @@ def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mappin
     if (folder / EXTRA_FILE).exists():
         load_extra_(layers, folder)
     else:
+        # transformers saved the routing with the weights
         _load_routing_(layers, files.Weights(folder), folder)
     check_placement(layers)
     read_order_(layers, folder)
@@ -385,7 +388,7 @@ def build_experts_(
     """
     ffns = find_ffns(model)
     config = experts.config
-    last = experts.layers[-1]
+    last = experts.layers[-1]  # in ascending order
     if last >= len(ffns):
         raise CheckpointError(
             f"{source} has experts in layer {last}, but the model only {len(ffns)} FFNs"
@@ -430,11 +433,14 @@ def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
         CheckpointError: the file is damaged or belongs to other weights, or is missing beside
             ``emoe_config.json``.
     """
+    # The model's own library writes no partition file. emoe_config.json shows that emoe saved the
+    # folder: then the file must be there.
     path = folder / PARTITION_FILE
     if not path.exists() and not (folder / CONFIG_FILE).exists():
         return
     tensors = files.read_tensors(path)
 
+    # key norms are stored for every converted layer
     expected = {f"key_norms.{layer.ffn.index}" for layer in layers}
     stored = {name for name in tensors if name.startswith("key_norms.")}
     first, *_ = layers

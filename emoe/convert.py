@@ -197,6 +197,7 @@ def convert_ffn(
     else:
         permutation = partition[ffn.index].cpu()
         ffn.permute_(permutation)
+    # the constructor puts the module into the model
     RoutedActivation(ffn, config, permutation)
 
     # a mapping of the caller's own has no such numbers
@@ -229,11 +230,12 @@ def conversion_report(
         neurons: number of neurons of the dense model's FFNs.
         added: number of parameters that the dense model does not have.
     """
-    # as many experts have the neurons of the dense FFN: one of GMoE's copies, or all of EMoE's
+    # number of experts with as many neurons as the dense FFN: one copy of GMoE, all experts of EMoE
     dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts
-    more_experts = config.num_active_experts - dense_experts  # negative for EMoE
-    more_neurons = sum(report.expert_size * more_experts for report in reports)
-    active = neurons + more_neurons
+    # a token uses so many more experts than that; for EMoE, the number is not positive
+    additional_experts = config.num_active_experts - dense_experts
+    additional_neurons = sum(report.expert_size * additional_experts for report in reports)
+    active = neurons + additional_neurons
     return ConversionReport(tuple(reports), ffns, active / neurons, added)
 
 
@@ -243,6 +245,7 @@ def widen(ffn: FFN, copies: int) -> None:
 
     The output bias is not copied.
     """
+    # 0, 1, …, d - 1, once for each copy
     neurons = torch.arange(ffn.d).repeat(copies)
     neuron_dims = ffn.neuron_dims()
     for path, module in ffn.projections():
@@ -291,6 +294,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         raise ConversionError(
             "a GMoE has no dense equal: its experts are full FFNs that were trained separately"
         )
+    # check all layers before the first one is changed
     if restore_order:
         check_plain(layer.ffn for layer in layers)
         for layer in layers:

@@ -121,6 +121,7 @@ def tensor_digest(tensor: Tensor) -> str:
     plain = tensor.detach().cpu().contiguous()
     form = f"{plain.dtype}{tuple(plain.shape)}"
     digest = hashlib.sha256(form.encode())
+    # as bytes, because NumPy has no bfloat16
     content = plain.flatten().view(torch.uint8)
     digest.update(content.numpy().data)
     return digest.hexdigest()

@@ -110,6 +110,7 @@ def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts
     """Return the texts for the library of a model."""
     name = type(model).__name__
     is_transformers = hasattr(model, "save_pretrained")
+    # a quantised model, whose quantization_config describes its quantizer instead of the experts
     if is_transformers and not is_ours(getattr(model.config, QUANTIZATION_CONFIG, None)):
         return _LibraryTexts(
             library="transformers",

@@ -26,6 +26,7 @@ def register_loader() -> None:
     if _QUANTIZERS in sys.modules:
         _import_loader()
     else:
+        # the first place, because the import system asks no further finder once one has an answer
         sys.meta_path.insert(0, _Finder())
 
 
@@ -56,6 +57,7 @@ class _Finder(MetaPathFinder):
         """Return the changed specification of the one module, None for all others."""
         if fullname != _QUANTIZERS:
             return None
+        # importlib.util.find_spec would ask this finder again
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _LoadAndRegister(spec.loader)
