@@ -93,15 +93,18 @@ if importlib.util.find_spec("transformers") is not None:
 
 
 def __getattr__(name: str) -> Any:
+    """Import a name's module at the first use of the name."""
     if name not in _MODULES:
         raise AttributeError(f"module 'emoe' has no attribute '{name}'")
     module = importlib.import_module(f"emoe.{_MODULES[name]}")
     value = getattr(module, name)
-    globals()[name] = value  # Python calls __getattr__ for missing names only
+    # the next use finds the name here, because Python calls __getattr__ for missing names only
+    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
+    """List also the names that are not imported yet."""
     return sorted({*globals(), *_MODULES})
 
 

@@ -24,7 +24,7 @@ _output = click.option("--output", type=_FOLDER, required=True, help="A new fold
 
 
 class _Commands(click.Group):
-    """Report expected errors in one line."""
+    """A group of commands that reports expected errors in one line."""
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> NoReturn:  # type: ignore[override]
         """Run a command, and exit with its status."""
@@ -48,7 +48,7 @@ class _Commands(click.Group):
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
-    """Print a line of error, and exit."""
+    """Print an error in one line, and exit."""
     click.echo(f"error: {message}", err=True)
     sys.exit(status)
 
@@ -68,7 +68,7 @@ def cli(context: click.Context) -> None:
 
 def _plain_layers(text: str) -> str | list[int]:
     """Return ``8,10`` as a list of layers, and any other text unchanged."""
-    # int() reads no number of any length
+    # at most nine digits, because int() rejects very long numbers
     if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
         return [int(number) for number in text.split(",")]
     return text
@@ -142,20 +142,24 @@ def convert(
 
     config = _build_config(kind, as_published, fields)
     if kind == "emoe" and config.partition == "coactivation":
-        way_out = "convert in Python (docs/library.md)"
-        raise ConfigError(f"a co-activation partition needs calibration data; {way_out}")
+        raise ConfigError(
+            "a co-activation partition needs calibration data; convert in Python (docs/library.md)"
+        )
 
+    # check both folders before the model is loaded, which takes long
     files.check_new(output)
     source = files.model_folder(model)
     if checkpoint.read_experts(source) is not None:
         raise CheckpointError(
             f"{source} holds experts already; fold them back first (python -m emoe to-dense)"
         )
-    dense = files.load_stock(files.loader_for(source), source).eval()
+
+    loader = files.loader_for(source)
+    network = files.load_stock(loader, source).eval()
     torch.manual_seed(0)  # for learned routers
-    report = emoe.convert_(dense, config, progress=True)
+    report = emoe.convert_(network, config, progress=True)
     with files.new_folder(output, source) as new:
-        emoe.save_pretrained(dense, new)
+        emoe.save_pretrained(network, new)
     click.echo(report)
     click.echo(f"Written to {output}")
 
@@ -179,38 +183,51 @@ def inspect(folder: Path) -> None:
     experts = checkpoint.read_experts(folder)
     if experts is None:
         raise CheckpointError(f"{folder} holds no experts; convert it with python -m emoe convert")
+
+    # only emoe.save_pretrained writes the partition file
     partition = folder / checkpoint.PARTITION_FILE
-    tensors = files.read_tensors(partition) if partition.exists() else {}
+    tensors = {}
+    if partition.exists():
+        tensors = files.read_tensors(partition)
+
     click.echo(_config_table(experts.config))
     click.echo()
     click.echo(_layer_table(experts, tensors))
     click.echo()
     click.echo(_file_table(folder))
     if not tensors:
-        unknown = "the original order of the neurons is unknown"
-        click.echo(f"\nThe model's own library saved this folder: {unknown}.")
+        click.echo(
+            "\nThe model's own library saved this folder: "
+            "the original order of the neurons is unknown."
+        )
 
 
 def _config_table(config: emoe.EMoEConfig | emoe.GMoEConfig) -> str:
-    """Make a table of a configuration's fields."""
+    """Make a table of a configuration's fields. A * marks those that are not the default."""
     values = config.to_dict()
-    # these two have no defaults
+    # num_experts and top_k have no defaults
     default_config = type(config)(num_experts=config.num_experts, top_k=config.top_k)
     defaults = default_config.to_dict()
     rows = []
     for name, value in values.items():
-        star = "" if value == defaults[name] else "*"
+        is_default = value == defaults[name]
+        star = "" if is_default else "*"
         rows.append((name, json.dumps(value), star))
     return tabulate(rows, headers=["field", "value", "set"], tablefmt="simple")
 
 
 def _layer_table(experts: Experts, tensors: dict[str, torch.Tensor]) -> str:
-    """Make a table of the converted layers."""
+    """Make a table of the converted layers.
+
+    ``tensors`` is the content of the partition file, empty if the folder has none. Without it, the
+    table has no sizes.
+    """
     num_experts = experts.config.num_experts
     rows = []
     for layer in experts.layers:
         row = {"layer": layer, "experts": num_experts}
-        if tensors:  # the model's own library saves none
+        if tensors:
+            # one key norm per neuron
             neurons = len(tensors.get(f"key_norms.{layer}", ()))
             row["neurons"] = neurons
             row["size"] = neurons // num_experts
@@ -223,8 +240,8 @@ def _file_table(folder: Path) -> str:
     rows = []
     for path in sorted(folder.iterdir()):
         if path.is_file():
-            size = path.stat().st_size / 1e6
-            rows.append((path.name, f"{size:.2f} MB"))
+            megabytes = path.stat().st_size / 1e6
+            rows.append((path.name, f"{megabytes:.2f} MB"))
     headers = ["file", "size"]
     return tabulate(rows, headers=headers, tablefmt="simple", colalign=("left", "right"))
 
@@ -241,7 +258,8 @@ def to_dense(folder: Path, output: Path, restore_order: bool) -> None:
     """Fold the experts of a converted FOLDER back, and write the dense model to a new folder."""
     files.check_new(output)
     source = files.model_folder(str(folder))
-    model = emoe.from_pretrained(files.loader_for(source), source)
+    loader = files.loader_for(source)
+    model = emoe.from_pretrained(loader, source)
     emoe.to_dense_(model, restore_order=restore_order)
     with files.new_folder(output, source) as new:
         files.save_weights(model, new)
@@ -254,8 +272,9 @@ def build() -> None:
     try:
         path = build_kernels()
     except (OSError, RuntimeError, ImportError) as error:
-        message = f"the kernels cannot be built: {error}; the sparse backend uses PyTorch"
-        raise click.ClickException(message) from error
+        raise click.ClickException(
+            f"the kernels cannot be built: {error}; the sparse backend uses PyTorch"
+        ) from error
     click.echo(f"Kernels: {path}")
 
 

@@ -13,24 +13,28 @@ from torch import Tensor, nn
 
 from emoe.errors import ConversionError, did_you_mean
 
-HALVES = ("first", "last")
-
 
 @dataclass(frozen=True)
 class FFNSpec:
-    """Locate the FFNs of one architecture. All paths except ``layers`` are relative to a layer.
+    """The location of the FFNs in one architecture.
+
+    All paths except ``layers`` are relative to a layer.
 
     Attributes:
-        layers: dotted path of the list of layers, matched as a suffix: one row serves the bare model, the model with
-            a head, and a wrapped model. ``*`` stands for any one name (``stages.*.blocks``); then all lists that
-            match are used, in the model's order.
+        layers: dotted path of the list of layers, matched as a suffix: one row serves the bare
+            model, the model with a head, and a wrapped model. ``*`` stands for any one name
+            (``stages.*.blocks``); then all lists that match are used, in the model's order.
         proj_in: path of the in-projection, whose rows are the keys. ``gate_proj`` for a gated FFN.
-        activation: path of the activation: a module, or an attribute of the instance that holds a function.
+        activation: path of the activation: a module, or an attribute of the instance that holds a
+            function.
         proj_out: path of the out-projection, whose columns are the values.
-        proj_up: path of the second in-projection of a gated FFN. Its output multiplies the activation's.
-        fused: activated half, whose rows are the keys, if ``proj_in`` holds both halves of a gated FFN.
+        proj_up: path of the second in-projection of a gated FFN. Its output multiplies the
+            activation's.
+        fused: activated half, whose rows are the keys, if ``proj_in`` holds both halves of a gated
+            FFN.
         transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
-        between: paths of the modules between activation and out-projection, each a dropout or an ``nn.Identity``.
+        between: paths of the modules between activation and out-projection, each a dropout or an
+            ``nn.Identity``.
     """
 
     layers: str
@@ -42,36 +46,53 @@ class FFNSpec:
     transposed: bool = False
     between: tuple[str, ...] = ()
 
+    def in_paths(self) -> list[str]:
+        """Return the paths of the in-projection and, if it is separate, the up-projection."""
+        if self.proj_up:
+            return [self.proj_in, self.proj_up]
+        return [self.proj_in]
+
     def paths(self) -> list[str]:
         """Return the paths of all modules of the FFN."""
-        inputs = [self.proj_in, self.proj_up] if self.proj_up else [self.proj_in]
-        return [*inputs, self.proj_out, self.activation, *self.between]
+        return [*self.in_paths(), self.proj_out, self.activation, *self.between]
 
     def missing_path(self, layer: nn.Module) -> str | None:
         """Return the first path that a layer does not have, or None."""
         for path in self.paths():
-            prefix, _, name = path.rpartition(".")
+            parent_path, _, name = path.rpartition(".")
             try:
-                parent = layer.get_submodule(prefix)
+                parent = layer.get_submodule(parent_path)
             except AttributeError:
                 return path
-            is_function = path == self.activation and callable(
-                vars(parent).get(name)
-            )  # a method cannot be replaced
-            if not isinstance(getattr(parent, name, None), nn.Module) and not is_function:
+            is_module = isinstance(getattr(parent, name, None), nn.Module)
+            # an attribute of the instance can be replaced, a method of the class cannot
+            is_function = path == self.activation and callable(vars(parent).get(name))
+            if not is_module and not is_function:
                 return path
         return None
+
+
+def attribute_name(path: str) -> str:
+    """Return the last name of a dotted path: the attribute of the parent module."""
+    _, _, name = path.rpartition(".")
+    return name
 
 
 def _t5_specs(stack: str, position: int) -> list[FFNSpec]:
     """Return the two kinds of FFN in one of T5's stacks: T5 1.0's, and the gated FFN of T5 1.1."""
     ffn = f"layer.{position}.DenseReluDense"
     plain = FFNSpec(
-        f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo", between=(f"{ffn}.dropout",)
+        layers=f"{stack}.block",
+        proj_in=f"{ffn}.wi",
+        activation=f"{ffn}.act",
+        proj_out=f"{ffn}.wo",
+        between=(f"{ffn}.dropout",),
     )
-    return [plain, replace(plain, proj_in=f"{ffn}.wi_0", proj_up=f"{ffn}.wi_1")]
+    gated = replace(plain, proj_in=f"{ffn}.wi_0", proj_up=f"{ffn}.wi_1")
+    return [plain, gated]
 
 
+# Positional arguments: layers, in-projection, activation, out-projection.
 _BERT = FFNSpec(
     "encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"
 )
@@ -81,7 +102,11 @@ _TORCH = FFNSpec("layers", "linear1", "activation", "linear2", between=("dropout
 _TIMM = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1", "mlp.norm"))
 
 REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), (_BERT,)),
+    "bert": (_BERT,),
+    "roberta": (_BERT,),
+    "xlm-roberta": (_BERT,),
+    "electra": (_BERT,),
+    "deberta-v2": (_BERT,),
     "distilbert": (FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),),
     "modernbert": (
         FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first", between=("mlp.drop",)),
@@ -90,19 +115,27 @@ REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
     "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
     "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
     "t5": (*_t5_specs("encoder", 1), *_t5_specs("decoder", 2)),
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_GATED,)
-    ),
+    "llama": (_GATED,),
+    "mistral": (_GATED,),
+    "qwen2": (_GATED,),
+    "qwen3": (_GATED,),
+    "gemma": (_GATED,),
+    "gemma2": (_GATED,),
+    "gemma3_text": (_GATED,),
     "phi3": (
         FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused="first"),
     ),
-    **dict.fromkeys(("phi", "vit", "deit"), (_MLP,)),
+    "phi": (_MLP,),
+    "vit": (_MLP,),
+    "deit": (_MLP,),
     "dinov2": (replace(_MLP, layers="encoder.layer"),),
     "clip_vision_model": (replace(_MLP, layers="encoder.layers"),),
     # timm's models and torch's own have no model_type: keyed by class
-    **dict.fromkeys(("VisionTransformer", "Beit"), (_TIMM,)),
+    "VisionTransformer": (_TIMM,),
+    "Beit": (_TIMM,),
     "SwinTransformer": (replace(_TIMM, layers="layers.*.blocks"),),
-    **dict.fromkeys(("TransformerEncoder", "TransformerDecoder"), (_TORCH,)),
+    "TransformerEncoder": (_TORCH,),
+    "TransformerDecoder": (_TORCH,),
 }
 
 
@@ -112,22 +145,27 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
     >>> class Net(torch.nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         parts = {"up": torch.nn.Linear(8, 32), "act": torch.nn.ReLU(), "down": torch.nn.Linear(32, 8)}
-    ...         self.blocks = torch.nn.Sequential(torch.nn.ModuleDict(parts))
-    >>> emoe.register_ffn("Net", emoe.FFNSpec("blocks", proj_in="up", activation="act", proj_out="down"))
-    >>> emoe.convert_(Net(), emoe.EMoEConfig(num_experts=4, top_k=1, layers="all")).layers[0].expert_size
+    ...         up = torch.nn.Linear(8, 32)
+    ...         down = torch.nn.Linear(32, 8)
+    ...         ffn = torch.nn.ModuleDict({"up": up, "act": torch.nn.ReLU(), "down": down})
+    ...         self.blocks = torch.nn.Sequential(ffn)
+    >>> spec = emoe.FFNSpec("blocks", proj_in="up", activation="act", proj_out="down")
+    >>> emoe.register_ffn("Net", spec)
+    >>> config = emoe.EMoEConfig(num_experts=4, top_k=1, layers="all")
+    >>> emoe.convert_(Net(), config).layers[0].expert_size
     8
 
     Args:
-        key: ``model.config.model_type`` or, for models without a ``model_type``, the name of the model's class.
-        *specs: locations of its FFNs, one per stack of layers or kind of FFN. Those that exist in the model are used,
-            in this order.
+        key: ``model.config.model_type`` or, for models without a ``model_type``, the name of the
+            model's class.
+        *specs: locations of its FFNs, one per stack of layers or kind of FFN. Those that exist in
+            the model are used, in this order.
 
     Raises:
         ConversionError: ``between`` or ``fused`` of a spec is invalid.
     """
     for spec in specs:
-        if not isinstance(spec.between, tuple) or spec.fused not in (None, *HALVES):
+        if not isinstance(spec.between, tuple) or spec.fused not in (None, "first", "last"):
             raise ConversionError(
                 f"register_ffn: between must be a tuple, fused None, 'first' or 'last': {spec}"
             )
@@ -136,15 +174,18 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
 
 @dataclass(frozen=True, eq=False)
 class FFN:
-    """Locate one FFN of a model. ``h`` is the model's width, ``d`` the number of neurons.
+    """One FFN of a model: its modules, and views of its weights by neuron.
+
+    ``h`` is the model's width, ``d`` the number of neurons.
 
     Attributes:
         index: number of the FFN in the model.
         name: qualified name of the FFN's layer.
         spec: row of the architecture.
-        parents: parent module of each path's last attribute, by path. Excludes the layer, so that copying an FFN
-            does not copy the attention.
-        rows_first: the layer takes ``[rows, tokens, h]``. False for PyTorch's own layers with ``batch_first=False``.
+        parents: parent module of each path's last attribute, by path. Excludes the layer, so that
+            copying an FFN does not copy the attention.
+        rows_first: the layer takes ``[rows, tokens, h]``. False for PyTorch's own layers with
+            ``batch_first=False``.
     """
 
     index: int
@@ -155,7 +196,7 @@ class FFN:
 
     def module(self, path: str) -> nn.Module:
         """Return the module at a path of the spec."""
-        return cast(nn.Module, getattr(self.parents[path], path.rpartition(".")[2]))
+        return cast(nn.Module, getattr(self.parents[path], attribute_name(path)))
 
     @property
     def proj_in(self) -> nn.Module:
@@ -165,7 +206,9 @@ class FFN:
     @property
     def proj_up(self) -> nn.Module | None:
         """The up-projection, None if there is no separate one."""
-        return self.module(self.spec.proj_up) if self.spec.proj_up else None
+        if not self.spec.proj_up:
+            return None
+        return self.module(self.spec.proj_up)
 
     @property
     def proj_out(self) -> nn.Module:
@@ -179,16 +222,18 @@ class FFN:
 
     def replace(self, path: str, module: Callable[[Tensor], Tensor]) -> None:
         """Put a module, or the activation's function, at a path."""
-        parent, name = self.parents[path], path.rpartition(".")[2]
+        parent = self.parents[path]
+        name = attribute_name(path)
         if not isinstance(module, nn.Module):
             delattr(parent, name)  # setattr rejects a function for a module
         setattr(parent, name, module)
 
     def in_projections(self) -> list[tuple[str, nn.Module]]:
-        """Return the in-projection and, if it is a separate module, the up-projection, with their paths."""
-        return [
-            (path, self.module(path)) for path in (self.spec.proj_in, self.spec.proj_up) if path
-        ]
+        """Return the in-projection and, if it is a separate module, the up-projection.
+
+        Each has its path.
+        """
+        return [(path, self.module(path)) for path in self.spec.in_paths()]
 
     def projections(self) -> list[tuple[str, nn.Module]]:
         """Return the in-projections and the out-projection with their paths."""
@@ -201,20 +246,17 @@ class FFN:
     @property
     def d(self) -> int:
         """Number of neurons."""
-        return (
-            self.values().shape[1]
-            if has_plain_weight(self.proj_out)
-            else int(cast(Any, self.proj_out).in_features)
-        )
+        if has_plain_weight(self.proj_out):
+            return self.values().shape[1]
+        # a quantised or packed weight has another shape than the matrix
+        return int(cast(Any, self.proj_out).in_features)
 
     @property
     def h(self) -> int:
         """Width of the FFN's input."""
-        return (
-            self.keys().shape[1]
-            if has_plain_weight(self.proj_in)
-            else int(cast(Any, self.proj_in).in_features)
-        )
+        if has_plain_weight(self.proj_in):
+            return self.keys().shape[1]
+        return int(cast(Any, self.proj_in).in_features)
 
     @property
     def gated(self) -> bool:
@@ -232,17 +274,29 @@ class FFN:
     def key_bias(self) -> Tensor | None:
         """Return the bias of the pre-activations ``[d]`` as a view, or None."""
         bias = bias_of(self.proj_in)
-        return None if bias is None else self.activated_rows(bias)
+        if bias is None:
+            return None
+        return self.activated_rows(bias)
 
     def activated_rows(self, tensor: Tensor) -> Tensor:
-        """Return the activated half of a tensor whose rows are neurons; the whole tensor if it is not fused."""
-        return tensor.chunk(2)[HALVES.index(self.spec.fused)] if self.spec.fused else tensor
+        """Return the activated half of a tensor whose rows are neurons.
+
+        If the in-projection is not fused, return the whole tensor.
+        """
+        if self.spec.fused is None:
+            return tensor
+        first, last = tensor.chunk(2)
+        return first if self.spec.fused == "first" else last
 
     def _up_half(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """Return the up-projection's half of a tensor whose rows are neurons; the whole tensor if it is not fused."""
-        return (
-            tensor.chunk(2, dim)[1 - HALVES.index(self.spec.fused)] if self.spec.fused else tensor
-        )
+        """Return the up-projection's half of a tensor whose dimension ``dim`` runs over neurons.
+
+        If the in-projection is not fused, return the whole tensor.
+        """
+        if self.spec.fused is None:
+            return tensor
+        first, last = tensor.chunk(2, dim)
+        return last if self.spec.fused == "first" else first
 
     def values(self) -> Tensor:
         """View the out-projection's weight as value vectors ``[h, d]``, one column per neuron."""
@@ -255,66 +309,108 @@ class FFN:
     def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
         """Return views of the weights by expert: in-projections, and values ``[N, s, h]``.
 
-        Each in-projection (the activated one, then the up-projection of a gated FFN) has a weight ``[N, s, h]`` and a
-        bias ``[N, s]`` or None.
+        Each in-projection (the activated one, then the up-projection of a gated FFN) has a weight
+        ``[N, s, h]`` and a bias ``[N, s]`` or None. ``s`` is the number of neurons of an expert.
         """
-
-        def split(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (num_experts, -1))
-
-        bias = self.key_bias()
-        inputs = [(split(self.keys()), None if bias is None else split(bias))]
+        in_projections = [_by_expert(self.keys(), self.key_bias(), num_experts)]
         if self.gated:
-            up = self.proj_up or self.proj_in
-            weight, bias = self._as_out_in(weight_of(up)), bias_of(up)
-            inputs.append(
-                (split(self._up_half(weight)), None if bias is None else split(self._up_half(bias)))
-            )
-        return inputs, split(self.values().t())
+            # a fused in-projection is also the up-projection
+            projection = self._up_module()
+            weight = self._up_half(self._as_out_in(weight_of(projection)))
+            bias = bias_of(projection)
+            if bias is not None:
+                bias = self._up_half(bias)
+            in_projections.append(_by_expert(weight, bias, num_experts))
+        values, _ = _by_expert(self.values().t(), None, num_experts)
+        return in_projections, values
+
+    def _up_module(self) -> nn.Module:
+        """Return the module that computes the up-projection: the in-projection if it is fused."""
+        if self.proj_up is None:
+            return self.proj_in
+        return self.proj_up
 
     def up(self, x: Tensor) -> Tensor:
         """Compute the up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
-        projection = self.proj_up or self.proj_in
-        projection = getattr(projection, "projection", projection)  # unwrap the sparse backend
+        module = self._up_module()
+        projection = getattr(module, "projection", module)  # unwrap the sparse backend
         return self._up_half(projection(x), -1)
 
     def neuron_dims(self) -> dict[str, int]:
-        """Return the dimension that counts neurons for each projection tensor that has one, by path."""
-        dim = 1 if self.spec.transposed else 0
-        dims = {f"{self.spec.proj_out}.weight": 1 - dim}
-        for path, _ in self.in_projections():
-            dims |= {f"{path}.weight": dim, f"{path}.bias": 0}
+        """Map each projection tensor's path to the dimension that runs over neurons.
+
+        The out-projection's bias has no such dimension and is left out.
+        """
+        # a weight is [out, in], or [in, out] if it is transposed
+        out_dim = 1 if self.spec.transposed else 0
+        in_dim = 1 - out_dim
+        dims = {f"{self.spec.proj_out}.weight": in_dim}
+        for path in self.spec.in_paths():
+            dims[f"{path}.weight"] = out_dim
+            dims[f"{path}.bias"] = 0
         return dims
 
     def take(self, path: str, tensor: Tensor, neurons: Tensor) -> Tensor:
-        """Select neurons ``[n]`` of the tensor at a path of :meth:`neuron_dims`; ``neurons[i]`` becomes neuron i."""
-        dim, neurons = self.neuron_dims()[path], neurons.to(tensor.device)
-        if not self.spec.fused or path == f"{self.spec.proj_out}.weight":
-            return tensor.index_select(dim, neurons)
-        return torch.cat([half.index_select(dim, neurons) for half in tensor.chunk(2, dim)], dim)
+        """Select neurons ``[n]`` of a projection's tensor; ``neurons[i]`` becomes neuron i.
+
+        Args:
+            path: path of the tensor, a key of :meth:`neuron_dims`.
+            tensor: the tensor, or another one of its shape.
+            neurons: numbers of the neurons, in their new order. A number may occur several times.
+        """
+        dim = self.neuron_dims()[path]
+        indices = neurons.to(tensor.device)
+        is_out = path == f"{self.spec.proj_out}.weight"
+        if is_out or self.spec.fused is None:
+            return tensor.index_select(dim, indices)
+        # both halves have the same neurons
+        halves = [half.index_select(dim, indices) for half in tensor.chunk(2, dim)]
+        return torch.cat(halves, dim)
 
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
-        """Reorder the neurons in place; ``permutation[i]`` becomes neuron i. The outputs do not change."""
+        """Reorder the neurons in place; ``permutation[i]`` becomes neuron i.
+
+        The outputs do not change.
+        """
         for path in self.neuron_dims():
-            module, _, name = path.rpartition(".")
-            tensor = cast("Tensor | None", getattr(self.module(module), name, None))
+            module_path, _, name = path.rpartition(".")
+            # a projection may have no bias
+            tensor = cast("Tensor | None", getattr(self.module(module_path), name, None))
             if tensor is not None:
                 tensor.copy_(self.take(path, tensor, permutation))
+
+
+def _by_expert(
+    weight: Tensor, bias: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor | None]:
+    """View a weight ``[d, h]`` as ``[N, s, h]``, and its bias ``[d]`` (or None) as ``[N, s]``."""
+    weight_by_expert = weight.unflatten(0, (num_experts, -1))
+    if bias is None:
+        return weight_by_expert, None
+    return weight_by_expert, bias.unflatten(0, (num_experts, -1))
 
 
 def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
     """Return the registry row of a model; raise :class:`ConversionError` if there is none."""
     if hasattr(model, "get_base_model"):  # a PEFT model
         model = cast(Any, model).get_base_model()
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    names = [name for name in (model_type, *(cls.__name__ for cls in type(model).__mro__)) if name]
+
+    # a class derived from a registered one has its row
+    names = [cls.__name__ for cls in type(model).__mro__]
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type:
+        names.insert(0, model_type)
+
     for name in names:
         if name in REGISTRY:
             return REGISTRY[name]
-    way_out = "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), or convert the submodule that has one"
+    suggestion = did_you_mean(names[0], REGISTRY)
     raise ConversionError(
-        f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], REGISTRY)}. {way_out}"
+        f"no FFN row for architecture '{names[0]}'{suggestion}. "
+        "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), "
+        "or convert the submodule that has one"
     )
 
 
@@ -322,61 +418,87 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """Find all FFNs of a model, numbered from the first layer.
 
     Raises:
-        ConversionError: the architecture is unknown, or the model has no such list of layers or modules.
+        ConversionError: the architecture is unknown, or the model has no such list of layers or
+            modules.
     """
     specs = find_specs(model)
-    layers = [(spec, name, layer) for spec in specs for name, layer in _layers(model, spec)]
+    layers = []
+    for spec in specs:
+        for name, layer in _find_layers(model, spec):
+            layers.append((spec, name, layer))
     if not layers:
         raise ConversionError(f"{type(model).__name__} has no list of layers '{specs[0].layers}'")
+
     ffns: dict[tuple[int, str], FFN] = {}
     missing = []
     for spec, name, layer in layers:
-        if path := spec.missing_path(layer):
-            missing.append(f"{name} has no module '{path}'")
+        missing_path = spec.missing_path(layer)
+        if missing_path is not None:
+            missing.append(f"{name} has no module '{missing_path}'")
             continue
-        parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in spec.paths()}
-        batch_first = bool(getattr(getattr(layer, "self_attn", None), "batch_first", True))
-        ffn = FFN(len(ffns), name, spec, parents, batch_first)
-        ffns.setdefault(
-            (id(layer), spec.proj_in), ffn
-        )  # the first of several specs for the same FFN wins
+        # if several specs match the same FFN, the first one is used
+        in_projection = (id(layer), spec.proj_in)
+        if in_projection not in ffns:
+            ffns[in_projection] = _locate_ffn(len(ffns), name, layer, spec)
+
+    # with several specs, one may be for FFNs that this model does not have
     if missing and (len(specs) == 1 or not ffns):
         raise ConversionError(f"{missing[0]}, which the row of its architecture names")
     return list(ffns.values())
 
 
-def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
-    """Return the layers in the module lists that ``spec.layers`` matches, with their qualified names."""
-    pattern = re.compile(r"(.*\.)?" + re.escape(spec.layers).replace(r"\*", r"[^.]+"))
-    kinds = nn.ModuleList | nn.Sequential
-    lists = {
-        name: m
-        for name, m in model.named_modules()
-        if pattern.fullmatch(name) and isinstance(m, kinds)
-    }
+def _find_layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
+    """Return a model's layers and their qualified names.
+
+    The layers are the elements of the module lists whose names end in ``spec.layers``.
+    """
+    # "stages.*.blocks" matches stages.0.blocks and model.stages.1.blocks
+    suffix = re.escape(spec.layers).replace(r"\*", r"[^.]+")
+    pattern = re.compile(r"(.*\.)?" + suffix)
+    lists = {}
+    for name, module in model.named_modules():
+        if pattern.fullmatch(name) and isinstance(module, nn.ModuleList | nn.Sequential):
+            lists[name] = module
     if len(lists) > 1 and "*" not in spec.layers:
-        name = f"{type(model).__name__} has several lists of layers '{spec.layers}'"
         raise ConversionError(
-            f"{name}: {', '.join(lists)}; convert the submodule that holds the intended one"
+            f"{type(model).__name__} has several lists of layers '{spec.layers}': "
+            f"{', '.join(lists)}; convert the submodule that holds the intended one"
         )
-    return [
-        (f"{name}.{number}", layer)
-        for name, layers in lists.items()
-        for number, layer in enumerate(layers)
-    ]
+
+    layers = []
+    for list_name, module_list in lists.items():
+        for number, layer in enumerate(module_list):
+            layers.append((f"{list_name}.{number}", layer))
+    return layers
+
+
+def _locate_ffn(index: int, name: str, layer: nn.Module, spec: FFNSpec) -> FFN:
+    """Return the FFN of a layer that has all modules of a spec."""
+    parents = {}
+    for path in spec.paths():
+        parent_path, _, _ = path.rpartition(".")
+        parents[path] = layer.get_submodule(parent_path)
+    # PyTorch's own layers may take [tokens, rows, h]; their attention knows
+    attention = getattr(layer, "self_attn", None)
+    rows_first = bool(getattr(attention, "batch_first", True))
+    return FFN(index, name, spec, parents, rows_first)
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """Return a projection's weight."""
     weight: Any = module.weight
     # the modules of torch.ao.quantization return it from a method
-    return weight() if inspect.ismethod(weight) else weight
+    if inspect.ismethod(weight):
+        return weight()
+    return weight
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """Return a projection's bias, None if it has none."""
     bias: Any = getattr(module, "bias", None)
-    return bias() if inspect.ismethod(bias) else bias
+    if inspect.ismethod(bias):
+        return bias()
+    return bias
 
 
 def is_plain_tensor(weight: Any) -> bool:
@@ -385,9 +507,13 @@ def is_plain_tensor(weight: Any) -> bool:
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Check if a weight is a floating-point matrix: not quantised or packed. Sharded weights count as plain."""
+    """Check if a weight is a floating-point matrix: not quantised or packed.
+
+    Sharded weights count as plain.
+    """
     weight = getattr(module, "weight", None)
-    # torch.export traces with fake tensors; compared by name because their module is slow to import
+    # torch.export traces with fake tensors. Their class is compared by the name of its module,
+    # which is slow to import.
     is_fake = type(weight).__module__ == "torch._subclasses.fake_tensor"
     is_plain = is_fake or type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
     return is_plain and weight.is_floating_point() and weight.ndim == 2  # type: ignore[union-attr]

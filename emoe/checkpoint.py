@@ -1,19 +1,22 @@
 """Save and load converted models.
 
-A transformers model is an ordinary checkpoint: ``config.json`` describes the experts (:mod:`emoe.model_config`), the
-weights include routers and experts' own biases, and ``AutoModel.from_pretrained`` loads it once emoe is imported.
+A transformers model is an ordinary checkpoint: ``config.json`` describes the experts
+(:mod:`emoe.model_config`), the weights include routers and experts' own biases, and
+``AutoModel.from_pretrained`` loads it once emoe is imported.
 
-A timm or plain PyTorch model, and a quantised one, are written as the dense model, with small files beside it:
+A timm or plain PyTorch model, and a quantised one, are written as the dense model, with small files
+beside it:
 
 - ``emoe_config.json``: the experts' configuration, and the numbers of the converted FFNs;
-- ``emoe_extra.safetensors``, if there is state that the dense model lacks: learned routers, running gates, output
-  biases of single experts, and GMoE's copied projections.
+- ``emoe_extra.safetensors``, if there is state that the dense model lacks: learned routers, running
+  gates, output biases of single experts, and GMoE's copied projections.
 
 In both cases ``emoe_partition.safetensors`` holds the original order of the neurons, which only
-``emoe.to_dense_(model, restore_order=True)`` needs, and the key norms that tie this file to its weights. The library's
-own ``save_pretrained`` does not write it, so the order is then unknown.
+``emoe.to_dense_(model, restore_order=True)`` needs, and the key norms that tie this file to its
+weights. The library's own ``save_pretrained`` does not write it, so the order is then unknown.
 
-Folders of emoe 0.1, which had the small files for every library, still load with :func:`from_pretrained`.
+Folders of emoe 0.1, which had the small files for every library, still load with
+:func:`from_pretrained`.
 """
 
 from __future__ import annotations
@@ -66,27 +69,23 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ConversionError: the model is not converted, or still carries adapters.
     """
-    while hasattr(model, "_orig_mod") or isinstance(
-        model, nn.DataParallel | nn.parallel.DistributedDataParallel
-    ):
-        model = cast(
-            nn.Module, getattr(model, "_orig_mod", None) or model.module
-        )  # torch.compile sets _orig_mod
+    model = _unwrapped(model)
     layers = converted_layers(model, "save_pretrained", "save it with its own library")
-    # PEFT may leave its configuration on a model that it has merged
-    if hasattr(model, "get_base_model") or any(
-        hasattr(module, "base_layer") for module in model.modules()
-    ):
+    if _has_adapters(model):
         raise ConversionError(
             "save_pretrained: merge the adapters first (model = model.merge_and_unload())"
         )
     check_one_conversion(layers, "save_pretrained")
+
     folder = Path(folder)
     describe_experts_(model)
-    if is_ours(getattr(getattr(model, "config", None), QUANTIZATION_CONFIG, None)):
+    config = getattr(model, "config", None)
+    if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
+        # a transformers checkpoint: config.json describes the experts
         files.save_weights(model, folder)
-        for name in (CONFIG_FILE, EXTRA_FILE):  # of an older save
-            (folder / name).unlink(missing_ok=True)
+        # files of an older save would contradict it
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        (folder / EXTRA_FILE).unlink(missing_ok=True)
     else:
         files.save_weights(model, folder, _dense_state(model))
         _save_beside_dense(model, folder)
@@ -94,45 +93,74 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_model_card(model, folder)
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of ``torch.compile``, DataParallel and DDP."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile sets it
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """Check if a model is PEFT's, or one of its modules wraps a base layer."""
+    if hasattr(model, "get_base_model"):
+        return True
+    # not by the configuration, because PEFT may leave it on a model that it has merged
+    return any(hasattr(module, "base_layer") for module in model.modules())
+
+
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state without the routing, with one output bias per FFN."""
     state = dict(model.state_dict())
     names = {module: name for name, module in model.named_modules()}
     for layer in routed_layers(model):
+        # routers, running gates and biases of experts
+        layer_name = names[layer]
         for name in layer.state_dict():
-            del state[f"{names[layer]}.{name}"]
+            del state[f"{layer_name}.{name}"]
         if layer.output_bias is not None:
+            bias_name = f"{names[layer.ffn.proj_out]}.bias"
             with weights_in_place(layer):
-                state[f"{names[layer.ffn.proj_out]}.bias"] = layer.mean_output_bias()
+                state[bias_name] = layer.mean_output_bias()
     return state
 
 
 def _save_beside_dense(model: nn.Module, folder: Path) -> None:
     """Write the configuration and the state that the dense model lacks."""
     layers = numbered_layers(model)
-    config = next(iter(layers.values())).config
-    extra: dict[str, Tensor] = {}
-    for number, layer in layers.items():
-        for key, _, module in _modules_with_state(layer):
-            with weights_in_place(*module.modules()):
-                for name, tensor in module.state_dict().items():
-                    extra[f"{number}.{key}.{name}"] = unsharded(tensor).cpu().contiguous()
-    (folder / EXTRA_FILE).unlink(missing_ok=True)
+    extra = _extra_state(layers)
+    (folder / EXTRA_FILE).unlink(missing_ok=True)  # of an older save
     if extra:
         files.write_tensors(extra, folder / EXTRA_FILE)
-    content = {"config": config.to_dict(), "layers": sorted(layers)}
+    first, *_ = layers.values()
+    content = {"config": first.config.to_dict(), "layers": sorted(layers)}
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, str, nn.Module]]:
-    """Return the modules whose state the dense model lacks.
+def _extra_state(layers: Mapping[int, RoutedActivation]) -> dict[str, Tensor]:
+    """Return the content of the extra file: the state that the dense model lacks, on the CPU.
 
-    Each has its name in the extra file and its path in the layer.
+    The names are ``{number of the FFN}.{key of the module}.{name in the module}``.
     """
-    routing = ("routing", layer.ffn.spec.activation, layer)
-    if not isinstance(layer.config, GMoEConfig):
-        return [routing]
-    return [routing, *((path, path, module) for path, module in layer.ffn.projections())]
+    extra: dict[str, Tensor] = {}
+    for number, layer in layers.items():
+        for key, module in _modules_with_state(layer):
+            with weights_in_place(*module.modules()):
+                for name, tensor in module.state_dict().items():
+                    extra[f"{number}.{key}.{name}"] = unsharded(tensor).cpu().contiguous()
+    return extra
+
+
+def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
+    """Return the modules whose state the dense model lacks, with their keys in the extra file."""
+    routing = ("routing", layer)
+    if isinstance(layer.config, GMoEConfig):
+        # GMoE's copies are wider than the dense projections
+        return [routing, *layer.ffn.projections()]
+    return [routing]
 
 
 def save_order(model: nn.Module, folder: Path, *, write: bool = True) -> None:
@@ -141,8 +169,8 @@ def save_order(model: nn.Module, folder: Path, *, write: bool = True) -> None:
     Sharded weights are gathered, so every process must call this; all but one pass ``write=False``.
     """
     layers = numbered_layers(model)
-    experts = next(iter(layers.values())).config.num_experts
-    tensors = {"num_experts": torch.tensor(experts)}
+    first, *_ = layers.values()
+    tensors = {"num_experts": torch.tensor(first.config.num_experts)}
     for number, layer in layers.items():
         with weights_in_place(layer.ffn.proj_in):
             tensors[f"key_norms.{number}"] = _key_norms(layer.ffn)
@@ -153,23 +181,29 @@ def save_order(model: nn.Module, folder: Path, *, write: bool = True) -> None:
 
 
 def _key_norms(ffn: FFN) -> Tensor:
-    """Return the Euclidean norms of the keys ``[d]``; zeros for quantised keys, which are not compared."""
+    """Return the Euclidean norms of the keys ``[d]``.
+
+    Quantised keys have zeros, and are not compared.
+    """
     if not has_plain_weight(ffn.proj_in):
         return torch.zeros(ffn.d)
-    return unsharded(ffn.keys().detach().float().norm(dim=1)).cpu()
+    keys = ffn.keys().detach().float()
+    norms = keys.norm(dim=1)
+    return unsharded(norms).cpu()
 
 
 def read_experts(folder: Path) -> Experts | None:
     """Read the description of a folder's experts. None if the folder holds a dense model.
 
-    ``config.json`` takes precedence over ``emoe_config.json``, because the model's library writes it with the weights.
-    A damaged file raises :class:`CheckpointError`.
+    ``config.json`` takes precedence over ``emoe_config.json``, because the model's library writes
+    it with the weights. A damaged file raises :class:`CheckpointError`.
     """
-    path = folder / files.STOCK_CONFIG_FILE
     settings = files.read_settings(folder)
+    path = folder / files.STOCK_CONFIG_FILE  # the file that an error names
     try:
-        if is_ours(settings.get(QUANTIZATION_CONFIG)):
-            return Experts.from_quantization_config(settings[QUANTIZATION_CONFIG])
+        quantization_config: Any = settings.get(QUANTIZATION_CONFIG)
+        if is_ours(quantization_config):
+            return Experts.from_quantization_config(quantization_config)
         content = settings.get(SEPARATE_KEY)
         if not content:
             path = folder / CONFIG_FILE
@@ -177,7 +211,7 @@ def read_experts(folder: Path) -> Experts | None:
                 return None
             content = files.read_object(path)
         return Experts.from_dict(content["config"], content["layers"])
-    except CheckpointError:
+    except CheckpointError:  # names the file already
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {files.one_line(error)}") from error
@@ -186,17 +220,21 @@ def read_experts(folder: Path) -> Experts | None:
 def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
     """Load a converted model of any library.
 
-    A transformers checkpoint also loads with transformers' own ``from_pretrained``. This function checks it more
-    strictly: each tensor must be stored in the model's shape. It also reads timm and plain models, folders of emoe 0.1,
-    and quantises a converted checkpoint (``quantization_config=…``).
+    A transformers checkpoint also loads with transformers' own ``from_pretrained``. This function
+    checks it more strictly: each tensor must be stored in the model's shape. It also reads timm and
+    plain models, folders of emoe 0.1, and quantises a converted checkpoint
+    (``quantization_config=…``).
 
     Args:
-        loader: transformers class, ``timm.create_model``, or function that builds the dense model (a plain module).
+        loader: transformers class, ``timm.create_model``, or function that builds the dense model
+            (a plain module).
         folder: folder of the checkpoint, or a hub id.
-        **options: options of the loader, for example ``device_map``, ``revision`` or ``quantization_config``.
+        **options: options of the loader, for example ``device_map``, ``revision`` or
+            ``quantization_config``.
 
     Returns:
-        The converted model, in evaluation mode. With ``output_loading_info=True``, also transformers' report.
+        The converted model, in evaluation mode. With ``output_loading_info=True``, also
+        transformers' report.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the small files belong to other weights.
@@ -207,61 +245,76 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         raise CheckpointError(
             f"{folder} holds no experts; load it with its own library, and call emoe.convert_"
         )
-    if not hasattr(loader, "from_pretrained"):
+
+    is_transformers = hasattr(loader, "from_pretrained")
+    if not is_transformers:
+        # the download is done, and other loaders do not know its options
         others = {name: value for name, value in options.items() if name not in files.HUB_OPTIONS}
         return _load_plain(loader, folder, experts, others)
+
     stored = files.read_settings(folder).get(QUANTIZATION_CONFIG)
-    if options.get(QUANTIZATION_CONFIG) or (stored and not is_ours(stored)):
+    is_stored_quantised = bool(stored) and not is_ours(stored)
+    if is_stored_quantised or options.get(QUANTIZATION_CONFIG):
         return _load_quantised(loader, folder, experts, options)
+
+    # transformers calls emoe.loader, which builds the experts before the weights load
     if is_ours(stored):
         return files.load_stock(loader, folder, **options)
-    config, options = _read_config(folder, options)
+
+    # emoe 0.1 described the experts elsewhere, so transformers gets a configuration that names
+    # emoe.loader
+    config, others = _read_config(folder, options)
     setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
     restored = routing_names if (folder / EXTRA_FILE).exists() else None
-    return files.load_stock(loader, folder, restored=restored, config=config, **options)
+    return files.load_stock(loader, folder, restored=restored, config=config, **others)
 
 
 def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a folder's transformers configuration without the experts, and the options that are left for the loader.
+    """Return a folder's transformers configuration without the experts, and the loader's options.
 
-    Options that are fields of the configuration change it, as in transformers' own ``from_pretrained``.
+    Options that are fields of the configuration change it, as in transformers' own
+    ``from_pretrained``, and are not among the loader's options.
     """
     from transformers import AutoConfig
 
-    others = {"trust_remote_code": False, **options}
+    config_options = {"trust_remote_code": False, **options}
     # AutoConfig would write these into the configuration, or drop them
-    kept = {
-        name: others.pop(name)
-        for name in (QUANTIZATION_CONFIG, "trust_remote_code")
-        if name in others
-    }
-    config = others.pop("config", None)
-    if config is None:
+    kept = {}
+    for name in (QUANTIZATION_CONFIG, "trust_remote_code"):
+        if name in config_options:
+            kept[name] = config_options.pop(name)
+
+    config = config_options.pop("config", None)
+    if config is not None:
+        unused = config_options
+    else:
         try:
-            config, others = AutoConfig.from_pretrained(
+            config, unused = AutoConfig.from_pretrained(
                 str(folder),
                 return_unused_kwargs=True,
                 trust_remote_code=kept["trust_remote_code"],
-                **others,
+                **config_options,
             )
         except Exception as error:  # a damaged configuration raises anything
             raise CheckpointError(
                 f"{folder / files.STOCK_CONFIG_FILE} is damaged: {files.one_line(error)}"
             ) from error
+
     config = copy.deepcopy(config)
-    others |= kept
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     if hasattr(config, SEPARATE_KEY):
         delattr(config, SEPARATE_KEY)
-    others[IMPLEMENTATION_KEY] = (
-        None  # the configuration's value makes transformers refuse the folder
-    )
-    return config, others
+    # None replaces the configuration's value, which makes transformers refuse the folder
+    loader_options = {**unused, **kept, IMPLEMENTATION_KEY: None}
+    return config, loader_options
 
 
 def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mapping[str, Any]) -> Any:
-    """Load a checkpoint quantised, then build its experts: transformers has room for one quantizer."""
+    """Load a checkpoint quantised, then build its experts.
+
+    Transformers has room for one quantizer, so :mod:`emoe.loader` cannot build them.
+    """
     config = experts.config
     if isinstance(config, GMoEConfig) or config.gate_momentum:
         raise CheckpointError(
@@ -275,12 +328,15 @@ def _load_quantised(loader: Any, folder: Path, experts: Experts, options: Mappin
     if (folder / EXTRA_FILE).exists():
         load_extra_(layers, folder)
     else:
+        # transformers saved the routing with the weights
         _load_routing_(layers, files.Weights(folder), folder)
     check_placement(layers)
     read_order_(layers, folder)
     finish_conversion_(model)
     model.eval()
-    return (model, info) if options.get("output_loading_info") else model
+    if options.get("output_loading_info"):
+        return model, info
+    return model
 
 
 def _load_plain(
@@ -289,29 +345,38 @@ def _load_plain(
     """Build a timm or plain model and its experts, then load their state."""
     model = files.build_without_weights(loader, folder, **options)
     layers = build_experts_(model, experts, folder)
-    state = files.read_tensors(folder / files.WEIGHT_FILES[0])
-    names = {module: name for name, module in model.named_modules()}
-    restored = routing_names(model)
-    for layer in layers:
-        if isinstance(experts.config, GMoEConfig):
-            for path, _ in layer.ffn.projections():
-                prefix = f"{names[layer.ffn.module(path)]}."
-                restored |= {name for name in model.state_dict() if name.startswith(prefix)}
-        if layer.output_bias is not None:  # the stored one is the mean of the experts' biases
-            restored.add(f"{names[layer.ffn.proj_out]}.bias")
-    files.load_state_(
-        model, {name: state[name] for name in state.keys() - restored}, folder, restored
-    )
+    stored = files.read_tensors(folder / files.WEIGHT_FILES[0])
+    not_dense = _names_not_dense(model, layers)
+    dense_state = {name: tensor for name, tensor in stored.items() if name not in not_dense}
+    files.load_state_(model, dense_state, folder, not_dense)
     load_extra_(layers, folder)
     read_order_(layers, folder)
     finish_conversion_(model)
     return model.eval()
 
 
+def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
+    """Return the names of the state that is not the dense model's: :func:`load_extra_` sets it."""
+    names_in_state = list(model.state_dict())
+    module_names = {module: name for name, module in model.named_modules()}
+    not_dense = routing_names(model)
+    for layer in layers:
+        if isinstance(layer.config, GMoEConfig):
+            for _, projection in layer.ffn.projections():
+                prefix = f"{module_names[projection]}."
+                not_dense.update(name for name in names_in_state if name.startswith(prefix))
+        # the stored bias is the mean of the experts' biases
+        if layer.output_bias is not None:
+            not_dense.add(f"{module_names[layer.ffn.proj_out]}.bias")
+    return not_dense
+
+
 def build_experts_(
     model: nn.Module, experts: Experts, source: str | os.PathLike[str]
 ) -> list[RoutedActivation]:
-    """Turn the FFNs that a checkpoint stores as experts into routed ones, before or after their weights load.
+    """Turn the FFNs that a checkpoint stores as experts into routed ones.
+
+    The weights may load before or after that.
 
     Args:
         model: dense model.
@@ -323,7 +388,7 @@ def build_experts_(
     """
     ffns = find_ffns(model)
     config = experts.config
-    last = experts.layers[-1]
+    last = experts.layers[-1]  # in ascending order
     if last >= len(ffns):
         raise CheckpointError(
             f"{source} has experts in layer {last}, but the model only {len(ffns)} FFNs"
@@ -341,51 +406,65 @@ def build_experts_(
 
 def routing_names(model: nn.Module) -> set[str]:
     """Return the names of the state of routers and experts' biases."""
-    prefixes = [
-        name for name, module in model.named_modules() if isinstance(module, RoutedActivation)
-    ]
-    return {
-        name
-        for name in model.state_dict()
-        if name.startswith(tuple(f"{prefix}." for prefix in prefixes))
-    }
+    prefixes = []
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedActivation):
+            prefixes.append(f"{name}.")
+    return {name for name in model.state_dict() if name.startswith(tuple(prefixes))}
 
 
 def check_placement(layers: Sequence[RoutedActivation]) -> None:
-    """Raise :class:`CheckpointError` if a ``device_map`` offloads an FFN with a router, biases or copies of its own."""
+    """Raise :class:`CheckpointError` if a ``device_map`` offloads an FFN with state of its own.
+
+    Such state is a router, output biases of experts, or GMoE's copies.
+    """
     for layer in layers:
-        if layer.config.has_routing_state and any(
-            map(is_offloaded, (layer.ffn.proj_in, layer.ffn.proj_out))
-        ):
+        offloaded = is_offloaded(layer.ffn.proj_in) or is_offloaded(layer.ffn.proj_out)
+        if offloaded and layer.config.has_routing_state:
             raise CheckpointError(
                 f"the device_map offloads {layer.ffn.name}; keep these experts on a device"
             )
 
 
 def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
-    """Read the original order of the neurons; it stays unknown without the partition file.
+    """Read the original order of the neurons. It stays unknown without the partition file.
 
     Raises:
-        CheckpointError: the file is damaged or belongs to other weights, or is missing beside ``emoe_config.json``.
+        CheckpointError: the file is damaged or belongs to other weights, or is missing beside
+            ``emoe_config.json``.
     """
+    # The model's own library writes no partition file. emoe_config.json shows that emoe saved the
+    # folder: then the file must be there.
     path = folder / PARTITION_FILE
     if not path.exists() and not (folder / CONFIG_FILE).exists():
         return
     tensors = files.read_tensors(path)
+
+    # key norms are stored for every converted layer
     expected = {f"key_norms.{layer.ffn.index}" for layer in layers}
     stored = {name for name in tensors if name.startswith("key_norms.")}
-    has_number = "num_experts" in tensors and tensors["num_experts"].numel() == 1
-    num_experts = int(tensors["num_experts"]) if has_number else None
-    if stored != expected or num_experts != layers[0].config.num_experts:
+    first, *_ = layers
+    if stored != expected or _stored_num_experts(tensors) != first.config.num_experts:
         raise CheckpointError(
-            f"{path} describes other layers or numbers of experts than the configuration; {_WITHOUT_FILE}"
+            f"{path} describes other layers or numbers of experts than the configuration; "
+            f"{_WITHOUT_FILE}"
         )
+
     for layer in layers:
-        ffn, permutation = layer.ffn, tensors.get(f"permutation.{layer.ffn.index}")
+        ffn = layer.ffn
+        permutation = tensors.get(f"permutation.{ffn.index}")
         if permutation is not None and not is_permutation(permutation, ffn.d):
             raise CheckpointError(f"{path} has no permutation of {ffn.name}'s {ffn.d} neurons")
         _check_key_norms(ffn, tensors[f"key_norms.{ffn.index}"].float(), path)
         layer.permutation = permutation
+
+
+def _stored_num_experts(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the number of experts in a partition file, None if it is missing or not one number."""
+    number = tensors.get("num_experts")
+    if number is None or number.numel() != 1:
+        return None
+    return int(number)
 
 
 def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
@@ -396,46 +475,60 @@ def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
         if cast(Tensor, ffn.proj_in.weight).is_meta:  # device_map="meta" loads no weights
             return
         norms = _key_norms(ffn)
-    if norms.shape != saved.shape or not torch.allclose(
+    is_same = norms.shape == saved.shape and torch.allclose(
         norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6
-    ):
+    )
+    if not is_same:
         raise CheckpointError(f"{path} does not match the weights of {ffn.name}; {_WITHOUT_FILE}")
 
 
 def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     """Load the state that the dense model lacks from the extra file."""
     path = folder / EXTRA_FILE
-    tensors = files.read_tensors(path) if path.exists() else {}
+    tensors = {}
+    if path.exists():
+        tensors = files.read_tensors(path)
     for layer in layers:
-        if layer.output_bias is not None:  # the weights hold the mean of the experts' biases
+        # the weights hold the mean of the experts' biases, which the biases replace
+        if layer.output_bias is not None:
             cast(Tensor, layer.ffn.proj_out.bias).zero_()
-        for key, _, module in _modules_with_state(layer):
-            names = {name: f"{layer.ffn.index}.{key}.{name}" for name in module.state_dict()}
-            _load_named_(module, names, tensors, folder)
+        for module_key, module in _modules_with_state(layer):
+            prefix = f"{layer.ffn.index}.{module_key}"
+            keys = {name: f"{prefix}.{name}" for name in module.state_dict()}
+            _load_named_(module, keys, tensors, folder)
 
 
 def _load_routing_(
     layers: Sequence[RoutedActivation], weights: files.Weights, folder: Path
 ) -> None:
     """Load the routing state of a model that transformers loaded without experts."""
-    stored = stored_routing(layers, weights.files)
+    matches = stored_routing(layers, weights.files)
     for layer in layers:
-        names = {name: stored.get((layer, name), name) for name in layer.state_dict()}
-        tensors = {key: weights[key] for key in names.values() if key in weights.files}
-        _load_named_(layer, names, tensors, folder)
+        # a name without a match is its own key, which the error names
+        keys = {name: matches.get((layer, name), name) for name in layer.state_dict()}
+        tensors = {key: weights[key] for key in keys.values() if key in weights.files}
+        _load_named_(layer, keys, tensors, folder)
 
 
 def _load_named_(
-    module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], folder: Path
+    module: nn.Module, keys: Mapping[str, str], tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """Load a module's state, given the key of each name (raises :class:`CheckpointError`)."""
-    for key in names.values():
+    """Load a module's state. Raise :class:`CheckpointError` if a tensor is missing or does not fit.
+
+    Args:
+        module: module to load.
+        keys: the key in ``tensors`` of each name in the module's state.
+        tensors: stored tensors.
+        folder: checkpoint, for error messages.
+    """
+    for key in keys.values():
         if key not in tensors:
             raise CheckpointError(
                 f"{folder} lacks {key}, the state of a router or of experts' biases"
             )
+    state = {name: tensors[key] for name, key in keys.items()}
     try:
-        module.load_state_dict({name: tensors[key] for name, key in names.items()})
+        module.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder}: the state of the experts does not fit: {files.one_line(error)}"
@@ -445,25 +538,33 @@ def _load_named_(
 def stored_routing(
     layers: Sequence[RoutedActivation], stored: Mapping[str, Path]
 ) -> dict[tuple[RoutedActivation, str], str]:
-    """Map each layer and name of its routing state to the name in a checkpoint, without names that are not stored.
+    """Map each layer and name in its routing state to the tensor's name in a checkpoint.
 
-    A checkpoint's names may have another prefix than the model's, and transformers renames parts of some prefixes. But
-    they end alike, and their layers are in the same order.
+    Names that are not stored are left out. A checkpoint's names may have another prefix than the
+    model's, and transformers renames parts of some prefixes. But they end alike, and their layers
+    are in the same order.
     """
+    endings = set()
+    for layer in layers:
+        for name in layer.state_dict():
+            endings.add(f"{layer.ffn.spec.activation}.{name}")
+
     matches: dict[tuple[RoutedActivation, str], str] = {}
-    endings = {
-        f"{layer.ffn.spec.activation}.{name}" for layer in layers for name in layer.state_dict()
-    }
     for ending in sorted(endings):
-        names = sorted((name for name in stored if name.endswith(f".{ending}")), key=_layer_numbers)
+        stored_names = [name for name in stored if name.endswith(f".{ending}")]
+        stored_names.sort(key=_layer_numbers)
+        # T5's encoder and decoder have the activation at different paths, and so different endings
         owners = [layer for layer in layers if ending.startswith(f"{layer.ffn.spec.activation}.")]
-        if len(names) == len(owners):
-            for layer, name in zip(owners, names, strict=True):
-                matches[layer, ending.removeprefix(f"{layer.ffn.spec.activation}.")] = name
+        if len(stored_names) != len(owners):
+            continue
+        for layer, stored_name in zip(owners, stored_names, strict=True):
+            name = ending.removeprefix(f"{layer.ffn.spec.activation}.")
+            matches[layer, name] = stored_name
     return matches
 
 
 def _layer_numbers(name: str) -> list[int]:
+    """Return the numbers in a tensor's name, which order names by layer (9 before 10)."""
     return [int(number) for number in re.findall(r"\d+", name)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +26,20 @@ def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
 
 
 def check_plain(ffns: Iterable[FFN]) -> None:
-    """Check that weights are finite floating-point matrices: not quantised, sharded or wrapped by an adapter."""
+    """Check that weights are finite floating-point matrices.
+
+    Quantised and sharded weights, and projections that an adapter wraps, are refused.
+    """
     for ffn in ffns:
         for path, module in ffn.projections():
             _check_weight(f"{ffn.name}.{path}", module)
 
 
 def _check_weight(name: str, module: nn.Module) -> None:
+    """Check one projection. ``name`` is for the error."""
+    # a computed weight (weight norm, pruning) is not a parameter
     weight = dict(module.named_parameters(recurse=False)).get("weight")
-    # a computed weight (weight norm, pruning) is not a parameter; a sharded or quantised one has another class
-    if (
-        weight is None
-        or type(weight.detach()) is not Tensor
-        or not weight.is_floating_point()
-        or weight.itemsize < 2
-    ):
+    if weight is None or not _is_plain(weight):
         raise ConversionError(
             f"{name} has no plain weight: convert before adapting, quantising, sharding or pruning"
         )
@@ -52,26 +53,39 @@ def _check_weight(name: str, module: nn.Module) -> None:
             raise ConversionError(f"{name}.{tensor_name} has values that are not finite")
 
 
+def _is_plain(weight: nn.Parameter) -> bool:
+    """Check if a weight is an ordinary floating-point tensor of at least 16 bits."""
+    # a sharded or quantised weight has another class
+    has_tensor_class = type(weight.detach()) is Tensor
+    return has_tensor_class and weight.is_floating_point() and weight.itemsize >= 2
+
+
 def _check_shapes(ffn: FFN) -> None:
+    """Check that each in-projection has as many outputs as the out-projection has inputs."""
     d = ffn.d
+    # a fused in-projection computes two halves of d neurons
+    expected = 2 * d if ffn.spec.fused else d
     for path, module in ffn.in_projections():
-        rows = module.weight.shape[1 if ffn.spec.transposed else 0]  # type: ignore[index]
-        if rows != (2 * d if ffn.spec.fused else d):
-            hint = "; set fused in emoe.FFNSpec" if rows == 2 * d else ""
+        weight = cast(Tensor, module.weight)
+        outputs = weight.shape[1] if ffn.spec.transposed else weight.shape[0]
+        if outputs != expected:
+            hint = "; set fused in emoe.FFNSpec" if outputs == 2 * d else ""
             raise ConversionError(
-                f"{ffn.name}.{path} has {rows} outputs, but {ffn.spec.proj_out} has {d} inputs{hint}"
+                f"{ffn.name}.{path} has {outputs} outputs, "
+                f"but {ffn.spec.proj_out} has {d} inputs{hint}"
             )
 
 
 def _check_between(ffn: FFN) -> None:
-    if (
-        isinstance(ffn.activation, nn.Module)
-        and next(ffn.activation.parameters(), None) is not None
-    ):
-        kind = type(ffn.activation).__name__
-        raise ConversionError(
-            f"{ffn.name}.{ffn.spec.activation} ({kind}) has parameters, which EMoE does not support"
-        )
+    """Check that the activation has no parameters, and that only dropouts follow it."""
+    if isinstance(ffn.activation, nn.Module):
+        has_parameters = len(list(ffn.activation.parameters())) > 0
+        if has_parameters:
+            kind = type(ffn.activation).__name__
+            raise ConversionError(
+                f"{ffn.name}.{ffn.spec.activation} ({kind}) has parameters, "
+                "which EMoE does not support"
+            )
     for path, module in ffn.between():
         if not isinstance(module, nn.Identity | nn.Dropout):
             raise ConversionError(
@@ -80,15 +94,18 @@ def _check_between(ffn: FFN) -> None:
 
 
 def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Check that no other module shares the weights, because a permutation would change that module too."""
-    users: dict[int, set[str]] = {}
+    """Check that no other module shares the weights: a permutation would change that module too."""
+    # names of the modules that use a parameter, by the parameter's id
+    users: dict[int, set[str]] = defaultdict(set)
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), set()).add(name)
+            users[id(parameter)].add(name)
+
     for ffn in ffns:
         for path, module in ffn.projections():
             name = f"{ffn.name}.{path}"
-            if others := users.get(id(module.weight), set()) - {name}:
+            others = users[id(module.weight)] - {name}
+            if others:
                 raise ConversionError(
                     f"{name}.weight is shared with {', '.join(sorted(others))}: untie them first"
                 )
@@ -97,8 +114,9 @@ def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
 def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
     """Check that ``num_experts`` divides the width of every FFN."""
     for ffn in ffns:
-        if ffn.d % num_experts:
-            nearest = f"the nearest number that can is {nearest_divisor(ffn.d, num_experts)}"
+        if ffn.d % num_experts != 0:
+            nearest = nearest_divisor(ffn.d, num_experts)
             raise ConversionError(
-                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} experts; {nearest}"
+                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} experts; "
+                f"the nearest number that can is {nearest}"
             )

@@ -24,17 +24,24 @@ from emoe.tokens import remove_argument_hooks, watch_padding
 # columns of the table, one per field of LayerReport
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
-_SIMILAR = (
-    0.5  # mean cosine of keys; the same model in training is above it, another model far below
-)
+# mean cosine of keys; the same model in training is above it, another model far below
+_SIMILAR = 0.5
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Describe one converted FFN: its layer, and its ``neurons``, split into ``experts`` of ``expert_size`` neurons.
+    """One converted FFN.
 
-    ``explained`` is the share of the variance between keys that the partition explains (None for GMoE), and
-    ``seconds`` the time that the partition took.
+    Attributes:
+        index: number of the FFN in the model.
+        name: qualified name of the FFN's layer.
+        neurons: number of neurons of all experts.
+        experts: number of experts.
+        expert_size: number of neurons of an expert.
+        top_k: experts that each token uses.
+        explained: share of the variance between keys that the partition explains. None for GMoE,
+            and for a partition that :func:`emoe.partition` has not computed.
+        seconds: time that the partition took. None in the same cases.
     """
 
     index: int
@@ -49,10 +56,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Describe a conversion by :func:`convert_`; ``print`` it for a table.
+    """The result of :func:`convert_`; ``print`` it for a table.
 
-    ``active_neurons`` is the number of FFN neurons that a token uses in all layers, divided by the number of FFN
-    neurons of the dense model: below 1 for EMoE, above 1 for GMoE with more than one active copy.
+    Attributes:
+        layers: one report for each converted FFN.
+        total_layers: number of FFNs in the model.
+        active_neurons: number of FFN neurons that a token uses in all layers, divided by the number
+            of FFN neurons of the dense model. Below 1 for EMoE, above 1 for GMoE with more than one
+            active copy.
+        added_parameters: number of parameters that the dense model does not have.
     """
 
     layers: tuple[LayerReport, ...]
@@ -63,8 +75,15 @@ class ConversionReport:
     def __str__(self) -> str:
         from tabulate import tabulate  # `import emoe` needs only torch and safetensors
 
-        rows = [astuple(row) for row in self.layers]
-        table = tabulate(rows, _HEADERS, "simple", _FORMATS, missingval="-", disable_numparse=[1])
+        rows = [astuple(layer) for layer in self.layers]
+        table = tabulate(
+            rows,
+            headers=_HEADERS,
+            tablefmt="simple",
+            floatfmt=_FORMATS,
+            missingval="-",
+            disable_numparse=[1],  # the FFN's name, which may look like a number
+        )
         converted = f"{len(self.layers)} of {self.total_layers} FFNs converted"
         active = f"{self.active_neurons:.1%} of FFN neurons active per token"
         return f"{table}\n{converted}, {active}, {self.added_parameters:,} parameters added"
@@ -80,20 +99,22 @@ def convert_(
 ) -> ConversionReport:
     """Turn the chosen FFNs of a model into experts, in place (the paper's method).
 
-    EMoE permutes each FFN's neurons and routes between blocks of them. State-dict keys and shapes do not change.
-    Below the activation, EMoE adds the keys ``router.*`` for a learned router, ``router.gate`` with
-    ``gate_momentum``, and ``output_bias`` unless the bias is shared. GMoE widens each chosen FFN to ``num_experts``
-    copies. If a check fails, the model is unchanged.
+    EMoE permutes each FFN's neurons and routes between blocks of them. State-dict keys and shapes
+    do not change. Below the activation, EMoE adds the keys ``router.*`` for a learned router,
+    ``router.gate`` with ``gate_momentum``, and ``output_bias`` unless the bias is shared. GMoE
+    widens each chosen FFN to ``num_experts`` copies. If a check fails, the model is unchanged.
 
     Args:
         model: dense model with a row in the registry (see :func:`emoe.register_ffn`).
         config: configuration of the experts.
-        partition: permutations ``[d]`` by layer number, EMoE only. If None, :func:`emoe.partition` computes them.
+        partition: permutations ``[d]`` by layer number, EMoE only. If None, :func:`emoe.partition`
+            computes them.
         calibration: batches for a co-activation partition, see :func:`emoe.partition`.
         progress: show a progress bar during the partition.
 
     Raises:
-        ConversionError: the model, one of its chosen FFNs or the partition does not fit the configuration.
+        ConversionError: the model, one of its chosen FFNs or the partition does not fit the
+            configuration.
         ConfigError: ``layers`` matches nothing.
     """
     if routed_layers(model):
@@ -101,23 +122,36 @@ def convert_(
             f"{type(model).__name__} is converted already; call emoe.to_dense_ first"
         )
     ffns = find_ffns(model)
-    chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
+    numbers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
+    chosen = [ffns[number] for number in numbers]
     check_weights(model, chosen)
-    before, neurons = count_parameters(model), sum(ffn.d for ffn in ffns)
     check_config_fits(chosen, config)
+
     if isinstance(config, EMoEConfig):
         if partition is None:
             partition = build_partition(model, config, calibration=calibration, progress=progress)
-        for ffn in chosen:
-            if not is_permutation(partition.get(ffn.index), ffn.d):
-                raise ConversionError(
-                    f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}"
-                )
+        _check_permutations(partition, chosen)
     elif partition is not None or calibration is not None:
         raise ConversionError("GMoE copies whole FFNs; it takes no partition")
-    reports = [convert_ffn(ffn, config, partition or {}) for ffn in chosen]
+    else:
+        partition = {}
+
+    # count before the conversion changes the model
+    dense_parameters = count_parameters(model)
+    dense_neurons = sum(ffn.d for ffn in ffns)
+    reports = [convert_ffn(ffn, config, partition) for ffn in chosen]
     finish_conversion_(model)
-    return conversion_report(reports, config, len(ffns), neurons, count_parameters(model) - before)
+    added = count_parameters(model) - dense_parameters
+    return conversion_report(reports, config, len(ffns), dense_neurons, added)
+
+
+def _check_permutations(partition: Mapping[int, Tensor], ffns: Iterable[FFN]) -> None:
+    """Raise :class:`ConversionError` if a partition lacks a permutation of an FFN's neurons."""
+    for ffn in ffns:
+        if not is_permutation(partition.get(ffn.index), ffn.d):
+            raise ConversionError(
+                f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}"
+            )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -128,14 +162,7 @@ def count_parameters(model: nn.Module) -> int:
 def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
     """Raise :class:`ConversionError` if FFNs lack something that a configuration needs."""
     if isinstance(config, GMoEConfig):
-        for ffn in ffns:
-            for path, module in ffn.projections():
-                if not cast(
-                    Tensor, module.weight
-                ).requires_grad:  # copies of a frozen FFN would stay equal
-                    raise ConversionError(
-                        f"{ffn.name}.{path} is frozen, but GMoE's copies must train: unfreeze it"
-                    )
+        _check_trainable(ffns)
         return
     check_divisible(ffns, config.num_experts)
     if config.router == "fixed":
@@ -149,6 +176,17 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
             )
 
 
+def _check_trainable(ffns: Iterable[FFN]) -> None:
+    """Raise :class:`ConversionError` if a weight is frozen: its copies would stay equal."""
+    for ffn in ffns:
+        for path, module in ffn.projections():
+            weight = cast(Tensor, module.weight)
+            if not weight.requires_grad:
+                raise ConversionError(
+                    f"{ffn.name}.{path} is frozen, but GMoE's copies must train: unfreeze it"
+                )
+
+
 def convert_ffn(
     ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor]
 ) -> LayerReport:
@@ -159,42 +197,67 @@ def convert_ffn(
     else:
         permutation = partition[ffn.index].cpu()
         ffn.permute_(permutation)
+    # the constructor puts the module into the model
     RoutedActivation(ffn, config, permutation)
-    notes = partition if isinstance(partition, Partition) else Partition({})
-    explained, seconds = notes.explained.get(ffn.index), notes.seconds.get(ffn.index)
-    experts, size = config.num_experts, ffn.d // config.num_experts
-    return LayerReport(ffn.index, ffn.name, ffn.d, experts, size, config.top_k, explained, seconds)
+
+    # a mapping of the caller's own has no such numbers
+    explained = None
+    seconds = None
+    if isinstance(partition, Partition):
+        explained = partition.explained.get(ffn.index)
+        seconds = partition.seconds.get(ffn.index)
+    return LayerReport(
+        index=ffn.index,
+        name=ffn.name,
+        neurons=ffn.d,
+        experts=config.num_experts,
+        expert_size=ffn.d // config.num_experts,
+        top_k=config.top_k,
+        explained=explained,
+        seconds=seconds,
+    )
 
 
 def conversion_report(
     reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
 ) -> ConversionReport:
-    """Summarize a conversion, given the dense model's number of FFNs and neurons, and the number of new parameters."""
-    dense_experts = (
-        1 if isinstance(config, GMoEConfig) else config.num_experts
-    )  # experts that compute the dense FFN
-    active = neurons + sum(
-        report.expert_size * (config.num_active_experts - dense_experts) for report in reports
-    )
+    """Summarize a conversion.
+
+    Args:
+        reports: one for each converted FFN.
+        config: configuration of the experts.
+        ffns: number of FFNs in the model.
+        neurons: number of neurons of the dense model's FFNs.
+        added: number of parameters that the dense model does not have.
+    """
+    # number of experts with as many neurons as the dense FFN: one copy of GMoE, all experts of EMoE
+    dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts
+    # a token uses so many more experts than that; for EMoE, the number is not positive
+    additional_experts = config.num_active_experts - dense_experts
+    additional_neurons = sum(report.expert_size * additional_experts for report in reports)
+    active = neurons + additional_neurons
     return ConversionReport(tuple(reports), ffns, active / neurons, added)
 
 
 @torch.no_grad()
 def widen(ffn: FFN, copies: int) -> None:
-    """Repeat the neurons ``copies`` times in each projection, in place. The output bias is not copied."""
+    """Repeat the neurons ``copies`` times in each projection, in place.
+
+    The output bias is not copied.
+    """
+    # 0, 1, …, d - 1, once for each copy
     neurons = torch.arange(ffn.d).repeat(copies)
+    neuron_dims = ffn.neuron_dims()
     for path, module in ffn.projections():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if f"{path}.{name}" in ffn.neuron_dims():
-                resize_parameter_(module, name, ffn.take(f"{path}.{name}", parameter, neurons))
-        # nn.Linear stores [out, in] and GPT-2's Conv1D [in, out]
+            parameter_path = f"{path}.{name}"
+            if parameter_path in neuron_dims:
+                widened = ffn.take(parameter_path, parameter, neurons)
+                resize_parameter_(module, name, widened)
+        # the attributes of nn.Linear, which stores [out, in], and of GPT-2's Conv1D, [in, out]
         rows, columns = cast(Tensor, module.weight).shape
-        for name, size in (
-            ("out_features", rows),
-            ("in_features", columns),
-            ("nx", rows),
-            ("nf", columns),
-        ):
+        sizes = {"out_features": rows, "in_features": columns, "nx": rows, "nf": columns}
+        for name, size in sizes.items():
             if hasattr(module, name):
                 setattr(module, name, size)
 
@@ -202,9 +265,9 @@ def widen(ffn: FFN, copies: int) -> None:
 def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """Fold the experts back into the dense FFN, in place, by removing the routing (EMoE2Dense).
 
-    The weights stay as they are, bit by bit, and adapters stay in place. The outputs change unless every expert was in
-    use (``top_k == num_experts``). The experts' output biases become one, ``k / N`` times their sum. Before training
-    this is the dense FFN's bias.
+    The weights stay as they are, bit by bit, and adapters stay in place. The outputs change unless
+    every expert was in use (``top_k == num_experts``). The experts' output biases become one,
+    ``k / N`` times their sum. Before training this is the dense FFN's bias.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -222,14 +285,16 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is dense or a GMoE, or, with ``restore_order``, an FFN has adapters or its order is
-            unknown (the model was saved without ``emoe_partition.safetensors``). The model is unchanged.
+        ConversionError: the model is dense or a GMoE, or, with ``restore_order``, an FFN has
+            adapters or its order is unknown (the model was saved without
+            ``emoe_partition.safetensors``). The model is unchanged.
     """
     layers = converted_layers(model, "to_dense_", "it is dense already")
     if any(isinstance(layer.config, GMoEConfig) for layer in layers):
         raise ConversionError(
             "a GMoE has no dense equal: its experts are full FFNs that were trained separately"
         )
+    # check all layers before the first one is changed
     if restore_order:
         check_plain(layer.ffn for layer in layers)
         for layer in layers:
@@ -237,51 +302,61 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
                 raise ConversionError(
                     f"{layer.ffn.name}: the neurons' order is unknown; leave out restore_order"
                 )
+
     for layer in layers:
         layer.remove_()
         if restore_order:
-            layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
+            # argsort inverts a permutation
+            original_order = torch.argsort(cast(Tensor, layer.permutation))
+            layer.ffn.permute_(original_order)
     remove_argument_hooks(model)
     update_description_(model)
     return model
 
 
 def finish_conversion_(model: nn.Module) -> None:
-    """Finish the conversion of a model: describe the experts in its configuration and register hooks.
+    """Finish a conversion: describe the experts in the model's configuration and register hooks.
 
-    The hooks check the state dicts that are loaded and, if the configuration needs it, read the padding mask.
+    The hooks check the state dicts that are loaded and, if the configuration needs it, read the
+    padding mask.
     """
     own_config_(model)
     describe_experts_(model)
     model.register_load_state_dict_pre_hook(_check_state)
-    layers = routed_layers(model)
     for part in _parts_with_experts(model):
         part.register_load_state_dict_pre_hook(_check_state_of_part)
+
+    layers = routed_layers(model)
     config = layers[0].config
-    if not config.count_padding and (
-        config.capacity_factor is not None or config.aux_loss_coefficient > 0
-    ):
+    # a capacity and a balance loss depend on the number of tokens
+    counts_tokens = config.capacity_factor is not None or config.aux_loss_coefficient > 0
+    if counts_tokens and not config.count_padding:
         hooks = watch_padding(model, [layer.ffn for layer in layers])
         for layer in layers:
             layer.padding = hooks.get(layer.ffn.index)
 
 
 def _parts_with_experts(model: nn.Module) -> list[nn.Module]:
-    """Return the modules below a model that contain a routed FFN: the base model, the list of layers, a layer, …"""
+    """Return the modules below a model that contain a routed FFN.
+
+    They are, for example, the base model, the list of layers, and a layer.
+    """
     paths = set()
     for name, module in model.named_modules():
         if isinstance(module, RoutedActivation):
-            while "." in name:
-                name = name.rpartition(".")[0]
-                paths.add(name)
+            parent, _, _ = name.rpartition(".")
+            while parent:
+                paths.add(parent)
+                parent, _, _ = parent.rpartition(".")
     return [model.get_submodule(path) for path in sorted(paths)]
 
 
 def _check_state_of_part(
     part: nn.Module, state: Mapping[str, Any], prefix: str, *_: object
 ) -> None:
-    """Check the state that is loaded into a part of a converted model."""
-    if prefix == "":  # else the state of a larger module is loaded, whose hook has checked it
+    """Check the state that is loaded into a module below a converted model."""
+    # with a prefix, a larger module is loaded, whose own hook has checked its state
+    if prefix == "":
         _check_state(part, state, prefix)
 
 
@@ -290,38 +365,52 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
     for layer in routed_layers(model):
         name = names.get(id(layer.ffn.proj_in))
-        incoming = state.get(f"{name}.weight", state.get(f"{name}.base_layer.weight"))
-        if layer.permutation is not None and _is_comparable(layer.ffn, incoming):
-            _check_order_(layer, cast(Tensor, incoming))
+        weight = state.get(f"{name}.weight")
+        if weight is None:  # an adapter wraps the projection
+            weight = state.get(f"{name}.base_layer.weight")
+        if layer.permutation is not None and _is_comparable(layer.ffn, weight):
+            _check_order_(layer, cast(Tensor, weight))
 
 
-def _is_comparable(ffn: FFN, incoming: Any) -> bool:
-    """Check if an in-projection's weight and the one to be loaded are plain tensors of the same shape."""
+def _is_comparable(ffn: FFN, weight: Any) -> bool:
+    """Check if a weight to be loaded into an in-projection can be compared with the present one.
+
+    Both must be plain tensors of the same shape.
+    """
     present = cast(Tensor, ffn.proj_in.weight)
-    are_plain = is_plain_tensor(incoming) and is_plain_tensor(present)
-    return are_plain and incoming.shape == present.shape
+    are_plain = is_plain_tensor(weight) and is_plain_tensor(present)
+    return are_plain and weight.shape == present.shape
 
 
 def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
-    """Compare the order of the neurons in an in-projection's weight that is to be loaded with the present one.
+    """Compare the order of neurons in a weight to be loaded into an in-projection with the present.
 
-    Raises :class:`CheckpointError` if it is the dense model's. If the weight is another model's, the layer's original
-    order becomes unknown.
+    Raise :class:`CheckpointError` if it is the dense model's order. If the weight is another
+    model's, the layer's original order becomes unknown.
     """
     permutation = cast(Tensor, layer.permutation)
     keys = layer.ffn.keys().detach().float()
-    incoming = layer.ffn.keys_of(weight).to(keys)
-    stored = float(F.cosine_similarity(keys, incoming, dim=1).mean())
-    dense = float(F.cosine_similarity(keys, incoming[permutation.to(keys.device)], dim=1).mean())
-    # if both orders are equal, similarities differ only by rounding
+    loaded_keys = layer.ffn.keys_of(weight).to(keys)
+    # the loaded keys, permuted as the conversion permuted the dense model's
+    permuted_keys = loaded_keys[permutation.to(keys.device)]
+    similarity = _mean_cosine(keys, loaded_keys)
+    similarity_permuted = _mean_cosine(keys, permuted_keys)
+
+    # if the permutation changes nothing, the similarities differ only by rounding
     orders_differ = bool((permutation.diff() != 1).any())
-    if orders_differ and dense > max(stored, _SIMILAR):
-        way_out = "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
+    if orders_differ and similarity_permuted > max(similarity, _SIMILAR):
         raise CheckpointError(
-            f"{layer.ffn.name}: the state dict has a dense model's order of neurons; {way_out}"
+            f"{layer.ffn.name}: the state dict has a dense model's order of neurons; "
+            "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
         )
-    if stored < _SIMILAR:
+    if similarity < _SIMILAR:
         layer.permutation = None
+
+
+def _mean_cosine(keys: Tensor, others: Tensor) -> float:
+    """Return the cosine of each row ``[h]`` of two matrices ``[d, h]``, averaged over the rows."""
+    cosines = F.cosine_similarity(keys, others, dim=1)
+    return float(cosines.mean())
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -350,10 +439,16 @@ def config_of(model: nn.Module) -> EMoEConfig | GMoEConfig:
 def converted_layers(
     model: nn.Module, caller: str, hint: str = "convert it first"
 ) -> list[RoutedActivation]:
-    """Return a model's routed FFNs; raise :class:`ConversionError` with a hint if there are none."""
+    """Return a model's routed FFNs.
+
+    If there are none, raise :class:`ConversionError` with the caller's name and a hint.
+    """
     layers = routed_layers(model)
     if not layers:
         if described_configs(model):
-            hint = "its configuration describes experts, but its stock class loaded it as dense: use emoe.from_pretrained"
+            hint = (
+                "its configuration describes experts, but its stock class loaded it as dense: "
+                "use emoe.from_pretrained"
+            )
         raise ConversionError(f"{caller}: the model has no routed FFN; {hint}")
     return layers

@@ -23,14 +23,21 @@ class CheckpointError(EMoEError):
 
 
 def did_you_mean(given: object, options: Iterable[object]) -> str:
-    """Return ``"; did you mean 'x'?"``, or ``"; choose from …"`` without a close match, or nothing without options."""
+    """Return ``"; did you mean 'x'?"`` for a wrong name, to be appended to an error message.
+
+    Without a close match, return ``"; choose from …"``. Without options, return an empty text.
+    """
     names = [str(option) for option in options if str(option).strip()]
     close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; choose from {', '.join(names)}" if names else ""
+    if names:
+        return f"; choose from {', '.join(names)}"
+    return ""
 
 
 def nearest_divisor(width: int, number: int) -> int:
     """Return the divisor of ``width`` nearest to ``number``; ties go to the smaller."""
-    return min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - number))
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    # min returns the first, and so the smaller, of two divisors at the same distance
+    return min(divisors, key=lambda divisor: abs(divisor - number))

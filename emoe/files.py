@@ -1,4 +1,7 @@
-"""Read and write model folders: JSON, safetensors and the model's own library, without executing code."""
+"""Read and write model folders: JSON, safetensors and the model's own library.
+
+No code of a folder is executed.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,21 @@ from emoe.errors import CheckpointError, ConversionError
 
 STOCK_CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-_COMPANIONS = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers and templates
+# suffixes of settings, tokenizers and templates
+_COMPANIONS = (".json", ".txt", ".model", ".jinja")
 DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
-Restored = Callable[
-    [nn.Module], set[str]
-]  # returns the names of the tensors that the caller loads later
+# a function that returns the names of the tensors that the caller loads later
+Restored = Callable[[nn.Module], set[str]]
 
 
 def one_line(error: BaseException) -> str:
     """Return an error's class and message on one line of limited length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    words = str(error).split()
+    message = " ".join(words)
+    return f"{type(error).__name__}: {message[:300]}"
 
 
 @contextmanager
@@ -51,15 +56,24 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Raise a one-line :class:`CheckpointError` if safetensors cannot write, and apply the umask to its files."""
+    """Raise a one-line :class:`CheckpointError` if safetensors cannot write to a file or folder.
+
+    Afterwards, apply the umask to its files.
+    """
     try:
         yield
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written: {one_line(error)}") from error
-    umask = os.umask(0)  # the only way to read it
+
+    # safetensors lets only the owner read
+    written = [path]
+    if path.is_dir():
+        written = list(path.glob("*.safetensors"))
+    # setting the umask is the only way to read it
+    umask = os.umask(0)
     os.umask(umask)
-    for file in path.glob("*.safetensors") if path.is_dir() else [path]:
-        file.chmod(0o666 & ~umask)  # safetensors lets only the owner read
+    for file in written:
+        file.chmod(0o666 & ~umask)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -74,7 +88,9 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read a folder's ``config.json``; empty if missing (raises :class:`CheckpointError`)."""
     path = folder / STOCK_CONFIG_FILE
-    return read_object(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return read_object(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -84,7 +100,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file; empty if missing (raises :class:`CheckpointError`)."""
+    """Read the metadata of a safetensors file (raises :class:`CheckpointError`).
+
+    It is empty if the file has none.
+    """
     with _readable(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
@@ -100,82 +119,115 @@ def write_tensors(
 def tensor_digest(tensor: Tensor) -> str:
     """Hash a tensor's dtype, shape and bytes with sha256."""
     plain = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    form = f"{plain.dtype}{tuple(plain.shape)}"
+    digest = hashlib.sha256(form.encode())
+    # as bytes, because NumPy has no bfloat16
+    content = plain.flatten().view(torch.uint8)
+    digest.update(content.numpy().data)
     return digest.hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder's weights (raises :class:`CheckpointError`)."""
-    single, index = (folder / name for name in WEIGHT_FILES)
+    single_name, index_name = WEIGHT_FILES
+    single = folder / single_name
+    index = folder / index_name
     if single.exists():
         return [single]
     if not index.exists():
         raise CheckpointError(
             f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read"
         )
+
+    # the index maps each tensor to its file
     shards = read_object(index).get("weight_map")
-    names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else [""]
-    if unsafe := [
-        name for name in names if Path(name).name != name or not name.endswith(".safetensors")
-    ]:
-        raise CheckpointError(
-            f"{index} names '{unsafe[0]:.80}', which must be a .safetensors file of this folder"
-        )
+    names = [""]  # the check below rejects it
+    if isinstance(shards, dict):
+        names = sorted({str(name) for name in shards.values()})
+    for name in names:
+        # a path could lead out of the folder
+        is_path = Path(name).name != name
+        if is_path or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} names '{name:.80}', which must be a .safetensors file of this folder"
+            )
     return [folder / name for name in names]
 
 
 def tensor_files(paths: Iterable[Path]) -> dict[str, Path]:
-    """Map the names of the tensors in safetensors files to their files (raises :class:`CheckpointError`)."""
-    names: dict[str, Path] = {}
+    """Map each tensor's name to the safetensors file that holds it.
+
+    If several files hold a name, the last one counts. A damaged file raises
+    :class:`CheckpointError`.
+    """
+    file_of_tensor = {}
     for path in paths:
         with _readable(path), safe_open(path, framework="pt") as file:
-            names |= dict.fromkeys(file.keys(), path)
-    return names
+            for name in file.keys():  # noqa: SIM118 -- not a dictionary
+                file_of_tensor[name] = path
+    return file_of_tensor
 
 
 class Weights:
-    """Read single tensors of a folder's weights. ``files`` maps their names to the files."""
+    """A folder's weights, of which single tensors can be read.
+
+    Attributes:
+        files: the file of each tensor, by the tensor's name.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.files = tensor_files(weight_files(folder))
 
     def __getitem__(self, name: str) -> Tensor:
-        with _readable(self.files[name]), safe_open(self.files[name], framework="pt") as file:
+        path = self.files[name]
+        with _readable(path), safe_open(path, framework="pt") as file:
             return cast(Tensor, file.get_tensor(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading its values."""
-        with _readable(self.files[name]), safe_open(self.files[name], framework="pt") as file:
+        path = self.files[name]
+        with _readable(path), safe_open(path, framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
 
 def model_folder(model: str, options: Mapping[str, Any] | None = None) -> Path:
-    """Return a model's folder, downloaded if the model is a hub id (raises :class:`CheckpointError`).
+    """Return a model's folder. If the model is a hub id, download it.
 
     Args:
         model: folder or hub id.
-        options: a loader's options, of which ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` count.
+        options: a loader's options, of which ``revision``, ``token``, ``cache_dir`` and
+            ``local_files_only`` count.
+
+    Raises:
+        CheckpointError: the hub has no such model, or the folder is not a safe and whole model.
     """
     folder = Path(model)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        given = {name: value for name, value in (options or {}).items() if name in HUB_OPTIONS}
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=DOWNLOADED, **given))
-        except (OSError, ValueError) as error:  # the errors of the hub are subclasses
-            raise CheckpointError(
-                f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}"
-            ) from error
+        folder = _download(model, options or {})
     check_loadable(folder)
     return folder
 
 
+def _download(model: str, options: Mapping[str, Any]) -> Path:
+    """Download a model from the hub, and return its folder (raises :class:`CheckpointError`)."""
+    from huggingface_hub import snapshot_download
+
+    hub_options = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    try:
+        return Path(snapshot_download(model, allow_patterns=DOWNLOADED, **hub_options))
+    except (OSError, ValueError) as error:  # the errors of the hub are subclasses
+        raise CheckpointError(
+            f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}"
+        ) from error
+
+
 def loader_for(folder: Path) -> Any:
-    """Return the transformers class that a folder names, or ``timm.create_model`` (raises :class:`CheckpointError`)."""
+    """Return the transformers class that a folder names, or ``timm.create_model``.
+
+    Raises :class:`CheckpointError` if transformers has no such class.
+    """
     settings = read_settings(folder)
-    if "architecture" in settings:
+    if "architecture" in settings:  # timm's own key
         import timm
 
         return timm.create_model
@@ -203,16 +255,21 @@ def writer_of(folder: Path) -> str | None:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a library would load another model, code, or other file formats."""
+    """Raise :class:`CheckpointError` if a library could not load a folder, or would execute code.
+
+    That is a folder with adapters, with code from a hub, or without readable safetensors files.
+    """
     check_companions(folder)
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first"
+            f"{folder} holds adapters, not a model: "
+            "load their model with emoe.from_pretrained first"
         )
-    # includes nested models; a value may be an object with one name per part of the model
-    if re.search(
-        r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', json.dumps(read_settings(folder))
-    ):
+
+    # A name with a slash is a repository with code. The whole text is searched, because nested
+    # models have settings too. A value may be an object with one name per part of the model.
+    settings = json.dumps(read_settings(folder))
+    if re.search(r'attn_implementation\w*": (\{[^}]*": )?"[^"]*/', settings):
         raise CheckpointError(
             f"{folder}: 'attn_implementation' names code from a hub; remove the key"
         )
@@ -220,7 +277,10 @@ def check_loadable(folder: Path) -> None:
 
 
 def check_companions(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a settings file is a named pipe: libraries would wait for its content."""
+    """Raise :class:`CheckpointError` if a settings file is a named pipe.
+
+    Libraries would wait for its content.
+    """
     for path in folder.iterdir():
         is_special = path.exists() and not path.is_file() and not path.is_dir()
         if is_special and path.suffix in _COMPANIONS:
@@ -239,25 +299,31 @@ def load_stock(
 
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
-        folder: folder of the checkpoint (raises :class:`CheckpointError` if it is damaged or another model's).
-        restored: function that names tensors that :mod:`emoe.loader` reads from another file of the folder. All others
-            must be stored.
+        folder: folder of the checkpoint.
+        restored: function that names tensors that :mod:`emoe.loader` reads from another file of the
+            folder. All others must be stored.
         new_head: accept a transformers checkpoint without the weights of the model's head.
-        **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another shape, timm's
-            ``num_classes`` a new head.
+        **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another
+            shape, timm's ``num_classes`` a new head.
 
     Returns:
         The model. With the option ``output_loading_info=True``, also transformers' report.
+
+    Raises:
+        CheckpointError: the folder is damaged, or holds another model's weights.
     """
     check_loadable(folder)
     if hasattr(loader, "from_pretrained"):
         with _one_line_errors(loader, folder):
             return _load_with_transformers(loader, folder, restored, new_head, options)
-    # timm 1.0.20 cannot choose among several safetensors files
-    if _is_timm(loader) and len(list(folder.glob("*.safetensors"))) == 1:
+
+    # timm 1.0.20 cannot choose among several safetensors files: we load the weights then
+    has_one_file = len(list(folder.glob("*.safetensors"))) == 1
+    if _is_timm(loader) and has_one_file:
         check_head(folder, options)
         with _one_line_errors(loader, folder):
             return loader(f"local-dir:{folder}", pretrained=True, **options)
+
     model = build_without_weights(loader, folder, **options)
     load_state_(model, read_tensors(folder / WEIGHT_FILES[0]), folder)
     return model
@@ -267,14 +333,16 @@ def build_without_weights(loader: Any, folder: Path, **options: Any) -> nn.Modul
     """Build the timm or plain model of a folder (raises :class:`CheckpointError`)."""
     check_loadable(folder)
     if not _is_timm(loader):
-        return cast(nn.Module, loader(**options))  # do not catch errors of the user's function
+        # errors of the user's own function are not caught
+        return cast(nn.Module, loader(**options))
     check_head(folder, options)
     with _one_line_errors(loader, folder):
         return cast(nn.Module, loader(f"local-dir:{folder}", pretrained=False, **options))
 
 
 def _is_timm(loader: Any) -> bool:
-    return str(getattr(loader, "__module__", None)).startswith("timm.")
+    module_name = str(getattr(loader, "__module__", None))
+    return module_name.startswith("timm.")
 
 
 @contextmanager
@@ -296,15 +364,16 @@ def check_head(folder: Path, options: Mapping[str, Any]) -> None:
     timm would draw a new head without a message. The option ``num_classes`` asks for one.
     """
     settings = read_settings(folder)
-    pretrained = settings.get("pretrained_cfg")
-    head = pretrained.get("classifier") if isinstance(pretrained, dict) else None
     classes = settings.get("num_classes")
+    # path of the head in the model
+    head = None
+    pretrained = settings.get("pretrained_cfg")
+    if isinstance(pretrained, dict):
+        head = pretrained.get("classifier")
     if "num_classes" in options or classes is None or not isinstance(head, str):
         return
-    weights = Weights(folder)
-    name = f"{head}.weight"
-    shape = weights.shape(name) if name in weights.files else (0,)
-    stored = shape[0] if shape else 0
+
+    stored = _rows_of_weight(Weights(folder), head)
     if classes != stored:
         path = folder / STOCK_CONFIG_FILE
         raise CheckpointError(
@@ -312,64 +381,109 @@ def check_head(folder: Path, options: Mapping[str, Any]) -> None:
         )
 
 
+def _rows_of_weight(weights: Weights, module: str) -> int:
+    """Return the first dimension of a module's weight in a folder, 0 if it has none."""
+    name = f"{module}.weight"
+    if name not in weights.files:
+        return 0
+    shape = weights.shape(name)
+    if not shape:
+        return 0
+    rows, *_ = shape
+    return rows
+
+
 def _load_with_transformers(
     loader: Any, folder: Path, restored: Restored | None, new_head: bool, options: dict[str, Any]
 ) -> Any:
-    # sizes are checked below, because transformers' error does not name the tensors
-    fixed = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with (
-        quiet() if restored else nullcontext()
-    ):  # transformers would report what the caller restores
-        model, info = loader.from_pretrained(
-            str(folder), **{"trust_remote_code": False, **options, **fixed}
-        )
+    """Load a checkpoint with transformers. It must store the model's tensors in the model's shapes.
+
+    The exceptions are tensors that ``restored`` names, and a head that the caller accepts as new.
+    """
+    loader_options = {
+        "trust_remote_code": False,
+        **options,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        # sizes are checked below, because transformers' error does not name the tensors
+        "ignore_mismatched_sizes": True,
+    }
+    # transformers would report what the caller restores
+    silence = quiet() if restored else nullcontext()
+    with silence:
+        model, info = loader.from_pretrained(str(folder), **loader_options)
+
     expected = restored(model) if restored else set()
     missing = set(info["missing_keys"]) - expected
     mismatched = {name for name, *_ in info["mismatched_keys"]} - expected
-    body = "" if model.base_model is model else f"{model.base_model_prefix}."
-    heads = {
-        name
-        for name in missing | mismatched
-        if not name.startswith(body) or ".pooler." in f".{name}"
-    }
-    drawn = missing & heads if new_head and writer_of(folder) != type(model).__name__ else set()
-    if restored and drawn:
+    heads = _head_names(model, missing | mismatched)
+
+    # a checkpoint that another class wrote may lack the head, which transformers then draws
+    drawn: set[str] = set()
+    if new_head and writer_of(folder) != type(model).__name__:
+        drawn = missing & heads
+    if restored and drawn:  # else transformers has reported it
         logging.getLogger("emoe").warning(
             "%s has no %s: train this new head", folder, ", ".join(sorted(drawn))
         )
-    resized = mismatched & heads if options.get("ignore_mismatched_sizes") else set()
+    resized: set[str] = set()
+    if options.get("ignore_mismatched_sizes"):
+        resized = mismatched & heads
     _check_complete((missing | mismatched) - drawn - resized, folder)
     _check_layers(model, info["unexpected_keys"], folder)
-    return (model, info) if options.get("output_loading_info") else model
+
+    if options.get("output_loading_info"):
+        return model, info
+    return model
+
+
+def _head_names(model: Any, names: Iterable[str]) -> set[str]:
+    """Return the names that belong to the head or the pooler of a transformers model."""
+    # "" if the model is the base model, which has no head
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    heads = set()
+    for name in names:
+        is_pooler = ".pooler." in f".{name}"
+        if is_pooler or not name.startswith(body):
+            heads.add(name)
+    return heads
 
 
 def _check_layers(model: nn.Module, unexpected: Iterable[str], folder: Path) -> None:
-    """Raise :class:`CheckpointError` if the weights have more layers than the model's configuration."""
+    """Raise :class:`CheckpointError` if the weights have more layers than the configuration."""
+    # without the prefix, because the weights may be the base model's
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    kinds = {_without_numbers(name).removeprefix(prefix) for name in model.state_dict()}
+    known = set()
+    for name in model.state_dict():
+        known.add(_without_numbers(name).removeprefix(prefix))
     for name in sorted(unexpected):
-        if re.search(r"\.\d+\.", name) and _without_numbers(name).removeprefix(prefix) in kinds:
+        is_in_layer = re.search(r"\.\d+\.", name) is not None
+        if is_in_layer and _without_numbers(name).removeprefix(prefix) in known:
             path = folder / STOCK_CONFIG_FILE
             raise CheckpointError(f"{path} counts fewer layers than the weights, which have {name}")
 
 
 def _without_numbers(name: str) -> str:
-    """Return a tensor's name with all layer numbers replaced by a sign."""
+    """Return a tensor's name with ``#`` for each number, so that all layers' names are equal."""
     return re.sub(r"\d+", "#", name)
 
 
 def load_state_(
     model: nn.Module, stored: Mapping[str, Tensor], folder: Path, restored: Collection[str] = ()
 ) -> None:
-    """Load the stored tensors of a plain or timm model. All but the restored ones must have the model's shapes."""
+    """Load the stored tensors of a plain or timm model.
+
+    All tensors of the model must be stored in its shapes, except the restored ones.
+    """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
-    _check_complete(shapes.keys() - state.keys() - set(restored), folder)
+    not_loaded = shapes.keys() - state.keys()
+    _check_complete(not_loaded - set(restored), folder)
     model.load_state_dict(state, strict=False)
 
 
 def _check_complete(missing: Collection[str], folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a folder's weights lack tensors or have them in other shapes."""
+    """Raise :class:`CheckpointError` if there are missing tensors, or tensors of other shapes."""
     if missing:
         name = min(missing)
         raise CheckpointError(
@@ -382,7 +496,8 @@ def quiet() -> Iterator[None]:
     """Silence the reports and progress bars of transformers."""
     from transformers.utils import logging as reports
 
-    level, has_bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    level = reports.get_verbosity()
+    has_bars = reports.is_progress_bar_enabled()
     reports.set_verbosity_error()
     reports.disable_progress_bar()
     try:
@@ -394,8 +509,19 @@ def quiet() -> Iterator[None]:
 
 
 def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Save a model with its own library, or a plain module's tensors; ``state`` replaces the model's state."""
-    state = model.state_dict() if state is None else state
+    """Save a model with its own library, or a plain module's tensors.
+
+    Args:
+        model: model to save.
+        folder: folder to write to.
+        state: tensors to write instead of the model's own state.
+
+    Raises:
+        ConversionError: the weights are offloaded, other than by ``device_map``.
+        CheckpointError: the folder cannot be written.
+    """
+    if state is None:
+        state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()) and not hasattr(model, "hf_device_map"):
         raise ConversionError(
             "these weights are offloaded; call accelerate.hooks.remove_hook_from_submodules first"
@@ -408,9 +534,8 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
     if hasattr(model, "pretrained_cfg"):
         from timm.models._hub import save_config_for_hf
 
-        save_config_for_hf(
-            model, cast(Any, folder / STOCK_CONFIG_FILE)
-        )  # older releases need a path
+        # declared as a string, but older releases need a path
+        save_config_for_hf(model, cast(Any, folder / STOCK_CONFIG_FILE))
     # clones, so that tied tensors are written under each of their names
     plain = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -430,21 +555,33 @@ def new_folder(folder: Path, source: Path) -> Iterator[Path]:
     """Write to a temporary folder with the companions of the source, and rename it at the end."""
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    root = source.resolve()
-    root = (
-        root.parents[1] if root.parent.name == "snapshots" else root
-    )  # the hub's cache links to files in `blobs`
-    companions = [
-        path for path in source.rglob("*") if path.suffix in _COMPANIONS and path.is_file()
-    ]
-    companions = [path for path in companions if path.resolve().is_relative_to(root)]
+    companions = _find_companions(source)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         temporary = Path(scratch) / folder.name
         temporary.mkdir()
         for path in companions:
-            if not path.name.startswith("emoe_") and not path.name.endswith(".index.json"):
-                copy = temporary / path.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+            copy = temporary / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
         yield temporary
         temporary.replace(folder)
+
+
+def _find_companions(source: Path) -> list[Path]:
+    """Return the settings, tokenizers and templates in a folder and its subfolders.
+
+    Leaves out emoe's own files and the index of the weights, which saving writes anew, and links
+    that lead out of the folder.
+    """
+    root = source.resolve()
+    # the hub's cache has files as links from `snapshots/REVISION` to `blobs`
+    if root.parent.name == "snapshots":
+        root = root.parents[1]
+
+    companions = []
+    for path in source.rglob("*"):
+        is_written_anew = path.name.startswith("emoe_") or path.name.endswith(".index.json")
+        is_companion = path.suffix in _COMPANIONS and not is_written_anew
+        if is_companion and path.is_file() and path.resolve().is_relative_to(root):
+            companions.append(path)
+    return companions

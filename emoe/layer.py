@@ -1,7 +1,7 @@
 """The routed FFN: a dense FFN whose activation module is replaced.
 
-``act(z)`` becomes ``act(z) * weights``, with each expert's weight repeated over its block of neurons. The projections,
-and with them LoRA, saving and sharding, stay as they are.
+``act(z)`` becomes ``act(z) * weights``, with each expert's weight repeated over its block of
+neurons. The projections, and with them LoRA, saving and sharding, stay as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, bias_of
+from emoe.architectures import FFN, attribute_name, bias_of
 from emoe.compiled.build import kernels_for
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
@@ -32,31 +32,40 @@ from emoe.tokens import PaddingMaskHook, do_nothing
 
 
 class _CallState:
-    """Hold the tensors that an FFN's modules exchange in one call, and the balance loss."""
+    """The tensors that an FFN's modules exchange in one call, and the balance loss.
 
-    x: Tensor | None = None  # FFN input ``[..., h]``, from the in-projection to the activation
-    weights: Tensor | None = (
-        None  # expert weights ``[T, N]``, from the activation to the out-projection
-    )
+    Attributes:
+        x: FFN input ``[..., h]``, from the in-projection to the activation.
+        weights: expert weights ``[T, N]``, from the activation to the out-projection.
+        loss: balance loss of the last call.
+    """
+
+    x: Tensor | None = None
+    weights: Tensor | None = None
     loss: Tensor | None = None
 
 
 class _ThreadState(_CallState, threading.local):
-    """Hold the state of a call for each thread, so that threads can share a model."""
+    """The state of a call in each thread, so that threads can share a model."""
 
 
 class RoutedActivation(nn.Module):
     """Activate and route: set the hidden neurons of experts that are not chosen to zero.
 
-    The constructor replaces the FFN's activation. A hook on the in-projection passes on the FFN's input, from which
-    the router computes scores. A hook on the out-projection adds the experts' own output biases, if there are any.
+    The constructor replaces the FFN's activation. A hook on the in-projection passes on the FFN's
+    input, from which the router computes scores. A hook on the out-projection adds the experts' own
+    output biases, if there are any.
 
     Attributes:
         activation: the FFN's own activation, a module or a function.
-        permutation: ``[d]`` order of the neurons, on the CPU, to undo the conversion. None if unknown.
-        output_bias: output biases ``[N, h]`` of the experts, None if they share the out-projection's.
-        output_bias_parts: number of expert biases that sum to the FFN's own bias, None if they share one.
-        record: the layer's :class:`emoe.records.LayerRecord` during :func:`emoe.record_routing`, else None.
+        permutation: ``[d]`` order of the neurons, on the CPU, to undo the conversion. None if
+            unknown.
+        output_bias: output biases ``[N, h]`` of the experts, None if they share the
+            out-projection's.
+        output_bias_parts: number of expert biases that sum to the FFN's own bias, None if they
+            share one.
+        record: the layer's :class:`emoe.records.LayerRecord` during :func:`emoe.record_routing`,
+            else None.
         padding: source of the padding mask, None if the configuration does not need it.
         replaced: modules that the sparse backend replaced, by path; empty for the masked backend.
     """
@@ -70,51 +79,69 @@ class RoutedActivation(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = ffn.activation
-        self.ffn, self.config, self.permutation = ffn, config, permutation
+        self.ffn = ffn
+        self.config = config
+        self.permutation = permutation
         self.router = build_router(ffn, config)
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)
         self.record: Any = None
         self.padding: PaddingMaskHook | None = None
         self.replaced: dict[str, nn.Module] = {}
-        self._eager, self._traced = _ThreadState(), _CallState()
+        # a compiler cannot follow thread-local attributes
+        self._eager = _ThreadState()
+        self._traced = _CallState()
         self._handles = [ffn.proj_in.register_forward_pre_hook(self._keep_input)]
         if config.output_bias != "shared":
             self._split_output_bias()
-        parent = ffn.parents[ffn.spec.activation]
+
+        path = ffn.spec.activation
+        parent = ffn.parents[path]
         self.num_own_hooks = 0
         if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             # a hook disables PyTorch's fused transformer layers, which would bypass this module
             self.register_forward_pre_hook(do_nothing)
             self.num_own_hooks = 1
         self.train(parent.training)
-        ffn.replace(ffn.spec.activation, self)
+        ffn.replace(path, self)
         # a copy of torch's decoder layer computes ReLU if its __dict__ has no activation
-        vars(parent)[ffn.spec.activation.rpartition(".")[2]] = self
+        vars(parent)[attribute_name(path)] = self
 
     @property
     def backend(self) -> str:
-        """``masked``, or ``sparse`` if the out-projection computes the whole FFN (:func:`emoe.set_backend_`)."""
+        """``masked``, or ``sparse`` if the out-projection computes the whole FFN.
+
+        :func:`emoe.set_backend_` sets it.
+        """
         return "sparse" if self.replaced else "masked"
 
     def restore_projections_(self) -> None:
         """Put back the modules that the sparse backend replaced."""
         for path, module in self.replaced.items():
-            self.ffn.replace(path, module.train(self.ffn.module(path).training))
+            is_training = self.ffn.module(path).training
+            self.ffn.replace(path, module.train(is_training))
         self.replaced = {}
 
     @property
     def aux_loss(self) -> Tensor | None:
-        """Balance loss of this thread's last call; None before the first call or without such a loss."""
-        return self._eager.loss if self._traced.loss is None else self._traced.loss
+        """Balance loss of this thread's last call.
+
+        It is None before the first call, and if the configuration has no balance loss.
+        """
+        if self._traced.loss is not None:
+            return self._traced.loss
+        return self._eager.loss
 
     @property
     def _call_state(self) -> _CallState:
-        # a compiler follows plain attributes only
+        """The state for compiled code, or that of this thread."""
         return self._traced if torch.compiler.is_compiling() else self._eager
 
     def remove_(self) -> None:
-        """Restore the FFN's modules and its single output bias, ``(k / N) * sum of the experts' biases``."""
+        """Restore the FFN's modules and its single output bias.
+
+        The bias is ``(k / N) * sum of the experts' biases``.
+        """
         if not isinstance(self.ffn.proj_out.weight, Tensor):
             name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
             raise ConversionError(f"{name} is quantised: call to_dense_ before quantize_dynamic")
@@ -123,30 +150,30 @@ class RoutedActivation(nn.Module):
             handle.remove()
         self.ffn.replace(self.ffn.spec.activation, self.activation)
         if self.output_bias is not None:
-            proj_out = getattr(
-                self.ffn.proj_out, "base_layer", self.ffn.proj_out
-            )  # an adapter wraps the base layer
-            bias = nn.Parameter(
-                self.mean_output_bias(), requires_grad=self.output_bias.requires_grad
-            )
+            proj_out = _without_adapter(self.ffn.proj_out)
+            is_trained = self.output_bias.requires_grad
+            bias = nn.Parameter(self.mean_output_bias(), requires_grad=is_trained)
+            # a buffer has the name of the parameter, see _split_output_bias
             del proj_out.bias
             proj_out.register_parameter("bias", bias)
 
     def _split_output_bias(self) -> None:
+        """Move the out-projection's bias, if it has one, to output biases ``[N, h]`` of experts."""
         proj_out = self.ffn.proj_out
         bias = bias_of(proj_out)
         if bias is None:
             return
-        parts = (
-            1 if self.config.output_bias == "per_expert_whole" else self.config.num_active_experts
-        )
-        self.output_bias_parts = torch.tensor(
-            parts, device=bias.device
-        )  # an integer, which no cast rounds
+        # the biases of a token's experts sum to the dense bias, unless each has the whole of it
+        parts = self.config.num_active_experts
+        if self.config.output_bias == "per_expert_whole":
+            parts = 1
+        # an integer, which no cast rounds
+        self.output_bias_parts = torch.tensor(parts, device=bias.device)
+
+        # computed first, because resizing changes `bias`
         zeros = torch.zeros_like(bias)
-        resize_parameter_(
-            proj_out, "bias", (bias.detach() / parts).repeat(self.config.num_experts, 1)
-        )
+        expert_bias = bias.detach() / parts
+        resize_parameter_(proj_out, "bias", expert_bias.repeat(self.config.num_experts, 1))
         self.output_bias = cast(nn.Parameter, proj_out.bias)
         del proj_out.bias
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
@@ -154,23 +181,43 @@ class RoutedActivation(nn.Module):
         self._handles.append(proj_out.register_forward_hook(self._add_output_bias))
 
     def mean_output_bias(self) -> Tensor:
-        """Return the dense FFN's bias ``[h]``: the mean of the experts' biases times ``output_bias_parts``."""
-        return cast(Tensor, self.output_bias).detach().mean(0) * cast(
-            Tensor, self.output_bias_parts
-        )
+        """Return the dense FFN's bias ``[h]``.
+
+        It is the mean of the experts' biases times ``output_bias_parts``.
+        """
+        biases = cast(Tensor, self.output_bias).detach()
+        parts = cast(Tensor, self.output_bias_parts)
+        return biases.mean(0) * parts
 
     def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Keep the FFN's input for the activation. A hook on the in-projection."""
         self._call_state.x = args[0]
 
+    def _take_input(self) -> Tensor | None:
+        """Return the input ``[T, h]`` that the in-projection received, and forget it.
+
+        It is None if the in-projection's hook was not called.
+        """
+        call = self._call_state
+        x = call.x
+        call.x = None
+        if x is None:
+            return None
+        return x.reshape(-1, x.shape[-1])
+
     def _add_output_bias(self, _module: nn.Module, _args: Any, y: Tensor) -> Tensor:
-        weights, self._call_state.weights = self._call_state.weights, None
+        """Add the experts' biases to the FFN's output. A hook on the out-projection."""
+        call = self._call_state
+        weights = call.weights
+        call.weights = None
         with weights_in_place(self):
             return self.add_output_bias(y, require_input(self.ffn, weights))
 
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor:
         """Add the experts' biases, weighted by ``[T, N]``, to an output ``[..., h]``."""
         biases = cast(Tensor, self.output_bias)
-        return y + (weights.to(biases.dtype) @ biases).view_as(y).to(y.dtype)
+        weighted_biases = weights.to(biases.dtype) @ biases  # [T, h]
+        return y + weighted_biases.view_as(y).to(y.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
         """Activate and route pre-activations ``[..., d]``."""
@@ -179,71 +226,81 @@ class RoutedActivation(nn.Module):
         return self.activate(z)
 
     def activate(self, z: Tensor) -> Tensor:
-        """Activate and mask pre-activations ``[..., d]`` of the input that the in-projection received."""
+        """Activate and mask the pre-activations ``[..., d]`` of the in-projection's last input."""
         if z.is_nested:
             raise RuntimeError(
                 f"{self.ffn.name}: nested tensors cannot be routed; set enable_nested_tensor=False"
             )
-        call, config = self._call_state, self.config
-        x, call.x = call.x, None
-        x = None if x is None else x.reshape(-1, x.shape[-1])
-        mask = None if x is None else self.choose_quickly(x)
-        if mask is not None:
-            return self._weighted(self.activation(z), mask)
-        rows = z.reshape(-1, z.shape[-1])
+        x = self._take_input()
+        if x is not None:
+            mask = self.choose_quickly(x)
+            if mask is not None:
+                return self._weighted(self.activation(z), mask)
+
+        config = self.config
         dropout = config.expert_dropout if self.training else 0.0
-        is_before = config.dropout_position == "before"
-        # score first, because the activation may overwrite its input; some scores need its output
-        needs_hidden = config.score.startswith("inter")
-        scores = None if needs_hidden else self._scores(x, rows)
-        hidden = self.activation(F.dropout(z, dropout) if dropout and is_before else z)
+        drops_before = dropout > 0 and config.dropout_position == "before"
+        drops_after = dropout > 0 and not drops_before
+        rows = z.reshape(-1, z.shape[-1])  # [T, d]
+        # score first, because the activation may overwrite its input
+        scores = None
+        if not config.score.startswith("inter"):
+            scores = self._scores(x, rows)
+        if drops_before:
+            z = F.dropout(z, dropout)
+        hidden = self.activation(z)
         if scores is None:
+            # "inter" scores are computed from the activated neurons
             scores = self._scores(x, rows, hidden.reshape(rows.shape))
+
         _, weights = self.route(scores)
         if self.output_bias is not None:
             self._check_hooked()
-            call.weights = weights
-        if dropout and not is_before:
+            self._call_state.weights = weights
+        if drops_after:
             hidden = F.dropout(hidden, dropout)
         return self._weighted(hidden, weights)
 
     def choose_quickly(self, x: Tensor) -> Tensor | None:
-        """Choose the experts ``[T, N]`` bool of inputs ``[T, h]`` by one call of the compiled kernels.
+        """Mask the experts ``[T, N]`` of inputs ``[T, h]`` with one call of the compiled kernels.
 
-        It equals :meth:`route`, whose steps take longer than the products of a few tokens. None if there are no
-        kernels, a gradient is recorded, or the configuration needs more than the highest or lowest scores.
+        It equals :meth:`route`, whose steps take longer than the products of a few tokens. None if
+        there are no kernels, a gradient is recorded, or the configuration needs more than the
+        highest or lowest scores.
         """
-        config, keys = self.config, self.router.kept_keys()
+        keys = self.router.kept_keys()
         if keys is None or self.record is not None or self.output_bias is not None:
             return None
         if torch.is_autocast_enabled(x.device.type):  # the kernel's product would be rounded
             return None
-        needs_weights = config.weighting != "binary" or config.capacity_factor is not None
-        if (
-            needs_weights
+        # the kernel returns a mask, without scores
+        config = self.config
+        needs_scores = (
+            config.weighting != "binary"
+            or config.capacity_factor is not None
             or config.aux_loss_coefficient > 0
-            or config.selection not in ("top", "bottom")
-        ):
+        )
+        if needs_scores or config.selection not in ("top", "bottom"):
             return None
         kernels = kernels_for(x)
-        return (
-            None
-            if kernels is None
-            else kernels.route(x, keys, config.top_k, config.selection == "top")
-        )
+        if kernels is None:
+            return None
+        return kernels.route(x, keys, config.top_k, config.selection == "top")
 
     def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Multiply the neurons ``[..., d]`` by the weights ``[T, N]`` of their experts."""
         kernels = kernels_for(hidden)
         if kernels is not None and hidden.dtype in (torch.float32, torch.bfloat16):
             return kernels.scale_blocks(hidden, weights)
-        blocks = hidden.unflatten(-1, (self.config.num_experts, -1))
-        per_block = weights.view(*blocks.shape[:-1], 1)
-        return (blocks * per_block.to(hidden.dtype)).flatten(-2)
+        blocks = hidden.unflatten(-1, (self.config.num_experts, -1))  # [..., N, s]
+        per_block = weights.view(*blocks.shape[:-1], 1)  # [..., N, 1]
+        weighted = blocks * per_block.to(hidden.dtype)
+        return weighted.flatten(-2)
 
     def _check_hooked(self) -> None:
-        proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # unwrap an adapter
-        proj_out = getattr(proj_out, "projection", proj_out)  # unwrap the sparse backend
+        """Raise :class:`RuntimeError` if the hook that adds the experts' biases is lost."""
+        module = _without_adapter(self.ffn.proj_out)
+        proj_out = getattr(module, "projection", module)  # unwrap the sparse backend
         if not proj_out._forward_hooks:
             name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
             raise RuntimeError(
@@ -251,9 +308,11 @@ class RoutedActivation(nn.Module):
             )
 
     def _score_grad_context(self) -> AbstractContextManager[Any]:
-        """Return a no-grad context unless score gradients are needed (expert weights, balance loss)."""
-        needed = self.config.weighting != "binary" or self.config.aux_loss_coefficient > 0
-        return nullcontext() if needed or not torch.is_grad_enabled() else torch.no_grad()
+        """Return a no-grad context unless expert weights or the balance loss need a gradient."""
+        is_needed = self.config.weighting != "binary" or self.config.aux_loss_coefficient > 0
+        if is_needed or not torch.is_grad_enabled():
+            return nullcontext()
+        return torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
         """See :meth:`emoe.routers.Router.scores`."""
@@ -275,58 +334,85 @@ class RoutedActivation(nn.Module):
         if clean.shape[-1] != config.num_experts:
             router = type(self.router).__name__
             raise ConversionError(
-                f"{router} returned {clean.shape[-1]} scores per token for {config.num_experts} experts"
+                f"{router} returned {clean.shape[-1]} scores per token "
+                f"for {config.num_experts} experts"
             )
         noise_std = config.router_noise / config.num_experts
         with self._score_grad_context():
-            noisy = (
-                clean + torch.randn_like(clean) * noise_std
-                if noise_std and self.training
-                else clean
-            )
-            token_mask = self.padding.token_mask(len(clean)) if self.padding is not None else None
-            if config.capacity_factor is None:
-                mask = kept = choose_experts(noisy.detach(), config.top_k, config.selection)
-            else:
-                chosen = select_experts(
-                    noisy, config.top_k, config.selection
-                )  # in the order of the choices
-                mask = expert_mask(chosen, config.num_experts)
-                active = config.num_active_experts
-                fits = capacity_mask(
-                    noisy.detach(), chosen, config.capacity_factor, active, token_mask
-                )
-                kept = expert_mask(chosen, config.num_experts, fits)
-            weights = expert_weights(noisy, mask, config.weighting, config.top_k)
+            noisy = clean
+            if noise_std and self.training:
+                noisy = clean + torch.randn_like(clean) * noise_std
+            token_mask = None
+            if self.padding is not None:
+                token_mask = self.padding.token_mask(len(clean))
+
+            chosen, kept = self._choose(noisy, token_mask)
+            weights = expert_weights(noisy, chosen, config.weighting, config.top_k)
             if config.capacity_factor is not None:
                 weights = weights * kept
+
             if config.aux_loss_coefficient > 0:
                 # the authors' formula divides by the noise in evaluation too
-                std = noise_std if self.training or config.balance_loss == "published" else 0.0
-                self._traced.loss = None
+                divides_by_noise = self.training or config.balance_loss == "published"
+                loss_std = noise_std if divides_by_noise else 0.0
+                self._traced.loss = None  # else aux_loss would return an older loss
                 self._call_state.loss = balance_loss(
-                    clean, noisy, mask, std, config.balance_loss, token_mask
+                    clean, noisy, chosen, loss_std, config.balance_loss, token_mask
                 )
         if self.record is not None:
-            self.record.update(mask, kept)
+            self.record.update(chosen, kept)
         return kept, weights
+
+    def _choose(self, scores: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Choose experts by their scores ``[T, N]``.
+
+        Returns:
+            Mask of the chosen experts, and mask of those that had capacity left. Both ``[T, N]``.
+        """
+        config = self.config
+        if config.capacity_factor is None:
+            chosen = choose_experts(scores.detach(), config.top_k, config.selection)
+            return chosen, chosen
+
+        # in the order of the choices, because first choices take the capacity first
+        indices = select_experts(scores, config.top_k, config.selection)  # [T, k]
+        fits = capacity_mask(
+            scores.detach(),
+            indices,
+            config.capacity_factor,
+            config.num_active_experts,
+            token_mask,
+        )
+        chosen = expert_mask(indices, config.num_experts)
+        kept = expert_mask(indices, config.num_experts, fits)
+        return chosen, kept
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no record and no tensors of a call
         return {**self.__dict__, "_eager": None, "_traced": None, "record": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_eager": _ThreadState(), "_traced": _CallState()})
+        complete = {**state, "_eager": _ThreadState(), "_traced": _CallState()}
+        super().__setstate__(complete)
 
     def extra_repr(self) -> str:
         return f"{self.config.kind}, experts={self.config.num_experts}, top_k={self.config.top_k}"
 
 
+def _without_adapter(projection: nn.Module) -> Any:
+    """Return the projection that an adapter of PEFT wraps, or the projection itself."""
+    return getattr(projection, "base_layer", projection)
+
+
 def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
-    """Set a parameter to values of another shape. Keep the object, unless an autograd graph refers to it."""
+    """Set a parameter to values of another shape.
+
+    Keep the object, unless an autograd graph refers to it.
+    """
     parameter = cast(nn.Parameter, getattr(module, name))
     resized = nn.Parameter(values.detach(), requires_grad=parameter.requires_grad)
     try:
+        # an optimizer then still has the parameter
         torch.utils.swap_tensors(parameter, resized)
     except RuntimeError:
         setattr(module, name, resized)
@@ -334,20 +420,23 @@ def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
 
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:
     """Return the routed FFNs of a model in layer order; the list is empty for a dense model."""
-    # PEFT keeps the unused original of a module that it trains
-    modules = [
-        module for name, module in model.named_modules() if "original_module" not in name.split(".")
-    ]
-    layers = [module for module in modules if isinstance(module, RoutedActivation)]
+    layers = []
+    for name, module in model.named_modules():
+        # PEFT keeps the unused original of a module that it trains
+        is_unused = "original_module" in name.split(".")
+        if isinstance(module, RoutedActivation) and not is_unused:
+            layers.append(module)
     return sorted(layers, key=lambda layer: layer.ffn.index)
 
 
 def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> None:
-    """Raise :class:`ConversionError` if parts of a model were converted separately (equal layer numbers)."""
-    if (
-        len({layer.ffn.index for layer in layers}) < len(layers)
-        or len({layer.config for layer in layers}) > 1
-    ):
+    """Raise :class:`ConversionError` if parts of a model were converted separately.
+
+    Then the parts have equal layer numbers or different configurations.
+    """
+    numbers = {layer.ffn.index for layer in layers}
+    configs = {layer.config for layer in layers}
+    if len(numbers) < len(layers) or len(configs) > 1:
         raise ConversionError(
             f"{caller}: parts of the model were converted separately; handle each part by itself"
         )
@@ -356,23 +445,26 @@ def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> Non
 def aux_loss(model: nn.Module) -> Tensor | float:
     """Sum the layers' balance losses of the last forward pass, times their coefficient.
 
-    Add it to the task loss of a training step, before the next forward pass. It is 0.0 if the configuration has no
-    balance loss (:func:`emoe.routing.balance_loss`).
+    Add it to the task loss of a training step, before the next forward pass. It is 0.0 if the
+    configuration has no balance loss (:func:`emoe.routing.balance_loss`).
 
     Args:
         model: converted model.
     """
-    layers = routed_layers(model)
-    losses = [
-        layer.aux_loss * layer.config.aux_loss_coefficient
-        for layer in layers
-        if layer.aux_loss is not None
-    ]
-    return torch.stack(losses).sum() if losses else 0.0
+    losses = []
+    for layer in routed_layers(model):
+        loss = layer.aux_loss
+        if loss is not None:
+            losses.append(loss * layer.config.aux_loss_coefficient)
+    if not losses:
+        return 0.0
+    return torch.stack(losses).sum()
 
 
 def update_gates_(model: nn.Module) -> nn.Module:
-    """Update the running gates after an optimizer step. Only configurations with ``gate_momentum`` have them.
+    """Update the running gates after an optimizer step.
+
+    Only configurations with ``gate_momentum`` have them.
 
     Args:
         model: converted model.

@@ -1,8 +1,9 @@
 """Build the experts while transformers loads a converted checkpoint.
 
-Transformers asks the quantizer that ``quantization_config`` names to prepare the model before the weights load, and to
-finish it afterwards. Ours builds the experts, so that shards, ``device_map``, ``dtype``, hub ids and ``revision`` stay
-transformers' own work. It quantises nothing, and transformers forgets it after loading.
+Transformers asks the quantizer that ``quantization_config`` names to prepare the model before the
+weights load, and to finish it afterwards. Ours builds the experts, so that shards, ``device_map``,
+``dtype``, hub ids and ``revision`` stay transformers' own work. It quantises nothing, and
+transformers forgets it after loading.
 
 Importing this module registers the loader (:mod:`emoe.registration` does so).
 """
@@ -44,8 +45,9 @@ class ExpertsConfig(QuantizationConfigMixin):
         try:
             self.experts = Experts.from_quantization_config(content)
         except ValueError as error:
-            message = f"config.json: quantization_config is damaged: {files.one_line(error)}"
-            raise CheckpointError(message) from error
+            raise CheckpointError(
+                f"config.json: quantization_config is damaged: {files.one_line(error)}"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``config.json``."""
@@ -62,22 +64,29 @@ class ExpertsLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        paths = [Path(file) for file in checkpoint_files or []]
-        self._folder = paths[0].parent if paths else None
-        self._layers = build_experts_(
-            model, self.quantization_config.experts, self._folder or "the checkpoint"
-        )
+        """Build the experts, and find out where their state is stored."""
+        experts = self.quantization_config.experts
+        self._folder: Path | None = None
         self._uses_extra_file = False
-        if self._folder is not None:
-            stored = files.tensor_files(paths)
-            # Folders of emoe 0.1 have routers in a file of their own, unless a Trainer wrote them.
-            has_extra_file = (self._folder / EXTRA_FILE).exists()
-            self._uses_extra_file = has_extra_file and not stored_routing(self._layers, stored)
-            if not self._uses_extra_file:
-                check_routing_is_stored(self._layers, stored, self._folder)
+        # without files, for example with a given state_dict, there is nothing to check
+        if not checkpoint_files:
+            self._layers = build_experts_(model, experts, "the checkpoint")
+            return model
+
+        paths = [Path(file) for file in checkpoint_files]
+        folder = paths[0].parent  # all files are in one folder
+        self._folder = folder
+        self._layers = build_experts_(model, experts, folder)
+        stored = files.tensor_files(paths)
+        # Folders of emoe 0.1 have routers in a file of their own, unless a Trainer wrote them.
+        has_extra_file = (folder / EXTRA_FILE).exists()
+        self._uses_extra_file = has_extra_file and not stored_routing(self._layers, stored)
+        if not self._uses_extra_file:
+            check_routing_is_stored(self._layers, stored, folder)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Read what the weights do not hold, and finish the conversion."""
         check_placement(self._layers)
         if self._folder is not None:
             if self._uses_extra_file:
@@ -97,7 +106,10 @@ class ExpertsLoader(HfQuantizer):
 
 
 def _refuse_experts(*_args: Any, **_kwargs: Any) -> NoReturn:
-    """Raise an error: transformers computes experts by this name only in its own mixture-of-experts models."""
+    """Raise an error.
+
+    Transformers calls this function only in its own mixture-of-experts models.
+    """
     raise CheckpointError(f"experts_implementation='{NEEDS_EMOE}' marks a converted dense model")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,7 +12,10 @@ from emoe.config import EMoEConfig, GMoEConfig
 from emoe.model_config import QUANTIZATION_CONFIG, is_ours, numbered_layers
 
 FILE = "README.md"
-_PAPER = "[Unlocking Emergent Modularity in Large Language Models](https://aclanthology.org/2024.naacl-long.144/)"
+_PAPER = (
+    "[Unlocking Emergent Modularity in Large Language Models]"
+    "(https://aclanthology.org/2024.naacl-long.144/)"
+)
 
 _CARD = """\
 ---
@@ -45,10 +48,13 @@ tags:
 
 {others}
 """
-_SPLIT = "Emergent Mixture-of-Experts: each converted FFN of a dense model is split into experts of its own neurons."
+_SPLIT = (
+    "Emergent Mixture-of-Experts: "
+    "each converted FFN of a dense model is split into experts of its own neurons."
+)
 _FOLDED_SPLIT = "`emoe.to_dense_(model)` removes the routing."
-_FOLDED_COPIES = "The copies have no dense equal."
 _COPIED = "GMoE: each converted FFN of a dense model was copied, and the copies are the experts."
+_FOLDED_COPIES = "The copies have no dense equal."
 
 
 def write_model_card(model: nn.Module, folder: Path) -> None:
@@ -61,48 +67,89 @@ def write_model_card(model: nn.Module, folder: Path) -> None:
 def model_card(model: nn.Module) -> str:
     """Return a converted model's card as Markdown."""
     layers = numbered_layers(model)
-    config = next(iter(layers.values())).config
-    is_copied = isinstance(config, GMoEConfig)
-    library, example, others = _library_texts(model, config)
+    first, *_ = layers.values()
+    config = first.config
+    if isinstance(config, GMoEConfig):
+        method = _COPIED
+        folding = _FOLDED_COPIES
+    else:
+        method = _SPLIT
+        folding = _FOLDED_SPLIT
+    texts = _library_texts(model, config)
     return _CARD.format(
-        library=library,
+        library=texts.library,
         model=type(model).__name__,
-        method=_COPIED if is_copied else _SPLIT,
+        method=method,
         paper=_PAPER,
         layers=", ".join(str(number) for number in sorted(layers)),
         total=len(find_ffns(model)),
         num_experts=config.num_experts,
         top_k=config.num_active_experts,
         router=config.router,
-        example=example,
-        folding=_FOLDED_COPIES if is_copied else _FOLDED_SPLIT,
-        others=others,
+        example=texts.example,
+        folding=folding,
+        others=texts.others,
     )
 
 
-def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> tuple[str, str, str]:
-    """Return the name of a model's library, the code that loads the checkpoint, and what other software does."""
-    kind = type(model).__name__
-    if hasattr(model, "save_pretrained") and not is_ours(
-        getattr(model.config, QUANTIZATION_CONFIG, None)
-    ):
-        example = f'import emoe\nfrom transformers import {kind}\n\nmodel = emoe.from_pretrained({kind}, "this folder")'
-        return "transformers", example, "Transformers itself refuses this quantised checkpoint."
-    if hasattr(model, "save_pretrained"):
-        example = f'import emoe\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("this folder")'
-        others = (
-            "Transformers (from 5.24) refuses this checkpoint until `emoe` is imported. Software that ignores both "
-            "`quantization_config` and `experts_implementation` in `config.json` reads a dense model"
+class _LibraryTexts(NamedTuple):
+    """The texts of a card that depend on the model's library.
+
+    Attributes:
+        library: name of the library.
+        example: code that loads the checkpoint.
+        others: what other software does with the checkpoint.
+    """
+
+    library: str
+    example: str
+    others: str
+
+
+def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts:
+    """Return the texts for the library of a model."""
+    name = type(model).__name__
+    is_transformers = hasattr(model, "save_pretrained")
+    # a quantised model, whose quantization_config describes its quantizer instead of the experts
+    if is_transformers and not is_ours(getattr(model.config, QUANTIZATION_CONFIG, None)):
+        return _LibraryTexts(
+            library="transformers",
+            example=(
+                f"import emoe\nfrom transformers import {name}\n\n"
+                f'model = emoe.from_pretrained({name}, "this folder")'
+            ),
+            others="Transformers itself refuses this quantised checkpoint.",
         )
+
+    if is_transformers:
         library = "transformers"
+        example = (
+            f"import emoe\nfrom transformers import {name}\n\n"
+            f'model = {name}.from_pretrained("this folder")'
+        )
+        others = (
+            "Transformers (from 5.24) refuses this checkpoint until `emoe` is imported. "
+            "Software that ignores both `quantization_config` and `experts_implementation` "
+            "in `config.json` reads a dense model"
+        )
     elif hasattr(model, "pretrained_cfg"):
-        example = 'import emoe\nimport timm\n\nmodel = emoe.from_pretrained(timm.create_model, "this folder")'
-        others = "timm does not know the experts and reads a dense model"
         library = "timm"
+        example = (
+            "import emoe\nimport timm\n\n"
+            'model = emoe.from_pretrained(timm.create_model, "this folder")'
+        )
+        others = "timm does not know the experts and reads a dense model"
     else:
-        example = f'import emoe\n\nmodel = emoe.from_pretrained(build, "this folder")  # build() returns a {kind}'
-        others = "Code that reads only `model.safetensors` reads a dense model"
         library = "pytorch"
+        example = (
+            "import emoe\n\n"
+            f'model = emoe.from_pretrained(build, "this folder")  # build() returns a {name}'
+        )
+        others = "Code that reads only `model.safetensors` reads a dense model"
+
+    # what happens to a dense model that is read from this checkpoint
     if isinstance(config, GMoEConfig):
-        return library, example, f"{others} whose shapes do not fit."
-    return library, example, f"{others}, which computes something else."
+        outcome = " whose shapes do not fit."
+    else:
+        outcome = ", which computes something else."
+    return _LibraryTexts(library, example, others + outcome)

@@ -1,15 +1,22 @@
 """The experts' settings in a transformers model's configuration, and so in its ``config.json``.
 
-``quantization_config`` names our loader (:mod:`emoe.loader`), the experts' settings and the converted layers::
+``quantization_config`` names our loader (:mod:`emoe.loader`), the experts' settings and the
+converted layers::
 
     "experts_implementation": "emoe",
-    "quantization_config": {"quant_method": "emoe", "experts": {"num_experts": 64, ...}, "layers": [8, 10]}
+    "quantization_config": {
+        "quant_method": "emoe",
+        "experts": {"num_experts": 64, ...},
+        "layers": [8, 10]
+    }
 
-A process that has not imported emoe must not read the checkpoint as a dense model. Transformers 5.24 only warns of an
-unknown ``quant_method`` and loads on, but it refuses an unknown ``experts_implementation``.
+A process that has not imported emoe must not read the checkpoint as a dense model. Transformers
+5.24 only warns of an unknown ``quant_method`` and loads on, but it refuses an unknown
+``experts_implementation``.
 
-A model has one ``quantization_config``. The experts of a quantised model are described under the key ``emoe`` instead,
-as in all folders of emoe 0.1, and only :func:`emoe.from_pretrained` loads them.
+A model has one ``quantization_config``. The experts of a quantised model are described under the
+key ``emoe`` instead, as in all folders of emoe 0.1, and only :func:`emoe.from_pretrained` loads
+them.
 """
 
 from __future__ import annotations
@@ -31,14 +38,18 @@ QUANT_METHOD = "emoe"
 SEPARATE_KEY = "emoe"  # key in config.json for a quantised model, and in folders of emoe 0.1
 IMPLEMENTATION_KEY = "experts_implementation"
 NEEDS_EMOE = "emoe"  # registered by emoe.loader, so unknown without `import emoe`
-NEEDS_FROM_PRETRAINED = (
-    "emoe.from_pretrained"  # never registered: transformers' own loader always refuses it
-)
+# never registered: transformers' own loader always refuses it
+NEEDS_FROM_PRETRAINED = "emoe.from_pretrained"
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The configuration of a checkpoint's experts, and the numbers of its converted FFNs in ascending order."""
+    """The description of a checkpoint's experts.
+
+    Attributes:
+        config: configuration of the experts.
+        layers: numbers of the converted FFNs, in ascending order.
+    """
 
     config: EMoEConfig | GMoEConfig
     layers: tuple[int, ...]
@@ -53,9 +64,10 @@ class Experts:
         if not isinstance(config, Mapping):
             raise ValueError(f"the experts' configuration is {config!r:.80}, not an object")
         is_list = isinstance(layers, list) and len(layers) > 0
-        if not is_list or not all(type(layer) is int and layer >= 0 for layer in layers):
+        if not is_list or not all(_is_layer_number(layer) for layer in layers):
             raise ValueError(f"layers is {layers!r:.80}, not a list of layer numbers")
-        return cls(config_from_dict(config), tuple(sorted(set(layers))))
+        numbers = sorted(set(layers))
+        return cls(config_from_dict(config), tuple(numbers))
 
     @classmethod
     def from_quantization_config(cls, content: Mapping[str, Any]) -> Experts:
@@ -71,6 +83,11 @@ class Experts:
         }
 
 
+def _is_layer_number(value: object) -> bool:
+    """Check if a value is an integer of at least 0, and not a bool."""
+    return type(value) is int and value >= 0
+
+
 def is_ours(quantization_config: Any) -> bool:
     """Check if a ``quantization_config`` describes experts, not a quantised model."""
     return (
@@ -80,7 +97,9 @@ def is_ours(quantization_config: Any) -> bool:
 
 
 def describe_experts_(model: nn.Module) -> None:
-    """Write the experts into a transformers model's configuration. Models without one stay as they are.
+    """Write the experts into a transformers model's configuration.
+
+    Models without one stay as they are.
 
     Raises:
         ConversionError: the model's registry row lacks a routed FFN.
@@ -88,29 +107,39 @@ def describe_experts_(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
         return
+    # another dense model may share a configuration without experts
     if not _describes_experts(config):
         own_config_(model)
     layers = numbered_layers(model)
-    first = next(iter(layers.values()))
-    _write(model.config, Experts(first.config, tuple(sorted(layers))))
+    first, *_ = layers.values()  # all have the same configuration
+    experts = Experts(first.config, tuple(sorted(layers)))
+    _write(model.config, experts)
 
 
 def update_description_(model: nn.Module) -> None:
-    """Write changed settings into the configurations in a model, or remove them if no experts are left."""
+    """Write changed settings into the configurations in a model.
+
+    If the model has no experts left, remove their description.
+    """
     layers = routed_layers(model)
     for config in described_configs(model):
-        if layers:
-            _write(config, Experts(layers[0].config, _stored_layers(config)))
-        else:
+        if not layers:
             _remove(config)
+            continue
+        experts = Experts(layers[0].config, _stored_layers(config))
+        _write(config, experts)
 
 
 def described_configs(model: nn.Module) -> list[Any]:
-    """Return the configurations in a model that describe experts: its own, and those of wrapped models."""
+    """Return the configurations in a model that describe experts.
+
+    They are its own, and those of wrapped models.
+    """
     configs: dict[int, Any] = {}
     for module in model.modules():
         config = vars(module).get("config")
         if _describes_experts(config):
+            # by id, because modules share the object and configurations have no hash
             configs[id(config)] = config
     return list(configs.values())
 
@@ -123,23 +152,29 @@ def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
     Raises:
         ConversionError: the model's registry row lacks a routed FFN.
     """
-    numbers = {id(ffn.activation): ffn.index for ffn in find_ffns(model)}
-    layers = routed_layers(model)
-    for layer in layers:
-        if id(layer) not in numbers:
-            kind = type(model).__name__
+    # a routed layer is the activation of its FFN
+    number_of_activation = {id(ffn.activation): ffn.index for ffn in find_ffns(model)}
+    numbered = {}
+    for layer in routed_layers(model):
+        number = number_of_activation.get(id(layer))
+        if number is None:
             raise ConversionError(
-                f"the row of {kind} lacks {layer.ffn.name}: save the converted part"
+                f"the row of {type(model).__name__} lacks {layer.ffn.name}: save the converted part"
             )
-    return {numbers[id(layer)]: layer for layer in layers}
+        numbered[number] = layer
+    return numbered
 
 
 def own_config_(model: nn.Module) -> None:
-    """Give a transformers model a copy of its configuration, because other models may share the object."""
+    """Give a transformers model a copy of its configuration.
+
+    Other models may share the object.
+    """
     shared: Any = getattr(model, "config", None)
     if not hasattr(shared, "to_diff_dict"):
         return
     own = copy.copy(shared)
+    # a model's modules share its configuration
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if value is shared:
@@ -147,10 +182,12 @@ def own_config_(model: nn.Module) -> None:
 
 
 def _describes_experts(config: Any) -> bool:
+    """Check if a transformers configuration describes experts, in one of the two places."""
     return is_ours(getattr(config, QUANTIZATION_CONFIG, None)) or hasattr(config, SEPARATE_KEY)
 
 
 def _stored_layers(config: Any) -> tuple[int, ...]:
+    """Return the numbers of the converted FFNs in a configuration that describes experts."""
     content: Any = getattr(config, QUANTIZATION_CONFIG, None)
     if not is_ours(content):
         content = getattr(config, SEPARATE_KEY)
@@ -158,8 +195,10 @@ def _stored_layers(config: Any) -> tuple[int, ...]:
 
 
 def _write(config: Any, experts: Experts) -> None:
+    """Write experts into a transformers configuration."""
     quantization_config = getattr(config, QUANTIZATION_CONFIG, None)
-    if quantization_config is None or is_ours(quantization_config):
+    is_quantised = quantization_config is not None and not is_ours(quantization_config)
+    if not is_quantised:
         _remove(config)  # an older description
         setattr(config, QUANTIZATION_CONFIG, experts.quantization_config())
         setattr(config, IMPLEMENTATION_KEY, NEEDS_EMOE)
@@ -170,6 +209,7 @@ def _write(config: Any, experts: Experts) -> None:
 
 
 def _remove(config: Any) -> None:
+    """Remove the description of experts from a transformers configuration."""
     if is_ours(getattr(config, QUANTIZATION_CONFIG, None)):
         delattr(config, QUANTIZATION_CONFIG)
     for key in (SEPARATE_KEY, IMPLEMENTATION_KEY):

@@ -1,8 +1,9 @@
 """Register the loader of converted checkpoints with transformers, once transformers is imported.
 
-``import emoe`` must not import transformers: planning a benchmark imports emoe in every process and needs neither
-transformers nor PyTorch, whose import takes seconds. But ``AutoModel.from_pretrained`` must know the loader, in
-whatever order a program imports the two. So Python's import system calls back when transformers' quantizers load.
+``import emoe`` must not import transformers: planning a benchmark imports emoe in every process and
+needs neither transformers nor PyTorch, whose import takes seconds. But
+``AutoModel.from_pretrained`` must know the loader, in whatever order a program imports the two. So
+Python's import system calls back when transformers' quantizers load.
 """
 
 from __future__ import annotations
@@ -25,22 +26,30 @@ def register_loader() -> None:
     if _QUANTIZERS in sys.modules:
         _import_loader()
     else:
+        # the first place, because the import system asks no further finder once one has an answer
         sys.meta_path.insert(0, _Finder())
 
 
 def _import_loader() -> None:
-    """Import our loader, which registers itself. A transformers that cannot have it keeps working."""
+    """Import our loader, which registers itself.
+
+    A version of transformers that lacks what it needs keeps working, with a warning.
+    """
     try:
         importlib.import_module(_LOADER)
     except ImportError as error:
         _logger.warning(
-            "emoe: this transformers cannot load converted checkpoints, use emoe.from_pretrained: %s",
+            "emoe: this transformers cannot load converted checkpoints, "
+            "use emoe.from_pretrained: %s",
             error,
         )
 
 
 class _Finder(MetaPathFinder):
-    """Finds transformers' quantizers as Python does, and has them loaded by :class:`_LoadAndRegister`."""
+    """A finder of one module, transformers' quantizers.
+
+    It finds them as Python does, and replaces their loader by :class:`_LoadAndRegister`.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -48,6 +57,7 @@ class _Finder(MetaPathFinder):
         """Return the changed specification of the one module, None for all others."""
         if fullname != _QUANTIZERS:
             return None
+        # importlib.util.find_spec would ask this finder again
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _LoadAndRegister(spec.loader)
@@ -55,7 +65,7 @@ class _Finder(MetaPathFinder):
 
 
 class _LoadAndRegister(Loader):
-    """Loads a module with its own loader, then imports our loader, which registers itself."""
+    """A loader that loads a module with its own loader, and then imports our loader."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

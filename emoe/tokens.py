@@ -1,11 +1,14 @@
-"""Hooks that read a model's padding mask and labels, so that routed layers know which of their tokens count."""
+"""Hooks that read a model's padding mask and labels.
+
+Routed layers learn from them which of their tokens count.
+"""
 
 from __future__ import annotations
 
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ _KEY_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")
 
 def is_recomputed() -> bool:
     """Check if activation checkpointing is repeating a forward pass within the backward pass."""
-    # PyTorch has no public function for this. A compiled graph is recomputed without calling Python.
+    # PyTorch has no public function for this. Recomputing a compiled graph does not call Python.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -28,54 +31,78 @@ def do_nothing(_module: nn.Module, _args: tuple[Any, ...]) -> None:
     """Do nothing. As a forward pre-hook, stop torch's fused layers from bypassing a module."""
 
 
+class _Call(NamedTuple):
+    """One call of a module: the argument (None if not a fitting tensor), and True until it ends."""
+
+    value: Tensor | None
+    is_running: bool
+
+
 class _ArgumentHook:
-    """Read one argument of a module in each forward pass, if it is a tensor of ``ndim`` dimensions."""
+    """A hook that reads one argument of a module in each forward pass.
+
+    It reads only tensors of ``ndim`` dimensions. Any other argument counts as None.
+    """
 
     def __init__(self, module: nn.Module, argument: str, ndim: int) -> None:
+        self._argument = argument
+        self._ndim = ndim
+        # place among the positional arguments
         names = _arguments(module)
-        self._argument, self._ndim = argument, ndim
         self._position = names.index(argument) if argument in names else None
-        # Each thread's last call: the argument, and True while the call is in progress.
+        # the last call of each thread
         self._thread = threading.local()
-        # The last call of any thread, for compiled graphs and for checkpointing, which may run in another thread.
-        self._latest: tuple[Tensor | None, bool] = (None, False)
+        # The last call of any thread, for compiled graphs and for checkpointing, which may run in
+        # another thread.
+        self._latest = _Call(None, is_running=False)
         self._is_compiled = False
         begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self._handles = [begin, module.register_forward_hook(self._end, always_call=True)]
+        end = module.register_forward_hook(self._end, always_call=True)
+        self._handles = [begin, end]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # a copy of one layer still needs the arguments of the whole model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_thread": None, "_latest": (None, False), "_handles": []}
+        # thread-local objects and handles cannot be pickled, and a copy is not in a call
+        no_call = _Call(None, is_running=False)
+        return {**self.__dict__, "_thread": None, "_latest": no_call, "_handles": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _thread=threading.local())
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Store the argument, which is given by position or by name."""
         if self._position is not None and self._position < len(args):
             value = args[self._position]
         else:
             value = kwargs.get(self._argument)
-        self._keep(
-            value if isinstance(value, Tensor) and value.ndim == self._ndim else None,
-            is_running=True,
-        )
+        if not isinstance(value, Tensor) or value.ndim != self._ndim:
+            value = None
+        self._keep(_Call(value, is_running=True))
 
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
-        self._keep(self._call()[0], is_running=False)
+        """Store that the call has ended. The argument is kept, for the backward pass."""
+        call = self._call()
+        self._keep(_Call(call.value, is_running=False))
 
-    def _keep(self, value: Tensor | None, *, is_running: bool) -> None:
-        """Store the argument of the current call, for this thread and as the latest of all threads."""
-        self._latest, self._is_compiled = (value, is_running), torch.compiler.is_compiling()
+    def _keep(self, call: _Call) -> None:
+        """Store the current call, for this thread and as the latest of all threads."""
+        self._latest = call
+        self._is_compiled = torch.compiler.is_compiling()
         if not self._is_compiled:
-            self._thread.call = self._latest
+            self._thread.call = call
 
-    def _call(self) -> tuple[Tensor | None, bool]:
+    def _call(self) -> _Call:
+        """Return the current call of this thread, or the last one if none is in progress."""
+        # a compiled graph does not see what is stored by thread
         if torch.compiler.is_compiling() or self._is_compiled:
             return self._latest
-        value, is_running = getattr(self._thread, "call", (None, False))
-        return (self._latest[0] if value is None and is_recomputed() else value), is_running
+        call: _Call = getattr(self._thread, "call", _Call(None, is_running=False))
+        # checkpointing may recompute in a thread that did not make the call
+        if call.value is None and is_recomputed():
+            return _Call(self._latest.value, call.is_running)
+        return call
 
     def remove(self) -> None:
         """Remove the hook from the module."""
@@ -84,11 +111,12 @@ class _ArgumentHook:
 
 
 class PaddingMaskHook(_ArgumentHook):
-    """Read the padding mask of a model or of one of its stacks.
+    """A hook that reads the padding mask of a model or of one of its stacks.
 
     Args:
         module: the module that is called with the mask.
-        argument: ``attention_mask`` (1 for a token) or torch's ``…_key_padding_mask`` (True or -inf for padding).
+        argument: ``attention_mask`` (1 for a token) or torch's ``…_key_padding_mask`` (True or -inf
+            for padding).
         cached: true if layers get only the newest tokens of each row (with a key-value cache).
         rows_first: layers get ``[rows, tokens, h]``; false for torch's ``batch_first=False``.
     """
@@ -97,36 +125,55 @@ class PaddingMaskHook(_ArgumentHook):
         self, module: nn.Module, argument: str, *, cached: bool, rows_first: bool = True
     ) -> None:
         super().__init__(module, argument, ndim=2)
-        self._name, self._cached, self._rows_first = type(module).__name__, cached, rows_first
+        self._name = type(module).__name__
+        self._cached = cached
+        self._rows_first = rows_first
 
     def token_mask(self, tokens: int) -> Tensor | None:
-        """Return a mask ``[tokens]`` of a layer's tokens without the padding; None if the model got no 2-D mask.
+        """Return a mask ``[tokens]`` that is true for a layer's tokens and false for padding.
+
+        It is None if the model got no 2-D mask.
 
         Raises:
-            RuntimeError: the module was called without its hooks, or its mask does not fit the tokens.
+            RuntimeError: the module was called without its hooks, or its mask does not fit the
+                tokens.
         """
-        value, is_running = self._call()
-        if not is_running and not is_recomputed():
-            way_out = "call model(...), or set count_padding=True"
+        call = self._call()
+        if not call.is_running and not is_recomputed():
             raise RuntimeError(
-                f"padding unknown: {self._name} was not called as a module; {way_out}"
+                f"padding unknown: {self._name} was not called as a module; "
+                "call model(...), or set count_padding=True"
             )
-        if value is None:
+        if call.value is None:
             return None
-        rows, columns = value.shape
-        newest = tokens // rows if self._cached and rows else columns
+
+        # With a key-value cache, the layer gets only the newest tokens of each row, but the mask
+        # covers all.
+        rows, columns = call.value.shape
+        newest = columns
+        if self._cached and rows:
+            newest = tokens // rows
         if rows * newest != tokens or newest > columns:
             raise RuntimeError(
                 f"{self._argument} {[rows, columns]} does not fit the {tokens} tokens of a layer"
             )
-        mask = value[:, columns - newest :]
-        if self._argument != _MASK:
-            mask = mask.logical_not() if mask.dtype == torch.bool else mask == 0
-        return (mask if self._rows_first else mask.t()).reshape(-1).bool()
+        newest_columns = call.value[:, columns - newest :]
+        mask = self._true_for_tokens(newest_columns)
+        if not self._rows_first:
+            mask = mask.t()
+        return mask.reshape(-1).bool()
+
+    def _true_for_tokens(self, mask: Tensor) -> Tensor:
+        """Return a mask that is true for tokens. Torch's own masks are true or -inf for padding."""
+        if self._argument == _MASK:
+            return mask
+        if mask.dtype == torch.bool:
+            return mask.logical_not()
+        return mask == 0
 
 
 class LabelHook(_ArgumentHook):
-    """Read the labels of a model's rows, if each row has one integer label.
+    """A hook that reads the labels of a model's rows, if each row has one integer label.
 
     Attributes:
         given: labels to use instead of the model's argument.
@@ -138,46 +185,76 @@ class LabelHook(_ArgumentHook):
 
     @property
     def labels(self) -> Tensor | None:
-        """Labels ``[rows]`` of the current forward pass, or None. Negative labels mean unlabelled rows."""
-        labels = self._call()[0] if self.given is None else self.given
-        return None if labels is None or labels.is_floating_point() else labels
+        """Labels ``[rows]`` of the current forward pass, or None.
+
+        Negative labels mean unlabelled rows.
+        """
+        labels = self.given
+        if labels is None:
+            labels = self._call().value
+        if labels is None or labels.is_floating_point():
+            return None
+        return labels
 
 
 def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMaskHook]:
     """Watch the padding masks of FFNs. Return the hooks by layer number.
 
-    The mask belongs to the innermost module around an FFN that takes token ids, so encoder and decoder have separate
-    masks. Image and sound models have none. If no module takes token ids, the mask is an argument of the model.
+    The mask belongs to the innermost module around an FFN that takes token ids, so encoder and
+    decoder have separate masks. Image and sound models have none. If no module takes token ids, the
+    mask is an argument of the model.
     """
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
-    inputs = {_TEXT, *_OTHER_INPUTS, *_KEY_PADDING}
-    hooks: dict[str, PaddingMaskHook | None] = {}
+    hooks: dict[str, PaddingMaskHook | None] = {}  # by the name of the watched module
     by_layer = {}
     for ffn in ffns:
-        path = ffn.spec.activation
-        # stop above the layer: torch's layers get their own mask
-        parents = names[ffn.parents[path]].split(".")[: -1 - path.count(".")]
-        ancestors = (".".join(parents[:length]) for length in range(len(parents), -1, -1))
-        name = next(
-            (name for name in ancestors if inputs.intersection(_arguments(modules[name]))), ""
-        )
+        name = _module_with_mask(ffn, names, modules)
         if name not in hooks:
             hooks[name] = _watch(modules[name], rows_first=ffn.rows_first)
-        by_layer[ffn.index] = hooks[name]
-    return {index: hook for index, hook in by_layer.items() if hook is not None}
+        hook = hooks[name]
+        if hook is not None:
+            by_layer[ffn.index] = hook
+    return by_layer
+
+
+def _module_with_mask(
+    ffn: FFN, names: Mapping[nn.Module, str], modules: Mapping[str, nn.Module]
+) -> str:
+    """Return the name of the innermost module above an FFN's layer that takes inputs of a model.
+
+    It is ``""``, the whole model, if there is none.
+    """
+    path = ffn.spec.activation
+    # Start with the module that contains the layer, because torch's layers get a mask of their own.
+    # From the activation's parent, it is one step up for each dot of the path, and one more.
+    name = names[ffn.parents[path]]
+    steps = path.count(".") + 1
+    for _ in range(steps):
+        name, _, _ = name.rpartition(".")
+    inputs = {_TEXT, *_OTHER_INPUTS, *_KEY_PADDING}
+    while name and inputs.isdisjoint(_arguments(modules[name])):
+        name, _, _ = name.rpartition(".")
+    return name
 
 
 def _watch(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
-    """Watch the padding mask of a module. Return None if it has no mask, or one for pixels or sound."""
+    """Watch the padding mask of a module.
+
+    Return None if it has no mask, or one for pixels or sound.
+    """
     arguments = _arguments(module)
-    name = next((name for name in (*_KEY_PADDING, _MASK) if name in arguments), None)
-    takes_text = _TEXT in arguments
-    if name is None or (
-        name == _MASK and not takes_text and set(_OTHER_INPUTS).intersection(arguments)
-    ):
+    masks = [name for name in (*_KEY_PADDING, _MASK) if name in arguments]
+    if not masks:
         return None
-    return PaddingMaskHook(module, name, cached=name == _MASK and takes_text, rows_first=rows_first)
+    name = masks[0]
+    takes_text = _TEXT in arguments
+    takes_other_input = not set(_OTHER_INPUTS).isdisjoint(arguments)
+    if name == _MASK and takes_other_input and not takes_text:
+        return None
+    # the mask of a text model also covers the tokens in a key-value cache
+    cached = name == _MASK and takes_text
+    return PaddingMaskHook(module, name, cached=cached, rows_first=rows_first)
 
 
 def _arguments(module: nn.Module) -> list[str]:
@@ -187,11 +264,9 @@ def _arguments(module: nn.Module) -> list[str]:
 
 def remove_argument_hooks(model: nn.Module) -> None:
     """Remove the hooks that read arguments, also from a deep copy of the hooked model."""
+    # not by their handles, which a copy does not have
     for module in model.modules():
-        for hooks in (
-            module._forward_pre_hooks,
-            module._forward_hooks,
-        ):  # a copy has no handles to remove
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), _ArgumentHook):
                     del hooks[key]
