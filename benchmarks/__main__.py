@@ -406,7 +406,7 @@ def _load_suite(suite: str, benchmark: str | None = None, part: str | None = Non
     Changes to the checkout if the folder has no results.
     """
     from benchmarks.harness.base import RESULTS, ROOT
-    from benchmarks.harness.config.yaml import check_names
+    from benchmarks.harness.config.yaml import Location, check_names
     from benchmarks.harness.workflow.environment import suite_of_job
 
     if not RESULTS.exists() and Path.cwd() != ROOT:
@@ -414,9 +414,10 @@ def _load_suite(suite: str, benchmark: str | None = None, part: str | None = Non
         os.chdir(ROOT)
     loaded = suite_of_job(suite)
     if benchmark:
-        check_names(f"suite {suite}: '", "benchmark", [benchmark], loaded.settings.benchmarks)
+        source = f"suite {suite}"
+        check_names(Location(source, "benchmark"), [benchmark], loaded.settings.benchmarks)
         if part:
-            check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
+            check_names(Location(source, "part"), [part], loaded.parts(benchmark))
     return loaded
 
 

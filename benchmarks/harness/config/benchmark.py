@@ -24,6 +24,7 @@ from benchmarks.harness.config.sets import SetReader
 from benchmarks.harness.config.yaml import (
     Count,
     Key,
+    Location,
     Names,
     Strict,
     Whole,
@@ -141,13 +142,13 @@ class Part(Generic[P]):
     file: str
     settings: P
 
-    def where(self, *keys: str | int) -> str:
-        """Return the file and key path of a setting, as the ``where`` of :func:`check_names`."""
-        return f"{self.file}: '{key_path(['benchmarks', self.benchmark, *keys])}"
+    def where(self, *keys: str | int) -> Location:
+        """Return the location of a setting in the suite's file, for :func:`check_names`."""
+        return Location(self.file, key_path(["benchmarks", self.benchmark, *keys]))
 
     def grid_points(
         self, names: Mapping[str, Collection[str]], axes: Iterable[str]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    ) -> Iterator[tuple[Location, dict[str, Any]]]:
         """Yield every point of the grid, with the location of its block in the file.
 
         Args:
@@ -158,7 +159,7 @@ class Part(Generic[P]):
         for number, block in enumerate(grid):
             where, values = self.where("grid", number), block.model_dump()
             for key, known in names.items():
-                check_names(where, key, values[key], known)
+                check_names(where.at(key), values[key], known)
             keys = [key for key in axes if key in values]
             for point in itertools.product(*(values[key] for key in keys)):
                 yield where, dict(zip(keys, point, strict=True))
@@ -229,9 +230,8 @@ class Benchmark(ABC, Generic[D, E, P]):
             key: method.title for key, method in self.methods().items()
         }
         if definition.paper:
-            check_file(
-                f"{self.file}: '", "paper", definition.paper, self.folder, self.paper_columns
-            )
+            location = Location(self.file, "paper")
+            check_file(location, definition.paper, self.folder, self.paper_columns)
         if "paper" in definition.tables and not definition.paper:
             raise DefinitionError(
                 f"{self.file}: 'tables' names 'paper', so it needs the key 'paper'"
@@ -309,7 +309,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         ablations = getattr(self.definition, "ablations", {})
         for key in ("tables", "figures", "set_tables", "set_figures"):
             valid = [*getattr(module, key.upper(), ()), *ablations]
-            check_names(f"{self.file}: '", key, getattr(self.definition, key, ()), valid)
+            check_names(Location(self.file, key), getattr(self.definition, key, ()), valid)
         return module
 
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
@@ -323,7 +323,7 @@ class Benchmark(ABC, Generic[D, E, P]):
             return {}
         if part is None or not isinstance(part.settings, TrainingPart):
             return resolve_methods(definition)
-        check_names(part.where(), "methods", part.settings.methods, definition.methods)
+        check_names(part.where("methods"), part.settings.methods, definition.methods)
         return resolve_methods(definition, part.settings.method_defaults, part.settings.methods)
 
     def settings(self, key: str, part: Part[P], model: str | None = None) -> Any:
@@ -399,8 +399,8 @@ def check_rows(definition: MethodsDefinition, file: Path) -> None:
     """Check the names of the methods that a benchmark compares, and of the baseline."""
     for name, row in definition.methods.items():
         at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
-        check_names(f"{file}: '", at, [known], load_methods())
-    check_names(f"{file}: '", "baseline", [definition.baseline], definition.methods)
+        check_names(Location(file, at), [known], load_methods())
+    check_names(Location(file, "baseline"), [definition.baseline], definition.methods)
 
 
 def benchmark_names() -> list[str]:
@@ -438,7 +438,7 @@ def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object)
     for key, field in benchmark.part_model.model_fields.items():
         if any(isinstance(mark, Changes) for mark in field.metadata):
             by_model = getattr(benchmark.settings(key, part), "by_model", None) or {}
-            check_names(part.where(key), "by_model", by_model, load_models())
+            check_names(part.where(key, "by_model"), by_model, load_models())
             for name in by_model:
                 benchmark.settings(key, part, name)
     return part

@@ -22,6 +22,7 @@ from benchmarks.harness.config.yaml import (
     UNIQUE,
     Count,
     Key,
+    Location,
     Strict,
     Text,
     check_names,
@@ -156,10 +157,10 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
         }
         content = {**content, **replaced}
     settings = parse(content, SuiteSettings, where)
-    check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
+    check_names(Location(file, "benchmarks"), settings.benchmarks, benchmark_names())
     if not command_line.benchmarks:
         return settings
-    check_names(f"{where}: '", "benchmarks", command_line.benchmarks, settings.benchmarks)
+    check_names(Location(where, "benchmarks"), command_line.benchmarks, settings.benchmarks)
     chosen = {name: settings.benchmarks[name] for name in command_line.benchmarks}
     return settings.model_copy(update={"benchmarks": chosen})
 
@@ -179,7 +180,7 @@ def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Par
     tasks: set[str] = set()
     for benchmark in parts:
         tasks.update(load_benchmark(benchmark).tasks)
-    check_names(f"{where}: '", "exclude", settings.exclude, tasks)
+    check_names(Location(where, "exclude"), settings.exclude, tasks)
     for benchmark in parts:
         other = load_benchmark(benchmark).evaluates
         if other and other not in parts:

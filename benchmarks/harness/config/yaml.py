@@ -6,6 +6,7 @@ import csv
 import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -38,6 +39,30 @@ def key_path(keys: Iterable[str | int]) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(
         "."
     )
+
+
+@dataclass(frozen=True)
+class Location:
+    """The place of a value in a file, for messages.
+
+    >>> grid = Location("config/mini.yaml", "benchmarks.glue.grid")
+    >>> str(grid.at(0, "model"))
+    "config/mini.yaml: 'benchmarks.glue.grid[0].model'"
+
+    Attributes:
+        file: The path of the file, or other words that name the source.
+        key: The key path of the value in the file.
+    """
+
+    file: Path | str
+    key: str
+
+    def at(self, *keys: str | int) -> Location:
+        """Return the location of a value inside this one."""
+        return Location(self.file, key_path([self.key, *keys]))
+
+    def __str__(self) -> str:
+        return f"{self.file}: '{self.key}'"
 
 
 def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -> str:
@@ -215,35 +240,34 @@ def read(path: Path, model: type[Model]) -> Model:
     return parse(read_yaml(path), model, str(path))
 
 
-def check_names(where: str, key: str, names: Iterable[str], valid: Collection[str]) -> None:
-    """Check the names that a file gives under a key.
+def check_names(location: Location, names: Iterable[str], valid: Collection[str]) -> None:
+    """Check the names that a file gives at one place.
 
     Args:
-        where: The beginning of the message: the file, a quotation mark, and the keys before this one.
-        key: The key.
-        names: The names under the key.
+        location: The file, and the key of the names.
+        names: The names to check.
         valid: The valid names.
+
+    Raises:
+        DefinitionError: A name is not valid; the error names the location and the nearest valid name.
     """
     for name in names:
         if name not in valid:
-            at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
-            raise DefinitionError(
-                f"{at}' is '{name[:100]}', which does not exist{did_you_mean(name, valid)}"
-            )
+            near = did_you_mean(name, valid)
+            raise DefinitionError(f"{location} is '{name[:100]}', which does not exist{near}")
 
 
-def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
+def check_file(location: Location, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
     """Check that a CSV exists and has the columns of published numbers.
 
     Args:
-        where: See :func:`check_names`.
-        key: The key.
+        location: The file that names the CSV, and the key there.
         name: The name of the CSV.
         folder: The folder of the CSV.
         columns: The columns before value, status and source.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
-    check_names(where, key, [name], known)
+    check_names(location, [name], known)
     if columns:
         with (folder / name).open(encoding="utf-8-sig", errors="replace", newline="") as rows:
             header, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
