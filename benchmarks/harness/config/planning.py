@@ -19,7 +19,7 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
 
     Args:
         parts: The suite's part of each benchmark, by name.
-        exclude: The sets to leave out.
+        exclude: The data sets to leave out.
     """
     planned: dict[str, list[Run]] = {}
     for name in parts:
@@ -37,7 +37,7 @@ def _plan_benchmark(
     exclude: Collection[str],
     planned: dict[str, list[Run]],
 ) -> None:
-    """Add a benchmark's runs to ``planned``. Plans the benchmark that it evaluates first."""
+    """Add a benchmark's runs to ``planned``. Plan the benchmark that it evaluates first."""
     if name in planned:
         return
     benchmark = load_benchmark(name)
@@ -65,7 +65,7 @@ def _plan_benchmark(
 
 
 def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of the source files of a run's sets and rebuilt model, by name."""
+    """Return the sha256 of the files that a run's data sets and rebuilt model come from, by name."""
     digests: dict[str, str] = {}
     rebuilt = spec["model"].get("rebuilt")
     if rebuilt:
