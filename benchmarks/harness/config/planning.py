@@ -65,7 +65,7 @@ def _plan_benchmark(
 
 
 def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of the files that a run's data sets and rebuilt model come from, by name."""
+    """Return the sha256 of each file that a run's data sets or rebuilt model come from, by name."""
     digests: dict[str, str] = {}
     rebuilt = spec["model"].get("rebuilt")
     if rebuilt:
