@@ -207,6 +207,7 @@ def claims(suite: str, write: bool) -> None:
     judged = judge_claims(loaded, numbers)
     if write:
         write_claims(loaded, judged)
+        # the paper's main figure shows the same numbers
         draw_main(numbers, main_figure(suite))
     else:
         click.echo(claims_table(loaded, judged).markdown())
@@ -413,6 +414,7 @@ def serve_command(listener: int, names: tuple[str, ...]) -> None:
         import benchmarks.harness.run.execution  # noqa: F401
         from benchmarks.harness.config.benchmark import load_benchmark
 
+        # imports PyTorch, which takes seconds
         for name in names:
             load_benchmark(name).pipeline()
 

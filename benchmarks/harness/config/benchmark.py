@@ -124,6 +124,7 @@ class TrainingPart(SuitePart):
     """Default lists for every block of the grid."""
 
 
+# the models of one kind of benchmark
 D = TypeVar("D", bound=Definition)
 E = TypeVar("E", bound=Entry)
 P = TypeVar("P", bound=SuitePart)
@@ -162,6 +163,7 @@ class Part(Generic[P]):
         Raises:
             DefinitionError: A block has an invalid name.
         """
+        # not every kind has a grid
         grid: Sequence[Strict] = getattr(self.settings, "grid", ())
         for number, block in enumerate(grid):
             where = self.where("grid", number)
@@ -253,6 +255,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     def _check_paper(self) -> None:
         """Check the file of published numbers, and that there is one for the table ``paper``."""
         definition = self.definition
+        # the table `paper` compares our numbers with those in the file
         if definition.paper:
             location = Location(self.file, "paper")
             check_file(location, definition.paper, self.folder, self.paper_columns)
@@ -337,6 +340,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         """
         module = self.presentation()
         ablations = getattr(self.definition, "ablations", {})
+        # the last two keys exist only for kinds with separate tables for each data set
         for key in ("tables", "figures", "set_tables", "set_figures"):
             named = getattr(self.definition, key, ())
             of_kind = getattr(module, key.upper(), ())
@@ -353,6 +357,7 @@ class Benchmark(ABC, Generic[D, E, P]):
         definition = self.definition
         if not isinstance(definition, MethodsDefinition):
             return {}
+        # other parts of a suite cannot change methods
         if part is None or not isinstance(part.settings, TrainingPart):
             return resolve_methods(definition)
         check_names(part.where("methods"), part.settings.methods, definition.methods)
@@ -368,6 +373,7 @@ class Benchmark(ABC, Generic[D, E, P]):
             part: The benchmark's part of the suite.
             model: The name of the model; None does not apply ``by_model``.
         """
+        # without defaults, so that the merged settings still distinguish given values from them
         section: Strict = getattr(self.definition, key)
         given = section.model_dump(exclude_unset=True)
         changes = getattr(part.settings, key)
@@ -502,14 +508,23 @@ def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object)
         DefinitionError: The part is wrong. The error names the file, the key and the nearest valid
             value.
     """
+    # `speed:` without anything after it takes all settings of the benchmark
     given = {} if content is None else content
     filled = _apply_grid_defaults(given)
     settings = parse(filled, benchmark.part_model, str(file), "benchmarks", benchmark.name)
     part = Part(benchmark.name, suite, str(file), settings)
-    for key, field in benchmark.part_model.model_fields.items():
-        if any(isinstance(annotation, Changes) for annotation in field.metadata):
-            _check_changes(benchmark, part, key)
+    for key in _changing_keys(benchmark.part_model):
+        _check_changes(benchmark, part, key)
     return part
+
+
+def _changing_keys(model: type[SuitePart]) -> list[str]:
+    """Return the keys of a suite's part that override settings of the benchmark."""
+    keys = []
+    for key, field in model.model_fields.items():
+        if any(isinstance(annotation, Changes) for annotation in field.metadata):
+            keys.append(key)
+    return keys
 
 
 def _apply_grid_defaults(content: object) -> object:
@@ -535,6 +550,7 @@ def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
 
     :meth:`Benchmark.settings` raises the errors.
     """
+    # only after merging are the settings complete, so that they can be validated
     section = benchmark.settings(key, part)
     by_model = getattr(section, "by_model", None) or {}
     check_names(part.where(key, "by_model"), by_model, load_models())

@@ -59,6 +59,7 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
+            # only dictionaries are merged; a list replaces a list
             earlier = merged.get(key)
             if isinstance(earlier, dict) and isinstance(value, dict):
                 merged[key] = merge(earlier, value)

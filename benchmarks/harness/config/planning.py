@@ -24,6 +24,7 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
     planned: dict[str, list[Run]] = {}
     for name in parts:
         _plan_benchmark(name, parts, exclude, planned)
+    # several grids may plan the same run, which then has the same id
     runs_by_id: dict[str, Run] = {}
     for name in parts:
         for run in planned[name]:
@@ -42,6 +43,7 @@ def _plan_benchmark(
         return
     benchmark = load_benchmark(name)
     part = parts[name]
+    # the specs of an evaluation name the runs that it evaluates
     evaluated_runs: list[Run] = []
     if benchmark.evaluates:
         _plan_benchmark(benchmark.evaluates, parts, exclude, planned)
@@ -67,6 +69,7 @@ def _plan_benchmark(
 def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
     """Return the sha256 of each file that a run's data sets or rebuilt model come from, by name."""
     digests: dict[str, str] = {}
+    # a rebuilt model is made of the files in a package
     rebuilt = spec["model"].get("rebuilt")
     if rebuilt:
         package = find_package(rebuilt)

@@ -128,6 +128,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
         DefinitionError: There is no such suite, or a key or value is wrong. The error names the
             file and the nearest valid value.
     """
+    # before the other values, because it selects the file
     name = overrides.get("suite", "mini")
     if name not in suite_names():
         near = did_you_mean(name, suite_names())
@@ -164,6 +165,7 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
     check_names(Location(file, "benchmarks"), settings.benchmarks, benchmark_names())
     if not command_line.benchmarks:
         return settings
+    # the command line also gives their order
     check_names(Location(where, "benchmarks"), command_line.benchmarks, settings.benchmarks)
     chosen = {name: settings.benchmarks[name] for name in command_line.benchmarks}
     return settings.model_copy(update={"benchmarks": chosen})
@@ -180,6 +182,7 @@ def _read_parts(name: str, file: Path, settings: SuiteSettings) -> dict[str, Par
 
 def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Part[Any]]) -> None:
     """Check that excluded data sets, evaluated benchmarks and folders exist."""
+    # a data set may belong to any of the suite's benchmarks
     tasks: set[str] = set()
     for benchmark in parts:
         tasks.update(load_benchmark(benchmark).tasks)
@@ -207,6 +210,7 @@ def _with_seeds(part: Any, seeds: int) -> Any:
         return part
     replaced: dict[str, Any] = {}
     for key, value in part.items():
+        # a list of one seed stays as it is
         has_several = isinstance(value, list) and len(value) > 1
         if key in ("seed", "trial") and has_several:
             replaced[key] = list(range(seeds))
@@ -259,6 +263,7 @@ class Suite:
     @cached_property
     def partitions(self) -> dict[str, PartitionJob]:
         """Return the clusterings that the runs need, by id."""
+        # several runs need the same clustering
         jobs = {}
         for run in self.runs:
             for job in partition_jobs(run):
@@ -306,4 +311,5 @@ class Suite:
         """
         if self.settings.tracking_uri:
             return self.settings.tracking_uri
+        # an empty variable is like none
         return os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI

@@ -89,11 +89,13 @@ def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -
     # pydantic reports a problem for each branch of a union
     problems_here = [problem for problem in problems if _keys(problem, content) == keys]
     messages = " or ".join(problem["msg"] for problem in problems_here)
+    # a missing key has no value, and a refusal describes the value itself
     if first["type"] in ("missing", "refusal"):
         return f"'{key}': {messages}"
     # cut to 100 characters, because aliases of aliases can make a value huge
     given = first["input"]
     value = reprlib.repr(given)[:100]
+    # pydantic lists the valid values, each in quotation marks
     if first["type"] == "literal_error":
         options = re.findall("'([^']+)'", first["ctx"]["expected"])
         text = given if isinstance(given, str) else value
@@ -195,6 +197,7 @@ class ExplicitNulls(Strict):
 
 def refusal(message: str) -> PydanticCustomError:
     """Return a validation error for a model's own validator; pydantic adds the keys."""
+    # pydantic fills a template, and the message itself may contain braces
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
 
@@ -216,7 +219,7 @@ def _keep_integer(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
     1 and 1.0 would hash to different run ids.
     """
-    check(value)
+    check(value)  # its result would be a float
     return value
 
 
@@ -320,6 +323,7 @@ def check_file(location: Location, name: str, folder: Path, columns: Sequence[st
     if not columns:
         return
     file = folder / name
+    # spreadsheets begin a file with a byte order mark, which utf-8-sig drops
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         header = next(csv.reader(lines), [])
     wanted = [*columns, *NUMBER_COLUMNS]

