@@ -1,4 +1,4 @@
-# Entry of the workflow. What to run stands in config/<suite>.yaml, where to run it in profiles/.
+# Entry of the workflow. config/<suite>.yaml defines what to run, profiles/ where to run it.
 #   snakemake --cores all                         the mini suite
 #   snakemake --cores all --config suite=paper    the paper's grid
 #   snakemake --cores 2 glue | table_4 | tables   one benchmark, one table of the paper, all tables

@@ -20,11 +20,9 @@ from emoe.errors import EMoEError
 if TYPE_CHECKING:
     from benchmarks.harness.config.suite import Suite
 
-for _telemetry in (
-    "MLFLOW_DISABLE_TELEMETRY",
-    "HF_HUB_DISABLE_TELEMETRY",
-):  # read when they are imported
-    os.environ.setdefault(_telemetry, "true")
+# mlflow and huggingface_hub read these variables when they are imported
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "true")
 
 _PATH = click.Path(path_type=Path)
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
@@ -35,7 +33,10 @@ _threads = click.option(
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 fine; 1 an error in one line, or a check that failed; 2 wrong usage; 130 interrupted.",
+    epilog=(
+        "Exit status: 0 fine; 1 an error in one line, or a check that failed; "
+        "2 wrong usage; 130 interrupted."
+    ),
     invoke_without_command=True,
 )
 @click.version_option(package_name="emoe", message="%(prog)s %(version)s")
@@ -57,7 +58,8 @@ def cli(context: click.Context) -> None:
 def list_command(kind: str, suite: str) -> None:
     """List suites, benchmarks, methods, tasks and more.
 
-    A suite's name lists its runs. `paper` lists the paper's tables and figures, with the files of `--suite`.
+    A suite's name lists its runs. `paper` lists the paper's tables and figures, with the files of
+    `--suite`.
     """
     from benchmarks.harness.report.listing import LISTS, format_rows, suite_rows
 
@@ -65,8 +67,12 @@ def list_command(kind: str, suite: str) -> None:
         from benchmarks.harness.report.paper import paper_index
 
         rows = paper_index(_load_suite(suite))
+    elif kind in LISTS:
+        list_rows = LISTS[kind]
+        rows = list_rows()
     else:
-        rows = LISTS[kind]() if kind in LISTS else suite_rows(_load_suite(kind).runs)
+        named_suite = _load_suite(kind)
+        rows = suite_rows(named_suite.runs)
     click.echo(format_rows(rows))
 
 
@@ -110,7 +116,8 @@ def run(
 ) -> None:
     """Execute the run of a run.json.
 
-    It writes metrics.json beside it. Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
+    It writes metrics.json beside it. Several machines: start
+    `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
     from benchmarks.harness.run.devices import reserve_devices
     from benchmarks.harness.run.execution import execute, launch_distributed
@@ -124,6 +131,7 @@ def run(
             )
         else:
             execute(spec, threads=threads, log=log, started=started, parallel=parallel)
+            # torchrun could take an ordinary exit for a failure
             exit_worker()
 
 
@@ -140,7 +148,8 @@ def export(spec: Path, output: Path, form: str) -> None:
     """Write the tuned language model of the run.json SPEC."""
     from benchmarks.llama.export import export as export_run
 
-    click.echo(f"wrote {output}: {export_run(spec, output, form)}")
+    description = export_run(spec, output, form)
+    click.echo(f"wrote {output}: {description}")
 
 
 _benchmark = click.option("--benchmark", required=True, help="The benchmark.")
@@ -156,10 +165,9 @@ def collect(suite: str, benchmark: str, part: str | None) -> None:
     from benchmarks.harness.results.records import check_finished
     from benchmarks.harness.results.records import collect as collect_records
 
-    loaded = _load_suite(suite, benchmark, part)
-    check_finished(
-        loaded.runs_of(benchmark, part), f"of the suite {suite}", f"make run SUITE={suite}"
-    )
+    loaded = _load_suite_with(suite, benchmark, part)
+    runs = loaded.runs_of(benchmark, part)
+    check_finished(runs, f"of the suite {suite}", f"make run SUITE={suite}")
     for file in collect_records(loaded, benchmark, part):
         click.echo(f"wrote {file}", err=True)
 
@@ -175,7 +183,7 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     """
     from benchmarks.harness.report.writing import write_tables
 
-    write_tables(_load_suite(suite, benchmark, part), benchmark, part)
+    write_tables(_load_suite_with(suite, benchmark, part), benchmark, part)
 
 
 @cli.command()
@@ -199,6 +207,7 @@ def claims(suite: str, write: bool) -> None:
     judged = judge_claims(loaded, numbers)
     if write:
         write_claims(loaded, judged)
+        # the paper's main figure shows the same numbers
         draw_main(numbers, main_figure(suite))
     else:
         click.echo(claims_table(loaded, judged).markdown())
@@ -220,7 +229,8 @@ def report(suite: str, output: Path, benchmark: str | None) -> None:
     """
     from benchmarks.harness.report.page import write_report
 
-    write_report(_load_suite(suite, benchmark), output, benchmark)
+    loaded = _load_suite_with(suite, benchmark) if benchmark else _load_suite(suite)
+    write_report(loaded, output, benchmark)
 
 
 @cli.command()
@@ -236,10 +246,12 @@ def mirror(suite: str, output: Path | None) -> None:
     records = []
     for name in loaded.settings.benchmarks:
         records += read_records(loaded, name)
-    for record in records:  # MLflow also gets the files of the runs
+    # MLflow also gets the files of the runs, which may have changed since
+    for record in records:
         check_current(record)
     counts = mirror_records(records, loaded.tracking_uri)
-    text = "MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items())
+    parts = [f"{count} {word}" for word, count in counts.items()]
+    text = "MLflow: " + ", ".join(parts)
     if output:
         write_text(output, text + "\n")
     else:
@@ -282,11 +294,13 @@ def verify(suite: str, count: int) -> None:
 def bless(suite: str) -> None:
     """Bless the current numbers of a suite.
 
-    Needs a clean checkout. The fastest run of each benchmark is rerun, and must give exactly the same numbers.
+    Needs a clean checkout. The fastest run of each benchmark is rerun, and must give exactly the
+    same numbers.
     """
     from benchmarks.harness.results.check import bless as bless_suite
 
-    click.echo(f"wrote {bless_suite(_load_suite(suite), click.echo)}")
+    file = bless_suite(_load_suite(suite), click.echo)
+    click.echo(f"wrote {file}")
 
 
 @cli.command()
@@ -305,14 +319,16 @@ def bless(suite: str) -> None:
 )
 def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
     """Fetch a suite's data, and show available and missing sets."""
+    # huggingface_hub reads this variable when it is imported
     if check:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
     from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets
     from benchmarks.harness.workflow.environment import job_environment
 
     loaded = _load_suite(suite)
+    # look where the suite's jobs look
     os.environ.update(job_environment(loaded))
     if data_root:
         os.environ[DATA_ROOT] = data_root
@@ -320,7 +336,8 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
         sets.fetch_packaged(loaded)
     parts = list(sets.check_data(loaded.runs, open_images=open_images))
     click.echo(sets.describe(parts))
-    raise click.exceptions.Exit(any(part.rows is None for part in parts))
+    is_incomplete = any(part.rows is None for part in parts)
+    raise click.exceptions.Exit(is_incomplete)
 
 
 @cli.command()
@@ -333,9 +350,8 @@ def new(name: str, csv: Path, text: str, label: str) -> None:
     from benchmarks.text.new import new_benchmark
 
     new_benchmark(name, csv, text, label)
-    click.echo(
-        f"wrote benchmarks/{name} and config/{name}.yaml\nrun it: snakemake --cores 2 --config suite={name}"
-    )
+    click.echo(f"wrote benchmarks/{name} and config/{name}.yaml")
+    click.echo(f"run it: snakemake --cores 2 --config suite={name}")
 
 
 @cli.command()
@@ -343,7 +359,8 @@ def schemas() -> None:
     """Write JSON Schemas of all YAML files, for editors."""
     from benchmarks.harness.run.schemas import write_schemas
 
-    click.echo("\n".join(f"wrote {file}" for file in write_schemas()))
+    for file in write_schemas():
+        click.echo(f"wrote {file}")
 
 
 @cli.command()
@@ -387,59 +404,95 @@ def partition(spec: str, output: Path, threads: int) -> None:
 @click.argument("listener", type=int)
 @click.argument("names", nargs=-1)
 def serve_command(listener: int, names: tuple[str, ...]) -> None:
-    """Import the pipelines of benchmarks and fork for each command that a workflow sends to the socket LISTENER."""
+    """Fork for each command that a workflow sends to the socket LISTENER.
+
+    The pipelines of the benchmarks NAMES are imported before.
+    """
 
     def import_all() -> None:
         import benchmarks.harness.report.page
         import benchmarks.harness.run.execution  # noqa: F401
         from benchmarks.harness.config.benchmark import load_benchmark
 
+        # imports PyTorch, which takes seconds
         for name in names:
             load_benchmark(name).pipeline()
 
     serve(socket.socket(fileno=listener), import_all, _run_command)
 
 
-def _load_suite(suite: str, benchmark: str | None = None, part: str | None = None) -> Suite:
-    """Load a suite with the job's overrides, and check that it has a benchmark and part.
+def _load_suite(suite: str) -> Suite:
+    """Load a suite for a command that works with its results.
 
-    Changes to the checkout if the folder has no results.
+    In a job of the workflow, it has the values of the workflow's command line.
     """
-    from benchmarks.harness.base import RESULTS, ROOT
-    from benchmarks.harness.config.yaml import check_names
     from benchmarks.harness.workflow.environment import suite_of_job
 
-    if not RESULTS.exists() and Path.cwd() != ROOT:
-        click.echo(f"there is no {RESULTS}/ here; working in {ROOT}", err=True)
-        os.chdir(ROOT)
-    loaded = suite_of_job(suite)
-    if benchmark:
-        check_names(f"suite {suite}: '", "benchmark", [benchmark], loaded.settings.benchmarks)
-        if part:
-            check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
+    _change_to_folder_with_results()
+    return suite_of_job(suite)
+
+
+def _load_suite_with(suite: str, benchmark: str, part: str | None = None) -> Suite:
+    """Load a suite, see :func:`_load_suite`, and check that it has a benchmark and part.
+
+    Args:
+        suite: The name of the suite.
+        benchmark: The name of the benchmark.
+        part: The name of a data set with its own tables; None for the whole benchmark.
+
+    Raises:
+        DefinitionError: The suite does not have them.
+    """
+    from benchmarks.harness.config.yaml import Location, check_names
+
+    loaded = _load_suite(suite)
+    source = f"suite {suite}"
+    check_names(Location(source, "benchmark"), [benchmark], loaded.settings.benchmarks)
+    if part:
+        check_names(Location(source, "part"), [part], loaded.parts(benchmark))
     return loaded
 
 
+def _change_to_folder_with_results() -> None:
+    """Change the working directory to the checkout, if the current one has no results."""
+    from benchmarks.harness.base import RESULTS, ROOT
+
+    if RESULTS.exists() or Path.cwd() == ROOT:
+        return
+    click.echo(f"there is no {RESULTS}/ here; working in {ROOT}", err=True)
+    os.chdir(ROOT)
+
+
 def _run_command(arguments: list[str]) -> int:
-    """Run a command and return its exit status; print an expected error as one line, not a traceback."""
+    """Run a command and return its exit status.
+
+    An expected error is printed in one line, without a traceback.
+    """
+    started = time.time()
     try:
-        return int(cli(arguments, standalone_mode=False, obj=time.time()) or 0)
+        exit_status = cli(arguments, standalone_mode=False, obj=started)
+        return int(exit_status or 0)
     except click.Abort as stop:
         if isinstance(stop.__cause__, EOFError):  # click treats EOFError as an interrupted prompt
             raise stop.__cause__ from None
         return 130
     except click.ClickException as error:
-        message, exit_status = error.format_message(), error.exit_code
+        message = error.format_message()
+        exit_status = error.exit_code
     except (EMoEError, OSError) as error:
-        message, exit_status = str(error), 1
+        message = str(error)
+        exit_status = 1
     click.echo(f"error: {message}", err=True)
     return exit_status
 
 
 def main() -> None:
     """Run the command in a fork of the workflow's server if there is one, else in this process."""
-    exit_status = run_in_fork(sys.argv[1:])
-    sys.exit(_run_command(sys.argv[1:]) if exit_status is None else exit_status)
+    arguments = sys.argv[1:]
+    exit_status = run_in_fork(arguments)
+    if exit_status is None:  # no server has run it
+        exit_status = _run_command(arguments)
+    sys.exit(exit_status)
 
 
 if __name__ == "__main__":

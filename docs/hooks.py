@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,41 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
+# from paths in the repository to paths in the site
 BENCHMARKS = {
     f"benchmarks/{path.parent.name}/README.md": f"benchmarks/{path.parent.name}.md"
     for path in sorted(ROOT.glob("benchmarks/*/README.md"))
 }
-# pages that are no Markdown in docs/: from their path in the repository to the one in the site
+_NOTEBOOKS = {
+    f"docs/notebooks/{path.name}": f"notebooks/{path.stem}.md"
+    for path in sorted(ROOT.glob("docs/notebooks/*.ipynb"))
+}
+# all pages that are not Markdown in docs/
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "config/README.md": "configuration.md",
     **BENCHMARKS,
-    **{
-        f"docs/notebooks/{path.name}": f"notebooks/{path.stem}.md"
-        for path in sorted(ROOT.glob("docs/notebooks/*.ipynb"))
-    },
+    **_NOTEBOOKS,
 }
 _PATH_IN_REPOSITORY = {place: path for path, place in OUTSIDE.items()}
+# a link [text](target#anchor) within the repository, not an image
 _LINK = re.compile(r"(?<!!)\[([^\[\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+# a role of Sphinx
 _ROLE = re.compile(r":(?:class|func|meth|mod):`([^`]+)`")
+# lines of a Python session, up to a blank line
 _EXAMPLE = re.compile(r"^>>> .*?(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """List the benchmarks in the navigation."""
-    (results,) = (entry["Results"] for entry in config.nav or [] if "Results" in entry)
-    results[-1]["Benchmarks"] = list(BENCHMARKS.values())
-    return config
+    for section in config.nav or []:
+        if "Results" in section:
+            pages = section["Results"]
+            # mkdocs.yml ends the section with an empty list of benchmarks
+            pages[-1]["Benchmarks"] = list(BENCHMARKS.values())
+            return config
+    raise ValueError("mkdocs.yml has no section 'Results' in its navigation")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -54,57 +64,78 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def notebook_page(path: Path) -> str:
     """Write a notebook as Markdown: texts, code and outputs."""
-    parts = []
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    blocks = []
+    for cell in notebook["cells"]:
         source = "".join(cell["source"])
-        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        if cell["cell_type"] == "markdown":
+            blocks.append(source)
+        else:
+            blocks.append(f"```python\n{source}\n```")
         for output in cell.get("outputs", ()):
-            data = output.get("data", {"text/plain": output.get("text", ())})
-            kind = next(kind for kind in ("image/png", "text/html", "text/plain") if kind in data)
-            text = "".join(data[kind]).rstrip()
-            forms = {
-                "image/png": f"![output](data:image/png;base64,{text})",
-                "text/plain": f"```text\n{text}\n```",
-            }
-            parts.append(forms.get(kind, text))
-    return "\n\n".join(parts)
+            blocks.append(_output_block(output))
+    return "\n\n".join(blocks)
+
+
+def _output_block(output: dict[str, Any]) -> str:
+    """Write an output of a notebook's cell as Markdown: an image, else HTML, else text."""
+    # printed text is not in "data"
+    forms = output.get("data", {"text/plain": output.get("text", ())})
+    if "image/png" in forms:
+        return f"![output](data:image/png;base64,{_content(forms['image/png'])})"
+    if "text/html" in forms:
+        return _content(forms["text/html"])
+    return f"```text\n{_content(forms['text/plain'])}\n```"
+
+
+def _content(lines: Iterable[str]) -> str:
+    """Join the lines of an output, which have their line breaks."""
+    return "".join(lines).rstrip()
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Convert repository links to site links."""
-    here = page.file.src_uri
-    folder = posixpath.dirname(_PATH_IN_REPOSITORY.get(here, f"docs/{here}"))
+    """Convert links between files of the repository to links of the site."""
+    page_in_site = page.file.src_uri
+    folder_in_site = posixpath.dirname(page_in_site) or "."
+    page_in_repository = _PATH_IN_REPOSITORY.get(page_in_site, f"docs/{page_in_site}")
+    folder_in_repository = posixpath.dirname(page_in_repository)
 
-    def link(found: re.Match[str]) -> str:
+    def converted_link(found: re.Match[str]) -> str:
         text, target, anchor = found.groups(default="")
-        path = posixpath.normpath(posixpath.join(folder, target))
+        path = posixpath.normpath(posixpath.join(folder_in_repository, target))
+        # a page of the site
         place = OUTSIDE.get(path, path.removeprefix("docs/"))
         if place != path:
-            return f"[{text}]({posixpath.relpath(place, posixpath.dirname(here) or '.')}{anchor})"
+            return f"[{text}]({posixpath.relpath(place, folder_in_site)}{anchor})"
+        # a wrong link stays, so that MkDocs reports it
         if not (ROOT / path).exists():
-            return found[0]  # for MkDocs to complain
-        return (
-            f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
-            if config.repo_url
-            else text
-        )
+            return found[0]
+        # another file, which only the repository has
+        if not config.repo_url:
+            return text
+        return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
 
-    return _LINK.sub(link, markdown)
+    return _LINK.sub(converted_link, markdown)
 
 
 class Docstrings(griffe.Extension):
-    """Read docstrings as Markdown, without Sphinx's roles and with examples as code; show defaults without their bounds."""
+    """An extension that makes Markdown of docstrings and shortens defaults.
+
+    Names in roles of Sphinx and examples become code. Defaults lose their bounds.
+    """
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
         """Show ``_number(0.0, at_least=0.0)``, a field with bounds, as its default."""
         value = attr.value
         if isinstance(value, griffe.ExprCall) and str(value.function) == "_number":
-            attr.value = next(
-                (each for each in value.arguments if not isinstance(each, griffe.ExprKeyword)), None
-            )
+            attr.value = None
+            for argument in value.arguments:
+                if not isinstance(argument, griffe.ExprKeyword):
+                    attr.value = argument
+                    break
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Edit one docstring."""
+        """Make Markdown of one docstring."""
         if obj.docstring:
-            text = _ROLE.sub(r"`\1`", obj.docstring.value)
-            obj.docstring.value = _EXAMPLE.sub(r"```pycon\n\g<0>\n```", text)
+            without_roles = _ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = _EXAMPLE.sub(r"```pycon\n\g<0>\n```", without_roles)

@@ -1,7 +1,8 @@
-"""Convert files of GLUE and GLUE-X in their makers' layouts to JSON lines, which the benchmarks read.
+"""Convert GLUE and GLUE-X from their makers' layouts to the JSON lines that the benchmarks read.
 
-Run ``python tools/convert_glue_x.py DATA_ROOT`` for all sets below a data root, or name some of them. The layouts are
-the ``raw_formats`` in ``benchmarks/glue/tasks.yaml``; each split becomes ``<split>.jsonl`` beside its raw file.
+Run ``python tools/convert_glue_x.py DATA_ROOT`` for all sets below a data root, or name some of
+them. The layouts are the ``raw_formats`` in ``benchmarks/glue/tasks.yaml``. Each split becomes
+``<split>.jsonl`` beside its raw file.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 TASKS = Path(__file__).resolve().parents[1] / "benchmarks/glue/tasks.yaml"
-Row = dict[Any, Any]  # by the names of columns, or their places in a file without a header
+# cells by the names of their columns, or by their places in a file without a header
+Row = dict[Any, Any]
 
 csv.field_size_limit(sys.maxsize)  # a review may be long
 
@@ -30,101 +32,158 @@ def main(root: Path, names: list[str]) -> None:
         names: The names of tasks; all of them if empty.
     """
     tasks = yaml.safe_load(TASKS.read_text(encoding="utf-8"))["tasks"]
-    if unknown := set(names) - set(tasks):
+    unknown = set(names) - set(tasks)
+    if unknown:
         raise SystemExit(f"{TASKS} has no task '{unknown.pop()}'; choose from {', '.join(tasks)}")
     outputs: dict[Path, list[Row]] = {}
     for name in names or tasks:
         task = tasks[name]
+        # the two folders are often the same one
         for folder in {root / task["source"].get("folder", name), root / name}:
             for file, rows in converted(folder, task):
-                if file in outputs:  # two tasks of one set: SICK has two labels
-                    rows = [
-                        {**first, **second}
-                        for first, second in zip(outputs[file], rows, strict=True)
-                    ]
-                outputs[file] = rows
+                # SICK is the set of two tasks, each with its own label
+                if file in outputs:
+                    outputs[file] = joined(outputs[file], rows)
+                else:
+                    outputs[file] = rows
     for file, rows in outputs.items():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
-        temporary.replace(file)
-        sys.stdout.write(f"{file}: {len(rows):,} rows\n")
+        write(file, rows)
     if not outputs:
         raise SystemExit(f"{root} holds no file in a layout of {TASKS}")
 
 
+def joined(first_rows: list[Row], second_rows: list[Row]) -> list[Row]:
+    """Join the columns of two lists of the same rows."""
+    rows = []
+    for first, second in zip(first_rows, second_rows, strict=True):
+        rows.append({**first, **second})
+    return rows
+
+
+def write(file: Path, rows: list[Row]) -> None:
+    """Write JSON lines atomically."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(file)
+    sys.stdout.write(f"{file}: {len(rows):,} rows\n")
+
+
 def converted(folder: Path, task: Row) -> Iterator[tuple[Path, list[Row]]]:
     """Yield the output file and rows of each split, by the first layout whose file exists."""
-    splits = {split for part in task["splits"].values() for split in part.split("+")}
+    splits: set[str] = set()
+    for names in task["splits"].values():  # such as "train+validation"
+        splits.update(names.split("+"))
     for split in sorted(splits):
-        for layout in task.get("raw_formats", []):
-            file = folder / layout["files"].get(split, "")
-            if split in layout["files"] and file.exists():
-                try:
-                    yield folder / f"{split}.jsonl", list(read(file, split, layout, task))
-                except (OSError, ValueError, csv.Error) as error:
-                    raise SystemExit(f"{file} cannot be read: {error}") from error
-                break
+        layout = find_layout(folder, split, task)
+        if layout is None:
+            continue
+        file = folder / layout["files"][split]
+        try:
+            rows = list(read(file, split, layout, task))
+        except (OSError, ValueError, csv.Error) as error:
+            raise SystemExit(f"{file} cannot be read: {error}") from error
+        yield folder / f"{split}.jsonl", rows
+
+
+def find_layout(folder: Path, split: str, task: Row) -> Row | None:
+    """Return the first layout of a task whose file of the split exists; None if none does."""
+    for layout in task.get("raw_formats", []):
+        name = layout["files"].get(split)
+        if name is not None and (folder / name).exists():
+            return layout
+    return None
 
 
 def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
-    """Yield the rows of a split under the task's column names, labels by the task's names."""
-    label, columns, where = task.get("label", "label"), layout["columns"], layout.get("where")
-    unlabelled = {None, "", *map(str, task.get("unlabelled", []))}
+    """Yield the rows of a split, with the task's names of columns and labels."""
+    label = task.get("label", "label")
+    columns = {label: label, **layout["columns"]}
+    where = layout.get("where")
     names = layout.get("label_names")
-    required = [*columns.values(), *([where["column"]] if where else [])]
-    for number, cells in READERS[layout.get("format", "tsv")](file, layout, label):
-        if number == 1 and (missing := [column for column in required if column not in cells]):
-            raise SystemExit(
-                f"{file} has no column '{missing[0]}'; it has {', '.join(map(str, cells))}"
-            )
+    unlabelled = {None, ""}
+    for value in task.get("unlabelled", []):
+        unlabelled.add(str(value))
+    read_rows = READERS[layout.get("format", "tsv")]
+    for number, cells in read_rows(file, layout, label):
+        if number == 1:
+            check_columns(file, layout, cells)
+        # several splits may be in one file, with a column that names the split
         if where and cells[where["column"]] != where["values"][split]:
             continue
-        row = {name: cells.get(column) for name, column in ({label: label} | columns).items()}
-        if names and row[label] not in unlabelled:
-            if row[label] not in names:
+        row = {name: cells.get(column) for name, column in columns.items()}
+        given = row[label]
+        if names and given not in unlabelled:
+            if given not in names:
+                choices = ", ".join(names)
                 raise SystemExit(
-                    f"{file}, row {number}: '{row[label]}' is no label; choose from {', '.join(names)}"
+                    f"{file}, row {number}: '{given}' is no label; choose from {choices}"
                 )
-            row[label] = names[row[label]]
+            row[label] = names[given]
         yield row
 
 
+def check_columns(file: Path, layout: Row, cells: Row) -> None:
+    """Check that a file's first row has the columns of its layout."""
+    required = [*layout["columns"].values()]
+    if layout.get("where"):
+        required.append(layout["where"]["column"])
+    for column in required:
+        if column not in cells:
+            found = ", ".join(str(name) for name in cells)
+            raise SystemExit(f"{file} has no column '{column}'; it has {found}")
+
+
 def _separated(file: Path, layout: Row, _label: str) -> Iterator[tuple[int, Row]]:
-    """Yield rows of cells. Quotation marks are letters in tab-separated files, and enclose cells in csv."""
+    """Yield the numbers and cells of the rows of a csv or tab-separated file."""
     errors = layout.get("encoding_errors", "strict")
     with file.open(encoding="utf-8-sig", errors=errors, newline="\n") as lines:
-        rows: Iterator[list[str]]
-        if layout.get("format") == "csv":
-            rows = filter(None, csv.reader(lines, strict=True))
-        else:
-            rows = (
-                text.split("\t") for line in lines if (text := line.rstrip("\n").removesuffix("\r"))
-            )
-        header = next(rows, []) if layout.get("header", True) else None
+        rows = _csv_rows(lines) if layout.get("format") == "csv" else _tsv_rows(lines)
+        header: list[str] = []
+        if layout.get("header", True):
+            header = next(rows, [])
         for number, cells in enumerate(rows, start=1):
-            names: Sequence[Any] = header or range(len(cells))
             if header and any(cells[len(header) :]):
                 raise SystemExit(
                     f"{file}, row {number} has {len(cells)} cells, and the first line {len(header)}"
                 )
-            # a row that ends early lacks its last cells
-            yield number, {**dict.fromkeys(names), **dict(zip(names, cells, strict=False))}
+            names: Sequence[Any] = header or range(len(cells))
+            # None for the last cells of a row that ends early
+            row: Row = dict.fromkeys(names)
+            row.update(zip(names, cells, strict=False))
+            yield number, row
+
+
+def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the cells of each line that is not empty. Quotation marks enclose cells."""
+    for cells in csv.reader(lines, strict=True):
+        if cells:
+            yield cells
+
+
+def _tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the cells of each line that is not empty. Quotation marks are letters."""
+    for line in lines:
+        text = line.rstrip("\n").removesuffix("\r")
+        if text:
+            yield text.split("\t")
 
 
 def _json_lines(file: Path, _layout: Row, _label: str) -> Iterator[tuple[int, Row]]:
+    """Yield the numbers and objects of the lines that are not blank."""
+    numbers = itertools.count(1)
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
-        yield from enumerate((json.loads(line) for line in lines if line.strip()), start=1)
+        for line in lines:
+            if line.strip():
+                yield next(numbers), json.loads(line)
 
 
 def _folders(file: Path, layout: Row, label: str) -> Iterator[tuple[int, Row]]:
-    """Yield one row per text file; its folder's name is the label."""
+    """Yield one row for each text file. The label is the name of the file's folder."""
     numbers = itertools.count(1)
     for name in layout["label_names"]:
-        texts = [
-            path for path in sorted((file / name).glob("*.txt")) if not path.name.startswith(".")
-        ]
+        paths = sorted((file / name).glob("*.txt"))
+        texts = [path for path in paths if not path.name.startswith(".")]
         if not texts:
             raise SystemExit(f"{file / name} holds no .txt file")
         for path in texts:

@@ -34,7 +34,7 @@ from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, m
 from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
-from benchmarks.harness.config.yaml import check_names, parse, read
+from benchmarks.harness.config.yaml import Location, check_names, parse, read
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
@@ -61,16 +61,16 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         methods = self.methods(part)
         for number, block in enumerate(part.settings.grid):
             where = part.where("grid", number)
-            check_names(where, "model", block.model, model_names("image"))
-            check_names(where, "set", block.set, self.tasks)
-            check_names(where, "method", block.method, methods)
+            check_names(where.at("model"), block.model, model_names("image"))
+            check_names(where.at("set"), block.set, self.tasks)
+            check_names(where.at("method"), block.method, methods)
             training = {model: self.settings("training", part, model) for model in block.model}
             for model, name, method in itertools.product(block.model, block.set, block.method):
                 if name in exclude:
                     continue
                 values = block.model_dump()
                 values["test_envs"] = _test_env_tuples(
-                    block.test_envs, list(self.tasks[name].environments), where
+                    block.test_envs, list(self.tasks[name].environments), where.at("test_envs")
                 )
                 axes = {key: values[key] for key in _AXES if key in values}
                 for chosen in itertools.product(*axes.values()):
@@ -88,7 +88,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         settings: ImageTraining,
         methods: Mapping[str, Method],
         point: Mapping[str, Any],
-        where: str,
+        where: Location,
     ) -> dict[str, Any]:
         """Return the spec of one point of the grid; ``where`` is the location of its block in the file."""
         task, trial, draw = self.tasks[point["set"]], point["trial"], point["hparams_seed"]
@@ -97,10 +97,10 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
         training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
         method = method_spec(methods, point, trial, settings.lora, where)
-        check_frozen(training.get("frozen_layers"), method, f"{where}'")
+        check_frozen(training.get("frozen_layers"), method, str(where))
         if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
             raise DefinitionError(
-                f"{part.where('training')}.frozen_layers' needs hparams.data_augmentation: false, because augmented "
+                f"{part.where('training', 'frozen_layers')} needs hparams.data_augmentation: false, because augmented "
                 "images differ at every step"
             )
         envs = list(task.environments)
@@ -148,7 +148,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
 
 
 def _test_env_tuples(
-    asked: str | list[list[str]], environments: list[str], where: str
+    asked: str | list[list[str]], environments: list[str], where: Location
 ) -> list[tuple[int, ...]]:
     """Return the tuples of numbers of environments that are held out together."""
     if isinstance(asked, str):
@@ -158,7 +158,7 @@ def _test_env_tuples(
             if asked == "all" or len(envs) == 1
         ]
     for names in asked:
-        check_names(where, "test_envs", names, environments)
+        check_names(where, names, environments)
     return [tuple(sorted(environments.index(name) for name in names)) for names in asked]
 
 

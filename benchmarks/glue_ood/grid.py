@@ -16,7 +16,7 @@ from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
 from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import check_names, parse
+from benchmarks.harness.config.yaml import Location, check_names, parse
 from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
 
 _Cell = tuple[
@@ -35,7 +35,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         evaluation_file = parse(content, EvaluationFile, str(file))
-        check_names(f"{file}: '", "evaluates", [evaluation_file.evaluates], benchmark_names())
+        check_names(Location(file, "evaluates"), [evaluation_file.evaluates], benchmark_names())
         other = load_benchmark(evaluation_file.evaluates)
         if not isinstance(other, TextBenchmark):
             raise DefinitionError(
@@ -54,7 +54,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
         )
         benchmark = cls(name, definition, other.tasks, DOMAINS)
         main = [row for row in definition.methods if row not in definition.transformed]
-        check_names(f"{file}: '", "ranked", definition.ranked, main)
+        check_names(Location(file, "ranked"), definition.ranked, main)
         check_ablations(benchmark)
         return benchmark
 

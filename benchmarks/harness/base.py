@@ -35,7 +35,11 @@ REFERENCE = ROOT / "results" / "reference"
 # outputs, relative to the working directory
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"
-LOCK, LOG, WEIGHTS = ".lock", "log.txt", "model/trained.safetensors"  # in the folder of a run
+# in the folder of a run
+LOCK = ".lock"
+LOG = "log.txt"
+WEIGHTS = "model/trained.safetensors"
+# shared by all runs
 PARTITIONS = Path("resources/partitions")
 PACKAGES = Path("resources/packages")
 MODELS = Path("resources/models")
@@ -53,7 +57,10 @@ Model = TypeVar("Model")
 
 
 class DefinitionError(EMoEError):
-    """Raised if a configuration or benchmark file is wrong. Line breaks in the message become spaces."""
+    """Raised if a configuration or benchmark file is wrong.
+
+    Line breaks in the message become spaces.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -68,14 +75,20 @@ class RunError(EMoEError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its name if it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Return the first line of an error's message, or the class of an error without a message."""
+    lines = str(error).splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0]
 
 
 def first_problem(error: ValidationError) -> str:
-    """Describe the first problem that pydantic found."""
+    """Describe the first problem that pydantic found: the key and pydantic's message."""
     first = error.errors(include_url=False)[0]
-    return f"'{'.'.join(map(str, first['loc'])) or 'the file'}': {first['msg']}"
+    key = ".".join(str(step) for step in first["loc"])
+    if not key:
+        key = "the file"
+    return f"'{key}': {first['msg']}"
 
 
 _DAY = 24 * 60 * 60
@@ -83,9 +96,10 @@ _DAY = 24 * 60 * 60
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces the path at the end, so that readers see the old file or the new one.
+    """Yield a temporary file that replaces the path at the end.
 
-    The temporary name is unique on all machines. The content is flushed before the rename, to survive a power cut.
+    Readers see the old file or the new one, never a part. The temporary name is unique on all
+    machines. The content is flushed before the rename, to survive a power cut.
 
     Raises:
         OSError: The file cannot be written; names the path.
@@ -102,22 +116,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if error.filename is not None:
             raise
         # a full disk fails a write, and the system then names no file
-        raise OSError(
-            error.errno or errno.EIO, error.strerror or first_line(error), str(path)
-        ) from error
+        number = error.errno or errno.EIO
+        problem = error.strerror or first_line(error)
+        raise OSError(number, problem, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of a path that no writer has changed for a day: a killed writer leaves its file."""
+    """Remove temporary files of a path that no writer has changed for a day.
+
+    A killed writer leaves its file.
+    """
     yesterday = time.time() - _DAY
-    name = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{32}")
-    leftovers = [file for file in path.parent.iterdir() if name.fullmatch(file.name)]
-    for leftover in leftovers:
+    temporary_name = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{32}")
+    temporaries = [file for file in path.parent.iterdir() if temporary_name.fullmatch(file.name)]
+    for leftover in temporaries:
         try:
             changed = leftover.stat().st_mtime
-        except FileNotFoundError:  # its writer has finished
+        except FileNotFoundError:  # its writer has finished since
             continue
         if changed < yesterday:
             leftover.unlink(missing_ok=True)
@@ -135,12 +152,19 @@ def write_json(path: Path, content: object) -> None:
 
 
 def format_json(content: object) -> str:
-    """Format JSON with sorted keys, and lists of numbers on one line each."""
+    """Format JSON with sorted keys. Each list of numbers takes one line."""
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    text = re.sub(
-        r"\[\n[\s\d.,eE+-]*\]", lambda numbers: "".join(numbers[0].split()).replace(",", ", "), text
-    )
-    return text + "\n"
+    compact = _NUMBER_LIST.sub(_join_number_list, text)
+    return compact + "\n"
+
+
+_NUMBER_LIST = re.compile(r"\[\n[\s\d.,eE+-]*\]")  # in JSON with one item on each line
+
+
+def _join_number_list(found: re.Match[str]) -> str:
+    """Write the found list of numbers on one line."""
+    without_blanks = "".join(found[0].split())
+    return without_blanks.replace(",", ", ")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -164,7 +188,8 @@ def read_bytes(path: Path, advice: str = "") -> bytes:
         check_is_file(path)
         return path.read_bytes()
     except OSError as error:
-        raise DataError(_with_advice(f"{path} cannot be read: {error.strerror}", advice)) from None
+        problem = f"{path} cannot be read: {error.strerror}"
+        raise DataError(_with_advice(problem, advice)) from None
 
 
 def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
@@ -176,44 +201,54 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
         advice: What the user should do, such as "delete it"; the end of the message of an error.
 
     Raises:
-        DataError: The file cannot be read, or its content does not fit the model; names file and key.
+        DataError: The file cannot be read, or its content does not fit the model. The error names
+            file and key.
     """
     content = read_bytes(path, advice)
     try:
         return TypeAdapter(model).validate_json(content)
     except ValidationError as error:
-        raise DataError(
-            _with_advice(f"{path} is damaged: {first_problem(error)}", advice)
-        ) from None
+        problem = f"{path} is damaged: {first_problem(error)}"
+        raise DataError(_with_advice(problem, advice)) from None
 
 
 def _with_advice(problem: str, advice: str) -> str:
+    """Append the advice, if any, to a problem."""
     return f"{problem}; {advice}" if advice else problem
 
 
 def check_is_file(path: Path) -> None:
-    """Raise an :class:`OSError` if a path exists but is not a file: opening a named pipe would wait for ever."""
+    """Raise an :class:`OSError` if a path exists but is not a file.
+
+    Opening a named pipe would wait for ever.
+    """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a file", str(path))
 
 
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_FLOAT_TAG = "tag:yaml.org,2002:float"
+_FLOAT_WITHOUT_POINT = re.compile(r"[-+]?\d+[eE][-+]?\d+$")
+
+
 class _Loader(SafeLoader):
-    """Load safe YAML with ``5e-5`` as a number. A duplicate key is an error."""
+    """A loader of safe YAML that reads ``5e-5`` as a number and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        names = [self.construct_object(key, deep=True) for key in given]
-        for key, name in zip(given, names, strict=True):
+        """Make a dictionary of a node's pairs of key and value; refuse a key that occurs twice."""
+        # "<<" inserts the keys of another mapping; it may occur several times
+        key_nodes = [key for key, _ in node.value if key.tag != _MERGE_TAG]
+        names = [self.construct_object(key, deep=True) for key in key_nodes]
+        for key_node, name in zip(key_nodes, names, strict=True):
             if names.count(name) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{name}' is given twice", key.start_mark
+                    problem=f"the key '{name}' is given twice", problem_mark=key_node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
-)
+# PyYAML follows YAML 1.1, in which 5e-5 is a text because it has no point
+_Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT_WITHOUT_POINT, list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> Any:
@@ -225,6 +260,7 @@ def read_yaml(path: Path) -> Any:
     try:
         check_is_file(path)
         text = path.read_text(encoding="utf-8")
+        # a tag such as !!set makes a value that no model of the files expects
         events: Iterable[Any] = yaml.parse(text, SafeLoader)
         for event in events:
             if getattr(event, "tag", None):
@@ -233,7 +269,8 @@ def read_yaml(path: Path) -> Any:
                 )
         return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except FileNotFoundError as error:
-        near = did_you_mean(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
+        files_there = sorted(file.name for file in path.parent.glob("*.yaml"))
+        near = did_you_mean(path.name, files_there)
         raise DefinitionError(f"{path}: {error.strerror}{near}") from error
     except OSError as error:
         raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
@@ -243,8 +280,12 @@ def read_yaml(path: Path) -> Any:
 
 
 def is_held(path: Path) -> bool:
-    """Return True if a process holds a :class:`filelock.FileLock`; works in folders without write permission."""
+    """Return True if a process holds a :class:`filelock.FileLock`.
+
+    It works in folders without write permission.
+    """
     try:
+        # a shared lock that does not wait fails only if another process has the exclusive one
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
@@ -261,15 +302,20 @@ def git(root: Path, *arguments: str) -> str:
         OSError: Git is not installed.
         CalledProcessError: The folder is not a checkout.
     """
-    return subprocess.run(
-        ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    command = ["git", *arguments]
+    finished = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return finished.stdout.strip()
 
 
 def derive_seed(*parts: object) -> int:
-    """Hash named parts to a seed below 2**31, so that seeds of different uses are independent."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 2**31
+    """Hash parts, such as the name of a use and a number, to a seed below 2**31.
+
+    Seeds of different uses are independent.
+    """
+    text = "\x1f".join(str(part) for part in parts)  # a separator that occurs in no part
+    digest = hashlib.sha256(text.encode()).digest()
+    number = int.from_bytes(digest[:4], "big")
+    return number % 2**31
 
 
 # keys of a query or of a database's connection text whose value is secret
@@ -279,8 +325,8 @@ _SECRETS = r"(?:password|passwd|pwd|pw|token|secret|api[_-]?key)"
 def hide_passwords(text: str) -> str:
     """Replace the passwords and tokens of URLs in a text by ``***``.
 
-    A password may have any character: what could be part of one is hidden. If the text begins with a URL, all of it
-    is one URL.
+    A password may have any character, so everything that could be a part of one is hidden. A text
+    that begins with a URL is one URL.
 
     >>> hide_passwords("postgresql://lab:secret@db/mlflow?sslmode=require")
     'postgresql://lab:***@db/mlflow?sslmode=require'
@@ -299,6 +345,7 @@ def hide_passwords(text: str) -> str:
     text = re.sub(r"(://[^:/@\s]*:)(?:(?!://).)*@", r"\1***@", text)
     # a name without a password is a token on a web server, but a user of a database
     text = re.sub(r"(?i)(https?://)[^:/?#@\s]+@", r"\1***@", text)
+    # a value ends at "&"; in a text of several words also at a blank or quotation mark
     is_url = re.match(r"[\w+.-]+://", text) is not None
     unquoted = "[^&]*" if is_url else r"[^&\s'\"]*"
     value = f"""(?:'[^']*'|"[^"]*"|{unquoted})"""

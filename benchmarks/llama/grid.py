@@ -15,7 +15,7 @@ from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, m
 from benchmarks.harness.config.overlay import merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
-from benchmarks.harness.config.yaml import check_names, parse, read
+from benchmarks.harness.config.yaml import Location, check_names, parse, read
 from benchmarks.llama.definition import (
     CHAT,
     HELD_OUT,
@@ -64,7 +64,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     ) -> Iterator[dict[str, Any]]:
         methods, tunings = self.methods(part), _tunings(self, part)
         usual = {key: self.settings(key, part).model_dump() for key in ("data", "evaluation")}
-        usual["templates"] = _templates(usual["data"]["template"], part.where("data"))
+        usual["templates"] = _templates(usual["data"]["template"], part.where("data", "template"))
         names = {
             "model": model_names("language"),
             "set": self.tasks,
@@ -121,10 +121,10 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
 
 
-def _templates(name: str, where: str) -> dict[str, dict[str, str]]:
+def _templates(name: str, where: Location) -> dict[str, dict[str, str]]:
     """Return the templates that ``data.template`` selects from ``templates.yaml``, by name."""
     templates = read(BENCHMARKS / "llama" / "templates.yaml", TemplateFile).templates
-    check_names(where, "template", [name], [*templates, CHAT, RANDOM])
+    check_names(where, [name], [*templates, CHAT, RANDOM])
     chosen = (
         templates
         if name == RANDOM
@@ -138,7 +138,7 @@ def _training(
     tuning: Finetuning,
     method: Mapping[str, Any],
     point: Mapping[str, Any],
-    where: str,
+    where: Location,
 ) -> dict[str, Any]:
     """Return ``training`` and ``learning_rate`` of a spec; an untrained model has only settings with an effect."""
     if tuning.train == "nothing":
@@ -146,17 +146,17 @@ def _training(
         return {"training": untrained, "learning_rate": 0.0}
     if not point.get("learning_rate"):
         raise DefinitionError(
-            f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'"
+            f"{where}: the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'"
         )
     training = settings.spec() | tuning.model_dump(include={"lora"})
-    check_frozen(training.get("frozen_layers"), method, f"{where}'")
+    check_frozen(training.get("frozen_layers"), method, str(where))
     return {"training": training, "learning_rate": float(point["learning_rate"])}
 
 
 def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> dict[str, Finetuning]:
     """Return the fine-tuning methods by name, with a suite's changes."""
     usual, changes = benchmark.definition.finetuning, part.settings.finetuning
-    check_names(part.where(), "finetuning", changes, usual)
+    check_names(part.where("finetuning"), changes, usual)
     where = (part.file, "benchmarks", benchmark.name, "finetuning")
     return {
         name: parse(

@@ -46,10 +46,10 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
         self, part: Part[ModularityPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         methods, names = self.methods(part), part.settings.tasks
-        check_names(part.where(), "tasks", names, self.tasks)
+        check_names(part.where("tasks"), names, self.tasks)
         tasks = [self.tasks[name].spec() for name in names if name not in exclude]
         if len(tasks) < 2:
-            raise DefinitionError(f"{part.where('tasks')}' needs two tasks that are not excluded")
+            raise DefinitionError(f"{part.where('tasks')} needs two tasks that are not excluded")
         reading = self.settings("reading", part).model_dump()
         valid = {"model": model_names(None), "method": methods}
         for where, point in part.grid_points(valid, (*valid, *VARIANT_KEYS, "seed")):
@@ -57,7 +57,7 @@ class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
             layers = method["config"]["layers"]
             if not isinstance(layers, list) or len(layers) != 1:
                 raise DefinitionError(
-                    f"{where}.layers' must be lists of one layer each: [[5]], not {layers}"
+                    f"{where.at('layers')} must be lists of one layer each: [[5]], not {layers}"
                 )
             yield self.spec(
                 method["variant"],

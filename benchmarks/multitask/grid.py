@@ -12,7 +12,7 @@ from benchmarks.harness.config.benchmark import COUNTS, OOD_MEAN, Domain, Part
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.method_specs import VARIANT_KEYS, method_spec
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.yaml import check_names, parse, read
+from benchmarks.harness.config.yaml import Location, check_names, parse, read
 from benchmarks.multitask.definition import MultitaskDefinition, MultitaskPart, MultitaskSpec
 from benchmarks.text.definition import CLEAN, ID, OOD, TaskFile
 from benchmarks.text.grid import TextSets
@@ -36,9 +36,11 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         tasks = read(file.parent / definition.tasks, TaskFile).tasks
         titles = {key: mixture.title for key, mixture in definition.mixtures.items()}
         benchmark = cls(name, definition, tasks, _DOMAINS, task_titles=titles)
-        check_names(f"{file}: '", "prefixes", definition.prefixes, tasks)
+        check_names(Location(file, "prefixes"), definition.prefixes, tasks)
         for key, mixture in definition.mixtures.items():
-            check_names(f"{file}: 'mixtures.{key}", "tasks", mixture.tasks, benchmark.trainable())
+            check_names(
+                Location(file, f"mixtures.{key}.tasks"), mixture.tasks, benchmark.trainable()
+            )
         for row, method in benchmark.methods().items():
             if (
                 method.tune

@@ -45,16 +45,18 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
         ]
         for number, block in enumerate(part.settings.grid):
             where = part.where("grid", number)
-            check_names(where, "measure", [block.measure], definition.measures)
-            check_names(where, "model", block.model, models)
+            check_names(where.at("measure"), [block.measure], definition.measures)
+            check_names(where.at("model"), block.model, models)
             usual = definition.measures[block.measure].settings.given()
-            check_names(where, "settings", block.settings, usual)
+            check_names(where.at("settings"), block.settings, usual)
             at = ("benchmarks", self.name, "grid", number, "settings")
             for model, *values in itertools.product(block.model, *block.settings.values()):
                 point = usual | dict(zip(block.settings, values, strict=True))
                 settings = parse(point, Settings, part.file, *at).given()
                 check_names(
-                    where, "settings.candidates", settings["candidates"], definition.candidates
+                    where.at("settings", "candidates"),
+                    settings["candidates"],
+                    definition.candidates,
                 )
                 changed = {
                     key: value

@@ -31,7 +31,7 @@ from benchmarks.harness.config.method_specs import (
 from benchmarks.harness.config.methods import ABLATION, Method
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.sets import SetPart, SetReader
-from benchmarks.harness.config.yaml import check_file, check_names, parse, read
+from benchmarks.harness.config.yaml import Location, check_file, check_names, parse, read
 from benchmarks.harness.sources.local import expected_path, local_path
 from benchmarks.text.definition import (
     ABLATION_COLUMNS,
@@ -107,7 +107,9 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         check_ablations(benchmark)
         for task in benchmark.tasks:
             _check_task(
-                f"{benchmark.folder / definition.tasks}: 'tasks.{task}", task, benchmark.tasks
+                Location(benchmark.folder / definition.tasks, f"tasks.{task}"),
+                task,
+                benchmark.tasks,
             )
         return benchmark
 
@@ -126,7 +128,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             for key in TRAINING_KEYS:
                 if key in point and methods[point["method"]].role != ABLATION:
                     raise DefinitionError(
-                        f"{where}.{key}' is for rows with role: {ABLATION}, not '{point['method']}'"
+                        f"{where.at(key)} is for rows with role: {ABLATION}, not '{point['method']}'"
                     )
             if point["task"] in exclude:
                 continue
@@ -134,7 +136,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             shaped = self._method_specs(methods, point, settings, where)
             protocol = _protocol(task, point, where)
             run_settings = run_training(settings, task, point, protocol)
-            check_frozen(run_settings.get("frozen_layers"), shaped["method"], where)
+            check_frozen(run_settings.get("frozen_layers"), shaped["method"], str(where))
             asked = settings.evaluate_ood
             evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
             yield self.spec(
@@ -158,7 +160,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         methods: Mapping[str, Method],
         point: Mapping[str, Any],
         settings: TextTraining,
-        where: str,
+        where: Location,
     ) -> dict[str, Any]:
         """Return ``method`` of a run's spec, and ``used_as`` if the model is also evaluated as another method."""
 
@@ -177,16 +179,17 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         """Check the training settings of a suite."""
         training: TextTraining = self.settings("training", part)
         where = part.where("training")
-        check_names(where, "epochs_by_task", training.epochs_by_task or (), self.tasks)
+        check_names(where.at("epochs_by_task"), training.epochs_by_task or (), self.tasks)
         if not isinstance(training.evaluate_ood, bool):
-            check_names(where, "evaluate_ood", training.evaluate_ood or (), self.definition.methods)
+            methods = training.evaluate_ood or ()
+            check_names(where.at("evaluate_ood"), methods, self.definition.methods)
         if not training.validation_fraction:
             raise DefinitionError(
-                f"{where}.validation_fraction' is 0, but clean runs need rows for selection"
+                f"{where.at('validation_fraction')} is 0, but clean runs need rows for selection"
             )
         if training.patience is not None and training.checkpoint_selection != "best":
             raise DefinitionError(
-                f"{where}.patience' needs checkpoint_selection: best; set patience: null"
+                f"{where.at('patience')} needs checkpoint_selection: best; set patience: null"
             )
 
 
@@ -203,14 +206,14 @@ def transformed_rows(
     usual = [name for name, method in resolved.items() if method.role != ABLATION]
     rows: dict[str, Method] = {}
     for name, row in transformed.items():
-        where = f"{file}: 'transformed.{name}"
+        where = Location(file, f"transformed.{name}")
         if name in definition.methods:
-            raise DefinitionError(f"{where}' has the name of a method; choose another name")
+            raise DefinitionError(f"{where} has the name of a method; choose another name")
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
-            check_names(where, key, [used], usual)
+            check_names(where.at(key), [used], usual)
             if not _has_portable_weights(resolved[used]):
                 raise DefinitionError(
-                    f"{where}.{key}' is '{resolved[used].title}', whose weights fit no other row"
+                    f"{where.at(key)} is '{resolved[used].title}', whose weights fit no other row"
                 )
         trained = definition.methods[row.trained].given()
         rows[name] = Method(
@@ -236,29 +239,29 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
     """
     definition = benchmark.definition
     for name, ablation in definition.ablations.items():
-        where = f"{benchmark.file}: 'ablations.{name}"
-        check_names(where, "rows", ablation.rows, definition.methods)
+        where = Location(benchmark.file, f"ablations.{name}")
+        check_names(where.at("rows"), ablation.rows, definition.methods)
         if ablation.rows[0] != definition.baseline:
             raise DefinitionError(
-                f"{where}.rows' must begin with the baseline, '{definition.baseline}'"
+                f"{where.at('rows')} must begin with the baseline, '{definition.baseline}'"
             )
         if ablation.paper:
-            check_file(where, "paper", ablation.paper, benchmark.folder, ABLATION_COLUMNS)
+            check_file(where.at("paper"), ablation.paper, benchmark.folder, ABLATION_COLUMNS)
 
 
-def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
+def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> None:
     task = tasks[name]
-    check_names(where, "metric", [task.metric], load_metrics())
-    check_names(where, "ood_metrics", task.ood_metrics, load_metrics())
-    check_names(where, "ood", task.ood, tasks)
+    check_names(where.at("metric"), [task.metric], load_metrics())
+    check_names(where.at("ood_metrics"), task.ood_metrics, load_metrics())
+    check_names(where.at("ood"), task.ood, tasks)
     for other in task.ood:
         smaller, larger = sorted((task, tasks[other]), key=lambda each: len(each.labels))
         if len(smaller.labels) < len(larger.labels):
             try:
                 merged_classes(larger, smaller)
             except DefinitionError as error:
-                raise DefinitionError(f"{where}.ood': {error}") from error
-    check_names(where, "label_names", task.label_names.values(), task.labels)
+                raise DefinitionError(f"{where.at('ood')}: {error}") from error
+    check_names(where.at("label_names"), task.label_names.values(), task.labels)
     if not (
         task.source.hub
         or task.source.csv
@@ -266,15 +269,17 @@ def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
         or task.download_instructions
     ):
         raise DefinitionError(
-            f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions'"
+            f"{where} is neither on the hub nor in a package, so it needs 'download_instructions'"
         )
 
 
-def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
+def _protocol(task: TaskEntry, point: Mapping[str, Any], where: Location) -> str:
     """Return the protocol of a run: its grid point's, or the task's default."""
     has_test = task.splits.test is not None
     if has_test and point.get("protocol") == PUBLISHED:
-        raise DefinitionError(f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split")
+        raise DefinitionError(
+            f"{where.at('protocol')}: '{PUBLISHED}' is for tasks without a test split"
+        )
     return str(point.get("protocol", CLEAN if has_test else PUBLISHED))
 
 

@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.config.yaml import Location
 from benchmarks.harness.report.artifacts import all_artifacts
 from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
 from benchmarks.harness.report.paper_items import (
@@ -44,7 +45,7 @@ def test_every_benchmark_names_tables_and_figures_that_exist() -> None:
 
 
 def test_a_mistyped_table_is_named_in_the_file_that_has_the_mistake(tmp_path: Path) -> None:
-    where = "paper.yaml: 'items.table_2.parts[0]"
+    where = Location("paper.yaml", "items.table_2.parts[0]")
     with pytest.raises(
         DefinitionError, match=r"paper\.yaml: .*table' is 'tsks', .* did you mean 'tasks'"
     ):

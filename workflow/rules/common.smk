@@ -1,10 +1,12 @@
-# Loads and checks the configuration; short input functions. Logic lives in benchmarks/harness/workflow.
+# Loads and checks the configuration, and defines short input functions.
+# Longer ones are in benchmarks/harness/workflow.
 import gc
 import os
 import sys
 from contextlib import contextmanager
 
-# the millions of objects that Snakemake keeps for ten thousand jobs would be walked through again and again
+# Snakemake keeps millions of objects for ten thousand jobs. The garbage collector would
+# walk through them again and again.
 gc.set_threshold(100_000, 20, 20)
 
 sys.path.insert(0, str(workflow.basedir))
@@ -21,11 +23,12 @@ from benchmarks.harness.run.data import missing_sets
 from benchmarks.harness.run.forkserver import Server
 from benchmarks.harness.workflow import plan, sources, targets
 from benchmarks.harness.workflow.environment import job_environment
+from benchmarks.harness.workflow.run_rules import RUN_ID, run_rules
 from emoe.errors import EMoEError
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
-# a finished run is news; that the scheduler starts the next one is not
+# these two messages say only that the scheduler starts the next jobs
 logger.addFilter(
     lambda record: not record.getMessage().startswith(("Select jobs", "Execute "))
 )
@@ -33,7 +36,7 @@ logger.addFilter(
 
 @contextmanager
 def one_line_errors():
-    # an expected error explains itself; a traceback would hide it
+    # End with the message of an expected error. A traceback would hide it.
     try:
         yield
     except EMoEError as error:
@@ -42,7 +45,8 @@ def one_line_errors():
 
 with one_line_errors():
     SUITE = load_suite(config)
-    # A job on a cluster parses these files again. It gets its run from the plan of the main process if it sees that file.
+    # A job on a cluster parses these files again. It reads its run from the plan of the main
+    # process if it sees that file.
     IN_JOB = not workflow.is_main_process and plan.is_written(SUITE)
     SHOWN = artifacts.suite_artifacts(SUITE)
     RECORDS = targets.parts_by_records(SUITE)
@@ -53,10 +57,10 @@ with one_line_errors():
     if not IN_JOB:
         runs.refuse_old_folders()
         SUITE.runs
-    WEIGHTS = plan.weights_by_benchmark(SUITE, in_job=IN_JOB)
+    # by benchmark and id of the run, True if the run keeps its weights
+    KEPT_WEIGHTS = plan.weights_by_benchmark(SUITE, in_job=IN_JOB)
 
 RESULTS = f"results/{SUITE.name}"
-RUN_ID = "[0-9a-f]{12}"
 
 
 # only used with `--sdm conda`
@@ -78,18 +82,18 @@ wildcard_constraints:
 os.environ.update(job_environment(SUITE))
 
 
-# Jobs of this machine fork from a process that has imported what they need, unless `--sdm` gives each its own Python.
+# Jobs of this machine fork from a process that has imported what they need, unless
+# `--sdm` gives each job its own Python.
 FORKSERVER = Server(SUITE.settings.benchmarks)
 
 
 onstart:
-    needed = [
-        run_of(job.wildcards)
-        for job in workflow.dag.needrun_jobs()
-        if job.rule.name.startswith("run_")
-    ]
+    jobs = workflow.dag.needrun_jobs()
+    run_jobs = [job for job in jobs if job.rule.name.startswith("run_")]
+    needed = [run_of(job.wildcards) for job in run_jobs]
     with one_line_errors():
-        if workflow.local_exec:  # else a cluster's nodes have the accelerators
+        # on a cluster, the nodes have the accelerators
+        if workflow.local_exec:
             devices.check_accelerators(SUITE.name, needed)
         if needed:
             # imported here, because it takes a second
@@ -99,10 +103,12 @@ onstart:
         plan.write_plan(SUITE)
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
-    if missing := missing_sets(SUITE):
+    missing = missing_sets(SUITE)
+    if missing:
         print(
-            f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "
-            f"--suite {SUITE.name}` says where they come from, `--config exclude=[{','.join(missing)}]` leaves them out",
+            f"not there: {', '.join(missing)}. What needs them will fail; "
+            f"`python -m benchmarks data --check --suite {SUITE.name}` says where they come from, "
+            f"`--config exclude=[{','.join(missing)}]` leaves them out",
             file=sys.stderr,
         )
 
@@ -116,15 +122,27 @@ onerror:
 
 
 def sources_of(*benchmarks):
-    # local: they are on this machine although results may be in a storage
+    # The files that shape the tables of benchmarks. They are local, although results may
+    # be in a storage.
     return local(sources.table_sources(*benchmarks))
 
 
 def benchmark_and_part(benchmark, part):
-    return f"--benchmark {benchmark}" + (f" --part {part}" if part else "")
+    # options of the commands that work on a benchmark or on one of its data sets
+    if part:
+        return f"--benchmark {benchmark} --part {part}"
+    return f"--benchmark {benchmark}"
+
+
+def numbers_for_claims(shown):
+    # a file with the numbers of a benchmark, if the paper's claims compare them
+    if shown.part is None and shown.benchmark in CLAIMED:
+        return [artifacts.numbers_file(SUITE.name, shown.benchmark)]
+    return []
 
 
 def run_of(wildcards):
+    # the planned run of a job
     folder = f"{wildcards.benchmark}/{wildcards.run}"
     with one_line_errors():
         if IN_JOB:
@@ -133,6 +151,7 @@ def run_of(wildcards):
 
 
 def partition_of(wildcards):
+    # the planned clustering of a job
     with one_line_errors():
         if IN_JOB:
             return plan.read_partition_of_job(wildcards.partition, SUITE)
@@ -145,40 +164,26 @@ def package_of_model(wildcards):
 
 
 def inputs_of_run(wildcards):
-    # A finished run needs nothing. Its id is the hash of all that shapes its numbers, so time stamps do not matter.
+    # A finished run needs nothing. Its id is the hash of all that shapes its numbers, so
+    # time stamps do not matter.
     run = run_of(wildcards)
-    return [] if run.is_finished else runs.run_inputs(run)
-
-
-def rule_of_runs(benchmark, keeps_weights):
-    has_both = len(set(WEIGHTS[benchmark].values())) == 2
-    return (
-        f"run_{benchmark}_untrained"
-        if has_both and not keeps_weights
-        else f"run_{benchmark}"
-    )
-
-
-def pattern_of_runs(benchmark, keeps_weights):
-    # the plan knows which runs keep their weights
-    without = [run for run, kept in WEIGHTS[benchmark].items() if not kept]
-    if len(without) in (0, len(WEIGHTS[benchmark])):
-        return RUN_ID
-    ids = "|".join(without)
-    return f"(?!{ids}){RUN_ID}" if keeps_weights else f"(?:{ids})"
+    if run.is_finished:
+        return []
+    return runs.run_inputs(run)
 
 
 def run_resource(name, usual=None):
+    # a resource as the suite gives it for the run
     return lambda wildcards: run_of(wildcards).resources.get(name, usual)
 
 
 def grown(name):
-    # more of it each time that a job is tried again; only schedulers of clusters care
+    # A resource that grows each time that a job is tried again. It matters only on clusters.
     return lambda wildcards, attempt: run_of(wildcards).resources[name] * attempt
 
 
 def all_threads():
-    # of a cluster's nodes nobody knows how many they have
+    # All threads of this machine. Those of a cluster's nodes are unknown.
     try:
         return workflow.cores
     except WorkflowError:
@@ -186,12 +191,13 @@ def all_threads():
 
 
 def run_threads(wildcards):
-    # 0 stands for all, so that nothing runs beside a measurement
+    # 0 stands for all threads, so that nothing else runs during a measurement
     return run_of(wildcards).resources["threads"] or all_threads()
 
 
 def refuse(explain):
-    # the input of a target that cannot be made: it ends with the reason when the target is asked for
+    # The input of a target that cannot be made. It ends the workflow with the reason if
+    # someone asks for the target.
     def reason(wildcards):
         with one_line_errors():
             text = explain(wildcards)

@@ -55,57 +55,55 @@ rule partition_neurons:
     message:
         "Cluster neurons: {wildcards.partition}"
     shell:
-        "python -m benchmarks partition {params.spec:q} --output {output:q} --threads {threads} 2> {log:q}"
+        "python -m benchmarks partition {params.spec:q} --output {output:q} --threads {threads}"
+        " 2> {log:q}"
 
 
-# One rule a benchmark, so that small benchmarks come first: readers see their tables early. A benchmark of which only
-# some runs keep their weights has one more, for the others.
-for place, name in enumerate(sorted(WEIGHTS, key=lambda name: len(WEIGHTS[name]))):
-    for keeps in sorted(set(WEIGHTS[name].values()), reverse=True):
+# A rule for each benchmark, so that small benchmarks can come first. If only some runs of a
+# benchmark keep their weights, its other runs have a second rule.
+for run_rule in run_rules(KEPT_WEIGHTS):
 
-        rule:
-            name:
-                rule_of_runs(name, keeps)
-            input:
-                inputs_of_run,
-            output:
-                "results/runs/{benchmark}/{run}/metrics.json",
-                *(
-                    [f"results/runs/{{benchmark}}/{{run}}/{paths.WEIGHTS}"]
-                    if keeps
-                    else []
-                ),
-            log:
-                "results/runs/{benchmark}/{run}/log.txt",
-            wildcard_constraints:
-                benchmark=name,
-                run=pattern_of_runs(name, keeps),
-            priority: -place
-            conda:
-                ENVIRONMENT
-            threads: run_threads
-            resources:
-                mem_mb=grown("mem_mb"),
-                runtime=grown("runtime"),
-                gpu=run_resource("gpu"),
-                # of instruction tuning: how torchrun spreads a run
-                processes=run_resource("processes", 1),
-                parallel=run_resource("parallel", "ddp"),
-                # for the message; unlike a parameter it never makes a run repeat
-                called=lambda wildcards: run_of(wildcards).name,
-            params:
-                # written here: a job of its own for each would keep Snakemake busier than the runs
-                spec=lambda wildcards: run_of(wildcards).to_json(),
-                file="results/runs/{benchmark}/{run}/run.json",
-            message:
-                "Run {resources.called}"
-            shell:
-                "printf '%s\\n' {params.spec:q} > {params.file:q}.part && mv {params.file:q}.part {params.file:q} && "
-                "python -m benchmarks run {params.file:q} --threads {threads} --log {log:q}"
-                " --processes {resources.processes} --parallel {resources.parallel} --gpus {resources.gpu}"
+    rule:
+        name:
+            run_rule.name
+        input:
+            inputs_of_run,
+        output:
+            run_rule.outputs,
+        log:
+            "results/runs/{benchmark}/{run}/log.txt",
+        wildcard_constraints:
+            benchmark=run_rule.benchmark,
+            run=run_rule.ids,
+        priority: run_rule.priority
+        conda:
+            ENVIRONMENT
+        threads: run_threads
+        resources:
+            mem_mb=grown("mem_mb"),
+            runtime=grown("runtime"),
+            gpu=run_resource("gpu"),
+            # how torchrun distributes a run of instruction tuning
+            processes=run_resource("processes", 1),
+            parallel=run_resource("parallel", "ddp"),
+            # for the message; a change of a resource, unlike one of a parameter, repeats no run
+            called=lambda wildcards: run_of(wildcards).name,
+        params:
+            # the job writes this file itself, because a job for each file would cost more time
+            # in Snakemake than the runs take
+            spec=lambda wildcards: run_of(wildcards).to_json(),
+            file="results/runs/{benchmark}/{run}/run.json",
+        message:
+            "Run {resources.called}"
+        shell:
+            "printf '%s\\n' {params.spec:q} > {params.file:q}.part"
+            " && mv {params.file:q}.part {params.file:q}"
+            " && python -m benchmarks run {params.file:q} --threads {threads} --log {log:q}"
+            " --processes {resources.processes} --parallel {resources.parallel}"
+            " --gpus {resources.gpu}"
 
 
-# Only asked for if a finished run has lost it.
+# Snakemake asks for it only if a finished run has lost it.
 rule write_run_json:
     output:
         "results/runs/{benchmark}/{run}/run.json",
@@ -119,4 +117,5 @@ rule write_run_json:
     message:
         "Write {output} again"
     shell:
-        "printf '%s\\n' {params.spec:q} > {output:q}.part 2> {log:q} && mv {output:q}.part {output:q} 2> {log:q}"
+        "printf '%s\\n' {params.spec:q} > {output:q}.part 2> {log:q}"
+        " && mv {output:q}.part {output:q} 2> {log:q}"

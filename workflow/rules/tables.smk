@@ -1,8 +1,9 @@
-# From the runs' metrics.json to tables, figures, pages and the MLflow mirror. Only `collect` reads metrics.json.
+# From the runs' metrics.json to tables, figures, pages and the MLflow mirror.
+# Only `collect` reads metrics.json.
 
 
-# The records of a benchmark's runs in one file, so that each metrics.json is read once. Where sets of images are shown
-# one by one, each set has a file.
+# The records of a benchmark's runs in one file, so that each metrics.json is read once. If a
+# benchmark has separate tables for each image set, each image set has a file.
 rule collect:
     input:
         lambda wildcards: targets.metric_files(SUITE, *RECORDS[wildcards.records]),
@@ -17,7 +18,7 @@ rule collect:
     conda:
         ENVIRONMENT
     params:
-        # a suite with fewer runs collects again; of the input itself, Snakemake would not compare it
+        # A suite with fewer runs collects again. Snakemake would not notice that from the inputs.
         runs=lambda wildcards: targets.digest_of_runs(
             SUITE, *RECORDS[wildcards.records]
         ),
@@ -29,9 +30,10 @@ rule collect:
         "python -m benchmarks collect --suite {params.suite} {params.what} 2> {log:q}"
 
 
-# One rule a benchmark, because each has its own tables and figures: `tables_of_glue`. Where sets of images are shown
-# one by one, one rule a set, too: `tables_of_domainbed_pacs`. Those that are the paper's are written once more under
-# its numbers, with its rows: `results/<suite>/paper/table_4.md`.
+# A rule for each benchmark, because each has its own tables and figures: `tables_of_glue`. If a
+# benchmark has separate tables for each image set, also a rule for each image set:
+# `tables_of_domainbed_pacs`. Tables and figures of the paper are also written under the paper's
+# numbers, with the paper's rows: `results/<suite>/paper/table_4.md`.
 for shown in SHOWN:
 
     rule:
@@ -45,18 +47,15 @@ for shown in SHOWN:
             shown.figure_files(SUITE.name),
             paper_items.files_of(shown, SUITE.name),
             shown.section_file(SUITE.name),
-            *(
-                [artifacts.numbers_file(SUITE.name, shown.benchmark)]
-                if shown.benchmark in CLAIMED and shown.part is None
-                else []
-            ),
+            numbers_for_claims(shown),
         log:
             f"results/logs/{SUITE.name}/tables_of_{shown.name}.txt",
         localrule: True
         conda:
             ENVIRONMENT
         params:
-            # a suite with fewer runs or sets makes them again; a function, because a job on a cluster plans no runs
+            # A suite with fewer runs or data sets makes them again. This is a function,
+            # because a job on a cluster plans no runs.
             runs=lambda wildcards, shown=shown: targets.digest_of_runs(
                 SUITE, shown.benchmark, shown.part
             ),
@@ -85,7 +84,8 @@ if CLAIMED:
         conda:
             ENVIRONMENT
         params:
-            benchmarks=CLAIMED,  # with fewer of them the claims are tested again
+            # a suite with fewer of them tests the claims again
+            benchmarks=CLAIMED,
             suite=SUITE.name,
         message:
             "What the runs say of the paper's claims"
@@ -93,7 +93,7 @@ if CLAIMED:
             "python -m benchmarks claims --write --suite {params.suite} 2> {log:q}"
 
 
-# One page a benchmark, so that the first results can be read while others run.
+# A page for each benchmark, so that the first results can be read while other runs are running.
 rule benchmark_report:
     input:
         lambda wildcards: targets.section_files(SUITE, wildcards.benchmark),
@@ -109,14 +109,15 @@ rule benchmark_report:
     conda:
         ENVIRONMENT
     params:
-        # a page is made again if one of these is another one
+        # a change of one of these makes the page again
         note=lambda wildcards: SUITE.benchmark_parts[wildcards.benchmark].settings.note,
         sets=lambda wildcards: SUITE.parts(wildcards.benchmark),
         suite=SUITE.name,
     message:
         "Page of {wildcards.benchmark}: {output}"
     shell:
-        "python -m benchmarks report --suite {params.suite} --benchmark {wildcards.benchmark} --output {output:q} 2> {log:q}"
+        "python -m benchmarks report --suite {params.suite} --benchmark {wildcards.benchmark}"
+        " --output {output:q} 2> {log:q}"
 
 
 rule report:
@@ -133,7 +134,7 @@ rule report:
     conda:
         ENVIRONMENT
     params:
-        # the page is made again if one of these is another one
+        # a change of one of these makes the page again
         notes=[
             (name, SUITE.parts(name), part.settings.note)
             for name, part in SUITE.benchmark_parts.items()
@@ -157,7 +158,7 @@ rule mirror_to_mlflow:
     conda:
         ENVIRONMENT
     params:
-        # with its password hidden: Snakemake writes parameters and commands into its logs, and keeps them
+        # without its password, because Snakemake writes parameters and commands into its logs
         store=hide_passwords(SUITE.tracking_uri),
         suite=SUITE.name,
     message:

@@ -1,4 +1,4 @@
-# Names for what people ask for.
+# Targets with short names, and explanations of targets that cannot be made.
 
 
 rule tables:
@@ -46,7 +46,7 @@ for name in paper_items.load_paper().items:
                 "The paper's table or figure is up to date: {input}"
 
 
-# any other word: it explains itself
+# any other word: the error says why there is no such target
 rule unknown_target:
     input:
         refuse(lambda wildcards: targets.why_not(wildcards.target, SUITE)),

@@ -1,4 +1,4 @@
-"""Benchmarks: the models of benchmark.yaml and of their part of a suite, and the hooks of each kind."""
+"""Benchmarks: the models of benchmark.yaml, their part of a suite, and the hooks of each kind."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from benchmarks.harness.config.sets import SetReader
 from benchmarks.harness.config.yaml import (
     Count,
     Key,
+    Location,
     Names,
     Strict,
     Whole,
@@ -54,7 +55,7 @@ class Resources(Strict):
 class Training(Strict):
     """Training settings of a run."""
 
-    in_no_spec: ClassVar[set[str]] = {"by_model"}
+    in_no_spec: ClassVar[set[str]] = {"by_model"}  # keys that a run's spec omits
 
     by_model: dict[str, dict[str, Any]] | None = optional()
     """Settings that override the others for single models, by name; not part of a run's spec."""
@@ -65,7 +66,7 @@ class Training(Strict):
 
 
 class Entry(Strict):
-    """One task, set or measure of a benchmark."""
+    """One task, data set or measure of a benchmark."""
 
     title: str
     """Label in tables."""
@@ -75,9 +76,11 @@ class Definition(Strict):
     """The keys of every benchmark.yaml."""
 
     kind: str
-    """The kind of benchmark, which plans, executes and shows its runs: a name in benchmarks/kinds.py."""
+    """The kind of benchmark, which plans, executes and shows its runs: a name in
+    benchmarks/kinds.py."""
     version: Count
-    """Part of every run's id. Increase it if the same settings give different or additional numbers."""
+    """Part of every run's id. Increase it if the same settings give different or additional
+    numbers."""
     title: str
     """Heading of the benchmark's tables and of its section in the report."""
     tables: Names
@@ -94,10 +97,11 @@ class MethodsDefinition(Definition):
     baseline: str
     """The method that the others are compared with."""
     method_defaults: dict[Kind, Method] = Field({})
-    """Default settings by kind of method: dense, emoe or gmoe. A row's own settings override them, and a suite's
-    defaults override the benchmark's."""
+    """Default settings by kind of method: dense, emoe or gmoe. A row's own settings override them,
+    and a suite's defaults override the benchmark's."""
     methods: Annotated[dict[Key, Method], Field(min_length=1)]
-    """The compared methods of methods.yaml, in the order of the rows, with the settings that differ here."""
+    """The compared methods of methods.yaml, in the order of the rows, with the settings that differ
+    here."""
 
 
 class SuitePart(Strict):
@@ -120,6 +124,7 @@ class TrainingPart(SuitePart):
     """Default lists for every block of the grid."""
 
 
+# the models of one kind of benchmark
 D = TypeVar("D", bound=Definition)
 E = TypeVar("E", bound=Entry)
 P = TypeVar("P", bound=SuitePart)
@@ -127,7 +132,7 @@ P = TypeVar("P", bound=SuitePart)
 
 @dataclass(frozen=True)
 class Part(Generic[P]):
-    """Hold a benchmark's part of a suite.
+    """A benchmark's part of a suite, with the names for messages about it.
 
     Attributes:
         benchmark: The name of the benchmark.
@@ -141,37 +146,46 @@ class Part(Generic[P]):
     file: str
     settings: P
 
-    def where(self, *keys: str | int) -> str:
-        """Return the file and key path of a setting, as the ``where`` of :func:`check_names`."""
-        return f"{self.file}: '{key_path(['benchmarks', self.benchmark, *keys])}"
+    def where(self, *keys: str | int) -> Location:
+        """Return the location of a setting in the suite's file, for :func:`check_names`."""
+        return Location(self.file, key_path(["benchmarks", self.benchmark, *keys]))
 
     def grid_points(
         self, names: Mapping[str, Collection[str]], axes: Iterable[str]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    ) -> Iterator[tuple[Location, dict[str, Any]]]:
         """Yield every point of the grid, with the location of its block in the file.
 
         Args:
             names: The valid names, by key of a block.
-            axes: The keys of a point, the slowest first; a block may lack some.
+            axes: The keys of a point. The value of the first key changes last. A block may lack
+                some keys.
+
+        Raises:
+            DefinitionError: A block has an invalid name.
         """
+        # not every kind has a grid
         grid: Sequence[Strict] = getattr(self.settings, "grid", ())
         for number, block in enumerate(grid):
-            where, values = self.where("grid", number), block.model_dump()
-            for key, known in names.items():
-                check_names(where, key, values[key], known)
-            keys = [key for key in axes if key in values]
-            for point in itertools.product(*(values[key] for key in keys)):
-                yield where, dict(zip(keys, point, strict=True))
+            where = self.where("grid", number)
+            lists = block.model_dump()
+            for key, valid in names.items():
+                check_names(where.at(key), lists[key], valid)
+            # every combination of the block's lists is a point
+            keys = [key for key in axes if key in lists]
+            lists_of_axes = [lists[key] for key in keys]
+            for values in itertools.product(*lists_of_axes):
+                yield where, dict(zip(keys, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Describe a group of numbers that claims can compare between two methods.
+    """A group of numbers that claims can compare between two methods.
 
     Attributes:
         metrics: The names of the metrics.
         pair: The unit of a paired comparison: ``seed``, ``trial``, ``question``, ``setting``.
-        selections: The names of the selections of epoch and hyper-parameters, if several are reported.
+        selections: The names of the ways to select epoch and hyper-parameters, if results of
+            several are reported.
     """
 
     metrics: tuple[str, ...]
@@ -186,28 +200,34 @@ COUNTS = Domain(("parameters", "trainable_parameters"))  # for every model
 class Benchmark(ABC, Generic[D, E, P]):
     """One folder of benchmarks/: its definition, its tasks, and the hooks of its kind.
 
-    A kind is a subclass, named in benchmarks/kinds.py. It names the package of its modules ``pipeline`` and
-    ``presentation``, and has the models of its YAML and the hooks :meth:`load`, :meth:`specs`, :meth:`sets` and
-    :meth:`check_processes`; only the first two are required.
+    A kind is a subclass, named in benchmarks/kinds.py. It sets the class attributes below, and has
+    the hooks :meth:`load`, :meth:`specs`, :meth:`sets` and :meth:`check_processes`. Only the first
+    two hooks are required.
 
     Attributes:
+        package: The package of the modules :meth:`pipeline` and :meth:`presentation`, such as
+            ``benchmarks.text``.
+        definition_model: The model of benchmark.yaml.
+        part_model: The model of the benchmark's part of a suite.
+        task_files: The models of its other YAML files, by name.
+        paper_columns: The columns of the CSV of published numbers, before value, status and source.
+        spec_model: The model of its runs' specs.
+        recorded: The keys of metrics.json that each of its runs has.
         name: The name of the folder.
         definition: The content of benchmark.yaml.
-        tasks: The tasks, sets of images or instructions, or measures, by name.
+        tasks: The tasks, image sets, sets of instructions, or measures, by name.
         domains: The groups of numbers that claims may compare, by name.
         row_titles: The titles of the rows that claims may compare, by name.
-        task_titles: The titles of the sets of runs, by the names that tables and claims use.
+        task_titles: The titles of the tasks and, if there are any, of mixtures of tasks, by name.
     """
 
-    package: ClassVar[
-        str
-    ]  # of the modules :meth:`pipeline` and :meth:`presentation`, such as ``benchmarks.text``
+    package: ClassVar[str]
     definition_model: ClassVar[type[Definition]]
     part_model: ClassVar[type[SuitePart]]
-    task_files: ClassVar[Mapping[str, type[Strict]]] = {}  # models of its other YAML files, by name
-    paper_columns: ClassVar[tuple[str, ...]] = ()  # of paper.csv, before value, status and source
-    spec_model: ClassVar[type[RunSpec]]  # of the specs of its runs
-    recorded: ClassVar[tuple[str, ...]] = ()  # the keys of metrics.json that each of its runs has
+    task_files: ClassVar[Mapping[str, type[Strict]]] = {}
+    paper_columns: ClassVar[tuple[str, ...]] = ()
+    spec_model: ClassVar[type[RunSpec]]
+    recorded: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -218,20 +238,27 @@ class Benchmark(ABC, Generic[D, E, P]):
         row_titles: Mapping[str, str] | None = None,
         task_titles: Mapping[str, str] | None = None,
     ) -> None:
-        self.name, self.definition, self.tasks, self.domains = name, definition, tasks, domains
-        self.task_titles = {
-            **(task_titles or {}),
-            **{key: task.title for key, task in tasks.items()},
-        }
+        self.name = name
+        self.definition = definition
+        self.tasks = tasks
+        self.domains = domains
+        self.task_titles = dict(task_titles or {})
+        for key, task in tasks.items():
+            self.task_titles[key] = task.title
+        # before self.methods(), which looks up the names
         if isinstance(definition, MethodsDefinition):
             check_rows(definition, self.file)
-        self.row_titles = row_titles or {
-            key: method.title for key, method in self.methods().items()
-        }
+        titles_of_methods = {key: method.title for key, method in self.methods().items()}
+        self.row_titles = row_titles or titles_of_methods
+        self._check_paper()
+
+    def _check_paper(self) -> None:
+        """Check the file of published numbers, and that there is one for the table ``paper``."""
+        definition = self.definition
+        # the table `paper` compares our numbers with those in the file
         if definition.paper:
-            check_file(
-                f"{self.file}: '", "paper", definition.paper, self.folder, self.paper_columns
-            )
+            location = Location(self.file, "paper")
+            check_file(location, definition.paper, self.folder, self.paper_columns)
         if "paper" in definition.tables and not definition.paper:
             raise DefinitionError(
                 f"{self.file}: 'tables' names 'paper', so it needs the key 'paper'"
@@ -250,7 +277,7 @@ class Benchmark(ABC, Generic[D, E, P]):
     @classmethod
     @abstractmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
-        """Read the definition and the tasks, and check that names exist and settings go together.
+        """Read the definition and the tasks. Check that names exist and settings fit together.
 
         Args:
             name: The name of the benchmark.
@@ -266,12 +293,12 @@ class Benchmark(ABC, Generic[D, E, P]):
 
         Args:
             part: The benchmark's part of the suite.
-            exclude: The sets to exclude.
+            exclude: The data sets to exclude.
             others: The runs that the benchmark evaluates; empty if it evaluates none.
         """
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
-        """Return a reader for each part of each set that a run reads."""
+        """Return a reader for each part of each data set that a run reads."""
         return []
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
@@ -289,58 +316,74 @@ class Benchmark(ABC, Generic[D, E, P]):
     def pipeline(self) -> ModuleType:
         """Import the module of the kind that executes runs.
 
-        Its function ``run(spec, folder, progress)`` gets a :attr:`spec_model` and returns the content of ``metrics.json`` without the environment.
+        Its function ``run(spec, folder, progress)`` gets a :attr:`spec_model`. It returns the
+        content of ``metrics.json`` without the environment.
         """
-        # imported when it is needed, because it imports PyTorch, and planning is fast without
+        # imported only to execute a run, because it imports PyTorch, which would slow down planning
         return importlib.import_module(f"{self.package}.pipeline")
 
     def presentation(self) -> ModuleType:
         """Import the module of the kind that makes the tables and figures of finished runs.
 
-        It has functions by name in ``TABLES`` and ``FIGURES``, and in ``SET_TABLES`` and ``SET_FIGURES`` if each set
-        has tables of its own. Its function ``present(benchmark, runs)`` makes a
+        Its dictionaries ``TABLES`` and ``FIGURES`` have functions by name. It also has
+        ``SET_TABLES`` and ``SET_FIGURES`` if each data set has its own tables. Its function
+        ``present(benchmark, runs)`` makes a
         :class:`~benchmarks.harness.report.presentation.Presentation`.
         """
         return importlib.import_module(f"{self.package}.presentation")
 
     def checked_presentation(self) -> ModuleType:
-        """Import the module of :meth:`presentation`, and check the names of tables and figures in benchmark.yaml."""
+        """Import the module of :meth:`presentation`, and check benchmark.yaml against it.
+
+        Raises:
+            DefinitionError: benchmark.yaml names a table or figure that does not exist.
+        """
         module = self.presentation()
         ablations = getattr(self.definition, "ablations", {})
+        # the last two keys exist only for kinds with separate tables for each data set
         for key in ("tables", "figures", "set_tables", "set_figures"):
-            valid = [*getattr(module, key.upper(), ()), *ablations]
-            check_names(f"{self.file}: '", key, getattr(self.definition, key, ()), valid)
+            named = getattr(self.definition, key, ())
+            of_kind = getattr(module, key.upper(), ())
+            check_names(Location(self.file, key), named, [*of_kind, *ablations])
         return module
 
     def methods(self, part: Part[Any] | None = None) -> dict[str, Method]:
         """Return the methods with all their settings, for the benchmark or its part of a suite.
 
-        Later layers override earlier ones: the benchmark's ``method_defaults`` for the method's kind, the suite's
-        ``method_defaults``, ``methods.yaml``, the benchmark's ``methods``, the suite's ``methods``.
+        Later layers override earlier ones: the benchmark's ``method_defaults`` for the method's
+        kind, the suite's ``method_defaults``, ``methods.yaml``, the benchmark's ``methods``, the
+        suite's ``methods``.
         """
         definition = self.definition
         if not isinstance(definition, MethodsDefinition):
             return {}
+        # other parts of a suite cannot change methods
         if part is None or not isinstance(part.settings, TrainingPart):
             return resolve_methods(definition)
-        check_names(part.where(), "methods", part.settings.methods, definition.methods)
+        check_names(part.where("methods"), part.settings.methods, definition.methods)
         return resolve_methods(definition, part.settings.method_defaults, part.settings.methods)
 
     def settings(self, key: str, part: Part[P], model: str | None = None) -> Any:
-        """Return one section of the benchmark's settings, overridden by the suite, then by ``by_model``.
+        """Return one section of the benchmark's settings.
+
+        The suite overrides the benchmark, and then ``by_model`` overrides both.
 
         Args:
             key: The name of the section, such as ``training``.
             part: The benchmark's part of the suite.
             model: The name of the model; None does not apply ``by_model``.
         """
-        usual: Strict = getattr(self.definition, key)
-        settings = merge(usual.model_dump(exclude_unset=True), getattr(part.settings, key))
+        # without defaults, so that the merged settings still distinguish given values from them
+        section: Strict = getattr(self.definition, key)
+        given = section.model_dump(exclude_unset=True)
+        changes = getattr(part.settings, key)
+        settings = merge(given, changes)
         at = ["benchmarks", self.name, key]
-        if model is not None and model in (settings.get("by_model") or {}):
-            settings = merge(settings, settings["by_model"][model])
-            at += ["by_model", model]
-        return parse(settings, type(usual), part.file, *at)
+        by_model = settings.get("by_model") or {}
+        if model is not None and model in by_model:
+            settings = merge(settings, by_model[model])
+            at = [*at, "by_model", model]
+        return parse(settings, type(section), part.file, *at)
 
     @property
     def evaluates(self) -> str | None:
@@ -349,15 +392,24 @@ class Benchmark(ABC, Generic[D, E, P]):
 
     @property
     def has_set_tables(self) -> bool:
-        """Return True if the benchmark has separate tables and figures for each set."""
+        """Return True if the benchmark has separate tables and figures for each data set."""
         return bool(getattr(self.definition, "set_tables", ()))
 
     def read_spec(self, run: Run) -> RunSpec:
-        """Validate the spec of a run; raise :class:`DefinitionError` if it does not fit the kind."""
+        """Validate the spec of a run.
+
+        Raises:
+            DefinitionError: The spec does not fit the kind of the benchmark.
+        """
         return parse(run.spec, self.spec_model, str(run.spec_file))
 
     def spec(self, variant: str, **content: Any) -> dict[str, Any]:
-        """Make the spec of a run. ``variant`` names its settings besides model, task and method."""
+        """Make the spec of a run.
+
+        Args:
+            variant: A short name of the settings besides model, task and method.
+            content: The keys of the kind's specs.
+        """
         return {
             "benchmark": self.name,
             "version": self.definition.version,
@@ -384,23 +436,28 @@ def resolve_methods(
     """
     resolved = {}
     for name, row in definition.methods.items():
-        layers = [load_methods()[row.method or name], row, changes.get(name, Method())]
-        kind = merge_methods(*layers).kind
-        usual = [
-            settings[kind]
-            for settings in (definition.method_defaults, defaults)
-            if kind in settings
-        ]
-        resolved[name] = merge_methods(*usual, *layers)
+        in_catalogue = load_methods()[row.method or name]
+        in_suite = changes.get(name, Method())
+        own_layers = [in_catalogue, row, in_suite]
+        # the kind decides which defaults come before the method's own settings
+        kind = merge_methods(*own_layers).kind
+        default_layers = []
+        for defaults_by_kind in (definition.method_defaults, defaults):
+            if kind in defaults_by_kind:
+                default_layers.append(defaults_by_kind[kind])
+        resolved[name] = merge_methods(*default_layers, *own_layers)
     return resolved
 
 
 def check_rows(definition: MethodsDefinition, file: Path) -> None:
     """Check the names of the methods that a benchmark compares, and of the baseline."""
     for name, row in definition.methods.items():
-        at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
-        check_names(f"{file}: '", at, [known], load_methods())
-    check_names(f"{file}: '", "baseline", [definition.baseline], definition.methods)
+        # a row has the settings of the method that it names, else of the method with its own name
+        if row.method:
+            check_names(Location(file, f"methods.{name}.method"), [row.method], load_methods())
+        else:
+            check_names(Location(file, "methods"), [name], load_methods())
+    check_names(Location(file, "baseline"), [definition.baseline], definition.methods)
 
 
 def benchmark_names() -> list[str]:
@@ -410,35 +467,92 @@ def benchmark_names() -> list[str]:
 
 @functools.cache
 def load_benchmark(name: str) -> AnyBenchmark:
-    """Read and check one benchmark."""
+    """Read and check one benchmark.
+
+    ``benchmarks.kinds`` must have been imported before, because it fills :data:`KINDS`.
+
+    Raises:
+        DefinitionError: There is no such benchmark, or one of its files is wrong.
+    """
     if name not in benchmark_names():
-        raise DefinitionError(
-            f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}"
-        )
+        near = did_you_mean(name, benchmark_names())
+        raise DefinitionError(f"there is no benchmark '{name}'{near}")
     file = BENCHMARKS / name / "benchmark.yaml"
     check_name(name, file)
     content = read_yaml(file)
-    kind = content.get("kind") if isinstance(content, dict) else None
-    kind = kind if isinstance(kind, str) else ""
-    if kind not in KINDS:  # benchmarks/kinds.py has to be imported first
+    kind = _named_kind(content)
+    if kind not in KINDS:
         raise DefinitionError(f"{file}: 'kind' is '{kind}'{did_you_mean(kind, KINDS)}")
     load_methods()  # first, because its plugins register names
     return KINDS[kind].load(name, content, file)
 
 
+def _named_kind(content: object) -> str:
+    """Return the kind that a benchmark.yaml names; empty if it names none."""
+    if not isinstance(content, dict):
+        return ""
+    kind = content.get("kind")
+    return kind if isinstance(kind, str) else ""
+
+
 def parse_part(benchmark: AnyBenchmark, suite: str, file: Path, content: object) -> Part[Any]:
-    """Validate a benchmark's part of a suite, and apply ``grid_defaults`` to the blocks of its grid."""
-    given: Any = {} if content is None else content
-    match given:
-        case {"grid_defaults": dict(defaults), "grid": list(blocks)}:
-            full = [{**defaults, **block} if isinstance(block, dict) else block for block in blocks]
-            given = {**given, "grid": full}
-    settings = parse(given, benchmark.part_model, str(file), "benchmarks", benchmark.name)
+    """Validate a benchmark's part of a suite.
+
+    Args:
+        benchmark: The benchmark.
+        suite: The name of the suite.
+        file: The file of the suite.
+        content: The part in that file; None if it has no settings.
+
+    Raises:
+        DefinitionError: The part is wrong. The error names the file, the key and the nearest valid
+            value.
+    """
+    # `speed:` without anything after it takes all settings of the benchmark
+    given = {} if content is None else content
+    filled = _apply_grid_defaults(given)
+    settings = parse(filled, benchmark.part_model, str(file), "benchmarks", benchmark.name)
     part = Part(benchmark.name, suite, str(file), settings)
-    for key, field in benchmark.part_model.model_fields.items():
-        if any(isinstance(mark, Changes) for mark in field.metadata):
-            by_model = getattr(benchmark.settings(key, part), "by_model", None) or {}
-            check_names(part.where(key), "by_model", by_model, load_models())
-            for name in by_model:
-                benchmark.settings(key, part, name)
+    for key in _changing_keys(benchmark.part_model):
+        _check_changes(benchmark, part, key)
     return part
+
+
+def _changing_keys(model: type[SuitePart]) -> list[str]:
+    """Return the keys of a suite's part that override settings of the benchmark."""
+    keys = []
+    for key, field in model.model_fields.items():
+        if any(isinstance(annotation, Changes) for annotation in field.metadata):
+            keys.append(key)
+    return keys
+
+
+def _apply_grid_defaults(content: object) -> object:
+    """Add ``grid_defaults`` to each block of a part's grid; a block's own lists override them.
+
+    Content of a wrong type is returned as it is, because its validation follows.
+    """
+    if not isinstance(content, dict):
+        return content
+    defaults = content.get("grid_defaults")
+    blocks = content.get("grid")
+    if not isinstance(defaults, dict) or not isinstance(blocks, list):
+        return content
+    filled_blocks = []
+    for block in blocks:
+        filled = {**defaults, **block} if isinstance(block, dict) else block
+        filled_blocks.append(filled)
+    return {**content, "grid": filled_blocks}
+
+
+def _check_changes(benchmark: AnyBenchmark, part: Part[Any], key: str) -> None:
+    """Check a section that a suite overrides, for every model with settings of its own.
+
+    :meth:`Benchmark.settings` raises the errors.
+    """
+    # only after merging are the settings complete, so that they can be validated
+    section = benchmark.settings(key, part)
+    by_model = getattr(section, "by_model", None) or {}
+    check_names(part.where(key, "by_model"), by_model, load_models())
+    for model in by_model:
+        benchmark.settings(key, part, model)

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import LoRA, Method, merge_methods, tuning_spec
+from benchmarks.harness.config.yaml import Location
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import ConfigError, nearest_divisor
 
@@ -94,7 +95,7 @@ def method_spec(
     point: Mapping[str, Any],
     seed: int,
     lora: LoRA | None,
-    where: str,
+    where: Location,
 ) -> dict[str, Any]:
     """Make the ``method`` part of a run's spec.
 
@@ -103,7 +104,7 @@ def method_spec(
         point: The point of the grid: the method's name and its varied settings, if any.
         seed: The seed of the run.
         lora: ``training.lora`` of the run.
-        where: The file and the key, for messages.
+        where: The location of the grid's block, for messages.
 
     Raises:
         DefinitionError: Settings exclude each other.
@@ -113,7 +114,7 @@ def method_spec(
     varying = VARIANT_KEYS if base.kind != "dense" else ("layers",) if base.tune else ()
     varied = {key: point[key] for key in varying if key in point}
     method = merge_methods(base, Method(**varied))
-    named = f"{where}': method '{point['method']}'"
+    named = f"{where}: method '{point['method']}'"
     config = _config(method, seed, named)
     neurons = load_models()[point["model"]].neurons
     if neurons and config and config["kind"] == "emoe" and neurons % config["num_experts"]:

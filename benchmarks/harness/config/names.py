@@ -1,4 +1,4 @@
-"""Names that a benchmark and its suite may have: the workflow and the commands use others themselves."""
+"""Check the names of benchmarks and suites: the workflow and the commands use some themselves."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from pathlib import Path
 
 from benchmarks.harness.base import DefinitionError
 
+# folders in results/ that belong to no suite
 _FOLDERS = ("logs", "mlflow", "reference", "runs")
+# rules of the workflow; `all`, `tables` and `report` are also targets for users
 _TARGETS = (
-    *(
-        "all",
-        "tables",
-        "report",
-        "benchmark_report",
-        "collect",
-        "table_of_claims",
-        "mirror_to_mlflow",
-    ),
-    *(
-        "fetch_package",
-        "rebuild_model",
-        "partition_neurons",
-        "write_run_json",
-        "unknown_target",
-        "other_suite",
-    ),
+    "all",
+    "tables",
+    "report",
+    "benchmark_report",
+    "collect",
+    "table_of_claims",
+    "mirror_to_mlflow",
+    "fetch_package",
+    "rebuild_model",
+    "partition_neurons",
+    "write_run_json",
+    "unknown_target",
+    "other_suite",
 )
 _TARGET_PREFIXES = ("figure_", "run_", "table_", "tables_of_")
+# folders in benchmarks/ that belong to no benchmark
 _CODE = ("harness", "schemas", "text")
+# what `python -m benchmarks list` takes besides suites
 _LISTS = ("benchmarks", "claims", "methods", "metrics", "models", "suites", "tasks")
 
 
@@ -40,7 +40,7 @@ def check_name(name: str, file: Path | None = None) -> None:
         file: The file of the benchmark or suite, for the message; None if it is not written yet.
 
     Raises:
-        DefinitionError: Names the file and the reason.
+        DefinitionError: The name is not valid. The error names the file and the reason.
     """
     reason = _reason_against(name)
     if reason:
@@ -49,7 +49,14 @@ def check_name(name: str, file: Path | None = None) -> None:
 
 
 def target_name(benchmark: str, part: str | None) -> str:
-    """Return the workflow's target of a benchmark, or of one of its sets. Files of results begin with it."""
+    """Return the workflow's target of a benchmark, or of one of its data sets.
+
+    The names of result files begin with it.
+
+    Args:
+        benchmark: The name of the benchmark.
+        part: The name of the data set; None for the benchmark.
+    """
     return f"{benchmark}_{part}" if part else benchmark
 
 

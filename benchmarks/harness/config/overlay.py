@@ -2,12 +2,17 @@
 
 Exceptions:
 
-- ``top_k`` and ``top_k_fraction`` replace each other (:func:`benchmarks.harness.config.methods.merge_methods`).
-- ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.method_specs.method_spec`).
-- ``by_model`` is a layer after the suite's (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
-- A task and a row change the epochs, and a protocol the validation rows (:func:`benchmarks.text.grid.run_training`).
+- ``top_k`` and ``top_k_fraction`` replace each other
+  (:func:`benchmarks.harness.config.methods.merge_methods`).
+- ``partition_seed: run`` becomes the run's seed
+  (:func:`benchmarks.harness.config.method_specs.method_spec`).
+- ``by_model`` overrides the suite's settings
+  (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
+- A task and a grid point change the epochs, and a protocol the number of validation rows
+  (:func:`benchmarks.text.grid.run_training`).
 - An untrained model has no training settings (:mod:`benchmarks.llama.grid`).
-- An image set sets ``eval_every``, and a draw the hyper-parameters (:mod:`benchmarks.domainbed.grid`).
+- An image set gives ``eval_every``, and DomainBed's random search gives the hyper-parameters
+  (:mod:`benchmarks.domainbed.grid`).
 """
 
 from __future__ import annotations
@@ -23,8 +28,14 @@ from benchmarks.harness.config.yaml import Strict
 
 
 class Changes:
-    """Annotate a dictionary as partial settings of a model. :meth:`.Benchmark.settings` validates the merged settings,
-    and editors propose the keys.
+    """The annotation of a dictionary that overrides some settings of a model.
+
+    pydantic does not validate such a dictionary, because keys that the model requires may be
+    missing. :meth:`.Benchmark.settings` validates the merged settings. The JSON schema lists the
+    model's keys, so that editors propose them.
+
+    Attributes:
+        model: The model of the complete settings.
     """
 
     def __init__(self, model: type[Strict]) -> None:
@@ -33,8 +44,10 @@ class Changes:
     def __get_pydantic_json_schema__(
         self, _schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        described = handler.resolve_ref_schema(handler(self.model.__pydantic_core_schema__))
-        return {key: value for key, value in described.items() if key != "required"}
+        """Return the schema of the model, without its list of required keys."""
+        reference = handler(self.model.__pydantic_core_schema__)
+        complete = handler.resolve_ref_schema(reference)
+        return {key: value for key, value in complete.items() if key != "required"}
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,10 +59,10 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            below = merged.get(key)
-            merged[key] = (
-                merge(below, value)
-                if isinstance(below, dict) and isinstance(value, dict)
-                else value
-            )
+            # only dictionaries are merged; a list replaces a list
+            earlier = merged.get(key)
+            if isinstance(earlier, dict) and isinstance(value, dict):
+                merged[key] = merge(earlier, value)
+            else:
+                merged[key] = value
     return merged

@@ -19,11 +19,12 @@ def plan_runs(parts: Mapping[str, Part[Any]], exclude: Collection[str]) -> list[
 
     Args:
         parts: The suite's part of each benchmark, by name.
-        exclude: The sets to leave out.
+        exclude: The data sets to leave out.
     """
     planned: dict[str, list[Run]] = {}
     for name in parts:
         _plan_benchmark(name, parts, exclude, planned)
+    # several grids may plan the same run, which then has the same id
     runs_by_id: dict[str, Run] = {}
     for name in parts:
         for run in planned[name]:
@@ -37,11 +38,12 @@ def _plan_benchmark(
     exclude: Collection[str],
     planned: dict[str, list[Run]],
 ) -> None:
-    """Add a benchmark's runs to ``planned``. Plans the benchmark that it evaluates first."""
+    """Add a benchmark's runs to ``planned``. Plan the benchmark that it evaluates first."""
     if name in planned:
         return
     benchmark = load_benchmark(name)
     part = parts[name]
+    # the specs of an evaluation name the runs that it evaluates
     evaluated_runs: list[Run] = []
     if benchmark.evaluates:
         _plan_benchmark(benchmark.evaluates, parts, exclude, planned)
@@ -65,8 +67,9 @@ def _plan_benchmark(
 
 
 def _file_digests(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of the source files of a run's sets and rebuilt model, by name."""
+    """Return the sha256 of each file that a run's data sets or rebuilt model come from, by name."""
     digests: dict[str, str] = {}
+    # a rebuilt model is made of the files in a package
     rebuilt = spec["model"].get("rebuilt")
     if rebuilt:
         package = find_package(rebuilt)

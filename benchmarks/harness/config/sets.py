@@ -1,4 +1,4 @@
-"""Describe the sets that runs read, for `python -m benchmarks data`."""
+"""Describe the data sets that runs read, for `python -m benchmarks data`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.config.yaml import Count, Strict
 
-ALL = "all"  # the only part of a set without a split
+ALL = "all"  # the only part of a data set that is not split
 
 
 class PublishedRows(Strict):
@@ -24,14 +24,15 @@ class PublishedRows(Strict):
 
 @dataclass(frozen=True)
 class SetPart:
-    """Describe one part of a set after reading it.
+    """One part of a data set, such as a split, as found by reading it.
 
     Attributes:
-        name: The name of the set.
-        part: ``train``, ``dev`` or ``test``; the environment of an image set; ``all`` of instructions.
+        name: The name of the data set.
+        part: ``train``, ``dev`` or ``test``; an environment of an image set; ``all`` for a set of
+            instructions.
         rows: The number of rows in use; None if the part is missing.
         dropped: The number of rows that are left out: broken, or without a gold label or text.
-        expected: The number of rows according to the set's makers; None if unknown.
+        expected: The number of rows according to the makers of the data; None if unknown.
         labels: The number of rows by label, as text.
         source: The source of the rows.
         advice: Instructions to get a missing part.
@@ -50,40 +51,55 @@ class SetPart:
 
     @property
     def as_expected(self) -> bool:
-        """Return True if the makers' count equals the rows in use, with or without the dropped ones, or is unknown."""
-        return self.expected in (None, self.rows, (self.rows or 0) + self.dropped)
+        """Return True if the makers of the data count the same number of rows.
+
+        They may count the dropped rows or not. An unknown count is no difference.
+        """
+        with_dropped = (self.rows or 0) + self.dropped
+        return self.expected in (None, self.rows, with_dropped)
 
     @property
     def note(self) -> str | None:
-        """Describe a difference from the makers' or the paper's number of rows; None if there is none."""
-        if self.rows is None or (self.published and self.published.rows == self.rows):
+        """Describe how the number of rows differs from the makers' or the paper's, if it does."""
+        if self.rows is None:
             return None
+        published = self.published
+        # the paper's number counts more than the makers'
+        if published and published.rows == self.rows:
+            return None
+        found = f"{self.name} ({self.part}): {self.rows:,} rows"
         if not self.as_expected:
-            rows = (
-                f"{self.rows:,} rows and {self.dropped:,} dropped"
-                if self.dropped
-                else f"{self.rows:,} rows"
-            )
-            counts = f"{rows}, its makers count {self.expected:,}"
-            return f"{self.name} ({self.part}): {counts}: another version, or not all of it"
-        if self.published:
-            other = f"not {self.published.rows:,} as by {self.published.of}: {self.published.why}"
-            return f"{self.name} ({self.part}): {self.rows:,} rows are scored, {other}"
+            if self.dropped:
+                found += f" and {self.dropped:,} dropped"
+            return f"{found}, its makers count {self.expected:,}: another version, or not all of it"
+        if published:
+            other = f"not {published.rows:,} as by {published.of}: {published.why}"
+            return f"{found} are scored, {other}"
         return None
 
 
 class SetReader(NamedTuple):
-    """Name a part of a set that a run reads, with the function that reads and describes it.
+    """A part of a data set that a run reads, and the function that reads and describes it.
 
-    The function's argument is True to open every file, which may take minutes.
+    Attributes:
+        name: The name of the data set.
+        part: The part, as in :class:`SetPart`; :data:`ALL` if the set is read as a whole.
+        read: The function. Its argument is True to open every file, which may take minutes.
     """
 
     name: str
-    part: str  # :data:`ALL` of a set that is read as a whole
+    part: str
     read: Callable[[bool], Iterator[SetPart]]
 
 
 def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
-    """Describe a set that cannot be read, as a single part, with the instructions to get it."""
+    """Describe a data set that cannot be read, as one missing part.
+
+    Args:
+        name: The name of the data set.
+        problem: The reason why it cannot be read.
+        instructions: How to get the data.
+        expected: The number of rows according to the makers of the data; None if unknown.
+    """
     advice = f"{name}: {problem}\n    {instructions}. Without it: `exclude: [{name}]`"
     return SetPart(name, ALL, None, expected=expected, advice=advice)

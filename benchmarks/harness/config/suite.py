@@ -22,6 +22,7 @@ from benchmarks.harness.config.yaml import (
     UNIQUE,
     Count,
     Key,
+    Location,
     Strict,
     Text,
     check_names,
@@ -35,23 +36,25 @@ _USUAL = ("mini", "full", "smoke", "paper")  # suites that are searched first
 
 
 class SuiteSettings(Strict):
-    """A suite. `exclude`, `seeds`, `tracking_uri` and the folders can also be given on the command line
-    (`--config key=value`), and `benchmarks=[glue,llama]` runs only these.
+    """A suite. `exclude`, `seeds`, `tracking_uri` and the folders can also be given on the command
+    line (`--config key=value`), and `benchmarks=[glue,llama]` runs only these.
     """
 
     benchmarks: Annotated[dict[Key, Any], Field(min_length=1)]
-    """Benchmarks to run, in the order of the report, each with its grid and its differences from benchmark.yaml."""
+    """Benchmarks to run, in the order of the report, each with its grid and its differences from
+    benchmark.yaml."""
     exclude: Annotated[list[str], UNIQUE] = Field([])
     """Names of sets to exclude, for example because you have no access. Tables list their sets."""
     seeds: Count | None = None
-    """Number of seeds (trials for images), from 0 on. It replaces lists of several seeds in the blocks of a grid."""
+    """Number of seeds (trials for images), from 0 on. It replaces lists of several seeds in the
+    blocks of a grid."""
     data_root: Text | None = None
-    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
-    hub.
+    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not
+    there comes from the hub.
     """
     model_root: Text | None = None
-    """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its
-    package.
+    """Folder with models, one subfolder each (the model's name). A model that is not there comes
+    from the hub or its package.
     """
     tracking_uri: Text | None = None
     """MLflow's store. Null: the variable MLFLOW_TRACKING_URI, else sqlite:///results/mlflow.db."""
@@ -60,14 +63,13 @@ class SuiteSettings(Strict):
 def suite_names() -> list[str]:
     """Return the suites that have a file in ``config/``, the usual ones first."""
     names = sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
-    return [
-        *(name for name in _USUAL if name in names),
-        *(name for name in names if name not in _USUAL),
-    ]
+    usual = [name for name in _USUAL if name in names]
+    others = [name for name in names if name not in _USUAL]
+    return [*usual, *others]
 
 
 def _list_names(given: Any) -> Any:
-    """Take one name for a list of one name."""
+    """Make a list of a single name; refuse what is neither a name nor a list of names."""
     names = [given] if isinstance(given, str) else given
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not is_list:
@@ -76,10 +78,10 @@ def _list_names(given: Any) -> Any:
 
 
 def _check_chosen(names: list[str]) -> list[str]:
+    """Refuse an empty list of benchmarks."""
     if not names:
-        raise refusal(
-            f"it names no benchmark; leave it out to run all{did_you_mean('', benchmark_names())}"
-        )
+        choices = did_you_mean("", benchmark_names())
+        raise refusal(f"it names no benchmark; leave it out to run all{choices}")
     return names
 
 
@@ -87,9 +89,10 @@ OneOrMore = Annotated[list[str], BeforeValidator(_list_names)]
 
 
 class CommandLine(Strict):
-    """The values of ``--config key=value``. A key of null, as in ``seeds=``, is as in the suite's file.
+    """The values of ``--config key=value``.
 
-    `suite` and `benchmarks` cannot be null.
+    A null, as in ``seeds=``, leaves the value of the suite's file. `suite` and `benchmarks` cannot
+    be null.
     """
 
     suite: str = "mini"
@@ -99,7 +102,8 @@ class CommandLine(Strict):
     ] = None
     """Benchmarks of the suite to run, one or a list."""
     exclude: OneOrMore | None = None
-    """Names of sets to exclude, one or a list. They replace those of the suite's file, as do all keys below."""
+    """Names of sets to exclude, one or a list. They replace those of the suite's file, as do all
+    keys below."""
     seeds: Count | None = None
     """Number of seeds."""
     data_root: Text | None = None
@@ -110,7 +114,7 @@ class CommandLine(Strict):
     """MLflow's store."""
 
     def values(self) -> dict[str, Any]:
-        """Return the values that are given, null ones left out."""
+        """Return the given values, without nulls."""
         return {key: value for key, value in self.given().items() if value is not None}
 
 
@@ -121,18 +125,21 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
         overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
 
     Raises:
-        DefinitionError: There is no such suite, or a key or value is wrong; names the file and the nearest valid one.
+        DefinitionError: There is no such suite, or a key or value is wrong. The error names the
+            file and the nearest valid value.
     """
+    # before the other values, because it selects the file
     name = overrides.get("suite", "mini")
     if name not in suite_names():
-        raise DefinitionError(
-            f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
-        )
+        near = did_you_mean(name, suite_names())
+        raise DefinitionError(f"there is no suite '{name}'{near} (files in {paths.CONFIG})")
     command_line = parse(dict(overrides), CommandLine, "--config")
     given = command_line.values()
     file = paths.CONFIG / f"{name}.yaml"
     check_name(name, file)
-    where = f"{file} with --config" if given.keys() - {"suite"} else str(file)
+    # a message about the merged values names both sources
+    changes_settings = bool(given.keys() - {"suite"})
+    where = f"{file} with --config" if changes_settings else str(file)
     settings = _read_settings(file, where, command_line)
     parts = _read_parts(name, file, settings)
     _check_settings(settings, where, parts)
@@ -149,17 +156,17 @@ def _read_settings(file: Path, where: str, command_line: CommandLine) -> SuiteSe
     """
     content = read_yaml(file)
     if isinstance(content, dict):
-        replaced = {
-            key: value
-            for key, value in command_line.values().items()
-            if key not in ("suite", "benchmarks")
-        }
+        replaced = command_line.values()
+        # these two choose from the file instead of replacing a value
+        replaced.pop("suite", None)
+        replaced.pop("benchmarks", None)
         content = {**content, **replaced}
     settings = parse(content, SuiteSettings, where)
-    check_names(f"{file}: '", "benchmarks", settings.benchmarks, benchmark_names())
+    check_names(Location(file, "benchmarks"), settings.benchmarks, benchmark_names())
     if not command_line.benchmarks:
         return settings
-    check_names(f"{where}: '", "benchmarks", command_line.benchmarks, settings.benchmarks)
+    # the command line also gives their order
+    check_names(Location(where, "benchmarks"), command_line.benchmarks, settings.benchmarks)
     chosen = {name: settings.benchmarks[name] for name in command_line.benchmarks}
     return settings.model_copy(update={"benchmarks": chosen})
 
@@ -168,39 +175,47 @@ def _read_parts(name: str, file: Path, settings: SuiteSettings) -> dict[str, Par
     """Validate the suite's part of each benchmark, by name."""
     parts = {}
     for benchmark, content in settings.benchmarks.items():
-        if settings.seeds:
-            content = _with_seeds(content, settings.seeds)
-        parts[benchmark] = parse_part(load_benchmark(benchmark), name, file, content)
+        planned = _with_seeds(content, settings.seeds) if settings.seeds else content
+        parts[benchmark] = parse_part(load_benchmark(benchmark), name, file, planned)
     return parts
 
 
 def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Part[Any]]) -> None:
-    """Check that excluded sets, evaluated benchmarks and folders exist."""
+    """Check that excluded data sets, evaluated benchmarks and folders exist."""
+    # a data set may belong to any of the suite's benchmarks
     tasks: set[str] = set()
     for benchmark in parts:
         tasks.update(load_benchmark(benchmark).tasks)
-    check_names(f"{where}: '", "exclude", settings.exclude, tasks)
+    check_names(Location(where, "exclude"), settings.exclude, tasks)
     for benchmark in parts:
         other = load_benchmark(benchmark).evaluates
         if other and other not in parts:
             raise DefinitionError(
                 f"{where}: 'benchmarks' has '{benchmark}', which evaluates '{other}'; name that too"
             )
-    for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
+    for key in ("data_root", "model_root"):
+        folder = getattr(settings, key)
         if folder and not Path(folder).is_dir():
             raise DefinitionError(f"{where}: '{key}' is '{folder}', which is not a folder")
 
 
 def _with_seeds(part: Any, seeds: int) -> Any:
-    """Replace each list of several seeds or trials by ``range(seeds)``, before the content is validated."""
+    """Replace each list of several seeds or trials by ``range(seeds)``.
+
+    The content is not validated yet, so it may have any type.
+    """
     if isinstance(part, list):
         return [_with_seeds(value, seeds) for value in part]
     if not isinstance(part, dict):
         return part
     replaced: dict[str, Any] = {}
     for key, value in part.items():
-        is_list_of_seeds = key in ("seed", "trial") and isinstance(value, list) and len(value) > 1
-        replaced[key] = list(range(seeds)) if is_list_of_seeds else _with_seeds(value, seeds)
+        # a list of one seed stays as it is
+        has_several = isinstance(value, list) and len(value) > 1
+        if key in ("seed", "trial") and has_several:
+            replaced[key] = list(range(seeds))
+        else:
+            replaced[key] = _with_seeds(value, seeds)
     return replaced
 
 
@@ -211,13 +226,13 @@ def plain_suite(name: str) -> Suite:
 
 
 def suite_parts(benchmark: str) -> dict[str, Part[Any]]:
-    """Return a benchmark's part of each suite that runs it, by suite."""
-    suites = map(plain_suite, suite_names())
-    return {
-        suite.name: suite.benchmark_parts[benchmark]
-        for suite in suites
-        if benchmark in suite.benchmark_parts
-    }
+    """Return a benchmark's part of each suite that runs it, by the suite's name."""
+    parts = {}
+    for name in suite_names():
+        suite = plain_suite(name)
+        if benchmark in suite.benchmark_parts:
+            parts[name] = suite.benchmark_parts[benchmark]
+    return parts
 
 
 @dataclass(frozen=True)
@@ -248,6 +263,7 @@ class Suite:
     @cached_property
     def partitions(self) -> dict[str, PartitionJob]:
         """Return the clusterings that the runs need, by id."""
+        # several runs need the same clustering
         jobs = {}
         for run in self.runs:
             for job in partition_jobs(run):
@@ -255,11 +271,19 @@ class Suite:
         return jobs
 
     def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
-        """Return the runs of a benchmark, or of one of its parts."""
-        return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.task)]
+        """Return the runs of a benchmark.
+
+        Args:
+            benchmark: The name of the benchmark.
+            part: The name of one of its data sets; None for all.
+        """
+        runs = [run for run in self.runs if run.benchmark == benchmark]
+        if part is None:
+            return runs
+        return [run for run in runs if run.task == part]
 
     def parts(self, benchmark: str) -> list[str]:
-        """Return the sets of a benchmark that have tables of their own. Plans no runs."""
+        """Return the data sets of a benchmark that have their own tables. Plans no runs."""
         loaded = load_benchmark(benchmark)
         if not loaded.has_set_tables:
             return []
@@ -273,13 +297,19 @@ class Suite:
         return names
 
     def record_parts(self, benchmark: str) -> list[str | None]:
-        """Return the sets with a file of records each, or [None] if one file has all records."""
+        """Return the data sets that have a file of records each; [None] for one common file."""
         parts = self.parts(benchmark)
-        return [*parts] if parts else [None]
+        if parts:
+            return list(parts)
+        return [None]
 
     @property
     def tracking_uri(self) -> str:
-        """Return MLflow's store: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
-        return (
-            self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
-        )
+        """Return MLflow's store.
+
+        It is the configured one, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``.
+        """
+        if self.settings.tracking_uri:
+            return self.settings.tracking_uri
+        # an empty variable is like none
+        return os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI

@@ -1,4 +1,7 @@
-"""Validate the content of YAML files. Every error names the file, the key and the nearest valid value."""
+"""Validate the content of YAML files.
+
+Every error names the file, the key and the nearest valid value.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import csv
 import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -35,54 +39,108 @@ def key_path(keys: Iterable[str | int]) -> str:
     >>> key_path(["benchmarks", "glue", "grid", 0])
     'benchmarks.glue.grid[0]'
     """
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(
-        "."
-    )
+    path = ""
+    for key in keys:
+        if isinstance(key, int):
+            path += f"[{key}]"
+        else:
+            path += f".{key}"
+    return path.removeprefix(".")
+
+
+@dataclass(frozen=True)
+class Location:
+    """The place of a value in a file, for messages.
+
+    >>> grid = Location("config/mini.yaml", "benchmarks.glue.grid")
+    >>> str(grid.at(0, "model"))
+    "config/mini.yaml: 'benchmarks.glue.grid[0].model'"
+
+    Attributes:
+        file: The path of the file, or other words that name the source.
+        key: The key path of the value in the file.
+    """
+
+    file: Path | str
+    key: str
+
+    def at(self, *keys: str | int) -> Location:
+        """Return the location of a value inside this one."""
+        return Location(self.file, key_path([self.key, *keys]))
+
+    def __str__(self) -> str:
+        return f"{self.file}: '{self.key}'"
 
 
 def _explain(error: ValidationError, content: object, at: Sequence[str | int]) -> str:
-    """Describe the first mistake that pydantic reports: key, value, pydantic's message and the nearest valid value."""
+    """Describe the first mistake that pydantic reports.
+
+    The description names the key, the value, and pydantic's message or the nearest valid value.
+
+    Args:
+        error: The error of pydantic.
+        content: The content that pydantic refused.
+        at: The key path of ``content`` in its file.
+    """
     problems = error.errors(include_url=False)
-    first, keys = problems[0], _keys(problems[0], content)
+    first = problems[0]
+    keys = _keys(first, content)
     key = key_path([*at, *keys]) or "the file"
     # pydantic reports a problem for each branch of a union
-    messages = " or ".join(
-        problem["msg"] for problem in problems if _keys(problem, content) == keys
-    )
+    problems_here = [problem for problem in problems if _keys(problem, content) == keys]
+    messages = " or ".join(problem["msg"] for problem in problems_here)
+    # a missing key has no value, and a refusal describes the value itself
     if first["type"] in ("missing", "refusal"):
         return f"'{key}': {messages}"
+    # cut to 100 characters, because aliases of aliases can make a value huge
     given = first["input"]
-    value = f"{reprlib.repr(given):.100}"  # short, also if aliases of aliases make the value huge
+    value = reprlib.repr(given)[:100]
+    # pydantic lists the valid values, each in quotation marks
     if first["type"] == "literal_error":
         options = re.findall("'([^']+)'", first["ctx"]["expected"])
-        return (
-            f"'{key}' is {value}{did_you_mean(given if isinstance(given, str) else value, options)}"
-        )
+        text = given if isinstance(given, str) else value
+        near = did_you_mean(text, options)
+        return f"'{key}' is {value}{near}"
     return f"'{key}' is {value}: {messages}"
 
 
 def _keys(problem: Mapping[str, Any], content: Any) -> list[str | int]:
-    """Return the key path of a problem, without the names of union branches in pydantic's location."""
+    """Return the key path of a problem in the content.
+
+    pydantic's location also has the names of union branches. They are no keys and are left out.
+    """
     keys: list[str | int] = []
     for step in problem["loc"]:
-        if isinstance(content, list | dict) and step in (
-            content if isinstance(content, dict) else range(len(content))
-        ):
+        if _has_key(content, step):
             keys.append(step)
             content = content[step]
-    return [*keys, problem["loc"][-1]] if problem["type"] == "missing" else keys
+    # the content lacks a missing key, so the loop leaves it out
+    if problem["type"] == "missing":
+        keys.append(problem["loc"][-1])
+    return keys
+
+
+def _has_key(content: Any, key: str | int) -> bool:
+    """Return True if content is a dictionary or list with this key."""
+    if isinstance(content, dict):
+        return key in content
+    if isinstance(content, list):
+        return key in range(len(content))
+    return False
 
 
 class Strict(BaseModel):
-    """Hold the data of a file: reject unknown keys, never convert values, be immutable.
+    """A model of data in a file: it rejects unknown keys, never converts values, and is immutable.
 
     A field's docstring is its description in an editor.
+
+    Attributes:
+        exactly_one_of: Keys of which exactly one must have a value.
+        together: Pairs of a key and another key that it requires.
     """
 
-    exactly_one_of: ClassVar[tuple[str, ...]] = ()  # exactly one of these keys must have a value
-    together: ClassVar[
-        tuple[tuple[str, str], ...]
-    ] = ()  # pairs of a key and another key that it requires
+    exactly_one_of: ClassVar[tuple[str, ...]] = ()
+    together: ClassVar[tuple[tuple[str, str], ...]] = ()
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -90,7 +148,10 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, content: Any) -> Any:
-        for key in content if isinstance(content, dict) else ():
+        """Refuse unknown keys. pydantic's own message would not name the nearest valid key."""
+        if not isinstance(content, dict):
+            return content
+        for key in content:
             if key not in cls.model_fields:
                 raise refusal(f"unknown key '{key}'{did_you_mean(key, cls.model_fields)}")
         return content
@@ -104,31 +165,39 @@ class Strict(BaseModel):
         }
 
     def model_post_init(self, _context: Any, /) -> None:
+        """Check the rules of ``exactly_one_of`` and ``together``."""
         if self.exactly_one_of:
-            named = [key for key in self.exactly_one_of if getattr(self, key) is not None]
-            if len(named) != 1:
-                raise refusal(
-                    f"it needs one of {', '.join(self.exactly_one_of)}, but has {' and '.join(named) or 'none'}"
-                )
-        for key, other in self.together:
-            if getattr(self, key) is not None and getattr(self, other) is None:
-                raise refusal(f"'{key}' needs the key '{other}'")
+            self._check_exactly_one()
+        for key, required in self.together:
+            if getattr(self, key) is not None and getattr(self, required) is None:
+                raise refusal(f"'{key}' needs the key '{required}'")
+
+    def _check_exactly_one(self) -> None:
+        """Refuse values for none, or for several, of ``exactly_one_of``."""
+        with_value = [key for key in self.exactly_one_of if getattr(self, key) is not None]
+        if len(with_value) != 1:
+            choices = ", ".join(self.exactly_one_of)
+            found = " and ".join(with_value) or "none"
+            raise refusal(f"it needs one of {choices}, but has {found}")
 
 
 class ExplicitNulls(Strict):
-    """Hold data in which null differs from a missing key. Only explicit nulls are dumped."""
+    """Data in which null differs from a missing key. Only explicit nulls are dumped."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in dump(self).items()
-            if value is not None or name in self.model_fields_set
-        }
+        """Dump all values, without the nulls that are only defaults."""
+        dumped = {}
+        for name, value in dump(self).items():
+            is_explicit = name in self.model_fields_set
+            if value is not None or is_explicit:
+                dumped[name] = value
+        return dumped
 
 
 def refusal(message: str) -> PydanticCustomError:
     """Return a validation error for a model's own validator; pydantic adds the keys."""
+    # pydantic fills a template, and the message itself may contain braces
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
 
@@ -146,14 +215,19 @@ def optional_zero() -> Any:
 
 
 def _keep_integer(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Validate a number without converting int to float: 1 and 1.0 would hash to different run ids."""
-    check(value)
+    """Validate a number without converting int to float.
+
+    1 and 1.0 would hash to different run ids.
+    """
+    check(value)  # its result would be a float
     return value
 
 
 def _check_unique(values: list[Any]) -> list[Any]:
-    if twice := [value for number, value in enumerate(values) if value in values[:number]]:
-        raise refusal(f"{twice[0]!r} occurs twice")
+    """Refuse a list that has a value twice."""
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise refusal(f"{value!r} occurs twice")
     return values
 
 
@@ -166,6 +240,7 @@ def registered(names: Collection[str], beside: Collection[str] = ()) -> AfterVal
     """
 
     def check(name: str) -> str:
+        # plugins may have added names since the model was defined
         if name not in names and name not in beside:
             raise refusal(f"there is no '{name}'{did_you_mean(name, [*beside, *names])}")
         return name
@@ -173,6 +248,7 @@ def registered(names: Collection[str], beside: Collection[str] = ()) -> AfterVal
     return AfterValidator(check)
 
 
+# types of values
 KEEP_INTEGER = WrapValidator(_keep_integer)
 UNIQUE = AfterValidator(_check_unique)
 _NotEmpty = Field(min_length=1)
@@ -215,39 +291,41 @@ def read(path: Path, model: type[Model]) -> Model:
     return parse(read_yaml(path), model, str(path))
 
 
-def check_names(where: str, key: str, names: Iterable[str], valid: Collection[str]) -> None:
-    """Check the names that a file gives under a key.
+def check_names(location: Location, names: Iterable[str], valid: Collection[str]) -> None:
+    """Check the names that a file gives at one place.
 
     Args:
-        where: The beginning of the message: the file, a quotation mark, and the keys before this one.
-        key: The key.
-        names: The names under the key.
+        location: The file, and the key of the names.
+        names: The names to check.
         valid: The valid names.
+
+    Raises:
+        DefinitionError: A name is not valid. The error names the location and the nearest valid
+            name.
     """
     for name in names:
         if name not in valid:
-            at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
-            raise DefinitionError(
-                f"{at}' is '{name[:100]}', which does not exist{did_you_mean(name, valid)}"
-            )
+            near = did_you_mean(name, valid)
+            raise DefinitionError(f"{location} is '{name[:100]}', which does not exist{near}")
 
 
-def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
+def check_file(location: Location, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
     """Check that a CSV exists and has the columns of published numbers.
 
     Args:
-        where: See :func:`check_names`.
-        key: The key.
+        location: The file that names the CSV, and the key of the name.
         name: The name of the CSV.
         folder: The folder of the CSV.
         columns: The columns before value, status and source.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
-    check_names(where, key, [name], known)
-    if columns:
-        with (folder / name).open(encoding="utf-8-sig", errors="replace", newline="") as rows:
-            header, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
-        if header != wanted:
-            raise DefinitionError(
-                f"{folder / name}: the columns are {header}, but must be {wanted}"
-            )
+    check_names(location, [name], known)
+    if not columns:
+        return
+    file = folder / name
+    # spreadsheets begin a file with a byte order mark, which utf-8-sig drops
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        header = next(csv.reader(lines), [])
+    wanted = [*columns, *NUMBER_COLUMNS]
+    if header != wanted:
+        raise DefinitionError(f"{file}: the columns are {header}, but must be {wanted}")

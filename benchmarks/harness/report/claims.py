@@ -12,7 +12,16 @@ from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
+from benchmarks.harness.config.yaml import (
+    Key,
+    Location,
+    Names,
+    Number,
+    Strict,
+    check_names,
+    optional,
+    read,
+)
 
 
 class PaperEffect(Strict):
@@ -121,17 +130,16 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
         file: The file of the comparison.
         at: The key path in the file.
     """
-    where = f"{file}: '{at}"
-    check_names(where, "benchmark", [compare.benchmark], benchmark_names())
+    where = Location(file, at)
+    check_names(where.at("benchmark"), [compare.benchmark], benchmark_names())
     benchmark = load_benchmark(compare.benchmark)
-    check_names(where, "method", [compare.method], benchmark.row_titles)
+    check_names(where.at("method"), [compare.method], benchmark.row_titles)
     check_names(
-        where,
-        "against",
+        where.at("against"),
         [compare.against],
         [row for row in benchmark.row_titles if row != compare.method],
     )
-    check_names(where, "domain", [compare.domain], benchmark.domains)
+    check_names(where.at("domain"), [compare.domain], benchmark.domains)
     domain, metrics = benchmark.domains[compare.domain], load_metrics()
     # counts are equal or not, so they need no margin
     tested = [
@@ -140,12 +148,12 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
         if compare.direction == "equal" or metrics[name].equivalence_margin is not None
     ]
     check_names(
-        where, "metric", [compare.metric], [name for name in domain.metrics if name in tested]
+        where.at("metric"), [compare.metric], [name for name in domain.metrics if name in tested]
     )
-    check_names(where, "models", compare.models or (), load_models())
-    check_names(where, "tasks", compare.tasks or (), benchmark.task_titles)
+    check_names(where.at("models"), compare.models or (), load_models())
+    check_names(where.at("tasks"), compare.tasks or (), benchmark.task_titles)
     check_names(
-        where, "tunings", compare.tunings or (), getattr(benchmark.definition, "finetuning", ())
+        where.at("tunings"), compare.tunings or (), getattr(benchmark.definition, "finetuning", ())
     )
     if domain.selections or compare.selection:
-        check_names(where, "selection", [compare.selection or ""], domain.selections)
+        check_names(where.at("selection"), [compare.selection or ""], domain.selections)

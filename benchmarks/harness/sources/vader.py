@@ -1,7 +1,7 @@
 """Load human sentiment ratings of four domains from the source package of vaderSentiment.
 
-Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014:
-twenty raters a sentence, mean rating from -4 to 4.
+Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
+Text", ICWSM 2014. Twenty people rated each sentence from -4 to 4.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import functools
 import io
 import random
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.sources.packages import find_package
@@ -18,17 +20,32 @@ from emoe.errors import did_you_mean
 
 PACKAGE = "vaderSentiment"
 
-_INNER = (
-    "additional_resources/hutto_ICWSM_2014.tar.gz"  # in the folder of the package and its version
-)
+# the archive of the ratings, in the source package's folder
+_RATINGS_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 _FILES = {
     "amazon": "amazonReviewSnippets_GroundTruth.txt",
     "movie": "movieReviewSnippets_GroundTruth.txt",
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
     "tweets": "tweets_GroundTruth.txt",
 }
-_NEUTRAL, _STRONG = 0.5, 1.5
-_TEST_SHARE, _DEV_SHARE = 0.25, 0.15
+# absolute ratings: at most this for a near-neutral sentence, and above this for a strong one
+_NEUTRAL = 0.5
+_STRONG = 1.5
+# shares of the documents; the rest is for training
+_TEST_SHARE = 0.25
+_DEV_SHARE = 0.15
+
+
+class _Sentence(NamedTuple):
+    """A rated sentence.
+
+    Attributes:
+        text: The text.
+        rating: The mean rating, from -4 (most negative) to 4 (most positive).
+    """
+
+    text: str
+    rating: float
 
 
 def load_vader(
@@ -36,14 +53,15 @@ def load_vader(
 ) -> tuple[list[str], list[int], int]:
     """Load the sentences of one split, in a fixed shuffled order.
 
-    Near-neutral sentences (absolute rating of at most 0.5) are dropped; the label is the sign
-    (negative 0, positive 1). Splits are by document, so that no review or editorial has sentences on
-    both sides; they are the same for every seed.
+    Near-neutral sentences (absolute rating of at most 0.5) are dropped. The label is the sign
+    (negative 0, positive 1). Splits are by document, so that no review or editorial has sentences
+    on both sides. They are the same for every seed.
 
     Args:
         domain: The domain: ``amazon``, ``movie``, ``nyt`` or ``tweets``.
         split: The split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
-        strength: True to label by strength instead of sign: weak 0, strong (absolute rating above 1.5) 1.
+        strength: True to label by strength instead of sign: weak 0, strong (absolute rating above
+            1.5) 1.
 
     Returns:
         Texts, labels, and the number of dropped near-neutral sentences of the split.
@@ -53,38 +71,68 @@ def load_vader(
     """
     if domain not in _FILES:
         raise DataError(f"there is no VADER domain '{domain}'{did_you_mean(domain, _FILES)}")
-    documents: dict[str, list[tuple[str, float]]] = {}
-    ratings = _unpack(find_package(PACKAGE).check().read_bytes())
-    for line in ratings[_FILES[domain]].decode("latin-1").splitlines():
-        key, rating, text = line.split("\t", 2)
+    documents = _read_documents(domain)
+    sentences: list[_Sentence] = []
+    for name in _names_in_split(documents, domain, split):
+        sentences.extend(documents[name])
+    random.Random(derive_seed("rated order", domain, split)).shuffle(sentences)
+    clear = [sentence for sentence in sentences if abs(sentence.rating) > _NEUTRAL]
+    texts = [sentence.text for sentence in clear]
+    if strength:
+        labels = [int(abs(sentence.rating) > _STRONG) for sentence in clear]
+    else:
+        labels = [int(sentence.rating > 0) for sentence in clear]
+    dropped = len(sentences) - len(clear)
+    return texts, labels, dropped
+
+
+def _read_documents(domain: str) -> dict[str, list[_Sentence]]:
+    """Read the rated sentences of a domain, by document."""
+    package = find_package(PACKAGE).check()
+    ratings = _unpack(package.read_bytes())
+    content = ratings[_FILES[domain]].decode("latin-1")
+    documents: dict[str, list[_Sentence]] = {}
+    for line in content.splitlines():
+        number, rating, text = line.split("\t", 2)
         # reviews and editorials are numbered "document_sentence", the rest by sentence
-        documents.setdefault(key.split("_")[0], []).append((text.strip(), float(rating)))
+        document, _, _ = number.partition("_")
+        sentence = _Sentence(text.strip(), float(rating))
+        documents.setdefault(document, []).append(sentence)
+    return documents
+
+
+def _names_in_split(documents: Iterable[str], domain: str, split: str) -> list[str]:
+    """Return the names of a split's documents, in a random order that is the same every time."""
     names = sorted(documents)
     random.Random(derive_seed("rated split", domain)).shuffle(names)
-    test, dev = round(len(names) * _TEST_SHARE), round(len(names) * _DEV_SHARE)
-    chosen = {"test": names[:test], "dev": names[test : test + dev], "train": names[test + dev :]}[
-        split
-    ]
-    rows = [row for name in chosen for row in documents[name]]
-    random.Random(derive_seed("rated order", domain, split)).shuffle(rows)
-    clear = [
-        (text, abs(rating) > _STRONG if strength else rating > 0)
-        for text, rating in rows
-        if abs(rating) > _NEUTRAL
-    ]
-    return [text for text, _ in clear], [int(label) for _, label in clear], len(rows) - len(clear)
+    test = round(len(names) * _TEST_SHARE)
+    dev = round(len(names) * _DEV_SHARE)
+    names_by_split = {
+        "test": names[:test],
+        "dev": names[test : test + dev],
+        "train": names[test + dev :],
+    }
+    return names_by_split[split]
 
 
 @functools.lru_cache(maxsize=1)
 def _unpack(archive: bytes) -> dict[str, bytes]:
-    """Unpack all files with ratings at once, because a packed archive can only be read from its start."""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
-        inner = outer.extractfile(f"{PACKAGE}-{find_package(PACKAGE).version}/{_INNER}")
-        assert inner is not None  # noqa: S101  the checksum fixes the content
-        with tarfile.open(fileobj=io.BytesIO(inner.read())) as nested:
-            files = [
-                (Path(member.name).name, nested.extractfile(member))
-                for member in nested
-                if member.isfile()
-            ]
-            return {name: file.read() for name, file in files if file and name in _FILES.values()}
+    """Unpack the files with ratings from the source package, by file name.
+
+    A packed archive can only be read from its start, so this reads all files at once.
+    """
+    folder = f"{PACKAGE}-{find_package(PACKAGE).version}"
+    with tarfile.open(fileobj=io.BytesIO(archive)) as package:
+        ratings_archive = package.extractfile(f"{folder}/{_RATINGS_ARCHIVE}")
+        assert ratings_archive is not None  # noqa: S101  the checksum fixes the content
+        packed_ratings = ratings_archive.read()
+    contents = {}
+    with tarfile.open(fileobj=io.BytesIO(packed_ratings)) as nested:
+        for member in nested:
+            name = Path(member.name).name
+            if not member.isfile() or name not in _FILES.values():
+                continue
+            file = nested.extractfile(member)
+            assert file is not None  # noqa: S101  a member that is a file has content
+            contents[name] = file.read()
+    return contents

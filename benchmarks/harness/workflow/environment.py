@@ -14,8 +14,8 @@ from benchmarks.harness.base import DefinitionError, first_problem
 from benchmarks.harness.config.runs import canonical_json
 from benchmarks.harness.config.suite import Suite, load_suite
 
-# They stop glibc from returning memory to the kernel in every step, which takes a tenth of a small model's
-# training time. Variables that are already set are kept; other C libraries ignore them.
+# They stop glibc from returning memory to the kernel in every step, which takes a tenth of a small
+# model's training time. Variables that are already set are kept; other C libraries ignore them.
 _GLIBC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
@@ -24,14 +24,16 @@ _GLIBC = {
 
 
 def job_environment(suite: Suite) -> dict[str, str]:
-    """Return the environment variables of a suite's jobs. PATH begins with this interpreter's folder.
+    """Return the environment variables of a suite's jobs.
 
-    Local paths and the command line's values are among them: as parameters of a rule they would make Snakemake run
-    everything again when they change.
+    Local paths and the command line's values are among them. If they were parameters of a rule,
+    Snakemake would run everything again when they change.
     """
-    search_path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    # jobs use the interpreter of the workflow
+    folder_of_python = str(Path(sys.executable).parent)
+    search_path = os.environ.get("PATH", os.defpath)
     variables = {
-        "PATH": os.pathsep.join(search_path),
+        "PATH": os.pathsep.join([folder_of_python, search_path]),
         "TOKENIZERS_PARALLELISM": "false",
         # datasets asks the hub once for every local file that it opens
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
@@ -39,24 +41,34 @@ def job_environment(suite: Suite) -> dict[str, str]:
     }
     for name, value in _GLIBC.items():
         variables[name] = os.environ.get(name, value)
-    if suite.settings.data_root:
-        variables[paths.DATA_ROOT] = str(Path(suite.settings.data_root).resolve())
-    if suite.settings.model_root:
-        variables[paths.MODEL_ROOT] = str(Path(suite.settings.model_root).resolve())
-    if suite.settings.tracking_uri:  # no argument, because it may hold a password
-        variables[paths.TRACKING_URI] = suite.settings.tracking_uri
+    settings = suite.settings
+    if settings.data_root:
+        variables[paths.DATA_ROOT] = str(Path(settings.data_root).resolve())
+    if settings.model_root:
+        variables[paths.MODEL_ROOT] = str(Path(settings.model_root).resolve())
+    # not an argument of a command, because it may contain a password
+    if settings.tracking_uri:
+        variables[paths.TRACKING_URI] = settings.tracking_uri
     return variables
 
 
 def suite_of_job(name: str) -> Suite:
-    """Load a suite in a job of the workflow, with the command line's values from the environment."""
+    """Load a suite in a job of the workflow, with the values of the workflow's command line.
+
+    The values are in the environment. They are ignored if they are for another suite.
+
+    Raises:
+        DefinitionError: The environment variable with the values is not valid JSON.
+    """
     text = os.environ.get(paths.OVERRIDES, "{}")
     try:
         overrides = TypeAdapter(dict[str, Any]).validate_json(text)
     except ValidationError as error:
         raise DefinitionError(
             f"the environment variable {paths.OVERRIDES} must hold the values of --config as JSON, "
-            f'such as {{"seeds": 2}}; {first_problem(error)}; unset it, because the workflow sets it'
+            'such as {"seeds": 2}; '
+            f"{first_problem(error)}; unset it, because the workflow sets it"
         ) from error
-    is_of_this_suite = overrides.get("suite", "mini") == name
-    return load_suite(overrides if is_of_this_suite else {"suite": name})
+    if overrides.get("suite", "mini") != name:
+        return load_suite({"suite": name})
+    return load_suite(overrides)

@@ -2,14 +2,15 @@
 
 The main process of a workflow plans the runs. A job on a cluster reads them from the plan's files:
 
-- ``plan.tsv`` has a row for each run: its folder below ``results/runs``, its readable name, ``yes`` if it keeps its
-  weights, its resources and its spec.
+- ``plan.tsv`` has a row for each run: its folder below ``results/runs``, its readable name, ``yes``
+  if it keeps its weights, its resources and its spec.
 - ``partitions.tsv`` has a row for each clustering: its id and its settings.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.harness import base as paths
@@ -23,19 +24,24 @@ _PARTITION_COLUMNS = ("id", "partition")
 
 def write_plan(suite: Suite) -> None:
     """Write the runs and partitions of a suite for people, and for jobs on a cluster."""
-    run_rows = []
-    for run in suite.runs:
-        keeps_weights = "yes" if run.keeps_weights else "no"
-        run_rows.append(
-            (run.folder, run.name, keeps_weights, canonical_json(run.resources), run.to_json())
-        )
-    partition_rows = [(job.id, job.to_json()) for job in suite.partitions.values()]
+    run_rows = [_run_cells(run) for run in suite.runs]
     _write_rows(_plan_file(suite), [_RUN_COLUMNS, *run_rows])
+    partition_rows = [(job.id, job.to_json()) for job in suite.partitions.values()]
     _write_rows(_partitions_file(suite), [_PARTITION_COLUMNS, *partition_rows])
 
 
+def _run_cells(run: Run) -> tuple[str, ...]:
+    """Return the cells of a run in the plan, in the order of the columns."""
+    keeps_weights = "yes" if run.keeps_weights else "no"
+    resources = canonical_json(run.resources)
+    return (run.folder, run.name, keeps_weights, resources, run.to_json())
+
+
 def is_written(suite: Suite) -> bool:
-    """Return True if the plan of a suite is there. Jobs elsewhere may not see the main process's files."""
+    """Return True if the plan of a suite is there.
+
+    A job on another machine may not see the files of the main process.
+    """
     return _plan_file(suite).exists() and _partitions_file(suite).exists()
 
 
@@ -43,14 +49,19 @@ def find_run(folder: str, suite: Suite) -> Run:
     """Return the suite's run with this folder below ``results/runs``.
 
     Raises:
-        DefinitionError: The suite has no such run; names another suite that has it, or the nearest folder.
+        DefinitionError: The suite has no such run. The error names another suite that has it, if
+            there is one.
     """
     if folder in suite.runs_by_folder:
         return suite.runs_by_folder[folder]
+    # only now, because planning the other suites takes time
     for other in suite_names():
-        if other != suite.name and folder in plain_suite(other).runs_by_folder:
+        if other == suite.name:
+            continue
+        if folder in plain_suite(other).runs_by_folder:
             raise DefinitionError(
-                f"the suite '{suite.name}' has no run '{folder}', but '{other}' has: add `--config suite={other}`"
+                f"the suite '{suite.name}' has no run '{folder}', but '{other}' has: "
+                f"add `--config suite={other}`"
             )
     raise DefinitionError(
         f"no suite has the run '{folder}'; {_plan_file(suite)} lists the runs of this suite"
@@ -58,18 +69,24 @@ def find_run(folder: str, suite: Suite) -> Run:
 
 
 def find_partition(name: str, suite: Suite) -> PartitionJob:
-    """Return the suite's clustering with this id; see :func:`find_run`."""
+    """Return the suite's clustering with this id.
+
+    Raises:
+        DefinitionError: The suite has no such clustering.
+    """
     if name in suite.partitions:
         return suite.partitions[name]
     raise DefinitionError(
-        f"the suite '{suite.name}' needs no partition '{name}'; {_partitions_file(suite)} lists those of this suite"
+        f"the suite '{suite.name}' needs no partition '{name}'; "
+        f"{_partitions_file(suite)} lists those of this suite"
     )
 
 
 def read_run_of_job(folder: str, suite: Suite) -> Run:
     """Read a run from the plan, in a job on a cluster."""
     row = _read_row(_plan_file(suite), _RUN_COLUMNS, folder)
-    return Run(folder.rpartition("/")[2], json.loads(row["spec"]), json.loads(row["resources"]))
+    _benchmark, _, run_id = folder.partition("/")
+    return Run(run_id, spec=json.loads(row["spec"]), resources=json.loads(row["resources"]))
 
 
 def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
@@ -79,23 +96,23 @@ def read_partition_of_job(name: str, suite: Suite) -> PartitionJob:
 
 
 def weights_by_benchmark(suite: Suite, *, in_job: bool) -> dict[str, dict[str, bool]]:
-    """Map each benchmark of a suite to its runs' ids, and each id to True if the run keeps its weights.
+    """Find out for each benchmark of a suite which of its runs keep their weights.
 
     Args:
         suite: The suite.
         in_job: True to read the plan, in a job on a cluster, instead of planning the suite.
+
+    Returns:
+        By benchmark and id of the run, True if the run keeps its weights.
     """
     kept_by_benchmark: dict[str, dict[str, bool]] = {name: {} for name in suite.settings.benchmarks}
     if not in_job:
         for run in suite.runs:
             kept_by_benchmark[run.benchmark][run.id] = run.keeps_weights
         return kept_by_benchmark
-    with _plan_file(suite).open(encoding="utf-8") as lines:
-        next(lines)  # the headings
-        for line in lines:
-            folder, _, keeps_weights, _ = line.split("\t", 3)
-            benchmark, _, run_id = folder.partition("/")
-            kept_by_benchmark[benchmark][run_id] = keeps_weights == "yes"
+    for row in _read_rows(_plan_file(suite), _RUN_COLUMNS):
+        benchmark, _, run_id = row["folder"].partition("/")
+        kept_by_benchmark[benchmark][run_id] = row["keeps_weights"] == "yes"
     return kept_by_benchmark
 
 
@@ -108,14 +125,24 @@ def _partitions_file(suite: Suite) -> Path:
 
 
 def _write_rows(path: Path, rows: list[tuple[str, ...]]) -> None:
+    """Write rows of cells. The first row has the names of the columns."""
     lines = ["\t".join(row) for row in rows]  # canonical JSON has no tabs
     write_text(path, "\n".join(lines) + "\n")
 
 
+def _read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Yield the cells of each row, by column."""
+    with path.open(encoding="utf-8") as lines:
+        next(lines)  # the names of the columns
+        for line in lines:
+            cells = line.rstrip("\n").split("\t")
+            yield dict(zip(columns, cells, strict=True))
+
+
 def _read_row(path: Path, columns: tuple[str, ...], key: str) -> dict[str, str]:
     """Return the row whose first cell is ``key``, by column."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith(f"{key}\t"):
-                return dict(zip(columns, line.rstrip("\n").split("\t"), strict=True))
+    key_column = columns[0]
+    for row in _read_rows(path, columns):
+        if row[key_column] == key:
+            return row
     raise DefinitionError(f"{path} has no row '{key}'; start the workflow again")

@@ -10,15 +10,15 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.methods import plugin_files
 
 _LISTS = ("models.yaml", "metrics.yaml", "methods.yaml", "paper.yaml")
-# the rooms of the harness that shape tables
-_TABLE_ROOMS = ("harness/config", "harness/report", "harness/results", "harness/sources")
-# files in these rooms that shape only the claims
+# the folders of the harness that shape tables
+_TABLE_FOLDERS = ("harness/config", "harness/report", "harness/results", "harness/sources")
+# files in these folders that shape only the claims
 _CLAIM_FILES = (
     "harness/report/claims.py",
     "harness/report/claims_table.py",
     "harness/report/evidence.py",
 )
-# files in these rooms that shape no table
+# files in these folders that shape no table
 _OTHER_FILES = (
     "__main__.py",
     "harness/report/listing.py",
@@ -32,22 +32,24 @@ _OTHER_FILES = (
 def table_sources(*benchmarks: str) -> list[str]:
     """List the files that shape the benchmarks' tables, besides the records of runs.
 
-    These are the code of the harness (except training), of the benchmarks' kinds and of plugins; the definitions; the
-    published numbers; and the lists of models, methods, metrics and paper items.
+    These are the code of the harness (except training), of the benchmarks' kinds and of plugins,
+    the definitions, the published numbers, and the lists of models, methods, metrics and paper
+    items.
     """
-    folders = {*_TABLE_ROOMS, *benchmarks}
+    folders = {*_TABLE_FOLDERS, *benchmarks}
     for name in benchmarks:
-        folders |= _folders_of_kind(name)
+        folders.update(_folders_of_kind(name))
     patterns = [*_LISTS, "*.py", "harness/*.py", "harness/report/table.html.j2"]
     for folder in sorted(folders):
         patterns.append(f"{folder}/*.py")
         patterns.append(f"{folder}/**/*.csv")
     shape_no_table = set(_files(*_CLAIM_FILES, *_OTHER_FILES))
     sources = [file for file in _files(*patterns) if file not in shape_no_table]
+    # definitions may lie outside these folders, and two benchmarks may share a file of tasks
     for name in benchmarks:
         for file in _definition_files(name):
             definition_file = os.path.relpath(file)
-            if definition_file not in sources:  # two benchmarks may share a file of tasks
+            if definition_file not in sources:
                 sources.append(definition_file)
     plugins = [os.path.relpath(file) for file in plugin_files()]
     return [*sources, *plugins]
@@ -74,17 +76,19 @@ def page_sources() -> list[str]:
 
 
 def _folders_of_kind(name: str) -> set[str]:
-    """Return the folders below ``benchmarks/`` that define a benchmark's class and its base classes."""
+    """Return the folders below ``benchmarks/`` with the class of a benchmark or a base class."""
     folders = set()
     for cls in type(load_benchmark(name)).__mro__:
-        package, *rest = cls.__module__.split(".")
-        if package == BENCHMARKS.name and rest[0] != "harness":
-            folders.add(rest[0])
+        # such as "benchmarks.text.grid"
+        package, _, inside = cls.__module__.partition(".")
+        folder, _, _module = inside.partition(".")
+        if package == BENCHMARKS.name and folder != "harness":
+            folders.add(folder)
     return folders
 
 
 def _definition_files(name: str) -> list[Path]:
-    """List the YAML files of a benchmark, its file of tasks, and those of the benchmark that it evaluates."""
+    """List the YAML files of a benchmark, its file of tasks, and the files of one it evaluates."""
     benchmark = load_benchmark(name)
     files = sorted(benchmark.folder.glob("*.yaml"))
     tasks_file = getattr(benchmark.definition, "tasks", None)

@@ -1,4 +1,4 @@
-"""Name the files of a workflow's targets, and explain why a target cannot be made."""
+"""List the files of a workflow's targets, and explain why a target cannot be made."""
 
 from __future__ import annotations
 
@@ -58,16 +58,19 @@ def weight_files(suite: Suite) -> list[str]:
 
 
 def lost_spec_files(suite: Suite) -> list[str]:
-    """Return the ``run.json`` files that finished runs have lost. An unfinished run writes its own."""
-    return [
-        str(run.spec_file) for run in suite.runs if run.is_finished and not run.spec_file.exists()
-    ]
+    """Return the ``run.json`` files that finished runs have lost.
+
+    An unfinished run writes its own.
+    """
+    finished = [run for run in suite.runs if run.is_finished]
+    return [str(run.spec_file) for run in finished if not run.spec_file.exists()]
 
 
 def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
     """Map the name of each file of records to its benchmark and part.
 
-    A benchmark with separate tables for each set has one file a set, so that a set needs no other set's runs.
+    A benchmark with separate tables for each data set has a file of records for each data set. The
+    tables of a data set then need no runs of the others.
     """
     parts_by_name: dict[str, tuple[str, str | None]] = {}
     for benchmark in suite.settings.benchmarks:
@@ -79,30 +82,32 @@ def parts_by_records(suite: Suite) -> dict[str, tuple[str, str | None]]:
 def record_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
     """Return the files of records of all benchmarks, of one benchmark, or of one part."""
     files = []
-    for name, each in parts_by_records(suite).values():
-        if benchmark in (None, name) and part in (None, each):
-            files.append(str(records_file(suite.name, name, each)))
+    # None stands for every benchmark, and for every part
+    for benchmark_of_file, part_of_file in parts_by_records(suite).values():
+        if benchmark in (None, benchmark_of_file) and part in (None, part_of_file):
+            files.append(str(records_file(suite.name, benchmark_of_file, part_of_file)))
     return files
 
 
 def section_files(suite: Suite, benchmark: str | None = None) -> list[str]:
-    """Return the sections of all benchmarks, or of one and its sets."""
-    return [each.section_file(suite.name) for each in _shown(suite, benchmark)]
+    """Return the files with sections of the report: of all benchmarks, or of one and its parts."""
+    return [artifacts.section_file(suite.name) for artifacts in _shown(suite, benchmark)]
 
 
 def _shown(suite: Suite, benchmark: str | None, part: str | None = None) -> list[Artifacts]:
-    """Return the tables and figures of all benchmarks, of one with its sets, or of one set."""
+    """Return the tables and figures of all benchmarks, of one with its parts, or of one part."""
     shown = []
-    for each in suite_artifacts(suite):
-        if benchmark in (None, each.benchmark) and part in (None, each.part):
-            shown.append(each)
+    for artifacts in suite_artifacts(suite):
+        if benchmark in (None, artifacts.benchmark) and part in (None, artifacts.part):
+            shown.append(artifacts)
     return shown
 
 
 def digest_of_runs(suite: Suite, benchmark: str, part: str | None) -> str:
     """Hash the folders of the runs of a benchmark or part, in the order of the grid."""
     folders = [run.folder for run in suite.runs_of(benchmark, part)]
-    return hashlib.sha256("\n".join(folders).encode()).hexdigest()[:12]
+    text = "\n".join(folders)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def number_files(suite: Suite) -> list[str]:
@@ -111,13 +116,17 @@ def number_files(suite: Suite) -> list[str]:
 
 
 def output_files(suite: Suite, benchmark: str | None = None, part: str | None = None) -> list[str]:
-    """Return the files of tables and figures of one part, of one benchmark, or of all including the claims."""
-    artifacts = _shown(suite, benchmark, part)
+    """Return the files of tables and figures of one part, of one benchmark, or of all.
+
+    Those of all include the claims.
+    """
+    shown = _shown(suite, benchmark, part)
     if benchmark is None and claimed_benchmarks(suite):
-        artifacts = [CLAIMS, *artifacts]
+        shown = [CLAIMS, *shown]
     files = []
-    for each in artifacts:
-        files += [*each.table_files(suite.name), *each.figure_files(suite.name)]
+    for artifacts in shown:
+        files.extend(artifacts.table_files(suite.name))
+        files.extend(artifacts.figure_files(suite.name))
     return files
 
 
@@ -134,12 +143,15 @@ def benchmark_files(suite: Suite, benchmark: str) -> list[str]:
 
 def why_not(target: str, suite: Suite) -> str:
     """Explain in one line why a suite does not make a target of this name, and what does."""
+    # a table or figure of the paper that no suite can make
     missing = missing_items()
     if target in missing:
         return f"{target}: {missing[target]}"
+    # another table or figure of the paper
     items = load_paper().items
     if target in items:
         return _hint(target, item_benchmarks(items[target]), suite)
+    # a benchmark, or one of its data sets
     for shown in all_artifacts():
         if target == shown.name:
             return _hint(target, [shown.benchmark], suite, shown.part)
@@ -152,19 +164,26 @@ def why_not(target: str, suite: Suite) -> str:
 def why_not_file(other: str, file: str, suite: Suite) -> str:
     """Explain in one line why a suite does not make a file of another suite."""
     path = paths.RESULTS / other / file
-    return f"{path} belongs to the suite '{other}', not to '{suite.name}': add `--config suite={other}`"
+    return (
+        f"{path} belongs to the suite '{other}', not to '{suite.name}': "
+        f"add `--config suite={other}`"
+    )
 
 
 def _hint(target: str, benchmarks: list[str], given: Suite, part: str | None = None) -> str:
-    """Say that a suite lacks a target's benchmarks or their part, and list the suites that have them."""
+    """Explain that a suite lacks a target's benchmarks or their part, and list suites with them."""
     others = []
     for name in suite_names():
-        suite = plain_suite(name)
-        if name != given.name and any(
-            output_files(suite, benchmark, part) for benchmark in benchmarks
-        ):
+        if name != given.name and _makes_any(plain_suite(name), benchmarks, part):
             others.append(name)
-    lacks = f"the suite '{given.name}' does not run {part or ' or '.join(benchmarks)}"
+    wanted = part or " or ".join(benchmarks)
+    problem = f"the suite '{given.name}' does not run {wanted}"
     if not others:
-        return f"{lacks}; no suite does"
-    return f"{lacks}; {', '.join(others)} do: `snakemake --cores all {target} --config suite={others[0]}`"
+        return f"{problem}; no suite does"
+    command = f"snakemake --cores all {target} --config suite={others[0]}"
+    return f"{problem}; {', '.join(others)} do: `{command}`"
+
+
+def _makes_any(suite: Suite, benchmarks: list[str], part: str | None) -> bool:
+    """Return True if a suite makes tables or figures of one of the benchmarks, or of its part."""
+    return any(output_files(suite, benchmark, part) for benchmark in benchmarks)
