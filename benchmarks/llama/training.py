@@ -44,7 +44,8 @@ def train(
 ) -> dict[str, Any]:
     """Train from the last complete checkpoint, if any.
 
-    The rows and the loss of a step do not depend on the number of processes or the micro-batch size.
+    The rows and the loss of a step depend neither on the number of processes nor on the size of
+    micro-batches.
 
     Returns:
         ``curve``, the loss of every step (the mean over its response tokens), and ``cost``, the
