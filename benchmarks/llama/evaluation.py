@@ -112,6 +112,7 @@ def _source(name: str, task: Any) -> str:
 
 def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
     """Return the metric that all tasks share, preferably accuracy; None if they share none."""
+    # a shared metric is one of the first task's
     for metric in (_ACCURACY, *metrics[0]):
         if all(metric in names for names in metrics):
             return metric
@@ -154,6 +155,7 @@ def run_task(
         batch_size=batch_size,
         mixed_precision_dtype=torch.bfloat16 if precision == "bf16" else None,
     )
+    # the seeds of lm-eval's command, so that it chooses the same few-shot examples
     random.seed(_PYTHON_SEED)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
@@ -168,7 +170,7 @@ def run_task(
         task_dict=loaded,
         limit=entry.limit,
         log_samples=True,
-        bootstrap_iters=0,
+        bootstrap_iters=0,  # no standard errors, which summarise would omit
         fewshot_as_multiturn=True,
     )
     sources = {_source(entry.task, task) for task in tasks}
@@ -216,6 +218,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
         },
     }
     if metric != _ACCURACY:
+        # only tasks with an accuracy record single questions
         scores: dict[str, float | None] = {"task_score": subjects.mean(metric, list(counts))}
         return {**summary, "scores": scores, "correct": {}}
 
@@ -237,7 +240,7 @@ def _summarise_categories(
     members_of_group = result.get("group_subtasks", {})
     for group in members_of_group:
         leaves = [leaf for leaf in _leaves(group, members_of_group) if leaf in subjects.counts]
-        # the group of all tasks is no category
+        # the group of all tasks is not a category
         if leaves and len(leaves) < len(subjects.counts):
             categories[_alias(result, group)] = {
                 metric: subjects.mean(metric, leaves),
@@ -318,6 +321,7 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
     in_order = _in_order(samples)
     if not all(_is_choice(sample) for sample in in_order):
         return None
+    # the likelihood of a letter is not that of the answer it stands for
     if all(_answers_are_letters(sample) for sample in in_order):
         return None
     nats = []
@@ -413,6 +417,7 @@ def held_out_loss(
         labels = inputs.pop("labels")[:, 1:]
         with autocast(model, precision):
             logits = model(**inputs).logits[:, :-1]
+        # summed, because batches have different numbers of response tokens
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )

@@ -60,6 +60,7 @@ def export(path: Path, output: Path, form: str) -> str:
     unquantised = {key: value for key, value in spec.model.items() if key != "quantize"}
     spec = spec.model_copy(update={"model": unquantised})
     trained = reopen(build_language_model, spec, recorded, weights)
+    # an exported model needs no peft
     if trained.adapters is not None:
         trained.adapters.merge_and_unload(safe_merge=True)
     model = cast(PreTrainedModel, trained.model)
@@ -69,6 +70,7 @@ def export(path: Path, output: Path, form: str) -> str:
 
     tokenizer = load_tokenizer(spec.model)
     template = find_template(spec.data.template, spec.templates, tokenizer, spec.seed)
+    # generation stops where the responses of the training ended
     if model.generation_config is not None:
         model.generation_config.eos_token_id = template.end_tokens
     if form == EXPERTS:

@@ -53,6 +53,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, InstructionDefinition, str(file))
+        # losses are compared by seed, answers by question
         domains = {
             HELD_OUT: Domain(("loss",)),
             QUESTIONS: Domain(("accuracy", NATS), "question"),
@@ -71,6 +72,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         templates = _templates(data.template, part.where("data"))
         # by model, because a suite may change the settings of single models
         training_settings = functools.cache(functools.partial(self.settings, "training", part))
+        # the valid names, by key of a block
         names = {
             "model": model_names("language"),
             "set": self.tasks,
@@ -127,6 +129,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         run = InstructionSpec.model_validate(spec)
         training = run.training
         if not isinstance(training, RunInstructionTraining):
+            # an evaluation uses one process
             super().check_processes(spec, processes, parallel)
             return
         accumulation(training, processes)
@@ -172,6 +175,7 @@ def _training(
     if tuning.train == "nothing":
         return {"lora": None, "precision": settings.precision, "keep_weights": False}
     training = {**settings.spec(), **tuning.model_dump(include={"lora"})}
+    # `where` ends inside an open quotation mark
     check_frozen(training.get("frozen_layers"), method, f"{where}'")
     return training
 

@@ -116,6 +116,7 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
         encoded_lines = content.removeprefix(BOM_UTF8).split(b"\n")
         return _split_usable("line", encoded_lines, where)
     try:
+        # utf-8-sig removes a byte order mark
         values = json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
         raise DataError(

@@ -164,6 +164,7 @@ class InstructionOutcomes(Outcomes):
         column ``setting`` is the variant, so that claims can select layers.
         """
         records = self.records.assign(setting=self.records["variant"])
+        # the only loss of the part "dev" is on held-out instructions
         is_loss = (records["part"] == "dev") & (records["metric"] == "loss")
         losses = records[is_loss].assign(domain=HELD_OUT, eval_task="")
         # without seeds, so that each question is averaged over them
@@ -214,6 +215,7 @@ def _best_rate_runs(finished: Sequence[Record]) -> list[Record]:
         losses.append(_held_out_loss(record))
     frame = pd.DataFrame(rates, columns=[*CELL, "rate"])
     frame["loss"] = losses
+    # averaged over the seeds of a rate
     mean_losses = frame.groupby([*CELL, "rate"], sort=False)["loss"].mean()
     best_rates = set(mean_losses.groupby(CELL, sort=False).idxmin())
     return [record for record, rate in zip(finished, rates, strict=True) if rate in best_rates]
@@ -267,6 +269,7 @@ def _question_values(metrics: Metrics) -> Iterator[Row]:
     """Yield evaluated task, metric, question and value of each question."""
     results = metrics.tasks or {}
     for task, result in results.items():
+        # a digit is 1 if the answer is right, else 0
         for subject, digits in result.correct.items():
             for number, digit in enumerate(digits):
                 question = f"{subject} {number}"

@@ -189,7 +189,7 @@ def _build(spec: InstructionSpec, data: Data) -> Trainable:
     """
     if not is_sharded():
         return build_language_model(spec, _calibration_batches(data))
-    # all processes need the main process's partition of the neurons, which order its weights
+    # only the main process has the weights, which determine the partition of the neurons
     if is_main():
         built = build_language_model(spec, _calibration_batches(data))
         broadcast(permutations(built.model))

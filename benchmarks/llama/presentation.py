@@ -153,6 +153,7 @@ def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
     Each method is compared with the baseline of the same tuning, and with itself before tuning.
     """
     frame = outcomes.order(outcomes.tests[metric], CELL)
+    # titles instead of names
     frame["against"] = frame["against"].map(_reference_titles(outcomes))
     frame["eval_task_title"] = frame["eval_task"].map(format_task)
     texts = _TESTED[metric]
@@ -178,6 +179,7 @@ def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
 def answers(outcomes: InstructionOutcomes) -> Table:
     """Make a table of greedy answers to held-out instructions."""
     all_seeds = outcomes.collect_rows(["number", "asked", "answer"], _short_answers)
+    # rows are in the order of the runs, so the first row of a cell has its first seed
     first_seed = all_seeds.drop_duplicates([*CELL, "number"]).drop(columns=["run_id", "seed"])
     return Table(
         "Answers to held-out instructions",
@@ -324,6 +326,7 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
             *_gain_texts(outcomes, row, gains),
             *_test_texts(outcomes, row),
         ]
+        # the method is the last key
         *names, method = [row[key] for key in _key_headings(outcomes)]
         yield (
             f"{', '.join(names)}, against {outcomes.baseline_title}: {method}: "
@@ -345,6 +348,7 @@ def _gain_texts(
         One text; none if neither cell has a difference.
     """
     group = [row[key] for key in GROUP]
+    # the cells of the method and of the baseline, by title
     cells = {
         row["method_title"]: tuple(row[key] for key in CELL),
         outcomes.baseline_title: (*group, outcomes.baseline, ""),
@@ -370,6 +374,7 @@ def _difference_text(test: Any, metric: str) -> str:
     """Describe the difference of a test, with its interval and its verdict, if any."""
     if metric == ACCURACY:
         return common.difference_text(test, " points")
+    # nats per byte are no share, so they are not in points
     interval = common.interval_text(test.low, test.high, 3)
     difference = f"{test.delta:+z.3f}{interval} nats per byte of the right answer"
     return f"{difference}, {test.verdict}" if test.verdict else difference

@@ -53,6 +53,7 @@ class Template:
         """
         if self.text is not None:
             return f"{row.output}{self.tokenizer.eos_token}"
+        # the response is what the chat template adds to the prompt for an answer
         prompt = self.prompt(row)
         answer = {"role": "assistant", "content": row.output}
         conversation = self._render([_question(row), answer])

@@ -84,6 +84,7 @@ def train(
         trainer.add_callback(HeldOutCurve(loss_of, training.eval_every))
     trainer.train(resume_from_checkpoint=resume(trainer, progress.say))
 
+    # entries of steps and of held-out losses, also of those before a resume
     log = trainer.state.log_history
     trained: dict[str, Any] = {
         "curve": [finite_or_none(entry["loss"]) for entry in log if "loss" in entry],

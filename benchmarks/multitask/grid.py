@@ -107,8 +107,10 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         read_as: dict[str, str] = {}
         for name in tasks:
             for other in self.tasks[name].ood:
+                # a learned set is not out of domain
                 if other in tasks or other in exclude:
                     continue
+                # its texts get the field names of the learned task
                 if len(self.tasks[other].fields) != len(self.tasks[name].fields):
                     raise DefinitionError(
                         f"{self.file}: '{other}' cannot be read as '{name}': it has other fields"

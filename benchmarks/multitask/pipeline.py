@@ -71,6 +71,7 @@ def run(spec: MultitaskSpec, folder: Path, progress: Progress) -> dict[str, Any]
     test_scores, routing = evaluate_with_routing(
         trainable.model, partial(trainer.score_tasks, "test")
     )
+    # evaluations are part of the cost, so all come before it
     scores = {
         "dev": trainer.score_tasks("dev"),
         "test": test_scores,
@@ -98,6 +99,7 @@ def _splits(
     train = load(task, "train", None)
     test = load(task, "test", training.eval_rows)
     if task.splits.test:
+        # the dev split is free for selection
         dev = load(task, "dev", training.dev_rows)
         return {"train": train, "dev": dev, "test": test}
     learned, held_out = train.hold_out(training.validation_fraction, f"{task.name}/held out")
@@ -249,6 +251,7 @@ def log_likelihoods(
     rows = len(batch["input_ids"])
     count = len(answers)
     longest = max(len(answer) for answer in answers)
+    # shorter answers are padded with labels that have no loss
     padded = []
     for answer in answers:
         padding = [_IGNORED] * (longest - len(answer))
@@ -261,6 +264,7 @@ def log_likelihoods(
         attention_mask=batch["attention_mask"].repeat_interleave(count, 0),
         decoder_input_ids=encoder_decoder.prepare_decoder_input_ids_from_labels(labels),
     ).logits
+    # the loss of a token is its negative log-likelihood
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
     )
@@ -291,6 +295,7 @@ class MultitaskTrainer(RoutedTrainer):
         folder: Path,
         progress: Progress,
     ) -> None:
+        # Trainer's initialiser is called last, because it needs model, rows and their order
         training = spec.training
         self._tokenizer = tokenizer
         self._splits = splits
@@ -315,6 +320,7 @@ class MultitaskTrainer(RoutedTrainer):
             )
             for name, task in self._tasks.items()
         }
+        # MixedOrder indexes the tasks in this order
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned.values())
         collate = DataCollatorForSeq2Seq(tokenizer, model=self._network)
         self.probe.observe(self._network, collate(fixed_rows(rows)))
@@ -374,6 +380,7 @@ class MultitaskTrainer(RoutedTrainer):
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         metrics[f"eval_{_MEAN}"] = mean
         self.log(metrics)
+        # what Trainer's own method does at its end
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
