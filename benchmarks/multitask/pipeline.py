@@ -122,7 +122,7 @@ def _summarise_data(
 
 def as_text(split: TextSplit, task: LearnedTask) -> TextSplit:
     """Format rows of a task, or of its OOD set, for T5: ``mnli premise: He ran. hypothesis: …``"""
-    formatted = []
+    formatted: list[tuple[str, ...]] = []
     for row in split.texts:
         fields = [f"{field}: {text}" for field, text in zip(task.fields, row, strict=True)]
         text = " ".join([task.prefix, *fields])
