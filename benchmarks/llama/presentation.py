@@ -374,7 +374,7 @@ def _difference_text(test: Any, metric: str) -> str:
     """Describe the difference of a test, with its interval and its verdict, if any."""
     if metric == ACCURACY:
         return common.difference_text(test, " points")
-    # nats per byte are no share, so they are not in points
+    # nats per byte are not shares, so they are not in points
     interval = common.interval_text(test.low, test.high, 3)
     difference = f"{test.delta:+z.3f}{interval} nats per byte of the right answer"
     return f"{difference}, {test.verdict}" if test.verdict else difference
