@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -36,19 +35,25 @@ from benchmarks.harness.config.yaml import (
     registered,
 )
 
-HELD_OUT, QUESTIONS = "held_out", "questions"  # domains of claims
-NATS = "nats_per_byte"  # of the right answer, if choices are answers instead of letters
-CHAT, RANDOM = "chat", "random"  # names of templates that are not in templates.yaml
+# domains of claims
+HELD_OUT = "held_out"
+QUESTIONS = "questions"
+# metric of the right answer, for tasks whose choices are answers instead of letters
+NATS = "nats_per_byte"
+# names of templates that are not in templates.yaml
+CHAT = "chat"
+RANDOM = "random"
 
 
 class Finetuning(Entry):
     """A fine-tuning method: which parameters are trained."""
 
     train: Annotated[str, registered(TUNINGS, beside=("all", "adapters", "nothing"))]
-    """Trained parameters: all; adapters; nothing (evaluation only); or a registered tuning, such as `blocks` (the
-    transformer blocks of `layers`)."""
+    """Trained parameters: all; adapters; nothing (evaluation only); or a registered tuning, such as
+    `blocks` (the transformer blocks of `layers`)."""
     layers: Layers | None = None
-    """The trained blocks, in the form of `layers`; with `quantize`, the layers with unquantised FFNs."""
+    """The trained blocks, in the form of `layers`. With `quantize`, the layers with unquantised
+    FFNs."""
     lora: LoRA | None = None
     """The adapters."""
     weights: Literal["fp32", "bf16"] = "fp32"
@@ -57,41 +62,52 @@ class Finetuning(Entry):
     """Load in 4 bits with bitsandbytes, except the head and the FFNs of `layers`."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        if (self.train == "adapters") != (self.lora is not None):
+        trains_adapters = self.train == "adapters"
+        has_adapters = self.lora is not None
+        if trains_adapters != has_adapters:
             raise refusal("'lora' and 'train: adapters' need each other; set both or none")
-        if self.quantize and self.lora is None:
+        if self.quantize and not has_adapters:
             raise refusal("weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
-        if (self.train == "blocks" or self.quantize is not None) != (self.layers is not None):
+        needs_layers = self.train == "blocks" or self.quantize is not None
+        has_layers = self.layers is not None
+        if needs_layers != has_layers:
             raise refusal(
                 "'layers' and 'train: blocks' or 'quantize' need each other; set both or none"
             )
 
     def tune_spec(self) -> dict[str, Any] | None:
-        """Return the parameters trained in addition to adapters, head and routers; None for full fine-tuning."""
+        """Return the parameters trained in addition to adapters and routers.
+
+        None stands for full fine-tuning.
+        """
         if self.train == "all":
             return None
-        return tuning_spec(self.train if self.train in TUNINGS else None, self.layers) | {
-            "head": False
-        }
+        # `adapters` and `nothing` are values of `train`, but not registered tunings
+        tuning = self.train if self.train in TUNINGS else None
+        # a language model's head is pre-trained, so it is not trained like a new classifier head
+        return {**tuning_spec(tuning, self.layers), "head": False}
 
     def model_spec(self) -> dict[str, Any]:
-        """Return the model's settings for weights that are not float32; empty otherwise."""
-        weights: dict[str, Any] = {"weights": self.weights} if self.weights != "fp32" else {}
-        return weights | (
-            {"quantize": self.quantize, "whole": self.layers} if self.quantize else {}
-        )
+        """Return the model settings for weights that are not float32; empty if all are."""
+        spec: dict[str, Any] = {}
+        if self.weights != "fp32":
+            spec["weights"] = self.weights
+        if self.quantize:
+            spec["quantize"] = self.quantize
+            spec["whole"] = self.layers
+        return spec
 
 
 class Data(Strict):
     """Settings of the instruction data; a suite may change them."""
 
     template: str
-    """Prompt template: a name in templates.yaml, `chat` for the model's own, or `random` for one of templates.yaml,
-    drawn with the seed."""
+    """Prompt template: a name in templates.yaml, `chat` for the model's own, or `random` for one of
+    templates.yaml, drawn with the seed."""
     max_length: Annotated[int, Field(ge=2)]
     """Maximum tokens of prompt and response; longer responses are cut and counted."""
     train_rows: Count | None
-    """Number of training rows, the same rows for all runs; null for all rows that are not held out."""
+    """Number of training rows, the same rows for all runs. Null: all rows that are not held out."""
     held_out_rows: Count
     """Number of rows for the held-out loss, the same rows for all runs."""
     broken_rows: Literal["refuse", "skip"]
@@ -118,28 +134,30 @@ class InstructionTraining(Training):
     max_grad_norm: NotNegative
     """Gradient clipping norm; 0 for no clipping."""
     precision: Literal["fp32", "bf16"]
-    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
+    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, which the
+    metrics record."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass instead of keeping them."""
     packing: bool
-    """Concatenate the rows of a micro-batch, without attention between rows, instead of padding them."""
+    """Concatenate the rows of a micro-batch, without attention between rows, instead of padding."""
     save_steps: Count
     """Steps between checkpoints."""
     eval_every: Count | None = optional()
-    """Steps between held-out losses during training, starting before the first step; by default none."""
+    """Steps between held-out losses during training. The first loss precedes the first step. By
+    default none are computed."""
     keep_weights: bool
     """Keep the trained weights, so that the run can be exported."""
     frozen_layers: Whole | None = optional_zero()
-    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
-    for a row is computed once and kept (`resources/prefixes/`). Only later layers have adapters, and no method
-    converts or trains a frozen layer. 0 or omitted: none."""
+    """Number of first layers that are frozen with the embeddings, without dropout and stochastic
+    depth. Their output for a row is computed once and kept (`resources/prefixes/`). Only later
+    layers have adapters, and no method converts or trains a frozen layer. 0 or omitted: none."""
 
 
 class EvaluationTask(Strict):
     """One task of lm-eval."""
 
     task: str
-    """Name of a task or group; `mmlu_dev` has MMLU's few-shot questions from the lm-eval package."""
+    """Name of a task or group. `mmlu_dev` has MMLU's few-shot questions, which lm-eval ships."""
     num_fewshot: Whole
     """Few-shot examples per question."""
     limit: Count | None = None
@@ -148,8 +166,10 @@ class EvaluationTask(Strict):
     @property
     def title(self) -> str:
         """Return the name in records: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
-        limit = f", first {self.limit}" if self.limit else ""
-        return f"{self.task} ({self.num_fewshot}-shot{limit})"
+        settings = f"{self.num_fewshot}-shot"
+        if self.limit:
+            settings = f"{settings}, first {self.limit}"
+        return f"{self.task} ({settings})"
 
 
 class Evaluation(Strict):
@@ -175,7 +195,10 @@ class ParallelResources(Resources):
 
 
 class InstructionBlock(VariantAxes):
-    """A product of lists. Lists of method settings become part of the method's variant."""
+    """One block of a grid: every combination of its lists is a run.
+
+    Varied method settings name the variant.
+    """
 
     model: Names
     """Names in models.yaml."""
@@ -205,7 +228,7 @@ class InstructionPart(TrainingPart):
     resources: ParallelResources = ParallelResources()
     """Scheduler resources and processes of one run."""
     grid: Annotated[list[InstructionBlock], Field(min_length=1)]
-    """Blocks of runs; each is the product of its lists."""
+    """Blocks of runs. Every combination of a block's lists is a run."""
 
 
 class InstructionDefinition(MethodsDefinition):
@@ -266,7 +289,7 @@ class InstructionSet(Entry):
 
 
 class SetFile(Strict):
-    """Sets of instructions in Alpaca's form; a set is data, not code."""
+    """The sets of instructions in Alpaca's form."""
 
     sets: Annotated[dict[Key, InstructionSet], Field(min_length=1)]
     """The sets, by name."""
@@ -317,36 +340,50 @@ class InstructionSpec(RunSpec):
 
 
 def accumulation(training: InstructionTraining, processes: int) -> int:
-    """Return the number of micro-batches per step and process (:class:`DefinitionError` if it is not an integer)."""
-    at_once = training.per_device_train_batch_size * processes
-    if training.batch_size % at_once:
+    """Return the number of micro-batches per step and process.
+
+    Raises:
+        DefinitionError: The batch size is not a multiple of the rows in one micro-batch of all
+            processes.
+    """
+    rows_at_once = training.per_device_train_batch_size * processes
+    if training.batch_size % rows_at_once:
         raise DefinitionError(
-            f"training.batch_size {training.batch_size} is not a multiple of training.per_device_train_batch_size "
+            f"training.batch_size {training.batch_size} is not a multiple of "
+            "training.per_device_train_batch_size "
             f"{training.per_device_train_batch_size} times {processes} processes"
         )
-    return training.batch_size // at_once
-
-
-def is_trained(spec: Mapping[str, Any]) -> bool:
-    """Return True if a run trains its model."""
-    return "batch_size" in spec["training"]
+    return training.batch_size // rows_at_once
 
 
 def _check_text(text: str) -> str:
+    """Return the text; refuse a blank one."""
     if not text.strip():
         raise ValueError("the text is empty")
     return text
+
+
+def _none_as_empty(text: Any) -> Any:
+    """Replace None by an empty text, because Alpaca's rows write a missing input as null."""
+    return "" if text is None else text
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
 
 
 class Instruction(BaseModel):
-    """Hold one row: instruction, input (may be empty), output, and position for messages (``line 7``)."""
+    """One row of a set.
+
+    Attributes:
+        instruction: The instruction.
+        input: The text that the instruction applies to; may be empty.
+        output: The reference response.
+        position: The place of the row in its file, for messages, such as ``line 7``.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True)
 
     instruction: Text
-    input: Annotated[str, BeforeValidator(lambda text: "" if text is None else text)] = ""
+    input: Annotated[str, BeforeValidator(_none_as_empty)] = ""
     output: Text
     position: str = ""

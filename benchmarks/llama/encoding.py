@@ -29,7 +29,14 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Hold an instruction, its prompt and response tokens, the response's first index, and the number of cut tokens."""
+    """One instruction as tokens.
+
+    Attributes:
+        source: The instruction.
+        tokens: The tokens of the prompt, then those of the response.
+        begin: The index of the first response token.
+        cut: The number of response tokens beyond the maximum length, which ``tokens`` lacks.
+    """
 
     source: Instruction
     tokens: list[int]
@@ -38,7 +45,7 @@ class EncodedRow:
 
 
 class EncodedRows(Dataset[dict[str, Any]]):
-    """Encode instructions for training.
+    """Instructions as tokens, with labels for training.
 
     Attributes:
         rows: The usable rows.
@@ -58,59 +65,74 @@ class EncodedRows(Dataset[dict[str, Any]]):
         options = {"add_special_tokens": template.special_tokens, "return_offsets_mapping": True}
         for row in instructions:
             prompt = template.prompt(row)
-            encoded = template.tokenizer(prompt + template.response(row), **options)
-            tokens, begin = encoded["input_ids"], _response_start(prompt, encoded["offset_mapping"])
-            if begin < max_length:
-                self.rows.append(
-                    EncodedRow(row, tokens[:max_length], begin, max(len(tokens) - max_length, 0))
+            response = template.response(row)
+            encoded = template.tokenizer(prompt + response, **options)
+            tokens = encoded["input_ids"]
+            begin = _response_start(prompt, encoded["offset_mapping"])
+            if begin >= max_length:
+                self.broken.append(
+                    f"{row.position} has a prompt of {begin} tokens, "
+                    f"so the response does not fit into {max_length}"
                 )
-            else:
-                reason = f"has a prompt of {begin} tokens, so the response does not fit into {max_length}"
-                self.broken.append(f"{row.position} {reason}")
+                continue
+            cut = max(len(tokens) - max_length, 0)
+            self.rows.append(EncodedRow(row, tokens[:max_length], begin, cut))
 
     def select(self, numbers: Sequence[int]) -> EncodedRows:
         """Return the usable rows with these indices."""
-        rows = copy.copy(self)
-        rows.rows = [self.rows[i] for i in numbers]
-        return rows
+        selected = copy.copy(self)
+        selected.rows = [self.rows[number] for number in numbers]
+        return selected
 
     def with_prefix(self, prefix: Prefix, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
         """Return a copy whose rows include the output of the frozen layers."""
-        collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
+        collate = collator(tokenizer)
+        lengths = [len(row.tokens) for row in self.rows]
 
         def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
-            return model_inputs(collate([self[i] for i in numbers]))
+            """Make the model inputs of the rows with these indices."""
+            rows = [self[number] for number in numbers]
+            return model_inputs(collate(rows))
 
+        # the digest identifies the rows among the kept outputs of frozen layers
         columns = {
             "tokens": np.concatenate([row.tokens for row in self.rows]),
             "lengths": np.asarray(lengths),
         }
-        rows = copy.copy(self)
-        rows._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
-        return rows
+        extended = copy.copy(self)
+        extended._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
+        return extended
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        labels = [IGNORED] * row.begin + row.tokens[row.begin :]
-        inputs = {
+        # the prompt is read, but has no loss
+        prompt_labels = [IGNORED] * row.begin
+        response_labels = row.tokens[row.begin :]
+        inputs: dict[str, Any] = {
             "input_ids": row.tokens,
             "attention_mask": [1] * len(row.tokens),
-            "labels": labels,
+            "labels": prompt_labels + response_labels,
         }
-        return inputs if self._states is None else {**inputs, STATES: self._states[index]}
+        if self._states is not None:
+            inputs[STATES] = self._states[index]
+        return inputs
 
     def summary(self) -> dict[str, Any]:
         """Return the counts of rows and tokens for ``metrics.json``."""
+        lengths = [len(row.tokens) for row in self.rows]
+        prompt_lengths = [row.begin for row in self.rows]
+        cuts = [row.cut for row in self.rows]
+        tokens = sum(lengths)
         return {
             "rows": len(self.rows),
-            "tokens": sum(len(row.tokens) for row in self.rows),
-            "learned_tokens": sum(len(row.tokens) - row.begin for row in self.rows),
-            "longest": max((len(row.tokens) for row in self.rows), default=0),
-            "truncated_responses": sum(row.cut > 0 for row in self.rows),
-            "truncated_tokens": sum(row.cut for row in self.rows),
+            "tokens": tokens,
+            "learned_tokens": tokens - sum(prompt_lengths),
+            "longest": max(lengths, default=0),
+            "truncated_responses": sum(cut > 0 for cut in cuts),
+            "truncated_tokens": sum(cuts),
         }
 
 
@@ -120,12 +142,19 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _response_start(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
-    """Return the index of the first response token, if prompt and response are tokenised together.
+    """Return the index of the first response token; the number of tokens if there is none.
 
-    A token that starts in the prompt belongs to the prompt, unless it covers only blanks there.
+    Prompt and response are tokenised together, so a token may cover letters of both. Such a token
+    belongs to the prompt, unless it covers only blanks of the prompt.
+
+    Args:
+        prompt: The prompt, with which the tokenised text begins.
+        offsets: The first letter and the end of each token in the text.
     """
     for index, (start, end) in enumerate(offsets):
-        if end > len(prompt) and not prompt[start:].strip():
+        reaches_response = end > len(prompt)
+        covered_prompt = prompt[start:]
+        if reaches_response and not covered_prompt.strip():
             return index
     return len(offsets)
 
@@ -133,8 +162,8 @@ def _response_start(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
     """Return a collator that pads rows on the right, or with ``packing`` concatenates them.
 
-    Padding is masked in attention, loss and routing records. Position ids of packed rows restart, which separates their
-    attention.
+    Padding is masked in attention, loss and routing records. The position ids of packed rows
+    restart, so that no row attends to another.
     """
     if packing:
         return collate_states(DataCollatorWithFlattening(separator_id=IGNORED))
@@ -142,20 +171,23 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Co
 
 
 def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
-    """Return a collator whose batches request logits only from the first response token on, if the model can.
+    """Return a collator whose batches request no logits of prompts, if the model can omit them.
 
-    Prompts have no loss, and the projection to the vocabulary is a fifth of a token's cost in SmolLM2-135M.
+    Prompts have no loss, and the projection to the vocabulary is a fifth of the cost of a token in
+    SmolLM2-135M. A batch keeps the last positions, from its first response token on.
     """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return collate
 
     def collated(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
         batch = dict(collate(rows))
-        labels = batch["labels"]
+        labels = batch["labels"]  # [rows, tokens]
+        # the positions at which any row has a response token
         learned = (labels != IGNORED).any(dim=0).nonzero()
-        keep = (
-            labels.shape[1] - int(learned[0]) + 1 if len(learned) else 1
-        )  # logits predict the next token
+        keep = 1  # without response tokens; 0 would keep all logits
+        if len(learned):
+            # one position more, because the token before the response predicts its first token
+            keep = labels.shape[1] - int(learned[0]) + 1
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 
     return collated

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -29,22 +31,28 @@ from benchmarks.llama.shared_prompt import SharedPromptLM
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
-_ACCURACY, _BY_LENGTH = "acc", "acc_norm"
-_SEED, _OTHER_SEED = (
-    0,
-    1234,
-)  # defaults of lm-eval's command: Python; NumPy, torch and few-shot examples
+# lm-eval's names of metrics
+_ACCURACY = "acc"
+_ACCURACY_BY_LENGTH = "acc_norm"
+# the default seeds of lm-eval's command: the first for Python, the second for NumPy, torch and
+# few-shot examples
+_PYTHON_SEED = 0
+_SEED = 1234
 
 
 def load_task(entry: EvaluationTask) -> dict[str, Any]:
-    """Load a task of lm-eval, and check that it can be evaluated. The result can be evaluated only once.
+    """Load a task of lm-eval, and check that it can be evaluated.
+
+    The result can be evaluated only once.
 
     Raises:
-        DefinitionError: The task does not exist, executes code, needs images, or has too few few-shot examples.
+        DefinitionError: The task does not exist, executes code, needs images, or has too few
+            few-shot examples.
         DataError: The data of the task cannot be loaded.
     """
-    name, shots, is_dev = entry.task, entry.num_fewshot, is_mmlu_dev(entry.task)
-    manager = _manager(ensure_mmlu_dev() if is_dev else None)
+    name = entry.task
+    folder = ensure_mmlu_dev() if is_mmlu_dev(name) else None
+    manager = _manager(folder)
     where = f"'evaluation.tasks' names '{name}'"
     if name not in manager.all_tasks:
         raise DefinitionError(
@@ -56,49 +64,68 @@ def load_task(entry: EvaluationTask) -> dict[str, Any]:
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     tasks = loaded["tasks"]
     for subject, task in tasks.items():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise DefinitionError(
-                f"{where}, but '{subject}' executes generated code or needs images"
-            )
-        if shots and task.get_config("num_fewshot") == 0:
-            raise DefinitionError(
-                f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0"
-            )
-        if is_dev and shots > (
-            others := len(list(task.fewshot_docs())) - 1
-        ):  # except the question itself
-            raise DefinitionError(
-                f"{where} with {shots} shots, but '{subject}' has {others} other questions"
-            )
-    if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
+        _check_subject(entry, subject, task, where)
+    metrics = [list(task.aggregation()) for task in tasks.values()]
+    if _shared_metric(metrics) is None:
         raise DefinitionError(
             f"{where}, whose tasks are scored by different metrics; name them one by one"
         )
     return loaded
 
 
+def _check_subject(entry: EvaluationTask, subject: str, task: Any, where: str) -> None:
+    """Check that a task of a group can be evaluated with the few-shot examples of the entry.
+
+    Args:
+        entry: The task or group of the run.
+        subject: The name of the task in lm-eval.
+        task: The task of lm-eval.
+        where: The beginning of a message.
+    """
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise DefinitionError(f"{where}, but '{subject}' executes generated code or needs images")
+    shots = entry.num_fewshot
+    if shots and task.get_config("num_fewshot") == 0:
+        raise DefinitionError(
+            f"{where} with {shots} shots, but '{subject}' has none in lm-eval; set 0"
+        )
+    if is_mmlu_dev(entry.task):
+        # the few-shot examples are all questions but the evaluated one
+        other_questions = len(list(task.fewshot_docs())) - 1
+        if shots > other_questions:
+            raise DefinitionError(
+                f"{where} with {shots} shots, but '{subject}' has {other_questions} other questions"
+            )
+
+
 def _source(name: str, task: Any) -> str:
-    """Return the source of a task's questions, with its revision or commit; lm-eval pins few of them."""
+    """Return the source of a task's questions, with its revision or commit.
+
+    lm-eval pins few of its sources.
+    """
     if is_mmlu_dev(name):
         return f"package lm-eval {version('lm-eval')}"
-    revision = (task.get_config("dataset_kwargs") or {}).get("revision")
+    loading_options = task.get_config("dataset_kwargs") or {}
+    revision = loading_options.get("revision")
     return hub_name(task.DATASET_PATH, revision, commit_of(task.dataset))
 
 
 def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
     """Return the metric that all tasks share, preferably accuracy; None if they share none."""
-    shared = [metric for metric in metrics[0] if all(metric in names for names in metrics)]
-    return _ACCURACY if _ACCURACY in shared else next(iter(shared), None)
+    # a shared metric is one of the first task's
+    for metric in (_ACCURACY, *metrics[0]):
+        if all(metric in names for names in metrics):
+            return metric
+    return None
 
 
 @functools.cache
 def _manager(folder: Path | None) -> Any:
+    """Return lm-eval's manager of the tasks in a folder; None for the tasks that lm-eval ships."""
+    if folder is None:
+        return TaskManager()
     # reading lm-eval's own list takes seconds
-    return (
-        TaskManager()
-        if folder is None
-        else TaskManager(include_path=str(folder), include_defaults=False)
-    )
+    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def run_task(
@@ -110,13 +137,16 @@ def run_task(
     precision: str,
     prefix: Prefix | None = None,
 ) -> dict[str, Any]:
-    """Evaluate one task or group of lm-eval, like ``lm_eval.simple_evaluate`` but without loading the task again.
+    """Evaluate one task or group of lm-eval.
+
+    It does what ``lm_eval.simple_evaluate`` does, but does not load the task again.
 
     Returns:
-        ``scores``, ``metric``, the number of ``questions``, all metrics of the ``subjects`` and the ``categories``
-        (subgroups), ``correct`` (a digit per question) and ``nats_per_byte`` by subject, and ``source``. The scores are
-        ``accuracy`` over all questions, ``accuracy_macro`` over subjects, and ``accuracy_norm`` and ``nats_per_byte``
-        if the task has them; a task without accuracy has only ``task_score``.
+        ``scores``, ``metric``, the number of ``questions``, all metrics of the ``subjects`` and the
+        main metric of the ``categories`` (subgroups), ``correct`` (a digit per question) and
+        ``nats_per_byte`` by subject, and ``source``. The scores are ``accuracy`` over all
+        questions, ``accuracy_macro`` over subjects if there are several, and ``accuracy_norm`` and
+        ``nats_per_byte`` if the task has them. A task without accuracy has only ``task_score``.
     """
     wrapped = SharedPromptLM(
         prefix=prefix,
@@ -125,81 +155,154 @@ def run_task(
         batch_size=batch_size,
         mixed_precision_dtype=torch.bfloat16 if precision == "bf16" else None,
     )
-    random.seed(_SEED)
-    np.random.seed(_OTHER_SEED)
-    torch.manual_seed(_OTHER_SEED)
+    # the seeds of lm-eval's command, so that it chooses the same few-shot examples
+    random.seed(_PYTHON_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
     tasks = loaded["tasks"].values()
     for task in tasks:
-        if task.get_config("num_fewshot") != 0:  # 0 means that the task forbids few-shot examples
+        # 0 means that the task forbids few-shot examples
+        if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=entry.num_fewshot)
-        task.set_fewshot_seed(seed=_OTHER_SEED)
+        task.set_fewshot_seed(seed=_SEED)
     result = evaluate(
         lm=wrapped,
         task_dict=loaded,
         limit=entry.limit,
         log_samples=True,
-        bootstrap_iters=0,
+        bootstrap_iters=0,  # no standard errors, which summarise would omit
         fewshot_as_multiturn=True,
     )
-    return {**summarise(result), "source": sorted({_source(entry.task, task) for task in tasks})}
+    sources = {_source(entry.task, task) for task in tasks}
+    return {**summarise(result), "source": sorted(sources)}
+
+
+@dataclass(frozen=True)
+class _Subjects:
+    """The tasks of an lm-eval result that ask questions; groups of tasks are left out.
+
+    Attributes:
+        counts: The number of questions, by task.
+        metrics: The metrics by name, by task.
+    """
+
+    counts: Mapping[str, int]
+    metrics: Mapping[str, Mapping[str, float]]
+
+    def count(self, names: Iterable[str]) -> int:
+        """Count the questions of some tasks."""
+        return sum(self.counts[name] for name in names)
+
+    def mean(self, metric: str, names: Sequence[str]) -> float:
+        """Average a metric over the questions of some tasks."""
+        weighted = [self.metrics[name][metric] * self.counts[name] for name in names]
+        return sum(weighted) / self.count(names)
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     """Summarise lm-eval's result by subject and category; see :func:`run_task`."""
-    counts = {
-        name: int(samples["effective"]) for name, samples in result["n-samples"].items()
-    }  # groups have none
-    subjects = {name: _metric_values(result["results"][name]) for name in counts}
-    metric = _shared_metric([list(values) for values in subjects.values()])
+    # groups have no count of questions
+    counts = {name: int(count["effective"]) for name, count in result["n-samples"].items()}
+    metrics = {name: _metric_values(result["results"][name]) for name in counts}
+    subjects = _Subjects(counts, metrics)
+    metric = _shared_metric([list(values) for values in metrics.values()])
     assert metric is not None  # noqa: S101  load_task checked it
 
-    def mean(names: Iterable[str], of: str = metric) -> float:
-        return sum(subjects[name][of] * counts[name] for name in names) / sum(
-            counts[name] for name in names
-        )
-
-    members, categories = result.get("group_subtasks", {}), {}
-    for group in members:
-        leaves = [leaf for leaf in _leaves(group, members) if leaf in counts]
-        if 0 < len(leaves) < len(counts):
-            questions = sum(counts[leaf] for leaf in leaves)
-            categories[_alias(result, group)] = {metric: mean(leaves), "questions": questions}
     summary = {
-        "questions": sum(counts.values()),
+        "questions": subjects.count(counts),
         "metric": metric,
-        "categories": categories,
+        "categories": _summarise_categories(result, subjects, metric),
         "subjects": {
-            _alias(result, name): values | {"questions": counts[name]}
-            for name, values in subjects.items()
+            _alias(result, name): {**values, "questions": counts[name]}
+            for name, values in metrics.items()
         },
     }
     if metric != _ACCURACY:
-        return {**summary, "scores": {"task_score": mean(counts)}, "correct": {}}
-    scores: dict[str, float | None] = {"accuracy": mean(counts)}
-    if len(counts) > 1:
-        scores["accuracy_macro"] = sum(values[metric] for values in subjects.values()) / len(
-            subjects
-        )
-    if all(_BY_LENGTH in values for values in subjects.values()):
-        scores["accuracy_norm"] = mean(counts, _BY_LENGTH)
+        # only tasks with an accuracy record single questions
+        scores: dict[str, float | None] = {"task_score": subjects.mean(metric, list(counts))}
+        return {**summary, "scores": scores, "correct": {}}
+
+    scores = _accuracies(subjects)
     samples = {_alias(result, name): result["samples"][name] for name in counts}
-    correct = {subject: _correct_digits(rows) for subject, rows in samples.items()}
-    summary |= {"scores": scores, "correct": correct if None not in correct.values() else {}}
-    nats = {subject: nats_per_byte(rows) for subject, rows in samples.items()}
-    if None not in nats.values():
-        every = [value for values in nats.values() for value in values or ()]
-        scores[NATS] = sum(cast(list[float], every)) / len(every) if None not in every else None
-        summary[NATS] = nats
-    return summary
+    correct = _correct_by_subject(samples)
+    nats = _nats_by_subject(samples)
+    if nats is None:
+        return {**summary, "scores": scores, "correct": correct}
+    scores[NATS] = _mean_nats(nats)
+    return {**summary, "scores": scores, "correct": correct, NATS: nats}
+
+
+def _summarise_categories(
+    result: Mapping[str, Any], subjects: _Subjects, metric: str
+) -> dict[str, dict[str, float]]:
+    """Return a metric and the number of questions of each group that has only some of the tasks."""
+    categories = {}
+    members_of_group = result.get("group_subtasks", {})
+    for group in members_of_group:
+        leaves = [leaf for leaf in _leaves(group, members_of_group) if leaf in subjects.counts]
+        # the group of all tasks is not a category
+        if leaves and len(leaves) < len(subjects.counts):
+            categories[_alias(result, group)] = {
+                metric: subjects.mean(metric, leaves),
+                "questions": subjects.count(leaves),
+            }
+    return categories
+
+
+def _accuracies(subjects: _Subjects) -> dict[str, float | None]:
+    """Average the accuracies over questions, and over subjects if there are several."""
+    names = list(subjects.counts)
+    accuracies: dict[str, float | None] = {"accuracy": subjects.mean(_ACCURACY, names)}
+    if len(names) > 1:
+        by_subject = [values[_ACCURACY] for values in subjects.metrics.values()]
+        accuracies["accuracy_macro"] = sum(by_subject) / len(by_subject)
+    if all(_ACCURACY_BY_LENGTH in values for values in subjects.metrics.values()):
+        accuracies["accuracy_norm"] = subjects.mean(_ACCURACY_BY_LENGTH, names)
+    return accuracies
+
+
+def _correct_by_subject(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """Return :func:`_correct_digits` by subject; empty if a subject has none."""
+    correct = {}
+    for subject, rows in samples.items():
+        digits = _correct_digits(rows)
+        if digits is None:
+            return {}
+        correct[subject] = digits
+    return correct
 
 
 def _correct_digits(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return a text with ``1`` or ``0`` per question; None if accuracies are not binary (truthfulqa_mc2)."""
-    values = [
-        float(sample[_ACCURACY])
-        for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    ]
-    return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else None
+    """Return a text with ``1`` or ``0`` per question.
+
+    None if accuracies are not binary, as those of truthfulqa_mc2.
+    """
+    accuracies = [float(sample[_ACCURACY]) for sample in _in_order(samples)]
+    if not set(accuracies) <= {0.0, 1.0}:
+        return None
+    return "".join(str(int(accuracy)) for accuracy in accuracies)
+
+
+def _nats_by_subject(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, list[float | None]] | None:
+    """Return :func:`nats_per_byte` by subject; None if a subject has none."""
+    nats = {}
+    for subject, rows in samples.items():
+        values = nats_per_byte(rows)
+        if values is None:
+            return None
+        nats[subject] = values
+    return nats
+
+
+def _mean_nats(nats: Mapping[str, Sequence[float | None]]) -> float | None:
+    """Average nats per byte over all questions; None if a value is not finite."""
+    values = list(itertools.chain.from_iterable(nats.values()))
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return None
+    return sum(finite) / len(finite)
 
 
 def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
@@ -211,53 +314,83 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
         samples: The samples of one task of lm-eval.
 
     Returns:
-        A number per question in order, None if it is not finite. Instead of the list, None if questions do not have
-        several answers to one prompt, or answers are letters. As in ``acc_bytes``, surrounding blanks do not count.
+        A number per question in order, None if it is not finite. Instead of the list, None if
+        questions do not have several answers to one prompt, or if all answers are letters. As in
+        ``acc_bytes``, surrounding blanks do not count.
     """
-    in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    in_order = _in_order(samples)
     if not all(_is_choice(sample) for sample in in_order):
         return None
-    if all(_bytes(answer) == 1 for sample in in_order for _, answer in sample["arguments"]):
+    # the likelihood of a letter is not that of the answer it stands for
+    if all(_answers_are_letters(sample) for sample in in_order):
         return None
     nats = []
     for sample in in_order:
         right = sample["target"]
-        value = -float(sample["filtered_resps"][right][0]) / _bytes(sample["arguments"][right][1])
+        _, right_answer = sample["arguments"][right]
+        log_likelihood, _ = sample["filtered_resps"][right]
+        value = -float(log_likelihood) / _bytes(right_answer)
         nats.append(round(value, 6) if math.isfinite(value) else None)
     return nats
 
 
+def _in_order(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Sort samples by the number of their question."""
+    return sorted(samples, key=lambda sample: int(sample["doc_id"]))
+
+
 def _is_choice(sample: Mapping[str, Any]) -> bool:
     """Return True if a sample has one prompt and several answers, one of them right."""
-    asked, right = sample.get("arguments", ()), sample.get("target")
-    if type(right) is not int or len(asked) < 2 or any(len(pair) != 2 for pair in asked):
+    requests = sample.get("arguments", ())
+    right = sample.get("target")
+    if type(right) is not int or len(requests) < 2:
         return False
-    return len({prompt for prompt, _ in asked}) == 1 and _bytes(asked[right][1]) > 0
+    if any(len(request) != 2 for request in requests):
+        return False
+    prompts = {prompt for prompt, _ in requests}
+    if len(prompts) > 1:
+        return False
+    _, right_answer = requests[right]
+    return _bytes(right_answer) > 0
+
+
+def _answers_are_letters(sample: Mapping[str, Any]) -> bool:
+    """Return True if each answer of a sample is a single letter, such as ``A``."""
+    return all(_bytes(answer) == 1 for _, answer in sample["arguments"])
 
 
 def _bytes(answer: str) -> int:
+    """Count the bytes of an answer without surrounding blanks."""
     return len(answer.strip().encode())
 
 
-def _leaves(name: str, members: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    for member in members.get(name, ()):
-        if members.get(member):
-            yield from _leaves(member, members)
+def _leaves(group: str, members_of_group: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the tasks of a group, including those of its subgroups."""
+    for member in members_of_group.get(group, ()):
+        if members_of_group.get(member):
+            yield from _leaves(member, members_of_group)
         else:
             yield member
 
 
 def _alias(result: Mapping[str, Any], name: str) -> str:
-    return str(result["results"].get(name, {}).get("alias", name)).strip(" -")
+    """Return lm-eval's title of a task or group, without the dashes that indent it."""
+    values = result["results"].get(name, {})
+    title = str(values.get("alias", name))
+    return title.strip(" -")
 
 
 def _metric_values(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of a task by name, without standard errors and lm-eval's suffix ``,none``."""
-    return {
-        key.removesuffix(",none"): float(value)
-        for key, value in values.items()
-        if isinstance(value, int | float) and "_stderr" not in key and "," in key
-    }
+    """Return the metrics of a task by name, without standard errors.
+
+    lm-eval's key is the metric and a filter, such as ``acc,none``; the filter ``none`` is removed.
+    """
+    metrics = {}
+    for key, value in values.items():
+        is_metric = "," in key and "_stderr" not in key
+        if is_metric and isinstance(value, int | float):
+            metrics[key.removesuffix(",none")] = float(value)
+    return metrics
 
 
 @torch.no_grad()
@@ -270,19 +403,27 @@ def held_out_loss(
 ) -> float | None:
     """Return the mean loss per response token of the rows, in nats; None if the model diverged."""
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows.rows[i].tokens))
-    total, tokens, collate = 0.0, 0, without_prompt_logits(collator(tokenizer), model)
+    collate = without_prompt_logits(collator(tokenizer), model)
+    # batches of rows with similar lengths have little padding
+    lengths = [len(row.tokens) for row in rows.rows]
+    order = sorted(range(len(rows)), key=lambda number: lengths[number])
+    total_loss = 0.0
+    total_tokens = 0
     for start in range(0, len(order), batch_size):
-        batch = collate([rows[i] for i in order[start : start + batch_size]])
+        numbers = order[start : start + batch_size]
+        batch = collate([rows[number] for number in numbers])
         inputs = send_to_device(dict(batch), model.device)
+        # the logits of a token predict the next one
         labels = inputs.pop("labels")[:, 1:]
         with autocast(model, precision):
             logits = model(**inputs).logits[:, :-1]
+        # summed, because batches have different numbers of response tokens
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        total, tokens = total + loss.item(), tokens + int((labels != IGNORED).sum())
-    mean = total / tokens
+        total_loss += loss.item()
+        total_tokens += int((labels != IGNORED).sum())
+    mean = total_loss / total_tokens
     return mean if math.isfinite(mean) else None
 
 
@@ -294,15 +435,19 @@ def generate_answers(
     new_tokens: int,
     precision: str,
 ) -> list[dict[str, str]]:
-    """Generate greedy answers, row by row; return ``instruction``, ``input``, ``reference`` and ``answer`` of each."""
+    """Generate greedy answers, one instruction at a time.
+
+    Returns:
+        The ``instruction``, ``input``, ``reference`` and ``answer`` of each.
+    """
     model.eval()
-    tokenizer, rows = template.tokenizer, []
+    tokenizer = template.tokenizer
+    answers = []
     for row in instructions:
-        prompt, special = template.prompt(row), template.special_tokens
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=special).to(
-            model.device
-        )
-        encoded.pop("token_type_ids", None)
+        encoded = tokenizer(
+            template.prompt(row), return_tensors="pt", add_special_tokens=template.special_tokens
+        ).to(model.device)
+        encoded.pop("token_type_ids", None)  # language models have no such input
         with autocast(model, precision):
             output = cast(Any, model).generate(
                 **encoded,
@@ -312,15 +457,15 @@ def generate_answers(
                 eos_token_id=template.end_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        text = tokenizer.decode(
-            output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        rows.append(
+        # the output begins with the prompt
+        prompt_length = encoded["input_ids"].shape[1]
+        answer = tokenizer.decode(output[0, prompt_length:], skip_special_tokens=True)
+        answers.append(
             {
                 "instruction": row.instruction,
                 "input": row.input,
                 "reference": row.output,
-                "answer": str(text),
+                "answer": str(answer),
             }
         )
-    return rows
+    return answers

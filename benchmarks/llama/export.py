@@ -20,19 +20,22 @@ from benchmarks.llama.templates import find_template
 from emoe.files import check_new, save_weights
 from emoe.layer import routed_layers
 
-DENSE, EXPERTS = "dense", "emoe"
+# forms of an export
+DENSE = "dense"
+EXPERTS = "emoe"
 
 
 def export(path: Path, output: Path, form: str) -> str:
     """Export the model of a finished run to a folder.
 
-    The run's prompt template becomes the tokenizer's chat template, and its ``run.json`` is copied.
+    The prompt template of the run becomes the chat template of the tokenizer, and its ``run.json``
+    is copied.
 
     Args:
         path: The ``run.json``.
         output: The new folder.
-        form: The format: ``dense`` for stock transformers, with neurons in their original order, or ``emoe`` with
-            experts.
+        form: The format: ``dense`` for stock transformers, with neurons in their original order, or
+            ``emoe`` with experts.
 
     Returns:
         A description of the written model.
@@ -44,25 +47,30 @@ def export(path: Path, output: Path, form: str) -> str:
     path = path.resolve()
     run = read_run(path)
     spec = load_benchmark(run.benchmark).read_spec(run)
-    if not isinstance(spec, InstructionSpec) or not (path.parent / "model").is_dir():
+    weights = path.parent / "model"
+    if not isinstance(spec, InstructionSpec) or not weights.is_dir():
         raise DataError(
-            f"{path.parent} has no weights of a language model: the run tunes no instructions, is not finished, trains "
-            "nothing, or has training.keep_weights: false"
+            f"{path.parent} has no weights of a language model: the run tunes no instructions, "
+            "is not finished, trains nothing, or has training.keep_weights: false"
         )
     check_new(output)
-    recorded = read_record(run, path.parents[2]).metrics.weights
+    runs_folder = path.parents[2]  # the parents are the run, its benchmark, and all runs
+    recorded = read_record(run, runs_folder).metrics.weights
     # adapters cannot be merged into quantised weights
     unquantised = {key: value for key, value in spec.model.items() if key != "quantize"}
     spec = spec.model_copy(update={"model": unquantised})
-    trained = reopen(build_language_model, spec, recorded, path.parent / "model")
+    trained = reopen(build_language_model, spec, recorded, weights)
+    # an exported model needs no peft
     if trained.adapters is not None:
         trained.adapters.merge_and_unload(safe_merge=True)
     model = cast(PreTrainedModel, trained.model)
     routed = routed_layers(model)
     if form == EXPERTS and not routed:
         raise DataError(f"{run.id} has no experts; export it as {DENSE}")
+
     tokenizer = load_tokenizer(spec.model)
     template = find_template(spec.data.template, spec.templates, tokenizer, spec.seed)
+    # generation stops where the responses of the training ended
     if model.generation_config is not None:
         model.generation_config.eos_token_id = template.end_tokens
     if form == EXPERTS:
@@ -74,5 +82,8 @@ def export(path: Path, output: Path, form: str) -> str:
     tokenizer.chat_template = template.as_chat_template()
     tokenizer.save_pretrained(output)
     shutil.copyfile(path, output / "run.json")
-    experts = f"experts in layers {', '.join(str(layer.ffn.index) for layer in routed)}"
-    return f"{type(model).__name__}, {experts if form == EXPERTS else 'dense'}"
+    name = type(model).__name__
+    if form == EXPERTS:
+        layers = ", ".join(str(layer.ffn.index) for layer in routed)
+        return f"{name}, experts in layers {layers}"
+    return f"{name}, dense"

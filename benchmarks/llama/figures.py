@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +15,75 @@ from benchmarks.harness.report.style import DENSE, MethodStyle, distinct_styles
 from benchmarks.harness.results.content import Metrics
 from benchmarks.llama.outcomes import GROUP, InstructionOutcomes, Row
 
+# inches of a column of panels, and of the labels of the vertical axes
+_PANEL_WIDTH = 3.0
+_LABELS_WIDTH = 0.6
+
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Draw the loss by step, averaged over seeds: a column of panels per model and tuning, a line per method."""
-    points = outcomes.with_titles(
-        outcomes.collect_rows(["panel", "step", "loss"], _loss_points).astype({"loss": float})
-    )
-    if points.empty:
+    """Draw the loss by step, averaged over seeds.
+
+    Each column of panels has a model, set and tuning; each row has the training loss or the
+    held-out loss; each line is a method.
+    """
+    points = outcomes.collect_rows(["panel", "step", "loss"], _loss_points)
+    titled = outcomes.with_titles(points.astype({"loss": float}))
+    if titled.empty:
         plots.placeholder_figure(path)
         return
-    panels, groups = points["panel"].unique(), points.groupby(GROUP, sort=False)
-    lines = points[["method_title", "method"]].drop_duplicates().itertuples()
-    styles = distinct_styles((line.method_title, outcomes.style(line.method)) for line in lines)
-    size = (min(3.0 * len(groups) + 0.6, plots.WIDTH), 2.3 * len(panels) + 0.3)
-    shared = {"sharex": "col", "sharey": "row"}
-    with plots.panel_figure(path, len(panels), len(groups), size, plots.CURVES, **shared) as (
-        figure,
-        axes,
-    ):
-        for column, ((model, name, tuning), group) in enumerate(groups):
-            for axis, label in zip(axes[:, column], panels, strict=True):
-                for title, line in group[group["panel"] == label].groupby(
-                    "method_title", sort=False
-                ):
-                    _draw_curve(
-                        axis,
-                        line.groupby("step")["loss"].mean(skipna=False),
-                        str(title),
-                        styles[str(title)],
-                    )
-                axis.set_ylabel(label if column == 0 else "")
-            tuned = outcomes.title("tuning", tuning)
-            below = f"{outcomes.title('task', name)}, {tuned}" if outcomes.several_sets else tuned
-            title = f"{outcomes.title('model', model)}\n{below}"
-            axes[0, column].set_title(
-                plots.wrap_text(title, (size[0] - 0.6) / len(groups)), fontsize=8
-            )
-            seeds = group.groupby("method_title")["run_id"].nunique()
-            axes[-1, column].set_xlabel(f"step; means of {plots.count_text(seeds)}")
-            axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    labels = list(titled["panel"].unique())
+    groups = titled.groupby(GROUP, sort=False)
+    methods = titled[["method_title", "method"]].drop_duplicates()
+    styles = distinct_styles(
+        (row.method_title, outcomes.style(row.method)) for row in methods.itertuples()
+    )
+    # inches
+    width = min(_PANEL_WIDTH * len(groups) + _LABELS_WIDTH, plots.WIDTH)
+    height = 2.3 * len(labels) + 0.3
+    panels = plots.panel_figure(
+        path,
+        len(labels),
+        len(groups),
+        (width, height),
+        plots.CURVES,
+        sharex="col",
+        sharey="row",
+    )
+    with panels as (figure, axes):
+        for column, (names, group) in enumerate(groups):
+            _draw_column(axes[:, column], labels, group, styles)
+            title = _column_title(outcomes, *names)
+            title_width = (width - _LABELS_WIDTH) / len(groups)
+            axes[0, column].set_title(plots.wrap_text(title, title_width), fontsize=8)
+        for axis, label in zip(axes[:, 0], labels, strict=True):
+            axis.set_ylabel(label)
         plots.legend_below(figure, axes.flat, len(groups) + 1)
+
+
+def _draw_column(
+    axes: Sequence[Any],
+    labels: Sequence[str],
+    group: pd.DataFrame,
+    styles: Mapping[str, MethodStyle],
+) -> None:
+    """Draw the curves of a model and tuning: a panel for each loss, a line for each method."""
+    for axis, label in zip(axes, labels, strict=True):
+        panel = group[group["panel"] == label]
+        for title, points in panel.groupby("method_title", sort=False):
+            # the line ends where a model diverges, so a missing loss makes the mean missing
+            means = points.groupby("step")["loss"].mean(skipna=False)
+            _draw_curve(axis, means, str(title), styles[str(title)])
+    seeds = group.groupby("method_title")["run_id"].nunique()
+    axes[-1].set_xlabel(f"step; means of {plots.count_text(seeds)}")
+    axes[-1].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+
+
+def _column_title(outcomes: InstructionOutcomes, model: str, task: str, tuning: str) -> str:
+    """Return the title of a column: the model, and below it the tuning, with the set if needed."""
+    below = outcomes.title("tuning", tuning)
+    if outcomes.several_sets:
+        below = f"{outcomes.title('task', task)}, {below}"
+    return f"{outcomes.title('model', model)}\n{below}"
 
 
 def _loss_points(metrics: Metrics) -> Iterator[Row]:
@@ -66,18 +95,22 @@ def _loss_points(metrics: Metrics) -> Iterator[Row]:
 
 
 def _draw_curve(axis: Any, losses: pd.Series[float], title: str, style: MethodStyle) -> None:
-    """Draw losses by step. Dashes and marks keep overlapping lines visible."""
-    is_dense = style.colour == DENSE.colour  # wide, to be visible below other lines
-    width = {"lw": 2.6, "alpha": 0.55} if is_dense else {"lw": 1.2}
-    marks = {"ms": 4, "markevery": max(1, len(losses) // 8)}
-    axis.plot(losses.index, losses, label=title, **width, **style.line, **marks)
+    """Draw losses by step. Dashes and markers keep overlapping lines visible."""
+    line = {"lw": 1.2}
+    if style.colour == DENSE.colour:
+        # wide, to be visible below other lines
+        line = {"lw": 2.6, "alpha": 0.55}
+    # about eight markers a line
+    markers = {"ms": 4, "markevery": max(1, len(losses) // 8)}
+    axis.plot(losses.index, losses, label=title, **line, **style.line, **markers)
 
 
 FIGURES = {
     "curves": Figure(
         draw_curves,
-        "Loss of the training steps by tuning and method: the mean over the response tokens of a step, averaged over "
-        "seeds. Every step has different rows. The held-out loss, shown below if runs computed it while training "
-        "(`training.eval_every`), is always over the same rows. The axes do not start at zero.",
+        "Loss of the training steps by tuning and method: the mean over the response tokens of a "
+        "step, averaged over seeds. Every step has different rows. The held-out loss, shown below "
+        "if runs computed it while training (`training.eval_every`), is always over the same rows. "
+        "The axes do not start at zero.",
     ),
 }

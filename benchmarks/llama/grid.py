@@ -40,11 +40,12 @@ _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 
 
 class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, InstructionPart]):
-    """Plan runs of language models that are tuned on instructions and evaluated with lm-eval."""
+    """A benchmark of language models that are tuned on instructions and evaluated with lm-eval."""
 
     package = "benchmarks.llama"
     spec_model = InstructionSpec
-    definition_model, part_model = InstructionDefinition, InstructionPart
+    definition_model = InstructionDefinition
+    part_model = InstructionPart
     recorded = ("scores", "data", "model", "routing", "tasks", "answers")
     task_files: ClassVar = {"instruction_sets": SetFile, "templates": TemplateFile}
     paper_columns = ("model", "tuning", "method")
@@ -52,59 +53,75 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, InstructionDefinition, str(file))
+        # losses are compared by seed, answers by question
         domains = {
             HELD_OUT: Domain(("loss",)),
             QUESTIONS: Domain(("accuracy", NATS), "question"),
             "model": COUNTS,
         }
-        return cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
+        sets = read(file.parent / definition.sets, SetFile).sets
+        return cls(name, definition, sets, domains)
 
     def specs(
         self, part: Part[InstructionPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        methods, tunings = self.methods(part), _tunings(self, part)
-        usual = {key: self.settings(key, part).model_dump() for key in ("data", "evaluation")}
-        usual["templates"] = _templates(usual["data"]["template"], part.where("data", "template"))
+        methods = self.methods(part)
+        tunings = _tunings(self, part)
+        data = self.settings("data", part)
+        evaluation = self.settings("evaluation", part)
+        templates = _templates(data.template, part.where("data", "template"))
+        # by model, because a suite may change the settings of single models
+        training_settings = functools.cache(functools.partial(self.settings, "training", part))
+        # the valid names, by key of a block
         names = {
             "model": model_names("language"),
             "set": self.tasks,
             "finetuning": tunings,
             "method": methods,
         }
-        settings = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *_AXES)):
             if point["set"] in exclude:
                 continue
             tuning = tunings[point["finetuning"]]
-            method = method_spec(methods, point, point["seed"], None, where) | {
-                "tune": tuning.tune_spec()
+            model = load_models()[point["model"]].spec(point["model"])
+            # the fine-tuning decides what is trained, not the method
+            method = {
+                **method_spec(methods, point, point["seed"], None, where),
+                "tune": tuning.tune_spec(),
             }
+            variant = point["finetuning"]
+            if method["variant"]:
+                variant = f"{variant}-{method['variant']}"
+            learning_rate = _learning_rate(tuning, point, where)
+            training = _training(training_settings(point["model"]), tuning, method, where)
             yield self.spec(
-                "-".join(filter(None, (point["finetuning"], method["variant"]))),
-                model={**load_models()[point["model"]].spec(point["model"]), **tuning.model_spec()},
+                variant,
+                model={**model, **tuning.model_spec()},
                 task=self.tasks[point["set"]].spec(point["set"]),
                 ood=[],
                 method=method,
                 finetuning=point["finetuning"],
-                **copy.deepcopy(usual),
-                **_training(settings(point["model"]), tuning, method, point, where),
+                data=data.model_dump(),
+                evaluation=evaluation.model_dump(),
+                templates=copy.deepcopy(templates),
+                training=training,
+                learning_rate=learning_rate,
                 seed=point["seed"],
             )
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         name = spec["task"]["name"]
-        return [
-            SetReader(name, ALL, functools.partial(self._describe, name, spec["task"]["source"]))
-        ]
+        source = spec["task"]["source"]
+        return [SetReader(name, ALL, functools.partial(self._describe, name, source))]
 
     def _describe(
         self, name: str, source: Mapping[str, Any], _open_files: bool
     ) -> Iterator[SetPart]:
+        """Yield a description of a set, or of the reason why it is missing."""
         entry = self.tasks[name]
         try:
-            yield load_instructions(name, InstructionSource.model_validate(source)).describe(
-                name, entry.rows
-            )
+            instructions = load_instructions(name, InstructionSource.model_validate(source))
+            yield instructions.describe(name, entry.rows)
         except DataError as error:
             yield missing_set(name, first_line(error), entry.download_instructions, entry.rows)
 
@@ -112,6 +129,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         run = InstructionSpec.model_validate(spec)
         training = run.training
         if not isinstance(training, RunInstructionTraining):
+            # an evaluation uses one process
             super().check_processes(spec, processes, parallel)
             return
         accumulation(training, processes)
@@ -122,48 +140,53 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
 
 
 def _templates(name: str, where: Location) -> dict[str, dict[str, str]]:
-    """Return the templates that ``data.template`` selects from ``templates.yaml``, by name."""
+    """Return the texts of the templates that ``data.template`` selects, by name.
+
+    Args:
+        name: A name in ``templates.yaml``, ``random`` for all of them, or ``chat`` for none.
+        where: The location of the name in the suite, for messages.
+    """
     templates = read(BENCHMARKS / "llama" / "templates.yaml", TemplateFile).templates
     check_names(where, [name], [*templates, CHAT, RANDOM])
-    chosen = (
-        templates
-        if name == RANDOM
-        else {key: text for key, text in templates.items() if key == name}
-    )
-    return {key: text.model_dump() for key, text in chosen.items()}
+    if name == CHAT:
+        return {}
+    chosen = templates if name == RANDOM else {name: templates[name]}
+    return {key: template.model_dump() for key, template in chosen.items()}
 
 
-def _training(
-    settings: InstructionTraining,
-    tuning: Finetuning,
-    method: Mapping[str, Any],
-    point: Mapping[str, Any],
-    where: Location,
-) -> dict[str, Any]:
-    """Return ``training`` and ``learning_rate`` of a spec; an untrained model has only settings with an effect."""
+def _learning_rate(tuning: Finetuning, point: Mapping[str, Any], where: Location) -> float:
+    """Return the learning rate of a point of the grid; 0 if nothing is trained."""
     if tuning.train == "nothing":
-        untrained = {"lora": None, "precision": settings.precision, "keep_weights": False}
-        return {"training": untrained, "learning_rate": 0.0}
+        return 0.0
     if not point.get("learning_rate"):
         raise DefinitionError(
             f"{where}: the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'"
         )
-    training = settings.spec() | tuning.model_dump(include={"lora"})
+    return float(point["learning_rate"])
+
+
+def _training(
+    settings: InstructionTraining, tuning: Finetuning, method: Mapping[str, Any], where: Location
+) -> dict[str, Any]:
+    """Make the ``training`` section of a spec.
+
+    An untrained model has only the settings that affect its numbers.
+    """
+    if tuning.train == "nothing":
+        return {"lora": None, "precision": settings.precision, "keep_weights": False}
+    training = {**settings.spec(), **tuning.model_dump(include={"lora"})}
     check_frozen(training.get("frozen_layers"), method, str(where))
-    return {"training": training, "learning_rate": float(point["learning_rate"])}
+    return training
 
 
 def _tunings(benchmark: InstructionBenchmark, part: Part[InstructionPart]) -> dict[str, Finetuning]:
     """Return the fine-tuning methods by name, with a suite's changes."""
-    usual, changes = benchmark.definition.finetuning, part.settings.finetuning
-    check_names(part.where("finetuning"), changes, usual)
-    where = (part.file, "benchmarks", benchmark.name, "finetuning")
-    return {
-        name: parse(
-            merge(tuning.model_dump(exclude_unset=True), changes.get(name, {})),
-            Finetuning,
-            *where,
-            name,
-        )
-        for name, tuning in usual.items()
-    }
+    changes = part.settings.finetuning
+    check_names(part.where("finetuning"), changes, benchmark.definition.finetuning)
+    tunings = {}
+    for name, tuning in benchmark.definition.finetuning.items():
+        # a change may replace a single key of a fine-tuning method
+        settings = merge(tuning.model_dump(exclude_unset=True), changes.get(name, {}))
+        keys = ("benchmarks", benchmark.name, "finetuning", name)
+        tunings[name] = parse(settings, Finetuning, part.file, *keys)
+    return tunings

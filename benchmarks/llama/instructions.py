@@ -19,38 +19,56 @@ from benchmarks.harness.sources.local import USER_SUFFIXES, user_file
 from benchmarks.harness.sources.packages import find_package
 from benchmarks.llama.definition import Instruction, InstructionSource
 
-_SHOWN = 5
+_SHOWN = 5  # broken rows that an error message names
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """Hold the usable rows of a set, messages on the broken ones, and the source (file, package or hub id)."""
+    """The rows of a set.
+
+    Attributes:
+        rows: The usable rows.
+        broken: A message on each broken row.
+        source: The file, package or repository on the hub that the rows come from.
+    """
 
     rows: list[Instruction]
     broken: list[str]
     source: str
 
     def describe(self, name: str, expected: int | None) -> SetPart:
-        """Describe the set, whose makers count ``expected`` rows; broken rows count as dropped."""
-        inputs = f"{sum(bool(row.input) for row in self.rows):,} with an input"
-        return SetPart(name, ALL, len(self.rows), len(self.broken), expected, inputs, self.source)
+        """Describe the set for the list of data sets.
+
+        Args:
+            name: The name of the set.
+            expected: The row count according to the set's makers, if known.
+        """
+        with_input = [row for row in self.rows if row.input]
+        return SetPart(
+            name,
+            ALL,
+            len(self.rows),
+            len(self.broken),
+            expected,
+            f"{len(with_input):,} with an input",
+            self.source,
+        )
 
 
 def load_instructions(name: str, source: InstructionSource) -> Instructions:
     """Read a set of instructions.
 
-    A file ``<name>.json`` or ``<name>.jsonl`` below the data root (``EMOE_DATA_ROOT``) has precedence.
+    A file ``<name>.json`` or ``<name>.jsonl`` below the data root (``EMOE_DATA_ROOT``) has
+    precedence.
 
     Raises:
         DataError: The set is missing, or is not a list of rows.
     """
-    if file := user_file(name):
+    file = user_file(name)
+    if file:
         return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
     if source.package:
-        package = find_package("llamafactory")
-        with tarfile.open(package.check()) as archive:
-            content = cast(IO[bytes], archive.extractfile(source.package)).read()
-        return parse(content, f"package {package.package} {package.version}", lines=False)
+        return _read_package(source.package)
     if source.hub:
         return _read_hub(source.hub, source.revision)
     root = os.environ.get(DATA_ROOT) or "<data_root>"
@@ -58,8 +76,18 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     raise DataError(f"the set '{name}' needs your own file: {files}")
 
 
+def _read_package(member: str) -> Instructions:
+    """Read a file inside the package that ships instructions."""
+    package = find_package("llamafactory")
+    with tarfile.open(package.check()) as archive:
+        file = cast(IO[bytes], archive.extractfile(member))
+        content = file.read()
+    return parse(content, f"package {package.package} {package.version}", lines=False)
+
+
 def _read_hub(hub: str, revision: str | None) -> Instructions:
-    import datasets
+    """Read the training split of a repository on the hub."""
+    import datasets  # takes seconds, and planning does not need it
 
     try:
         loaded = datasets.load_dataset(hub, split="train", revision=revision)
@@ -68,7 +96,8 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
             f"could not load {hub} from the hub: {first_line(error)}; "
             "without the hub, put its rows below data_root (config/README.md)"
         ) from error
-    return _split_usable("row", loaded, hub_name(hub, revision, commit_of(loaded)))
+    source = hub_name(hub, revision, commit_of(loaded))
+    return _split_usable("row", loaded, source)
 
 
 def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
@@ -83,8 +112,11 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
         DataError: The content is not a list in UTF-8, or is empty.
     """
     if lines:
-        return _split_usable("line", content.removeprefix(BOM_UTF8).split(b"\n"), where)
+        # bytes, because a line that is not UTF-8 must not break the others
+        encoded_lines = content.removeprefix(BOM_UTF8).split(b"\n")
+        return _split_usable("line", encoded_lines, where)
     try:
+        # utf-8-sig removes a byte order mark
         values = json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
         raise DataError(
@@ -92,34 +124,48 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
         ) from error
     if not isinstance(values, list) or not values:
         raise DataError(
-            f"{where} is not a list of objects, or is empty; name it .jsonl if every line is an object"
+            f"{where} is not a list of objects, or is empty; "
+            "name it .jsonl if every line is an object"
         )
     return _split_usable("row", values, where)
 
 
 def _split_usable(noun: str, rows: Iterable[Any], source: str) -> Instructions:
-    """Check rows, which are values or lines of JSON; skip empty lines."""
-    usable, broken = [], []
+    """Separate usable from broken rows; skip empty lines.
+
+    Args:
+        noun: What a row is called in messages: ``row`` or ``line``.
+        rows: The rows, as values or as encoded lines of JSON.
+        source: Where the rows come from.
+    """
+    usable = []
+    broken = []
     for number, row in enumerate(rows, start=1):
+        if isinstance(row, bytes) and not row.strip():
+            continue
         position = f"{noun} {number}"
         try:
-            if not isinstance(row, bytes):
-                checked = Instruction.model_validate(row)
-            elif row.strip():
-                checked = Instruction.model_validate_json(row)
-            else:
-                continue
-            usable.append(checked.model_copy(update={"position": position}))
+            instruction = _check_row(row)
         except ValidationError as error:
             problem = first_problem(error).removeprefix("'the file': ")
             broken.append(f"{position}: {problem}")
+        else:
+            usable.append(instruction.model_copy(update={"position": position}))
     return Instructions(usable, broken, source)
+
+
+def _check_row(row: Any) -> Instruction:
+    """Validate a row, which is a value or an encoded line of JSON."""
+    if isinstance(row, bytes):
+        return Instruction.model_validate_json(row)
+    return Instruction.model_validate(row)
 
 
 def refuse_broken(broken: list[str], source: str) -> None:
     """Raise :class:`DataError` if there are broken rows."""
     if broken:
+        first = "; ".join(broken[:_SHOWN])
         raise DataError(
-            f"{source} has {len(broken)} broken rows, the first: {'; '.join(broken[:_SHOWN])}. "
+            f"{source} has {len(broken)} broken rows, the first: {first}. "
             "Fix them, or skip them with data.broken_rows: skip"
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed
@@ -36,7 +38,7 @@ from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import train
 from emoe.layer import routed_layers
 
-_CALIBRATION_ROWS = 256
+_CALIBRATION_ROWS = 256  # the most rows that a conversion may calibrate with
 
 
 def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -54,32 +56,43 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         DefinitionError: A template or task does not exist, or settings do not fit the model.
         DataError: Rows are broken or too few, or the model is missing.
     """
-    training, tokenizer = spec.training, load_tokenizer(spec.model)
+    training = spec.training
+    tokenizer = load_tokenizer(spec.model)
     data = read_data(spec, tokenizer)
-    tasks = {entry: load_task(entry) for entry in spec.evaluation.tasks} if is_main() else {}
-    if is_main() and data.note:
-        progress.say(f"warning: {data.note}")
+    tasks: dict[EvaluationTask, dict[str, Any]] = {}
+    if is_main():
+        # loaded before the training, so that an unknown task ends the run early
+        tasks = {entry: load_task(entry) for entry in spec.evaluation.tasks}
+        if data.note:
+            progress.say(f"warning: {data.note}")
     counts = data.summary["train"]
     progress.say(
-        f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {counts['broken_rows']} broken left out, "
+        f"{len(data.train)} rows to learn, {len(data.held_out)} held out, "
+        f"{counts['broken_rows']} broken left out, "
         f"{counts['truncated_responses']} responses cut at {spec.data.max_length} tokens"
     )
+
     trainable = _build(spec, data)
     if trainable.prefix:
-        train_rows, held_out = (
-            rows.with_prefix(trainable.prefix, tokenizer) for rows in (data.train, data.held_out)
+        data = replace(
+            data,
+            train=data.train.with_prefix(trainable.prefix, tokenizer),
+            held_out=data.held_out.with_prefix(trainable.prefix, tokenizer),
         )
-        data = replace(data, train=train_rows, held_out=held_out)
-    if routed := routed_layers(trainable.model):
-        progress.say(f"experts in layers {', '.join(str(layer.ffn.index) for layer in routed)}")
+    routed = routed_layers(trainable.model)
+    if routed:
+        layers = ", ".join(str(layer.ffn.index) for layer in routed)
+        progress.say(f"experts in layers {layers}")
     probe = Probe()
     probe.observe(trainable.model, collator(tokenizer)([data.train[0]]))
+
     trained: dict[str, Any] = {"curve": [], "cost": Stopwatch().cost(0)}
     if isinstance(training, RunInstructionTraining):
         trained = train(
             trainable, tokenizer, spec, training, data.train, data.held_out, folder, progress, probe
         )
         trainable = _gather_model(spec, trainable)
+    # the main process evaluates alone
     destroy_process_group()
     if not is_main():
         return {}
@@ -91,19 +104,30 @@ def run(spec: InstructionSpec, folder: Path, progress: Progress) -> dict[str, An
         "precision": available_precision(training.precision),
         **trainable.prefix_cost(),
     }
-    if curve := trained.get("held_out_curve"):
-        curve.append(
-            {"step": cost["steps"], "loss": evaluated["scores"]["dev"][spec.task.name]["loss"]}
-        )
-    model = {"probe": probe.summary(), "model": trainable.summary}
-    return {**evaluated, **trained, **model, "cost": cost, "data": data.summary}
+    if trained.get("held_out_curve"):
+        # the training omits the last step, whose loss the evaluation computes
+        final_loss = evaluated["scores"]["dev"][spec.task.name]["loss"]
+        trained["held_out_curve"].append({"step": cost["steps"], "loss": final_loss})
+    return {
+        **evaluated,
+        **trained,
+        "probe": probe.summary(),
+        "model": trainable.summary,
+        "cost": cost,  # replaces the cost of the training alone
+        "data": data.summary,
+    }
 
 
 @dataclass(frozen=True)
 class Data:
-    """Hold the training rows of a run (whole steps), and the held-out rows.
+    """The rows of a run.
 
-    ``summary`` has the counts for ``metrics.json``; ``note`` is a warning about an unexpected row count, or None.
+    Attributes:
+        template: The template of the prompts.
+        train: The training rows, which fill whole steps.
+        held_out: The rows of the held-out loss.
+        summary: The counts for ``metrics.json``.
+        note: A warning about an unexpected row count, or None.
     """
 
     template: Template
@@ -114,56 +138,83 @@ class Data:
 
 
 def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read, check, split and encode the rows of a run (:class:`DataError` if rows are broken or too few)."""
-    settings, training, name = spec.data, spec.training, spec.task.name
+    """Read, check, split and encode the rows of a run.
+
+    Raises:
+        DataError: Rows are broken or too few.
+    """
+    settings = spec.data
+    name = spec.task.name
     instructions = load_instructions(name, spec.task.source)
     template = find_template(settings.template, spec.templates, tokenizer, spec.seed)
-    whole = EncodedRows(instructions.rows, template, settings.max_length)
-    broken = [*instructions.broken, *whole.broken]
+    encoded = EncodedRows(instructions.rows, template, settings.max_length)
+    broken = [*instructions.broken, *encoded.broken]
     if settings.broken_rows == "refuse":
         refuse_broken(broken, instructions.source)
-    order = list(range(len(whole)))
-    random.Random(derive_seed("held out", name)).shuffle(
-        order
-    )  # the same rows for all runs on the set
-    held_out, rest = (
-        order[: settings.held_out_rows],
-        order[settings.held_out_rows :][: settings.train_rows],
-    )
-    batch = training.batch_size if isinstance(training, RunInstructionTraining) else 1
-    learned = rest[: len(rest) // batch * batch]
+
+    # the seed of the shuffle is the name of the set, so that all runs on it hold out the same rows
+    order = list(range(len(encoded)))
+    random.Random(derive_seed("held out", name)).shuffle(order)
+    held_out = order[: settings.held_out_rows]
+    available = order[settings.held_out_rows :][: settings.train_rows]
+    # the rows of an incomplete step are omitted
+    batch_size = 1
+    if isinstance(spec.training, RunInstructionTraining):
+        batch_size = spec.training.batch_size
+    steps = len(available) // batch_size
+    learned = available[: steps * batch_size]
     if not learned:
         raise DataError(
-            f"{instructions.source} has {len(whole)} usable rows: {len(held_out)} are held out, "
-            f"and the rest does not fill a step of {batch}"
+            f"{instructions.source} has {len(encoded)} usable rows: {len(held_out)} are held out, "
+            f"and the rest does not fill a step of {batch_size}"
         )
+
+    # the file of sets may lack the set of an older run
     entry = load_benchmark(spec.benchmark).tasks.get(name)
     note = instructions.describe(name, entry.rows).note if entry else None
-    train_rows, held_out_rows = whole.select(learned), whole.select(held_out)
+    train_rows = encoded.select(learned)
+    held_out_rows = encoded.select(held_out)
     shared = {"source": instructions.source, "template": template.name, "broken_rows": len(broken)}
-    summary = {"train": shared | train_rows.summary(), "held_out": shared | held_out_rows.summary()}
+    summary = {
+        "train": {**shared, **train_rows.summary()},
+        "held_out": {**shared, **held_out_rows.summary()},
+    }
     return Data(template, train_rows, held_out_rows, summary, note)
 
 
 def _build(spec: InstructionSpec, data: Data) -> Trainable:
-    """Build the model; if it is sharded, only the main process loads weights and distributes them."""
-    collate, count = collator(data.template.tokenizer), min(len(data.train), _CALIBRATION_ROWS)
-    calibration = (model_inputs(collate([data.train[row]])) for row in range(count))
+    """Build the model of a run.
+
+    If it is sharded, the main process loads the weights and distributes them.
+    """
     if not is_sharded():
-        return build_language_model(spec, calibration)
-    built = build_language_model(spec, calibration) if is_main() else None
-    partition = broadcast(None if built is None else permutations(built.model))
-    if built is None:
+        return build_language_model(spec, _calibration_batches(data))
+    # only the main process has the weights, which determine the partition of the neurons
+    if is_main():
+        built = build_language_model(spec, _calibration_batches(data))
+        broadcast(permutations(built.model))
+    else:
+        partition = broadcast(None)
         built = build_language_model(spec, partition=partition or None, empty=True)
     shard_(cast(PreTrainedModel, built.model), available_precision(spec.training.precision))
     return built
+
+
+def _calibration_batches(data: Data) -> Iterator[dict[str, Tensor]]:
+    """Yield the model inputs of the first training rows, one row a batch."""
+    collate = collator(data.template.tokenizer)
+    count = min(len(data.train), _CALIBRATION_ROWS)
+    for number in range(count):
+        yield model_inputs(collate([data.train[number]]))
 
 
 def _gather_model(spec: InstructionSpec, trainable: Trainable) -> Trainable:
     """Gather the trained model on the main process; return it unchanged if it is not sharded."""
     if not is_sharded():
         return trainable
-    state, partition = trained_state(trainable.model), permutations(trainable.model)
+    # all processes take part in the gathering, but only the main one gets whole tensors
+    state = trained_state(trainable.model)
+    partition = permutations(trainable.model)
     if not is_main():
         return trainable
     whole = build_language_model(spec, partition=partition or None)
@@ -178,36 +229,44 @@ def _evaluate(
     tasks: Mapping[EvaluationTask, dict[str, Any]],
     progress: Progress,
 ) -> dict[str, Any]:
-    evaluation, precision = spec.evaluation, available_precision(spec.training.precision)
-    model, tokenizer = cast(PreTrainedModel, trainable.model), data.template.tokenizer
+    """Compute the held-out loss, the scores of lm-eval's tasks, and some answers.
+
+    Returns:
+        The parts ``scores``, ``tasks``, ``answers`` and ``routing`` of ``metrics.json``.
+    """
+    evaluation = spec.evaluation
+    precision = available_precision(spec.training.precision)
+    model = cast(PreTrainedModel, trainable.model)
+    tokenizer = data.template.tokenizer
     if torch.cuda.is_available():
-        gc.collect()  # memory of the training
+        # free the memory of the training
+        gc.collect()
         torch.cuda.empty_cache()
+        # a gathered or untrained model is still on the CPU
         cast(Any, model).to("cuda")
     model.eval()
     model.config.use_cache = True
     progress.say("evaluating on held-out instructions")
-    loss, routing = evaluate_with_routing(
-        model,
-        lambda: held_out_loss(model, data.held_out, tokenizer, evaluation.batch_size, precision),
+    compute_loss = partial(
+        held_out_loss, model, data.held_out, tokenizer, evaluation.batch_size, precision
     )
-    evaluated = {}
+    loss, routing = evaluate_with_routing(model, compute_loss)
+    results = {}
     for entry, loaded in tasks.items():
         progress.say(f"evaluating on {entry.title}")
         result = run_task(
             model, tokenizer, entry, loaded, evaluation.batch_size, precision, trainable.prefix
         )
-        evaluated[entry.title] = result
+        results[entry.title] = result
     instructions = [row.source for row in data.held_out.rows[: evaluation.generations]]
     progress.say(f"answering {len(instructions)} instructions")
+    answers = generate_answers(model, data.template, instructions, evaluation.new_tokens, precision)
     return {
         "scores": {
             "dev": {spec.task.name: {"loss": loss}},
-            "test": {name: result["scores"] for name, result in evaluated.items()},
+            "test": {name: result["scores"] for name, result in results.items()},
         },
-        "tasks": evaluated,
-        "answers": generate_answers(
-            model, data.template, instructions, evaluation.new_tokens, precision
-        ),
+        "tasks": results,
+        "answers": answers,
         "routing": routing,
     }

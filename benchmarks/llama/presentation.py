@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -32,80 +32,145 @@ _LIKELIHOOD = (
     "Right answer: its negative log-likelihood per byte; less is better. "
     "By length: the answer is the choice with the highest likelihood per letter. "
 )
-_NEGATIVE_LOGS = "the right answers' nats per byte (negative log-likelihood divided by bytes)"
-# texts of a metric's table of tests: words, end of the title, first sentence
-_TESTED = {
-    ACCURACY: ("accuracy", "", ""),
-    NATS: (_NEGATIVE_LOGS, ", by nats per byte", "Less is better. "),
-}
 _LONGEST = 300  # letters of a text in a table
 _MMLU = "mmlu"
 
 
+class _TestTexts(NamedTuple):
+    """The texts of a table of tests that depend on the metric.
+
+    Attributes:
+        metric: The metric in words.
+        title_end: The end of the title.
+        note: The first sentence of the caption.
+    """
+
+    metric: str
+    title_end: str
+    note: str
+
+
+_TESTED = {
+    ACCURACY: _TestTexts("accuracy", "", ""),
+    NATS: _TestTexts(
+        "the right answers' nats per byte (negative log-likelihood divided by bytes)",
+        ", by nats per byte",
+        "Less is better. ",
+    ),
+}
+
+
 def results(outcomes: InstructionOutcomes) -> Table:
     """Make a table of held-out loss and accuracy by tuning and method."""
-    frame = outcomes.cells().join(_means(outcomes.numbers("dev", "loss"), "loss"), on=CELL)
-    columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
-    for against, words in _reference_titles(outcomes).items():
-        frame = common.with_numbers(
-            frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} "
-        )
-        interval = (f"{against} low", f"{against} high")
-        columns.append(
-            Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True)
-        )
-    for task, tested in outcomes.eval_tasks.items():
-        parts = {
-            ACCURACY: "",
-            "accuracy_macro": ", mean of subjects",
-            "accuracy_norm": ", by length",
-        }
-        parts |= {NATS: ", right answer", "task_score": f", {tested.metric}"}
-        for metric, word in parts.items():
-            name = f"{task} {metric}"
-            frame = frame.join(_means(outcomes.numbers("test", metric, task), name), on=CELL)
-            columns.append(
-                Column(metric, name, f"{format_task(task)}{word}", std=f"{name} std", best=True)
-            )
-    chosen = (
-        "Rows show the learning rate with the lowest held-out loss. "
-        if outcomes.rates_chosen
-        else ""
-    )
+    losses, loss_columns = _with_losses(outcomes.cells(), outcomes)
+    losses_and_scores, score_columns = _with_scores(losses, outcomes)
+    likelihood_note = "" if outcomes.tests[NATS].empty else _LIKELIHOOD
+    rate_note = ""
+    if outcomes.rates_chosen:
+        rate_note = "Rows show the learning rate with the lowest held-out loss. "
+    baseline = outcomes.baseline_title
     return Table(
         "Held-out loss and accuracy",
-        f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over the response tokens "
-        f"of held-out instructions. {'' if outcomes.tests[NATS].empty else _LIKELIHOOD}{_questions_note(outcomes)}"
-        f"Δ to {outcomes.baseline_title} compares with the equally tuned {outcomes.baseline_title}, paired by seed; "
-        "for an untuned model it is the cost of conversion. Δ to not tuned compares with the same untuned method; it "
-        "is the gain of tuning. Both have a 95 % confidence interval over seeds (Student's t). "
-        f"{chosen}Bold marks the best method of a tuning, without controls.",
+        f"Mean ± standard deviation over n seeds. {outcomes.shared_note} The loss is the mean over "
+        f"the response tokens of held-out instructions. {likelihood_note}"
+        f"{_questions_note(outcomes)}Δ to {baseline} compares with the equally tuned {baseline}, "
+        "paired by seed; for an untuned model it is the cost of conversion. Δ to not tuned "
+        "compares with the same untuned method; it is the gain of tuning. Both have a 95 % "
+        "confidence interval over seeds (Student's t). "
+        f"{rate_note}Bold marks the best method of a tuning, without controls.",
         {**_key_headings(outcomes), "n": "n"},
-        columns,
-        outcomes.order(frame, CELL),
+        [*loss_columns, *score_columns],
+        outcomes.order(losses_and_scores, CELL),
         group=("model", "task", "tuning"),
         origins=outcomes.shared,
     )
 
 
+def _with_losses(
+    cells: pd.DataFrame, outcomes: InstructionOutcomes
+) -> tuple[pd.DataFrame, list[Column]]:
+    """Add the held-out loss of each cell, and its differences to the references.
+
+    Returns:
+        The extended frame, and the columns of the table.
+    """
+    frame = cells.join(_means(outcomes.numbers("dev", "loss"), "loss"), on=CELL)
+    columns = [Column("loss", "loss", "Held-out loss", std="loss std", best=True)]
+    for against, title in _reference_titles(outcomes).items():
+        differences = outcomes.loss_differences(against).drop(columns="p")
+        frame = common.with_numbers(frame, CELL, differences, f"{against} ")
+        column = Column(
+            "loss",
+            f"{against} delta",
+            f"Δ loss to {title}",
+            interval=(f"{against} low", f"{against} high"),
+            signed=True,
+        )
+        columns.append(column)
+    return frame, columns
+
+
+def _with_scores(
+    cells: pd.DataFrame, outcomes: InstructionOutcomes
+) -> tuple[pd.DataFrame, list[Column]]:
+    """Add the scores of each cell on the evaluated tasks.
+
+    Returns:
+        The extended frame, and the columns of the table. A score that a task lacks is nan.
+    """
+    frame = cells
+    columns = []
+    for task, result in outcomes.eval_tasks.items():
+        # the end of a column's heading, by metric
+        endings = {
+            ACCURACY: "",
+            "accuracy_macro": ", mean of subjects",
+            "accuracy_norm": ", by length",
+            NATS: ", right answer",
+            "task_score": f", {result.metric}",
+        }
+        for metric, ending in endings.items():
+            name = f"{task} {metric}"
+            means = _means(outcomes.numbers("test", metric, task), name)
+            frame = frame.join(means, on=CELL)
+            heading = f"{format_task(task)}{ending}"
+            columns.append(Column(metric, name, heading, std=f"{name} std", best=True))
+    return frame, columns
+
+
 def _means(values: pd.Series[float], name: str) -> pd.DataFrame:
-    """Return the columns ``<name>`` and ``<name> std``: mean and standard deviation over the seeds of each cell."""
+    """Summarize the values of each cell over seeds.
+
+    Returns:
+        The columns ``<name>``, which has the mean, and ``<name> std``, the standard deviation.
+    """
     return values.groupby(CELL, sort=False).agg(**{name: "mean", f"{name} std": "std"})
 
 
 def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
-    """Make a table of tests paired by question, against the equally tuned baseline and the same untuned method."""
+    """Make a table of tests paired by question.
+
+    Each method is compared with the baseline of the same tuning, and with itself before tuning.
+    """
     frame = outcomes.order(outcomes.tests[metric], CELL)
+    # titles instead of names
     frame["against"] = frame["against"].map(_reference_titles(outcomes))
     frame["eval_task_title"] = frame["eval_task"].map(format_task)
-    words, title, note = _TESTED[metric]
-    keys = {**_key_headings(outcomes), "against": "Against", "eval_task_title": "Task"}
+    texts = _TESTED[metric]
+    keys = {
+        **_key_headings(outcomes),
+        "against": "Against",
+        "eval_task_title": "Task",
+        "questions": "Questions",
+        "seeds": "Seeds",
+    }
     return common.tests_table(
-        f"{outcomes.baseline_title}, and against the untuned model{title}",
-        f"{note}Differences of {words} to the equally tuned {outcomes.baseline_title} and to the same untuned method, "
-        "paired by question. Each question is averaged over the seeds that both have. A test over questions "
-        "generalises to other questions, not to other seeds.",
-        {**keys, "questions": "Questions", "seeds": "Seeds"},
+        f"{outcomes.baseline_title}, and against the untuned model{texts.title_end}",
+        f"{texts.note}Differences of {texts.metric} to the equally tuned {outcomes.baseline_title} "
+        "and to the same untuned method, paired by question. Each question is averaged over the "
+        "seeds that both have. A test over questions generalises to other questions, not to other "
+        "seeds.",
+        keys,
         metric,
         frame,
     )
@@ -113,30 +178,37 @@ def tests(outcomes: InstructionOutcomes, metric: str) -> Table:
 
 def answers(outcomes: InstructionOutcomes) -> Table:
     """Make a table of greedy answers to held-out instructions."""
-
-    def shorten(text: str) -> str:
-        words = " ".join(text.split())
-        return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"
-
-    def shortened(metrics: Metrics) -> Iterator[Row]:
-        for number, answer in enumerate(metrics.answers or (), start=1):
-            instruction = "\n".join(filter(None, (answer.instruction, answer.input)))
-            yield number, shorten(instruction), shorten(answer.answer)
-
-    rows = outcomes.collect_rows(["number", "asked", "answer"], shortened)
-    first = rows.drop_duplicates([*CELL, "number"]).drop(columns=["run_id", "seed"])
+    all_seeds = outcomes.collect_rows(["number", "asked", "answer"], _short_answers)
+    # rows are in the order of the runs, so the first row of a cell has its first seed
+    first_seed = all_seeds.drop_duplicates([*CELL, "number"]).drop(columns=["run_id", "seed"])
     return Table(
         "Answers to held-out instructions",
-        f"Greedy answers of the first seed of each row, cut at {_LONGEST} letters. `metrics.json` has the whole "
-        "answers.",
+        f"Greedy answers of the first seed of each row, cut at {_LONGEST} letters. `metrics.json` "
+        "has the whole answers.",
         {"number": "No", "asked": "Instruction", **_key_headings(outcomes)},
         [],
-        outcomes.order(first, ["number", *CELL]),
+        outcomes.order(first_seed, ["number", *CELL]),
         notes={"answer": "Answer"},
     )
 
 
-_DATA = {
+def _short_answers(metrics: Metrics) -> Iterator[Row]:
+    """Yield number, instruction and answer of each answered instruction of a run, shortened."""
+    for number, answer in enumerate(metrics.answers or (), start=1):
+        instruction = f"{answer.instruction}\n{answer.input}"
+        yield number, _shorten(instruction), _shorten(answer.answer)
+
+
+def _shorten(text: str) -> str:
+    """Write a text in one line, and cut it to the longest text of a table."""
+    line = " ".join(text.split())
+    if len(line) <= _LONGEST:
+        return line
+    return f"{line[: _LONGEST - 1]}…"
+
+
+# headings of the counts of a set
+_COUNT_HEADINGS = {
     "rows": "Rows",
     "tokens": "Tokens",
     "learned_tokens": "of responses",
@@ -151,19 +223,29 @@ def data(outcomes: InstructionOutcomes) -> Table:
     """Make a table of row and token counts: learned, held out, cut and broken."""
     rows = []
     for record in outcomes.chosen:
-        names = {"model": record.run.model, "task": record.run.task}
-        for split, counts in (record.metrics.data or {}).items():
-            if split != "train" or record.run.is_trained:
-                given = sorted(counts.model_dump(exclude_unset=True).items())
-                rows.append({**names, "part": split.replace("_", " "), **dict(given)})
+        run = record.run
+        summaries = record.metrics.data or {}
+        for part, summary in summaries.items():
+            if part == "train" and not run.is_trained:
+                continue  # these rows were read, but not learned
+            counts = summary.model_dump(exclude_unset=True)
+            row = {
+                "model": run.model,
+                "task": run.task,
+                "part": part.replace("_", " "),
+                **{name: counts[name] for name in sorted(counts)},
+            }
+            rows.append(row)
+    # all runs on a set with the same tokenizer have the same counts
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["task_title"] = [outcomes.title("task", name) for name in frame["task"]]
     return Table(
         "Instructions",
-        "Only the tokens of responses are learned. Responses are cut at the maximum length. A row is broken if its "
-        "prompt alone is longer, or if it lacks a field, is empty, or is not UTF-8.",
+        "Only the tokens of responses are learned. Responses are cut at the maximum length. A row "
+        "is broken if its prompt alone is longer, or if it lacks a field, is empty, or is not "
+        "UTF-8.",
         {"task_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
-        [Column("count", name, heading) for name, heading in _DATA.items()],
+        [Column("count", name, heading) for name, heading in _COUNT_HEADINGS.items()],
         frame,
         notes={"source": "Source"},
     )
@@ -183,100 +265,155 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 
 def paper(outcomes: InstructionOutcomes) -> Table:
     """Make a table of our MMLU accuracies and the paper's."""
-    published = common.read_published(outcomes.benchmark).assign(
-        value=lambda frame: frame["value"] / 100, eval_task_paper="MMLU (shots unknown)"
-    )
-    ours = [
-        common.our_means(outcomes.numbers("test", ACCURACY, task), CELL).assign(
-            eval_task_title=format_task(task)
-        )
-        for task in outcomes.eval_tasks
-    ]
-    measured = (
-        pd.concat(ours)
-        if ours
-        else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "eval_task_title"])
-    )
-    frame = published.merge(measured, on=["model", "tuning", "method"], how="outer", sort=False)
-    frame = frame.fillna({"eval_task_title": frame["eval_task_paper"], "variant": ""})
-    is_mmlu = frame["eval_task_title"].str.startswith(f"{_MMLU.upper()} (")
-    frame["difference"] = (frame["ours"] - frame["value"]).where(is_mmlu)
-    frame = outcomes.order(frame.assign(task=""), CELL)
+    points = common.read_published(outcomes.benchmark)
+    published = points.assign(value=points["value"] / 100, eval_task_paper="MMLU (shots unknown)")
+    ours = _accuracy_means(outcomes)
+    merged = published.merge(ours, on=["model", "tuning", "method"], how="outer", sort=False)
+    # rows that only the paper has
+    named = merged.fillna({"eval_task_title": merged["eval_task_paper"], "variant": ""})
+    # other tasks, such as MMLU-dev, have other questions
+    is_mmlu = named["eval_task_title"].str.startswith("MMLU (")
+    difference = (named["ours"] - named["value"]).where(is_mmlu)
+    # the paper's rows have no set, so no row shows one
+    compared = named.assign(difference=difference, task="")
     return common.published_table(
         "The paper's MMLU accuracies beside ours",
-        "Status: published (quoted by others; the paper's full tables were not available). The paper's number of "
-        "shots, and its learning rate and epochs of LoRA, are unknown. A dash: not run by this suite, or unavailable. "
-        "Results with another model, other data and other questions neither confirm nor refute a published value. Only "
-        f"MMLU itself has a difference. {outcomes.shared_note}",
+        "Status: published (quoted by others; the paper's full tables were not available). The "
+        "paper's number of shots, and its learning rate and epochs of LoRA, are unknown. A dash: "
+        "not run by this suite, or unavailable. Results with another model, other data and other "
+        "questions neither confirm nor refute a published value. Only MMLU itself has a "
+        f"difference. {outcomes.shared_note}",
         {**_key_headings(outcomes), "eval_task_title": "Task"},
-        frame,
+        outcomes.order(compared, CELL),
         origins=outcomes.shared,
     )
 
 
+def _accuracy_means(outcomes: InstructionOutcomes) -> pd.DataFrame:
+    """Compute :func:`.common.our_means` of the accuracy of each cell and evaluated task."""
+    means = []
+    for task in outcomes.eval_tasks:
+        task_means = common.our_means(outcomes.numbers("test", ACCURACY, task), CELL)
+        means.append(task_means.assign(eval_task_title=format_task(task)))
+    if not means:
+        return pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "eval_task_title"])
+    return pd.concat(means)
+
+
 TABLES: dict[str, Callable[..., Table]] = {
-    **{table.__name__: table for table in (results, answers, data, cost, paper)},
+    "results": results,
+    "answers": answers,
+    "data": data,
+    "cost": cost,
+    "paper": paper,
     "tests": partial(tests, metric=ACCURACY),
     "nats_tests": partial(tests, metric=NATS),
 }
 
 
 def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
-    """Yield a sentence per tuning and method, with differences to the baseline and gains of tuning."""
+    """Yield a sentence for each cell of a method, on its differences to baseline and untuned model.
+
+    Controls have no sentence.
+    """
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"]
     losses = outcomes.order(outcomes.loss_differences(BASELINE), CELL)
-    for row in losses[losses["method"].map(outcomes.role) == "method"].to_dict("records"):
-        cell = tuple(row[key] for key in CELL)
-        words = [
-            f"held-out loss {row['delta']:+z.3f}{common.interval_text(row['low'], row['high'], 3)}"
+    is_method = losses["method"].map(outcomes.role) == "method"
+    for row in losses[is_method].to_dict("records"):
+        interval = common.interval_text(row["low"], row["high"], 3)
+        findings = [
+            f"held-out loss {row['delta']:+z.3f}{interval}",
+            *_gain_texts(outcomes, row, gains),
+            *_test_texts(outcomes, row),
         ]
-        tuned = {
-            row["method_title"]: cell,
-            outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, ""),
-        }
-        if by_tuning := [
-            f"{title} {gains[of]:+z.3f}" for title, of in tuned.items() if of in gains.index
-        ]:
-            words.append(f"by tuning: {', '.join(by_tuning)}")
-        for metric, tests in outcomes.tests.items():
-            of_cell = (tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)
-            for test in tests[of_cell].itertuples():
-                words.append(f"{format_task(test.eval_task)} {_difference_text(test, metric)}")
-        titles = [row[key] for key in _key_headings(outcomes)]
-        yield f"{', '.join(titles[:-1])}, against {outcomes.baseline_title}: {titles[-1]}: {'; '.join(words)}."
+        # the method is the last key
+        *names, method = [row[key] for key in _key_headings(outcomes)]
+        yield (
+            f"{', '.join(names)}, against {outcomes.baseline_title}: {method}: "
+            f"{'; '.join(findings)}."
+        )
+
+
+def _gain_texts(
+    outcomes: InstructionOutcomes, row: Mapping[Hashable, Any], gains: pd.Series[float]
+) -> list[str]:
+    """Describe what tuning changed in the loss of a method and of its baseline.
+
+    Args:
+        outcomes: The results.
+        row: The cell of the method, with its title.
+        gains: The difference to the untuned model of each cell that has one.
+
+    Returns:
+        One text; none if neither cell has a difference.
+    """
+    group = [row[key] for key in GROUP]
+    # the cells of the method and of the baseline, by title
+    cells = {
+        row["method_title"]: tuple(row[key] for key in CELL),
+        outcomes.baseline_title: (*group, outcomes.baseline, ""),
+    }
+    texts = [f"{title} {gains[cell]:+z.3f}" for title, cell in cells.items() if cell in gains.index]
+    if not texts:
+        return []
+    return [f"by tuning: {', '.join(texts)}"]
+
+
+def _test_texts(outcomes: InstructionOutcomes, row: Mapping[Hashable, Any]) -> list[str]:
+    """Describe the tests of a cell against the baseline: one text for each task and metric."""
+    cell = [row[key] for key in CELL]
+    texts = []
+    for metric, all_tests in outcomes.tests.items():
+        is_of_cell = (all_tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)
+        for test in all_tests[is_of_cell].itertuples():
+            texts.append(f"{format_task(test.eval_task)} {_difference_text(test, metric)}")
+    return texts
 
 
 def _difference_text(test: Any, metric: str) -> str:
+    """Describe the difference of a test, with its interval and its verdict, if any."""
     if metric == ACCURACY:
         return common.difference_text(test, " points")
+    # nats per byte are not shares, so they are not in points
     interval = common.interval_text(test.low, test.high, 3)
-    return ", ".join(
-        filter(
-            None, (f"{test.delta:+z.3f}{interval} nats per byte of the right answer", test.verdict)
-        )
-    )
+    difference = f"{test.delta:+z.3f}{interval} nats per byte of the right answer"
+    return f"{difference}, {test.verdict}" if test.verdict else difference
 
 
 def _key_headings(outcomes: InstructionOutcomes) -> dict[str, str]:
-    """Return the headings of the key columns; include the set if there are several."""
-    sets = {"task_title": "Set"} if outcomes.several_sets else {}
-    return {"model_title": "Model", **sets, "tuning_title": "Tuned", "method_title": "Method"}
+    """Return the headings of the key columns, with the set if there are several."""
+    headings = {"model_title": "Model"}
+    if outcomes.several_sets:
+        headings["task_title"] = "Set"
+    headings["tuning_title"] = "Tuned"
+    headings["method_title"] = "Method"
+    return headings
 
 
 def _questions_note(outcomes: InstructionOutcomes) -> str:
-    """Return sentences on the number of questions of each task and the standard error of its accuracy."""
-    words = [
-        f"{format_task(task)} has {tested.questions:,} questions; the standard error of one accuracy near 30 % is "
-        f"{45.8 / math.sqrt(tested.questions):.1f} points"
-        f"{'; chance is 25 %' if task.startswith(_MMLU) else ''}"
-        for task, tested in outcomes.eval_tasks.items()
-        if tested.metric == "acc"
-    ]
-    is_dev = any(task.startswith("mmlu_dev") for task in outcomes.eval_tasks)
-    dev = (
-        "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test questions. "
-    )
-    return f"{'; '.join(words)}. {dev if is_dev else ''}" if words else ""
+    """Return sentences on the number of questions of each task and the error of its accuracy."""
+    notes = []
+    for task, result in outcomes.eval_tasks.items():
+        if result.metric != "acc":
+            continue
+        # in points: 100 times the root of 0.3 (1 - 0.3) / n
+        standard_error = 45.8 / math.sqrt(result.questions)
+        note = (
+            f"{format_task(task)} has {result.questions:,} questions; the standard error of one "
+            f"accuracy near 30 % is {standard_error:.1f} points"
+        )
+        if task.startswith(_MMLU):
+            note = f"{note}; chance is 25 %"
+        notes.append(note)
+    if not notes:
+        return ""
+    dev_note = ""
+    if any(task.startswith("mmlu_dev") for task in outcomes.eval_tasks):
+        dev_note = (
+            "MMLU-dev has MMLU's few-shot development questions from lm-eval, not its test "
+            "questions. "
+        )
+    return f"{'; '.join(notes)}. {dev_note}"
 
 
 def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
@@ -285,14 +422,14 @@ def _reference_titles(outcomes: InstructionOutcomes) -> dict[str, str]:
 
 
 _NOTE = (
-    "Losses are paired by seed, with a 95 % confidence interval if there are several seeds. Accuracies are paired by "
-    "question, with an interval over questions; verdicts are corrected with Holm's procedure over all rows of the "
-    "table of tests."
+    "Losses are paired by seed, with a 95 % confidence interval if there are several seeds. "
+    "Accuracies are paired by question, with an interval over questions; verdicts are corrected "
+    "with Holm's procedure over all rows of the table of tests."
 )
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present finished runs."""
+    """Present the finished runs of the benchmark."""
     outcomes = InstructionOutcomes(benchmark, records)
     sentences = list(verdicts(outcomes))
     return Presentation(

@@ -1,8 +1,9 @@
-"""MMLU-dev: the few-shot development questions of MMLU, which ship inside lm-eval, as tasks of lm-eval.
+"""MMLU-dev: the few-shot development questions of MMLU as tasks of lm-eval, which ships them.
 
-There are 281 questions, about five per subject. Scores are not comparable with those of MMLU's 14,042 test questions.
-Prompt, choices, metric and categories come from lm-eval's MMLU files, so the same code scores both. The questions
-have two of lm-eval's forms: the answer is the letter of a choice, or the choice itself as a continuation.
+There are 281 questions, about five per subject. Scores are not comparable with those of the 14,042
+test questions of MMLU. Prompt, choices, metric and categories come from lm-eval's MMLU files, so
+the same code scores both. The questions have two of lm-eval's forms: the answer is the letter of a
+choice, or the choice itself as a continuation.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,26 +21,31 @@ from filelock import FileLock
 from benchmarks.harness.base import QUESTIONS, DataError, write_text
 
 MMLU_DEV = "mmlu_dev"
+# groups: question, choices A to D
 _QUESTION = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
 _ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
-_FIFTH = "(E)"  # one question of college chemistry has five choices, and the fifth is right
+# one question of college chemistry has five choices, and the fifth is right
+_FIFTH = "(E)"
 _SPLIT = "questions"
-_LAST_SUBJECT = "world_religions"  # in alphabetical order, in which they are written
-_SHA256 = "2bf5de78578617eb2fccbb25df2a86ab6682dfb19e822d4347450623d7756568"  # of all subjects and questions
+# subjects are written in alphabetical order
+_LAST_SUBJECT = "world_religions"
+# of all subjects and questions
+_SHA256 = "2bf5de78578617eb2fccbb25df2a86ab6682dfb19e822d4347450623d7756568"
 # lm-eval's folder of each form, and the suffix of our task names
 _FORMS = {"default": "", "continuation": "_continuation"}
 
 
 def is_mmlu_dev(task: str) -> bool:
-    """Return True if a task of lm-eval is MMLU-dev, one of its categories or one of its subjects."""
+    """Return True if a task of lm-eval is MMLU-dev or one of its categories or subjects."""
     return task == MMLU_DEV or task.startswith(f"{MMLU_DEV}_")
 
 
 def ensure_mmlu_dev() -> Path:
-    """Write the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines, and return their folder.
+    """Write MMLU-dev's questions and tasks if they are missing, and return their folder.
 
-    If they exist, nothing is written. Concurrent runs wait. The YAML names the questions' files from the working
-    directory, so that a copy of a checkout reads its own.
+    The questions are JSON lines. The tasks are YAML files for ``lm_eval --include_path``.
+    Concurrent runs wait. The YAML names the files of questions relative to the working directory,
+    so that a copy of a checkout reads its own questions.
 
     Raises:
         DataError: lm-eval's questions are not those of lm-eval 0.4.13.
@@ -53,63 +59,98 @@ def ensure_mmlu_dev() -> Path:
 
 
 def _are_written(folder: Path) -> bool:
-    groups = [folder / f"{MMLU_DEV}{ending}.yaml" for ending in _FORMS.values()]
+    """Return True if a folder has all files, and its tasks read the questions beside them."""
+    last_files = [folder / f"{MMLU_DEV}{ending}.yaml" for ending in _FORMS.values()]
     last_task = folder / f"{MMLU_DEV}_{_LAST_SUBJECT}_continuation.yaml"
-    if not all(file.exists() for file in (*groups, last_task)):
+    last_files.append(last_task)
+    if not all(file.exists() for file in last_files):
         return False
-    # version 0.1 wrote absolute paths, and the copy of a checkout then asked the questions of the first one
+    # version 0.1 wrote absolute paths: the copy of a checkout then asked the first one's questions
     questions = folder / f"{_LAST_SUBJECT}.jsonl"
     return f"{_SPLIT}: {questions}\n" in last_task.read_text(encoding="utf-8")
 
 
 def _write_tasks(folder: Path) -> None:
+    """Write the questions and tasks of all subjects, then the groups of tasks."""
     import lm_eval
 
     mmlu = Path(lm_eval.__file__).parent / "tasks" / "mmlu"
     files = sorted((mmlu / "flan_cot_fewshot").glob("mmlu_*.yaml"))
     samples = {file.name: _read(file)["fewshot_config"]["samples"] for file in files}
-    if hashlib.sha256(json.dumps(samples).encode()).hexdigest() != _SHA256:
+    digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+    if digest != _SHA256:
         raise DataError(
             f"the questions inside lm-eval {lm_eval.__version__} are not those of lm-eval 0.4.13, "
             "from which MMLU-dev is made"
         )
-    for name, shots in samples.items():
-        subject = name.removeprefix("mmlu_").removesuffix(".yaml")
-        questions = folder / f"{subject}.jsonl"
-        rows = [_question(sample) for sample in shots if _FIFTH not in sample["question"]]
-        write_text(questions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        for form, ending in _FORMS.items():
-            task = _read(mmlu / form / f"_{form}_template_yaml") | _read(mmlu / form / name)
-            task |= {
-                "task_alias": subject,
-                "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {_SPLIT: str(questions)}},
-                # shots are the subject's other questions: lm-eval omits the evaluated one
-                "test_split": _SPLIT,
-                "fewshot_split": _SPLIT,
-            }
-            del task["include"], task["dataset_name"]
-            _write_yaml(folder / f"{MMLU_DEV}_{subject}{ending}.yaml", task)
+    for task_file, subject_samples in samples.items():
+        _write_subject(folder, mmlu, task_file, subject_samples)
     for form in _FORMS:
-        groups = [_read(file) for file in (mmlu / form).glob("_mmlu*.yaml")]
-        # the group of all subjects (shortest name) is last, because its file marks the folder as complete
-        for group in sorted(groups, key=lambda group: len(group["group"]), reverse=True):
-            _write_yaml(folder / f"{group['group']}.yaml", group)
+        _write_groups(folder, mmlu / form)
+
+
+def _write_subject(
+    folder: Path, mmlu: Path, task_file: str, samples: Sequence[Mapping[str, str]]
+) -> None:
+    """Write the questions of a subject, and its task in each form.
+
+    Args:
+        folder: The folder of MMLU-dev.
+        mmlu: The folder of lm-eval's MMLU tasks.
+        task_file: The name of the subject's file in each form's folder, such as
+            ``mmlu_anatomy.yaml``.
+        samples: The subject's few-shot examples.
+    """
+    subject = task_file.removeprefix("mmlu_").removesuffix(".yaml")
+    questions = folder / f"{subject}.jsonl"
+    rows = [_question(sample) for sample in samples if _FIFTH not in sample["question"]]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(questions, "".join(lines))
+    for form, ending in _FORMS.items():
+        task = {
+            **_read(mmlu / form / f"_{form}_template_yaml"),
+            **_read(mmlu / form / task_file),
+            "task_alias": subject,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {_SPLIT: str(questions)}},
+            # shots are the subject's other questions: lm-eval omits the evaluated one
+            "test_split": _SPLIT,
+            "fewshot_split": _SPLIT,
+        }
+        # the template is merged already, and a JSON file has no named configuration
+        del task["include"]
+        del task["dataset_name"]
+        _write_yaml(folder / f"{MMLU_DEV}_{subject}{ending}.yaml", task)
+
+
+def _write_groups(folder: Path, form_folder: Path) -> None:
+    """Write the groups of tasks of one form: MMLU's categories, then all subjects."""
+    groups = [_read(file) for file in form_folder.glob("_mmlu*.yaml")]
+    # all subjects (the shortest name) are last, because their file marks the folder as complete
+    groups.sort(key=lambda group: len(group["group"]), reverse=True)
+    for group in groups:
+        _write_yaml(folder / f"{group['group']}.yaml", group)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read one of lm-eval's YAML files; rename groups, tasks and tags: ``mmlu_…`` to ``mmlu_dev_…``."""
-    text = re.sub(r"(?m)\bmmlu(?=_|$)", MMLU_DEV, file.read_text(encoding="utf-8"))
-    content: dict[str, Any] = yaml.safe_load(text)
+    """Read one of lm-eval's YAML files.
+
+    Groups, tasks and tags are renamed from ``mmlu…`` to ``mmlu_dev…``.
+    """
+    text = file.read_text(encoding="utf-8")
+    renamed = re.sub(r"(?m)\bmmlu(?=_|$)", MMLU_DEV, text)
+    content: dict[str, Any] = yaml.safe_load(renamed)
     return content
 
 
 def _question(sample: Mapping[str, str]) -> dict[str, Any]:
     """Convert a few-shot example to MMLU's form: question, choices and number of the answer."""
+    # the digest of all questions guarantees that both patterns match
     match = cast(re.Match[str], _QUESTION.fullmatch(sample["question"].strip()))
     answer = cast(re.Match[str], _ANSWER.search(sample["target"].strip()))
     question, *choices = (text.strip() for text in match.groups())
-    return {"question": question, "choices": choices, "answer": "ABCD".index(answer[1])}
+    letter = answer[1]
+    return {"question": question, "choices": choices, "answer": "ABCD".index(letter)}
 
 
 def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:

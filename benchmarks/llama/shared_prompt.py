@@ -1,9 +1,10 @@
-"""Score lm-eval's questions on a CPU with one forward pass per question: all choices share the prompt."""
+"""Score questions of lm-eval on a CPU with one forward pass each: choices share their prompt."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -13,19 +14,23 @@ from torch import Tensor
 
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest
 
+# lm-eval's form: the texts of prompt and choice, the prompt's tokens, the choice's tokens
 Request = tuple[tuple[str, str], list[int], list[int]]
+# a choice's log-likelihood, and True if it is the greedy continuation
 Answer = tuple[float, bool]
 
 
 class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """Replace lm-eval's model for transformers with one that computes each prompt once for all its choices.
+    """A model for lm-eval that computes each prompt once for all its choices.
 
-    A row has the prompt and all choices; a choice attends to the prompt and to itself. Only positions that predict a
-    choice get logits. Likelihoods equal lm-eval's up to rounding. On accelerators, and for models without support for
-    such masks, lm-eval's code runs.
+    A row of the model's input has the prompt and all choices. A choice attends to the prompt and to
+    itself. Only positions that predict a token of a choice get logits. Likelihoods equal lm-eval's
+    up to rounding. On accelerators, and for models that do not support such masks, lm-eval's own
+    code runs.
 
     Args:
-        prefix: The frozen layers of the model, with output cached for all runs; None if none are frozen.
+        prefix: The frozen layers of the model, whose output is kept for all runs; None if no layer
+            is frozen.
         settings: The arguments of lm-eval's ``HFLM``.
     """
 
@@ -36,82 +41,102 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        answers: dict[int, Answer] = {}
-        by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, prompt, _) in enumerate(requests):
-            by_prompt.setdefault(tuple(prompt), []).append(number)
-        questions = [
-            _Question(prompt, [requests[i][2] for i in numbers])
-            for prompt, numbers in by_prompt.items()
-        ]
+        """Return the answer to each request. lm-eval calls this method."""
+        questions = _group_by_prompt(requests)
         shared = [question for question in questions if self._can_share_prompt(question)]
+        answers: dict[int, Answer] = {}  # by number of the request
         states = self._states(shared)
         for row, question in enumerate(shared):
-            given = {} if states is None else {STATES: states[row][None]}
-            answers |= dict(
-                zip(by_prompt[question.prompt], self._answers(question, given), strict=True)
-            )
-        if rest := [number for number in range(len(requests)) if number not in answers]:
-            others = super()._loglikelihood_tokens(
+            frozen_output = {}
+            if states is not None:
+                frozen_output[STATES] = states[row][None]  # a batch of one row
+            question_answers = self._answers(question, frozen_output)
+            answers.update(zip(question.numbers, question_answers, strict=True))
+
+        # lm-eval's own code answers the rest
+        rest = [number for number in range(len(requests)) if number not in answers]
+        if rest:
+            rest_answers = super()._loglikelihood_tokens(
                 [requests[number] for number in rest], disable_tqdm, override_bs
             )
-            answers |= dict(zip(rest, others, strict=True))
+            answers.update(zip(rest, rest_answers, strict=True))
         return [answers[number] for number in range(len(requests))]
 
     def _can_share_prompt(self, question: _Question) -> bool:
-        """Return True if a question can share its prompt: on a CPU, with SDPA, and within the length limits."""
+        """Return True if the choices of a question can share its prompt.
+
+        This needs a CPU, SDPA, and a prompt that fits with each choice into the model's window.
+        """
         config = cast(Any, self.model).config
-        tokens = len(question.prompt) + max(map(len, question.choices))
-        longest = min(self.max_length, getattr(config, "sliding_window", None) or self.max_length)
-        return (
-            self.device.type == "cpu"
-            and config._attn_implementation == "sdpa"
-            and tokens <= longest
-        )
+        supports_mask = self.device.type == "cpu" and config._attn_implementation == "sdpa"
+        limit = self.max_length
+        sliding_window = getattr(config, "sliding_window", None)
+        if sliding_window:
+            limit = min(limit, sliding_window)
+        longest_choice = max(len(choice) for choice in question.choices)
+        return supports_mask and len(question.prompt) + longest_choice <= limit
 
     def _states(self, questions: Sequence[_Question]) -> PrefixStates | None:
         """Return the frozen layers' output for the questions; None if no layer is frozen."""
         if self._prefix is None or not questions:
             return None
-        sizes = [len(segment) for question in questions for segment in question.segments]
-        columns = {
-            "tokens": np.concatenate([question.tokens for question in questions]),
-            "parts": np.asarray(sizes),
-        }
-        lengths = [len(question.tokens) for question in questions]
-        return PrefixStates(
-            self._prefix,
-            columns_digest(columns),
-            lengths,
-            lambda rows: _inputs([questions[row] for row in rows]),
-        )
+        # tokens and sizes of segments identify the questions among the kept outputs
+        tokens = [question.tokens for question in questions]
+        sizes: list[int] = []
+        for question in questions:
+            sizes.extend(question.sizes)
+        columns = {"tokens": np.concatenate(tokens), "parts": np.asarray(sizes)}
+        lengths = [len(row) for row in tokens]
+
+        def batch(rows: Sequence[int]) -> dict[str, Tensor]:
+            """Make the model inputs of the questions with these indices."""
+            return _inputs([questions[row] for row in rows])
+
+        return PrefixStates(self._prefix, columns_digest(columns), lengths, batch)
 
     @torch.inference_mode()
-    def _answers(self, question: _Question, states: dict[str, Tensor]) -> list[Answer]:
-        """Return for each choice its log-likelihood, and True if it is the greedy continuation."""
+    def _answers(self, question: _Question, frozen_output: dict[str, Tensor]) -> list[Answer]:
+        """Compute the answer to each choice of a question.
+
+        Args:
+            question: The question.
+            frozen_output: The input that replaces the frozen layers; empty if no layer is frozen.
+        """
+        # the last token of the prompt, and the tokens of the choices, predict tokens of choices
         keep = len(question.tokens) - len(question.prompt) + 1
-        logits = cast(Any, self.model)(
-            **_inputs([question]), **states, logits_to_keep=keep, use_cache=False
-        ).logits[0]
-        logs = torch.log_softmax(logits.float(), dim=-1)
+        inputs = _inputs([question])
+        output = cast(Any, self.model)(
+            **inputs, **frozen_output, logits_to_keep=keep, use_cache=False
+        )
+        logits = output.logits[0]  # [keep, vocabulary]
+        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+
+        # the last token of the prompt predicts the first token of every choice
+        first = log_probabilities[:1]
+        rests = log_probabilities[1:].split([len(choice) - 1 for choice in question.choices])
         answers = []
-        rests = logs[1:].split([len(choice) - 1 for choice in question.choices])
         for choice, rest in zip(question.choices, rests, strict=True):
-            of_choice = torch.cat(
-                [logs[:1], rest]
-            )  # the prompt's last token predicts each first token
+            predictions = torch.cat([first, rest])  # [tokens of the choice, vocabulary]
             tokens = torch.tensor(choice)
-            value = of_choice.gather(1, tokens[:, None]).sum()
-            answers.append((float(value), bool((of_choice.argmax(dim=-1) == tokens).all())))
+            log_likelihood = predictions.gather(1, tokens[:, None]).sum()
+            is_greedy = (predictions.argmax(dim=-1) == tokens).all()
+            answers.append((float(log_likelihood), bool(is_greedy)))
         return answers
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Question:
-    """Hold the tokens of a prompt and of its choices."""
+    """A prompt with its choices, as tokens.
+
+    Attributes:
+        prompt: The tokens of the prompt.
+        choices: The tokens of each choice.
+        numbers: The numbers of the choices' requests.
+    """
 
     prompt: tuple[int, ...]
-    choices: list[list[int]]
+    choices: list[list[int]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     @property
     def segments(self) -> list[Sequence[int]]:
@@ -119,25 +144,54 @@ class _Question:
         return [self.prompt, *(choice[:-1] for choice in self.choices)]
 
     @property
+    def sizes(self) -> list[int]:
+        """Return the number of tokens of each segment."""
+        return [len(segment) for segment in self.segments]
+
+    @property
     def tokens(self) -> list[int]:
         """Return the tokens of all segments."""
-        return [token for segment in self.segments for token in segment]
+        return list(itertools.chain.from_iterable(self.segments))
 
     def mask(self) -> Tensor:
-        """Return the causal mask ``[tokens, tokens]``: a token attends to the prompt and its own choice."""
-        sizes = torch.tensor([len(tokens) for tokens in self.segments])
+        """Return the causal mask ``[tokens, tokens]``.
+
+        A token attends to the prompt and to its own choice.
+        """
+        sizes = torch.tensor(self.sizes)
+        # [tokens]: the segment of each token; 0 is the prompt
         segment = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        return ((segment[:, None] == segment[None, :]) | (segment[None, :] == 0)).tril()
+        # rows attend to columns
+        is_same_segment = segment[:, None] == segment[None, :]
+        is_prompt = segment[None, :] == 0
+        return (is_same_segment | is_prompt).tril()
+
+
+def _group_by_prompt(requests: Sequence[Request]) -> list[_Question]:
+    """Collect the requests with the same prompt into one question, in the order of the prompts."""
+    questions: dict[tuple[int, ...], _Question] = {}
+    for number, (_, prompt_tokens, choice) in enumerate(requests):
+        prompt = tuple(prompt_tokens)
+        if prompt not in questions:
+            questions[prompt] = _Question(prompt)
+        questions[prompt].choices.append(choice)
+        questions[prompt].numbers.append(number)
+    return list(questions.values())
 
 
 def _inputs(questions: Sequence[_Question]) -> dict[str, Tensor]:
     """Return the model's inputs, padded on the right with tokens that attend only to themselves."""
-    count, longest = len(questions), max(len(question.tokens) for question in questions)
-    tokens = torch.zeros(count, longest, dtype=torch.long)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(count, 1, 1)
+    token_lists = [question.tokens for question in questions]
+    rows = len(questions)
+    longest = max(len(tokens) for tokens in token_lists)
+    input_ids = torch.zeros(rows, longest, dtype=torch.long)
+    mask = torch.eye(longest, dtype=torch.bool).repeat(rows, 1, 1)  # [rows, tokens, tokens]
     for row, question in enumerate(questions):
-        size = len(question.tokens)
-        tokens[row, :size] = torch.tensor(question.tokens)
+        size = len(token_lists[row])
+        input_ids[row, :size] = torch.tensor(token_lists[row])
         mask[row, :size, :size] = question.mask()
-    positions = mask.sum(-1) - 1  # every choice starts after the prompt
-    return {"input_ids": tokens, "position_ids": positions, "attention_mask": mask[:, None]}
+    # a token's position is the number of tokens before it that it attends to, so that every
+    # choice starts after the prompt
+    positions = mask.sum(-1) - 1
+    # the mask needs a dimension for the heads
+    return {"input_ids": input_ids, "position_ids": positions, "attention_mask": mask[:, None]}

@@ -15,7 +15,7 @@ from benchmarks.llama.definition import CHAT, RANDOM, Instruction, PromptTemplat
 
 @dataclass(frozen=True)
 class Template:
-    """Make the prompts and responses of rows.
+    """A prompt template with the tokenizer of a model.
 
     Attributes:
         name: The name of the template.
@@ -29,61 +29,94 @@ class Template:
 
     @property
     def special_tokens(self) -> bool:
-        """Return True if the tokenizer must add special tokens (Llama's ``<s>``); chat templates contain them."""
+        """Return True if the tokenizer must add special tokens (Llama's ``<s>``).
+
+        Chat templates contain them already.
+        """
         return self.text is not None
 
     def prompt(self, row: Instruction) -> str:
         """Return the prompt of a row."""
         if self.text is None:
-            return str(self._chat(self._messages(row), add_generation_prompt=True))
+            return self._render([_question(row)], add_generation_prompt=True)
         form = self.text.with_input if row.input else self.text.without_input
         # str.format would interpret braces in the texts
-        before, _, rest = form.partition("{instruction}")
-        return before + row.instruction + rest.replace("{input}", row.input)
+        before, _, after = form.partition("{instruction}")
+        after_with_input = after.replace("{input}", row.input)
+        return before + row.instruction + after_with_input
 
     def response(self, row: Instruction) -> str:
-        """Return the response with its end token (:class:`DefinitionError` if a chat template changes the prompt)."""
+        """Return the response with its end token.
+
+        Raises:
+            DefinitionError: The chat template changes the prompt if there is an answer.
+        """
         if self.text is not None:
             return f"{row.output}{self.tokenizer.eos_token}"
+        # the response is what the chat template adds to the prompt for an answer
         prompt = self.prompt(row)
-        whole = str(
-            self._chat([*self._messages(row), {"role": "assistant", "content": row.output}])
-        )
-        if not whole.startswith(prompt):
+        answer = {"role": "assistant", "content": row.output}
+        conversation = self._render([_question(row), answer])
+        if not conversation.startswith(prompt):
             raise DefinitionError(
-                f"data.template: the chat template of {self.tokenizer.name_or_path} changes the prompt if there is an "
-                "answer; use a template of templates.yaml"
+                f"data.template: the chat template of {self.tokenizer.name_or_path} changes the "
+                "prompt if there is an answer; use a template of templates.yaml"
             )
-        return whole[len(prompt) :]
+        return conversation.removeprefix(prompt)
 
     @property
     def end_tokens(self) -> list[int]:
-        """Return the ids of the end tokens: the tokenizer's, and the chat template's if it differs."""
+        """Return the ids of the end tokens.
+
+        The first is the tokenizer's. Others follow if the chat template ends a response with other
+        special tokens.
+        """
+        end_tokens = [int(self.tokenizer.eos_token_id)]
+        # a short response shows which special tokens the template adds to it
         response = self.response(Instruction(instruction="a", output="b"))
         tokens = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        special = [token for token in tokens if token in self.tokenizer.all_special_ids]
-        return list(dict.fromkeys([int(self.tokenizer.eos_token_id), *special]))
+        special_tokens = self.tokenizer.all_special_ids
+        for token in tokens:
+            if token in special_tokens and token not in end_tokens:
+                end_tokens.append(token)
+        return end_tokens
 
     def as_chat_template(self) -> str:
-        """Return a Jinja chat template that renders messages like :meth:`prompt` renders instructions."""
+        """Return a Jinja chat template for which a user's message is an instruction.
+
+        It renders messages as :meth:`prompt` and :meth:`response` render rows without an input.
+        """
         if self.text is None:
             return str(self.tokenizer.chat_template)
         before, _, after = self.text.without_input.partition("{instruction}")
-        adds_begin = self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
-        begins = self.tokenizer.bos_token if adds_begin else ""
-        return (
-            f"{{{{ {begins!r} }}}}{{% for message in messages %}}{{% if message['role'] == 'user' %}}"
-            f"{{{{ {before!r} + message['content'] + {after!r} }}}}"
-            "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
-        )
-
-    def _messages(self, row: Instruction) -> list[dict[str, str]]:
-        return [
-            {"role": "user", "content": "\n\n".join(filter(None, (row.instruction, row.input)))}
+        # a chat template must write the first token itself, if the tokenizer adds one to texts
+        first_tokens = self.tokenizer("")["input_ids"][:1]
+        adds_begin = first_tokens == [self.tokenizer.bos_token_id]
+        begin = self.tokenizer.bos_token if adds_begin else ""
+        pieces = [
+            "{{ " + repr(begin) + " }}",
+            "{% for message in messages %}",
+            "{% if message['role'] == 'user' %}",
+            "{{ " + repr(before) + " + message['content'] + " + repr(after) + " }}",
+            "{% else %}",
+            "{{ message['content'] + eos_token }}",
+            "{% endif %}",
+            "{% endfor %}",
         ]
+        return "".join(pieces)
 
-    def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        """Render messages with the tokenizer's chat template."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return str(text)
+
+
+def _question(row: Instruction) -> dict[str, str]:
+    """Return the user's message of a chat: the instruction, and below it the input, if any."""
+    content = row.instruction
+    if row.input:
+        content = f"{content}\n\n{row.input}"
+    return {"role": "user", "content": content}
 
 
 def find_template(
@@ -95,8 +128,8 @@ def find_template(
     """Return the template of a run.
 
     Args:
-        name: A name in ``templates``, ``chat`` for the model's own, or ``random`` for one drawn per run with the seed
-            (the authors' ``moe_train.py`` draws without a seed).
+        name: A name in ``templates``, ``chat`` for the model's own, or ``random`` for one drawn per
+            run with the seed (the authors' ``moe_train.py`` draws without a seed).
         templates: The templates of the run's spec, by name.
         tokenizer: The model's tokenizer.
         seed: The seed of the run.
@@ -105,11 +138,14 @@ def find_template(
         DefinitionError: The tokenizer has no end token, or no chat template.
     """
     if name == RANDOM:
-        name = random.Random(derive_seed("template", seed)).choice(sorted(templates))
+        generator = random.Random(derive_seed("template", seed))
+        name = generator.choice(sorted(templates))
     if tokenizer.eos_token is None:
         raise DefinitionError(f"the tokenizer of {tokenizer.name_or_path} has no end token")
     if name == CHAT and not tokenizer.chat_template:
         raise DefinitionError(
-            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; use one of templates.yaml"
+            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; "
+            "use one of templates.yaml"
         )
-    return Template(name, templates.get(name), tokenizer)
+    text = templates.get(name)  # the spec has no text for `chat`
+    return Template(name, text, tokenizer)

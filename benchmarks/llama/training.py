@@ -28,6 +28,8 @@ from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining,
 from benchmarks.llama.encoding import EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
 
+_HELD_OUT_LOSS = "held_out_loss"  # the key in Trainer's log
+
 
 def train(
     trainable: Trainable,
@@ -42,20 +44,70 @@ def train(
 ) -> dict[str, Any]:
     """Train from the last complete checkpoint, if any.
 
-    The rows and the loss of a step do not depend on the number of processes or the micro-batch size.
+    The rows and the loss of a step depend neither on the number of processes nor on the size of
+    micro-batches.
 
     Returns:
-        ``curve``, the loss of every step (the mean over its response tokens), and ``cost``, the number of steps and
-        their times. With ``eval_every`` also ``held_out_curve``: ``step`` and ``loss`` of evaluations on ``held_out``.
+        ``curve``, the loss of every step (the mean over its response tokens), and ``cost``, the
+        number of steps and their times. With ``eval_every`` also ``held_out_curve``: the ``step``
+        and ``loss`` of evaluations on ``held_out``.
     """
     stopwatch = Stopwatch()
-    precision, size = available_precision(training.precision), training.per_device_train_batch_size
-    arguments = trainer_arguments(
+    precision = available_precision(training.precision)
+    trainer = RoutedTrainer(
+        args=_trainer_arguments(spec, training, folder, precision),
+        order=EpochOrder(
+            [len(row.tokens) for row in rows.rows],
+            training.per_device_train_batch_size,
+            spec.seed,
+            by_length=False,
+        ),
+        trainable=trainable,
+        base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
+        probe=probe,
+        by_token=True,
+        train_dataset=rows,
+        data_collator=without_prompt_logits(
+            collator(tokenizer, packing=training.packing), trainable.model
+        ),
+        callbacks=[progress, stopwatch],
+    )
+    if training.eval_every:
+        loss_of = partial(
+            held_out_loss,
+            rows=held_out,
+            tokenizer=tokenizer,
+            batch_size=spec.evaluation.batch_size,
+            precision=precision,
+        )
+        # after the stopwatch, so that it is not timed
+        trainer.add_callback(HeldOutCurve(loss_of, training.eval_every))
+    trainer.train(resume_from_checkpoint=resume(trainer, progress.say))
+
+    # entries of steps and of held-out losses, also of those before a resume
+    log = trainer.state.log_history
+    trained: dict[str, Any] = {
+        "curve": [finite_or_none(entry["loss"]) for entry in log if "loss" in entry],
+        "cost": stopwatch.cost(trainer.state.global_step),
+    }
+    if training.eval_every:
+        points = [entry for entry in log if _HELD_OUT_LOSS in entry]
+        trained["held_out_curve"] = [
+            {"step": point["step"], "loss": point[_HELD_OUT_LOSS]} for point in points
+        ]
+    return trained
+
+
+def _trainer_arguments(
+    spec: InstructionSpec, training: RunInstructionTraining, folder: Path, precision: str
+) -> Arguments:
+    """Translate the training settings of a run into Trainer's arguments."""
+    return trainer_arguments(
         folder / "checkpoints",
         precision,
         num_train_epochs=training.epochs,
-        max_steps=training.steps or -1,
-        per_device_train_batch_size=size,
+        max_steps=training.steps or -1,  # -1: the epochs decide
+        per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation(training, world_size()),
         learning_rate=spec.learning_rate,
         lr_scheduler_type=training.schedule,
@@ -67,71 +119,44 @@ def train(
         seed=derive_seed("dropout", spec.seed),
         save_strategy="steps",
         save_steps=training.save_steps,
+        # the log is the curve, so each step has an entry
         logging_strategy="steps",
         logging_steps=1,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # a diverged loss must not look like a finite one
     )
-    trainer = RoutedTrainer(
-        args=arguments,
-        order=EpochOrder([len(row.tokens) for row in rows.rows], size, spec.seed, by_length=False),
-        trainable=trainable,
-        base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
-        probe=probe,
-        by_token=True,
-        train_dataset=rows,
-        data_collator=without_prompt_logits(
-            collator(tokenizer, packing=training.packing), trainable.model
-        ),
-        callbacks=[progress, stopwatch],
-    )
-    if every := training.eval_every:
-        evaluate = partial(
-            held_out_loss, tokenizer=tokenizer, batch_size=spec.evaluation.batch_size
-        )
-        loss = partial(evaluate, rows=held_out, precision=precision)
-        trainer.add_callback(
-            HeldOutCurve(loss, every)
-        )  # after the stopwatch, so that it is not timed
-    trainer.train(resume_from_checkpoint=resume(trainer, progress.say))
-    log = trainer.state.log_history
-    trained: dict[str, Any] = {
-        "curve": [finite_or_none(entry["loss"]) for entry in log if "loss" in entry],
-        "cost": stopwatch.cost(trainer.state.global_step),
-    }
-    if training.eval_every:
-        trained["held_out_curve"] = [
-            {"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry
-        ]
-    return trained
-
-
-_KEY = "held_out_loss"
 
 
 class HeldOutCurve(TrainerCallback):
     """Compute the held-out loss before training and every few steps, without changing the training.
 
-    The last step is omitted, because the final evaluation follows. Losses are stored in Trainer's log, which
-    checkpoints keep.
+    The last step is omitted, because the final evaluation follows. Losses are stored in Trainer's
+    log, which checkpoints keep.
+
+    Args:
+        loss: A function that computes the held-out loss of a model.
+        every: The number of steps between losses.
     """
 
     def __init__(self, loss: Callable[[Any], float | None], every: int) -> None:
-        self._loss, self._every = loss, every
+        self._loss = loss
+        self._every = every
 
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == 0:
+        if state.global_step == 0:  # not after a resume
             self._add_point(state, kwargs["model"])
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+        is_due = state.global_step % self._every == 0
+        is_last = state.global_step >= state.max_steps
+        if is_due and not is_last:
             self._add_point(state, kwargs["model"])
 
     def _add_point(self, state: TrainerState, model: nn.Module) -> None:
+        """Compute the loss, and add it to Trainer's log."""
         with restore_rng_and_modes(model):
-            state.log_history.append(
-                {_KEY: cast(Any, self._loss(model)), "step": state.global_step}
-            )
+            loss = cast(Any, self._loss(model))
+        state.log_history.append({_HELD_OUT_LOSS: loss, "step": state.global_step})

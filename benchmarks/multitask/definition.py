@@ -25,13 +25,17 @@ class MultitaskTraining(EpochTraining):
     """Training settings; a suite may override them."""
 
     rows_per_epoch: Count | None
-    """Maximum rows of a task per epoch; the next epoch continues with the next rows. Null: all rows."""
+    """Maximum rows of a task per epoch. The next epoch continues with the next rows. Null: all."""
     dev_rows: Count | None
-    """Rows of every dev split; null for all. The mean dev score over the tasks selects epoch and hyper-parameters."""
+    """Rows of every dev split; null for all. The mean dev score over the tasks selects epoch and
+    hyper-parameters."""
 
 
 class MultitaskBlock(VariantAxes):
-    """A block of the grid."""
+    """One block of a grid: every combination of its lists is a run.
+
+    Varied method settings name the variant.
+    """
 
     mixture: Names
     """Names of mixtures, or of tasks, which are then learned alone."""
@@ -47,7 +51,7 @@ class MultitaskPart(TrainingPart):
     training: Annotated[dict[str, Any], Changes(MultitaskTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[MultitaskBlock], Field(min_length=1)]
-    """Blocks of runs; each is the product of its lists."""
+    """Blocks of runs. Every combination of a block's lists is a run."""
 
 
 class MultitaskDefinition(MethodsDefinition):
@@ -58,7 +62,7 @@ class MultitaskDefinition(MethodsDefinition):
     mixtures: Annotated[dict[Key, Mixture], Field(min_length=1)]
     """Tasks that are learned at once, by name."""
     prefixes: dict[str, str] = Field({})
-    """Prefix of a task's rows, by task; by default the task's name. Tasks may share a prefix."""
+    """Prefix of the rows of a task, by task; by default its name. Tasks may share a prefix."""
     training: MultitaskTraining
     """Training settings of every run; a suite may override them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,11 +22,15 @@ _DOMAINS = {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 
 
 class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
-    """Plan runs of encoder-decoder models that learn several tasks at once; evaluate them on these and OOD sets."""
+    """A benchmark of encoder-decoder models that learn several tasks at once.
+
+    They are evaluated on these tasks and on their OOD sets.
+    """
 
     package = "benchmarks.multitask"
     spec_model = MultitaskSpec
-    definition_model, part_model = MultitaskDefinition, MultitaskPart
+    definition_model = MultitaskDefinition
+    part_model = MultitaskPart
     recorded = ("scores", "data", "model", "routing")
     paper_columns = ("domain", "method")
 
@@ -42,11 +46,10 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
                 Location(file, f"mixtures.{key}.tasks"), mixture.tasks, benchmark.trainable()
             )
         for row, method in benchmark.methods().items():
-            if (
-                method.tune
-                or method.also_train
-                or method.given().get("partition") == "coactivation"
-            ):
+            trains_only_a_part = method.tune or method.also_train
+            # a run of this benchmark has no calibration rows for it
+            groups_by_coactivation = method.given().get("partition") == "coactivation"
+            if trains_only_a_part or groups_by_coactivation:
                 raise DefinitionError(
                     f"{file}: 'methods.{row}' must train everything, without co-activation groups"
                 )
@@ -64,45 +67,55 @@ class MultitaskBenchmark(TextSets[MultitaskDefinition, MultitaskPart]):
         self, part: Part[MultitaskPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
         methods = self.methods(part)
-        mixtures = {name: [name] for name in self.trainable()}
-        mixtures |= {name: mixture.tasks for name, mixture in self.definition.mixtures.items()}
-        names = {"model": model_names("seq2seq"), "mixture": mixtures, "method": methods}
-        training = functools.cache(functools.partial(self.settings, "training", part))
-        for where, point in part.grid_points(
-            names, (*names, *VARIANT_KEYS, "learning_rate", "seed")
-        ):
-            tasks = mixtures[point["mixture"]]
-            if set(tasks) & set(exclude):
+        # a task that is learned alone is a mixture of one
+        tasks_of_mixture = {
+            **{name: [name] for name in self.trainable()},
+            **{name: mixture.tasks for name, mixture in self.definition.mixtures.items()},
+        }
+        names = {"model": model_names("seq2seq"), "mixture": tasks_of_mixture, "method": methods}
+        axes = (*names, *VARIANT_KEYS, "learning_rate", "seed")
+        # by model, because a suite may change the settings of single models
+        training_settings = functools.cache(functools.partial(self.settings, "training", part))
+        for where, point in part.grid_points(names, axes):
+            tasks = tasks_of_mixture[point["mixture"]]
+            if any(name in exclude for name in tasks):
                 continue
-            prefixes = {name: self.definition.prefixes.get(name, name) for name in tasks}
-            learned = [
-                {**self.tasks[name].spec(), "prefix": prefix} for name, prefix in prefixes.items()
-            ]
-            read_as = self._ood_sets(tasks, exclude)
-            ood = [{**self.tasks[other].spec(), "read_as": name} for other, name in read_as.items()]
             method = method_spec(methods, point, point["seed"], None, where)
             yield self.spec(
                 method["variant"],
                 protocol=CLEAN,
                 model=load_models()[point["model"]].spec(point["model"]),
-                task={"name": point["mixture"], "tasks": learned},
-                ood=ood,
+                task={"name": point["mixture"], "tasks": self._learned_tasks(tasks)},
+                ood=self._ood_sets(tasks, exclude),
                 method=method,
-                training=training(point["model"]).spec(),
+                training=training_settings(point["model"]).spec(),
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
             )
 
-    def _ood_sets(self, tasks: Collection[str], exclude: Collection[str]) -> dict[str, str]:
-        """Map the OOD sets of learned tasks to the first task that lists them."""
+    def _learned_tasks(self, tasks: Iterable[str]) -> list[dict[str, Any]]:
+        """Make the specs of learned tasks, with the prefixes of their rows."""
+        specs = []
+        for name in tasks:
+            prefix = self.definition.prefixes.get(name, name)
+            specs.append({**self.tasks[name].spec(), "prefix": prefix})
+        return specs
+
+    def _ood_sets(self, tasks: Collection[str], exclude: Collection[str]) -> list[dict[str, Any]]:
+        """Make the specs of the OOD sets of learned tasks.
+
+        A set is read as the first task that lists it.
+        """
         read_as: dict[str, str] = {}
         for name in tasks:
             for other in self.tasks[name].ood:
-                if other in (*tasks, *exclude):
+                # a learned set is not out of domain
+                if other in tasks or other in exclude:
                     continue
+                # its texts get the field names of the learned task
                 if len(self.tasks[other].fields) != len(self.tasks[name].fields):
                     raise DefinitionError(
                         f"{self.file}: '{other}' cannot be read as '{name}': it has other fields"
                     )
                 read_as.setdefault(other, name)
-        return read_as
+        return [{**self.tasks[other].spec(), "read_as": name} for other, name in read_as.items()]

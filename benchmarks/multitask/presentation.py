@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
@@ -15,14 +15,18 @@ from benchmarks.text.definition import CLEAN, ID, OOD
 from benchmarks.text.outcomes import CELL, DOMAINS, KEYS, TextOutcomes
 from benchmarks.text.tables import cost, ood, tests, verdicts
 
-ID_MEAN, TRANSFER = "id_mean", "transfer"  # domains besides those of TextOutcomes
+# domains besides those of TextOutcomes
+ID_MEAN = "id_mean"
+TRANSFER = "transfer"
+# domains of means, with the domain of the averaged sets
 _MEANS = {ID_MEAN: ID, OOD_MEAN: OOD}
 
 
 class MultitaskOutcomes(TextOutcomes):
-    """Collect the finished runs; the training task is the mixture, or the task that is learned alone.
+    """The results of finished multi-task runs.
 
-    Two domains are added: ``id_mean``, the mean over the tasks of a mixture, and ``transfer``, a task's score in the
+    The training task is the mixture, or the task that is learned alone. Two domains are added.
+    ``id_mean`` is the mean over the tasks of a mixture. ``transfer`` is the score of a task in the
     mixture minus its score if it is learned alone.
     """
 
@@ -30,56 +34,67 @@ class MultitaskOutcomes(TextOutcomes):
         """Select the rows of mixtures, without tasks that are learned alone."""
         return frame[frame["task"].isin(self.benchmark.definition.mixtures)]
 
-    def _seeds(self, *protocol: str) -> pd.DataFrame:
-        seeds = super()._seeds(*protocol)
-        tasks = seeds[seeds["domain"] == ID]
-        together, alone = self.select_mixtures(tasks), tasks[tasks["task"] == tasks["eval_task"]]
-        means = (
-            together.groupby(["protocol", *CELL, "seed"], sort=False)["value"].mean().reset_index()
+    def _seeds(self) -> pd.DataFrame:
+        """Add the domains ``id_mean`` and ``transfer`` to the scores by seed."""
+        seeds = super()._seeds()
+        learned = seeds[seeds["domain"] == ID]
+        together = self.select_mixtures(learned)
+        alone = learned[learned["task"] == learned["eval_task"]]
+
+        runs = together.groupby(["protocol", *CELL, "seed"], sort=False)
+        means = runs["value"].mean().reset_index().assign(domain=ID_MEAN, eval_task="")
+
+        # the same task, learned in a mixture and alone
+        paired = together.merge(
+            alone,
+            on=["protocol", "model", "eval_task", "method", "seed"],
+            suffixes=("", "_alone"),
         )
-        on = ["protocol", "model", "eval_task", "method", "seed"]
-        both = together.merge(alone, on=on, suffixes=("", "_alone"))
-        gained = both.assign(domain=TRANSFER, value=both["value"] - both["value_alone"])[[*seeds]]
-        return pd.concat([seeds, means.assign(domain=ID_MEAN, eval_task=""), gained])
+        gain = paired["value"] - paired["value_alone"]
+        transfer_scores = paired.assign(domain=TRANSFER, value=gain)[list(seeds.columns)]
+        return pd.concat([seeds, means, transfer_scores])
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return the scores of mixtures by seed and the parameter counts, for claims."""
         scores = self.select_mixtures(self.seeds).rename(columns={"protocol": "selection"})
-        return common.join_claim_numbers(
-            scores.assign(metric="score"), common.parameter_counts(self.records)
-        )
+        counts = common.parameter_counts(self.records)
+        return common.join_claim_numbers(scores.assign(metric="score"), counts)
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:
-    """Make a table of the mean over sets, the best set, and the paper's best gains."""
-    row, interval = [*CELL, "domain"], ["delta", "low", "high"]
+    """Make a table of the mean over sets, the best set, and the best gains of the paper."""
+    row = [*CELL, "domain"]  # the columns that identify a row of the table
+    interval = ["delta", "low", "high"]
     rows = outcomes.select_mixtures(outcomes.rows)
-    frame = rows.loc[rows["domain"].isin(_MEANS), [*row, "mean", "std", "n", *interval]].replace(
-        {"domain": _MEANS}
-    )
+    is_mean = rows["domain"].isin(_MEANS)
+    means = rows.loc[is_mean, [*row, "mean", "std", "n", *interval]].replace({"domain": _MEANS})
     sets = rows[rows["domain"].isin(DOMAINS)]
-    counts = sets.groupby(row, sort=False).size().rename("sets").reset_index()
+    set_counts = sets.groupby(row, sort=False).size().rename("sets").reset_index()
+    # the set with the largest gain
     compared = sets[sets["delta"].notna()]
-    best = compared.loc[
-        compared.groupby(row, sort=False)["delta"].idxmax(), [*row, *interval, "eval_task_title"]
-    ]
+    best_index = compared.groupby(row, sort=False)["delta"].idxmax()
+    best_sets = compared.loc[best_index, [*row, *interval, "eval_task_title"]]
     published = common.read_published(outcomes.benchmark)[["domain", "method", "value"]]
-    frame = common.with_numbers(common.with_numbers(frame, row, counts), row, best, "best_")
-    frame = common.with_numbers(frame, ["domain", "method"], published, "paper_")
-    frame = frame.assign(
-        where=frame["domain"].map(DOMAINS),
-        paper=frame["paper_value"].astype(float) / 100,
-        best_set=frame["best_eval_task_title"].fillna(MISSING),
+
+    with_counts = common.with_numbers(means, row, set_counts)
+    with_best_sets = common.with_numbers(with_counts, row, best_sets, "best_")
+    with_paper = common.with_numbers(with_best_sets, ["domain", "method"], published, "paper_")
+    frame = with_paper.assign(
+        where=with_paper["domain"].map(DOMAINS),
+        paper=with_paper["paper_value"].astype(float) / 100,
+        best_set=with_paper["best_eval_task_title"].fillna(MISSING),
     )
     return Table(
         "Means over tasks and over other sets, and the paper's best gains",
-        "Means over the tasks of a mixture (in domain) and over the sets that no task is trained on (out of domain), "
-        f"± sample standard deviation over n seeds. Δ is the difference to {outcomes.baseline_title} on the same "
-        "tasks, paired by seed, with a 95 % confidence interval (Student's t), not corrected for multiple tests. "
-        f"{outcomes.shared_note} Best set: the largest of several differences, so an optimistic number. The paper "
-        "gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; sources in paper.csv), neither tasks nor "
-        "absolute scores, so they cannot be compared with ours. Epoch and learning rate are chosen by the mean dev "
-        "score, which is not reported. Bold marks the best method, without controls.",
+        "Means over the tasks of a mixture (in domain) and over the sets that no task is trained "
+        "on (out of domain), ± sample standard deviation over n seeds. Δ is the difference to "
+        f"{outcomes.baseline_title} on the same tasks, paired by seed, with a 95 % confidence "
+        "interval (Student's t), not corrected for multiple tests. "
+        f"{outcomes.shared_note} Best set: the largest of several differences, so an optimistic "
+        "number. The paper gives only its largest gains (T5-Base, N = 32 and k = 8 in domain; "
+        "sources in paper.csv), neither tasks nor absolute scores, so they cannot be compared "
+        "with ours. Epoch and learning rate are chosen by the mean dev score, which is not "
+        "reported. Bold marks the best method, without controls.",
         {**KEYS, "where": "Where", "sets": "Sets", "n": "n"},
         [
             Column("score", "mean", "Mean", std="std", best=True),
@@ -102,18 +117,15 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
 
 def transfer(outcomes: MultitaskOutcomes) -> Table:
     """Make a table of the difference between learning a task with others and learning it alone."""
-    frame, cell = outcomes.of(TRANSFER, CLEAN).drop(columns="scope"), ["model", "method"]
-    runs = outcomes.origins.groupby([*cell, "task"])["run_id"].unique()
-    folders = runs.map(lambda ids: " ".join(f"{outcomes.name}/{run}" for run in ids))
-    together, alone = (
-        frame.join(folders, on=[*cell, key])["run_id"] for key in ("task", "eval_task")
-    )
+    frame = outcomes.of(TRANSFER, CLEAN).drop(columns="scope")
     return Table(
         "Learned together against learned alone",
-        "Score of a task that is learned with the others minus its score if it is learned alone, with as many passes "
-        "over as many rows: mean ± sample standard deviation over n seeds. Below 0, the other tasks do harm. The second "
-        f"Δ compares a method with {outcomes.baseline_title}, with a 95 % confidence interval (Student's t), not "
-        "corrected for multiple tests: the paper explains its gains with this difference.",
+        "Score of a task that is learned with the others minus its score if it is learned alone, "
+        "with as many passes over as many rows: mean ± sample standard deviation over n seeds. "
+        "Below 0, the other tasks do harm. The second "
+        f"Δ compares a method with {outcomes.baseline_title}, with a 95 % confidence interval "
+        "(Student's t), not corrected for multiple tests: the paper explains its gains with this "
+        "difference.",
         {**KEYS, "eval_task_title": "Task", "n": "n"},
         [
             Column("score", "mean", "Δ to alone", std="std", signed=True),
@@ -125,17 +137,36 @@ def transfer(outcomes: MultitaskOutcomes) -> Table:
                 signed=True,
             ),
         ],
-        frame.assign(**{RUNS: together + " " + alone}),
+        frame.assign(**{RUNS: _compared_runs(outcomes, frame)}),
     )
+
+
+def _compared_runs(outcomes: MultitaskOutcomes, frame: pd.DataFrame) -> pd.Series[str]:
+    """Return the folders of the runs behind each row: those of the mixture, then those alone."""
+    run_ids = outcomes.origins.groupby(["model", "method", "task"])["run_id"].unique()
+
+    def folders_text(ids: Iterable[str]) -> str:
+        return " ".join(f"{outcomes.name}/{run_id}" for run_id in ids)
+
+    folders = run_ids.map(folders_text)
+    # a task that is learned alone is its own training task
+    together = frame.join(folders, on=["model", "method", "task"])["run_id"]
+    alone = frame.join(folders, on=["model", "method", "eval_task"])["run_id"]
+    return together + " " + alone
 
 
 TABLES = {"gains": gains, "sets": ood, "tests": tests, "transfer": transfer, "cost": cost}
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
-    """Present finished runs."""
+    """Present the finished runs of the benchmark."""
     outcomes = MultitaskOutcomes(benchmark, records)
-    sentences, optimizer = list(verdicts(outcomes)), "AdamW, linear decay, no clipping"
     return Presentation(
-        benchmark, TABLES, {}, outcomes, verdicts=sentences, note=NOTE, optimizer=optimizer
+        benchmark,
+        TABLES,
+        {},
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=NOTE,
+        optimizer="AdamW, linear decay, no clipping",
     )
