@@ -52,7 +52,7 @@ def export(path: Path, output: Path, form: str) -> str:
     check_new(output)
     recorded = read_record(run, path.parents[2]).metrics.weights
     # adapters cannot be merged into quantised weights
-    unquantised = {key: value for key, value in spec.model.items() if key != "quantize"}
+    unquantised = spec.model.model_copy(update={"quantize": None})
     spec = spec.model_copy(update={"model": unquantised})
     trained = reopen(build_language_model, spec, recorded, path.parent / "model")
     if trained.adapters is not None:

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import emoe
 from benchmarks.harness.base import MODEL_ROOT
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import ModelSpec, model_spec
 from benchmarks.harness.models.conversion import noisy_tuning_
 from benchmarks.harness.models.loading import load_backbone, load_classifier, weights_digest
 from benchmarks.harness.models.partitions import cached_partition
@@ -86,7 +86,7 @@ def test_damaged_partitions_are_made_again(tmp_path: Path) -> None:
 def test_the_head_of_a_model_without_a_checkpoint_is_that_of_a_loaded_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_models()[name].spec(name)
+    model = model_spec(name)
     built = [load_classifier(model, 3, seed, 0) for seed in (1, 2)]
     backbone = load_backbone(model)
     assert {weights_digest(classifier.base_model) for classifier in built} == {
@@ -97,5 +97,5 @@ def test_the_head_of_a_model_without_a_checkpoint_is_that_of_a_loaded_one(
 
     backbone.save_pretrained(tmp_path / "saved")
     monkeypatch.setenv(MODEL_ROOT, str(tmp_path))
-    loaded = load_classifier({"name": "saved", "hub": "nowhere"}, 3, 2, 0)
+    loaded = load_classifier(ModelSpec(name="saved", hub="nowhere"), 3, 2, 0)
     assert weights_digest(loaded) == weights_digest(built[1])

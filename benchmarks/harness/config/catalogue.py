@@ -31,22 +31,9 @@ MODEL = (
 LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
-class ModelEntry(Strict):
-    """One model of ``models.yaml``."""
+class ModelSource(Strict):
+    """The modality of a model and the source of its weights: what models.yaml and a run's spec share."""
 
-    exactly_one_of = ("hub", "package", "config", "rebuilt", "timm")
-    together = (
-        ("package", "path"),
-        ("package", "sha256"),
-        ("config", "tokenizer"),
-        ("rebuilt", "modality"),
-        ("timm", "modality"),
-        ("random", "timm"),
-    )
-    title: str
-    """Label in tables."""
-    neurons: Count | None = optional()
-    """Width of one FFN, `intermediate_size` of transformers. N has to divide it. Not part of a run's spec."""
     modality: Literal["image", "language", "seq2seq"] | None = optional()
     """Modality of the model: images, language modelling, or sequence to sequence; default: text classification."""
     hub: str | None = optional()
@@ -70,9 +57,40 @@ class ModelEntry(Strict):
     tokenizer: str | None = optional()
     """Model whose tokenizer is used with config."""
 
+
+class ModelEntry(ModelSource):
+    """One model of ``models.yaml``."""
+
+    exactly_one_of = ("hub", "package", "config", "rebuilt", "timm")
+    together = (
+        ("package", "path"),
+        ("package", "sha256"),
+        ("config", "tokenizer"),
+        ("rebuilt", "modality"),
+        ("timm", "modality"),
+        ("random", "timm"),
+    )
+    title: str
+    """Label in tables."""
+    neurons: Count | None = optional()
+    """Width of one FFN, `intermediate_size` of transformers. N has to divide it. Not part of a run's spec."""
+
     def spec(self, name: str) -> dict[str, Any]:
         """Make the ``model`` section of a run's spec, without title and neurons."""
         return {"name": name, **self.model_dump(exclude={"title", "neurons"})}
+
+
+class ModelSpec(ModelSource):
+    """The ``model`` section of a run's spec: a resolved entry of models.yaml, and the format of its weights."""
+
+    name: str
+    """Name in models.yaml."""
+    weights: Literal["bf16"] | None = None
+    """Type of a language model's weights; float32 by default."""
+    quantize: Literal["nf4", "fp4"] | None = None
+    """Load in 4 bits with bitsandbytes, except the head and the FFNs of `whole`."""
+    whole: str | list[int] | None = None
+    """With `quantize`: the layers whose FFNs are not quantised."""
 
 
 class ModelFile(Strict):
@@ -112,6 +130,11 @@ class MetricFile(Strict):
 def load_models() -> dict[str, ModelEntry]:
     """Load ``benchmarks/models.yaml``: the models that benchmarks may use, by name."""
     return read(BENCHMARKS / "models.yaml", ModelFile).models
+
+
+def model_spec(name: str) -> ModelSpec:
+    """Return the spec of a model of ``models.yaml`` with float32 weights."""
+    return ModelSpec(**load_models()[name].spec(name))
 
 
 def model_title(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import LoRA, Method, merge_methods, tuning_spec
+from benchmarks.harness.config.yaml import NotNegative, Strict
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import ConfigError, nearest_divisor
 
@@ -29,6 +30,36 @@ _WORDS = {
     "D": "{} % of the rows",
     "E": "{} times the epochs",
 }
+
+
+class TuneSpec(Strict):
+    """The parameters that a run trains besides adapters, head and routers, instead of all parameters."""
+
+    blocks: str | list[int]
+    """The trained transformer blocks: layer numbers or a request such as `last:2`; an empty list for none."""
+    also: list[str]
+    """Further trained modules, by the last part of their name."""
+    tuning: str | None = None
+    """A registered tuning other than `blocks`."""
+    layers: str | list[int] | None = None
+    """The layers that the tuning is called with."""
+    head: bool = True
+    """Train the head."""
+
+
+class MethodSpec(Strict):
+    """The ``method`` section of a run's spec."""
+
+    name: str
+    """Name of the method; empty for a measurement."""
+    variant: str
+    """Short name of the method's varied settings."""
+    noise: NotNegative = 0.0
+    """Intensity of noisy tuning; 0 for none."""
+    config: dict[str, Any] | None
+    """The full configuration of EMoE or GMoE as plain values; null for a dense model."""
+    tune: TuneSpec | None = None
+    """The trained parameters; null if all parameters are trained."""
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:
@@ -168,7 +199,7 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
 
 
 def check_frozen(
-    frozen: int | None, method: Mapping[str, Any], where: str, count: int | None = None
+    frozen: int | None, method: MethodSpec, where: str, count: int | None = None
 ) -> None:
     """Check that a method converts and trains nothing below the frozen layers.
 
@@ -181,12 +212,22 @@ def check_frozen(
     Raises:
         DefinitionError: The method uses a frozen layer.
     """
-    for settings, verb in ((method["config"] or {}, "converts"), (method["tune"] or {}, "trains")):
-        for layers in filter(None, (settings.get("layers"), settings.get("blocks"))):
-            if count is not None:
-                layers = resolve_layers(layers, count)
-            if isinstance(layers, list) and 0 <= min(layers) < (frozen or 0):
-                raise DefinitionError(
-                    f"{where}: method '{method['name']}' {verb} layer {min(layers)}, but training.frozen_layers is "
-                    f"{frozen}. Freeze fewer, or take layers from {frozen} on"
-                )
+    if not frozen:
+        return
+    used_layers: list[tuple[str, Any]] = []
+    if method.config is not None:
+        used_layers.append(("converts", method.config.get("layers")))
+    if method.tune is not None:
+        used_layers.append(("trains", method.tune.layers))
+        used_layers.append(("trains", method.tune.blocks))
+    for verb, request in used_layers:
+        if not request:
+            continue
+        layers = request if count is None else resolve_layers(request, count)
+        # without a count, a word such as ``all`` and numbers from the end are unknown
+        if isinstance(layers, list) and 0 <= min(layers) < frozen:
+            raise DefinitionError(
+                f"{where}: method '{method.name}' {verb} layer {min(layers)}, "
+                f"but training.frozen_layers is {frozen}. "
+                f"Freeze fewer, or take layers from {frozen} on"
+            )

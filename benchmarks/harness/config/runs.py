@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, read_json
+from benchmarks.harness.config.catalogue import ModelSpec
+from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.config.yaml import Count, Number, Strict, Whole
 from benchmarks.harness.sources.packages import set_packages
 
@@ -24,10 +26,10 @@ class RunSpec(Strict):
     """Name of the benchmark."""
     version: Count
     """Version of the benchmark."""
-    model: dict[str, Any]
-    """The trained or evaluated model: name, source from models.yaml, and format of the weights."""
-    method: dict[str, Any]
-    """The method, from :func:`.methods.method_spec`."""
+    model: ModelSpec
+    """The trained or evaluated model."""
+    method: MethodSpec
+    """The method."""
     variant: str
     """Short name of the settings besides model, task and method."""
     learning_rate: Number

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed, write_json
-from benchmarks.harness.config.method_specs import check_frozen
+from benchmarks.harness.config.catalogue import ModelSpec
+from benchmarks.harness.config.method_specs import MethodSpec, check_frozen
 from benchmarks.harness.models.conversion import apply_method_, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.loading import (
@@ -42,7 +43,7 @@ from emoe.partitioning import Partition
 
 _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
 # by the modality of the model; text classifiers have none
-_NETWORKS: dict[str | None, Callable[[Mapping[str, Any]], nn.Module]] = {
+_NETWORKS: dict[str | None, Callable[[ModelSpec], nn.Module]] = {
     None: load_backbone,
     "image": load_image_network,
     "language": load_language_model,
@@ -54,9 +55,9 @@ class TrainedSpec(Protocol):
     """The part of a training run's spec that all models are built from."""
 
     @property
-    def model(self) -> dict[str, Any]: ...
+    def model(self) -> ModelSpec: ...
     @property
-    def method(self) -> dict[str, Any]: ...
+    def method(self) -> MethodSpec: ...
     @property
     def seed(self) -> int: ...
     @property
@@ -120,14 +121,14 @@ def build_language_model(
     Raises:
         EMoEError: The weights are missing or damaged, or the method does not fit the model.
     """
-    layers = (spec.method["config"] or {}).get("layers")
+    layers = (spec.method.config or {}).get("layers")
     model = (
         build_empty_language_model(spec.model, layers) if empty else load_language_model(spec.model)
     )
     # the digest of quantised weights depends on the machine
-    source = source_of(spec.model, model, with_digest=not empty and "quantize" not in spec.model)
+    source = source_of(spec.model, model, with_digest=not empty and spec.model.quantize is None)
     trainable = _make_trainable(model, model, source, spec, calibration, partition)
-    if "quantize" in spec.model:
+    if spec.model.quantize is not None:
         cast(
             Any, model
         )._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
@@ -154,7 +155,7 @@ def _make_trainable(
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
     """Convert and adapt a model's network, which is the model itself or one of its modules."""
-    tune = spec.method["tune"]
+    tune = spec.method.tune
     # some kinds have neither
     frozen_layers = getattr(spec.training, "frozen_layers", None)
     lora = getattr(spec.training, "lora", None)
@@ -259,13 +260,13 @@ def reopen(
         DataError: The trained tensors are missing or damaged, or the pre-trained weights have changed.
         CheckpointError: The partition is missing or damaged.
     """
-    config = spec.method["config"]
+    config = spec.method.config
     partition = load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None
     trainable = build(spec, partition=partition)
     now = trainable.summary["source"]["weights"]
     if weights and now != weights:
         raise DataError(
-            f"the weights of '{spec.model['name']}' changed since the run was trained: {now} instead of {weights}"
+            f"the weights of '{spec.model.name}' changed since the run was trained: {now} instead of {weights}"
         )
     load_trained_(trainable.model, folder / _TRAINED)
     return trainable
@@ -281,7 +282,8 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     """
     content = json.loads(spec)
     torch.set_num_threads(threads)
-    model = _NETWORKS[content["model"].get("modality")](content["model"])
+    model_spec = ModelSpec(**content["model"])
+    model = _NETWORKS[model_spec.modality](model_spec)
     config = EMoEConfig.from_dict(content["config"])
     partition = cached_partition(model, config)
     receipt = {

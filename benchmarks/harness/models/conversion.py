@@ -12,6 +12,7 @@ from torch import nn
 
 import emoe
 from benchmarks.harness.base import derive_seed
+from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.models.partitions import cached_partition
 from emoe.config import EMoEConfig
 
@@ -20,7 +21,7 @@ _HEADS = {"classifier", "score"}  # transformers' names of new heads
 
 def apply_method_(
     model: nn.Module,
-    method: Mapping[str, Any],
+    method: MethodSpec,
     seed: int,
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
@@ -37,13 +38,11 @@ def apply_method_(
     Returns:
         The report of the conversion; None for a dense model.
     """
-    if method["noise"]:
-        noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
-    return (
-        None
-        if method["config"] is None
-        else _convert_(model, method["config"], calibration, partition)
-    )
+    if method.noise:
+        noisy_tuning_(model, method.noise, seed=derive_seed("noise", seed))
+    if method.config is None:
+        return None
+    return _convert_(model, method.config, calibration, partition)
 
 
 def _convert_(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
 from benchmarks.harness.base import DataError, DefinitionError, derive_seed
+from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.models.loading import (
     describe,
     load_config,
@@ -57,7 +58,7 @@ class ImageClassifier(nn.Module):
         )
 
 
-def load_image_network(model: Mapping[str, Any]) -> nn.Module:
+def load_image_network(model: ModelSpec) -> nn.Module:
     """Load the pre-trained network, to cluster its neurons."""
     return load_image_classifier(
         model, num_classes=2, image_size=None, drop_path=0.0, seed=0
@@ -65,7 +66,7 @@ def load_image_network(model: Mapping[str, Any]) -> nn.Module:
 
 
 def load_image_classifier(
-    model: Mapping[str, Any],
+    model: ModelSpec,
     num_classes: int,
     image_size: int | None,
     drop_path: float,
@@ -88,7 +89,7 @@ def load_image_classifier(
         DefinitionError: The architecture has no stochastic depth.
     """
     network: Any
-    if "timm" in model:
+    if model.timm is not None:
         network, source = _load_timm(model, num_classes, image_size, drop_path, seed)
         head, resized = network.get_classifier(), False
     else:
@@ -108,13 +109,13 @@ def _apply_dropout(rate: float, head: nn.Module, args: tuple[Tensor]) -> tuple[T
 
 
 def _load_transformers(
-    model: Mapping[str, Any], num_classes: int, drop_path: float, seed: int
+    model: ModelSpec, num_classes: int, drop_path: float, seed: int
 ) -> tuple[nn.Module, dict[str, str]]:
     options: dict[str, Any] = {"num_labels": num_classes}
     if drop_path:
         if not hasattr(load_config(model), "drop_path_rate"):
             raise DefinitionError(
-                f"the model '{model['name']}' has no drop_path; set training.drop_path to 0 for it"
+                f"the model '{model.name}' has no drop_path; set training.drop_path to 0 for it"
             )
         options["drop_path_rate"] = drop_path
     torch.manual_seed(seed)
@@ -130,31 +131,31 @@ def _load_transformers(
 
 
 def _load_timm(
-    model: Mapping[str, Any], num_classes: int, image_size: int | None, drop_path: float, seed: int
+    model: ModelSpec, num_classes: int, image_size: int | None, drop_path: float, seed: int
 ) -> tuple[nn.Module, dict[str, str]]:
     import timm
 
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
     repository, revision, folder = (
-        f"timm/{model['timm']}",
-        model.get("revision"),
-        user_model_folder(model),
+        f"timm/{model.timm}",
+        model.revision,
+        user_model_folder(model.name),
     )
-    is_random = "random" in model
+    is_random = model.random is not None
     if revision and not folder:
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{revision}"}
     with loading_errors(model):
         network: Any = timm.create_model(
-            model["timm"], pretrained=not is_random and not folder, **options
+            cast(str, model.timm), pretrained=not is_random and not folder, **options
         )
         if is_random:
-            _draw_(network, derive_seed("random weights", model["name"]))
+            _draw_(network, derive_seed("random weights", model.name))
         elif folder:
             missing, _ = network.load_state_dict(
                 read_tensors(folder / WEIGHT_FILES[0]), strict=False
             )  # but the head
             if missing:
-                raise DataError(f"the weights in {folder} lack '{missing[0]}' of '{model['name']}'")
+                raise DataError(f"the weights in {folder} lack '{missing[0]}' of '{model.name}'")
     commit = cached_commit(repository, WEIGHT_FILES[0], revision)
     source = {"from": describe(model, commit), "weights": weights_digest(network)}
     if image_size is not None:

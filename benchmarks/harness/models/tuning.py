@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, cast
+from collections.abc import Collection
+from typing import cast
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.harness.base import DefinitionError, derive_seed
+from benchmarks.harness.config.method_specs import TuneSpec
 from benchmarks.harness.config.methods import TUNINGS, LoRA, is_below
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
@@ -23,7 +24,7 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 def tune_(
     model: PreTrainedModel,
     lora: LoRA | None,
-    tune: Mapping[str, Any],
+    tune: TuneSpec,
     seed: int,
     frozen: Collection[str] = (),
 ) -> tuple[LoraModel | None, Groups]:
@@ -55,16 +56,12 @@ def tune_(
     return adapters, groups
 
 
-def trained_groups(
-    model: PreTrainedModel, tune: Mapping[str, Any], frozen: Collection[str] = ()
-) -> Groups:
+def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[str] = ()) -> Groups:
     """Return the names and parameters that an adapted model trains, by group, without empty groups.
 
     The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all others.
     """
-    tuning, layers = (
-        ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
-    )
+    tuning, layers = ("blocks", tune.blocks) if tune.blocks else (tune.tuning, tune.layers)
     parameters = dict(model.named_parameters())
     chosen = set(TUNINGS[tuning](model, layers)) if tuning else set()
     if unknown := sorted(chosen - parameters.keys()):
@@ -77,12 +74,12 @@ def trained_groups(
         for path, module in model.named_modules()
         if isinstance(module, RoutedActivation)
     ]
-    also = _find_modules(model, tune["also"])
+    also = _find_modules(model, tune.also)
 
     def group_of(name: str) -> str | None:
         if ".lora_" in name:
             return "adapters"
-        if tune.get("head", True) and not name.startswith(f"{model.base_model_prefix}."):
+        if tune.head and not name.startswith(f"{model.base_model_prefix}."):
             return "head"
         if is_below(name, routers):
             return "routers"

@@ -44,8 +44,8 @@ def expected_path(source: Mapping[str, Any]) -> str:
     return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"
 
 
-def user_model_folder(model: Mapping[str, Any]) -> Path | None:
-    """Return the folder of the model's name below the model root; None if missing."""
+def user_model_folder(name: str) -> Path | None:
+    """Return the folder of a model's name below the model root; None if missing."""
     root = os.environ.get(MODEL_ROOT)
-    folder = Path(root) / model["name"] if root else None
+    folder = Path(root) / name if root else None
     return folder if folder and folder.is_dir() else None
