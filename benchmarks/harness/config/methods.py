@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, read_yaml
 from benchmarks.harness.config.yaml import (
-    KEEP_INTEGER,
     Count,
     Counts,
     ExplicitNulls,
@@ -32,7 +30,15 @@ from benchmarks.harness.config.yaml import (
     refusal,
     registered,
 )
-from emoe.config import ROUTERS, Bounds, EMoEConfig, GMoEConfig, resolve_layers
+from emoe.config import (
+    ROUTERS,
+    BalanceLoss,
+    Partition,
+    Score,
+    Selection,
+    Weighting,
+    resolve_layers,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,24 +104,62 @@ Role = Literal["baseline", "method", "control", "ablation"]
 Kind = Literal["dense", "emoe", "gmoe"]
 
 
-def _config_fields() -> dict[str, Any]:
-    """Return the fields of EMoEConfig and GMoEConfig with their types and bounds, all of them optional."""
-    fields: dict[str, Any] = {}
-    for config in (EMoEConfig, GMoEConfig):
-        hints = get_type_hints(config)
-        for field in dataclasses.fields(config):
-            bounds = field.metadata.get("bounds", Bounds())
-            limits = Field(ge=bounds.at_least, gt=bounds.above, lt=bounds.below)
-            fields[field.name] = (Annotated[hints[field.name], limits, KEEP_INTEGER] | None, None)
-    del fields["version"]
-    return fields
+class ExpertSettings(ExplicitNulls):
+    """The fields of :class:`emoe.EMoEConfig` and :class:`emoe.GMoEConfig`, each optional.
+
+    A field that no file sets has the default of the configuration, or the authors' value with `as_published`.
+    """
+
+    num_experts: Count | None = None
+    """Number of experts N. EMoE: N must divide the FFN's width."""
+    top_k: Count | None = None
+    """Number k of experts that each token uses, see `selection`."""
+    layers: Layers | None = None
+    """FFNs to convert: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
+    capacity_factor: Positive | None = None
+    """Factor c: an expert takes at most top_k * int(c * ceil(T / N)) of the T tokens of a forward pass; null for no
+    limit."""
+    count_padding: bool | None = None
+    """Count padding tokens in the capacity and the balance loss."""
+    router_noise: NotNegative | None = None
+    """Standard deviation of the noise on training scores, times num_experts."""
+    aux_loss_coefficient: NotNegative | None = None
+    """Weight of the balance loss."""
+    balance_loss: BalanceLoss | None = None
+    """Formula of the balance loss: `corrected`, or `published` for the authors' formula."""
+    expert_dropout: Rate | None = None
+    """Dropout probability on the hidden neurons of converted FFNs."""
+    dropout_position: Literal["before", "after"] | None = None
+    """expert_dropout `before` the activation (the authors' language code) or `after` it (their vision code)."""
+    output_bias: Literal["shared", "per_expert", "per_expert_whole"] | None = None
+    """Output bias: one of the FFN (`shared`), or one of each expert. An expert's bias starts as the FFN's divided by
+    the number of active experts (`per_expert`), or, in GMoE only, as the FFN's (`per_expert_whole`)."""
+    partition: Partition | None = None
+    """Grouping of neurons into experts: balanced k-means on keys (`kmeans`) or on activations (`coactivation`),
+    `random`, or `contiguous`."""
+    partition_seed: Whole | Literal["run"] | None = None
+    """Seed of the partition; `run` uses the run's seed."""
+    router: Annotated[str, registered(ROUTERS)] | None = None
+    """A registered router. `avg_k` scores an expert by the mean of its keys, `cosine` is EMoE-learn's."""
+    selection: Selection | None = None
+    """Chosen experts: the `top` k by score, the `bottom` k, `random` k, or all but the top k (`not_top`)."""
+    score: Score | None = None
+    """avg_k's score of an expert: the input times its mean key (`keys`), or the mean over its neurons of the
+    pre-activation (`gate`), the up-projection (`up`, `up_abs`) or the out-projection's input (`inter`,
+    `inter_abs`)."""
+    score_bias: bool | None = None
+    """Add the mean bias of an expert's neurons to the `keys` score."""
+    gate_momentum: Rate | None = None
+    """Momentum of running mean keys; with 0 the mean keys follow the weights."""
+    weighting: Weighting | None = None
+    """Weight of a chosen expert: 1 (`binary`), softmax of the scores (`softmax`), or k times that
+    (`softmax_times_k`)."""
 
 
-CONFIG_FIELDS = _config_fields()
-_ConfigFields: Any = create_model("_ConfigFields", __base__=ExplicitNulls, **CONFIG_FIELDS)
+CONFIG_FIELDS = frozenset(ExpertSettings.model_fields)
 
 
-class Method(_ConfigFields):  # type: ignore[misc]
+class Method(ExpertSettings):
     """A method or some of its settings. methods.yaml defines it; a benchmark, suite and grid may override it.
 
     Each file sets some keys, including fields of :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`.
@@ -142,12 +186,6 @@ class Method(_ConfigFields):  # type: ignore[misc]
     given."""
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
-    layers: Layers | None = None
-    """FFNs to convert: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
-    partition_seed: Whole | Literal["run"] | None = None
-    """Seed of the partition; `run` uses the run's seed."""
-    router: Annotated[str, registered(ROUTERS)] | None = None
-    """A registered router. `avg_k` scores an expert by the mean of its keys, `cosine` is EMoE-learn's."""
 
     def model_post_init(self, _context: Any, /) -> None:
         if self.top_k is not None and self.top_k_fraction is not None:
