@@ -160,7 +160,7 @@ class ExpertSettings(ExplicitNulls):
     router: Annotated[str, registered(ROUTERS)] | None = None
     """A registered router. `avg_k` scores an expert by its mean key; `cosine` is EMoE-learn's."""
     selection: Selection | None = None
-    """The chosen k experts: `top` by score, `bottom`, `random`; or all but the top k (`not_top`)."""
+    """The k experts: `top` by score, `bottom`, `random`; or all but the top k (`not_top`)."""
     score: Score | None = None
     """An expert's score by `avg_k`: the product of the input and its mean key (`keys`), or a mean.
 
