@@ -59,7 +59,7 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
 
 
 def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
-    """Check before the first run of a suite that this machine has an accelerator, if a run needs one.
+    """Check before a suite starts that this machine has an accelerator, if a run needs one.
 
     Raises:
         RunError: A run needs an accelerator, and none is visible.
