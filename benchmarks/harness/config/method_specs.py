@@ -187,12 +187,10 @@ def method_spec(
 
 def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a point that vary the method; the others would change nothing."""
-    if method.kind != "dense":
-        keys = VARIANT_KEYS
-    elif method.tune is not None:  # layers choose the trained blocks
-        keys = ("layers",)
-    else:  # all variants share one dense run
-        keys = ()
+    keys: tuple[str, ...] = VARIANT_KEYS
+    if method.kind == "dense":
+        # without trained blocks, which layers choose, all variants share one dense run
+        keys = () if method.tune is None else ("layers",)
     return {key: point[key] for key in keys if key in point}
 
 
@@ -278,10 +276,12 @@ def _lowest_layer(request: str | list[int] | None, count: int | None) -> int | N
     """Return the lowest requested layer; None if there is none, or if it depends on the count."""
     if not request:
         return None
-    if count is not None:
-        return min(resolve_layers(request, count))
     if isinstance(request, str):  # ``all``, ``last:2`` or a slice
-        return None
+        if count is None:
+            return None
+        return min(resolve_layers(request, count))
+    if count is not None:
+        return min(resolve_layers(tuple(request), count))
     lowest = min(request)
     if lowest < 0:  # counts from the last layer
         return None

@@ -239,9 +239,9 @@ def _make_prefix(
 
 
 def _slow_parameters(model: nn.Module, groups: Groups) -> frozenset[str]:
-    """Return the model's names of the trained parameters with a lower learning rate."""
+    """Return the trained parameters with a lower learning rate, by their names in the model."""
     # the groups have the names in the network, which may be a module of the model
-    slow_ids = set()
+    slow_ids: set[int] = set()
     for group, members in groups.items():
         if group not in FAST:
             slow_ids.update(id(parameter) for _, parameter in members)

@@ -111,7 +111,7 @@ def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict
     with emoe.record_routing(model) as record:
         for batch in batches:
             model(**batch)
-    emoe.set_backend_(model, "masked")
+    emoe.set_backend_(model, "masked")  # as ``convert_`` left it
     return {number: layer.loads for number, layer in record.layers.items()}
 
 

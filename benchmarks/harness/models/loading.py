@@ -78,7 +78,8 @@ def load_pretrained(loader: Any, model: ModelSpec, **options: Any) -> PreTrained
         built = loader.from_config(load_config(model), dtype=dtype)
         return cast(PreTrainedModel, built)
     with loading_errors(model):
-        return cast(PreTrainedModel, load_stock(loader, _model_folder(model), **options))
+        folder = _model_folder(model)
+        return cast(PreTrainedModel, load_stock(loader, folder, **options))
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """
     state = model.state_dict()
     is_sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
-    if is_sharded:
+    if is_sharded:  # gathers the shards of all processes on the main one
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
