@@ -52,7 +52,7 @@ def typed(run: Run) -> Any:
 
 def reopened(run: Run, metrics: dict[str, Any]) -> tuple[Trainable, Any]:
     """Return the model that a recorded run kept, and its tokenizer."""
-    tokenizer = load_tokenizer(run.spec["model"])
+    tokenizer = load_tokenizer(typed(run).model)
     weights = metrics["model"]["source"]["weights"]
     build = partial(build_classifier, labels=len(run.spec["task"]["labels"]), tokenizer=tokenizer)
     return reopen(build, typed(run), weights, RUNS / run.folder / "model"), tokenizer

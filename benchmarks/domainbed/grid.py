@@ -30,7 +30,12 @@ from benchmarks.domainbed.protocol import (
 from benchmarks.harness.base import DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, method_spec
+from benchmarks.harness.config.method_specs import (
+    VARIANT_KEYS,
+    MethodSpec,
+    check_frozen,
+    method_spec,
+)
 from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
@@ -97,7 +102,7 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
         training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
         method = method_spec(methods, point, trial, settings.lora, where)
-        check_frozen(training.get("frozen_layers"), method, str(where))
+        check_frozen(training.get("frozen_layers"), MethodSpec(**method), str(where))
         if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
             raise DefinitionError(
                 f"{part.where('training', 'frozen_layers')} needs hparams.data_augmentation: false, because augmented "

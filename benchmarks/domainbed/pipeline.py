@@ -136,7 +136,7 @@ def _add_prefixes(
     """Add the outputs of the model's frozen layers for all rows in training or evaluation."""
     training, prefixed = spec.training, list(environments)
     # methods begin with different environments, so that concurrent runs share the work instead of waiting
-    begin = derive_seed("first", spec.method["name"])
+    begin = derive_seed("first", spec.method.name)
     for number in range(begin, begin + len(environments)):
         env = number % len(environments)
         within, out = splits[env]
@@ -174,7 +174,7 @@ def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -
     """
     method, task = spec.method, spec.task
     variant = task.name if normalize_name(task.name) != normalize_name(task.domainbed) else ""
-    names = (f"{method['name']}-{spec.sweep}", method["variant"], spec.model["name"], variant)
+    names = (f"{method.name}-{spec.sweep}", method.variant, spec.model.name, variant)
     arguments = {
         "dataset": task.domainbed,
         "algorithm": "@".join(filter(None, names)),

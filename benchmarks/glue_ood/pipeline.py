@@ -59,7 +59,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
             f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
     if spec.transform is not None:
-        convert_trained_(classifier.model, spec.method["config"])
+        convert_trained_(classifier.model, spec.method.config)
     evaluator = TextEvaluator(
         classifier,
         tokenizer,
@@ -93,7 +93,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         "chosen": {
             "run": chosen.folder,
             "learning_rate": trained.learning_rate,
-            "variant": trained.method["variant"],
+            "variant": trained.method.variant,
         },
         "cost": evaluator.cost,
         "data": {"test": test.summary()}
@@ -120,6 +120,6 @@ def _chosen(spec: EvaluationSpec) -> Run:
         if choice == tuple(best) and candidate.seed == spec.seed:
             return candidate
     raise DataError(
-        f"{spec.benchmark}: seed {spec.seed} did not train {spec.method['name']} with the chosen "
+        f"{spec.benchmark}: seed {spec.seed} did not train {spec.method.name} with the chosen "
         f"{' '.join(f'{key} {best[key]}' for key in CHOICE)}; give every seed the same grid"
     )

@@ -57,7 +57,7 @@ def export(path: Path, output: Path, form: str) -> str:
     runs_folder = path.parents[2]  # the parents are the run, its benchmark, and all runs
     recorded = read_record(run, runs_folder).metrics.weights
     # adapters cannot be merged into quantised weights
-    unquantised = {key: value for key, value in spec.model.items() if key != "quantize"}
+    unquantised = spec.model.model_copy(update={"quantize": None})
     spec = spec.model_copy(update={"model": unquantised})
     trained = reopen(build_language_model, spec, recorded, weights)
     # an exported model needs no peft

@@ -11,7 +11,12 @@ from typing import Any, ClassVar, Self
 from benchmarks.harness.base import BENCHMARKS, DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Domain, Part
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.method_specs import VARIANT_KEYS, check_frozen, method_spec
+from benchmarks.harness.config.method_specs import (
+    VARIANT_KEYS,
+    MethodSpec,
+    check_frozen,
+    method_spec,
+)
 from benchmarks.harness.config.overlay import merge
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
@@ -135,7 +140,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         accumulation(training, processes)
         if processes > 1 and training.frozen_layers:
             raise RunError("a run with training.frozen_layers needs a single process")
-        if processes > 1 and parallel == "fsdp" and run.model.get("quantize"):
+        if processes > 1 and parallel == "fsdp" and run.model.quantize:
             raise RunError("weights in 4 bits cannot be sharded; use --parallel ddp")
 
 
@@ -175,7 +180,7 @@ def _training(
     if tuning.train == "nothing":
         return {"lora": None, "precision": settings.precision, "keep_weights": False}
     training = {**settings.spec(), **tuning.model_dump(include={"lora"})}
-    check_frozen(training.get("frozen_layers"), method, str(where))
+    check_frozen(training.get("frozen_layers"), MethodSpec(**method), str(where))
     return training
 
 

@@ -55,7 +55,8 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     tokenizer, model = load_tokenizer(spec.model), load_backbone(spec.model)
     model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
     source = source_of(spec.model, model)
-    (layer,) = spec.method["config"]["layers"]
+    config = cast(dict[str, Any], spec.method.config)  # a plan of this benchmark always has one
+    (layer,) = config["layers"]
     tokenise = partial(
         TokenisedRows,
         tokenizer=tokenizer,
@@ -87,7 +88,7 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
     order = permutations(model)[layer]
     magnitudes = torch.cat([of_task[:, order] for of_task in dense.values()])
     active = active_mask(magnitudes, spec.reading.active_share)
-    measured = concentration(magnitudes, active, spec.method["config"]["num_experts"])
+    measured = concentration(magnitudes, active, config["num_experts"])
     for selection, used in (("top", top), ("bottom", bottom)):
         numbers = measure_use(torch.cat(used), magnitudes, active)
         measured |= {f"{name}_{selection}": value for name, value in numbers.items()}

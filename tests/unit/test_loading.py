@@ -23,7 +23,7 @@ from benchmarks.domainbed.definition import RunImageSet
 from benchmarks.domainbed.validation import load_set
 from benchmarks.harness.base import MODEL_ROOT, DataError
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import ModelSpec, load_models
 from benchmarks.harness.models import loading
 from benchmarks.harness.models.image import load_image_classifier
 from benchmarks.harness.run import environment
@@ -34,7 +34,7 @@ from tests import tiny_models
 from tests.tiny_hub import write_models, write_seq2seq
 
 CODE = "from pathlib import Path\nPath('executed').touch()\n"
-LOADERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+LOADERS: dict[str, tuple[str, Callable[[ModelSpec], Any]]] = {
     "classifier": ("bert-base-cased", lambda model: loading.load_classifier(model, 2, 0, 0)),
     "backbone": ("gpt2", loading.load_backbone),
     "language": ("gpt2", loading.load_language_model),
@@ -42,7 +42,9 @@ LOADERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "image": ("dinov2", lambda model: load_image_classifier(model, 3, 28, 0.0, 0)),
     "timm": (
         "test_vit",
-        lambda model: load_image_classifier({**model, "timm": "test_vit"}, 3, 160, 0.0, 0),
+        lambda model: load_image_classifier(
+            model.model_copy(update={"timm": "test_vit"}), 3, 160, 0.0, 0
+        ),
     ),
     "tokenizer": ("gpt2", loading.load_tokenizer),
 }
@@ -163,7 +165,7 @@ def test_a_damaged_folder_is_refused_in_one_line(model_root: Path, damage: str, 
     file, change = DAMAGE[damage]
     change(model_root / name / file)
     with pytest.raises(DataError) as caught:
-        load({"name": name, "hub": f"nobody/{name}"})
+        load(ModelSpec(name=name, hub=f"nobody/{name}"))
     assert str(model_root / name) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (model_root / "executed").exists()
@@ -172,14 +174,14 @@ def test_a_damaged_folder_is_refused_in_one_line(model_root: Path, damage: str, 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_whole_folder_loads(model_root: Path, kind: str) -> None:
     name, load = LOADERS[kind]
-    assert load({"name": name, "hub": f"nobody/{name}"})
+    assert load(ModelSpec(name=name, hub=f"nobody/{name}"))
 
 
 def test_a_model_that_is_nowhere_names_the_remedy(model_root: Path) -> None:
     with pytest.raises(
         DataError, match=r"could not load the model 'nobody/bert': .*below model_root"
     ):
-        loading.load_backbone({"name": "bert", "hub": "nobody/bert"})
+        loading.load_backbone(ModelSpec(name="bert", hub="nobody/bert"))
 
 
 def test_a_model_of_the_hub_is_recorded_with_its_commit(
@@ -196,7 +198,7 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(
         return str(model_root / commit)
 
     monkeypatch.setattr(loading, "snapshot_download", download)
-    model = {"name": "bert", "hub": "somebody/bert", "revision": "main"}
+    model = ModelSpec(name="bert", hub="somebody/bert", revision="main")
     assert (
         loading.source_of(model, loading.load_backbone(model))["from"]
         == f"somebody/bert@{commit} (not pinned)"
@@ -276,7 +278,7 @@ def test_weights_of_timm_are_recorded_with_their_commit(
     download = mock.Mock(return_value=str(file))
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(file))
-    model = {"name": "test", "timm": "test_vit.r160_in1k", "revision": COMMIT}
+    model = ModelSpec(name="test", timm="test_vit.r160_in1k", revision=COMMIT)
     assert (
         load_image_classifier(model, 2, 160, 0.0, 0).source["from"]
         == f"timm/test_vit.r160_in1k@{COMMIT}"

@@ -1,21 +1,64 @@
-"""Models, and methods on them: heads by seed, the cache of partitions."""
+"""Models, and methods on them: keys of methods.yaml, heads by seed, the cache of partitions."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 from unittest import mock
 
 import pytest
 import torch
+from pydantic import Field, TypeAdapter
 from transformers import BertConfig, BertForSequenceClassification
 
 import emoe
 from benchmarks.harness.base import MODEL_ROOT
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import ModelSpec, model_spec
+from benchmarks.harness.config.methods import ExpertSettings, Method
 from benchmarks.harness.models.conversion import noisy_tuning_
 from benchmarks.harness.models.loading import load_backbone, load_classifier, weights_digest
 from benchmarks.harness.models.partitions import cached_partition
+from benchmarks.harness.run import schemas
+from emoe.config import Bounds, EMoEConfig, GMoEConfig
 from tests import tiny_models
+
+SEED_OF_RUN = {"const": "run", "type": "string"}  # a seed that only a method may have
+
+
+def schema_of_field(config: type[Any], field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """Return the JSON Schema of an optional key with the type and the bounds of a configuration's field."""
+    bounds = field.metadata.get("bounds", Bounds())
+    limits = Field(ge=bounds.at_least, gt=bounds.above, lt=bounds.below)
+    key = Annotated[get_type_hints(config)[field.name], limits] | None
+    return TypeAdapter(key).json_schema()
+
+
+@pytest.mark.parametrize("config", [EMoEConfig, GMoEConfig])
+def test_a_method_has_each_field_of_a_configuration_with_its_bounds(config: type[Any]) -> None:
+    keys = ExpertSettings.model_json_schema()["properties"]
+    fields = {field.name: field for field in dataclasses.fields(config) if field.name != "version"}
+    assert fields.keys() <= keys.keys()
+    for name in fields.keys() - {"layers"}:  # YAML has lists, a configuration tuples
+        options = [option for option in keys[name]["anyOf"] if option != SEED_OF_RUN]
+        assert options == schema_of_field(config, fields[name])["anyOf"], name
+
+
+def test_no_key_of_a_method_is_unknown_to_the_configurations() -> None:
+    known = {field.name for kind in (EMoEConfig, GMoEConfig) for field in dataclasses.fields(kind)}
+    assert known - {"version"} == set(ExpertSettings.model_fields)
+
+
+def test_an_editor_explains_each_key_of_a_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schemas, "SCHEMAS", tmp_path)
+    schemas.write_schemas()
+    written = json.loads((tmp_path / "methods.schema.json").read_text())
+    keys = written["$defs"]["Method"]["properties"]
+    assert keys.keys() == Method.model_fields.keys()
+    assert [name for name, key in keys.items() if not key.get("description")] == []
 
 
 def test_noise_scales_with_each_parameter_and_spares_the_head() -> None:
@@ -86,7 +129,7 @@ def test_damaged_partitions_are_made_again(tmp_path: Path) -> None:
 def test_the_head_of_a_model_without_a_checkpoint_is_that_of_a_loaded_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_models()[name].spec(name)
+    model = model_spec(name)
     built = [load_classifier(model, 3, seed, 0) for seed in (1, 2)]
     backbone = load_backbone(model)
     assert {weights_digest(classifier.base_model) for classifier in built} == {
@@ -97,5 +140,5 @@ def test_the_head_of_a_model_without_a_checkpoint_is_that_of_a_loaded_one(
 
     backbone.save_pretrained(tmp_path / "saved")
     monkeypatch.setenv(MODEL_ROOT, str(tmp_path))
-    loaded = load_classifier({"name": "saved", "hub": "nowhere"}, 3, 2, 0)
+    loaded = load_classifier(ModelSpec(name="saved", hub="nowhere"), 3, 2, 0)
     assert weights_digest(loaded) == weights_digest(built[1])

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import model_spec
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.loading import load_seq2seq, load_tokenizer
 from benchmarks.harness.report.presentation import present
@@ -24,7 +24,7 @@ from tests.executed import finish, killed_and_resumed, prepare
 from tests.planned import edited_benchmark, edited_part, paper_spec, smoke_run
 
 BENCHMARK = load_benchmark("multitask")
-TINY = load_models()["tiny-t5"].spec("tiny-t5")
+TINY = model_spec("tiny-t5")
 
 
 def task(name: str, prefix: str | None = None) -> LearnedTask:

@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import model_spec
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.text import data
@@ -336,7 +336,7 @@ PAIRS = TextSplit(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer(load_models()["minilm"].spec("minilm"))
+    return load_tokenizer(model_spec("minilm"))
 
 
 def test_rows_are_what_the_tokenizer_gives(here: Path, tokenizer: PreTrainedTokenizerBase) -> None:

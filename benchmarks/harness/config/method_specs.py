@@ -1,4 +1,4 @@
-"""The ``method`` part of a run's spec, and names of its varied settings."""
+"""The ``method`` section of a run's spec, and short names of varied settings."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import LoRA, Method, merge_methods, tuning_spec
-from benchmarks.harness.config.yaml import Location
+from benchmarks.harness.config.yaml import Location, NotNegative, Strict
 from emoe.config import EMoEConfig, GMoEConfig, resolve_layers
 from emoe.errors import ConfigError, nearest_divisor
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
-TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that also vary a row
-# letter by setting: N experts, k / N, converted layers, share of the training rows (data), factor on the usual epochs
+TRAINING_KEYS = ("train_share", "epochs_factor")  # training settings that a variant also names
+# the letter of each setting in a variant such as ``N16-k0.25``
 _LETTERS = {
     "num_experts": "N",
     "top_k_fraction": "k",
     "layers": "L",
-    "train_share": "D",
-    "epochs_factor": "E",
+    "train_share": "D",  # share of the training data
+    "epochs_factor": "E",  # factor on the usual epochs
 }
 _WORDS = {
     "N": "N {}",
@@ -32,49 +32,98 @@ _WORDS = {
 }
 
 
+class TuneSpec(Strict):
+    """The parameters that a run trains, besides adapters, head and routers, instead of all."""
+
+    blocks: str | list[int]
+    """The trained transformer blocks: layer numbers or a request such as `last:2`; [] for none."""
+    also: list[str]
+    """Further trained modules, by the last part of their name."""
+    tuning: str | None = None
+    """A registered tuning other than `blocks`."""
+    layers: str | list[int] | None = None
+    """The layers that the tuning is called with."""
+    head: bool = True
+    """Train the head."""
+
+
+class MethodSpec(Strict):
+    """The ``method`` section of a run's spec."""
+
+    name: str
+    """Name of the method; empty for a measurement."""
+    variant: str
+    """Short name of the method's varied settings."""
+    noise: NotNegative = 0.0
+    """Intensity of noisy tuning; 0 for none."""
+    config: dict[str, Any] | None
+    """The full configuration of EMoE or GMoE as plain values; null for a dense model."""
+    tune: TuneSpec | None = None
+    """The trained parameters; null if all parameters are trained."""
+
+
 def variant_of(varied: Mapping[str, Any]) -> str:
-    """Name the variant of some settings.
+    """Write varied settings as a short name, the variant: a letter and a value for each.
 
     >>> variant_of({"num_experts": 16, "top_k_fraction": 0.25, "layers": [3, 5]})
     'N16-k0.25-L3+5'
     """
-    values = {
-        key: "+".join(map(str, v))
-        if isinstance(v, list)
-        else f"{v:g}"
-        if isinstance(v, float)
-        else str(v)
-        for key, v in varied.items()
-    }
-    return "-".join(f"{_LETTERS[key]}{value}" for key, value in values.items())
+    words = []
+    for key, value in varied.items():
+        if isinstance(value, list):
+            text = "+".join(str(item) for item in value)
+        elif isinstance(value, float):
+            text = f"{value:g}"  # 2.0 is written as 2
+        else:
+            text = str(value)
+        words.append(f"{_LETTERS[key]}{text}")
+    return "-".join(words)
 
 
 def setting_values(variant: str) -> dict[str, str]:
-    """Return the values of a variant by letter.
+    """Split a variant into the value of each setting, by letter.
 
     >>> setting_values("N16-L-1")
     {'N': '16', 'L': '-1'}
     """
-    return dict(
-        re.findall(rf"(?:^|-)([{''.join(_WORDS)}])(.*?)(?=-[{''.join(_WORDS)}]|$)", variant)
-    )
+    letters = "".join(_WORDS)
+    # a value may contain a minus sign, so it ends only before a minus sign and a letter
+    setting = rf"(?:^|-)([{letters}])(.*?)(?=-[{letters}]|$)"
+    return dict(re.findall(setting, variant))
 
 
 def setting_text(variant: str, layers: Iterable[str] = ()) -> str:
-    """Describe a variant in words, with its layer numbers if they are known.
+    """Describe a variant in words.
+
+    Args:
+        variant: The variant.
+        layers: The layer numbers, if they are known. They replace a request such as ``last:2``.
 
     >>> setting_text("N32-k0.5-L28::2-D0.8")
     'N 32, k/N 0.5, layers 28::2, 80 % of the rows'
     >>> setting_text("L16::4", ["16", "20", "24", "28"])
     'layers 16, 20, 24, 28'
     """
-    values = setting_values(variant)
-    if "L" in values:
-        chosen = ", ".join(layers) or values["L"].replace("+", ", ")
-        values["L"] = f"layer {chosen}" if chosen.isdigit() else f"layers {chosen}"
-    if "D" in values:
-        values["D"] = f"{float(values['D']) * 100:g}"
-    return ", ".join(_WORDS[key].format(value) for key, value in values.items())
+    words = []
+    for letter, value in setting_values(variant).items():
+        text = value
+        if letter == "L":
+            text = _layers_text(value, layers)
+        elif letter == "D":
+            percent = float(value) * 100
+            text = f"{percent:g}"
+        words.append(_WORDS[letter].format(text))
+    return ", ".join(words)
+
+
+def _layers_text(request: str, layers: Iterable[str]) -> str:
+    """Describe the layers of a variant: known numbers, or else the request of the variant."""
+    chosen = ", ".join(layers)
+    if not chosen:
+        chosen = request.replace("+", ", ")
+    if chosen.isdigit():  # a single layer
+        return f"layer {chosen}"
+    return f"layers {chosen}"
 
 
 def remove_settings(variant: str, usual: Collection[str]) -> str:
@@ -83,11 +132,9 @@ def remove_settings(variant: str, usual: Collection[str]) -> str:
     >>> remove_settings("k0.5-L22", ["L22"])
     'k0.5'
     """
-    return "-".join(
-        f"{key}{value}"
-        for key, value in setting_values(variant).items()
-        if f"{key}{value}" not in usual
-    )
+    settings = [f"{letter}{value}" for letter, value in setting_values(variant).items()]
+    unusual = [setting for setting in settings if setting not in usual]
+    return "-".join(unusual)
 
 
 def method_spec(
@@ -97,7 +144,7 @@ def method_spec(
     lora: LoRA | None,
     where: Location,
 ) -> dict[str, Any]:
-    """Make the ``method`` part of a run's spec.
+    """Make the ``method`` section of a run's spec.
 
     Args:
         methods: The methods from :func:`.benchmark.resolve_methods`.
@@ -109,57 +156,81 @@ def method_spec(
     Raises:
         DefinitionError: Settings exclude each other.
     """
-    base = methods[point["method"]]
-    # all variants share one dense run, unless the variant changes its trained blocks
-    varying = VARIANT_KEYS if base.kind != "dense" else ("layers",) if base.tune else ()
-    varied = {key: point[key] for key in varying if key in point}
+    name = point["method"]
+    named = f"{where}: method '{name}'"
+    base = methods[name]
+    varied = _varied_settings(base, point)
     method = merge_methods(base, Method(**varied))
-    named = f"{where}: method '{point['method']}'"
+
     config = _config(method, seed, named)
-    neurons = load_models()[point["model"]].neurons
-    if neurons and config and config["kind"] == "emoe" and neurons % config["num_experts"]:
-        raise DefinitionError(
-            f"{named}: num_experts is {config['num_experts']}, but the {neurons} neurons of an FFN of "
-            f"'{point['model']}' cannot be split into equal experts; the nearest divisor is "
-            f"{nearest_divisor(neurons, config['num_experts'])}"
-        )
+    if config is not None and config["kind"] == "emoe":
+        _check_divisor(config["num_experts"], point["model"], named)
     if method.tune == "blocks" and method.layers is None:
         raise DefinitionError(f"{named} sets 'tune: blocks' but no 'layers', which it needs")
+
     trains_all = lora is None and method.tune is None
     if trains_all and method.also_train is not None:
         raise DefinitionError(f"{named} sets 'also_train', which needs training.lora or 'tune'")
+    tune = None
+    if not trains_all:
+        tune = tuning_spec(method.tune, method.layers, method.also_train or ())
+
+    varied_training = {key: point[key] for key in TRAINING_KEYS if key in point}
     return {
-        "name": point["method"],
-        "variant": variant_of(
-            {**varied, **{key: point[key] for key in TRAINING_KEYS if key in point}}
-        ),
+        "name": name,
+        "variant": variant_of({**varied, **varied_training}),
         "noise": float(method.noise),
         "config": config,
-        "tune": None
-        if trains_all
-        else tuning_spec(method.tune, method.layers, method.also_train or ()),
+        "tune": tune,
     }
 
 
+def _varied_settings(method: Method, point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a point that vary the method; the others would change nothing."""
+    keys: tuple[str, ...] = VARIANT_KEYS
+    if method.kind == "dense":
+        # without trained blocks, which layers choose, all variants share one dense run
+        keys = () if method.tune is None else ("layers",)
+    return {key: point[key] for key in keys if key in point}
+
+
+def _check_divisor(num_experts: int, model: str, where: str) -> None:
+    """Check that the FFN of a model can be split into equal experts, if its width is known."""
+    neurons = load_models()[model].neurons
+    if neurons is None or neurons % num_experts == 0:
+        return
+    raise DefinitionError(
+        f"{where}: num_experts is {num_experts}, but the {neurons} neurons of an FFN of "
+        f"'{model}' cannot be split into equal experts; the nearest divisor is "
+        f"{nearest_divisor(neurons, num_experts)}"
+    )
+
+
 def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
-    """Make the full configuration of an EMoE or GMoE with all its defaults; None for a dense model."""
+    """Make the configuration of EMoE or GMoE with all its defaults; None for a dense model."""
     values = method.config_values()
     if method.kind == "dense":
-        if extra := sorted(values.keys() - {"layers"}):
-            raise DefinitionError(f"{where} is dense and takes no '{extra[0]}'")
+        # layers choose the trained blocks of a dense model
+        unused = sorted(values.keys() - {"layers"})
+        if unused:
+            raise DefinitionError(f"{where} is dense and takes no '{unused[0]}'")
         return None
+
     if method.top_k_fraction is not None:
-        share = method.top_k_fraction * values.get("num_experts", 1)
-        if share != int(share) or share < 1:
+        # without num_experts, a fraction below 1 is refused here
+        top_k = method.top_k_fraction * values.get("num_experts", 1)
+        if top_k != int(top_k) or top_k < 1:
             raise DefinitionError(
-                f"{where}: top_k_fraction {method.top_k_fraction} of the experts is {share:g} experts"
+                f"{where}: top_k_fraction {method.top_k_fraction} of the experts "
+                f"is {top_k:g} experts"
             )
-        values["top_k"] = int(share)
+        values["top_k"] = int(top_k)
     if values.get("partition_seed") == "run":
         values["partition_seed"] = seed
-    config: type[EMoEConfig] | type[GMoEConfig] = (
-        EMoEConfig if method.kind == "emoe" else GMoEConfig
-    )
+
+    config: type[EMoEConfig] | type[GMoEConfig] = GMoEConfig
+    if method.kind == "emoe":
+        config = EMoEConfig
     try:
         if method.as_published:
             return config.as_published(method.as_published, **values).to_dict()
@@ -169,25 +240,49 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
 
 
 def check_frozen(
-    frozen: int | None, method: Mapping[str, Any], where: str, count: int | None = None
+    frozen: int | None, method: MethodSpec, where: str, count: int | None = None
 ) -> None:
     """Check that a method converts and trains nothing below the frozen layers.
 
     Args:
         frozen: The number of frozen layers; None for none.
-        method: The method of the run's spec.
+        method: The ``method`` section of the run's spec.
         where: The file and the keys, for messages.
-        count: The number of layers of the model. Without it, requests that depend on it (``last:2``) are not checked.
+        count: The number of layers of the model. Without it, a request that depends on it
+            (``last:2``) is not checked.
 
     Raises:
         DefinitionError: The method uses a frozen layer.
     """
-    for settings, verb in ((method["config"] or {}, "converts"), (method["tune"] or {}, "trains")):
-        for layers in filter(None, (settings.get("layers"), settings.get("blocks"))):
-            if count is not None:
-                layers = resolve_layers(layers, count)
-            if isinstance(layers, list) and 0 <= min(layers) < (frozen or 0):
-                raise DefinitionError(
-                    f"{where}: method '{method['name']}' {verb} layer {min(layers)}, but training.frozen_layers is "
-                    f"{frozen}. Freeze fewer, or take layers from {frozen} on"
-                )
+    if not frozen:
+        return
+    used_layers: list[tuple[str, Any]] = []
+    if method.config is not None:
+        used_layers.append(("converts", method.config.get("layers")))
+    if method.tune is not None:
+        used_layers.append(("trains", method.tune.layers))
+        used_layers.append(("trains", method.tune.blocks))
+    for verb, request in used_layers:
+        lowest = _lowest_layer(request, count)
+        if lowest is not None and lowest < frozen:
+            raise DefinitionError(
+                f"{where}: method '{method.name}' {verb} layer {lowest}, "
+                f"but training.frozen_layers is {frozen}. "
+                f"Freeze fewer, or take layers from {frozen} on"
+            )
+
+
+def _lowest_layer(request: str | list[int] | None, count: int | None) -> int | None:
+    """Return the lowest requested layer; None if there is none, or if it depends on the count."""
+    if not request:
+        return None
+    if isinstance(request, str):  # ``all``, ``last:2`` or a slice
+        if count is None:
+            return None
+        return min(resolve_layers(request, count))
+    if count is not None:
+        return min(resolve_layers(tuple(request), count))
+    lowest = min(request)
+    if lowest < 0:  # counts from the last layer
+        return None
+    return lowest

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, read_yaml
 from benchmarks.harness.config.yaml import (
-    KEEP_INTEGER,
     Count,
     Counts,
     ExplicitNulls,
@@ -32,7 +30,15 @@ from benchmarks.harness.config.yaml import (
     refusal,
     registered,
 )
-from emoe.config import ROUTERS, Bounds, EMoEConfig, GMoEConfig, resolve_layers
+from emoe.config import (
+    ROUTERS,
+    BalanceLoss,
+    Partition,
+    Score,
+    Selection,
+    Weighting,
+    resolve_layers,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,13 +51,15 @@ TUNINGS: dict[str, Tuning] = {}
 def register_tuning(name: str, tuning: Tuning) -> None:
     """Register a tuning for ``tune: name``; ``docs/adding.md`` has a complete example.
 
-    >>> register_tuning("norms", lambda model, layers: [name for name, _ in model.named_parameters() if "norm" in name])
+    >>> def norms(model, layers):
+    ...     return [name for name, _ in model.named_parameters() if "norm" in name]
+    >>> register_tuning("norms", norms)
     >>> del TUNINGS["norms"]
 
     Args:
         name: The name in YAML and of the parameter group in the record.
-        tuning: The function that returns the names of the trained parameters, given the converted and adapted model
-            and the method's ``layers``, or None.
+        tuning: The function that returns the names of the trained parameters. It is called with the
+            converted and adapted model, and with the method's ``layers`` or None.
     """
     TUNINGS[name] = tuning
 
@@ -64,10 +72,15 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
         layers: The layers of the method; None if it has none.
         also: Further modules to train, by the last part of their name.
     """
-    if name is None or name == "blocks":  # blocks have a key of their own
-        return {"blocks": layers if name else [], "also": list(also)}
-    tune = {"blocks": [], "also": list(also), "tuning": name}
-    return tune if layers is None else tune | {"layers": layers}
+    also_trained = list(also)
+    if name is None:
+        return {"blocks": [], "also": also_trained}
+    if name == "blocks":  # blocks have a key of their own
+        return {"blocks": layers, "also": also_trained}
+    # a key without a value would change the ids of runs
+    if layers is None:
+        return {"blocks": [], "also": also_trained, "tuning": name}
+    return {"blocks": [], "also": also_trained, "tuning": name, "layers": layers}
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
@@ -76,19 +89,25 @@ def is_below(name: str, modules: Iterable[str]) -> bool:
 
 
 def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
-    """Return the parameters of the transformer blocks whose FFNs ``layers`` selects."""
+    """Return the names of all parameters in the blocks whose FFNs ``layers`` selects."""
     from emoe.architectures import find_ffns  # needs PyTorch, unlike planning
 
     ffns = find_ffns(model)
-    blocks = [block_of(ffns[layer].name) for layer in resolve_layers(layers, len(ffns))]
+    selected = resolve_layers(layers, len(ffns))
+    blocks = [block_of(ffns[layer].name) for layer in selected]
     return [name for name, _ in model.named_parameters() if is_below(name, blocks)]
 
 
 def block_of(ffn: str) -> str:
-    """Return the path of an FFN's block: the FFN's path up to its last number."""
-    parts = ffn.split(".")
-    last = max(number for number, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[: last + 1])
+    """Return the path of an FFN's block: the FFN's path up to its last number.
+
+    >>> block_of("bert.encoder.layer.3.output")
+    'bert.encoder.layer.3'
+    """
+    steps = ffn.split(".")
+    positions_of_numbers = [position for position, step in enumerate(steps) if step.isdigit()]
+    block_steps = steps[: max(positions_of_numbers) + 1]
+    return ".".join(block_steps)
 
 
 register_tuning("blocks", _block_parameters)
@@ -98,28 +117,72 @@ Role = Literal["baseline", "method", "control", "ablation"]
 Kind = Literal["dense", "emoe", "gmoe"]
 
 
-def _config_fields() -> dict[str, Any]:
-    """Return the fields of EMoEConfig and GMoEConfig with their types and bounds, all of them optional."""
-    fields: dict[str, Any] = {}
-    for config in (EMoEConfig, GMoEConfig):
-        hints = get_type_hints(config)
-        for field in dataclasses.fields(config):
-            bounds = field.metadata.get("bounds", Bounds())
-            limits = Field(ge=bounds.at_least, gt=bounds.above, lt=bounds.below)
-            fields[field.name] = (Annotated[hints[field.name], limits, KEEP_INTEGER] | None, None)
-    del fields["version"]
-    return fields
+class ExpertSettings(ExplicitNulls):
+    """The fields of :class:`emoe.EMoEConfig` and :class:`emoe.GMoEConfig`, each optional.
+
+    A field that no file sets has the configuration's default. With `as_published` it has the
+    authors' value.
+    """
+
+    num_experts: Count | None = None
+    """Number of experts N. EMoE: N must divide the FFN's width."""
+    top_k: Count | None = None
+    """Number k of experts that each token uses, see `selection`."""
+    layers: Layers | None = None
+    """FFNs to convert: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
+    capacity_factor: Positive | None = None
+    """Factor c: an expert takes up to top_k * int(c * ceil(T / N)) of T tokens; null: no limit."""
+    count_padding: bool | None = None
+    """Count padding tokens in the capacity and the balance loss."""
+    router_noise: NotNegative | None = None
+    """Standard deviation of the noise on training scores, times num_experts."""
+    aux_loss_coefficient: NotNegative | None = None
+    """Weight of the balance loss."""
+    balance_loss: BalanceLoss | None = None
+    """Formula of the balance loss: `corrected`, or `published` for the authors' formula."""
+    expert_dropout: Rate | None = None
+    """Dropout probability on the hidden neurons of converted FFNs."""
+    dropout_position: Literal["before", "after"] | None = None
+    """Dropout `before` the activation (the authors' language code) or `after` it (vision)."""
+    output_bias: Literal["shared", "per_expert", "per_expert_whole"] | None = None
+    """Output bias: one for the FFN (`shared`), or one for each expert.
+
+    An expert's bias starts as the FFN's bias divided by the number of active experts
+    (`per_expert`), or, in GMoE only, as the whole bias (`per_expert_whole`).
+    """
+    partition: Partition | None = None
+    """Grouping of neurons: `random`, `contiguous`, or balanced k-means.
+
+    k-means clusters the keys (`kmeans`) or the activations of training rows (`coactivation`).
+    """
+    partition_seed: Whole | Literal["run"] | None = None
+    """Seed of the partition; `run` uses the run's seed."""
+    router: Annotated[str, registered(ROUTERS)] | None = None
+    """A registered router. `avg_k` scores an expert by its mean key; `cosine` is EMoE-learn's."""
+    selection: Selection | None = None
+    """The k experts: `top` by score, `bottom`, `random`; or all but the top k (`not_top`)."""
+    score: Score | None = None
+    """An expert's score by `avg_k`: the product of the input and its mean key (`keys`), or a mean.
+
+    The mean is over the expert's neurons: of the pre-activation (`gate`), the up-projection (`up`,
+    `up_abs`) or the out-projection's input (`inter`, `inter_abs`).
+    """
+    score_bias: bool | None = None
+    """Add the mean bias of an expert's neurons to the `keys` score."""
+    gate_momentum: Rate | None = None
+    """Momentum of running mean keys; with 0 the mean keys follow the weights."""
+    weighting: Weighting | None = None
+    """Weight of a chosen expert: 1 (`binary`), `softmax`, or k times that (`softmax_times_k`)."""
 
 
-CONFIG_FIELDS = _config_fields()
-_ConfigFields: Any = create_model("_ConfigFields", __base__=ExplicitNulls, **CONFIG_FIELDS)
+CONFIG_FIELDS = frozenset(ExpertSettings.model_fields)
 
 
-class Method(_ConfigFields):  # type: ignore[misc]
-    """A method or some of its settings. methods.yaml defines it; a benchmark, suite and grid may override it.
+class Method(ExpertSettings):
+    """A method or some of its settings.
 
-    Each file sets some keys, including fields of :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`.
-    :func:`merge_methods` merges them; the result has a title and a kind.
+    methods.yaml defines a method. A benchmark, a suite and a grid may override its settings.
+    :func:`merge_methods` merges these layers; the result has a title and a kind.
     """
 
     method: str | None = None
@@ -129,32 +192,28 @@ class Method(_ConfigFields):  # type: ignore[misc]
     kind: Kind = optional()
     """The model that is built: the dense one, EMoE, or GMoE."""
     role: Role = "method"
-    """Purpose of the row. An ablation is shown only in the tables of `ablations`, with one row per setting."""
+    """Purpose of the row. An ablation is only in the tables of `ablations`, a row per setting."""
     noise: NotNegative = 0.0
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, registered(TUNINGS)] | None = None
-    """A registered tuning. It selects the trained parameters besides adapters (with training.lora), head and
-    routers, instead of all parameters. `blocks` selects the transformer blocks whose FFNs `layers` names."""
+    """A registered tuning. It selects the trained parameters instead of training all of them.
+
+    Adapters (with training.lora), head and routers are trained besides. `blocks` selects the
+    transformer blocks whose FFNs `layers` names.
+    """
     also_train: Names | None = None
-    """With LoRA or `tune`: further modules to train, by the last part of their name (the authors' pooler and ln_f)."""
+    """With LoRA or `tune`: further modules to train, by the last part of their name."""
     as_published: Literal["tutel", "llama"] | None = None
-    """Use the authors' settings (of their Tutel layer or their Llama block mask) for all fields that are not
-    given."""
+    """The authors' Tutel layer or Llama block mask, whose settings apply to fields not given."""
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
-    layers: Layers | None = None
-    """FFNs to convert: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
-    partition_seed: Whole | Literal["run"] | None = None
-    """Seed of the partition; `run` uses the run's seed."""
-    router: Annotated[str, registered(ROUTERS)] | None = None
-    """A registered router. `avg_k` scores an expert by the mean of its keys, `cosine` is EMoE-learn's."""
 
     def model_post_init(self, _context: Any, /) -> None:
         if self.top_k is not None and self.top_k_fraction is not None:
             raise refusal("it has both top_k and top_k_fraction; keep one")
 
     def config_values(self) -> dict[str, Any]:
-        """Return the configuration's fields that are set; ``partition_seed`` may be ``run``."""
+        """Return the set fields of the configuration; ``partition_seed`` may be ``run``."""
         return {name: value for name, value in self.given().items() if name in CONFIG_FIELDS}
 
 
@@ -170,11 +229,14 @@ class LoRA(Strict):
     targets: Annotated[dict[str, Names], Field(min_length=1)]
     """Names of the adapted layers, by the model's type."""
     base_lr_ratio: Positive = 0.1
-    """Learning rate of the other trained parameters, as a share of the learning rate of adapters and head."""
+    """Learning rate of other trained parameters, as a share of that of adapters and head."""
 
 
 class VariantAxes(Strict):
-    """A block of a grid: the product of its lists. Varied method settings form the method's variant."""
+    """A block of a grid: every combination of its lists is a run.
+
+    Varied method settings name the method's variant.
+    """
 
     model: Names
     """Names in models.yaml."""
@@ -189,7 +251,7 @@ class VariantAxes(Strict):
 
 
 def import_plugins() -> None:
-    """Import the plugins of ``methods.yaml``, which register routers and tunings in this process."""
+    """Import the plugins of ``methods.yaml``, so that their routers and tunings are registered."""
     names = _plugin_names()
     if names and str(ROOT) not in sys.path:  # a job may have another working directory
         sys.path.append(str(ROOT))
@@ -197,36 +259,50 @@ def import_plugins() -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # a module may raise anything
+            file = BENCHMARKS / "methods.yaml"
             raise DefinitionError(
-                f"{BENCHMARKS / 'methods.yaml'}: 'plugins' names '{name}', which cannot be imported: {error!r}"
+                f"{file}: 'plugins' names '{name}', which cannot be imported: {error!r}"
             ) from error
 
 
 def plugin_files() -> list[Path]:
-    """Return the source files of the plugins; a package has all its modules."""
+    """Return the source files of the plugins. A package counts with all its modules."""
     files: list[Path] = []
     for name in _plugin_names():
-        file = Path(str(importlib.import_module(name).__file__))
-        files += sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+        module = importlib.import_module(name)
+        file = Path(str(module.__file__))
+        if file.name == "__init__.py":
+            files += sorted(file.parent.rglob("*.py"))
+        else:
+            files.append(file)
     return files
 
 
 def _plugin_names() -> list[str]:
-    """Read the names of the plugins. The file is checked later, because methods may use names that plugins register."""
+    """Read the names of the plugins, without validating the file.
+
+    Validation comes later, because methods may use names that plugins register. It reports content
+    of a wrong type.
+    """
     content = read_yaml(BENCHMARKS / "methods.yaml")
-    plugins = content.get("plugins") if isinstance(content, dict) else None
-    return plugins if isinstance(plugins, list) else []
+    if not isinstance(content, dict):
+        return []
+    plugins = content.get("plugins")
+    if not isinstance(plugins, list):
+        return []
+    return plugins
 
 
-_TOP_K = {"top_k", "top_k_fraction"}  # forms of one setting, which replace each other
+_TOP_K = {"top_k", "top_k_fraction"}  # two forms of one setting; a later one replaces the other
 
 
 class MethodFile(Strict):
     """The definitions of methods; a method is data, not code."""
 
     plugins: list[str] = Field([])
-    """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the
-    suite imports them.
+    """Python modules that register routers (emoe.register_router) or tunings (register_tuning).
+
+    Every process of the suite imports them.
     """
     methods: dict[Key, Method]
     """The methods, by name."""
@@ -239,8 +315,10 @@ def load_methods() -> dict[str, Method]:
     file = BENCHMARKS / "methods.yaml"
     methods = read(file, MethodFile).methods
     for name, method in methods.items():
-        if missing := [key for key in ("title", "kind") if key not in method.model_fields_set]:
-            raise DefinitionError(f"{file}: 'methods.{name}' needs the key '{missing[0]}'")
+        # optional for an override, but not here
+        for key in ("title", "kind"):
+            if key not in method.model_fields_set:
+                raise DefinitionError(f"{file}: 'methods.{name}' needs the key '{key}'")
     return methods
 
 
@@ -249,7 +327,10 @@ def merge_methods(*layers: Method) -> Method:
     merged: dict[str, Any] = {}
     for layer in layers:
         settings = layer.given()
-        replaced = _TOP_K if _TOP_K & set(settings) else set()
-        merged = {key: value for key, value in merged.items() if key not in replaced} | settings
+        if _TOP_K & settings.keys():
+            for key in _TOP_K:
+                merged.pop(key, None)
+        merged.update(settings)
+    # the method that it names is already one of the layers
     merged.pop("method", None)
     return Method(**merged)

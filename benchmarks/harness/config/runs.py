@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import DefinitionError, read_json
+from benchmarks.harness.config.catalogue import ModelSpec
+from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.config.yaml import Count, Number, Strict, Whole
 from benchmarks.harness.sources.packages import set_packages
 
@@ -24,10 +26,10 @@ class RunSpec(Strict):
     """Name of the benchmark."""
     version: Count
     """Version of the benchmark."""
-    model: dict[str, Any]
-    """The trained or evaluated model: name, source from models.yaml, and format of the weights."""
-    method: dict[str, Any]
-    """The method, from :func:`.methods.method_spec`."""
+    model: ModelSpec
+    """The trained or evaluated model."""
+    method: MethodSpec
+    """The method."""
     variant: str
     """Short name of the settings besides model, task and method."""
     learning_rate: Number
@@ -35,17 +37,21 @@ class RunSpec(Strict):
     seed: Whole
     """The run's seed."""
     files: dict[str, str]
-    """The sha256 of the files that its sets are read from: csv files of the project and packages, by name."""
+    """Source files of the run's sets and rebuilt model (packages, csv files of the project): sha256
+    by name."""
 
 
 def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the sets that a run is trained on: one, or several of a mixture."""
-    sets: list[Mapping[str, Any]] = spec["task"].get("tasks", [spec["task"]])
-    return sets
+    """Return the data sets that a run is trained on: one, or several of a mixture."""
+    task: Mapping[str, Any] = spec["task"]
+    if "tasks" in task:  # a mixture
+        sets: list[Mapping[str, Any]] = task["tasks"]
+        return sets
+    return [task]
 
 
 def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the sets that a run is trained or evaluated on."""
+    """Return the data sets that a run is trained or evaluated on."""
     return [*trained_sets(spec), *spec["ood"]]
 
 
@@ -58,9 +64,10 @@ class Run:
 
     Attributes:
         id: The first twelve hex digits of the hash of ``spec``; the run's folder has this name.
-        spec: All settings that determine the numbers, as plain values. The suite is not one of them, so that suites
-            share runs.
-        resources: The resources that the scheduler reserves. They change no number and are not part of the id.
+        spec: All settings that determine the numbers, as plain values. The suite is not one of
+            them, so that suites share runs.
+        resources: The resources that the scheduler reserves. They change no number and are not
+            part of the id.
     """
 
     id: str
@@ -78,7 +85,7 @@ class Run:
 
     @property
     def task(self) -> str:
-        """Return the name of the task, set or measure."""
+        """Return the name of the task: a data set, a mixture of data sets or a speed measure."""
         return str(self.spec["task"]["name"])
 
     @property
@@ -123,17 +130,21 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return a readable text: model, task, method, varied settings, learning rate and seed, then the id."""
+        """Return a readable name: model, task, method, settings, learning rate, seed and id."""
         parts = [self.model, self.task, self.method, self.variant]
         # a task without a test split has runs of both protocols
-        has_no_test = self.spec["task"].get("splits", {}).get("test", "") is None
-        if has_no_test and self.protocol == "clean":
+        splits = self.spec["task"].get("splits", {})
+        has_no_test_split = "test" in splits and splits["test"] is None
+        if has_no_test_split and self.protocol == "clean":
             parts.append("clean")
         if self.is_trained:
             parts.append(f"lr{self.learning_rate:g}")
         if self.method:  # a measurement has no seed
             parts.append(f"s{self.seed}")
-        return "-".join([*(part for part in parts if part), self.id])
+        parts.append(self.id)
+        # a measurement has no method, and many runs have no variant
+        given_parts = [part for part in parts if part]
+        return "-".join(given_parts)
 
     @property
     def is_trained(self) -> bool:
@@ -163,7 +174,11 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Return True if the run's results exist: its numbers, and the weights if it keeps them."""
-        return self.metrics_file.exists() and (not self.keeps_weights or self.weights_file.exists())
+        if not self.metrics_file.exists():
+            return False
+        if self.keeps_weights:
+            return self.weights_file.exists()
+        return True
 
     def to_json(self) -> str:
         """Return canonical JSON: it is hashed, written and compared."""
@@ -202,30 +217,38 @@ def refuse_old_folders() -> None:
     for path in sorted(paths.RUNS.glob("*/*/run.json")):
         if not re.fullmatch(rf"[0-9a-f]{{{_ID_DIGITS}}}", path.parent.name):
             raise DefinitionError(
-                f"{path.parent} was made by an older version, whose folders had readable names; this version would make "
-                f"its runs again: move {paths.RUNS} to another place, or delete it"
+                f"{path.parent} was made by an older version, whose folders had readable names; "
+                f"this version would make its runs again: move {paths.RUNS} to another place, "
+                "or delete it"
             )
 
 
 @dataclass(frozen=True)
 class PartitionJob:
-    """Describe one clustering of a model's layers, shared by all runs that need it."""
+    """One clustering of a model's layers, shared by all runs that need it.
+
+    Attributes:
+        model: The ``model`` section of a run's spec.
+        config: The settings of EMoE that determine the partition.
+    """
 
     model: dict[str, Any]
     config: dict[str, Any]
 
     def to_json(self) -> str:
+        """Return canonical JSON: it is hashed, and written into the plan."""
         return canonical_json(dataclasses.asdict(self))
 
     @property
     def id(self) -> str:
-        layers = (
-            "+".join(map(str, self.config["layers"]))
-            if isinstance(self.config["layers"], list)
-            else "layers"
-        )
-        digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
-        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{digest}"
+        """Return a readable name with the first eight hex digits of the hash of all settings."""
+        model = self.model["name"]
+        num_experts = self.config["num_experts"]
+        layers = "layers"  # a request such as ``last-half:2`` has signs that a file name avoids
+        if isinstance(self.config["layers"], list):
+            layers = "+".join(str(layer) for layer in self.config["layers"])
+        digest = hashlib.sha256(self.to_json().encode()).hexdigest()
+        return f"{model}-N{num_experts}-L{layers}-{digest[:8]}"
 
     @property
     def file(self) -> str:
@@ -234,44 +257,61 @@ class PartitionJob:
 
 
 def partition_jobs(run: Run) -> list[PartitionJob]:
-    """Return the clusterings that a run needs: one per layer, or one for a request such as ``all``."""
+    """Return the clusterings that a run needs: one per layer, or one for a request like ``all``."""
     config = run.spec["method"]["config"]
     if config is None or config.get("partition") != "kmeans":
         return []
-    keys = ("num_experts", "partition", "partition_seed")
-    shared = {"kind": "emoe", "top_k": 1, **{key: config[key] for key in keys}}
-    # the layers of a word such as "all" are known when the model is loaded
-    layers = (
-        [[layer] for layer in config["layers"]]
-        if isinstance(config["layers"], list)
-        else [config["layers"]]
-    )
-    return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
+    layers = config["layers"]
+    # only the loaded model can tell the layers of a request, so one job clusters all of them
+    chosen_layers = [layers]
+    if isinstance(layers, list):
+        chosen_layers = [[layer] for layer in layers]
+    jobs = []
+    for chosen in chosen_layers:
+        partition_config = {
+            "kind": "emoe",
+            "top_k": 1,  # a configuration needs one, but partitions do not depend on it
+            "num_experts": config["num_experts"],
+            "partition": config["partition"],
+            "partition_seed": config["partition_seed"],
+            "layers": chosen,
+        }
+        jobs.append(PartitionJob(run.spec["model"], partition_config))
+    return jobs
 
 
 def model_files(model: Mapping[str, Any]) -> list[str]:
     """Return the files that the workflow makes before it can load a model."""
-    return [str(paths.MODELS / model["name"] / "model.safetensors")] if "rebuilt" in model else []
+    if "rebuilt" not in model:
+        return []
+    return [str(paths.MODELS / model["name"] / "model.safetensors")]
 
 
 def run_inputs(run: Run) -> list[str]:
-    """List the files that a run needs besides ``run.json``: packages, a rebuilt model, files of candidates, partitions."""
-    packages = [
-        str(file.path)
-        for task in all_sets(run.spec)
-        for file in set_packages(task.get("source", {}))
-    ]
+    """List the files that a run needs besides ``run.json``.
+
+    These are packages, the weights of a rebuilt model, files of candidates, and partitions.
+    """
+    # several sets may come from one package
+    packages: list[str] = []
+    for task in all_sets(run.spec):
+        for package in set_packages(task.get("source", {})):
+            file = str(package.path)
+            if file not in packages:
+                packages.append(file)
     candidates: list[str] = []
     for folder in run.spec.get("candidates", ()):
         candidates += _candidate_files(paths.RUNS / folder)
     partitions = [job.file for job in partition_jobs(run)]
-    return [*dict.fromkeys(packages), *model_files(run.spec["model"]), *candidates, *partitions]
+    return [*packages, *model_files(run.spec["model"]), *candidates, *partitions]
 
 
 def _candidate_files(folder: Path) -> list[str]:
-    """List the files that an evaluation reads of a candidate: its numbers, its weights, and its spec if it was lost."""
-    metrics, spec = folder / "metrics.json", folder / "run.json"
-    files = [str(metrics), str(folder / paths.WEIGHTS)]
+    """List the files of a candidate that an evaluation needs: numbers, weights, and a lost spec."""
+    metrics = folder / "metrics.json"
+    spec = folder / "run.json"
+    weights = folder / paths.WEIGHTS
+    files = [str(metrics), str(weights)]
     if metrics.exists() and not spec.exists():  # an unfinished candidate writes its spec itself
         files.append(str(spec))
     return files

@@ -1,11 +1,14 @@
-"""Build the model of a run: load, convert and adapt it, or reopen a trained one. Cache partitions before the runs."""
+"""Build the model of a run, or reopen a trained one; cache partitions before the runs.
+
+A builder loads a pre-trained model, converts its FFNs, adds adapters, and freezes the rest.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -14,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base import DataError, derive_seed, write_json
-from benchmarks.harness.config.method_specs import check_frozen
+from benchmarks.harness.config.catalogue import ModelSpec
+from benchmarks.harness.config.method_specs import MethodSpec, check_frozen
 from benchmarks.harness.models.conversion import apply_method_, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.loading import (
@@ -34,15 +38,17 @@ from benchmarks.harness.models.partitions import (
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.trainable import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.tuning import FAST, Groups, tune_
-from emoe.architectures import find_ffns
+from emoe.architectures import FFN, find_ffns
 from emoe.config import EMoEConfig
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition
 
-_TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
-# by the modality of the model; text classifiers have none
-_NETWORKS: dict[str | None, Callable[[Mapping[str, Any]], nn.Module]] = {
+# the files of a trained model
+_TRAINED = "trained.safetensors"
+_PARTITION = "partition.safetensors"
+# loaders of the network whose neurons are clustered, by modality; text classifiers have none
+_NETWORKS: dict[str | None, Callable[[ModelSpec], nn.Module]] = {
     None: load_backbone,
     "image": load_image_network,
     "language": load_language_model,
@@ -51,12 +57,12 @@ _NETWORKS: dict[str | None, Callable[[Mapping[str, Any]], nn.Module]] = {
 
 
 class TrainedSpec(Protocol):
-    """The part of a training run's spec that all models are built from."""
+    """What the builders of all kinds of models read of a training run's spec."""
 
     @property
-    def model(self) -> dict[str, Any]: ...
+    def model(self) -> ModelSpec: ...
     @property
-    def method(self) -> dict[str, Any]: ...
+    def method(self) -> MethodSpec: ...
     @property
     def seed(self) -> int: ...
     @property
@@ -79,10 +85,11 @@ def build_classifier(
         calibration: Batches of training rows, for a co-activation partition.
         partition: The saved partition of a model that is rebuilt.
     """
-    model = load_classifier(
-        spec.model, max(labels, 1), derive_seed("head", spec.seed), tokenizer.pad_token_id
-    )
-    return _make_trainable(model, model, source_of(spec.model, model), spec, calibration, partition)
+    outputs = max(labels, 1)  # a regression has one
+    head_seed = derive_seed("head", spec.seed)
+    model = load_classifier(spec.model, outputs, head_seed, tokenizer.pad_token_id)
+    source = source_of(spec.model, model)
+    return _make_trainable(model, model, source, spec, calibration, partition)
 
 
 def build_image_classifier(
@@ -92,10 +99,10 @@ def build_image_classifier(
 
     Args:
         spec: The spec of a run that trains on images.
-        num_classes: The number of classes of the set.
+        num_classes: The number of classes of the data set.
         size: The width and height of the images in pixels.
         drop_path: The rate of stochastic depth.
-        dropout: The dropout of the ViT; the fork does not have it.
+        dropout: The dropout before the head.
     """
     head_seed = derive_seed("head", spec.seed)
     model = load_image_classifier(spec.model, num_classes, size, drop_path, head_seed, dropout)
@@ -109,7 +116,7 @@ def build_language_model(
     *,
     empty: bool = False,
 ) -> Trainable:
-    """Load, convert and adapt a language model.
+    """Load, convert and adapt a language model. All trained parameters become float32.
 
     Args:
         spec: The spec of a run of instruction tuning.
@@ -120,19 +127,25 @@ def build_language_model(
     Raises:
         EMoEError: The weights are missing or damaged, or the method does not fit the model.
     """
-    layers = (spec.method["config"] or {}).get("layers")
-    model = (
-        build_empty_language_model(spec.model, layers) if empty else load_language_model(spec.model)
-    )
-    # the digest of quantised weights depends on the machine
-    source = source_of(spec.model, model, with_digest=not empty and "quantize" not in spec.model)
+    if empty:
+        converted_layers = None
+        if spec.method.config is not None:
+            converted_layers = spec.method.config.get("layers")
+        model = build_empty_language_model(spec.model, converted_layers)
+    else:
+        model = load_language_model(spec.model)
+
+    is_quantized = spec.model.quantize is not None
+    # the digest of quantised weights depends on the machine; empty weights have none
+    source = source_of(spec.model, model, with_digest=not is_quantized and not empty)
     trainable = _make_trainable(model, model, source, spec, calibration, partition)
-    if "quantize" in spec.model:
-        cast(
-            Any, model
-        )._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
+
+    if is_quantized:
+        # Trainer refuses quantised weights unless transformers loaded the adapters
+        cast(Any, model)._hf_peft_config_loaded = True
     elif not torch.cuda.is_available():
-        model.float()  # after clustering the weights in their own type, as on an accelerator
+        # only now, because the weights are clustered in their own type, as on an accelerator
+        model.float()
     for parameter in model.parameters():
         if parameter.requires_grad:  # small steps vanish in bf16
             parameter.data = parameter.data.float()
@@ -142,7 +155,8 @@ def build_language_model(
 def build_seq2seq(spec: TrainedSpec) -> Trainable:
     """Load and convert an encoder-decoder model for a run on several tasks, and train all of it."""
     model = load_seq2seq(spec.model)
-    return _make_trainable(model, model, source_of(spec.model, model), spec)
+    source = source_of(spec.model, model)
+    return _make_trainable(model, model, source, spec)
 
 
 def _make_trainable(
@@ -153,93 +167,148 @@ def _make_trainable(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
-    """Convert and adapt a model's network, which is the model itself or one of its modules."""
-    tune = spec.method["tune"]
-    # some kinds have neither
-    frozen_layers = getattr(spec.training, "frozen_layers", None)
-    lora = getattr(spec.training, "lora", None)
-    dense, embeddings, ffns = _count(model), _embedding_parameters(model), find_ffns(network)
-    dense_ffns = sum(ffn.d * ffn.h * (len(ffn.in_projections()) + 1) for ffn in ffns)
-    prefix = None
-    if frozen_layers:
-        check_frozen(
-            frozen_layers, spec.method, "the model", len(ffns)
-        )  # planning cannot resolve ``last:2``
-        prefix = Prefix(model, network, frozen_layers)
+    """Convert and adapt a loaded model, and choose its trained parameters.
+
+    Args:
+        model: The model that is called.
+        network: The part with the FFNs: the model itself, or one of its modules.
+        source: The source of the weights, for the record.
+        spec: The spec of the training run.
+        calibration: Batches of training rows, for a co-activation partition.
+        partition: The saved partition of a model that is rebuilt.
+    """
+    # measured before the conversion and the adapters change the model
+    dense_parameters = _count_parameters(model)
+    embedding_parameters = _embedding_parameters(model)
+    ffns = find_ffns(network)
+    ffn_weights = _ffn_weights(ffns)
+
+    prefix = _make_prefix(model, network, spec, len(ffns))
     report = apply_method_(network, spec.method, spec.seed, calibration, partition)
-    adapters, groups = None, cast(Groups, {})
-    if tune is not None:
-        names = prefix.names if prefix else frozenset()
-        adapters, groups = tune_(cast(PreTrainedModel, network), lora, tune, spec.seed, names)
-    if prefix:
+
+    adapters = None
+    groups: Groups = {}
+    if spec.method.tune is not None:
+        lora = getattr(spec.training, "lora", None)  # some kinds have no adapters
+        frozen_names: frozenset[str] = frozenset()
+        if prefix is not None:
+            frozen_names = prefix.names
+        pretrained = cast(PreTrainedModel, network)
+        adapters, groups = tune_(pretrained, lora, spec.method.tune, spec.seed, frozen_names)
+    if prefix is not None:
         prefix.freeze_()
     use_sparse_(model)
-    share = report.active_neurons if report else 1.0
-    routers = sum(
-        parameter.numel() for layer in routed_layers(network) for parameter in layer.parameters()
-    )
-    active = round(dense + (share - 1) * dense_ffns) + routers
-    slow_ids = {
-        id(values)
-        for group, members in groups.items()
-        if group not in FAST
-        for _, values in members
-    }
-    slow = frozenset(
-        name for name, parameter in model.named_parameters() if id(parameter) in slow_ids
-    )
+
+    # FFN neurons that a token uses, as a share of the dense model's
+    active_neurons = 1.0
+    conversion: list[dict[str, Any]] = []
+    if report is not None:
+        active_neurons = report.active_neurons
+        conversion = [dataclasses.asdict(layer) for layer in report.layers]
+    routing_parameters = 0
+    for layer in routed_layers(network):
+        routing_parameters += sum(parameter.numel() for parameter in layer.parameters())
+    # the dense model without its inactive neurons, or with GMoE's further copies
+    active_dense = round(dense_parameters + (active_neurons - 1) * ffn_weights)
+    active_parameters = active_dense + routing_parameters
     summary = {
         "source": dict(source),
-        "parameters": _count(model),
-        "dense_parameters": dense,
-        "active_parameters": active,
-        "flops_per_token": 2 * (active - embeddings),
-        "trainable_parameters": sum(
-            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-        ),
-        "trained": {
-            group: {
-                "parameters": sum(values.numel() for _, values in members),
-                # identifies runs with the same trained parameters
-                "names": hashlib.sha256(
-                    "\n".join(sorted(name for name, _ in members)).encode()
-                ).hexdigest()[:16],
-            }
-            for group, members in groups.items()
-        },
-        "active_neurons": share,
-        "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
+        "parameters": _count_parameters(model),
+        "dense_parameters": dense_parameters,
+        "active_parameters": active_parameters,
+        # a multiplication and an addition for each weight; an embedding is only looked up
+        "flops_per_token": 2 * (active_parameters - embedding_parameters),
+        "trainable_parameters": _count_trainable(model),
+        "trained": {group: _describe_group(members) for group, members in groups.items()},
+        "active_neurons": active_neurons,
+        "conversion": conversion,
     }
-    return Trainable(model, summary, slow, adapters, prefix)
+    return Trainable(model, summary, _slow_parameters(model, groups), adapters, prefix)
 
 
-def _count(model: nn.Module) -> int:
+def _make_prefix(
+    model: nn.Module, network: nn.Module, spec: TrainedSpec, num_layers: int
+) -> Prefix | None:
+    """Return the frozen embeddings and first layers; None if the run freezes none."""
+    frozen_layers = getattr(spec.training, "frozen_layers", None)  # some kinds cannot freeze layers
+    if not frozen_layers:
+        return None
+    # again with the number of layers, because planning cannot resolve ``last:2``
+    check_frozen(frozen_layers, spec.method, "the model", num_layers)
+    return Prefix(model, network, frozen_layers)
+
+
+def _slow_parameters(model: nn.Module, groups: Groups) -> frozenset[str]:
+    """Return the trained parameters with a lower learning rate, by their names in the model."""
+    # the groups have the names in the network, which may be a module of the model
+    slow_ids: set[int] = set()
+    for group, members in groups.items():
+        if group not in FAST:
+            slow_ids.update(id(parameter) for _, parameter in members)
+    return frozenset(
+        name for name, parameter in model.named_parameters() if id(parameter) in slow_ids
+    )
+
+
+def _describe_group(members: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+    """Return the size of a group of trained parameters, and a digest of their names."""
+    names = sorted(name for name, _ in members)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return {
+        "parameters": sum(parameter.numel() for _, parameter in members),
+        "names": digest[:16],  # identifies runs with the same trained parameters
+    }
+
+
+def _count_parameters(model: nn.Module) -> int:
+    """Count the parameters of a model, also those of quantised weights."""
     if getattr(model, "is_quantized", False):
         return int(cast(PreTrainedModel, model).num_parameters())  # counts packed 4-bit weights too
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _count_trainable(model: nn.Module) -> int:
+    """Count the parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _ffn_weights(ffns: Sequence[FFN]) -> int:
+    """Count the weights of FFNs without biases: ``d * h`` for each projection."""
+    count = 0
+    for ffn in ffns:
+        projections = len(ffn.in_projections()) + 1  # with the out-projection
+        count += ffn.d * ffn.h * projections
+    return count
+
+
 def _embedding_parameters(model: nn.Module) -> int:
     """Count the parameters of embedding tables, without a table that the output head shares."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    shared = getattr(head, "weight", None)
+    output_head = None
+    if isinstance(model, PreTrainedModel):
+        output_head = model.get_output_embeddings()
+    # tied to a table in some models, which then multiplies by it
+    head_weight = getattr(output_head, "weight", None)
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    return sum(table.numel() for table in tables if table is not shared)
+    return sum(table.numel() for table in tables if table is not head_weight)
 
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Return the permutations of a converted model's neurons by layer; empty for a dense model."""
-    return {
-        layer.ffn.index: layer.permutation
-        for layer in routed_layers(model)
-        if layer.permutation is not None
-    }
+    """Return the permutation of the neurons of each converted layer, by layer number.
+
+    It is empty for a dense model and for GMoE, whose experts are copies of the FFN.
+    """
+    by_layer: dict[int, torch.Tensor] = {}
+    for layer in routed_layers(model):
+        if layer.permutation is not None:
+            by_layer[layer.ffn.index] = layer.permutation
+    return by_layer
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
     """Save the trained tensors of a model, and the partition of its neurons."""
     folder.mkdir(parents=True, exist_ok=True)
-    if partition := permutations(model):
+    partition = permutations(model)
+    if partition:  # a dense model and GMoE have none
         save_partition(Partition(partition), folder / _PARTITION)
     write_tensors(trained_state(model), folder / _TRAINED)
 
@@ -256,16 +325,20 @@ def reopen(
         folder: The folder that :func:`save_trained` wrote.
 
     Raises:
-        DataError: The trained tensors are missing or damaged, or the pre-trained weights have changed.
+        DataError: The trained tensors are missing or damaged, or the pre-trained weights have
+            changed.
         CheckpointError: The partition is missing or damaged.
     """
-    config = spec.method["config"]
-    partition = load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None
+    config = spec.method.config
+    partition = None
+    if config is not None and config["kind"] == "emoe":
+        partition = load_partition(folder / _PARTITION)
     trainable = build(spec, partition=partition)
-    now = trainable.summary["source"]["weights"]
-    if weights and now != weights:
+    present_weights = trainable.summary["source"]["weights"]
+    if weights and present_weights != weights:
         raise DataError(
-            f"the weights of '{spec.model['name']}' changed since the run was trained: {now} instead of {weights}"
+            f"the weights of '{spec.model.name}' changed since the run was trained: "
+            f"{present_weights} instead of {weights}"
         )
     load_trained_(trainable.model, folder / _TRAINED)
     return trainable
@@ -281,8 +354,10 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     """
     content = json.loads(spec)
     torch.set_num_threads(threads)
-    model = _NETWORKS[content["model"].get("modality")](content["model"])
+    model_spec = ModelSpec(**content["model"])
     config = EMoEConfig.from_dict(content["config"])
+    load_network = _NETWORKS[model_spec.modality]
+    model = load_network(model_spec)
     partition = cached_partition(model, config)
     receipt = {
         "partitions": partition_keys(model, config),

@@ -12,6 +12,7 @@ from torch import nn
 
 import emoe
 from benchmarks.harness.base import derive_seed
+from benchmarks.harness.config.method_specs import MethodSpec
 from benchmarks.harness.models.partitions import cached_partition
 from emoe.config import EMoEConfig
 
@@ -20,30 +21,30 @@ _HEADS = {"classifier", "score"}  # transformers' names of new heads
 
 def apply_method_(
     model: nn.Module,
-    method: Mapping[str, Any],
+    method: MethodSpec,
     seed: int,
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> emoe.ConversionReport | None:
-    """Convert a dense model or add noise to it, according to the method, in place.
+    """Add noise to a dense model and convert it, as its method says, in place.
 
     Args:
         model: The pre-trained model.
-        method: The ``method`` part of a run's spec.
+        method: The ``method`` section of a run's spec.
         seed: The seed of the run, for noisy tuning.
         calibration: Batches of training rows, for a co-activation partition and for fixed experts.
-        partition: The saved partition of a model that is rebuilt; by default it is computed or cached.
+        partition: The saved partition of a model that is rebuilt. By default it is computed, or
+            read from the cache.
 
     Returns:
         The report of the conversion; None for a dense model.
     """
-    if method["noise"]:
-        noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
-    return (
-        None
-        if method["config"] is None
-        else _convert_(model, method["config"], calibration, partition)
-    )
+    if method.noise:
+        noise_seed = derive_seed("noise", seed)
+        noisy_tuning_(model, method.noise, seed=noise_seed)
+    if method.config is None:
+        return None
+    return _convert_(model, method.config, calibration, partition)
 
 
 def _convert_(
@@ -52,30 +53,39 @@ def _convert_(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> emoe.ConversionReport:
+    """Convert a dense model to EMoE or GMoE in place; see :func:`apply_method_`."""
     config = emoe.config_from_dict(settings)
     if not isinstance(config, EMoEConfig):
         return emoe.convert_(model, config)
-    saved, is_fixed = partition, config.router == "fixed"
-    if is_fixed:  # fix the experts that avg-k uses most
-        config = dataclasses.replace(config, router="avg_k")
-    if partition is None and config.partition == "kmeans":
-        partition = cached_partition(model, config)
-    needs_rows = partition is None and config.partition == "coactivation"
-    report = emoe.convert_(
-        model, config, partition=partition, calibration=calibration if needs_rows else None
-    )
+
+    # the experts that avg-k uses most are fixed after the conversion
+    is_fixed = config.router == "fixed"
     if is_fixed:
-        # a rebuilt model loads its counts later
-        unknown = torch.ones(config.num_experts, dtype=torch.int64)
-        emoe.fix_experts_(
-            model,
-            _count_usage(model, calibration) if saved is None else dict.fromkeys(saved, unknown),
-        )
+        config = dataclasses.replace(config, router="avg_k")
+
+    known_partition = partition
+    calibration_rows = None
+    if partition is None and config.partition == "kmeans":
+        known_partition = cached_partition(model, config)
+    elif partition is None and config.partition == "coactivation":
+        calibration_rows = calibration
+    report = emoe.convert_(model, config, partition=known_partition, calibration=calibration_rows)
+
+    if is_fixed:
+        if partition is None:
+            usage = _count_usage(model, calibration)
+        else:
+            # equal counts: a rebuilt model loads its own with the trained tensors
+            equal = torch.ones(config.num_experts, dtype=torch.int64)
+            usage = {}
+            for layer in partition:
+                usage[layer] = equal
+        emoe.fix_experts_(model, usage)
     return report
 
 
 def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None:
-    """Convert a trained dense model to experts, or fold a trained EMoE back if ``config`` is None, in place."""
+    """Convert a trained dense model to experts in place; without ``config``, fold EMoE back."""
     if config is None:
         emoe.to_dense_(model)
     else:
@@ -84,7 +94,10 @@ def convert_trained_(model: nn.Module, config: Mapping[str, Any] | None) -> None
 
 
 def use_sparse_(model: nn.Module) -> None:
-    """Use the sparse backend on a CPU. FFNs with adapters, or with scores that need every neuron, stay masked."""
+    """Use the sparse backend on a CPU.
+
+    A model stays masked if its FFNs have adapters, or if its scores need every neuron.
+    """
     if torch.cuda.is_available() or not emoe.is_converted(model):
         return
     with suppress(emoe.ConversionError):
@@ -93,12 +106,12 @@ def use_sparse_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
-    """Count how often avg-k uses each expert, by layer."""
+    """Count how often avg-k uses each expert on some batches: ``[num_experts]`` by layer."""
     use_sparse_(model.eval())
     with emoe.record_routing(model) as record:
         for batch in batches:
             model(**batch)
-    emoe.set_backend_(model, "masked")
+    emoe.set_backend_(model, "masked")  # as ``convert_`` left it
     return {number: layer.loads for number, layer in record.layers.items()}
 
 
@@ -106,8 +119,8 @@ def _count_usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict
 def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> None:
     """Add uniform noise to the pre-trained weights in place, before fine-tuning.
 
-    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. Parameters with one element have no standard
-    deviation and stay unchanged, as does the new head.
+    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. The new head stays unchanged,
+    and so does a parameter with one element, which has no standard deviation.
 
     Args:
         model: The model.
@@ -116,6 +129,11 @@ def noisy_tuning_(model: nn.Module, intensity: float, *, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.numel() > 1 and _HEADS.isdisjoint(name.split(".")):
-            noise = torch.rand(parameter.shape, generator=generator) - 0.5
-            parameter.add_((noise * intensity * parameter.float().std().cpu()).to(parameter))
+        is_head = not _HEADS.isdisjoint(name.split("."))
+        if is_head or parameter.numel() <= 1:
+            continue
+        # drawn on the CPU, so that the noise is equal on all devices
+        noise = torch.rand(parameter.shape, generator=generator) - 0.5
+        deviation = parameter.float().std().cpu()
+        scaled_noise = noise * intensity * deviation
+        parameter.add_(scaled_noise.to(parameter))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
 from benchmarks.harness.base import DataError, DefinitionError, derive_seed
+from benchmarks.harness.config.catalogue import ModelSpec
 from benchmarks.harness.models.loading import (
     describe,
     load_config,
@@ -28,7 +29,7 @@ _DEVIATION = 0.02  # timm truncates at 100 deviations, that is, never
 
 
 class ImageClassifier(nn.Module):
-    """Wrap an image network of timm or transformers in the same interface.
+    """An image network of timm or transformers, with one interface for both.
 
     Attributes:
         network: The model of timm or transformers.
@@ -39,33 +40,33 @@ class ImageClassifier(nn.Module):
         self, network: nn.Module, source: Mapping[str, str], options: Mapping[str, Any]
     ) -> None:
         super().__init__()
-        self.network, self.source, self._options = network, dict(source), dict(options)
+        self.network = network
+        self.source = dict(source)
+        self._options = dict(options)  # further arguments of the network
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the ``logits`` ``[rows, classes]``, and with labels the mean cross entropy ``loss``.
+        """Return the ``logits`` ``[rows, classes]``, and the mean ``loss`` if labels are given.
 
         Args:
             pixel_values: Normalised images ``[rows, 3, height, width]``.
             labels: Classes ``[rows]``.
         """
         output = self.network(pixel_values, **self._options)
+        # timm returns the logits themselves
         logits = output if isinstance(output, Tensor) else output.logits
-        return (
-            {"logits": logits}
-            if labels is None
-            else {"loss": F.cross_entropy(logits, labels), "logits": logits}
-        )
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def load_image_network(model: Mapping[str, Any]) -> nn.Module:
-    """Load the pre-trained network, to cluster its neurons."""
-    return load_image_classifier(
-        model, num_classes=2, image_size=None, drop_path=0.0, seed=0
-    ).network
+def load_image_network(model: ModelSpec) -> nn.Module:
+    """Load the pre-trained network, to cluster its neurons. Its head does not matter."""
+    classifier = load_image_classifier(model, num_classes=2, image_size=None, drop_path=0.0, seed=0)
+    return classifier.network
 
 
 def load_image_classifier(
-    model: Mapping[str, Any],
+    model: ModelSpec,
     num_classes: int,
     image_size: int | None,
     drop_path: float,
@@ -75,11 +76,11 @@ def load_image_classifier(
     """Load the pre-trained network with a new head.
 
     Args:
-        model: The resolved entry of ``models.yaml``.
+        model: The model.
         num_classes: The number of classes of the head.
         image_size: The width and height of the images in pixels; None for the size in pre-training.
-        drop_path: The rate of stochastic depth: of the last block in timm (earlier ones rise linearly), of every
-            block in DINOv2.
+        drop_path: The rate of stochastic depth. DINOv2 has this rate in every block. In timm the
+            last block has it, and the rates of the blocks rise linearly to it.
         seed: The seed of the head.
         dropout: The dropout before the head.
 
@@ -88,33 +89,48 @@ def load_image_classifier(
         DefinitionError: The architecture has no stochastic depth.
     """
     network: Any
-    if "timm" in model:
+    if model.timm is not None:
         network, source = _load_timm(model, num_classes, image_size, drop_path, seed)
-        head, resized = network.get_classifier(), False
+        head = network.get_classifier()
+        options = {}
     else:
         network, source = _load_transformers(model, num_classes, drop_path, seed)
-        config = network.config
-        head, resized = (
-            network.classifier,
-            config.model_type in ("vit", "deit") and config.image_size != image_size,
-        )
+        head = network.classifier
+        options = _resizing_options(network.config, image_size)
     if dropout:
         head.register_forward_pre_hook(partial(_apply_dropout, dropout))
-    return ImageClassifier(network, source, {"interpolate_pos_encoding": True} if resized else {})
+    return ImageClassifier(network, source, options)
+
+
+def _resizing_options(config: Any, image_size: int | None) -> dict[str, bool]:
+    """Return the arguments with which a network of transformers takes images of another size."""
+    # other architectures, such as DINOv2, interpolate their positions without being asked
+    asks_for_option = config.model_type in ("vit", "deit")
+    if asks_for_option and config.image_size != image_size:
+        return {"interpolate_pos_encoding": True}
+    return {}
 
 
 def _apply_dropout(rate: float, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    return (F.dropout(args[0], rate, head.training),)
+    """Apply dropout to the input of the head (a pre-hook)."""
+    (features,) = args
+    return (F.dropout(features, rate, head.training),)
 
 
 def _load_transformers(
-    model: Mapping[str, Any], num_classes: int, drop_path: float, seed: int
+    model: ModelSpec, num_classes: int, drop_path: float, seed: int
 ) -> tuple[nn.Module, dict[str, str]]:
+    """Load an image classifier of transformers with a new head, and describe its weights.
+
+    Raises:
+        DataError: The weights are missing or damaged.
+        DefinitionError: The architecture has no stochastic depth.
+    """
     options: dict[str, Any] = {"num_labels": num_classes}
     if drop_path:
         if not hasattr(load_config(model), "drop_path_rate"):
             raise DefinitionError(
-                f"the model '{model['name']}' has no drop_path; set training.drop_path to 0 for it"
+                f"the model '{model.name}' has no drop_path; set training.drop_path to 0 for it"
             )
         options["drop_path_rate"] = drop_path
     torch.manual_seed(seed)
@@ -130,32 +146,16 @@ def _load_transformers(
 
 
 def _load_timm(
-    model: Mapping[str, Any], num_classes: int, image_size: int | None, drop_path: float, seed: int
+    model: ModelSpec, num_classes: int, image_size: int | None, drop_path: float, seed: int
 ) -> tuple[nn.Module, dict[str, str]]:
-    import timm
+    """Load an image classifier of timm with a new head, and describe its weights.
 
-    options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
-    repository, revision, folder = (
-        f"timm/{model['timm']}",
-        model.get("revision"),
-        user_model_folder(model),
-    )
-    is_random = "random" in model
-    if revision and not folder:
-        options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{revision}"}
-    with loading_errors(model):
-        network: Any = timm.create_model(
-            model["timm"], pretrained=not is_random and not folder, **options
-        )
-        if is_random:
-            _draw_(network, derive_seed("random weights", model["name"]))
-        elif folder:
-            missing, _ = network.load_state_dict(
-                read_tensors(folder / WEIGHT_FILES[0]), strict=False
-            )  # but the head
-            if missing:
-                raise DataError(f"the weights in {folder} lack '{missing[0]}' of '{model['name']}'")
-    commit = cached_commit(repository, WEIGHT_FILES[0], revision)
+    Raises:
+        DataError: The weights are missing or damaged.
+    """
+    network = _load_timm_backbone(model, drop_path)
+    repository = f"timm/{model.timm}"
+    commit = cached_commit(repository, WEIGHT_FILES[0], model.revision)
     source = {"from": describe(model, commit), "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions
@@ -167,8 +167,37 @@ def _load_timm(
     return network, source
 
 
+def _load_timm_backbone(model: ModelSpec, drop_path: float) -> Any:
+    """Load a network of timm without a head: random, from the user's folder, or from the hub.
+
+    Raises:
+        DataError: The weights are missing or damaged.
+    """
+    import timm
+
+    user_folder = user_model_folder(model.name)
+    is_random = model.random is not None
+    comes_from_hub = not is_random and user_folder is None
+    options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
+    if model.revision and user_folder is None:
+        options["pretrained_cfg_overlay"] = {"hf_hub_id": f"timm/{model.timm}@{model.revision}"}
+    with loading_errors(model):
+        network = timm.create_model(cast(str, model.timm), pretrained=comes_from_hub, **options)
+        if is_random:
+            _draw_(network, derive_seed("random weights", model.name))
+        elif user_folder is not None:
+            tensors = read_tensors(user_folder / WEIGHT_FILES[0])
+            # the file may have a head besides, which the network lacks
+            missing, _ = network.load_state_dict(tensors, strict=False)
+            if missing:
+                raise DataError(
+                    f"the weights in {user_folder} lack '{missing[0]}' of '{model.name}'"
+                )
+    return network
+
+
 def _draw_(network: nn.Module, seed: int) -> None:
-    """Draw random weights that are equal in all torch releases, unlike timm's (``trunc_normal_``)."""
+    """Draw random weights that are equal in all torch releases, unlike timm's ``trunc_normal_``."""
     torch.manual_seed(seed)
     for name, weight in network.named_parameters():
         if weight.ndim > 1:

@@ -1,4 +1,4 @@
-"""Load models and tokenizers by name: from the hub, a folder, a package, or (for tests) a configuration.
+"""Load models and tokenizers from the hub, a folder, a package, or (for tests) a configuration.
 
 All are read by the rules of :mod:`emoe.files`: safetensors, complete, and without their own code.
 """
@@ -6,7 +6,7 @@ All are read by the rules of :mod:`emoe.files`: safetensors, complete, and witho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from benchmarks.harness.base import MODELS, DataError, derive_seed
-from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.catalogue import ModelSpec, model_spec
 from benchmarks.harness.sources.hub import hub_name
 from benchmarks.harness.sources.local import user_model_folder
 from benchmarks.harness.sources.packages import package_folder
@@ -40,66 +40,75 @@ from emoe.errors import CheckpointError
 from emoe.files import DOWNLOADED, check_companions, load_stock, one_line, tensor_digest
 
 
-def _model_folder(model: Mapping[str, Any]) -> Path:
+def _model_folder(model: ModelSpec) -> Path:
     """Return the folder of a model's files. A model of the hub is downloaded.
 
-    A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
+    A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``)
+    comes first.
     """
-    if folder := user_model_folder(model):
-        check_companions(folder)
-        return folder
-    if "rebuilt" in model:
-        return MODELS / model["name"]
-    if "package" in model:
-        return package_folder(model["package"], model["path"], model["sha256"])
-    return Path(
-        snapshot_download(model["hub"], revision=model.get("revision"), allow_patterns=DOWNLOADED)
-    )
+    user_folder = user_model_folder(model.name)
+    if user_folder is not None:
+        check_companions(user_folder)
+        return user_folder
+    if model.rebuilt is not None:
+        return MODELS / model.name
+    if model.package is not None:
+        # models.yaml has both keys for each package
+        path = cast(str, model.path)
+        checksums = cast(dict[str, str], model.sha256)
+        return package_folder(model.package, path, checksums)
+    repository = cast(str, model.hub)  # a model with none of the other sources is on the hub
+    return Path(snapshot_download(repository, revision=model.revision, allow_patterns=DOWNLOADED))
 
 
-def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> PreTrainedModel:
+def load_pretrained(loader: Any, model: ModelSpec, **options: Any) -> PreTrainedModel:
     """Load a model, or build one with reproducible random weights.
 
     Args:
         loader: The auto class of transformers.
-        model: The resolved entry of ``models.yaml``; with ``config`` the weights are random.
+        model: The model; with ``config`` the weights are random.
         **options: Options of :func:`emoe.files.load_stock`.
 
     Raises:
         DataError: The weights are missing, damaged, pickled or do not fit.
     """
-    if "config" in model:
-        torch.manual_seed(derive_seed("random weights", model["name"]))
-        return cast(
-            PreTrainedModel,
-            loader.from_config(load_config(model), dtype=options.get("dtype", torch.float32)),
-        )
+    if model.config is not None:
+        dtype = options.get("dtype", torch.float32)
+        torch.manual_seed(derive_seed("random weights", model.name))
+        built = loader.from_config(load_config(model), dtype=dtype)
+        return cast(PreTrainedModel, built)
     with loading_errors(model):
-        return cast(PreTrainedModel, load_stock(loader, _model_folder(model), **options))
+        folder = _model_folder(model)
+        return cast(PreTrainedModel, load_stock(loader, folder, **options))
 
 
 @contextmanager
-def loading_errors(model: Mapping[str, Any]) -> Iterator[None]:
-    """Raise a one-line :class:`DataError` if files cannot be loaded."""
+def loading_errors(model: ModelSpec) -> Iterator[None]:
+    """Raise a one-line :class:`DataError` if the files of a model cannot be loaded."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # a damaged file raises anything
         reason = str(error) if isinstance(error, CheckpointError) else one_line(error)
+        place = user_model_folder(model.name) or model.hub or model.name
         raise DataError(
-            f"could not load the model '{user_model_folder(model) or model.get('hub', model['name'])}': {reason}; "
+            f"could not load the model '{place}': {reason}; "
             "without the hub, put its folder below model_root (see config/README.md)"
         ) from error
 
 
-def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, which pads on the right, with the end token if it has no padding token (GPT-2)."""
-    if "config" in model:
-        name = model["tokenizer"]
-        tokenizer = load_tokenizer(load_models()[name].spec(name))
+def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer. It pads on the right.
+
+    It pads with the end token if it has no padding token (GPT-2).
+    """
+    if model.config is not None:
+        source = model_spec(cast(str, model.tokenizer))
+        tokenizer = load_tokenizer(source)
         if tokenizer.eos_token is None:  # BERT's, for a decoder
-            tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+            tokenizer.bos_token = tokenizer.cls_token
+            tokenizer.eos_token = tokenizer.sep_token
     else:
         with loading_errors(model):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -107,50 +116,57 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
             )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # padding on the left would shift the positions of a decoder, depending on the other rows of the batch
+    # padding on the left would shift the positions of a decoder by the length of other rows
     tokenizer.padding_side = "right"
-    if model.get("modality") == "seq2seq":  # T5 takes only these; BERT's tokenizer adds more
+    if model.modality == "seq2seq":  # T5 takes only these; BERT's tokenizer adds more
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
 
-def load_config(model: Mapping[str, Any]) -> PreTrainedConfig:
+def load_config(model: ModelSpec) -> PreTrainedConfig:
     """Load a model's configuration, without its weights (raises :class:`DataError`)."""
-    if "config" in model:
-        return AutoConfig.for_model(**model["config"])
+    if model.config is not None:
+        return AutoConfig.for_model(**model.config)
     with loading_errors(model):
         return AutoConfig.from_pretrained(str(_model_folder(model)), trust_remote_code=False)
 
 
-def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a pre-trained text model without a head, to cluster its neurons (raises :class:`DataError`)."""
+def load_backbone(model: ModelSpec) -> PreTrainedModel:
+    """Load a pre-trained text model without a head, to cluster its neurons.
+
+    Raises:
+        DataError: The weights are missing or damaged.
+    """
     return load_pretrained(AutoModel, model, dtype=torch.float32)
 
 
 def load_classifier(
-    model: Mapping[str, Any], num_labels: int, seed: int, pad_token_id: int | None
+    model: ModelSpec, num_labels: int, seed: int, pad_token_id: int | None
 ) -> PreTrainedModel:
-    """Load a pre-trained model with a new head (raises :class:`DataError`).
+    """Load a pre-trained text model with a new head.
 
     Args:
-        model: The resolved entry of ``models.yaml``.
+        model: The model.
         num_labels: The number of classes; 1 for a regression.
         seed: The seed of the head.
         pad_token_id: The padding token of the tokenizer.
+
+    Raises:
+        DataError: The weights are missing or damaged.
     """
-    options: dict[str, Any] = {
-        "num_labels": num_labels,
-        "problem_type": "regression" if num_labels == 1 else "single_label_classification",
-    }
-    if "config" in model:
-        # an empty checkpoint, so that the head is drawn as for a loaded model
-        config, weights = (
-            AutoConfig.for_model(**model["config"], **options),
-            load_backbone(model).state_dict(),
-        )
-        kind = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
+    problem_type = "single_label_classification"
+    if num_labels == 1:
+        problem_type = "regression"
+    options: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
+    if model.config is not None:
+        # random weights as a checkpoint without a head, whose head is drawn like a loaded model's
+        config = AutoConfig.for_model(**model.config, **options)
+        weights = load_backbone(model).state_dict()
+        classifier_type = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
         torch.manual_seed(seed)
-        loaded: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=weights)
+        loaded: PreTrainedModel = classifier_type.from_pretrained(
+            None, config=config, state_dict=weights
+        )
     else:
         torch.manual_seed(seed)
         loaded = load_pretrained(
@@ -161,39 +177,45 @@ def load_classifier(
     return loaded
 
 
-def load_seq2seq(model: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a pre-trained encoder-decoder with its language-modelling head, in float32 (raises :class:`DataError`)."""
+def load_seq2seq(model: ModelSpec) -> PreTrainedModel:
+    """Load a pre-trained encoder-decoder with its language-modelling head, in float32.
+
+    Raises:
+        DataError: The weights are missing or damaged.
+    """
     return load_pretrained(AutoModelForSeq2SeqLM, model, dtype=torch.float32, new_head=False)
 
 
-def load_language_model(model: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a pre-trained model with its language-modelling head (raises :class:`DataError`).
+def load_language_model(model: ModelSpec) -> PreTrainedModel:
+    """Load a pre-trained model with its language-modelling head, in the format that it names.
 
-    Args:
-        model: The resolved entry of ``models.yaml``. Optional keys: ``weights`` (the dtype, ``fp32`` by default),
-            ``quantize``, and ``whole`` (layers whose FFNs are not quantised).
+    Raises:
+        DataError: The weights are missing or damaged.
     """
-    options = {"quantization_config": _four_bit(model)} if "quantize" in model else {}
-    return load_pretrained(
-        AutoModelForCausalLM, model, dtype=_dtype(model), new_head=False, **options
-    )
+    options: dict[str, Any] = {"dtype": _dtype(model), "new_head": False}
+    if model.quantize is not None:
+        options["quantization_config"] = _four_bit(model)
+    return load_pretrained(AutoModelForCausalLM, model, **options)
 
 
-def _dtype(model: Mapping[str, Any]) -> torch.dtype:
-    return torch.bfloat16 if model.get("weights") == "bf16" else torch.float32
+def _dtype(model: ModelSpec) -> torch.dtype:
+    """Return the type of a language model's weights."""
+    if model.weights == "bf16":
+        return torch.bfloat16
+    return torch.float32
 
 
-def build_empty_language_model(model: Mapping[str, Any], converted: Any) -> PreTrainedModel:
+def build_empty_language_model(model: ModelSpec, converted: Any) -> PreTrainedModel:
     """Build a language model for weights that another process sends.
 
     Args:
-        model: The resolved entry of ``models.yaml``.
-        converted: The layers to convert. Their weights become zero; all others stay uninitialised.
+        model: The model.
+        converted: The layers to convert; None for none. The weights of their FFNs become zero, and
+            all others stay uninitialised.
     """
+    config = load_config(model)
     with no_init_weights():
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(
-            load_config(model), dtype=_dtype(model)
-        )
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=_dtype(model))
     built.tie_weights()
     for ffn in _ffns_of(built, converted):
         for parameter in built.get_submodule(ffn.name).parameters():
@@ -202,48 +224,63 @@ def build_empty_language_model(model: Mapping[str, Any], converted: Any) -> PreT
 
 
 def _ffns_of(model: PreTrainedModel, layers: Any) -> list[FFN]:
-    """Return the FFNs of the requested layers, such as ``last:2``; none if the request is empty."""
+    """Return the FFNs of the requested layers, such as ``last:2``; none without a request."""
+    if not layers:
+        return []
     ffns = find_ffns(model)
-    return [ffns[number] for number in resolve_layers(layers, len(ffns))] if layers else []
+    numbers = resolve_layers(layers, len(ffns))
+    return [ffns[number] for number in numbers]
 
 
-def _four_bit(model: Mapping[str, Any]) -> BitsAndBytesConfig:
+def _four_bit(model: ModelSpec) -> BitsAndBytesConfig:
     """Return settings of bitsandbytes that keep the head and the FFNs of ``whole`` unquantised."""
+    # without weights, only to find the FFNs
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(load_config(model))
-    whole = [
-        f"{ffn.name}.{path}"
-        for ffn in _ffns_of(network, model["whole"])
-        for path, _ in ffn.projections()
-    ]
+    unquantised = []
+    for ffn in _ffns_of(network, model.whole):
+        unquantised += [f"{ffn.name}.{path}" for path, _ in ffn.projections()]
+    unquantised.append("lm_head")
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=model["quantize"],
+        bnb_4bit_quant_type=model.quantize,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*whole, "lm_head"],
+        llm_int8_skip_modules=unquantised,
     )
 
 
 def source_of(
-    model: Mapping[str, Any], loaded: PreTrainedModel, *, with_digest: bool = True
+    model: ModelSpec, loaded: PreTrainedModel, *, with_digest: bool = True
 ) -> dict[str, str]:
-    """Describe the weights of a loaded model for the record: their source, and their digest without the head's."""
-    digest = weights_digest(loaded.base_model) if with_digest else ""
-    return {"from": describe(model, Path(str(loaded.name_or_path)).name), "weights": digest}
+    """Describe the weights of a loaded model for the record: their source and their digest.
+
+    Args:
+        model: The model of the run's spec.
+        loaded: The loaded model.
+        with_digest: If False, the digest stays empty. It is over all weights except the head.
+    """
+    digest = ""
+    if with_digest:
+        digest = weights_digest(loaded.base_model)
+    # the hub's cache has a folder for each commit
+    folder = Path(str(loaded.name_or_path))
+    return {"from": describe(model, commit=folder.name), "weights": digest}
 
 
-def describe(model: Mapping[str, Any], commit: str | None) -> str:
-    """Name the source of a model's weights: folder, package, or hub id with the ``commit`` that was read."""
-    if "config" in model or "random" in model:
+def describe(model: ModelSpec, commit: str | None) -> str:
+    """Return the source of a model's weights: folder, package, or hub id with its ``commit``."""
+    if model.config is not None or model.random is not None:
         return "random weights"
-    if folder := user_model_folder(model):
-        return str(folder)
-    if "package" in model:
-        return f"package {model['package']}"
-    if "rebuilt" in model:
-        return f"rebuilt from the package {model['rebuilt']}"
-    return hub_name(model.get("hub", f"timm/{model.get('timm')}"), model.get("revision"), commit)
+    user_folder = user_model_folder(model.name)
+    if user_folder is not None:
+        return str(user_folder)
+    if model.package is not None:
+        return f"package {model.package}"
+    if model.rebuilt is not None:
+        return f"rebuilt from the package {model.rebuilt}"
+    repository = model.hub or f"timm/{model.timm}"
+    return hub_name(repository, model.revision, commit)
 
 
 def weights_digest(model: nn.Module) -> str:

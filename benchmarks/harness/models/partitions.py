@@ -1,4 +1,4 @@
-"""Cache partitions by the content of the keys that they group."""
+"""Cache partitions of neurons by the content of the keys that were clustered."""
 
 from __future__ import annotations
 
@@ -19,43 +19,51 @@ from emoe.partitioning import Partition, is_permutation, join_partitions
 
 # Part of every cache key. Increase it if the same settings give another partition.
 _ALGORITHM_VERSION = 2
+_LAYER = "layer."  # the beginning of a tensor's name in a file; the layer number follows
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
-    """Return the model's partition; read each layer from the cache if its keys were clustered before.
+    """Return the partition of a model, layer by layer from the cache or by clustering.
 
-    The cache is keyed by content, never by name.
+    The cache is keyed by the content of the clustered keys, never by the name of a model.
     """
     partitions = []
     for layer, key in partition_keys(model, config).items():
         path = folder / f"{key}.safetensors"
         try:
-            partitions.append(load_partition(path))
+            cached = load_partition(path)
         except CheckpointError:  # missing or damaged
-            save_partition(emoe.partition(model, dataclasses.replace(config, layers=[layer])), path)
-            partitions.append(load_partition(path))
+            config_of_layer = dataclasses.replace(config, layers=[layer])
+            save_partition(emoe.partition(model, config_of_layer), path)
+            cached = load_partition(path)
+        partitions.append(cached)
     return join_partitions(partitions)
 
 
 def partition_keys(model: nn.Module, config: EMoEConfig) -> dict[int, str]:
-    """Hash each converted FFN's keys and all settings that determine its partition, to 16 hex digits by layer."""
+    """Return the cache key of each converted layer, 16 hex digits by layer number.
+
+    It is a hash of the FFN's keys, the layer number, and all settings that determine the partition.
+    """
     ffns = find_ffns(model)
     settings = json.dumps(
         (_ALGORITHM_VERSION, config.num_experts, config.partition, config.partition_seed)
     )
     layers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
-    contents = {layer: f"{settings}{layer}:{tensor_digest(ffns[layer].keys())}" for layer in layers}
-    return {
-        layer: hashlib.sha256(content.encode()).hexdigest()[:16]
-        for layer, content in contents.items()
-    }
+    cache_keys = {}
+    for layer in layers:
+        digest_of_keys = tensor_digest(ffns[layer].keys())
+        content = f"{settings}{layer}:{digest_of_keys}"
+        cache_keys[layer] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return cache_keys
 
 
 def save_partition(partition: Partition, path: Path) -> None:
     """Write a partition as safetensors. A reader sees the old file or the complete new one."""
-    tensors = {
-        f"layer.{layer}": permutation.contiguous() for layer, permutation in partition.items()
-    }
+    tensors = {}
+    for layer, permutation in partition.items():
+        tensors[f"{_LAYER}{layer}"] = permutation.contiguous()
+    # safetensors holds only text besides tensors
     metadata = {
         "explained": json.dumps(partition.explained),
         "seconds": json.dumps(partition.seconds),
@@ -65,19 +73,26 @@ def save_partition(partition: Partition, path: Path) -> None:
 
 
 def load_partition(path: Path) -> Partition:
-    """Read a partition from a file (raises :class:`CheckpointError` if the file is missing or damaged)."""
-    tensors, metadata = read_tensors(path), read_metadata(path)
+    """Read a partition from a file that :func:`save_partition` wrote.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    tensors = read_tensors(path)
+    permutations = {}
     for name, tensor in tensors.items():
         if not is_permutation(tensor, tensor.numel()):
             raise CheckpointError(f"{path}: {name} is not a permutation")
-    permutations = {int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()}
-    explained, seconds = (
-        _by_layer(metadata.get("explained", "{}")),
-        _by_layer(metadata.get("seconds", "{}")),
-    )
-    return Partition(dict(sorted(permutations.items())), explained, seconds)
+        layer = int(name.removeprefix(_LAYER))
+        permutations[layer] = tensor
+    sorted_by_layer = dict(sorted(permutations.items()))
+
+    metadata = read_metadata(path)
+    explained = _numbers_by_layer(metadata.get("explained", "{}"))
+    seconds = _numbers_by_layer(metadata.get("seconds", "{}"))
+    return Partition(sorted_by_layer, explained, seconds)
 
 
-def _by_layer(text: str) -> dict[int, float]:
+def _numbers_by_layer(text: str) -> dict[int, float]:
     """Read a JSON object of numbers by layer, whose keys are strings in JSON."""
     return {int(layer): number for layer, number in json.loads(text).items()}

@@ -1,4 +1,7 @@
-"""Freeze a prefix (embeddings and first layers) of a network, and cache its output for every row."""
+"""Freeze a prefix (embeddings and first layers) of a network, and cache its output for every row.
+
+A row is one text or image. Frozen layers give the same output for a row in every epoch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,8 +30,16 @@ STATES = "prefix_states"  # model argument with the output of its prefix
 
 # modules and parameters that run before the layers, by model type or, in timm, by class
 _BEFORE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "vit", "deit", "dinov2"), ("embeddings",)),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("embed_tokens",)),
+    "bert": ("embeddings",),
+    "roberta": ("embeddings",),
+    "xlm-roberta": ("embeddings",),
+    "vit": ("embeddings",),
+    "deit": ("embeddings",),
+    "dinov2": ("embeddings",),
+    "llama": ("embed_tokens",),
+    "mistral": ("embed_tokens",),
+    "qwen2": ("embed_tokens",),
+    "qwen3": ("embed_tokens",),
     "electra": ("embeddings", "embeddings_project"),
     "gpt2": ("wte", "wpe", "drop"),
     "VisionTransformer": (
@@ -41,17 +52,20 @@ _BEFORE: dict[str, tuple[str, ...]] = {
         "norm_pre",
     ),
 }
-_VERSION = 1
-_TOKENS_AT_ONCE = 4096
+_VERSION = 1  # part of the cached files' names; increase it if the same settings give other numbers
+_TOKENS_AT_ONCE = 4096  # of a batch with padding
 
+Row = dict[str, Any]
+# returns the model's inputs for rows, given their numbers
 Batch = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
 class Prefix:
-    """Run the embeddings and first layers of a network without gradient, dropout and stochastic depth.
+    """The frozen embeddings and first layers of a network: no gradient, dropout, stochastic depth.
 
-    If the model is called with ``prefix_states`` ``[rows, tokens, width]``, its frozen layers return them, and the rest
-    continues. Without them the whole model runs. Names of modules and parameters stay the same.
+    If the model is called with ``prefix_states`` ``[rows, tokens, width]``, its frozen layers
+    return these states, and the other layers run on them. Without them the whole model runs.
+    Modules and parameters keep their names.
 
     Args:
         model: The model that is called: the network, or a module around it.
@@ -67,20 +81,26 @@ class Prefix:
     """
 
     def __init__(self, model: nn.Module, network: nn.Module, layers: int) -> None:
-        before, blocks = _frozen_paths(network, layers)
-        paths, modules = [*before, *blocks], dict(network.named_modules())
-        below = tuple(f"{path}." for path in paths)
+        self._model = model
+        self._network = network
+        self._states: Tensor | None = None  # of the present call of the model
+        self.seconds = 0.0
+
+        frozen_paths = _frozen_paths(network, layers)
+        paths = [*frozen_paths.before, *frozen_paths.layers]
+        # with a dot, ``layer.1`` is not a prefix of ``layer.10``
+        path_prefixes = tuple(f"{path}." for path in paths)
+        # a path may be a parameter itself, such as timm's cls_token
         self.names = frozenset(
-            name for name, _ in network.named_parameters() if f"{name}.".startswith(below)
+            name for name, _ in network.named_parameters() if f"{name}.".startswith(path_prefixes)
         )
-        self._model, self._network = model, network
-        self._blocks = [modules[path] for path in blocks]
+
+        modules = dict(network.named_modules())
+        self._blocks = [modules[path] for path in frozen_paths.layers]
         self._modules = [modules[path] for path in paths if path in modules]
         # irrelevant differences, such as the path of the weights, only cause a recomputation
         described = [type(network).__name__, getattr(network, "config", ""), *self._modules]
-        self._description = "\n".join(map(str, described))
-        self._states: Tensor | None = None
-        self.seconds = 0.0
+        self._description = "\n".join(str(item) for item in described)
 
     def freeze_(self) -> None:
         """Freeze the prefix permanently: no gradient, and eval mode in every call of the model."""
@@ -102,16 +122,23 @@ class Prefix:
 
     @torch.inference_mode()
     def output(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the last frozen layer's output ``[rows, tokens, width]`` for inputs: float32, on the CPU."""
+        """Return the last frozen layer's output ``[rows, tokens, width]``, float32, on the CPU.
+
+        Args:
+            inputs: The arguments of the model.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(device)
-        handle, started = self._blocks[-1].register_forward_hook(_stop), time.perf_counter()
+        started = time.perf_counter()
+        moved_inputs = {name: value.to(device) for name, value in inputs.items()}
+        # the hook raises _Stopped, so the layers above do not run
+        hook = self._blocks[-1].register_forward_hook(_stop)
         try:
-            self._model(**{name: value.to(device) for name, value in inputs.items()})
+            self._model(**moved_inputs)
         except _Stopped as stopped:
             return stopped.states.float().cpu()
         finally:
-            handle.remove()
+            hook.remove()
             self.seconds += time.perf_counter() - started
         raise RuntimeError(
             f"{type(self._network).__name__} does not call its layers one after the other"
@@ -120,59 +147,87 @@ class Prefix:
     def _take_states(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for module in self._modules:
+        """Keep the states of a call, whose other arguments the model gets (a pre-hook)."""
+        for module in self._modules:  # the model may have been set to training mode
             module.eval()
         self._states = kwargs.get(STATES)
-        return args, {name: value for name, value in kwargs.items() if name != STATES}
+        other_arguments = {name: value for name, value in kwargs.items() if name != STATES}
+        return args, other_arguments
 
     def _forget_states(self, *_call: object) -> None:
+        """Drop the states after a call of the model (a hook)."""
         self._states = None
 
     def _forward(self, block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run a frozen layer, or return the given states in its place (its forward method)."""
         if self._states is None:
             return type(block).forward(block, states, *args, **kwargs)
         return self._states.to(states.dtype)
 
 
 class _Stopped(Exception):  # noqa: N818  no error: ends a forward pass after the last frozen layer
+    """The end of a forward pass after the last frozen layer, with its output."""
+
     def __init__(self, states: Tensor) -> None:
         super().__init__()
         self.states = states
 
 
 def _stop(_module: nn.Module, _args: object, output: Tensor) -> None:
+    """End the forward pass with the output of a layer (a hook)."""
     raise _Stopped(output)
 
 
-def _frozen_paths(network: nn.Module, layers: int) -> tuple[list[str], list[str]]:
-    """Return the paths of the modules and parameters before the layers, and the paths of the frozen layers."""
-    kind = getattr(getattr(network, "config", None), "model_type", type(network).__name__)
-    if kind not in _BEFORE:
+class _FrozenPaths(NamedTuple):
+    """The paths in a network of what is frozen."""
+
+    before: list[str]
+    """The modules and parameters that run before the layers."""
+    layers: list[str]
+    """The first layers."""
+
+
+def _frozen_paths(network: nn.Module, layers: int) -> _FrozenPaths:
+    """Find the first ``layers`` layers of a network, and what runs before them.
+
+    Raises:
+        DefinitionError: The architecture is unknown here, or has fewer layers.
+    """
+    config = getattr(network, "config", None)
+    # models of timm have no configuration
+    architecture = getattr(config, "model_type", type(network).__name__)
+    if architecture not in _BEFORE:
         raise DefinitionError(
-            f"training.frozen_layers is {layers}, but it is unknown which modules come before the layers of '{kind}'; "
-            f"choose from {', '.join(_BEFORE)}"
+            f"training.frozen_layers is {layers}, but it is unknown which modules come before "
+            f"the layers of '{architecture}'; choose from {', '.join(_BEFORE)}"
         )
     ffns = find_ffns(network)
     if layers > len(ffns):
         raise DefinitionError(
             f"training.frozen_layers is {layers}, but the model has {len(ffns)} layers"
         )
-    parent = ffns[0].name.removesuffix(f"{ffns[0].spec.layers}.0")
-    return [f"{parent}{name}" for name in _BEFORE[kind]], [ffn.name for ffn in ffns[:layers]]
+    # what comes before the layers has the same parent: ``bert.`` of ``bert.encoder.layer.0``
+    path_of_first_layer = f"{ffns[0].spec.layers}.0"
+    parent = ffns[0].name.removesuffix(path_of_first_layer)
+    before = [f"{parent}{name}" for name in _BEFORE[architecture]]
+    frozen_layers = [ffn.name for ffn in ffns[:layers]]
+    return _FrozenPaths(before, frozen_layers)
 
 
 class PrefixStates:
-    """Cache the prefix's output for every row of a set: ``[tokens, width]`` each, float32.
+    """The prefix's output for every row of a data set: ``[tokens, width]`` each, float32.
 
-    All runs with the same prefix and rows read the same memory-mapped file below ``resources/prefixes/``. Its name is a
-    digest of everything that determines the numbers: weights and settings of the prefix, rows, processor, threads,
-    torch. The first run computes it in large batches of rows of similar length; other runs wait.
+    All runs with the same prefix and rows read the same memory-mapped file below
+    ``resources/prefixes/``. Its name is a digest of everything that determines the numbers: weights
+    and settings of the prefix, rows, processor, threads and torch. The first run computes the file
+    in large batches of rows of similar length; other runs wait.
 
     Args:
         prefix: The prefix of the model.
         rows: The digest of the model inputs.
-        lengths: The tokens of each row.
-        batch: A function that returns the model's inputs for rows by their numbers, padded on the right.
+        lengths: The number of tokens of each row.
+        batch: A function that returns the model's inputs for rows, given their numbers. It pads on
+            the right.
         folder: The folder of the files.
     """
 
@@ -184,12 +239,12 @@ class PrefixStates:
         batch: Batch,
         folder: Path = PREFIXES,
     ) -> None:
+        # the file has the tokens of all rows below each other; a row's tokens end here
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        device = (
-            torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else torch.backends.cpu.get_cpu_capability()
-        )
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
+        else:
+            device = torch.backends.cpu.get_cpu_capability()
         contents = [
             _VERSION,
             prefix.digest,
@@ -204,38 +259,52 @@ class PrefixStates:
         with FileLock(folder / f".{key}.lock"):
             if not file.exists():
                 _write(file, prefix, ends, lengths, batch)
-        self._values, self._ends, self._lengths = np.load(file, mmap_mode="r"), ends, lengths
+        self._values = np.load(file, mmap_mode="r")  # [tokens of all rows, width]
+        self._ends = ends
+        self._lengths = lengths
 
     def __getitem__(self, row: int) -> Tensor:
+        """Return the states of a row: ``[tokens, width]``."""
         end = int(self._ends[row])
-        return torch.from_numpy(np.array(self._values[end - int(self._lengths[row]) : end]))
+        start = end - int(self._lengths[row])
+        states = np.array(self._values[start:end])  # copies from the file
+        return torch.from_numpy(states)
 
 
 def collate_states(
-    collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return a collator that also collates the rows' prefix states, if any: padded or packed."""
+    collate: Callable[[list[Row]], Mapping[str, Any]],
+) -> Callable[[list[Row]], dict[str, Any]]:
+    """Return a collator that also collates the rows' prefix states, if any: padded or packed.
 
-    def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        states = [row[STATES] for row in rows if STATES in row]
-        batch = dict(
-            collate(
-                [{name: value for name, value in row.items() if name != STATES} for row in rows]
-            )
-        )
+    Args:
+        collate: The collator of the other columns.
+    """
+
+    def collated(rows: list[Row]) -> dict[str, Any]:
+        """Collate rows, with their states if they have any."""
+        states = [row[STATES] for row in rows if STATES in row]  # [tokens, width] each
+        batch = dict(collate([_without_states(row) for row in rows]))
         if not states:
             return batch
-        count, tokens = batch["input_ids"].shape
-        if count != len(rows):  # packed
-            return {**batch, STATES: torch.cat(states)[None]}
-        padded = pad_sequence(states, batch_first=True)
-        return {**batch, STATES: F.pad(padded, (0, 0, 0, tokens - padded.shape[1]))}
+        sequences, tokens = batch["input_ids"].shape
+        if sequences != len(rows):  # packed: one sequence has the tokens of all rows
+            packed = torch.cat(states)
+            return {**batch, STATES: packed[None]}
+        padded = pad_sequence(states, batch_first=True)  # [rows, tokens of the longest, width]
+        # the other collator may pad further, to a multiple of a number
+        missing = tokens - padded.shape[1]
+        return {**batch, STATES: F.pad(padded, (0, 0, 0, missing))}
 
     return collated
 
 
+def _without_states(row: Row) -> Row:
+    """Return the columns of a row except its prefix states."""
+    return {name: value for name, value in row.items() if name != STATES}
+
+
 def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
-    """Return the digest of columns of numbers."""
+    """Return the digest of columns of numbers, such as the token ids of all rows."""
     digest = hashlib.sha256()
     for name, values in sorted(columns.items()):
         digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
@@ -246,27 +315,35 @@ def columns_digest(columns: Mapping[str, NDArray[Any]]) -> str:
 def _write(
     file: Path, prefix: Prefix, ends: NDArray[np.int64], lengths: Sequence[int], batch: Batch
 ) -> None:
+    """Compute the states of all rows, and write one array ``[tokens of all rows, width]``."""
     values: Any = None
     with atomic_write(file) as temporary:
         for rows in _similar_rows(lengths):
-            outputs = prefix.output(batch(rows)).numpy()
-            if values is None:
-                shape = (int(ends[-1]), outputs.shape[2])
+            outputs = prefix.output(batch(rows)).numpy()  # [rows, tokens, width]
+            if values is None:  # only the first output tells the width
+                width = outputs.shape[2]
+                shape = (int(ends[-1]), width)
                 values = np.lib.format.open_memmap(
                     temporary, mode="w+", dtype=np.float32, shape=shape
                 )
             for row, output in zip(rows, outputs, strict=True):
-                values[ends[row] - lengths[row] : ends[row]] = output[: lengths[row]]
+                length = lengths[row]
+                end = ends[row]
+                values[end - length : end] = output[:length]  # without the padding
         values.flush()
 
 
 def _similar_rows(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Group rows of similar length, of at most ``_TOKENS_AT_ONCE`` padded tokens, and yield their numbers."""
+    """Yield the numbers of rows in batches of similar length.
+
+    A batch has at most ``_TOKENS_AT_ONCE`` tokens with padding, or a single longer row.
+    """
     rows: list[int] = []
-    for row in np.argsort(np.asarray(lengths), kind="stable").tolist():
-        if (
-            rows and lengths[row] * (len(rows) + 1) > _TOKENS_AT_ONCE
-        ):  # rows are sorted: it is the longest
+    shortest_first = np.argsort(np.asarray(lengths), kind="stable").tolist()
+    for row in shortest_first:
+        # this row is the longest so far, so the others are padded to its length
+        tokens_with_row = lengths[row] * (len(rows) + 1)
+        if rows and tokens_with_row > _TOKENS_AT_ONCE:
             yield rows
             rows = []
         rows.append(row)

@@ -23,7 +23,7 @@ from emoe.files import read_tensors
 
 @dataclass(frozen=True)
 class Trainable:
-    """Hold a converted and adapted model.
+    """A converted and adapted model, with what is recorded about it.
 
     Attributes:
         model: The model; called with ``labels`` it also returns the loss.
@@ -40,31 +40,42 @@ class Trainable:
     prefix: Prefix | None = None
 
     def prefix_cost(self) -> dict[str, float]:
-        """Return this process's seconds in frozen layers as a dictionary; empty without frozen layers."""
-        return {"prefix_seconds": self.prefix.seconds} if self.prefix else {}
+        """Return the cost of frozen layers in this process, for the record; empty without them."""
+        if self.prefix is None:
+            return {}
+        return {"prefix_seconds": self.prefix.seconds}
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that training changes on the CPU: trained parameters, and buffers such as running gates.
+    """Return copies on the CPU of the tensors that training changes.
 
-    If the model is sharded, all processes call this, and only the main one gets the whole tensors.
+    These are trained parameters, and buffers such as running gates. If the model is sharded, all
+    processes must call this, and only the main one gets the whole tensors.
     """
     state = model.state_dict()
-    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
+    if is_sharded:  # gathers the shards of all processes on the main one
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
         state = get_model_state_dict(model, options=options)
     names = _trained_names(model)
-    return {
-        name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name in names
-    }
+    trained = {}
+    for name, tensor in state.items():
+        if name in names:
+            trained[name] = tensor.detach().cpu().contiguous()
+    return trained
 
 
 def _trained_names(model: nn.Module) -> set[str]:
-    # without a second name of tied weights, and without the states of quantised weights
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return trained | {name for name, _ in model.named_buffers()}
+    """Return the names of trained parameters and of buffers.
+
+    Unlike a state dict, they leave out a second name of tied weights and the states of quantised
+    weights.
+    """
+    parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    buffers = {name for name, _ in model.named_buffers()}
+    return parameters | buffers
 
 
 def load_trained_(model: nn.Module, file: Path) -> None:
@@ -80,15 +91,22 @@ def load_trained_(model: nn.Module, file: Path) -> None:
 def load_trained_state_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a :func:`trained_state` into a model that was built the same way.
 
-    Raise :class:`DataError` with their ``source`` if they belong to another model.
+    Args:
+        model: The model; it may be sharded.
+        state: The trained tensors.
+        source: The origin of the tensors, for the message.
+
+    Raises:
+        DataError: The tensors belong to another model.
     """
-    shapes = {name: tensor.shape for name, tensor in state.items()}
     names = _trained_names(model)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name in names}
+    shapes = {name: tensor.shape for name, tensor in state.items()}
     if shapes != expected:
-        wrong = min(name for name, _ in shapes.items() ^ expected.items())
-        raise DataError(f"{source} belongs to another model: they differ in '{wrong}'")
-    # a sharded model takes its part of each tensor
-    set_model_state_dict(
-        model, dict(state), options=StateDictOptions(full_state_dict=True, strict=False)
-    )
+        # a name or a shape that only one of both has
+        differences = shapes.items() ^ expected.items()
+        first_name = min(name for name, _ in differences)
+        raise DataError(f"{source} belongs to another model: they differ in '{first_name}'")
+    # each process of a sharded model takes its shard of the whole tensors
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(state), options=options)

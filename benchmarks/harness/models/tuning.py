@@ -1,8 +1,8 @@
-"""Choose the trained parameters of a model: adapters, head, routers, and the parameters of its tuning."""
+"""Choose the trained parameters of a model: adapters, head, routers, and those of its tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -11,34 +11,34 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.harness.base import DefinitionError, derive_seed
+from benchmarks.harness.config.method_specs import TuneSpec
 from benchmarks.harness.config.methods import TUNINGS, LoRA, is_below
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
 # groups with the run's learning rate; the others get a share of it
 FAST = ("adapters", "head")
-Groups = dict[str, list[tuple[str, nn.Parameter]]]
+Groups = dict[str, list[tuple[str, nn.Parameter]]]  # names and parameters by group
 
 
 def tune_(
     model: PreTrainedModel,
     lora: LoRA | None,
-    tune: Mapping[str, Any],
+    tune: TuneSpec,
     seed: int,
     frozen: Collection[str] = (),
 ) -> tuple[LoraModel | None, Groups]:
     """Add adapters, and freeze all parameters that a run does not train.
 
-    All rows of a comparison train the same adapters and head, and only the further parameters of ``tune`` (``also``:
-    BERT's pooler or GPT-2's last norm, which the authors' code trains in some rows).
+    Every method trains the same adapters and head. ``tune`` names what it trains besides. For
+    example, the authors' code also trains BERT's pooler or GPT-2's last norm for some methods.
 
     Args:
         model: The classifier or language model, converted or dense.
         lora: The ``training.lora`` of the spec; None adds no adapters.
-        tune: The ``method.tune`` of the spec (:func:`~benchmarks.harness.config.methods.tuning_spec`); ``head: false``
-            freezes the head.
-        seed: The seed of the run; adapters are the same for all methods.
-        frozen: The frozen parameters; their layers get no adapters.
+        tune: The ``method.tune`` of the spec; ``head: false`` freezes the head.
+        seed: The seed of the run. It determines the first weights of the adapters.
+        frozen: The names of frozen parameters; their layers get no adapters.
 
     Returns:
         The new adapters, and the groups of :func:`trained_groups`.
@@ -46,63 +46,98 @@ def tune_(
     Raises:
         DefinitionError: The model's type has no target layers, or names match nothing.
     """
-    adapters = None if lora is None else _add_adapters_(model, lora, seed, frozen)
+    adapters = None
+    if lora is not None:
+        adapters = _add_adapters_(model, lora, seed, frozen)
     groups = trained_groups(model, tune, frozen)
     model.requires_grad_(False)
-    for parameters in groups.values():
-        for _, parameter in parameters:
+    for members in groups.values():
+        for _, parameter in members:
             parameter.requires_grad_(True)
     return adapters, groups
 
 
-def trained_groups(
-    model: PreTrainedModel, tune: Mapping[str, Any], frozen: Collection[str] = ()
-) -> Groups:
+def trained_groups(model: PreTrainedModel, tune: TuneSpec, frozen: Collection[str] = ()) -> Groups:
     """Return the names and parameters that an adapted model trains, by group, without empty groups.
 
-    The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all others.
+    The groups are ``adapters``, ``head``, ``routers``, ``also``, and the name of the tuning for all
+    other trained parameters.
+
+    Raises:
+        DefinitionError: The tuning or ``also`` has a name that the model does not have.
     """
-    tuning, layers = (
-        ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
-    )
     parameters = dict(model.named_parameters())
-    chosen = set(TUNINGS[tuning](model, layers)) if tuning else set()
-    if unknown := sorted(chosen - parameters.keys()):
-        near = did_you_mean(unknown[0], parameters)
-        raise DefinitionError(
-            f"the tuning '{tuning}' names '{unknown[0]}', which is not a parameter of the model{near}"
-        )
-    routers = [
-        f"{path}.router"
-        for path, module in model.named_modules()
-        if isinstance(module, RoutedActivation)
-    ]
-    also = _find_modules(model, tune["also"])
+    tuning = tune.tuning
+    layers = tune.layers
+    if tune.blocks:  # this tuning has a key of its own
+        tuning = "blocks"
+        layers = tune.blocks
+    tuned_names = _names_of_tuning(model, tuning, layers, parameters)
+    router_paths = []
+    for path, module in model.named_modules():
+        if isinstance(module, RoutedActivation):
+            router_paths.append(f"{path}.router")
+    also_paths = _find_modules(model, tune.also)
 
     def group_of(name: str) -> str | None:
+        """Return the group of a parameter; None if it is not trained."""
         if ".lora_" in name:
             return "adapters"
-        if tune.get("head", True) and not name.startswith(f"{model.base_model_prefix}."):
+        is_head = not name.startswith(f"{model.base_model_prefix}.")
+        if is_head and tune.head:
             return "head"
-        if is_below(name, routers):
+        if is_below(name, router_paths):
             return "routers"
-        if is_below(name, also):
+        if is_below(name, also_paths):
             return "also"
-        return tuning if name in chosen else None
+        if name in tuned_names:
+            return tuning
+        return None
 
     groups: Groups = {}
     for name, parameter in parameters.items():
-        if name not in frozen and (group := group_of(name)):
+        if name in frozen:
+            continue
+        group = group_of(name)
+        if group is not None:
             groups.setdefault(group, []).append((name, parameter))
     return groups
 
 
+def _names_of_tuning(
+    model: PreTrainedModel, tuning: str | None, layers: Any, parameters: Collection[str]
+) -> set[str]:
+    """Return the names of the parameters that a registered tuning selects; empty without a tuning.
+
+    Raises:
+        DefinitionError: A selected name is not among the model's ``parameters``.
+    """
+    if tuning is None:
+        return set()
+    select = TUNINGS[tuning]
+    names = set(select(model, layers))
+    unknown = sorted(names.difference(parameters))
+    if unknown:
+        near = did_you_mean(unknown[0], parameters)
+        raise DefinitionError(
+            f"the tuning '{tuning}' names '{unknown[0]}', "
+            f"which is not a parameter of the model{near}"
+        )
+    return names
+
+
 def _find_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Return the paths of the modules whose last component is one of the names."""
-    ends = {path: path.rpartition(".")[2] for path, _ in model.named_modules()}
-    paths = [path for path, end in ends.items() if end in names]
+    """Return the paths of the modules whose last step is one of the names.
+
+    Raises:
+        DefinitionError: There are names, but none of them is in the model.
+    """
+    last_steps = {}
+    for path, _ in model.named_modules():
+        last_steps[path] = path.split(".")[-1]
+    paths = [path for path, step in last_steps.items() if step in names]
     if names and not paths:
-        near = did_you_mean(names[0], ends.values())
+        near = did_you_mean(names[0], last_steps.values())
         raise DefinitionError(
             f"'also_train' names {', '.join(names)}, none of which the model has{near}"
         )
@@ -113,21 +148,23 @@ def _add_adapters_(
     model: PreTrainedModel, lora: LoRA, seed: int, frozen: Collection[str]
 ) -> LoraModel:
     """Add adapters to a model in place, except to frozen layers, and return peft's model."""
-    kind = model.config.model_type
-    if kind not in lora.targets:
-        raise DefinitionError(
-            f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora.targets)}"
-        )
+    model_type = model.config.model_type
+    if model_type not in lora.targets:
+        near = did_you_mean(model_type, lora.targets)
+        raise DefinitionError(f"training.lora.targets has no layers for '{model_type}'{near}")
+    # peft excludes modules, which are the parents of the frozen parameters
+    frozen_modules = {name.rpartition(".")[0] for name in frozen}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),  # peft takes fractions, too
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets[kind]),
-        exclude_modules=sorted({name.rpartition(".")[0] for name in frozen}),
-        fan_in_fan_out=kind == "gpt2",  # its layers are Conv1D
+        target_modules=list(lora.targets[model_type]),
+        exclude_modules=sorted(frozen_modules),
+        fan_in_fan_out=model_type == "gpt2",  # its layers are Conv1D
     )
+    # all methods start with equal adapters
     torch.manual_seed(derive_seed("adapters", seed))
     try:
         return LoraModel(model, config, "default")
     except ValueError as error:  # targets are missing or all frozen
-        raise DefinitionError(f"training.lora.targets.{kind}: {error}") from error
+        raise DefinitionError(f"training.lora.targets.{model_type}: {error}") from error

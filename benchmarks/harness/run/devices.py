@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,20 +16,18 @@ from benchmarks.harness.base import RunError
 from benchmarks.harness.config.runs import Run
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
-_NO_DEVICES = (
-    "",
-    "-1",
-    "NoDevFiles",
-)  # values of the variable that hide all; the last one is Slurm's
+# values of the variable that hide all accelerators; the last one is Slurm's
+_NO_DEVICES = ("", "-1", "NoDevFiles")
+# the variables with the id of a cluster's job
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _PAUSE = 1.0  # seconds between two attempts
 
 
 def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
-    """Reserve accelerators for this process and its children, and hide all others (``CUDA_VISIBLE_DEVICES``).
+    """Reserve accelerators for this process and its children, and hide all others.
 
-    Waits until enough accelerators are free of the locks of this user's other processes on this machine. Call this
-    before anything uses an accelerator.
+    Waits until this user's other processes on this machine have released enough accelerators. Call
+    this before anything uses an accelerator, because it sets ``CUDA_VISIBLE_DEVICES``.
 
     Args:
         count: The number of accelerators. With 0, or on a machine without any, nothing is reserved.
@@ -38,63 +35,105 @@ def reserve_devices(count: int, name: str, processes: int = 1) -> ExitStack:
         processes: The number of processes of the run, one on each accelerator.
 
     Returns:
-        The locks, as a context manager; the end of the process releases them too. The variable keeps its value.
+        The locks, as a context manager. The end of the process releases them too. The variable
+        keeps its value.
 
     Raises:
         RunError: Fewer accelerators are visible than requested, or than processes.
     """
-    locks, devices = ExitStack(), visible_devices() if count else []
-    if devices:
-        if not processes <= count <= len(devices):
-            raise RunError(
-                f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; "
-                "give it more (`--resources gpu=N`), or set 'resources.gpu' and 'resources.processes' in benchmark.yaml"
-            )
-        os.environ[VISIBLE] = ",".join(_lock_devices(locks, devices, count, name))
+    locks = ExitStack()
+    if count == 0:
+        return locks
+    devices = visible_devices()
+    if not devices:
+        return locks
+    if count < processes or count > len(devices):
+        raise RunError(
+            f"{name} asks for {count} accelerators for {processes} process(es), "
+            f"and {len(devices)} are visible; give it more (`--resources gpu=N`), "
+            "or set 'resources.gpu' and 'resources.processes' in benchmark.yaml"
+        )
+    locked = _lock_devices(locks, devices, count, name)
+    os.environ[VISIBLE] = ",".join(locked)
     return locks
 
 
 def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
-    """Raise an error before the first run of a suite if a run needs an accelerator and this machine has none."""
-    asking = next((run for run in runs if run.resources["gpu"]), None)
-    if asking and not visible_devices():
+    """Check before a suite starts that this machine has an accelerator, if a run needs one.
+
+    Raises:
+        RunError: A run needs an accelerator, and none is visible.
+    """
+    for run in runs:
+        if not run.resources["gpu"]:
+            continue
+        if visible_devices():
+            return
         raise RunError(
-            f"the suite '{suite}' asks for accelerators, and none is visible here: start it on a machine that has "
-            f"one, or on a cluster (docs/cluster.md), or set 'benchmarks.{asking.benchmark}.resources.gpu: 0' in "
-            f"config/{suite}.yaml to run it on the CPU"
+            f"the suite '{suite}' asks for accelerators, and none is visible here: start it on a "
+            "machine that has one, or on a cluster (docs/cluster.md), or set "
+            f"'benchmarks.{run.benchmark}.resources.gpu: 0' in config/{suite}.yaml "
+            "to run it on the CPU"
         )
 
 
 def visible_devices() -> list[str]:
-    """Return the accelerators that this process may use: ``CUDA_VISIBLE_DEVICES``, else all of torch's."""
+    """Return the accelerators that this process may use.
+
+    These are the ones in ``CUDA_VISIBLE_DEVICES``. Without this variable, all of torch's are.
+    """
     visible = os.environ.get(VISIBLE)
     if visible is None:
         import torch
 
         return [str(number) for number in range(torch.cuda.device_count())]
-    return [] if visible in _NO_DEVICES else visible.split(",")
+    if visible in _NO_DEVICES:
+        return []
+    return visible.split(",")
 
 
 def _lock_devices(locks: ExitStack, devices: list[str], count: int, name: str) -> list[str]:
-    """Lock ``count`` devices, and return them. Jobs choose one at a time, which avoids deadlocks."""
-    # one folder per scheduled job, because schedulers may number the devices of each job from 0
-    job = next(filter(None, map(os.environ.get, _JOBS)), "")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "emoe" / "accelerators" / "-".join(filter(None, (platform.node(), job)))
+    """Lock ``count`` devices, and return them. Waits until enough devices are free."""
+    folder = _lock_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     locked: list[str] = []
+    has_reported = False
+    # only one process chooses at a time: two that wait for each other's devices would never end
     with FileLock(folder / "choice.lock"):
-        for attempt in itertools.count():
+        while True:
             for device in devices:
-                if device not in locked and len(locked) < count:
-                    with suppress(Timeout):
-                        locks.enter_context(
-                            FileLock(folder / f"{device.replace('/', '_')}.lock", blocking=False)
-                        )
-                        locked.append(device)
+                if len(locked) == count:
+                    break
+                if device not in locked and _try_lock(locks, folder, device):
+                    locked.append(device)
             if len(locked) == count:
-                break
-            if attempt == 0:
+                return locked
+            if not has_reported:
                 sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
+                has_reported = True
             time.sleep(_PAUSE)
-    return locked
+
+
+def _lock_folder() -> Path:
+    """Return the folder of the locks of this user's processes on this machine."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    names = [platform.node()]
+    # one folder per scheduled job, because schedulers may number the devices of each job from 0
+    for variable in _JOBS:
+        job = os.environ.get(variable)
+        if job:
+            names.append(job)
+            break
+    given_names = [name for name in names if name]  # a machine may have no name
+    return cache / "emoe" / "accelerators" / "-".join(given_names)
+
+
+def _try_lock(locks: ExitStack, folder: Path, device: str) -> bool:
+    """Lock a device until ``locks`` are released; return False if another process has locked it."""
+    file_name = device.replace("/", "_")
+    lock = FileLock(folder / f"{file_name}.lock", blocking=False)
+    try:
+        locks.enter_context(lock)
+    except Timeout:
+        return False
+    return True

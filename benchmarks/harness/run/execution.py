@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,61 +37,77 @@ def execute(
 ) -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
-    If another process executes the same run, wait for its result. Processes that torchrun started work together: the
-    first one locks and writes.
+    If another process executes the same run, wait for its result. Processes that torchrun started
+    work together: the first one locks and writes.
 
     Args:
         path: The path of the ``run.json``.
         threads: The number of CPU threads.
-        log: The file for all output except the progress lines on a terminal; other processes write ``<log>-1``, ….
+        log: The file for all output, except the progress lines on a terminal. The other processes
+            write ``<log>-1`` and so on.
         started: The start of the process (``time.time()``); by default now.
         parallel: The parallelism of processes that torchrun started: ``ddp`` or ``fsdp``.
 
     Returns:
         The path of ``metrics.json``.
     """
-    started = time.time() if started is None else started
+    if started is None:
+        started = time.time()
     _end_with_launcher()
-    run, output, is_main = read_run(path), path.with_name("metrics.json"), group.is_main()
+    run = read_run(path)
+    output = path.with_name("metrics.json")
+    is_main = group.is_main()
     benchmark = load_benchmark(run.benchmark)
     spec = benchmark.read_spec(run)
     torch.set_num_threads(threads)
     group.set_parallelism(parallel)
     benchmark.check_processes(run.spec, group.world_size(), parallel)
-    log = log if is_main else log.with_name(f"{log.stem}-{group.rank()}{log.suffix}")
-    with _lock_run(path.parent, run.name) if is_main else nullcontext():
+    lock: AbstractContextManager[Any] = nullcontext()
+    if is_main:
+        lock = _lock_run(path.parent, run.name)
+    else:
+        log = log.with_name(f"{log.stem}-{group.rank()}{log.suffix}")
+    with lock:
         group.init_process_group()
+        # the process that held the lock may have finished the run
         if group.broadcast(output.exists()):
             return output
         with _redirect_output(log) as terminal:
             progress = Progress(run.name, terminal if is_main else sys.stderr)
             captured = environment.capture()
             pipeline = benchmark.pipeline()
-            if (
-                not torch.cuda.is_available()
-            ):  # built before a suite's first run, so that all its runs use them
+            # built before a suite's first run, so that all its runs use them
+            if not torch.cuda.is_available():
                 prepare_kernels()
-            startup = time.time() - started
+            startup_seconds = time.time() - started
             torch.manual_seed(derive_seed("run", run.seed))
             metrics: dict[str, Any] = pipeline.run(spec, path.parent, progress)
             if not is_main:
                 return output
-            seconds = time.time() - started
-            is_gpu, usage = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF)
-            memory = torch.cuda.max_memory_allocated() if is_gpu else usage.ru_maxrss * 1024
-            metrics["cost"] = metrics.get("cost", {}) | {
-                "startup_seconds": startup,
-                "job_seconds": seconds,
-                "peak_memory_mb": memory / 1e6,
+            job_seconds = time.time() - started
+            metrics["cost"] = {
+                **metrics.get("cost", {}),
+                "startup_seconds": startup_seconds,
+                "job_seconds": job_seconds,
+                "peak_memory_mb": _peak_memory() / 1e6,
             }
             captured["fingerprint"] = environment.fingerprint(captured)
             content = {"run_id": run.id, **metrics, "environment": captured}
             text = format_json(content)
             check_metrics(run, text.encode(), output)
             write_text(output, text)
+            # with its numbers written, the run is never resumed
             shutil.rmtree(path.with_name("checkpoints"), ignore_errors=True)
-            progress.finish(seconds)
+            progress.finish(job_seconds)
     return output
+
+
+def _peak_memory() -> int:
+    """Return the peak memory in bytes: the accelerator's, or the process's without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_maxrss * 1024  # Linux counts KiB
 
 
 def launch_distributed(
@@ -105,39 +121,25 @@ def launch_distributed(
         log: The log of the first process, as in :func:`execute`.
         processes: The number of processes.
         parallel: The parallelism, ``ddp`` or ``fsdp``.
+
+    Raises:
+        RunError: A process failed.
     """
     run = read_run(path)
-    load_benchmark(run.benchmark).check_processes(run.spec, processes, parallel)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    torchrun += [
-        f"--nproc-per-node={processes}",
-        "-m",
-        "--",
-    ]  # else torchrun parses the module's options
-    threads_each = str(max(threads // processes, 1))
-    command = [
-        "benchmarks",
-        "run",
-        str(path),
-        "--threads",
-        threads_each,
-        "--log",
-        str(log),
-        "--parallel",
-        parallel,
-    ]
-    result = subprocess.run(
-        [*torchrun, *command], env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False
-    )
+    benchmark = load_benchmark(run.benchmark)
+    benchmark.check_processes(run.spec, processes, parallel)
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun += ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    torchrun += ["-m", "--"]  # without the dashes, torchrun parses the module's options
+    threads_each = max(threads // processes, 1)
+    command = ["benchmarks", "run", str(path)]
+    command += ["--threads", str(threads_each), "--log", str(log), "--parallel", parallel]
+    variables = {**os.environ, _LAUNCHER: str(os.getpid())}
+    result = subprocess.run([*torchrun, *command], env=variables, check=False)
     if result.returncode:
         raise RunError(
-            f"{run.name}: one of its {processes} processes failed, see {log} and the logs beside it; "
+            f"{run.name}: one of its {processes} processes failed, "
+            f"see {log} and the logs beside it; "
             "started again, the run goes on from its last checkpoint"
         )
 
@@ -149,6 +151,7 @@ def _end_with_launcher() -> None:
         return
 
     def wait() -> None:
+        """Wait for the launcher, and then end this process."""
         with suppress(psutil.NoSuchProcess):
             psutil.Process(int(launcher)).wait()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -157,6 +160,7 @@ def _end_with_launcher() -> None:
 
 
 def _lock_run(folder: Path, run_name: str) -> AcquireReturnProxy[Any]:
+    """Lock the folder of a run. Waits until no other process works on the run."""
     lock = FileLock(folder / LOCK)
     try:
         return lock.acquire(blocking=False)
@@ -167,8 +171,12 @@ def _lock_run(folder: Path, run_name: str) -> AcquireReturnProxy[Any]:
 
 @contextmanager
 def _redirect_output(path: Path) -> Iterator[TextIO]:
-    """Send all output of the process, native libraries included, to a log; yield the terminal's stream."""
-    saved = os.dup(1), os.dup(2)
+    """Send all output of the process to a log, and yield the terminal's stream.
+
+    Native libraries write to file descriptors, so it is these that are redirected.
+    """
+    saved_output = os.dup(1)
+    saved_errors = os.dup(2)
     with os.fdopen(os.dup(2), "w") as terminal, path.open("a") as log:
         _redirect(log.fileno(), log.fileno())
         try:
@@ -177,14 +185,15 @@ def _redirect_output(path: Path) -> Iterator[TextIO]:
             traceback.print_exc(file=log)  # the terminal only gets the message
             raise
         finally:
-            _redirect(*saved)
-            for number in saved:
-                os.close(number)
+            _redirect(saved_output, saved_errors)
+            os.close(saved_output)
+            os.close(saved_errors)
 
 
 def _redirect(output: int, errors: int) -> None:
     """Send standard output and standard error to these file descriptors."""
-    for stream, number, target in ((sys.stdout, 1, output), (sys.stderr, 2, errors)):
+    for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the disk is full
             stream.flush()
-        os.dup2(target, number)
+    os.dup2(output, 1)
+    os.dup2(errors, 2)

@@ -1,8 +1,9 @@
 """Run commands in forks of one server process, which imports everything once.
 
-Importing torch and transformers takes longer than many runs. The server only imports before it forks, so a run has the
-same numbers as in its own process. A fork ends with its caller, and the server ends with the workflow. A command
-without a server, or with another environment (threads, devices, settings), runs in its own process.
+Importing torch and transformers takes longer than many runs. The server only imports before it
+forks, so a run has the same numbers as in its own process. A fork ends with its caller, and the
+server ends with the workflow. A command without a server, or with another environment (threads,
+devices, settings), runs in its own process.
 
 This module imports only the standard library, so that the caller starts fast.
 """
@@ -21,23 +22,42 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 ADDRESS = "EMOE_FORKSERVER"
-# the settings of Snakemake for the libraries of a job of one thread; forks are for such jobs
-_THREADS = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
+# the variables that Snakemake sets for a job of one thread; forks are for such jobs
 ONE_THREAD = {
-    **{f"{library}_NUM_THREADS": "1" for library in _THREADS},
+    "OMP_NUM_THREADS": "1",
+    "GOTO_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
     "VECLIB_MAXIMUM_THREADS": "1",
 }
-# a fork copies these from its caller: folders, and the variables that bash sets, resets or drops before it starts a job
-_CALLERS_VARIABLES = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDIR"} | {
-    *("_", "SHLVL", "SHELLOPTS", "IFS", "OPTIND", "PS1", "PS2", "PS4")
+# a fork copies these variables from its caller; they change no number
+_CALLERS_VARIABLES = {
+    ADDRESS,
+    # folders
+    "PWD",
+    "OLDPWD",
+    "TMPDIR",
+    "TMP",
+    "TEMP",
+    "TEMPDIR",
+    # what bash sets, resets or drops before it starts a job
+    "_",
+    "SHLVL",
+    "SHELLOPTS",
+    "IFS",
+    "OPTIND",
+    "PS1",
+    "PS2",
+    "PS4",
 }
 _ENVIRONMENT = dict(os.environ)  # read before other imports, because some libraries set variables
-_ACCEPTED = b"+"
+_ACCEPTED = b"+"  # the server's answer before it runs a command; the exit status follows
 
 
 def run_in_fork(arguments: Sequence[str]) -> int | None:
@@ -59,6 +79,7 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
     ):
         try:
             server.connect(address)
+            # the fork uses the standard streams of this process
             socket.send_fds(server, [b"\n"], [0, 1, 2])
             server.sendall(f"{json.dumps(request)}\n".encode())
             if answer.read(1) != _ACCEPTED:
@@ -75,7 +96,7 @@ def run_in_fork(arguments: Sequence[str]) -> int | None:
 
 
 class Server:
-    """Start and stop the process that imports and forks.
+    """The process that imports and forks, with its start and its end.
 
     Args:
         benchmarks: The benchmarks whose pipelines it imports; forks may import others.
@@ -86,22 +107,19 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server, and set its address in the environment. Later commands wait for the imports."""
+        """Start the server, and set its address in the environment.
+
+        The commands of later callers wait until the server has imported everything.
+        """
         # torch counts accelerators without starting their driver, which would not work in a fork
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         address = str(Path(tempfile.mkdtemp(prefix="emoe-")) / "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(address)
             listener.listen(64)
+            command = [sys.executable, "-m", "benchmarks", "serve"]
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks",
-                    "serve",
-                    str(listener.fileno()),
-                    *self._benchmarks,
-                ],
+                [*command, str(listener.fileno()), *self._benchmarks],
                 stdin=subprocess.PIPE,  # ends when this process does
                 env={**os.environ, **ONE_THREAD},
                 pass_fds=[listener.fileno()],
@@ -110,11 +128,13 @@ class Server:
 
     def stop(self) -> None:
         """End the server if it was started."""
-        if self._process is not None:
-            self._process.terminate()  # it may still import
-            self._process.communicate()
-            self._process = None
-            shutil.rmtree(Path(os.environ.pop(ADDRESS)).parent, ignore_errors=True)
+        if self._process is None:
+            return
+        self._process.terminate()  # it may still import
+        self._process.communicate()
+        self._process = None
+        address = Path(os.environ.pop(ADDRESS))
+        shutil.rmtree(address.parent, ignore_errors=True)
 
 
 def serve(
@@ -128,15 +148,18 @@ def serve(
         work: A function that runs a command in a fork and returns its exit status.
     """
     folder = Path(listener.getsockname()).parent
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal sends it to all; the workflow handles it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks send their status to their callers
+    # a terminal sends this signal to all processes, and the workflow handles it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # nobody waits for forks, which send their status to their callers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     import_all()
     gc.collect()
     gc.freeze()  # forks share these pages until one of them is written
     with listener:
-        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        while True:
+            readable, _, _ = select.select([listener, sys.stdin], [], [])
+            if sys.stdin in readable:  # closed, because the workflow has ended
+                break
             caller, _ = listener.accept()
             with caller:
                 if os.fork() == 0:
@@ -152,23 +175,20 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
         _, streams, _, _ = socket.recv_fds(caller, 1, 3)
         with caller.makefile() as content:
             request = json.loads(content.readline())
-        changes = dict(request["environment"].items() ^ _ENVIRONMENT.items())
-        if not changes.keys() <= _CALLERS_VARIABLES:
+        environment: dict[str, str] = request["environment"]
+        if not _fits(environment):
             os._exit(0)  # without an answer, so the caller runs the command itself
         caller.sendall(_ACCEPTED)
+        # as in a process of its own
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
         os.chdir(request["folder"])
-        os.environ.update(
-            {
-                name: value
-                for name, value in request["environment"].items()
-                if name in _CALLERS_VARIABLES
-            }
-        )
+        for name in _CALLERS_VARIABLES:
+            if name in environment:
+                os.environ[name] = environment[name]
         threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
         status = work(request["arguments"])
     except BaseException:
@@ -179,6 +199,13 @@ def _run_for_caller(caller: socket.socket, work: Callable[[list[str]], int]) -> 
             sys.stderr.flush()
             caller.sendall(str(status).encode())
         os._exit(status)  # skips the exit handlers of the server
+
+
+def _fits(environment: Mapping[str, str]) -> bool:
+    """Return True if a caller's environment differs from the server's only in copied variables."""
+    # pairs that only one of both has: other values, and variables that the other one lacks
+    differences = environment.items() ^ _ENVIRONMENT.items()
+    return all(name in _CALLERS_VARIABLES for name, _ in differences)
 
 
 def _end_with(caller: socket.socket) -> None:

@@ -19,37 +19,49 @@ from benchmarks.harness.report.paper_items import PaperFile
 
 
 def write_schemas() -> list[Path]:
-    """Write the schema of each kind of YAML file as ``benchmarks/schemas/<name>.schema.json``, and return the paths."""
+    """Write the schema of each kind of YAML file, and return the paths of the schemas.
+
+    The files are ``benchmarks/schemas/<name>.schema.json``.
+    """
     models: dict[str, type[Strict]] = {
         "models": ModelFile,
         "metrics": MetricFile,
         "methods": MethodFile,
         "claims": ClaimFile,
         "paper": PaperFile,
-        **{name: kind.definition_model for name, kind in KINDS.items()},
-        **{name: model for kind in KINDS.values() for name, model in kind.task_files.items()},
     }
-    schemas = {name: model.model_json_schema() for name, model in models.items()} | {
-        "config": _suite_schema()
-    }
+    for name, kind in KINDS.items():
+        models[name] = kind.definition_model
+    for kind in KINDS.values():
+        models.update(kind.task_files)
+
+    schemas = {name: model.model_json_schema() for name, model in models.items()}
+    schemas["config"] = _suite_schema()
+
+    paths = []
     for name, schema in schemas.items():
-        write_text(
-            SCHEMAS / f"{name}.schema.json", json.dumps(schema, indent=1, ensure_ascii=False)
-        )
-    return [SCHEMAS / f"{name}.schema.json" for name in schemas]
+        path = SCHEMAS / f"{name}.schema.json"
+        write_text(path, json.dumps(schema, indent=1, ensure_ascii=False))
+        paths.append(path)
+    return paths
 
 
 def _suite_schema() -> dict[str, Any]:
-    """Make the schema of ``config/<suite>.yaml``, with the part of each benchmark."""
-    schema = SuiteSettings.model_json_schema()
-    parts = {name: load_benchmark(name).part_model for name in benchmark_names()}
-    _, definitions = models_json_schema([(part, "validation") for part in parts.values()])
+    """Make the schema of ``config/<suite>.yaml``, with a section for each benchmark."""
+    part_models = {name: load_benchmark(name).part_model for name in benchmark_names()}
+    _, schemas_of_parts = models_json_schema(
+        [(model, "validation") for model in part_models.values()]
+    )
     # no key is required, because ``grid_defaults`` may give those of a block
-    schema["$defs"] = {
-        name: {key: value for key, value in part.items() if key != "required"}
-        for name, part in definitions["$defs"].items()
-    }
-    schema["properties"]["benchmarks"]["properties"] = {
-        name: {"$ref": f"#/$defs/{part.__name__}"} for name, part in parts.items()
-    }
+    definitions = schemas_of_parts["$defs"]
+    for definition in definitions.values():
+        definition.pop("required", None)
+
+    sections = {}
+    for name, model in part_models.items():
+        sections[name] = {"$ref": f"#/$defs/{model.__name__}"}
+
+    schema = SuiteSettings.model_json_schema()
+    schema["$defs"] = definitions
+    schema["properties"]["benchmarks"]["properties"] = sections
     return schema

@@ -1,4 +1,7 @@
-"""Determine if a suite's runs are finished, running, failed or missing. Reads files and changes nothing."""
+"""Determine which runs of a suite are finished, running, failed or missing.
+
+This module reads files and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal
 
 from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
 from benchmarks.harness.config.runs import Run
@@ -24,8 +28,8 @@ class RunStatus:
 
     Attributes:
         run: The run.
-        state: ``finished`` if its numbers exist, ``running`` if a process holds its lock, ``failed`` if it was begun
-            and has neither, else ``missing``.
+        state: ``finished`` if its numbers exist; else ``running`` if a process holds its lock;
+            else ``failed`` if its log exists; else ``missing``.
         last: The last line of the log of a running or failed run.
         silent: The number of seconds since that line was written.
     """
@@ -36,50 +40,71 @@ class RunStatus:
     silent: float | None = None
 
     def __str__(self) -> str:
-        ago = "" if self.silent is None else f" ({self.silent:.0f} s ago)"
-        return f"{self.state:<8} {self.run.name}: {self.last or 'its log is empty'}{ago}"
+        last_line = self.last or "its log is empty"
+        ago = ""
+        if self.silent is not None:
+            ago = f" ({self.silent:.0f} s ago)"
+        return f"{self.state:<8} {self.run.name}: {last_line}{ago}"
 
 
 def describe(suite: Suite) -> str:
-    """Describe the runs of a suite: a table of counts, and the last line of running and failed runs."""
+    """Describe a suite's runs: a table of counts, and a line for each running or failed run."""
     statuses = [run_status(run) for run in suite.runs]
-    rows = [count(name, statuses) for name in suite.settings.benchmarks]
+    counts = [count(name, statuses) for name in suite.settings.benchmarks]
     running = [str(status) for status in statuses if status.state == "running"]
     failed = [str(status) for status in statuses if status.state == "failed"]
-    return "\n".join([format_rows(rows), *running, *failed])
+    return "\n".join([format_rows(counts), *running, *failed])
 
 
 def run_status(run: Run) -> RunStatus:
     """Return the status of a run."""
     folder = RUNS / run.folder
-    is_running = is_held(
-        folder / LOCK
-    )  # checked first: a run writes its numbers before it releases its lock
+    # checked first, because a run writes its numbers before it releases its lock
+    is_running = is_held(folder / LOCK)
     if (folder / "metrics.json").exists():
         return RunStatus(run, "finished")
     log = folder / LOG
     if not log.is_file():
         return RunStatus(run, "running" if is_running else "missing")
-    lines = log.read_text(errors="replace").split("\n")  # a progress bar's states are lines, too
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return RunStatus(
-        run, "running" if is_running else "failed", last, time.time() - log.stat().st_mtime
-    )
+    last_line = _last_line(log)
+    seconds_since = time.time() - log.stat().st_mtime
+    return RunStatus(run, "running" if is_running else "failed", last_line, seconds_since)
+
+
+def _last_line(log: Path) -> str:
+    """Return the last line of a log that is not blank; empty without one."""
+    # a progress bar overwrites its line with "\r", which read_text() makes a line end
+    lines = log.read_text(errors="replace").split("\n")
+    for line in reversed(lines):
+        text = line.strip()
+        if text:
+            return text
+    return ""
 
 
 def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
-    """Count the runs of a benchmark by state, with the median seconds of the finished ones."""
-    members = [status for status in statuses if status.run.benchmark == benchmark]
-    states = Counter(status.state for status in members)
-    files = [
-        RUNS / status.run.folder / "metrics.json"
-        for status in members
-        if status.state == "finished"
-    ]
-    seconds = [read_json(file, Metrics, rerun_advice(file)).cost.job_seconds for file in files]
-    row = {state: states[state] for state in get_args(State)}
+    """Return a row of the table: the number of runs in each state, and the finished runs' time.
+
+    Args:
+        benchmark: The benchmark to count.
+        statuses: The runs of all benchmarks.
+    """
+    of_benchmark = [status for status in statuses if status.run.benchmark == benchmark]
+    num_runs = Counter(status.state for status in of_benchmark)
+    job_seconds = []
+    for status in of_benchmark:
+        if status.state == "finished":
+            file = RUNS / status.run.folder / "metrics.json"
+            metrics = read_json(file, Metrics, rerun_advice(file))
+            job_seconds.append(metrics.cost.job_seconds)
+    median_seconds = None
+    if job_seconds:
+        median_seconds = round(statistics.median(job_seconds), 1)
     return {
         "benchmark": benchmark,
-        **row,
-        "median_seconds": round(statistics.median(seconds), 1) if seconds else None,
+        "finished": num_runs["finished"],
+        "running": num_runs["running"],
+        "failed": num_runs["failed"],
+        "missing": num_runs["missing"],
+        "median_seconds": median_seconds,
     }

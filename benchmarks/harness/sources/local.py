@@ -57,10 +57,10 @@ def expected_path(source: Mapping[str, Any]) -> str:
     return str(Path(root) / folder)
 
 
-def user_model_folder(model: Mapping[str, Any]) -> Path | None:
-    """Return the folder of the model's name below the model root; None if missing."""
+def user_model_folder(name: str) -> Path | None:
+    """Return the folder of a model's name below the model root; None if missing."""
     root = os.environ.get(MODEL_ROOT)
     if not root:
         return None
-    folder = Path(root) / model["name"]
+    folder = Path(root) / name
     return folder if folder.is_dir() else None
