@@ -33,7 +33,8 @@ def neuron_means(blocks: Tensor) -> Tensor:
     is_on_cpu = blocks.device.type == "cpu"
     if blocks.dtype == torch.float32 or not is_on_cpu or torch.compiler.is_compiling():
         return blocks.float().mean(1)
-    # a few experts at a time: to allocate a float32 copy of a large layer takes longer than its means
+    # A few experts at a time. For a large layer, allocating a float32 copy takes longer than
+    # computing the means.
     elements_per_expert = max(blocks[:1].numel(), 1)
     experts_per_chunk = max(_CHUNK_ELEMENTS // elements_per_expert, 1)
     means = [chunk.float().mean(1) for chunk in blocks.split(experts_per_chunk)]
