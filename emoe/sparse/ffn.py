@@ -7,7 +7,7 @@ the activation again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -160,7 +160,8 @@ class _SparseFFN(torch.autograd.Function):
             weight = saved.weights[index]
             d_weight = None
             if needed.weights[index]:
-                d_weight = outer_mm(d_z, saved.x, pairs, weight)
+                # the input was saved if a weight needs a gradient
+                d_weight = outer_mm(d_z, cast(Tensor, saved.x), pairs, weight)
             d_bias = None
             if needed.biases[index] and saved.biases[index] is not None:
                 d_bias = expert_sums(d_z, pairs, num_experts=weight.shape[0])
