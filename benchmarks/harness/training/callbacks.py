@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: times, first losses, running gates, and the epoch of the row order."""
+"""Callbacks of the training loop: times, first losses, running gates, epoch of the row order."""
 
 from __future__ import annotations
 
@@ -156,7 +156,8 @@ class Probe(SavedCallback):
         Does nothing if the model is sharded.
 
         Args:
-            model: The converted model before training. Its state and all random states are restored.
+            model: The converted model before training. Its modes and all random states are
+                restored.
             batch: The model's inputs; labels are ignored.
         """
         if is_sharded():

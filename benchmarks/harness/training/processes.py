@@ -78,7 +78,6 @@ def broadcast(value: Any) -> Any:
     """Return the main process's plain value on all processes."""
     if world_size() == 1:
         return value
-    # the list is changed in place on the other processes
     (received,) = broadcast_object_list([value])
     return received
 
@@ -86,8 +85,8 @@ def broadcast(value: Any) -> Any:
 def shard_(model: PreTrainedModel, precision: str) -> None:
     """Share one model among the processes (FSDP2): shard each transformer block, then the rest.
 
-    The weights are those of the main process. Checkpoints have whole tensors, so they fit any number
-    of processes.
+    The weights are those of the main process. Checkpoints have whole tensors, so they fit any
+    number of processes.
 
     Args:
         model: The model, with equal modules on all processes. Only the main process needs its

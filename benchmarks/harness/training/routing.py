@@ -41,7 +41,7 @@ def evaluate_with_routing(
 
 
 def routing_summary(record: RoutingRecord) -> dict[str, Any]:
-    """Summarise routing: each statistic's mean over layers, and the experts' ``shares`` by layer."""
+    """Return the mean of each routing statistic over layers, and ``shares`` of experts by layer."""
     shares = {str(number): layer.shares.tolist() for number, layer in record.layers.items()}
     return {**record.summary(), "shares": shares}
 
