@@ -71,7 +71,7 @@ class MeasurementPart(SuitePart):
     resources: MeasurementResources = MeasurementResources()
     """Reservations of the scheduler for one run."""
     grid: Annotated[list[MeasurementBlock], Field(min_length=1)]
-    """Blocks of runs. Every combination of a block's lists is a run."""
+    """Blocks of runs; each is the product of its lists."""
 
 
 class MeasurementDefinition(Definition):
