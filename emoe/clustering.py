@@ -385,10 +385,11 @@ def _best_of_each_pair(
     left_gains = candidates.gains[first, second]
     right_gains = candidates.gains[second, first]
     # every candidate on the left with every one on the right [pairs, candidates, candidates]
-    sums_of_squares = squares[left][:, :, None] + squares[right][:, None, :]
-    distance = sums_of_squares - 2 * _products_of_pairs(rows, left, right)
-    sums_of_gains = left_gains[:, :, None] + right_gains[:, None, :]
-    total = sums_of_gains + distance
+    sums_of_squares = squares[left].unsqueeze(2) + squares[right].unsqueeze(1)
+    products = _products_of_pairs(rows, left, right)
+    squared_distances = sums_of_squares - 2 * products
+    sums_of_gains = left_gains.unsqueeze(2) + right_gains.unsqueeze(1)
+    total = sums_of_gains + squared_distances
     best_gain, best = total.flatten(1).max(1)
     # the flat position of the best combination, as a position on each side
     count = left.shape[1]

@@ -19,7 +19,7 @@ from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
 class LayerRecord:
-    """The numbers of times that the experts of one layer were chosen.
+    """The counts of how often each expert of one layer was chosen.
 
     Choices count before the capacity drops any. Padding is not counted.
 
@@ -96,8 +96,10 @@ class LayerRecord:
             chosen: chosen experts ``[T, N]`` bool.
         """
         labels = self._labels.labels
+        if labels is None:
+            return chosen.sum(0)
         # the tokens of a layer may not be those of the labelled rows
-        if labels is None or len(chosen) % max(len(labels), 1) != 0:
+        if len(chosen) % max(len(labels), 1) != 0:
             return chosen.sum(0)
         num_rows = len(labels)
         if self._rows_first:

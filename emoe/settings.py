@@ -102,7 +102,7 @@ def _is_on_cpu(layer: RoutedActivation) -> bool:
 def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
     """Check that a sparse FFN computes the masked FFN's output."""
     sparse = cast(SparseFFN, layer.ffn.proj_out)
-    # the few rows of the probe would not pay off
+    # for the few rows of the probe, the sparse products would not pay off
     sparse.always = True
     output = probe_output(layer)
     sparse.always = False

@@ -46,8 +46,16 @@ def library_file() -> Path:
     headers = sorted(_SOURCE.parent.glob("*.h"))
     for source in (_SOURCE, *headers):
         digest.update(source.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "emoe" / digest.hexdigest()[:16] / f"{_NAME}.so"
+    folder = _cache() / "emoe" / digest.hexdigest()[:16]
+    return folder / f"{_NAME}.so"
+
+
+def _cache() -> Path:
+    """Return the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return Path(cache)
+    return Path.home() / ".cache"
 
 
 def build_kernels() -> Path:

@@ -199,8 +199,8 @@ class SparseFFN(_Replacement):
         if mask is None:
             mask, weights = layer.route(layer.linear_scores(rows))
         per_expert = None if layer.config.weighting == "binary" else weights
-        y = layout.compute(rows, mask, per_expert)
-        return y.to(rows.dtype), weights
+        outputs = layout.compute(rows, mask, per_expert)
+        return outputs.to(rows.dtype), weights
 
     def _compute_sparse(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the FFN with the products of the chosen experts.
@@ -213,8 +213,8 @@ class SparseFFN(_Replacement):
         mask, weights = layer.route(layer.linear_scores(rows))
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
         per_expert = None if layer.config.weighting == "binary" else weights
-        y = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
-        return y, weights
+        outputs = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
+        return outputs, weights
 
     def _pays_off(self, rows: Tensor) -> bool:
         """Check if the sparse products of inputs ``[T, h]`` should be faster."""
