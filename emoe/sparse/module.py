@@ -260,7 +260,12 @@ class SparseFFN(_Replacement):
         if spec.fused:
             first, last = z.chunk(2, -1)
             # one half is activated, the other one multiplies
-            z, up = (first, last) if spec.fused == "first" else (last, first)
+            if spec.fused == "first":
+                z = first
+                up = last
+            else:
+                z = last
+                up = first
         hidden = layer.activate(z)
         if up is not None:
             hidden = hidden * up

@@ -28,6 +28,7 @@ def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
     """Return the mean of both correlations; 0 if the predictions are constant or not finite."""
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
         return 0.0
+    # nearly constant predictions, as before training, are no reason for a warning
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         pearson = stats.pearsonr(labels, predictions).statistic
@@ -58,6 +59,7 @@ def score(
     """
     is_regression = logits.shape[1] == 1
     predictions = logits[:, 0] if is_regression else logits.argmax(-1)
+    # a head for three classes of NLI predicts the two classes of another data set
     if merged:
         predictions = np.asarray(merged)[predictions]
     compute_score = SCORES[metric]
