@@ -1,9 +1,12 @@
-"""Record the activations of every neuron on a calibration set, as features for the co-activation partition."""
+"""Record the activations of every neuron on a calibration set.
+
+They are the features of the co-activation partition.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from emoe.architectures import FFN
 from emoe.errors import ConversionError
 from emoe.tokens import PaddingMaskHook, watch_padding
 
+# largest number of tokens in a sample
 MAX_TOKENS = 4096
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -21,18 +25,19 @@ Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 def record_activations(
     model: nn.Module, ffns: Sequence[FFN], batches: Iterable[Batch], *, seed: int = 0
 ) -> dict[int, Tensor]:
-    """Run the model and record the absolute input of each out-projection for a random sample of tokens.
+    """Run the model and record the absolute inputs of each out-projection for a sample of tokens.
 
-    Padding is skipped if a batch has an ``attention_mask``. The model runs in evaluation mode; its modes are restored.
+    The sample is random. Padding is skipped if a batch has an ``attention_mask``. The model runs in
+    evaluation mode; the mode of each module is restored.
 
     Args:
         model: the model to run.
         ffns: the FFNs to record.
-        batches: the model's inputs, as dictionaries of arguments, sequences of arguments, or tensors.
+        batches: inputs of the model: dictionaries of arguments, sequences of arguments, or tensors.
         seed: seed of the sample, which has at most :data:`MAX_TOKENS` tokens.
 
     Returns:
-        ``[d, tokens]`` float32 on the CPU, by layer number.
+        Activations ``[d, tokens]`` by layer number, in float32 on the CPU.
 
     Raises:
         ConversionError: the batches have no token.
@@ -40,7 +45,9 @@ def record_activations(
     padding = watch_padding(model, ffns)
     samples = {ffn.index: _Sample(seed, padding.get(ffn.index)) for ffn in ffns}
     hooks: list[Any] = list(padding.values())
-    hooks += [ffn.proj_out.register_forward_pre_hook(samples[ffn.index].add) for ffn in ffns]
+    for ffn in ffns:
+        sample = samples[ffn.index]
+        hooks.append(ffn.proj_out.register_forward_pre_hook(sample.add))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -51,37 +58,83 @@ def record_activations(
             module.training = mode
         for hook in hooks:
             hook.remove()
+    # one row per neuron, for the clustering
     activations = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
-    if not all(rows.numel() for rows in activations.values()):
+    if any(rows.numel() == 0 for rows in activations.values()):
         raise ConversionError("partition='coactivation': the calibration batches have no token")
     return activations
 
 
+class _NumberedRows(NamedTuple):
+    """Rows of a stream, each with its random number.
+
+    Attributes:
+        numbers: random numbers ``[tokens]`` in float64.
+        rows: rows ``[tokens, d]`` in float32.
+    """
+
+    numbers: Tensor
+    rows: Tensor
+
+
 class _Sample:
-    """Sample rows of a stream uniformly: draw a random number for each row, and keep the lowest ones."""
+    """A uniform random sample of the rows of a stream.
+
+    Each row gets a random number. The sample keeps the rows with the lowest numbers.
+
+    Args:
+        seed: seed of the random numbers.
+        padding: source of the padding mask, None to use all rows.
+    """
 
     def __init__(self, seed: int, padding: PaddingMaskHook | None) -> None:
-        self._generator, self._padding = torch.Generator().manual_seed(seed), padding
-        self._draws, self.rows = torch.empty(0, dtype=torch.float64), torch.empty(0)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._padding = padding
+        self._lowest = _NumberedRows(torch.empty(0, dtype=torch.float64), torch.empty(0))
+
+    @property
+    def rows(self) -> Tensor:
+        """The sampled rows ``[tokens, d]`` in float32."""
+        return self._lowest.rows
 
     def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Add the magnitudes of an out-projection's input, without padding. This is a forward pre-hook."""
-        rows = args[0].flatten(0, -2).abs()
-        mask = None if self._padding is None else self._padding.token_mask(len(rows))
-        rows = (rows if mask is None else rows[mask.to(rows.device)]).float().cpu()
-        draws = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
-        draws, rows = torch.cat([self._draws, draws]), torch.cat([self.rows, rows])
-        order = draws.argsort()[:MAX_TOKENS]
-        self._draws, self.rows = draws[order], rows[order]
+        """Add the magnitudes of an out-projection's input. This is a forward pre-hook."""
+        neurons = args[0]  # [..., d]
+        magnitudes = neurons.flatten(0, -2).abs()
+        rows = self._without_padding(magnitudes).float().cpu()
+        numbers = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
+
+        # of the sample so far and the new rows, those with the lowest numbers
+        all_numbers = torch.cat([self._lowest.numbers, numbers])
+        all_rows = torch.cat([self._lowest.rows, rows])
+        lowest = all_numbers.argsort()[:MAX_TOKENS]
+        self._lowest = _NumberedRows(all_numbers[lowest], all_rows[lowest])
+
+    def _without_padding(self, rows: Tensor) -> Tensor:
+        """Drop the rows ``[tokens, d]`` of padding tokens, if the model got a padding mask."""
+        if self._padding is None:
+            return rows
+        mask = self._padding.token_mask(len(rows))
+        if mask is None:
+            return rows
+        return rows[mask.to(rows.device)]
 
 
 def _call(model: nn.Module, batch: Batch) -> None:
+    """Call a model with one batch, on the device of the model's first parameter."""
     device = next(model.parameters()).device
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
     if isinstance(batch, Mapping):
-        model(**{name: move(value) for name, value in batch.items()})
+        named = {name: _moved(value, device) for name, value in batch.items()}
+        model(**named)
+    elif isinstance(batch, Tensor):
+        model(batch.to(device))
     else:
-        model(*map(move, [batch] if isinstance(batch, Tensor) else batch))
+        arguments = [_moved(value, device) for value in batch]
+        model(*arguments)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a tensor on a device, and any other value unchanged."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return value

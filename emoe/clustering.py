@@ -1,31 +1,62 @@
 """Balanced k-means: clusters of exactly equal size.
 
-Lloyd iterations with a greedy balanced assignment give a first solution. Exchanges of two rows then improve the exact
-objective, because Lloyd iterations stop early here: with few rows per cluster in many dimensions, a row contributes so
-much to its own centre that it stays in its cluster.
+Lloyd iterations with a greedy balanced assignment give a first solution. Exchanges of two rows then
+improve the exact objective, because Lloyd iterations stop early here: with few rows per cluster in
+many dimensions, a row contributes so much to its own centre that it stays in its cluster.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _LLOYD_ITERATIONS = 30
+# Lloyd iterations end if the score grows by less than this share
+_LLOYD_TOLERANCE = 1e-6
+# rows per ordered pair of clusters that may be exchanged
 _SWAP_CANDIDATES = 2
 _SWAP_ROUNDS = 500
 _SWAPS_PER_CLUSTER = 16
+# pairs of clusters that a round searches, per cluster
 _PAIRS_PER_CLUSTER = 16
-# Relative gains per round: below the first, clusters exchange one pair at a time; below the second, the search ends.
+# smaller gains of an exchange may be rounding errors
+_SMALLEST_EXCHANGE_GAIN = 1e-5
+# Relative gains per round. Below the first, clusters exchange one pair at a time. Below the
+# second, the search ends.
 _SMALL_GAIN = 1e-4
 _NEGLIGIBLE_GAIN = 2e-5
 
 
+class _Stage(NamedTuple):
+    """One stage of the search for exchanges.
+
+    Attributes:
+        exchanges_per_cluster: largest number of exchanges that a cluster takes part in per round.
+        all_pairs: search all pairs of clusters instead of the most promising ones.
+    """
+
+    exchanges_per_cluster: int
+    all_pairs: bool
+
+
+# The three stages of the search, in their order.
+# Fast: many exchanges at once, whose gains are estimates.
+_MANY_EXCHANGES = _Stage(exchanges_per_cluster=_SWAPS_PER_CLUSTER, all_pairs=False)
+# Exact: exchanges of one round share no cluster, so their gains add up.
+_ONE_EXCHANGE = _Stage(exchanges_per_cluster=1, all_pairs=False)
+# Thorough: exact gains, and no pair of clusters is left out.
+_ALL_PAIRS = _Stage(exchanges_per_cluster=1, all_pairs=True)
+
+
 @torch.no_grad()
 def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor:
-    """Cluster L2-normalised rows into groups of exactly equal size (the paper's expert construction).
+    """Cluster L2-normalised rows into groups of exactly equal size (the paper's construction).
 
-    The result depends only on the seed, the device and the number of threads. Memory is linear in the rows.
+    The result depends only on the seed, the device and the number of threads. Memory is linear in
+    the rows.
 
     Args:
         points: rows ``[n, h]`` of any floating dtype.
@@ -49,53 +80,96 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tens
     elif num_clusters == n:
         labels = torch.arange(n)
     else:
-        labels = _swap(rows, _balanced_lloyd(rows, num_clusters, seed), num_clusters)
-    numbers: dict[int, int] = {}  # by first row, so that equal groupings have equal labels
-    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels.tolist()])
+        first_labels = _balanced_lloyd(rows, num_clusters, seed)
+        labels = _swap(rows, first_labels, num_clusters)
+    return _number_by_first_row(labels)
+
+
+def _number_by_first_row(labels: Tensor) -> Tensor:
+    """Number clusters in the order of their first rows, so that equal groupings are equal."""
+    numbers: dict[int, int] = {}
+    numbered = []
+    for label in labels.tolist():
+        if label not in numbers:
+            numbers[label] = len(numbers)
+        numbered.append(numbers[label])
+    return torch.tensor(numbered)
 
 
 def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
     """Sum the squared distances of rows ``[n, h]`` to their cluster means, in float64."""
-    rows = rows.to(
-        torch.float64, copy=True
-    )  # a copy, so that squaring in place needs no more memory
-    sums = _sums(rows, labels.to(rows.device), num_clusters)
-    counts = torch.bincount(labels, minlength=num_clusters).clamp(min=1).to(rows)
-    return float((rows.square_().sum() - (sums.square().sum(1) / counts).sum()).clamp(min=0))
+    # a copy, so that squaring in place needs no more memory
+    precise_rows = rows.to(torch.float64, copy=True)
+    sums = _sums(precise_rows, labels.to(rows.device), num_clusters)
+    # no division by zero for an empty cluster
+    counts = torch.bincount(labels, minlength=num_clusters).clamp(min=1).to(precise_rows)
+    # sum over rows of |x|^2, minus sum over clusters of count * |mean|^2
+    rows_part = precise_rows.square_().sum()
+    means_part = (sums.square().sum(1) / counts).sum()
+    # rounding may make it negative
+    return float((rows_part - means_part).clamp(min=0))
 
 
 def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) -> float:
-    """Normalise rows ``[n, h]``, and compute the share of their variance that a clustering explains (0 to 1)."""
+    """Compute the share (0 to 1) of the normalised rows' variance that a clustering explains.
+
+    Args:
+        points: rows ``[n, h]``; they are L2-normalised first.
+        labels: cluster of each row ``[n]``.
+        num_clusters: number of clusters.
+    """
     rows = F.normalize(points.detach().float(), dim=1)
     total = inertia(rows, torch.zeros_like(labels), 1)
-    return 1.0 - inertia(rows, labels, num_clusters) / total if total > 0 else 0.0
+    if total > 0:
+        return 1.0 - inertia(rows, labels, num_clusters) / total
+    # equal rows have no variance to explain
+    return 0.0
 
 
 def _sums(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+    """Sum the rows ``[n, h]`` of each cluster: ``[clusters, h]``."""
     return rows.new_zeros(num_clusters, rows.shape[1]).index_add_(0, labels, rows)
 
 
+def _sum_of_squares(sums: Tensor) -> float:
+    """Sum the squared lengths of cluster sums ``[clusters, h]`` in float64.
+
+    Clusters have equal sizes, so a larger value is a lower inertia.
+    """
+    return float(sums.double().square().sum())
+
+
 def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Draw centres as k-means++ does, with a seeded generator on the CPU."""
+    """Draw centres ``[clusters, h]`` as k-means++ does, with a seeded generator on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = [int(torch.randint(rows.shape[0], (1,), generator=generator))]
+    first = int(torch.randint(rows.shape[0], (1,), generator=generator))
+    chosen = [first]
     squares = rows.square().sum(1)
-
-    def distance_to(row: int) -> Tensor:
-        return squares + squares[row] - 2 * (rows @ rows[row])
-
-    distance = distance_to(chosen[0])
+    # squared distance of each row to the nearest chosen row [n]
+    distance = _squared_distances(rows, squares, first)
     for _ in range(num_clusters - 1):
         weights = distance.double().cpu().clamp(min=0)
         weights[chosen] = 0
-        if (
-            float(weights.sum()) < 1e-3
-        ):  # only duplicates are left, and the distances are rounding errors
+        # only duplicates are left, and the distances are rounding errors
+        if float(weights.sum()) < 1e-3:
             weights.fill_(1)
             weights[chosen] = 0
-        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        distance = torch.minimum(distance, distance_to(chosen[-1]))
+        new = int(torch.multinomial(weights, 1, generator=generator))
+        chosen.append(new)
+        distance = torch.minimum(distance, _squared_distances(rows, squares, new))
     return rows[chosen]
+
+
+def _squared_distances(rows: Tensor, squares: Tensor, index: int) -> Tensor:
+    """Compute the squared distance ``[n]`` of each row to one of them.
+
+    Args:
+        rows: rows ``[n, h]``.
+        squares: squared lengths of the rows ``[n]``.
+        index: the row to which distances are computed.
+    """
+    products = rows @ rows[index]
+    return squares + squares[index] - 2 * products
 
 
 def _balanced_lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
@@ -104,71 +178,137 @@ def _balanced_lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     centres = _initial_centres(rows, num_clusters, seed)
     best_score = -float("inf")
     for _ in range(_LLOYD_ITERATIONS):
-        affinity = rows @ centres.t() - centres.square().sum(1) / 2
+        # the nearest centre has the largest affinity [n, clusters]
+        half_squares = centres.square().sum(1) / 2
+        affinity = rows @ centres.t() - half_squares
         labels = _assign(affinity, size).to(rows.device)
         sums = _sums(rows, labels, num_clusters)
-        score = float(sums.double().square().sum())
-        if score <= best_score * (1 + 1e-6):
+        score = _sum_of_squares(sums)
+        if score <= best_score * (1 + _LLOYD_TOLERANCE):
             break
-        best, best_score = labels, score
+        best_labels = labels
+        best_score = score
         centres = sums / size
-    return best
+    return best_labels
 
 
 def _assign(affinity: Tensor, size: int) -> Tensor:
-    """Assign rows to clusters with free capacity, in descending order of first minus second affinity."""
-    top = affinity.topk(2, dim=1).values
-    order = torch.sort(top[:, 0] - top[:, 1], descending=True, stable=True).indices.tolist()
+    """Give each row its best cluster that has room.
+
+    Rows with the largest gap between best and second-best affinity choose first.
+
+    Args:
+        affinity: affinity of each row to each cluster ``[n, clusters]``.
+        size: number of rows that a cluster takes.
+
+    Returns:
+        Cluster of each row, ``[n]`` int64 on the CPU.
+    """
+    best, second_best = affinity.topk(2, dim=1).values.unbind(1)
+    gap = best - second_best
+    order = torch.sort(gap, descending=True, stable=True).indices.tolist()
     preferences = torch.sort(affinity, dim=1, descending=True, stable=True).indices.tolist()
-    free = [size] * affinity.shape[1]
-    labels = [0] * affinity.shape[0]
+    num_rows, num_clusters = affinity.shape
+    free = [size] * num_clusters
+    labels = [0] * num_rows
     for row in order:
-        labels[row] = next(cluster for cluster in preferences[row] if free[cluster])
-        free[labels[row]] -= 1
+        for cluster in preferences[row]:
+            if free[cluster] > 0:
+                labels[row] = cluster
+                free[cluster] -= 1
+                break
     return torch.tensor(labels, dtype=torch.int64)
 
 
 def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """Exchange pairs of rows between clusters while this lowers the inertia.
 
-    With S_c the sum of cluster c, the inertia is a constant minus sum |S_c|^2 / size. An exchange of row i of cluster a
-    with row j of cluster b raises the sum of squares by 2 (g_i + g_j) + 2 |x_i - x_j|^2, with g_i = (S_b - S_a) x_i and
-    g_j = (S_a - S_b) x_j. A round makes many exchanges at once. Exchanges of the same cluster influence each other. If
-    a round did not raise the sum, it is repeated with one exchange per cluster, whose gain is exact.
+    With S_c the sum of cluster c, the inertia is a constant minus sum |S_c|^2 / size. An exchange
+    of row i of cluster a with row j of cluster b raises the sum of squares by
+    2 (g_i + g_j) + 2 |x_i - x_j|^2, with g_i = (S_b - S_a) x_i and g_j = (S_a - S_b) x_j.
+
+    A round makes many exchanges at once. Exchanges of the same cluster influence each other. If a
+    round did not raise the sum, the next one makes one exchange per cluster, whose gain is exact.
+    The last stage searches all pairs of clusters.
+
+    Args:
+        rows: rows ``[n, h]``.
+        labels: cluster of each row ``[n]``.
+        num_clusters: number of clusters.
+
+    Returns:
+        Cluster of each row after the exchanges, ``[n]``.
     """
     squares = rows.square().sum(1)
     sums = _sums(rows, labels, num_clusters)
-    products = rows @ sums.t()
-    score, depth, all_pairs = float(sums.double().square().sum()), _SWAPS_PER_CLUSTER, False
+    products = rows @ sums.t()  # [n, clusters]
+    score = _sum_of_squares(sums)
+    stage = _MANY_EXCHANGES
     for _ in range(_SWAP_ROUNDS):
-        moves = _best_exchanges(rows, squares, labels, products, depth, all_pairs=all_pairs)
-        if not moves.numel():
-            if depth == 1 and all_pairs:
+        exchanges = _best_exchanges(rows, squares, labels, products, stage)
+        if exchanges.numel() == 0:
+            if stage == _ALL_PAIRS:
                 break
-            depth, all_pairs = 1, True
+            stage = _ALL_PAIRS
             continue
-        changed = labels.clone()
-        changed[moves] = labels[moves.flip(0)]
-        changed_sums = _sums(rows, changed, num_clusters)
-        changed_score = float(changed_sums.double().square().sum())
+
+        # both rows of an exchange get the other's cluster
+        changed_labels = labels.clone()
+        changed_labels[exchanges] = labels[exchanges.flip(0)]
+        changed_sums = _sums(rows, changed_labels, num_clusters)
+        changed_score = _sum_of_squares(changed_sums)
         if changed_score <= score:
-            if depth == 1:
-                break  # the predicted gain was a rounding error
-            depth = 1
+            # the gain of one exchange per cluster is exact: it was a rounding error
+            if stage != _MANY_EXCHANGES:
+                break
+            stage = _ONE_EXCHANGE
             continue
-        gain = (changed_score - score) / score
-        touched = labels[moves].unique()
+
+        # only the clusters of exchanged rows have other sums
+        touched = labels[exchanges].unique()
         products[:, touched] = rows @ changed_sums[touched].t()
-        labels, score = changed, changed_score
+        gain = (changed_score - score) / score
+        labels = changed_labels
+        score = changed_score
         if gain < _NEGLIGIBLE_GAIN:
             break
-        if gain < _SMALL_GAIN:
-            depth = 1
+        if gain < _SMALL_GAIN and stage == _MANY_EXCHANGES:
+            stage = _ONE_EXCHANGE
     return labels
 
 
+class _Candidates(NamedTuple):
+    """The rows of each cluster that gain most from moving to each other cluster.
+
+    Attributes:
+        rows: row numbers ``[clusters, clusters, candidates]``; ``rows[a, b]`` move from a to b.
+        gains: their gains, of the same shape, in descending order.
+    """
+
+    rows: Tensor
+    gains: Tensor
+
+
+class _Exchanges(NamedTuple):
+    """The best exchange of each pair of clusters.
+
+    Attributes:
+        gain: half of the rise of the sum of squares ``[pairs]``.
+        first_cluster: cluster of the first row ``[pairs]``.
+        second_cluster: cluster of the second row ``[pairs]``.
+        first_row: row that leaves the first cluster ``[pairs]``.
+        second_row: row that leaves the second cluster ``[pairs]``.
+    """
+
+    gain: Tensor
+    first_cluster: Tensor
+    second_cluster: Tensor
+    first_row: Tensor
+    second_row: Tensor
+
+
 def _best_exchanges(
-    rows: Tensor, squares: Tensor, labels: Tensor, products: Tensor, depth: int, *, all_pairs: bool
+    rows: Tensor, squares: Tensor, labels: Tensor, products: Tensor, stage: _Stage
 ) -> Tensor:
     """Select profitable exchanges ``[2, count]`` of rows, each row at most once.
 
@@ -177,64 +317,161 @@ def _best_exchanges(
         squares: squared lengths of the rows ``[n]``.
         labels: clusters of the rows ``[n]``.
         products: inner products of the rows with the clusters' sums ``[n, clusters]``.
-        depth: maximum number of exchanges per cluster.
-        all_pairs: search all pairs of clusters instead of the most promising ones.
+        stage: stage of the search.
     """
-    clusters = products.shape[1]
-    size = rows.shape[0] // clusters
-    candidates = min(_SWAP_CANDIDATES, size)
-    members = torch.sort(labels, stable=True).indices.view(clusters, size)
+    candidates = _find_candidates(labels, products)
+    first, second = _pairs_to_search(candidates.gains, all_pairs=stage.all_pairs)
+    exchanges = _best_of_each_pair(rows, squares, candidates, first, second)
+    return _select_exchanges(exchanges, products.shape[1], stage.exchanges_per_cluster)
+
+
+def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
+    """Find the rows that gain most from a move, for each ordered pair of clusters.
+
+    Args:
+        labels: clusters of the rows ``[n]``.
+        products: inner products of the rows with the clusters' sums ``[n, clusters]``.
+    """
+    num_rows, num_clusters = products.shape
+    size = num_rows // num_clusters
+    # row numbers of each cluster [clusters, size]
+    members = torch.sort(labels, stable=True).indices.view(num_clusters, size)
+    # gain of moving each row to each cluster [n, clusters]
+    gain_of_row = products - products.gather(1, labels[:, None])
     # gain[a, b, i]: gain of moving the i-th member of a to b
-    gain = (products - products.gather(1, labels[:, None]))[members].transpose(1, 2).contiguous()
-    value, index = _largest_(gain, candidates)
-    moved = members.gather(1, index.view(clusters, -1)).view_as(index)
-    first, second = torch.triu_indices(clusters, clusters, 1, device=rows.device)
-    if not all_pairs:
-        bound = value[first, second, 0] + value[second, first, 0]
-        chosen = bound.topk(min(_PAIRS_PER_CLUSTER * clusters, bound.numel())).indices
-        first, second = first[chosen], second[chosen]
-    left, right = moved[first, second], moved[second, first]
-    distance = (
-        squares[left][:, :, None]
-        + squares[right][:, None, :]
-        - 2 * _products_of_pairs(rows, left, right)
-    )
-    total = value[first, second][:, :, None] + value[second, first][:, None, :] + distance
-    best, pair = total.flatten(1).max(1)
-    order = torch.sort(best, descending=True, stable=True).indices
-    order = order[best[order] > 1e-5]
-    i, j = left[order, pair[order] // candidates], right[order, pair[order] % candidates]
-    used_clusters, used_rows = [0] * clusters, set[int]()
-    moves = []
-    for a, b, row, other in torch.stack([first[order], second[order], i, j]).t().tolist():
-        if (
-            used_clusters[a] < depth
-            and used_clusters[b] < depth
-            and used_rows.isdisjoint((row, other))
-        ):
-            used_clusters[a] += 1
-            used_clusters[b] += 1
-            used_rows |= {row, other}
-            moves.append((row, other))
-    return torch.tensor(moves, dtype=torch.int64, device=rows.device).t()
+    gain = gain_of_row[members].transpose(1, 2).contiguous()
+    largest_gains, positions = _largest_(gain, min(_SWAP_CANDIDATES, size))
+    # positions among the members of a to row numbers
+    candidate_rows = members.gather(1, positions.view(num_clusters, -1)).view_as(positions)
+    return _Candidates(candidate_rows, largest_gains)
+
+
+def _pairs_to_search(gains: Tensor, *, all_pairs: bool) -> tuple[Tensor, Tensor]:
+    """Choose the pairs of clusters in which to search exchanges.
+
+    Args:
+        gains: gains ``[clusters, clusters, candidates]`` of :class:`_Candidates`.
+        all_pairs: choose all pairs instead of the most promising ones.
+
+    Returns:
+        The first and the second cluster of each pair, both ``[pairs]``.
+    """
+    num_clusters = gains.shape[0]
+    first, second = torch.triu_indices(num_clusters, num_clusters, 1, device=gains.device)
+    if all_pairs:
+        return first, second
+    # the best gains of both directions, without the distance of the two rows
+    promise = gains[first, second, 0] + gains[second, first, 0]
+    count = min(_PAIRS_PER_CLUSTER * num_clusters, promise.numel())
+    most_promising = promise.topk(count).indices
+    return first[most_promising], second[most_promising]
+
+
+def _best_of_each_pair(
+    rows: Tensor, squares: Tensor, candidates: _Candidates, first: Tensor, second: Tensor
+) -> _Exchanges:
+    """Find the best exchange of candidates for each pair of clusters.
+
+    Args:
+        rows: rows ``[n, h]``.
+        squares: squared lengths of the rows ``[n]``.
+        candidates: rows that may be exchanged.
+        first: first cluster of each pair ``[pairs]``.
+        second: second cluster of each pair ``[pairs]``.
+    """
+    # candidates of both clusters [pairs, candidates]
+    left = candidates.rows[first, second]
+    right = candidates.rows[second, first]
+    left_gains = candidates.gains[first, second]
+    right_gains = candidates.gains[second, first]
+    # every candidate on the left with every one on the right [pairs, candidates, candidates]
+    sums_of_squares = squares[left].unsqueeze(2) + squares[right].unsqueeze(1)
+    products = _products_of_pairs(rows, left, right)
+    squared_distances = sums_of_squares - 2 * products
+    sums_of_gains = left_gains.unsqueeze(2) + right_gains.unsqueeze(1)
+    total = sums_of_gains + squared_distances
+    best_gain, best = total.flatten(1).max(1)
+    # the flat position of the best combination, as a position on each side
+    count = left.shape[1]
+    pair = torch.arange(len(best), device=best.device)
+    first_row = left[pair, best // count]
+    second_row = right[pair, best % count]
+    return _Exchanges(best_gain, first, second, first_row, second_row)
+
+
+def _select_exchanges(exchanges: _Exchanges, num_clusters: int, per_cluster: int) -> Tensor:
+    """Select exchanges in descending order of gain, at most ``per_cluster`` of each cluster.
+
+    Returns:
+        Row numbers ``[2, count]``. Each row takes part in at most one exchange.
+    """
+    order = torch.sort(exchanges.gain, descending=True, stable=True).indices
+    profitable = order[exchanges.gain[order] > _SMALLEST_EXCHANGE_GAIN]
+    # clusters and rows of each exchange, as Python numbers
+    columns = [
+        exchanges.first_cluster[profitable],
+        exchanges.second_cluster[profitable],
+        exchanges.first_row[profitable],
+        exchanges.second_row[profitable],
+    ]
+    table = torch.stack(columns).t().tolist()
+
+    exchanges_of_cluster = [0] * num_clusters
+    used_rows: set[int] = set()
+    selected = []
+    for first_cluster, second_cluster, first_row, second_row in table:
+        if exchanges_of_cluster[first_cluster] >= per_cluster:
+            continue
+        if exchanges_of_cluster[second_cluster] >= per_cluster:
+            continue
+        if first_row in used_rows or second_row in used_rows:
+            continue
+        exchanges_of_cluster[first_cluster] += 1
+        exchanges_of_cluster[second_cluster] += 1
+        used_rows.update((first_row, second_row))
+        selected.append((first_row, second_row))
+    return torch.tensor(selected, dtype=torch.int64, device=order.device).t()
 
 
 def _largest_(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Compute ``topk`` over the last dimension and overwrite ``values``. Faster than ``topk`` for many short rows."""
+    """Compute ``topk`` over the last dimension and overwrite ``values``.
+
+    Faster than ``topk`` for many short rows.
+
+    Returns:
+        The largest values and their positions, both ``[..., count]``.
+    """
     largest = []
+    positions = []
     for _ in range(count):
-        largest.append(values.max(-1, keepdim=True))
-        values.scatter_(-1, largest[-1].indices, -torch.inf)
-    return torch.cat([top.values for top in largest], -1), torch.cat(
-        [top.indices for top in largest], -1
-    )
+        top = values.max(-1, keepdim=True)
+        largest.append(top.values)
+        positions.append(top.indices)
+        # the next pass finds the next largest
+        values.scatter_(-1, top.indices, -torch.inf)
+    return torch.cat(largest, -1), torch.cat(positions, -1)
 
 
 def _products_of_pairs(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 128) -> Tensor:
-    """Compute the inner products of the candidate rows of each pair of clusters, ``chunk`` pairs at a time."""
+    """Compute the inner products of the candidate rows of each pair of clusters.
 
-    def take(candidates: Tensor) -> Tensor:  # index_select is several times faster than indexing
-        return rows.index_select(0, candidates.flatten()).view(*candidates.shape, -1)
+    Args:
+        rows: rows ``[n, h]``.
+        left: row numbers ``[pairs, candidates]``.
+        right: row numbers ``[pairs, candidates]``.
+        chunk: number of pairs that are computed together, which limits the memory.
 
-    pairs = zip(left.split(chunk), right.split(chunk), strict=True)
-    return torch.cat([take(a) @ take(b).transpose(1, 2) for a, b in pairs])
+    Returns:
+        Inner products ``[pairs, candidates, candidates]``.
+    """
+    products = []
+    for left_chunk, right_chunk in zip(left.split(chunk), right.split(chunk), strict=True):
+        left_rows = _take_rows(rows, left_chunk)
+        right_rows = _take_rows(rows, right_chunk)
+        products.append(left_rows @ right_rows.transpose(1, 2))
+    return torch.cat(products)
+
+
+def _take_rows(rows: Tensor, numbers: Tensor) -> Tensor:
+    """Take rows ``[..., h]`` by their numbers ``[...]``. Several times faster than indexing."""
+    return rows.index_select(0, numbers.flatten()).view(*numbers.shape, -1)

@@ -1,4 +1,4 @@
-"""Frozen, validated configurations of plain values, and requests for layers such as ``last-half:2``."""
+"""Frozen, validated configurations of plain values, and layer requests (``last-half:2``)."""
 
 # Without `from __future__ import annotations`: RoutingConfig checks its fields by their types, and
 # with that import the types would be strings.
@@ -62,6 +62,7 @@ class Bounds:
 
     def contain(self, value: float) -> bool:
         """Check that a number is finite and within the bounds."""
+        # infinity and "not a number" are floats
         if isinstance(value, float) and not math.isfinite(value):
             return False
         if self.at_least is not None and value < self.at_least:
@@ -100,31 +101,37 @@ def _describe(value: object) -> str:
 
 
 def _suggest(value: object, options: Iterable[object]) -> str:
-    """Suggest an option in the place of a wrong value of any type."""
+    """Suggest the option that is most similar to a wrong value of any type."""
     name = value if isinstance(value, str) else _describe(value)
     return did_you_mean(name, options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """Hold the settings that EMoE and GMoE share. Use :class:`EMoEConfig` or :class:`GMoEConfig`.
+    """The settings that EMoE and GMoE share. Use :class:`EMoEConfig` or :class:`GMoEConfig`.
 
     Attributes:
         num_experts: number of experts N. EMoE: N must divide the FFN's width.
         top_k: number of experts that each token uses.
-        layers: FFNs to convert: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two), ``"last-half:2"``
-            (every second one of the last half), ``"last-quarter:2"`` or a slice such as ``"8:12:2"``.
-        capacity_factor: factor c that limits each expert to ``top_k * int(c * ceil(T / N))`` of a forward pass's T
-            tokens, None for no limit. The least confident tokens lose their experts first (batch-prioritised routing).
-        count_padding: count padding in capacity and balance loss; if false, the model needs its ``attention_mask``.
+        layers: FFNs to convert: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two),
+            ``"last-half:2"`` (every second one of the last half), ``"last-quarter:2"`` or a slice
+            such as ``"8:12:2"``.
+        capacity_factor: factor c that limits each expert to ``top_k * int(c * ceil(T / N))`` of a
+            forward pass's T tokens, None for no limit. The least confident tokens lose their
+            experts first (batch-prioritised routing).
+        count_padding: count padding in capacity and balance loss. If false, the model needs its
+            ``attention_mask``.
         router_noise: standard deviation of the noise on training scores, times num_experts.
         aux_loss_coefficient: weight of the balance loss in :func:`emoe.aux_loss`.
-        balance_loss: ``corrected``, or ``published`` for the authors' formula (:func:`emoe.routing.balance_loss`).
+        balance_loss: ``corrected``, or ``published`` for the authors' formula
+            (:func:`emoe.routing.balance_loss`).
         expert_dropout: dropout probability on the hidden neurons of the converted FFNs.
-        dropout_position: ``after`` the activation (the authors' vision code) or ``before`` it (language).
-        output_bias: ``shared`` keeps the FFN's single output bias. ``per_expert`` gives each expert its own bias, at
-            first the FFN's bias divided by the number of active experts (the authors' language code, and EMoE in their
-            vision code). ``per_expert_whole`` gives each copy of a GMoE the whole bias (their vision code).
+        dropout_position: ``after`` the activation (the authors' vision code) or ``before`` it
+            (their language code).
+        output_bias: ``shared`` keeps the FFN's single output bias. ``per_expert`` gives each expert
+            its own bias, at first the FFN's bias divided by the number of active experts (the
+            authors' language code, and EMoE in their vision code). ``per_expert_whole`` gives each
+            copy of a GMoE the whole bias (their vision code).
         version: version of the configuration format.
     """
 
@@ -169,10 +176,12 @@ class RoutingConfig:
         """Build a configuration with the authors' settings (Qiu, Huang, Fu 2024, released code).
 
         Args:
-            implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router noise, balance loss,
-                dropout inside the experts, one output bias per expert. ``"llama"`` for EMoE's mask on gated FFNs.
-            **values: other fields, and fields to override. ``router="cosine"`` implies ``weighting="softmax"``. Their
-                vision code has ``dropout_position="after"``, and for GMoE ``output_bias="per_expert_whole"``.
+            implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router
+                noise, balance loss, dropout inside the experts, one output bias per expert.
+                ``"llama"`` for EMoE's mask on gated FFNs.
+            **values: other fields, and fields to override. ``router="cosine"`` implies
+                ``weighting="softmax"``. Their vision code has ``dropout_position="after"``, and for
+                GMoE ``output_bias="per_expert_whole"``.
 
         Raises:
             ConfigError: the implementation, a field or a value does not exist.
@@ -204,7 +213,8 @@ class RoutingConfig:
 
         if self.top_k > self.num_experts:
             raise self._error("top_k", f"at most num_experts ({self.num_experts})")
-        if self.balance_loss == "published" and self.aux_loss_coefficient and not self.router_noise:
+        divides_by_noise = self.balance_loss == "published" and self.aux_loss_coefficient > 0
+        if divides_by_noise and self.router_noise == 0:
             wanted = "above 0 with balance_loss='published', which divides by it"
             raise self._error("router_noise", wanted)
 
@@ -252,23 +262,26 @@ class RoutingConfig:
         if isinstance(self.layers, bytes | bytearray | memoryview):  # sequences of numbers too
             is_list = False
         # type() instead of isinstance(), which takes booleans for whole numbers
-        if not is_list or not all(type(layer) is int for layer in self.layers):
+        has_numbers = is_list and all(type(layer) is int for layer in self.layers)
+        if not has_numbers:
             wanted = "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice"
             raise self._error("layers", wanted)
-        object.__setattr__(self, "layers", tuple(self.layers))  # the fields are frozen
+        # the dataclass is frozen, so an ordinary assignment would fail
+        object.__setattr__(self, "layers", tuple(self.layers))
 
     def _error(self, name: str, wanted: str) -> ConfigError:
+        """Make the error of a field that has a wrong value."""
         value = _describe(getattr(self, name))
         return ConfigError(f"{type(self).__name__}.{name} is {value}; it must be {wanted}")
 
     @property
     def num_active_experts(self) -> int:
-        """Return the number of experts per token: ``top_k``, or ``N - top_k`` with ``selection="not_top"``."""
+        """Number of experts per token: ``top_k``, or ``N - top_k`` with ``selection="not_top"``."""
         return self.top_k
 
     @property
     def has_routing_state(self) -> bool:
-        """Check if routed layers have extra state: a router, running gate, copies or expert biases."""
+        """Check if routed layers have extra state: router, running gate, copies, expert biases."""
         return self.kind == "gmoe" or self.output_bias != "shared"
 
     def to_dict(self) -> dict[str, Any]:
@@ -297,6 +310,7 @@ class RoutingConfig:
         for name, value in values.items():
             if not isinstance(name, str):
                 raise ConfigError(f"{cls.__name__} has no field {_describe(name)}")
+            # "backend" and "decode_cache" are from older releases
             if name in ("kind", "backend", "decode_cache"):
                 continue
             if name in _REMOVED_FIELDS and value is _REMOVED_FIELDS[name]:
@@ -307,10 +321,13 @@ class RoutingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EMoEConfig(RoutingConfig):
-    """Configure EMoE: split each chosen FFN into experts by clustering its keys (the paper's method).
+    """The configuration of EMoE, which splits each chosen FFN into experts (the paper's method).
 
-    The plain constructor gives the method without the confounders of the authors' code: no capacity, router noise,
-    auxiliary loss or extra dropout, and one shared output bias. :meth:`as_published` gives their settings.
+    The experts are clusters of the FFN's keys.
+
+    The plain constructor gives the method without the confounders of the authors' code: no
+    capacity, router noise, auxiliary loss or extra dropout, and one shared output bias.
+    :meth:`as_published` gives their settings.
 
     >>> emoe.EMoEConfig(num_experts=64, top_k=16, layers="last:2").num_active_experts
     16
@@ -321,23 +338,29 @@ class EMoEConfig(RoutingConfig):
     emoe.errors.ConfigError: EMoEConfig has no field 'selektion'; did you mean 'selection'?
 
     Attributes:
-        partition: grouping of the neurons: ``kmeans`` (balanced, on L2-normalised keys), ``coactivation``
-            (balanced k-means on each neuron's activations for a calibration set), ``random`` (seeded), ``contiguous``.
+        partition: grouping of the neurons: ``kmeans`` (balanced, on L2-normalised keys),
+            ``coactivation`` (balanced k-means on each neuron's activations for a calibration set),
+            ``random`` (seeded), ``contiguous``.
         partition_seed: seed of the partition.
-        router: ``avg_k`` scores an expert by the mean of its keys and has no parameters. ``cosine`` is EMoE-learn's
-            learned router. :func:`emoe.fix_experts_` sets ``fixed``; :func:`emoe.register_router` adds others.
-        selection: experts: the ``top`` k by score, the ``bottom`` k, ``random`` k, or all but the top k (``not_top``).
-        score: avg-k's score of an expert. ``keys`` is the product of the input and the mean key (the paper). The others
-            are means over the expert's neurons: ``gate``, the pre-activation; ``up`` and ``up_abs``, the up-projection
-            of a gated FFN and its absolute value; ``inter`` and ``inter_abs``, the input of the out-projection and its
-            absolute value. On gated FFNs ``up_abs`` and both ``inter`` compute the up-projection twice.
-        score_bias: add the mean bias of the expert's neurons to the ``keys`` score (not in the paper).
-        gate_momentum: momentum m of running mean keys. :func:`emoe.update_gates_`, called after each optimizer step,
-            sets them to ``m * previous + (1 - m) * mean keys``. With 0 the mean keys always follow the weights.
-        weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the chosen experts
-            (published EMoE-learn: the output starts at about 1/k of the dense scale), or over all experts if
-            ``top_k=1``, because the weight would be constant. ``softmax_times_k`` multiplies by k, which removes the
-            change of scale.
+        router: ``avg_k`` scores an expert by the mean of its keys and has no parameters. ``cosine``
+            is EMoE-learn's learned router. :func:`emoe.fix_experts_` sets ``fixed``.
+            :func:`emoe.register_router` adds others.
+        selection: experts: the ``top`` k by score, the ``bottom`` k, ``random`` k, or all but the
+            top k (``not_top``).
+        score: avg-k's score of an expert. ``keys`` is the product of the input and the mean key
+            (the paper). The others are means over the expert's neurons: ``gate``, the
+            pre-activation; ``up`` and ``up_abs``, the up-projection of a gated FFN and its absolute
+            value; ``inter`` and ``inter_abs``, the input of the out-projection and its absolute
+            value. On gated FFNs ``up_abs`` and both ``inter`` compute the up-projection twice.
+        score_bias: add the mean bias of the expert's neurons to the ``keys`` score (not in the
+            paper).
+        gate_momentum: momentum m of running mean keys. :func:`emoe.update_gates_`, called after
+            each optimizer step, sets them to ``m * previous + (1 - m) * mean keys``. With 0 the
+            mean keys always follow the weights.
+        weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the
+            chosen experts (published EMoE-learn: the output starts at about 1/k of the dense
+            scale), or over all experts if ``top_k=1``, because the weight would be constant.
+            ``softmax_times_k`` multiplies by k, which removes the change of scale.
     """
 
     kind: ClassVar[str] = "emoe"
@@ -391,20 +414,26 @@ class EMoEConfig(RoutingConfig):
 
     @property
     def num_active_experts(self) -> int:
-        return self.num_experts - self.top_k if self.selection == "not_top" else self.top_k
+        if self.selection == "not_top":
+            return self.num_experts - self.top_k
+        return self.top_k
 
     @property
     def has_routing_state(self) -> bool:
-        return super().has_routing_state or self.router != "avg_k" or self.gate_momentum > 0
+        has_router_state = self.router != "avg_k" or self.gate_momentum > 0
+        return super().has_routing_state or has_router_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class GMoEConfig(RoutingConfig):
-    """Configure GMoE, the paper's baseline: ``num_experts`` full copies of each chosen FFN and a learned cosine router.
+    """The configuration of GMoE, the paper's baseline.
 
-    Weights are normalised over the chosen experts and the output bias is shared, so the converted model equals the
-    dense model until training. With ``top_k=1`` that weight would be constant and the router would not learn, so the
-    weight is the probability among all experts, about 1/N at first, as in the authors' layer.
+    Each chosen FFN becomes ``num_experts`` full copies of itself, with a learned cosine router.
+
+    Weights are normalised over the chosen experts and the output bias is shared, so the converted
+    model equals the dense model until training. With ``top_k=1`` that weight would be constant and
+    the router would not learn. The weight is then the probability among all experts, about 1/N at
+    first, as in the authors' layer.
     """
 
     kind: ClassVar[str] = "gmoe"
@@ -428,15 +457,21 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
         values: output of :meth:`EMoEConfig.to_dict`, or the ``config`` of an ``emoe_config.json``.
 
     Raises:
-        ConfigError: the kind or a field does not exist, a field is missing, or a value is out of range.
+        ConfigError: the kind or a field does not exist, a field is missing, or a value is out of
+            range.
     """
-    kinds: dict[str, type[EMoEConfig] | type[GMoEConfig]] = {"emoe": EMoEConfig, "gmoe": GMoEConfig}
+    classes: dict[str, type[EMoEConfig] | type[GMoEConfig]] = {
+        "emoe": EMoEConfig,
+        "gmoe": GMoEConfig,
+    }
     if not isinstance(values, Mapping):
         raise ConfigError(f"a configuration is a dictionary, not {_describe(values)}")
     kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ConfigError(f"kind is {_describe(kind)}{_suggest(kind, kinds)}")
-    return kinds[kind].from_dict(values)
+    if not isinstance(kind, str) or kind not in classes:
+        near = _suggest(kind, classes)
+        raise ConfigError(f"kind is {_describe(kind)}{near}")
+    config_class = classes[kind]
+    return config_class.from_dict(values)
 
 
 def resolve_layers(layers: Layers, count: int) -> list[int]:
@@ -460,10 +495,12 @@ def resolve_layers(layers: Layers, count: int) -> list[int]:
 
 def _numbered_layers(layers: Sequence[int], count: int) -> list[int]:
     """Return layer numbers in ascending order. Negative ones count from the last layer."""
-    missing = [number for number in layers if not -count <= number < count]
+    valid_numbers = range(-count, count)
+    missing = [number for number in layers if number not in valid_numbers]
     if missing:
         valid = f"the model has layers 0 to {count - 1}"
         raise ConfigError(f"layers {_describe(missing)} do not exist: {valid}")
+    # -1 and count - 1 are the same layer
     numbers = {number % count for number in layers}
     if len(numbers) < len(layers):
         raise ConfigError(f"layers {_describe(list(layers))} name the same layer twice")
@@ -484,19 +521,25 @@ def _requested_layers(request: str, count: int) -> list[int]:
             raise ConfigError(f"layers '{request}' asks for more than the model's {count} layers")
         return every_layer[count - number :]
 
+    # every n-th layer of the last half or quarter
     last_share = re.fullmatch(r"last-(half|quarter):(\d{1,9})", request)
     if last_share:
         parts = _SHARES[last_share[1]]
         first = count * (parts - 1) // parts
         step = int(last_share[2])
-        return every_layer[first::step] if step else []
+        if step == 0:
+            return []
+        return every_layer[first::step]
 
+    # a slice as in Python, without negative steps
     bounds = re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?(?::(\d{1,9})?)?", request)
     if bounds:
         start = int(bounds[1]) if bounds[1] else None
         stop = int(bounds[2]) if bounds[2] else None
         step = int(bounds[3]) if bounds[3] else 1
-        return every_layer[start:stop:step] if step else []
+        if step == 0:
+            return []
+        return every_layer[start:stop:step]
 
     valid = "a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice like '8:12:2'"
     raise ConfigError(f"layers {_describe(request)} is invalid; write {valid}")

@@ -1,7 +1,8 @@
 """Partitions of an FFN's neurons into experts.
 
-A partition is a permutation of the neurons. After it, expert ``e`` is the block ``[e*s, (e+1)*s)`` with ``s = d / N``,
-so a checkpoint keeps the dense model's keys, shapes and function.
+A partition is a permutation of the neurons. After it, expert ``e`` is the block
+``[e*s, (e+1)*s)`` with ``s = d / N``, so a checkpoint keeps the dense model's keys, shapes and
+function.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from emoe.errors import ConfigError, ConversionError
 
 @dataclass(frozen=True)
 class Partition(Mapping[int, Tensor]):
-    """Map layer numbers to permutations ``[d]`` int64. Neuron ``permutation[i]`` moves to position i.
+    """A mapping from layer numbers to permutations ``[d]`` int64 of the neurons.
+
+    Neuron ``permutation[i]`` moves to position i.
 
     Attributes:
         permutations: the mapping itself.
-        explained: share of the variance between normalised keys that the experts explain, by layer; 0 for one expert.
+        explained: share of the variance between normalised keys that the experts explain, by layer;
+            0 for one expert.
         seconds: build time by layer.
     """
 
@@ -53,9 +57,9 @@ def partition(
     calibration: Iterable[Batch] | None = None,
     progress: bool = False,
 ) -> Partition:
-    """Group the neurons of each selected FFN into ``num_experts`` experts of equal size. The model is not changed.
+    """Group the neurons of each selected FFN into ``num_experts`` experts of equal size.
 
-    Keys are normalised to unit length. Biases are not part of the features.
+    The model is not changed. Keys are normalised to unit length. Biases are not used.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -67,9 +71,10 @@ def partition(
 
     Args:
         model: a dense model of a registered architecture (see :func:`emoe.register_ffn`).
-        config: the configuration; ``num_experts``, ``layers``, ``partition`` and ``partition_seed`` are used.
-        calibration: input batches (dictionaries of arguments or tensors), only for ``partition="coactivation"``, which
-            groups neurons that are active for the same tokens.
+        config: the configuration. Only ``num_experts``, ``layers``, ``partition`` and
+            ``partition_seed`` are used.
+        calibration: input batches (dictionaries of arguments or tensors), only for
+            ``partition="coactivation"``, which groups neurons that are active for the same tokens.
         progress: show a progress bar.
 
     Returns:
@@ -84,10 +89,12 @@ def partition(
             "partition needs an emoe.EMoEConfig; GMoE copies whole FFNs and groups no neurons"
         )
     ffns = find_ffns(model)
-    chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
+    numbers = resolve_layers(config.layers, len(ffns))  # type: ignore[arg-type]
+    chosen = [ffns[number] for number in numbers]
     check_weights(model, chosen)
     check_divisible(chosen, config.num_experts)
-    if (config.partition == "coactivation") != (calibration is not None):
+    needs_calibration = config.partition == "coactivation"
+    if needs_calibration != (calibration is not None):
         raise ConversionError(
             "partition='coactivation' needs calibration=[...], and no other partition takes it"
         )
@@ -96,10 +103,11 @@ def partition(
         features = record_activations(model, chosen, calibration, seed=config.partition_seed)
     from tqdm.auto import tqdm  # `import emoe` imports only PyTorch and safetensors
 
-    bar = tqdm(chosen, "Grouping neurons", unit="layer", disable=not progress)
-    return join_partitions(
-        group_neurons(ffn.keys(), config, ffn.index, features.get(ffn.index)) for ffn in bar
-    )
+    partitions = []
+    for ffn in tqdm(chosen, "Grouping neurons", unit="layer", disable=not progress):
+        activations = features.get(ffn.index)
+        partitions.append(group_neurons(ffn.keys(), config, ffn.index, activations))
+    return join_partitions(partitions)
 
 
 def join_partitions(partitions: Iterable[Partition]) -> Partition:
@@ -115,33 +123,51 @@ def join_partitions(partitions: Iterable[Partition]) -> Partition:
 def group_neurons(
     keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None = None
 ) -> Partition:
-    """Group the neurons of one FFN. Return the partition of this layer.
+    """Group the neurons of one FFN. Return a partition that has only this layer.
 
     Args:
         keys: key vectors ``[d, h]``.
         config: configuration, as in :func:`partition`.
         layer: layer number, which seeds a random partition.
-        activations: neurons' activations ``[d, tokens]`` for a co-activation partition.
+        activations: activations of the neurons ``[d, tokens]``, for a co-activation partition.
     """
-    start, num_experts, seed = time.perf_counter(), config.num_experts, config.partition_seed
+    start = time.perf_counter()
+    labels = _group(keys, config, layer, activations)
+    explained = explained_variance_ratio(keys, labels, config.num_experts)
+    # neurons of the same expert become adjacent and keep their order
+    permutation = torch.sort(labels, stable=True).indices
+    seconds = time.perf_counter() - start
+    return Partition({layer: permutation}, {layer: explained}, {layer: seconds})
+
+
+def _group(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None) -> Tensor:
+    """Choose the expert of each neuron: ``[d]`` int64. See :func:`group_neurons`."""
+    num_experts = config.num_experts
     features = keys if config.partition == "kmeans" else activations
     if features is not None:
-        labels = balanced_kmeans(features, num_experts, seed=seed)
-    else:
-        labels = torch.arange(num_experts).repeat_interleave(len(keys) // num_experts)
-        if config.partition == "random":
-            digest = hashlib.sha256(
-                f"random partition, seed {seed}, layer {layer}".encode()
-            ).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            labels = labels[torch.randperm(len(keys), generator=generator)]
-    explained = explained_variance_ratio(keys, labels, num_experts)
-    permutation = torch.sort(labels, stable=True).indices
-    return Partition({layer: permutation}, {layer: explained}, {layer: time.perf_counter() - start})
+        return balanced_kmeans(features, num_experts, seed=config.partition_seed)
+    num_neurons = len(keys)
+    contiguous = torch.arange(num_experts).repeat_interleave(num_neurons // num_experts)
+    if config.partition == "random":
+        generator = _random_generator(config.partition_seed, layer)
+        return contiguous[torch.randperm(num_neurons, generator=generator)]
+    return contiguous
+
+
+def _random_generator(seed: int, layer: int) -> torch.Generator:
+    """Make the generator of a layer's random partition. Layers differ with the same seed."""
+    text = f"random partition, seed {seed}, layer {layer}"
+    digest = hashlib.sha256(text.encode()).digest()
+    # seven bytes fit into PyTorch's seed
+    number = int.from_bytes(digest[:7], "big")
+    return torch.Generator().manual_seed(number)
 
 
 def is_permutation(tensor: Tensor | None, length: int) -> bool:
     """Check if a tensor is an int64 permutation of ``0 … length - 1``."""
-    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.shape != (length,):
+    if not isinstance(tensor, Tensor):
         return False
-    return torch.equal(tensor.sort().values.cpu(), torch.arange(length))
+    if tensor.dtype != torch.int64 or tensor.shape != (length,):
+        return False
+    sorted_values = tensor.sort().values.cpu()
+    return torch.equal(sorted_values, torch.arange(length))

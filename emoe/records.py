@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
@@ -18,7 +19,9 @@ from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
 class LayerRecord:
-    """Count how often one layer's experts are chosen, before the capacity drops any choice. Padding is not counted.
+    """The counts of how often each expert of one layer was chosen.
+
+    Choices count before the capacity drops any. Padding is not counted.
 
     Attributes:
         num_experts: N.
@@ -32,21 +35,30 @@ class LayerRecord:
         padding: PaddingMaskHook | None,
         window: int | None,
     ) -> None:
-        self.num_experts, self._rows_first = layer.config.num_experts, layer.ffn.rows_first
+        self.num_experts = layer.config.num_experts
         self.windows: list[Tensor] = []
-        self._labels, self._padding, self._window, self._passes = labels, padding, window, 0
+        self._rows_first = layer.ffn.rows_first
+        self._labels = labels
+        self._padding = padding
+        self._window = window
+        self._passes = 0
         self._lock = threading.Lock()  # threads may share the model
         # counted on the layer's device: reading from an accelerator in every step would stall it
-        self._loads = torch.zeros(
-            self.num_experts, dtype=torch.int64, device=layer.ffn.keys().device
-        )
+        device = layer.ffn.keys().device
+        self._loads = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
         self._loads_by_label = self._loads.new_zeros(0, self.num_experts)
-        self._window_start = self._loads.clone()
-        self._tokens, self._dropped = self._loads.new_zeros(()), self._loads.new_zeros(())
+        self._loads_at_window_start = self._loads.clone()
+        self._tokens = self._loads.new_zeros(())
+        self._dropped = self._loads.new_zeros(())
 
     @torch.no_grad()
     def update(self, chosen: Tensor, kept: Tensor) -> None:
-        """Count one forward pass: ``chosen`` experts, and experts ``kept`` within the capacity, ``[T, N]`` bool."""
+        """Count one forward pass.
+
+        Args:
+            chosen: chosen experts ``[T, N]`` bool.
+            kept: chosen experts within the capacity ``[T, N]`` bool.
+        """
         if is_recomputed():
             return
         with self._lock:
@@ -60,33 +72,55 @@ class LayerRecord:
             self._loads += self._count_by_label(chosen)
             self._passes += 1
             if self._window and self._passes % self._window == 0:
-                self.windows.append((self._loads - self._window_start).cpu())
-                self._window_start = self._loads.clone()
+                self._end_window()
+
+    def _end_window(self) -> None:
+        """Store the loads since the start of the window, and start the next one."""
+        self.windows.append((self._loads - self._loads_at_window_start).cpu())
+        self._loads_at_window_start = self._loads.clone()
 
     def _token_mask(self, tokens: int) -> Tensor | None:
+        """Return the mask ``[tokens]`` of tokens that count, None if all count."""
+        if self._padding is None:
+            return None
         try:
-            return None if self._padding is None else self._padding.token_mask(tokens)
+            return self._padding.token_mask(tokens)
         except RuntimeError as error:  # a statistic should not stop a forward pass
             warnings.warn(f"padding is counted: {error}", stacklevel=2)
             return None
 
     def _count_by_label(self, chosen: Tensor) -> Tensor:
-        """Add the loads by label, if each row has one. Return the loads ``[N]`` of all tokens."""
+        """Add the loads by label, if each row has one. Return the loads ``[N]`` of all tokens.
+
+        Args:
+            chosen: chosen experts ``[T, N]`` bool.
+        """
         labels = self._labels.labels
-        if labels is None or len(chosen) % max(len(labels), 1):
+        if labels is None:
             return chosen.sum(0)
+        # the tokens of a layer may not be those of the labelled rows
+        if len(chosen) % max(len(labels), 1) != 0:
+            return chosen.sum(0)
+        num_rows = len(labels)
         if self._rows_first:
-            by_row = chosen.unflatten(0, (len(labels), -1)).sum(1)
+            by_row = chosen.unflatten(0, (num_rows, -1)).sum(1)
         else:
-            by_row = chosen.unflatten(0, (-1, len(labels))).sum(0)
-        new_labels = int(labels.max()) + 1 - len(self._loads_by_label) if len(labels) else 0
-        self._loads_by_label = torch.nn.functional.pad(
-            self._loads_by_label, (0, 0, 0, max(new_labels, 0))
-        )
+            by_row = chosen.unflatten(0, (-1, num_rows)).sum(0)
+        self._make_room_for(labels)
         labels = labels.to(by_row.device)
-        labelled = labels >= 0
-        self._loads_by_label.index_add_(0, labels[labelled], by_row[labelled])
+        # negative labels, such as -100, mean that a row has none
+        is_labelled = labels >= 0
+        self._loads_by_label.index_add_(0, labels[is_labelled], by_row[is_labelled])
         return by_row.sum(0)
+
+    def _make_room_for(self, labels: Tensor) -> None:
+        """Lengthen the loads by label ``[labels, N]`` to contain the largest of these labels."""
+        if len(labels) == 0:
+            return
+        needed = int(labels.max()) + 1
+        missing = max(needed - len(self._loads_by_label), 0)
+        # zeros after the last row
+        self._loads_by_label = F.pad(self._loads_by_label, (0, 0, 0, missing))
 
     @property
     def loads(self) -> Tensor:
@@ -106,9 +140,8 @@ class LayerRecord:
     @property
     def by_label(self) -> dict[int, Tensor]:
         """Loads ``[N]`` by label, if labels were known."""
-        return {
-            label: loads for label, loads in enumerate(self._loads_by_label.cpu()) if loads.any()
-        }
+        by_label = self._loads_by_label.cpu()
+        return {label: loads for label, loads in enumerate(by_label) if loads.any()}
 
     @property
     def shares(self) -> Tensor:
@@ -136,7 +169,8 @@ class LayerRecord:
         """Entropy of :attr:`shares` divided by ln N. 1 is a perfectly balanced load."""
         if self.num_experts == 1:
             return 1.0
-        return float(torch.special.entr(self.shares).sum() / math.log(self.num_experts))
+        entropy = torch.special.entr(self.shares).sum()
+        return float(entropy / math.log(self.num_experts))
 
     @property
     def max_over_mean(self) -> float:
@@ -145,27 +179,36 @@ class LayerRecord:
 
     @property
     def change(self) -> float | None:
-        """Mean L1 distance (0 to 2) between the shares of consecutive windows. None with fewer than two windows."""
+        """Mean L1 distance (0 to 2) between the shares of consecutive windows.
+
+        None with fewer than two windows.
+        """
         if len(self.windows) < 2:
             return None
-        loads = torch.stack(self.windows).double()
-        shares = loads / loads.sum(1, keepdim=True).clamp(min=1)
-        return float(shares.diff(dim=0).abs().sum(1).mean())
+        loads = torch.stack(self.windows).double()  # [windows, N]
+        totals = loads.sum(1, keepdim=True).clamp(min=1)
+        shares = loads / totals
+        distances = shares.diff(dim=0).abs().sum(1)
+        return float(distances.mean())
 
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """Hold the records of :func:`record_routing`.
+    """The records of a model's routed layers, from :func:`record_routing`.
 
     Attributes:
-        layers: records by layer number. The numbers count all layers of the model, not only the converted ones.
+        layers: records by layer number. The numbers count all layers of the model, not only the
+            converted ones.
     """
 
     layers: dict[int, LayerRecord]
     _labels: LabelHook
 
     def set_labels(self, labels: Tensor | None) -> None:
-        """Set the labels ``[rows]`` of the next forward passes, for models that take no labels. None unsets them."""
+        """Set the labels ``[rows]`` of the next forward passes, for models that take no labels.
+
+        None unsets them.
+        """
         self._labels.given = labels
 
     def summary(self) -> dict[str, float]:
@@ -179,32 +222,39 @@ class RoutingRecord:
             "active_neurons": [record.active_neurons for record in records],
             "load_change": [record.change for record in records if record.change is not None],
         }
+        # without windows there is no `load_change`
         return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
 
     def __str__(self) -> str:
-        head = f"{'layer':>5}{'tokens':>10}{'experts':>9}{'active':>9}{'dropped':>9}{'entropy':>9}{'max/mean':>10}"
-        lines = [
-            f"{index:>5}{record.tokens:>10}{record.experts_per_token:>9.2f}{record.active_neurons:>9.1%}"
-            f"{record.drop_rate:>9.1%}{record.entropy:>9.3f}{record.max_over_mean:>10.2f}"
-            for index, record in self.layers.items()
-        ]
-        return "\n".join([head, "-" * len(head), *lines])
+        head = (
+            f"{'layer':>5}{'tokens':>10}{'experts':>9}{'active':>9}"
+            f"{'dropped':>9}{'entropy':>9}{'max/mean':>10}"
+        )
+        lines = [head, "-" * len(head)]
+        for index, record in self.layers.items():
+            counts = f"{index:>5}{record.tokens:>10}{record.experts_per_token:>9.2f}"
+            shares = f"{record.active_neurons:>9.1%}{record.drop_rate:>9.1%}"
+            balance = f"{record.entropy:>9.3f}{record.max_over_mean:>10.2f}"
+            lines.append(counts + shares + balance)
+        return "\n".join(lines)
 
 
 @contextmanager
 def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[RoutingRecord]:
     """Count the experts' loads during the forward passes inside the ``with`` block.
 
-    Padding is not counted if the model gets a two-dimensional mask; a mask that does not fit gives a warning.
-    Loads are also counted by label if the model gets one integer label per row, or if :meth:`RoutingRecord.set_labels`
-    sets them. Forward passes that activation checkpointing repeats are not counted.
+    Padding is not counted if the model gets a two-dimensional mask. A mask that does not fit gives
+    a warning. Loads are also counted by label if the model gets one integer label per row, or if
+    :meth:`RoutingRecord.set_labels` sets them. Forward passes that activation checkpointing repeats
+    are not counted.
 
     Args:
         model: a converted model. Call this object, not a part of it or a wrapper around it.
         window: number of forward passes per window. The loads of each window are also kept.
 
     Raises:
-        ConversionError: the model has no routed FFN, its parts were converted separately, or it is already recorded.
+        ConversionError: the model has no routed FFN, its parts were converted separately, or it is
+            already being recorded.
     """
     layers = routed_layers(model)
     if not layers:
@@ -217,8 +267,10 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     records: dict[int, LayerRecord] = {}
     try:
         for layer in layers:
-            layer.record = LayerRecord(layer, labels, padding.get(layer.ffn.index), window)
-            records[layer.ffn.index] = layer.record
+            index = layer.ffn.index
+            record = LayerRecord(layer, labels, padding.get(index), window)
+            layer.record = record
+            records[index] = record
         yield RoutingRecord(records, labels)
     finally:
         for hook in (labels, *padding.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,29 @@ from emoe.compiled.build import is_in_memory, is_recorded
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
 
+# width of the cosine router's projection
 _COSINE_DIM = 256
+# of the cosine router's scores, in the authors' code
 _MAX_LOG_SCALE = math.log(100.0)
-_CHUNK = 1 << 19  # elements
-_COMPARED = 32  # elements of a weight
+_INITIAL_SCALE = 2.0
+_EMBEDDING_DEVIATION = 0.01
+# elements of a weight that are averaged together on a CPU
+_CHUNK_ELEMENTS = 1 << 19
+# elements of a weight that are compared to detect changes
+_COMPARED_ELEMENTS = 32
 
 
 def neuron_means(blocks: Tensor) -> Tensor:
     """Average over the neurons of each expert in float32, ``[N, s, ...]`` to ``[N, ...]``."""
-    if (
-        blocks.dtype == torch.float32
-        or blocks.device.type != "cpu"
-        or torch.compiler.is_compiling()
-    ):
+    is_on_cpu = blocks.device.type == "cpu"
+    if blocks.dtype == torch.float32 or not is_on_cpu or torch.compiler.is_compiling():
         return blocks.float().mean(1)
-    # a few experts at a time: allocating a float32 copy of a large layer takes longer than computing the means
-    experts = max(_CHUNK // max(blocks[:1].numel(), 1), 1)
-    return torch.cat([chunk.float().mean(1) for chunk in blocks.split(experts)])
+    # A few experts at a time. For a large layer, allocating a float32 copy takes longer than
+    # computing the means.
+    elements_per_expert = max(blocks[:1].numel(), 1)
+    experts_per_chunk = max(_CHUNK_ELEMENTS // elements_per_expert, 1)
+    means = [chunk.float().mean(1) for chunk in blocks.split(experts_per_chunk)]
+    return torch.cat(means)
 
 
 def expert_means(rows: Tensor, num_experts: int) -> Tensor:
@@ -41,17 +47,20 @@ def expert_means(rows: Tensor, num_experts: int) -> Tensor:
 
 
 def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Score the experts ``[T, N]`` by their mean keys: the mean pre-activations of their neurons (paper Eq. 4).
+    """Score the experts ``[T, N]`` by their mean keys (paper Eq. 4).
 
-    The scores are computed in float32 without autocast: bf16 would change the experts of several percent of tokens.
+    A score is the mean of the pre-activations of the expert's neurons. It is computed in float32
+    without autocast: bf16 would change the experts of several percent of tokens.
 
     Args:
         x: FFN inputs ``[T, h]``.
         gate: mean keys ``[N, h]`` in float32 (:func:`expert_means`).
         bias: mean biases ``[N]``, None to leave them out (the paper's score).
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    context: AbstractContextManager[Any] = nullcontext()
+    if torch.is_autocast_enabled(x.device.type):
+        context = torch.autocast(x.device.type, enabled=False)
+    with context:
         return F.linear(x.float(), gate, bias)
 
 
@@ -61,12 +70,15 @@ def block_means(values: Tensor, num_experts: int) -> Tensor:
 
 
 class Router(nn.Module):
-    """Score the experts of one FFN. Subclass it and call :func:`register_router` to add a router.
+    """Base class of routers, which score the experts of one FFN.
+
+    To add a router, write a subclass and call :func:`register_router`.
 
     Parameters and persistent buffers are saved with the model, beside the dense model's own state.
 
     Attributes:
-        learned: the router has parameters that need a gradient, so its scores must weight the experts' outputs.
+        learned: the router has parameters that need a gradient, so its scores must weight the
+            experts' outputs.
         ffn: FFN whose experts are scored.
         config: configuration of the experts.
     """
@@ -75,79 +87,92 @@ class Router(nn.Module):
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__()
-        self.ffn, self.config = ffn, config
+        self.ffn = ffn
+        self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute scores ``[T, N]`` in float32 from FFN inputs ``[T, h]``; higher is better."""
         raise NotImplementedError
 
     def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Compute scores ``[T, N]`` from inputs ``[T, h]`` (None if unknown) and pre-activations ``[T, d]``.
+        """Compute scores ``[T, N]`` during the FFN's forward pass.
 
-        Only avg-k reads the pre-activations and, for its ``inter`` scores, the activated neurons ``hidden`` ``[T, d]``.
+        Args:
+            x: FFN inputs ``[T, h]``, None if unknown.
+            z: pre-activations ``[T, d]``. Only avg-k reads them.
+            hidden: activated neurons ``[T, d]``, for avg-k's ``inter`` scores.
         """
-        return self(require_input(self.ffn, x).to(z.device))
+        inputs = require_input(self.ffn, x)
+        return self(inputs.to(z.device))
 
     def kept_keys(self) -> Tensor | None:
-        """Return vectors ``[N, h]`` in float32 whose products with the input are the scores, if no gradient is recorded.
+        """Return vectors ``[N, h]`` in float32 whose products with the input are the scores.
 
-        None if the scores are computed in another way, or the vectors are not at hand.
+        None if the scores are computed in another way, a gradient is recorded, or no forward pass
+        has kept vectors of the present weights.
         """
         return None
 
     def forget_kept_keys_(self) -> None:
-        """Compute :meth:`kept_keys` anew in the next forward pass."""
+        """Discard :meth:`kept_keys`, so that a later forward pass computes them again."""
 
     def update_(self) -> None:
         """Update the router's state after an optimizer step; the default has none."""
 
 
 def register_router(name: str, router: type[Router]) -> None:
-    """Add or replace a router for ``EMoEConfig(router=name)``; ``docs/adding.md`` has a complete example.
+    """Add or replace a router for ``EMoEConfig(router=name)``. ``docs/adding.md`` has an example.
 
     Args:
-        name: identifier in configurations and checkpoints. Loading such a checkpoint requires the same registration.
+        name: identifier in configurations and checkpoints. Loading such a checkpoint requires the
+            same registration.
         router: subclass of :class:`Router`.
     """
-    ROUTERS[name], _CLASSES[name] = router.learned, router
+    ROUTERS[name] = router.learned
+    _CLASSES[name] = router
 
 
 class _Float32Linear(nn.Linear):
-    """Apply a linear map in float32, whatever the dtype of the weights."""
+    """A linear map that computes in float32, whatever the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class CosineRouter(Router):
-    """Score experts by the cosine of a projection and expert embeddings: the learned router of GMoE and EMoE-learn.
+    """The learned router of GMoE and EMoE-learn: cosines of a projection and expert embeddings.
 
-    Scores are ``exp(min(temperature, ln 100)) * cos(W x + b, s_i)``; the scale starts at 2 and the
+    Scores are ``exp(min(temperature, ln 100)) * cos(W x + b, s_i)``. The scale starts at 2 and the
     embeddings at N(0, 0.01²) (the authors' ``gates/cosine_top.py``).
     """
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__(ffn, config)
         self.proj = _Float32Linear(ffn.h, _COSINE_DIM)
-        self.expert_embeddings = nn.Parameter(torch.randn(_COSINE_DIM, config.num_experts) * 0.01)
-        self.temperature = nn.Parameter(torch.tensor([math.log(1 / 0.5)]))
+        embeddings = torch.randn(_COSINE_DIM, config.num_experts) * _EMBEDDING_DEVIATION
+        self.expert_embeddings = nn.Parameter(embeddings)
+        self.temperature = nn.Parameter(torch.tensor([math.log(_INITIAL_SCALE)]))
         weight = cast(Tensor, ffn.proj_in.weight)
-        self.to(weight.device, weight.dtype if weight.is_floating_point() else None)
+        # quantised weights are integers: the router stays in float32
+        dtype = weight.dtype if weight.is_floating_point() else None
+        self.to(weight.device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """See :meth:`Router.forward`."""
         with torch.autocast(x.device.type, enabled=False):
-            cosine = F.normalize(self.proj(x), dim=-1) @ F.normalize(
-                self.expert_embeddings.float(), dim=0
-            )
-            return cosine * self.temperature.float().clamp(max=_MAX_LOG_SCALE).exp()
+            projected = F.normalize(self.proj(x), dim=-1)  # [T, 256]
+            embeddings = F.normalize(self.expert_embeddings.float(), dim=0)  # [256, N]
+            cosine = projected @ embeddings
+            scale = self.temperature.float().clamp(max=_MAX_LOG_SCALE).exp()
+            return cosine * scale
 
 
 class Stamp:
-    """Detects changes of a projection's weight by its identity, version, address and some elements.
+    """The state of a projection's weight at one time, to detect later changes.
 
-    PyTorch does not count changes through ``weight.data``, by which PEFT merges adapters. Those of a whole matrix
-    change the compared elements.
+    A change shows in the weight's identity, version, address, or some of its elements. PyTorch does
+    not count changes through ``weight.data``, which PEFT uses to merge adapters. They change the
+    whole matrix, and so the compared elements.
 
     Args:
         projection: module with a plain weight in the CPU's memory.
@@ -156,33 +181,57 @@ class Stamp:
 
     def __init__(self, projection: nn.Module, *, has_copy: bool = True) -> None:
         weight = weight_of(projection)
-        self._projection, self._weight = projection, weight
-        self._version, self._address = _version(weight), weight.data_ptr()
+        self._projection = projection
+        self._weight = weight
+        self._version = _version(weight)
+        self._address = weight.data_ptr()
         elements = weight.detach().view(-1) if has_copy else weight.new_empty(0)
-        step = max(len(elements) // _COMPARED, 1) | 1  # odd, so that not all are of one column
+        # an odd step, so that the compared elements are not all of one column
+        step = max(len(elements) // _COMPARED_ELEMENTS, 1) | 1
         self._elements = elements[::step]  # a view: it shows later changes
         self._stored = self._elements.clone()
 
     def is_of(self, projection: nn.Module) -> bool:
         """Check if a projection is the stamped one, and its weight unchanged."""
+        if projection is not self._projection:
+            return False
         weight = self._weight
-        if projection is not self._projection or projection.weight is not weight:
+        if projection.weight is not weight:
             return False
-        if weight.data_ptr() != self._address or _version(weight) != self._version:
+        if weight.data_ptr() != self._address:
             return False
+        if _version(weight) != self._version:
+            return False
+        # without a copy of the weight, no elements are compared
         return len(self._stored) == 0 or torch.equal(self._elements, self._stored)
 
 
 def _version(weight: Tensor) -> int | None:
-    """Return the number of changes that PyTorch counted. None for tensors of inference mode, which have none."""
-    return None if weight.is_inference() else weight._version
+    """Return the number of changes that PyTorch counted. None for a tensor of inference mode."""
+    # PyTorch raises an error for the version of such a tensor
+    if weight.is_inference():
+        return None
+    return weight._version
+
+
+class _KeptMean(NamedTuple):
+    """The mean weights of the experts, and the state of the weight that they were computed from.
+
+    Attributes:
+        stamp: state of the projection's weight.
+        mean_weight: mean weights ``[N, h]`` in float32.
+    """
+
+    stamp: Stamp
+    mean_weight: Tensor
 
 
 class AvgKRouter(Router):
-    """Score an expert by the mean score of its neurons: the paper's avg-k (Eq. 4). It has no parameters.
+    """The paper's avg-k (Eq. 4): an expert's score is the mean score of its neurons.
 
-    ``keys`` scores are products of the FFN's input and the mean keys. If the weights are adapted or quantised, they are
-    means of the pre-activations, which are equal up to rounding.
+    The router has no parameters. ``keys`` scores are products of the FFN's input and the mean keys.
+    If the weights are adapted or quantised, the scores are means of the pre-activations, which are
+    equal up to rounding.
 
     In evaluation mode the mean keys are kept until the weights change.
 
@@ -196,11 +245,12 @@ class AvgKRouter(Router):
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__(ffn, config)
-        self._kept: tuple[Stamp, Tensor] | None = None
-        self.register_buffer("gate", self.mean_keys() if self.config.gate_momentum else None)
+        self._kept: _KeptMean | None = None
+        gate = self.mean_keys() if self.config.gate_momentum else None
+        self.register_buffer("gate", gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`Router.forward`. Multiply inputs by mean weights, if scores are linear in the input."""
+        """See :meth:`Router.forward`. Only for scores that are linear in the input."""
         weight = self.gate
         if weight is None:
             weight = self._kept_mean_weight()
@@ -210,34 +260,42 @@ class AvgKRouter(Router):
         return key_scores(x, weight, self._score_bias())
 
     def _projection(self) -> nn.Module:
-        """Return the projection whose outputs the score averages; a fused one holds both halves."""
-        projection = self.ffn.proj_up if self.config.score == "up" else None
-        return projection or self.ffn.proj_in
+        """Return the projection whose outputs the score averages. A fused one has both halves."""
+        if self.config.score == "up":
+            return self.ffn.proj_up or self.ffn.proj_in
+        return self.ffn.proj_in
 
     def kept_keys(self) -> Tensor | None:
         """See :meth:`Router.kept_keys`."""
-        scores_are_products = (
-            self.config.score == "keys" and not self.config.score_bias and self.gate is None
-        )
+        # a bias would be added to the products, and a running gate is not the mean of the weights
+        has_plain_keys = self.config.score == "keys" and self.gate is None
+        if not has_plain_keys or self.config.score_bias:
+            return None
         # a subclass or a hook may change the scores
-        is_changed = type(self) is not AvgKRouter or self._forward_hooks or self._forward_pre_hooks
-        return self._kept_mean_weight() if scores_are_products and not is_changed else None
+        is_subclass = type(self) is not AvgKRouter
+        if is_subclass or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        return self._kept_mean_weight()
 
     def forget_kept_keys_(self) -> None:
         """See :meth:`Router.forget_kept_keys_`."""
         self._kept = None
 
     def _may_keep(self) -> bool:
+        """Check if the weights are fixed in this forward pass, and no graph is recorded."""
         return not (self.training or torch.is_grad_enabled() or is_recorded())
 
     def _kept_mean_weight(self) -> Tensor | None:
-        """Return the mean weights ``[N, h]`` of an earlier call; None if there are none or the weights changed."""
+        """Return the mean weights ``[N, h]`` of an earlier call.
+
+        None if there are none, the weights changed since, or a gradient or a graph is recorded.
+        """
         if not self._may_keep():
             return None
         kept = self._kept  # another thread may replace it
-        if kept is None or not kept[0].is_of(self._projection()):
+        if kept is None or not kept.stamp.is_of(self._projection()):
             return None
-        return kept[1]
+        return kept.mean_weight
 
     def _keep(self, mean_weight: Tensor) -> None:
         """Keep mean weights for the next call in evaluation mode."""
@@ -247,50 +305,71 @@ class AvgKRouter(Router):
         weight = weight_of(projection)
         # not on a GPU, which would have to wait for the comparison of elements
         if is_in_memory(weight) and weight.is_contiguous():
-            self._kept = Stamp(projection), mean_weight
+            self._kept = _KeptMean(Stamp(projection), mean_weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}  # a copy has its own weights
+        # a copy has its own weights
+        return {**self.__dict__, "_kept": None}
 
     def _mean_weight(self) -> Tensor:
         """Compute the mean weights ``[N, h]`` of the score's projection."""
         if self.config.score == "keys":
             return self.mean_keys()
         # the mean of a projection's outputs is the output of its mean weights
-        weight, _ = self.ffn.blocks(self.config.num_experts)[0][self.config.score == "up"]
+        weight, _ = self._linear_blocks()
         return neuron_means(weight)
 
     def _score_bias(self) -> Tensor | None:
         """Return the mean biases ``[N]`` that are part of the score, None if there are none."""
         if self.config.score == "keys":
             return self._mean_bias() if self.config.score_bias else None
-        _, bias = self.ffn.blocks(self.config.num_experts)[0][self.config.score == "up"]
-        return None if bias is None else neuron_means(bias)
+        _, bias = self._linear_blocks()
+        if bias is None:
+            return None
+        return neuron_means(bias)
+
+    def _linear_blocks(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight ``[N, s, h]`` and bias ``[N, s]`` whose outputs the score averages."""
+        in_projections, _values = self.ffn.blocks(self.config.num_experts)
+        # the activated projection comes first, then the up-projection
+        if self.config.score == "up":
+            return in_projections[1]
+        return in_projections[0]
 
     def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
         """See :meth:`Router.scores`."""
-        ffn, score = self.ffn, self.config.score
+        score = self.config.score
         if score == "keys":
-            with weights_in_place(ffn.proj_in):
-                is_adapted = hasattr(ffn.proj_in, "base_layer")
-                if (
-                    x is None
-                    or is_adapted
-                    or not has_plain_weight(ffn.proj_in)
-                    or ffn.proj_in.weight.is_meta
-                ):
-                    return self._scores_from_neurons(z)
-                return self(x)
-        neurons = z
+            return self._scores_from_keys(x, z)
+        neurons = self._scored_neurons(x, z, hidden)
+        if score.endswith("_abs"):
+            neurons = neurons.abs()
+        return block_means(neurons, self.config.num_experts)
+
+    def _scored_neurons(self, x: Tensor | None, z: Tensor, hidden: Tensor | None) -> Tensor:
+        """Return the values ``[T, d]`` that the score averages. See :meth:`Router.scores`."""
+        ffn = self.ffn
+        score = self.config.score
         if score.startswith("inter"):
+            # the input of the out-projection
             neurons = cast(Tensor, hidden)
             if ffn.gated:
                 neurons = neurons * ffn.up(require_input(ffn, x))
-        elif score.startswith("up"):
-            neurons = ffn.up(require_input(ffn, x))
-        return block_means(
-            neurons.abs() if score.endswith("_abs") else neurons, self.config.num_experts
-        )
+            return neurons
+        if score.startswith("up"):
+            return ffn.up(require_input(ffn, x))
+        return z
+
+    def _scores_from_keys(self, x: Tensor | None, z: Tensor) -> Tensor:
+        """Compute ``keys`` scores, from the mean keys if the in-projection has a plain weight."""
+        proj_in = self.ffn.proj_in
+        with weights_in_place(proj_in):
+            is_adapted = hasattr(proj_in, "base_layer")
+            if x is None or is_adapted:
+                return self._scores_from_neurons(z)
+            if not has_plain_weight(proj_in) or proj_in.weight.is_meta:
+                return self._scores_from_neurons(z)
+            return self(x)
 
     def _scores_from_neurons(self, z: Tensor) -> Tensor:
         """Compute ``keys`` scores from pre-activations."""
@@ -300,13 +379,20 @@ class AvgKRouter(Router):
             way_out = "merge or remove its adapter, or do not quantise it"
             raise ConversionError(f"{name} {reason}: {way_out}")
         scores = block_means(z, self.config.num_experts)
+        if self.config.score_bias:
+            return scores
         # pre-activations include the bias, the paper's score does not
-        bias = None if self.config.score_bias else self._mean_bias()
-        return scores if bias is None else scores - bias.to(scores.device)
+        bias = self._mean_bias()
+        if bias is None:
+            return scores
+        return scores - bias.to(scores.device)
 
     def _mean_bias(self) -> Tensor | None:
+        """Compute the mean biases ``[N]`` of the experts' pre-activations. None without biases."""
         bias = self.ffn.key_bias()
-        return None if bias is None else expert_means(unsharded(bias), self.config.num_experts)
+        if bias is None:
+            return None
+        return expert_means(unsharded(bias), self.config.num_experts)
 
     def mean_keys(self) -> Tensor:
         """Compute the mean keys ``[N, h]`` of the current weights, without gradient."""
@@ -314,7 +400,7 @@ class AvgKRouter(Router):
 
     @torch.no_grad()
     def update_(self) -> None:
-        """Set ``gate = m * gate + (1 - m) * mean keys``; does nothing without a momentum."""
+        """Set ``gate = m * gate + (1 - m) * mean keys``. Does nothing without a momentum."""
         if self.gate is not None:
             self.gate.lerp_(self.mean_keys(), 1 - self.config.gate_momentum)
 
@@ -329,10 +415,13 @@ class AvgKRouter(Router):
 
 
 class FixedRouter(Router):
-    """Score the experts by their usage, so that every token uses the same experts (:func:`emoe.fix_experts_`).
+    """A router whose scores follow the experts' usage: every token uses the same experts.
+
+    :func:`emoe.fix_experts_` installs it.
 
     Attributes:
-        usage: number of times that each expert was used, ``[N]`` int64, which no cast of the model rounds.
+        usage: number of times that each expert was used, ``[N]`` int64. No cast of the model rounds
+            integers.
     """
 
     learned: ClassVar[bool] = False
@@ -340,15 +429,17 @@ class FixedRouter(Router):
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
         super().__init__(ffn, config)
-        device = ffn.keys().device
-        self.register_buffer(
-            "usage", torch.zeros(config.num_experts, dtype=torch.int64, device=device)
-        )
+        usage = torch.zeros(config.num_experts, dtype=torch.int64, device=ffn.keys().device)
+        self.register_buffer("usage", usage)
 
     def forward(self, x: Tensor) -> Tensor:
         """See :meth:`Router.forward`. An expert's score is the number of less used experts."""
         usage = self.usage.to(x.device)
-        return (usage.unsqueeze(1) > usage).sum(1).float().expand(x.shape[0], -1)
+        # is_more_used[a, b]: expert a was used more than expert b
+        is_more_used = usage.unsqueeze(1) > usage
+        scores = is_more_used.sum(1).float()
+        num_tokens = x.shape[0]
+        return scores.expand(num_tokens, -1)
 
 
 _CLASSES: dict[str, type[Router]] = {
@@ -365,7 +456,9 @@ def build_router(ffn: FFN, config: EMoEConfig | GMoEConfig) -> Router:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Check if accelerate has offloaded a module's weights until the module is called."""
-    return hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False))
+    if not hasattr(module, "_hf_hook"):
+        return False
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
 def weights_in_place(*modules: nn.Module) -> AbstractContextManager[Any]:
@@ -383,13 +476,20 @@ def weights_in_place(*modules: nn.Module) -> AbstractContextManager[Any]:
 
 def unsharded(weight: Tensor) -> Tensor:
     """Detach a weight, and gather it if FSDP has sharded it (between forward passes)."""
-    return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    return weight.detach()
 
 
 def require_input(ffn: FFN, passed: Tensor | None) -> Tensor:
-    """Return the tensor that an FFN's in-projection passed on. Raise :class:`RuntimeError` if there is none."""
+    """Return the tensor that an FFN's in-projection passed on.
+
+    Raises:
+        RuntimeError: the tensor is None.
+    """
     if passed is None:
         raise RuntimeError(
-            f"{ffn.name}: its in-projection did not run or was replaced (PEFT must train the whole FFN)"
+            f"{ffn.name}: its in-projection did not run or was replaced "
+            "(PEFT must train the whole FFN)"
         )
     return passed

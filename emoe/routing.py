@@ -1,6 +1,7 @@
-"""Selection and weighting of experts. Shapes: T tokens, h width, N experts of s neurons, d = N·s neurons.
+"""Selection and weighting of experts.
 
-``expert_indices`` ``[T, k]`` are a token's chosen experts, first choice first.
+Shapes: T tokens, h width, N experts of s neurons, d = N·s neurons. ``expert_indices`` ``[T, k]``
+are a token's chosen experts, first choice first.
 """
 
 from __future__ import annotations
@@ -18,26 +19,32 @@ def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     """Choose experts ``[T, k]``, first choice first. Ties go to the lower expert index."""
     if selection == "random":
         scores = torch.rand_like(scores)
-    order = _stable_order(scores, descending=selection != "bottom")
-    return order[:, top_k:] if selection == "not_top" else order[:, :top_k]
+    is_descending = selection != "bottom"
+    order = _stable_order(scores, descending=is_descending)
+    if selection == "not_top":
+        return order[:, top_k:]
+    return order[:, :top_k]
 
 
 def choose_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
-    """Mask the experts ``[T, N]`` that :func:`select_experts` chooses, without their order.
+    """Return the mask ``[T, N]`` of the experts that :func:`select_experts` chooses.
 
-    The compiled kernels, if they were built, need no sort.
+    The mask does not show their order, so the compiled kernels, if they were built, need no sort.
     """
-    kernels = kernels_for(scores) if selection in ("top", "bottom") else None
-    if kernels is not None and scores.dtype == torch.float32:
-        return kernels.choose(scores, top_k, selection == "top")
-    return expert_mask(select_experts(scores, top_k, selection), scores.shape[-1])
+    if selection in ("top", "bottom") and scores.dtype == torch.float32:
+        kernels = kernels_for(scores)
+        if kernels is not None:
+            takes_highest = selection == "top"
+            return kernels.choose(scores, top_k, takes_highest)
+    expert_indices = select_experts(scores, top_k, selection)
+    num_experts = scores.shape[-1]
+    return expert_mask(expert_indices, num_experts)
 
 
 def _stable_order(values: Tensor, *, descending: bool) -> Tensor:
     """Return the indices that sort the last dimension; equal values keep their order."""
-    if (
-        torch.onnx.is_in_onnx_export()
-    ):  # ONNX has no stable sort, but its TopK keeps the order of equal values
+    # ONNX has no stable sort, but its TopK keeps the order of equal values
+    if torch.onnx.is_in_onnx_export():
         return values.topk(values.shape[-1], dim=-1, largest=descending).indices
     return torch.sort(values, dim=-1, descending=descending, stable=True).indices
 
@@ -49,10 +56,11 @@ def capacity_mask(
     top_k: int,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """Mask the assignments ``[T, k]`` bool that fit into the experts' capacity.
+    """Return the mask ``[T, k]`` bool of the assignments that fit into the experts' capacity.
 
-    Routing is batch-prioritised: all first choices come before all second choices, and so on. Within a choice, tokens
-    are ordered by their highest softmax probability.
+    Routing is batch-prioritised: all first choices come before all second choices, and so on.
+    Within a choice, tokens are ordered by their highest softmax probability. Assignments of padding
+    tokens are always in the mask.
 
     Args:
         scores: scores ``[T, N]`` that chose the experts.
@@ -62,49 +70,77 @@ def capacity_mask(
         token_mask: real tokens ``[T]`` bool; padding tokens do not count in T and take no capacity.
     """
     num_experts = scores.shape[1]
-    waiting = torch.ones_like(expert_indices, dtype=torch.bool)
-    tokens = expert_indices.new_tensor(expert_indices.shape[0])
+    is_real = torch.ones_like(expert_indices, dtype=torch.bool)  # [T, k]
+    num_tokens = expert_indices.new_tensor(expert_indices.shape[0])
     if token_mask is not None:
-        waiting &= token_mask.unsqueeze(1)
-        tokens = token_mask.sum()
+        is_real &= token_mask.unsqueeze(1)
+        num_tokens = token_mask.sum()
+
     # float64 like the authors' Python numbers; on the CPU, because MPS has no float64
-    capacity = top_k * (capacity_factor * (tokens.cpu().double() / num_experts).ceil()).long().to(
-        scores.device
-    )
-    order = _stable_order(scores.softmax(-1).amax(-1), descending=True)
-    # all assignments in order of priority; padding has a separate queue
-    queue = torch.where(waiting, expert_indices, num_experts)[order].t().flatten()
-    by_expert = _stable_order(queue, descending=False)
-    lengths = queue.new_zeros(num_experts + 1).scatter_add_(0, queue, torch.ones_like(queue))
-    starts = lengths.cumsum(0) - lengths
-    rank = torch.empty_like(queue)
-    rank[by_expert] = torch.arange(queue.numel(), device=queue.device) - starts[queue[by_expert]]
-    fits = torch.empty_like(waiting)
-    fits[order] = (rank < capacity).view(expert_indices.shape[1], -1).t()
-    return fits | ~waiting
+    tokens_per_expert = (num_tokens.cpu().double() / num_experts).ceil()
+    capacity = top_k * (capacity_factor * tokens_per_expert).long().to(scores.device)
+
+    # tokens with the most confident choice come first
+    confidence = scores.softmax(-1).amax(-1)
+    order = _stable_order(confidence, descending=True)
+    # The expert of each assignment in order of priority [k * T]. The number N stands for padding,
+    # which takes no capacity from the experts.
+    experts = torch.where(is_real, expert_indices, num_experts)
+    queue = experts[order].t().flatten()
+
+    rank = _rank_in_group(queue, num_experts + 1)
+    # back to the order of the tokens
+    fits_in_queue = (rank < capacity).view(expert_indices.shape[1], -1)
+    fits = torch.empty_like(is_real)
+    fits[order] = fits_in_queue.t()
+    return fits | ~is_real
+
+
+def _rank_in_group(groups: Tensor, num_groups: int) -> Tensor:
+    """Count for each element of ``groups`` ``[n]`` the earlier elements with the same group."""
+    # sorted by group, a group's elements are adjacent and keep their order
+    by_group = _stable_order(groups, descending=False)
+    sizes = groups.new_zeros(num_groups).scatter_add_(0, groups, torch.ones_like(groups))
+    starts = sizes.cumsum(0) - sizes
+    positions = torch.arange(groups.numel(), device=groups.device)
+    start_of_element = starts[groups[by_group]]
+    rank = torch.empty_like(groups)
+    rank[by_group] = positions - start_of_element
+    return rank
 
 
 def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
-    """Return the mask ``[T, N]`` of experts ``[T, k]``, except those where ``kept`` ``[T, k]`` is False."""
-    mask = torch.zeros(
-        expert_indices.shape[0], num_experts, dtype=torch.bool, device=expert_indices.device
-    )
-    marks = torch.ones_like(expert_indices, dtype=torch.bool) if kept is None else kept
-    return mask.scatter(1, expert_indices, marks)
+    """Return the mask ``[T, N]`` of the chosen experts.
+
+    Args:
+        expert_indices: chosen experts ``[T, k]``.
+        num_experts: N.
+        kept: choices ``[T, k]`` bool to put into the mask, None for all.
+    """
+    if kept is None:
+        kept = torch.ones_like(expert_indices, dtype=torch.bool)
+    num_tokens = expert_indices.shape[0]
+    mask = torch.zeros(num_tokens, num_experts, dtype=torch.bool, device=expert_indices.device)
+    return mask.scatter(1, expert_indices, kept)
 
 
 def expert_weights(scores: Tensor, mask: Tensor, weighting: Weighting, top_k: int) -> Tensor:
     """Compute the weights ``[T, N]`` of the chosen experts; the others have weight zero.
 
-    ``softmax`` normalises over the chosen experts, or over all experts if ``top_k`` is 1, because the weight would
-    be constant. ``softmax_times_k`` multiplies by the number of chosen experts: the mean is 1, as with ``binary``.
+    ``softmax`` normalises over the chosen experts. If ``top_k`` is 1, it normalises over all
+    experts, because the weight would be constant. ``softmax_times_k`` multiplies by the number of
+    chosen experts: the mean is 1, as with ``binary``.
     """
     if weighting == "binary":
         return mask.to(scores.dtype)
     if weighting == "softmax" and top_k == 1:
         return scores.softmax(-1) * mask
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return weights * mask.sum(-1, keepdim=True) if weighting == "softmax_times_k" else weights
+    # experts that were not chosen get the probability 0
+    chosen_scores = scores.masked_fill(~mask, -math.inf)
+    weights = chosen_scores.softmax(-1)
+    if weighting == "softmax_times_k":
+        weights = weights * mask.sum(-1, keepdim=True)
+    return weights
 
 
 def balance_loss(
@@ -115,10 +151,14 @@ def balance_loss(
     formula: BalanceLoss = "corrected",
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute the squared coefficient of variation of the experts' importance and, with noise, of their load.
+    """Compute how unevenly the experts are used, as a squared coefficient of variation.
 
-    Importance is the sum of softmax probabilities. Load is the expected number of tokens under the router's noise: the
-    probability that a clean score exceeds the lowest chosen noisy score. Without noise, the importance is the loss.
+    Without noise, the loss is that of the experts' importance. With noise, it is the mean of the
+    losses of importance and load.
+
+    Importance is the softmax probability of an expert, summed over tokens. Load is the expected
+    number of tokens of an expert under the router's noise. A token counts with the probability that
+    its clean score exceeds its lowest chosen noisy score.
 
     Args:
         clean: scores ``[T, N]`` before the noise.
@@ -128,22 +168,29 @@ def balance_loss(
         formula: ``published`` uses the clean *probability* in the load, as the authors' code does.
         token_mask: tokens ``[T]`` bool that count, None for all.
     """
-    share = (
-        torch.ones_like(clean[:, :1])
-        if token_mask is None
-        else token_mask.unsqueeze(1).to(clean.dtype)
-    )
+    # padding tokens have no share in the sums [T, 1]
+    if token_mask is None:
+        share = torch.ones_like(clean[:, :1])
+    else:
+        share = token_mask.unsqueeze(1).to(clean.dtype)
     probabilities = clean.softmax(-1)
-    importance = _squared_variation((probabilities * share).sum(0))
+    importance = (probabilities * share).sum(0)
+    importance_loss = _squared_variation(importance)
     if noise_std == 0:
-        return importance
+        return importance_loss
+
     threshold = noisy.masked_fill(~mask, math.inf).amin(-1, keepdim=True)
     compared = probabilities if formula == "published" else clean
-    load = (torch.special.ndtr((compared - threshold) / noise_std) * share).sum(0)
-    return (importance + _squared_variation(load)) / 2
+    # under normal noise, the chance that a score exceeds the threshold
+    chance = torch.special.ndtr((compared - threshold) / noise_std)
+    load = (chance * share).sum(0)
+    return (importance_loss + _squared_variation(load)) / 2
 
 
 def _squared_variation(values: Tensor) -> Tensor:
+    """Compute the squared coefficient of variation of values ``[N]``; 0 for a single value."""
+    # a single value has no variance; the product keeps the gradient's graph
     if values.numel() == 1:
         return values.sum() * 0
+    # the constant prevents a division by zero
     return values.var() / (values.mean().square() + 1e-10)

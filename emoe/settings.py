@@ -37,11 +37,12 @@ def set_top_k_(model: nn.Module, top_k: int) -> nn.Module:
 
 
 def set_backend_(model: nn.Module, backend: str) -> nn.Module:
-    """Choose the implementation of a converted model's FFNs, in place. The results are equal up to rounding.
+    """Choose the implementation of a converted model's FFNs, in place.
 
-    ``masked`` (the default) computes all neurons and zeroes the neurons of other experts. It works with any code.
-    ``sparse`` computes the chosen experts only, if that is faster (:func:`emoe.sparse.cost_model.pays_off`). It
-    replaces modules (:mod:`emoe.sparse.module`); parameters, their names, and optimizers stay the same.
+    The results are equal up to rounding. ``masked`` (the default) computes all neurons and zeroes
+    the neurons of other experts. It works with any code. ``sparse`` computes the chosen experts
+    only, if that is faster (:func:`emoe.sparse.cost_model.pays_off`). It replaces modules
+    (:mod:`emoe.sparse.module`); parameters, their names, and optimizers stay the same.
 
     Args:
         model: converted model.
@@ -52,38 +53,56 @@ def set_backend_(model: nn.Module, backend: str) -> nn.Module:
 
     Raises:
         ConfigError: there is no such backend.
-        ConversionError: the model, which is unchanged, is not converted or cannot use the sparse backend (adapters,
-            hooks, weights that are not plain, scores that need every neuron, code between the projections).
+        ConversionError: the model is not converted or cannot use the sparse backend (adapters,
+            hooks, weights that are not plain, scores that need every neuron, code between the
+            projections). The model is unchanged.
     """
     if backend not in ("masked", "sparse"):
         raise ConfigError(f"set_backend_: backend is {backend!r}; choose 'masked' or 'sparse'")
-    layers = [
-        layer for layer in converted_layers(model, "set_backend_") if layer.backend != backend
-    ]
+    converted = converted_layers(model, "set_backend_")
+    layers = [layer for layer in converted if layer.backend != backend]
     if backend == "masked":
         for layer in layers:
             layer.restore_projections_()
-        return model
+    else:
+        _make_sparse_(layers)
+    return model
+
+
+def _make_sparse_(layers: list[RoutedActivation]) -> None:
+    """Install the sparse backend in masked layers. Undo this if a layer's output changes.
+
+    Raises:
+        ConversionError: a layer cannot use the sparse backend. No layer is changed.
+    """
     for layer in layers:
         check_supported(layer)
-    outputs = [probe_output(layer) for layer in layers]
+    masked_outputs = [probe_output(layer) for layer in layers]
     for layer in layers:
         install_(layer)
-    if any(cast(Tensor, layer.ffn.proj_in.weight).device.type == "cpu" for layer in layers):
+    if any(_is_on_cpu(layer) for layer in layers):
         prepare_kernels()
-    for layer, expected in zip(layers, outputs, strict=True):
-        if expected is not None and not _matches_masked_output(layer, expected):
-            for other in layers:
-                other.restore_projections_()
-            raise ConversionError(
-                f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked"
-            )
-    return model
+    for layer, masked_output in zip(layers, masked_outputs, strict=True):
+        # the output is None if the layer's code cannot be run alone
+        if masked_output is None or _matches_masked_output(layer, masked_output):
+            continue
+        for changed in layers:
+            changed.restore_projections_()
+        raise ConversionError(
+            f"{layer.ffn.name}: its code changes the hidden neurons: keep it masked"
+        )
+
+
+def _is_on_cpu(layer: RoutedActivation) -> bool:
+    """Check if a layer's weights are in the CPU's memory."""
+    weight = cast(Tensor, layer.ffn.proj_in.weight)
+    return weight.device.type == "cpu"
 
 
 def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
     """Check that a sparse FFN computes the masked FFN's output."""
     sparse = cast(SparseFFN, layer.ffn.proj_out)
+    # for the few rows of the probe, the sparse products would not pay off
     sparse.always = True
     output = probe_output(layer)
     sparse.always = False
@@ -98,12 +117,14 @@ def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
 
 
 def for_inference_(model: nn.Module) -> nn.Module:
-    """Prepare a converted model for serving, in place: few tokens read only the weights of their experts.
+    """Prepare a converted model for serving, in place.
 
-    Sets the sparse backend and evaluation mode. At the first forward pass of few tokens without gradient, each FFN
-    copies its values by neuron, into as much memory as the out-projections take; it does so again after its weights
-    changed. ``model.train()`` ends serving. Parameters are not frozen: PyTorch multiplies frozen bfloat16 weights more
-    slowly on some processors.
+    Few tokens then read only the weights of their experts.
+
+    Sets the sparse backend and evaluation mode. At the first forward pass of few tokens without
+    gradient, each FFN copies its values by neuron, into as much memory as the out-projections take.
+    It does so again after its weights changed. ``model.train()`` ends serving. Parameters are not
+    frozen: PyTorch multiplies frozen bfloat16 weights more slowly on some processors.
 
     Args:
         model: converted model.
@@ -125,46 +146,57 @@ def for_inference_(model: nn.Module) -> nn.Module:
 
 
 def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
-    """Give every token the experts that were used most, in place: a static control for token-wise routing.
+    """Give every token the experts that were used most, in place.
 
-    The configuration's ``router`` becomes ``fixed``, ``top_k`` and ``selection`` stay. The model saves the counts.
+    This is a static control for token-wise routing. The configuration's ``router`` becomes
+    ``fixed``; ``top_k`` and ``selection`` stay. The model saves the counts.
 
     Args:
         model: model converted with an :class:`EMoEConfig` whose router is ``avg_k``.
-        usage: counts ``[N]`` by layer number, as from :func:`emoe.record_routing`. Ties go to the lower expert index.
+        usage: counts ``[N]`` by layer number, as from :func:`emoe.record_routing`. Ties go to the
+            lower expert index.
 
     Returns:
         The same model.
 
     Raises:
-        ConversionError: the model is not converted or has a learned router, or counts are not valid. It is unchanged.
+        ConversionError: the model is not converted or has a learned router, or counts are not
+            valid. The model is unchanged.
     """
     layers = converted_layers(model, "fix_experts_")
-    counts = []
-    for layer in layers:
-        name, config, number = f"fix_experts_: {layer.ffn.name}", layer.config, layer.ffn.index
-        if config.router not in ("avg_k", "fixed"):
-            raise ConversionError(
-                f"{name} has the router '{config.router}': convert it with router='avg_k'"
-            )
-        count = torch.as_tensor(usage.get(number, ()))
-        if count.shape != (config.num_experts,) or count.is_floating_point() or not count.any():
-            wanted = (
-                f"{config.num_experts} counts, not all 0, such as record.layers[{number}].loads"
-            )
-            raise ConversionError(f"{name}: usage[{number}] must be {wanted}")
-        counts.append(count)
+    counts = [_read_usage(layer, usage) for layer in layers]
     for layer, count in zip(layers, counts, strict=True):
         router = FixedRouter(layer.ffn, layer.config)
         router.usage.copy_(count)
         layer.router = router
+    # the other scores and running gates belong to avg-k
     _configure_(model, layers, router="fixed", score="keys", score_bias=False, gate_momentum=0.0)
     return model
 
 
+def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
+    """Return the counts ``[N]`` of a layer. See :func:`fix_experts_` for the errors."""
+    name = f"fix_experts_: {layer.ffn.name}"
+    config = layer.config
+    if config.router not in ("avg_k", "fixed"):
+        raise ConversionError(
+            f"{name} has the router '{config.router}': convert it with router='avg_k'"
+        )
+    number = layer.ffn.index
+    counts = torch.as_tensor(usage.get(number, ()))
+    has_right_shape = counts.shape == (config.num_experts,)
+    if not has_right_shape or counts.is_floating_point() or not counts.any():
+        example = f"record.layers[{number}].loads"
+        wanted = f"{config.num_experts} counts, not all 0, such as {example}"
+        raise ConversionError(f"{name}: usage[{number}] must be {wanted}")
+    return counts
+
+
 def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:
+    """Change fields of the configuration of a model's layers. See :class:`emoe.EMoEConfig`."""
     # validate all configurations before the first layer changes
     configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
     for layer, config in zip(layers, configs, strict=True):
-        layer.config = layer.router.config = config
+        layer.config = config
+        layer.router.config = config
     update_description_(model)

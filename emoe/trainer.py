@@ -1,4 +1,4 @@
-"""A callback for ``transformers.Trainer`` that trains and saves the experts of a converted model."""
+"""A callback for ``transformers.Trainer`` that trains and saves a converted model's experts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ _handles: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionar
 
 
 class TrainerCallback(transformers.TrainerCallback):
-    """Train and save a converted model's experts with ``transformers.Trainer``.
+    """A callback that trains and saves the experts of a converted model.
 
-    The callback adds the balance loss to the model's loss during training and updates running gates after each
-    optimizer step. It writes the neurons' original order (``emoe_partition.safetensors``) into every checkpoint.
+    The callback adds the balance loss to the model's loss during training and updates running gates
+    after each optimizer step. It writes the original order of the neurons
+    (``emoe_partition.safetensors``) into every checkpoint.
 
     Args:
         add_aux_loss: false if your ``compute_loss_func`` adds :func:`emoe.aux_loss` itself.
@@ -46,7 +47,8 @@ class TrainerCallback(transformers.TrainerCallback):
         layers = converted_layers(model, "TrainerCallback")
         if not hasattr(model, "peft_config"):
             describe_experts_(model)
-        _stop_adding(model)  # an interrupted training left its hooks
+        # an interrupted training left its hooks
+        _stop_adding(model)
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
             _check_checkpointing(args)
             _start_adding(model)
@@ -63,28 +65,38 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        """Write the neurons' original order into the checkpoint."""
+        """Write the original order of the neurons into the checkpoint."""
         model: nn.Module = kwargs["model"]
+        # adapters are saved without the model
+        if hasattr(model, "peft_config"):
+            return
         folder = _checkpoint(args, state)
-        if not hasattr(model, "peft_config"):  # adapters are saved without the model
-            save_order(model, folder, write=args.should_save and folder.is_dir())
+        is_written_here = args.should_save and folder.is_dir()
+        save_order(model, folder, write=is_written_here)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Return the folder of the newest checkpoint; a search of hyper-parameters nests it."""
+    """Return the folder of the newest checkpoint."""
     output = Path(str(args.output_dir))
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    candidates = [output / name, *output.glob(f"*/{name}")]
-    folders = [path for path in candidates if path.is_dir()]
-    if not folders:
+    # a search of hyper-parameters has a folder for each trial
+    nested = output.glob(f"*/{name}")
+    existing = [path for path in (output / name, *nested) if path.is_dir()]
+    if not existing:
         return output / name
-    return max(folders, key=lambda path: path.stat().st_mtime)
+    return max(existing, key=_modification_time)
+
+
+def _modification_time(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _check_checkpointing(args: TrainingArguments) -> None:
     """Reject reentrant checkpointing, in which the balance loss would have no gradient."""
     options: Any = args.activation_checkpointing_kwargs
-    if args.activation_checkpointing and options and options.get("use_reentrant"):
+    if not args.activation_checkpointing or not options:
+        return
+    if options.get("use_reentrant"):
         way_out = "set activation_checkpointing_kwargs={'use_reentrant': False}"
         raise ConfigError(f"TrainerCallback: {way_out}")
 
@@ -97,6 +109,7 @@ def _start_adding(model: nn.Module) -> None:
 
 
 def _stop_adding(model: nn.Module) -> None:
+    """Remove the hooks of :func:`_start_adding`, if there are any."""
     for handle in _handles.pop(model, []):
         handle.remove()
 
@@ -111,8 +124,9 @@ def _stop_adding(model: nn.Module) -> None:
 #   Others ignore it and return the mean over the pass, so each pass has the weight 1.
 #
 # No attribute of a model says whether it divides. We tried 64 heads of our architectures that get
-# the number: 19 divide by it, and 19 call a loss function that could, but do not pass the number on.
-# So we look at the computation: a loss has a gradient with respect to the number if it depends on it.
+# the number: 19 divide by it, and 19 call a loss function that could, but do not pass the number
+# on. So we look at the computation: a loss has a gradient with respect to the number if it depends
+# on it.
 
 
 def _prepare_count(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -129,17 +143,20 @@ def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], outp
     if not model.training:
         return output
     balance = aux_loss(model)
-    if not isinstance(balance, Tensor):  # 0.0: no layer has one
+    # the loss is the number 0.0 if no layer has one
+    if not isinstance(balance, Tensor):
         return output
 
     loss = output.get("loss") if isinstance(output, dict) else output[0]
     if loss is None or loss.numel() != 1:
         raise ConfigError(
             "the model returned no loss to add to (compute_loss_func or label smoothing?): "
-            "add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
+            "add emoe.aux_loss(model) in compute_loss_func "
+            "and use TrainerCallback(add_aux_loss=False)"
         )
 
-    total = loss + balance * _loss_weight(model, kwargs, loss)
+    weight = _loss_weight(model, kwargs, loss)
+    total = loss + balance * weight
     if isinstance(output, tuple):
         return (total, *output[1:])
     output["loss"] = total
@@ -151,8 +168,10 @@ def _loss_weight(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tens
     count = kwargs.get("num_items_in_batch")
     if count is None or not _depends_on(loss, count):
         return 1.0
-    labels_in_pass = _counted_labels(model, kwargs).ne(_IGNORED_LABEL).sum()
-    labels_in_step = count.detach().flatten()[0]  # DataParallel repeats the number
+    counted = _counted_labels(model, kwargs)
+    labels_in_pass = counted.ne(_IGNORED_LABEL).sum()
+    # DataParallel repeats the number
+    labels_in_step = count.detach().flatten()[0]
     return labels_in_pass / labels_in_step
 
 
@@ -167,7 +186,9 @@ def _counted_labels(model: Any, kwargs: dict[str, Any]) -> Tensor:
     if "shift_labels" in kwargs:
         return kwargs["shift_labels"]
     labels: Tensor = kwargs["labels"]
-    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    loss_type = getattr(model, "loss_type", "")
+    is_causal = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     if is_causal and not model.config.is_encoder_decoder:
-        return labels[..., 1:]  # the first token is not predicted
+        # the first token is not predicted
+        return labels[..., 1:]
     return labels

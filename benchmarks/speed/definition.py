@@ -15,7 +15,10 @@ MEASURES = ("layer", "step", "forward", "generate", "partition")
 
 
 class Settings(Strict):
-    """All settings, in their order in a run's name. Each measure uses those in its `measures` entry."""
+    """All settings, in their order in a run's name.
+
+    Each measure uses those in its `measures` entry.
+    """
 
     layers: Layers = "all"
     """Converted layers."""
@@ -48,11 +51,11 @@ class MeasurementResources(Resources):
     """Reservations of the scheduler for one run."""
 
     threads: Whole = 0
-    """CPU threads; 0 for all threads of the machine, so that no other run disturbs the measurement."""
+    """CPU threads; 0 for all threads of the machine, so that no other run disturbs this one."""
 
 
 class MeasurementBlock(Strict):
-    """A measure, and the product of its lists."""
+    """One block of a grid: every combination of its lists is a run of one measure."""
 
     measure: str
     """A name in measures."""
@@ -75,7 +78,7 @@ class MeasurementDefinition(Definition):
     """A benchmark that trains nothing. Each run measures all candidates under one setting."""
 
     models: dict[str, dict[str, Any] | None]
-    """Configurations in transformers of models with random weights, by name; null for a model of models.yaml."""
+    """Models by name: a configuration (random weights), or null for a model of models.yaml."""
     candidates: dict[str, str]
     """Titles of the candidates, by name, in the order of table columns."""
     measures: dict[Annotated[str, registered(MEASURES)], Measure]

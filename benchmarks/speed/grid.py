@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,55 +21,54 @@ from benchmarks.speed.definition import (
 
 
 class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, MeasurementPart]):
-    """Plan runs that measure all candidates under one setting, without training."""
+    """A benchmark whose runs measure all candidates under one setting, without training."""
 
     package = "benchmarks.speed"
     spec_model = MeasurementSpec
-    definition_model, part_model = MeasurementDefinition, MeasurementPart
+    definition_model = MeasurementDefinition
+    part_model = MeasurementPart
     recorded = ("measured",)
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, MeasurementDefinition, str(file))
-        domains = dict.fromkeys(
-            definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting")
-        )
+        # claims can compare the ratios of every measure
+        domains = {}
+        for measure in definition.measures:
+            domains[measure] = Domain(("ratio", "ratio_low", "ratio_high"), pair="setting")
         return cls(name, definition, definition.measures, domains, row_titles=definition.candidates)
 
     def specs(
         self, part: Part[MeasurementPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
+        for number in range(len(part.settings.grid)):
+            yield from self._specs_of_block(part, number)
+
+    def _specs_of_block(self, part: Part[MeasurementPart], number: int) -> Iterator[dict[str, Any]]:
+        """Yield a spec for every model and every combination of a block's settings.
+
+        Args:
+            part: The benchmark's part of the suite.
+            number: The number of the block in its grid.
+        """
         definition = self.definition
-        models = [
-            name for name, config in definition.models.items() if config or name in load_models()
-        ]
-        for number, block in enumerate(part.settings.grid):
-            where = part.where("grid", number)
-            check_names(where.at("measure"), [block.measure], definition.measures)
-            check_names(where.at("model"), block.model, models)
-            usual = definition.measures[block.measure].settings.given()
-            check_names(where.at("settings"), block.settings, usual)
-            at = ("benchmarks", self.name, "grid", number, "settings")
-            for model, *values in itertools.product(block.model, *block.settings.values()):
-                point = usual | dict(zip(block.settings, values, strict=True))
-                settings = parse(point, Settings, part.file, *at).given()
-                check_names(
-                    where.at("settings", "candidates"),
-                    settings["candidates"],
-                    definition.candidates,
-                )
-                changed = {
-                    key: value
-                    for key, value in settings.items()
-                    if key != "candidates" and value != usual[key]
-                }
-                variant = "-".join(f"{key}={value}" for key, value in changed.items())
-                config = definition.models[model]
+        block = part.settings.grid[number]
+        where = part.where("grid", number)
+        check_names(where.at("measure"), [block.measure], definition.measures)
+        check_names(where.at("model"), block.model, self._known_models())
+        defaults = definition.measures[block.measure].settings.given()
+        check_names(where.at("settings"), block.settings, defaults)
+        keys = ("benchmarks", self.name, "grid", number, "settings")
+        for model in block.model:
+            for values in itertools.product(*block.settings.values()):
+                varied = dict(zip(block.settings, values, strict=True))
+                settings = parse({**defaults, **varied}, Settings, part.file, *keys).given()
+                candidates = settings["candidates"]
+                check_names(where.at("settings", "candidates"), candidates, definition.candidates)
+                variant = _variant(settings, defaults)
                 yield self.spec(
                     variant,
-                    model={"name": model, "config": config}
-                    if config
-                    else load_models()[model].spec(model),
+                    model=self._model_spec(model),
                     task={"name": block.measure},
                     ood=[],
                     method={"name": "", "variant": variant, "config": None},
@@ -77,3 +76,28 @@ class MeasurementBenchmark(Benchmark[MeasurementDefinition, Measure, Measurement
                     learning_rate=0.0,
                     seed=0,
                 )
+
+    def _known_models(self) -> list[str]:
+        """Return the names of the definition's models that a configuration or models.yaml has."""
+        names = []
+        for name, config in self.definition.models.items():
+            if config or name in load_models():
+                names.append(name)
+        return names
+
+    def _model_spec(self, name: str) -> dict[str, Any]:
+        """Return the settings of a model for a run's spec."""
+        config = self.definition.models[name]
+        if config:
+            return {"name": name, "config": config}
+        return load_models()[name].spec(name)
+
+
+def _variant(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Name the settings that differ from their defaults, such as ``tokens=64-threads=2``."""
+    changed = []
+    for key, value in settings.items():
+        # each run measures all candidates
+        if key != "candidates" and value != defaults[key]:
+            changed.append(f"{key}={value}")
+    return "-".join(changed)

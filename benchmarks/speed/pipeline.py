@@ -28,50 +28,79 @@ _MIN_SECONDS = 0.1  # time of a candidate per round
 # the timed statement of each measure; `variables` sets its names
 _STATEMENTS = {
     "layer": "net.zero_grad(); net.layers[0].mlp(x.detach().requires_grad_()).backward(x)",
-    "step": "optimizer.zero_grad(); net(**inputs).last_hidden_state.square().mean().backward(); optimizer.step()",
+    "step": (
+        "optimizer.zero_grad(); "
+        "net(**inputs).last_hidden_state.square().mean().backward(); "
+        "optimizer.step()"
+    ),
     "forward": "with torch.inference_mode(): [layer.mlp(x) for layer in net.layers]",
-    "generate": "net.generate(**inputs, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0)",
+    "generate": (
+        "net.generate(**inputs, max_new_tokens=24, min_new_tokens=24, "
+        "do_sample=False, pad_token_id=0)"
+    ),
 }
 
 
 def run(spec: MeasurementSpec, _folder: Path, progress: Progress) -> dict[str, Any]:
-    """Measure the candidates of a run's spec; return the numbers by candidate for ``metrics.json``."""
+    """Measure the candidates of a run. Return their numbers for ``metrics.json``.
+
+    Args:
+        spec: The run's spec.
+        _folder: The run's folder, in which nothing is written.
+        progress: The printer of progress lines.
+    """
     measure = spec.task.name
     settings = spec.settings
     torch.set_num_threads(settings.threads)
     progress.say(f"measuring the {measure}")
-    auto = AutoModelForCausalLM if measure == "generate" else AutoModel
-    dense: Any = load_pretrained(auto, spec.model, dtype=getattr(torch, settings.dtype))
+    model_class = AutoModelForCausalLM if measure == "generate" else AutoModel
+    dtype = getattr(torch, settings.dtype)
+    dense: Any = load_pretrained(model_class, spec.model, dtype=dtype)
     if measure == "partition":
-        return {"measured": measure_partition(dense, settings), "cost": {}}
-    dense.train(measure in ("layer", "step"))
+        measured = measure_partition(dense, settings)
+    else:
+        is_trained = measure in ("layer", "step")
+        dense.train(is_trained)
+        timers = make_timers(dense, measure, settings, spec.seed)
+        measured = time_in_turn(timers)
+    return {"measured": measured, "cost": {}}
+
+
+def make_timers(dense: Any, measure: str, settings: Settings, seed: int) -> dict[str, Timer]:
+    """Make a timer for the dense model and for each candidate, by name."""
     timers = {}
     for name in ("dense", *settings.candidates):
-        net = dense if name == "dense" else make_candidate(name, dense, settings)
-        torch.manual_seed(derive_seed("speed", spec.seed))  # the same inputs for all
+        net = dense
+        if name != "dense":
+            net = make_candidate(name, dense, settings)
+        # the same inputs for all
+        torch.manual_seed(derive_seed("speed", seed))
         timers[name] = Timer(
             _STATEMENTS[measure], globals=variables(net, settings), num_threads=settings.threads
         )
-    return {"measured": time_in_turn(timers), "cost": {}}
+    return timers
 
 
 def make_candidate(name: str, dense: Any, settings: Settings) -> Any:
-    """Convert a copy for a backend or ``inference``, or build transformers' expert layer with the FFN's sizes."""
-    n = settings.num_experts
-    k = round(settings.top_k_fraction * n)
+    """Make the model that a candidate of a measurement times.
+
+    Args:
+        name: A backend or ``inference``, for a converted copy of the dense model. Or ``mixtral_``
+            and an implementation of experts, for transformers' expert layer with the sizes of the
+            dense model's FFN.
+        dense: The dense model.
+        settings: The settings of the run.
+    """
+    num_experts = settings.num_experts
+    top_k = round(settings.top_k_fraction * num_experts)
     if name.startswith("mixtral_"):
-        width, expert_size = dense.config.hidden_size, dense.config.intermediate_size // n
-        sizes = {"hidden_size": width, "intermediate_size": expert_size, "num_local_experts": n}
-        config = AutoConfig.for_model(
-            "mixtral", num_hidden_layers=1, vocab_size=8, num_experts_per_tok=k, **sizes
-        )
-        return AutoModel.from_config(
-            config, experts_implementation=name.removeprefix("mixtral_")
-        ).to(dense.dtype)
-    net = copy.deepcopy(dense)
-    emoe.convert_(
-        net, emoe.EMoEConfig(num_experts=n, top_k=k, layers=settings.layers, partition="contiguous")
+        implementation = name.removeprefix("mixtral_")
+        return _make_mixtral(implementation, dense, num_experts, top_k)
+    config = emoe.EMoEConfig(
+        num_experts=num_experts, top_k=top_k, layers=settings.layers, partition="contiguous"
     )
+    net = copy.deepcopy(dense)
+    emoe.convert_(net, config)
     if name == "inference":
         emoe.for_inference_(net)
     else:
@@ -79,48 +108,87 @@ def make_candidate(name: str, dense: Any, settings: Settings) -> Any:
     return net
 
 
+def _make_mixtral(implementation: str, dense: Any, num_experts: int, top_k: int) -> Any:
+    """Build a Mixtral of one layer. All experts together have the size of the dense FFN."""
+    config = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=dense.config.hidden_size,
+        intermediate_size=dense.config.intermediate_size // num_experts,
+        num_hidden_layers=1,
+        vocab_size=8,
+        num_local_experts=num_experts,
+        num_experts_per_tok=top_k,
+    )
+    net = AutoModel.from_config(config, experts_implementation=implementation)
+    return net.to(dense.dtype)
+
+
 def variables(net: Any, settings: Settings) -> dict[str, Any]:
-    """Return the variables of the timed statements: ``inputs`` of the model, and ``x`` of an FFN, ``[1, T, width]``."""
-    config, rows = net.config, settings.batch_size
+    """Return the variables of the timed statements.
+
+    They are the model (``net``), its ``inputs``, the input ``x`` of an FFN ``[1, tokens, width]``,
+    and an ``optimizer``.
+    """
+    config = net.config
+    num_rows = settings.batch_size
     x = torch.randn(1, settings.tokens, config.hidden_size, dtype=net.dtype)
     if net.main_input_name == "pixel_values":
-        inputs = {
-            "pixel_values": torch.randn(
-                rows, config.num_channels, config.image_size, config.image_size
-            )
-        }
+        size = config.image_size
+        inputs = {"pixel_values": torch.randn(num_rows, config.num_channels, size, size)}
     else:
-        ids = torch.randint(config.vocab_size, (rows, settings.tokens))
+        ids = torch.randint(config.vocab_size, (num_rows, settings.tokens))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {"net": net, "x": x, "inputs": inputs, "optimizer": torch.optim.AdamW(net.parameters())}
+    optimizer = torch.optim.AdamW(net.parameters())
+    return {"net": net, "x": x, "inputs": inputs, "optimizer": optimizer}
 
 
 def time_in_turn(timers: Mapping[str, Timer]) -> dict[Any, Any]:
     """Time all candidates, including ``dense``, in each round, so that disturbances affect all.
 
-    Each round begins with a warm-up. The ``ratio`` is to the dense time in the same round (median, lowest, highest).
+    Each round begins with a warm-up. The ``ratio`` is to the dense time in the same round (median,
+    lowest, highest).
     """
-    seconds = pd.DataFrame(
-        {
-            name: timer.blocked_autorange(min_run_time=_MIN_SECONDS).median
-            for name, timer in timers.items()
-        }
-        for _ in range(_ROUNDS)
-    )
+    rounds = []
+    for _ in range(_ROUNDS):
+        seconds_of_round = {}
+        for name, timer in timers.items():
+            measurement = timer.blocked_autorange(min_run_time=_MIN_SECONDS)
+            seconds_of_round[name] = measurement.median
+        rounds.append(seconds_of_round)
+    seconds = pd.DataFrame(rounds)
     ratios = seconds.div(seconds["dense"], axis=0)
-    numbers = {"ratio": ratios.median(), "ratio_low": ratios.min(), "ratio_high": ratios.max()}
-    return pd.DataFrame(numbers | {"seconds": seconds.median()}).to_dict("index")
+    numbers = pd.DataFrame(
+        {
+            "ratio": ratios.median(),
+            "ratio_low": ratios.min(),
+            "ratio_high": ratios.max(),
+            "seconds": seconds.median(),
+        }
+    )
+    return numbers.to_dict("index")
 
 
 def measure_partition(net: Any, settings: Settings) -> dict[str, dict[str, float]]:
-    """Measure balanced clustering of the last layer's keys: seconds, and share of unexplained variance."""
-    keys, n = find_ffns(net)[-1].keys().detach().float(), settings.num_experts
+    """Measure balanced clustering of the last layer's keys.
+
+    Returns:
+        For each candidate, ``seconds`` and ``inertia``: the share of the variance that the clusters
+        do not explain.
+    """
+    last_ffn = find_ffns(net)[-1]
+    keys = last_ffn.keys().detach().float()
+    num_clusters = settings.num_experts
     numbers = {}
     for candidate in settings.candidates:
-        start = time.perf_counter()  # a single call is enough: it takes seconds
-        labels = balanced_kmeans(keys, n) if candidate == "emoe" else _kmeans_constrained(keys, n)
-        numbers[candidate] = {"seconds": time.perf_counter() - start}
-        numbers[candidate]["inertia"] = 1 - explained_variance_ratio(keys, labels, n)
+        # a single call is enough: it takes seconds
+        start = time.perf_counter()
+        if candidate == "emoe":
+            labels = balanced_kmeans(keys, num_clusters)
+        else:
+            labels = _kmeans_constrained(keys, num_clusters)
+        seconds = time.perf_counter() - start
+        unexplained = 1 - explained_variance_ratio(keys, labels, num_clusters)
+        numbers[candidate] = {"seconds": seconds, "inertia": unexplained}
     return numbers
 
 
@@ -132,4 +200,6 @@ def _kmeans_constrained(keys: Tensor, num_clusters: int) -> Tensor:
     clusterer = KMeansConstrained(
         n_clusters=num_clusters, size_min=size, size_max=size, random_state=0
     )
-    return torch.from_numpy(clusterer.fit_predict(F.normalize(keys, dim=1).double().numpy())).long()
+    rows = F.normalize(keys, dim=1).double().numpy()
+    labels = clusterer.fit_predict(rows)
+    return torch.from_numpy(labels).long()

@@ -19,7 +19,14 @@ from benchmarks.speed.definition import MEASURES, MeasurementDefinition
 
 @dataclass(frozen=True)
 class Measurements:
-    """Hold finished runs, and the frame of all their numbers: ``task`` is the measure, ``eval_task`` the candidate."""
+    """The finished runs of a benchmark, and all their numbers.
+
+    Attributes:
+        definition: The benchmark's definition.
+        runs: The finished runs.
+        origins: A row for each number of a run. ``task`` is the measure and ``eval_task`` the
+            candidate.
+    """
 
     definition: MeasurementDefinition
     runs: list[Run]
@@ -27,34 +34,53 @@ class Measurements:
 
     def claim_numbers(self) -> pd.DataFrame:
         """Return the ratios of every setting, for claims."""
-        ratios = self.origins[self.origins["metric"].str.startswith("ratio")]
-        names = {"task": "domain", "eval_task": "method"}
-        return join_claim_numbers(ratios.drop(columns="method").rename(columns=names))
+        is_ratio = self.origins["metric"].str.startswith("ratio")
+        ratios = self.origins[is_ratio].drop(columns="method")
+        # claims compare methods in a domain
+        named = ratios.rename(columns={"task": "domain", "eval_task": "method"})
+        return join_claim_numbers(named)
 
 
 def measure_table(name: str, measured: Measurements) -> Table:
-    """Make the table of one measure: a row per run, in the order of the grid, with the numbers of each candidate."""
-    measure, titles = measured.definition.measures[name], measured.definition.candidates
-    keys = ["model", *(key for key in measure.settings.given() if key != "candidates")]
-    runs = [run for run in measured.runs if run.task == name]
-    rows = [{"run_id": run.id, "model": run.model, **run.spec["settings"]} for run in runs]
+    """Make the table of one measure.
+
+    It has a row per run, in the order of the grid, with the numbers of each candidate.
+    """
+    measure = measured.definition.measures[name]
+    # candidates are columns, so they are no heading of a row
+    settings = [key for key in measure.settings.given() if key != "candidates"]
+    keys = ["model", *settings]
+    rows = []
+    for run in measured.runs:
+        if run.task == name:
+            rows.append({"run_id": run.id, "model": run.model, **run.spec["settings"]})
+    runs = pd.DataFrame(rows, columns=["run_id", *keys])
+
+    # a column for each number of a candidate, such as `sparse_ratio`
     numbers = measured.origins[measured.origins["task"] == name]
-    numbers = numbers.assign(column=numbers["eval_task"] + "_" + numbers["metric"])
-    values = numbers.pivot(index="run_id", columns="column", values="value")
-    frame = pd.DataFrame(rows, columns=["run_id", *keys]).merge(values, on="run_id")
+    named = numbers.assign(column=numbers["eval_task"] + "_" + numbers["metric"])
+    values = named.pivot(index="run_id", columns="column", values="value")
+    frame = runs.merge(values, on="run_id")
+
     columns = []
-    for key, title in titles.items():
-        interval = (f"{key}_ratio_low", f"{key}_ratio_high")
-        columns += [
-            Column("milliseconds", f"{key}_seconds", title),
-            Column("ratio", f"{key}_ratio", f"{title} ÷ dense", interval=interval),
-            Column("inertia", f"{key}_inertia", f"Unexplained, {title}"),
-        ]
+    for candidate, title in measured.definition.candidates.items():
+        columns += _candidate_columns(candidate, title)
+    # the ratio of the dense model to itself is 1
     shown = [
         column for column in columns if column.value in frame and column.value != "dense_ratio"
     ]
     headings = {key: key.replace("_", " ").capitalize() for key in keys}
     return Table(measure.title, measure.caption, headings, shown, frame)
+
+
+def _candidate_columns(candidate: str, title: str) -> list[Column]:
+    """Return the columns of a candidate that a measure may have."""
+    interval = (f"{candidate}_ratio_low", f"{candidate}_ratio_high")
+    return [
+        Column("milliseconds", f"{candidate}_seconds", title),
+        Column("ratio", f"{candidate}_ratio", f"{title} ÷ dense", interval=interval),
+        Column("inertia", f"{candidate}_inertia", f"Unexplained, {title}"),
+    ]
 
 
 TABLES = {name: partial(measure_table, name) for name in MEASURES}

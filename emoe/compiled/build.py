@@ -1,4 +1,7 @@
-"""Compile the kernels once per machine, into the user's cache; ``python -m emoe build`` does so explicitly."""
+"""Compile the kernels once per machine, into the user's cache.
+
+``python -m emoe build`` does so explicitly.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,42 @@ _COMPILE = """
 import sys
 from torch.utils import cpp_extension
 name, source, folder = sys.argv[1:]
-cpp_extension.load(name, [source], extra_cflags=["-O3", "-fopenmp"], extra_ldflags=["-fopenmp"], build_directory=folder)
+cpp_extension.load(
+    name,
+    [source],
+    extra_cflags=["-O3", "-fopenmp"],
+    extra_ldflags=["-fopenmp"],
+    build_directory=folder,
+)
 """
 _logger = logging.getLogger(__name__)
 
 
 def library_file() -> Path:
     """Return the path of the compiled kernels for this Python, torch and source."""
-    digest = hashlib.sha256(f"{torch.__version__} {sysconfig.get_config_var('SOABI')}".encode())
-    for source in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
+    abi = sysconfig.get_config_var("SOABI")
+    digest = hashlib.sha256(f"{torch.__version__} {abi}".encode())
+    headers = sorted(_SOURCE.parent.glob("*.h"))
+    for source in (_SOURCE, *headers):
         digest.update(source.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "emoe" / digest.hexdigest()[:16] / f"{_NAME}.so"
+    folder = _cache() / "emoe" / digest.hexdigest()[:16]
+    return folder / f"{_NAME}.so"
+
+
+def _cache() -> Path:
+    """Return the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return Path(cache)
+    return Path.home() / ".cache"
 
 
 def build_kernels() -> Path:
     """Compile the kernels if necessary, and return the library's path.
 
     Raises:
-        RuntimeError: there is no compiler or home folder, or the compiler fails; the message is its first error.
+        RuntimeError: there is no compiler or home folder, or the compiler fails. The message is the
+            compiler's first error.
         OSError: the cache cannot be written.
     """
     library = library_file()
@@ -59,21 +79,29 @@ def build_kernels() -> Path:
 
 
 def _compile(folder: str) -> None:
+    """Compile the kernels into a folder. See :func:`build_kernels` for the error."""
     import ninja  # `import emoe` needs only torch and safetensors
 
     command = [sys.executable, "-c", _COMPILE, _NAME, str(_SOURCE), folder]
-    environment = {
-        **os.environ,
-        "PATH": f"{ninja.BIN_DIR}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-    }
+    old_path = os.environ.get("PATH", os.defpath)
+    path_with_ninja = f"{ninja.BIN_DIR}{os.pathsep}{old_path}"
+    environment = {**os.environ, "PATH": path_with_ninja}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, errors="replace", check=False
     )
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["the compiler failed"]
-        raise RuntimeError(
-            next((line for line in lines if re.search(r"\berror: ", line)), lines[-1])
-        )
+    if result.returncode != 0:
+        raise RuntimeError(_first_error(result.stderr))
+
+
+def _first_error(output: str) -> str:
+    """Return the first error in the output of a compiler, or else its last line."""
+    lines = output.strip().splitlines()
+    if not lines:
+        return "the compiler failed"
+    for line in lines:
+        if re.search(r"\berror: ", line):
+            return line
+    return lines[-1]
 
 
 @functools.cache

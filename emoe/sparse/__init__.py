@@ -1,1 +1,4 @@
-"""The sparse backend: compute only the chosen experts, forward and backward, on the dense weights."""
+"""The sparse backend computes only the chosen experts, forward and backward.
+
+It uses the dense weights.
+"""

@@ -1,16 +1,20 @@
-"""Predict if the sparse products are faster. The constants were measured, so the choice is the same in every run.
+"""Predict if the sparse products are faster than the dense FFN.
 
-Time of the sparse products as a share of the dense FFN's, forward and backward, with T tokens, experts of s neurons,
-k of N used, width h::
+The constants were measured, so the choice is the same in every run.
+
+Time of the sparse products as a share of the dense FFN's, forward and backward, with T tokens,
+experts of s neurons, k of N used, width h::
 
     k/N  +  (per_expert + per_share * k/N) / s  +  threads * (per_call + per_product / (h * s)) / T
 
-The second term is the lower efficiency of small experts, the third a cost that does not depend on the tokens. The
-constants are fits to the measure ``layer`` of the benchmark ``speed`` with one and two threads, T 16 to
-2048, s 12 to 384, h 384 to 2048 and k/N 1/4 and 1/2: 280 in float32 with the compiled kernels on two cores of an AMD
-EPYC (Zen 3), and on two cores of a Zen 4, with PyTorch's small products, 116 in float32 and 112 in bfloat16. Without
-compiled kernels, PyTorch computes one expert after another and uses threads badly, so the first two terms cost
-``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much.
+The second term is the lower efficiency of small experts. The third is a cost that does not depend
+on the tokens. The constants are fits to the measure ``layer`` of the benchmark ``speed`` with one
+and two threads, T 16 to 2048, s 12 to 384, h 384 to 2048 and k/N 1/4 and 1/2. They come from 280
+settings in float32 with the compiled kernels, on two cores of an AMD EPYC (Zen 3). With PyTorch's
+small products, on two cores of a Zen 4, they come from 116 in float32 and 112 in bfloat16.
+
+Without compiled kernels, PyTorch computes one expert after another and uses threads badly, so the
+first two terms cost ``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from emoe.sparse.kernels import can_group
 
 
 class _Costs(NamedTuple):
+    """The constants of the prediction for one dtype; see the formula above."""
+
     per_expert: float
     per_share: float
     per_call: float
@@ -42,15 +48,30 @@ _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
 
 
 def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
-    """Check if the sparse products of inputs ``[T, h]`` should be faster; see :func:`predicted_time_ratio`.
+    """Check if the sparse products of inputs should be faster; see :func:`predicted_time_ratio`.
 
     On an accelerator, True if PyTorch has a grouped product for them.
+
+    Args:
+        x: FFN inputs ``[T, h]``.
+        expert_size: number of neurons per expert.
+        active: share of the experts that a token uses.
     """
     if x.device.type != "cpu":
         return can_group(x)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    compiled, threads = compiled_kernels() is not None, torch.get_num_threads()
-    ratio = predicted_time_ratio(len(x), x.shape[1], expert_size, active, dtype, threads, compiled)
+    tokens, hidden = x.shape
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    ratio = predicted_time_ratio(
+        tokens,
+        hidden,
+        expert_size,
+        active,
+        dtype,
+        threads=torch.get_num_threads(),
+        compiled=compiled_kernels() is not None,
+    )
     return ratio is not None and ratio < 1
 
 
@@ -63,7 +84,9 @@ def predicted_time_ratio(
     threads: int,
     compiled: bool = True,
 ) -> float | None:
-    """Predict the sparse products' time on a CPU as a share of the dense FFN's; None if the dtype has no constants.
+    """Predict the time of the sparse products on a CPU as a share of the dense FFN's.
+
+    None if the dtype has no constants.
 
     Args:
         tokens: number of tokens of the forward pass, T.
@@ -74,14 +97,24 @@ def predicted_time_ratio(
         threads: number of torch's threads.
         compiled: the compiled kernels are available.
     """
-    costs = _COMPILED_FLOAT32 if compiled and dtype == torch.float32 else _COSTS.get(dtype)
+    costs = _costs_of(dtype, compiled)
     if costs is None:
         return None
+    # the lower efficiency of small experts
     small_experts = (costs.per_expert + costs.per_share * active) / expert_size
-    few_tokens = (
-        threads * (costs.per_call + costs.per_product / (hidden * expert_size)) / max(tokens, 1)
-    )
-    sharing = (
-        1.0 if compiled else 1 + (threads - 1) * (_PER_THREAD + _PER_THREAD_EXPERT / expert_size)
-    )
-    return (active + small_experts) * sharing + few_tokens
+    # a cost that does not depend on the tokens
+    per_call = costs.per_call + costs.per_product / (hidden * expert_size)
+    few_tokens = threads * per_call / max(tokens, 1)
+    # PyTorch computes one expert after another and uses threads badly
+    slowdown = 1.0
+    if not compiled:
+        per_thread = _PER_THREAD + _PER_THREAD_EXPERT / expert_size
+        slowdown = 1 + (threads - 1) * per_thread
+    return (active + small_experts) * slowdown + few_tokens
+
+
+def _costs_of(dtype: torch.dtype, compiled: bool) -> _Costs | None:
+    """Return the constants for a dtype; None if it has none."""
+    if compiled and dtype == torch.float32:
+        return _COMPILED_FLOAT32
+    return _COSTS.get(dtype)

@@ -1,12 +1,13 @@
 """Compute the chosen experts of an FFN, forward and backward, on views of the dense weights.
 
-The backward pass needs the FFN's input and the pre-activations of the chosen experts; it computes the activation again.
+The backward pass needs the FFN's input and the pre-activations of the chosen experts. It computes
+the activation again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +15,8 @@ from torch import Tensor
 from emoe.sparse.kernels import Pairs, expert_sums, gather_mm, outer_mm, pairs_of, scatter_mm
 
 Activation = Callable[[Tensor], Tensor]
-Inputs = Sequence[
-    tuple[Tensor, Tensor | None]
-]  # weight [N, s, h] and bias [N, s] of each in-projection
+# weight [N, s, h] and bias [N, s] of each in-projection
+Inputs = Sequence[tuple[Tensor, Tensor | None]]
 
 
 def sparse_ffn(
@@ -31,7 +31,8 @@ def sparse_ffn(
 
     Args:
         x: FFN inputs ``[T, h]``.
-        inputs: weight ``[N, s, h]`` and bias ``[N, s]`` of the in-projection and, if gated, the up-projection.
+        inputs: weight ``[N, s, h]`` and bias ``[N, s]`` of the in-projection and, if gated, of the
+            up-projection.
         values: values ``[N, s, h]``.
         activation: elementwise function that does not write over its input.
         mask: chosen experts ``[T, N]`` bool.
@@ -40,17 +41,67 @@ def sparse_ffn(
     Returns:
         Outputs ``[T, h]`` in the dtype of ``x``, or in autocast's.
     """
-    tensors = [x, values, *(tensor for pair in inputs for tensor in pair)]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    pairs = pairs_of(mask, tensors[0])  # type: ignore[arg-type]
-    per_pair = None if weights is None else weights[pairs.rows, pairs.experts]
-    with torch.autocast(x.device.type, enabled=False):
-        return _SparseFFN.apply(activation, pairs, per_pair, *tensors)
+    # the in-projections one after another, as the autograd function takes them
+    in_projections: list[Tensor | None] = []
+    for weight, bias in inputs:
+        in_projections += [weight, bias]
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        # autograd functions compute without autocast
+        dtype = torch.get_autocast_dtype(device_type)
+        x = x.to(dtype)
+        values = values.to(dtype)
+        in_projections = [None if tensor is None else tensor.to(dtype) for tensor in in_projections]
+    pairs = pairs_of(mask, x)
+    per_pair = None
+    if weights is not None:
+        per_pair = weights[pairs.token, pairs.expert]
+    with torch.autocast(device_type, enabled=False):
+        return _SparseFFN.apply(activation, pairs, per_pair, x, values, *in_projections)
+
+
+class _SavedTensors(NamedTuple):
+    """The tensors that the backward pass needs. See :func:`sparse_ffn`.
+
+    Attributes:
+        per_pair: expert weights ``[P]``, None if all are 1.
+        x: FFN inputs ``[T, h]``, None if no in-projection needs a gradient.
+        values: values ``[N, s, h]``.
+        weights: weight ``[N, s, h]`` of each in-projection.
+        biases: bias ``[N, s]`` or None of each in-projection.
+        pre_activations: outputs ``[P, s]`` of each in-projection.
+    """
+
+    per_pair: Tensor | None
+    x: Tensor | None
+    values: Tensor
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    pre_activations: Sequence[Tensor]
+
+
+class _NeededGradients(NamedTuple):
+    """True for each input of the autograd function that needs a gradient.
+
+    Attributes:
+        x: FFN inputs.
+        values: values.
+        weights: weight of each in-projection.
+        biases: bias of each in-projection.
+    """
+
+    x: bool
+    values: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
 
 
 class _SparseFFN(torch.autograd.Function):
+    """Sum the outputs of the chosen experts. The arguments are those of :func:`sparse_ffn`.
+
+    ``in_projections`` are the weight and the bias of each in-projection, one after another.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -59,53 +110,95 @@ class _SparseFFN(torch.autograd.Function):
         per_pair: Tensor | None,
         x: Tensor,
         values: Tensor,
-        *inputs: Any,
+        *in_projections: Any,
     ) -> Tensor:
-        pre = [
-            gather_mm(x, weight, bias, pairs)
-            for weight, bias in zip(inputs[::2], inputs[1::2], strict=True)
-        ]
-        ctx.activation, ctx.pairs = activation, pairs
-        x_needed = any(ctx.needs_input_grad[5::2])  # for the gradients of the in-projections
-        ctx.save_for_backward(per_pair, x if x_needed else None, values, *inputs, *pre)
-        return scatter_mm(_hidden(activation, pre, per_pair), values, pairs)
+        weights = in_projections[::2]
+        biases = in_projections[1::2]
+        pre_activations = []
+        for weight, bias in zip(weights, biases, strict=True):
+            pre_activations.append(gather_mm(x, weight, bias, pairs))
+        ctx.activation = activation
+        ctx.pairs = pairs
+        # the input is only needed for the gradients of the in-projections' weights
+        saved_x = x if any(_needed_gradients(ctx).weights) else None
+        ctx.save_for_backward(per_pair, saved_x, values, *in_projections, *pre_activations)
+        hidden = _hidden(activation, pre_activations, per_pair)
+        return scatter_mm(hidden, values, pairs)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "no second derivatives of sparse FFNs: call emoe.set_backend_(model, 'masked')"
             )
-        per_pair, x, values, *saved = ctx.saved_tensors
-        count = len(saved) // 3
-        inputs, pre = saved[: 2 * count], saved[2 * count :]
-        weights, biases = inputs[::2], inputs[1::2]
-        pairs, needed = ctx.pairs, ctx.needs_input_grad
+        saved = _saved_tensors(ctx)
+        needed = _needed_gradients(ctx)
+        pairs = ctx.pairs
+
+        # compute the input of the out-projection again, now with a graph
         with torch.enable_grad():
-            leaves = [z.detach().requires_grad_() for z in pre]
-            scale = None if per_pair is None else per_pair.detach().requires_grad_()
+            leaves = [z.detach().requires_grad_() for z in saved.pre_activations]
+            scale = None
+            if saved.per_pair is not None:
+                scale = saved.per_pair.detach().requires_grad_()
             hidden = _hidden(ctx.activation, leaves, scale)
-        d_values = outer_mm(hidden.detach(), dy, pairs, values) if needed[4] else None
-        leaves = leaves if scale is None else [*leaves, scale]
-        grads = torch.autograd.grad(hidden, leaves, gather_mm(dy, values, None, pairs))
+
+        d_values = None
+        if needed.values:
+            d_values = outer_mm(hidden.detach(), d_y, pairs, saved.values)
+
+        # back through the activation to the pre-activations and the expert weights
+        inputs = leaves if scale is None else [*leaves, scale]
+        gradients = torch.autograd.grad(hidden, inputs, gather_mm(d_y, saved.values, None, pairs))
+        d_pre_activations = gradients[: len(leaves)]
+        d_scale = None if scale is None else gradients[-1]
+
+        # back through each in-projection
         d_x: Tensor | None = None
-        d_inputs: list[Tensor | None] = []
-        for i, (weight, bias, dz) in enumerate(zip(weights, biases, grads, strict=False)):
-            d_inputs.append(outer_mm(dz, x, pairs, weight) if needed[5 + 2 * i] else None)
-            d_inputs.append(
-                expert_sums(dz, pairs, weight.shape[0])
-                if bias is not None and needed[6 + 2 * i]
-                else None
-            )
-            if needed[3]:
-                dx = scatter_mm(dz, weight, pairs)
-                d_x = dx if d_x is None else d_x + dx
-        return None, None, None if scale is None else grads[-1], d_x, d_values, *d_inputs
+        d_in_projections: list[Tensor | None] = []
+        for index, d_z in enumerate(d_pre_activations):
+            weight = saved.weights[index]
+            d_weight = None
+            if needed.weights[index]:
+                # the input was saved if a weight needs a gradient
+                d_weight = outer_mm(d_z, cast(Tensor, saved.x), pairs, weight)
+            d_bias = None
+            if needed.biases[index] and saved.biases[index] is not None:
+                d_bias = expert_sums(d_z, pairs, num_experts=weight.shape[0])
+            d_in_projections += [d_weight, d_bias]
+            if needed.x:
+                d_x_part = scatter_mm(d_z, weight, pairs)
+                d_x = d_x_part if d_x is None else d_x + d_x_part
+        # the activation and the pairs have no gradient
+        return None, None, d_scale, d_x, d_values, *d_in_projections
 
 
-def _hidden(activation: Activation, pre: Sequence[Tensor], per_pair: Tensor | None) -> Tensor:
+def _needed_gradients(ctx: Any) -> _NeededGradients:
+    """Name the values of autograd, which are in the order of ``_SparseFFN.forward``."""
+    _activation, _pairs, _per_pair, x, values, *in_projections = ctx.needs_input_grad
+    return _NeededGradients(x, values, in_projections[::2], in_projections[1::2])
+
+
+def _saved_tensors(ctx: Any) -> _SavedTensors:
+    """Name the tensors that ``_SparseFFN.forward`` saved."""
+    per_pair, x, values, *others = ctx.saved_tensors
+    # a weight, a bias and a pre-activation for each in-projection
+    count = len(others) // 3
+    in_projections = others[: 2 * count]
+    pre_activations = others[2 * count :]
+    return _SavedTensors(
+        per_pair, x, values, in_projections[::2], in_projections[1::2], pre_activations
+    )
+
+
+def _hidden(
+    activation: Activation, pre_activations: Sequence[Tensor], per_pair: Tensor | None
+) -> Tensor:
     """Compute the input of the out-projection ``[P, s]``."""
-    hidden = activation(pre[0])
-    if len(pre) > 1:
-        hidden = hidden * pre[1]
-    return hidden if per_pair is None else hidden * per_pair.unsqueeze(1).to(hidden.dtype)
+    hidden = activation(pre_activations[0])
+    # a gated FFN multiplies by its up-projection
+    if len(pre_activations) > 1:
+        hidden = hidden * pre_activations[1]
+    if per_pair is not None:
+        hidden = hidden * per_pair.unsqueeze(1).to(hidden.dtype)
+    return hidden

@@ -1,10 +1,12 @@
-"""The three products of an FFN of experts: in C++ on a CPU, grouped on a GPU, else one expert at a time.
+"""The three products of an FFN of experts, for the chosen experts only.
+
+They are computed in C++ on a CPU, grouped on a GPU, else one expert at a time.
 
 Shapes: T tokens, N experts of s neurons, h width, P pairs of a token and a chosen expert.
 
-The grouped product is one call of PyTorch for all experts. It needs rows of a multiple of 16 bytes, so smaller experts
-are padded. On a GPU the order of a token's sum varies unless ``torch.use_deterministic_algorithms(True)`` is set. It is
-tested on a CPU and not timed on a GPU.
+The grouped product is one call of PyTorch for all experts. It needs rows of a multiple of 16 bytes,
+so smaller experts are padded. On a GPU the order of a token's sum varies unless
+``torch.use_deterministic_algorithms(True)`` is set. It is tested on a CPU and not timed on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,23 +23,27 @@ from torch.nn import functional as F
 from emoe.compiled.build import compiled_kernels
 
 _TOKENS_PER_CHUNK = 2048  # smaller chunks cost more calls than the cache saves
+_ALIGNMENT = 16  # bytes, of the rows of a grouped product
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Hold the chosen pairs, sorted by chunk of tokens, then expert, then token.
+    """The (token, expert) pairs that were chosen.
+
+    They are sorted by chunk of tokens, then expert, then token.
 
     Attributes:
-        rows: tokens ``[P]`` int64.
-        experts: experts ``[P]`` int64.
-        starts: ``[chunks * N + 1]`` int64; the pairs of chunk c and expert e start at ``starts[c * N + e]``.
-        tokens: number of tokens T.
+        token: token number of each pair ``[P]`` int64.
+        expert: expert number of each pair ``[P]`` int64.
+        starts: ``[chunks * N + 1]`` int64. The pairs of chunk c and expert e start at
+            ``starts[c * N + e]``. The last element is P.
+        num_tokens: number of tokens T.
     """
 
-    rows: Tensor
-    experts: Tensor
+    token: Tensor
+    expert: Tensor
     starts: Tensor
-    tokens: int
+    num_tokens: int
 
     @property
     def ends(self) -> Tensor:
@@ -45,104 +52,205 @@ class Pairs:
 
 
 def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
-    """List the pairs of a mask ``[T, N]``, in the number of chunks that the products of ``x`` need."""
-    tokens, num_experts = mask.shape
-    threads = torch.get_num_threads()
-    # the same number for each thread; it determines the order of sums
-    chunks = (
-        threads * max(1, -(-tokens // (threads * _TOKENS_PER_CHUNK))) if _compiled_for(x) else 1
-    )
-    length = -(-tokens // chunks)
-    padded = F.pad(mask, (0, 0, 0, length * chunks - tokens))
-    by_expert = padded.view(chunks, length, num_experts).transpose(1, 2)
-    chunk, expert, row = by_expert.nonzero(as_tuple=True)
+    """List the (token, expert) pairs of a mask.
+
+    Compiled kernels get the tokens in equally many chunks per thread; others in one.
+
+    Args:
+        mask: chosen experts ``[T, N]`` bool.
+        x: FFN inputs ``[T, h]``, whose device and dtype determine the kernels.
+    """
+    num_tokens, num_experts = mask.shape
+    num_chunks = 1
+    if _compiled_for(x) is not None:
+        num_chunks = _number_of_chunks(num_tokens)
+    chunk_size = _divide_up(num_tokens, num_chunks)
+    # chunks of the same size; the padding chooses no expert
+    padding = chunk_size * num_chunks - num_tokens
+    padded = F.pad(mask, (0, 0, 0, padding))
+    # [chunks, N, tokens of the chunk]
+    by_expert = padded.view(num_chunks, chunk_size, num_experts).transpose(1, 2)
+    chunk, expert, token_in_chunk = by_expert.nonzero(as_tuple=True)
     counts = by_expert.sum(2).flatten()
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Pairs(chunk * length + row, expert, starts, tokens)
+    token = chunk * chunk_size + token_in_chunk
+    return Pairs(token, expert, starts, num_tokens)
+
+
+def _number_of_chunks(num_tokens: int) -> int:
+    """Return the number of chunks, the same for each thread. It determines the order of sums."""
+    threads = torch.get_num_threads()
+    chunks_per_thread = _divide_up(num_tokens, threads * _TOKENS_PER_CHUNK)
+    return threads * max(1, chunks_per_thread)
+
+
+def _divide_up(number: int, divisor: int) -> int:
+    """Divide, and round up."""
+    return -(-number // divisor)
 
 
 def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
-    """Multiply ``x[token]`` by the expert's rows of ``weight [N, s, h]`` and add ``bias [N, s]``: ``[P, s]``."""
-    if compiled := _compiled_for(x):
-        return compiled.gather_mm(x.contiguous(), weight, bias, pairs.rows, pairs.starts)
+    """Multiply each pair's token by its expert's weight, and add the expert's bias.
+
+    Args:
+        x: a row for each token ``[T, h]``.
+        weight: weights ``[N, s, h]``.
+        bias: biases ``[N, s]`` or None.
+        pairs: chosen pairs.
+
+    Returns:
+        Products ``[P, s]``.
+    """
+    compiled = _compiled_for(x)
+    if compiled is not None:
+        return compiled.gather_mm(x.contiguous(), weight, bias, pairs.token, pairs.starts)
     if can_group(x):
-        product = F.grouped_mm(x[pairs.rows], pad_rows(weight).transpose(1, 2), offs=pairs.ends)[
-            :, : weight.shape[1]
-        ]
-        return product.contiguous() if bias is None else product + bias[pairs.experts]
-    out = x.new_empty(len(pairs.rows), weight.shape[1])
-    for expert, rows, block in _blocks(pairs, out):
-        picked = x.index_select(0, rows)
+        return _gather_mm_grouped(x, weight, bias, pairs)
+    expert_size = weight.shape[1]
+    out = x.new_empty(len(pairs.token), expert_size)
+    for block in _blocks(pairs, out):
+        inputs = x.index_select(0, block.tokens)
+        weight_of_expert = weight[block.expert].t()
+        # written into `out`, which the block is a view of
         if bias is None:
-            torch.mm(picked, weight[expert].t(), out=block)
+            torch.mm(inputs, weight_of_expert, out=block.per_pair)
         else:
-            torch.addmm(bias[expert], picked, weight[expert].t(), out=block)
+            torch.addmm(bias[block.expert], inputs, weight_of_expert, out=block.per_pair)
     return out
 
 
+def _gather_mm_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
+    """Compute :func:`gather_mm` by one grouped product."""
+    expert_size = weight.shape[1]
+    padded_weight = pad_rows(weight).transpose(1, 2)  # [N, h, padded s]
+    padded_product = F.grouped_mm(x[pairs.token], padded_weight, offs=pairs.ends)
+    product = padded_product[:, :expert_size]
+    if bias is None:
+        return product.contiguous()
+    return product + bias[pairs.expert]
+
+
 def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
-    """Sum ``a[pair]`` times the expert's ``weight [N, s, h]`` over each token's pairs in float32: ``[T, h]``."""
-    if compiled := _compiled_for(a):
-        return compiled.scatter_mm(a.contiguous(), weight, pairs.rows, pairs.starts, pairs.tokens)
-    out = torch.zeros(
-        pairs.tokens,
-        weight.shape[2],
-        dtype=torch.promote_types(a.dtype, torch.float32),
-        device=a.device,
-    )
+    """Multiply each pair by its expert's weight, and sum over each token's pairs in float32.
+
+    Args:
+        a: a row for each pair ``[P, s]``.
+        weight: weights ``[N, s, h]``.
+        pairs: chosen pairs.
+
+    Returns:
+        Sums ``[T, h]`` in the dtype of ``a``.
+    """
+    compiled = _compiled_for(a)
+    if compiled is not None:
+        return compiled.scatter_mm(
+            a.contiguous(), weight, pairs.token, pairs.starts, pairs.num_tokens
+        )
+    sum_dtype = torch.promote_types(a.dtype, torch.float32)
+    width = weight.shape[2]
+    out = torch.zeros(pairs.num_tokens, width, dtype=sum_dtype, device=a.device)
     if can_group(weight):
         product = F.grouped_mm(pad_rows(a), pad_rows(weight), offs=pairs.ends)
-        return out.index_add_(0, pairs.rows, product.to(out.dtype)).to(a.dtype)
-    for expert, rows, block in _blocks(pairs, a):
-        out.index_add_(0, rows, (block @ weight[expert]).to(out.dtype))
+        return out.index_add_(0, pairs.token, product.to(sum_dtype)).to(a.dtype)
+    for block in _blocks(pairs, a):
+        product = block.per_pair @ weight[block.expert]
+        out.index_add_(0, block.tokens, product.to(sum_dtype))
     return out.to(a.dtype)
 
 
 def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
-    """Sum ``a[pair]^T x[token]`` over each expert's pairs: ``[N, s, h]`` with the memory layout of ``weight``."""
+    """Sum the outer products of ``a[pair]`` and ``x[token]`` over each expert's pairs.
+
+    Args:
+        a: a row for each pair ``[P, s]``.
+        x: a row for each token ``[T, h]``.
+        pairs: chosen pairs.
+        weight: tensor ``[N, s, h]`` with the memory layout, dtype and device of the result.
+
+    Returns:
+        Sums ``[N, s, h]``.
+    """
     out = torch.empty_strided(
         weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
     )
-    if compiled := _compiled_for(a):
-        compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.rows, pairs.starts, out)
+    compiled = _compiled_for(a)
+    if compiled is not None:
+        compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.token, pairs.starts, out)
         return out
     if can_group(x):
-        return out.copy_(
-            F.grouped_mm(pad_rows(a).t(), x[pairs.rows], offs=pairs.ends)[:, : a.shape[1]]
-        )
+        padded_sums = F.grouped_mm(pad_rows(a).t(), x[pairs.token], offs=pairs.ends)
+        expert_size = a.shape[1]
+        return out.copy_(padded_sums[:, :expert_size])
+    # experts without pairs have no block
     out[pairs.starts.diff() == 0] = 0
-    for expert, rows, block in _blocks(pairs, a):
-        torch.mm(block.t(), x.index_select(0, rows), out=out[expert])
+    for block in _blocks(pairs, a):
+        inputs = x.index_select(0, block.tokens)
+        torch.mm(block.per_pair.t(), inputs, out=out[block.expert])
     return out
 
 
 def expert_sums(a: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
     """Sum ``a [P, s]`` over each expert's pairs: ``[N, s]``."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    sums = torch.zeros(num_experts, a.shape[1], dtype=dtype, device=a.device)
-    return sums.index_add_(0, pairs.experts, a.to(dtype)).to(a.dtype)
+    sum_dtype = torch.promote_types(a.dtype, torch.float32)
+    sums = torch.zeros(num_experts, a.shape[1], dtype=sum_dtype, device=a.device)
+    return sums.index_add_(0, pairs.expert, a.to(sum_dtype)).to(a.dtype)
 
 
 def can_group(x: Tensor) -> bool:
-    """Check if ``grouped_mm`` takes ``x [..., h]``: PyTorch documents bfloat16 on compute capability 8 and later."""
+    """Check if ``grouped_mm`` takes ``x [..., h]``.
+
+    PyTorch documents it for bfloat16 on GPUs of compute capability 8 and later.
+    """
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0) and x.shape[-1] % 8 == 0
+    capability = torch.cuda.get_device_capability(x.device)
+    # eight numbers in bfloat16 have 16 bytes
+    is_aligned = x.shape[-1] % 8 == 0
+    return capability >= (8, 0) and is_aligned
 
 
 def pad_rows(x: Tensor) -> Tensor:
     """Pad dimension 1 with zeros to a multiple of 16 bytes; the result is contiguous."""
-    missing = -x.shape[1] % (16 // x.element_size())
-    return (F.pad(x, (*[0, 0] * (x.dim() - 2), 0, missing)) if missing else x).contiguous()
+    elements_per_unit = _ALIGNMENT // x.element_size()
+    missing = -x.shape[1] % elements_per_unit
+    if missing == 0:
+        return x.contiguous()
+    # F.pad takes two numbers for each dimension, from the last one to dimension 1
+    later_dimensions = [0, 0] * (x.dim() - 2)
+    return F.pad(x, (*later_dimensions, 0, missing)).contiguous()
 
 
-def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each expert with pairs, its tokens, and its rows of ``per_pair [P, ...]``; only for pairs in one chunk."""
+class _Block(NamedTuple):
+    """The pairs of one expert.
+
+    Attributes:
+        expert: number of the expert.
+        tokens: token of each pair ``[count]`` int64.
+        per_pair: rows of these pairs ``[count, ...]``, a view.
+    """
+
+    expert: int
+    tokens: Tensor
+    per_pair: Tensor
+
+
+def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[_Block]:
+    """Yield the pairs of each expert that has any. Only for pairs in one chunk.
+
+    Args:
+        pairs: chosen pairs.
+        per_pair: a row for each pair ``[P, ...]``.
+    """
     counts = pairs.starts.diff().tolist()
-    blocks = zip(pairs.rows.split(counts), per_pair.split(counts), strict=True)
-    return ((expert, *block) for expert, block in enumerate(blocks) if counts[expert])
+    tokens_of_experts = pairs.token.split(counts)
+    rows_of_experts = per_pair.split(counts)
+    for expert, count in enumerate(counts):
+        if count > 0:
+            yield _Block(expert, tokens_of_experts[expert], rows_of_experts[expert])
 
 
 def _compiled_for(x: Tensor) -> ModuleType | None:
     """Return the compiled kernels if they take inputs like ``x``."""
-    return compiled_kernels() if x.device.type == "cpu" and x.dtype != torch.float16 else None
+    if x.device.type != "cpu" or x.dtype == torch.float16:
+        return None
+    return compiled_kernels()

@@ -1,9 +1,10 @@
 """The sparse backend: the out-projection computes its whole FFN, for the chosen experts only.
 
-``emoe.set_backend_(model, "sparse")`` replaces the modules of each routed FFN: the in- and up-projection by
-:class:`PassThrough`, dropouts behind the activation by ``nn.Identity``, and the out-projection by :class:`SparseFFN`.
-The new modules share the old ones' parameters and buffers, so parameter names, optimizers, saving and sharding do not
-change. ``emoe.set_backend_(model, "masked")`` puts the old modules back.
+``emoe.set_backend_(model, "sparse")`` replaces the modules of each routed FFN: the in- and
+up-projection by :class:`PassThrough`, dropouts behind the activation by ``nn.Identity``, and the
+out-projection by :class:`SparseFFN`. The new modules share the old ones' parameters and buffers, so
+parameter names, optimizers, saving and sharding do not change.
+``emoe.set_backend_(model, "masked")`` puts the old modules back.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ NOT_CALLED = "not called yet"
 
 
 class _Replacement(nn.Module):
-    """Replace a projection by a module with the same parameters and buffers under the same names."""
+    """A module that replaces a projection and has its parameters and buffers.
+
+    They have the same names.
+    """
 
     def __init__(self, projection: nn.Module) -> None:
         super().__init__()
         # shared dictionaries: replacing a parameter in one module replaces it in the other
-        self._parameters, self._buffers = projection._parameters, projection._buffers
+        self._parameters = projection._parameters
+        self._buffers = projection._buffers
         self._projection = (projection,)  # in a tuple, so that it does not become a child module
 
     @property
@@ -49,11 +54,14 @@ class _Replacement(nn.Module):
 
 
 class PassThrough(_Replacement):
-    """Replace an in- or up-projection and compute nothing, so that the out-projection gets the FFN's input.
+    """A replacement of an in- or up-projection that multiplies nothing.
+
+    The out-projection thus gets the FFN's input.
 
     Args:
         projection: projection to replace.
-        output: ``input``, ``one``, or the input's half (``first``, ``last``) of a fused projection; the other is 1.
+        output: ``input`` or ``one``. For a fused projection, the half of the output that is the
+            input (``first`` or ``last``); the other half is 1.
     """
 
     def __init__(self, projection: nn.Module, output: str) -> None:
@@ -61,20 +69,26 @@ class PassThrough(_Replacement):
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the sparse out-projection needs here: the input, a 1, or the input beside ones."""
+        """Return what the sparse out-projection needs here. Multiplies nothing.
+
+        This is the input, a 1, or the input beside ones.
+        """
         if self.output == "one":
             return x.new_ones(())
         if self.output == "input":
             return x
         ones = torch.ones_like(x)
-        return torch.cat([x, ones] if self.output == "first" else [ones, x], -1)
+        if self.output == "first":
+            return torch.cat([x, ones], -1)
+        return torch.cat([ones, x], -1)
 
 
 class SparseFFN(_Replacement):
-    """Replace an out-projection and compute the whole FFN from its input.
+    """A replacement of an out-projection that computes the whole FFN from its input.
 
     Attributes:
-        serves: few tokens without gradient use the layout of :mod:`emoe.sparse.serving` (:func:`emoe.for_inference_`).
+        serves: few tokens without gradient use the layout of :mod:`emoe.sparse.serving`
+            (:func:`emoe.for_inference_`).
         always: use the sparse products even if they do not pay off.
         last_path: products of the last forward pass; if they were the masked ones, also the reason.
     """
@@ -82,24 +96,26 @@ class SparseFFN(_Replacement):
     def __init__(self, layer: RoutedActivation) -> None:
         super().__init__(layer.ffn.proj_out)
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
-        self._dropouts = [
-            module for _, module in layer.ffn.between() if isinstance(module, nn.Dropout)
-        ]
+        between = [module for _, module in layer.ffn.between()]
+        self._dropouts = [module for module in between if isinstance(module, nn.Dropout)]
         self._layout: Layout | None = None
         self.serves = False
         self.always = False
         self.last_path = NOT_CALLED
-        self._hooks: list[tuple[dict[int, Any], int]] | None = None
+        # each table of hooks of the FFN's modules, and its length at the first forward pass
+        self._hook_counts: list[tuple[dict[int, Any], int]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the FFN's output ``[..., h]`` from inputs ``[..., h]``."""
         layer = self._layer[0]
         if self._has_new_hooks():
             reject_hooks(layer)
+        # the kernels for few tokens know no gradients
         if self.serves and torch.is_grad_enabled() and not self._needs_gradient(x):
             with torch.no_grad():
                 return self.forward(x)
-        rows = x.reshape(-1, x.shape[-1])
+
+        rows = x.reshape(-1, x.shape[-1])  # [T, h]
         layout = self._current_layout(rows)
         if layout is not None:
             self.last_path = "sparse, with the layout of for_inference_"
@@ -111,6 +127,8 @@ class SparseFFN(_Replacement):
                 return self._compute_masked(x)
             self.last_path = "sparse"
             y, weights = self._compute_sparse(rows)
+
+        # the masked path adds the biases in the projection and its hook
         bias = bias_of(self)
         if bias is not None:
             y = y + bias.to(y.dtype)
@@ -119,28 +137,36 @@ class SparseFFN(_Replacement):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _has_new_hooks(self) -> bool:
-        """Check if the number of hooks on the FFN's modules has changed since the first forward pass.
+        """Check if the number of hooks has changed since the first forward pass.
 
-        The first forward pass raises the errors of :func:`reject_hooks`.
+        The hooks are those of the FFN's modules. The first forward pass raises the errors of
+        :func:`reject_hooks`.
         """
-        if self._hooks is None:
+        if self._hook_counts is None:
             reject_hooks(self._layer[0])
-            ffn = self._layer[0].ffn
-            modules = [*ffn.projections(), *ffn.between(), (ffn.spec.activation, self._layer[0])]
-            tables = [table for _, module in modules for table in hook_tables(module)]
-            self._hooks = [(table, len(table)) for table in tables]
-        return any(len(table) != number for table, number in self._hooks)
+            counts = []
+            for _, module in _modules_of(self._layer[0]):
+                for table in hook_tables(module):
+                    counts.append((table, len(table)))
+            self._hook_counts = counts
+        return any(len(table) != count for table, count in self._hook_counts)
 
     def _needs_gradient(self, x: Tensor) -> bool:
         """Check if the FFN's input or a parameter needs a gradient. A user may have frozen them."""
-        modules = [self._layer[0], *(module for _, module in self._layer[0].ffn.projections())]
-        return x.requires_grad or any(
-            p.requires_grad for module in modules for p in module.parameters()
-        )
+        if x.requires_grad:
+            return True
+        layer = self._layer[0]
+        projections = [module for _, module in layer.ffn.projections()]
+        for module in (layer, *projections):
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                return True
+        return False
 
     def _current_layout(self, rows: Tensor) -> Layout | None:
         """Return the layout of the present weights; None if this forward pass does not use it."""
-        kernels = kernels_for(rows) if self.serves else None
+        if not self.serves:
+            return None
+        kernels = kernels_for(rows)
         if kernels is None or not are_few(rows):
             return None
         if torch.is_autocast_enabled("cpu") or self._rounds_scores(rows.dtype):
@@ -153,35 +179,52 @@ class SparseFFN(_Replacement):
         return layout
 
     def _rounds_scores(self, dtype: torch.dtype) -> bool:
-        """Check if the masked products round the neurons that the score averages, so that other experts may win."""
-        return dtype in (torch.bfloat16, torch.float16) and self._layer[0].config.score in (
-            "gate",
-            "up",
-        )
+        """Check if the masked products would round the neurons that the score averages.
+
+        Other experts may win then.
+        """
+        averages_neurons = self._layer[0].config.score in ("gate", "up")
+        return averages_neurons and dtype in (torch.bfloat16, torch.float16)
 
     def _serve(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs ``[T, h]`` and, if the configuration has any, the expert weights ``[T, N]``."""
+        """Compute the FFN of few tokens with the kernels for them.
+
+        Returns:
+            Outputs ``[T, h]``, and the expert weights ``[T, N]``. The weights may be None if all
+            chosen experts have weight 1.
+        """
         layer = self._layer[0]
-        mask, weights = layer.choose_quickly(rows), None
+        weights: Tensor | None = None
+        mask = layer.choose_quickly(rows)
         if mask is None:
             mask, weights = layer.route(layer.linear_scores(rows))
         per_expert = None if layer.config.weighting == "binary" else weights
-        return layout.compute(rows, mask, per_expert).to(rows.dtype), weights
+        outputs = layout.compute(rows, mask, per_expert)
+        return outputs.to(rows.dtype), weights
 
     def _compute_sparse(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs ``[T, h]`` and the expert weights ``[T, N]``, by the products of the chosen experts."""
+        """Compute the FFN with the products of the chosen experts.
+
+        Returns:
+            Outputs ``[T, h]``, and the expert weights ``[T, N]``.
+        """
         layer = self._layer[0]
         _check_weights(layer.ffn)
         mask, weights = layer.route(layer.linear_scores(rows))
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
         per_expert = None if layer.config.weighting == "binary" else weights
-        return sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert), weights
+        outputs = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
+        return outputs, weights
 
     def _pays_off(self, rows: Tensor) -> bool:
+        """Check if the sparse products of inputs ``[T, h]`` should be faster."""
+        if self.always:
+            return True
         layer = self._layer[0]
         config = layer.config
         active = config.num_active_experts / config.num_experts
-        return self.always or pays_off(rows, layer.ffn.d // config.num_experts, active)
+        expert_size = layer.ffn.d // config.num_experts
+        return pays_off(rows, expert_size, active)
 
     def _reason_for_mask(self, rows: Tensor) -> str | None:
         """Return why this forward pass computes the masked products, None if it does not."""
@@ -202,17 +245,27 @@ class SparseFFN(_Replacement):
         if rows.device.type != "cpu":
             return f"PyTorch has no grouped product for {dtype} on {rows.device.type}"
         size = layer.ffn.d // config.num_experts
-        experts = f"{config.num_active_experts} of {config.num_experts} experts of {size} neurons, {dtype}"
+        share = f"{config.num_active_experts} of {config.num_experts}"
+        experts = f"{share} experts of {size} neurons, {dtype}"
         return f"no gain is expected for {len(rows)} tokens ({experts})"
 
     def _compute_masked(self, x: Tensor) -> Tensor:
         """Compute all neurons with the replaced modules, as the masked backend does."""
-        layer, spec = self._layer[0], self._layer[0].ffn.spec
+        layer = self._layer[0]
+        spec = layer.ffn.spec
         z = layer.replaced[spec.proj_in](x)
-        up = layer.replaced[spec.proj_up](x) if spec.proj_up else None
+        up = None
+        if spec.proj_up:
+            up = layer.replaced[spec.proj_up](x)
         if spec.fused:
             first, last = z.chunk(2, -1)
-            z, up = (first, last) if spec.fused == "first" else (last, first)
+            # one half is activated, the other one multiplies
+            if spec.fused == "first":
+                z = first
+                up = last
+            else:
+                z = last
+                up = first
         hidden = layer.activate(z)
         if up is not None:
             hidden = hidden * up
@@ -226,7 +279,8 @@ class SparseFFN(_Replacement):
     def train(self, mode: bool = True) -> Self:
         """Set the mode; training ends serving (:func:`emoe.for_inference_`)."""
         if mode:
-            self.serves, self._layout = False, None
+            self.serves = False
+            self._layout = None
         return super().train(mode)
 
     def forget_layout_(self) -> None:
@@ -238,26 +292,32 @@ class SparseFFN(_Replacement):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layout": None}  # a copy has its own weights
+        # a copy has its own weights
+        return {**self.__dict__, "_layout": None}
 
 
 def install_(layer: RoutedActivation) -> None:
     """Replace the modules of a routed FFN by sparse ones."""
-    ffn, spec = layer.ffn, layer.ffn.spec
+    ffn = layer.ffn
+    spec = ffn.spec
     layer.replaced = dict([*ffn.projections(), *ffn.between()])
     replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
     replacements[spec.proj_out] = SparseFFN(layer)
-    for (path, module), output in zip(
-        ffn.in_projections(), (spec.fused or "input", "one"), strict=False
-    ):
-        replacements[path] = PassThrough(module, output)
+    # the FFN's input, beside or times ones, reaches the out-projection unchanged
+    for path, module in ffn.in_projections():
+        if path == spec.proj_up:
+            replacements[path] = PassThrough(module, "one")
+        else:
+            replacements[path] = PassThrough(module, spec.fused or "input")
     for path, module in replacements.items():
-        ffn.replace(path, module.train(layer.replaced[path].training))
+        is_training = layer.replaced[path].training
+        ffn.replace(path, module.train(is_training))
 
 
 def check_supported(layer: RoutedActivation) -> None:
     """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend."""
-    ffn, config = layer.ffn, layer.config
+    ffn = layer.ffn
+    config = layer.config
     if config.score not in LINEAR_SCORES:
         raise ConversionError(
             f"{ffn.name}: score='{config.score}' needs every neuron: keep it masked"
@@ -267,11 +327,9 @@ def check_supported(layer: RoutedActivation) -> None:
             f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False"
         )
     for path, module in ffn.projections():
-        if (
-            is_offloaded(module)
-            or not has_plain_weight(module)
-            or "weight" not in dict(module.named_parameters())
-        ):
+        # a parametrisation computes the weight from other parameters
+        is_computed = "weight" not in dict(module.named_parameters())
+        if is_offloaded(module) or not has_plain_weight(module) or is_computed:
             raise ConversionError(
                 f"{ffn.name}.{path} is adapted, quantised, offloaded or computed: keep it masked"
             )
@@ -286,16 +344,26 @@ def check_supported(layer: RoutedActivation) -> None:
 
 def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError) -> None:
     """Raise an error if a module of a routed FFN has a hook that this library did not register."""
-    ffn, spec = layer.ffn, layer.ffn.spec
-    expected = {spec.activation: layer.num_own_hooks}
+    ffn = layer.ffn
+    spec = ffn.spec
+    # the number of this library's own hooks by path
+    own_hooks = {spec.activation: layer.num_own_hooks}
     if not layer.replaced:
-        expected |= {spec.proj_in: 1, spec.proj_out: int(layer.output_bias is not None)}
-    for path, module in [*ffn.projections(), *ffn.between(), (spec.activation, layer)]:
+        own_hooks[spec.proj_in] = 1
+        own_hooks[spec.proj_out] = int(layer.output_bias is not None)
+    for path, module in _modules_of(layer):
         forward_hooks, forward_pre_hooks, *backward_hooks = hook_tables(module)
-        forward = len(forward_hooks) + len(forward_pre_hooks)
-        if forward > expected.get(path, 0) or any(backward_hooks):
+        num_forward = len(forward_hooks) + len(forward_pre_hooks)
+        num_own = own_hooks.get(path, 0)
+        if num_forward > num_own or any(backward_hooks):
             hidden = "has a hook, which cannot see the neurons of a sparse FFN"
             raise error(f"{ffn.name}.{path} {hidden}: remove it, or {_WAY_OUT}")
+
+
+def _modules_of(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
+    """Return all modules of a routed FFN with their paths."""
+    ffn = layer.ffn
+    return [*ffn.projections(), *ffn.between(), (ffn.spec.activation, layer)]
 
 
 def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
@@ -310,25 +378,21 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     The comparison detects code between the projections, which the sparse backend would skip.
 
     Returns:
-        Output ``[1, 4, h]``. None if the module needs more than one input, contains only part of the FFN, chooses
-        experts at random, reads a padding mask, or fails.
+        Output ``[1, 4, h]``. None if the module needs more than one input, contains only part of
+        the FFN, chooses experts at random, reads a padding mask, has a weight that is not a plain
+        tensor, or fails.
     """
+    if not _can_probe(layer):
+        return None
     ffn = layer.ffn
-    module, weight = ffn.parents[ffn.spec.proj_in], cast(Tensor, ffn.proj_in.weight)
-    parameters = inspect.signature(module.forward).parameters.values()
-    takes_one = sum(parameter.default is parameter.empty for parameter in parameters) == 1
-    is_whole = all(parent is module for parent in ffn.parents.values())
-    draws_experts = layer.config.selection == "random"  # differently in each call
-    if not (takes_one and is_whole) or draws_experts or layer.padding is not None:
-        return None
-    if not is_plain_tensor(weight):
-        return None
-    x = torch.randn(1, 4, ffn.h, generator=torch.Generator().manual_seed(0)).to(weight)
-    modes, record, layer.record = (
-        {child: child.training for child in module.modules()},
-        layer.record,
-        None,
-    )
+    module = ffn.parents[ffn.spec.proj_in]
+    weight = cast(Tensor, ffn.proj_in.weight)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, ffn.h, generator=generator).to(weight)
+    # leave no trace: restore the modes, and do not record these rows
+    modes = {child: child.training for child in module.modules()}
+    record = layer.record
+    layer.record = None
     try:
         with torch.no_grad():
             output = module.eval()(x)
@@ -339,6 +403,25 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
         for child, mode in modes.items():
             child.training = mode
     return output if isinstance(output, Tensor) else None
+
+
+def _can_probe(layer: RoutedActivation) -> bool:
+    """Check if the module that contains an FFN can be called alone, with the same result each time.
+
+    See :func:`probe_output`.
+    """
+    ffn = layer.ffn
+    module = ffn.parents[ffn.spec.proj_in]
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    if len(required) != 1:
+        return False
+    # the out-projection of an FFN may belong to the module above
+    if any(parent is not module for parent in ffn.parents.values()):
+        return False
+    if layer.config.selection == "random" or layer.padding is not None:
+        return False
+    return is_plain_tensor(ffn.proj_in.weight)
 
 
 def _check_weights(ffn: FFN) -> None:

@@ -1,4 +1,7 @@
-"""Serve few tokens of a frozen FFN: read only the chosen experts' weights, and each of them once."""
+"""Serve few tokens of a frozen FFN.
+
+Only the weights of chosen experts are read, and each of them once.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from emoe.routers import Stamp
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _MAX_TOKENS = 64
-_MAX_TOKENS_BFLOAT16 = (
-    16  # processors with AVX-512 may multiply matrices in bfloat16 much faster than in float32
-)
+# processors with AVX-512 may multiply matrices in bfloat16 much faster than in float32
+_MAX_TOKENS_BFLOAT16 = 16
 
 
 class Layout:
-    """The weights of a frozen FFN by expert: views where each neuron's weights lie together, else copies.
+    """The weights of a frozen FFN by expert.
 
-    Linear layers give views of the in-projections and copies of the values; GPT-2's Conv1D the opposite.
+    They are views if the weights of each neuron lie together in memory, else copies. Linear layers
+    give views of the in-projections and copies of the values. GPT-2's Conv1D gives the opposite.
 
     Args:
         layer: routed FFN with plain weights on the CPU, in float32 or bfloat16.
@@ -30,33 +33,38 @@ class Layout:
     """
 
     def __init__(self, layer: RoutedActivation, kernels: ModuleType) -> None:
-        self._activation, self._kernels = layer.activation, kernels
+        self._activation = layer.activation
+        self._kernels = kernels
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
-        self._inputs = []
+        self._inputs: list[tuple[Tensor, Tensor | None]] = []
         for weight, bias in inputs:
-            self._inputs.append(
-                (weight.detach().contiguous(), None if bias is None else bias.detach())
-            )
+            if bias is not None:
+                bias = bias.detach()
+            self._inputs.append((weight.detach().contiguous(), bias))
         self._values = values.detach().contiguous()
-        self._projections = [module for _, module in layer.ffn.projections()]
-        is_transposed = layer.ffn.spec.transposed
-        self._stamps = [Stamp(module, has_copy=is_transposed) for module in self._projections[:-1]]
-        self._stamps.append(Stamp(self._projections[-1], has_copy=not is_transposed))
+
+        # to detect later changes of the weights
+        self._in_projections = [module for _, module in layer.ffn.in_projections()]
+        self._proj_out = layer.ffn.proj_out
+        has_input_copies = layer.ffn.spec.transposed
+        self._input_stamps = [
+            Stamp(module, has_copy=has_input_copies) for module in self._in_projections
+        ]
+        self._value_stamp = Stamp(self._proj_out, has_copy=not has_input_copies)
         self._bias_addresses = self._addresses_of_biases()
 
     def is_current(self) -> bool:
         """Check that the FFN's weights and biases are the same and unchanged."""
         if self._addresses_of_biases() != self._bias_addresses:
             return False
-        return all(
-            stamp.is_of(module)
-            for stamp, module in zip(self._stamps, self._projections, strict=True)
-        )
+        for stamp, module in zip(self._input_stamps, self._in_projections, strict=True):
+            if not stamp.is_of(module):
+                return False
+        return self._value_stamp.is_of(self._proj_out)
 
     def _addresses_of_biases(self) -> list[int]:
-        biases = [
-            bias_of(module) for module in self._projections[:-1]
-        ]  # SparseFFN adds the last one
+        """Return the addresses of the in-projections' biases. SparseFFN adds the output bias."""
+        biases = [bias_of(module) for module in self._in_projections]
         return [bias.data_ptr() for bias in biases if bias is not None]
 
     def compute(self, x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
@@ -67,14 +75,17 @@ class Layout:
             mask: chosen experts ``[T, N]`` bool.
             weights: expert weights ``[T, N]``, None if all chosen experts have weight 1.
         """
+        # pre-activations of the chosen experts, for each in-projection
         neurons = [
             self._kernels.few_gather_mm(x, mask, weight, bias) for weight, bias in self._inputs
         ]
         hidden = self._activation(neurons[0])
-        if len(neurons) > 1:  # the FFN is gated
+        # the FFN is gated
+        if len(neurons) > 1:
             hidden = hidden * neurons[1]
         if weights is not None:
-            per_pair = weights.t()[mask.t()]  # by expert, as the kernels order them
+            # by expert, as the kernels order the pairs
+            per_pair = weights.t()[mask.t()]
             hidden = hidden * per_pair.unsqueeze(1).to(hidden.dtype)
         return self._kernels.few_scatter_mm(hidden, mask, self._values)
 
@@ -82,13 +93,21 @@ class Layout:
 def can_serve(layer: RoutedActivation) -> bool:
     """Check if the kernels take a routed FFN's weights."""
     weights = [weight_of(module) for _, module in layer.ffn.projections()]
-    has_one_dtype = len({weight.dtype for weight in weights}) == 1
-    are_plain = all(is_in_memory(weight) and weight.is_contiguous() for weight in weights)
-    return has_one_dtype and are_plain and weights[0].dtype in _DTYPES
+    dtype = weights[0].dtype
+    if dtype not in _DTYPES:
+        return False
+    for weight in weights:
+        if weight.dtype != dtype:
+            return False
+        if not is_in_memory(weight) or not weight.is_contiguous():
+            return False
+    return True
 
 
 def are_few(rows: Tensor) -> bool:
-    """Check if inputs ``[T, h]`` have few enough tokens for :meth:`Layout.compute` to be the fastest."""
-    is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    is_half = rows.dtype == torch.bfloat16
-    return len(rows) <= (_MAX_TOKENS_BFLOAT16 if is_half and is_avx512 else _MAX_TOKENS)
+    """Check if :meth:`Layout.compute` should be the fastest for the tokens of inputs ``[T, h]``."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    max_tokens = _MAX_TOKENS
+    if rows.dtype == torch.bfloat16 and has_avx512:
+        max_tokens = _MAX_TOKENS_BFLOAT16
+    return len(rows) <= max_tokens

@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: times, first losses, running gates, and the epoch of the row order."""
+"""Callbacks of the training loop: times, first losses, running gates, epoch of the row order."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from benchmarks.harness.training.checkpoints import SavedCallback
 from benchmarks.harness.training.processes import is_sharded, world_size
 
 FIRST_STEPS = 8
+# rows of the batch that Probe.observe gets
 _FIXED_ROWS = 4
 
 
@@ -25,7 +26,10 @@ _FIXED_ROWS = 4
 def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
     """Restore the RNG state, and the train or eval mode of every module, on exit."""
     modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    devices = []
+    if torch.cuda.is_available():
+        devices = [torch.cuda.current_device()]
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
@@ -34,23 +38,36 @@ def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
 
 
 class Stopwatch(SavedCallback):
-    """Measure the seconds of training steps and of evaluations."""
+    """A callback that measures the seconds of training steps and of evaluations.
+
+    Attributes:
+        seconds: The time of all training steps.
+        steps: The number of training steps.
+        evaluation: The time of all evaluations and predictions.
+    """
 
     SAVED = ("seconds", "steps", "evaluation")
 
     def __init__(self) -> None:
-        self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
+        self.seconds = 0.0
+        self.steps = 0
+        self.evaluation = 0.0
+        self._start = 0.0
 
     def cost(self, steps: int) -> dict[str, float]:
         """Return the seconds of this many optimizer steps, for ``cost`` of ``metrics.json``."""
-        each = self.seconds / max(self.steps, 1)
-        return {"steps": steps, "step_seconds": each, "train_seconds": each * steps}
+        step_seconds = self.seconds / max(self.steps, 1)
+        return {
+            "steps": steps,
+            "step_seconds": step_seconds,
+            "train_seconds": step_seconds * steps,
+        }
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer evaluates several sets one after another, with a time for each
-        self.evaluation += sum(
-            value for name, value in kwargs["metrics"].items() if name.endswith("_runtime")
-        )
+        metrics = kwargs["metrics"]
+        # Trainer evaluates several data sets one after another, with a time for each
+        runtimes = [value for name, value in metrics.items() if name.endswith("_runtime")]
+        self.evaluation += sum(runtimes)
 
     on_predict = on_evaluate
 
@@ -58,6 +75,7 @@ class Stopwatch(SavedCallback):
         self._start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        # a GPU may still compute the step
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._start
@@ -65,48 +83,65 @@ class Stopwatch(SavedCallback):
 
 
 class SetEpochs(TrainerCallback):
-    """Set the epoch of the row order; accelerate does not set it in a resumed run on several processes."""
+    """A callback that sets the epoch of the row order.
+
+    accelerate does not set it in a resumed run on several processes.
+    """
 
     def __init__(self, order: Any) -> None:
         self._order = order
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._order.set_epoch(int(state.epoch or 0))
+        # a fraction in the middle of an epoch, None before the first
+        epoch = state.epoch or 0
+        self._order.set_epoch(int(epoch))
 
 
 class UpdateGates(TrainerCallback):
-    """Update running gates from the keys after each optimizer step."""
+    """A callback that updates running gates from the keys after each optimizer step."""
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         emoe.update_gates_(kwargs["model"])
 
 
 def fixed_rows(rows: Any) -> list[Any]:
-    """Return the first rows of a set, for :meth:`Probe.observe`."""
-    return [rows[number] for number in range(min(len(rows), _FIXED_ROWS))]
+    """Return the first rows of a data set, for :meth:`Probe.observe`."""
+    count = min(len(rows), _FIXED_ROWS)
+    return [rows[number] for number in range(count)]
+
+
+# the standard deviation of uniform integers from -1000 to 1000, about
+_INTEGERS_DEVIATION = 577
 
 
 def summarise_logits(logits: Tensor) -> dict[str, float]:
-    """Summarise logits of any shape by numbers that hardly depend on the order of summation.
+    """Summarise logits of any shape with numbers that hardly depend on the order of summation.
 
-    ``projection`` is on a fixed random direction, so it changes if two logits are exchanged.
+    ``projection`` is the product with a fixed random direction, so it changes if two logits are
+    exchanged.
     """
     flat = logits.detach().double().flatten().cpu()
-    source = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
+    generator = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
     # random integers are equal on all processors, normal numbers are not
-    direction = (
-        torch.randint(-1000, 1001, (len(flat),), generator=source).double() / 577
-    )  # of variance 1
+    integers = torch.randint(-1000, 1001, (len(flat),), generator=generator)
+    direction = integers.double() / _INTEGERS_DEVIATION
+    projection = flat @ direction / max(len(flat), 1) ** 0.5
     return {
         "mean": float(flat.mean()),
         "deviation": float(flat.std(correction=0)),
         "rms": float(flat.square().mean().sqrt()),
-        "projection": float(flat @ direction / max(len(flat), 1) ** 0.5),
+        "projection": float(projection),
     }
 
 
 class Probe(SavedCallback):
-    """Record numbers that barely differ between machines: first losses, and logits and loads of a fixed batch."""
+    """A recorder of numbers that barely differ between machines.
+
+    They are the first losses of the training, and the logits and loads of a fixed batch.
+
+    Attributes:
+        losses: The losses of the first training batches.
+    """
 
     SAVED = ("losses",)
 
@@ -116,33 +151,33 @@ class Probe(SavedCallback):
 
     @torch.no_grad()
     def observe(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Summarise a batch's logits, and count its expert choices; do nothing if the model is sharded.
+        """Summarise the logits of a batch, and count its expert choices.
+
+        Does nothing if the model is sharded.
 
         Args:
-            model: The converted model before training. Its state and all random states are restored.
+            model: The converted model before training. Its modes and all random states are
+                restored.
             batch: The model's inputs; labels are ignored.
         """
         if is_sharded():
             return
-        if (
-            torch.cuda.is_available()
-            and world_size() == 1
-            and not getattr(model, "is_quantized", False)
-        ):
-            model.to("cuda")  # training uses it
+        is_quantized = getattr(model, "is_quantized", False)
+        if torch.cuda.is_available() and world_size() == 1 and not is_quantized:
+            # training uses it
+            model.to("cuda")
         device = next(model.parameters()).device
-        inputs = send_to_device(
-            {name: value for name, value in batch.items() if name != "labels"}, device
-        )
+        without_labels = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = send_to_device(without_labels, device)
         recording = emoe.record_routing(model) if emoe.is_converted(model) else nullcontext()
         with restore_rng_and_modes(model), recording as record:
             model.eval()
             logits = model(**inputs)["logits"]
-        loads = (
-            {str(number): layer.loads.tolist() for number, layer in record.layers.items()}
-            if record
-            else {}
-        )
+        # a dense model has no loads
+        loads = {}
+        if record is not None:
+            for number, layer in record.layers.items():
+                loads[str(number)] = layer.loads.tolist()
         self._observed = {"logits": summarise_logits(logits), "loads": loads}
 
     def add_loss(self, loss: Tensor) -> None:
@@ -151,5 +186,7 @@ class Probe(SavedCallback):
             self.losses.append(float(loss))
 
     def summary(self) -> dict[str, Any]:
-        """Return ``probe`` of ``metrics.json``: ``losses`` as text with all digits, ``logits``, ``loads`` by layer."""
-        return {"losses": [repr(loss) for loss in self.losses], **self._observed}
+        """Return ``probe`` of ``metrics.json``: ``losses``, ``logits``, and ``loads`` by layer."""
+        # text with all digits, which no reader of the file rounds
+        losses = [repr(loss) for loss in self.losses]
+        return {"losses": losses, **self._observed}

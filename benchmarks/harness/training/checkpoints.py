@@ -17,46 +17,60 @@ from benchmarks.harness.base import DataError, read_json, write_json
 from benchmarks.harness.sources.packages import sha256
 from benchmarks.harness.training.processes import broadcast, is_main
 
-COMPLETE = "complete"  # in a checkpoint: the sha256 of its other files, by name
+# a file in a checkpoint: the sha256 of the other files by name
+COMPLETE = "complete"
 
 
 class SavedCallback(TrainerCallback, ExportableState):
-    """Save its attributes in Trainer's ``trainer_state.json``."""
+    """A callback whose attributes are saved in Trainer's ``trainer_state.json``.
+
+    Attributes:
+        SAVED: The names of the saved attributes.
+    """
 
     SAVED: ClassVar[tuple[str, ...]]
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.SAVED}}
+        attributes = {name: getattr(self, name) for name in self.SAVED}
+        return {"args": {}, "attributes": attributes}
 
     def restore(self, state: TrainerState) -> None:
         """Restore the attributes from a checkpoint's state."""
-        for name, value in cast(Any, state.stateful_callbacks)[type(self).__name__][
-            "attributes"
-        ].items():
+        states = cast(Any, state.stateful_callbacks)
+        own_state = states[type(self).__name__]
+        for name, value in own_state["attributes"].items():
             setattr(self, name, value)
 
 
 class MarkComplete(TrainerCallback):
-    """Mark each new checkpoint as complete after all processes have written and flushed their files."""
+    """A callback that marks each new checkpoint as complete.
+
+    It does so after all processes have written and flushed their files.
+    """
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
         PartialState().wait_for_everyone()
         if is_main():
-            checkpoint = _checkpoint(args, state.global_step)
-            files = list(checkpoint.iterdir())
-            for path in files:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            digests = {path.name: sha256(path) for path in files}
-            write_json(checkpoint / COMPLETE, digests)
+            _mark_complete(_checkpoint(args, state.global_step))
+
+
+def _mark_complete(checkpoint: Path) -> None:
+    """Flush the files of a checkpoint to the disk, and write their digests."""
+    files = list(checkpoint.iterdir())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    digests = {path.name: sha256(path) for path in files}
+    write_json(checkpoint / COMPLETE, digests)
 
 
 class FindBest(TrainerCallback):
-    """Find the best checkpoint in the run's folder.
+    """A callback that finds the best checkpoint in the run's folder.
 
-    Trainer saves its path. If the folder was moved since, Trainer would end with the last weights instead.
+    Trainer saves its path. If the folder was moved since, Trainer would end with the last weights
+    instead.
     """
 
     def on_train_begin(
@@ -87,7 +101,7 @@ def resume(trainer: Trainer, say: Callable[[str], None]) -> str | None:
 
 
 def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint whose files are as they were saved; None if there is none.
+    """Return the newest checkpoint whose files are unchanged; None if there is none.
 
     Other checkpoints are removed. A warning names the wrong file of each.
     """
@@ -102,18 +116,17 @@ def last_complete_checkpoint(folder: Path, say: Callable[[str], None]) -> Path |
             else:
                 faults.append(fault)
                 shutil.rmtree(checkpoint)
-        consequence = (
-            f"the run goes on from {newest.name}"
-            if newest
-            else "the run starts again from the beginning"
-        )
+        consequence = "the run starts again from the beginning"
+        if newest is not None:
+            consequence = f"the run goes on from {newest.name}"
         for fault in faults:
             say(f"warning: {fault}; {consequence}")
+    # all processes resume from the checkpoint that the main process found
     return cast("Path | None", broadcast(newest))
 
 
 def _find_fault(checkpoint: Path) -> str | None:
-    """Describe the first file of a checkpoint that is not as it was saved; None if there is none."""
+    """Describe the first file of a checkpoint that is missing or changed; None if there is none."""
     try:
         digests = read_json(checkpoint / COMPLETE, dict[str, str])
     except DataError as error:
@@ -126,6 +139,7 @@ def _find_fault(checkpoint: Path) -> str | None:
             return f"{path} cannot be read: {error.strerror}"
         if not is_unchanged:
             return f"{path} has changed since it was saved"
+
     # the run ends with the weights of its best checkpoint, which is this one or an older one
     best_step = _read_state(checkpoint).best_global_step
     if best_step is not None:
@@ -136,6 +150,7 @@ def _find_fault(checkpoint: Path) -> str | None:
 
 
 def _find_best(args: TrainingArguments, state: TrainerState) -> None:
+    """Set the path of the best checkpoint in a state, if a checkpoint is the best so far."""
     if state.best_global_step is not None:
         state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
 
@@ -149,4 +164,6 @@ def _read_state(checkpoint: Path) -> TrainerState:
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    """Return the step at which a checkpoint was saved, from its name."""
+    _, _, step = checkpoint.name.rpartition("-")
+    return int(step)

@@ -18,20 +18,22 @@ _f1 = partial(metrics.f1_score, zero_division=0.0)
 
 
 def _accuracy_f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    return (
-        float(metrics.accuracy_score(labels, predictions)) + float(_f1(labels, predictions))
-    ) / 2
+    """Return the mean of accuracy and F1."""
+    accuracy = float(metrics.accuracy_score(labels, predictions))
+    f1 = float(_f1(labels, predictions))
+    return (accuracy + f1) / 2
 
 
 def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
     """Return the mean of both correlations; 0 if the predictions are constant or not finite."""
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
         return 0.0
+    # nearly constant predictions, as before training, are no reason for a warning
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        return float(
-            (stats.pearsonr(labels, predictions)[0] + stats.spearmanr(labels, predictions)[0]) / 2
-        )
+        pearson = stats.pearsonr(labels, predictions).statistic
+        spearman = stats.spearmanr(labels, predictions).statistic
+    return float((pearson + spearman) / 2)
 
 
 SCORES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
@@ -47,23 +49,29 @@ SCORES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
 def score(
     metric: str, logits: NDArray[Any], labels: NDArray[Any], merged: Sequence[int] | None = None
 ) -> float:
-    """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``.
+    """Compute a score of predictions against labels.
 
     Args:
         metric: The key in :data:`SCORES`.
-        logits: The logits of the head.
-        labels: The labels of the set.
-        merged: The set's class for each class of the head; None if they are equal.
+        logits: The logits of the head ``[rows, classes]``, or ``[rows, 1]`` for a regression.
+        labels: The labels of the data set ``[rows]``.
+        merged: The class of the data set for each class of the head; None if they are equal.
     """
-    predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
+    is_regression = logits.shape[1] == 1
+    predictions = logits[:, 0] if is_regression else logits.argmax(-1)
+    # a head for three classes of NLI predicts the two classes of another data set
     if merged:
         predictions = np.asarray(merged)[predictions]
-    return float(SCORES[metric](labels, predictions))
+    compute_score = SCORES[metric]
+    return float(compute_score(labels, predictions))
 
 
 def mean_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
     """Return the mean over rows of the cross entropy, or of the squared error of a regression."""
     values = torch.as_tensor(logits, dtype=torch.float64)
-    if values.shape[1] == 1:
-        return float(F.mse_loss(values[:, 0], torch.as_tensor(labels, dtype=torch.float64)))
-    return float(F.cross_entropy(values, torch.as_tensor(labels, dtype=torch.int64)))
+    is_regression = values.shape[1] == 1
+    if is_regression:
+        targets = torch.as_tensor(labels, dtype=torch.float64)
+        return float(F.mse_loss(values[:, 0], targets))
+    classes = torch.as_tensor(labels, dtype=torch.int64)
+    return float(F.cross_entropy(values, classes))

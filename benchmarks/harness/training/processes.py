@@ -19,9 +19,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from emoe.architectures import find_ffns
 
 _PARALLEL = "EMOE_PARALLEL"
-_TIMEOUT = timedelta(
-    days=1
-)  # other processes wait while the first one loads; torchrun ends all if one fails
+# Other processes wait while the first one loads. torchrun ends all if one fails.
+_TIMEOUT = timedelta(days=1)
 
 
 def world_size() -> int:
@@ -66,7 +65,8 @@ def destroy_process_group() -> None:
 def exit_worker() -> None:
     """Exit at once if there are other processes.
 
-    Threads of gloo may outlive its groups and abort an ordinary exit, which torchrun would report as a failure.
+    Threads of gloo may outlive its groups and abort an ordinary exit. torchrun would report this as
+    a failure.
     """
     if world_size() > 1:
         sys.stdout.flush()
@@ -76,32 +76,44 @@ def exit_worker() -> None:
 
 def broadcast(value: Any) -> Any:
     """Return the main process's plain value on all processes."""
-    return value if world_size() == 1 else broadcast_object_list([value])[0]
+    if world_size() == 1:
+        return value
+    (received,) = broadcast_object_list([value])
+    return received
 
 
 def shard_(model: PreTrainedModel, precision: str) -> None:
     """Share one model among the processes (FSDP2): shard each transformer block, then the rest.
 
-    The weights are those of the main process. Checkpoints hold whole tensors, so they fit any number of processes.
+    The weights are those of the main process. Checkpoints have whole tensors, so they fit any
+    number of processes.
 
     Args:
-        model: The model, with equal modules on all processes; only the main process needs its weights.
+        model: The model, with equal modules on all processes. Only the main process needs its
+            weights.
         precision: The precision of the forward pass.
     """
     weights = model.state_dict() if is_main() else {}
-    blocks = {ffn.name for ffn in find_ffns(model)}
-    cast(Any, model).fsdp_plan = {
-        re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight"
-        for name, module in model.named_modules()
-        # the rest of a block must have one type, and trained adapters are float32
-        if name in blocks
-        or any(weight.dtype != model.dtype for weight in module.parameters(recurse=False))
-    }
+    cast(Any, model).fsdp_plan = _sharding_plan(model)
     requested = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
     config, _, mesh = model.prepare_distribute_model(requested)
     model.maybe_distribute_model(model, config, mesh)
-    set_model_state_dict(
-        model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
+
+
+def _sharding_plan(model: PreTrainedModel) -> dict[str, str]:
+    """Name the modules that are sharded by themselves, as patterns for transformers."""
+    blocks = {ffn.name for ffn in find_ffns(model)}
+    plan = {}
+    for name, module in model.named_modules():
+        # the rest of a block must have one type, and trained adapters are float32
+        parameters = module.parameters(recurse=False)
+        has_other_dtype = any(parameter.dtype != model.dtype for parameter in parameters)
+        if name in blocks or has_other_dtype:
+            # the numbers of layers become wildcards
+            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            plan[pattern] = "free_full_weight"
+    return plan

@@ -14,10 +14,10 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress(TrainerCallback):
-    """Lines about a run: its step, and the time left for its training.
+    """A callback that prints lines about a run: its step, and the time left for its training.
 
-    A terminal shows every line. Without a terminal only warnings and finished runs are shown; the log has the rest, and
-    the warnings too.
+    A terminal shows every line. Without a terminal only warnings and finished runs are shown. The
+    log has the rest, and the warnings too.
 
     Args:
         run_name: The readable name of the run, which begins each line.
@@ -27,7 +27,8 @@ class Progress(TrainerCallback):
     def __init__(self, run_name: str, stream: TextIO | None = None) -> None:
         self._run_name = run_name
         self._stream = stream or sys.stderr
-        self._start = self._last = time.monotonic()
+        self._start = time.monotonic()
+        self._last = self._start
         self._first_step = 0
 
     def say(self, text: str) -> None:
@@ -48,22 +49,28 @@ class Progress(TrainerCallback):
             print(f"[{self._run_name}] {text}", file=stream, flush=True)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._start, self._first_step = time.monotonic(), state.global_step
-        resumed = f", resumed at step {state.global_step}" if state.global_step else ""
-        self.say(f"training, {state.max_steps} steps{resumed}")
+        self._start = time.monotonic()
+        self._first_step = state.global_step
+        text = f"training, {state.max_steps} steps"
+        if state.global_step > 0:
+            text += f", resumed at step {state.global_step}"
+        self.say(text)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps:
+        is_too_early = now - self._last < _SECONDS_BETWEEN_LINES
+        is_last_step = state.global_step >= state.max_steps
+        if is_too_early or is_last_step:
             return
         self._last = now
-        left = (
-            (now - self._start)
-            / (state.global_step - self._first_step)
-            * (state.max_steps - state.global_step)
-        )
-        self.say(f"step {state.global_step}/{state.max_steps}, {_clock(left)} of training left")
+        # a resumed run has not computed its first steps in this time
+        steps_done = state.global_step - self._first_step
+        steps_left = state.max_steps - state.global_step
+        seconds_per_step = (now - self._start) / steps_done
+        left = _clock(seconds_per_step * steps_left)
+        self.say(f"step {state.global_step}/{state.max_steps}, {left} of training left")
 
 
 def _clock(seconds: float) -> timedelta:
+    """Return a duration in whole seconds, which prints as ``h:mm:ss``."""
     return timedelta(seconds=round(seconds))

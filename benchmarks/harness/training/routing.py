@@ -16,8 +16,11 @@ import emoe
 from benchmarks.harness.training.checkpoints import SavedCallback
 from emoe.records import LayerRecord, RoutingRecord
 
-_AUTHORS_WINDOW = 100  # steps, in the authors' code
-_FEWEST_WINDOWS, _MOST_WINDOWS = 20, 100
+# steps per window in the authors' code
+_AUTHORS_WINDOW = 100
+# windows per run
+_FEWEST_WINDOWS = 20
+_MOST_WINDOWS = 100
 
 Result = TypeVar("Result")
 
@@ -25,7 +28,11 @@ Result = TypeVar("Result")
 def evaluate_with_routing(
     model: nn.Module, evaluate: Callable[[], Result]
 ) -> tuple[Result, dict[str, Any]]:
-    """Evaluate a model, and summarise the routing of its tokens; the summary of a dense model is empty."""
+    """Evaluate a model, and summarise the routing of its tokens.
+
+    Returns:
+        The result of ``evaluate``, and the summary, which is empty for a dense model.
+    """
     if not emoe.is_converted(model):
         return evaluate(), {}
     with emoe.record_routing(model) as record:
@@ -34,9 +41,9 @@ def evaluate_with_routing(
 
 
 def routing_summary(record: RoutingRecord) -> dict[str, Any]:
-    """Summarise routing: each statistic's mean over layers, and the experts' ``shares`` by layer."""
+    """Return the mean of each routing statistic over layers, and ``shares`` of experts by layer."""
     shares = {str(number): layer.shares.tolist() for number, layer in record.layers.items()}
-    return record.summary() | {"shares": shares}
+    return {**record.summary(), "shares": shares}
 
 
 def loads_by_row(record: LayerRecord, rows: int) -> NDArray[np.int64]:
@@ -53,13 +60,21 @@ def window_steps(steps: int) -> int:
     >>> window_steps(80), window_steps(5000), window_steps(60_000)
     (4, 100, 600)
     """
-    return max(1, min(_AUTHORS_WINDOW, steps // _FEWEST_WINDOWS), math.ceil(steps / _MOST_WINDOWS))
+    # longer windows would be too few, shorter windows too many
+    longest = steps // _FEWEST_WINDOWS
+    shortest = math.ceil(steps / _MOST_WINDOWS)
+    return max(1, min(_AUTHORS_WINDOW, longest), shortest)
 
 
 class RoutingTrace(SavedCallback):
-    """Count the experts' loads per window of training steps. No-op for dense models.
+    """A callback that counts the experts' loads per window of training steps.
 
-    As in the authors' code and the paper's figure, each epoch also ends a window.
+    As in the authors' code and the paper's figure, each epoch also ends a window. The callback does
+    nothing for dense models.
+
+    Attributes:
+        ends: The last step of each window.
+        loads: The loads ``[windows, N]`` by layer.
     """
 
     SAVED = ("ends", "loads")
@@ -71,11 +86,14 @@ class RoutingTrace(SavedCallback):
         self._record: RoutingRecord | None = None
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        if self._record is None and emoe.is_converted(kwargs["model"]):
-            self._record = self._recording.enter_context(emoe.record_routing(kwargs["model"]))
+        model = kwargs["model"]
+        if self._record is None and emoe.is_converted(model):
+            self._record = self._recording.enter_context(emoe.record_routing(model))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        start = self.ends[-1] if self.ends else 0
+        start = 0
+        if self.ends:
+            start = self.ends[-1]
         if state.global_step - start == window_steps(state.max_steps):
             self._end_window(state.global_step)
 
@@ -83,6 +101,8 @@ class RoutingTrace(SavedCallback):
         self._end_window(state.global_step)
 
     def _end_window(self, step: int) -> None:
+        """Store the loads of the window that ends with a step. The next step begins another."""
+        # a window has ended in this step, or the model is dense
         if self._record is None:
             return
         self.ends.append(step)
@@ -92,5 +112,7 @@ class RoutingTrace(SavedCallback):
         self._recording.close()
 
     def summary(self) -> dict[str, Any]:
-        """Return ``windows`` of ``routing`` in ``metrics.json``: last steps, and loads ``[windows, N]`` by layer."""
-        return {"windows": {"ends": self.ends, "loads": self.loads}} if self.ends else {}
+        """Return ``windows`` of ``routing`` in ``metrics.json``. Empty for a dense model."""
+        if not self.ends:
+            return {}
+        return {"windows": {"ends": self.ends, "loads": self.loads}}

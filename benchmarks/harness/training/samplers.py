@@ -12,7 +12,7 @@ from benchmarks.harness.base import derive_seed
 
 
 class EpochOrder(Sampler[int]):
-    """Order the training rows by the seed and the epoch alone.
+    """An order of the training rows that depends on the seed and the epoch alone.
 
     All methods have the same order. A resumed run has the same order as an uninterrupted run.
 
@@ -24,12 +24,10 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, *, by_length: bool) -> None:
-        self._lengths, self._batch_size, self._seed, self._by_length = (
-            lengths,
-            batch_size,
-            seed,
-            by_length,
-        )
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._by_length = by_length
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,7 +40,7 @@ class EpochOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(derive_seed("order", self._seed, self._epoch))
         if self._by_length:
-            return iter(
-                get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
-            )
-        return iter(torch.randperm(len(self), generator=generator).tolist())
+            order = get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
+        else:
+            order = torch.randperm(len(self), generator=generator).tolist()
+        return iter(order)

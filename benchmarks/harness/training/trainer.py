@@ -24,11 +24,10 @@ from benchmarks.harness.training.checkpoints import FindBest, MarkComplete
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.files import write_tensors
 
-_WEIGHTS, _OPTIMIZER, _SCHEDULER = (
-    "trained.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-)  # in a checkpoint
+# files in a checkpoint
+_WEIGHTS = "trained.safetensors"
+_OPTIMIZER = "optimizer.pt"
+_SCHEDULER = "scheduler.pt"
 
 
 def available_precision(requested: str) -> str:
@@ -42,39 +41,51 @@ def autocast(model: PreTrainedModel, precision: str) -> torch.autocast:
 
 
 def trainer_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
-    """Return Trainer's arguments without reports and progress bars, for one device per process."""
+    """Return Trainer's arguments without reports and progress bars, for one device per process.
+
+    Args:
+        folder: The folder of the run.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
+        **options: More arguments.
+    """
+    use_cpu = not torch.cuda.is_available()
+    backend = None
+    if use_cpu and world_size() > 1:
+        backend = "gloo"
     arguments = TrainingArguments(
         output_dir=str(folder),
         report_to=[],
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=use_cpu,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
-        ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
+        ddp_backend=backend,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,  # a hook takes the prefix states, which no signature has
         save_total_limit=2,  # the previous one is used if the last one is incomplete or damaged
         **options,
     )
+    # one run takes one GPU: Trainer's DataParallel would multiply the batch size
     if arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
-        )
+        arguments._n_gpu = 1
     return arguments
 
 
 class RoutedTrainer(Trainer):
-    """Train routed and adapted models.
+    """Trainer for routed and adapted models.
 
-    Adds the balance loss to the task's loss, updates running gates, orders the rows by seed and epoch, lowers the
-    learning rate of some parameters, and saves only the trained parameters in its checkpoints.
+    Adds the balance loss to the task's loss, updates running gates, orders the rows by seed and
+    epoch, lowers the learning rate of some parameters, and saves only the trained parameters in its
+    checkpoints.
 
     Args:
         order: The order of the rows.
         trainable: The model.
         probe: The probe that records the loss of the first batches.
-        base_lr_ratio: The share of the learning rate for trained parameters other than adapters and head.
-        by_token: True to average a step's loss over its learned tokens, False over its batches.
+        base_lr_ratio: The share of the learning rate for trained parameters other than adapters
+            and head.
+        by_token: True to average the loss of a step over its learned tokens, False over its
+            batches.
         **kwargs: The arguments of Trainer.
     """
 
@@ -92,13 +103,12 @@ class RoutedTrainer(Trainer):
         kwargs["args"].save_only_model = is_sharded()
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
-        self._order, self._trainable, self._probe, self._base_lr_ratio = (
-            order,
-            trainable,
-            probe,
-            base_lr_ratio,
-        )
+        self.model_accepts_loss_kwargs = by_token
+        self.loss_is_scaled_for_ga = by_token
+        self._order = order
+        self._trainable = trainable
+        self._probe = probe
+        self._base_lr_ratio = base_lr_ratio
         self.add_callback(probe)
         self.add_callback(UpdateGates())
         if hasattr(order, "set_epoch"):
@@ -111,19 +121,18 @@ class RoutedTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        is_slow = {
-            parameter: name in self._trainable.slow
-            for name, parameter in self._trained.named_parameters()
-        }
+        slow = set()
+        for name, parameter in self._trained.named_parameters():
+            if name in self._trainable.slow:
+                slow.add(parameter)
+        # move them into groups of their own, with a lower learning rate
         for group in list(optimizer.param_groups):
-            slow = [parameter for parameter in group["params"] if is_slow[parameter]]
-            if slow:
-                group["params"] = [
-                    parameter for parameter in group["params"] if not is_slow[parameter]
-                ]
-                optimizer.add_param_group(
-                    {**group, "params": slow, "lr": group["lr"] * self._base_lr_ratio}
-                )
+            slow_parameters = [parameter for parameter in group["params"] if parameter in slow]
+            if not slow_parameters:
+                continue
+            group["params"] = [parameter for parameter in group["params"] if parameter not in slow]
+            learning_rate = group["lr"] * self._base_lr_ratio
+            optimizer.add_param_group({**group, "params": slow_parameters, "lr": learning_rate})
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,10 +142,14 @@ class RoutedTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         loss: Any = super().compute_loss(model, *args, **kwargs)
-        balance = emoe.aux_loss(model) if model.training else 0.0
+        if not model.training:
+            return loss
+        balance = emoe.aux_loss(model)
+        # the loss is the number 0.0 if no layer has one
         if not isinstance(balance, Tensor):
             return loss
-        if self.loss_is_scaled_for_ga:  # like the task's loss
+        # like the task's loss
+        if self.loss_is_scaled_for_ga:
             balance = balance / self.current_gradient_accumulation_steps
         return loss + balance
 
@@ -145,7 +158,9 @@ class RoutedTrainer(Trainer):
         return cast(nn.Module, self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder, state = Path(str(output_dir)), trained_state(self._trained)
+        folder = Path(str(output_dir))
+        # all processes take part in gathering the tensors
+        state = trained_state(self._trained)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(state, folder / _WEIGHTS)
@@ -159,39 +174,40 @@ class RoutedTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # whole tensors by parameter name, which fit any number of processes
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
-        # whole tensors by parameter name, which fit any number of processes
         state = get_optimizer_state_dict(self._trained, self._unwrapped_optimizer, options=options)
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / _OPTIMIZER)
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / _SCHEDULER)
+            folder = Path(output_dir)
+            scheduler: Any = self.lr_scheduler
+            torch.save(state, folder / _OPTIMIZER)
+            torch.save(scheduler.state_dict(), folder / _SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            folder = Path(checkpoint)
-            state = torch.load(
-                folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True
-            )
-            options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(
-                self._trained, self._unwrapped_optimizer, state, options=options
-            )
-            cast(Any, self.lr_scheduler).load_state_dict(
-                torch.load(folder / _SCHEDULER, weights_only=True)
-            )
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        state = torch.load(folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self._trained, self._unwrapped_optimizer, state, options=options)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
 
     @property
     def _unwrapped_optimizer(self) -> torch.optim.Optimizer:
-        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+        # accelerate wraps the optimizer
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return cast(torch.optim.Optimizer, optimizer)
 
 
 def extract_logits(predictions: Any) -> NDArray[Any]:
     """Return the logits of a model's predictions, which may be a tuple."""
-    return cast(NDArray[Any], predictions[0] if isinstance(predictions, tuple) else predictions)
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    return cast(NDArray[Any], logits)
 
 
 def finite_or_none(loss: float) -> float | None:
-    """Return a loss, or None if it is not finite, which JSON cannot hold."""
+    """Return a loss, or None if it is not finite, which JSON cannot represent."""
     return loss if math.isfinite(loss) else None
