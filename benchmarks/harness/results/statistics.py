@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -41,7 +41,11 @@ class Difference:
 
     def columns(self) -> dict[str, float]:
         """Return the numbers by column name, without ``n``."""
-        return dict(zip(self.COLUMNS, (self.mean, self.low, self.high, self.p), strict=True))
+        return {"delta": self.mean, "low": self.low, "high": self.high, "p": self.p}
+
+    def scaled(self, scale: float) -> Difference:
+        """Return the difference in another unit, ``scale`` times as large. p and ``n`` stay."""
+        return replace(self, mean=self.mean * scale, low=self.low * scale, high=self.high * scale)
 
 
 def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Difference:
