@@ -101,6 +101,7 @@ def all_artifacts() -> list[Artifacts]:
             for part in benchmark.tasks:
                 all_of_them.append(artifacts_of(name, part))
 
+    # the workflow would write both to the same files
     for artifacts in all_of_them:
         is_of_set = artifacts.part is not None
         if is_of_set and artifacts.name in benchmark_names():

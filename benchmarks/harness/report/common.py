@@ -95,6 +95,7 @@ class Outcomes:
 
         model_titles = {name: model.title for name, model in load_models().items()}
         method_titles = {name: method.title for name, method in self.methods.items()}
+        # the names that ran come first, in the order of the grid
         tasks_in_order = _in_order(benchmark.task_titles, [run.task for run in runs])
         titles_by_column = {
             "model": _in_order(model_titles, [run.model for run in runs]),
@@ -172,10 +173,11 @@ def read_published(benchmark: AnyBenchmark, file: str | None = None) -> pd.DataF
 
     ``file`` defaults to ``paper`` of the definition.
     """
-    file = file or benchmark.definition.paper
-    if not file:
+    name = file or benchmark.definition.paper
+    if not name:
         return pd.DataFrame(columns=[*benchmark.paper_columns, *NUMBER_COLUMNS])
-    return pd.read_csv(benchmark.folder / file, keep_default_na=False, na_values={"value": [""]})
+    # an empty value is nan, and every other empty cell is an empty text
+    return pd.read_csv(benchmark.folder / name, keep_default_na=False, na_values={"value": [""]})
 
 
 def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:
@@ -196,6 +198,7 @@ def with_numbers(
     frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = ""
 ) -> pd.DataFrame:
     """Join numbers on the columns ``on``, and prefix the names of their other columns."""
+    # the columns `on` become the index, so that they get no prefix
     named = numbers.set_index(list(on)).add_prefix(prefix)
     return frame.merge(named, left_on=list(on), right_index=True, how="left")
 
@@ -344,6 +347,7 @@ def cell_means(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str
     for metric in metrics:
         of_metric = costs[costs["metric"] == metric]
         means[metric] = of_metric.groupby(list(cell), sort=False)["value"].mean()
+    # a cell without a number of some metric has nan there
     return pd.DataFrame(means).reset_index()
 
 
@@ -377,7 +381,7 @@ def average_over_seeds(
     types = dict.fromkeys(numbers, float)
     by_cell = frame.astype(types).groupby(list(cell), sort=False)
     values = by_cell[list(numbers)]
-    deviations = values.std().add_suffix("_std")
+    deviations = values.std().add_suffix("_std")  # nan for a single row
     counts = by_cell.size().rename("n")
     return values.mean().join(deviations).join(counts).reset_index()
 
@@ -411,7 +415,7 @@ def summarize(
         differences.append(to_reference.drop(columns="values"))
     all_differences = pd.concat(differences).rename(columns={"n": "pairs"})
 
-    # a reference has no difference
+    # the rows of a reference have no difference
     return summaries.merge(all_differences, on=list(cell), how="left")
 
 

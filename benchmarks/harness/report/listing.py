@@ -28,6 +28,7 @@ def suite_rows(runs: Iterable[Run]) -> list[Row]:
 
     rows = []
     for (benchmark, model), members in groups.items():
+        # an evaluation has the learning rate 0, which says nothing
         trained = [run for run in members if run.is_trained]
         row = {
             "benchmark": benchmark,

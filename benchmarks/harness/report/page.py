@@ -48,6 +48,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     sections = {name: read_section(artifacts_of(name), suite.name) for name in names}
     all_sections = list(sections.values())
 
+    # one row of costs per benchmark, then their sum
     shown_sections = []
     costs = []
     for name, section in sections.items():
@@ -120,6 +121,7 @@ class _Page:
 
     def figure(self, path: Path, caption: str) -> dict[str, str]:
         """Return a figure with its links. The page contains the image itself."""
+        # as text inside the page, so that the page is one file
         content = path.with_suffix(".png").read_bytes()
         image = base64.b64encode(content).decode()
         return {
@@ -184,6 +186,7 @@ class _Page:
         if not is_random:
             sentences = verdict_sentences(verdicts)
 
+        # the page has one group of rows per claim
         tests_by_claim = {}
         for title, tests in verdicts.groupby("claim_title", sort=False):
             tests_by_claim[title] = tests.to_dict("records")

@@ -176,6 +176,7 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[dict[str, Any]]:
     """Compute the rows of one of our models from its claim numbers, one row per method."""
+    # a method without runs has no mark
     evidence = {}
     for method in _MAIN_TITLES:
         comparison = average.of.comparison(getattr(average.of, method))

@@ -158,6 +158,7 @@ def load_paper() -> PaperFile:
     for item_name, item in content.items.items():
         for number, part in enumerate(item.parts or ()):
             check_part(part, f"{file}: 'items.{item_name}.parts[{number}]")
+    # both methods of a main average are compared with the dense model
     for average_name, average in content.main.items():
         for method in (average.of.gmoe, average.of.emoe):
             comparison = average.of.comparison(method)
@@ -209,6 +210,7 @@ def paper_outputs() -> Iterator[PaperOutput]:
     for name, item in load_paper().items.items():
         parts = item.parts or []
         for stem, part in zip(_part_stems(name, len(parts)), parts, strict=True):
+            # a table of a set is written once per set
             if part.set_table:
                 for task in load_benchmark(part.benchmark).tasks:
                     yield PaperOutput(f"{stem}_{task}", name, part, task)

@@ -300,6 +300,7 @@ def check_numbers(records: Iterable[Record]) -> Numbers:
             numbers.append((name, run.seed, part, data_set, metric, value, machine))
     rows = pd.DataFrame(numbers, columns=_COLUMNS)
 
+    # else the comparison would join one run with another
     repeated = rows[rows.duplicated(KEYS)]
     if len(repeated):
         first = " ".join(str(repeated.iloc[0][key]) for key in KEYS)
@@ -378,6 +379,7 @@ def _model_numbers(model: ModelNumbers) -> Iterator[RunNumber]:
         name = f"layer {layer.index}"
         sizes = f"{layer.experts} experts of {layer.expert_size}, top {layer.top_k}"
         yield RunNumber("model", name, "conversion", sizes)
+        # GMoE has no partition that could explain variance
         if layer.explained is not None:
             yield RunNumber("model", name, "inertia", repr(1 - layer.explained))
     for group, trained in model.trained.items():
@@ -442,6 +444,7 @@ def check(suite: Suite, *, elsewhere: bool = False) -> CheckResult:
             f"no finished run of the suite '{suite.name}' is collected: "
             f"`make run SUITE={suite.name}`"
         )
+    # a rerun after the collection would be compared with its old numbers
     for record in records:
         check_current(record)
     finished = {record.run.folder for record in records}
@@ -515,6 +518,7 @@ def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
         raise DefinitionError(
             f"no run of the suite '{suite.name}' is finished: `make run SUITE={suite.name}`"
         )
+    # unseeded, so that repeated calls verify different runs
     chosen = random.sample(finished, min(count, len(finished)))
     records = [read_record(run) for run in chosen]
     before = check_numbers(records)
@@ -535,6 +539,7 @@ def bless(suite: Suite, say: Callable[[str], None]) -> Path:
     commit = clean_commit()
     check_finished(suite.runs, f"of the suite '{suite.name}'", f"make run SUITE={suite.name}")
 
+    # one run per benchmark is rerun, the fastest, to save time
     records: list[Record] = []
     fastest: list[Record] = []
     for name in suite.settings.benchmarks:

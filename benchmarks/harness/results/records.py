@@ -161,6 +161,7 @@ def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record
     Raises:
         DataError: The file cannot be read, is damaged, or has not exactly the records of ``runs``.
     """
+    # a record names its run by the folder, which has the run's id
     runs_by_folder = {run.folder: run for run in runs}
     records: dict[str, Record] = {}
     for number, text in enumerate(read_bytes(path, advice).splitlines(), start=1):
