@@ -93,23 +93,23 @@ def all_artifacts() -> list[Artifacts]:
         DefinitionError: A benchmark has the target name of another benchmark's set, so the
             workflow cannot tell them apart.
     """
-    all_of_them = []
+    listed = []
     for name in benchmark_names():
         benchmark = load_benchmark(name)
-        all_of_them.append(artifacts_of(name))
+        listed.append(artifacts_of(name))
         if benchmark.has_set_tables:
             for part in benchmark.tasks:
-                all_of_them.append(artifacts_of(name, part))
+                listed.append(artifacts_of(name, part))
 
     # the workflow would write both to the same files
-    for artifacts in all_of_them:
+    for artifacts in listed:
         is_of_set = artifacts.part is not None
         if is_of_set and artifacts.name in benchmark_names():
             raise DefinitionError(
                 f"{BENCHMARKS / artifacts.name}: '{artifacts.name}' is also the target of the set "
                 f"'{artifacts.part}' of '{artifacts.benchmark}'; choose another name"
             )
-    return all_of_them
+    return listed
 
 
 def suite_artifacts(suite: Suite) -> list[Artifacts]:
