@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.harness import base as paths
 from benchmarks.harness.base import BENCHMARKS, DefinitionError
@@ -18,9 +20,11 @@ FIGURE_FORMATS = ("pdf", "png")
 class Artifacts:
     """The names of the tables and figures of a benchmark, of one of its sets, or of the claims.
 
+    A set is a data set of a benchmark, such as PACS of DomainBed.
+
     Attributes:
         benchmark: The name of the benchmark.
-        part: The name of the set; None for tables over all sets.
+        part: The name of the set. None for tables and figures over all sets.
         tables: The names of the tables.
         figures: The names of the figures.
     """
@@ -36,33 +40,41 @@ class Artifacts:
         return target_name(self.benchmark, self.part)
 
     def stem(self, name: str) -> str:
-        """Return the name of a file without ending."""
-        return f"{self.name}_{name}" if name else self.name
+        """Return the file name of a table or figure, without ending."""
+        if not name:
+            return self.name
+        return f"{self.name}_{name}"
 
     def table_files(self, suite: str) -> list[str]:
+        """List the files of all tables, in every format."""
         folder = paths.RESULTS / suite / "tables"
-        return [
-            str(folder / f"{self.stem(table)}.{end}") for table in self.tables for end in FORMATS
-        ]
+        return self._files(folder, self.tables, FORMATS)
 
     def figure_files(self, suite: str) -> list[str]:
+        """List the files of all figures, in every format."""
         folder = paths.RESULTS / suite / "figures"
-        return [
-            str(folder / f"{self.stem(figure)}.{end}")
-            for figure in self.figures
-            for end in FIGURE_FORMATS
-        ]
+        return self._files(folder, self.figures, FIGURE_FORMATS)
+
+    def _files(self, folder: Path, names: Sequence[str], formats: Sequence[str]) -> list[str]:
+        """List the paths of the named tables or figures in a folder, one path per format."""
+        files = []
+        for name in names:
+            stem = self.stem(name)
+            for ending in formats:
+                files.append(str(folder / f"{stem}.{ending}"))
+        return files
 
     def section_file(self, suite: str) -> str:
-        """Return the path of the section: the JSON that pages are written from."""
+        """Return the path of the section file: the JSON file that pages are written from."""
         return str(paths.RESULTS / suite / "sections" / f"{self.name}.json")
 
 
+# the table `claims`, and the figures `claims` and `claims_all`
 CLAIMS = Artifacts("claims", None, [""], ["", "all"])
 
 
 def numbers_file(suite: str, benchmark: str) -> str:
-    """Return the file of the numbers that claims compare."""
+    """Return the path of the file with the numbers of a benchmark that claims compare."""
     return str(paths.RESULTS / suite / "numbers" / f"{benchmark}.jsonl")
 
 
@@ -75,29 +87,36 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
 
 
 def all_artifacts() -> list[Artifacts]:
-    """Return the tables and figures of all benchmarks and all their sets, whether a suite runs them or not.
+    """List the tables and figures of all benchmarks and their sets, also of those without a suite.
 
     Raises:
-        DefinitionError: A benchmark has the name of another benchmark's set, so the workflow cannot tell them apart.
+        DefinitionError: A benchmark has the target name of another benchmark's set, so the
+            workflow cannot tell them apart.
     """
-    shown = []
+    listed = []
     for name in benchmark_names():
         benchmark = load_benchmark(name)
-        shown.append(artifacts_of(name))
+        listed.append(artifacts_of(name))
         if benchmark.has_set_tables:
-            shown += [artifacts_of(name, part) for part in benchmark.tasks]
-    for of_set in shown:
-        if of_set.part and of_set.name in benchmark_names():
+            for part in benchmark.tasks:
+                listed.append(artifacts_of(name, part))
+
+    # the workflow would write both to the same files
+    for artifacts in listed:
+        is_of_set = artifacts.part is not None
+        if is_of_set and artifacts.name in benchmark_names():
             raise DefinitionError(
-                f"{BENCHMARKS / of_set.name}: '{of_set.name}' is also the target of the set '{of_set.part}' of "
-                f"'{of_set.benchmark}'; choose another name"
+                f"{BENCHMARKS / artifacts.name}: '{artifacts.name}' is also the target of the set "
+                f"'{artifacts.part}' of '{artifacts.benchmark}'; choose another name"
             )
-    return shown
+    return listed
 
 
 def suite_artifacts(suite: Suite) -> list[Artifacts]:
-    """Return the tables and figures of a suite's benchmarks, and of their sets."""
+    """List the tables and figures of a suite's benchmarks, and of their sets."""
     artifacts = []
     for name in suite.settings.benchmarks:
-        artifacts += [artifacts_of(name, part) for part in (None, *suite.parts(name))]
+        artifacts.append(artifacts_of(name))
+        for part in suite.parts(name):
+            artifacts.append(artifacts_of(name, part))
     return artifacts

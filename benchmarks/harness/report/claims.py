@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS
-from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import Domain, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.config.yaml import (
@@ -45,14 +45,14 @@ class Comparison(Strict):
     against: str
     """The reference method."""
     domain: str
-    """`id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of instructions; `model` of
-    counts; a measure of measurements."""
+    """`id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of
+    instructions; `model` of counts; a measure of measurements."""
     metric: str
     """Name in metrics.yaml."""
     direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
-    """Claimed direction: `higher` or `lower` (paired t-test); `same` (interval within the metric's margin) or
-    `not_lower` (interval above the margin's lower end); `equal` (counts); or `near`, a ratio of about 1 or less (upper
-    end of the range within the margin)."""
+    """Claimed direction: `higher` or `lower` (paired t-test); `same` (interval within the metric's
+    margin) or `not_lower` (interval above the margin's lower end); `equal` (counts); or `near`, a
+    ratio of about 1 or less (upper end of the range within the margin)."""
     selection: str | None = optional()
     """The selection of epoch and hyper-parameters, if a benchmark reports several."""
     models: Names | None = optional()
@@ -64,8 +64,8 @@ class Comparison(Strict):
     questions: Names | None = optional()
     """Compared sets of questions, such as `mmlu 5-shot`; by default all that both methods have."""
     settings: Names | Literal["all"] | None = optional()
-    """Compared settings of a method that has several: `[D0.8]` or `all`; each pair is averaged over them. By
-    default the settings of main tables."""
+    """Compared settings of a method that has several: `[D0.8]` or `all`; each pair is averaged over
+    them. By default the settings of main tables."""
 
 
 class ClaimTest(Strict):
@@ -102,58 +102,83 @@ class ClaimFile(Strict):
 
 @functools.cache
 def load_claims() -> dict[str, Claim]:
-    """Read the paper's claims, by name."""
+    """Read the paper's claims, by name.
+
+    Raises:
+        DefinitionError: The file is damaged, or a comparison has a name that does not exist.
+    """
     file = BENCHMARKS / "claims.yaml"
     claims = read(file, ClaimFile).claims
     for name, claim in claims.items():
         for number, test in enumerate(claim.tests):
             if test.compare:
-                check_comparison(test.compare, file, f"claims.{name}.tests[{number}].compare")
+                key_path = f"claims.{name}.tests[{number}].compare"
+                check_comparison(test.compare, file, key_path)
     return claims
 
 
 def claimed_benchmarks(suite: Suite) -> list[str]:
     """Return a suite's benchmarks that test the paper's claims, in the order of the claims."""
-    claimed: dict[str, None] = {}
+    claimed: list[str] = []
     for claim in load_claims().values():
         for test in claim.tests:
-            if test.compare and test.compare.benchmark in suite.settings.benchmarks:
-                claimed[test.compare.benchmark] = None
-    return list(claimed)
+            if test.compare is None:
+                continue
+            benchmark = test.compare.benchmark
+            if benchmark in suite.settings.benchmarks and benchmark not in claimed:
+                claimed.append(benchmark)
+    return claimed
 
 
 def check_comparison(compare: Comparison, file: Path, at: str) -> None:
-    """Check that the names in a comparison exist and fit.
+    """Check that the names in a comparison exist, and that they fit its benchmark.
 
     Args:
         compare: The comparison.
         file: The file of the comparison.
-        at: The key path in the file.
+        at: The key path of the comparison in the file.
+
+    Raises:
+        DefinitionError: A name does not exist or does not fit. Names the file and the key.
     """
     where = Location(file, at)
+
     check_names(where.at("benchmark"), [compare.benchmark], benchmark_names())
     benchmark = load_benchmark(compare.benchmark)
-    check_names(where.at("method"), [compare.method], benchmark.row_titles)
-    check_names(
-        where.at("against"),
-        [compare.against],
-        [row for row in benchmark.row_titles if row != compare.method],
-    )
+
+    # the two methods must differ
+    methods = list(benchmark.row_titles)
+    other_methods = [name for name in methods if name != compare.method]
+    check_names(where.at("method"), [compare.method], methods)
+    check_names(where.at("against"), [compare.against], other_methods)
+
     check_names(where.at("domain"), [compare.domain], benchmark.domains)
-    domain, metrics = benchmark.domains[compare.domain], load_metrics()
-    # counts are equal or not, so they need no margin
-    tested = [
-        name
-        for name in metrics
-        if compare.direction == "equal" or metrics[name].equivalence_margin is not None
-    ]
-    check_names(
-        where.at("metric"), [compare.metric], [name for name in domain.metrics if name in tested]
-    )
+    domain = benchmark.domains[compare.domain]
+    check_names(where.at("metric"), [compare.metric], _comparable_metrics(compare, domain))
+
     check_names(where.at("models"), compare.models or (), load_models())
     check_names(where.at("tasks"), compare.tasks or (), benchmark.task_titles)
-    check_names(
-        where.at("tunings"), compare.tunings or (), getattr(benchmark.definition, "finetuning", ())
-    )
+    # only instruction tuning compares several fine-tuning methods
+    tunings = getattr(benchmark.definition, "finetuning", ())
+    check_names(where.at("tunings"), compare.tunings or (), tunings)
+
+    # a domain with several selections needs one; another domain must not have one
     if domain.selections or compare.selection:
-        check_names(where.at("selection"), [compare.selection or ""], domain.selections)
+        selection = compare.selection or ""
+        check_names(where.at("selection"), [selection], domain.selections)
+
+
+def _comparable_metrics(compare: Comparison, domain: Domain) -> list[str]:
+    """List the metrics of a domain that can test a comparison: those with an equivalence margin."""
+    # counts are equal or not, so they need no margin
+    needs_margin = compare.direction != "equal"
+
+    metrics = load_metrics()
+    comparable = []
+    for name in domain.metrics:
+        if name not in metrics:
+            continue
+        has_margin = metrics[name].equivalence_margin is not None
+        if has_margin or not needs_margin:
+            comparable.append(name)
+    return comparable

@@ -1,11 +1,11 @@
-"""Make the table and figures of the claims: the paper's numbers, these runs' numbers, and the verdicts."""
+"""Make the table and figures of the claims, with the paper's numbers, our numbers and verdicts."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from benchmarks.harness.config.benchmark import AnyBenchmark, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, model_title
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.artifacts import CLAIMS, numbers_file
-from benchmarks.harness.report.claims import ClaimTest, Comparison, claimed_benchmarks, load_claims
+from benchmarks.harness.report.claims import (
+    Claim,
+    ClaimTest,
+    Comparison,
+    PaperEffect,
+    claimed_benchmarks,
+    load_claims,
+)
 from benchmarks.harness.report.common import COMPARED, interval_text, name_or_count
 from benchmarks.harness.report.evidence import (
     Evidence,
@@ -34,25 +41,16 @@ from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import Difference, holm
 
+# one line of a file of claim numbers: each number has the columns COMPARED of :mod:`.common`
 _NUMBER = TypeAdapter(dict[str, str | int | float | None])
-_COMPARED = {"benchmark", "method", "against", "domain", "metric"}
-_TEXTS = (
-    "contrast",
-    *sorted(_COMPARED),
-    "pair",
-    "against_paper",
-    "equivalent",
-    "unit",
-    "n_shown",
-    "runs_shown",
-)
-_NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
 
 CAPTION = (
-    "The claims of the paper and the differences that these runs measured, with 95 % intervals (from three pairs on); "
-    "thin crosses are the paper's effects. The shaded band has no difference that matters. Tests in other units than points "
-    "are in the table."
+    "The claims of the paper and the differences that these runs measured, with 95 % intervals "
+    "(from three pairs on); thin crosses are the paper's effects. The shaded band has no "
+    "difference that matters. Tests in other units than points are in the table."
 )
+
+# names of series in the figures, besides the verdicts
 _SMALLER = "undecided, below the paper's"  # the paper's effect lies above the whole interval
 _NO_VERDICT = "random weights"
 _PAPER = "the paper"
@@ -67,6 +65,74 @@ _STYLES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TestRow:
+    """One test of a claim, with the paper's effect and ours, before the correction of p.
+
+    Unknown texts are a dash, and unknown numbers are nan. The fields are columns of the table's
+    CSV in this order, except ``compare`` and ``evidence``.
+
+    Attributes:
+        claim: The name of the claim in ``claims.yaml``.
+        claim_title: The claim in plain words.
+        test: The models and data of the test, in a few words.
+        headline: True to show the test in the small figure.
+        test_shown: ``test``, with the titles of the two methods.
+        contrast: The titles of the two methods.
+        against: The name of the reference method.
+        benchmark: The name of the benchmark.
+        domain: The group of numbers that is compared, such as ``id`` or ``ood``.
+        method: The name of the method of the claim.
+        metric: The name of the metric.
+        pair: What ``n`` counts: ``seed``, ``trial``, ``question``, ``setting`` or ``run``.
+        against_paper: Our difference beside the paper's: ``smaller``, ``larger``, ``compatible``.
+        equivalent: Text that says if the difference is negligible, with the margin.
+        unit: The unit of the numbers below, such as ``points``.
+        n_shown: ``n`` with its noun.
+        runs_shown: Our difference and its interval as text.
+        delta: Our difference.
+        low: The lower end of its interval.
+        high: The upper end of its interval.
+        n: The number of pairs.
+        p: The uncorrected p of the t-test, for claims that are tested with it.
+        margin: The largest negligible difference.
+        effect: The paper's difference, if it has the same unit.
+        paper: The paper's difference and its place as text.
+        compare: The comparison; None if no suite can run the test.
+        evidence: The result of the comparison; None if the suite lacks the runs.
+        remark: The compared models and tasks, or why there is no result.
+    """
+
+    claim: str
+    claim_title: str
+    test: str
+    headline: bool
+    test_shown: str
+    contrast: str = MISSING
+    against: str = MISSING
+    benchmark: str = MISSING
+    domain: str = MISSING
+    method: str = MISSING
+    metric: str = MISSING
+    pair: str = MISSING
+    against_paper: str = MISSING
+    equivalent: str = MISSING
+    unit: str = MISSING
+    n_shown: str = MISSING
+    runs_shown: str = MISSING
+    delta: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    n: float = math.nan
+    p: float = math.nan
+    margin: float = math.nan
+    effect: float = math.nan
+    paper: str
+    compare: Comparison | None = None
+    evidence: Evidence | None = None
+    remark: str
+
+
 def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
     """Write the table and figures of the claims, from the rows of :func:`judge_claims`."""
     folder = paths.RESULTS / suite.name
@@ -76,13 +142,18 @@ def write_claims(suite: Suite, rows: pd.DataFrame) -> None:
 
 
 def write_claim_numbers(suite: str, benchmark: str, numbers: pd.DataFrame) -> None:
-    """Write the numbers of a benchmark that claims compare, one a line, with the columns ``COMPARED`` of :mod:`.common`."""
-    # pandas keeps numpy's numbers in columns of mixed types
-    lines = (
-        json.dumps(row, default=lambda number: number.item(), allow_nan=False)
-        for row in numbers.to_dict("records")
-    )
+    """Write the numbers of a benchmark that claims compare, one a line.
+
+    ``numbers`` has the columns ``COMPARED`` of :mod:`.common`.
+    """
+    lines = (_to_json(row) for row in numbers.to_dict("records"))
     write_lines(Path(numbers_file(suite, benchmark)), lines)
+
+
+def _to_json(row: Mapping[Any, Any]) -> str:
+    """Format one claim number as JSON."""
+    # pandas keeps numpy's numbers in columns of mixed types
+    return json.dumps(row, default=lambda number: number.item(), allow_nan=False)
 
 
 def read_claim_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -115,161 +186,234 @@ def judge_claims(suite: Suite, numbers: Mapping[str, pd.DataFrame]) -> pd.DataFr
         numbers: The claim numbers by benchmark.
 
     Returns:
-        One row per test, in the order of ``claims.yaml``. ``delta``, ``low``, ``high``, ``margin`` and the paper's
-        ``effect`` are in the row's ``unit``, and ``n`` counts the row's ``pair`` (seeds, trials, …).
+        One row per test, in the order of ``claims.yaml``. The columns are the fields of
+        :class:`TestRow`, then ``p_holm`` (p, corrected over all tests) and ``verdict``.
     """
-    rows = [
-        {"claim": name, "claim_title": claim.title, **_test_row(test, numbers)}
-        for name, claim in load_claims().items()
-        for test in claim.tests
-    ]
-    frame = pd.DataFrame(rows)
-    frame["p_holm"] = holm(frame["p"])
-    is_random = has_random_weights(suite.runs)
-    return frame.assign(
-        verdict=[MISSING if is_random else str(_verdict(row)) for row in frame.itertuples()]
-    )
+    tests = []
+    for name, claim in load_claims().items():
+        for test in claim.tests:
+            tests.append(_test_row(name, claim, test, numbers))
+
+    rows = pd.DataFrame([vars(test) for test in tests])
+    p_holm = holm(rows["p"])
+
+    if has_random_weights(suite.runs):
+        verdicts = [MISSING for _ in tests]
+    else:
+        verdicts = [str(_verdict(test, p)) for test, p in zip(tests, p_holm, strict=True)]
+    return rows.assign(p_holm=p_holm, verdict=verdicts)
 
 
-def _verdict(row: Any) -> Verdict:
-    if row.evidence is None:
+def _verdict(test: TestRow, p_holm: float) -> Verdict:
+    """Return the verdict of a test with its corrected p."""
+    if test.compare is None or test.evidence is None:
         return Verdict.MISSING
-    margin = load_metrics()[row.metric].equivalence_margin or 0.0
-    return judge(row.compare, row.evidence.difference, row.p_holm, margin)
+    margin = load_metrics()[test.metric].equivalence_margin or 0.0
+    return judge(test.compare, test.evidence.difference, p_holm, margin)
 
 
-def _test_row(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """Compute the row of a test, except its corrected p and its verdict."""
-    paper, compare = test.paper, test.compare
-    effect = "no number" if paper.effect is None else f"{paper.effect:+g} {paper.unit}"
-    row: dict[str, Any] = {"test": test.title, "headline": test.headline, "test_shown": test.title}
-    row |= dict.fromkeys(_TEXTS, MISSING) | dict.fromkeys(_NUMBERS, math.nan)
-    row |= {
-        "paper": f"{effect} ({paper.where})",
-        "compare": compare,
-        "evidence": None,
-        "remark": f"needs {test.needs}",
-    }
-    if compare is None:
-        return row
-    benchmark, metric = load_benchmark(compare.benchmark), load_metrics()[compare.metric]
-    contrast = (
-        f"{benchmark.row_titles[compare.method]} against {benchmark.row_titles[compare.against]}"
+def _test_row(
+    name: str, claim: Claim, test: ClaimTest, numbers: Mapping[str, pd.DataFrame]
+) -> TestRow:
+    """Compute a test's row: its description, the paper's effect, and ours if the runs exist."""
+    if test.paper.effect is None:
+        effect = "no number"
+    else:
+        effect = f"{test.paper.effect:+g} {test.paper.unit}"
+    untested = TestRow(
+        claim=name,
+        claim_title=claim.title,
+        test=test.title,
+        headline=test.headline,
+        test_shown=test.title,
+        paper=f"{effect} ({test.paper.where})",
+        remark=f"needs {test.needs}",
     )
-    row |= {
-        **compare.model_dump(include=_COMPARED),
-        "contrast": contrast,
-        "test_shown": f"{test.title}: {contrast}",
-    }
-    row["unit"] = {"%": "points", "M": "parameters"}.get(metric.unit, metric.unit)
-    row["pair"] = "run" if compare.direction == "equal" else benchmark.domains[compare.domain].pair
-    row["margin"] = (metric.equivalence_margin or math.nan) * metric.scale
-    if paper.effect is not None and paper.unit == row["unit"]:
-        row["effect"] = float(paper.effect)
-    evidence = (
-        find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
-    )
+    if test.compare is None:
+        return untested
+
+    compared = _with_comparison(untested, test.compare, test.paper)
+    evidence = None
+    if test.compare.benchmark in numbers:
+        evidence = find_evidence(numbers[test.compare.benchmark], test.compare)
     if evidence is None:
-        return row | {"remark": "not in this suite"}
-    row |= _evidence_columns(row, compare, metric, evidence.difference)
-    return row | {"evidence": evidence, "remark": _remark(evidence, row["pair"], benchmark)}
+        return replace(compared, remark="not in this suite")
+    return _with_evidence(compared, test.compare, evidence)
 
 
-def _evidence_columns(
-    row: Mapping[str, Any], compare: Comparison, metric: Metric, difference: Difference
-) -> dict[str, Any]:
-    """Compute the columns of a difference in the row's unit, compared with the margin and the paper."""
-    is_paired, is_tested = (
-        compare.direction not in ("equal", "near"),
-        compare.direction in ("higher", "lower"),
+def _with_comparison(row: TestRow, compare: Comparison, paper: PaperEffect) -> TestRow:
+    """Add what is known before the runs: names, unit, margin, and the paper's effect."""
+    benchmark = load_benchmark(compare.benchmark)
+    metric = load_metrics()[compare.metric]
+
+    title = benchmark.row_titles[compare.method]
+    other_title = benchmark.row_titles[compare.against]
+    contrast = f"{title} against {other_title}"
+
+    pair = benchmark.domains[compare.domain].pair
+    if compare.direction == "equal":
+        pair = "run"  # parameters are counted in every run, without pairs
+
+    # a difference of percentages is in points
+    names_of_units = {"%": "points", "M": "parameters"}
+    unit = names_of_units.get(metric.unit, metric.unit)
+
+    effect = math.nan
+    if paper.effect is not None and paper.unit == unit:
+        effect = float(paper.effect)
+
+    return replace(
+        row,
+        test_shown=f"{row.test}: {contrast}",
+        contrast=contrast,
+        against=compare.against,
+        benchmark=compare.benchmark,
+        domain=compare.domain,
+        method=compare.method,
+        metric=compare.metric,
+        pair=pair,
+        unit=unit,
+        margin=(metric.equivalence_margin or math.nan) * metric.scale,
+        effect=effect,
+        compare=compare,
     )
+
+
+def _with_evidence(row: TestRow, compare: Comparison, evidence: Evidence) -> TestRow:
+    """Add our difference in the row's unit, and compare it with the margin and the paper."""
+    benchmark = load_benchmark(compare.benchmark)
+    metric = load_metrics()[compare.metric]
+    difference = evidence.difference  # in the metric's unit, as runs store it
+
+    # counts and ratios are stored as they are printed
+    is_paired = compare.direction not in ("equal", "near")
     scale = metric.scale if is_paired else 1
-    mean, low, high = difference.mean * scale, difference.low * scale, difference.high * scale
-    scaled = replace(
-        difference, mean=mean, low=low, high=high, p=difference.p if is_tested else math.nan
-    )
-    columns: dict[str, Any] = {
-        **scaled.columns(),
-        "n": difference.n,
-        "n_shown": _with_noun(difference.n, row["pair"]),
-    }
-    columns["runs_shown"] = _runs_text(scaled, row["unit"], compare, metric)
-    if is_paired and not math.isnan(difference.low):
+    shown = difference.scaled(scale)
+
+    # only these claims are tested with p
+    has_direction = compare.direction in ("higher", "lower")
+    has_interval = is_paired and not math.isnan(difference.low)
+
+    equivalent = MISSING
+    if has_interval:
         margin = metric.equivalence_margin or math.nan
         is_negligible = is_within(difference, -margin, margin)
-        columns["equivalent"] = (
-            f"{'yes' if is_negligible else 'not shown'}, margin {row['margin']:g}"
-        )
-        if is_tested and not math.isnan(row["effect"]):
-            columns["against_paper"] = compare_with_paper(
-                compare, difference, row["effect"] / scale
-            )
-    return columns
+        answer = "yes" if is_negligible else "not shown"
+        equivalent = f"{answer}, margin {row.margin:g}"
+
+    against_paper = MISSING
+    if has_interval and has_direction and not math.isnan(row.effect):
+        against_paper = compare_with_paper(compare, difference, row.effect / scale)
+
+    return replace(
+        row,
+        against_paper=against_paper,
+        equivalent=equivalent,
+        n_shown=_with_noun(difference.n, row.pair),
+        runs_shown=_runs_text(shown, row.unit, compare, metric),
+        delta=shown.mean,
+        low=shown.low,
+        high=shown.high,
+        n=difference.n,
+        p=difference.p if has_direction else math.nan,
+        evidence=evidence,
+        remark=_remark(evidence, row.pair, benchmark),
+    )
 
 
 def _runs_text(difference: Difference, unit: str, compare: Comparison, metric: Metric) -> str:
     """Format a difference with its interval, a number of parameters, or the ratio of times."""
-    delta, low, high = difference.mean, difference.low, difference.high
     if compare.direction == "equal":
-        return f"{delta:+,.0f} parameters"
+        return f"{difference.mean:+,.0f} parameters"
     if compare.direction == "near":
-        return f"× {delta + 1:.2f} [{low + 1:.2f}, {high + 1:.2f}]"
-    decimals = metric.decimals + (
-        1 if metric.unit == "%" else 0
-    )  # differences are smaller than scores
-    return f"{delta:+z.{decimals}f} {unit}".rstrip() + interval_text(low, high, decimals)
+        # a ratio is stored as its distance from 1
+        ratio = difference.mean + 1
+        lowest = difference.low + 1
+        highest = difference.high + 1
+        return f"× {ratio:.2f} [{lowest:.2f}, {highest:.2f}]"
+
+    decimals = metric.decimals
+    if metric.unit == "%":
+        decimals += 1  # differences are smaller than scores
+    number = f"{difference.mean:+z.{decimals}f} {unit}".rstrip()
+    interval = interval_text(difference.low, difference.high, decimals)
+    return number + interval
 
 
 def _remark(evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
-    """Name the models and tasks of a comparison, and count the omitted pairs."""
-    models = name_or_count([model_title(name) for name in evidence.models], "models")
-    tasks = name_or_count(
-        [benchmark.task_titles.get(name, name) for name in evidence.tasks], "tasks"
-    )
-    omitted = (
-        f"{_with_noun(evidence.incomplete, pair)} left out as incomplete"
-        if evidence.incomplete
-        else ""
-    )
-    return "; ".join(filter(None, (models, tasks, omitted)))
+    """List the models and tasks of a comparison, and count the omitted pairs."""
+    models = [model_title(name) for name in evidence.models]
+    tasks = [benchmark.task_titles.get(name, name) for name in evidence.tasks]
+    texts = [name_or_count(models, "models"), name_or_count(tasks, "tasks")]
+    if evidence.incomplete:
+        texts.append(f"{_with_noun(evidence.incomplete, pair)} left out as incomplete")
+    # a comparison of times has no tasks
+    return "; ".join(text for text in texts if text)
 
 
 def _with_noun(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """Format a count with its noun, such as ``1 seed`` or ``5 seeds``."""
+    if count == 1:
+        return f"{count} {noun}"
+    return f"{count} {noun}s"
 
 
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     """Make a table from the rows of :func:`judge_claims`."""
+    num_tests = int(rows["p"].notna().sum())
     table = Table(
         "Claims of the paper",
-        "Differences are means over n pairs (seeds or trials), with a 95 % confidence interval (Student's t). Each pair "
-        "is averaged over tasks first. p is from the paired t-test, corrected with Holm's procedure over the "
-        f"{int(rows['p'].notna().sum())} tests of this table. Supported or contradicted: corrected p below 5 %, with "
-        "the claimed sign or the opposite one. Claims without p (the same, not lower, near the dense time): the whole "
-        "interval lies within the margin, or outside. Next to the paper: the whole interval is smaller or larger than "
-        "the paper's effect, or compatible with it. No difference that matters: the whole interval lies within the "
-        "margin. The interval of a time is its range over all rounds and settings. Untestable: one pair, or equal "
-        "differences. Missing: no such runs in this suite.",
-        {"claim_title": "Claim", "test_shown": "Tested on", "paper": "The paper"}
-        | {"runs_shown": "These runs", "n_shown": "n"},
+        "Differences are means over n pairs (seeds or trials), with a 95 % confidence interval "
+        "(Student's t). Each pair is averaged over tasks first. p is from the paired t-test, "
+        f"corrected with Holm's procedure over the {num_tests} tests of this table. Supported or "
+        "contradicted: corrected p below 5 %, with the claimed sign or the opposite one. Claims "
+        "without p (the same, not lower, near the dense time): the whole interval lies within the "
+        "margin, or outside. Next to the paper: the whole interval is smaller or larger than the "
+        "paper's effect, or compatible with it. No difference that matters: the whole interval "
+        "lies within the margin. The interval of a time is its range over all rounds and "
+        "settings. Untestable: one pair, or equal differences. Missing: no such runs in this "
+        "suite.",
+        {
+            "claim_title": "Claim",
+            "test_shown": "Tested on",
+            "paper": "The paper",
+            "runs_shown": "These runs",
+            "n_shown": "n",
+        },
         [Column("p_value", "p", "p"), Column("p_value", "p_holm", "p (Holm)")],
         rows.drop(columns=["compare", "evidence"]),
-        notes={"verdict": "Verdict", "against_paper": "Next to the paper"}
-        | {"equivalent": "No difference that matters", "remark": "Over, and remarks"},
+        notes={
+            "verdict": "Verdict",
+            "against_paper": "Next to the paper",
+            "equivalent": "No difference that matters",
+            "remark": "Over, and remarks",
+        },
         name=CLAIMS.name,
         wraps=True,
     )
-    return table.with_random_weights_note() if has_random_weights(suite.runs) else table
+    if has_random_weights(suite.runs):
+        return table.with_random_weights_note()
+    return table
+
+
+def _is_below_paper(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Return True for undecided tests whose whole interval is below the paper's effect."""
+    is_undecided = rows["verdict"].eq(Verdict.UNDECIDED)
+    is_smaller = rows["against_paper"].eq("smaller")
+    return is_undecided & is_smaller
 
 
 def verdict_sentences(rows: pd.DataFrame) -> list[str]:
-    """Return sentences that count verdicts, and undecided tests with intervals below the paper's effect."""
+    """Return a sentence that counts the verdicts, and one on undecided tests below the paper."""
     counts = rows["verdict"].value_counts()
-    verdicts = ", ".join(f"{counts[word]} {word}" for word in map(str, Verdict) if word in counts)
-    sentences = [f"{len(rows)} tests of {rows['claim'].nunique()} claims of the paper: {verdicts}."]
-    smaller = int(
-        (rows["verdict"].eq(Verdict.UNDECIDED) & rows["against_paper"].eq("smaller")).sum()
-    )
+    texts = []
+    for verdict in Verdict:
+        if verdict in counts:
+            texts.append(f"{counts[verdict]} {verdict}")
+    num_claims = rows["claim"].nunique()
+    sentences = [f"{len(rows)} tests of {num_claims} claims of the paper: {', '.join(texts)}."]
+
+    smaller = int(_is_below_paper(rows).sum())
     if smaller:
         sentences.append(
             f"In {smaller} of the undecided ones any gain is smaller than the paper's."
@@ -278,27 +422,32 @@ def verdict_sentences(rows: pd.DataFrame) -> list[str]:
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw a forest plot of the tests in points, with a panel per claim and crosses for the paper's effects.
+    """Draw a forest plot of the tests in points: one panel per claim, a cross per paper's effect.
 
-    Write ``<path>.pdf`` and ``.png``. Tests in other units, and untested claims, appear only in the table.
+    Write ``<path>.pdf`` and ``.png``. Tests in other units, and untested claims, appear only in the
+    table.
     """
-    ours = rows[rows["delta"].notna() & rows["unit"].eq("points")]
-    if ours.empty:
+    has_number = rows["delta"].notna()
+    is_in_points = rows["unit"].eq("points")
+    shown = rows[has_number & is_in_points]
+    if shown.empty:
         placeholder_figure(path)
         return
-    is_smaller = ours["verdict"].eq(Verdict.UNDECIDED) & ours["against_paper"].eq("smaller")
-    ours = ours.assign(
-        series=ours["verdict"].mask(is_smaller, _SMALLER).replace(MISSING, _NO_VERDICT)
-    )
-    ours["text"] = (
-        ours["runs_shown"].str.replace(" points", "") + ", n " + ours["n"].astype(int).astype(str)
-    )
-    paper = ours[ours["effect"].notna()].assign(delta=ours["effect"], n=0, series=_PAPER, text="")
-    drawn = pd.concat([ours, paper])
-    drawn = drawn.assign(
-        panel=drawn["claim_title"], line=drawn["test"], style=drawn["series"].map(_STYLES)
-    )
-    label = "Points; shaded: no difference that matters"
+
+    # the series of the legend are the verdicts; one of them is split in two
+    series = shown["verdict"].mask(_is_below_paper(shown), _SMALLER).replace(MISSING, _NO_VERDICT)
+    intervals = shown["runs_shown"].str.replace(" points", "")
+    counts = shown["n"].astype(int).astype(str)
+    ours = shown.assign(series=series, text=intervals + ", n " + counts)
+
+    # a mark of the paper has no interval, which n = 0 says
+    with_effect = ours[ours["effect"].notna()]
+    paper = with_effect.assign(delta=with_effect["effect"], n=0, series=_PAPER, text="")
+
+    marks = pd.concat([ours, paper])
     numbers = ["delta", "low", "high", "margin"]
-    drawn[numbers] /= 100  # draw_forest takes shares
-    draw_forest(drawn, path, label)
+    marks[numbers] /= 100  # draw_forest takes shares
+    titled = marks.assign(
+        panel=marks["claim_title"], line=marks["test"], style=marks["series"].map(_STYLES)
+    )
+    draw_forest(titled, path, "Points; shaded: no difference that matters")

@@ -1,4 +1,4 @@
-"""Collect the finished runs of a benchmark, read published numbers, and make tables that benchmarks share."""
+"""Finished runs of a benchmark, published numbers, and the tables that benchmarks share."""
 
 from __future__ import annotations
 
@@ -23,31 +23,57 @@ from benchmarks.harness.results.statistics import (
 )
 
 SETTING = "|"  # separates a row's name from its setting, if each setting is a separate row
-# the numbers of the claims, one row per number
+# the columns of the numbers that claims compare, one row per number
 COMPARED = [
-    *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting"),
-    *("seed", "question", "value"),
+    "selection",
+    "domain",
+    "metric",
+    "model",
+    "task",
+    "eval_task",
+    "tuning",
+    "method",
+    "setting",
+    "seed",
+    "question",
+    "value",
 ]
+# the metrics of the table of costs
+_COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
 
 
 def join_claim_numbers(*parts: pd.DataFrame) -> pd.DataFrame:
-    """Join frames of claim numbers, with the columns :data:`COMPARED`; a missing column becomes empty text."""
-    return pd.concat(
-        [part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True
-    )
+    """Join frames of claim numbers, with the columns :data:`COMPARED`.
+
+    If a frame lacks a column, its rows get an empty text there.
+    """
+    same_columns = [part.reindex(columns=COMPARED, fill_value="") for part in parts]
+    return pd.concat(same_columns, ignore_index=True)
 
 
 def parameter_counts(records: pd.DataFrame) -> pd.DataFrame:
     """Return the parameter counts of all runs, for :func:`join_claim_numbers`."""
-    rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
-    return rows.assign(domain="model")
+    is_of_model = records["part"] == "model"
+    is_count = records["metric"].isin(COUNTS.metrics)
+    return records[is_of_model & is_count].assign(domain="model")
+
+
+def _in_order(titles: Mapping[str, str], ran: Iterable[str]) -> dict[str, str]:
+    """Return titles by name: first the names that ``ran``, in that order, then the others."""
+    ordered = {}
+    for name in (*ran, *titles):
+        # a run may be of a name without a title
+        if name in titles:
+            ordered[name] = titles[name]
+    return ordered
 
 
 class Outcomes:
     """The finished runs of a benchmark in grid order. Subclasses add their results.
 
-    ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, or a key of
-    ``titles``. ``titles`` maps names to titles, in the order of rows.
+    ``keys`` are the columns whose names have titles: ``model``, ``method``, ``task``,
+    ``eval_task``, or a key of ``titles``. ``titles`` maps each further column to the titles of its
+    names, in the order of rows.
     """
 
     pair = "seed"  # the unit of paired differences
@@ -67,15 +93,18 @@ class Outcomes:
         self.methods = benchmark.methods()
         self.baseline = benchmark.definition.baseline
 
-        def in_order(titles: Mapping[str, str], ran: Iterable[str]) -> dict[str, str]:
-            return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
-
         model_titles = {name: model.title for name, model in load_models().items()}
-        models = in_order(model_titles, [run.model for run in runs])
-        tasks = in_order(benchmark.task_titles, [run.task for run in runs])
-        methods = {name: method.title for name, method in self.methods.items()}
-        by_key = {"model": models, "method": methods, "task": tasks, "eval_task": tasks, **titles}
-        self.titles = {key: by_key[key] for key in keys}
+        method_titles = {name: method.title for name, method in self.methods.items()}
+        # the names that ran come first, in the order of the grid
+        tasks_in_order = _in_order(benchmark.task_titles, [run.task for run in runs])
+        titles_by_column = {
+            "model": _in_order(model_titles, [run.model for run in runs]),
+            "method": method_titles,
+            "task": tasks_in_order,
+            "eval_task": tasks_in_order,
+            **titles,
+        }
+        self.titles = {key: titles_by_column[key] for key in keys}
 
     def title(self, key: str, name: str) -> str:
         """Return the title of a name, or the name if it has none."""
@@ -89,43 +118,54 @@ class Outcomes:
     @property
     def shared_note(self) -> str:
         """Return caption sentences on the use of :func:`.statistics.shared_pairs`."""
-        return f"n counts the {self.pair}s that all compared rows have. Scores, Δ and marks use only these."
+        return (
+            f"n counts the {self.pair}s that all compared rows have. Scores, Δ and marks use only "
+            "these."
+        )
 
     @property
     def baseline_title(self) -> str:
         return self.title("method", self.baseline)
 
     def role(self, method: str) -> str:
-        """Return ``baseline``, ``method`` or ``control``; ``method`` for a row that only the paper has."""
-        return self.methods[method].role if method in self.methods else "method"
+        """Return ``baseline``, ``method`` or ``control``."""
+        if method not in self.methods:
+            return "method"  # a row that only the paper has
+        return self.methods[method].role
 
     def style(self, method: str) -> MethodStyle:
         """Return the style of a method or of one of its settings."""
-        return style_of(self.methods[method.partition(SETTING)[0]])
+        name, _, _setting = method.partition(SETTING)
+        return style_of(self.methods[name])
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Add ``<key>_title`` for every key of the rows, and ``is_method``, False for controls."""
-        titles = {
-            f"{key}_title": [self.title(key, name) for name in frame[key]]
-            for key in self.titles
-            if key in frame
-        }
-        return frame.assign(
-            **titles, is_method=[self.role(name) != CONTROL for name in frame["method"]]
-        )
+        """Add a column ``<key>_title`` for every key of the rows, and ``is_method``.
+
+        ``is_method`` is False for controls.
+        """
+        columns: dict[str, list[Any]] = {}
+        for key in self.titles:
+            if key in frame:
+                columns[f"{key}_title"] = [self.title(key, name) for name in frame[key]]
+        columns["is_method"] = [self.role(name) != CONTROL for name in frame["method"]]
+        return frame.assign(**columns)
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Add titles, and sort by columns: names in the order of ``titles`` (unknown last), others by value."""
+        """Sort by columns, and add titles.
 
-        def rank(column: pd.Series) -> pd.Series:
-            ranks = {
-                name: number for number, name in enumerate(self.titles.get(str(column.name), ()))
-            }
-            return column.map(lambda name: ranks.get(name, len(ranks))) if ranks else column
+        Columns with titles are sorted in the order of ``titles``, with unknown names last. Other
+        columns are sorted by value.
+        """
+        by_rank = frame.sort_values(list(keys), key=self._ranks, kind="stable")
+        return self.with_titles(by_rank.reset_index(drop=True))
 
-        return self.with_titles(
-            frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True)
-        )
+    def _ranks(self, column: pd.Series) -> pd.Series:
+        """Replace the names of a column by their places in ``titles``; keep other columns."""
+        names = self.titles.get(str(column.name))
+        if not names:
+            return column
+        ranks = {name: rank for rank, name in enumerate(names)}
+        return column.map(lambda name: ranks.get(name, len(ranks)))
 
 
 def read_published(benchmark: AnyBenchmark, file: str | None = None) -> pd.DataFrame:
@@ -133,28 +173,32 @@ def read_published(benchmark: AnyBenchmark, file: str | None = None) -> pd.DataF
 
     ``file`` defaults to ``paper`` of the definition.
     """
-    file = file or benchmark.definition.paper
-    if not file:
+    name = file or benchmark.definition.paper
+    if not name:
         return pd.DataFrame(columns=[*benchmark.paper_columns, *NUMBER_COLUMNS])
-    return pd.read_csv(benchmark.folder / file, keep_default_na=False, na_values={"value": [""]})
+    # an empty value is nan, and every other empty cell is an empty text
+    return pd.read_csv(benchmark.folder / name, keep_default_na=False, na_values={"value": [""]})
 
 
 def published_delta(published: pd.DataFrame, baseline: str) -> pd.Series[float]:
-    """Subtract the baseline's published ``value`` with the same ``model`` and ``scope``; nan for the baseline."""
-    base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
-    reference = published[["model", "scope"]].join(base.rename("reference"), on=["model", "scope"])[
-        "reference"
-    ]
-    return (published["value"] - reference).where(published["method"] != baseline)
+    """Subtract the baseline's published ``value`` with the same ``model`` and ``scope``.
 
-
-_COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
+    The difference is nan for the baseline itself.
+    """
+    cell = ["model", "scope"]
+    is_baseline = published["method"] == baseline
+    baseline_values = published[is_baseline].set_index(cell)["value"].rename("reference")
+    # the baseline's value beside each row
+    reference = published[cell].join(baseline_values, on=cell)["reference"]
+    difference = published["value"] - reference
+    return difference.where(~is_baseline)
 
 
 def with_numbers(
     frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = ""
 ) -> pd.DataFrame:
-    """Join numbers on the columns ``on``, and prefix their other columns."""
+    """Join numbers on the columns ``on``, and prefix the names of their other columns."""
+    # the columns `on` become the index, so that they get no prefix
     named = numbers.set_index(list(on)).add_prefix(prefix)
     return frame.merge(named, left_on=list(on), right_index=True, how="left")
 
@@ -170,49 +214,74 @@ def with_columns(
     best: bool = True,
     joint: str = " ",
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add one column of numbers per name; return the extended frame and the columns of the table.
+    """Add one printed column of numbers per name, such as one per data set.
 
-    ``numbers`` has the name in its first column, then the columns ``on``, ``mean`` and ``std``. ``headings`` maps names
-    to headings, in the order of columns. ``joint`` separates the name from ``mean`` in the frame's column names.
+    Args:
+        frame: The rows of the table.
+        on: The columns that link a row to its numbers.
+        numbers: The name in the first column, then the columns ``on``, ``mean`` and ``std``.
+        headings: The headings by name, in the order of the printed columns.
+        metric: The metric of the numbers.
+        std: The column of ``numbers`` with the printed standard deviation.
+        best: True to mark the best number of each printed column.
+        joint: Separates the name from ``mean`` in the names of the frame's columns.
+
+    Returns:
+        The extended frame, and the printed columns.
     """
-    by, columns = numbers.columns[0], []
+    name_column = numbers.columns[0]
+    extended = frame
+    columns = []
     for name, heading in headings.items():
+        of_name = numbers[numbers[name_column] == name].drop(columns=name_column)
         prefix = f"{name}{joint}"
-        frame = with_numbers(frame, on, numbers[numbers[by] == name].drop(columns=by), prefix)
+        extended = with_numbers(extended, on, of_name, prefix)
         columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=best))
-    return frame, columns
+    return extended, columns
 
 
 def with_average(
     frame: pd.DataFrame, columns: list[Column], metric: str
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Add the average of the columns; nan if a row lacks a value, because averages must be comparable."""
-    averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
+    """Add the average of the columns. Return the extended frame and the printed columns.
+
+    The average is nan if a row lacks a value, because averages must be comparable.
+    """
+    names = [column.value for column in columns]
+    averages = frame[names].mean(axis=1, skipna=False)
     average = Column(metric, "average", "Average", best=True)
     return frame.assign(average=averages), [*columns, average]
 
 
 def interval_text(low: float, high: float, decimals: int = 1) -> str:
-    """Format the confidence interval of a difference, with a leading blank; empty if ``low`` is nan."""
-    return "" if math.isnan(low) else f" [{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
+    """Format the confidence interval of a difference after a blank. Empty if ``low`` is nan."""
+    if math.isnan(low):
+        return ""
+    # z: no minus sign for a number that is rounded to 0
+    return f" [{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
 
 
 def difference_text(row: Any, unit: str = "") -> str:
     """Format a difference of shares in points, with its interval and its verdict, if any."""
     interval = interval_text(row.low * 100, row.high * 100)
-    return ", ".join(filter(None, (f"{row.delta * 100:+z.1f}{unit}{interval}", row.verdict)))
+    difference = f"{row.delta * 100:+z.1f}{unit}{interval}"
+    if not row.verdict:
+        return difference
+    return f"{difference}, {row.verdict}"
 
 
 def tests_table(
     against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame
 ) -> Table:
     """Make a table from the rows of :func:`.statistics.with_verdicts`, corrected over all rows."""
+    num_tests = frame["p"].notna().sum()
     return Table(
         f"Tests against {against}",
-        f"{caption} Intervals are 95 % confidence intervals (Student's t). p is from the paired t-test; p (Holm) is "
-        f"corrected with Holm's procedure over all {frame['p'].notna().sum()} tests of this table. The verdict uses p "
-        "(Holm) at 5 %. “equal”: every difference is zero. A dash: untestable, because there is one pair, or all "
-        "differences are the same and not zero.",
+        f"{caption} Intervals are 95 % confidence intervals (Student's t). p is from the paired "
+        "t-test; p (Holm) is corrected with Holm's procedure over all "
+        f"{num_tests} tests of this table. The verdict uses p (Holm) at 5 %. “equal”: every "
+        "difference is zero. A dash: untestable, because there is one pair, or all differences "
+        "are the same and not zero.",
         dict(keys),
         [
             Column(metric, "delta", "Δ", interval=("low", "high"), signed=True),
@@ -225,15 +294,26 @@ def tests_table(
 
 
 def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
-    """Compute per cell the mean ``ours``, its 95 % interval ``low`` and ``high``, and the count ``n``."""
-    rows = values.groupby(list(cell), sort=False)
-    means = rows.agg(ours="mean", n="size")
-    ends = [
-        confidence_interval(row.to_numpy()) if len(row) > 1 else (math.nan, math.nan)
-        for _, row in rows
-    ]
-    means[["low", "high"]] = np.reshape(ends, (-1, 2))
-    return means.reset_index()
+    """Average the values of each cell.
+
+    A cell is a combination of values of the columns ``cell``. Its row has the mean ``ours``, the
+    95 % interval ``low`` and ``high`` (nan for a single value), and the count ``n``.
+    """
+    by_cell = values.groupby(list(cell), sort=False)
+    means = by_cell.agg(ours="mean", n="size")
+
+    lows = []
+    highs = []
+    for _, of_cell in by_cell:
+        if len(of_cell) > 1:
+            low, high = confidence_interval(of_cell.to_numpy())
+        else:
+            low = math.nan
+            high = math.nan
+        lows.append(low)
+        highs.append(high)
+    # with a type, because values may be empty
+    return means.assign(low=np.array(lows, float), high=np.array(highs, float)).reset_index()
 
 
 def published_table(
@@ -241,7 +321,8 @@ def published_table(
 ) -> Table:
     """Make a table of our accuracies and the published ones.
 
-    ``frame`` has ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
+    ``frame`` has ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and
+    ``source``.
     """
     return Table(
         title,
@@ -261,38 +342,48 @@ def published_table(
 
 def cell_means(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """Compute the means of costs and expert loads, one row per cell and one column per metric."""
-    records = records[records["part"].isin(("cost", "model", "routing"))]
-    rows = {metric: records[records["metric"] == metric] for metric in metrics}
-    means = {
-        metric: of.groupby(list(cell), sort=False)["value"].mean() for metric, of in rows.items()
-    }
+    costs = records[records["part"].isin(("cost", "model", "routing"))]
+    means = {}
+    for metric in metrics:
+        of_metric = costs[costs["metric"] == metric]
+        means[metric] = of_metric.groupby(list(cell), sort=False)["value"].mean()
+    # a cell without a number of some metric has nan there
     return pd.DataFrame(means).reset_index()
 
 
 def format_counts(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
     """Format the count ``n`` of each cell, such as ``5``, or ``5–8`` if its rows differ."""
     ends = rows.groupby(list(cell), sort=False)["n"].agg(["min", "max"])
-    texts = [f"{low}" if low == high else f"{low}–{high}" for low, high in ends.to_numpy()]
+    texts = []
+    for low, high in zip(ends["min"], ends["max"], strict=True):
+        if low == high:
+            texts.append(f"{low}")
+        else:
+            texts.append(f"{low}–{high}")
     return ends.assign(n=texts)[["n"]].reset_index()
 
 
 def name_or_count(names: Sequence[str], noun: str) -> str:
     """List up to three names; count more than three."""
-    return ", ".join(names) if len(names) <= 3 else f"{len(names)} {noun}"
+    if len(names) > 3:
+        return f"{len(names)} {noun}"
+    return ", ".join(names)
 
 
 def average_over_seeds(
     frame: pd.DataFrame, cell: Sequence[str], numbers: Sequence[str]
 ) -> pd.DataFrame:
-    """Return per cell the mean of each column of numbers, ``<number>_std`` and the row count ``n``."""
-    rows = frame.astype(dict.fromkeys(numbers, float)).groupby(list(cell), sort=False)
-    values = rows[list(numbers)]
-    return (
-        values.mean()
-        .join(values.std().add_suffix("_std"))
-        .join(rows.size().rename("n"))
-        .reset_index()
-    )
+    """Average columns of numbers per cell.
+
+    A cell is a combination of values of the columns ``cell``. Its row has the mean of each column
+    of ``numbers``, the sample deviation ``<number>_std``, and the count of averaged rows ``n``.
+    """
+    types = dict.fromkeys(numbers, float)
+    by_cell = frame.astype(types).groupby(list(cell), sort=False)
+    values = by_cell[list(numbers)]
+    deviations = values.std().add_suffix("_std")  # nan for a single row
+    counts = by_cell.size().rename("n")
+    return values.mean().join(deviations).join(counts).reset_index()
 
 
 def summarize(
@@ -300,22 +391,32 @@ def summarize(
 ) -> pd.DataFrame:
     """Summarize the ``value`` of each cell over seeds, and compare it with a reference.
 
-    ``references`` pairs each reference method with the method to compare, or with None for all methods. Returns one row
-    per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``, and the uncorrected difference to the
-    reference over ``pairs`` of seeds (``delta``, ``low``, ``high``, ``p``).
+    Args:
+        scores: The scores, one row per seed.
+        cell: The columns that identify a cell; ``method`` is one of them.
+        references: Each reference method with the method to compare, or with None for all methods.
+
+    Returns:
+        One row per cell with ``mean``, ``std`` (sample), ``population_std`` and ``n``, and the
+        uncorrected difference to the reference over ``pairs`` of seeds (``delta``, ``low``,
+        ``high``, ``p``).
     """
     rows = []
     for key, values in scores.groupby(list(cell), sort=False)["value"]:
         rows.append((*key, values.mean(), values.std(), values.std(ddof=0), len(values)))
-    names = [*cell, "mean", "std", "population_std", "n"]
+    summaries = pd.DataFrame(rows, columns=[*cell, "mean", "std", "population_std", "n"])
+
     differences = []
     for reference, method in references:
-        both = scores if method is None else scores[scores["method"].isin([reference, method])]
-        differences.append(
-            paired_differences(both, cell, {"method": reference}, "seed").drop(columns="values")
-        )
-    compared = pd.concat(differences).rename(columns={"n": "pairs"})
-    return pd.DataFrame(rows, columns=names).merge(compared, on=list(cell), how="left")
+        compared = scores
+        if method is not None:
+            compared = scores[scores["method"].isin([reference, method])]
+        to_reference = paired_differences(compared, cell, {"method": reference}, "seed")
+        differences.append(to_reference.drop(columns="values"))
+    all_differences = pd.concat(differences).rename(columns={"n": "pairs"})
+
+    # the rows of a reference have no difference
+    return summaries.merge(all_differences, on=list(cell), how="left")
 
 
 def cost_table(
@@ -327,18 +428,21 @@ def cost_table(
     averaged: str,
     measured_on: str,
 ) -> Table:
-    """Make a table of time, memory, parameters and expert loads, with the mean of the records of each cell.
+    """Make a table of time, memory, parameters and expert loads: means over the runs of each cell.
 
-    ``averaged`` and ``measured_on`` are caption texts: the averaged runs, and the data of the loads.
+    ``averaged`` and ``measured_on`` are texts of the caption: the averaged runs, and the data of
+    the loads.
     """
     return Table(
         "Cost, and use of the experts",
-        f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "
-        "rough and do not compare methods. Start-up is the time before the run's own work begins, mostly imports. "
-        "Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy is 1 for "
-        f"a perfectly balanced load; loads and drops are measured on {measured_on}. Operations count two per active "
-        "parameter and token, without attention's own products; a CPU or GPU executes more if the masked path computes "
-        "unused experts. Only the published settings limit the capacity of experts, so only they drop choices.",
+        f"{averaged}, on the machine of the runs (see the environment below). Runs share the "
+        "machine, so times are rough and do not compare methods. Start-up is the time before the "
+        "run's own work begins, mostly imports. Active neurons are the FFN neurons that a token "
+        "uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; "
+        f"loads and drops are measured on {measured_on}. Operations count two per active parameter "
+        "and token, without attention's own products; a CPU or GPU executes more if the masked "
+        "path computes unused experts. Only the published settings limit the capacity of experts, "
+        "so only they drop choices.",
         dict(keys),
         [Column(metric, metric) for metric in _COST],
         with_numbers(frame, cell, cell_means(records, cell, _COST)),

@@ -1,4 +1,4 @@
-"""Test claims on the numbers of finished runs: paired differences, counts, measured ratios, verdicts."""
+"""Test claims on the numbers of finished runs: paired differences, counts, ratios, verdicts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ import pandas as pd
 from benchmarks.harness.report.claims import Comparison
 from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
 
-_CELL = ["model", "task", "eval_task", "tuning"]
-_PAIR = [
-    "seed",
-    "question",
-]  # a number of a seed has no question; the numbers of a question are averaged over seeds
+_CELL = ["model", "task", "eval_task", "tuning"]  # a model and what it was trained and tested on
+# a number of a seed has no question; the numbers of a question are averaged over seeds
+_PAIR = ["seed", "question"]
 
 
 class Verdict(StrEnum):
-    """List the verdicts on a claim."""
+    """The verdicts on a claim."""
 
     SUPPORTED = "supported"
     CONTRADICTED = "contradicted"
@@ -31,62 +29,89 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """Hold the result of one comparison."""
+    """The result of one comparison of two methods.
 
-    difference: Difference  # between the methods; for a ratio: median − 1, and range over rounds
-    incomplete: int  # omitted pairs, which lack a model, task or set
-    models: list[str]  # shared by both methods
-    tasks: list[str]  # shared by both methods
+    Attributes:
+        difference: The difference between the methods. For a ratio: median − 1, and the range over
+            rounds.
+        incomplete: The number of omitted pairs, which lack a model, task or set.
+        models: The models that both methods have.
+        tasks: The tasks that both methods have.
+    """
+
+    difference: Difference
+    incomplete: int
+    models: list[str]
+    tasks: list[str]
 
 
 def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
     """Compare two methods as the claim's direction requires; None if they share no model and task.
 
     Args:
-        numbers: The numbers of all runs of a benchmark, see :data:`benchmarks.harness.report.common.COMPARED`.
+        numbers: The numbers of all runs of a benchmark, with the columns ``COMPARED`` of
+            :mod:`.common`.
         compare: The comparison.
     """
-    rows = _select(numbers, compare)
+    of_methods = _select_methods(numbers, compare)
+    rows = _select_compared(of_methods, compare)
     if compare.direction == "near":
         return _compare_ratios(rows, compare)
-    rows = rows[rows["metric"] == compare.metric]
-    ours, others = (
-        rows[rows["method"] == name].astype({"value": float})
-        for name in (compare.method, compare.against)
-    )
-    return (
-        _compare_counts(ours, others)
-        if compare.direction == "equal"
-        else _compare_pairs(ours, others)
-    )
+
+    of_metric = rows[rows["metric"] == compare.metric].astype({"value": float})
+    ours = of_metric[of_metric["method"] == compare.method]
+    others = of_metric[of_metric["method"] == compare.against]
+    if compare.direction == "equal":
+        return _compare_counts(ours, others)
+    return _compare_pairs(ours, others)
 
 
-def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
-    """Select both methods' numbers: the reference's main setting, and the method's compared settings."""
-    setting, is_main = numbers["setting"], numbers["setting"].eq("")
-    is_compared = ~is_main if compare.settings == "all" else setting.isin(compare.settings or [""])
-    is_against = numbers["method"].eq(compare.against)
-    is_against &= is_main if (is_against & is_main).any() else is_compared
-    kept = numbers["method"].eq(compare.method) & is_compared | is_against
-    kept &= numbers["domain"] == compare.domain
+def _select_methods(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
+    """Select the numbers of both methods with the settings that are compared.
+
+    The method has the settings of the comparison. The reference has its main setting, or the same
+    settings if it has no main one.
+    """
+    is_main = numbers["setting"].eq("")
+    if compare.settings == "all":
+        is_compared = ~is_main
+    else:
+        is_compared = numbers["setting"].isin(compare.settings or [""])
+
+    is_method = numbers["method"].eq(compare.method)
+    is_reference = numbers["method"].eq(compare.against)
+    has_main = (is_reference & is_main).any()
+    is_reference_setting = is_main if has_main else is_compared
+
+    is_method_row = is_method & is_compared
+    is_reference_row = is_reference & is_reference_setting
+    return numbers[is_method_row | is_reference_row]
+
+
+def _select_compared(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
+    """Select the numbers with the domain, the selection and the names of a comparison."""
+    is_kept = numbers["domain"] == compare.domain
     if compare.selection is not None:
-        kept &= numbers["selection"] == compare.selection
-    named = {
+        is_kept &= numbers["selection"] == compare.selection
+
+    names_by_column = {
         "model": compare.models,
         "task": compare.tasks,
         "tuning": compare.tunings,
         "eval_task": compare.questions,
     }
-    for column, names in named.items():
+    for column, names in names_by_column.items():
+        # without names, all are compared
         if names:
-            kept &= numbers[column].isin(names)
-    return numbers[kept]
+            is_kept &= numbers[column].isin(names)
+    return numbers[is_kept]
 
 
 def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
-    """Compare seed by seed or question by question, after averaging each pair over models, tasks, sets and settings.
+    """Compare seed by seed, or question by question.
 
-    A pair is omitted if it lacks a model, task, set or setting of another pair.
+    Each pair is averaged over models, tasks, sets and settings first. A pair is omitted if it lacks
+    a model, task, set or setting of another pair.
     """
     # repeated numbers count once
     means = ours.groupby([*_CELL, "setting", *_PAIR], sort=False)["value"].mean()
@@ -94,48 +119,70 @@ def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
     both = means.reset_index().merge(other_means.reset_index(), on=[*_CELL, *_PAIR])
     if both.empty:
         return None
-    by_pair = both.assign(difference=both["value"] - both["other"]).groupby(_PAIR, sort=True)[
-        "difference"
-    ]
-    complete = by_pair.mean()[by_pair.size() == len(both[[*_CELL, "setting"]].drop_duplicates())]
-    difference = mean_difference(complete.to_numpy(dtype=float))
+
+    differences = both.assign(difference=both["value"] - both["other"])
+    by_pair = differences.groupby(_PAIR, sort=True)["difference"]
+    num_cells = len(both[[*_CELL, "setting"]].drop_duplicates())
+    is_complete = by_pair.size() == num_cells
+    complete = by_pair.mean()[is_complete]
     return Evidence(
-        difference,
-        by_pair.ngroups - len(complete),
-        list(both["model"].unique()),
-        list(both["task"].unique()),
+        difference=mean_difference(complete.to_numpy(dtype=float)),
+        incomplete=by_pair.ngroups - len(complete),
+        models=list(both["model"].unique()),
+        tasks=list(both["task"].unique()),
     )
 
 
 def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
-    """Return the largest difference of counts, which are deterministic; ``n`` counts the method's runs."""
+    """Return the largest difference of counts; ``n`` counts the method's runs.
+
+    Counts do not vary by chance, so there is no interval and no p.
+    """
     cell = ["model", "task", "tuning"]
-    ends = [
-        rows.groupby(cell, sort=False)["value"].agg(["min", "max", "size"])
-        for rows in (ours, others)
-    ]
-    both = ends[0].join(ends[1], how="inner", rsuffix="_other").reset_index()
+    our_ends = ours.groupby(cell, sort=False)["value"].agg(["min", "max", "size"])
+    other_ends = others.groupby(cell, sort=False)["value"].agg(["min", "max"])
+    both = our_ends.join(other_ends, how="inner", rsuffix="_other").reset_index()
     if both.empty:
         return None
-    spans = np.concatenate([both["max"] - both["min_other"], both["min"] - both["max_other"]])
+
+    # the largest difference between any two runs of a cell, with its sign
+    upward = both["max"] - both["min_other"]
+    downward = both["min"] - both["max_other"]
+    spans = np.concatenate([upward, downward])
     largest = float(spans[np.abs(spans).argmax()])
-    difference = Difference(largest, largest, largest, math.nan, int(both["size"].sum()))
-    return Evidence(difference, 0, list(both["model"].unique()), list(both["task"].unique()))
+
+    num_runs = int(both["size"].sum())
+    return Evidence(
+        difference=Difference(largest, largest, largest, math.nan, num_runs),
+        incomplete=0,
+        models=list(both["model"].unique()),
+        tasks=list(both["task"].unique()),
+    )
 
 
 def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
-    """Return median ratio − 1, with the range over rounds of all settings; ``n`` counts settings."""
-    rows = rows[rows["method"] == compare.method]
-    ratios, low, high = (
-        rows.loc[rows["metric"] == f"{compare.metric}{end}", "value"].astype(float)
-        for end in ("", "_low", "_high")
-    )
+    """Return median ratio − 1, with the range over the rounds of all settings.
+
+    A ratio already compares the method with the reference, so only the method's rows are read.
+    ``n`` counts settings.
+    """
+    of_method = rows[rows["method"] == compare.method]
+    ratios = _values_of(of_method, compare.metric)
     if ratios.empty:
         return None
     difference = Difference(
-        ratios.median() - 1, low.min() - 1, high.max() - 1, math.nan, len(ratios)
+        mean=ratios.median() - 1,
+        low=_values_of(of_method, f"{compare.metric}_low").min() - 1,
+        high=_values_of(of_method, f"{compare.metric}_high").max() - 1,
+        p=math.nan,
+        n=len(ratios),
     )
-    return Evidence(difference, 0, list(rows["model"].unique()), [])
+    return Evidence(difference, incomplete=0, models=list(of_method["model"].unique()), tasks=[])
+
+
+def _values_of(rows: pd.DataFrame, metric: str) -> pd.Series[float]:
+    """Return the values of a metric."""
+    return rows.loc[rows["metric"] == metric, "value"].astype(float)
 
 
 def is_within(difference: Difference, least: float, most: float) -> bool:
@@ -144,36 +191,70 @@ def is_within(difference: Difference, least: float, most: float) -> bool:
 
 
 def compare_with_paper(compare: Comparison, difference: Difference, effect: float) -> str:
-    """Return ``smaller`` or ``larger`` if the interval is below or above the paper's gain, else ``compatible``.
+    """Compare the interval of our gain with the paper's gain.
+
+    A gain is a difference in the claimed direction.
 
     Args:
-        compare: The comparison; its direction is ``higher`` or ``lower``.
-        difference: The difference of these runs.
+        compare: The comparison. Its direction is ``higher`` or ``lower``.
+        difference: Our difference.
         effect: The paper's difference in the same unit.
+
+    Returns:
+        ``smaller`` if the whole interval is below the paper's gain, ``larger`` if it is above, else
+        ``compatible``.
     """
     sign = 1 if compare.direction == "higher" else -1
+    # a negative sign swaps the ends
     low, high = sorted((sign * difference.low, sign * difference.high))
-    return "smaller" if high < sign * effect else "larger" if low > sign * effect else "compatible"
+    paper_gain = sign * effect
+    if high < paper_gain:
+        return "smaller"
+    if low > paper_gain:
+        return "larger"
+    return "compatible"
 
 
 def judge(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
-    """Judge ``higher`` and ``lower`` claims by the corrected p, and others by the interval and the margin."""
+    """Judge ``higher`` and ``lower`` claims by the corrected p, and others by interval and margin.
+
+    Args:
+        compare: The comparison.
+        difference: Our difference.
+        p: The corrected p of the t-test; nan without a test.
+        margin: The largest negligible difference.
+    """
     if compare.direction in ("higher", "lower"):
-        if math.isnan(p):
-            return Verdict.UNTESTABLE
-        if p >= SIGNIFICANCE:
-            return Verdict.UNDECIDED
-        is_claimed = (difference.mean > 0) == (compare.direction == "higher")
-        return Verdict.SUPPORTED if is_claimed else Verdict.CONTRADICTED
+        return _judge_by_test(compare, difference, p)
+    return _judge_by_interval(compare, difference, margin)
+
+
+def _judge_by_test(compare: Comparison, difference: Difference, p: float) -> Verdict:
+    """Judge a claim of a direction: a significant difference has the claimed sign or not."""
+    if math.isnan(p):
+        return Verdict.UNTESTABLE
+    if p >= SIGNIFICANCE:
+        return Verdict.UNDECIDED
+    is_higher = difference.mean > 0
+    claims_higher = compare.direction == "higher"
+    if is_higher == claims_higher:
+        return Verdict.SUPPORTED
+    return Verdict.CONTRADICTED
+
+
+def _judge_by_interval(compare: Comparison, difference: Difference, margin: float) -> Verdict:
+    """Judge a claim of bounds: the whole interval lies within them, outside, or neither."""
     if math.isnan(difference.low):
         return Verdict.UNTESTABLE
     bounds = {
         "same": (-margin, margin),
         "not_lower": (-margin, math.inf),
         "near": (-math.inf, margin),
+        "equal": (0.0, 0.0),
     }
-    least, most = bounds.get(compare.direction, (0, 0))
+    least, most = bounds[compare.direction]
     if is_within(difference, least, most):
         return Verdict.SUPPORTED
-    is_beyond = difference.high < least or difference.low > most
-    return Verdict.CONTRADICTED if is_beyond else Verdict.UNDECIDED
+    if difference.high < least or difference.low > most:
+        return Verdict.CONTRADICTED
+    return Verdict.UNDECIDED

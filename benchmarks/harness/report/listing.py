@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -14,85 +14,144 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import plain_suite, suite_names, suite_parts
 from benchmarks.harness.report.claims import load_claims
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # the cells of a row, by heading
 
-
-def _tasks() -> list[Row]:
-    return [
-        {"benchmark": name, **row}
-        for name in benchmark_names()
-        for row in _rows(load_benchmark(name).tasks)
-    ]
-
-
-def _rows(entries: Mapping[str, object], *keys: str) -> list[Row]:
-    return [
-        {"name": name} | {key: getattr(entry, key) for key in ("title", *keys)}
-        for name, entry in entries.items()
-    ]
+_MOST_VALUES = 12  # a cell with more values shows only the first ones
+_FIRST_VALUES = 4
 
 
 def suite_rows(runs: Iterable[Run]) -> list[Row]:
-    """Tabulate a suite: a row per benchmark and model, with the methods, tasks and settings of its runs."""
+    """Tabulate the runs of a suite, one row per benchmark and model."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.benchmark, run.model), []).append(run)
-    return [
-        {
+
+    rows = []
+    for (benchmark, model), members in groups.items():
+        # an evaluation has the learning rate 0, which says nothing
+        trained = [run for run in members if run.is_trained]
+        row = {
             "benchmark": benchmark,
             "model": model,
-            "methods": _values(run.method for run in members),
-            "tasks": _values(run.task for run in members),
-            "settings": _values(run.variant for run in members),
-            "learning_rates": _values(
-                f"{run.learning_rate:g}" for run in members if run.is_trained
-            ),
-            "seeds": _values(str(run.seed) for run in members),
+            "methods": _distinct(run.method for run in members),
+            "tasks": _distinct(run.task for run in members),
+            "settings": _distinct(run.variant for run in members),
+            "learning_rates": _distinct(f"{run.learning_rate:g}" for run in trained),
+            "seeds": _distinct(str(run.seed) for run in members),
             "runs": len(members),
         }
-        for (benchmark, model), members in groups.items()
-    ]
+        rows.append(row)
+    return rows
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    """Return the distinct values in order of first occurrence, without empty ones."""
+    distinct: list[str] = []
+    for value in values:
+        if value and value not in distinct:
+            distinct.append(value)
+    return distinct
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """Format rows as a table for the terminal."""
-    cells = [[_cell(value) for value in row.values()] for row in rows]
-    return tabulate(cells, headers=[name.replace("_", " ") for name in rows[0]], tablefmt="simple")
+    """Format rows as a table for the terminal. All rows have the headings of the first."""
+    headings = [name.replace("_", " ") for name in rows[0]]
+    lines = []
+    for row in rows:
+        lines.append([_cell(value) for value in row.values()])
+    return tabulate(lines, headers=headings, tablefmt="simple")
 
 
 def _cell(value: object) -> object:
-    """Format a table cell: join a list; shorten a long one to its first values and length."""
+    """Format a table cell: join a list, or show the first values and the length of a long one."""
     if not isinstance(value, list):
         return value
-    return ", ".join(value) if len(value) <= 12 else f"{', '.join(value[:4])}, … ({len(value)})"
+    if len(value) <= _MOST_VALUES:
+        return ", ".join(value)
+    first_values = ", ".join(value[:_FIRST_VALUES])
+    return f"{first_values}, … ({len(value)})"
 
 
-def _values(values: Iterable[str]) -> list[str]:
-    """Return the distinct values in order of first occurrence."""
-    return [value for value in dict.fromkeys(values) if value]
+def _suites() -> list[Row]:
+    """List the suites with their benchmarks."""
+    rows = []
+    for name in suite_names():
+        suite = plain_suite(name)
+        rows.append({"name": suite.name, "benchmarks": list(suite.settings.benchmarks)})
+    return rows
+
+
+def _benchmarks() -> list[Row]:
+    """List the benchmarks with the suites that run them."""
+    rows = []
+    for name in benchmark_names():
+        title = load_benchmark(name).definition.title
+        rows.append({"name": name, "title": title, "suites": sorted(suite_parts(name))})
+    return rows
+
+
+def _methods() -> list[Row]:
+    """List the methods with their kind (dense, emoe or gmoe) and role (baseline, control, …)."""
+    rows = []
+    for name, method in load_methods().items():
+        rows.append({"name": name, "title": method.title, "kind": method.kind, "role": method.role})
+    return rows
+
+
+def _tasks() -> list[Row]:
+    """List the tasks, sets and measures of all benchmarks."""
+    rows = []
+    for benchmark in benchmark_names():
+        for name, task in load_benchmark(benchmark).tasks.items():
+            rows.append({"benchmark": benchmark, "name": name, "title": task.title})
+    return rows
+
+
+def _models() -> list[Row]:
+    """List the models with their modality and where their weights come from."""
+    rows = []
+    for name, model in load_models().items():
+        row = {
+            "name": name,
+            "title": model.title,
+            "modality": model.modality,
+            "hub": model.hub,
+            "package": model.package,
+            "timm": model.timm,
+        }
+        rows.append(row)
+    return rows
+
+
+def _metrics() -> list[Row]:
+    """List the metrics with their unit, better direction and tolerance."""
+    rows = []
+    for name, metric in load_metrics().items():
+        row = {
+            "name": name,
+            "label": metric.label,
+            "unit": metric.unit,
+            "direction": metric.direction,
+            "tolerance": metric.tolerance,
+        }
+        rows.append(row)
+    return rows
+
+
+def _claims() -> list[Row]:
+    """List the claims with the number of their tests."""
+    rows = []
+    for name, claim in load_claims().items():
+        rows.append({"name": name, "title": claim.title, "tests": len(claim.tests)})
+    return rows
 
 
 LISTS: dict[str, Callable[[], list[Row]]] = {
-    "suites": lambda: [
-        {"name": suite.name, "benchmarks": list(suite.settings.benchmarks)}
-        for suite in map(plain_suite, suite_names())
-    ],
-    "benchmarks": lambda: [
-        {
-            "name": name,
-            "title": load_benchmark(name).definition.title,
-            "suites": sorted(suite_parts(name)),
-        }
-        for name in benchmark_names()
-    ],
-    "methods": lambda: _rows(load_methods(), "kind", "role"),
+    "suites": _suites,
+    "benchmarks": _benchmarks,
+    "methods": _methods,
     "tasks": _tasks,
-    "models": lambda: _rows(load_models(), "modality", "hub", "package", "timm"),
-    "metrics": lambda: [
-        {"name": name, **metric.model_dump(include={"label", "unit", "direction", "tolerance"})}
-        for name, metric in load_metrics().items()
-    ],
-    "claims": lambda: [
-        {**row, "tests": len(load_claims()[row["name"]].tests)} for row in _rows(load_claims())
-    ],
+    "models": _models,
+    "metrics": _metrics,
+    "claims": _claims,
 }

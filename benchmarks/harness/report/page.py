@@ -1,4 +1,7 @@
-"""Write the page of a suite, one self-contained HTML file: verdicts first, then tables and figures, then costs."""
+"""Write the page of a suite: one HTML file that contains its images, style and script.
+
+Verdicts come first, then tables and figures, then costs.
+"""
 
 from __future__ import annotations
 
@@ -25,43 +28,54 @@ from benchmarks.harness.report.claims import claimed_benchmarks
 from benchmarks.harness.report.claims_table import CAPTION, verdict_sentences
 from benchmarks.harness.report.common import name_or_count
 from benchmarks.harness.report.paper import paper_index
-from benchmarks.harness.report.paper_items import load_paper, main_figure
+from benchmarks.harness.report.paper_items import load_paper, main_figure, main_item
 from benchmarks.harness.report.plots import is_drawn
-from benchmarks.harness.report.section import Machine, Section, read_section, section_title
+from benchmarks.harness.report.section import DataRow, Machine, Section, read_section, section_title
 from benchmarks.harness.report.table import TEMPLATES
 
 _HERE = Path(__file__).parent
-_DATA = ["Task", "Split", "Rows used", "By label", "Dropped without a clear label or text"]
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
-    """Write the page of a suite, or of one benchmark without the claims. The tables and figures must exist."""
+    """Write the page of a suite, or of one benchmark without the claims.
+
+    The tables and figures must exist.
+    """
     page = _Page(suite, output.parent.absolute())
-    names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
+    names = list(suite.settings.benchmarks)
+    if benchmark is not None:
+        names = [name for name in names if name == benchmark]
     sections = {name: read_section(artifacts_of(name), suite.name) for name in names}
-    costs = {name: _costs(name, [section]) for name, section in sections.items()}
-    cost_of_all = _costs("all", list(sections.values()))
-    models: dict[str, None] = {}
-    run_names: dict[str, str] = {}
-    for section in sections.values():
-        models |= dict.fromkeys(section.models)
-        run_names |= section.runs
-    is_random = _are_random(sections.values())
+    all_sections = list(sections.values())
+
+    # one row of costs per benchmark, then their sum
+    shown_sections = []
+    costs = []
+    for name, section in sections.items():
+        cost = _costs(name, [section])
+        costs.append(cost)
+        shown_sections.append({**page.section(name, section), "cost": cost})
+    costs.append(_costs("all", all_sections))
+
+    # only the page of a whole suite has the claims and the paper's items
+    claims = {}
+    paper_items = []
+    if benchmark is None:
+        claims = page.claims(_are_random(all_sections))
+        paper_items = page.paper_items()
+
     text = TEMPLATES.get_template("page.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
-        claims={} if benchmark else page.claims(is_random),
+        claims=claims,
         shown_names=names,
-        sections=[
-            {**page.section(name, section), "cost": costs[name]}
-            for name, section in sections.items()
-        ],
-        models=name_or_count([model_title(model) for model in models], "models"),
-        paper=[] if benchmark else page.paper_items(),
-        costs=[*costs.values(), cost_of_all],
-        machines=_sum_machines(sections.values()),
+        sections=shown_sections,
+        models=_models_text(all_sections),
+        paper=paper_items,
+        costs=costs,
+        machines=_sum_machines(all_sections),
         runs_folder=page.link(paths.RUNS),
-        run_names=run_names,
+        run_names=_run_names(all_sections),
         style=_read_trusted(_HERE / "page.css"),
         script=_read_trusted(_HERE / "page.js"),
     )
@@ -70,7 +84,12 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
 
 @dataclass(frozen=True)
 class _Page:
-    """Make the parts of a page that have links. Links are relative to the page's folder."""
+    """The content of a page that has links. Methods return data for the template.
+
+    Attributes:
+        suite: The suite.
+        folder: The absolute path of the page's folder. Links are relative to it.
+    """
 
     suite: Suite
     folder: Path
@@ -80,9 +99,12 @@ class _Page:
         return paths.RESULTS / self.suite.name
 
     def link(self, path: Path) -> str:
-        return Path(os.path.relpath(path.absolute(), self.folder)).as_posix()
+        """Return the relative link to a file."""
+        relative = os.path.relpath(path.absolute(), self.folder)
+        return Path(relative).as_posix()
 
     def table(self, name: str, title: str) -> dict[str, Any]:
+        """Return a written table with its links, and the command that makes it."""
         path = self.results / "tables" / name
         return {
             "title": title,
@@ -92,12 +114,16 @@ class _Page:
         }
 
     def drawn_figure(self, path: Path, caption: str) -> dict[str, str]:
-        """Return a figure's template data; empty for a placeholder."""
-        return self.figure(path, caption) if is_drawn(path) else {}
+        """Return a figure, or nothing if it is only a placeholder."""
+        if not is_drawn(path):
+            return {}
+        return self.figure(path, caption)
 
     def figure(self, path: Path, caption: str) -> dict[str, str]:
-        """Return a figure's template data."""
-        image = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+        """Return a figure with its links. The page contains the image itself."""
+        # as text inside the page, so that the page is one file
+        content = path.with_suffix(".png").read_bytes()
+        image = base64.b64encode(content).decode()
         return {
             "name": path.name,
             "image": f"data:image/png;base64,{image}",
@@ -110,26 +136,29 @@ class _Page:
         """List the tables and figures of a section, and the titles of the empty ones."""
         tables = []
         figures = []
-        empty: dict[str, None] = {}
+        empty = []
         for table in section.tables:
             if table.is_empty:
-                empty[table.title] = None
+                empty.append(table.title)
             else:
                 tables.append(self.table(table.name, table.title))
         for figure in section.figures:
             if figure.is_empty:
-                empty[caption_title(figure.caption)] = None
+                empty.append(caption_title(figure.caption))
             else:
-                figures.append(self.figure(self.results / "figures" / figure.name, figure.caption))
-        return {"tables": tables, "figures": figures, "empty": list(empty)}
+                path = self.results / "figures" / figure.name
+                figures.append(self.figure(path, figure.caption))
+        # a table and a figure may have the same title
+        return {"tables": tables, "figures": figures, "empty": _distinct(empty)}
 
     def section(self, name: str, section: Section) -> dict[str, Any]:
-        """Return the template data of a benchmark and its sets."""
+        """Return what the page shows of a benchmark and its sets."""
         parts = []
         for part in self.suite.parts(name):
             of_set = artifacts_of(name, part)
             shown = self.tables_and_figures(read_section(of_set, self.suite.name))
             parts.append({"title": section_title(of_set), **shown})
+
         return {
             "name": name,
             "title": section_title(artifacts_of(name)),
@@ -137,9 +166,7 @@ class _Page:
             "suite_note": self.suite.benchmark_parts[name].settings.note or "",
             "verdicts": section.verdicts,
             "note": section.note,
-            "data": [
-                dict(zip(_DATA, row.model_dump().values(), strict=True)) for row in section.data
-            ],
+            "data": [_data_cells(row) for row in section.data],
             "training": section.training,
             "optimizer": section.optimizer,
             **self.tables_and_figures(section),
@@ -147,46 +174,116 @@ class _Page:
         }
 
     def claims(self, is_random: bool) -> dict[str, Any]:
-        """Return the claims with their table and figures; empty if the suite tests no claim."""
+        """Return the claims with their table and figures. Empty if the suite tests no claim.
+
+        ``is_random`` is True if all models have random weights, so that verdicts mean nothing.
+        """
         if not claimed_benchmarks(self.suite):
             return {}
         verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
-        main = next(item for item in load_paper().items.values() if item.main)
+
+        sentences = []
+        if not is_random:
+            sentences = verdict_sentences(verdicts)
+
+        # the page has one group of rows per claim
+        tests_by_claim = {}
+        for title, tests in verdicts.groupby("claim_title", sort=False):
+            tests_by_claim[title] = tests.to_dict("records")
+
+        main_caption = load_paper().items[main_item()].caption or ""
         return {
-            "sentences": [] if is_random else verdict_sentences(verdicts),
-            "tests": {
-                title: tests.to_dict("records")
-                for title, tests in verdicts.groupby("claim_title", sort=False)
-            },
+            "sentences": sentences,
+            "tests": tests_by_claim,
             "table": self.table(CLAIMS.name, "Every test"),
             "figure": self.drawn_figure(self.results / "figures" / CLAIMS.name, CAPTION),
-            "main": self.drawn_figure(main_figure(self.suite.name), main.caption or ""),
+            "main": self.drawn_figure(main_figure(self.suite.name), main_caption),
         }
 
     def paper_items(self) -> list[dict[str, Any]]:
-        """List the files of the paper's items; empty if the suite makes none of them."""
-        rows = paper_index(self.suite)
-        for row in rows:
-            files = [
-                Path(re.sub(r"\.md$", ".html", file)) for file in row["files"]
-            ]  # a browser shows no Markdown
-            row["files"] = [(file.name, self.link(file) if file.exists() else "") for file in files]
-        return rows if any(row["files"] for row in rows) else []
+        """List the paper's items with links to their files. Empty if the suite makes none of them.
+
+        Each item is a row of :func:`.paper.paper_index` whose ``files`` are pairs of name and link.
+        The link is empty for a missing file.
+        """
+        items = []
+        has_files = False
+        for row in paper_index(self.suite):
+            links = [self._paper_link(file) for file in row["files"]]
+            items.append({**row, "files": links})
+            if links:
+                has_files = True
+        if not has_files:
+            return []
+        return items
+
+    def _paper_link(self, file: str) -> tuple[str, str]:
+        """Return the name of a file and the link to it, which is empty for a missing file."""
+        path = Path(file)
+        # a browser shows no Markdown
+        if path.suffix == ".md":
+            path = path.with_suffix(".html")
+        if not path.exists():
+            return path.name, ""
+        return path.name, self.link(path)
+
+
+def _data_cells(row: DataRow) -> dict[str, Any]:
+    """Return the cells of a row of the table of data, by heading."""
+    return {
+        "Task": row.task,
+        "Split": row.split,
+        "Rows used": row.rows,
+        "By label": row.labels,
+        "Dropped without a clear label or text": row.dropped,
+    }
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    """Return the distinct texts in order of first occurrence."""
+    return list(dict.fromkeys(texts))
+
+
+def _models_text(sections: Iterable[Section]) -> str:
+    """List the titles of the models of some benchmarks; count many."""
+    names: list[str] = []
+    for section in sections:
+        names += section.models
+    titles = [model_title(name) for name in _distinct(names)]
+    return name_or_count(titles, "models")
+
+
+def _run_names(sections: Iterable[Section]) -> dict[str, str]:
+    """Map the folders of the runs of some benchmarks to readable names."""
+    names: dict[str, str] = {}
+    for section in sections:
+        names.update(section.runs)
+    return names
 
 
 def caption_title(caption: str) -> str:
-    """Return a caption's first sentence; ``Fig. 4`` does not end one."""
-    return re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)[0].rstrip(".")
+    """Return the first sentence of a caption, or its text before a colon.
+
+    A sentence ends before a capital letter, so ``Fig. 4`` does not end one.
+    """
+    first, *_rest = re.split(r"\. (?=[A-Z])|: ", caption, maxsplit=1)
+    return first.rstrip(".")
 
 
 def _are_random(sections: Iterable[Section]) -> bool:
     """Return True if all models of all sections have random weights."""
+    # measurements have no method, so their weights do not matter
     known = [section.random_weights for section in sections if section.random_weights is not None]
-    return bool(known) and all(known)
+    if not known:
+        return False
+    return all(known)
 
 
 def _costs(name: str, sections: Sequence[Section]) -> dict[str, str]:
-    """Format the run count, hours, seconds per run and peak memory of some benchmarks."""
+    """Format the run count, hours, seconds per run and peak memory of some benchmarks.
+
+    ``name`` is the name of the row.
+    """
     seconds: list[float] = []
     for section in sections:
         seconds += section.job_seconds
@@ -203,10 +300,12 @@ def _costs(name: str, sections: Sequence[Section]) -> dict[str, str]:
 
 def _sum_machines(sections: Iterable[Section]) -> list[Machine]:
     """Add up the runs of each machine, and list the machines, those with most runs first."""
+    # a Counter needs keys that cannot change, so facts become pairs of name and text
     runs: Counter[tuple[tuple[str, str], ...]] = Counter()
     for section in sections:
         for machine in section.machines:
-            runs[tuple(machine.facts.items())] += machine.runs
+            facts = tuple(machine.facts.items())
+            runs[facts] += machine.runs
     return [Machine(runs=count, facts=dict(facts)) for facts, count in runs.most_common()]
 
 

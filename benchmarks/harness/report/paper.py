@@ -1,8 +1,8 @@
-"""Write our counterparts of the paper's tables and figures, numbered as in the paper, and draw Fig. 2."""
+"""Write our versions of the paper's tables and figures under its numbers, and draw Fig. 2."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,140 +18,225 @@ from benchmarks.harness.report import paper_items, plots
 from benchmarks.harness.report.artifacts import FIGURE_FORMATS
 from benchmarks.harness.report.common import SETTING, name_or_count
 from benchmarks.harness.report.evidence import Evidence, find_evidence
-from benchmarks.harness.report.paper_items import MainAverage, PaperOutput
+from benchmarks.harness.report.paper_items import MainAverage, PaperItem, PaperOutput
 from benchmarks.harness.report.presentation import Presentation
-from benchmarks.harness.report.style import EMOE, GMOE, MethodStyle
+from benchmarks.harness.report.style import EMOE, GMOE
 from benchmarks.harness.report.table import Table
 
 _PROTOCOLS = ("published", "clean")  # in order of preference
 
+# the methods of the main averages, by the names of paper.yaml
+_MAIN_TITLES: dict[Literal["gmoe", "emoe"], str] = {"gmoe": "GMoE", "emoe": "EMoE"}
+_MAIN_STYLES = {"gmoe": GMOE, "emoe": EMOE}
+
 
 def write_paper_items(suite: Suite, presentation: Presentation) -> None:
-    """Write the paper's tables and figures into ``results/<suite>/paper/``, with its numbering and rows.
+    """Write the paper's tables and figures into ``results/<suite>/paper/``.
 
-    The figures of the benchmark or set must be drawn already, because they are copied.
+    They have the paper's numbers and rows. The figures of the benchmark or set must be drawn
+    already, because they are copied.
     """
     folder = paths.RESULTS / suite.name / "paper"
-    by_name = {table.name: table for table in presentation.tables}
+    figures = paths.RESULTS / suite.name / "figures"
+    tables = {table.name: table for table in presentation.tables}
     for output in paper_items.outputs_of(presentation.artifacts):
         name = presentation.artifacts.stem(output.part.name)
         if output.part.figure:
-            for end in FIGURE_FORMATS:
-                with atomic_write(folder / f"{output.name}.{end}") as temporary:
-                    temporary.write_bytes(
-                        (folder.parent / "figures" / f"{name}.{end}").read_bytes()
-                    )
+            _copy_figure(figures / name, folder / output.name)
         else:
-            _select_paper_rows(by_name[name], output, suite).write(folder)
+            paper_table = _select_paper_rows(tables[name], output, suite)
+            paper_table.write(folder)
+
+
+def _copy_figure(source: Path, target: Path) -> None:
+    """Copy a figure in all its formats. Both paths have no ending."""
+    for ending in FIGURE_FORMATS:
+        content = Path(f"{source}.{ending}").read_bytes()
+        with atomic_write(Path(f"{target}.{ending}")) as temporary:
+            temporary.write_bytes(content)
 
 
 def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite) -> Table:
-    """Keep the paper's rows, under the authors' selection if the suite has it, else the clean one."""
-    frame, caption = table.frame, table.caption
-    if output.part.rows and "method" in frame:
-        frame = frame[frame["method"].str.split(SETTING, regex=False).str[0].isin(output.part.rows)]
-    if "protocol" in frame:
-        ran = {run.spec.get("protocol") for run in suite.runs_of(output.part.benchmark)}
-        protocol = next((name for name in _PROTOCOLS if name in ran), None)
-        is_paper = (
-            frame["is_ours"].eq(False)
-            if "is_ours" in frame
-            else pd.Series(False, index=frame.index)
-        )
-        frame = frame[frame["protocol"].eq(protocol) | is_paper]
-    if "p_holm" in frame and len(frame) < len(table.frame):
+    """Make the paper's version of a table, with its number and only its rows."""
+    of_methods = _select_methods(table.frame, output.part.rows)
+    frame = _select_protocol(of_methods, output.part.benchmark, suite)
+
+    caption = table.caption
+    is_shorter = len(frame) < len(table.frame)
+    if "p_holm" in frame and is_shorter:
         caption += (
             f" p is corrected over all rows of `{table.name}`; this table shows some of them."
         )
-    is_named = table.title == paper_items.load_paper().items[output.item].title
-    title = output.title if is_named else f"{output.title}. {table.title}"
+
+    # the paper's title, and the table's own if it says more
+    title = output.title
+    if table.title != paper_items.load_paper().items[output.item].title:
+        title = f"{output.title}. {table.title}"
     return replace(
         table, frame=frame.reset_index(drop=True), name=output.name, title=title, caption=caption
     )
 
 
+def _select_methods(frame: pd.DataFrame, methods: Sequence[str] | None) -> pd.DataFrame:
+    """Keep the rows of some methods, in all their settings; without methods, keep all rows."""
+    if not methods or "method" not in frame:
+        return frame
+    names_without_setting = frame["method"].str.split(SETTING, regex=False).str[0]
+    return frame[names_without_setting.isin(methods)]
+
+
+def _select_protocol(frame: pd.DataFrame, benchmark: str, suite: Suite) -> pd.DataFrame:
+    """Keep the rows of the authors' protocol if the suite has it, else those of the clean one.
+
+    The paper's own rows stay.
+    """
+    if "protocol" not in frame:
+        return frame
+    protocols_that_ran = {run.protocol for run in suite.runs_of(benchmark)}
+    chosen = None
+    for protocol in _PROTOCOLS:
+        if protocol in protocols_that_ran:
+            chosen = protocol
+            break
+
+    is_chosen = frame["protocol"].eq(chosen)
+    if "is_ours" not in frame:
+        return frame[is_chosen]
+    is_paper = frame["is_ours"].eq(False)
+    return frame[is_chosen | is_paper]
+
+
 def paper_index(suite: Suite) -> list[dict[str, Any]]:
-    """List the paper's items: ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite, ``status``."""
+    """List the paper's items with their files in a suite.
+
+    Returns:
+        One row per item with ``item`` (its name), ``title``, ``naacl`` (its number in the NAACL
+        version), ``command`` (makes it; empty if nothing does), ``files`` and ``status``.
+    """
     rows: list[dict[str, Any]] = []
     for name, item in paper_items.load_paper().items.items():
+        command = ""
+        if not item.missing:
+            command = f"snakemake --cores all {name} --config suite={suite.name}"
         files = paper_items.paper_files(suite, name)
-        existing = sum(Path(file).exists() for file in files)
-        shown = [file for file in files if file.endswith((".md", ".png"))]
-        if item.missing:
-            status = f"not made: {item.missing}"
-        elif not files:
-            status = f"not in this suite (benchmark {', '.join(paper_items.item_benchmarks(item))})"
-        elif existing < len(files):
-            status = f"{existing} of {len(files)} files"
-        else:
-            shown = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
-            status = "made" if shown else "no run of this suite is of it"
-        command = (
-            "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
-        )
-        row = {"item": name, "title": item.title, "naacl": item.naacl, "command": command}
-        rows.append({**row, "files": shown, "status": status})
+        shown, status = _shown_files(item, files)
+        row = {
+            "item": name,
+            "title": item.title,
+            "naacl": item.naacl,
+            "command": command,
+            "files": shown,
+            "status": status,
+        }
+        rows.append(row)
     return rows
 
 
-_MAIN: dict[Literal["gmoe", "emoe"], tuple[str, MethodStyle]] = {
-    "gmoe": ("GMoE", GMOE),
-    "emoe": ("EMoE", EMOE),
-}
+def _shown_files(item: PaperItem, files: Sequence[str]) -> tuple[list[str], str]:
+    """Return the files of an item to show, one per table and figure, and the status of the item.
+
+    ``files`` are all files that the suite makes for the item.
+    """
+    shown = [file for file in files if file.endswith((".md", ".png"))]
+    existing = sum(Path(file).exists() for file in files)
+    if item.missing:
+        return shown, f"not made: {item.missing}"
+    if not files:
+        benchmarks = ", ".join(paper_items.item_benchmarks(item))
+        return shown, f"not in this suite (benchmark {benchmarks})"
+    if existing < len(files):
+        return shown, f"{existing} of {len(files)} files"
+
+    # a placeholder is not shown
+    drawn = [file for file in shown if file.endswith(".md") or plots.is_drawn(Path(file))]
+    if not drawn:
+        return drawn, "no run of this suite is of it"
+    return drawn, "made"
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Compare GMoE and EMoE with the dense model in each main average: first our models, then the paper's.
+    """Compare GMoE and EMoE with the dense model in each main average.
 
     Args:
         numbers: The claim numbers of a suite, by benchmark.
 
     Returns:
-        Rows for :func:`.plots.draw_forest`, with the ``method`` and ``is_ours``.
+        Rows for :func:`.plots.draw_forest`, with ``method`` (``gmoe`` or ``emoe``) and ``is_ours``.
+        Each average has the rows of our models, then the paper's.
     """
     rows: list[dict[str, Any]] = []
-    no_numbers = pd.DataFrame(columns=["model"])
     for average in paper_items.load_paper().main.values():
-        for model, of_model in numbers.get(average.of.benchmark, no_numbers).groupby(
-            "model", sort=False
-        ):
-            compared = {
-                method: find_evidence(of_model, average.of.comparison(getattr(average.of, method)))
-                for method in _MAIN
-            }
-            evidence = {method: result for method, result in compared.items() if result}
-            line = _line_title(average, str(model), evidence.values())
-            for method, result in evidence.items():
-                row = {"panel": average.title, "line": line, "method": method, "is_ours": True}
-                rows.append(
-                    {
-                        **row,
-                        **result.difference.columns(),
-                        "n": result.difference.n,
-                        "style": _MAIN[method][1],
-                    }
-                )
-        for model, published in average.paper.items():
-            for method, (_, style) in _MAIN.items():
-                row = {"panel": average.title, "line": model, "method": method, "is_ours": False}
-                delta = (published[method] - published["dense"]) / 100
-                rows.append({**row, "delta": delta, "n": 0, "style": replace(style, marker="x")})
+        if average.of.benchmark in numbers:
+            for model, of_model in numbers[average.of.benchmark].groupby("model", sort=False):
+                rows += _our_rows(average, str(model), of_model)
+        rows += _published_rows(average)
     frame = pd.DataFrame(rows)
-    return frame.assign(
-        series=frame["method"].map({method: title for method, (title, _) in _MAIN.items()})
-    )
+    return frame.assign(series=frame["method"].map(_MAIN_TITLES))
 
 
-def _line_title(average: MainAverage, model: str, evidence: Collection[Evidence]) -> str:
-    """Return a model's title, with the tasks and the number of pairs."""
+def _our_rows(average: MainAverage, model: str, numbers: pd.DataFrame) -> list[dict[str, Any]]:
+    """Compute the rows of one of our models from its claim numbers, one row per method."""
+    # a method without runs has no mark
+    evidence = {}
+    for method in _MAIN_TITLES:
+        comparison = average.of.comparison(getattr(average.of, method))
+        found = find_evidence(numbers, comparison)
+        if found is not None:
+            evidence[method] = found
+
+    line = _line_title(average, model, list(evidence.values()))
+    rows = []
+    for method, found in evidence.items():
+        row = {
+            "panel": average.title,
+            "line": line,
+            "method": method,
+            "is_ours": True,
+            **found.difference.columns(),
+            "n": found.difference.n,
+            "style": _MAIN_STYLES[method],
+        }
+        rows.append(row)
+    return rows
+
+
+def _published_rows(average: MainAverage) -> list[dict[str, Any]]:
+    """Make the paper's rows of an average: crosses without intervals."""
+    rows = []
+    for model, scores in average.paper.items():
+        for method in _MAIN_TITLES:
+            row = {
+                "panel": average.title,
+                "line": model,
+                "method": method,
+                "is_ours": False,
+                "delta": (scores[method] - scores["dense"]) / 100,  # from percent to a share
+                "n": 0,
+                "style": replace(_MAIN_STYLES[method], marker="x"),
+            }
+            rows.append(row)
+    return rows
+
+
+def _line_title(average: MainAverage, model: str, evidence: Sequence[Evidence]) -> str:
+    """Return the title of a model, with its tasks and the number of pairs."""
     titles = load_benchmark(average.of.benchmark).task_titles
-    tasks = dict.fromkeys(titles.get(task, task) for result in evidence for task in result.tasks)
-    pairs = plots.count_text([result.difference.n for result in evidence], "pairs")
-    return f"{model_title(model)}\n({name_or_count(list(tasks), 'sets')}; {pairs})"
+    tasks: list[str] = []
+    for found in evidence:
+        for task in found.tasks:
+            title = titles.get(task, task)
+            if title not in tasks:
+                tasks.append(title)
+    tasks_text = name_or_count(tasks, "sets")
+    pairs = plots.count_text([found.difference.n for found in evidence], "pairs")
+    return f"{model_title(model)}\n({tasks_text}; {pairs})"
 
 
 def draw_main(numbers: Mapping[str, pd.DataFrame], path: Path) -> None:
-    """Draw the differences of GMoE and EMoE to the dense model: a panel per average, a line per model."""
+    """Draw the differences of GMoE and EMoE to the dense model.
+
+    Each main average has a panel, and each model a line. ``path`` has no ending.
+    """
     rows = main_rows(numbers)
     if rows["is_ours"].any():
         label = "Difference to the dense model (points); bars: 95 % intervals; crosses: the paper"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -95,7 +95,10 @@ Published = dict[Literal["dense", "gmoe", "emoe"], Number]
 
 
 class MainAverage(Strict):
-    """A main average: a panel of the figure, with a line for each of our models and each of the paper's."""
+    """A main average, such as the mean over GLUE: one panel of the figure.
+
+    The panel has a line for each of our models and for each of the paper's.
+    """
 
     title: str
     """The sets of the average."""
@@ -138,42 +141,56 @@ class PaperOutput:
     @property
     def title(self) -> str:
         """Return the number and the title of the item."""
+        title = load_paper().items[self.item].title
+        # such as table_4, or table_mmlu for a table without a number
         kind, _, number = self.item.partition("_")
-        source = (
-            f"{kind.capitalize()} {number} of the paper (first version)"
-            if number.isdigit()
-            else "The paper"
-        )
-        return f"{source}: {load_paper().items[self.item].title}"
+        if not number.isdigit():
+            return f"The paper: {title}"
+        return f"{kind.capitalize()} {number} of the paper (first version): {title}"
 
     def files(self, suite: str) -> list[str]:
-        ends = FIGURE_FORMATS if self.part.figure else FORMATS
-        return [str(paths.RESULTS / suite / "paper" / f"{self.name}.{end}") for end in ends]
+        """List the files in every format."""
+        folder = paths.RESULTS / suite / "paper"
+        formats = FIGURE_FORMATS if self.part.figure else FORMATS
+        return [str(folder / f"{self.name}.{ending}") for ending in formats]
 
 
 @functools.cache
 def load_paper() -> PaperFile:
-    """Load the paper's tables and figures, and the averages of its main figure."""
+    """Load the paper's tables and figures, and the averages of its main figure.
+
+    Raises:
+        DefinitionError: The file is damaged, or has a name that does not exist.
+    """
     file = BENCHMARKS / "paper.yaml"
     content = read(file, PaperFile)
-    for name, item in content.items.items():
+    for item_name, item in content.items.items():
         for number, part in enumerate(item.parts or ()):
-            check_part(part, Location(file, f"items.{name}.parts[{number}]"))
-    for name, average in content.main.items():
-        for row in (average.of.gmoe, average.of.emoe):
-            check_comparison(average.of.comparison(row), file, f"main.{name}.of")
+            check_part(part, Location(file, f"items.{item_name}.parts[{number}]"))
+    # both methods of a main average are compared with the dense model
+    for average_name, average in content.main.items():
+        for method in (average.of.gmoe, average.of.emoe):
+            comparison = average.of.comparison(method)
+            check_comparison(comparison, file, f"main.{average_name}.of")
     return content
 
 
 def check_part(part: PaperPart, where: Location) -> None:
-    """Check that benchmark, table, figure and rows of a part exist."""
+    """Check that the benchmark, the table or figure, and the rows of a part exist.
+
+    Args:
+        part: The part of an item.
+        where: The location of the part in its file, for messages.
+    """
     check_names(where.at("benchmark"), [part.benchmark], benchmark_names())
     benchmark = load_benchmark(part.benchmark)
     for kind in ("table", "set_table", "figure"):
+        # a part has one of the three
         name = getattr(part, kind)
         known = getattr(benchmark.definition, f"{kind}s", ())
         if name and name not in known:
-            # benchmark.yaml may have the mistake; only here, because the import takes a second
+            # benchmark.yaml may have the mistake instead, then this raises an error that names it
+            # (only here, because the import takes a second)
             benchmark.checked_presentation()
             check_names(where.at(kind), [name], known)
     check_names(where.at("rows"), part.rows or (), benchmark.row_titles)
@@ -181,29 +198,30 @@ def check_part(part: PaperPart, where: Location) -> None:
 
 def missing_items() -> dict[str, str]:
     """Return the paper's tables and figures that are not reproduced, each with the reason."""
-    missing = {name: item.missing for name, item in load_paper().items.items() if item.missing}
-    return missing | dict.fromkeys(
-        load_paper().unknown, "its content is not known to this suite (docs/reproducing.md)"
-    )
+    reasons = {}
+    for name, item in load_paper().items.items():
+        if item.missing:
+            reasons[name] = item.missing
+    for name in load_paper().unknown:
+        reasons[name] = "its content is not known to this suite (docs/reproducing.md)"
+    return reasons
 
 
 def item_benchmarks(item: PaperItem) -> list[str]:
-    """List the benchmarks of an item."""
-    averages = load_paper().main.values() if item.main else ()
-    return sorted(
-        {
-            source.benchmark
-            for source in (*(item.parts or ()), *(average.of for average in averages))
-        }
-    )
+    """List the benchmarks that an item has numbers of, sorted by name."""
+    benchmarks = {part.benchmark for part in item.parts or ()}
+    if item.main:
+        for average in load_paper().main.values():
+            benchmarks.add(average.of.benchmark)
+    return sorted(benchmarks)
 
 
 def paper_outputs() -> Iterator[PaperOutput]:
-    """List the outputs of all items, whether a suite runs them or not."""
+    """Yield the outputs of all items, whether a suite runs them or not."""
     for name, item in load_paper().items.items():
         parts = item.parts or []
-        for letter, part in zip(string.ascii_lowercase, parts, strict=False):
-            stem = f"{name}{'' if name[-1].isdigit() else '_'}{letter}" if len(parts) > 1 else name
+        for stem, part in zip(_part_stems(name, len(parts)), parts, strict=True):
+            # a table of a set is written once per set
             if part.set_table:
                 for task in load_benchmark(part.benchmark).tasks:
                     yield PaperOutput(f"{stem}_{task}", name, part, task)
@@ -211,21 +229,48 @@ def paper_outputs() -> Iterator[PaperOutput]:
                 yield PaperOutput(stem, name, part)
 
 
+def _part_stems(item: str, count: int) -> list[str]:
+    """Return the file names of an item's parts, such as ``table_3a`` and ``table_3b``."""
+    if count == 1:
+        return [item]
+    # a letter follows a number directly, but not a word
+    stem = item if item[-1].isdigit() else f"{item}_"
+    return [f"{stem}{letter}" for letter in string.ascii_lowercase[:count]]
+
+
 def outputs_of(artifacts: Artifacts) -> list[PaperOutput]:
     """List the paper's outputs that come from a benchmark, or from one of its sets."""
-    key = (artifacts.benchmark, artifacts.part)
-    return [output for output in paper_outputs() if (output.part.benchmark, output.of_set) == key]
+    outputs = []
+    for output in paper_outputs():
+        is_of_benchmark = output.part.benchmark == artifacts.benchmark
+        if is_of_benchmark and output.of_set == artifacts.part:
+            outputs.append(output)
+    return outputs
 
 
 def files_of(artifacts: Artifacts, suite: str) -> list[str]:
     """List the files of :func:`outputs_of`."""
-    return [file for output in outputs_of(artifacts) for file in output.files(suite)]
+    files = []
+    for output in outputs_of(artifacts):
+        files += output.files(suite)
+    return files
+
+
+def main_item() -> str:
+    """Return the name of the item with the main averages.
+
+    Raises:
+        LookupError: ``paper.yaml`` has no such item.
+    """
+    for name, item in load_paper().items.items():
+        if item.main:
+            return name
+    raise LookupError("no item of paper.yaml has 'main: true'")
 
 
 def main_figure(suite: str) -> Path:
     """Return the path of the figure of the main averages, without ending."""
-    name = next(name for name, item in load_paper().items.items() if item.main)
-    return paths.RESULTS / suite / "paper" / name
+    return paths.RESULTS / suite / "paper" / main_item()
 
 
 def main_files(suite: str) -> list[str]:
@@ -234,21 +279,28 @@ def main_files(suite: str) -> list[str]:
 
 
 def paper_files(suite: Suite, item: str | None = None) -> list[str]:
-    """List a suite's files for the paper's items, or for one of them."""
+    """List the files that a suite makes for the paper's items, or for the named item."""
     files = []
     for name, entry in load_paper().items.items():
-        if (
-            item in (None, name)
-            and entry.main
-            and set(item_benchmarks(entry)) & set(suite.settings.benchmarks)
-        ):
+        is_asked = item is None or item == name
+        # one benchmark of the main averages is enough for their figure
+        if is_asked and entry.main and _runs_any(suite, item_benchmarks(entry)):
             files += main_files(suite.name)
     for output in paper_outputs():
-        benchmark = output.part.benchmark
-        in_suite = benchmark in suite.settings.benchmarks and output.of_set in (
-            None,
-            *suite.parts(benchmark),
-        )
-        if item in (None, output.item) and in_suite:
+        is_asked = item is None or item == output.item
+        if is_asked and _makes(suite, output):
             files += output.files(suite.name)
     return files
+
+
+def _runs_any(suite: Suite, benchmarks: Sequence[str]) -> bool:
+    """Return True if a suite runs at least one of some benchmarks."""
+    return any(name in suite.settings.benchmarks for name in benchmarks)
+
+
+def _makes(suite: Suite, output: PaperOutput) -> bool:
+    """Return True if a suite runs the benchmark of an output, and its set if it is of one."""
+    benchmark = output.part.benchmark
+    if benchmark not in suite.settings.benchmarks:
+        return False
+    return output.of_set is None or output.of_set in suite.parts(benchmark)

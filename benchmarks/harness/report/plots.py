@@ -19,13 +19,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.harness.base import atomic_write
+from benchmarks.harness.report.style import MethodStyle
 
-if "MPLBACKEND" not in os.environ:  # a notebook sets it
+# draw without a display; a notebook sets its own backend, before pyplot is imported
+if "MPLBACKEND" not in os.environ:
     mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-REFERENCE, _BAND = "#444444", "#dceaf5"  # the colours of reference lines and margins
-# the use of an expert divided by its mean use: 1 is white; the colour-blind can distinguish purple and orange
+REFERENCE = "#444444"  # the colour of reference lines
+_BAND = "#dceaf5"  # the colour of margins
+# the use of an expert divided by its mean use: 1 is white; the colour-blind can distinguish purple
+# and orange
 USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 STYLE: Any = {
     "font.size": 8,
@@ -42,96 +46,136 @@ HEATMAP = {**STYLE, "axes.grid": False, "font.size": 7}
 
 WIDTH = 6.9  # inches of a page's text, the largest width of a figure
 FEW = 3  # minimum number of pairs for drawing an interval
-_FOREST, _LINE, _TEXT = (
-    6.0,
-    0.26,
-    3.5,
-)  # inches of a forest plot: its width, the height of a line, the width of a title
-_APART = 0.8  # share of a line with marks
+# inches of a forest plot
+_FOREST_WIDTH = 6.0
+_LINE_HEIGHT = 0.26
+_TITLE_WIDTH = 3.5
+_TITLE_HEIGHT = 0.3  # of a panel
+_LEGEND_LINE_HEIGHT = 0.07  # of a series in the legend
+_AXIS_HEIGHT = 0.5  # the axis at the bottom and its label
+# a line of a forest plot has height 1
+_MARKED_SHARE = 0.8  # the part of a line's height where its marks are spread
+_PANEL_BORDER = 0.6  # lines of space above and below the lines of a panel, together
+_LONG_SERIES = 30  # letters; the legend has one column if a name is as long, else three
 
 
 def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
     """Format counts as ``n = 5 to 8 seeds``; empty if all are zero or nan."""
-    present = sorted({int(count) for count in counts if count and not math.isnan(count)})
+    present = {int(count) for count in counts if count and not math.isnan(count)}
     if not present:
         return ""
-    unit = unit.removesuffix("s") if present == [1] else unit
-    return f"n = {present[0]}{f' to {present[-1]}' if len(present) > 1 else ''} {unit}"
+    fewest = min(present)
+    most = max(present)
+    if fewest < most:
+        return f"n = {fewest} to {most} {unit}"
+    if most == 1:
+        return f"n = 1 {unit.removesuffix('s')}"
+    return f"n = {most} {unit}"
 
 
 def draw_forest(rows: pd.DataFrame, path: Path, label: str, *, zero: bool = True) -> None:
     """Draw a forest plot: marks with 95 % intervals, one panel below the other.
 
     Args:
-        rows: One row per mark: the titles ``panel``, ``line`` (vertical position) and ``series`` (legend), the
-            ``style``, the value ``delta``, and its interval (``low``, ``high``), drawn if ``n`` is at least
-            :data:`FEW`. A ``margin`` shades its panel around zero, and a ``text`` is printed beside its mark.
+        rows: One row per mark: the titles ``panel``, ``line`` (vertical position) and ``series``
+            (legend), the ``style``, the value ``delta``, and its interval (``low``, ``high``),
+            drawn if ``n`` is at least :data:`FEW`. A ``margin`` shades its panel around zero, and a
+            ``text`` is printed beside its mark. Numbers are shares, drawn in points.
         path: The path without ending.
         label: The label of the axis.
         zero: True to draw a line at zero.
     """
     panels = list(rows.groupby("panel", sort=False))
-    series = rows.groupby("series", sort=False)["style"]
-    heights = [group["line"].nunique() + 0.6 for _, group in panels]
-    size = (_FOREST, _LINE * sum(heights) + 0.3 * len(panels) + 0.07 * len(series) + 0.5)
-    with panel_figure(path, len(panels), 1, size, height_ratios=heights, sharex=True) as (
-        figure,
-        axes,
-    ):
-        for axis, (title, group) in zip(axes[:, 0], panels, strict=True):
-            by_line = group.groupby("line", sort=False)
-            shift = (by_line.cumcount() + 0.5) / by_line["line"].transform("size") - 0.5
-            for row, height in zip(
-                group.itertuples(), by_line.ngroup() + _APART * shift, strict=True
-            ):
-                if row.n >= FEW and not math.isnan(row.low):
-                    axis.plot(
-                        [row.low * 100, row.high * 100],
-                        [height, height],
-                        color=row.style.colour,
-                        lw=1.4,
-                    )
-                axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
-                if getattr(row, "text", ""):
-                    beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
-                    axis.annotate(row.text, (1.01, height), **beside)
-            if "margin" in group:
-                axis.axvspan(
-                    -100 * group["margin"].max(), 100 * group["margin"].max(), color=_BAND, zorder=0
-                )
+    styles_by_series = rows.groupby("series", sort=False)["style"]
+
+    # the height of a panel in lines, and of the figure in inches
+    heights = [panel["line"].nunique() + _PANEL_BORDER for _, panel in panels]
+    height = (
+        _LINE_HEIGHT * sum(heights)
+        + _TITLE_HEIGHT * len(panels)
+        + _LEGEND_LINE_HEIGHT * len(styles_by_series)
+        + _AXIS_HEIGHT
+    )
+    size = (_FOREST_WIDTH, height)
+    options: Any = {"height_ratios": heights, "sharex": True}
+    with panel_figure(path, len(panels), 1, size, **options) as (figure, axes):
+        column = axes[:, 0]
+        for axis, (title, panel) in zip(column, panels, strict=True):
+            _draw_panel(axis, panel, str(title))
             if zero:
                 axis.axvline(0, color=REFERENCE, lw=0.8, zorder=1)
-            axis.set_title(wrap_text(title, _TEXT), fontsize=8)
-            axis.set_yticks(range(len(by_line)), group["line"].unique(), fontsize=7)
-            axis.set_ylim(len(by_line) - 0.4, -0.6)
-        for name, styles in series:
-            colours = {style.colour for style in styles}
-            style = replace(
-                styles.iloc[0], colour=colours.pop() if len(colours) == 1 else REFERENCE
-            )
-            axes[0, 0].plot([], [], ls="", ms=4.5, label=name, **style.mark)
-        legend_below(figure, axes[:1, 0], 3 if rows["series"].str.len().max() < 30 else 1)
-        axes[-1, 0].set_xlabel(wrap_text(label, _TEXT))
+
+        # invisible marks on the first axis name the series in the legend
+        for name, styles in styles_by_series:
+            style = _legend_style(styles)
+            column[0].plot([], [], ls="", ms=4.5, label=name, **style.mark)
+        longest = rows["series"].str.len().max()
+        legend_below(figure, column[:1], 3 if longest < _LONG_SERIES else 1)
+        column[-1].set_xlabel(wrap_text(label, _TITLE_WIDTH))
+
+
+def _draw_panel(axis: Any, rows: pd.DataFrame, title: str) -> None:
+    """Draw one panel of a forest plot: its lines with their marks, its title and its margin."""
+    lines = rows.groupby("line", sort=False)
+    # line 0 is at height 0, line 1 below it at height 1; marks of a line are spread around it
+    place_in_line = (lines.cumcount() + 0.5) / lines["line"].transform("size")  # from 0 to 1
+    heights = lines.ngroup() + _MARKED_SHARE * (place_in_line - 0.5)
+    for row, height in zip(rows.itertuples(), heights, strict=True):
+        _draw_mark(axis, row, height)
+
+    if "margin" in rows:
+        margin = 100 * rows["margin"].max()
+        axis.axvspan(-margin, margin, color=_BAND, zorder=0)
+
+    axis.set_title(wrap_text(title, _TITLE_WIDTH), fontsize=8)
+    axis.set_yticks(range(len(lines)), rows["line"].unique(), fontsize=7)
+    # downwards, with a bit of space above the first line and below the last
+    axis.set_ylim(len(lines) - 0.4, -0.6)
+
+
+def _draw_mark(axis: Any, row: Any, height: float) -> None:
+    """Draw the mark of a row of a forest plot, with its interval and the text beside it."""
+    if row.n >= FEW and not math.isnan(row.low):
+        ends = [row.low * 100, row.high * 100]
+        axis.plot(ends, [height, height], color=row.style.colour, lw=1.4)
+    axis.plot(row.delta * 100, height, ls="", ms=4.5, **row.style.mark)
+    if getattr(row, "text", ""):
+        # just outside the right end of the axis, at the height of the mark
+        beside: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
+        axis.annotate(row.text, (1.01, height), **beside)
+
+
+def _legend_style(styles: pd.Series) -> MethodStyle:
+    """Return the style of a series in the legend: grey if its marks have several colours."""
+    first: MethodStyle = styles.iloc[0]
+    colours = {style.colour for style in styles}
+    if len(colours) > 1:
+        return replace(first, colour=REFERENCE)
+    return first
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
-    """Draw one legend for all axes below the figure."""
-    named = {
-        label: handle
-        for axis in axes
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
+    """Draw one legend for all axes below the figure. A label appears once."""
+    handles_by_label = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        for handle, label in zip(handles, labels, strict=True):
+            handles_by_label[label] = handle
+    num_columns = min(len(handles_by_label), columns)
     options: Any = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
-    figure.legend(named.values(), named.keys(), ncols=min(len(named), columns), **options)
+    figure.legend(handles_by_label.values(), handles_by_label.keys(), ncols=num_columns, **options)
 
 
 def wrap_text(text: str, inches: float, size: float = 8) -> str:
     """Break a text into lines of at most ``inches``, estimated for letters of ``size`` points."""
+    # an inch has 72 points; a letter is about 0.58 times as wide as high
     letters = max(8, int(inches * 72 / (0.58 * size)))
-    text = re.sub(r"(?<=\d) (?=[MB]\))", "\u00a0", text)  # keep a parameter count with its unit
-    return "\n".join(
-        textwrap.fill(line, letters, break_on_hyphens=False) for line in text.split("\n")
-    )
+    # keep a parameter count with its unit, such as "7 B)"
+    unbroken = re.sub(r"(?<=\d) (?=[MB]\))", "\u00a0", text)
+    lines = []
+    for line in unbroken.split("\n"):
+        lines.append(textwrap.fill(line, letters, break_on_hyphens=False))
+    return "\n".join(lines)
 
 
 def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
@@ -141,7 +185,8 @@ def show_use(axis: Any, use: NDArray[np.float64], **options: Any) -> None:
 
 def divide_by_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
     """Divide each row of expert shares by the mean shares, for :data:`USE`; 1 if a mean is zero."""
-    return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
+    ones = np.ones_like(shares)
+    return np.divide(shares, mean, out=ones, where=mean > 0)
 
 
 @contextmanager
@@ -153,20 +198,22 @@ def panel_figure(
     style: Any = STYLE,
     **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield a figure and its axes ``[lines, columns]``; on exit hide the axes without data and save the figure.
+    """Yield a figure and its axes ``[lines, columns]``; save the figure on exit.
 
-    ``size`` is in inches, and ``options`` go to ``plt.subplots``. If the axes of a column share their x axis, the last
-    visible one labels its ticks.
+    Axes without data are hidden. ``size`` is in inches, and ``options`` go to ``plt.subplots``. If
+    the axes of a column share their x axis, the last visible one labels its ticks.
     """
     with mpl.rc_context(style):
         figure, axes = plt.subplots(
             lines, columns, figsize=size, squeeze=False, layout="constrained", **options
         )
         yield figure, axes
+
         for column in axes.T:
             shown = [axis for axis in column if axis.has_data()]
             for axis in column:
                 axis.set_visible(axis in shown)
+            # matplotlib labels the ticks of the lowest axis only, which may be hidden
             if shown and "sharex" in options:
                 shown[-1].tick_params(labelbottom=True)
         save(figure, path)
@@ -176,7 +223,10 @@ _PLACEHOLDER = "no run of this suite has a number of this figure"
 
 
 def save(figure: Any, path: Path, description: str | None = None) -> None:
-    """Write ``<path>.pdf`` and ``.png`` reproducibly, and close the figure."""
+    """Write ``<path>.pdf`` and ``.png``, and close the figure. The files have no date.
+
+    ``description`` is stored in the PNG.
+    """
     with atomic_write(path.with_suffix(".png")) as temporary:
         metadata = {"Software": None, "Description": description}
         figure.savefig(temporary, format="png", dpi=160, metadata=metadata)
@@ -187,7 +237,10 @@ def save(figure: Any, path: Path, description: str | None = None) -> None:
 
 
 def placeholder_figure(path: Path) -> None:
-    """Write an empty figure with a notice, because the workflow expects its files. Pages omit it."""
+    """Write a figure that only says that it has no data, because the workflow expects its files.
+
+    Pages omit it.
+    """
     with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(4, 0.6))
         axis.text(0.5, 0.5, _PLACEHOLDER, ha="center", va="center")

@@ -1,4 +1,7 @@
-"""Present the finished runs of a benchmark: tables, figures and sentences, from the module of its kind."""
+"""Present the finished runs of a benchmark: its tables, figures and sentences.
+
+The module ``presentation`` of the benchmark's kind makes them.
+"""
 
 from __future__ import annotations
 
@@ -16,39 +19,55 @@ from benchmarks.harness.report.table import RUNS, Table
 from benchmarks.harness.results.records import Record
 
 NOTE = (
-    "Differences are in points: means over paired seeds with 95 % confidence intervals. Verdicts use paired t-tests at "
-    "5 %, corrected with Holm's procedure over all rows of the table of tests. With two seeds a test has only two "
-    "differences: read it as a hint."
+    "Differences are in points: means over paired seeds with 95 % confidence intervals. Verdicts "
+    "use paired t-tests at 5 %, corrected with Holm's procedure over all rows of the table of "
+    "tests. With two seeds a test has only two differences: read it as a hint."
 )
 
 
 # columns that link a table row to its runs
 _ORIGIN = (
-    *("run_id", "protocol", "model", "task", "method", "tuning", "variant", "learning_rate"),
-    *("layer", "num_experts", "seed"),
+    "run_id",
+    "protocol",
+    "model",
+    "task",
+    "method",
+    "tuning",
+    "variant",
+    "learning_rate",
+    "layer",
+    "num_experts",
+    "seed",
 )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Pair the function that draws a figure with its caption."""
+    """A figure that is not drawn yet.
 
-    draw: Callable[
-        ..., None
-    ]  # its last argument is a path without ending, to which it writes a PDF and a PNG
-    caption: str  # its first sentence is the title
+    Attributes:
+        draw: Writes the figure as PDF and PNG. Its last argument is a path without ending.
+        caption: The caption. Its first sentence is the title.
+    """
+
+    draw: Callable[..., None]
+    caption: str
 
 
 @dataclass(frozen=True)
 class Presentation:
-    """Present a benchmark, or one of its sets: the tables and figures that ``benchmark.yaml`` lists, and sentences.
+    """The tables, figures and sentences of a benchmark, or of one of its sets.
+
+    ``benchmark.yaml`` lists the tables and figures.
 
     Attributes:
         benchmark: The benchmark.
-        table_functions: The table functions by name. Arguments: ``outcomes``, and ``part`` if there is one.
+        table_functions: The functions that make tables, by name. Their arguments are ``outcomes``,
+            and ``part`` if there is one.
         figure_functions: The figures by name. Their functions also take a path.
-        outcomes: The finished ``runs``, and ``origins``, the run ids with the names of rows. If claims
-            compare the benchmark's methods, ``claim_numbers()`` returns :func:`.common.join_claim_numbers`.
+        outcomes: The finished ``runs``, and ``origins``, the run ids with the names of rows. If
+            claims compare the benchmark's methods, ``claim_numbers()`` returns
+            :func:`.common.join_claim_numbers`.
         part: The set, for tables and figures of one set; else None.
         verdicts: Sentences on differences to the dense model.
         note: An explanation of the verdicts.
@@ -73,62 +92,86 @@ class Presentation:
 
     @cached_property
     def tables(self) -> list[Table]:
-        """Make all tables, in order. Tables of models with random weights have no verdicts and no bold numbers."""
+        """Make all tables, in order.
+
+        Tables of models with random weights have no verdicts and no bold numbers.
+        """
         return [self._table(name) for name in self.artifacts.tables]
 
     @property
     def figures(self) -> dict[str, Figure]:
         """Return the figures by file name without ending; their functions take only a path."""
-        figures = {
-            self.artifacts.stem(name): self.figure_functions[name]
-            for name in self.artifacts.figures
-        }
-        return {
-            file: replace(figure, draw=partial(figure.draw, *self._arguments))
-            for file, figure in figures.items()
-        }
+        figures = {}
+        for name in self.artifacts.figures:
+            figure = self.figure_functions[name]
+            draw_to_path = partial(figure.draw, *self._arguments)
+            figures[self.artifacts.stem(name)] = replace(figure, draw=draw_to_path)
+        return figures
 
     @property
     def _arguments(self) -> list[Any]:
-        return [self.outcomes, self.part] if self.part else [self.outcomes]
+        """Return the first arguments of the functions of tables and figures."""
+        if self.part:
+            return [self.outcomes, self.part]
+        return [self.outcomes]
 
     def _table(self, name: str) -> Table:
-        table = replace(
-            self.table_functions[name](*self._arguments), name=self.artifacts.stem(name)
-        )
-        origins = self.outcomes.origins if table.origins is None else table.origins
-        table = with_runs(table, origins, self.benchmark.name)
-        return table.with_random_weights_note() if has_random_weights(self.outcomes.runs) else table
+        """Make the table with this name, with its file name and the runs of its rows."""
+        made = self.table_functions[name](*self._arguments)
+        named = replace(made, name=self.artifacts.stem(name))
+        # a table of other runs brings its own
+        origins = self.outcomes.origins if named.origins is None else named.origins
+        table = with_runs(named, origins, self.benchmark.name)
+        if has_random_weights(self.outcomes.runs):
+            return table.with_random_weights_note()
+        return table
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
-    """Add the column :data:`~benchmarks.harness.report.table.RUNS` with the run folders of each row of a table.
+    """Add the column :data:`~.table.RUNS` with the run folders of each row of a table.
 
-    A run belongs to a row if both have the same names in every shared column. An empty name matches every name. A
-    benchmark that chooses among finished runs (DomainBed's draws) lists all candidates; a row of published
-    numbers lists none. ``origins`` has the ``run_id`` and the names, one or more rows per run.
+    A run belongs to a row if both have the same names in every shared column, such as model and
+    method. An empty name matches every name. A benchmark that chooses among finished runs
+    (DomainBed's draws) lists all candidates, and a row of published numbers lists none.
+
+    Args:
+        table: The table.
+        origins: The ``run_id`` and the names of each run, one or more rows per run.
+        benchmark: The name of the benchmark.
     """
     keys = [key for key in _ORIGIN if key in table.frame and key in origins]
-    if not keys or RUNS in table.frame:  # the table already lists its runs
+    if not keys:
         return table
-    tried = (
-        origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates(ignore_index=True)
-    )
-    numbers = {key: tried.groupby(key).indices for key in keys}  # indices of runs by name
+    # some tables already list their runs
+    if RUNS in table.frame:
+        return table
+
+    columns = list(keys)
+    if "run_id" not in columns:
+        columns.append("run_id")
+    candidates = origins[columns].astype(str).drop_duplicates(ignore_index=True)
+
+    # for each column, the places of the candidates with each name: an index, for many rows
+    places_by_name = {key: candidates.groupby(key).indices for key in keys}
     folders = []
     for names in table.frame[keys].fillna("").astype(str).to_dict("records"):
-        matching = (numbers[key].get(name, ()) for key, name in names.items() if name)
-        of_row = sorted(set(tried.index).intersection(*matching))
-        folders.append(
-            " ".join(f"{benchmark}/{run}" for run in tried["run_id"].iloc[of_row].unique())
-        )
+        matching = set(candidates.index)
+        for key, name in names.items():
+            if name:
+                matching.intersection_update(places_by_name[key].get(name, ()))
+        runs = candidates["run_id"].iloc[sorted(matching)].unique()
+        folders.append(" ".join(f"{benchmark}/{run}" for run in runs))
     return replace(table, frame=table.frame.assign(**{RUNS: folders}))
 
 
 def has_random_weights(runs: Sequence[Run]) -> bool:
     """Return True if all models have random weights. Their scores mean nothing."""
-    models = [run.spec["model"] for run in runs if run.method]  # a measurement has no method
-    return bool(models) and all({"config", "random"} & set(model) for model in models)
+    # a measurement has no method, and its weights do not matter
+    models = [run.spec["model"] for run in runs if run.method]
+    if not models:
+        return False
+    # transformers' models are built from a configuration, and timm's with 'random'
+    return all("config" in model or "random" in model for model in models)
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:

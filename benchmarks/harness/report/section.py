@@ -1,6 +1,7 @@
 """The section of a benchmark or set: what its page shows beside tables and figures.
 
-`tables` writes it once from records. `report` reads it, the tables and the figures.
+The command `tables` writes it once from records. The command `report` reads it, the tables and the
+figures.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.harness.report.table import MISSING
 from benchmarks.harness.results.content import DataSummary, Environment
 from benchmarks.harness.results.records import Record
 
-_FEW_LABELS = 10
+_FEW_LABELS = 10  # more labels are only counted
 
 
 class ShownTable(Strict):
@@ -101,29 +102,34 @@ class Section(Strict):
 
 def make_section(presentation: Presentation, records: Sequence[Record], suite: str) -> Section:
     """Describe the written tables and figures of a presentation, and its runs."""
+    tables = []
+    for table in presentation.tables:
+        shown_table = ShownTable(name=table.name, title=table.title, is_empty=table.frame.empty)
+        tables.append(shown_table)
+
+    figures = []
+    for name, figure in presentation.figures.items():
+        is_empty = not is_drawn(RESULTS / suite / "figures" / name)
+        figures.append(ShownFigure(name=name, caption=figure.caption, is_empty=is_empty))
+
     runs = [record.run for record in records]
     is_random = has_random_weights(runs)
     has_methods = any(run.method for run in runs)
-    figures = RESULTS / suite / "figures"
+    model_names = dict.fromkeys(run.model for run in runs)  # a dict keeps the order of the runs
+    costs = [record.metrics.cost for record in records]
     return Section(
-        tables=[
-            ShownTable(name=table.name, title=table.title, is_empty=table.frame.empty)
-            for table in presentation.tables
-        ],
-        figures=[
-            ShownFigure(name=name, caption=figure.caption, is_empty=not is_drawn(figures / name))
-            for name, figure in presentation.figures.items()
-        ],
+        tables=tables,
+        figures=figures,
         verdicts=[] if is_random else list(presentation.verdicts),
         note=presentation.note,
         optimizer=presentation.optimizer,
         training=_training_settings(records) if presentation.optimizer else [],
         data=_data_rows(records),
         runs={run.folder: run.name for run in runs},
-        models=list(dict.fromkeys(run.model for run in runs)),
+        models=list(model_names),
         random_weights=is_random if has_methods else None,
-        job_seconds=[record.metrics.cost.job_seconds for record in records],
-        peak_memory_mb=max(record.metrics.cost.peak_memory_mb for record in records),
+        job_seconds=[cost.job_seconds for cost in costs],
+        peak_memory_mb=max(cost.peak_memory_mb for cost in costs),
         machines=_machines(records),
     )
 
@@ -141,27 +147,41 @@ def read_section(artifacts: Artifacts, suite: str) -> Section:
 
 
 def _data_rows(records: Sequence[Record]) -> list[DataRow]:
-    """List row and label counts per task and split; use the largest split if runs differ."""
+    """List row and label counts per task and split, sorted.
+
+    If runs read different numbers of rows, the split with most rows is listed.
+    """
     largest: dict[tuple[str, str], DataRow] = {}
     for record in records:
         for key, summary in (record.metrics.data or {}).items():
-            split, _, task = key.partition(":")  # "split:task" if a run has several sets
-            task = task or record.run.task
-            split = "test" if split == "ood" else split
-            labels = _label_text(summary)
-            if not labels:
+            row = _data_row(key, summary, record.run.task)
+            if row is None:
                 continue
-            row = DataRow(
-                task=task,
-                split=split,
-                rows=summary.rows,
-                labels=labels,
-                dropped=summary.dropped or 0,
-            )
-            known = largest.get((task, split))
-            if known is None or row.rows >= known.rows:
-                largest[task, split] = row
-    return [largest[key] for key in sorted(largest)]
+            place = (row.task, row.split)
+            if place not in largest or row.rows >= largest[place].rows:
+                largest[place] = row
+    return [largest[place] for place in sorted(largest)]
+
+
+def _data_row(key: str, summary: DataSummary, task_of_run: str) -> DataRow | None:
+    """Describe one split that a run read; None if it has no labels, as instructions have none.
+
+    ``key`` is the name of the split, or ``split:task`` if the run reads several sets.
+    """
+    labels = _label_text(summary)
+    if not labels:
+        return None
+    split, _, task = key.partition(":")
+    # out of domain, runs read the test split of the other task
+    if split == "ood":
+        split = "test"
+    return DataRow(
+        task=task or task_of_run,
+        split=split,
+        rows=summary.rows,
+        labels=labels,
+        dropped=summary.dropped or 0,
+    )
 
 
 def _label_text(summary: DataSummary) -> str:
@@ -170,46 +190,62 @@ def _label_text(summary: DataSummary) -> str:
         lowest, highest = summary.range
         return f"from: {lowest}, to: {highest}"
     texts = [f"{label}: {count}" for label, count in summary.labels.items()]
-    return ", ".join(texts) if len(texts) <= _FEW_LABELS else f"{len(texts)} classes"
+    if len(texts) > _FEW_LABELS:
+        return f"{len(texts)} classes"
+    return ", ".join(texts)
 
 
 def _training_settings(records: Sequence[Record]) -> list[Setting]:
     """Describe the training settings; list up to three values if runs differ."""
-    settings = pd.DataFrame(
-        [
-            {**record.run.spec["training"], **record.run.spec.get("hparams", {})}
-            for record in records
-        ]
-    )
+    rows = []
+    for record in records:
+        spec = record.run.spec
+        hyper_parameters = spec.get("hparams", {})  # of images
+        rows.append({**spec["training"], **hyper_parameters})
+
+    # a run that lacks a setting shows a dash
+    settings = pd.DataFrame(rows)
     texts = settings.astype(object).where(settings.notna(), MISSING).astype(str)
-    return [
-        Setting(name=name, value=name_or_count(list(texts[name].unique()), "values"))
-        for name in texts
-    ]
+
+    described = []
+    for name in texts:
+        values = list(texts[name].unique())
+        described.append(Setting(name=name, value=name_or_count(values, "values")))
+    return described
 
 
 def _machines(records: Sequence[Record]) -> list[Machine]:
     """List the machines, those with most runs first."""
-    counts = Counter(
-        tuple(_environment_texts(record.metrics.environment).items()) for record in records
-    )
-    return [Machine(runs=count, facts=dict(facts)) for facts, count in counts.most_common()]
+    # a Counter needs keys that cannot change, so facts become pairs of name and text
+    runs: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for record in records:
+        facts = _environment_texts(record.metrics.environment)
+        runs[tuple(facts.items())] += 1
+    return [Machine(runs=count, facts=dict(facts)) for facts, count in runs.most_common()]
 
 
 def _environment_texts(environment: Environment) -> dict[str, str]:
-    """Format the machine, packages and commit of a run."""
+    """Format the machine, packages and commit of a run, by name in alphabetical order."""
     texts = {}
     for key, value in sorted(environment):
-        if key == "fingerprint":  # for `check`
-            continue
-        if isinstance(value, dict):
-            value = [f"{name} {version}" for name, version in value.items()]
-        text = ", ".join(value) if isinstance(value, list) else str(value)
-        texts[key.replace("_", " ")] = text or "none"
+        # the fingerprint is for `check`
+        if key != "fingerprint":
+            texts[key.replace("_", " ")] = _fact_text(value) or "none"
     return texts
+
+
+def _fact_text(value: object) -> str:
+    """Format a fact of an environment: versions by package, a list of GPUs, or a single value."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {version}" for name, version in value.items())
+    if isinstance(value, list):
+        return ", ".join(value)
+    return str(value)
 
 
 def section_title(artifacts: Artifacts) -> str:
     """Return the title of a benchmark, or of one of its sets."""
     benchmark = load_benchmark(artifacts.benchmark)
-    return benchmark.tasks[artifacts.part].title if artifacts.part else benchmark.definition.title
+    if artifacts.part:
+        return benchmark.tasks[artifacts.part].title
+    return benchmark.definition.title

@@ -1,4 +1,4 @@
-"""Choose the colour and marker of a method from its settings, so that it looks the same in every figure."""
+"""Colours and markers of methods. They follow from settings, so all figures show a method alike."""
 
 from __future__ import annotations
 
@@ -13,22 +13,37 @@ from emoe.config import ROUTERS
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """Hold the colour and marker of a method. Colours are Okabe and Ito's, which are safe for the colour-blind."""
+    """The colour, marker and dashes of a method.
+
+    Colours are those of Okabe and Ito, which the colour-blind can distinguish.
+
+    Attributes:
+        colour: The colour as hex digits.
+        marker: The marker, as matplotlib names it.
+        hollow: True for a marker without filling.
+        dashes: The line style, as matplotlib's ``ls``.
+    """
 
     colour: str
     marker: str
-    hollow: bool = False  # True for the authors' own settings
+    hollow: bool = False
     dashes: Any = "-"
 
     @property
     def mark(self) -> dict[str, Any]:
-        """Return the mark as arguments of ``plot``."""
-        arguments = {"color": self.colour, "marker": self.marker}
-        return {**arguments, "mfc": "white", "mec": self.colour} if self.hollow else arguments
+        """Return colour and marker as arguments of ``plot``."""
+        if self.hollow:
+            return {
+                "color": self.colour,
+                "marker": self.marker,
+                "mfc": "white",
+                "mec": self.colour,
+            }
+        return {"color": self.colour, "marker": self.marker}
 
     @property
     def line(self) -> dict[str, Any]:
-        """Return the mark and the dashes as arguments of ``plot``."""
+        """Return colour, marker and dashes as arguments of ``plot``."""
         return {"ls": self.dashes, **self.mark}
 
 
@@ -46,35 +61,57 @@ _DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 def style_of(method: Method) -> MethodStyle:
     """Return the style of a method, the same for LoRA and full fine-tuning."""
-    style = _style_of_kind(method)
-    return replace(style, hollow=True) if method.as_published or method.also_train else style
+    style = _filled_style(method)
+    # the authors' own settings are hollow
+    if method.as_published or method.also_train:
+        return replace(style, hollow=True)
+    return style
 
 
-def _style_of_kind(method: Method) -> MethodStyle:
-    config = method.config_values()
+def _filled_style(method: Method) -> MethodStyle:
+    """Return the style of a method by its kind, then by what distinguishes it from EMoE."""
     if method.kind == "gmoe":
         return GMOE
     if method.kind == "dense":
-        return _OTHER_DENSE if method.tune or method.noise else DENSE
-    if config.get("partition") == "random":
+        if method.tune or method.noise:
+            return _OTHER_DENSE
+        return DENSE
+
+    config = method.config_values()
+    partition = config.get("partition", "kmeans")
+    if partition == "random":
         return _RANDOM
-    if config.get("partition", "kmeans") != "kmeans" and config.get("num_experts") != 1:
+    # a single expert has all neurons, whatever the partition
+    if partition != "kmeans" and config.get("num_experts") != 1:
         return _OTHER_NEURONS
     if method.role == CONTROL:
         return _CONTROL
     if config.get("selection", "top") != "top":
         return _OTHER_EXPERTS
+
     router = config.get("router", "avg_k")
-    return EMOE if router == "avg_k" else _LEARNED if ROUTERS[router] else _CONTROL
+    if router == "avg_k":
+        return EMOE
+    has_parameters = ROUTERS[router]
+    if has_parameters:
+        return _LEARNED
+    return _CONTROL
 
 
 def distinct_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, MethodStyle]:
-    """Return the styles by label. Equal styles get different dashes, and alternate hollow and filled."""
+    """Return the styles by label.
+
+    Equal styles get different dashes, and alternate between hollow and filled.
+    """
+    styles_by_label = dict(labelled)
     distinct: dict[str, MethodStyle] = {}
     seen: Counter[MethodStyle] = Counter()
-    for label, style in dict(labelled).items():
-        number = seen[style]
+    for label, style in styles_by_label.items():
+        number = seen[style]  # of earlier labels with an equal style
         seen[style] += 1
-        hollow = style.hollow != (number % 2 == 1)
-        distinct[label] = replace(style, hollow=hollow, dashes=_DASHES[number % len(_DASHES)])
+        hollow = style.hollow
+        if number % 2 == 1:
+            hollow = not style.hollow
+        dashes = _DASHES[number % len(_DASHES)]
+        distinct[label] = replace(style, hollow=hollow, dashes=dashes)
     return distinct

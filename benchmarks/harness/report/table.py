@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,26 +20,31 @@ from emoe.errors import did_you_mean
 MISSING = "–"
 RUNS = "runs"  # column with the folders of a row's runs, separated by blanks
 _RANDOM_WEIGHTS = (
-    "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
-    "verdicts mean anything. "
+    "The models of this suite have random weights: it shows that everything works, and neither its "
+    "scores nor its verdicts mean anything. "
 )
 _LONG = 28  # letters; LaTeX wraps a column with longer texts
-_LATEX = r"""{comment}
-% \usepackage[T1]{{fontenc}}
-% \usepackage{{booktabs,longtable}}
-% If it is wider than the page, put it between \begin{{landscape}} and \end{{landscape}} (package pdflscape).
-\begingroup\scriptsize\setlength{{\tabcolsep}}{{2pt}}
-{table}\endgroup
-"""
+_LATEX_PREAMBLE = (
+    "% \\usepackage[T1]{fontenc}\n"
+    "% \\usepackage{booktabs,longtable}\n"
+    "% If it is wider than the page, put it between \\begin{landscape} and \\end{landscape} "
+    "(package pdflscape).\n"
+    "\\begingroup\\scriptsize\\setlength{\\tabcolsep}{2pt}\n"
+)
+# signs that LaTeX reads as commands, and signs that pdflatex lacks
 _SIGNS = str.maketrans(
-    {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    | {
+    {
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
         "\\": r"\textbackslash{}",
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         "✓": r"\textbullet{}",
-    }
-    | {
         "−": "$-$",
         "Δ": r"$\Delta$",
         "→": r"$\to$",
@@ -53,16 +58,30 @@ _SIGNS = str.maketrans(
 
 @dataclass(frozen=True)
 class Column:
-    """Describe one printed column of numbers."""
+    """One printed column of numbers.
 
-    metric: str  # entry of metrics.yaml with scale, decimals and direction
-    value: str  # column of the frame
-    label: str = ""  # heading, by default the metric's label
-    std: str | None = None  # column with the standard deviation, printed as "mean ± std"
-    interval: tuple[str, str] | None = None  # columns with its ends, printed as "value [low, high]"
-    signed: bool = False  # True to print a plus sign (differences)
-    best: bool = False  # True to mark the best cell of each group
-    decimals: int | None = None  # by default the metric's
+    Attributes:
+        metric: The entry of metrics.yaml with scale, decimals and direction.
+        value: The column of the frame with the numbers.
+        label: The heading, by default the metric's label.
+        std: The column with the standard deviation, printed as "mean ± std".
+        interval: The columns with the ends of the interval, printed as "value [low, high]".
+        signed: True to print a plus sign, for differences.
+        best: True to mark the best cell of each group of rows.
+        decimals: The number of decimals, by default the metric's.
+
+    Raises:
+        DefinitionError: metrics.yaml lacks the metric.
+    """
+
+    metric: str
+    value: str
+    label: str = ""
+    std: str | None = None
+    interval: tuple[str, str] | None = None
+    signed: bool = False
+    best: bool = False
+    decimals: int | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in load_metrics():
@@ -76,149 +95,207 @@ class Column:
         """Return the label with its unit."""
         metric = load_metrics()[self.metric]
         label = self.label or metric.label
-        return f"{label} ({metric.unit})" if metric.unit else label
+        if not metric.unit:
+            return label
+        return f"{label} ({metric.unit})"
 
     def text(self, row: pd.Series) -> str:
-        """Format the cell of a row."""
-        value = self._number(row[self.value], signed=self.signed)
+        """Format the cell of a row: the number, with its deviation or its interval if known."""
+        number = self._number_text(row[self.value], signed=self.signed)
         if self.std and not math.isnan(row[self.std]):
-            return f"{value} ± {self._number(row[self.std], signed=False)}"
-        if self.interval and not math.isnan(row[self.interval[0]]):
-            low, high = (self._number(row[end], signed=self.signed) for end in self.interval)
-            return f"{value} [{low}, {high}]"
-        return value
+            deviation = self._number_text(row[self.std], signed=False)
+            return f"{number} ± {deviation}"
+        if self.interval:
+            low, high = self.interval
+            if not math.isnan(row[low]):
+                lowest = self._number_text(row[low], signed=self.signed)
+                highest = self._number_text(row[high], signed=self.signed)
+                return f"{number} [{lowest}, {highest}]"
+        return number
 
-    def _number(self, value: float, *, signed: bool) -> str:
+    def _number_text(self, value: float, *, signed: bool) -> str:
+        """Format a number with the metric's scale and decimals; a dash for nan."""
         if pd.isna(value):
             return MISSING
         metric = load_metrics()[self.metric]
         decimals = metric.decimals if self.decimals is None else self.decimals
-        return f"{value * metric.scale:{'+' if signed else ''}z.{decimals}f}"
+        sign = "+" if signed else ""
+        # z: no minus sign for a number that is rounded to 0
+        return f"{value * metric.scale:{sign}z.{decimals}f}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Hold a table of names, numbers and notes."""
+    """A table of names, numbers and notes.
+
+    Attributes:
+        title: The title.
+        caption: The content, origin and limits of the numbers.
+        keys: The headings of the text columns that identify a row, by column of the frame.
+        columns: The columns of numbers.
+        frame: The rows with unformatted numbers. It may have columns that are not printed.
+        group: The columns of the groups whose best number is marked, among rows with
+            ``is_method``. Without them, all rows are one group.
+        notes: The headings of the text columns after the numbers, by column of the frame.
+        name: The file name without ending.
+        wraps: True if cells have sentences that a page must wrap.
+        origins: The runs behind the rows; None for all finished runs.
+    """
 
     title: str
-    caption: str  # content, origin and limits of the numbers
-    keys: dict[str, str]  # text columns that identify a row, with their headings
+    caption: str
+    keys: dict[str, str]
     columns: Sequence[Column]
     frame: pd.DataFrame
-    group: Sequence[
-        str
-    ] = ()  # columns of the groups whose best number is marked, among rows with ``is_method``
-    notes: dict[str, str] = field(
-        default_factory=dict
-    )  # text columns after the numbers, with their headings
-    name: str = ""  # file name without ending
-    wraps: bool = False  # True if cells hold sentences that a page must wrap
-    origins: pd.DataFrame | None = None  # the runs behind the rows; None for all finished runs
+    group: Sequence[str] = ()
+    notes: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+    wraps: bool = False
+    origins: pd.DataFrame | None = None
 
     @property
     def printed(self) -> list[Column]:
         """Return the columns with at least one number."""
-        return [
-            column
-            for column in self.columns
-            if len(self.frame) and self.frame[column.value].notna().any()
-        ]
+        if self.frame.empty:
+            return []
+        return [column for column in self.columns if self.frame[column.value].notna().any()]
 
     def texts(self) -> pd.DataFrame:
-        """Format all cells."""
-        cells = {heading: self.frame[key].astype(str) for key, heading in self.keys.items()}
+        """Format all cells. The columns are headings."""
+        cells = {}
+        for key, heading in self.keys.items():
+            cells[heading] = self.frame[key].astype(str)
         for column in self.printed:
             cells[column.heading] = self.frame.apply(column.text, axis=1)
-        cells |= {heading: self.frame[key].astype(str) for key, heading in self.notes.items()}
+        for key, heading in self.notes.items():
+            cells[heading] = self.frame[key].astype(str)
         return pd.DataFrame(cells).reset_index(drop=True)
 
     def best(self) -> pd.DataFrame:
-        """Return a boolean mask of the printed cells that hold the best number of their group."""
-        frame, texts = self.frame.reset_index(drop=True), self.texts()
+        """Return a boolean mask of the printed cells that have the best number of their group."""
+        texts = self.texts()
         mask = pd.DataFrame(False, index=texts.index, columns=texts.columns)
-        keys = [frame[key] for key in self.group] or [pd.Series(0, frame.index)]
         for column in self.printed:
             direction = load_metrics()[column.metric].direction
             if column.best and direction != "none":
-                values = frame[column.value]
-                values = values.where(frame["is_method"]) if "is_method" in frame else values
-                groups = values.groupby(keys)
-                extreme = groups.transform("max" if direction == "higher" else "min")
-                mask[column.heading] = (values == extreme) & (groups.transform("count") > 1)
+                mask[column.heading] = self._is_best(column.value, direction)
         return mask
+
+    def _is_best(self, name: str, direction: str) -> pd.Series[bool]:
+        """Return True for the rows that have the best number of their group in a column."""
+        frame = self.frame.reset_index(drop=True)
+        candidates = frame[name]
+        if "is_method" in frame:
+            candidates = candidates.where(frame["is_method"])  # without controls
+
+        groups = [frame[key] for key in self.group]
+        if not groups:
+            groups = [pd.Series(0, frame.index)]  # all rows are one group
+        by_group = candidates.groupby(groups)
+        extreme = by_group.transform("max" if direction == "higher" else "min")
+        # a group with a single number has no best one
+        has_rival = by_group.transform("count") > 1
+        return (candidates == extreme) & has_rival
 
     def markdown(self) -> str:
         """Render title, table and caption, with the best numbers in bold."""
-        cells = self.texts().map(escape_markdown).rename(columns=escape_markdown)
-        cells = cells.where(~self.best().to_numpy(), lambda texts: "**" + texts + "**")
+        escaped = self.texts().map(escape_markdown).rename(columns=escape_markdown)
+        is_best = self.best().to_numpy()  # without names, which differ after escaping
+        cells = escaped.where(~is_best, "**" + escaped + "**")
         table = cells.to_markdown(index=False, disable_numparse=True)
-        return f"### {escape_markdown(self.title)}\n\n{table}\n\n{escape_markdown(self.caption)}\n"
+        title = escape_markdown(self.title)
+        caption = escape_markdown(self.caption)
+        return f"### {title}\n\n{table}\n\n{caption}\n"
 
     def latex(self) -> str:
         """Render a ``longtable`` with the best numbers in bold; the caption becomes a comment."""
-        texts, sentence = self._drop_constant_columns()
-        numbers = {column.heading for column in self.printed}
-        long = {
-            heading for heading in texts if len(texts) and texts[heading].map(len).max() > _LONG
-        }
-        cells = texts.map(escape_latex)
-        cells = cells.where(~self.best()[texts.columns], r"\textbf{" + cells + "}")
+        texts = self.texts()
+        constants = self._constant_texts(texts)
+        varying = texts.drop(columns=list(constants))
+
+        escaped = varying.map(escape_latex)
+        is_best = self.best()[varying.columns]
+        cells = escaped.where(~is_best, r"\textbf{" + escaped + "}")
         table = cells.rename(columns=_latex_heading).to_latex(
             index=False,
             escape=False,
             longtable=True,
-            column_format="".join(
-                "r" if name in numbers else "p{3cm}" if name in long else "l" for name in texts
-            ),
-            caption=escape_latex(f"{self.title}. {sentence}"),
+            column_format=self._latex_column_format(varying),
+            caption=escape_latex(f"{self.title}. {_sentence_on(constants)}"),
             label=f"tab:{self.name.replace('_', '-')}",
         )
         comment = textwrap.fill(
             f"How to read it: {self.caption}", 110, initial_indent="% ", subsequent_indent="% "
         )
-        return _LATEX.format(comment=comment, table=table)
+        return f"{comment}\n{_LATEX_PREAMBLE}{table}\\endgroup\n"
+
+    def _latex_column_format(self, texts: pd.DataFrame) -> str:
+        """Return the format of LaTeX columns: numbers to the right, long texts in 3 cm."""
+        numbers = {column.heading for column in self.printed}
+        formats = []
+        for heading in texts:
+            if heading in numbers:
+                formats.append("r")
+            elif len(texts) and texts[heading].map(len).max() > _LONG:
+                formats.append("p{3cm}")
+            else:
+                formats.append("l")
+        return "".join(formats)
 
     def html(self) -> str:
-        """Render an unstyled ``<figure>`` with a sort value for each number and the folders of each row's runs."""
-        texts, sentence = self._drop_constant_columns()
-        sort_values = {
-            column.heading: [
-                "" if pd.isna(value) else f"{value:.9g}" for value in self.frame[column.value]
-            ]
-            for column in self.printed
-        }
+        """Render an unstyled ``<figure>``.
+
+        Numbers have a value that sorts them, and rows the folders of their runs.
+        """
+        texts = self.texts()
+        constants = self._constant_texts(texts)
+        varying = texts.drop(columns=list(constants))
+
+        sort_values = {}
+        for column in self.printed:
+            sort_values[column.heading] = [_sort_value(value) for value in self.frame[column.value]]
+
+        runs = []
+        if RUNS in self.frame:
+            runs = list(self.frame[RUNS])
+
         text = TEMPLATES.get_template("table.html.j2").render(
             table=self,
-            headings=list(texts),
-            rows=texts.to_dict("records"),
+            headings=list(varying),
+            rows=varying.to_dict("records"),
             best=self.best().to_dict("records"),
             sort_values=sort_values,
-            runs=list(self.frame[RUNS]) if RUNS in self.frame else [],
-            sentence=sentence,
+            runs=runs,
+            sentence=_sentence_on(constants),
         )
         return text + "\n"
 
-    def _drop_constant_columns(self) -> tuple[pd.DataFrame, str]:
-        """Drop columns with equal texts in all rows, except the last key; list their texts in a sentence."""
-        texts, names = self.texts(), list(self.keys.values())
-        headings = (*names, *self.notes.values())
-        shared = [
-            heading for heading in headings if len(texts) > 1 and texts[heading].nunique() == 1
-        ]
-        if set(names) <= set(shared):
-            shared.remove(names[-1])
-        values = {heading: texts[heading].iloc[0] for heading in shared}
-        listed = "; ".join(
-            f"{heading} {text}" for heading, text in values.items() if text not in ("", MISSING)
-        )
-        return texts.drop(columns=shared), f"In all rows: {listed}." if listed else ""
+    def _constant_texts(self, texts: pd.DataFrame) -> dict[str, str]:
+        """Return the texts that are the same in all rows, by heading of their text column.
+
+        ``texts`` is the result of :meth:`texts`.
+        """
+        if len(texts) < 2:
+            return {}
+        key_headings = list(self.keys.values())
+        constants = {}
+        for heading in (*key_headings, *self.notes.values()):
+            if texts[heading].nunique() == 1:
+                constants[heading] = texts[heading].iloc[0]
+        # a table keeps at least one key
+        if all(heading in constants for heading in key_headings):
+            del constants[key_headings[-1]]
+        return constants
 
     def with_random_weights_note(self) -> Table:
         """Remove verdicts and marks, if any, and state in the caption that weights are random."""
-        if "verdict" not in self.notes and not any(column.best for column in self.columns):
+        has_marks = any(column.best for column in self.columns)
+        if "verdict" not in self.notes and not has_marks:
             return self
         columns = [replace(column, best=False) for column in self.columns]
-        frame = self.frame.assign(verdict=MISSING) if "verdict" in self.frame else self.frame
+        frame = self.frame
+        if "verdict" in frame:
+            frame = frame.assign(verdict=MISSING)
         return replace(self, caption=_RANDOM_WEIGHTS + self.caption, columns=columns, frame=frame)
 
     def write(self, folder: Path) -> None:
@@ -230,9 +307,28 @@ class Table:
         write_text(folder / f"{self.name}.html", self.html())
 
 
+def _sentence_on(constants: Mapping[str, str]) -> str:
+    """List the texts that are the same in all rows in a sentence, without empty ones and dashes."""
+    known = []
+    for heading, text in constants.items():
+        if text not in ("", MISSING):
+            known.append(f"{heading} {text}")
+    if not known:
+        return ""
+    return f"In all rows: {'; '.join(known)}."
+
+
+def _sort_value(value: float) -> str:
+    """Format a number for the script that sorts a table; empty for nan."""
+    if pd.isna(value):
+        return ""
+    return f"{value:.9g}"
+
+
 def code_as_html(text: str) -> Markup:
     """Escape a text for HTML, and turn backticks into ``<code>``."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 -- it is escaped
+    escaped = str(escape(text))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704 -- it is escaped
 
 
 TEMPLATES = jinja2.Environment(
@@ -246,16 +342,19 @@ TEMPLATES.filters["code"] = code_as_html
 
 def escape_markdown(text: str) -> str:
     """Escape cell borders, tags and links in a text, and join its lines, for Markdown."""
-    return re.sub(
-        r"\s*\n\s*", " ", re.sub(r"[\\|]|<(?=[A-Za-z/!?])|\](?=[(\[:])", r"\\\g<0>", text)
-    )
+    # a backslash before: a backslash, a border, the beginning of a tag, the end of a link's text
+    escaped = re.sub(r"[\\|]|<(?=[A-Za-z/!?])|\](?=[(\[:])", r"\\\g<0>", text)
+    return re.sub(r"\s*\n\s*", " ", escaped)
 
 
 def escape_latex(text: str) -> str:
     """Escape a text for pdflatex, and replace the signs that it lacks."""
-    return " ".join(text.split()).translate(_SIGNS)
+    in_one_line = " ".join(text.split())
+    return in_one_line.translate(_SIGNS)
 
 
 def _latex_heading(text: str) -> str:
+    """Break a heading into short lines, and escape it for pdflatex."""
     lines = textwrap.wrap(text, 12, break_long_words=False, break_on_hyphens=False)
-    return r"\shortstack[l]{" + r"\\".join(map(escape_latex, lines)) + "}"
+    escaped = [escape_latex(line) for line in lines]
+    return r"\shortstack[l]{" + r"\\".join(escaped) + "}"

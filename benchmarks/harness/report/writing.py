@@ -16,19 +16,28 @@ from benchmarks.harness.results.records import read_records
 
 
 def write_tables(suite: Suite, benchmark: str, part: str | None = None) -> None:
-    """Write the tables and figures of a benchmark, or of one of its parts, from its collected records.
+    """Write the tables and figures of a benchmark, or of one of its sets, from collected records.
 
-    Beside them it writes the paper's items, the section of the pages, and the numbers of claims.
+    It also writes the paper's items, the section of the pages, and the numbers of claims.
     """
     records = read_records(suite, benchmark, part)
-    presentation = present(load_benchmark(benchmark), records)
-    shown = presentation.parts[part] if part else presentation
-    for table in shown.tables:
-        table.write(RESULTS / suite.name / "tables")
-    for name, figure in shown.figures.items():
-        figure.draw(RESULTS / suite.name / "figures" / name)
-    write_paper_items(suite, shown)
-    section = make_section(shown, records, suite.name)
-    write_json(Path(shown.artifacts.section_file(suite.name)), section.model_dump())
+    of_benchmark = present(load_benchmark(benchmark), records)
+    presentation = of_benchmark.parts[part] if part else of_benchmark
+
+    folder = RESULTS / suite.name
+    for table in presentation.tables:
+        table.write(folder / "tables")
+    for name, figure in presentation.figures.items():
+        figure.draw(folder / "figures" / name)
+    # copies some of the figures
+    write_paper_items(suite, presentation)
+
+    # reads whether the figures are placeholders
+    section = make_section(presentation, records, suite.name)
+    section_file = Path(presentation.artifacts.section_file(suite.name))
+    write_json(section_file, section.model_dump())
+
+    # claims compare the numbers of all sets
     if part is None and benchmark in claimed_benchmarks(suite):
-        write_claim_numbers(suite.name, benchmark, presentation.outcomes.claim_numbers())
+        numbers = of_benchmark.outcomes.claim_numbers()
+        write_claim_numbers(suite.name, benchmark, numbers)

@@ -1,6 +1,7 @@
 """Compare a suite's numbers with the blessed numbers, rerun finished runs, and bless new numbers.
 
-Numbers of the same machine and code must be equal to the last digit. Other numbers may differ by the ``tolerance`` of
+Blessed numbers are those of a reference run, kept in ``results/reference/``. Numbers of the same
+machine and code must be equal to the last digit. Other numbers may differ by the ``tolerance`` of
 their metric in ``metrics.yaml``.
 """
 
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,6 +42,7 @@ from benchmarks.harness.results.files import records_file
 from benchmarks.harness.results.records import (
     GROUP_KEYS,
     Record,
+    RunNumber,
     check_current,
     check_finished,
     read_record,
@@ -53,35 +56,52 @@ KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
 # Tolerances of numbers that runs record only for this check, measured like those in metrics.yaml.
 _TOLERANCES = {
-    **dict.fromkeys(("content", "conversion", "trained"), 0.0),
+    "content": 0.0,
+    "conversion": 0.0,
+    "trained": 0.0,
     **{f"loss_{step}": 0.007 for step in range(1, 9)},
     "logits": 4e-5,
     "trained_logits": 0.02,  # logits of a model from another run
     "loads": 0.05,
 }
 _PRESENTATION_FILES = ("figures.py", "presentation.py", "tables.py")  # these files change no number
-_SUITE_SCALES = {
-    "smoke": 0.1
-}  # factors on all tolerances; smoke's tiny models train for a few steps
+# factors on all tolerances; the tiny models of smoke train for a few steps
+_SUITE_SCALES = {"smoke": 0.1}
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Hold the numbers of finished runs."""
+    """The numbers of finished runs.
 
-    rows: pd.DataFrame  # one per number: KEYS, value (text with all digits) and machine
-    machines: Mapping[str, Mapping[str, str]]  # fingerprints by name
-    code: str  # code_digest() at the time of the runs
+    Attributes:
+        rows: One row per number, with the columns :data:`KEYS`, ``value`` (text with all digits)
+            and ``machine``.
+        machines: The fingerprints of the machines, by the names in ``rows``.
+        code: The :func:`code_digest` at the time of the runs.
+    """
+
+    rows: pd.DataFrame
+    machines: Mapping[str, Mapping[str, str]]
+    code: str
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Hold the result of comparing two sets of numbers."""
+    """The result of comparing new numbers with old ones.
 
-    differences: pd.DataFrame  # KEYS, status (changed, missing or new), before, after and tolerance
-    equal: int  # numbers that agree
-    machines: list[str]  # a sentence per pair of machines: count of numbers and kind of comparison
-    unfinished: Sequence[str] = ()  # runs without numbers, with the reason if known
+    Attributes:
+        differences: The numbers that do not agree, with the columns ``status`` (changed, missing or
+            new), :data:`KEYS`, ``before``, ``after`` and ``tolerance``.
+        equal: The count of numbers that agree.
+        machines: A sentence per pair of machines, with the count of numbers and the kind of
+            comparison.
+        unfinished: The runs without numbers, with the reason if known.
+    """
+
+    differences: pd.DataFrame
+    equal: int
+    machines: list[str]
+    unfinished: Sequence[str] = ()
 
     @property
     def passed(self) -> bool:
@@ -89,32 +109,48 @@ class CheckResult:
         return self.differences.empty and not self.unfinished
 
     def __str__(self) -> str:
-        statuses = list(self.differences["status"])
-        lines = [
-            f"{row.status} {row.run} s{row.seed} {row.part} {row.set} {row.metric} (tolerance {row.tolerance:g}): "
-            f"{row.before or 'nothing':.80} -> {row.after or 'nothing':.80}"
-            for row in self.differences.itertuples()
-        ]
+        lines = [_difference_text(row) for row in self.differences.itertuples()]
         if self.unfinished:
             lines.append(
                 f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}"
             )
-        counts = ", ".join(
-            f"{statuses.count(status)} {status}" for status in ("changed", "missing", "new")
-        )
-        return "\n".join([*lines, *self.machines, f"{self.equal} agree, {counts}"])
+        lines += self.machines
+
+        statuses = list(self.differences["status"])
+        changed = statuses.count("changed")
+        missing = statuses.count("missing")
+        new = statuses.count("new")
+        lines.append(f"{self.equal} agree, {changed} changed, {missing} missing, {new} new")
+        return "\n".join(lines)
+
+
+def _difference_text(row: Any) -> str:
+    """Describe a row of :attr:`CheckResult.differences` in one line, with shortened values."""
+    before = row.before or "nothing"
+    after = row.after or "nothing"
+    return (
+        f"{row.status} {row.run} s{row.seed} {row.part} {row.set} {row.metric} "
+        f"(tolerance {row.tolerance:g}): {before:.80} -> {after:.80}"
+    )
 
 
 def tolerance_of(metric: str) -> float | None:
     """Return the tolerance of a metric between machines; None if the metric is not compared."""
     metrics = load_metrics()
-    return metrics[metric].tolerance if metric in metrics else _TOLERANCES.get(metric)
+    if metric in metrics:
+        return metrics[metric].tolerance
+    return _TOLERANCES.get(metric)
 
 
 def values_agree(before: str, after: str, tolerance: float) -> bool:
-    """Return True if two values are equal or differ by at most the tolerance (relative for values above 1)."""
-    if before == after or not tolerance:
-        return before == after
+    """Return True if two values are equal or differ by at most the tolerance.
+
+    A value is a number or several numbers, as text. The tolerance is relative for values above 1.
+    """
+    if before == after:
+        return True
+    if not tolerance:
+        return False
     try:
         old = np.array(before.split(), dtype=float)
         new = np.array(after.split(), dtype=float)
@@ -122,7 +158,9 @@ def values_agree(before: str, after: str, tolerance: float) -> bool:
         return False
     if old.shape != new.shape or not np.isfinite([old, new]).all():
         return False
-    return bool(np.abs(old - new).max() <= tolerance * max(1, np.abs(old).max()))
+    largest_difference = np.abs(old - new).max()
+    scale = max(1, np.abs(old).max())
+    return bool(largest_difference <= tolerance * scale)
 
 
 def compare(
@@ -133,77 +171,114 @@ def compare(
     elsewhere: bool = False,
     unfinished: Sequence[str] = (),
 ) -> CheckResult:
-    """Compare new numbers with old ones. ``elsewhere`` applies tolerances even on the same machine."""
-    rows = before.rows.merge(
+    """Compare new numbers with old ones.
+
+    Args:
+        before: The old numbers.
+        after: The new numbers.
+        suite: The name of the suite, which may have its own scale of tolerances.
+        elsewhere: True to apply tolerances even on the same machine.
+        unfinished: The runs without new numbers, with the reason if known.
+    """
+    rows = _join_numbers(before, after, suite)
+
+    # the same code on the same machine repeats every digit
+    if before.code == after.code and not elsewhere:
+        is_other_machine = rows["machine_before"] != rows["machine_after"]
+        rows["tolerance"] = rows["tolerance"].where(is_other_machine, 0.0)
+
+    is_equal = _rows_agree(rows)
+    differences = rows.rename(columns={"value_before": "before", "value_after": "after"})
+    return CheckResult(
+        differences=differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
+        equal=int(is_equal.sum()),
+        machines=_machine_sentences(rows, before, after, elsewhere=elsewhere),
+        unfinished=unfinished,
+    )
+
+
+def _join_numbers(before: Numbers, after: Numbers, suite: str) -> pd.DataFrame:
+    """Join old and new numbers of metrics that are compared, with their tolerance.
+
+    The columns are :data:`KEYS`, ``value_before``, ``value_after``, ``machine_before``,
+    ``machine_after``, ``tolerance``, and ``status``: ``changed`` if both sides have the number,
+    ``missing`` without a new one, ``new`` without an old one. The absent value is an empty text.
+    """
+    joined = before.rows.merge(
         after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True
     )
-    rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(
-        suite, 1
-    )
-    rows = rows.dropna(subset="tolerance").fillna("")
-    if before.code == after.code and not elsewhere:
-        rows["tolerance"] = rows["tolerance"].where(
-            rows["machine_before"] != rows["machine_after"], 0.0
-        )
-    values = zip(rows["value_before"], rows["value_after"], rows["tolerance"], strict=True)
-    is_equal = pd.Series(
-        [bool(old and new) and values_agree(old, new, limit) for old, new, limit in values],
-        rows.index,
-        bool,
-    )
-    status = (
-        rows["_merge"]
-        .astype(str)
-        .map({"both": "changed", "left_only": "missing", "right_only": "new"})
-    )
-    differences = rows.assign(status=status).rename(
-        columns={"value_before": "before", "value_after": "after"}
-    )
-    pairs = rows[rows["_merge"] == "both"].groupby(["machine_before", "machine_after"]).size()
-    return CheckResult(
-        differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
-        int(is_equal.sum()),
-        [
-            f"compared {count} numbers "
-            f"{'within tolerances, as asked' if elsewhere else _comparison_kind(before, after, *pair)}"
-            for pair, count in pairs.items()
-        ],
-        unfinished,
-    )
+    statuses = {"both": "changed", "left_only": "missing", "right_only": "new"}
+    status = joined.pop("_merge").astype(str).map(statuses)
+
+    # nan for metrics that are not compared, such as times
+    tolerance = pd.to_numeric(joined["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
+    with_tolerance = joined.assign(tolerance=tolerance, status=status)
+    return with_tolerance.dropna(subset="tolerance").fillna("")
 
 
-def _comparison_kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
+def _rows_agree(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Return True for the rows of :func:`_join_numbers` whose values agree."""
+    agree = []
+    for old, new, tolerance in zip(
+        rows["value_before"], rows["value_after"], rows["tolerance"], strict=True
+    ):
+        is_on_both_sides = old != "" and new != ""
+        agree.append(is_on_both_sides and values_agree(old, new, tolerance))
+    return pd.Series(agree, rows.index, bool)
+
+
+def _machine_sentences(
+    rows: pd.DataFrame, before: Numbers, after: Numbers, *, elsewhere: bool
+) -> list[str]:
+    """Describe the comparison of each pair of machines, with the count of their numbers."""
+    on_both_sides = rows[rows["status"] == "changed"]
+    counts = on_both_sides.groupby(["machine_before", "machine_after"]).size()
+    sentences = []
+    for (old_machine, new_machine), count in counts.items():
+        if elsewhere:
+            kind = "within tolerances, as asked"
+        else:
+            kind = _comparison_kind(before, after, old_machine, new_machine)
+        sentences.append(f"compared {count} numbers {kind}")
+    return sentences
+
+
+def _comparison_kind(before: Numbers, after: Numbers, old_machine: str, new_machine: str) -> str:
     """Describe the comparison of two machines: exact, or within tolerances and the reason."""
-    if old == new:
-        is_older = before.code != after.code
-        return "within tolerances: the reference was made by older code" if is_older else "exactly"
-    first, second = before.machines[old], after.machines[new]
-    changes = [
-        f"{name}: {first.get(name, 'none')} -> {second.get(name, 'none')}"
-        for name in sorted({*first, *second})
-        if first.get(name) != second.get(name)
-    ]
+    if old_machine == new_machine:
+        if before.code != after.code:
+            return "within tolerances: the reference was made by older code"
+        return "exactly"
+
+    old = before.machines[old_machine]
+    new = after.machines[new_machine]
+    changes = []
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            changes.append(f"{name}: {old.get(name, 'none')} -> {new.get(name, 'none')}")
     return f"within tolerances: the reference was made on another machine ({'; '.join(changes)})"
 
 
 def code_digest() -> str:
-    """Hash the code that numbers depend on: experts, models, data and training of all benchmarks."""
-    harness = [BENCHMARKS / "harness" / room for room in ("models", "sources", "training")]
+    """Hash the code that numbers depend on: experts, models, data and training of benchmarks."""
     folders = [
         ROOT / "emoe",
-        *harness,
+        BENCHMARKS / "harness" / "models",
+        BENCHMARKS / "harness" / "sources",
+        BENCHMARKS / "harness" / "training",
         BENCHMARKS / "text",
-        *(BENCHMARKS / name for name in benchmark_names()),
     ]
+    folders += [BENCHMARKS / name for name in benchmark_names()]
+
     digest = hashlib.sha256()
     for folder in folders:
-        for file in sorted(
-            path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")
-        ):
-            if file.name not in _PRESENTATION_FILES:
-                digest.update(
-                    f"{file.relative_to(folder.parent).as_posix()}\0".encode() + file.read_bytes()
-                )
+        for file in sorted(folder.rglob("*")):
+            is_code = file.suffix in (".py", ".cpp", ".h")
+            if is_code and file.name not in _PRESENTATION_FILES:
+                # the name too: a renamed file counts as changed
+                name = file.relative_to(folder.parent).as_posix()
+                digest.update(f"{name}\0".encode())
+                digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -216,69 +291,99 @@ def check_numbers(records: Iterable[Record]) -> Numbers:
     numbers: list[tuple[object, ...]] = []
     machines: dict[str, Mapping[str, str]] = {}
     for record in records:
-        run, metrics = record.run, record.metrics
-        fingerprint = metrics.environment.fingerprint
-        machine = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
+        run = record.run
+        fingerprint = record.metrics.environment.fingerprint
+        machine = _machine_name(fingerprint)
         machines[machine] = fingerprint
-        keys = run_keys(run)
-        keys["learning_rate"] = f"{keys['learning_rate']:g}"
-        name = " ".join(str(keys[key]) for key in GROUP_KEYS if keys[key])
-        for value in (*_scores(run, metrics), *_other_numbers(run, metrics)):
-            numbers.append((name, keys["seed"], *value, machine))
+        name = _group_name(run)
+        for part, data_set, metric, value in _numbers_of(record):
+            numbers.append((name, run.seed, part, data_set, metric, value, machine))
     rows = pd.DataFrame(numbers, columns=_COLUMNS)
-    twice = rows[rows.duplicated(KEYS)]
-    if len(twice):
-        raise DefinitionError(
-            f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'"
-        )
+
+    # else the comparison would join one run with another
+    repeated = rows[rows.duplicated(KEYS)]
+    if len(repeated):
+        first = " ".join(str(repeated.iloc[0][key]) for key in KEYS)
+        raise DefinitionError(f"two finished runs have the same number '{first}'")
+
     sorted_rows = rows.sort_values(KEYS, kind="stable", ignore_index=True)
     return Numbers(sorted_rows, machines, code_digest())
 
 
-def _scores(run: Run, metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
-    """Yield part, set, metric and value (text with all digits) of the numbers that tables show."""
+def _machine_name(fingerprint: Mapping[str, str]) -> str:
+    """Name a machine by the hash of its fingerprint."""
+    text = json.dumps(fingerprint, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _group_name(run: Run) -> str:
+    """Name a run by its settings, the same for all seeds."""
+    texts = []
+    for key, value in run_keys(run).items():
+        if key == "learning_rate":
+            texts.append(f"{value:g}")
+        elif key in GROUP_KEYS and value:
+            texts.append(str(value))
+    return " ".join(texts)
+
+
+def _numbers_of(record: Record) -> list[RunNumber]:
+    """List the compared numbers of a run, with their values as text."""
+    return [
+        *_scores(record.run, record.metrics),
+        *_other_numbers(record.run, record.metrics),
+    ]
+
+
+def _scores(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
+    """Yield the numbers that tables show."""
     for part, task, metric, number in run_numbers(run, metrics):
-        if metric in load_metrics() and part not in ("cost", "dev_best"):
-            value = float(number)
-            is_count = value.is_integer() and tolerance_of(metric) == 0
-            yield part, task, metric, repr(int(value) if is_count else value)
+        # neither costs, which vary, nor the best epoch on the dev split
+        if metric not in load_metrics() or part in ("cost", "dev_best"):
+            continue
+        value = float(number)
+        is_count = value.is_integer() and tolerance_of(metric) == 0
+        text = repr(int(value)) if is_count else repr(value)
+        yield RunNumber(part, task, metric, text)
 
 
-def _other_numbers(run: Run, metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
-    """Yield part, set, metric and value (text) of a run's probe, model and data."""
+def _other_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
+    """Yield the numbers that only this check uses: those of the probe, the model and the data."""
     if metrics.probe:
+        # an evaluation has the logits of a model that another run trained
         is_evaluation = "candidates" in run.spec
-        yield from _probe_numbers(metrics.probe, "trained_logits" if is_evaluation else "logits")
+        logits_metric = "trained_logits" if is_evaluation else "logits"
+        yield from _probe_numbers(metrics.probe, logits_metric)
     if metrics.model:
         yield from _model_numbers(metrics.model)
     for name, summary in (metrics.data or {}).items():
-        yield "data", name, "content", summary.content
+        yield RunNumber("data", name, "content", summary.content)
 
 
-def _probe_numbers(probe: Probe, logits: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the losses, logits (under the given metric) and expert loads of a probe."""
-    for step, loss in enumerate(probe.losses, 1):
-        yield "probe", "", f"loss_{step}", loss
+def _probe_numbers(probe: Probe, logits_metric: str) -> Iterator[RunNumber]:
+    """Yield the losses, the summary of the logits and the expert loads of a probe."""
+    for step, loss in enumerate(probe.losses, start=1):
+        yield RunNumber("probe", "", f"loss_{step}", loss)
     if probe.logits:
-        yield "probe", "", logits, " ".join(repr(value) for _, value in probe.logits)
+        # four numbers in one text, in the order of the fields
+        digits = [repr(value) for _, value in probe.logits]
+        yield RunNumber("probe", "", logits_metric, " ".join(digits))
     for layer, loads in probe.loads.items():
-        yield "probe", f"layer {layer}", "loads", " ".join(map(str, loads))
+        counts = [str(count) for count in loads]
+        yield RunNumber("probe", f"layer {layer}", "loads", " ".join(counts))
 
 
-def _model_numbers(model: ModelNumbers) -> Iterator[tuple[str, str, str, str]]:
+def _model_numbers(model: ModelNumbers) -> Iterator[RunNumber]:
     """Yield the conversion of each layer, and the trained parameters of each group."""
     for layer in model.conversion:
         name = f"layer {layer.index}"
-        yield (
-            "model",
-            name,
-            "conversion",
-            f"{layer.experts} experts of {layer.expert_size}, top {layer.top_k}",
-        )
+        sizes = f"{layer.experts} experts of {layer.expert_size}, top {layer.top_k}"
+        yield RunNumber("model", name, "conversion", sizes)
+        # GMoE has no partition that could explain variance
         if layer.explained is not None:
-            yield "model", name, "inertia", repr(1 - layer.explained)
+            yield RunNumber("model", name, "inertia", repr(1 - layer.explained))
     for group, trained in model.trained.items():
-        yield "model", group, "trained", f"{trained.parameters} {trained.names}"
+        yield RunNumber("model", group, "trained", f"{trained.parameters} {trained.names}")
 
 
 def read_reference(suite: str) -> Numbers:
@@ -286,13 +391,15 @@ def read_reference(suite: str) -> Numbers:
 
     Raises:
         DefinitionError: The csv is missing, damaged or of an older form.
-        DataError: The origin is.
+        DataError: The json with the origin is missing, damaged or of an older form.
     """
     path = REFERENCE / f"{suite}.csv"
     advice = bless_advice(suite)
     try:
         check_is_file(path)
-        rows = pd.read_csv(path, keep_default_na=False, dtype=str)[_COLUMNS].astype({"seed": int})
+        # all values stay texts, because the last digit counts
+        texts = pd.read_csv(path, keep_default_na=False, dtype=str)
+        rows = texts[_COLUMNS].astype({"seed": int})
     except OSError as error:
         raise DefinitionError(f"{path} cannot be read: {error.strerror}; {advice}") from error
     except (KeyError, ValueError) as error:
@@ -309,7 +416,10 @@ def read_reference(suite: str) -> Numbers:
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str) -> Path:
-    """Write blessed numbers as csv, and their origin (commit, machines, …) as JSON; return the csv's path."""
+    """Write blessed numbers as csv, and their origin (commit, machines and code) as JSON.
+
+    Returns the path of the csv.
+    """
     path = REFERENCE / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
@@ -322,29 +432,40 @@ def check(suite: Suite, *, elsewhere: bool = False) -> CheckResult:
     """Compare the collected records of a suite with its blessed numbers.
 
     Runs without a collected record, or without their ``metrics.json``, are listed as unfinished.
+    ``elsewhere`` applies tolerances even on the same machine.
 
     Raises:
         DefinitionError: No finished run is collected, or the reference is missing or damaged.
         DataError: A file of records is damaged, or older than a ``metrics.json``.
     """
-    records: list[Record] = []
-    for name in suite.settings.benchmarks:
-        for part in suite.record_parts(name):
-            if records_file(suite.name, name, part).exists():
-                collected = read_records(suite, name, part)
-                records += [record for record in collected if record.run.metrics_file.exists()]
+    records = _read_finished(suite)
     if not records:
         raise DefinitionError(
-            f"no finished run of the suite '{suite.name}' is collected: `make run SUITE={suite.name}`"
+            f"no finished run of the suite '{suite.name}' is collected: "
+            f"`make run SUITE={suite.name}`"
         )
+    # a rerun after the collection would be compared with its old numbers
     for record in records:
         check_current(record)
     finished = {record.run.folder for record in records}
     unfinished = sorted(run.name for run in suite.runs if run.folder not in finished)
+
     before = read_reference(suite.name)
-    return compare(
-        before, check_numbers(records), suite.name, elsewhere=elsewhere, unfinished=unfinished
-    )
+    after = check_numbers(records)
+    return compare(before, after, suite.name, elsewhere=elsewhere, unfinished=unfinished)
+
+
+def _read_finished(suite: Suite) -> list[Record]:
+    """Read the collected records of the runs that still have their ``metrics.json``."""
+    records: list[Record] = []
+    for name in suite.settings.benchmarks:
+        for part in suite.record_parts(name):
+            if not records_file(suite.name, name, part).exists():
+                continue
+            for record in read_records(suite, name, part):
+                if record.run.metrics_file.exists():
+                    records.append(record)
+    return records
 
 
 def run_again(records: Sequence[Record], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
@@ -355,21 +476,34 @@ def run_again(records: Sequence[Record], say: Callable[[str], None]) -> tuple[Nu
     """
     repeated: list[Record] = []
     failures: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="again-") as folder:
+    with tempfile.TemporaryDirectory(prefix="again-") as name:
+        folder = Path(name)
         for record in records:
             run = record.run
             say(f"running {run.name} again, about {record.metrics.cost.job_seconds:.0f} s")
-            path = Path(folder) / run.folder / "run.json"
-            write_text(path, run.to_json())
-            threads = str(record.metrics.environment.threads)
-            command = [sys.executable, "-m", "benchmarks", "run", str(path), "--threads", threads]
-            process = subprocess.run(command, capture_output=True, text=True, check=False)
-            if process.returncode:
-                output = process.stderr.strip() or "no output"
-                failures.append(f"{run.name}: {output.splitlines()[-1]}")
+            failure = _run_in_process(record, folder)
+            if failure is None:
+                repeated.append(read_record(run, folder))
             else:
-                repeated.append(read_record(run, Path(folder)))
+                failures.append(f"{run.name}: {failure}")
     return check_numbers(repeated), failures
+
+
+def _run_in_process(record: Record, folder: Path) -> str | None:
+    """Rerun a finished run below a folder.
+
+    Returns the last line of its errors if it fails, else None.
+    """
+    path = folder / record.run.folder / "run.json"
+    write_text(path, record.run.to_json())
+    # as many threads as before, because sums depend on them
+    threads = str(record.metrics.environment.threads)
+    command = [sys.executable, "-m", "benchmarks", "run", str(path), "--threads", threads]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode == 0:
+        return None
+    output = process.stderr.strip() or "no output"
+    return output.splitlines()[-1]
 
 
 def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
@@ -384,10 +518,12 @@ def verify(suite: Suite, count: int, say: Callable[[str], None]) -> CheckResult:
         raise DefinitionError(
             f"no run of the suite '{suite.name}' is finished: `make run SUITE={suite.name}`"
         )
+    # unseeded, so that repeated calls verify different runs
     chosen = random.sample(finished, min(count, len(finished)))
     records = [read_record(run) for run in chosen]
+    before = check_numbers(records)
     after, failures = run_again(records, say)
-    return compare(check_numbers(records), after, suite.name, unfinished=failures)
+    return compare(before, after, suite.name, unfinished=failures)
 
 
 def bless(suite: Suite, say: Callable[[str], None]) -> Path:
@@ -396,11 +532,14 @@ def bless(suite: Suite, say: Callable[[str], None]) -> Path:
     Returns the path of the written csv.
 
     Raises:
-        DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other numbers.
+        DefinitionError: The checkout is not clean, a run is not finished, or a rerun has other
+            numbers.
         DataError: A file of records is missing, damaged, or older than a ``metrics.json``.
     """
     commit = clean_commit()
     check_finished(suite.runs, f"of the suite '{suite.name}'", f"make run SUITE={suite.name}")
+
+    # one run per benchmark is rerun, the fastest, to save time
     records: list[Record] = []
     fastest: list[Record] = []
     for name in suite.settings.benchmarks:
@@ -409,9 +548,12 @@ def bless(suite: Suite, say: Callable[[str], None]) -> Path:
         fastest.append(min(of_benchmark, key=lambda record: record.metrics.cost.job_seconds))
     for record in records:
         check_current(record)
+
     after, failures = run_again(fastest, say)
     result = compare(check_numbers(fastest), after, suite.name, unfinished=failures)
-    if not result.passed or not all(kind.endswith("exactly") for kind in result.machines):
+    # a comparison within tolerances passes too, but it proves less
+    is_exact = all(sentence.endswith("exactly") for sentence in result.machines)
+    if not result.passed or not is_exact:
         say(str(result))
         raise DefinitionError(
             "the runs do not repeat here exactly, so their numbers cannot be blessed"
@@ -425,11 +567,10 @@ def clean_commit() -> str:
     Raises:
         DefinitionError: A file is not committed.
     """
-    changed = git(
-        ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference"
-    ).splitlines()
+    status = git(ROOT, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
+    # one line per file, which ends with its path
+    changed = status.splitlines()
     if changed:
-        raise DefinitionError(
-            f"{len(changed)} files are not committed, the first is {changed[0].split()[-1]}"
-        )
+        first = changed[0].split()[-1]
+        raise DefinitionError(f"{len(changed)} files are not committed, the first is {first}")
     return git(ROOT, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""The content of a ``metrics.json``: what runs of all kinds record."""
+"""The content of a ``metrics.json``, for runs of all kinds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ class Recorded(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_null(cls, content: Any) -> Any:
-        given = content if isinstance(content, dict) else {}
+        """Refuse a null under a key that may be missing."""
+        # pydantic itself refuses what is not a mapping
+        if not isinstance(content, dict):
+            return content
         for key, field in cls.model_fields.items():
-            is_optional = not field.is_required() and field.default is None
-            if is_optional and key in given and given[key] is None:
+            may_be_missing = not field.is_required() and field.default is None
+            is_null = key in content and content[key] is None
+            if may_be_missing and is_null:
                 raise refusal(f"'{key}' is null")
         return content
 
 
 def _check_number(text: str) -> str:
+    """Refuse a text that is not a number."""
     try:
         float(text)
     except ValueError:
@@ -36,7 +41,9 @@ def _check_number(text: str) -> str:
 
 
 def _check_same_lengths(rows: Sequence[Sized]) -> Any:
-    if len({len(row) for row in rows}) > 1:
+    """Refuse lists of different lengths."""
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1:
         raise refusal("its lists have different lengths")
     return rows
 
@@ -49,9 +56,8 @@ Layer = Digits  # the number of a layer
 Loads = Annotated[list[Count], Field(min_length=1)]  # choices by expert
 Shares = Annotated[list[float], Field(min_length=1)]  # shares of the choices by expert
 LoadRows = Annotated[list[Loads], Field(min_length=1), AfterValidator(_check_same_lengths)]
-Scores = dict[
-    str, dict[str, Annotated[dict[str, Loss], Field(min_length=1)]]
-]  # by part, set and metric
+ByMetric = Annotated[dict[str, Loss], Field(min_length=1)]
+Scores = dict[str, dict[str, ByMetric]]  # by part, set and metric
 
 
 class Cost(Recorded):
@@ -93,7 +99,10 @@ class Environment(Recorded):
 
 
 class Logits(Recorded):
-    """A summary of logits. The order of the fields is that of a written file: `check` compares them as one text."""
+    """A summary of logits.
+
+    The order of the fields is that of a written file: `check` compares them as one text.
+    """
 
     deviation: float
     mean: float
@@ -142,7 +151,10 @@ class Source(Recorded):
 
 
 class ModelNumbers(Recorded):
-    """The sizes of a run's model. A kind that trains nothing may record only its source and its conversion."""
+    """The source and the sizes of a run's model.
+
+    A kind that trains nothing may record only its source and its conversion.
+    """
 
     source: Source
     conversion: list[ConvertedLayer]
@@ -157,14 +169,23 @@ class ModelNumbers(Recorded):
     active_neurons: float | None = None
 
 
+# the keys of a summary of instructions
 _OF_INSTRUCTIONS = (
-    *("template", "broken_rows", "tokens", "learned_tokens", "longest"),
-    *("truncated_responses", "truncated_tokens"),
+    "template",
+    "broken_rows",
+    "tokens",
+    "learned_tokens",
+    "longest",
+    "truncated_responses",
+    "truncated_tokens",
 )
 
 
 class DataSummary(Recorded):
-    """The rows of one split of a set: texts and images with labels or scores, or instructions with their tokens."""
+    """The rows of one split of a set.
+
+    Texts and images have labels or scores, and instructions have tokens.
+    """
 
     source: str
     rows: Count
@@ -187,23 +208,33 @@ class DataSummary(Recorded):
 
     @property
     def content(self) -> str:
-        """Return the counts and labels in one text, which differs if the rows do; ``check`` compares it."""
-        counts = []
-        for key, count in sorted(self):
-            if isinstance(count, int):
-                counts.append(f"{key} {count}")
-        labels = [f"{label}: {count}" for label, count in self.labels.items()]
-        digest = [self.digest] if self.digest is not None else []
-        return ", ".join([*counts, *labels, *digest])
+        """Return the counts, labels and digest in one text, which ``check`` compares."""
+        texts = []
+        for key, value in sorted(self):
+            if isinstance(value, int):
+                texts.append(f"{key} {value}")
+        for label, count in self.labels.items():
+            texts.append(f"{label}: {count}")
+        if self.digest is not None:
+            texts.append(self.digest)
+        return ", ".join(texts)
 
     def model_post_init(self, _context: Any, /) -> None:
+        """Refuse a summary that lacks a key of its kind of data."""
         has_instructions = any(getattr(self, key) is not None for key in _OF_INSTRUCTIONS)
-        needed = _OF_INSTRUCTIONS if has_instructions else ("dropped",)
-        for key in needed:
+        if has_instructions:
+            self._check_given(_OF_INSTRUCTIONS)
+            return
+        self._check_given(["dropped"])
+        # classes have labels, and scores of a regression have a range
+        if not self.labels and self.range is None:
+            raise refusal("'labels' is missing")
+
+    def _check_given(self, keys: Sequence[str]) -> None:
+        """Refuse the summary if it lacks one of some keys."""
+        for key in keys:
             if getattr(self, key) is None:
                 raise refusal(f"'{key}' is missing")
-        if not has_instructions and not self.labels and self.range is None:
-            raise refusal("'labels' is missing")
 
 
 class Windows(Recorded):
@@ -215,6 +246,7 @@ class Windows(Recorded):
     """By layer, window and expert."""
 
     def model_post_init(self, _context: Any, /) -> None:
+        """Refuse a layer with more or fewer windows than ``ends``."""
         for layer, rows in self.loads.items():
             if len(rows) != len(self.ends):
                 raise refusal(
@@ -223,7 +255,10 @@ class Windows(Recorded):
 
 
 class Chance(Recorded):
-    """Information of expert and label by chance: the mean and the 95 % quantile of shuffles, in bits."""
+    """The mutual information of expert and label by chance, in bits.
+
+    Each pair has the mean and the 95 % quantile of shuffles.
+    """
 
     by_class: Annotated[list[float], Field(min_length=2, max_length=2, alias="class")]
     environment: Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -261,6 +296,7 @@ class Routing(Recorded):
     """Of images, by layer."""
 
     def model_post_init(self, _context: Any, /) -> None:
+        """Refuse loads and chance of different layers."""
         if self.loads.keys() != self.chance.keys():
             raise refusal("'loads' and 'chance' have different layers")
 
@@ -276,6 +312,7 @@ class SetUsage(Recorded):
     """Shares by class; empty for a regression."""
 
     def model_post_init(self, _context: Any, /) -> None:
+        """Refuse lists of different numbers of experts."""
         _check_same_lengths([self.shares, self.marks, *self.classes.values()])
 
 
@@ -288,21 +325,29 @@ class Usage(Recorded):
     specialised: list[Count] = []
 
     def model_post_init(self, _context: Any, /) -> None:
-        if self.model_fields_set and self.model_fields_set != set(type(self).model_fields):
-            missing = next(
-                key for key in type(self).model_fields if key not in self.model_fields_set
-            )
-            raise refusal(f"'{missing}' is missing")
-        _check_same_lengths([use.shares for use in self.tasks.values()])
-        experts = min((len(use.shares) for use in self.tasks.values()), default=0)
-        if any(expert >= experts for expert in (*self.shared, *self.specialised)):
-            raise refusal(
-                f"'shared' or 'specialised' names an expert beyond the {experts} of 'tasks'"
-            )
+        """Refuse a summary with only some of the keys, or with an expert that does not exist."""
+        given = self.model_fields_set
+        if given:
+            for key in type(self).model_fields:
+                if key not in given:
+                    raise refusal(f"'{key}' is missing")
+
+        shares = [use.shares for use in self.tasks.values()]
+        _check_same_lengths(shares)
+        num_experts = len(shares[0]) if shares else 0
+        for expert in (*self.shared, *self.specialised):
+            if expert >= num_experts:
+                raise refusal(
+                    f"'shared' or 'specialised' names an expert beyond the {num_experts} of 'tasks'"
+                )
 
 
 class Matrix(Recorded):
-    """The active neurons of some tokens, a place for each: token, neuron (in the order of the experts) and value."""
+    """The active neurons of some tokens.
+
+    ``tokens``, ``places`` and ``values`` have one entry per active neuron: its token, its place in
+    the order of the experts, and its value.
+    """
 
     neurons: Annotated[int, Field(ge=1)]
     tasks: Annotated[list[str], Field(min_length=1)]
@@ -312,6 +357,7 @@ class Matrix(Recorded):
     values: list[float]
 
     def model_post_init(self, _context: Any, /) -> None:
+        """Refuse places without a token or a value."""
         _check_same_lengths([self.tokens, self.places, self.values])
 
 
@@ -391,6 +437,7 @@ class StepRecord(Recorded):
 
 
 def _check_same_numbers(records: list[StepRecord]) -> list[StepRecord]:
+    """Refuse records with different accuracies."""
     names = {frozenset(record.numbers()) for record in records}
     if len(names) > 1:
         raise refusal("its records have different accuracies")
@@ -449,5 +496,5 @@ class Metrics(Recorded):
 
 
 def rerun_advice(path: Path) -> str:
-    """Say how to make a damaged ``metrics.json`` anew."""
+    """Return the advice how to make a damaged ``metrics.json`` anew."""
     return f"delete it and run `snakemake --cores all {path}`"

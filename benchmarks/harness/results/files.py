@@ -1,4 +1,4 @@
-"""Name the files of collected records. Importing this module is fast, because planning needs it."""
+"""The files of collected records. This module imports little, because planning needs it."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from benchmarks.harness.config.names import target_name
 
 
 def records_file(suite: str, benchmark: str, part: str | None = None) -> Path:
-    """Return the file of the records of a benchmark's runs, or of the runs of one of its parts."""
+    """Return the file with the records of a benchmark, or of the runs on one of its sets."""
     return RESULTS / suite / "records" / f"{target_name(benchmark, part)}.jsonl"

@@ -19,12 +19,12 @@ from benchmarks.harness import base as paths
 from benchmarks.harness.base import RunError, first_line, hide_passwords
 from benchmarks.harness.results.records import GROUP_KEYS, Record, run_keys, run_numbers
 
-_DIGEST = "emoe.digest"  # tag with the digest of a run's metrics.json, set when the run is complete
+# tag with the digest of a run's metrics.json, set when the run is complete
+_DIGEST = "emoe.digest"
 _SQLITE = "sqlite:///"
 _POSTGRESQL = "postgresql"
-_LOCK_NUMBER = (
-    231_010_908  # of the mirrors' lock in a PostgreSQL database; any number that nobody else locks
-)
+# of the mirrors' lock in a PostgreSQL database; any number that nobody else locks
+_LOCK_NUMBER = 231_010_908
 # MLflow then lists training runs on the experiment's first page
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MOST = 50_000  # stored runs that MLflow returns at once
@@ -32,57 +32,73 @@ _FILES = ("run.json", "metrics.json", paths.LOG)
 
 
 def mirror(records: Sequence[Record], uri: str) -> dict[str, int]:
-    """Write the runs that are new or have changed numbers; count the ``added``, ``replaced`` and ``unchanged`` ones.
+    """Write the runs that are new or have changed numbers to an MLflow store.
 
-    A benchmark is an experiment. Runs that differ only in their seed have the same tag ``setting``; MLflow's page
-    groups by it to show means. Concurrent calls for one results folder, SQLite file or PostgreSQL database wait for
-    each other.
+    A benchmark is an experiment. Runs that differ only in their seed have the same tag ``setting``;
+    MLflow's page groups by it to show means. Concurrent calls for one results folder, SQLite file
+    or PostgreSQL database wait for each other.
+
+    Returns:
+        The counts of the ``added``, ``replaced`` and ``unchanged`` runs.
 
     Raises:
         RunError: MLflow failed. The message names the store without its password.
     """
-    for name in ("alembic", "mlflow"):  # they log the creation of tables, and tracebacks
+    # they log the creation of tables, and tracebacks
+    for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    store = paths.RESULTS / "mlflow"
     is_file = uri.startswith(_SQLITE)
-    store = Path(uri.removeprefix(_SQLITE)) if is_file else paths.RESULTS / "mlflow"
+    if is_file:
+        store = Path(uri.removeprefix(_SQLITE))
     store.parent.mkdir(parents=True, exist_ok=True)
-    counts = Counter(added=0, replaced=0, unchanged=0)
     with FileLock(store.with_name(f".{store.name}.lock")):
         if is_file:
             store.touch()  # with the umask's permissions
         try:
             with _database_lock(uri):
-                client = MlflowClient(uri)
-                for benchmark in dict.fromkeys(record.run.benchmark for record in records):
-                    experiment = _experiment(
-                        client, benchmark, has_files=not uri.startswith("http")
-                    )
-                    stored = {
-                        run.info.run_name: run
-                        for run in client.search_runs([experiment], max_results=_MOST)
-                    }
-                    for record in records:
-                        if record.run.benchmark == benchmark:
-                            counts[
-                                _write(client, experiment, record, stored.get(record.run.name))
-                            ] += 1
+                return _write_all(records, uri)
         except Exception as error:  # MLflow passes on errors of databases, drivers and servers
             hidden = hide_passwords(uri)
             reason = hide_passwords(_problem(error).replace(uri, hidden))
             raise RunError(f"MLflow at {hidden}: {reason}") from None
+
+
+def _write_all(records: Sequence[Record], uri: str) -> dict[str, int]:
+    """Write the runs of all benchmarks, and count them as :func:`mirror` does."""
+    by_benchmark: dict[str, list[Record]] = {}
+    for record in records:
+        by_benchmark.setdefault(record.run.benchmark, []).append(record)
+
+    client = MlflowClient(uri)
+    is_server = uri.startswith("http")
+    counts = Counter(added=0, replaced=0, unchanged=0)
+    for benchmark, of_benchmark in by_benchmark.items():
+        experiment = _experiment(client, benchmark, has_files=not is_server)
+        stored_runs = client.search_runs([experiment], max_results=_MOST)
+        stored_by_name = {run.info.run_name: run for run in stored_runs}
+        for record in of_benchmark:
+            stored = stored_by_name.get(record.run.name)
+            outcome = _write(client, experiment, record, stored)
+            counts[outcome] += 1
     return dict(counts)
 
 
 @contextmanager
 def _database_lock(uri: str) -> Iterator[None]:
-    """Wait until no other process mirrors into a PostgreSQL database. Other stores have no such lock."""
+    """Wait until no other process mirrors into a PostgreSQL database.
+
+    Other stores have no such lock.
+    """
     if not uri.startswith(_POSTGRESQL):
         yield
         return
     # without a pool, so that the connection closes after the block, which frees the lock
     engine = create_engine(uri, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        # else MLflow fails where two processes create its tables at once, and stores runs of both folders twice
+        # else MLflow fails if two processes create its tables at once, and stores runs twice if
+        # two results folders have them
         connection.execute(text("SELECT pg_advisory_lock(:number)"), {"number": _LOCK_NUMBER})
         yield
 
@@ -96,48 +112,85 @@ def _problem(error: Exception) -> str:
 
 
 def _experiment(client: MlflowClient, benchmark: str, *, has_files: bool) -> str:
-    """Return the identifier of a benchmark's experiment; create it if missing. A server chooses its file location."""
-    if experiment := client.get_experiment_by_name(benchmark):
+    """Return the identifier of a benchmark's experiment, which is created if it is missing.
+
+    ``has_files`` is True for a store on this machine, whose files are below ``results/mlflow``. A
+    server chooses its own location.
+    """
+    experiment = client.get_experiment_by_name(benchmark)
+    if experiment:
         return str(experiment.experiment_id)
-    location = (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri() if has_files else None
+    location = None
+    if has_files:
+        location = (paths.RESULTS / "mlflow" / benchmark).resolve().as_uri()
     return str(client.create_experiment(benchmark, location, _KIND))
 
 
 def _write(client: MlflowClient, experiment: str, record: Record, stored: Any) -> str:
-    """Write a run unless the stored one has the same numbers; return ``added``, ``replaced`` or ``unchanged``."""
+    """Write a run, unless the stored one has the same numbers.
+
+    Args:
+        client: The store.
+        experiment: The identifier of the benchmark's experiment.
+        record: The run.
+        stored: The run of the same name in the store, or None.
+
+    Returns:
+        ``added``, ``replaced`` or ``unchanged``.
+    """
     if stored and stored.data.tags.get(_DIGEST) == record.digest:
         return "unchanged"
     if stored:
         client.delete_run(stored.info.run_id)
-    run, metrics = record.run, record.metrics
-    keys = run_keys(run)
+
+    run = record.run
+    # MLflow's times are in milliseconds
     end = run.metrics_file.stat().st_mtime
-    started = round((end - metrics.cost.job_seconds) * 1000)
+    started = round((end - record.metrics.cost.job_seconds) * 1000)
     ended = round(end * 1000)
-    tags = {
-        "setting": " / ".join(str(keys[key]) for key in GROUP_KEYS[1:] if keys[key] != ""),
-        "benchmark": run.benchmark,
-        "processor": metrics.environment.processor,
-        "mlflow.source.git.commit": str(metrics.environment.git_commit),
-        "git_dirty": str(metrics.environment.git_dirty),
-    }
-    identifier = client.create_run(experiment, started, tags, run.name).info.run_id
+
+    identifier = client.create_run(experiment, started, _tags(record), run.name).info.run_id
     for file in _FILES:
         path = paths.RUNS / run.folder / file
         if path.exists():
             client.log_artifact(identifier, str(path))
-    params = [Param(_plain(key), str(value)) for key, value in _flatten(run.spec).items()]
+    params = []
+    for key, value in _flatten(run.spec).items():
+        params.append(Param(_plain(key), str(value)))
     client.log_batch(identifier, list(_numbers(record, ended)), params)
     client.set_terminated(identifier, end_time=ended)
+    # last, so that a run that was cut off is written again
     client.set_tag(identifier, _DIGEST, record.digest)
     return "replaced" if stored else "added"
 
 
+def _tags(record: Record) -> dict[str, str]:
+    """Return the tags of a run: its settings without the seed, and its machine and commit."""
+    environment = record.metrics.environment
+    keys = run_keys(record.run)
+    settings = []
+    for key in GROUP_KEYS:
+        # the benchmark is the experiment
+        if key != "benchmark" and keys[key] != "":
+            settings.append(str(keys[key]))
+    return {
+        "setting": " / ".join(settings),
+        "benchmark": record.run.benchmark,
+        "processor": environment.processor,
+        "mlflow.source.git.commit": str(environment.git_commit),
+        "git_dirty": str(environment.git_dirty),
+    }
+
+
 def _numbers(record: Record, time: int) -> Iterator[Metric]:
-    """Yield the numbers of a run, and its training curves with their steps."""
+    """Yield the numbers of a run, and its training curves with their steps.
+
+    ``time`` is the run's end in milliseconds, because runs record no time of a step.
+    """
     metrics = record.metrics
-    for part, task, metric, value in run_numbers(record.run, metrics):
-        yield Metric(_plain(".".join(filter(None, (part, task, metric)))), float(value), time, 0)
+    for part, data_set, metric, value in run_numbers(record.run, metrics):
+        name = ".".join(text for text in (part, data_set, metric) if text)
+        yield Metric(_plain(name), float(value), time, 0)
     for point in metrics.records or ():
         numbers = {"epoch": point.epoch, "loss": point.loss, **point.numbers()}
         yield from _point("record", point.step, numbers, time)
@@ -160,14 +213,16 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to keys such as ``training.epochs``; omit empty mappings."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
 def _plain(name: str) -> str:
-    """Replace the characters that MLflow rejects, as in ``+90%``, an environment of ColoredMNIST."""
+    """Replace the characters that MLflow rejects.
+
+    One is the ``%`` of ``+90%``, an environment of ColoredMNIST.
+    """
     return re.sub(r"[^\w\-. :/]", "_", name)

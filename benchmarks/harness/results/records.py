@@ -1,7 +1,7 @@
 """Read the records of finished runs, and tabulate their numbers.
 
-A record is a finished run with the content of its ``metrics.json``. The workflow collects the records of a benchmark in
-one file, so that each ``metrics.json`` is read once.
+A record is a finished run with the content of its ``metrics.json``. The workflow collects the
+records of a benchmark in one file, so that each ``metrics.json`` is read once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from pydantic import ValidationError
@@ -29,7 +29,7 @@ from benchmarks.harness.config.catalogue import COST, LOADS, MODEL, load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.config.yaml import Strict
-from benchmarks.harness.results.content import Metrics, Scores, rerun_advice
+from benchmarks.harness.results.content import Metrics, Recorded, Scores, rerun_advice
 from benchmarks.harness.results.files import records_file
 from benchmarks.harness.results.statistics import information_numbers
 
@@ -56,6 +56,22 @@ class Record:
     digest: str
 
 
+class RunNumber(NamedTuple):
+    """One number of a run.
+
+    Attributes:
+        part: The group of the number, such as ``test`` or ``cost``; see :func:`tabulate_numbers`.
+        data_set: The name of the data set, or of a measured candidate; empty for the whole run.
+        metric: The name of the metric.
+        value: The number.
+    """
+
+    part: str
+    data_set: str
+    metric: str
+    value: Any
+
+
 class _Line(Strict):
     """One line of a file of records."""
 
@@ -70,7 +86,13 @@ class _Line(Strict):
 
 
 def read_record(run: Run, root: Path = RUNS) -> Record:
-    """Read and check the ``metrics.json`` of a finished run below the folder ``root``."""
+    """Read and check the ``metrics.json`` of a finished run below the folder ``root``.
+
+    Raises:
+        DefinitionError: The run is not finished.
+        DataError: The file is damaged, belongs to another run, or lacks a section that its
+            benchmark must record; see :func:`check_metrics`.
+    """
     path = root / run.folder / "metrics.json"
     if not path.exists():
         raise DefinitionError(
@@ -78,48 +100,68 @@ def read_record(run: Run, root: Path = RUNS) -> Record:
         )
     content = read_bytes(path, rerun_advice(path))
     metrics = check_metrics(run, content, path)
-    return Record(run, metrics, hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(content).hexdigest()
+    return Record(run, metrics, digest)
 
 
 def collect(suite: Suite, benchmark: str, part: str | None = None) -> list[Path]:
-    """Write the records of a benchmark's runs, or of the runs of one of its parts.
+    """Write the records of a benchmark's runs, or of the runs on one of its sets.
 
-    Returns the paths of the files. A file has one line of JSON for each run, in the order of the grid.
+    Returns the paths of the files. A file has one line of JSON per run, in the order of the grid.
     """
-    parts = [part] if part else suite.record_parts(benchmark)
     files = []
-    for each in parts:
-        path = records_file(suite.name, benchmark, each)
-        write_lines(path, (_to_line(read_record(run)) for run in suite.runs_of(benchmark, each)))
+    for file_part in _parts_with_files(suite, benchmark, part):
+        path = records_file(suite.name, benchmark, file_part)
+        runs = suite.runs_of(benchmark, file_part)
+        # one record at a time in memory
+        write_lines(path, (_to_line(read_record(run)) for run in runs))
         files.append(path)
     return files
 
 
+def _parts_with_files(suite: Suite, benchmark: str, part: str | None) -> list[str | None]:
+    """List the sets of a benchmark that have a file of records each; only ``part`` if it is given.
+
+    None stands for one file with the records of all runs.
+    """
+    if part:
+        return [part]
+    return suite.record_parts(benchmark)
+
+
 def _to_line(record: Record) -> str:
+    """Format a record as a line of JSON."""
     run = record.run
     line = _Line(folder=run.folder, name=run.name, digest=record.digest, metrics=record.metrics)
     return line.model_dump_json(by_alias=True, exclude_unset=True)
 
 
 def read_records(suite: Suite, benchmark: str, part: str | None = None) -> list[Record]:
-    """Read the collected records of a benchmark, or of one of its parts, in the order of the grid.
+    """Read the collected records of a benchmark, or of one of its sets, in the order of the grid.
 
     Raises:
-        DataError: A file of records is missing, damaged, or has the runs of another plan; names the file.
+        DataError: A file of records is missing, damaged, or has the runs of another plan. Names the
+            file.
     """
-    records: dict[str, Record] = {}
-    for each in [part] if part else suite.record_parts(benchmark):
-        path = records_file(suite.name, benchmark, each)
+    records_by_folder: dict[str, Record] = {}
+    for file_part in _parts_with_files(suite, benchmark, part):
+        path = records_file(suite.name, benchmark, file_part)
         # else Snakemake leaves a file of the wrong content as it is
         advice = (
             f"`snakemake --cores all --force {path} --config suite={suite.name}` collects it again"
         )
-        records |= _read_file(path, suite.runs_of(benchmark, each), advice)
-    return [records[run.folder] for run in suite.runs_of(benchmark, part)]
+        runs = suite.runs_of(benchmark, file_part)
+        records_by_folder.update(_read_file(path, runs, advice))
+    return [records_by_folder[run.folder] for run in suite.runs_of(benchmark, part)]
 
 
 def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record]:
-    """Read a file that has the records of these runs, by folder."""
+    """Read a file of records. Map the folder of each run to its record.
+
+    Raises:
+        DataError: The file cannot be read, is damaged, or has not exactly the records of ``runs``.
+    """
+    # a record names its run by the folder, which has the run's id
     runs_by_folder = {run.folder: run for run in runs}
     records: dict[str, Record] = {}
     for number, text in enumerate(read_bytes(path, advice).splitlines(), start=1):
@@ -133,7 +175,9 @@ def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record
             raise DataError(
                 f"{path} has the run '{line.folder}', which the suite does not plan; {advice}"
             )
-        records[line.folder] = Record(runs_by_folder[line.folder], line.metrics, line.digest)
+        run = runs_by_folder[line.folder]
+        records[line.folder] = Record(run, line.metrics, line.digest)
+
     for folder in runs_by_folder:
         if folder not in records:
             raise DataError(f"{path} lacks the run '{folder}'; {advice}")
@@ -141,7 +185,7 @@ def _read_file(path: Path, runs: Sequence[Run], advice: str) -> dict[str, Record
 
 
 def check_current(record: Record) -> None:
-    """Check that a record is that of the present ``metrics.json``.
+    """Check that a record has the content of the present ``metrics.json``.
 
     Raises:
         DataError: The file has changed since its records were collected.
@@ -150,25 +194,33 @@ def check_current(record: Record) -> None:
     digest = hashlib.sha256(read_bytes(path, rerun_advice(path))).hexdigest()
     if digest != record.digest:
         raise DataError(
-            f"{path} has changed since it was collected; run the workflow again, which collects it anew"
+            f"{path} has changed since it was collected; run the workflow again, which collects "
+            "it anew"
         )
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
-    """Raise an error that counts the unfinished runs, if there are any.
+    """Check that all runs are finished.
 
-    The error contains ``which``, a description of the runs, and the ``command`` that finishes them.
+    Args:
+        runs: The runs.
+        which: A description of the runs, for the message.
+        command: The command that finishes them, for the message.
+
+    Raises:
+        DefinitionError: Some runs are not finished. Counts them.
     """
-    missing = sum(not run.metrics_file.exists() for run in runs)
-    if missing:
-        verb, them = ("is", "it") if missing == 1 else ("are", "them")
-        raise DefinitionError(
-            f"{missing:,} of {len(runs):,} runs {which} {verb} missing; make {them} with `{command}`"
-        )
+    missing = [run for run in runs if not run.metrics_file.exists()]
+    if not missing:
+        return
+    counts = f"{len(missing):,} of {len(runs):,} runs {which}"
+    if len(missing) == 1:
+        raise DefinitionError(f"{counts} is missing; make it with `{command}`")
+    raise DefinitionError(f"{counts} are missing; make them with `{command}`")
 
 
 def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
-    """Check that a ``metrics.json`` has all parts of its run, and that its numbers are in range (metrics.yaml).
+    """Check the content of a ``metrics.json``.
 
     Args:
         run: The run.
@@ -179,80 +231,121 @@ def check_metrics(run: Run, content: bytes, path: Path) -> Metrics:
         The content.
 
     Raises:
-        DataError: Names the file, and the part or number.
+        DataError: The file is damaged, belongs to another run, lacks a section that its benchmark
+            must record, or has a number out of the range in metrics.yaml. Names the file, and the
+            section or number.
     """
     advice = rerun_advice(path)
     try:
         metrics = Metrics.model_validate_json(content)
         _check_parts(run, metrics)
-        numbers = list(run_numbers(run, metrics))
+        numbers = list(run_numbers(run, metrics))  # reads all sections that tables need
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {first_problem(error)}; {advice}") from None
     except (LookupError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} lacks a part that such a run records ({error}); {advice}"
         ) from None
-    known = load_metrics()
-    for part, task, name, value in numbers:
-        limits = known[name].range if name in known else [None, None]
-        lowest, highest = limits
-        low = -math.inf if lowest is None else lowest
-        high = math.inf if highest is None else highest
-        if not isinstance(value, (int, float)) or not low - _ROUNDING <= value <= high + _ROUNDING:
-            number = " ".join(filter(None, (part, task, name)))
+    for number in numbers:
+        low, high = _range_of(number.metric)
+        if not _is_between(number.value, low, high):
+            names = [number.part, number.data_set, number.metric]
+            text = " ".join(name for name in names if name)
             raise DataError(
-                f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {advice}"
+                f"{path}: {text} is {number.value!r}, not a number from {low:g} to {high:g}; "
+                f"{advice}"
             )
     return metrics
 
 
+def _range_of(metric: str) -> tuple[float, float]:
+    """Return the smallest and the largest possible value of a metric, infinite without a limit."""
+    metrics = load_metrics()
+    low: float | None = None
+    high: float | None = None
+    if metric in metrics:
+        low, high = metrics[metric].range
+    if low is None:
+        low = -math.inf
+    if high is None:
+        high = math.inf
+    return low, high
+
+
+def _is_between(value: object, low: float, high: float) -> bool:
+    """Return True for a number from ``low`` to ``high``, up to rounding."""
+    if not isinstance(value, (int, float)):
+        return False
+    return low - _ROUNDING <= value <= high + _ROUNDING
+
+
 def _check_parts(run: Run, metrics: Metrics) -> None:
-    """Raise a ValueError if a part of a benchmark's runs is missing, or if the file belongs to another run."""
+    """Check that a ``metrics.json`` has all sections that its benchmark must record.
+
+    Raises:
+        ValueError: The file belongs to another run, lacks a section, or has no score.
+    """
     if metrics.run_id != run.id:
         raise ValueError(f"it belongs to the run '{metrics.run_id}'")
     needed = load_benchmark(run.benchmark).recorded
-    missing = [part for part in needed if getattr(metrics, part, None) is None]
-    if missing:
-        raise ValueError(f"'{missing[0]}' is missing")
-    if "scores" in needed and not any((metrics.scores or {}).values()):
-        raise ValueError("'scores' has no number")
+    for part in needed:
+        if getattr(metrics, part, None) is None:
+            raise ValueError(f"'{part}' is missing")
+    if "scores" in needed:
+        scores = metrics.scores or {}
+        if not any(scores.values()):
+            raise ValueError("'scores' has no number")
 
 
 def tabulate_numbers(records: Iterable[Record]) -> pd.DataFrame:
-    """Tabulate the numbers of finished runs, a row for each number.
+    """Tabulate the numbers of finished runs, one row per number.
 
-    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score``
-    (True for the main metric of a text task). The parts are
+    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``,
+    and ``is_score`` (True for the main metric of a text task). The parts are
 
-    - ``dev``: the kept epoch on the dev split. ``dev_best``: the best epoch there, for clean runs of tasks with their
-      own dev split; for other runs the reported score, or the score on held-out rows.
+    - ``dev``: the kept epoch on the dev split. ``dev_best``: the best epoch there, for clean runs
+      of tasks with their own dev split; for other runs the reported score, or the score on held-out
+      rows.
     - ``test``: the reported split of the training task. ``ood``: each other task.
     - ``ood_mean``: the mean of the scores over the other tasks (metric ``score``).
-    - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting to another method.
-    - ``cost``, ``model``, ``routing``: the cost of the run, the sizes of its model and its expert loads.
+    - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting
+      to another method.
+    - ``cost``, ``model``, ``routing``: the cost of the run, the sizes of its model and its expert
+      loads.
 
-    For domain generalisation, accuracies come from the record that training-domain validation selects: ``dev`` is the
-    mean over the training environments' *out* splits, ``test`` each held-out environment's *in* split. A measurement
-    has one part, named after its measure; ``eval_task`` is the candidate.
+    For domain generalisation, accuracies come from the record that training-domain validation
+    selects: ``dev`` is the mean over the *out* splits of the training environments, and ``test``
+    the *in* split of each held-out environment. A measurement has one part, named after its
+    measure; ``eval_task`` is the candidate.
     """
     rows = []
     for record in records:
         run = record.run
-        judging = _main_metrics(run)
+        main_metrics = _main_metrics(run)
         keys = run_keys(run).values()
-        for part, task, metric, value in run_numbers(run, record.metrics):
-            is_score = metric == judging.get((part.partition(AS)[0], task), "score")
-            rows.append((*keys, run.id, part, task, metric, value, is_score))
-    return pd.DataFrame(
-        rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"]
-    )
+        for part, data_set, metric, value in run_numbers(run, record.metrics):
+            # a converted model has the same main metrics
+            part_before_conversion, _, _method = part.partition(AS)
+            main_metric = main_metrics.get((part_before_conversion, data_set), "score")
+            is_score = metric == main_metric
+            rows.append((*keys, run.id, part, data_set, metric, value, is_score))
+    columns = [*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _main_metrics(run: Run) -> dict[tuple[str, str], str]:
-    """Map each part and set to its main metric: the task's own, or the paper's out of domain."""
-    parts, sets = ("dev", "dev_best", "test"), trained_sets(run.spec)
-    metrics = {(part, task["name"]): task.get("metric", "") for part in parts for task in sets}
-    return metrics | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
+    """Map each part and data set to its main metric.
+
+    It is the task's own metric in domain, and the paper's metric out of domain.
+    """
+    metrics = {}
+    for task in trained_sets(run.spec):
+        for part in ("dev", "dev_best", "test"):
+            metrics[part, task["name"]] = task.get("metric", "")
+    for other in run.spec["ood"]:
+        # the first is the paper's
+        metrics["ood", other["name"]] = other["ood_metrics"][0]
+    return metrics
 
 
 def run_keys(run: Run) -> dict[str, Any]:
@@ -260,48 +353,70 @@ def run_keys(run: Run) -> dict[str, Any]:
     return {key: getattr(run, key) for key in RUN_KEYS}
 
 
-def run_numbers(run: Run, metrics: Metrics) -> Iterator[tuple[str, str, str, Any]]:
-    """Yield part, set, metric and value of every number of a run."""
-    task = run.task
+def run_numbers(run: Run, metrics: Metrics) -> Iterator[RunNumber]:
+    """Yield every number of a run.
+
+    Raises:
+        LookupError: A score is missing that the run must have.
+    """
+    # a measurement has nothing else
     if metrics.measured is not None:
         for candidate, values in metrics.measured.items():
             for name, value in values.items():
-                yield task, candidate, name, value
+                yield RunNumber(run.task, candidate, name, value)
         return
+
     yield from _score_numbers(run, metrics.scores or {})
     for method, transformed in metrics.transformed.items():
         yield from _score_numbers(run, transformed.scores, AS + method)
+
+    # without a test split, the scores of the epochs are on the dev split that is also reported
     if metrics.epochs and run.spec["task"]["splits"]["test"] is not None:
         metric = run.spec["task"]["metric"]
         scores: list[Any] = [epoch.numbers()[metric] for epoch in metrics.epochs]
-        yield "dev_best", task, metric, max(scores)
-    for part, content, names in (
-        ("cost", metrics.cost, COST),
-        ("model", metrics.model, MODEL),
-        ("routing", metrics.routing, ROUTING),
-    ):
-        for name in names:
-            number = getattr(content, name, None)
-            if number is not None:
-                yield part, "", name, number
+        yield RunNumber("dev_best", run.task, metric, max(scores))
+
+    yield from _numbers_of_section("cost", metrics.cost, COST)
+    yield from _numbers_of_section("model", metrics.model, MODEL)
+    yield from _numbers_of_section("routing", metrics.routing, ROUTING)
 
 
-def _score_numbers(
-    run: Run, scores: Scores, suffix: str = ""
-) -> Iterator[tuple[str, str, str, Any]]:
-    """Yield part, set, metric and value of all scores, and of the OOD mean; the suffix is appended to each part."""
-    for part, by_task in scores.items():
-        for name, values in by_task.items():
-            for key, value in values.items():
-                if value is not None or key not in _MAY_DIVERGE:
-                    yield part + suffix, name, key, value
-    ood: list[Any] = [
-        scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]
-    ]
-    if ood:
-        yield OOD_MEAN + suffix, "", "score", sum(ood) / len(ood)
+def _numbers_of_section(
+    part: str, section: Recorded | None, names: Sequence[str]
+) -> Iterator[RunNumber]:
+    """Yield the named numbers of a section of metrics.json, without those that it lacks."""
+    for name in names:
+        value = getattr(section, name, None)
+        if value is not None:
+            yield RunNumber(part, "", name, value)
+
+
+def _score_numbers(run: Run, scores: Scores, suffix: str = "") -> Iterator[RunNumber]:
+    """Yield all scores, and their mean over the sets out of domain.
+
+    The suffix is appended to each part.
+    """
+    for part, by_data_set in scores.items():
+        for data_set, values in by_data_set.items():
+            for metric, value in values.items():
+                # a null elsewhere is an error, which `check_metrics` finds
+                has_diverged = value is None and metric in _MAY_DIVERGE
+                if not has_diverged:
+                    yield RunNumber(part + suffix, data_set, metric, value)
+
+    ood_scores: list[Any] = []
+    for other in run.spec["ood"]:
+        by_metric = scores["ood"][other["name"]]
+        ood_scores.append(by_metric[other["ood_metrics"][0]])
+    if ood_scores:
+        mean = sum(ood_scores) / len(ood_scores)
+        yield RunNumber(OOD_MEAN + suffix, "", "score", mean)
 
 
 def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:
-    """Return the rows of a part that hold the main metric of each set, renamed to ``score``."""
-    return records[(records["part"] == part) & records["is_score"]].assign(metric="score")
+    """Return the rows of a part that have the main metric of each set, renamed to ``score``.
+
+    ``records`` is a result of :func:`tabulate_numbers`.
+    """
+    is_part = records["part"] == part
+    return records[is_part & records["is_score"]].assign(metric="score")

@@ -23,7 +23,7 @@ class Origin(BaseModel):
 
 
 def bless_advice(suite: str) -> str:
-    """Say how to write a suite's blessed numbers anew."""
+    """Return the advice how to write a suite's blessed numbers anew."""
     return f"bless a run of the suite (`python -m benchmarks bless --suite {suite}`)"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -12,23 +12,38 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special, stats
 
-CONFIDENCE, SIGNIFICANCE = 0.95, 0.05
-PERMUTATIONS = 500
+CONFIDENCE = 0.95  # of intervals
+SIGNIFICANCE = 0.05  # a smaller p is significant
+PERMUTATIONS = 500  # shuffles that estimate the mutual information by chance
 
 
 def information_numbers(*names: str) -> list[str]:
-    """List the names of the mutual information metrics, each with its mean and 95 % quantile by chance."""
-    return [
-        f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")
-    ]
+    """List the metrics of the mutual information of experts and some kinds of labels.
+
+    Each kind, such as ``task``, has three: the information, and its mean and 95 % quantile by
+    chance.
+    """
+    metrics = []
+    for name in names:
+        metrics.append(f"{name}_information")
+        metrics.append(f"{name}_information_chance")
+        metrics.append(f"{name}_information_chance_95")
+    return metrics
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold a paired difference: mean over ``n`` pairs, 95 % confidence interval (Student's t), and p of the t-test.
+    """The mean of paired differences, with a confidence interval and a test.
 
-    With one pair, or if all differences are equal, p, ``low`` and ``high`` are nan. The ends are 0 if all differences
-    are.
+    With one pair, or if all differences are equal, ``low``, ``high`` and ``p`` are nan. If all
+    differences are 0, ``low`` and ``high`` are 0.
+
+    Attributes:
+        mean: The mean over ``n`` pairs.
+        low: The lower end of the 95 % confidence interval (Student's t).
+        high: The upper end.
+        p: The p of the paired t-test.
+        n: The number of pairs.
     """
 
     COLUMNS: ClassVar = ("delta", "low", "high", "p")
@@ -41,33 +56,47 @@ class Difference:
 
     def columns(self) -> dict[str, float]:
         """Return the numbers by column name, without ``n``."""
-        return dict(zip(self.COLUMNS, (self.mean, self.low, self.high, self.p), strict=True))
+        return {"delta": self.mean, "low": self.low, "high": self.high, "p": self.p}
+
+    def scaled(self, scale: float) -> Difference:
+        """Return the difference in another unit, ``scale`` times as large. p and ``n`` stay."""
+        return replace(self, mean=self.mean * scale, low=self.low * scale, high=self.high * scale)
 
 
 def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Difference:
     """Compute the mean of paired differences, with interval and test."""
     n = len(differences)
-    mean = float(differences.mean()) if n else math.nan
-    if n < 2:
+    if n == 0:
+        return Difference(math.nan, math.nan, math.nan, math.nan, n)
+    mean = float(differences.mean())
+    if n == 1:
         return Difference(mean, math.nan, math.nan, math.nan, n)
     if np.allclose(differences, differences[0], rtol=0, atol=1e-12):
         # equal differences give no estimate of the spread, unless all are zero
         end = 0.0 if abs(mean) < 1e-12 else math.nan
         return Difference(mean, end, end, math.nan, n)
+
     error = float(differences.std(ddof=1)) / math.sqrt(n)
-    # scipy's special functions, because its distributions take a millisecond to check their arguments
-    reach = error * float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
-    return Difference(
-        mean, mean - reach, mean + reach, 2 * float(special.stdtr(n - 1, -abs(mean) / error)), n
-    )
+    # scipy's special functions, because its distributions take a millisecond to check arguments
+    quantile = float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+    reach = error * quantile
+    # two-sided: twice the lower tail
+    p = 2 * float(special.stdtr(n - 1, -abs(mean) / error))
+    return Difference(mean, mean - reach, mean + reach, p, n)
 
 
 def confidence_interval(
     values: np.ndarray[tuple[int], np.dtype[np.float64]],
 ) -> tuple[float, float]:
-    """Return the 95 % interval of a mean. Both ends are the mean for a single value or equal values."""
-    mean = mean_difference(values)
-    return (mean.mean, mean.mean) if math.isnan(mean.low) else (mean.low, mean.high)
+    """Return the 95 % interval of a mean.
+
+    Both ends are the mean if there is a single value, or if all values are equal.
+    """
+    # values are their differences to 0
+    interval = mean_difference(values)
+    if math.isnan(interval.low):
+        return interval.mean, interval.mean
+    return interval.low, interval.high
 
 
 def paired_differences(
@@ -77,105 +106,153 @@ def paired_differences(
     pair: str,
     averaged: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Compare every cell with its reference cell, which differs from it only in the columns of ``reference``.
+    """Compare each cell with its reference over pairs, such as each method with the baseline.
 
-    Rows with equal values in all other columns are compared, then averaged per ``pair``, such as a seed. The
-    reference is averaged over the columns ``averaged``. Returns one row per cell that shares pairs with its reference:
-    the cell's columns, :attr:`Difference.COLUMNS`, and the counts of pairs ``n`` and compared ``values``.
+    A cell is a combination of values of the columns ``cell``. Each score is compared with the
+    reference score that has the same values in all other columns, then the scores of a pair are
+    averaged.
+
+    Args:
+        scores: The scores in the column ``value``, one row per score.
+        cell: The columns that identify a cell.
+        reference: The values that the reference has, by column, such as the baseline's name under
+            ``method``.
+        pair: The column that identifies a pair, such as ``seed``.
+        averaged: The columns over which the reference is averaged.
+
+    Returns:
+        One row per cell that shares pairs with its reference: the cell's columns,
+        :attr:`Difference.COLUMNS`, and the counts of pairs ``n`` and of compared ``values``.
     """
-    is_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
-    shared = [column for column in scores if column not in ("value", *reference, *averaged)]
-    base = (
-        scores[is_reference]
-        .groupby(shared, sort=False)["value"]
-        .mean()
-        .rename("reference")
-        .reset_index()
-    )
-    both = scores[~is_reference].merge(base, on=shared)
+    is_reference = pd.Series(True, scores.index)
+    for column, name in reference.items():
+        is_reference &= scores[column] == name
+
+    # beside each score the reference score that differs only in the columns of the reference
+    others = ("value", *reference, *averaged)
+    shared = [column for column in scores if column not in others]
+    by_shared = scores[is_reference].groupby(shared, sort=False)
+    references = by_shared["value"].mean().rename("reference").reset_index()
+    both = scores[~is_reference].merge(references, on=shared)
+
     by_pair = both.groupby([*cell, pair], sort=False)
     means = by_pair[["value", "reference"]].mean().assign(values=by_pair.size())
+
     rows = []
     for key, pairs in means.groupby(list(cell), sort=False):
-        difference = mean_difference((pairs["value"] - pairs["reference"]).to_numpy(dtype=float))
-        counts = {"n": difference.n, "values": pairs["values"].sum()}
-        rows.append(dict(zip(cell, key, strict=True)) | difference.columns() | counts)
+        differences = pairs["value"] - pairs["reference"]
+        difference = mean_difference(differences.to_numpy(dtype=float))
+        row = {
+            **dict(zip(cell, key, strict=True)),
+            **difference.columns(),
+            "n": difference.n,
+            "values": pairs["values"].sum(),
+        }
+        rows.append(row)
     return pd.DataFrame(rows, columns=[*cell, *Difference.COLUMNS, "n", "values"])
 
 
 def shared_pairs(
     scores: pd.DataFrame, table: Sequence[str], row: Sequence[str], pair: str
 ) -> pd.DataFrame:
-    """Keep the scores of the pairs (such as seeds) that all rows of a table share, so that means are comparable.
+    """Keep the scores of the pairs (such as seeds) that all rows of a table share.
 
-    The columns ``table`` identify a table, and the columns ``row`` a row in it.
+    Then the means of its rows are comparable. The columns ``table`` identify a table, and the
+    columns ``row`` a row in it.
     """
-    rows = scores.groupby(list(row), sort=False).ngroup()
-    all_rows, rows_with_pair = (
-        rows.groupby([scores[key] for key in keys]).transform("nunique")
-        for keys in (table, [*table, pair])
-    )
-    return scores[all_rows == rows_with_pair]
+    row_numbers = scores.groupby(list(row), sort=False).ngroup()
+    by_table = row_numbers.groupby([scores[column] for column in table])
+    by_pair = row_numbers.groupby([scores[column] for column in (*table, pair)])
+    # for each score, the rows of its table, and those of them that have its pair
+    num_rows = by_table.transform("nunique")
+    num_rows_with_pair = by_pair.transform("nunique")
+    return scores[num_rows == num_rows_with_pair]
 
 
 def holm(p: pd.Series[float]) -> pd.Series[float]:
     """Correct the p values of one family by Holm's step-down procedure; nan is not counted."""
     # statsmodels' multipletests collects garbage at every call, which takes longer than the rest
     ordered = p.dropna().sort_values()
-    steps = ordered * np.arange(len(ordered), 0, -1)
-    return steps.cummax().clip(upper=1.0).reindex(p.index)
+    # the smallest is multiplied by the number of tests, the next by one less, and so on
+    factors = np.arange(len(ordered), 0, -1)
+    corrected = (ordered * factors).cummax().clip(upper=1.0)
+    return corrected.reindex(p.index)
 
 
 def with_verdicts(
     rows: pd.DataFrame, family: Sequence[str] = (), *, lower_is_better: bool = False
 ) -> pd.DataFrame:
-    """Add ``p_holm``, corrected over all rows or per group of the columns ``family``, and a ``verdict``.
+    """Add the corrected p ``p_holm``, and a ``verdict``.
 
-    The verdict is ``better``, ``worse``, ``within noise``, ``equal``, or empty without a test.
+    p is corrected over all rows, or over each group of the columns ``family``. The verdict is
+    ``better``, ``worse``, ``within noise``, ``equal``, or empty without a test.
     """
-    p = (
-        rows.groupby(list(family), sort=False)["p"].transform(holm)
-        if family and len(rows)
-        else holm(rows["p"])
-    )
+    if family and len(rows):
+        p_holm = rows.groupby(list(family), sort=False)["p"].transform(holm)
+    else:
+        p_holm = holm(rows["p"])
+
     is_better = rows["delta"] < 0 if lower_is_better else rows["delta"] > 0
     is_equal = (rows["low"] == 0) & (rows["high"] == 0)
-    words = {
+    # the first condition that is true decides
+    conditions = {
         "equal": is_equal,
-        "": p.isna(),
-        "within noise": p >= SIGNIFICANCE,
+        "": p_holm.isna(),
+        "within noise": p_holm >= SIGNIFICANCE,
         "better": is_better,
     }
-    return rows.assign(p_holm=p, verdict=np.select(list(words.values()), list(words), "worse"))
+    verdicts = np.select(list(conditions.values()), list(conditions), "worse")
+    return rows.assign(p_holm=p_holm, verdict=verdicts)
 
 
 def friedman_ranks(scores: pd.DataFrame) -> tuple[pd.Series[float], float]:
-    """Compute the mean rank of each row (method) over the columns (data sets) of scores without missing values.
+    """Compute the mean rank of each method over data sets, and test if the methods differ.
 
-    The highest score has rank 1; ties share their mean rank. Returns the ranks, and p of Friedman's test (nan below
-    three rows or two sets).
+    Args:
+        scores: The scores, ``[methods, data sets]``, without missing values.
+
+    Returns:
+        The mean ranks by method, and p of Friedman's test. The highest score has rank 1, and ties
+        share their mean rank. p is nan for fewer than three methods or two data sets, or if all
+        methods are equal.
     """
-    ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
-    is_tied = (scores.nunique(axis=0) == 1).all()
-    if len(scores) < 3 or scores.shape[1] < 2 or is_tied:
-        return ranks, math.nan
-    return ranks, float(stats.friedmanchisquare(*scores.to_numpy()).pvalue)
+    ranks_by_set = scores.rank(axis=0, ascending=False, method="average")
+    mean_ranks = ranks_by_set.mean(axis=1)
+
+    methods, sets = scores.shape
+    all_are_tied = (scores.nunique(axis=0) == 1).all()
+    if methods < 3 or sets < 2 or all_are_tied:
+        return mean_ranks, math.nan
+    test = stats.friedmanchisquare(*scores.to_numpy())
+    return mean_ranks, float(test.pvalue)
 
 
 def critical_difference(methods: int, sets: int) -> float:
     """Return the critical difference of two mean ranks in Nemenyi's test at 5 % (Demšar 2006)."""
     quantile = float(stats.studentized_range.ppf(CONFIDENCE, methods, math.inf)) / math.sqrt(2)
-    return quantile * math.sqrt(methods * (methods + 1) / (6 * sets))
+    standard_error = math.sqrt(methods * (methods + 1) / (6 * sets))
+    return quantile * standard_error
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mutual information of expert and label, in bits, from counts ``[..., labels, experts]``.
+    """Compute the mutual information of expert and label, in bits.
 
-    It is above 0 by chance, more so with many experts and labels and few rows; see :func:`shuffled_information`.
+    It is above 0 by chance, more so with many experts and labels and few rows; see
+    :func:`shuffled_information`.
+
+    Args:
+        counts: The choices by label and expert, ``[..., labels, experts]``.
     """
-    shares = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1)
-    of_labels, of_experts = (special.entr(shares.sum(axis)).sum(-1) for axis in (-1, -2))
-    nats = of_labels + of_experts - special.entr(shares).sum((-2, -1))
+    totals = counts.sum((-2, -1), keepdims=True)
+    shares = counts / np.maximum(totals, 1)  # without choices, all shares are 0
+    label_shares = shares.sum(-1)
+    expert_shares = shares.sum(-2)
+
+    label_entropy = special.entr(label_shares).sum(-1)
+    expert_entropy = special.entr(expert_shares).sum(-1)
+    joint_entropy = special.entr(shares).sum((-2, -1))
+    nats = label_entropy + expert_entropy - joint_entropy
+    # not below 0 by rounding
     return np.maximum(nats / math.log(2), 0.0)
 
 
@@ -184,30 +261,59 @@ def shuffled_information(
 ) -> NDArray[np.float64]:
     """Compute the mutual information of experts and labels, unshuffled and shuffled.
 
-    Labels are shuffled among the rows (or images) of each stratum; the tokens of a row stay together. ``loads`` counts
-    the choices of each expert by row, ``[rows, layers, experts]``. Returns ``[1 + PERMUTATIONS, layers]`` bits; the
-    first row is unshuffled.
+    Labels are shuffled among the rows (or images) of each stratum. The tokens of a row stay
+    together.
+
+    Args:
+        loads: The choices of each expert by row, ``[rows, layers, experts]``.
+        labels: The label of each row, from 0.
+        strata: The stratum of each row, within which labels are shuffled.
+        seed: The seed of the shuffles.
+
+    Returns:
+        Bits, ``[1 + PERMUTATIONS, layers]``; the first row is unshuffled.
     """
     random = np.random.default_rng(seed)
-    in_order = np.argsort(strata, kind="stable")
+    by_stratum = np.argsort(strata, kind="stable")
+    # where each label begins among the sorted labels; shuffling does not change that
     starts = np.flatnonzero(np.diff(np.sort(labels), prepend=-1))
+
     counts = []
     for number in range(1 + PERMUTATIONS):
-        given = labels.copy()
-        if number:
-            given[in_order] = labels[np.lexsort((random.random(len(labels)), strata))]
-        counts.append(np.add.reduceat(loads[np.argsort(given, kind="stable")], starts))
-    return mutual_information(np.moveaxis(np.stack(counts), 1, 2))
+        shown_labels = labels.copy()
+        if number > 0:
+            # the rows of a stratum get the labels of the same stratum in random order
+            random_keys = random.random(len(labels))
+            by_stratum_shuffled = np.lexsort((random_keys, strata))
+            shown_labels[by_stratum] = labels[by_stratum_shuffled]
+        by_label = np.argsort(shown_labels, kind="stable")
+        # [labels, layers, experts]
+        counts.append(np.add.reduceat(loads[by_label], starts))
+
+    stacked = np.stack(counts)  # [1 + PERMUTATIONS, labels, layers, experts]
+    return mutual_information(np.moveaxis(stacked, 1, 2))
 
 
 def shuffle_statistics(bits: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the mean and the 95 % quantile of the shuffled bits among ``[1 + PERMUTATIONS]``."""
-    return float(bits[1:].mean()), float(np.quantile(bits[1:], CONFIDENCE))
+    """Return the mean and the 95 % quantile of the shuffles.
+
+    ``bits`` are ``[1 + PERMUTATIONS]``; the first is unshuffled.
+    """
+    shuffled = bits[1:]
+    mean = float(shuffled.mean())
+    quantile = float(np.quantile(shuffled, CONFIDENCE))
+    return mean, quantile
 
 
 @dataclass(frozen=True)
 class MutualInformation:
-    """Hold the mutual information of experts and labels in bits, and the mean and 95 % quantile of shuffles."""
+    """The mutual information of experts and labels in bits.
+
+    Attributes:
+        bits: The information.
+        chance: The mean of the shuffles.
+        chance_95: The 95 % quantile of the shuffles.
+    """
 
     bits: float
     chance: float
@@ -217,10 +323,14 @@ class MutualInformation:
     def mean(cls, bits: NDArray[np.float64]) -> MutualInformation:
         """Average bits ``[1 + PERMUTATIONS, cases]`` over cases; the first row is unshuffled."""
         means = bits.mean(1)
-        return cls(float(means[0]), *shuffle_statistics(means))
+        chance, chance_95 = shuffle_statistics(means)
+        return cls(bits=float(means[0]), chance=chance, chance_95=chance_95)
 
     def numbers(self, name: str) -> dict[str, float]:
-        """Return the numbers by metric name; ``name`` is the kind of label, such as ``task``."""
-        return dict(
-            zip(information_numbers(name), (self.bits, self.chance, self.chance_95), strict=True)
-        )
+        """Return the numbers by metric; ``name`` is the kind of label, such as ``task``."""
+        metric, metric_of_chance, metric_of_chance_95 = information_numbers(name)
+        return {
+            metric: self.bits,
+            metric_of_chance: self.chance,
+            metric_of_chance_95: self.chance_95,
+        }
