@@ -115,6 +115,7 @@ class EnvironmentBatches(Sampler[Draw]):
         return self._steps * self._batch_size * len(self._rows)
 
     def __iter__(self) -> Iterator[Draw]:
+        # each environment has its own generator, so its rows do not depend on the others
         drawn_by_env = []
         for env, count in enumerate(self._rows):
             random = torch.Generator().manual_seed(derive_seed("order", self._seed, env))
@@ -154,6 +155,7 @@ def with_prefix(
     """
     transform = evaluation_transform(size)
 
+    # the model inputs of rows, by their index in ``rows``
     def batch(indices: Sequence[int]) -> dict[str, Tensor]:
         # the transform is not random, so the seed has no effect
         pixels = [load_pixels(environment, rows[index], transform, 0) for index in indices]
@@ -187,6 +189,7 @@ def _example(
     A random transform is seeded with a hash of ``seed_parts``.
     """
     label = environment.labels[row]
+    # with frozen layers, the model continues from their output
     if isinstance(environment, PrefixedEnvironment):
         state = environment.states[environment.indices[row]]
         return {"pixel_values": environment.blank, STATES: state, "labels": label}

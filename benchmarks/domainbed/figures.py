@@ -125,6 +125,7 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns:
         if run.task == name and len(test_envs) == 1:
             (env,) = test_envs
             alone.append((run, env))
+    # the first in the order of the grid
     first_run, _ = alone[0]
     model = first_run.model
     first_env = min(env for run, env in alone if run.model == model)
@@ -146,6 +147,7 @@ def _routing_panels(
         classes = metrics.classes or []
         if metrics.routing is None:
             continue
+        # layers are texts, because they are keys of a JSON object
         for layer in sorted(metrics.routing.loads, key=int):
             title = f"{outcomes.title('method', method)}, block {layer}"
             loads = np.array(metrics.routing.loads[layer])
@@ -162,6 +164,7 @@ def _labels_that_fit(labels: Sequence[str], most: int) -> Sequence[str]:
 
 def _draw_use(axis: Any, counts: NDArray[np.int64], labels: Sequence[str]) -> None:
     """Draw a heatmap of choices ``[classes or environments, experts]``, relative to the mean."""
+    # at least 1, so that a row without choices has shares of 0
     choices_of_row = np.maximum(counts.sum(1, keepdims=True), 1)
     shares = counts / choices_of_row
     mean_shares = shares.mean(0, keepdims=True)
@@ -172,12 +175,15 @@ def _draw_use(axis: Any, counts: NDArray[np.int64], labels: Sequence[str]) -> No
 
 def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
     """Write the title, the mutual information and the number of experts."""
+    loads = panel.loads
+    _, _, num_experts = loads.shape
     title = plots.wrap_text(panel.title, 1.4, 7)
-    class_text = _information("class", panel.loads.sum(0), panel.chance.by_class)
+    # sums over environments, and over classes
+    class_text = _information("class", loads.sum(0), panel.chance.by_class)
+    env_text = _information("environment", loads.sum(1), panel.chance.environment)
     by_class.set_title(f"{title}\n{class_text}", fontsize=7)
-    env_text = _information("environment", panel.loads.sum(1), panel.chance.environment)
     by_environment.set_title(env_text, fontsize=7)
-    by_environment.set_xlabel(f"{panel.loads.shape[2]} experts")
+    by_environment.set_xlabel(f"{num_experts} experts")
 
 
 def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> str:

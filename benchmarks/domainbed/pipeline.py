@@ -66,6 +66,7 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     records = _add_epochs(trainer.fit(), spec, splits)
     _write_results(folder / "results.jsonl", spec, records)
 
+    # the confusion and the routing are of the last step, not of the selected one
     progress.say("predicting the out splits")
     out_rows = _out_rows(spec, environments, splits)
     confusion, routing = trainer.predict_splits(out_rows, len(classes))
@@ -99,7 +100,7 @@ def _load_data(spec: ImageSpec, progress: Progress) -> _Data:
     """
     training = spec.training
     image_set = load_set(spec.task, spec.data_seed, truncated=training.truncated)
-    # MNIST's digits are not separate files
+    # MNIST's digits are not separate files, so none can be damaged alone
     if not spec.task.source.mnist:
         validate_once(image_set, spec.task, training.truncated)
     progress.say(image_set.source)
@@ -304,6 +305,7 @@ def _algorithm(spec: ImageSpec) -> str:
     model, and the image set if it is a variant of DomainBed's.
     """
     names = [f"{spec.method['name']}-{spec.sweep}"]
+    # empty if the method has its usual settings
     if spec.method["variant"]:
         names.append(spec.method["variant"])
     names.append(spec.model["name"])

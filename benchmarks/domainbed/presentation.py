@@ -109,6 +109,7 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
     of_set = outcomes.cells[outcomes.cells["task"] == name]
     frame = outcomes.order(of_set, _ORDER_OF_SET)
     frame["eval_task_title"] = [outcomes.env_title(name, env) for env in frame["eval_task"]]
+    # hparams_seed 0 stands for the default hyper-parameters
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
     keys = {
         **_KEYS,
@@ -204,8 +205,9 @@ def cost(outcomes: DomainOutcomes) -> Table:
 def paper(outcomes: DomainOutcomes) -> Table:
     """Make the table of our averages and the published ones."""
     published = common.read_published(outcomes.benchmark)
+    # published in points
     shares = published.assign(value=published["value"] / 100)
-    # the paper has no numbers of some image sets
+    # without the image sets that the paper does not have
     means = common.our_means(outcomes.trials(complete=True), CELL)
     comparable = means[means["task"].isin(published["task"])]
     ours = pd.concat([comparable, _averages_of_four(outcomes)])
@@ -237,12 +239,15 @@ def paper(outcomes: DomainOutcomes) -> Table:
 
 def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
     """Average the accuracies over the paper's four image sets, in the trials that have all four."""
+    keys = ["selection", "model", "method"]
     trials = outcomes.trials(complete=True)
     is_of_four = trials.index.get_level_values("task").isin(FOUR)
-    by_trial = trials[is_of_four].groupby(["selection", "model", "method", "seed"], sort=False)
+    by_trial = trials[is_of_four].groupby([*keys, "seed"], sort=False)
+    # a trial without one of the sets has no average
     has_all = by_trial.count() == len(FOUR)
     means = by_trial.mean()[has_all]
-    return common.our_means(means, ["selection", "model", "method"]).assign(task=_FOUR)
+    averages = common.our_means(means, keys)
+    return averages.assign(task=_FOUR)
 
 
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
@@ -252,8 +257,9 @@ def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
     """
     ordered = outcomes.order(outcomes.tests, _ORDER)
     is_method = ordered["method"].map(outcomes.role) == "method"
+    compared = ordered[is_method]
     titles = ["model_title", "selection_title", "task_title"]
-    for (model, selection, image_set), rows in ordered[is_method].groupby(titles, sort=False):
+    for (model, selection, image_set), rows in compared.groupby(titles, sort=False):
         differences = []
         for row in rows.itertuples():
             difference = common.difference_text(row)

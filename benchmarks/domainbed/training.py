@@ -117,14 +117,16 @@ class DomainTrainer(RoutedTrainer):
             learning_rate=hparams.lr,
             lr_scheduler_type="constant",
             weight_decay=hparams.weight_decay,
-            max_grad_norm=0.0,
+            max_grad_norm=0.0,  # no clipping
             precision=self._precision,
             seed=derive_seed("dropout", spec.seed),
+            # EvaluationSteps decides
             save_strategy="no",
             logging_strategy="no",
             logging_nan_inf_filter=False,  # show losses that are nan
             dataloader_num_workers=reading_workers(),
         )
+        # the probe compares machines, so any fixed images will do
         first_split = next(iter(splits.values()))
         self.probe.observe(classifier.model, default_collate(fixed_rows(first_split)))
         super().__init__(
@@ -210,6 +212,7 @@ class DomainTrainer(RoutedTrainer):
         model = self._trained.eval()
         device = next(model.parameters()).device
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
+        # images of earlier batches and splits
         images_seen = 0
         for env, rows in enumerate(splits):
             for batch in DataLoader(rows, self._batch_size, num_workers=reading_workers()):

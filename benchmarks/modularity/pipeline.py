@@ -140,6 +140,7 @@ def _read_with_experts(
     used_bottom = []
     for name, split in splits.items():
         read = read_batches[name]
+        # the top k experts are those of the usual forward pass, so its routing is recorded too
         with emoe.record_routing(model) as record:
             labelled = _label_by_row(read(), record)
             used_top.append(neurons_used(model, layer, labelled, "top"))
@@ -255,10 +256,11 @@ def _best_quarter(by_block: Tensor) -> float:
     Tokens whose row is zero do not count.
     """
     num_best = max(by_block.shape[1] // 4, 1)
+    # sums by token
     best = by_block.topk(num_best, dim=1).values.sum(1)
     total = by_block.sum(1)
-    counts = total > 0
-    shares = best[counts] / total[counts]
+    is_counted = total > 0
+    shares = best[is_counted] / total[is_counted]
     return float(shares.mean())
 
 
@@ -275,7 +277,9 @@ def gini(values: Tensor) -> float:
     total = float(ordered.sum())
     ranks = torch.arange(1, count + 1, dtype=torch.float64)
     weighted = (ranks * ordered).sum()
-    return float((2 * weighted) / (count * total) - (count + 1) / count)
+    # tensors: values that are all zero give nan instead of an error
+    share = 2 * weighted / (count * total)
+    return float(share - (count + 1) / count)
 
 
 def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, float]:
@@ -326,10 +330,12 @@ def sample_matrix(
     start = 0
     for name, num_tokens in tokens.items():
         chosen = torch.randperm(num_tokens, generator=generator)[: count // len(tokens)]
+        # numbers among the tokens of all tasks
         sampled_tokens.append(start + chosen.sort().values)
         tasks += [name] * len(chosen)
         start += num_tokens
     sampled = torch.cat(sampled_tokens)
+    # the places of the active neurons, in the order of the sampled tokens
     token, neuron = active[sampled].nonzero(as_tuple=True)
     values = magnitudes[sampled][token, neuron]
     return {

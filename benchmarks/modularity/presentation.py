@@ -178,6 +178,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     runs_by_model = []
     for title, rows in outcomes.panels():
         titles.append(title)
+        # a run for each construction
         runs_by_model.append(list(_first_runs(rows).itertuples()))
     columns = max(len(runs) for runs in runs_by_model)
     size = (plots.WIDTH, 2.3 * len(titles) + 0.4)  # inches
@@ -210,6 +211,7 @@ def _name_tasks(axis: Any, tasks: Sequence[str], outcomes: ModularityOutcomes) -
 def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
     """Draw the active neurons of tokens as dots, and the borders of the experts as lines."""
     size = matrix.neurons // experts
+    # neurons of one expert are neighbours
     for edge in range(size, matrix.neurons, size):
         axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
     axis.plot(
@@ -233,6 +235,7 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     One panel shows them before clustering, the other one after.
     """
     title, rows = next(outcomes.panels())
+    # the checkpoint's order of neurons, and clusters
     is_shown = rows["method"].isin(["contiguous", outcomes.baseline])
     runs = list(_first_runs(rows[is_shown]).itertuples())
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
@@ -317,6 +320,7 @@ def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
     for (_, layer), rows in outcomes.means.groupby(PLACE, sort=False):
         has_largest = rows["num_experts"] == rows["num_experts"].max()
         by_method = rows[has_largest].set_index("method")
+        # the suite may lack the baseline
         if outcomes.baseline not in by_method.index:
             continue
         baseline = by_method.loc[outcomes.baseline]
