@@ -1,4 +1,4 @@
-"""Transform pictures, and draw the rows of training steps and evaluations."""
+"""Transform images, and choose the rows of training steps and evaluations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,86 +22,123 @@ from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates
 
 Transform = Callable[[Picture], Tensor]
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-_NORMAL = (transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION))
+# the mean and the standard deviation of ImageNet's red, green and blue channel
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
 
 
 def evaluation_transform(size: int) -> Transform:
     """Return the evaluation transform: resize to ``size`` × ``size`` pixels and normalise."""
-    return partial(
-        _transform, transforms.Compose([transforms.Resize((size, size)), *_NORMAL]), size
+    transform_image = transforms.Compose(
+        [
+            transforms.Resize((size, size)),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, DEVIATION),
+        ]
     )
+    return partial(_transform, transform_image, size)
 
 
 def training_transform(size: int) -> Transform:
-    """Return the training transform: random crop, mirror and colour jitter, from torch's global generator.
+    """Return the training transform: random crop, mirror, colour jitter and greyscale.
 
-    As in DomainBed, MNIST's digits are not augmented.
+    The randomness comes from torch's global generator. As in DomainBed, MNIST's digits are not
+    augmented.
     """
-    crop, mirror = (
-        transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
-        transforms.RandomHorizontalFlip(),
+    transform_image = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            # brightness, contrast, saturation and hue
+            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
+            transforms.RandomGrayscale(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, DEVIATION),
+        ]
     )
-    colours = [transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale()]
-    return partial(_transform, transforms.Compose([crop, mirror, *colours, *_NORMAL]), size)
+    return partial(_transform, transform_image, size)
 
 
-def _transform(of_images: Callable[[Image.Image], Tensor], size: int, picture: Picture) -> Tensor:
-    """Transform an image, or convert a digit to RGB: one channel is repeated, two channels become red and green.
-
-    DomainBed does not convert digits, because its network for digits takes their size and channels.
-    """
+def _transform(
+    transform_image: Callable[[Image.Image], Tensor], size: int, picture: Picture
+) -> Tensor:
+    """Return the normalised pixels ``[3, size, size]`` of an image or of an MNIST digit."""
     if isinstance(picture, Image.Image):
-        return of_images(picture)
-    channels = (
-        picture.repeat(3, 1, 1)
-        if len(picture) == 1
-        else torch.cat([picture, torch.zeros_like(picture[:1])])
-    )
-    return normalize(resize(channels, [size, size], antialias=True), list(MEAN), list(DEVIATION))
+        return transform_image(picture)
+    # DomainBed has a network for digits, so it keeps their size and channels; a ViT needs RGB
+    resized = resize(_to_rgb(picture), [size, size], antialias=True)
+    return normalize(resized, list(MEAN), list(DEVIATION))
+
+
+def _to_rgb(digit: Tensor) -> Tensor:
+    """Convert a digit to RGB: repeat a single channel, or use two channels as red and green."""
+    if len(digit) == 1:
+        return digit.repeat(3, 1, 1)
+    blue = torch.zeros_like(digit[:1])
+    return torch.cat([digit, blue])
 
 
 def load_pixels(environment: Environment, row: int, transform: Transform, seed: int) -> Tensor:
-    """Return the transformed pixels of a row; a random transform depends only on the seed."""
+    """Return the transformed pixels of a row. A random transform depends only on the seed."""
     picture = environment.open(row)
+    # the transforms draw from torch's global generator; leave its state as it was
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return transform(picture)
 
 
-Draw = tuple[int, int, int]  # numbers of the draw, the environment and the row in it
+class Draw(NamedTuple):
+    """One image of a training step."""
+
+    number: int
+    """Its position among all images that the training sees."""
+    env: int
+    """The number of its environment, among the training environments."""
+    row: int
+    """Its index among the training rows of that environment."""
 
 
 class EnvironmentBatches(Sampler[Draw]):
     """Draw ``batch_size`` rows of every training environment per step, environment by environment.
 
-    As in DomainBed, rows are drawn with replacement. Draws depend only on the seed, so they are the same for all
-    methods and for resumed runs. ``rows`` has the number of rows of each environment.
+    As in DomainBed, rows are drawn with replacement. Draws depend only on the seed, so all methods
+    and resumed runs have the same. ``rows`` lists the number of rows of each environment.
     """
 
     def __init__(self, rows: Sequence[int], batch_size: int, steps: int, seed: int) -> None:
-        self._rows, self._batch_size, self._steps, self._seed = rows, batch_size, steps, seed
+        self._rows = rows
+        self._batch_size = batch_size
+        self._steps = steps
+        self._seed = seed
 
     def __len__(self) -> int:
         return self._steps * self._batch_size * len(self._rows)
 
     def __iter__(self) -> Iterator[Draw]:
-        drawn = []
+        # each environment has its own generator, so its rows do not depend on the others
+        drawn_by_env = []
         for env, count in enumerate(self._rows):
             random = torch.Generator().manual_seed(derive_seed("order", self._seed, env))
-            drawn.append(torch.randint(count, (self._steps, self._batch_size), generator=random))
-        for number, row in enumerate(torch.stack(drawn, dim=1).flatten().tolist()):
-            yield number, number // self._batch_size % len(self._rows), row
+            shape = (self._steps, self._batch_size)
+            drawn_by_env.append(torch.randint(count, shape, generator=random))
+        # [steps, environments, batch size]
+        drawn = torch.stack(drawn_by_env, dim=1)
+        number = 0
+        for step_rows in drawn.tolist():
+            for env, env_rows in enumerate(step_rows):
+                for row in env_rows:
+                    yield Draw(number, env, row)
+                    number += 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixedEnvironment(Environment):
-    """Hold the outputs of a model's frozen layers for some rows of an environment.
+    """An environment with the outputs of a model's frozen layers for some of its rows.
 
     Attributes:
-        states: The outputs.
-        indices: The index in ``states`` of each row.
-        blank: The placeholder pixels, which the model ignores.
+        states: The outputs, ``[tokens, width]`` for each row.
+        indices: The index in ``states``, by row.
+        blank: The placeholder pixels ``[3, size, size]``, which the model ignores.
     """
 
     states: PrefixStates
@@ -112,46 +149,65 @@ class PrefixedEnvironment(Environment):
 def with_prefix(
     environment: Environment, prefix: Prefix, rows: Sequence[int], size: int
 ) -> PrefixedEnvironment:
-    """Compute the outputs of a model's frozen layers for distinct rows, with images of ``size`` pixels."""
-    transform, digest = evaluation_transform(size), hashlib.sha256(f"{size}\n".encode())
-    for row in rows:
-        digest.update(np.asarray(environment.open(row)).tobytes())
+    """Compute the outputs of a model's frozen layers for distinct rows.
 
+    The images are resized to ``size`` × ``size`` pixels and not augmented.
+    """
+    transform = evaluation_transform(size)
+
+    # the model inputs of rows, by their index in ``rows``
     def batch(indices: Sequence[int]) -> dict[str, Tensor]:
-        return {
-            "pixel_values": torch.stack(
-                [load_pixels(environment, rows[i], transform, 0) for i in indices]
-            )
-        }
+        # the transform is not random, so the seed has no effect
+        pixels = [load_pixels(environment, rows[index], transform, 0) for index in indices]
+        return {"pixel_values": torch.stack(pixels)}
 
-    tokens = prefix.output(batch([0])).shape[1]
-    states = PrefixStates(prefix, digest.hexdigest(), [tokens] * len(rows), batch)
-    indices, blank = (
-        {row: index for index, row in enumerate(rows)},
-        torch.zeros(1).expand(3, size, size),
-    )
+    # all images have the same number of tokens
+    first_output = prefix.output(batch([0]))
+    tokens = first_output.shape[1]
+    digest = _digest_images(environment, rows, size)
+    states = PrefixStates(prefix, digest, [tokens] * len(rows), batch)
+    indices = {row: index for index, row in enumerate(rows)}
+    # a view of a single zero, so that it takes no memory
+    blank = torch.zeros(1).expand(3, size, size)
     return PrefixedEnvironment(**vars(environment), states=states, indices=indices, blank=blank)
 
 
+def _digest_images(environment: Environment, rows: Sequence[int], size: int) -> str:
+    """Return the sha256 of the size and of all pixels before they are transformed."""
+    digest = hashlib.sha256(f"{size}\n".encode())
+    for row in rows:
+        pixels = np.asarray(environment.open(row))
+        digest.update(pixels.tobytes())
+    return digest.hexdigest()
+
+
 def _example(
-    environment: Environment, row: int, transform: Transform, *seed: object
+    environment: Environment, row: int, transform: Transform, *seed_parts: object
 ) -> dict[str, Any]:
-    """Return a row as model inputs: its label, and pixels or the output of the frozen layers."""
-    labels = environment.labels[row]
+    """Return a row as model inputs: its label, and pixels or the output of the frozen layers.
+
+    A random transform is seeded with a hash of ``seed_parts``.
+    """
+    label = environment.labels[row]
+    # with frozen layers, the model continues from their output
     if isinstance(environment, PrefixedEnvironment):
         state = environment.states[environment.indices[row]]
-        return {"pixel_values": environment.blank, STATES: state, "labels": labels}
-    return {
-        "pixel_values": load_pixels(environment, row, transform, derive_seed("augment", *seed)),
-        "labels": labels,
-    }
+        return {"pixel_values": environment.blank, STATES: state, "labels": label}
+    pixels = load_pixels(environment, row, transform, derive_seed("augment", *seed_parts))
+    return {"pixel_values": pixels, "labels": label}
 
 
 @dataclass(eq=False)
 class TrainingRows(Dataset[dict[str, Any]]):
-    """Map draws to rows of the training environments' *in* splits.
+    """The rows that train a model, by :class:`Draw`.
 
     Augmentation depends on the seed and the draw, not on earlier draws or on the worker.
+
+    Attributes:
+        environments: The training environments.
+        rows: The rows of each environment that may be drawn: its *in* split.
+        transform: The transform of images.
+        seed: The seed of the augmentation.
     """
 
     environments: Sequence[Environment]
@@ -163,17 +219,22 @@ class TrainingRows(Dataset[dict[str, Any]]):
         return sum(map(len, self.rows))
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        number, env, index = draw
-        return _example(
-            self.environments[env], self.rows[env][index], self.transform, self.seed, number
-        )
+        environment = self.environments[draw.env]
+        row = self.rows[draw.env][draw.row]
+        return _example(environment, row, self.transform, self.seed, draw.number)
 
 
 @dataclass(eq=False)
 class EvaluationRows(Dataset[dict[str, Any]]):
-    """Hold the rows of one split in order.
+    """The rows of one split, in order.
 
-    As in DomainBed, random transforms are redrawn for the evaluation after each ``step``.
+    As in DomainBed, every evaluation draws new random transforms.
+
+    Attributes:
+        environment: The environment.
+        rows: The rows of the split.
+        transform: The transform of images.
+        step: The training steps before the evaluation, which seed random transforms.
     """
 
     environment: Environment
@@ -190,7 +251,6 @@ class EvaluationRows(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        environment = self.environment
         row = self.rows[index]
-        return _example(
-            self.environment, row, self.transform, self.environment.name, row, self.step
-        )
+        return _example(environment, row, self.transform, environment.name, row, self.step)

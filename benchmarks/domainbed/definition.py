@@ -1,4 +1,4 @@
-"""Define the files of a benchmark of domain generalisation: training, suites and image sets."""
+"""Define the YAML files of domain generalisation (training, suites, image sets) and run specs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ from benchmarks.harness.config.yaml import (
 
 
 class HParams(ExplicitNulls):
-    """All hyper-parameters of a run. ResNet settings have no effect; they keep draws equal to DomainBed's."""
+    """All hyper-parameters of a run.
+
+    ResNet settings have no effect. They keep random hyper-parameters equal to DomainBed's.
+    """
 
     lr: Positive
     """Adam's learning rate."""
@@ -45,9 +48,9 @@ class HParams(ExplicitNulls):
     data_augmentation: bool
     """Augment the training environments."""
     class_balanced: Literal[False]
-    """DomainBed's option to draw every class equally often; no sweep uses it."""
+    """DomainBed's option to draw every class equally often. No sweep uses it."""
     vit_dropout: Rate | None = None
-    """Dropout before the head; the authors' fork lacks it."""
+    """Dropout before the head. The EMoE authors' fork lacks it."""
     resnet18: bool
     """Setting of a ResNet."""
     resnet_dropout: Rate
@@ -57,49 +60,59 @@ class HParams(ExplicitNulls):
 
 
 class ImageTraining(Training):
-    """Training settings; a suite may override them."""
+    """The training settings. A suite may override them."""
 
     in_no_spec: ClassVar = {"by_model", "registry", "hparams"}
 
     steps: Count
-    """Steps."""
+    """Number of training steps."""
     eval_every: Count | None
-    """Steps between evaluations; null for DomainBed's number for the set."""
+    """Number of steps between evaluations; null for DomainBed's number for the set."""
     eval_batch_size: Count
     """Images per evaluation batch."""
     eval_rows: Count | None
-    """Number of evaluated images per split, the first ones of the shuffled split; null for all."""
+    """Number of evaluated images per split (the first of the shuffled split); null for all."""
     evaluate: Literal["all", "needed"]
-    """Evaluated splits: all, as DomainBed does, or only the splits that a selection or a table reads (not the *in*
-    splits of training environments).
+    """Evaluated splits: all, as in DomainBed, or only the splits that a selection or a table reads.
+    The latter omits the *in* splits of training environments.
     """
     image_size: Annotated[int, Field(ge=14)]
     """Pixels along each side."""
     val_augment: bool
-    """Evaluate training environments on augmented images, with new random augmentation each time, as DomainBed and the
-    EMoE authors do. False evaluates on unchanged images, which only this suite offers.
+    """Evaluate training environments on augmented images, as DomainBed and the EMoE authors do.
+    Each evaluation has new random augmentation. False evaluates on unchanged images, which only
+    this suite offers.
     """
     drop_path: Rate
     """Rate of stochastic depth."""
     truncated: Literal["refuse", "load"]
-    """Treatment of an image file that ends early: refuse the set, or fill the missing part, as DomainBed does."""
+    """Treatment of an image file that ends early: refuse the set, or fill the missing part, as
+    DomainBed does.
+    """
     precision: Precision
-    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
+    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and
+    ``metrics.json`` records that.
+    """
     lora: LoRA | None
-    """Train adapters and the head only; null trains everything."""
+    """Adapters to train, with the head only; null trains everything."""
     frozen_layers: Whole | None = optional_zero()
-    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
-    for a row is computed once and kept (`resources/prefixes/`). Only later layers have adapters, and no method
-    converts or trains a frozen layer. 0 or omitted: none. Only for images that are not augmented."""
+    """Number of first layers that are frozen with the embeddings, without dropout and stochastic
+    depth. Their output for a row is computed once and kept (`resources/prefixes/`). Only later
+    layers have adapters, and no method converts or trains a frozen layer. 0 or omitted: none. Only
+    for images that are not augmented.
+    """
     registry: Literal["domainbed", "emoe"] | None = optional()
-    """Source of default and random hyper-parameters: DomainBed (default), or the EMoE authors' fork; not part of a
-    run's spec."""
+    """Source of default and random hyper-parameters: DomainBed (default), or the EMoE authors'
+    fork. Not part of a run's spec.
+    """
     hparams: Annotated[dict[str, Any], Changes(HParams)] | None = optional()
-    """Hyper-parameters that override default and random ones; the run's spec has all of them in `hparams`."""
+    """Hyper-parameters that override default and random ones. A run's spec has all hyper-parameters
+    in `hparams`.
+    """
 
 
 class ImageBlock(VariantAxes):
-    """A block of the grid."""
+    """One block of a grid: every combination of its lists is a run."""
 
     set: Names
     """Names of image sets."""
@@ -110,27 +123,27 @@ class ImageBlock(VariantAxes):
             Field(min_length=1),
         ]
     )
-    """Held-out environments: lists of names; `single` for every environment alone; `all` for every environment and
-    every pair, as leave-one-domain-out selection needs.
+    """Held-out environments: lists of names; `single` for every environment alone; `all` for every
+    environment and every pair, as leave-one-domain-out selection needs.
     """
     hparams_seed: Wholes
-    """DomainBed's hparams_seed: 0 for the defaults, other numbers for random draws."""
+    """DomainBed's hparams_seed: 0 for the defaults, other numbers for random hyper-parameters."""
     trial: Wholes
     """DomainBed's trial_seed, which determines splits and random draws."""
 
 
 class ImagePart(TrainingPart):
-    """The benchmark's part of a suite."""
+    """The section of a suite's file for a domain generalisation benchmark."""
 
     training: Annotated[dict[str, Any], Changes(ImageTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[ImageBlock], Field(min_length=1)]
-    """Blocks of runs; each is the product of its lists."""
+    """Blocks of runs. Every combination of a block's lists is a run."""
 
 
 class ImageDefinition(MethodsDefinition):
-    """A benchmark that trains on some environments of an image set and evaluates on the held-out ones, with
-    DomainBed's protocol.
+    """A benchmark that trains on some environments of an image set and evaluates on the held-out
+    ones, with DomainBed's protocol.
     """
 
     sets: str
@@ -140,16 +153,18 @@ class ImageDefinition(MethodsDefinition):
     set_figures: list[str]
     """The figures of each set."""
     training: ImageTraining
-    """The training of every run; a suite may change it."""
+    """The training settings of every run. A suite may override them."""
 
 
 class ImageSource(ExplicitNulls):
-    """Source of the images."""
+    """The source of an image set."""
 
     exactly_one_of = ("folder", "mnist")
     together = (("mnist", "digits"), ("hub", "folder"))
     folder: str | None = None
-    """Name of the set's folder below data_root, in DomainBed's layout `<environment>/<class>/<image>`."""
+    """Name of the set's folder below data_root. Its layout is DomainBed's:
+    `<environment>/<class>/<image>`.
+    """
     hub: str | None = None
     """Repository on the hub, with columns for image, domain and label."""
     revision: str | None = None
@@ -157,14 +172,16 @@ class ImageSource(ExplicitNulls):
     mnist: Literal["rotated", "colored"] | None = None
     """MNIST digits, rotated or coloured as in DomainBed."""
     digits: Literal["all", "package"] | None = None
-    """Digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that ship inside a package."""
+    """Digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that a package contains."""
 
 
 class ImageTask(Strict):
     """The settings of an image set that determine a run's numbers."""
 
     domainbed: str
-    """DomainBed's name of the set, which determines seeds and draws; any name for a set that DomainBed lacks."""
+    """DomainBed's name of the set, which determines seeds and random hyper-parameters. Any name if
+    DomainBed lacks the set.
+    """
     source: ImageSource
     """Source of the images."""
 
@@ -182,49 +199,51 @@ class SetEntry(ImageTask, Entry):
     """One image set of ``sets.yaml``."""
 
     environments: Annotated[dict[str, str | int | float], Field(min_length=3)]
-    """Names on disk (a folder, an angle, a probability) by short name, in DomainBed's order."""
+    """Names on disk by short name, in DomainBed's order. MNIST's variants have angles (rotated) or
+    probabilities (coloured) instead.
+    """
     unit: str = ""
-    """Unit of the environments' names if they are numbers; tables print it after the number."""
+    """Unit of the environments if their names are numbers. Tables print it after the number."""
     eval_every: Count
     """Steps between evaluations in DomainBed."""
     images: Count | None = optional()
-    """Number of images according to the makers."""
+    """Number of images according to the set's makers."""
     download_instructions: str
     """Instructions to download the set."""
 
     def spec(self, name: str) -> dict[str, Any]:
         """Return the name and the settings of the set that determine a run's numbers."""
-        values = self.model_dump(include=set(ImageTask.model_fields))
-        return {
-            "name": name,
-            **values,
-            "environments": [list(pair) for pair in self.environments.items()],
-        }
+        settings = self.model_dump(include=set(ImageTask.model_fields))
+        # pairs keep the order of the environments; a JSON object would lose it
+        environments = [list(pair) for pair in self.environments.items()]
+        return {"name": name, **settings, "environments": environments}
 
 
 class SetFile(Strict):
-    """Image sets of several environments; a set is data, not code."""
+    """The content of ``sets.yaml``: image sets of several environments."""
 
     sets: Annotated[dict[Key, SetEntry], Field(min_length=1)]
     """The sets, by name."""
 
 
 class ImageSpec(RunSpec):
-    """The settings that determine the numbers of a run that trains an image classifier."""
+    """All settings that determine the numbers of a run on an image set."""
 
     task: RunImageSet
-    """The set."""
+    """The image set."""
     ood: list[RunImageSet]
-    """Always empty; held-out environments belong to the set itself."""
+    """Always empty. Held-out environments belong to the image set itself."""
     test_envs: list[Whole]
     """Numbers of the held-out environments."""
     hparams_seed: Whole
-    """DomainBed's hparams_seed: 0 for the defaults, another number for a random draw."""
+    """DomainBed's hparams_seed: 0 for the defaults, another number for random hyper-parameters."""
     hparams: HParams
     """All hyper-parameters."""
     sweep: str
     """Digest of the settings that all runs of a method share."""
     training: ImageTraining
-    """The training."""
+    """The training settings."""
     data_seed: int
-    """Seed of the splits and draws of DomainBed's data."""
+    """DomainBed's general seed. It determines the order of digits and the random flips of MNIST's
+    variants.
+    """

@@ -1,8 +1,11 @@
-"""Draw the figures of one set: accuracy and routing."""
+"""Draw the figures of one image set: accuracy and routing."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +16,25 @@ from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import our_means
 from benchmarks.harness.report.presentation import Figure
 from benchmarks.harness.report.style import distinct_styles
+from benchmarks.harness.results.content import Chance
 from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
-_COLUMNS = 4
+_COLUMNS = 4  # most panels beside each other
+_MOST_LABELS = 20  # most classes that are named
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw mean accuracies under training-domain validation: a panel per model, a line per held-out environment."""
-    cells = outcomes.cells[
-        (outcomes.cells["task"] == name) & (outcomes.cells["selection"] == _SELECTION)
-    ]
+    """Draw the mean accuracies of one image set under training-domain validation.
+
+    There is a panel for each model, and a line for each held-out environment.
+    """
+    is_of_set = outcomes.cells["task"] == name
+    is_selected = outcomes.cells["selection"] == _SELECTION
+    cells = outcomes.cells[is_of_set & is_selected]
     cell = ["model", "eval_task", "method"]
-    rows = outcomes.order(our_means(cells.set_index(cell)["value"], cell), ["model", "method"])
+    means = our_means(cells.set_index(cell)["value"], cell)
+    rows = outcomes.order(means, ["model", "method"])
     styles = distinct_styles((method, outcomes.style(method)) for method in rows["method"])
     drawn = rows.assign(
         panel=rows["model_title"],
@@ -38,84 +47,163 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     plots.draw_forest(drawn, path, label, zero=False)
 
 
+class _Panel(NamedTuple):
+    """The use of experts in one layer of one run."""
+
+    title: str
+    loads: NDArray[np.int64]
+    """The choices of experts, ``[environments, classes, experts]``."""
+    chance: Chance
+
+
+class _FirstRuns(NamedTuple):
+    """The runs whose routing is drawn."""
+
+    model: str
+    """The name of their model."""
+    env: int
+    """The number of their held-out environment."""
+    by_method: dict[str, Run]
+
+
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw the use of experts by class and environment, by method and layer, for the first environment and trial."""
-    model, env, runs = _first_runs(outcomes, name)
-    panels = []
-    for method, run in runs.items():
-        metrics = outcomes.finished[run.id].metrics
-        classes = metrics.classes or []
-        if metrics.routing:
-            for layer in sorted(metrics.routing.loads, key=int):
-                title = f"{outcomes.title('method', method)}, block {layer}"
-                panels.append(
-                    (title, np.array(metrics.routing.loads[layer]), metrics.routing.chance[layer])
-                )
+    """Draw the use of experts by class and by environment of one image set.
+
+    There is a panel for each method and converted layer, of the first trial with the first held-out
+    environment. A panel has two heatmaps, one above the other.
+    """
+    first = _first_runs(outcomes, name)
+    panels, classes = _routing_panels(outcomes, first)
     if not panels:
         plots.placeholder_figure(path)
         return
-    env_names = [outcomes.env_title(name, other) for other in outcomes.environments(name)]
-    heights = [min(len(classes), 20), len(env_names)]
+    env_titles = [outcomes.env_title(name, env) for env in outcomes.environments(name)]
+
+    # the rows of the upper and of the lower heatmap
+    heights = [min(len(classes), _MOST_LABELS), len(env_titles)]
     columns = min(_COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (min(1.6 * columns + 1.3, plots.WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5)
-    ratios = heights * lines
-    with plots.panel_figure(
-        path, 2 * lines, columns, size, plots.HEATMAP, height_ratios=ratios
-    ) as (figure, axes):
-        for number, (title, loads, chance) in enumerate(panels):
+    lines = math.ceil(len(panels) / columns)
+    # in inches, with room for the titles and the colour bar
+    width = min(1.6 * columns + 1.3, plots.WIDTH)
+    height_of_line = 0.14 * sum(heights) + 1.7
+    size = (width, height_of_line * lines + 0.5)
+    figure_of_panels = plots.panel_figure(
+        path, 2 * lines, columns, size, plots.HEATMAP, height_ratios=heights * lines
+    )
+    with figure_of_panels as (figure, axes):
+        for number, panel in enumerate(panels):
             line, column = divmod(number, columns)
-            above, below = axes[2 * line, column], axes[2 * line + 1, column]
-            for axis, counts, labels in (
-                (above, loads.sum(0), classes),
-                (below, loads.sum(1), env_names),
-            ):
-                shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of a row's choices
-                plots.show_use(axis, plots.divide_by_mean(shares, shares.mean(0, keepdims=True)))
-                beside = labels if column == 0 and len(labels) <= heights[0] else []
-                axis.set_yticks(range(len(beside)), beside)
-                axis.set_xticks([])
-            by_class = _information("class", loads.sum(0), chance.by_class)
-            above.set_title(f"{plots.wrap_text(title, 1.4, 7)}\n{by_class}", fontsize=7)
-            below.set_title(
-                _information("environment", loads.sum(1), chance.environment), fontsize=7
-            )
-            below.set_xlabel(f"{loads.shape[2]} experts")
+            by_class = axes[2 * line, column]
+            by_environment = axes[2 * line + 1, column]
+            # only the left panels name classes (unless there are too many) and environments
+            class_labels: Sequence[str] = []
+            env_labels: Sequence[str] = []
+            if column == 0:
+                class_labels = _labels_that_fit(classes, heights[0])
+                env_labels = _labels_that_fit(env_titles, heights[0])
+            _draw_use(by_class, panel.loads.sum(0), class_labels)
+            _draw_use(by_environment, panel.loads.sum(1), env_labels)
+            _label_panel(by_class, by_environment, panel)
         figure.colorbar(
             plots.USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max"
         )
-        title = f"{outcomes.title('task', name)}, {outcomes.title('model', model)}, {env_names[env]} held out, first trial"
+        title = (
+            f"{outcomes.title('task', name)}, {outcomes.title('model', first.model)}, "
+            f"{env_titles[first.env]} held out, first trial"
+        )
         figure.suptitle(plots.wrap_text(title, plots.WIDTH), fontsize=8)
 
 
+def _first_runs(outcomes: DomainOutcomes, name: str) -> _FirstRuns:
+    """Return the first run of each method on an image set.
+
+    They are of the first model, and hold out the first of the environments that are held out alone.
+    """
+    alone: list[tuple[Run, int]] = []
+    for run in outcomes.runs:
+        test_envs = outcomes.specs[run.id].test_envs
+        if run.task == name and len(test_envs) == 1:
+            (env,) = test_envs
+            alone.append((run, env))
+    # the first in the order of the grid
+    first_run, _ = alone[0]
+    model = first_run.model
+    first_env = min(env for run, env in alone if run.model == model)
+    by_method: dict[str, Run] = {}
+    for run, env in alone:
+        if run.model == model and env == first_env:
+            by_method.setdefault(run.method, run)
+    return _FirstRuns(model, first_env, by_method)
+
+
+def _routing_panels(
+    outcomes: DomainOutcomes, first: _FirstRuns
+) -> tuple[list[_Panel], Sequence[str]]:
+    """Return the panels of runs, and the names of the classes. Dense models have no panel."""
+    panels = []
+    classes: Sequence[str] = []
+    for method, run in first.by_method.items():
+        metrics = outcomes.finished[run.id].metrics
+        classes = metrics.classes or []
+        if metrics.routing is None:
+            continue
+        # layers are texts, because they are keys of a JSON object
+        for layer in sorted(metrics.routing.loads, key=int):
+            title = f"{outcomes.title('method', method)}, block {layer}"
+            loads = np.array(metrics.routing.loads[layer])
+            panels.append(_Panel(title, loads, metrics.routing.chance[layer]))
+    return panels, classes
+
+
+def _labels_that_fit(labels: Sequence[str], most: int) -> Sequence[str]:
+    """Return the labels, or none if there are more than ``most``."""
+    if len(labels) > most:
+        return []
+    return labels
+
+
+def _draw_use(axis: Any, counts: NDArray[np.int64], labels: Sequence[str]) -> None:
+    """Draw a heatmap of choices ``[classes or environments, experts]``, relative to the mean."""
+    # at least 1, so that a row without choices has shares of 0
+    choices_of_row = np.maximum(counts.sum(1, keepdims=True), 1)
+    shares = counts / choices_of_row
+    mean_shares = shares.mean(0, keepdims=True)
+    plots.show_use(axis, plots.divide_by_mean(shares, mean_shares))
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_xticks([])
+
+
+def _label_panel(by_class: Any, by_environment: Any, panel: _Panel) -> None:
+    """Write the title, the mutual information and the number of experts."""
+    loads = panel.loads
+    _, _, num_experts = loads.shape
+    title = plots.wrap_text(panel.title, 1.4, 7)
+    # sums over environments, and over classes
+    class_text = _information("class", loads.sum(0), panel.chance.by_class)
+    env_text = _information("environment", loads.sum(1), panel.chance.environment)
+    by_class.set_title(f"{title}\n{class_text}", fontsize=7)
+    by_environment.set_title(env_text, fontsize=7)
+    by_environment.set_xlabel(f"{num_experts} experts")
+
+
 def _information(name: str, counts: NDArray[np.int64], chance: list[float]) -> str:
+    """Describe the mutual information in counts, and what it would be by chance."""
     mean, high = chance
-    return f"{name} {mutual_information(counts):.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
-
-
-def _first_runs(outcomes: DomainOutcomes, name: str) -> tuple[str, int, dict[str, Run]]:
-    """Return a set's first model, first environment that is held out alone, and first run by method."""
-    alone = [run for run in outcomes.runs if run.task == name and len(run.spec["test_envs"]) == 1]
-    model = alone[0].model
-    of_model = [run for run in alone if run.model == model]
-    env = min(run.spec["test_envs"][0] for run in of_model)
-    first: dict[str, Run] = {}
-    for run in of_model:
-        if run.spec["test_envs"] == [env]:
-            first.setdefault(run.method, run)
-    return model, env, first
+    bits = mutual_information(counts)
+    return f"{name} {bits:.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
 
 
 SET_FIGURES = {
     "accuracy": Figure(
         draw_accuracy,
-        "Accuracy on each held-out environment by method, with training-domain validation: means over trials, with 95 % "
-        "intervals. The axis does not start at zero.",
+        "Accuracy on each held-out environment by method, with training-domain validation: means "
+        "over trials, with 95 % intervals. The axis does not start at zero.",
     ),
     "routing": Figure(
         draw_routing,
-        "Use of experts by class (above) and by environment (below): the share of each expert in the choices of their "
-        "images, divided by the mean share. The number is the mutual information of expert and class or environment, "
-        "in bits, beside its value by chance: the mean and 95 % quantile of 500 shuffles over images.",
+        "Use of experts by class (above) and by environment (below): the share of each expert in "
+        "the choices of their images, divided by the mean share. The number is the mutual "
+        "information of expert and class or environment, in bits, beside its value by chance: the "
+        "mean and 95 % quantile of 500 shuffles over images.",
     ),
 }

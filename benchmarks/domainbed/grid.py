@@ -1,4 +1,8 @@
-"""Plan runs of domain generalisation: one per set, method, held-out environments, draw and trial."""
+"""Plan the runs of domain generalisation.
+
+There is one for each model, image set, method, choice of held-out environments, choice of
+hyper-parameters, and trial.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 from benchmarks.domainbed.definition import (
     HParams,
+    ImageBlock,
     ImageDefinition,
     ImagePart,
     ImageSpec,
@@ -41,15 +46,20 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
 from benchmarks.harness.config.yaml import Location, check_names, parse, read
 
+# the keys of a block besides model, set and method; runs have one value of each
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
 
 class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
-    """Plan runs of image classifiers, trained on some environments of a set and evaluated on the held-out ones."""
+    """A benchmark of image classifiers.
+
+    A run trains on some environments of an image set, and evaluates on the held-out ones.
+    """
 
     package = "benchmarks.domainbed"
     spec_model = ImageSpec
-    definition_model, part_model = ImageDefinition, ImagePart
+    definition_model = ImageDefinition
+    part_model = ImagePart
     recorded = ("scores", "data", "model", "routing", "records", "confusion", "classes")
     task_files: ClassVar = {"image_sets": SetFile}
     paper_columns = ("model", "task", "method", "selection")
@@ -57,8 +67,9 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, ImageDefinition, str(file))
-        domains = {"held_out": Domain(("accuracy",), "trial", tuple(SELECTIONS)), "model": COUNTS}
-        return cls(name, definition, read(file.parent / definition.sets, SetFile).sets, domains)
+        set_file = read(file.parent / definition.sets, SetFile)
+        held_out = Domain(("accuracy",), pair="trial", selections=tuple(SELECTIONS))
+        return cls(name, definition, set_file.sets, {"held_out": held_out, "model": COUNTS})
 
     def specs(
         self, part: Part[ImagePart], exclude: Collection[str], others: Sequence[Run]
@@ -73,19 +84,20 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             for model, name, method in itertools.product(block.model, block.set, block.method):
                 if name in exclude:
                     continue
-                values = block.model_dump()
-                values["test_envs"] = _test_env_tuples(
-                    block.test_envs, list(self.tasks[name].environments), where.at("test_envs")
-                )
-                axes = {key: values[key] for key in _AXES if key in values}
-                for chosen in itertools.product(*axes.values()):
-                    point = {
-                        "model": model,
-                        "set": name,
-                        "method": method,
-                        **dict(zip(axes, chosen, strict=True)),
-                    }
+                names = {"model": model, "set": name, "method": method}
+                axes = self._axes(block, name, where)
+                for values in itertools.product(*axes.values()):
+                    settings = dict(zip(axes, values, strict=True))
+                    point = {**names, **settings}
                     yield self._spec(part, training[model], methods, point, where)
+
+    def _axes(self, block: ImageBlock, name: str, where: Location) -> dict[str, list[Any]]:
+        """Return the values of a block's keys :data:`_AXES` on one image set."""
+        values = block.model_dump()
+        environments = list(self.tasks[name].environments)
+        # their numbers depend on the set
+        values["test_envs"] = _test_env_tuples(block.test_envs, environments, where.at("test_envs"))
+        return {key: values[key] for key in _AXES if key in values}
 
     def _spec(
         self,
@@ -95,83 +107,137 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         point: Mapping[str, Any],
         where: Location,
     ) -> dict[str, Any]:
-        """Return the spec of one point of the grid; ``where`` is the location of its block in the file."""
-        task, trial, draw = self.tasks[point["set"]], point["trial"], point["hparams_seed"]
-        drawn = hyper_parameters(settings.registry or "domainbed", task.domainbed, draw, trial)
-        hparams = {**drawn, **(settings.hparams or {})}
-        parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
-        training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
+        """Return the spec of one run.
+
+        Args:
+            part: The benchmark's section of the suite.
+            settings: The training settings of the model.
+            methods: The methods of the benchmark, by name.
+            point: The names of model, set and method, and a value for each key of the block.
+            where: The location of the block in the suite's file, for messages.
+        """
+        name = point["set"]
+        task = self.tasks[name]
+        test_envs = point["test_envs"]
+        hparams_seed = point["hparams_seed"]
+        trial = point["trial"]
+
+        hparams = self._hyper_parameters(part, settings, task, hparams_seed, trial)
+        eval_every = settings.eval_every or task.eval_every
         method = method_spec(methods, point, trial, settings.lora, where)
-        check_frozen(training.get("frozen_layers"), MethodSpec(**method), str(where))
-        if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
+        check_frozen(settings.frozen_layers, MethodSpec(**method), str(where))
+        # MNIST's digits are never augmented
+        is_augmented = hparams["data_augmentation"] and not task.source.mnist
+        if settings.frozen_layers and is_augmented:
             raise DefinitionError(
-                f"{part.where('training', 'frozen_layers')} needs hparams.data_augmentation: false, because augmented "
-                "images differ at every step"
+                f"{part.where('training', 'frozen_layers')} needs hparams.data_augmentation: false, "
+                "because augmented images differ at every step"
             )
-        envs = list(task.environments)
-        draws = [
-            f"T{'+'.join(envs[env] for env in point['test_envs'])}",
-            f"h{draw}" if draw else "",
-        ]
         return self.spec(
-            "-".join(filter(None, (method["variant"], *draws))),
+            _variant(method["variant"], list(task.environments), test_envs, hparams_seed),
             model=load_models()[point["model"]].spec(point["model"]),
-            task=task.spec(point["set"]),
+            task=task.spec(name),
             ood=[],
             method=method,
-            test_envs=list(point["test_envs"]),
-            hparams_seed=draw,
+            test_envs=list(test_envs),
+            hparams_seed=hparams_seed,
             hparams=hparams,
             sweep=_sweep(self.definition.version, methods[point["method"]], settings),
-            training=training,
+            training={**settings.spec(), "eval_every": eval_every},
             learning_rate=float(hparams["lr"]),
             # DomainBed's seed of the baseline, so that all methods see the same digits
-            data_seed=sweep_seed(task.domainbed, BASELINE, point["test_envs"], draw, trial),
+            data_seed=sweep_seed(task.domainbed, BASELINE, test_envs, hparams_seed, trial),
             seed=trial,
         )
+
+    def _hyper_parameters(
+        self,
+        part: Part[ImagePart],
+        settings: ImageTraining,
+        task: SetEntry,
+        hparams_seed: int,
+        trial: int,
+    ) -> dict[str, Any]:
+        """Return a run's hyper-parameters: DomainBed's, overridden by the settings."""
+        registry = settings.registry or "domainbed"
+        usual = hyper_parameters(registry, task.domainbed, hparams_seed, trial)
+        hparams = {**usual, **(settings.hparams or {})}
+        # refuses unknown names and wrong values
+        parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")
+        return hparams
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
         name = spec["task"]["name"]
         return [SetReader(name, ALL, functools.partial(self._describe, name, spec["data_seed"]))]
 
     def _describe(self, name: str, data_seed: int, open_files: bool) -> Iterator[SetPart]:
+        """Count the images of each environment, then of the whole set.
+
+        ``open_files`` opens every image. A set that is missing or damaged yields the instructions
+        to get it.
+        """
+        # imported here, because it imports PyTorch, and planning is fast without
         from benchmarks.domainbed.validation import count_images, load_set, validate_images
 
         entry = self.tasks[name]
+        task = RunImageSet(**entry.spec(name))
         try:
-            image_set = load_set(RunImageSet(**entry.spec(name)), data_seed, truncated="refuse")
+            image_set = load_set(task, data_seed, truncated="refuse")
             if open_files:
                 validate_images(image_set)
         except DataError as error:
             problem = error if open_files else first_line(error)
             yield missing_set(name, problem, entry.download_instructions, entry.images)
             return
-        for environment, rows, labels in count_images(image_set):
-            yield SetPart(name, environment, rows, labels=labels, source=image_set.source)
-        total = sum(map(len, image_set.environments))
+        for counts in count_images(image_set):
+            yield SetPart(
+                name, counts.name, counts.images, labels=counts.labels, source=image_set.source
+            )
+        total = image_set.num_images
         yield SetPart(name, ALL, total, expected=entry.images, source=image_set.source)
 
 
 def _test_env_tuples(
-    asked: str | list[list[str]], environments: list[str], where: Location
+    requested: str | list[list[str]], environments: list[str], where: Location
 ) -> list[tuple[int, ...]]:
-    """Return the tuples of numbers of environments that are held out together."""
-    if isinstance(asked, str):
-        return [
-            envs
-            for envs in held_out_combinations(len(environments))
-            if asked == "all" or len(envs) == 1
-        ]
-    for names in asked:
+    """Return the held-out environments of each run, as sorted numbers.
+
+    Args:
+        requested: ``single``, ``all``, or lists of names.
+        environments: The names of all environments, in the order of their numbers.
+        where: The location of ``requested`` in the suite's file, for messages.
+    """
+    if isinstance(requested, str):
+        combinations = list(held_out_combinations(len(environments)))
+        if requested == "all":
+            return combinations
+        return [envs for envs in combinations if len(envs) == 1]
+    tuples = []
+    for names in requested:
         check_names(where, names, environments)
-    return [tuple(sorted(environments.index(name) for name in names)) for names in asked]
+        numbers = [environments.index(name) for name in names]
+        tuples.append(tuple(sorted(numbers)))
+    return tuples
+
+
+def _variant(
+    method_variant: str, environments: list[str], test_envs: Sequence[int], hparams_seed: int
+) -> str:
+    """Name the settings of a run besides model, set and method, such as ``N24-TA+C-h2``."""
+    held_out = "+".join(environments[env] for env in test_envs)
+    parts = [method_variant, f"T{held_out}"]
+    # 0 stands for the default hyper-parameters, which need no name
+    if hparams_seed:
+        parts.append(f"h{hparams_seed}")
+    return "-".join(part for part in parts if part)
 
 
 def _sweep(version: int, method: Method, training: ImageTraining) -> str:
     """Hash the settings that are equal in all runs of a method."""
     settings = [
+        version,
         method.model_dump(exclude={"title", "role"}),
         training.model_dump(exclude={"by_model"}),
     ]
-    text = json.dumps([version, *settings], sort_keys=True)
+    text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]

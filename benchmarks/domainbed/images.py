@@ -26,12 +26,12 @@ Picture = Image.Image | Tensor
 
 @dataclass(frozen=True)
 class Environment:
-    """Describe one environment.
+    """The images of one environment.
 
     Attributes:
         name: DomainBed's short name.
         labels: The class number of every row.
-        open: The function that returns the picture of a row: an RGB image, or for MNIST a tensor
+        open: The function that returns the image of a row: an RGB image, or for MNIST a tensor
             ``[channels, 28, 28]`` in [0, 1].
     """
 
@@ -43,22 +43,33 @@ class Environment:
         return len(self.labels)
 
     def summary(self, classes: list[str], rows: Iterable[int] | None = None) -> dict[str, Any]:
-        """Return the counts of rows (None for all) and of their classes, for ``metrics.json``."""
-        counts = Counter(self.labels if rows is None else (self.labels[row] for row in rows))
-        return {
-            "rows": counts.total(),
-            "dropped": 0,
-            "labels": {name: counts[i] for i, name in enumerate(classes)},
-        }
+        """Count rows (None for all) and their classes, for ``metrics.json``."""
+        labels = self.labels
+        if rows is not None:
+            labels = [self.labels[row] for row in rows]
+        counts = Counter(labels)
+        counts_by_name = {name: counts[label] for label, name in enumerate(classes)}
+        return {"rows": len(labels), "dropped": 0, "labels": counts_by_name}
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Hold all environments of a set in DomainBed's order, the names of its classes, and the origin of the images."""
+    """All images of a set.
+
+    Attributes:
+        environments: The environments, in DomainBed's order.
+        classes: The names of the classes, in the order of their numbers.
+        source: The origin of the images.
+    """
 
     environments: list[Environment]
     classes: list[str]
     source: str
+
+    @property
+    def num_images(self) -> int:
+        """Return the number of images of all environments."""
+        return sum(len(environment) for environment in self.environments)
 
 
 def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
@@ -67,55 +78,64 @@ def open_image(file: Path | bytes, where: str, truncated: str) -> Image.Image:
     Args:
         file: The path, or the content of a file.
         where: The name of the image in messages.
-        truncated: ``refuse`` to reject a file that ends early, ``load`` to fill the rest with grey, as DomainBed does.
+        truncated: ``refuse`` to reject a file that ends early, ``load`` to fill the rest with grey,
+            as DomainBed does.
 
     Raises:
-        DataError: The file is not an image, is damaged, ends early, or has more than 8 bits per channel.
+        DataError: The file is not an image, is damaged, ends early, or has more than 8 bits per
+            channel.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = truncated == "load"  # a global setting of Pillow
+    # a global setting of Pillow, so it is set before every image
+    ImageFile.LOAD_TRUNCATED_IMAGES = truncated == "load"
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(opened) as image:
+            # Pillow's modes of integers and floats
             if image.mode.startswith(("I", "F")):
                 raise ValueError("it has 16 or 32 bits per channel; convert it to 8")
             return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise many types
-        is_short = "truncated" in str(error).lower()
-        hint = (
-            "; to fill what is missing, as DomainBed does, set training.truncated: load"
-            if is_short
-            else ""
-        )
+        hint = ""
+        if "truncated" in str(error).lower():
+            hint = "; to fill what is missing, as DomainBed does, set training.truncated: load"
         raise DataError(f"{where} cannot be used: {error}{hint}") from error
 
 
 def load_folders(task: RunImageSet, truncated: str) -> ImageSet:
-    """Load the environments of a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
+    """Load a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
 
     Raises:
         DataError: A folder is missing or empty, or classes differ between environments.
     """
-    if folder := local_path(task.name, task.source.model_dump()):
+    source = task.source.model_dump()
+    folder = local_path(task.name, source)
+    if folder:
         return _from_disk(task, folder, truncated)
     if task.source.hub:
         return _from_hub(task, truncated)
     raise DataError(
-        f"{expected_path(task.source.model_dump())} does not exist; it must hold <environment>/<class>/<image>, as "
+        f"{expected_path(source)} does not exist; it must hold <environment>/<class>/<image>, as "
         "DomainBed's download makes it"
     )
 
 
 def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
-    folders = [root / name for name in _environment_order(_folders(root), task, str(root))]
+    """Load a set from ``<environment>/<class>/<image>`` below a folder."""
+    folder_names = _in_domainbeds_order(_folders(root), task, str(root))
+    folders = [root / name for name in folder_names]
     classes = _folders(folders[0])
-    numbers = {class_name: number for number, class_name in enumerate(classes)}
+    class_numbers = {class_name: number for number, class_name in enumerate(classes)}
     environments = []
     for (name, _), folder in zip(task.environments, folders, strict=True):
-        if odd := sorted(set(_folders(folder)) ^ set(classes)):
+        unshared = set(_folders(folder)).symmetric_difference(classes)
+        if unshared:
             raise DataError(
-                f"classes differ between environments: '{odd[0]}' is only in one of {folders[0]}, {folder}"
+                f"classes differ between environments: '{min(unshared)}' is only in one of "
+                f"{folders[0]}, {folder}"
             )
         try:
-            rows = ImageFolder.make_dataset(str(folder), numbers, is_valid_file=_is_image)
+            # torchvision's order of images, which is DomainBed's
+            rows = ImageFolder.make_dataset(str(folder), class_numbers, is_valid_file=_is_image)
         except FileNotFoundError as error:  # a class without images
             raise DataError(f"{folder}: {error}; images are {', '.join(IMG_EXTENSIONS)}") from error
         paths = [path for path, _ in rows]
@@ -124,33 +144,49 @@ def _from_disk(task: RunImageSet, root: Path, truncated: str) -> ImageSet:
     return ImageSet(environments, classes, str(root))
 
 
-def _environment_order(present: list[str], task: RunImageSet, where: str) -> list[str]:
-    """Sort the names of environments on disk or on the hub in DomainBed's order, see :func:`normalize_name`."""
-    names = {normalize_name(name): name for name in present}
-    wanted = [normalize_name(str(title)) for _, title in task.environments]
-    if len(present) != len(wanted) or set(names) != set(wanted):
-        expected = ", ".join(f"{title} ({name})" for name, title in task.environments)
+def _in_domainbeds_order(present: list[str], task: RunImageSet, where: str) -> list[str]:
+    """Sort the names of environments, as they are on disk or on the hub, in DomainBed's order.
+
+    A name may differ from the one in ``sets.yaml`` as :func:`normalize_name` allows.
+
+    Raises:
+        DataError: An environment is missing, or there is one too many.
+    """
+    present_by_key = {normalize_name(name): name for name in present}
+    needed_keys = [normalize_name(str(disk_name)) for _, disk_name in task.environments]
+    # two names with the same key are one too many
+    has_needed_number = len(present) == len(needed_keys)
+    if not has_needed_number or set(present_by_key) != set(needed_keys):
+        needed = ", ".join(f"{disk_name} ({name})" for name, disk_name in task.environments)
         raise DataError(
-            f"{where} has the environments {', '.join(present)}; it must have {expected}, and no other"
+            f"{where} has the environments {', '.join(present)}; it must have {needed}, and no "
+            "other"
         )
-    return [names[name] for name in wanted]
+    return [present_by_key[key] for key in needed_keys]
 
 
 def normalize_name(name: str) -> str:
-    """Keep a name's letters and digits; fold case."""
+    """Keep the letters and digits of a name, in lower case."""
     return re.sub(r"[\W_]", "", name).casefold()
 
 
 def _is_image(path: str) -> bool:
-    """Return True for an image file that is not hidden, like ``.ipynb_checkpoints/…`` or macOS's ``._000.jpg``."""
-    is_hidden = any(name.startswith(".") for name in Path(path).parts[-2:])
+    """Check that a file is an image and that neither the file nor its folder is hidden.
+
+    Hidden are for example ``.ipynb_checkpoints/…`` and macOS's ``._000.jpg``.
+    """
+    file = Path(path)
+    is_hidden = file.name.startswith(".") or file.parent.name.startswith(".")
     return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden
 
 
-def _folders(here: Path) -> list[str]:
-    return sorted(
-        path.name for path in here.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+def _folders(folder: Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, without hidden ones."""
+    names = []
+    for path in folder.iterdir():
+        if path.is_dir() and not path.name.startswith("."):
+            names.append(path.name)
+    return sorted(names)
 
 
 def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
@@ -158,49 +194,71 @@ def _open_file(paths: list[str], truncated: str, row: int) -> Image.Image:
 
 
 def _from_hub(task: RunImageSet, truncated: str) -> ImageSet:
-    """Load the hub's set, sorted by environment and class, and within a class in the hub's order."""
+    """Load a set from the hub.
+
+    Each environment is sorted by class, and within a class in the order of the hub.
+    """
+    import datasets
+
+    where = str(task.source.hub)
+    splits = _load_hub_splits(task)
+    rows = datasets.concatenate_datasets(list(splits.values()))
+    missing = {"domain", "image", "label"}.difference(rows.column_names)
+    if missing:
+        raise DataError(f"{where} has no column '{min(missing)}'")
+
+    labels = _column_names(rows, "label")
+    domains = _column_names(rows, "domain")
+    classes = sorted(set(labels))
+    ordered_domains = _in_domainbeds_order(sorted(set(domains)), task, where)
+    # the bytes of the files: images are decoded one by one when they are needed
+    images = rows.cast_column("image", datasets.Image(decode=False))
+    environments = []
+    for (name, _), domain in zip(task.environments, ordered_domains, strict=True):
+        in_domain = [index for index in range(len(rows)) if domains[index] == domain]
+        # a stable sort: within a class, rows stay in the order of the hub
+        indices = sorted(in_domain, key=lambda index: labels[index])
+        absent = set(classes).difference(labels[index] for index in indices)
+        if absent:
+            raise DataError(
+                f"{where}: the domain '{domain}' has no image of the class '{min(absent)}'"
+            )
+        class_numbers = [classes.index(labels[index]) for index in indices]
+        open_row = partial(_open_row, images, indices, where, truncated)
+        environments.append(Environment(name, class_numbers, open_row))
+    source = hub_name(where, task.source.revision, commit_of(splits))
+    return ImageSet(environments, classes, f"hub {source}")
+
+
+def _load_hub_splits(task: RunImageSet) -> Any:
+    """Load all splits of a set from the hub, by name (:class:`DataError` if that fails)."""
     import datasets
 
     where = str(task.source.hub)
     try:
-        parts = datasets.load_dataset(where, revision=task.source.revision)
+        return datasets.load_dataset(where, revision=task.source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise DataError(
             f"could not load the set '{where}' from the hub: {error}\n"
-            f"Without it, put {task.source.folder}/<environment>/<class>/<image> below data_root (see config/README.md)"
+            f"Without it, put {task.source.folder}/<environment>/<class>/<image> below data_root "
+            "(see config/README.md)"
         ) from error
-    rows = datasets.concatenate_datasets(list(parts.values()))
-    if missing := {"domain", "image", "label"} - set(rows.column_names):
-        raise DataError(f"{where} has no column '{min(missing)}'")
-    labels, domains = (_column_names(rows, column) for column in ("label", "domain"))
-    classes, present = sorted(set(labels)), _environment_order(sorted(set(domains)), task, where)
-    images = rows.cast_column("image", datasets.Image(decode=False))
-    environments = []
-    for (name, _), domain in zip(task.environments, present, strict=True):
-        chosen = sorted(
-            (i for i in range(len(rows)) if domains[i] == domain), key=lambda i: (labels[i], i)
-        )
-        if absent := sorted(set(classes) - {labels[i] for i in chosen}):
-            raise DataError(
-                f"{where}: the domain '{domain}' has no image of the class '{absent[0]}'"
-            )
-        numbers = [classes.index(labels[i]) for i in chosen]
-        environments.append(
-            Environment(name, numbers, partial(_open_row, images, chosen, where, truncated))
-        )
-    return ImageSet(
-        environments, classes, f"hub {hub_name(where, task.source.revision, commit_of(parts))}"
-    )
 
 
 def _column_names(rows: Any, column: str) -> list[str]:
-    """Return a column of the hub's set as names, not class numbers."""
+    """Return the values of a column as names. Some sets have class numbers instead."""
     names = getattr(rows.features[column], "names", None)
-    return [str(names[value] if names else value) for value in rows[column]]
+    if names:
+        return [str(names[number]) for number in rows[column]]
+    return [str(value) for value in rows[column]]
 
 
-def _open_row(rows: Any, chosen: list[int], where: str, truncated: str, row: int) -> Image.Image:
-    """Open the image of a chosen row of the hub's set."""
-    content = rows[chosen[row]]["image"]
-    file = content["bytes"] if content["bytes"] is not None else Path(content["path"])
-    return open_image(file, f"{where}, row {chosen[row] + 1}", truncated)
+def _open_row(rows: Any, indices: list[int], where: str, truncated: str, row: int) -> Image.Image:
+    """Open the image of an environment's row; ``indices`` are its rows in the hub's set."""
+    index = indices[row]
+    content = rows[index]["image"]
+    # the hub stores the content of a file, or its path
+    file = content["bytes"]
+    if file is None:
+        file = Path(content["path"])
+    return open_image(file, f"{where}, row {index + 1}", truncated)

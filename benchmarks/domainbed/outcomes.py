@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 
+from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.protocol import SELECTIONS, RunRecords
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
@@ -15,134 +16,166 @@ from benchmarks.harness.report.common import Outcomes, join_claim_numbers, param
 from benchmarks.harness.results.records import Record, tabulate_numbers
 from benchmarks.harness.results.statistics import paired_differences, shared_pairs, with_verdicts
 
-CELL = ["selection", "model", "task", "method"]  # the task is the image set
+# the columns that identify a row of a table; ``task`` is the image set
+CELL = ["selection", "model", "task", "method"]
+
+
+class _Choice(NamedTuple):
+    """What a selection chooses besides the step: hyper-parameters and settings of the method."""
+
+    hparams_seed: int
+    variant: str
 
 
 class DomainOutcomes(Outcomes):
     """The finished runs of a domain generalisation benchmark.
 
     Attributes:
-        cells: The chosen records by :data:`CELL`, held-out environment (``eval_task``) and trial (``seed``), with
-            ``value`` (the reported accuracy), ``chosen_by`` (the selection's value), ``step``, ``hparams_seed`` and
-            ``variant``.
-        finished: The runs with what they recorded, by run id.
+        cells: The chosen records, one row for each selection, model, image set and method
+            (:data:`CELL`), held-out environment (``eval_task``) and trial (``seed``). The other
+            columns are ``value`` (the reported accuracy), ``chosen_by`` (the accuracy that the
+            selection maximises), ``step``, ``hparams_seed`` and ``variant``.
+        finished: The finished runs with their metrics, by run id.
+        specs: The specs of the runs, by run id.
         records: Every number of every run.
-        shared: The cells of the trials that have all methods and environments of a selection, model and set.
-        differences: The paired differences to the baseline over these trials, of means over environments.
-        tests: The same over all trials and environments that both methods share, with verdicts, corrected over all
-            rows.
+        shared: The rows of ``cells`` in the trials that have all methods and environments of a
+            selection, model and image set.
+        differences: The differences to the baseline over the trials of ``shared``. They are paired
+            by trial, and averaged over environments.
+        tests: The differences over all trials and environments that a method shares with the
+            baseline, with verdicts. p is Holm-corrected over all rows.
     """
 
     pair = "trial"  # DomainBed's word for a seed
     benchmark: AnyBenchmark
 
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
-        selections = {name: title for name, (title, _) in SELECTIONS.items()}
+        runs = [record.run for record in finished]
+        selections = {name: selection.title for name, selection in SELECTIONS.items()}
         sets = {name: task.title for name, task in benchmark.tasks.items()}
-        super().__init__(
-            benchmark, [record.run for record in finished], CELL, selection=selections, task=sets
-        )
+        super().__init__(benchmark, runs, CELL, selection=selections, task=sets)
         self.finished = {record.run.id: record for record in finished}
+        self.specs = {run.id: cast(ImageSpec, benchmark.read_spec(run)) for run in runs}
         self.records = tabulate_numbers(finished)
-        columns = [
-            *CELL,
-            "eval_task",
-            "seed",
-            "value",
-            "chosen_by",
-            "step",
-            "hparams_seed",
-            "variant",
-        ]
-        self.cells = pd.DataFrame(self._cells(), columns=columns)
-        self.shared = shared_pairs(
-            self.cells, ["selection", "model", "task"], ["method", "eval_task"], "seed"
-        )
+
+        # named here, because there may be no row
+        chosen = ["value", "chosen_by", "step", "hparams_seed", "variant"]
+        columns = [*CELL, "eval_task", "seed", *chosen]
+        self.cells = pd.DataFrame(self._chosen_rows(), columns=columns)
+        # all methods of a table are compared on the same trials
+        table = ["selection", "model", "task"]
+        row = ["method", "eval_task"]
+        self.shared = shared_pairs(self.cells, table, row, "seed")
         self.differences = self._differences(self.shared)
         self.tests = with_verdicts(self._differences(self.cells))
 
     def _differences(self, cells: pd.DataFrame) -> pd.DataFrame:
-        # sorted by environment, because the order of summation changes the last digit
-        scores = cells[[*CELL, "eval_task", "seed", "value"]].sort_values(
-            ["eval_task", "seed"], kind="stable"
-        )
-        return paired_differences(scores, CELL, {"method": self.baseline}, "seed").drop(
-            columns="values"
-        )
+        """Compute the differences to the baseline, paired by trial."""
+        scores = cells[[*CELL, "eval_task", "seed", "value"]]
+        # the order of summation changes the last digit
+        ordered = scores.sort_values(["eval_task", "seed"], kind="stable")
+        differences = paired_differences(ordered, CELL, {"method": self.baseline}, "seed")
+        return differences.drop(columns="values")
 
     @cached_property
     def shared_origins(self) -> pd.DataFrame:
-        """Return the runs of the shared trials."""
+        """Return the numbers of the runs in :attr:`shared`, so that tables list only these runs."""
         keys = ["model", "task", "method", "seed"]
-        return self.records.merge(self.shared[keys].drop_duplicates(), on=keys)
+        shared_trials = self.shared[keys].drop_duplicates()
+        return self.records.merge(shared_trials, on=keys)
 
     @property
     def sets(self) -> list[str]:
-        """Return the names of the sets with runs."""
-        return list(dict.fromkeys(run.task for run in self.runs))
+        """Return the names of the image sets with runs, in the order of the runs."""
+        names: list[str] = []
+        for run in self.runs:
+            if run.task not in names:
+                names.append(run.task)
+        return names
 
     def environments(self, name: str) -> list[str]:
-        """Return the names of a set's environments, in DomainBed's order."""
+        """Return the names of the environments of an image set, in DomainBed's order."""
         return list(self.benchmark.tasks[name].environments)
 
     def env_title(self, name: str, env: str) -> str:
         """Return the title of an environment: its name, with the unit if it is a number."""
         return f"{env}{self.benchmark.tasks[name].unit}"
 
-    def _cells(self) -> Iterator[dict[str, Any]]:
-        """Yield the chosen record of every selection and held-out environment, if the selection has one."""
+    def _chosen_rows(self) -> Iterator[dict[str, Any]]:
+        """For every selection and held-out environment, yield the chosen record as a row."""
+        # a selection chooses among the runs of one model, set, method and trial
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
             key = (run.model, run.task, run.method, run.seed)
             groups.setdefault(key, []).append(run)
-        for (model, name, method, seed), runs in groups.items():
-            # by DomainBed's hparams_seed, then in the order of the grid
-            choices = sorted(dict.fromkeys(map(_choice, runs)), key=lambda choice: choice[0])
-            records = []
-            for run in runs:
-                steps = [step.model_dump() for step in self.finished[run.id].metrics.records or ()]
-                records.append(
-                    RunRecords(tuple(run.spec["test_envs"]), choices.index(_choice(run)), steps)
-                )
-            for selection, (_, choose) in SELECTIONS.items():
-                for env, env_name in enumerate(self.environments(name)):
-                    chosen = choose(records, env)
-                    if chosen is None:
-                        continue
-                    hparams_seed, variant = choices[chosen.choice]
-                    yield {
-                        "selection": selection,
-                        "model": model,
-                        "task": name,
-                        "method": method,
-                        "eval_task": env_name,
-                        "seed": seed,
-                        "value": chosen.test_accuracy(env),
-                        "chosen_by": chosen.value,
-                        "step": chosen.record["step"],
-                        "hparams_seed": hparams_seed,
-                        "variant": variant,
-                    }
+        for runs in groups.values():
+            yield from self._choose_among(runs)
+
+    def _choose_among(self, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+        """Yield the chosen records among the runs of one model, image set, method and trial."""
+        choices = self._choices(runs)
+        records = []
+        for run in runs:
+            metrics = self.finished[run.id].metrics
+            steps = [record.model_dump() for record in metrics.records or ()]
+            test_envs = tuple(self.specs[run.id].test_envs)
+            records.append(RunRecords(test_envs, choices.index(self._choice(run)), steps))
+
+        names = runs[0]  # all runs have the same names
+        for selection, (_, choose) in SELECTIONS.items():
+            for env, env_name in enumerate(self.environments(names.task)):
+                chosen = choose(records, env)
+                # the environment was not held out, or leave-one-domain-out lacks pairs
+                if chosen is None:
+                    continue
+                choice = choices[chosen.choice]
+                yield {
+                    "selection": selection,
+                    "model": names.model,
+                    "task": names.task,
+                    "method": names.method,
+                    "eval_task": env_name,
+                    "seed": names.seed,
+                    "value": chosen.test_accuracy(env),
+                    "chosen_by": chosen.value,
+                    "step": chosen.record["step"],
+                    "hparams_seed": choice.hparams_seed,
+                    "variant": choice.variant,
+                }
+
+    def _choices(self, runs: Sequence[Run]) -> list[_Choice]:
+        """Return the distinct choices of runs, sorted by ``hparams_seed``, then as in the grid."""
+        choices: list[_Choice] = []
+        for run in runs:
+            choice = self._choice(run)
+            if choice not in choices:
+                choices.append(choice)
+        return sorted(choices, key=lambda choice: choice.hparams_seed)
+
+    def _choice(self, run: Run) -> _Choice:
+        return _Choice(self.specs[run.id].hparams_seed, run.method_variant)
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Average shared cells over environments, by cell and trial; ``complete`` omits trials that lack some."""
-        grouped = self.shared.groupby([*CELL, "seed"], sort=False)["value"]
-        means, counts = grouped.mean(), grouped.count()
+        """Average the values of :attr:`shared` over environments.
+
+        Returns one mean for each :data:`CELL` and trial. ``complete`` omits trials that lack an
+        environment of the image set.
+        """
+        by_trial = self.shared.groupby([*CELL, "seed"], sort=False)["value"]
+        means = by_trial.mean()
         if not complete:
             return means
-        sizes = [len(self.environments(name)) for name in means.index.get_level_values("task")]
-        return means[counts.to_numpy() == sizes]
+        counts = by_trial.count().to_numpy()
+        names = means.index.get_level_values("task")
+        needed = [len(self.environments(name)) for name in names]
+        return means[counts == needed]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return the held-out accuracies of every trial, and the parameter counts, for claims."""
+        """Return the held-out accuracies of all trials and the parameter counts, for claims."""
         accuracies = self.cells.assign(domain="held_out", metric="accuracy")
         return join_claim_numbers(accuracies, parameter_counts(self.records))
 
     def held_out(self, name: str) -> int:
         """Count the environments of a set that were held out."""
-        return int(self.cells.loc[self.cells["task"] == name, "eval_task"].nunique())
-
-
-def _choice(run: Run) -> tuple[int, str]:
-    """Return the hyper-parameters' draw and the variant of a run."""
-    return run.spec["hparams_seed"], run.method_variant
+        of_set = self.cells[self.cells["task"] == name]
+        return int(of_set["eval_task"].nunique())

@@ -1,8 +1,13 @@
-"""Train an image classifier on some environments and evaluate it on the held-out ones, with DomainBed's protocol."""
+"""Train an image classifier on some environments, and evaluate it on the held-out ones.
+
+The protocol is DomainBed's.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from benchmarks.domainbed.batches import (
     EnvironmentBatches,
     EvaluationRows,
     TrainingRows,
+    Transform,
     evaluation_transform,
     training_transform,
     with_prefix,
@@ -26,6 +32,7 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.sets import ALL, SetPart
 from benchmarks.harness.models.build import build_image_classifier
 from benchmarks.harness.models.prefix import Prefix
+from benchmarks.harness.models.trainable import Trainable
 from benchmarks.harness.training.progress import Progress
 
 
@@ -34,150 +41,249 @@ def run(spec: ImageSpec, folder: Path, progress: Progress) -> dict[str, Any]:
 
     Args:
         spec: The settings of the run.
-        folder: The run's folder, for checkpoints and for the records in DomainBed's form (``results.jsonl``).
+        folder: The run's folder, for checkpoints and for ``results.jsonl``, the records in the
+            format of DomainBed.
         progress: The reporter of progress.
 
     Returns:
         The content of ``metrics.json`` without the harness's part.
     """
-    training, hparams, held_out = spec.training, spec.hparams, spec.test_envs
-    image_set = load_set(spec.task, spec.data_seed, truncated=training.truncated)
-    if not spec.task.source.mnist:
-        validate_once(image_set, spec.task, training.truncated)
-    envs, classes, size = image_set.environments, image_set.classes, training.image_size
-    progress.say(image_set.source)
-    for name, count, labels in count_images(image_set):
-        progress.say(f"{name}: {count:,} images, {labels}")
-    entry = load_benchmark(spec.benchmark).tasks.get(spec.task.name)
-    if entry and (
-        note := SetPart(spec.task.name, ALL, sum(map(len, envs)), expected=entry.images).note
-    ):
-        progress.say(f"warning: {note}")
-    splits = _split(spec, image_set)
-    trained = [env for env in range(len(envs)) if env not in held_out]
-    names = [", ".join(envs[env].name for env in chosen) for chosen in (held_out, trained)]
-    progress.say(f"held out: {names[0]}; trained on: {names[1]}")
+    data = _load_data(spec, progress)
+    splits = data.splits
+    classes = data.image_set.classes
     classifier = build_image_classifier(
-        spec, len(classes), size, drop_path=training.drop_path, dropout=hparams.vit_dropout or 0.0
-    )
-    if classifier.prefix is not None:
-        envs = _add_prefixes(classifier.prefix, spec, envs, splits)
-    rows = [splits[env].within for env in trained]
-    seed = derive_seed("environments", spec.seed, *held_out)  # the same draws for all methods
-    transform = (
-        training_transform(size) if hparams.data_augmentation else evaluation_transform(size)
-    )
-    trainer = DomainTrainer(
-        classifier,
         spec,
-        TrainingRows([envs[env] for env in trained], rows, transform, seed),
-        EnvironmentBatches(
-            [len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed
-        ),
-        _evaluation_splits(spec, envs, splits),
-        folder,
-        progress,
+        len(classes),
+        spec.training.image_size,
+        drop_path=spec.training.drop_path,
+        dropout=spec.hparams.vit_dropout or 0.0,
     )
-    # DomainBed's epoch: steps through the smallest environment, held out or not
-    epoch = min(len(split.within) for split in splits) / hparams.batch_size
-    records = [record | {"epoch": record["step"] / epoch} for record in trainer.fit()]
+    environments = data.image_set.environments
+    if classifier.prefix is not None:
+        environments = _add_prefixes(classifier.prefix, spec, environments, splits)
+
+    trainer = _make_trainer(classifier, spec, environments, splits, folder, progress)
+    records = _add_epochs(trainer.fit(), spec, splits)
     _write_results(folder / "results.jsonl", spec, records)
+
+    # the confusion and the routing are of the last step, not of the selected one
     progress.say("predicting the out splits")
-    out = [
-        EvaluationRows(environment, split.out[: training.eval_rows], evaluation_transform(size))
-        for environment, split in zip(envs, splits, strict=True)
-    ]
-    confusion, routing = trainer.predict_splits(out, len(classes))
-    best = best_record(records, held_out)
+    out_rows = _out_rows(spec, environments, splits)
+    confusion, routing = trainer.predict_splits(out_rows, len(classes))
+    names = [environment.name for environment in environments]
     return {
         "records": records,
-        "scores": {
-            "train": {spec.task.name: {"loss": best.record["loss"]}},
-            "dev": {spec.task.name: {ACCURACY: best.value}},
-            "test": {envs[env].name: {ACCURACY: best.test_accuracy(env)} for env in held_out},
-        },
-        "confusion": {
-            environment.name: matrix.tolist()
-            for environment, matrix in zip(envs, confusion, strict=True)
-        },
+        "scores": _scores(spec, names, records),
+        "confusion": dict(zip(names, confusion.tolist(), strict=True)),
         "classes": classes,
         "routing": routing,
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
-        "data": {
-            f"{environment.name} {name}": {
-                "source": image_set.source,
-                **environment.summary(classes, chosen),
-            }
-            for environment, split in zip(envs, splits, strict=True)
-            for name, chosen in (("in", split.within), ("out", split.out))
-        },
+        "data": _summarise_data(data),
     }
+
+
+@dataclass(frozen=True)
+class _Data:
+    """An image set, and the splits of its environments."""
+
+    image_set: ImageSet
+    splits: list[Split]
+
+
+def _load_data(spec: ImageSpec, progress: Progress) -> _Data:
+    """Load, check, describe and split the image set.
+
+    Raises:
+        DataError: The set is missing or damaged, or an environment is too small to split.
+    """
+    training = spec.training
+    image_set = load_set(spec.task, spec.data_seed, truncated=training.truncated)
+    # MNIST's digits are not separate files, so none can be damaged alone
+    if not spec.task.source.mnist:
+        validate_once(image_set, spec.task, training.truncated)
+    progress.say(image_set.source)
+    for counts in count_images(image_set):
+        progress.say(f"{counts.name}: {counts.images:,} images, {counts.labels}")
+    note = _count_note(spec, image_set)
+    if note:
+        progress.say(f"warning: {note}")
+
+    splits = _split(spec, image_set)
+    environments = image_set.environments
+    held_out = ", ".join(environments[env].name for env in spec.test_envs)
+    trained = ", ".join(environments[env].name for env in _trained_envs(spec, environments))
+    progress.say(f"held out: {held_out}; trained on: {trained}")
+    return _Data(image_set, splits)
+
+
+def _count_note(spec: ImageSpec, image_set: ImageSet) -> str | None:
+    """Describe a difference from the makers' number of images; None if there is none."""
+    name = spec.task.name
+    entry = load_benchmark(spec.benchmark).tasks.get(name)
+    if entry is None:
+        return None
+    return SetPart(name, ALL, image_set.num_images, expected=entry.images).note
+
+
+def _trained_envs(spec: ImageSpec, environments: Sequence[Environment]) -> list[int]:
+    """Return the numbers of the training environments."""
+    return [env for env in range(len(environments)) if env not in spec.test_envs]
+
+
+def _make_trainer(
+    classifier: Trainable,
+    spec: ImageSpec,
+    environments: Sequence[Environment],
+    splits: Sequence[Split],
+    folder: Path,
+    progress: Progress,
+) -> DomainTrainer:
+    """Make the trainer of a classifier, with its training rows and evaluated splits."""
+    training = spec.training
+    hparams = spec.hparams
+    trained = _trained_envs(spec, environments)
+    trained_environments = [environments[env] for env in trained]
+    rows_by_env = [splits[env].within for env in trained]
+    rows_per_env = [len(rows) for rows in rows_by_env]
+    # the same draws for all methods
+    seed = derive_seed("environments", spec.seed, *spec.test_envs)
+    transform = _transform(spec, augments=hparams.data_augmentation)
+    return DomainTrainer(
+        classifier,
+        spec,
+        TrainingRows(trained_environments, rows_by_env, transform, seed),
+        EnvironmentBatches(rows_per_env, hparams.batch_size, training.steps, seed),
+        _evaluation_splits(spec, environments, splits),
+        folder,
+        progress,
+    )
+
+
+def _transform(spec: ImageSpec, *, augments: bool) -> Transform:
+    """Return the transform of images, with random augmentation or without."""
+    if augments:
+        return training_transform(spec.training.image_size)
+    return evaluation_transform(spec.training.image_size)
+
+
+def _add_epochs(
+    records: Sequence[dict[str, Any]], spec: ImageSpec, splits: Sequence[Split]
+) -> list[dict[str, Any]]:
+    """Add the ``epoch`` to each record."""
+    # DomainBed's epoch: the steps through the smallest environment, held out or not
+    smallest = min(len(split.within) for split in splits)
+    steps_per_epoch = smallest / spec.hparams.batch_size
+    return [{**record, "epoch": record["step"] / steps_per_epoch} for record in records]
+
+
+def _out_rows(
+    spec: ImageSpec, environments: Sequence[Environment], splits: Sequence[Split]
+) -> list[EvaluationRows]:
+    """Return the evaluated rows of every *out* split, without augmentation."""
+    transform = _transform(spec, augments=False)
+    evaluated = []
+    for environment, split in zip(environments, splits, strict=True):
+        rows = split.out[: spec.training.eval_rows]
+        evaluated.append(EvaluationRows(environment, rows, transform))
+    return evaluated
+
+
+def _scores(
+    spec: ImageSpec, names: Sequence[str], records: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the scores of the record that training-domain validation selects, by part and set.
+
+    ``names`` are the names of the environments, in the order of their numbers.
+    """
+    best = best_record(records, spec.test_envs)
+    test = {names[env]: {ACCURACY: best.test_accuracy(env)} for env in spec.test_envs}
+    return {
+        "train": {spec.task.name: {"loss": best.record["loss"]}},
+        "dev": {spec.task.name: {ACCURACY: best.value}},
+        "test": test,
+    }
+
+
+def _summarise_data(data: _Data) -> dict[str, dict[str, Any]]:
+    """Count the rows of both splits of every environment, by name and split."""
+    classes = data.image_set.classes
+    source = {"source": data.image_set.source}
+    summaries = {}
+    for environment, split in zip(data.image_set.environments, data.splits, strict=True):
+        within = environment.summary(classes, split.within)
+        out = environment.summary(classes, split.out)
+        summaries[f"{environment.name} in"] = {**source, **within}
+        summaries[f"{environment.name} out"] = {**source, **out}
+    return summaries
 
 
 def _split(spec: ImageSpec, image_set: ImageSet) -> list[Split]:
     """Split every environment (:class:`DataError` if one is too small)."""
     splits = []
     for env, environment in enumerate(image_set.environments):
-        split = split_environment(len(environment), env, spec.seed, is_test=env in spec.test_envs)
+        is_test = env in spec.test_envs
+        split = split_environment(len(environment), env, spec.seed, is_test=is_test)
         if not split.within or not split.out:
             raise DataError(
-                f"{image_set.source}: the environment '{environment.name}' has {len(environment)} images, too few to "
-                "split"
+                f"{image_set.source}: the environment '{environment.name}' has "
+                f"{len(environment)} images, too few to split"
             )
         splits.append(split)
     return splits
 
 
 def _add_prefixes(
-    prefix: Prefix, spec: ImageSpec, environments: list[Environment], splits: list[Split]
+    prefix: Prefix, spec: ImageSpec, environments: Sequence[Environment], splits: Sequence[Split]
 ) -> list[Environment]:
-    """Add the outputs of the model's frozen layers for all rows in training or evaluation."""
-    training, prefixed = spec.training, list(environments)
-    # methods begin with different environments, so that concurrent runs share the work instead of waiting
+    """Return the environments with the outputs of the model's frozen layers.
+
+    These are computed for all rows that training or evaluation reads.
+    """
+    training = spec.training
+    prefixed = list(environments)
+    # methods begin with different environments, so that concurrent runs share the work instead of
+    # waiting for each other
     begin = derive_seed("first", spec.method.name)
     for number in range(begin, begin + len(environments)):
         env = number % len(environments)
-        within, out = splits[env]
-        within = within[: training.eval_rows] if env in spec.test_envs else within
+        # training reads the whole *in* split
+        within = splits[env].within
+        if env in spec.test_envs:
+            within = within[: training.eval_rows]
+        out = splits[env].out[: training.eval_rows]
         # sorted, so that trials share the cache if they use all rows
-        rows = sorted([*within, *out[: training.eval_rows]])
+        rows = sorted([*within, *out])
         prefixed[env] = with_prefix(environments[env], prefix, rows, training.image_size)
     return prefixed
 
 
 def _evaluation_splits(
-    spec: ImageSpec, environments: list[Environment], splits: list[Split]
+    spec: ImageSpec, environments: Sequence[Environment], splits: Sequence[Split]
 ) -> dict[str, EvaluationRows]:
-    """Return the evaluated splits by DomainBed's names (``env0_in``, ``env0_out``, …)."""
-    training, size, evaluated = spec.training, spec.training.image_size, {}
-    for name in ("in", "out"):
-        for env, (environment, split) in enumerate(zip(environments, splits, strict=True)):
-            is_test = env in spec.test_envs
-            if name == "in" and not is_test and training.evaluate == "needed":
-                continue
-            augments = spec.hparams.data_augmentation and training.val_augment and not is_test
-            transform = training_transform(size) if augments else evaluation_transform(size)
-            rows = split.within if name == "in" else split.out
-            evaluated[f"env{env}_{name}"] = EvaluationRows(
-                environment, rows[: training.eval_rows], transform
-            )
-    return evaluated
+    """Return the evaluated splits by DomainBed's names: all *in* splits, then all *out* splits."""
+    within: dict[str, EvaluationRows] = {}
+    out: dict[str, EvaluationRows] = {}
+    training = spec.training
+    for env, (environment, split) in enumerate(zip(environments, splits, strict=True)):
+        is_test = env in spec.test_envs
+        augments = spec.hparams.data_augmentation and training.val_augment and not is_test
+        transform = _transform(spec, augments=augments)
+        # no selection and no table reads the in split of a training environment
+        if is_test or training.evaluate == "all":
+            rows = split.within[: training.eval_rows]
+            within[f"env{env}_in"] = EvaluationRows(environment, rows, transform)
+        rows = split.out[: training.eval_rows]
+        out[f"env{env}_out"] = EvaluationRows(environment, rows, transform)
+    return {**within, **out}
 
 
 def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
-    """Write the records with the run's arguments, in the format of DomainBed's scripts.
-
-    The scripts group by data set, algorithm, held-out environments, draw and trial. The algorithm's name contains all
-    other settings: their digest, the variant, the model, and the set if it is a variant of DomainBed's.
-    """
-    method, task = spec.method, spec.task
-    variant = task.name if normalize_name(task.name) != normalize_name(task.domainbed) else ""
-    names = (f"{method.name}-{spec.sweep}", method.variant, spec.model.name, variant)
+    """Write the records with the run's arguments, in the format of DomainBed's scripts."""
     arguments = {
-        "dataset": task.domainbed,
-        "algorithm": "@".join(filter(None, names)),
+        "dataset": spec.task.domainbed,
+        "algorithm": _algorithm(spec),
         "test_envs": spec.test_envs,
         "hparams_seed": spec.hparams_seed,
         "trial_seed": spec.seed,
@@ -186,7 +292,24 @@ def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -
         "task": "domain_generalization",
         "steps": spec.training.steps,
     }
-    more = {"args": arguments, "hparams": spec.hparams.model_dump()}
-    write_text(
-        path, "".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records)
-    )
+    shared = {"args": arguments, "hparams": spec.hparams.model_dump()}
+    lines = [json.dumps({**record, **shared}, sort_keys=True) for record in records]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _algorithm(spec: ImageSpec) -> str:
+    """Name the algorithm for DomainBed's scripts, such as ``emoe-1a2b3c@N24@deit-small``.
+
+    The scripts group by data set, algorithm, held-out environments, hyper-parameters and trial. So
+    the name contains all other settings: their digest, the varied settings of the method, the
+    model, and the image set if it is a variant of DomainBed's.
+    """
+    names = [f"{spec.method.name}-{spec.sweep}"]
+    # empty if the method has its usual settings
+    if spec.method.variant:
+        names.append(spec.method.variant)
+    names.append(spec.model.name)
+    task = spec.task
+    if normalize_name(task.name) != normalize_name(task.domainbed):
+        names.append(task.name)
+    return "@".join(names)

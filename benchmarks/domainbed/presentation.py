@@ -18,82 +18,117 @@ from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.statistics import PERMUTATIONS
 
+# the image sets of the paper's average, and its name
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
+# columns to sort the rows of several image sets by, and of one
 _ORDER = ["model", "selection", "task", "method"]
+_ORDER_OF_SET = ["model", "selection", "method"]
+# the headings of the columns that name a row, for several image sets and for one
 _ROW = {
     "model_title": "Model",
     "selection_title": "Selection",
     "task_title": "Set",
     "method_title": "Method",
 }
-_KEYS = {key: heading for key, heading in _ROW.items() if key != "task_title"}
+_KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title": "Method"}
 _SELECTIONS = (
-    "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
-    "images of the training environments. Leave-one-domain-out: the step with the highest mean accuracy on each other "
-    "environment, in runs that also hold it out; only if such runs exist. Test-domain validation (an oracle): the run "
-    "whose last step is best on images of the test environment."
+    "Selections are DomainBed's. Training-domain validation: the step with the highest mean "
+    "accuracy on held-out images of the training environments. Leave-one-domain-out: the step with "
+    "the highest mean accuracy on each other environment, in runs that also hold it out; only if "
+    "such runs exist. Test-domain validation (an oracle): the run whose last step is best on "
+    "images of the test environment."
 )
+# by training.val_augment
 _VALIDATION = {
-    True: "Images of training environments are augmented for validation too, as DomainBed and the paper's authors do.",
-    False: "Images of training environments are not augmented for validation, unlike in DomainBed and the paper.",
+    True: (
+        "Images of training environments are augmented for validation too, as DomainBed and the "
+        "paper's authors do."
+    ),
+    False: (
+        "Images of training environments are not augmented for validation, unlike in DomainBed and "
+        "the paper."
+    ),
 }
-_ERROR = "± is DomainBed's: the population standard deviation over trials, divided by the root of their number"
+_ERROR = (
+    "± is DomainBed's: the population standard deviation over trials, divided by the root of their "
+    "number"
+)
 
 
 def results(outcomes: DomainOutcomes, name: str) -> Table:
-    """Make a table of one set in DomainBed's layout: a column per held-out environment, and the mean."""
+    """Make the table of one image set in DomainBed's layout.
+
+    It has a column for each held-out environment, the average, and the difference to the baseline.
+    """
     cells = outcomes.shared[outcomes.shared["task"] == name]
-    limits = {run.spec["training"]["eval_rows"] for run in _runs_on(outcomes, [name])}
-    cut = "".join(f", of which {limit} are used" for limit in limits if limit)
-    grouped = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
-    numbers = grouped.agg(mean="mean", error=_domainbed_error).reset_index()[
-        ["eval_task", *CELL, "mean", "error"]
-    ]
-    frame = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
-    envs = [env for env in outcomes.environments(name) if env in set(cells["eval_task"])]
+    by_environment = cells.groupby([*CELL, "eval_task"], sort=False)["value"]
+    means = by_environment.agg(mean="mean", error=_domainbed_error).reset_index()
+    numbers = means[["eval_task", *CELL, "mean", "error"]]
+
+    # a row for each cell, with its number of trials
+    trials = cells.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
+    held_out = set(cells["eval_task"])
+    envs = [env for env in outcomes.environments(name) if env in held_out]
     headings = {env: outcomes.env_title(name, env) for env in envs}
-    frame, columns = common.with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
-    frame, columns = common.with_average(frame, columns, "accuracy")
-    frame = common.with_numbers(frame, CELL, outcomes.differences[[*CELL, "delta", "low", "high"]])
-    delta = f"Δ to {outcomes.baseline_title}"
-    columns.append(Column("accuracy", "delta", delta, interval=("low", "high"), signed=True))
+    with_envs, env_columns = common.with_columns(
+        trials, CELL, numbers, headings, "accuracy", std="error"
+    )
+    with_average, columns = common.with_average(with_envs, env_columns, "accuracy")
+    differences = outcomes.differences[[*CELL, "delta", "low", "high"]]
+    with_differences = common.with_numbers(with_average, CELL, differences)
+    delta = Column(
+        "accuracy",
+        "delta",
+        f"Δ to {outcomes.baseline_title}",
+        interval=("low", "high"),
+        signed=True,
+    )
     return Table(
         f"{outcomes.title('task', name)}: accuracy by held-out environment",
-        f"Accuracy on the in split of the held-out environment (80 % of its images{cut}). Mean over n trials. "
-        f"{_ERROR}. {outcomes.shared_note} "
-        f"{_held_out_note(outcomes, [name])}{_selections_note(outcomes, [name])} {_experts_note(outcomes, [name])}Δ is "
-        "paired by trial, with a 95 % confidence interval (Student's t), not corrected for multiple tests. Bold marks "
-        "the best method, without controls.",
+        _sentences(
+            "Accuracy on the in split of the held-out environment (80 % of its images"
+            f"{_limit_note(outcomes, name)}). Mean over n trials. {_ERROR}.",
+            outcomes.shared_note,
+            _held_out_note(outcomes, [name]),
+            _selections_note(outcomes, [name]),
+            _experts_note(outcomes, [name]),
+            "Δ is paired by trial, with a 95 % confidence interval (Student's t), not corrected "
+            "for multiple tests. Bold marks the best method, without controls.",
+        ),
         {**_KEYS, "n": "n"},
-        columns,
-        outcomes.order(frame, ["model", "selection", "method"]),
+        [*columns, delta],
+        outcomes.order(with_differences, _ORDER_OF_SET),
         group=("model", "selection"),
         origins=outcomes.shared_origins,
     )
 
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
-    """Make a table of the step and the draw of hyper-parameters that each selection chose on one set."""
-    frame = outcomes.order(
-        outcomes.cells[outcomes.cells["task"] == name], ["model", "selection", "method"]
-    )
+    """Make the table of the steps and hyper-parameters that selections chose on one image set."""
+    of_set = outcomes.cells[outcomes.cells["task"] == name]
+    frame = outcomes.order(of_set, _ORDER_OF_SET)
     frame["eval_task_title"] = [outcomes.env_title(name, env) for env in frame["eval_task"]]
+    # hparams_seed 0 stands for the default hyper-parameters
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
-    varied = {"variant": "Variant"} if frame["variant"].any() else {}
+    keys = {
+        **_KEYS,
+        "eval_task_title": "Held out",
+        "seed": "Trial",
+        "step": "Step",
+        "draw": "Draw",
+    }
+    if frame["variant"].any():
+        keys["variant"] = "Variant"
     return Table(
         f"{outcomes.title('task', name)}: choices",
-        "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out "
-        "environment and trial; the selection's value, and the reported accuracy on the held-out environment. "
-        f"{_selections_note(outcomes, [name])}",
-        {
-            **_KEYS,
-            "eval_task_title": "Held out",
-            "seed": "Trial",
-            "step": "Step",
-            "draw": "Draw",
-            **varied,
-        },
+        _sentences(
+            "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection "
+            "chose, by held-out environment and trial; the selection's value, and the reported "
+            "accuracy on the held-out environment.",
+            _selections_note(outcomes, [name]),
+        ),
+        keys,
         [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
         frame,
         # a row lists the runs of all trials and held-out environments
@@ -102,35 +137,44 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
 
 
 def summary(outcomes: DomainOutcomes) -> Table:
-    """Make DomainBed's summary table, with means over the environments of every set."""
+    """Make DomainBed's summary table: means over the environments of every image set."""
     keys = ["selection", "model", "method"]
-    trials = outcomes.trials().groupby(CELL, sort=False)
-    spread = trials.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
-    frame = common.format_counts(spread, keys)
-    headings = {name: outcomes.title("task", name) for name in outcomes.sets}
+    by_cell = outcomes.trials().groupby(CELL, sort=False)
+    spread = by_cell.agg(mean="mean", error=_domainbed_error, n="count").reset_index()
     numbers = spread[["task", *keys, "mean", "error"]]
-    frame, columns = common.with_columns(frame, keys, numbers, headings, "accuracy", std="error")
+
+    # a row for each selection, model and method, and a column for each image set
+    counts = common.format_counts(spread, keys)
+    headings = {name: outcomes.title("task", name) for name in outcomes.sets}
+    frame, columns = common.with_columns(counts, keys, numbers, headings, "accuracy", std="error")
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, "accuracy")
     return Table(
         "Accuracy on held-out environments, by set",
-        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {outcomes.shared_note} "
-        f"{_held_out_note(outcomes, outcomes.sets)}The average needs a row with all sets. "
-        f"{_selections_note(outcomes, outcomes.sets)} {_experts_note(outcomes, outcomes.sets)}".strip(),
+        _sentences(
+            "Mean over the held-out environments of a trial, then over n trials.",
+            f"{_ERROR}.",
+            outcomes.shared_note,
+            _held_out_note(outcomes, outcomes.sets),
+            "The average needs a row with all sets.",
+            _selections_note(outcomes, outcomes.sets),
+            _experts_note(outcomes, outcomes.sets),
+        ),
         {**_KEYS, "n": "n"},
         columns,
-        outcomes.order(frame, ["model", "selection", "method"]),
+        outcomes.order(frame, _ORDER_OF_SET),
         group=("model", "selection"),
         origins=outcomes.shared_origins,
     )
 
 
 def tests(outcomes: DomainOutcomes) -> Table:
-    """Make a table of tests against the baseline, paired by trial."""
+    """Make the table of tests against the baseline, paired by trial."""
     return common.tests_table(
         outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over "
-        "all n trials of both rows. Other tables use the trials that all their rows share.",
+        f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired "
+        "by trial, over all n trials of both rows. Other tables use the trials that all their rows "
+        "share.",
         {**_ROW, "n": "n"},
         "accuracy",
         outcomes.order(outcomes.tests, _ORDER),
@@ -138,64 +182,89 @@ def tests(outcomes: DomainOutcomes) -> Table:
 
 
 def cost(outcomes: DomainOutcomes) -> Table:
-    """Make a table of costs, expert loads, and mutual information of experts with class and environment."""
+    """Make the table of costs and expert use.
+
+    It includes the mutual information of experts with class and environment.
+    """
     cell = ["model", "task", "method"]
+    cells = outcomes.records[cell].drop_duplicates()
     return common.cost_table(
         {"model_title": "Model", "task_title": "Set", "method_title": "Method"},
-        outcomes.order(outcomes.records[cell].drop_duplicates(), cell),
+        outcomes.order(cells, cell),
         cell,
         outcomes.records,
         averaged="Means over all runs; step times exclude reading and augmenting images",
-        measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the "
-        "mutual information of a token's expert and its image's class (environment). By chance: its mean and 95 % "
-        f"quantile over {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those "
-        "of a class). Only values above the quantile are meaningful",
+        measured_on="the out splits of all environments at the last step. Expert tells class "
+        "(environment) is the mutual information of a token's expert and its image's class "
+        f"(environment). By chance: its mean and 95 % quantile over {PERMUTATIONS} shuffles of "
+        "classes over the images of an environment (environments over those of a class). Only "
+        "values above the quantile are meaningful",
     )
 
 
 def paper(outcomes: DomainOutcomes) -> Table:
-    """Make a table of our averages and the published ones."""
-    published = common.read_published(outcomes.benchmark).assign(
-        value=lambda frame: frame["value"] / 100
-    )
-    trials = outcomes.trials(complete=True)
-    ours = common.our_means(trials, CELL)
-    of_four = trials[trials.index.get_level_values("task").isin(FOUR)]
-    four = of_four.groupby(["selection", "model", "method", "seed"], sort=False)
-    whole = four.mean()[four.count() == len(FOUR)]
-    averages = common.our_means(whole, ["selection", "model", "method"]).assign(task=_FOUR)
-    ours = pd.concat([ours[ours["task"].isin(published["task"])], averages])
-    frame = published.merge(
-        ours, on=["model", "task", "method", "selection"], how="outer", sort=False
-    )
-    frame["difference"] = frame["ours"] - frame["value"]
-    frame = outcomes.order(frame, ["selection", "task", "model", "method"])
+    """Make the table of our averages and the published ones."""
+    published = common.read_published(outcomes.benchmark)
+    # published in points
+    shares = published.assign(value=published["value"] / 100)
+    # without the image sets that the paper does not have
+    means = common.our_means(outcomes.trials(complete=True), CELL)
+    comparable = means[means["task"].isin(published["task"])]
+    ours = pd.concat([comparable, _averages_of_four(outcomes)])
+
+    keys = ["model", "task", "method", "selection"]
+    both = shares.merge(ours, on=keys, how="outer", sort=False)
+    compared = both.assign(difference=both["ours"] - both["value"])
     return common.published_table(
         "Published averages beside ours",
-        "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
-        "VLCS, OfficeHome and TerraIncognita. Status: published (from the authors' notebooks, or quoted), inferred "
-        "(published, but the selection or the row is our interpretation). A dash: not run by this suite, or "
-        "unavailable. Results with another model and other data neither confirm nor refute a published value. "
-        f"{outcomes.shared_note} {_experts_note(outcomes, outcomes.sets)}".strip(),
+        _sentences(
+            "Accuracy, mean over the environments of a set, each held out in turn; the average of "
+            "four is over PACS, VLCS, OfficeHome and TerraIncognita. Status: published (from the "
+            "authors' notebooks, or quoted), inferred (published, but the selection or the row is "
+            "our interpretation). A dash: not run by this suite, or unavailable. Results with "
+            "another model and other data neither confirm nor refute a published value.",
+            outcomes.shared_note,
+            _experts_note(outcomes, outcomes.sets),
+        ),
         {
-            key: _ROW[key]
-            for key in ("selection_title", "task_title", "model_title", "method_title")
+            "selection_title": "Selection",
+            "task_title": "Set",
+            "model_title": "Model",
+            "method_title": "Method",
         },
-        frame,
+        outcomes.order(compared, ["selection", "task", "model", "method"]),
         origins=outcomes.shared_origins,
     )
 
 
+def _averages_of_four(outcomes: DomainOutcomes) -> pd.DataFrame:
+    """Average the accuracies over the paper's four image sets, in the trials that have all four."""
+    keys = ["selection", "model", "method"]
+    trials = outcomes.trials(complete=True)
+    is_of_four = trials.index.get_level_values("task").isin(FOUR)
+    by_trial = trials[is_of_four].groupby([*keys, "seed"], sort=False)
+    # a trial without one of the sets has no average
+    has_all = by_trial.count() == len(FOUR)
+    means = by_trial.mean()[has_all]
+    averages = common.our_means(means, keys)
+    return averages.assign(task=_FOUR)
+
+
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
-    """Yield a sentence per model, set and selection, with the differences of the methods; omit controls."""
-    rows = outcomes.order(outcomes.tests, _ORDER)
-    rows = rows[rows["method"].map(outcomes.role) == "method"]
-    for key, group in rows.groupby(["model_title", "selection_title", "task_title"], sort=False):
-        words = [
-            f"{row.method_title} {common.difference_text(row)} (n = {row.n})"
-            for row in group.itertuples()
-        ]
-        yield f"{key[0]}, {key[2]}, {key[1]}: {'; '.join(words)}."
+    """Yield a sentence for each model, set and selection, with the differences to the baseline.
+
+    Controls are omitted.
+    """
+    ordered = outcomes.order(outcomes.tests, _ORDER)
+    is_method = ordered["method"].map(outcomes.role) == "method"
+    compared = ordered[is_method]
+    titles = ["model_title", "selection_title", "task_title"]
+    for (model, selection, image_set), rows in compared.groupby(titles, sort=False):
+        differences = []
+        for row in rows.itertuples():
+            difference = common.difference_text(row)
+            differences.append(f"{row.method_title} {difference} (n = {row.n})")
+        yield f"{model}, {image_set}, {selection}: {'; '.join(differences)}."
 
 
 TABLES = {"summary": summary, "tests": tests, "cost": cost, "paper": paper}
@@ -203,60 +272,98 @@ SET_TABLES = {"results": results, "choices": choices}
 
 
 def _runs_on(outcomes: DomainOutcomes, names: list[str]) -> list[Run]:
-    """Return the runs on some sets."""
+    """Return the runs on some image sets."""
     return [run for run in outcomes.runs if run.task in names]
 
 
+def _sentences(*texts: str) -> str:
+    """Join texts with blanks. Empty texts are left out."""
+    return " ".join(text for text in texts if text)
+
+
+def _limit_note(outcomes: DomainOutcomes, name: str) -> str:
+    """Return the end of a clause on the number of evaluated images; empty if all are used."""
+    limits = {outcomes.specs[run.id].training.eval_rows for run in _runs_on(outcomes, [name])}
+    return "".join(f", of which {limit} are used" for limit in limits if limit)
+
+
 def _selections_note(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Return sentences on the selections, and on validation images if sets are augmented (MNIST's are not)."""
-    augmented = set()
+    """Return sentences on the selections, and on the augmentation of validation images, if any."""
+    val_augments = set()
     for run in _runs_on(outcomes, names):
-        is_mnist = "mnist" in run.spec["task"]["source"]
-        if run.spec["hparams"]["data_augmentation"] and not is_mnist:
-            augmented.add(run.spec["training"]["val_augment"])
-    return " ".join(
-        [_SELECTIONS, *(_VALIDATION[value] for value in sorted(augmented, reverse=True))]
-    )
+        spec = outcomes.specs[run.id]
+        # MNIST's digits are never augmented
+        if spec.hparams.data_augmentation and not spec.task.source.mnist:
+            val_augments.add(spec.training.val_augment)
+    validation = [text for value, text in _VALIDATION.items() if value in val_augments]
+    return _sentences(_SELECTIONS, *validation)
 
 
 def _experts_note(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Return a sentence on the experts per token and the converted blocks of each method."""
-    experts: dict[str, dict[str, None]] = {}
+    """Return a sentence on the experts per token and the converted blocks of each method.
+
+    Empty if no method has experts.
+    """
+    settings_by_title: dict[str, list[str]] = {}
     for run in _runs_on(outcomes, names):
-        if run.config:
-            layers = run.config["layers"]
-            blocks = layers if isinstance(layers, str) else ", ".join(map(str, layers))
-            text = f"{run.config['top_k']} of {run.config['num_experts']} in {blocks}"
-            experts.setdefault(outcomes.title("method", run.method), {})[text] = None
-    words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in experts.items())
-    return f"Experts per token, and blocks with experts: {words}. " if words else ""
+        config = run.config
+        if not config:
+            continue
+        layers = config["layers"]
+        # a word such as "all", or numbers
+        if isinstance(layers, list):
+            layers = ", ".join(str(layer) for layer in layers)
+        setting = f"{config['top_k']} of {config['num_experts']} in {layers}"
+        # runs of one method may differ
+        settings = settings_by_title.setdefault(outcomes.title("method", run.method), [])
+        if setting not in settings:
+            settings.append(setting)
+    if not settings_by_title:
+        return ""
+    methods = []
+    for title, settings in settings_by_title.items():
+        methods.append(f"{title} {' or '.join(settings)}")
+    return f"Experts per token, and blocks with experts: {'; '.join(methods)}."
 
 
 def _held_out_note(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Return a sentence for every set with environments that were not held out."""
-    return "".join(
-        f"Of {outcomes.title('task', name)} {outcomes.held_out(name)} of {len(outcomes.environments(name))} "
-        "environments were held out. "
-        for name in names
-        if outcomes.held_out(name) < len(outcomes.environments(name))
-    )
+    """Return a sentence for every image set with environments that were not held out."""
+    sentences = []
+    for name in names:
+        held_out = outcomes.held_out(name)
+        environments = len(outcomes.environments(name))
+        if held_out < environments:
+            title = outcomes.title("task", name)
+            sentences.append(f"Of {title} {held_out} of {environments} environments were held out.")
+    return _sentences(*sentences)
 
 
 def _domainbed_error(values: pd.Series[float]) -> float:
-    """Return DomainBed's ±: the population standard deviation, divided by the root of the trials; nan for one trial."""
-    return float(np.std(list(values)) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    """Return DomainBed's ±: the population standard deviation, divided by the root of the trials.
+
+    nan for one trial.
+    """
+    if len(values) < 2:
+        return math.nan
+    # pandas' std would divide by n - 1
+    deviation = np.std(list(values))
+    return float(deviation / math.sqrt(len(values)))
 
 
 _NOTE = (
-    "Differences are in points: means over held-out environments, then over paired trials, with 95 % confidence "
-    "intervals. Verdicts use paired t-tests at 5 %, corrected with Holm's procedure over all rows of the table of "
-    "tests. With two trials a test has only two differences: read it as a hint."
+    "Differences are in points: means over held-out environments, then over paired trials, with "
+    "95 % confidence intervals. Verdicts use paired t-tests at 5 %, corrected with Holm's "
+    "procedure over all rows of the table of tests. With two trials a test has only two "
+    "differences: read it as a hint."
 )
 
 
 def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, records)
+    parts = {}
+    for name in outcomes.sets:
+        parts[name] = Presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name)
     return Presentation(
         benchmark,
         TABLES,
@@ -265,8 +372,5 @@ def present(benchmark: AnyBenchmark, records: Sequence[Record]) -> Presentation:
         verdicts=list(verdicts(outcomes)),
         note=_NOTE,
         optimizer="Adam, constant rate, no clipping",
-        parts={
-            name: Presentation(benchmark, SET_TABLES, SET_FIGURES, outcomes, name)
-            for name in outcomes.sets
-        },
+        parts=parts,
     )

@@ -1,32 +1,44 @@
-"""DomainBed's protocol (Gulrajani and Lopez-Paz, ICLR 2021): seeds, splits, hyper-parameters, selections.
+"""DomainBed's protocol: seeds, splits, hyper-parameters and selections.
 
-Facts from github.com/facebookresearch/DomainBed at b93c22a, and for the registry ``emoe`` from the authors' fork.
+Gulrajani and Lopez-Paz, ICLR 2021. All values are from github.com/facebookresearch/DomainBed at
+b93c22a, those of the registry ``emoe`` from the EMoE authors' fork.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-HOLDOUT_FRACTION = 0.2
+HOLDOUT_FRACTION = 0.2  # share of an environment's images in its *out* split
 BASELINE = "ERM"
 SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST")
 Registry = Literal["domainbed", "emoe"]
 
-# lr and weight decay by data set in the authors' fork, for GMoE and EMoE; other sets use defaults
-_FORK: Mapping[str, tuple[float, float]] = {
-    "VLCS": (3e-5, 1e-6),
-    "PACS": (3e-5, 1e-6),
-    "OfficeHome": (1e-5, 1e-6),
-    "TerraIncognita": (5e-5, 1e-4),
-    "DomainNet": (5e-5, 0.0),
+_LR = 5e-5  # DomainBed's default for images
+
+
+class _ForkDefaults(NamedTuple):
+    """The defaults of a data set in the authors' fork."""
+
+    lr: float
+    weight_decay: float
+
+
+# for GMoE and EMoE
+_FORK: Mapping[str, _ForkDefaults] = {
+    "VLCS": _ForkDefaults(3e-5, 1e-6),
+    "PACS": _ForkDefaults(3e-5, 1e-6),
+    "OfficeHome": _ForkDefaults(1e-5, 1e-6),
+    "TerraIncognita": _ForkDefaults(5e-5, 1e-4),
+    "DomainNet": _ForkDefaults(5e-5, 0.0),
 }
-_FORK_LR = 3e-5
+_FORK_LR = 3e-5  # the fork's default for other data sets
 
 
 def seed_hash(*parts: object) -> int:
@@ -36,7 +48,8 @@ def seed_hash(*parts: object) -> int:
     1796103049
     """
     text = str(parts)
-    return int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % 2**31
+    digest = hashlib.md5(text.encode(), usedforsecurity=False)
+    return int(digest.hexdigest(), 16) % 2**31
 
 
 def sweep_seed(
@@ -47,14 +60,18 @@ def sweep_seed(
 
 
 class Split(NamedTuple):
-    """Hold the indices of one environment: ``within`` (DomainBed's *in*) and ``out``, in DomainBed's order."""
+    """The row numbers of one environment's two splits, in DomainBed's order."""
 
     within: list[int]
+    """DomainBed's *in* split: 80 % of the rows. They train the model, or test it if the environment
+    is held out.
+    """
     out: list[int]
+    """The other rows, for selections."""
 
 
 def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) -> Split:
-    """Split an environment's rows.
+    """Split the rows of an environment at random.
 
     Args:
         rows: The number of rows of the environment.
@@ -62,23 +79,36 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
         trial_seed: The seed of the trial.
         is_test: True for a held-out environment. Its *in* split is shuffled again, as in DomainBed.
     """
-    seed, count = seed_hash(trial_seed, env), int(rows * HOLDOUT_FRACTION)
-    keys = _shuffle(range(rows), seed)
-    within = keys[count:]
-    return Split(_shuffle(within, seed) if is_test else within, keys[:count])
+    seed = seed_hash(trial_seed, env)
+    num_out = int(rows * HOLDOUT_FRACTION)
+    shuffled = _shuffle(range(rows), seed)
+    out = shuffled[:num_out]
+    within = shuffled[num_out:]
+    # DomainBed splits this part of a held-out environment once more, with the same seed
+    if is_test:
+        within = _shuffle(within, seed)
+    return Split(within, out)
 
 
 def _shuffle(rows: Sequence[int], seed: int) -> list[int]:
+    """Return a shuffled copy. NumPy's old generator gives DomainBed's order."""
     shuffled = list(rows)
     np.random.RandomState(seed).shuffle(shuffled)
     return shuffled
 
 
 def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
-    """Yield every single environment and every pair (for leave-one-domain-out selection), in a sweep's order."""
+    """Yield every environment alone and every pair, in the order of DomainBed's sweep.
+
+    Leave-one-domain-out selection needs the pairs.
+
+    >>> list(held_out_combinations(3))
+    [(0,), (0, 1), (0, 2), (1,), (1, 2), (2,)]
+    """
     for first in range(count):
         yield (first,)
-        yield from ((first, second) for second in range(first + 1, count))
+        for second in range(first + 1, count):
+            yield (first, second)
 
 
 @functools.cache  # a sweep's methods and held-out environments share their draws
@@ -88,65 +118,85 @@ def hyper_parameters(
     """Return a run's hyper-parameters.
 
     Args:
-        registry: The source of defaults and distributions: DomainBed, or the EMoE authors' fork for GMoE and EMoE.
+        registry: The source of defaults and distributions: DomainBed, or the EMoE authors' fork for
+            GMoE and EMoE.
         dataset: DomainBed's name of the set.
-        hparams_seed: The seed of the draw: 0 for the defaults, others for a random draw.
-        trial_seed: The seed of the trial; random draws differ between trials.
+        hparams_seed: 0 for the defaults, another number for random values.
+        trial_seed: The seed of the trial. Random values differ between trials.
 
     Returns:
-        DomainBed's hyper-parameters by name. Those of a ResNet have no effect; they make draws comparable with
-        DomainBed's. The fork's older registry has no ``vit_dropout``.
+        DomainBed's hyper-parameters by name. Those of a ResNet have no effect, but they keep random
+        values comparable with DomainBed's. The fork's older registry has no ``vit_dropout``.
     """
     definitions = _definitions(registry, dataset)
     if hparams_seed == 0:
-        return {name: default for name, (default, _) in definitions.items()}
+        return {name: definition.default for name, definition in definitions.items()}
     seed = seed_hash(hparams_seed, trial_seed)
-    return {
-        name: draw(np.random.RandomState(seed_hash(seed, name)))
-        for name, (_, draw) in definitions.items()
-    }
+    values = {}
+    for name, definition in definitions.items():
+        # each has its own generator, so its value does not depend on the others
+        random = np.random.RandomState(seed_hash(seed, name))
+        values[name] = definition.draw(random)
+    return values
 
 
 _Draw = Callable[[np.random.RandomState], Any]
 
 
-def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw]]:
-    """Return the default value and the random distribution of every hyper-parameter."""
-    definitions: dict[str, tuple[Any, _Draw]] = {
-        "data_augmentation": (True, lambda _: True),
-        "resnet18": (False, lambda _: False),
-        "resnet_dropout": (0.0, _dropout),
-        "class_balanced": (False, lambda _: False),
-        "nonlinear_classifier": (False, lambda _: False),
+class _HyperParameter(NamedTuple):
+    """A hyper-parameter: its default value, and the function that draws a random value."""
+
+    default: Any
+    draw: _Draw
+
+
+def _definitions(registry: Registry, dataset: str) -> dict[str, _HyperParameter]:
+    """Return the definition of every hyper-parameter, by name."""
+    definitions = {
+        "data_augmentation": _fixed(True),
+        "resnet18": _fixed(False),
+        "resnet_dropout": _HyperParameter(0.0, _dropout),
+        "class_balanced": _fixed(False),
+        "nonlinear_classifier": _fixed(False),
     }
     if registry == "domainbed":
-        definitions["vit_dropout"] = (0.0, _dropout)
+        definitions["vit_dropout"] = _HyperParameter(0.0, _dropout)
     if dataset in SMALL_IMAGES:
-        definitions["lr"] = (1e-3, _log10_uniform(-4.5, -2.5))
-        definitions["weight_decay"] = (0.0, lambda _: 0.0)
-        definitions["batch_size"] = (64, _log2_uniform(3, 9))
+        definitions["lr"] = _HyperParameter(1e-3, _log10_uniform(-4.5, -2.5))
+        definitions["weight_decay"] = _fixed(0.0)
+        definitions["batch_size"] = _HyperParameter(64, _log2_uniform(3, 9))
         return definitions
-    definitions["batch_size"] = (32, _log2_uniform(3, 5 if dataset == "DomainNet" else 5.5))
+    largest_batch = 5 if dataset == "DomainNet" else 5.5
+    definitions["batch_size"] = _HyperParameter(32, _log2_uniform(3, largest_batch))
     if registry == "emoe" and dataset in _FORK:
-        lr, weight_decay = _FORK[dataset]
-        definitions["lr"] = (lr, _log10_uniform(-4.5, -2.5))
-        definitions["weight_decay"] = (weight_decay, lambda _: 0.0)
-    else:
-        definitions["lr"] = (_FORK_LR if registry == "emoe" else 5e-5, _log10_uniform(-5, -3.5))
-        definitions["weight_decay"] = (0.0, _log10_uniform(-6, -2))
+        defaults = _FORK[dataset]
+        definitions["lr"] = _HyperParameter(defaults.lr, _log10_uniform(-4.5, -2.5))
+        # the fork has a weight decay by default, but none among its random values
+        definitions["weight_decay"] = _HyperParameter(defaults.weight_decay, lambda _: 0.0)
+        return definitions
+    default_lr = _FORK_LR if registry == "emoe" else _LR
+    definitions["lr"] = _HyperParameter(default_lr, _log10_uniform(-5, -3.5))
+    definitions["weight_decay"] = _HyperParameter(0.0, _log10_uniform(-6, -2))
     return definitions
 
 
+def _fixed(value: Any) -> _HyperParameter:
+    """Define a hyper-parameter that always has the same value."""
+    return _HyperParameter(value, lambda _: value)
+
+
 def _dropout(random: np.random.RandomState) -> float:
+    """Draw one of DomainBed's three dropout rates."""
     return float(random.choice([0.0, 0.1, 0.5]))
 
 
 def _log10_uniform(low: float, high: float) -> _Draw:
+    """Return a function that draws ``10 ** u`` with a uniform ``u``."""
     return lambda random: float(10 ** random.uniform(low, high))
 
 
 def _log2_uniform(low: float, high: float) -> _Draw:
-    """Draw ``2 ** u`` with ``u`` uniform between the bounds, rounded down."""
+    """Return a function that draws ``2 ** u``, rounded down, with a uniform ``u``."""
     return lambda random: int(2 ** random.uniform(low, high))
 
 
@@ -155,11 +205,12 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunRecords:
-    """Hold the records of one run, in the order of its steps.
+    """The records of one run.
 
     Attributes:
         test_envs: The numbers of the held-out environments.
-        choice: The number of the draw, in DomainBed's order (``hparams_seed``).
+        choice: The number of the run's hyper-parameters among all that a selection chooses from, in
+            DomainBed's order (``hparams_seed``).
         records: Dictionaries with ``step``, ``env<i>_in_acc`` and ``env<i>_out_acc``.
     """
 
@@ -170,7 +221,13 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class SelectedRecord:
-    """Hold the record that a selection chose, its selection value, and the number of its run's draw."""
+    """The record that a selection chose.
+
+    Attributes:
+        value: The accuracy that the selection maximises.
+        record: The record.
+        choice: The number of its run's hyper-parameters, see :class:`RunRecords`.
+    """
 
     value: float
     record: Record
@@ -184,20 +241,16 @@ class SelectedRecord:
 def best_record(
     records: Sequence[Record], test_envs: Sequence[int], choice: int = 0
 ) -> SelectedRecord:
-    """Choose the first of a run's records with the highest mean *out* accuracy of the training environments."""
+    """Choose the record of a run with the highest mean *out* accuracy of the training environments.
 
-    def value(record: Record) -> float:
-        return float(
-            np.mean(
-                [
-                    record[f"env{env}_out_acc"]
-                    for env in _environments(record)
-                    if env not in test_envs
-                ]
-            )
-        )
-
-    return _first_best([SelectedRecord(value(record), record, choice) for record in records])
+    The first record wins a tie.
+    """
+    candidates = []
+    for record in records:
+        trained = [env for env in _environments(record) if env not in test_envs]
+        accuracies = [record[f"env{env}_out_acc"] for env in trained]
+        candidates.append(SelectedRecord(float(np.mean(accuracies)), record, choice))
+    return _first_best(candidates)
 
 
 def training_domain_validation(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
@@ -207,79 +260,108 @@ def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Selected
         runs: The runs of one set, method and trial, for all held-out environments.
         env: The number of the held-out environment.
     """
-    return _best(
-        [
-            best_record(run.records, run.test_envs, run.choice)
-            for run in _runs_holding_out(runs, env)
-        ]
-    )
+    candidates = []
+    for run in _runs_holding_out(runs, env):
+        candidates.append(best_record(run.records, run.test_envs, run.choice))
+    return _best(candidates)
 
 
 def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
-    """Choose the step and run with the highest cross-validated accuracy over the other environments.
+    """Choose the step and run with the highest cross-validated accuracy.
 
-    Each other environment is evaluated by the run that holds out both; None if such a run is missing.
+    That is the mean accuracy over the environments other than ``env``. Each accuracy is from the
+    run that holds out ``env`` and that environment. None if such a run is missing.
     """
-    return _best(
-        [
-            chosen
-            for run in _runs_holding_out(runs, env)
-            if (chosen := _cross_validate(run, runs, env)) is not None
-        ]
-    )
+    candidates = []
+    for run in _runs_holding_out(runs, env):
+        chosen = _cross_validate(run, runs, env)
+        if chosen is not None:
+            candidates.append(chosen)
+    return _best(candidates)
 
 
 def _cross_validate(run: RunRecords, runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
-    pairs = {
-        next(other for other in pair.test_envs if other != env): {
-            record["step"]: record for record in pair.records
-        }
-        for pair in runs
-        if len(pair.test_envs) == 2 and env in pair.test_envs and pair.choice == run.choice
-    }
+    """Choose the step of a run with the highest mean accuracy on each other environment.
+
+    None if no step was evaluated for all other environments.
+    """
+    # [other environment][step]: the record of the run that also holds out the other environment
+    records_by_other: dict[int, dict[int, Record]] = {}
+    for pair in runs:
+        is_pair = len(pair.test_envs) == 2 and env in pair.test_envs
+        if is_pair and pair.choice == run.choice:
+            (other,) = [number for number in pair.test_envs if number != env]
+            records_by_other[other] = {record["step"]: record for record in pair.records}
+
     candidates = []
     for record in run.records:
-        step, others = record["step"], [other for other in _environments(record) if other != env]
-        if all(step in pairs.get(other, {}) for other in others):
-            value = float(
-                np.sum([pairs[other][step][f"env{other}_in_acc"] for other in others]) / len(others)
-            )
+        others = [other for other in _environments(record) if other != env]
+        accuracies = []
+        for other in others:
+            pair_record = records_by_other.get(other, {}).get(record["step"])
+            if pair_record is not None:
+                accuracies.append(pair_record[f"env{other}_in_acc"])
+        # a step counts only if all other environments have an accuracy
+        if len(accuracies) == len(others):
+            value = float(np.sum(accuracies) / len(others))
             candidates.append(SelectedRecord(value, record, run.choice))
-    return _first_best(candidates) if candidates else None
+    if not candidates:
+        return None
+    return _first_best(candidates)
 
 
 def oracle_validation(runs: Sequence[RunRecords], env: int) -> SelectedRecord | None:
-    """Choose the run whose *last* record is the best on the held-out environment's *out* split (an oracle)."""
+    """Choose the run with the highest *out* accuracy of the held-out environment at its last step.
+
+    This is an oracle, because it uses images of the test environment.
+    """
     candidates = []
     for run in _runs_holding_out(runs, env):
         last = max(run.records, key=lambda record: record["step"])
-        candidates.append(SelectedRecord(float(last[f"env{env}_out_acc"]), last, run.choice))
+        accuracy = float(last[f"env{env}_out_acc"])
+        candidates.append(SelectedRecord(accuracy, last, run.choice))
     return _best(candidates)
 
 
 Selection = Callable[[Sequence[RunRecords], int], SelectedRecord | None]
-SELECTIONS: dict[str, tuple[str, Selection]] = {
-    "training": ("training-domain validation", training_domain_validation),
-    "leave_one_out": ("leave-one-domain-out", leave_one_domain_out),
-    "oracle": ("test-domain validation (oracle)", oracle_validation),
+
+
+class NamedSelection(NamedTuple):
+    """A selection with its title in tables."""
+
+    title: str
+    choose: Selection
+
+
+SELECTIONS = {
+    "training": NamedSelection("training-domain validation", training_domain_validation),
+    "leave_one_out": NamedSelection("leave-one-domain-out", leave_one_domain_out),
+    "oracle": NamedSelection("test-domain validation (oracle)", oracle_validation),
 }
 
 
 def _runs_holding_out(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
+    """Return the runs that hold out this environment alone."""
     return [run for run in runs if tuple(run.test_envs) == (env,)]
 
 
 def _best(candidates: Sequence[SelectedRecord]) -> SelectedRecord | None:
-    """Return the candidate with the highest value; the last choice wins a tie, as in DomainBed."""
-    return max(candidates, key=lambda chosen: (chosen.value, chosen.choice)) if candidates else None
+    """Return the candidate with the highest value. The last choice wins a tie, as in DomainBed."""
+    if not candidates:
+        return None
+    return max(candidates, key=lambda chosen: (chosen.value, chosen.choice))
 
 
 def _first_best(candidates: Sequence[SelectedRecord]) -> SelectedRecord:
+    """Return the candidate with the highest value. The first one wins a tie."""
     return max(candidates, key=lambda chosen: chosen.value)
 
 
 def _environments(record: Record) -> list[int]:
-    """Return the numbers of the environments of a record."""
-    return sorted(
-        int(name[3:-8]) for name in record if name.startswith("env") and name.endswith("_out_acc")
-    )
+    """Return the sorted numbers of the environments with an *out* accuracy in a record."""
+    numbers = []
+    for name in record:
+        match = re.fullmatch(r"env(\d+)_out_acc", name)
+        if match:
+            numbers.append(int(match[1]))
+    return sorted(numbers)

@@ -1,9 +1,8 @@
-"""Train on some environments and evaluate on all of them, with the suite's training loop."""
+"""Train on some environments of an image set, and evaluate on all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,9 +47,10 @@ ACCURACY = "accuracy"
 
 
 class EvaluationSteps(TrainerCallback):
-    """Evaluate, log and save at DomainBed's steps 0, ``every``, 2 · ``every``, … and at the last one.
+    """A callback that evaluates, logs and saves at DomainBed's steps.
 
-    DomainBed's step 0 is the state after one update.
+    These are 0, ``every``, 2 · ``every``, …, and the last one. DomainBed's step 0 is the state
+    after one update.
     """
 
     def __init__(self, every: int) -> None:
@@ -60,16 +60,29 @@ class EvaluationSteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step - 1
-        if step % self._every == 0 or state.global_step == state.max_steps:
-            control.should_log = control.should_evaluate = True
-            control.should_save = step > 0  # repeating the first step is faster than saving it
+        is_last = state.global_step == state.max_steps
+        if step % self._every == 0 or is_last:
+            control.should_log = True
+            control.should_evaluate = True
+            # repeating the first step is faster than saving it
+            control.should_save = step > 0
 
 
 class DomainTrainer(RoutedTrainer):
-    """Train one image classifier according to a run's spec, with Adam's L2 penalty on every parameter, as in DomainBed.
+    """The trainer of one image classifier, with the settings of a run's spec.
 
-    Every evaluation writes a checkpoint below ``folder``. A killed run resumes from the last complete one, with the
-    same final numbers. ``splits`` are the evaluated splits by name (``env0_in``, ``env0_out``, …).
+    As in DomainBed, Adam has an L2 penalty on every parameter. Every evaluation except the first
+    writes a checkpoint. A killed run resumes from the last complete one, with the same final
+    numbers.
+
+    Args:
+        classifier: The model.
+        spec: The settings of the run.
+        train: The training rows.
+        draws: The rows of every step.
+        splits: The evaluated splits, by name (``env0_in``, ``env0_out``, …).
+        folder: The run's folder, for checkpoints.
+        progress: The reporter of progress.
     """
 
     def __init__(
@@ -82,37 +95,45 @@ class DomainTrainer(RoutedTrainer):
         folder: Path,
         progress: Progress,
     ) -> None:
-        training, hparams = spec.training, spec.hparams
+        training = spec.training
+        hparams = spec.hparams
         self._splits = dict(splits)
-        self._batch_size, self._seed = training.eval_batch_size, derive_seed("chance", spec.seed)
-        self._stopwatch, self.probe = Stopwatch(), Probe()
+        self._batch_size = training.eval_batch_size
+        self._seed = derive_seed("chance", spec.seed)
+        self._stopwatch = Stopwatch()
+        self.probe = Probe()
         self._say = progress.say
         self._precision = available_precision(training.precision)
-        every = cast(int, training.eval_every)  # a run's spec has the set's number instead of null
+        # a run's spec has the set's number instead of null
+        every = cast(int, training.eval_every)
+        base_lr_ratio = 1.0
+        if training.lora:
+            base_lr_ratio = training.lora.base_lr_ratio
         arguments = trainer_arguments(
             folder / "checkpoints",
             max_steps=training.steps,
-            per_device_train_batch_size=len(draws) // training.steps,
+            per_device_train_batch_size=len(draws) // training.steps,  # of all environments
             per_device_eval_batch_size=training.eval_batch_size,
             learning_rate=hparams.lr,
             lr_scheduler_type="constant",
             weight_decay=hparams.weight_decay,
-            max_grad_norm=0.0,
+            max_grad_norm=0.0,  # no clipping
             precision=self._precision,
             seed=derive_seed("dropout", spec.seed),
+            # EvaluationSteps decides
             save_strategy="no",
             logging_strategy="no",
             logging_nan_inf_filter=False,  # show losses that are nan
             dataloader_num_workers=reading_workers(),
         )
-        self.probe.observe(
-            classifier.model, default_collate(fixed_rows(next(iter(splits.values()))))
-        )
+        # the probe compares machines, so any fixed images will do
+        first_split = next(iter(splits.values()))
+        self.probe.observe(classifier.model, default_collate(fixed_rows(first_split)))
         super().__init__(
             args=arguments,
             order=draws,
             trainable=classifier,
-            base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
+            base_lr_ratio=base_lr_ratio,
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams.lr}),
             probe=self.probe,
             train_dataset=train,
@@ -124,41 +145,46 @@ class DomainTrainer(RoutedTrainer):
     @property
     def cost(self) -> dict[str, Any]:
         """Return the cost of training and of the evaluations during it, for ``metrics.json``."""
-        times = self._stopwatch.cost(self.args.max_steps)
         return {
-            **times,
+            **self._stopwatch.cost(self.args.max_steps),
             "evaluation_seconds": self._stopwatch.evaluation,
             "precision": self._precision,
         }
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # Trainer would leave out biases and norms
         return [name for name, _ in model.named_parameters()]
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        # so that every evaluation has new random transforms
         rows: Any = dataloader.dataset
         rows.step = self.state.global_step
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a data loader takes a seed from the global generator
+        # a data loader takes a seed from the global generator, which training uses
+        with torch.random.fork_rng(devices=[]):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def fit(self) -> list[dict[str, Any]]:
         """Train from the last complete checkpoint, if any.
 
         Returns:
-            DomainBed's records, with ``step``, ``loss`` (mean since the previous record) and ``<split>_acc``.
+            DomainBed's records, with ``step``, ``loss`` (mean since the previous record) and
+            ``<split>_acc``.
         """
-        self.train(resume_from_checkpoint=resume(self, self._say))
+        checkpoint = resume(self, self._say)
+        self.train(resume_from_checkpoint=checkpoint)
+        # Trainer logs the loss and each split in separate entries of the same step
         records: dict[int, dict[str, Any]] = {}
         for entry in self.state.log_history:
             step = int(entry["step"])
+            # DomainBed counts from 0
             record = records.setdefault(step, {"step": step - 1})
             if "loss" in entry:
                 record["loss"] = finite_or_none(entry["loss"])
             for name in self._splits:
-                if f"eval_{name}_{ACCURACY}" in entry:
-                    record[f"{name}_acc"] = entry[f"eval_{name}_{ACCURACY}"]
-        # Trainer's last log entry has no evaluation
+                key = f"eval_{name}_{ACCURACY}"
+                if key in entry:
+                    record[f"{name}_acc"] = entry[key]
+        # Trainer's last log entry has no evaluation: at most a step and a loss
         return [record for record in records.values() if len(record) > 2]
 
     def predict_splits(
@@ -167,62 +193,82 @@ class DomainTrainer(RoutedTrainer):
         """Predict one split per environment, and record the routing of its images.
 
         Returns:
-            The confusion counts ``[environments, true classes, predicted classes]``, and a routing summary, which is
-            empty for a dense model. By layer it has ``loads``, the expert choices ``[environments, classes, experts]``,
-            and ``chance``, the mean and 95 % quantile of the information of shuffled labels, in bits.
+            The confusion counts ``[environments, true classes, predicted classes]``, and the
+            routing summary of :meth:`_routing`, which is empty for a dense model.
         """
-        with (
-            emoe.record_routing(self._trained)
-            if emoe.is_converted(self._trained)
-            else nullcontext() as record
-        ):
+        if not emoe.is_converted(self._trained):
+            return self._confusion(splits, num_classes, None), {}
+        with emoe.record_routing(self._trained) as record:
             confusion = self._confusion(splits, num_classes, record)
-        if record is None:
-            return confusion, {}
-        environments = np.repeat(np.arange(len(splits)), [len(rows) for rows in splits])
-        classes = np.concatenate([rows.labels for rows in splits])
-        loads = np.stack(
-            [loads_by_row(layer, len(classes)) for layer in record.layers.values()], axis=1
-        )
-        counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
-        np.add.at(counts, (environments, classes), loads)
-        # labels are shuffled within strata of the other label, so chance includes the dependence of the two
-        bits = {
-            "class": shuffled_information(loads, classes, environments, self._seed),
-            "environment": shuffled_information(loads, environments, classes, self._seed),
-        }
-        routing: dict[str, Any] = record.summary()
-        for name, values in bits.items():
-            routing |= MutualInformation.mean(values).numbers(name)
-        routing["loads"] = {
-            str(layer): counts[:, :, i].tolist() for i, layer in enumerate(record.layers)
-        }
-        routing["chance"] = {
-            str(layer): {
-                name: list(shuffle_statistics(values[:, i])) for name, values in bits.items()
-            }
-            for i, layer in enumerate(record.layers)
-        }
-        return confusion, routing
+        return confusion, self._routing(splits, num_classes, record)
 
     def _confusion(
         self, splits: Sequence[EvaluationRows], num_classes: int, record: RoutingRecord | None
     ) -> NDArray[np.int64]:
+        """Count predictions, ``[environments, true classes, predicted classes]``.
+
+        The images are the labels of the routing record, numbered through all splits.
+        """
         model = self._trained.eval()
         device = next(model.parameters()).device
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
-        images = 0
+        # images of earlier batches and splits
+        images_seen = 0
         for env, rows in enumerate(splits):
             for batch in DataLoader(rows, self._batch_size, num_workers=reading_workers()):
                 labels = batch.pop("labels")
-                if record is not None:  # one label per image
-                    record.set_labels(torch.arange(images, images + len(labels)))
-                images += len(labels)
+                end = images_seen + len(labels)
+                if record is not None:
+                    record.set_labels(torch.arange(images_seen, end))
+                images_seen = end
                 inputs = {name: values.to(device) for name, values in batch.items()}
                 with torch.inference_mode(), self.compute_loss_context_manager():
-                    predicted = model(**inputs)["logits"].argmax(-1).cpu()
+                    logits = model(**inputs)["logits"]
+                predicted = logits.argmax(-1).cpu()
                 np.add.at(confusion[env], (labels.numpy(), predicted.numpy()), 1)
         return confusion
+
+    def _routing(
+        self, splits: Sequence[EvaluationRows], num_classes: int, record: RoutingRecord
+    ) -> dict[str, Any]:
+        """Summarise the recorded routing, and measure its information on class and environment.
+
+        Returns:
+            The statistics of the record and the mutual information, as means over layers. By layer
+            also ``loads``, the expert choices ``[environments, classes, experts]``, and ``chance``,
+            the mean and the 95 % quantile of the information of shuffled labels, in bits.
+        """
+        # the environment and the class of each image, in the order of the recorded images
+        images_of_split = [len(rows) for rows in splits]
+        environments = np.repeat(np.arange(len(splits)), images_of_split)
+        classes = np.concatenate([rows.labels for rows in splits])
+        # [images, layers, experts]
+        loads_of_layers = [loads_by_row(layer, len(classes)) for layer in record.layers.values()]
+        loads = np.stack(loads_of_layers, axis=1)
+        # the sums over the images, [environments, classes, layers, experts]
+        counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
+        np.add.at(counts, (environments, classes), loads)
+
+        # labels are shuffled within strata of the other label, so chance includes the dependence of
+        # the two; [1 + shuffles, layers]
+        class_bits = shuffled_information(loads, classes, environments, self._seed)
+        environment_bits = shuffled_information(loads, environments, classes, self._seed)
+
+        loads_by_layer = {}
+        chance_by_layer = {}
+        for index, layer in enumerate(record.layers):
+            loads_by_layer[str(layer)] = counts[:, :, index].tolist()
+            chance_by_layer[str(layer)] = {
+                "class": list(shuffle_statistics(class_bits[:, index])),
+                "environment": list(shuffle_statistics(environment_bits[:, index])),
+            }
+        return {
+            **record.summary(),
+            **MutualInformation.mean(class_bits).numbers("class"),
+            **MutualInformation.mean(environment_bits).numbers("environment"),
+            "loads": loads_by_layer,
+            "chance": chance_by_layer,
+        }
 
 
 def reading_workers() -> int:
@@ -231,5 +277,7 @@ def reading_workers() -> int:
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Compute the accuracy of a split, for Trainer."""
     labels: Any = prediction.label_ids
-    return {ACCURACY: score(ACCURACY, extract_logits(prediction.predictions), labels)}
+    logits = extract_logits(prediction.predictions)
+    return {ACCURACY: score(ACCURACY, logits, labels)}

@@ -1,10 +1,10 @@
-"""Load an image set, and validate it once by opening every image."""
+"""Load an image set, and check once that every image opens."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -18,33 +18,49 @@ _SHOWN = 10  # damaged images that a message names
 
 
 def load_set(task: RunImageSet, seed: int, *, truncated: str) -> ImageSet:
-    """Load a set (:class:`DataError` if it is missing or damaged).
+    """Load an image set.
 
     Args:
-        task: The set.
-        seed: DomainBed's seed of the run; only MNIST's variants depend on it.
+        task: The settings of the set.
+        seed: DomainBed's seed of the run. Only MNIST's variants depend on it.
         truncated: ``refuse`` to reject image files that end early, ``load`` to fill them.
+
+    Raises:
+        DataError: The set is missing or damaged.
     """
-    return load_mnist(task, seed) if task.source.mnist else load_folders(task, truncated)
+    if task.source.mnist:
+        return load_mnist(task, seed)
+    return load_folders(task, truncated)
 
 
 def validate_once(image_set: ImageSet, task: RunImageSet, truncated: str) -> None:
-    """Open every image of a set, if not done before, and write its counts. Concurrent runs wait.
+    """Open every image of a set, and write the counts of images to a file.
+
+    If the file exists, nothing is opened. Concurrent runs wait for the first one.
 
     Raises:
         DataError: Images are damaged.
     """
     settings = {"task": task.model_dump(), "truncated": truncated}
-    digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:8]
+    text = canonical_json(settings)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     output = IMAGES / f"{task.name}-{digest}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.with_suffix(".lock")):
         if not output.exists():
-            write_json(output, settings | validate_images(image_set))
+            counts = validate_images(image_set)
+            write_json(output, {**settings, **counts})
 
 
 def validate_images(image_set: ImageSet) -> dict[str, Any]:
-    """Open every image; return counts by environment and class (:class:`DataError` if some are damaged)."""
+    """Open every image of a set.
+
+    Returns:
+        The set's ``source`` and ``classes``, and ``environments`` with their counts of images.
+
+    Raises:
+        DataError: Images are damaged. The message names the first ones.
+    """
     damaged: list[str] = []
     for environment in image_set.environments:
         for row in range(len(environment)):
@@ -53,10 +69,10 @@ def validate_images(image_set: ImageSet) -> dict[str, Any]:
             except DataError as error:
                 damaged.append(str(error))
     if damaged:
-        total = sum(map(len, image_set.environments))
         first = "\n".join(damaged[:_SHOWN])
         raise DataError(
-            f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used, the first:\n{first}"
+            f"{image_set.source}: {len(damaged)} of {image_set.num_images:,} images cannot be "
+            f"used, the first:\n{first}"
         )
     environments = {
         environment.name: environment.summary(image_set.classes)
@@ -65,12 +81,20 @@ def validate_images(image_set: ImageSet) -> dict[str, Any]:
     return {"source": image_set.source, "classes": image_set.classes, "environments": environments}
 
 
-def count_images(image_set: ImageSet) -> Iterator[tuple[str, int, str]]:
-    """Yield name, number of images and class summary of every environment."""
+class ImageCounts(NamedTuple):
+    """The number of images of one environment."""
+
+    name: str
+    """The environment's short name."""
+    images: int
+    """Their number."""
+    labels: str
+    """Their number by class, in words."""
+
+
+def count_images(image_set: ImageSet) -> Iterator[ImageCounts]:
+    """Count the images of every environment."""
     for environment in image_set.environments:
         counts = environment.summary(image_set.classes)["labels"].values()
-        yield (
-            environment.name,
-            len(environment),
-            f"{len(counts)} classes, {min(counts)} to {max(counts)} each",
-        )
+        labels = f"{len(counts)} classes, {min(counts)} to {max(counts)} each"
+        yield ImageCounts(environment.name, len(environment), labels)

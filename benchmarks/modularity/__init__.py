@@ -1,1 +1,1 @@
-"""Analyse pre-trained models without training: active neurons per block, and experts per task."""
+"""Measure active neurons and the use of experts in pre-trained models, without training."""

@@ -1,4 +1,4 @@
-"""Define the files of a benchmark that analyses pre-trained models."""
+"""Define the YAML files of a benchmark that analyses pre-trained models, and its run specs."""
 
 from __future__ import annotations
 
@@ -13,57 +13,62 @@ from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import UNIQUE, Count, Names, Share, Strict, Wholes
 from benchmarks.text.definition import RunTask
 
-EXPERTS = "experts"  # the name of the measurement
+EXPERTS = "experts"  # the key of the measured numbers in metrics.json
 
 
 class Reading(Strict):
-    """Settings of the rows that a model reads and of the recorded activations."""
+    """The settings of the rows that a model reads, and of the recorded activations."""
 
     rows: Count
-    """Number of sampled rows of every task's reported split, the same rows for all runs."""
+    """Number of sampled rows of the reported split of every task. All runs read the same rows."""
     batch_size: Count
     """Rows per batch."""
     max_length: Annotated[int, Field(ge=4)]
-    """Maximum tokens of a sentence or pair; longer rows are cut."""
+    """Maximum number of tokens of a row. Longer rows are cut."""
     active_share: Share
-    """Share of the largest activations that count as active. In the paper's matrix, 1.14 % are not zero."""
+    """Share of the activations that count as active: the largest ones. In the paper's matrix,
+    1.14 % are not zero.
+    """
     shown_tokens: Count
-    """Number of tokens in the drawn matrix, equal for every task."""
+    """Number of tokens in the drawn matrix. Every task has the same share of them."""
 
 
 class ModularityBlock(VariantAxes):
-    """A block of the grid."""
+    """One block of a grid: every combination of its lists is a run."""
 
     seed: Wholes
-    """Seeds; they affect only random partitions."""
+    """Seeds. They affect only random partitions."""
 
 
 class ModularityPart(TrainingPart):
-    """The benchmark's part of a suite."""
+    """The section of a suite's file for a benchmark that analyses pre-trained models."""
 
     tasks: Annotated[Names, UNIQUE]
     """Tasks whose rows are read, at least two."""
     reading: Annotated[dict[str, Any], Changes(Reading)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[ModularityBlock], Field(min_length=1)]
-    """Blocks of runs; each is the product of its lists."""
+    """Blocks of runs. Every combination of a block's lists is a run."""
 
 
 class ModularityDefinition(MethodsDefinition):
-    """A benchmark that trains nothing. It measures active neurons and chosen experts of pre-trained models."""
+    """A benchmark that trains nothing.
+
+    It measures active neurons and chosen experts of pre-trained models.
+    """
 
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
     reading: Reading
-    """Settings of the rows and activations; a suite may override them."""
+    """Settings of the rows and activations. A suite may override them."""
 
 
 class ModularitySpec(RunSpec):
-    """The settings that determine the numbers of a run."""
+    """All settings that determine the numbers of a run."""
 
     task: RunTask
     """The first task."""
     ood: list[RunTask]
-    """The others."""
+    """The other tasks."""
     reading: Reading
-    """Settings of reading."""
+    """Settings of the rows and activations."""

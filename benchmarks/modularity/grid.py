@@ -1,4 +1,7 @@
-"""Plan runs that analyse pre-trained models: one per model, construction of experts, setting and seed."""
+"""Plan the runs that analyse pre-trained models.
+
+There is one for each model, method (which constructs the experts), varied setting and seed.
+"""
 
 from __future__ import annotations
 
@@ -18,52 +21,59 @@ from benchmarks.text.grid import TextSets
 
 
 class ModularityBenchmark(TextSets[ModularityDefinition, ModularityPart]):
-    """Plan runs that analyse pre-trained text models on rows of several tasks, without training."""
+    """A benchmark that analyses pre-trained text models on rows of several tasks."""
 
     package = "benchmarks.modularity"
     spec_model = ModularitySpec
-    definition_model, part_model = ModularityDefinition, ModularityPart
+    definition_model = ModularityDefinition
+    part_model = ModularityPart
     recorded = ("measured", "matrix", "usage")
     paper_columns = ("method", "num_experts", "metric")
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
         definition = parse(content, ModularityDefinition, str(file))
-        benchmark = cls(name, definition, read(file.parent / definition.tasks, TaskFile).tasks, {})
+        task_file = read(file.parent / definition.tasks, TaskFile)
+        benchmark = cls(name, definition, task_file.tasks, {})
+        # nothing is trained, so the experts and their choice must follow from the weights
         for row, method in benchmark.methods().items():
-            given = method.given()
-            if (
-                method.kind != "emoe"
-                or "router" in given
-                or given.get("partition") == "coactivation"
-            ):
+            settings = method.given()
+            has_other_router = "router" in settings
+            needs_rows = settings.get("partition") == "coactivation"
+            if method.kind != "emoe" or has_other_router or needs_rows:
                 raise DefinitionError(
-                    f"{file}: 'methods.{row}' must be an EMoE with avg-k and experts from the weights"
+                    f"{file}: 'methods.{row}' must be an EMoE with avg-k and experts from the "
+                    "weights"
                 )
         return benchmark
 
     def specs(
         self, part: Part[ModularityPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        methods, names = self.methods(part), part.settings.tasks
+        methods = self.methods(part)
+        names = part.settings.tasks
         check_names(part.where("tasks"), names, self.tasks)
         tasks = [self.tasks[name].spec() for name in names if name not in exclude]
         if len(tasks) < 2:
             raise DefinitionError(f"{part.where('tasks')} needs two tasks that are not excluded")
+        first_task, *other_tasks = tasks
         reading = self.settings("reading", part).model_dump()
-        valid = {"model": model_names(None), "method": methods}
-        for where, point in part.grid_points(valid, (*valid, *VARIANT_KEYS, "seed")):
+        valid_names = {"model": model_names(None), "method": methods}
+        axes = ("model", "method", *VARIANT_KEYS, "seed")
+        for where, point in part.grid_points(valid_names, axes):
             method = method_spec(methods, point, point["seed"], None, where)
             layers = method["config"]["layers"]
+            # a run measures a single layer
             if not isinstance(layers, list) or len(layers) != 1:
                 raise DefinitionError(
                     f"{where.at('layers')} must be lists of one layer each: [[5]], not {layers}"
                 )
+            model = point["model"]
             yield self.spec(
                 method["variant"],
-                model=load_models()[point["model"]].spec(point["model"]),
-                task=tasks[0],
-                ood=tasks[1:],
+                model=load_models()[model].spec(model),
+                task=first_task,
+                ood=other_tasks,
                 method=method,
                 reading=reading,
                 learning_rate=0.0,

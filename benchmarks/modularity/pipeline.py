@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from benchmarks.harness.models.loading import load_backbone, load_tokenizer, sou
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing import loads_by_row
 from benchmarks.modularity.definition import EXPERTS, ModularitySpec
-from benchmarks.text.data import load_part
+from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.tokenization import TokenisedRows, batches
 from benchmarks.text.usage import SetLoads, describe_usage
 from emoe.architectures import find_ffns
@@ -31,6 +32,8 @@ from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
 
 Batches = Iterable[Mapping[str, Any]]
+# yields batches of the same rows at every call
+ReadBatches = Callable[[], Iterator[dict[str, Any]]]
 
 
 def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, Any]:
@@ -42,76 +45,121 @@ def run(spec: ModularitySpec, _folder: Path, progress: Progress) -> dict[str, An
         progress: The log.
 
     Returns:
-        The content of ``metrics.json`` without the harness's part: ``measured`` numbers, ``usage`` by task and class,
-        and ``matrix``, the active neurons of some tokens, sorted by expert.
+        The content of ``metrics.json`` without the harness's part: ``measured`` numbers, ``usage``
+        by task and class, and ``matrix``, the active neurons of some tokens, sorted by expert.
     """
-    load = partial(
-        load_part,
-        rows=spec.reading.rows,
-        entries=load_benchmark(spec.benchmark).tasks,
-        say=progress.say,
-    )
-    splits = {task.name: load(task, "test") for task in (spec.task, *spec.ood)}
-    tokenizer, model = load_tokenizer(spec.model), load_backbone(spec.model)
-    model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
+    splits = _load_splits(spec, progress)
+    model = load_backbone(spec.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(cast(Any, device))
     source = source_of(spec.model, model)
     config = cast(dict[str, Any], spec.method.config)  # a plan of this benchmark always has one
     (layer,) = config["layers"]
-    tokenise = partial(
-        TokenisedRows,
-        tokenizer=tokenizer,
-        max_length=spec.reading.max_length,
-        by_length=False,
-        labelled=False,
-    )
-    rows = {name: tokenise(split) for name, split in splits.items()}
-    read_batches = partial(
-        batches, collate=DataCollatorWithPadding(tokenizer), size=spec.reading.batch_size
-    )
-    progress.say(
-        f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model"
-    )
-    dense = {
-        name: dense_magnitudes(model, layer, read_batches(task)) for name, task in rows.items()
-    }
+    read_batches = _batch_readers(spec, splits)
+
+    num_rows = sum(len(split) for split in splits.values())
+    progress.say(f"reading {num_rows:,} rows of {len(splits)} tasks with the dense model")
+    dense = {name: dense_magnitudes(model, layer, read()) for name, read in read_batches.items()}
+
     report = apply_method_(model, spec.method, spec.seed)
-    converted = [dataclasses.asdict(entry) for entry in report.layers] if report else []
+    assert report is not None  # noqa: S101 -- all methods are EMoEs
+    conversion = [dataclasses.asdict(converted) for converted in report.layers]
     progress.say("reading them again with experts")
-    loads, top, bottom = {}, [], []
-    for name, task in rows.items():
-        with emoe.record_routing(model) as record:
-            top.append(neurons_used(model, layer, _label_by_row(read_batches(task), record), "top"))
-        loads[name] = SetLoads(
-            loads_by_row(record.layers[layer], len(task)), splits[name].class_numbers
-        )
-        bottom.append(neurons_used(model, layer, read_batches(task), "bottom"))
+    routing = _read_with_experts(model, layer, splits, read_batches)
+
+    # the neurons of an expert become neighbours, [tokens of all tasks, d]
     order = permutations(model)[layer]
     magnitudes = torch.cat([of_task[:, order] for of_task in dense.values()])
     active = active_mask(magnitudes, spec.reading.active_share)
-    measured = concentration(magnitudes, active, config["num_experts"])
-    for selection, used in (("top", top), ("bottom", bottom)):
-        numbers = measure_use(torch.cat(used), magnitudes, active)
-        measured |= {f"{name}_{selection}": value for name, value in numbers.items()}
-    measured["inertia"] = 1 - converted[0]["explained"]
-    information, usage = describe_usage(loads)
-    measured |= information | {
-        f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")
+    information, usage = describe_usage(routing.loads)
+    measured = {
+        **concentration(magnitudes, active, config["num_experts"]),
+        **_with_suffix(measure_use(routing.used_top, magnitudes, active), "_top"),
+        **_with_suffix(measure_use(routing.used_bottom, magnitudes, active), "_bottom"),
+        "inertia": 1 - conversion[0]["explained"],
+        **information,
+        "shared_experts": float(len(usage["shared"])),
+        "specialised_experts": float(len(usage["specialised"])),
     }
     tokens = {name: len(of_task) for name, of_task in dense.items()}
     return {
         "measured": {EXPERTS: measured},
         "usage": usage,
         "matrix": sample_matrix(tokens, magnitudes, active, spec.reading.shown_tokens),
-        "model": {"source": source, "conversion": converted},
+        "model": {"source": source, "conversion": conversion},
         "cost": {},
         "data": {f"test:{name}": split.summary() for name, split in splits.items()},
     }
 
 
+def _load_splits(spec: ModularitySpec, progress: Progress) -> dict[str, TextSplit]:
+    """Load the sampled rows of every task, by name."""
+    entries = load_benchmark(spec.benchmark).tasks
+    splits = {}
+    for task in (spec.task, *spec.ood):
+        splits[task.name] = load_part(task, "test", spec.reading.rows, entries, progress.say)
+    return splits
+
+
+def _batch_readers(spec: ModularitySpec, splits: Mapping[str, TextSplit]) -> dict[str, ReadBatches]:
+    """Tokenise the rows of every task. Return functions that yield them in batches, by task."""
+    tokenizer = load_tokenizer(spec.model)
+    collate = DataCollatorWithPadding(tokenizer)
+    readers: dict[str, ReadBatches] = {}
+    for name, split in splits.items():
+        rows = TokenisedRows(
+            split, tokenizer, spec.reading.max_length, by_length=False, labelled=False
+        )
+        readers[name] = partial(batches, rows, collate, spec.reading.batch_size)
+    return readers
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """What a model with experts does with the rows of all tasks.
+
+    Attributes:
+        loads: The expert loads and classes of the rows, by task.
+        used_top: The neurons of the top k experts, ``[tokens of all tasks, d]`` bool.
+        used_bottom: The neurons of the bottom k experts, in the same form.
+    """
+
+    loads: dict[str, SetLoads]
+    used_top: Tensor
+    used_bottom: Tensor
+
+
+def _read_with_experts(
+    model: nn.Module,
+    layer: int,
+    splits: Mapping[str, TextSplit],
+    read_batches: Mapping[str, ReadBatches],
+) -> _Routing:
+    """Record the loads of experts and the neurons in use."""
+    loads = {}
+    used_top = []
+    used_bottom = []
+    for name, split in splits.items():
+        read = read_batches[name]
+        # the top k experts are those of the usual forward pass, so its routing is recorded too
+        with emoe.record_routing(model) as record:
+            labelled = _label_by_row(read(), record)
+            used_top.append(neurons_used(model, layer, labelled, "top"))
+        row_loads = loads_by_row(record.layers[layer], len(split))
+        loads[name] = SetLoads(row_loads, split.class_numbers)
+        used_bottom.append(neurons_used(model, layer, read(), "bottom"))
+    return _Routing(loads, torch.cat(used_top), torch.cat(used_bottom))
+
+
+def _with_suffix(numbers: Mapping[str, float], suffix: str) -> dict[str, float]:
+    """Append a suffix to the names of numbers."""
+    return {f"{name}{suffix}": value for name, value in numbers.items()}
+
+
 def _label_by_row(
     batches: Iterable[dict[str, Any]], record: RoutingRecord
 ) -> Iterator[dict[str, Any]]:
-    """Yield batches, and set the row numbers as labels of the record."""
+    """Yield batches. Before each, set the numbers of its rows as labels of the record."""
     start = 0
     for batch in batches:
         end = start + len(batch["input_ids"])
@@ -121,38 +169,57 @@ def _label_by_row(
 
 
 def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
-    """Record ``|activation|`` ``[tokens, d]`` of a layer for tokens sampled with a fixed seed, without padding."""
+    """Record ``|activation|`` of a layer, ``[tokens, d]``.
+
+    The tokens are a sample with a fixed seed, without padding.
+    """
     ffn = find_ffns(model)[layer]
-    return record_activations(model, [ffn], batches, seed=derive_seed("tokens"))[layer].t()
+    activations = record_activations(model, [ffn], batches, seed=derive_seed("tokens"))
+    # [d, tokens] of the layer
+    return activations[layer].t()
 
 
 def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Selection) -> Tensor:
-    """Return the neurons that a selection of experts uses, ``[tokens, d]`` bool, for the same sampled tokens.
+    """Return the neurons that a selection of experts uses, ``[tokens, d]`` bool.
 
-    With an activation that always returns 1, the input of the out-projection is the mask. The model is restored.
+    The tokens are those of :func:`dense_magnitudes`. The model is restored.
     """
     (routed,) = routed_layers(model)
-    config, activation = routed.config, routed.activation
+    config = routed.config
+    activation = routed.activation
     assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid sees to it
-    routed.config = routed.router.config = dataclasses.replace(config, selection=selection)
+    changed = dataclasses.replace(config, selection=selection)
+    routed.config = changed
+    routed.router.config = changed
+    # if all activations are 1, the input of the out-projection is the mask of the experts
     routed.activation = _Ones()
     try:
         return dense_magnitudes(model, layer, batches) != 0
     finally:
         routed.activation = activation
-        routed.config = routed.router.config = config
+        routed.config = config
+        routed.router.config = config
 
 
 class _Ones(nn.Module):
+    """An activation that always returns 1."""
+
     def forward(self, z: Tensor) -> Tensor:
         return torch.ones_like(z)
 
 
 def active_mask(magnitudes: Tensor, share: float) -> Tensor:
-    """Return a boolean mask of the largest entries, up to a share of all; ties at the threshold are excluded."""
+    """Return a boolean mask of the largest entries, up to a share of all.
+
+    Entries that equal the largest one outside of the share are excluded.
+    """
     flat = magnitudes.flatten()
-    kept = max(1, round(share * flat.numel()))
-    threshold = flat.kthvalue(flat.numel() - kept).values if kept < flat.numel() else flat.min() - 1
+    total = flat.numel()
+    kept = max(1, round(share * total))
+    if kept >= total:
+        return torch.ones_like(magnitudes, dtype=torch.bool)
+    # the largest entry that is not kept
+    threshold = flat.kthvalue(total - kept).values
     return magnitudes > threshold
 
 
@@ -165,37 +232,55 @@ def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[s
         num_blocks: The number of blocks of equal size, N.
 
     Returns:
-        ``best_quarter``: the share of a token's active neurons in the quarter of blocks with most of them (mean over
-        tokens with active neurons); ``best_quarter_mass``: the same for magnitudes; ``usage_gini``: the Gini
-        coefficient of the blocks' counts of active neurons over all tokens; ``dead``: the share of neurons that no
-        token activates.
+        - ``best_quarter``: the share of a token's active neurons in the quarter of the blocks that
+          hold most of them. Mean over the tokens with active neurons.
+        - ``best_quarter_mass``: the same for magnitudes.
+        - ``usage_gini``: the Gini coefficient of the number of active neurons by block, over all
+          tokens.
+        - ``dead``: the share of neurons that no token activates.
     """
+    # [tokens, blocks]
     counts = active.unflatten(1, (num_blocks, -1)).sum(-1).double()
     mass = magnitudes.unflatten(1, (num_blocks, -1)).double().sum(-1)
+    is_dead = ~active.any(0)
     return {
         "best_quarter": _best_quarter(counts),
         "best_quarter_mass": _best_quarter(mass),
         "usage_gini": gini(counts.sum(0)),
-        "dead": float((~active.any(0)).double().mean()),
+        "dead": float(is_dead.double().mean()),
     }
 
 
 def _best_quarter(by_block: Tensor) -> float:
-    blocks = max(by_block.shape[1] // 4, 1)
+    """Return the share of the best quarter of each row ``[tokens, blocks]``, as mean over tokens.
+
+    Tokens whose row is zero do not count.
+    """
+    num_best = max(by_block.shape[1] // 4, 1)
+    # sums by token
+    best = by_block.topk(num_best, dim=1).values.sum(1)
     total = by_block.sum(1)
-    return float((by_block.topk(blocks, dim=1).values.sum(1)[total > 0] / total[total > 0]).mean())
+    is_counted = total > 0
+    shares = best[is_counted] / total[is_counted]
+    return float(shares.mean())
 
 
 def gini(values: Tensor) -> float:
-    """Compute the Gini coefficient of non-negative values: 0 if all are equal, near 1 if one is the total.
+    """Compute the Gini coefficient of non-negative values.
+
+    It is 0 if all values are equal, and near 1 if one value is the total.
 
     >>> round(gini(torch.tensor([1.0, 1.0])), 3), round(gini(torch.tensor([0.0, 0.0, 0.0, 8.0])), 3)
     (0.0, 0.75)
     """
     ordered = values.double().sort().values
-    count, total = len(ordered), float(ordered.sum())
+    count = len(ordered)
+    total = float(ordered.sum())
     ranks = torch.arange(1, count + 1, dtype=torch.float64)
-    return float((2 * (ranks * ordered).sum()) / (count * total) - (count + 1) / count)
+    weighted = (ranks * ordered).sum()
+    # tensors: values that are all zero give nan instead of an error
+    share = 2 * weighted / (count * total)
+    return float(share - (count + 1) / count)
 
 
 def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, float]:
@@ -207,14 +292,21 @@ def measure_use(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, f
         active: The active neurons ``[tokens, d]``, bool.
 
     Returns:
-        ``kept``: the share of all magnitudes in used neurons; ``active``: the share of used neurons that are active for
-        the token; ``dead``: the share that no token activates. The last two are means over tokens.
+        - ``kept``: the share of all magnitudes in used neurons.
+        - ``active``: the share of a token's used neurons that are active for it. Mean over tokens.
+        - ``dead``: the share of a token's used neurons that no token activates. Mean over tokens.
     """
-    number = used.sum(1).double()
+    exact = magnitudes.double()
+    kept = (exact * used).sum() / exact.sum()
+    # by token
+    num_used = used.sum(1).double()
+    num_active = (active & used).sum(1)
+    is_dead = ~active.any(0)
+    num_dead = (is_dead & used).sum(1)
     return {
-        "kept": float((magnitudes.double() * used).sum() / magnitudes.double().sum()),
-        "active": float(((active & used).sum(1) / number).mean()),
-        "dead": float(((~active.any(0) & used).sum(1) / number).mean()),
+        "kept": float(kept),
+        "active": float((num_active / num_used).mean()),
+        "dead": float((num_dead / num_used).mean()),
     }
 
 
@@ -223,21 +315,34 @@ def sample_matrix(
 ) -> dict[str, Any]:
     """Sample ``count`` tokens evenly over tasks, and list their active neurons.
 
-    ``tokens`` counts the tokens of each task, in the order of ``magnitudes`` and ``active``, both ``[tokens, d]``.
+    Args:
+        tokens: The number of tokens of each task, in the order of the other arguments.
+        magnitudes: The magnitudes ``[tokens of all tasks, d]``.
+        active: The active neurons ``[tokens of all tasks, d]``, bool.
+        count: The number of tokens to sample.
+
+    Returns:
+        ``tasks``, the task of each sampled token; ``neurons``, their number d; and for each active
+        neuron of a sampled token the number of the ``token``, its place and its value.
     """
     generator = torch.Generator().manual_seed(derive_seed("shown tokens"))
-    shown, tasks, start = [], [], 0
-    for name, number in tokens.items():
-        chosen = torch.randperm(number, generator=generator)[: count // len(tokens)]
-        shown.append(start + chosen.sort().values)
+    sampled_tokens = []
+    tasks = []
+    start = 0
+    for name, num_tokens in tokens.items():
+        chosen = torch.randperm(num_tokens, generator=generator)[: count // len(tokens)]
+        # numbers among the tokens of all tasks
+        sampled_tokens.append(start + chosen.sort().values)
         tasks += [name] * len(chosen)
-        start += number
-    rows = torch.cat(shown)
-    token, neuron = active[rows].nonzero(as_tuple=True)
+        start += num_tokens
+    sampled = torch.cat(sampled_tokens)
+    # the places of the active neurons, in the order of the sampled tokens
+    token, neuron = active[sampled].nonzero(as_tuple=True)
+    values = magnitudes[sampled][token, neuron]
     return {
         "tasks": tasks,
         "neurons": magnitudes.shape[1],
         "tokens": token.tolist(),
         "places": neuron.tolist(),
-        "values": [round(float(value), 3) for value in magnitudes[rows][token, neuron]],
+        "values": [round(float(value), 3) for value in values],
     }

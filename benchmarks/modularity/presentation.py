@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.config.benchmark import AnyBenchmark
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report import plots
 from benchmarks.harness.report.common import Outcomes, average_over_seeds, read_published
 from benchmarks.harness.report.presentation import Figure, Presentation
@@ -19,11 +20,13 @@ from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.content import Matrix
 from benchmarks.harness.results.records import Record
 from benchmarks.harness.results.statistics import PERMUTATIONS, information_numbers
-from benchmarks.modularity.definition import EXPERTS
+from benchmarks.modularity.definition import EXPERTS, ModularitySpec
 from benchmarks.text.routing import UsagePanel, draw_usage
 
 PLACE = ["model", "layer"]
+# the columns that identify a row of a table
 CELL = [*PLACE, "num_experts", "method"]
+# the headings of the columns that name a row
 _KEYS = {
     "model_title": "Model",
     "layer": "Layer",
@@ -31,71 +34,75 @@ _KEYS = {
     "method_title": "Neurons in blocks",
     "n": "n",
 }
-_PAPERS_N = 64  # of Fig. 4
+_PAPERS_N = 64  # number of experts in the paper's Fig. 4
 
 
 class ModularityOutcomes(Outcomes):
-    """Collect the finished runs.
+    """The finished runs of a benchmark that analyses pre-trained models.
 
     Attributes:
-        rows: A row per run, in the order of models and methods: the columns :data:`CELL`, ``seed``, ``run_id``, a
-            column per metric, ``usage`` and ``matrix`` of its metrics, and titles.
-        means: The means over seeds, with ``<metric>_std``, ``n`` and titles.
+        rows: A row for each run, in the order of models and methods. Columns are :data:`CELL`,
+            ``seed``, ``run_id``, each measured number, and ``usage`` and ``matrix`` of its metrics.
+            Names have titles.
+        means: The means over seeds, with ``<number>_std``, ``n`` and titles.
     """
 
     def __init__(self, benchmark: AnyBenchmark, finished: Sequence[Record]) -> None:
-        super().__init__(
-            benchmark, [record.run for record in finished], ["model", "method", "task"]
-        )
+        runs = [record.run for record in finished]
+        super().__init__(benchmark, runs, ["model", "method", "task"])
         rows: list[dict[str, Any]] = []
         numbers: list[str] = []
         for record in finished:
-            run, metrics = record.run, record.metrics
-            measured = (metrics.measured or {})[EXPERTS]
-            cell = {
-                "model": run.model,
-                "layer": run.config["layers"][0],
-                "num_experts": run.config["num_experts"],
-                "method": run.method,
-            }
-            named = {
-                "seed": run.seed,
-                "run_id": run.id,
-                "usage": metrics.usage,
-                "matrix": metrics.matrix,
-            }
-            rows.append({**cell, **named, **measured})
-            numbers = list(measured)
-        self.records = self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
+            measured = (record.metrics.measured or {})[EXPERTS]
+            rows.append(_to_row(record, measured))
+            numbers = list(measured)  # the same for all runs
+        self.rows = self.order(pd.DataFrame(rows), [*CELL, "seed"])
+        self.records = self.rows
         self.means = self.with_titles(average_over_seeds(self.rows, CELL, numbers))
 
     def panels(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        """Yield a title and the rows of the first layer of every model."""
+        """Yield for every model a title and the rows of its first layer."""
         for model, rows in self.rows.groupby("model", sort=False):
             layer = rows["layer"].iloc[0]
-            yield f"{self.title('model', str(model))}, layer {layer}", rows[rows["layer"] == layer]
+            title = f"{self.title('model', str(model))}, layer {layer}"
+            yield title, rows[rows["layer"] == layer]
+
+
+def _to_row(record: Record, measured: Mapping[str, float]) -> dict[str, Any]:
+    """Return the row of a run, see :attr:`ModularityOutcomes.rows`."""
+    run = record.run
+    (layer,) = run.config["layers"]
+    return {
+        "model": run.model,
+        "layer": layer,
+        "num_experts": run.config["num_experts"],
+        "method": run.method,
+        "seed": run.seed,
+        "run_id": run.id,
+        "usage": record.metrics.usage,
+        "matrix": record.metrics.matrix,
+        **measured,
+    }
 
 
 def concentration(outcomes: ModularityOutcomes) -> Table:
-    """Make a table of the concentration by construction, beside the paper's matrices."""
+    """Make the table of the concentration of activations, beside that of the paper's matrices."""
     cell = ["method", "num_experts"]
-    published = (
-        read_published(outcomes.benchmark)
-        .pivot(index=cell, columns="metric", values="value")
-        .astype(float)
-    )
-    frame = outcomes.means.join(published.add_suffix("_paper"), on=cell)
-    frame["best_quarter_paper"] /= 100
-    (share,) = {run.spec["reading"]["active_share"] for run in outcomes.runs}
+    published = read_published(outcomes.benchmark)
+    by_metric = published.pivot(index=cell, columns="metric", values="value").astype(float)
+    frame = outcomes.means.join(by_metric.add_suffix("_paper"), on=cell)
+    frame["best_quarter_paper"] /= 100  # published in percent
+    (share,) = {_active_share(outcomes.benchmark, run) for run in outcomes.runs}
     return Table(
         "Activations in blocks of neurons, nothing trained",
-        "Means over n random partitions ± standard deviation; the other constructions have no seed. A neuron is active "
-        f"for a token if |activation| is among the {share * 100:g} % largest of all tokens and neurons, as many as are "
-        "not zero in the paper's matrix. Best quarter: share of a token's active neurons that are in the N/4 blocks "
-        "with most of them, mean over tokens; of their magnitudes, all neurons counted. Gini: of the blocks' active "
-        "neurons over all tokens. What avg-k keeps is the share of all magnitude in the top k experts. Unexplained "
-        "variance is that of the keys. The paper's two matrices are of a model, layer and set that it does not name, "
-        "so directions compare and values do not.",
+        "Means over n random partitions ± standard deviation; the other constructions have no "
+        f"seed. A neuron is active for a token if |activation| is among the {share * 100:g} % "
+        "largest of all tokens and neurons, as many as are not zero in the paper's matrix. Best "
+        "quarter: share of a token's active neurons that are in the N/4 blocks with most of them, "
+        "mean over tokens; of their magnitudes, all neurons counted. Gini: of the blocks' active "
+        "neurons over all tokens. What avg-k keeps is the share of all magnitude in the top k "
+        "experts. Unexplained variance is that of the keys. The paper's two matrices are of a "
+        "model, layer and set that it does not name, so directions compare and values do not.",
         dict(_KEYS),
         [
             *_columns("best_quarter", "best_quarter_mass", "usage_gini", "kept_top", "inertia"),
@@ -106,18 +113,25 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
     )
 
 
+def _active_share(benchmark: AnyBenchmark, run: Run) -> float:
+    """Return the share of the activations that count as active in a run."""
+    spec = cast(ModularitySpec, benchmark.read_spec(run))
+    return spec.reading.active_share
+
+
 def _columns(*metrics: str) -> list[Column]:
+    """Return the columns of metrics with their standard deviations."""
     return [Column(metric, metric, std=f"{metric}_std") for metric in metrics]
 
 
 def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
-    """Make a table of dead neurons, active neurons and kept magnitude with the top k and the bottom k experts."""
+    """Make the table of the neurons that the top k and the bottom k experts use."""
     return Table(
         "Neurons in use by the top and the bottom k experts, nothing trained",
-        "Are the experts with the lowest scores dead, which would explain that using them does harm (the paper's Table "
-        "4)? A neuron is dead if it is active, as above, for no token. Shares are of the neurons of the experts in "
-        "use, means over tokens. Kept is the share of all magnitude. Means over n random partitions ± standard "
-        "deviation.",
+        "Are the experts with the lowest scores dead, which would explain that using them does "
+        "harm (the paper's Table 4)? A neuron is dead if it is active, as above, for no token. "
+        "Shares are of the neurons of the experts in use, means over tokens. Kept is the share of "
+        "all magnitude. Means over n random partitions ± standard deviation.",
         dict(_KEYS),
         _columns(
             "dead",
@@ -133,17 +147,20 @@ def neurons_in_use(outcomes: ModularityOutcomes) -> Table:
 
 
 def usage(outcomes: ModularityOutcomes) -> Table:
-    """Make a table of the mutual information of experts with task and class, beside chance."""
+    """Make the table of the mutual information of experts with task and class, beside chance."""
     metrics = [*information_numbers("task", "class"), "specialised_experts", "shared_experts"]
-    frame = outcomes.means.reindex(columns=list(dict.fromkeys([*_KEYS, *CELL, *metrics])))
+    others = [column for column in CELL if column not in _KEYS]
+    # tasks without classes have no class information, so its columns may be missing
+    frame = outcomes.means.reindex(columns=[*_KEYS, *others, *metrics])
     return Table(
         "Information in the choice of an expert, nothing trained",
-        "Mutual information of a token's expert with the task of its row, and with the row's class (within a task, "
-        f"mean over the tasks with classes). Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of rows over "
-        "the tasks, or within their task. Specialised experts: a task uses them more than by chance (5 %, over all "
-        "experts and tasks). Shared experts: every task uses them above 1/N, and no task differs from chance. Means "
-        "over random partitions.",
-        {key: label for key, label in _KEYS.items() if key != "n"},
+        "Mutual information of a token's expert with the task of its row, and with the row's class "
+        "(within a task, mean over the tasks with classes). Chance: mean and 95 % quantile of "
+        f"{PERMUTATIONS} shuffles of rows over the tasks, or within their task. Specialised "
+        "experts: a task uses them more than by chance (5 %, over all experts and tasks). Shared "
+        "experts: every task uses them above 1/N, and no task differs from chance. Means over "
+        "random partitions.",
+        {key: heading for key, heading in _KEYS.items() if key != "n"},
         [Column(metric, metric) for metric in metrics],
         frame,
     )
@@ -153,27 +170,48 @@ TABLES = {"concentration": concentration, "selected": neurons_in_use, "usage": u
 
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw a dot per active neuron: panel rows are models (first layer), columns constructions."""
-    panels = [(title, list(_first_runs(rows).itertuples())) for title, rows in outcomes.panels()]
-    columns = max(len(runs) for _, runs in panels)
-    size, shared = (plots.WIDTH, 2.3 * len(panels) + 0.4), {"sharex": "row", "sharey": "row"}
-    with plots.panel_figure(path, len(panels), columns, size, plots.HEATMAP, **shared) as (_, axes):
-        for axis_row, (title, runs) in zip(axes, panels, strict=True):
-            for axis, run in zip(axis_row, runs, strict=False):
+    """Draw a dot for each active neuron of a token.
+
+    A row of panels is a model (its first layer), and a column a construction of the experts.
+    """
+    titles = []
+    runs_by_model = []
+    for title, rows in outcomes.panels():
+        titles.append(title)
+        # a run for each construction
+        runs_by_model.append(list(_first_runs(rows).itertuples()))
+    columns = max(len(runs) for runs in runs_by_model)
+    size = (plots.WIDTH, 2.3 * len(titles) + 0.4)  # inches
+    figure_of_panels = plots.panel_figure(
+        path, len(titles), columns, size, plots.HEATMAP, sharex="row", sharey="row"
+    )
+    with figure_of_panels as (_, axes):
+        for axes_of_model, title, runs in zip(axes, titles, runs_by_model, strict=True):
+            # models may have fewer constructions than there are columns
+            for axis, run in zip(axes_of_model, runs, strict=False):
                 _draw_matrix(axis, run.matrix, run.num_experts)
                 axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
                 axis.set_xlabel("neurons, expert by expert")
-            tasks = runs[0].matrix.tasks
-            middles = pd.Series(range(len(tasks))).groupby(tasks, sort=False).mean()
-            axis_row[0].set_yticks(
-                middles, [outcomes.title("task", str(name)) for name in middles.index]
-            )
-            axis_row[0].tick_params(axis="y", length=0)
-            axis_row[0].set_ylabel(f"{title}\ntokens of")
+            first_axis = axes_of_model[0]
+            first_axis.set_ylabel(f"{title}\ntokens of")
+            _name_tasks(first_axis, runs[0].matrix.tasks, outcomes)
+
+
+def _name_tasks(axis: Any, tasks: Sequence[str], outcomes: ModularityOutcomes) -> None:
+    """Write the title of each task beside the middle of its tokens.
+
+    ``tasks`` has the task of each token.
+    """
+    tokens = pd.Series(range(len(tasks)))
+    middles = tokens.groupby(tasks, sort=False).mean()
+    axis.set_yticks(middles, [outcomes.title("task", str(name)) for name in middles.index])
+    axis.tick_params(axis="y", length=0)
 
 
 def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
+    """Draw the active neurons of tokens as dots, and the borders of the experts as lines."""
     size = matrix.neurons // experts
+    # neurons of one expert are neighbours
     for edge in range(size, matrix.neurons, size):
         axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
     axis.plot(
@@ -186,61 +224,82 @@ def _draw_matrix(axis: Any, matrix: Matrix, experts: int) -> None:
         alpha=0.8,
         rasterized=True,
     )
+    # the first token is at the top
     axis.set(xlim=(-0.5, matrix.neurons - 0.5), ylim=(len(matrix.tasks) - 0.5, -0.5))
     axis.set_xticks([0, matrix.neurons])
 
 
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw magnitudes of the first model and layer in 3D, before and after clustering, as the paper does."""
+    """Draw the magnitudes of the first model and layer in 3D, as the paper does.
+
+    One panel shows them before clustering, the other one after.
+    """
     title, rows = next(outcomes.panels())
-    runs = list(
-        _first_runs(rows[rows["method"].isin(["contiguous", outcomes.baseline])]).itertuples()
-    )
+    # the checkpoint's order of neurons, and clusters
+    is_shown = rows["method"].isin(["contiguous", outcomes.baseline])
+    runs = list(_first_runs(rows[is_shown]).itertuples())
     with mpl.rc_context({**plots.STYLE, "font.size": 7}):
         figure = plt.figure(figsize=(plots.WIDTH, 3.0), layout="constrained")
         for number, run in enumerate(runs, 1):
-            axis: Any = figure.add_subplot(1, len(runs), number, projection="3d")
-            axis.scatter(
-                run.matrix.places, run.matrix.tokens, run.matrix.values,
-                c=run.matrix.values, cmap="viridis", s=1.2, linewidths=0, rasterized=True,
-            )  # fmt: skip
-            axis.set_xlabel("neurons", labelpad=-1)
-            axis.set_ylabel("tokens", labelpad=-4)
-            axis.set_zlabel("|activation|", labelpad=-8)
-            axis.tick_params(pad=-2, labelsize=7)
-            axis.view_init(elev=35, azim=-70)
-            axis.set_box_aspect((1.3, 1, 0.6), zoom=1.1)
-            for side in (axis.xaxis, axis.yaxis, axis.zaxis):
-                side.set_major_locator(mpl.ticker.MaxNLocator(4))
+            axis = figure.add_subplot(1, len(runs), number, projection="3d")
+            _draw_matrix_3d(axis, run.matrix)
             axis.set_title(f"{run.method_title}, N = {run.num_experts}", fontsize=7.5)
         figure.suptitle(title, fontsize=8)
         plots.save(figure, path)
 
 
+def _draw_matrix_3d(axis: Any, matrix: Matrix) -> None:
+    """Draw the active neurons of tokens; height and colour are the magnitude."""
+    axis.scatter(
+        matrix.places,
+        matrix.tokens,
+        matrix.values,
+        c=matrix.values,
+        cmap="viridis",
+        s=1.2,
+        linewidths=0,
+        rasterized=True,
+    )
+    axis.set_xlabel("neurons", labelpad=-1)
+    axis.set_ylabel("tokens", labelpad=-4)
+    axis.set_zlabel("|activation|", labelpad=-8)
+    axis.tick_params(pad=-2, labelsize=7)
+    axis.view_init(elev=35, azim=-70)
+    axis.set_box_aspect((1.3, 1, 0.6), zoom=1.1)
+    for side in (axis.xaxis, axis.yaxis, axis.zaxis):
+        side.set_major_locator(mpl.ticker.MaxNLocator(4))
+
+
 def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the first run of each construction at the paper's N, else at the largest N."""
-    size = _PAPERS_N if _PAPERS_N in set(rows["num_experts"]) else rows["num_experts"].max()
+    """Return the first run of each construction with the paper's N, else with the largest N."""
+    size = rows["num_experts"].max()
+    if (rows["num_experts"] == _PAPERS_N).any():
+        size = _PAPERS_N
     return rows[rows["num_experts"] == size].drop_duplicates("method")
 
 
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
-    """Draw the use of experts by task and class, a panel per model (first layer, smallest N)."""
+    """Draw the use of experts by task and class.
+
+    There is a panel for each model, with its first layer and its smallest N.
+    """
     panels: list[UsagePanel] = []
     for title, rows in outcomes.panels():
-        clusters = rows[rows["method"] == outcomes.baseline].sort_values(
-            "num_experts", kind="stable"
-        )
-        for row in clusters.head(1).itertuples():
-            panels.append((f"{title}, N = {row.num_experts}", row.usage))
+        of_baseline = rows[rows["method"] == outcomes.baseline]
+        ordered = of_baseline.sort_values("num_experts", kind="stable")
+        # the first run, if the baseline has one
+        for run in ordered.head(1).itertuples():
+            panels.append((f"{title}, N = {run.num_experts}", run.usage))
     draw_usage(panels, outcomes, path)
 
 
 FIGURES = {
     "activations": Figure(
         draw_activations,
-        "Active neurons of tokens of several tasks. Neurons are in the order of the experts: the checkpoint's order, "
-        "clusters of similar keys, or random. Each row is a token, task by task; vertical lines separate experts. If "
-        "few experts hold most of a token's activations, its row shows a few dashes instead of scattered dots.",
+        "Active neurons of tokens of several tasks. Neurons are in the order of the experts: the "
+        "checkpoint's order, clusters of similar keys, or random. Each row is a token, task by "
+        "task; vertical lines separate experts. If few experts hold most of a token's activations, "
+        "its row shows a few dashes instead of scattered dots.",
     ),
     "activations_3d": Figure(
         draw_activations_3d,
@@ -249,36 +308,52 @@ FIGURES = {
     ),
     "experts": Figure(
         draw_experts,
-        "Use of experts by task, divided by the expert's mean use. Triangles mark use above (▲) or below (▼) chance, "
-        "by shuffled rows at 5 % over the whole panel. Dots mark shared experts: every task uses them above the "
-        "average and equally.",
+        "Use of experts by task, divided by the expert's mean use. Triangles mark use above (▲) or "
+        "below (▼) chance, by shuffled rows at 5 % over the whole panel. Dots mark shared experts: "
+        "every task uses them above the average and equally.",
     ),
 }
 
 
 def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
-    """Yield a sentence per model and layer, for its largest N."""
+    """Yield a sentence for each model and layer, on its largest N."""
     for (_, layer), rows in outcomes.means.groupby(PLACE, sort=False):
-        largest = rows[rows["num_experts"] == rows["num_experts"].max()].set_index("method")
-        if outcomes.baseline not in largest.index:
+        has_largest = rows["num_experts"] == rows["num_experts"].max()
+        by_method = rows[has_largest].set_index("method")
+        # the suite may lack the baseline
+        if outcomes.baseline not in by_method.index:
             continue
-        baseline, others = largest.loc[outcomes.baseline], largest.drop(index=outcomes.baseline)
-        shares = ", ".join(
-            f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %"
-            for row in others.itertuples()
-        )
-        bits, chance, most = (baseline[name] for name in information_numbers("task"))
+        baseline = by_method.loc[outcomes.baseline]
+        others = by_method.drop(index=outcomes.baseline)
         yield (
             f"{baseline['model_title']}, layer {layer}, N = {baseline['num_experts']}: a token has "
-            f"{baseline['best_quarter'] * 100:.0f} % of its active neurons in the best quarter of the clusters"
-            f"{f' ({shares})' if shares else ''}; the choice of an expert tells "
-            f"{'more' if bits > most else 'no more'} than chance of the task ({bits:.3f} bit, chance {chance:.3f})."
+            f"{baseline['best_quarter'] * 100:.0f} % of its active neurons in the best quarter of "
+            f"the clusters{_shares_text(others)}; the choice of an expert tells "
+            f"{_information_text(baseline)}."
         )
+
+
+def _shares_text(methods: pd.DataFrame) -> str:
+    """List the shares of active neurons in the best quarter in brackets; empty without methods."""
+    shares = []
+    for row in methods.itertuples():
+        shares.append(f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %")
+    if not shares:
+        return ""
+    return f" ({', '.join(shares)})"
+
+
+def _information_text(row: pd.Series) -> str:
+    """Compare the information of experts on the task with its value by chance."""
+    bits = row["task_information"]
+    chance = row["task_information_chance"]
+    amount = "more" if bits > row["task_information_chance_95"] else "no more"
+    return f"{amount} than chance of the task ({bits:.3f} bit, chance {chance:.3f})"
 
 
 _NOTE = (
-    "Nothing is trained, so only random partitions vary. A mark, or information above chance, shows that experts are "
-    "used differently, not that this helps."
+    "Nothing is trained, so only random partitions vary. A mark, or information above chance, "
+    "shows that experts are used differently, not that this helps."
 )
 
 
