@@ -114,7 +114,7 @@ class ImageTraining(Training):
 class ImageBlock(VariantAxes):
     """One block of a grid: every combination of its lists is a run."""
 
-    set: Names
+    task: Names
     """Names of image sets."""
     test_envs: (
         Literal["single", "all"]
@@ -128,7 +128,7 @@ class ImageBlock(VariantAxes):
     """
     hparams_seed: Wholes
     """DomainBed's hparams_seed: 0 for the defaults, other numbers for random hyper-parameters."""
-    trial: Wholes
+    seed: Wholes
     """DomainBed's trial_seed, which determines splits and random draws."""
 
 

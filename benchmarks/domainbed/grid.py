@@ -1,7 +1,7 @@
 """Plan the runs of domain generalisation.
 
 There is one for each model, image set, method, choice of held-out environments, choice of
-hyper-parameters, and trial.
+hyper-parameters, and seed (DomainBed's trial).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from benchmarks.harness.config.sets import ALL, SetPart, SetReader, missing_set
 from benchmarks.harness.config.yaml import Location, check_names, parse, read
 
 # the keys of a block besides model, set and method; runs have one value of each
-_AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
+_AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "seed")
 
 
 class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
@@ -78,13 +78,13 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         for number, block in enumerate(part.settings.grid):
             where = part.where("grid", number)
             check_names(where.at("model"), block.model, model_names("image"))
-            check_names(where.at("set"), block.set, self.tasks)
+            check_names(where.at("task"), block.task, self.tasks)
             check_names(where.at("method"), block.method, methods)
             training = {model: self.settings("training", part, model) for model in block.model}
-            for model, name, method in itertools.product(block.model, block.set, block.method):
+            for model, name, method in itertools.product(block.model, block.task, block.method):
                 if name in exclude:
                     continue
-                names = {"model": model, "set": name, "method": method}
+                names = {"model": model, "task": name, "method": method}
                 axes = self._axes(block, name, where)
                 for values in itertools.product(*axes.values()):
                     settings = dict(zip(axes, values, strict=True))
@@ -116,15 +116,15 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             point: The names of model, set and method, and a value for each key of the block.
             where: The location of the block in the suite's file, for messages.
         """
-        name = point["set"]
+        name = point["task"]
         task = self.tasks[name]
         test_envs = point["test_envs"]
         hparams_seed = point["hparams_seed"]
-        trial = point["trial"]
+        seed = point["seed"]
 
-        hparams = self._hyper_parameters(part, settings, task, hparams_seed, trial)
+        hparams = self._hyper_parameters(part, settings, task, hparams_seed, seed)
         eval_every = settings.eval_every or task.eval_every
-        method = method_spec(methods, point, trial, settings.lora, where)
+        method = method_spec(methods, point, seed, settings.lora, where)
         check_frozen(settings.frozen_layers, MethodSpec(**method), str(where))
         # MNIST's digits are never augmented
         is_augmented = hparams["data_augmentation"] and not task.source.mnist
@@ -146,8 +146,8 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
             training={**settings.spec(), "eval_every": eval_every},
             learning_rate=float(hparams["lr"]),
             # DomainBed's seed of the baseline, so that all methods see the same digits
-            data_seed=sweep_seed(task.domainbed, BASELINE, test_envs, hparams_seed, trial),
-            seed=trial,
+            data_seed=sweep_seed(task.domainbed, BASELINE, test_envs, hparams_seed, seed),
+            seed=seed,
         )
 
     def _hyper_parameters(
@@ -156,11 +156,11 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         settings: ImageTraining,
         task: SetEntry,
         hparams_seed: int,
-        trial: int,
+        seed: int,
     ) -> dict[str, Any]:
         """Return a run's hyper-parameters: DomainBed's, overridden by the settings."""
         registry = settings.registry or "domainbed"
-        usual = hyper_parameters(registry, task.domainbed, hparams_seed, trial)
+        usual = hyper_parameters(registry, task.domainbed, hparams_seed, seed)
         hparams = {**usual, **(settings.hparams or {})}
         # refuses unknown names and wrong values
         parse(hparams, HParams, part.file, "benchmarks", self.name, "training", "hparams")

@@ -202,7 +202,7 @@ class InstructionBlock(VariantAxes):
 
     model: Names
     """Names in models.yaml."""
-    set: Names
+    task: Names
     """Names of sets."""
     finetuning: Names
     """Names of `finetuning`."""

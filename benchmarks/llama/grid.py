@@ -80,12 +80,12 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
         # the valid names, by key of a block
         names = {
             "model": model_names("language"),
-            "set": self.tasks,
+            "task": self.tasks,
             "finetuning": tunings,
             "method": methods,
         }
         for where, point in part.grid_points(names, (*names, *_AXES)):
-            if point["set"] in exclude:
+            if point["task"] in exclude:
                 continue
             tuning = tunings[point["finetuning"]]
             model = load_models()[point["model"]].spec(point["model"])
@@ -102,7 +102,7 @@ class InstructionBenchmark(Benchmark[InstructionDefinition, InstructionSet, Inst
             yield self.spec(
                 variant,
                 model={**model, **tuning.model_spec()},
-                task=self.tasks[point["set"]].spec(point["set"]),
+                task=self.tasks[point["task"]].spec(point["task"]),
                 ood=[],
                 method=method,
                 finetuning=point["finetuning"],

@@ -161,7 +161,7 @@ def test_the_learning_rate_with_the_lowest_loss_is_chosen_and_never_one_that_div
 
 BLOCK = {
     "model": ["tiny-llama"],
-    "set": ["alpaca_demo"],
+    "task": ["alpaca_demo"],
     "finetuning": ["lora"],
     "method": ["dense"],
     "seed": [0],

@@ -200,7 +200,7 @@ def _check_settings(settings: SuiteSettings, where: str, parts: Mapping[str, Par
 
 
 def _with_seeds(part: Any, seeds: int) -> Any:
-    """Replace each list of several seeds or trials by ``range(seeds)``.
+    """Replace each list of several seeds by ``range(seeds)``.
 
     The content is not validated yet, so it may have any type.
     """
@@ -212,7 +212,7 @@ def _with_seeds(part: Any, seeds: int) -> Any:
     for key, value in part.items():
         # a list of one seed stays as it is
         has_several = isinstance(value, list) and len(value) > 1
-        if key in ("seed", "trial") and has_several:
+        if key == "seed" and has_several:
             replaced[key] = list(range(seeds))
         else:
             replaced[key] = _with_seeds(value, seeds)
@@ -291,7 +291,7 @@ class Suite:
             return []
         names: list[str] = []
         for block in self.benchmark_parts[benchmark].settings.grid:
-            for name in block.set:
+            for name in block.task:
                 if name not in names and name not in self.settings.exclude:
                     names.append(name)
         return names

@@ -52,7 +52,7 @@ from benchmarks.harness.results.records import (
 )
 from benchmarks.harness.results.reference import bless_advice, read_origin
 
-KEYS = ["run", "seed", "part", "set", "metric"]
+KEYS = ["run", "seed", "part", "eval_task", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
 # Tolerances of numbers that runs record only for this check, measured like those in metrics.yaml.
 _TOLERANCES = {
@@ -129,7 +129,7 @@ def _difference_text(row: Any) -> str:
     before = row.before or "nothing"
     after = row.after or "nothing"
     return (
-        f"{row.status} {row.run} s{row.seed} {row.part} {row.set} {row.metric} "
+        f"{row.status} {row.run} s{row.seed} {row.part} {row.eval_task} {row.metric} "
         f"(tolerance {row.tolerance:g}): {before:.80} -> {after:.80}"
     )
 
