@@ -47,6 +47,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     ``active_neurons``, the paper's numbers (``paper``, ``paper_delta``, ``status``, ``source``),
     ``is_ours``, ``is_average``, and titles.
     """
+    # main outcomes have only the best setting of a row
     ablated = outcomes.ablated
     names = _row_names(ablation, ablated.methods)
     seeds = _compared_seeds(ablated, names)
@@ -117,7 +118,7 @@ def _sort_rows(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     scopes = list(rows["scope"].unique())
     keys = [
         (
-            not row.is_ours,
+            not row.is_ours,  # False comes before True
             row.model,
             row.protocol,
             row.domain,
@@ -145,13 +146,14 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
     averages = [seeds.iloc[:0]]
     keys = ["protocol", "domain", "model"]
     for (protocol, domain, model), group in seeds.groupby(keys, sort=False):
+        # averages over different scopes could not be compared
         methods_by_scope = group.groupby("scope", sort=False)["method"].nunique()
         has_all_methods = methods_by_scope == group["method"].nunique()
         shared = list(methods_by_scope[has_all_methods].index)
         if len(shared) < 2:
             continue
 
-        # [method and seed, scope]; a seed without all scopes has no average
+        # rows: method and seed, columns: scopes; a seed that lacks a scope has no average
         by_scope = group[group["scope"].isin(shared)].pivot_table(
             index=["method", "seed"], columns="scope", values="value", sort=False
         )
@@ -169,7 +171,8 @@ def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
     numbers = published[[*on, "paper", "paper_delta", "status", "source"]]
     joined = rows.merge(numbers, on=on, how="outer", sort=False)
     # rows of the paper alone have no domain; only the title of a pair of tasks has an arrow
-    domains = joined["scope"].map(lambda scope: OOD if ARROW in scope else ID)
+    is_pair = joined["scope"].str.contains(ARROW, regex=False)
+    domains = is_pair.map({True: OOD, False: ID})
     return joined.assign(domain=joined["domain"].fillna(domains))
 
 
@@ -179,6 +182,7 @@ def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         published = read_published(outcomes.benchmark, ablation.paper)
     else:
         published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
+    # name the rows as ours, and turn points into shares
     methods = published["method"]
     settings = published["setting"].astype(str)
     named = published.assign(
