@@ -75,6 +75,7 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             },
         )
         benchmark = cls(name, definition, other.tasks, DOMAINS)
+        # transformed rows are shown only in ablations, so they have no rank
         main = [row for row in definition.methods if row not in definition.transformed]
         check_names(f"{file}: '", "ranked", definition.ranked, main)
         check_ablations(benchmark)

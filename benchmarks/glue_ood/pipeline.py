@@ -45,6 +45,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         entries=load_benchmark(spec.benchmark).tasks,
         say=progress.say,
     )
+    # load all sets first: a missing one is reported before the model is loaded
     test = load(spec.task, "test")
     splits = {other.name: _load(other, load) for other in spec.ood}
     chosen = _chosen(spec)
@@ -59,6 +60,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         raise DataError(
             f"{error}; delete {chosen.metrics_file} and let Snakemake train the run again"
         ) from error
+    # evaluate the trained weights with the experts of another method, or without experts
     if spec.transform is not None:
         convert_trained_(classifier.model, spec.method["config"])
     evaluator = TextEvaluator(
@@ -75,6 +77,7 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
     first_set = splits[spec.ood[0].name]
     probe.observe(classifier.model, evaluator.first_batch(first_set))
 
+    # the run that trained the model may have the same score already
     tests_same_rows = (
         training.eval_rows == settings.rows and training.max_length == settings.max_length
     )

@@ -68,6 +68,7 @@ def ranks(outcomes: TextOutcomes) -> Table:
                     "paper": paper.get((model, method), math.nan),
                 }
             )
+    # without rows, the columns must still exist
     frame = pd.DataFrame(
         rows, columns=["protocol", "model", "method", "rank", "sets", "ranked", "paper"]
     )
@@ -95,8 +96,8 @@ def ranks(outcomes: TextOutcomes) -> Table:
 def _paper_ranks(outcomes: TextOutcomes) -> pd.Series[float]:
     """Read the paper's mean ranks, by model and method."""
     published = read_published(outcomes.benchmark)
-    ranks = published[published["scope"] == RANK]
-    return ranks.set_index(["model", "method"])["value"]
+    of_ranks = published[published["scope"] == RANK]
+    return of_ranks.set_index(["model", "method"])["value"]
 
 
 def _test_text(scores: pd.DataFrame, p: float) -> str:

@@ -52,6 +52,7 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     names = _row_names(ablation, ablated.methods)
     seeds = _compared_seeds(ablated, names)
 
+    # compare all rows with the baseline, or each row with the row above
     references: Iterable[tuple[str, str | None]] = [(ablated.baseline, None)]
     if ablation.steps:
         references = itertools.pairwise(names)
@@ -85,9 +86,11 @@ def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFram
         & scores["method"].isin(names)
         & scores["domain"].isin([ID, OOD])
     )
+    # scores on single tasks or pairs of tasks
     single = scores[is_shown]
     seeds = pd.concat([single, _averages(single)])[[*_ROW, "seed", "value"]]
 
+    # a group of main rows alone is in the other tables
     ablated = [name for name in names if _is_ablated(outcomes, name)]
 
     def has_comparison(group: pd.DataFrame) -> bool:
@@ -205,7 +208,9 @@ def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
             setting = _main_setting(configs[row.model, row.method])
         title = outcomes.title("method", method)
         words = setting_text(setting)
-        titles.append(f"{title}, {words}" if words else title)
+        if words:
+            title = f"{title}, {words}"
+        titles.append(title)
     return rows.assign(method_title=titles, is_average=rows["scope"].str.startswith(_AVERAGE_OF))
 
 
@@ -324,6 +329,7 @@ def _first_selection(rows: pd.DataFrame) -> pd.DataFrame:
 def _shown_differences(ours: pd.DataFrame) -> pd.DataFrame:
     """Return the averages of each panel and domain, or its rows if it has no average."""
     rows = _first_selection(ours)
+    # single tasks have marks only where there is nothing to average
     has_average = rows.groupby(["panel", "domain"])["is_average"].transform("any")
     return rows[rows["is_average"] == has_average]
 
@@ -339,7 +345,8 @@ def _mark_style(outcomes: TextOutcomes, mark: Any) -> MethodStyle:
     """Return the style of a mark: hollow out of domain, and a cross for the paper's difference."""
     style = outcomes.style(mark.method)
     if not mark.is_ours:
-        return replace(style, marker="+" if mark.domain == OOD else "x")
+        marker = "+" if mark.domain == OOD else "x"
+        return replace(style, marker=marker)
     if mark.domain == OOD:
         return replace(style, hollow=True)
     return style

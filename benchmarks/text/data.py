@@ -72,6 +72,7 @@ class TextSplit:
             return self
         draw = random.Random(derive_seed("rows", seed_name))
         chosen = draw.sample(range(len(self)), rows)
+        # rows stay in the order of the set
         return self._rows(sorted(chosen))
 
     def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
@@ -135,6 +136,7 @@ class TextSplit:
 
         A regression has the range of its scores instead of counts by class.
         """
+        # the digest shows whether two runs read the same rows in the same order
         digest = hashlib.sha256()
         for row in zip(self.texts, self.labels, strict=True):
             digest.update(repr(row).encode())
@@ -167,6 +169,8 @@ def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> S
         labels = ", ".join(by_class)
     else:
         labels = f"{min(split.labels):g} to {max(split.labels):g}"
+    # the paper's count is that of its test part
+    published = entry.published_rows if part == "test" else None
     return SetPart(
         name,
         part,
@@ -175,7 +179,7 @@ def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> S
         expected=entry.rows.get(part),
         labels=labels,
         source=split.source,
-        published=entry.published_rows if part == "test" else None,
+        published=published,
     )
 
 
@@ -199,6 +203,7 @@ def load_part(
     """
     read_part = resolve_part(task.splits, part)
     split = load_split(task, read_part)
+    # a copy of the set may be incomplete
     if say and entries and task.name in entries:
         note = describe_rows(task.name, read_part, split, entries[task.name]).note
         if note:
@@ -219,6 +224,7 @@ def load_split(task: RunTask, part: str) -> TextSplit:
         raise DataError(f"task '{task.name}' has no {part} split")
     if task.source.vader_sentiment:
         return _load_vader_split(task.source.vader_sentiment, task.source.vader_label, split)
+    # a split may consist of several files
     tables = _read_tables(task, split)
     texts: list[tuple[str, ...]] = []
     labels: list[Any] = []
@@ -236,7 +242,9 @@ def load_split(task: RunTask, part: str) -> TextSplit:
 def _load_vader_split(domain: str, label: str | None, split: str) -> TextSplit:
     """Load a domain of the set inside vaderSentiment; ``label`` may choose other labels."""
     texts, labels, dropped = load_vader(domain, split, strength=label == "strength")
-    name = f"{domain}, {label}, {split}" if label else f"{domain}, {split}"
+    name = f"{domain}, {split}"
+    if label:
+        name = f"{domain}, {label}, {split}"
     source = f"{PACKAGE} {find_package(PACKAGE).version}, {name}"
     return TextSplit([(text,) for text in texts], labels, dropped, source)
 
@@ -262,6 +270,7 @@ class _Table:
         Raises:
             DataError: The table has neither.
         """
+        # other copies of a set may name a column otherwise
         aliases = [alias for alias, column in task.column_aliases.items() if column == name]
         for column in (name, *aliases):
             if column in self.cells:
@@ -273,6 +282,7 @@ def _read_tables(task: RunTask, split: str) -> list[_Table]:
     """Read a split from the user's folder, else from the hub; ``a+b`` names two splits."""
     if task.source.csv:
         return [_csv_split(ROOT / task.source.csv, task, split)]
+    # the user's folder; None if there is none
     folder = local_path(task.name, task.source.model_dump())
     splits = split.split("+")
     if folder is None:
@@ -317,6 +327,7 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
     """Read splits, or a whole set without splits, from a folder of ``datasets``' save_to_disk."""
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
+        # a dictionary has several splits, anything else is one set
         if isinstance(saved, datasets.DatasetDict):
             return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
         if task.splits.train is not None:
@@ -329,6 +340,7 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
     """Read a split from files with the hub's names, in the first available format."""
     folders = [folder]
+    # the hub keeps the files of a configuration in a folder of its name, or in `data`
     if task.source.config:
         folders += [folder / task.source.config, folder / "data"]
     for subfolder in folders:
@@ -400,6 +412,7 @@ def read_csv(file: Path) -> pd.DataFrame:
     Raises:
         DataError: The file cannot be read.
     """
+    # every cell stays as it is written: labels are read by the task's rules
     with _name_file_in_errors(file), warnings.catch_warnings():
         # pandas only warns if the first row has more cells than the header
         warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -444,6 +457,7 @@ def _split_by_hash(text: str) -> str:
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
     """Convert a set of ``datasets`` to a table, with its class names if it has them."""
+    # batches of arrow tables also work for a streamed set, which has no length
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     cells = pa.concat_tables(batches, promote_options="default").to_pydict()
     table = _Table(source, pd.DataFrame(cells, dtype=object))
@@ -524,12 +538,14 @@ def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ..
     """
     labels = _Labels.of(table, task)
     columns = [table.column(name, task) for name in (*task.fields, task.label)]
+    # the index of the row, its texts, and its label
     for row, *cells, value in table.cells[columns].itertuples(name=None):
         texts = _row_texts(cells)
         label = labels.text(value)
         if texts is None or label in labels.unlabelled:
             continue
         number = labels.number(label)
+        # a missing label drops the row; an unknown label is an error
         if number is not None:
             yield texts, number
         elif label.casefold() not in _NO_LABEL:

@@ -65,6 +65,7 @@ class TextSets(Benchmark[D, TaskEntry, P]):
     paper_columns: ClassVar[tuple[str, ...]] = PAPER_COLUMNS
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
+        # imported here, because it imports `datasets`, and planning is fast without
         from benchmarks.text.data import resolve_part
 
         # a run without training only evaluates
@@ -112,6 +113,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         given = parse(content, TextDefinition, str(file))
         rows = transformed_rows(given.transformed, given, file)
         _check_trained_once(given.transformed, file)
+        # a transformed row is a method, too, for the tables
         definition = given.model_copy(update={"methods": {**given.methods, **rows}})
         tasks = read(file.parent / definition.tasks, TaskFile).tasks
         benchmark = cls(name, definition, tasks, DOMAINS)
@@ -136,6 +138,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         model_settings = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
             _check_training_keys(point, methods, where)
+            # an excluded task has no runs, but its block is checked
             if point["task"] in exclude:
                 continue
             task = self.tasks[point["task"]]
@@ -194,6 +197,7 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         check_names(where, "epochs_by_task", training.epochs_by_task or (), self.tasks)
         if not isinstance(training.evaluate_ood, bool):
             check_names(where, "evaluate_ood", training.evaluate_ood or (), self.definition.methods)
+        # a block of the grid may ask for clean runs of a task without a test split
         if not training.validation_fraction:
             raise DefinitionError(
                 f"{where}.validation_fraction' is 0, but clean runs need rows for selection"
@@ -255,12 +259,14 @@ def transformed_rows(
         where = f"{file}: 'transformed.{name}"
         if name in definition.methods:
             raise DefinitionError(f"{where}' has the name of a method; choose another name")
+        # the trained weights are used in both models
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where, key, [used], usual)
             if not _has_portable_weights(resolved[used]):
                 raise DefinitionError(
                     f"{where}.{key}' is '{resolved[used].title}', whose weights fit no other row"
                 )
+        # a row without `method` has that of its name in methods.yaml
         settings = {"method": row.trained, **definition.methods[row.trained].given()}
         rows[name] = Method(**{**settings, "title": row.title, "role": ABLATION})
     return rows
@@ -323,6 +329,7 @@ def _check_task(where: str, name: str, tasks: Mapping[str, TaskEntry]) -> None:
 
 def _check_classes_fit(task: TaskEntry, other: TaskEntry) -> None:
     """Raise a DefinitionError if classes must be merged, and no ``label_map`` says how."""
+    # as many classes correspond by their order
     if len(task.labels) > len(other.labels):
         merged_classes(task, other)
     elif len(other.labels) > len(task.labels):
@@ -334,6 +341,7 @@ def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
     has_test = task.splits.test is not None
     if has_test and point.get("protocol") == PUBLISHED:
         raise DefinitionError(f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split")
+    # with a test split, selection with the dev split is clean
     usual = CLEAN if has_test else PUBLISHED
     return str(point.get("protocol", usual))
 

@@ -58,6 +58,7 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
     folder.mkdir()
     with atomic_write(folder / rows) as temporary:
         temporary.write_bytes(file.read_bytes())
+    # the suite goes to config/, the other files to the benchmark's folder
     for template in _TEMPLATE.iterdir():
         target = folder / template.name
         if template.name == "config.yaml":
@@ -78,6 +79,7 @@ def _check_name(name: str) -> None:
         if path.exists():
             raise DefinitionError(f"{path} exists; choose another name than '{name}'")
     targets = [artifacts.name for artifacts in all_artifacts()]
+    # the workflow has a target for each benchmark and each set with tables of its own
     if name in targets:
         raise DefinitionError(f"'{name}' is the target of a set's tables; choose another name")
 

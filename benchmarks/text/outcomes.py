@@ -84,6 +84,7 @@ def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     scores = selection_scores(records, protocol)
     by_choice = scores.groupby([*CELL, *CHOICE], sort=False)["value"]
     table = by_choice.agg(mean="mean", std="std", n="count").reset_index()
+    # idxmax returns the first of equal means
     best = table.groupby(CELL, sort=False)["mean"].idxmax()
     return table.assign(chosen=table.index.isin(best))
 
@@ -146,6 +147,7 @@ class TextOutcomes(Outcomes):
         *,
         include_ablations: bool = False,
     ) -> None:
+        # names of the shown methods
         methods = resolve_methods(benchmark.definition)
         kept = list(methods)
         if not include_ablations:
@@ -216,6 +218,7 @@ class TextOutcomes(Outcomes):
         variants = cells["variant"].transform("nunique")
         settings = records["variant"].where(variants > 1, "")
 
+        # such as the layers, which differ between models
         usual = {}
         for model, rows in records[~is_ablation].groupby("model", sort=False):
             usual[model] = self._usual_settings(rows)
@@ -331,6 +334,7 @@ class TextOutcomes(Outcomes):
     def pair_title(self, task: str, eval_task: str) -> str:
         """Return ``SST-2 → IMDB``; only the training task without another ``eval_task``."""
         trained = self.title("task", task)
+        # a mean over sets has no evaluation task
         if eval_task in ("", task):
             return trained
         return trained + ARROW + self.title("task", eval_task)

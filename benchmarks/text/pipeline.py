@@ -41,6 +41,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     ood = {other.name: load(other, "test", ood_rows) for other in spec.ood}
 
     tokenizer = load_tokenizer(spec.model)
+    # a co-activation partition is made with training rows
     calibration = calibration_batches(
         splits.train, tokenizer, training.max_length, training.eval_batch_size
     )
@@ -52,7 +53,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     routing = RoutingRecorder(classifier.model)
     evaluated = _evaluate(trainer, spec, splits.test, ood, routing)
     routed, usage = routing.set_routing(task.name)
-    # before the model is converted to another method
+    # before the model may be converted to another method
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
 
@@ -66,6 +67,7 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
             as_other = _evaluate(trainer, spec, splits.test, ood)
         transformed = {spec.used_as.name: {"scores": as_other}}
 
+    # all numbers of the kept epoch but its own
     dev_scores = {name: value for name, value in kept.items() if name != "epoch"}
     return {
         "scores": {"dev": {task.name: dev_scores}, **evaluated},
@@ -121,6 +123,7 @@ def _load_splits(task: RunTask, training: TextTraining, load: Callable[..., Text
         dev = load(task, "dev", training.dev_rows or training.eval_rows)
     else:
         dev = test
+    # after the dev rows are held out, so that these are the same for every share
     if training.train_share:
         train = train.stratified_sample(training.train_share, f"{task.name}/train")
     return _Splits(train, dev, test)

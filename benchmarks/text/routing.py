@@ -138,7 +138,9 @@ def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
 
     axis.set_yticks(range(len(lines)), [line.label for line in lines])
     for tick, line in zip(axis.get_yticklabels(), lines, strict=True):
-        tick.set_fontweight("normal" if line.marks is None else "bold")
+        # names of sets are bold, names of classes are not
+        weight = "normal" if line.marks is None else "bold"
+        tick.set_fontweight(weight)
     axis.set_xticks([])
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)

@@ -115,11 +115,12 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     numbers = rows[["scope", *_ROW, "mean", "std"]]
     counts = common.format_counts(rows, _ROW)
     frame, columns = common.with_columns(counts, _ROW, numbers, headings, "score")
-    # the average of one column is that column
+    # the average of a single column would repeat it
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, "score")
+    title = "Scores by task" if domain == ID else "Scores by OOD set"
     return Table(
-        "Scores by task" if domain == ID else "Scores by OOD set",
+        title,
         f"{_DEVIATION} {outcomes.shared_note} {_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**BY_SELECTION, "n": "n"},
         columns,

@@ -48,6 +48,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         self.order = np.arange(len(split))
         if by_length:
             self.order = np.argsort(self._lengths, kind="stable")
+        # labels of the model's inputs, in the order of the split
         self._labels = split.labels if labelled else None
         self.labels = np.asarray(split.labels)[self.order]
         self._states: PrefixStates | None = None
@@ -96,6 +97,7 @@ def calibration_batches(
 
     The sample is the same for every run.
     """
+    # the model computes no loss, so that labels are not needed
     rows = split.sample(_CALIBRATION_ROWS, "calibration")
     encoded = TokenisedRows(rows, tokenizer, max_length, by_length=True, labelled=False)
     return batches(encoded, DataCollatorWithPadding(tokenizer), batch_size)

@@ -80,6 +80,7 @@ def score_and_loss(
     head_classes = len(trained.labels)
     set_classes = len(evaluated.labels)
     merged_head = None
+    # the side with more classes is merged: the labels of the set, or the predictions
     if head_classes < set_classes:
         merged_labels = np.asarray(merged_classes(evaluated, trained))
         labels = merged_labels[labels]
@@ -128,13 +129,16 @@ class SplitEvaluator:
             prefix=self.prefix,
         )
         evaluated = task or self.task
-        metrics = task.ood_metrics if task else [self.task.metric]
+        # classes in the order in which the model sees the rows
         recording: AbstractContextManager[None] = nullcontext()
         if routing:
             recording = routing.record_set(evaluated.name, split.class_numbers[rows.order])
         with recording:
             output = self.trainer.predict(cast(Any, rows), metric_key_prefix="eval")
         logits = extract_logits(output.predictions)
+        metrics = [self.task.metric]
+        if task:
+            metrics = task.ood_metrics
         return score_and_loss(logits, rows.labels, self.task, evaluated, metrics)
 
 
@@ -191,6 +195,8 @@ def epoch_arguments(
         best: The metric that chooses the epoch; None keeps the last epoch.
         **options: Other arguments of Trainer.
     """
+    # the best epoch has the greatest score; Trainer wants None without a metric
+    greater_is_better = None if best is None else True
     return trainer_arguments(
         folder,
         precision,
@@ -202,13 +208,13 @@ def epoch_arguments(
         lr_scheduler_type="linear",
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
-        max_grad_norm=0.0,
+        max_grad_norm=0.0,  # no clipping
         seed=derive_seed("dropout", spec.seed),
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=best is not None,
         metric_for_best_model=best,
-        greater_is_better=None if best is None else True,
+        greater_is_better=greater_is_better,
         logging_strategy="epoch",
         **options,
     )
@@ -290,10 +296,13 @@ class TextTrainer(SplitEvaluator):
         rows = tokenise(train, by_length=False)
         self._dev = tokenise(dev, by_length=True)
         collate = padding_collator(tokenizer, self._precision)
+        # before training, on the same rows in every run
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
 
         groups_lengths = training.sampling == "group_by_length"
         order = EpochOrder(rows.lengths, training.batch_size, spec.seed, by_length=groups_lengths)
+        # with adapters, other trained parameters have another learning rate
+        base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
         callbacks: list[TrainerCallback] = [progress, self._stopwatch, self.routing_trace]
         if self._patience is not None:
             callbacks.append(self._patience)
@@ -303,7 +312,7 @@ class TextTrainer(SplitEvaluator):
             ),
             order=order,
             trainable=classifier,
-            base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
+            base_lr_ratio=base_lr_ratio,
             probe=self.probe,
             train_dataset=rows,
             eval_dataset=self._dev,
