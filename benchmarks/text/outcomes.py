@@ -147,7 +147,7 @@ class TextOutcomes(Outcomes):
         *,
         include_ablations: bool = False,
     ) -> None:
-        # names of the shown methods
+        # main tables omit the rows of ablations
         methods = resolve_methods(benchmark.definition)
         kept = list(methods)
         if not include_ablations:
@@ -178,7 +178,7 @@ class TextOutcomes(Outcomes):
         )
 
     def _shown_records(self, methods: Sequence[str]) -> pd.DataFrame:
-        """Return the numbers of the shown runs, and of their models as other methods, if listed."""
+        """Return the numbers of the runs for the rows ``methods``, with converted models."""
         run_ids = {run.id for run in self.runs}
         of_runs = self._all_records[self._all_records["run_id"].isin(run_ids)]
         # a shown run may be evaluated as an ablation, which is not shown
@@ -201,7 +201,7 @@ class TextOutcomes(Outcomes):
         # a row with a setting has the method of its row; the table adds the setting to its title
         of_settings = {name: self.methods[split_name(name).method] for name in names.unique()}
         self.methods = {**self.methods, **of_settings}
-        # a variant that has become a row, or part of an ablation, is no choice of its row
+        # these variants are rows now, and no longer a choice within a row
         is_no_choice = is_ablation | methods.ne(names)
         self.records = records.assign(
             method=names, variant=records["variant"].mask(is_no_choice, "")
@@ -218,7 +218,7 @@ class TextOutcomes(Outcomes):
         variants = cells["variant"].transform("nunique")
         settings = records["variant"].where(variants > 1, "")
 
-        # such as the layers, which differ between models
+        # the usual settings by model, such as its layers
         usual = {}
         for model, rows in records[~is_ablation].groupby("model", sort=False):
             usual[model] = self._usual_settings(rows)
