@@ -168,7 +168,7 @@ _ROWS = 200  # sampled rows of each set
 
 
 class RoutingRecorder:
-    """Records for each set a routing summary, and the expert choices of some rows.
+    """A recorder of routing: a summary of each set, and the expert choices of some of its rows.
 
     The summary covers all converted layers, the choices only the last one. A dense model records
     nothing.
