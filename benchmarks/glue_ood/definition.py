@@ -1,4 +1,4 @@
-"""Define the file of a benchmark that evaluates the chosen runs of another."""
+"""The files of a benchmark that evaluates the chosen runs of another."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class EvaluationPart(SuitePart):
 
 
 class EvaluationFile(Definition, Ablated):
-    """A benchmark that trains nothing. It evaluates the chosen runs of another benchmark on their task and on the OOD
-    sets of that task."""
+    """A benchmark that trains nothing. It evaluates the chosen runs of another benchmark on their
+    task and on the OOD sets of that task."""
 
     evaluates: str
-    """The benchmark whose runs are evaluated, with its methods, baseline and tasks. It must keep its runs' weights."""
+    """The benchmark whose runs are evaluated, with its methods, baseline and tasks. It must keep
+    its runs' weights."""
     ranked: Annotated[list[str], Field(min_length=2), UNIQUE]
     """Methods that are ranked against each other."""
     evaluation: Evaluation
@@ -48,7 +49,7 @@ class EvaluationDefinition(EvaluationFile, MethodsDefinition):
 
 
 class EvaluationSpec(RunSpec):
-    """The settings that determine the numbers of a run that evaluates a run of another benchmark."""
+    """The settings that determine the numbers of a run. It evaluates a run of another benchmark."""
 
     protocol: Protocol
     """The protocol that chose among the candidates."""
@@ -57,7 +58,8 @@ class EvaluationSpec(RunSpec):
     ood: list[RunTask]
     """The other sets that the chosen run is evaluated on."""
     transform: Literal["dense", "emoe"] | None = optional()
-    """Conversion of the chosen model before its evaluation, with ``method.config``; by default none."""
+    """Conversion of the chosen model before its evaluation, with ``method.config``; by default
+    none."""
     evaluation: Evaluation
     """The evaluation."""
     candidates: list[str]

@@ -1,10 +1,13 @@
-"""Plan runs that evaluate the chosen runs of another benchmark: one for each of its cells and seeds."""
+"""Plan runs that evaluate the chosen runs of another benchmark.
+
+There is a run for each model, task, protocol, method and seed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from benchmarks.glue_ood.definition import (
     EvaluationDefinition,
@@ -14,22 +17,42 @@ from benchmarks.glue_ood.definition import (
 )
 from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Part, benchmark_names, load_benchmark
-from benchmarks.harness.config.methods import ABLATION
+from benchmarks.harness.config.methods import ABLATION, Method
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import Location, check_names, parse
 from benchmarks.text.grid import DOMAINS, TextBenchmark, TextSets, check_ablations, transformed_rows
 
-_Cell = tuple[
-    str, str, str, str
-]  # model, task, protocol and method of the candidates; one per seed is chosen
+
+class _Cell(NamedTuple):
+    """The names that candidate runs share. One candidate per seed is chosen."""
+
+    model: str
+    task: str
+    protocol: str
+    method: str
+
+
+class _Row(NamedTuple):
+    """The runs to plan for one method in one cell, or for a conversion of its trained models.
+
+    Attributes:
+        name: The name of the method, or of the conversion.
+        candidates: The folders of the candidate runs.
+        used_as: The folders of the target method's runs; empty without a conversion.
+    """
+
+    name: str
+    candidates: list[str]
+    used_as: list[str]
 
 
 class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
-    """Evaluate the chosen runs of another benchmark on the OOD sets of their tasks."""
+    """A benchmark that evaluates the chosen runs of another on the OOD sets of their tasks."""
 
     package = "benchmarks.glue_ood"
     spec_model = EvaluationSpec
-    definition_model, part_model = EvaluationFile, EvaluationPart
+    definition_model = EvaluationFile
+    part_model = EvaluationPart
     recorded = ("scores", "data", "chosen", "routing", "usage")
 
     @classmethod
@@ -41,18 +64,18 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
             raise DefinitionError(
                 f"{file}: 'evaluates' is '{other.name}', which trains no text classifiers"
             )
-        trained, methods = other.definition, other.methods()
-        rows = {
-            row: method for row, method in trained.methods.items() if methods[row].role != ABLATION
-        }
-        rows |= transformed_rows(evaluation_file.transformed, trained, file)
+        trained = other.definition
         definition = EvaluationDefinition(
             **evaluation_file.given(),
             baseline=trained.baseline,
             method_defaults=trained.method_defaults,
-            methods=rows,
+            methods={
+                **_main_rows(other),
+                **transformed_rows(evaluation_file.transformed, trained, file),
+            },
         )
         benchmark = cls(name, definition, other.tasks, DOMAINS)
+        # transformed rows are shown only in ablations, so they have no rank
         main = [row for row in definition.methods if row not in definition.transformed]
         check_names(Location(file, "ranked"), definition.ranked, main)
         check_ablations(benchmark)
@@ -61,76 +84,110 @@ class EvaluationBenchmark(TextSets[EvaluationDefinition, EvaluationPart]):
     def specs(
         self, part: Part[EvaluationPart], exclude: Collection[str], others: Sequence[Run]
     ) -> Iterator[dict[str, Any]]:
-        # The evaluated learning rate and variant are unknown until the other benchmark's runs are finished, so a
-        # spec names all candidates of its cell, over all seeds, and the run chooses among their records.
-        trained = {run.folder: run.spec for run in others}
+        # The chosen learning rate and variant are unknown until the other benchmark's runs are
+        # finished. So a spec names all candidates of its cell, over all seeds, and the run chooses
+        # among their records.
+        trained = {run.folder: run for run in others}
         settings = self.settings("evaluation", part).model_dump()
-        cells: dict[_Cell, list[str]] = {}
-        for folder, spec in trained.items():
-            if not spec["training"]["keep_weights"]:
-                raise DefinitionError(
-                    f"{self.file}: 'evaluates' is '{self.evaluates}', whose runs in the suite '{part.suite}' do not "
-                    "keep their weights; set training.keep_weights: true there"
-                )
-            model, task, method = (spec[key]["name"] for key in ("model", "task", "method"))
-            if method in self.definition.methods:
-                cells.setdefault((model, task, spec["protocol"], method), []).append(folder)
-        for name, folders, used_as in _rows(self.definition, cells):
-            first = trained[folders[0]]
-            changes = _transform_overrides(name, used_as, trained, self.file)
-            ood = [task for task in self.tasks[first["task"]["name"]].ood if task not in exclude]
+        cells = self._candidates(part, others)
+        for row in _rows(self.definition, cells):
+            first = trained[row.candidates[0]]
+            overrides = _transform_overrides(row, trained, self.file)
+            ood = [name for name in self.tasks[first.task].ood if name not in exclude]
             if not ood:
                 continue
-            for seed in dict.fromkeys(trained[folder]["seed"] for folder in folders):
-                if used_as and seed not in changes:
-                    continue
+            # each seed once, in the order of the runs
+            seeds = dict.fromkeys(trained[folder].seed for folder in row.candidates)
+            for seed in seeds:
+                changed = {"method": _method(row.name, None)}
+                if row.used_as:
+                    # the target method may have fewer seeds
+                    if seed not in overrides:
+                        continue
+                    changed = overrides[seed]
                 yield self.spec(
                     "",
-                    protocol=first["protocol"],
-                    model=first["model"],
-                    task=first["task"],
-                    ood=[self.tasks[task].spec() for task in ood],
+                    protocol=first.protocol,
+                    model=first.spec["model"],
+                    task=first.spec["task"],
+                    ood=[self.tasks[name].spec() for name in ood],
                     evaluation=settings,
-                    candidates=folders,
+                    candidates=row.candidates,
                     learning_rate=0.0,
                     seed=seed,
-                    **{
-                        "method": {"name": name, "variant": "", "config": None},
-                        **changes.get(seed, {}),
-                    },
+                    **changed,
                 )
 
+    def _candidates(
+        self, part: Part[EvaluationPart], others: Sequence[Run]
+    ) -> dict[_Cell, list[str]]:
+        """Group the folders of the other benchmark's runs by cell.
 
-def _rows(
-    definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]
-) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield each row's name, candidate runs, and the runs of its target method, if it is converted."""
-    for (*_, method), folders in cells.items():
-        yield method, folders, []
-    for name, row in definition.transformed.items():
-        for (model, task, protocol, method), folders in cells.items():
-            used_as = cells.get((model, task, protocol, row.used_as))
-            if method == row.trained and used_as:
-                yield name, folders, used_as
+        Raises:
+            DefinitionError: A run does not keep its weights.
+        """
+        cells: dict[_Cell, list[str]] = {}
+        for run in others:
+            if not run.keeps_weights:
+                raise DefinitionError(
+                    f"{self.file}: 'evaluates' is '{self.evaluates}', whose runs in the suite "
+                    f"'{part.suite}' do not keep their weights; set training.keep_weights: true "
+                    "there"
+                )
+            # rows of the other benchmark's ablations are not evaluated
+            if run.method not in self.definition.methods:
+                continue
+            cell = _Cell(run.model, run.task, run.protocol, run.method)
+            folders = cells.setdefault(cell, [])
+            folders.append(run.folder)
+        return cells
+
+
+def _main_rows(benchmark: TextBenchmark) -> dict[str, Method]:
+    """Return the methods of a benchmark as they are defined, without rows of ablations."""
+    roles = {name: method.role for name, method in benchmark.methods().items()}
+    given = benchmark.definition.methods
+    return {name: method for name, method in given.items() if roles[name] != ABLATION}
+
+
+def _rows(definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]) -> Iterator[_Row]:
+    """Yield a row for each cell, then the converted rows whose target method has runs."""
+    for cell, folders in cells.items():
+        yield _Row(cell.method, folders, used_as=[])
+    for name, transformed in definition.transformed.items():
+        for cell, folders in cells.items():
+            if cell.method != transformed.trained:
+                continue
+            used_as = cells.get(cell._replace(method=transformed.used_as))
+            if used_as:
+                yield _Row(name, folders, used_as)
+
+
+def _method(name: str, config: dict[str, Any] | None) -> dict[str, Any]:
+    """Return ``method`` of a spec; ``config`` is that of a conversion before the evaluation."""
+    return {"name": name, "variant": "", "config": config}
 
 
 def _transform_overrides(
-    name: str, used_as: list[str], others: Mapping[str, Mapping[str, Any]], file: Path
+    row: _Row, trained: Mapping[str, Run], file: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return the spec overrides of a transformed row, by seed.
+    """Return the spec overrides of a converted row, by seed; empty without a conversion.
 
     Raises:
         DefinitionError: The target method has several settings.
     """
-    changes: dict[int, dict[str, Any]] = {}
-    for folder in used_as:
-        config, seed = others[folder]["method"]["config"], others[folder]["seed"]
-        change = {
+    overrides: dict[int, dict[str, Any]] = {}
+    for folder in row.used_as:
+        run = trained[folder]
+        config = run.spec["method"]["config"]
+        override = {
             "transform": "emoe" if config else "dense",
-            "method": {"name": name, "variant": "", "config": config},
+            "method": _method(row.name, config),
         }
-        if changes.setdefault(seed, change) != change:
+        # runs of the same seed differ only in their learning rate
+        if overrides.setdefault(run.seed, override) != override:
             raise DefinitionError(
-                f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers; it must have one setting"
+                f"{file}: 'transformed.{row.name}.used_as' runs with several N, k or layers; it "
+                "must have one setting"
             )
-    return changes
+    return overrides

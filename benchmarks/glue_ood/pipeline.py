@@ -1,4 +1,4 @@
-"""Evaluate the chosen run of another benchmark on its task, and on sets that it was not trained on."""
+"""Evaluate the chosen run of another benchmark on its task, and on OOD sets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         entries=load_benchmark(spec.benchmark).tasks,
         say=progress.say,
     )
-    test, splits = load(spec.task, "test"), {other.name: _load(other, load) for other in spec.ood}
+    # load all sets first: a missing one is reported before the model is loaded
+    test = load(spec.task, "test")
+    splits = {other.name: _load(other, load) for other in spec.ood}
     chosen = _chosen(spec)
     trained = parse(chosen.spec, TextSpec, chosen.folder)
     recorded = read_record(chosen).metrics
@@ -56,8 +58,9 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         classifier = reopen(build, trained, recorded.weights, RUNS / chosen.folder / "model")
     except (DataError, CheckpointError) as error:
         raise DataError(
-            f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
+            f"{error}; delete {chosen.metrics_file} and let Snakemake train the run again"
         ) from error
+    # evaluate the trained weights with the experts of another method, or without experts
     if spec.transform is not None:
         convert_trained_(classifier.model, spec.method.config)
     evaluator = TextEvaluator(
@@ -69,21 +72,28 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
         training.precision,
         folder,
     )
-    probe, routing = Probe(), RoutingRecorder(classifier.model)
-    probe.observe(classifier.model, evaluator.first_batch(splits[spec.ood[0].name]))
-    same = spec.transform is None and (training.eval_rows, training.max_length) == (
-        settings.rows,
-        settings.max_length,
+    probe = Probe()
+    routing = RoutingRecorder(classifier.model)
+    first_set = splits[spec.ood[0].name]
+    probe.observe(classifier.model, evaluator.first_batch(first_set))
+
+    # the run that trained the model may have the same score already
+    tests_same_rows = (
+        training.eval_rows == settings.rows and training.max_length == settings.max_length
     )
-    if same and not emoe.is_converted(classifier.model):
-        tested = (recorded.scores or {})["test"][spec.task.name]  # the training run's test scores
+    is_same_model = spec.transform is None
+    # a model with experts is evaluated again, because its routing is recorded
+    if tests_same_rows and is_same_model and not emoe.is_converted(classifier.model):
+        recorded_scores = recorded.scores or {}
+        tested = recorded_scores["test"][spec.task.name]
     else:
         progress.say(f"evaluating on {spec.task.name}, {len(test):,} rows")
         tested = evaluator.evaluate(test, routing=routing)
     scores = {}
     for other in spec.ood:
-        progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
-        scores[other.name] = evaluator.evaluate(splits[other.name], other, routing)
+        split = splits[other.name]
+        progress.say(f"evaluating on {other.name}, {len(split):,} rows")
+        scores[other.name] = evaluator.evaluate(split, other, routing)
     routed, usage = routing.set_routing(spec.task.name)
     return {
         "scores": {"test": {spec.task.name: tested}, "ood": scores},
@@ -96,12 +106,15 @@ def run(spec: EvaluationSpec, folder: Path, progress: Progress) -> dict[str, Any
             "variant": trained.method.variant,
         },
         "cost": evaluator.cost,
-        "data": {"test": test.summary()}
-        | {f"ood:{name}": split.summary() for name, split in splits.items()},
+        "data": {
+            "test": test.summary(),
+            **{f"ood:{name}": split.summary() for name, split in splits.items()},
+        },
     }
 
 
 def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
+    """Load an OOD set; an error says how to leave the set out."""
     try:
         return load(other, "test")
     except DataError as error:
@@ -111,15 +124,24 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
 
 
 def _chosen(spec: EvaluationSpec) -> Run:
-    """Return this seed's candidate with the learning rate and variant of the best mean dev score."""
+    """Return the candidate with this seed, and the setting of the best mean dev score over seeds.
+
+    Raises:
+        DataError: No candidate with this seed has the chosen variant and learning rate.
+    """
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
     numbers = tabulate_numbers(read_record(candidate) for candidate in candidates)
-    best = select_runs(numbers, spec.protocol).iloc[0][[*CHOICE]]
+    # all selected records have the same variant and learning rate
+    selected = select_runs(numbers, spec.protocol).iloc[0]
     for candidate in candidates:
-        choice = (candidate.method_variant, candidate.learning_rate)
-        if choice == tuple(best) and candidate.seed == spec.seed:
+        has_choice = (
+            candidate.method_variant == selected["variant"]
+            and candidate.learning_rate == selected["learning_rate"]
+        )
+        if has_choice and candidate.seed == spec.seed:
             return candidate
+    choice = " ".join(f"{key} {selected[key]}" for key in CHOICE)
     raise DataError(
         f"{spec.benchmark}: seed {spec.seed} did not train {spec.method.name} with the chosen "
-        f"{' '.join(f'{key} {best[key]}' for key in CHOICE)}; give every seed the same grid"
+        f"{choice}; give every seed the same grid"
     )

@@ -21,19 +21,24 @@ Scores = dict[tuple[str, str], pd.DataFrame]
 def ranked_scores(outcomes: TextOutcomes) -> Scores:
     """Return the mean scores ``[methods, sets]`` of the ranked methods, by protocol and model.
 
-    Means are over the seeds that all ranked methods share. Methods without a common set and seed are omitted.
+    Means are over the seeds that all ranked methods share. Without a common set and seed, a
+    protocol and model have no scores.
     """
     methods = cast(EvaluationDefinition, outcomes.benchmark.definition).ranked
-    seeds = outcomes.seeds[
-        (outcomes.seeds["domain"] == OOD) & outcomes.seeds["method"].isin(methods)
-    ]
+    is_ood = outcomes.seeds["domain"] == OOD
+    is_ranked = outcomes.seeds["method"].isin(methods)
+    seeds = outcomes.seeds[is_ood & is_ranked]
     scores = {}
     for key, group in seeds.groupby(["protocol", "model"], sort=False):
+        # [methods, sets and seeds]
         by_seed = group.pivot_table(
             index="method", columns=["scope", "seed"], values="value", sort=False
         )
-        table = by_seed.dropna(axis=1).T.groupby(level="scope", sort=False).mean().T
-        table = table.loc[[name for name in methods if name in table.index]]
+        # only seeds of a set that every method has
+        complete = by_seed.dropna(axis=1)
+        by_set = complete.T.groupby(level="scope", sort=False).mean().T
+        in_order = [name for name in methods if name in by_set.index]
+        table = by_set.loc[in_order]
         if not table.empty:
             scores[key] = table
     return scores
@@ -41,31 +46,41 @@ def ranked_scores(outcomes: TextOutcomes) -> Scores:
 
 def ranks(outcomes: TextOutcomes) -> Table:
     """Make a table of our mean ranks over OOD sets and the paper's."""
-    published = read_published(outcomes.benchmark)
-    published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
-    scores = ranked_scores(outcomes)
-    rows, notes = [], []
-    for (protocol, model), table in scores.items():
+    paper = _paper_ranks(outcomes)
+    rows = []
+    notes = []
+    sets: list[str] = []
+    for (protocol, model), table in ranked_scores(outcomes).items():
         mean_ranks, p = friedman_ranks(table)
-        test = "no Friedman test" if math.isnan(p) else f"Friedman p = {p:.3f}"
-        difference = f"critical difference {critical_difference(*table.shape):.2f}"
-        notes.append(
-            f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection: {test}, {difference}"
-        )
+        title = f"{outcomes.title('model', model)}, {PROTOCOLS[protocol]} selection"
+        notes.append(f"{title}: {_test_text(table, p)}")
+        sets += [name for name in table.columns if name not in sets]
+        methods_count, sets_count = table.shape
         for method, rank in mean_ranks.items():
-            paper = published.get((model, method), math.nan)
-            rows.append((protocol, model, method, rank, table.shape[1], len(table), paper))
+            rows.append(
+                {
+                    "protocol": protocol,
+                    "model": model,
+                    "method": method,
+                    "rank": rank,
+                    "sets": sets_count,
+                    "ranked": methods_count,
+                    "paper": paper.get((model, method), math.nan),
+                }
+            )
+    # without rows, the columns must still exist
     frame = pd.DataFrame(
         rows, columns=["protocol", "model", "method", "rank", "sets", "ranked", "paper"]
     )
-    sets = list(dict.fromkeys(name for table in scores.values() for name in table.columns))
     methods = [outcomes.title("method", name) for name in frame["method"].unique()]
+    if not notes:
+        notes = ["No ranks: the rows have no common set and seed"]
     return Table(
         "Friedman ranks out of domain",
-        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. The paper does not "
-        f"name its ranked rows, so its ranks cannot be compared with ours. Sets ({len(sets)}): {', '.join(sets)}. "
-        f"{'; '.join(notes) or 'No ranks: the rows have no common set and seed'}. By Nemenyi's test at 5 %, ranks "
-        "differ if they are further apart than the critical difference.",
+        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. "
+        "The paper does not name its ranked rows, so its ranks cannot be compared with ours. "
+        f"Sets ({len(sets)}): {', '.join(sets)}. {'; '.join(notes)}. By Nemenyi's test at 5 %, "
+        "ranks differ if they are further apart than the critical difference.",
         BY_SELECTION,
         [
             Column("ood_rank", "rank", "Rank", best=True),
@@ -76,3 +91,17 @@ def ranks(outcomes: TextOutcomes) -> Table:
         outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),
     )
+
+
+def _paper_ranks(outcomes: TextOutcomes) -> pd.Series[float]:
+    """Read the paper's mean ranks, by model and method."""
+    published = read_published(outcomes.benchmark)
+    of_ranks = published[published["scope"] == RANK]
+    return of_ranks.set_index(["model", "method"])["value"]
+
+
+def _test_text(scores: pd.DataFrame, p: float) -> str:
+    """Describe Friedman's test (nan if there is none) and the critical difference of the ranks."""
+    test = "no Friedman test" if math.isnan(p) else f"Friedman p = {p:.3f}"
+    methods, sets = scores.shape
+    return f"{test}, critical difference {critical_difference(methods, sets):.2f}"

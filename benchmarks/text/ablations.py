@@ -1,13 +1,15 @@
-"""Compare the ablations of a text benchmark with the baseline, and with the paper's numbers: tables and figures."""
+"""Make the tables and figures of ablations: differences to the baseline and to the paper."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,162 +27,228 @@ from benchmarks.harness.report.common import (
     with_numbers,
 )
 from benchmarks.harness.report.presentation import Figure
+from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import shared_pairs, with_verdicts
-from benchmarks.text.definition import ABLATION_COLUMNS, CLEAN, ID, OOD, PUBLISHED, Ablation
-from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes
+from benchmarks.text.definition import ABLATION_COLUMNS, ID, OOD, PUBLISHED, Ablation
+from benchmarks.text.outcomes import ARROW, DOMAINS, TextOutcomes, shown_deviation, split_name
 
 _AVERAGE_OF = "average of "
-_CELL = ["protocol", "domain", "model", "scope"]
-_ROW = [*_CELL, "method"]
+_GROUP = ["protocol", "domain", "model", "scope"]  # rows that are compared with each other
+_ROW = [*_GROUP, "method"]
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     """Compute the numbers of an ablation, a row per selection, domain, model, scope and method.
 
-    A scope is a task, a pair of tasks or an average, with the baseline and at least one ablated method. Columns: these
-    keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``,
-    ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
-    ``paper_delta``, ``status``, ``source``), ``is_ours``, ``is_average``, and titles.
+    A scope is a task, a pair of tasks or an average. It has the baseline and at least one ablated
+    method. Columns: these keys, ``mean``, ``std``, ``n``, the paired difference to the baseline
+    (``delta``, ``low``, ``high``, ``p``, ``p_holm`` over the rows of a scope, ``verdict``),
+    ``active_neurons``, the paper's numbers (``paper``, ``paper_delta``, ``status``, ``source``),
+    ``is_ours``, ``is_average``, and titles.
     """
-    outcomes = outcomes.ablated
-    names = [
-        name
-        for row in ablation.rows
-        for name in outcomes.methods
-        if name.partition(SETTING)[0] == row
-    ]
-    seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
-    seeds = seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])]
-    seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
-    is_ablated = {
-        name: SETTING in name or outcomes.role(name) in (ABLATION, CONTROL) for name in names
-    }
-    seeds = seeds.groupby(_CELL, sort=False).filter(
-        lambda cell: (
-            cell["method"].map(is_ablated).any() and cell["method"].eq(outcomes.baseline).any()
-        )
+    # main outcomes have only the best setting of a row
+    ablated = outcomes.ablated
+    names = _row_names(ablation, ablated.methods)
+    seeds = _compared_seeds(ablated, names)
+
+    # compare all rows with the baseline, or each row with the row above
+    references: Iterable[tuple[str, str | None]] = [(ablated.baseline, None)]
+    if ablation.steps:
+        references = itertools.pairwise(names)
+    tested = with_verdicts(_summarise(seeds, references), _GROUP)
+
+    neurons = cell_means(ablated.records, ["model", "method"], ["active_neurons"])
+    ours = with_numbers(tested, ["model", "method"], neurons)
+    with_paper = _join_paper(ablated, ablation, ours)
+    marked = with_paper.assign(is_ours=with_paper["mean"].notna())
+    in_order = _sort_rows(ablation, marked)
+    return _add_titles(ablated, ablated.with_titles(in_order))
+
+
+def _row_names(ablation: Ablation, methods: Iterable[str]) -> list[str]:
+    """List the rows of an ablation in its order; a method with several settings has a row each."""
+    names = []
+    for row in ablation.rows:
+        names += [name for name in methods if split_name(name).method == row]
+    return names
+
+
+def _compared_seeds(outcomes: TextOutcomes, names: Sequence[str]) -> pd.DataFrame:
+    """Return the scores of the rows ``names``, and their averages over scopes, by seed.
+
+    Groups without the baseline or without an ablated row are left out. All rows of a group have the
+    same seeds.
+    """
+    scores = outcomes.seeds
+    is_shown = (
+        scores["protocol"].isin(outcomes.run_protocols)
+        & scores["method"].isin(names)
+        & scores["domain"].isin([ID, OOD])
     )
-    seeds = shared_pairs(seeds, _CELL, ["method"], "seed")
-    rows = summarize(
-        seeds, _ROW, itertools.pairwise(names) if ablation.steps else [(outcomes.baseline, None)]
-    )
-    # grouped means, which differ from others in the last digit
-    rows[["mean", "std"]] = seeds.groupby(_ROW, sort=False)["value"].agg(["mean", "std"]).to_numpy()
-    rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
-    rows = with_verdicts(rows.drop(columns="pairs"), _CELL)
-    neurons = cell_means(outcomes.records, ["model", "method"], ["active_neurons"])
-    rows = _join_paper(outcomes, ablation, with_numbers(rows, ["model", "method"], neurons))
-    rows = rows.assign(is_ours=rows["mean"].notna())
+    # scores on single tasks or pairs of tasks
+    single = scores[is_shown]
+    seeds = pd.concat([single, _averages(single)])[[*_ROW, "seed", "value"]]
+
+    # a group of main rows alone is in the other tables
+    ablated = [name for name in names if _is_ablated(outcomes, name)]
+
+    def has_comparison(group: pd.DataFrame) -> bool:
+        has_ablated = group["method"].isin(ablated).any()
+        has_baseline = group["method"].eq(outcomes.baseline).any()
+        return bool(has_ablated and has_baseline)
+
+    compared = seeds.groupby(_GROUP, sort=False).filter(has_comparison)
+    return shared_pairs(compared, _GROUP, ["method"], "seed")
+
+
+def _is_ablated(outcomes: TextOutcomes, name: str) -> bool:
+    """Return True for a row of ablations, a control, and one of several settings of a method."""
+    return bool(split_name(name).setting) or outcomes.role(name) in (ABLATION, CONTROL)
+
+
+def _summarise(seeds: pd.DataFrame, references: Iterable[tuple[str, str | None]]) -> pd.DataFrame:
+    """Compute mean, deviation and difference of each row; ``references`` as in ``summarize``."""
+    rows = summarize(seeds, _ROW, references).drop(columns="pairs")
+    # pandas' grouped means differ from summarize's in the last digit; ablations show these
+    grouped = seeds.groupby(_ROW, sort=False)["value"]
+    rows[["mean", "std"]] = grouped.agg(["mean", "std"]).to_numpy()
+    return rows.assign(std=shown_deviation(rows))
+
+
+def _sort_rows(ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
+    """Sort rows by group and by their place in the ablation; rows of the paper alone come last."""
     scopes = list(rows["scope"].unique())
-    sort_keys = [
+    keys = [
         (
-            not row.is_ours,
+            not row.is_ours,  # False comes before True
             row.model,
             row.protocol,
             row.domain,
             scopes.index(row.scope),
-            _sort_key(ablation, row.method),
+            _method_key(ablation, row.method),
         )
         for row in rows.itertuples()
     ]
-    rows = rows.iloc[sorted(range(len(rows)), key=lambda number: sort_keys[number])]
-    return _add_titles(outcomes, outcomes.with_titles(rows.reset_index(drop=True)))
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    return rows.iloc[order].reset_index(drop=True)
 
 
-def _sort_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
-    """Return the sort key of a row: its position in the ablation, then the numbers of its setting."""
-    row, _, setting = name.partition(SETTING)
-    return (
-        ablation.rows.index(row),
-        [float(number) for number in re.findall(r"\d+\.?\d*", setting)],
-        setting,
-    )
+def _method_key(ablation: Ablation, name: str) -> tuple[int, list[float], str]:
+    """Return the sort key of a row: its place in the ablation, then the numbers of its setting."""
+    method, setting = split_name(name)
+    numbers = re.findall(r"\d+\.?\d*", setting)
+    return ablation.rows.index(method), [float(number) for number in numbers], setting
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Average each seed over the tasks (or pairs) that all rows of a selection, domain and model have."""
+    """Average each seed over the scopes that all rows of a selection, domain and model have.
+
+    With fewer than two such scopes there is no average.
+    """
     averages = [seeds.iloc[:0]]
-    for (protocol, domain, model), group in seeds.groupby(
-        ["protocol", "domain", "model"], sort=False
-    ):
-        scopes = group.groupby("scope", sort=False)["method"].nunique()
-        shared = list(scopes[scopes == group["method"].nunique()].index)
+    keys = ["protocol", "domain", "model"]
+    for (protocol, domain, model), group in seeds.groupby(keys, sort=False):
+        # averages over different scopes could not be compared
+        methods_by_scope = group.groupby("scope", sort=False)["method"].nunique()
+        has_all_methods = methods_by_scope == group["method"].nunique()
+        shared = list(methods_by_scope[has_all_methods].index)
         if len(shared) < 2:
             continue
-        wide = group[group["scope"].isin(shared)].pivot_table(
+
+        # rows: method and seed, columns: scopes; a seed that lacks a scope has no average
+        by_scope = group[group["scope"].isin(shared)].pivot_table(
             index=["method", "seed"], columns="scope", values="value", sort=False
         )
-        means = wide.dropna().mean(axis=1).rename("value").reset_index()
-        listed = name_or_count(shared, "tasks" if domain == ID else "pairs")
-        averages.append(
-            means.assign(protocol=protocol, domain=domain, model=model, scope=_AVERAGE_OF + listed)
-        )
+        means = by_scope.dropna().mean(axis=1).rename("value").reset_index()
+        noun = "tasks" if domain == ID else "pairs"
+        scope = _AVERAGE_OF + name_or_count(shared, noun)
+        averages.append(means.assign(protocol=protocol, domain=domain, model=model, scope=scope))
     return pd.concat(averages)
 
 
 def _join_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Join the paper's numbers (authors' selection), and add the rows that only the paper has."""
-    published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
+    published = _read_paper(outcomes, ablation)
+    on = ["protocol", "model", "scope", "method"]
+    numbers = published[[*on, "paper", "paper_delta", "status", "source"]]
+    joined = rows.merge(numbers, on=on, how="outer", sort=False)
+    # rows of the paper alone have no domain; only the title of a pair of tasks has an arrow
+    is_pair = joined["scope"].str.contains(ARROW, regex=False)
+    domains = is_pair.map({True: OOD, False: ID})
+    return joined.assign(domain=joined["domain"].fillna(domains))
+
+
+def _read_paper(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
+    """Read the paper's numbers of an ablation as shares; without a file the frame has no rows."""
     if ablation.paper:
         published = read_published(outcomes.benchmark, ablation.paper)
+    else:
+        published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
+    # name the rows as ours, and turn points into shares
+    methods = published["method"]
     settings = published["setting"].astype(str)
-    published = published.assign(
-        method=published["method"].where(settings.eq(""), published["method"] + SETTING + settings),
+    named = published.assign(
+        method=methods.where(settings.eq(""), methods + SETTING + settings),
         value=published["value"].astype(float) / 100,
         protocol=PUBLISHED,
     )
-    published = published.assign(
-        paper=published["value"], paper_delta=published_delta(published, outcomes.baseline)
-    )
-    on = ["protocol", "model", "scope", "method"]
-    rows = rows.merge(
-        published[[*on, "paper", "paper_delta", "status", "source"]], on=on, how="outer", sort=False
-    )
-    return rows.assign(
-        domain=rows["domain"].fillna(rows["scope"].map(lambda name: OOD if ARROW in name else ID))
-    )
+    return named.assign(paper=named["value"], paper_delta=published_delta(named, outcomes.baseline))
 
 
 def _add_titles(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add titles with settings, and ``is_average``; if k varies, titles of main rows include N and k/N."""
-    configs = {run.id: run.config for run in outcomes.runs}
-    first_runs = outcomes.records.drop_duplicates(["model", "method"]).set_index(
-        ["model", "method"]
-    )["run_id"]
-    k_varies = any("k" in setting_values(name.partition(SETTING)[2]) for name in rows["method"])
+    """Add ``is_average``, and titles with settings. If k varies, main rows show their N and k/N."""
+    settings = [split_name(name).setting for name in rows["method"]]
+    k_varies = any("k" in setting_values(setting) for setting in settings)
+    configs = _configs(outcomes)
     titles = []
     for row in rows.itertuples():
-        name, _, setting = row.method.partition(SETTING)
-        config = configs[first_runs[row.model, row.method]] if row.is_ours else {}
-        if k_varies and not setting and config.get("kind") == "emoe":
-            setting = f"N{config['num_experts']}-k{config['top_k'] / config['num_experts']:g}"
-        titles.append(
-            ", ".join(filter(None, (outcomes.title("method", name), setting_text(setting))))
-        )
+        method, setting = split_name(row.method)
+        if k_varies and not setting and row.is_ours:
+            setting = _main_setting(configs[row.model, row.method])
+        title = outcomes.title("method", method)
+        words = setting_text(setting)
+        if words:
+            title = f"{title}, {words}"
+        titles.append(title)
     return rows.assign(method_title=titles, is_average=rows["scope"].str.startswith(_AVERAGE_OF))
+
+
+def _configs(outcomes: TextOutcomes) -> dict[tuple[str, str], dict[str, Any]]:
+    """Map each model and method to the configuration of its first run; empty for a dense model."""
+    by_run = {run.id: run.config for run in outcomes.runs}
+    first_runs = outcomes.records.drop_duplicates(["model", "method"])
+    return {(run.model, run.method): by_run[run.run_id] for run in first_runs.itertuples()}
+
+
+def _main_setting(config: Mapping[str, Any]) -> str:
+    """Return N and k/N of an EMoE as a setting, such as ``N16-k0.25``; empty for other models."""
+    if config.get("kind") != "emoe":
+        return ""
+    experts = config["num_experts"]
+    return f"N{experts}-k{config['top_k'] / experts:g}"
 
 
 def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     """Make the table of an ablation."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
+    reference = "row above" if definition.steps else "first row"
     rows = ablation_rows(outcomes, definition)
     frame = rows.assign(
-        **{
-            key: rows[key].fillna("").replace("", MISSING)
-            for key in ("verdict", "status", "source")
-        },
-        n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
-        model_title=rows["model_title"].replace("", MISSING),
+        verdict=_or_dash(rows["verdict"]),
+        status=_or_dash(rows["status"]),
+        source=_or_dash(rows["source"]),
+        n=[_count_text(count) for count in rows["n"]],
+        model_title=_or_dash(rows["model_title"]),
         on=rows["scope"] + " (" + rows["domain"].map(DOMAINS) + ")",
     )
     return Table(
         definition.title,
-        f"{definition.question} Score (%): mean ± standard deviation over the n seeds that all rows of a set and "
-        f"selection share. Δ is the difference to the {'row above' if definition.steps else 'first row'}, paired by "
-        "seed, with a 95 % confidence interval (Student's t). p is from the paired t-test, corrected with Holm's "
-        "procedure over the rows of a set and selection; the verdict uses it at 5 %. The paper's numbers are for its "
-        "own models and tasks.",
+        f"{definition.question} Score (%): mean ± standard deviation over the n seeds that all "
+        f"rows of a set and selection share. Δ is the difference to the {reference}, paired by "
+        "seed, with a 95 % confidence interval (Student's t). p is from the paired t-test, "
+        "corrected with Holm's procedure over the rows of a set and selection; the verdict uses it "
+        "at 5 %. The paper's numbers are for its own models and tasks.",
         {
             "model_title": "Model",
             "selection": "Selection",
@@ -202,54 +270,83 @@ def ablation_table(outcomes: TextOutcomes, name: str) -> Table:
     )
 
 
+def _or_dash(texts: pd.Series[str]) -> pd.Series[str]:
+    """Replace missing and empty texts with a dash."""
+    return texts.fillna("").replace("", MISSING)
+
+
+def _count_text(count: float) -> str:
+    """Format a number of seeds; a dash for a row that only the paper has."""
+    return MISSING if math.isnan(count) else f"{count:.0f}"
+
+
 def ablation_figure(outcomes: TextOutcomes, name: str) -> Figure:
     """Return the figure of an ablation: a forest plot of the differences."""
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     reference = "the row above" if definition.steps else outcomes.baseline_title
     return Figure(
         partial(draw_differences, name=name),
-        f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals: averages over the sets, "
-        "hollow out of domain. The table has every set and selection. Crosses, if any, are the paper's, averaged over "
-        "its sets.",
+        f"{definition.title}. Differences to {reference}, paired by seed, with 95 % intervals: "
+        "averages over the sets, hollow out of domain. The table has every set and selection. "
+        "Crosses, if any, are the paper's, averaged over its sets.",
     )
 
 
 def draw_differences(outcomes: TextOutcomes, path: Path, name: str) -> None:
     """Draw the differences of :func:`ablation_rows` to their reference as a forest plot.
 
-    Panels are models (with their first selection), and lines are methods. A mark is the average over the sets (or the
-    single set), in domain or out of domain. Intervals (95 %) need three seeds.
+    Panels are models (with their first selection), and lines are methods. A mark is the average
+    over the sets (or the single set), in domain or out of domain. Intervals (95 %) need three
+    seeds.
     """
     definition: Ablation = outcomes.benchmark.definition.ablations[name]
     rows = ablation_rows(outcomes, definition)
-    rows = rows.assign(panel=rows["model_title"].replace("", "the paper"))
-    paper = (
-        rows[rows["paper_delta"].notna()]
-        .drop(columns=["delta", "n"])
-        .rename(columns={"paper_delta": "delta"})
-    )
-    ours = rows[rows["is_ours"] & rows["delta"].notna()]
+    with_panels = rows.assign(panel=rows["model_title"].replace("", "the paper"))
+    ours = with_panels[with_panels["is_ours"] & with_panels["delta"].notna()]
     if ours.empty:
         plots.placeholder_figure(path)
         return
-    ours = ours[ours["protocol"] == ours.groupby("model")["protocol"].transform("first")]
-    has_average = ours.groupby(["panel", "domain"])["is_average"].transform("any")
-    means = (
-        paper.groupby(["panel", "domain", "method", "method_title"], sort=False)["delta"]
-        .mean()
-        .reset_index()
+
+    shown = _shown_differences(ours)
+    marks = pd.concat([shown, _paper_differences(with_panels)])
+    owners = marks["is_ours"].map({True: "", False: "the paper, "})
+    drawn = marks.assign(
+        line=[plots.wrap_text(title, 2, 7) for title in marks["method_title"]],
+        series=owners + marks["domain"].map(DOMAINS),
+        style=[_mark_style(outcomes, mark) for mark in marks.itertuples()],
     )
-    rows = pd.concat([ours[ours["is_average"] == has_average], means.assign(is_ours=False)])
-    marks = []
-    for row in rows.itertuples():
-        style = outcomes.style(row.method)
-        if not row.is_ours:
-            style = replace(style, marker="+" if row.domain == OOD else "x")
-        elif row.domain == OOD:
-            style = replace(style, hollow=True)
-        marks.append(style)
-    series = rows["is_ours"].map({True: "", False: "the paper, "}) + rows["domain"].map(DOMAINS)
-    lines = [plots.wrap_text(title, 2, 7) for title in rows["method_title"]]
     reference = "the row above" if definition.steps else "the baseline"
-    label = f"Difference to {reference} (points), {plots.count_text(ours['n'])}"
-    plots.draw_forest(rows.assign(line=lines, series=series, style=marks), path, label)
+    counts = plots.count_text(_first_selection(ours)["n"])
+    plots.draw_forest(drawn, path, f"Difference to {reference} (points), {counts}")
+
+
+def _first_selection(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of each model's first selection."""
+    first = rows.groupby("model")["protocol"].transform("first")
+    return rows[rows["protocol"] == first]
+
+
+def _shown_differences(ours: pd.DataFrame) -> pd.DataFrame:
+    """Return the averages of each panel and domain, or its rows if it has no average."""
+    rows = _first_selection(ours)
+    # single tasks have marks only where there is nothing to average
+    has_average = rows.groupby(["panel", "domain"])["is_average"].transform("any")
+    return rows[rows["is_average"] == has_average]
+
+
+def _paper_differences(rows: pd.DataFrame) -> pd.DataFrame:
+    """Average the paper's differences over scopes, by panel, domain and method."""
+    published = rows[rows["paper_delta"].notna()]
+    by_mark = published.groupby(["panel", "domain", "method", "method_title"], sort=False)
+    return by_mark["paper_delta"].mean().rename("delta").reset_index().assign(is_ours=False)
+
+
+def _mark_style(outcomes: TextOutcomes, mark: Any) -> MethodStyle:
+    """Return the style of a mark: hollow out of domain, and a cross for the paper's difference."""
+    style = outcomes.style(mark.method)
+    if not mark.is_ours:
+        marker = "+" if mark.domain == OOD else "x"
+        return replace(style, marker=marker)
+    if mark.domain == OOD:
+        return replace(style, hollow=True)
+    return style

@@ -31,14 +31,17 @@ from benchmarks.harness.sources.vader import PACKAGE, load_vader
 from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from emoe.errors import did_you_mean
 
+# the builder of `datasets` by file ending; a folder's first available format is read
 _BUILDERS = {
     "parquet": "parquet",
     "arrow": "arrow",
     "jsonl": "json",
     "json": "json",
     "csv": "csv",
-}  # in this order
-_DEV_SHARE, _TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
+}
+# shares of the rows of a csv without a column `split`
+_DEV_SHARE = 0.15
+_TEST_SHARE = 0.15
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # missing labels, unless the task has such a class
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
@@ -46,7 +49,7 @@ _WHOLE = re.compile(r"^(-?\d+)\.0*$")
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Hold the rows of one split.
+    """The rows of one split.
 
     Attributes:
         texts: One tuple per row, with one text or a pair.
@@ -67,42 +70,54 @@ class TextSplit:
         """Draw ``rows`` rows, the same for every run; None keeps all rows."""
         if rows is None or rows >= len(self):
             return self
-        return self._rows(
-            sorted(random.Random(derive_seed("rows", seed_name)).sample(range(len(self)), rows))
-        )
+        draw = random.Random(derive_seed("rows", seed_name))
+        chosen = draw.sample(range(len(self)), rows)
+        # rows stay in the order of the set
+        return self._rows(sorted(chosen))
 
     def hold_out(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
-        """Hold out a share of the rows, the same for every run; return the other rows and the held-out ones."""
+        """Hold out a share of the rows, the same for every run.
+
+        Returns:
+            The other rows, and the held-out rows.
+
+        Raises:
+            DataError: The share rounds to no row, or to all rows.
+        """
         count = round(len(self) * share)
         if not 0 < count < len(self):
             raise DataError(
                 f"{self.source}: a share of {share:g} of {len(self)} rows cannot be held out"
             )
-        chosen = set(
-            random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count)
-        )
-        return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(
-            sorted(chosen)
-        )
+        draw = random.Random(derive_seed("held out", seed_name))
+        held_out = set(draw.sample(range(len(self)), count))
+        kept = [row for row in range(len(self)) if row not in held_out]
+        return self._rows(kept), self._rows(sorted(held_out))
 
     def stratified_sample(self, share: float, seed_name: str) -> TextSplit:
-        """Draw a share of the rows of every class (for a regression: rounded score), the same for every run.
+        """Draw a share of the rows of every class, the same for every run.
 
-        Every class keeps at least one row. A smaller share is a subset of a larger one.
+        The classes of a regression are the rounded scores. Every class keeps at least one row. A
+        smaller share is a subset of a larger one.
         """
         by_class: dict[int, list[int]] = {}
         for row, label in enumerate(self.labels):
-            by_class.setdefault(round(label), []).append(row)
+            rows = by_class.setdefault(round(label), [])
+            rows.append(row)
+
         chosen: list[int] = []
         for label, rows in sorted(by_class.items()):
+            # the order does not depend on the share, so that smaller shares are subsets
             random.Random(derive_seed("part", seed_name, label)).shuffle(rows)
-            chosen += rows[: max(1, round(share * len(rows)))]
+            count = max(1, round(share * len(rows)))
+            chosen += rows[:count]
         return self._rows(sorted(chosen))
 
     def _rows(self, chosen: Sequence[int]) -> TextSplit:
-        return replace(
-            self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen]
-        )
+        """Return the split with only the chosen rows, in their order."""
+        texts = [self.texts[row] for row in chosen]
+        labels = [self.labels[row] for row in chosen]
+        return replace(self, texts=texts, labels=labels)
 
     @property
     def has_classes(self) -> bool:
@@ -112,40 +127,50 @@ class TextSplit:
     @property
     def class_numbers(self) -> NDArray[np.int64]:
         """Return the class of each row, ``[rows]``; all -1 for a regression."""
-        return np.asarray(self.labels if self.has_classes else [-1] * len(self), dtype=np.int64)
+        if not self.has_classes:
+            return np.full(len(self), -1, dtype=np.int64)
+        return np.asarray(self.labels, dtype=np.int64)
 
     def summary(self) -> dict[str, Any]:
-        """Return source, digest and row counts, in total and by class (for a regression: the range of scores)."""
+        """Return source, digest and row counts, in total and by class.
+
+        A regression has the range of its scores instead of counts by class.
+        """
+        # the digest shows whether two runs read the same rows in the same order
         digest = hashlib.sha256()
         for row in zip(self.texts, self.labels, strict=True):
             digest.update(repr(row).encode())
-        summary: dict[str, Any] = {
+        if self.has_classes:
+            counts = sorted(Counter(self.labels).items())
+            labels: dict[str, Any] = {"labels": {str(label): count for label, count in counts}}
+        else:
+            labels = {"range": [min(self.labels), max(self.labels)]}
+        return {
             "source": self.source,
             "digest": digest.hexdigest()[:16],
             "rows": len(self),
+            "dropped": self.dropped,
+            **labels,
         }
-        summary["dropped"] = self.dropped
-        if self.has_classes:
-            summary["labels"] = {
-                str(label): count for label, count in sorted(Counter(self.labels).items())
-            }
-        else:
-            summary["range"] = [min(self.labels), max(self.labels)]
-        return summary
 
 
 def resolve_part(splits: Splits, part: str) -> str:
     """Return the part to read: ``dev`` instead of ``test`` if the task has no test split."""
-    return "dev" if part == "test" and splits.test is None else part
+    if part == "test" and splits.test is None:
+        return "dev"
+    return part
 
 
 def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> SetPart:
-    """Describe the rows of a task's part, with the row counts of its makers and the paper's authors."""
-    counts, labels = Counter(split.labels), f"{min(split.labels):g} to {max(split.labels):g}"
+    """Describe the rows of a part of a task, with the counts of its makers and the authors."""
     if split.has_classes:
-        labels = ", ".join(
-            f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels)
-        )
+        counts = Counter(split.labels)
+        by_class = [f"{label} {counts[number]:,}" for number, label in enumerate(entry.labels)]
+        labels = ", ".join(by_class)
+    else:
+        labels = f"{min(split.labels):g} to {max(split.labels):g}"
+    # the paper's count is that of its test part
+    published = entry.published_rows if part == "test" else None
     return SetPart(
         name,
         part,
@@ -154,7 +179,7 @@ def describe_rows(name: str, part: str, split: TextSplit, entry: TaskEntry) -> S
         expected=entry.rows.get(part),
         labels=labels,
         source=split.source,
-        published=entry.published_rows if part == "test" else None,
+        published=published,
     )
 
 
@@ -165,21 +190,25 @@ def load_part(
     entries: Mapping[str, TaskEntry] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TextSplit:
-    """Load the ``train``, ``dev`` or ``test`` part of a task, and sample ``rows`` rows; None keeps all.
+    """Load the ``train``, ``dev`` or ``test`` part of a task, and sample rows of it.
+
+    A task without a test split has its dev split instead.
 
     Args:
         task: The task.
         part: The part.
-        rows: The number of rows.
+        rows: The number of sampled rows; None keeps all.
         entries: The tasks of ``tasks.yaml``, with their row counts.
         say: The function that prints a warning if the set has an unexpected row count.
     """
-    part = resolve_part(task.splits, part)
-    split = load_split(task, part)
-    entry = (entries or {}).get(task.name)
-    if say and entry and (note := describe_rows(task.name, part, split, entry).note):
-        say(f"warning: {note}")
-    return split.sample(rows, f"{task.name}/{part}")
+    read_part = resolve_part(task.splits, part)
+    split = load_split(task, read_part)
+    # a copy of the set may be incomplete
+    if say and entries and task.name in entries:
+        note = describe_rows(task.name, read_part, split, entries[task.name]).note
+        if note:
+            say(f"warning: {note}")
+    return split.sample(rows, f"{task.name}/{read_part}")
 
 
 def load_split(task: RunTask, part: str) -> TextSplit:
@@ -193,38 +222,42 @@ def load_split(task: RunTask, part: str) -> TextSplit:
     split: str | None = getattr(task.splits, part)
     if split is None:
         raise DataError(f"task '{task.name}' has no {part} split")
-    source = task.source
-    if source.vader_sentiment:
-        strength = source.vader_label == "strength"
-        texts, labels, dropped = load_vader(source.vader_sentiment, split, strength=strength)
-        name = ", ".join(filter(None, (source.vader_sentiment, source.vader_label, split)))
-        return TextSplit(
-            [(text,) for text in texts],
-            labels,
-            dropped,
-            f"{PACKAGE} {find_package(PACKAGE).version}, {name}",
-        )
+    if task.source.vader_sentiment:
+        return _load_vader_split(task.source.vader_sentiment, task.source.vader_label, split)
+    # a split may consist of several files
     tables = _read_tables(task, split)
-    rows = [row for table in tables for row in _complete_rows(table, task)]
-    name, total = (
-        ", ".join(table.source for table in tables),
-        sum(len(table.cells) for table in tables),
-    )
-    if not rows:
-        raise DataError(f"{name} has no row with text and label ({total} without)")
-    return TextSplit(
-        [texts for texts, _ in rows], [label for _, label in rows], total - len(rows), name
-    )
+    texts: list[tuple[str, ...]] = []
+    labels: list[Any] = []
+    for table in tables:
+        for row_texts, label in _complete_rows(table, task):
+            texts.append(row_texts)
+            labels.append(label)
+    source = ", ".join(table.source for table in tables)
+    total = sum(len(table.cells) for table in tables)
+    if not texts:
+        raise DataError(f"{source} has no row with text and label ({total} without)")
+    return TextSplit(texts, labels, total - len(texts), source)
+
+
+def _load_vader_split(domain: str, label: str | None, split: str) -> TextSplit:
+    """Load a domain of the set inside vaderSentiment; ``label`` may choose other labels."""
+    texts, labels, dropped = load_vader(domain, split, strength=label == "strength")
+    name = f"{domain}, {split}"
+    if label:
+        name = f"{domain}, {label}, {split}"
+    source = f"{PACKAGE} {find_package(PACKAGE).version}, {name}"
+    return TextSplit([(text,) for text in texts], labels, dropped, source)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Hold the rows of one file, or of one split on the hub.
+    """The cells of one file, or of one split on the hub.
 
     Attributes:
         source: The file, or the hub id and split.
         cells: The cells, with the file's column names.
-        class_names: The names of the classes in the order of the file's numbers, if they are stored.
+        class_names: The names of the classes in the order of their numbers; None if the file stores
+            none.
     """
 
     source: str
@@ -232,7 +265,12 @@ class _Table:
     class_names: Sequence[str] | None = None
 
     def column(self, name: str, task: RunTask) -> str:
-        """Return the name of a task's column in this table: ``name`` or its first alias."""
+        """Return the name of a task's column in this table: ``name``, or its first alias.
+
+        Raises:
+            DataError: The table has neither.
+        """
+        # other copies of a set may name a column otherwise
         aliases = [alias for alias, column in task.column_aliases.items() if column == name]
         for column in (name, *aliases):
             if column in self.cells:
@@ -244,20 +282,32 @@ def _read_tables(task: RunTask, split: str) -> list[_Table]:
     """Read a split from the user's folder, else from the hub; ``a+b`` names two splits."""
     if task.source.csv:
         return [_csv_split(ROOT / task.source.csv, task, split)]
-    folder, splits = local_path(task.name, task.source.model_dump()), split.split("+")
+    # the user's folder; None if there is none
+    folder = local_path(task.name, task.source.model_dump())
+    splits = split.split("+")
     if folder is None:
         return [_read_hub(task, name) for name in splits]
+    # `save_to_disk` writes one of these files
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return _read_saved(folder, task, splits)
-    return [table for name in splits for table in _read_folder(folder, task, name)]
+    tables = []
+    for name in splits:
+        tables += _read_folder(folder, task, name)
+    return tables
 
 
 def _read_hub(task: RunTask, split: str) -> _Table:
+    """Read a split from the hub.
+
+    Raises:
+        DataError: The set is not on the hub, or cannot be loaded.
+    """
     source = task.source
     folder = expected_path(source.model_dump())
     if source.hub is None:
         raise DataError(
-            f"{folder} is missing; `python -m benchmarks data --check` says how to get '{task.name}'"
+            f"{folder} is missing; `python -m benchmarks data --check` says how to get "
+            f"'{task.name}'"
         )
     try:
         dataset = datasets.load_dataset(
@@ -265,7 +315,8 @@ def _read_hub(task: RunTask, split: str) -> _Table:
         )
     except Exception as error:  # the hub raises many types
         raise DataError(
-            f"could not load '{source.hub}' ({source.config}) from the hub: {type(error).__name__}: {error}\n"
+            f"could not load '{source.hub}' ({source.config}) from the hub: "
+            f"{type(error).__name__}: {error}\n"
             f"Without the hub, put its files into {folder} (config/README.md)"
         ) from error
     name = hub_name(source.hub, source.revision, commit_of(dataset))
@@ -273,9 +324,10 @@ def _read_hub(task: RunTask, split: str) -> _Table:
 
 
 def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Table]:
-    """Read the splits of a set from ``datasets``' ``save_to_disk``, or a whole set without splits."""
+    """Read splits, or a whole set without splits, from a folder of ``datasets``' save_to_disk."""
     with _name_file_in_errors(folder):
         saved: Any = datasets.load_from_disk(str(folder))
+        # a dictionary has several splits, anything else is one set
         if isinstance(saved, datasets.DatasetDict):
             return [_to_table(saved[split], f"{folder} [{split}]", task) for split in splits]
         if task.splits.train is not None:
@@ -287,51 +339,71 @@ def _read_saved(folder: Path, task: RunTask, splits: Sequence[str]) -> list[_Tab
 
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[_Table]:
     """Read a split from files with the hub's names, in the first available format."""
-    folders = (
-        [folder, folder / task.source.config, folder / "data"] if task.source.config else [folder]
-    )
+    folders = [folder]
+    # the hub keeps the files of a configuration in a folder of its name, or in `data`
+    if task.source.config:
+        folders += [folder / task.source.config, folder / "data"]
     for subfolder in folders:
         for suffix in _BUILDERS:
-            for name in (
-                split,
-                f"{split}-*-of-*",
-                f"{split}/[0-9]*",
-            ):  # the last is the hub's conversion to Parquet
-                if files := sorted(subfolder.glob(f"{name}.{suffix}")):
-                    if "*-of-" in name and not files[0].stem.endswith(f"-of-{len(files):05}"):
-                        raise DataError(f"{subfolder} lacks a piece of the split '{split}'")
-                    return [_read_file(file, folders, task) for file in files]
+            files = _find_files(subfolder, split, suffix)
+            if files:
+                return [_read_file(file, folders, task) for file in files]
     wanted = ", ".join(f"{split}.{suffix}" for suffix in _BUILDERS)
-    convert = (
-        "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
-    )
-    raise DataError(
-        f"{folder} has no file for the split '{split}': wanted one of {wanted}{convert}"
-    )
+    advice = ""
+    if task.raw_formats:
+        advice = "; `python tools/convert_glue_x.py` converts its makers' files"
+    raise DataError(f"{folder} has no file for the split '{split}': wanted one of {wanted}{advice}")
+
+
+def _find_files(folder: Path, split: str, suffix: str) -> list[Path]:
+    """Find the files of a split with a file ending: one file, or several pieces in their order.
+
+    Raises:
+        DataError: A piece is missing.
+    """
+    pieces = f"{split}-*-of-*"
+    # the last pattern is that of the hub's conversion to Parquet
+    for pattern in (split, pieces, f"{split}/[0-9]*"):
+        files = sorted(folder.glob(f"{pattern}.{suffix}"))
+        if not files:
+            continue
+        # the name of each piece ends with the number of pieces
+        if pattern == pieces and not files[0].stem.endswith(f"-of-{len(files):05}"):
+            raise DataError(f"{folder} lacks a piece of the split '{split}'")
+        return files
+    return []
 
 
 def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> _Table:
-    """Read a file. If it has no class names, take them from README.md or ``dataset_infos.json`` in the folders."""
+    """Read a file, with class names from the file or from the metadata in the folders."""
     with _name_file_in_errors(file):
         if file.suffix == ".csv":
             table = _Table(str(file), read_csv(file))
         else:
-            builder, files = _BUILDERS[file.suffix.removeprefix(".")], glob.escape(str(file))
+            builder = _BUILDERS[file.suffix.removeprefix(".")]
+            # streaming writes no copy of the file into the cache
             dataset = datasets.load_dataset(
-                builder, data_files=files, split="train", streaming=True
-            )  # without a cache
-            table = _to_table(dataset, str(file), task)
-        for folder in folders if table.class_names is None else ():
-            infos = DatasetInfosDict.from_directory(str(folder))
-            info = infos.get(task.source.config) or infos.get("default")
-            feature = (
-                info.features.get(table.column(task.label, task))
-                if info and info.features
-                else None
+                builder, data_files=glob.escape(str(file)), split="train", streaming=True
             )
-            if isinstance(feature, datasets.ClassLabel):
-                return replace(table, class_names=feature.names)
+            table = _to_table(dataset, str(file), task)
+        if table.class_names is None:
+            return replace(table, class_names=_documented_class_names(table, folders, task))
         return table
+
+
+def _documented_class_names(
+    table: _Table, folders: Sequence[Path], task: RunTask
+) -> Sequence[str] | None:
+    """Return the class names in README.md or ``dataset_infos.json`` of the folders, or None."""
+    for folder in folders:
+        infos = DatasetInfosDict.from_directory(str(folder))
+        info = infos.get(task.source.config) or infos.get("default")
+        if not info or not info.features:
+            continue
+        feature = info.features.get(table.column(task.label, task))
+        if isinstance(feature, datasets.ClassLabel):
+            return feature.names
+    return None
 
 
 def read_csv(file: Path) -> pd.DataFrame:
@@ -340,24 +412,30 @@ def read_csv(file: Path) -> pd.DataFrame:
     Raises:
         DataError: The file cannot be read.
     """
+    # every cell stays as it is written: labels are read by the task's rules
     with _name_file_in_errors(file), warnings.catch_warnings():
-        warnings.simplefilter(
-            "error", pd.errors.ParserWarning
-        )  # the first row has more cells than the header
+        # pandas only warns if the first row has more cells than the header
+        warnings.simplefilter("error", pd.errors.ParserWarning)
         return pd.read_csv(
             file, dtype=str, na_filter=False, index_col=False, engine="python", encoding="utf-8-sig"
         )
 
 
 def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
-    """Read the rows of a split from one csv, by its column ``split`` or else by a hash of the text."""
+    """Read the rows of a split from one csv.
+
+    The column ``split`` names the split of each row. Without it, a hash of the text chooses it.
+
+    Raises:
+        DataError: The csv cannot be read, or has no such row.
+    """
     table = _Table(str(file), read_csv(file))
     cells = table.cells
-    splits = (
-        cells["split"]
-        if "split" in cells
-        else cells[table.column(task.fields[0], task)].map(_split_by_hash)
-    )
+    if "split" in cells:
+        splits = cells["split"]
+    else:
+        first_text = table.column(task.fields[0], task)
+        splits = cells[first_text].map(_split_by_hash)
     if split not in set(splits):
         raise DataError(
             f"{file} has no row of the split '{split}'{did_you_mean(split, splits.unique())}"
@@ -367,32 +445,31 @@ def _csv_split(file: Path, task: RunTask, split: str) -> _Table:
 
 def _split_by_hash(text: str) -> str:
     """Choose the split of a text by its hash, independently of other rows."""
-    fraction = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-    return (
-        "dev"
-        if fraction < _DEV_SHARE
-        else "test"
-        if fraction < _DEV_SHARE + _TEST_SHARE
-        else "train"
-    )
+    digest = hashlib.sha256(text.encode()).digest()
+    # the first 48 bits, as a number from 0 to 1
+    fraction = int.from_bytes(digest[:6], "big") / 2**48
+    if fraction < _DEV_SHARE:
+        return "dev"
+    if fraction < _DEV_SHARE + _TEST_SHARE:
+        return "test"
+    return "train"
 
 
 def _to_table(dataset: Any, source: str, task: RunTask) -> _Table:
     """Convert a set of ``datasets`` to a table, with its class names if it has them."""
+    # batches of arrow tables also work for a streamed set, which has no length
     batches = list(dataset.with_format("arrow").iter(batch_size=10_000))
     cells = pa.concat_tables(batches, promote_options="default").to_pydict()
     table = _Table(source, pd.DataFrame(cells, dtype=object))
     feature = (dataset.features or {}).get(table.column(task.label, task))
-    return (
-        replace(table, class_names=feature.names)
-        if isinstance(feature, datasets.ClassLabel)
-        else table
-    )
+    if isinstance(feature, datasets.ClassLabel):
+        return replace(table, class_names=feature.names)
+    return table
 
 
 @contextmanager
 def _name_file_in_errors(path: Path) -> Iterator[None]:
-    """Convert errors of libraries on a damaged file to a one-line :class:`DataError` with its name."""
+    """Turn any error of a library into a one-line :class:`DataError` that names the file."""
     try:
         yield
     except DataError:
@@ -401,56 +478,136 @@ def _name_file_in_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the texts and the label of each row of a table that has all texts and a gold label."""
-    names = {str(number): name for number, name in enumerate(table.class_names or ())}
-    missing = {label_text(value) for value in task.unlabelled}
-    classes = _class_numbers(table, task)
-    low, high = task.range or (-math.inf, math.inf)
-    columns = table.cells[[table.column(name, task) for name in (*task.fields, task.label)]]
-    for row, *cells, value in columns.itertuples(name=None):
-        texts = tuple(str(cell) for cell in cells if cell is not None and cell == cell)
+@dataclass(frozen=True)
+class _Labels:
+    """The labels that a table may contain.
+
+    Attributes:
+        class_names: The stored class names by number (as text); empty if the table stores none.
+        unlabelled: The label texts of rows without a gold label.
+        classes: The class numbers by spelling; empty for a regression.
+        low: The lowest score of a regression.
+        high: The highest score.
+    """
+
+    class_names: Mapping[str, str]
+    unlabelled: set[str]
+    classes: Mapping[str, int]
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, table: _Table, task: RunTask) -> _Labels:
+        """Return the labels of a table of a task's rows."""
+        low, high = task.range or (-math.inf, math.inf)
+        return cls(
+            class_names={str(number): name for number, name in enumerate(table.class_names or ())},
+            unlabelled={label_text(value) for value in task.unlabelled},
+            classes=_class_numbers(table, task),
+            low=low,
+            high=high,
+        )
+
+    def text(self, value: object) -> str:
+        """Convert the label of a cell to text; a class number becomes its stored name."""
         written = label_text(value)
-        label = label_text(names.get(written, written))
-        if len(texts) < len(cells) or not "".join(texts).strip() or label in missing:
+        return label_text(self.class_names.get(written, written))
+
+    def number(self, label: str) -> int | float | None:
+        """Return the class number or the score of a label; None if the task has no such label."""
+        if self.classes:
+            return self.classes.get(label)
+        # nan if it is not a number, and then not in the range
+        score = float(pd.to_numeric(label, errors="coerce"))
+        if self.low <= score <= self.high:
+            return score
+        return None
+
+    def hint(self, label: str) -> str:
+        """Return the end of the error on an unknown label."""
+        if self.classes:
+            return did_you_mean(label, self.classes)
+        return f"; it must be a number from {self.low:g} to {self.high:g}"
+
+
+def _complete_rows(table: _Table, task: RunTask) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the texts and the label of each row of a table that has all texts and a gold label.
+
+    Raises:
+        DataError: A label is not one of the task's.
+    """
+    labels = _Labels.of(table, task)
+    columns = [table.column(name, task) for name in (*task.fields, task.label)]
+    # the index of the row, its texts, and its label
+    for row, *cells, value in table.cells[columns].itertuples(name=None):
+        texts = _row_texts(cells)
+        label = labels.text(value)
+        if texts is None or label in labels.unlabelled:
             continue
-        if label in classes:
-            yield texts, classes[label]
-        elif not classes and low <= (score := float(pd.to_numeric(label, errors="coerce"))) <= high:
-            yield texts, score
+        number = labels.number(label)
+        # a missing label drops the row; an unknown label is an error
+        if number is not None:
+            yield texts, number
         elif label.casefold() not in _NO_LABEL:
-            hint = (
-                did_you_mean(label, classes)
-                if classes
-                else f"; it must be a number from {low:g} to {high:g}"
-            )
             raise DataError(
-                f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'{hint}"
+                f"{table.source}, row {row + 1}: '{label}' is no label of task '{task.name}'"
+                f"{labels.hint(label)}"
             )
+
+
+def _row_texts(cells: Sequence[object]) -> tuple[str, ...] | None:
+    """Return the texts of a row; None if one is missing, or all are blank."""
+    for cell in cells:
+        # nan, an empty cell of some formats, differs from itself
+        if cell is None or cell != cell:
+            return None
+    texts = tuple(str(cell) for cell in cells)
+    if not "".join(texts).strip():
+        return None
+    return texts
 
 
 def label_text(value: object) -> str:
     """Convert a label to text, without surrounding blanks; ``1.0`` becomes ``1``."""
-    return _WHOLE.sub(r"\1", "" if value is None else str(value).strip())
+    if value is None:
+        return ""
+    return _WHOLE.sub(r"\1", str(value).strip())
 
 
 def _class_numbers(table: _Table, task: RunTask) -> dict[str, int]:
-    """Map spellings of labels to class numbers.
+    """Map spellings of labels to class numbers; empty for a regression.
 
-    Numbers are class numbers, unless the task's class names are numbers or the file has class names.
+    Numbers are class numbers, unless the task's class names are numbers or the file has class
+    names.
     """
-    names = task.labels
-    by_number = {str(number): name for number, name in enumerate(names)}
-    if any(label_text(name).lstrip("-").isdecimal() for name in (*names, *task.label_names)):
+    by_number = {str(number): name for number, name in enumerate(task.labels)}
+    if any(_is_number(name) for name in (*task.labels, *task.label_names)):
         by_number = {}
-    spellings = task.label_names | {name: name for name in names}
+    by_name = {**task.label_names, **{name: name for name in task.labels}}
+
+    # class names by spelling
     if table.class_names is None:
-        spellings = by_number | spellings
-    elif by_number and set(table.class_names) == {
-        str(number) for number in range(len(table.class_names))
-    }:
+        spellings = {**by_number, **by_name}
+    elif by_number and _are_numbers_from_0(table.class_names):
         spellings = by_number
-    else:  # the names may come from the makers' files
-        for layout in task.raw_formats or ():
-            spellings = layout.label_names | spellings
-    return {label_text(spelling): names.index(name) for spelling, name in spellings.items()}
+    else:
+        spellings = {**_makers_spellings(task), **by_name}
+    return {label_text(text): task.labels.index(name) for text, name in spellings.items()}
+
+
+def _is_number(name: str) -> bool:
+    """Return True if a class name is a whole number."""
+    return label_text(name).lstrip("-").isdecimal()
+
+
+def _are_numbers_from_0(names: Sequence[str]) -> bool:
+    """Return True if class names are only the numbers of the classes."""
+    return set(names) == {str(number) for number in range(len(names))}
+
+
+def _makers_spellings(task: RunTask) -> dict[str, str]:
+    """Map the labels in the makers' files to class names; the first layout has precedence."""
+    spellings = {}
+    for layout in reversed(task.raw_formats or []):
+        spellings.update(layout.label_names)
+    return spellings

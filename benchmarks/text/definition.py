@@ -38,14 +38,14 @@ from benchmarks.harness.config.yaml import (
 )
 
 Protocol = Literal["published", "clean"]
-PUBLISHED, CLEAN = "published", "clean"
-ID, OOD = "id", "ood"  # domains: in distribution and out of distribution
+PUBLISHED = "published"
+CLEAN = "clean"
+# domains: in distribution and out of distribution
+ID = "id"
+OOD = "ood"
 
-PAPER_COLUMNS = (
-    "model",
-    "scope",
-    "method",
-)  # of published numbers, before value, status and source
+# columns of published numbers, before value, status and source
+PAPER_COLUMNS = ("model", "scope", "method")
 ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
 
 
@@ -61,7 +61,8 @@ class EpochTraining(Training):
     max_length: Annotated[int, Field(ge=4)]
     """Maximum tokens of a row; longer rows are cut."""
     sampling: Literal["random", "group_by_length"]
-    """Order of the training rows: shuffled, or shuffled in groups of similar length (less padding)."""
+    """Order of the training rows: shuffled, or shuffled in groups of similar length, which need
+    less padding."""
     eval_rows: Count | None
     """Rows of every evaluation split; null for all."""
     weight_decay: NotNegative
@@ -73,9 +74,11 @@ class EpochTraining(Training):
     gradient_accumulation_steps: Count
     """Batches per step, whose gradients are summed."""
     precision: Precision
-    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
+    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the
+    record says so."""
     validation_fraction: Rate
-    """Share of the training rows that a clean run holds out for selection, if the task has no test split."""
+    """Share of the training rows that a clean run holds out for selection, if the task has no test
+    split."""
 
 
 class TextTraining(EpochTraining):
@@ -86,31 +89,33 @@ class TextTraining(EpochTraining):
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
     train_share: Share | None = optional()
-    """Share of these rows, sampled per class; smaller shares are subsets of larger ones. Default: all."""
+    """Share of these rows, sampled per class; smaller shares are subsets of larger ones. Default:
+    all."""
     dev_rows: Count | None = optional()
     """Rows of the dev split, for tasks with a test split; null or omitted: `eval_rows`."""
     ood_rows: Count | None = optional()
     """Rows of every OOD set; null or omitted: `eval_rows`."""
     patience: Count | None
-    """Stop after this many epochs without a new best score above 0 (needs checkpoint_selection: best); null: never
-    stop."""
+    """Stop after this many epochs without a new best score above 0 (needs checkpoint_selection:
+    best); null: never stop."""
     frozen_layers: Whole | None = optional_zero()
-    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
-    for a row is computed once and kept (`resources/prefixes/`). Only later layers have adapters, and no method
-    converts or trains a frozen layer. 0 or omitted: none."""
+    """Number of first layers that are frozen with the embeddings, without dropout and stochastic
+    depth. Their output for a row is computed once and kept (`resources/prefixes/`). Only later
+    layers have adapters, and no method converts or trains a frozen layer. 0 or omitted: none."""
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool
     """Keep the trained weights in the run's folder, for benchmarks that evaluate them."""
     evaluate_ood: bool | Names | None = optional()
-    """Evaluate all runs, or the runs of these methods, on the task's OOD sets at the end; not part of a run's spec. Use
-    a benchmark that evaluates only chosen runs for large sets."""
+    """Evaluate all runs, or the runs of these methods, on the task's OOD sets at the end; not part
+    of a run's spec. Use a benchmark that evaluates only chosen runs for large sets."""
     epochs_by_task: dict[str, Positive] | None = optional()
     """Epochs of single tasks; not part of a run's spec."""
 
 
 class TextBlock(VariantAxes):
-    """A product of lists. Lists of method settings become part of the method's variant."""
+    """One block of a grid: every combination of its lists is a run. Varied method settings name the
+    variant."""
 
     model: Names
     """Names in models.yaml."""
@@ -127,8 +132,9 @@ class TextBlock(VariantAxes):
     epochs_factor: Positives | None = optional()
     """Factors on the usual epochs, for rows with `role: ablation`."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = optional()
-    """Selection of epoch and hyper-parameters. published: with the dev split, which is also reported. clean: with a
-    split that is not reported. Left out: clean for tasks with a test split, else published."""
+    """Selection of epoch and hyper-parameters. published: with the dev split, which is also
+    reported. clean: with a split that is not reported. Left out: clean for tasks with a test split,
+    else published."""
 
 
 class TextPart(TrainingPart):
@@ -137,7 +143,7 @@ class TextPart(TrainingPart):
     training: Annotated[dict[str, Any], Changes(TextTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[TextBlock], Field(min_length=1)]
-    """Blocks of runs; each is the product of its lists."""
+    """Blocks of runs. Every combination of the lists of a block is a run."""
 
 
 class Transformed(Strict):
@@ -148,8 +154,8 @@ class Transformed(Strict):
     trained: str
     """The row whose trained runs are evaluated."""
     used_as: str
-    """The row whose method the trained models are converted to before evaluation: dense, or EMoE with experts from the
-    trained weights. Both rows must train the same parameters."""
+    """The row whose method the trained models are converted to before evaluation: dense, or EMoE
+    with experts from the trained weights. Both rows must train the same parameters."""
 
 
 class Ablation(Strict):
@@ -160,12 +166,13 @@ class Ablation(Strict):
     question: str
     """Question of the ablation, and the paper's answer."""
     rows: Annotated[Names, UNIQUE]
-    """Compared rows; the first one is the baseline. Every setting is a separate row, for rows with `role: ablation` or
-    several variants."""
+    """Compared rows; the first one is the baseline. Every setting is a separate row, for rows with
+    `role: ablation` or several variants."""
     steps: Literal[True] | None = optional()
     """Compare each row with the row above it, instead of with the baseline."""
     paper: str | None = optional()
-    """CSV with the paper's numbers, in the benchmark's folder: one row per model, scope (task), method and setting."""
+    """CSV with the paper's numbers, in the benchmark's folder: one row per model, scope (task),
+    method and setting."""
 
 
 class Ablated(Strict):
@@ -183,7 +190,8 @@ class PublishedTraces(Strict):
     task: str
     """Training task."""
     rows: dict[str, str]
-    """CSV of each method, in the benchmark's folder: one row per window, one column per expert's share."""
+    """CSV of each method, in the benchmark's folder: one row per window, one column per expert's
+    share."""
 
 
 class TextDefinition(MethodsDefinition, Ablated):
@@ -198,7 +206,8 @@ class TextDefinition(MethodsDefinition, Ablated):
 
 
 class TextSource(Strict):
-    """Source of rows: a set on the hub, a folder of the user's, a csv, or a set that ships inside a package."""
+    """Source of rows: a set on the hub, a folder of the user's, a csv, or a set that ships inside a
+    package."""
 
     exactly_one_of = ("folder", "csv", "vader_sentiment")
     together = (("vader_label", "vader_sentiment"),)
@@ -211,8 +220,8 @@ class TextSource(Strict):
     folder: str | None = optional()
     """Name of the set's folder below data_root."""
     csv: str | None = optional()
-    """A csv in this project. Its column `split` names the split of each row; without it, a hash of the text chooses
-    it."""
+    """A csv in this project. Its column `split` names the split of each row; without it, a hash of
+    the text chooses it."""
     vader_sentiment: str | None = optional()
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = optional()
@@ -234,8 +243,8 @@ class FileLayout(Strict):
     """One layout of the makers' files."""
 
     format: Literal["tsv", "csv", "jsonl", "folders"] = "tsv"
-    """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text files for each
-    label."""
+    """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text
+    files for each label."""
     files: dict[str, str]
     """File names by split name; for `folders`, the parent of the labels' folders."""
     columns: dict[str, str | int] = Field({})
@@ -245,7 +254,8 @@ class FileLayout(Strict):
     header: bool = True
     """True if the first line names the columns."""
     where: dict[str, Any] | None = optional()
-    """If one file holds several splits: the `column` that names the split, and its `values` by split."""
+    """If one file holds several splits: the `column` that names the split, and its `values` by
+    split."""
     label_names: dict[str, str] = Field({})
     """Class names by the labels of these files; other labels are errors."""
 
@@ -264,42 +274,53 @@ class RunTask(Strict):
     column_aliases: dict[str, str] = Field({})
     """Column names, by the names in other copies of the set."""
     labels: list[str] = Field([])
-    """Names of the classes in the order of their numbers; empty for a regression. Class i of a model corresponds to
-    class i of any other set with as many classes."""
+    """Names of the classes in the order of their numbers; empty for a regression. Class i of a
+    model corresponds to class i of any other set with as many classes."""
     range: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = optional()
     """Lowest and highest score of a regression; other scores are errors."""
     label_names: dict[str, str] = Field({})
     """Class names by other spellings in files."""
     unlabelled: list[str | int | float] = Field([])
-    """Label values that mark a row without a gold label, in addition to -1, null, nan and an empty cell. These rows are
-    dropped and counted, as are rows without text."""
+    """Label values that mark a row without a gold label, in addition to -1, null, nan and an empty
+    cell. These rows are dropped and counted, as are rows without text."""
     label_map: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
-    """Merged classes for models or sets with fewer: the new number of each class, by class count."""
+    """Merged classes, for models or sets with fewer classes. The key is their number of classes,
+    the value the new number of each class."""
     metric: str
-    """Metric for selection and report, if a model is trained on the task; a name in metrics.yaml."""
+    """Metric for selection and report, if a model is trained on the task; a name in
+    metrics.yaml."""
     ood_metrics: Names = Field(default_factory=lambda data: [data["metric"]])
     """Metrics of models trained on another task; the first is the paper's. Default: metric."""
     splits: Splits
-    """Split names by part. The dev part is for selection; the test part is reported (without it, dev). Sets without
-    train and dev are only for evaluation."""
+    """Split names by part. The dev part is for selection; the test part is reported (without it,
+    dev). Sets without train and dev are only for evaluation."""
     raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = optional()
-    """Layouts of the makers' files, for `tools/convert_glue_x.py`, which uses the first one whose file exists."""
+    """Layouts of the makers' files, for `tools/convert_glue_x.py`, which uses the first one whose
+    file exists."""
 
 
 def merged_classes(larger: RunTask, smaller: RunTask) -> list[int]:
-    """Return the class of a task with fewer classes for each class of a larger task, from the latter's ``label_map``.
+    """Map each class of a task to a class of a task with fewer classes.
+
+    Args:
+        larger: The task with more classes, whose ``label_map`` has the mapping.
+        smaller: The task with fewer classes.
 
     Raises:
-        DefinitionError: The larger task has no such ``label_map``, or the smaller one is a regression.
+        DefinitionError: The larger task has no such ``label_map``, or the smaller one is a
+            regression.
     """
-    most, fewer = len(larger.labels), len(smaller.labels)
-    if not fewer:
+    most = len(larger.labels)
+    fewer = len(smaller.labels)
+    if fewer == 0:
         raise DefinitionError(f"'{larger.name}' has classes as labels, '{smaller.name}' numbers")
     numbers = larger.label_map.get(str(fewer), [])
-    if len(numbers) != most or set(numbers) != set(range(fewer)):
+    uses_all_classes = set(numbers) == set(range(fewer))
+    if len(numbers) != most or not uses_all_classes:
         raise DefinitionError(
-            f"'{larger.name}' has {most} classes, '{smaller.name}' {fewer}: the larger one needs 'label_map' with "
-            f'"{fewer}": {most} numbers, each class from 0 to {fewer - 1} among them'
+            f"'{larger.name}' has {most} classes, '{smaller.name}' {fewer}: the larger one needs "
+            f"'label_map' with \"{fewer}\": {most} numbers, each class from 0 to {fewer - 1} "
+            "among them"
         )
     return numbers
 
@@ -308,8 +329,8 @@ class TaskEntry(RunTask, Entry):
     """One task of ``tasks.yaml``: a run's task, with entries for display and checks."""
 
     rows: dict[Annotated[str, Field(pattern="^(train|dev|test)$")], int] = Field({})
-    """Row counts of each part according to the makers, including rows without a gold label; for sets of GLUE-X's
-    authors, the counts in their result files."""
+    """Row counts of each part according to the makers, including rows without a gold label; for
+    sets of GLUE-X's authors, the counts in their result files."""
     published_rows: PublishedRows | None = optional()
     """Different row count of the test part in the paper's evaluation, with source and reason."""
     download_instructions: str | None = optional()
@@ -331,12 +352,13 @@ class TaskFile(Strict):
     @model_validator(mode="before")
     @classmethod
     def _add_names(cls, content: Any) -> Any:
+        """Give each task its key as its name; content of another form is refused later."""
         match content:
             case {"tasks": dict(tasks)}:
-                named = {
-                    name: {**task, "name": name} if isinstance(task, dict) else task
-                    for name, task in tasks.items()
-                }
+                named = dict(tasks)
+                for name, task in tasks.items():
+                    if isinstance(task, dict):
+                        named[name] = {**task, "name": name}
                 return {**content, "tasks": named}
         return content
 

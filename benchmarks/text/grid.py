@@ -1,4 +1,7 @@
-"""Plan runs of text classification: one for each model, task, method, learning rate, protocol and seed."""
+"""Plan runs of text classification.
+
+A run has a model, a task, a method, a learning rate, a protocol and a seed.
+"""
 
 from __future__ import annotations
 
@@ -57,21 +60,31 @@ _OTHER_AXES = (*TRAINING_KEYS, "protocol", "learning_rate", "seed")
 
 
 class TextSets(Benchmark[D, TaskEntry, P]):
-    """List and describe the sets of a benchmark on texts."""
+    """A benchmark on texts: it lists and describes the sets of its runs."""
 
     task_files: ClassVar = {"tasks": TaskFile}
     paper_columns: ClassVar[tuple[str, ...]] = PAPER_COLUMNS
 
     def sets(self, spec: Mapping[str, Any]) -> list[SetReader]:
+        # imported here, because it imports `datasets`, and planning is fast without
         from benchmarks.text.data import resolve_part
 
-        trained = ("train", "dev", "test") if "training" in spec else ("test",)
-        named = [(task["name"], part) for task in trained_sets(spec) for part in trained]
-        named += [(other["name"], "test") for other in spec["ood"]]
-        parts = [(name, resolve_part(self.tasks[name].splits, part)) for name, part in named]
-        return [SetReader(*part, functools.partial(self._describe, *part)) for part in parts]
+        # a run without training only evaluates
+        parts = ("train", "dev", "test") if "training" in spec else ("test",)
+        used = []
+        for task in trained_sets(spec):
+            used += [(task["name"], part) for part in parts]
+        used += [(other["name"], "test") for other in spec["ood"]]
+
+        readers = []
+        for name, part in used:
+            read_part = resolve_part(self.tasks[name].splits, part)
+            describe = functools.partial(self._describe, name, read_part)
+            readers.append(SetReader(name, read_part, describe))
+        return readers
 
     def _describe(self, name: str, part: str, open_files: bool) -> Iterator[SetPart]:
+        """Describe one part of a set, or say how to get it. It is always read as a whole."""
         from benchmarks.text.data import describe_rows, load_split
 
         task = self.tasks[name]
@@ -85,33 +98,30 @@ class TextSets(Benchmark[D, TaskEntry, P]):
 
 
 class TextBenchmark(TextSets[TextDefinition, TextPart]):
-    """Plan runs of text classifiers that are fine-tuned on one task, and evaluated on it and on OOD sets."""
+    """A benchmark of text classifiers.
+
+    Each is fine-tuned on one task, and evaluated on this task and on OOD sets.
+    """
 
     package = "benchmarks.text"
     spec_model = TextSpec
-    definition_model, part_model = TextDefinition, TextPart
+    definition_model = TextDefinition
+    part_model = TextPart
     recorded = ("scores", "data", "model", "routing", "usage")
 
     @classmethod
     def load(cls, name: str, content: object, file: Path) -> Self:
-        definition = parse(content, TextDefinition, str(file))
-        rows = transformed_rows(definition.transformed, definition, file)
-        trained = [row.trained for row in definition.transformed.values()]
-        if twice := [row for row in trained if trained.count(row) > 1]:
-            raise DefinitionError(
-                f"{file}: 'transformed' has '{twice[0]}' twice; a run is converted only once"
-            )
-        definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
-        benchmark = cls(
-            name, definition, read(file.parent / definition.tasks, TaskFile).tasks, DOMAINS
-        )
+        given = parse(content, TextDefinition, str(file))
+        rows = transformed_rows(given.transformed, given, file)
+        _check_trained_once(given.transformed, file)
+        # a transformed row is a method, too, for the tables
+        definition = given.model_copy(update={"methods": {**given.methods, **rows}})
+        tasks = read(file.parent / definition.tasks, TaskFile).tasks
+        benchmark = cls(name, definition, tasks, DOMAINS)
         check_ablations(benchmark)
+        task_file = benchmark.folder / definition.tasks
         for task in benchmark.tasks:
-            _check_task(
-                Location(benchmark.folder / definition.tasks, f"tasks.{task}"),
-                task,
-                benchmark.tasks,
-            )
+            _check_task(Location(task_file, f"tasks.{task}"), task, benchmark.tasks)
         return benchmark
 
     def specs(
@@ -119,44 +129,45 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
     ) -> Iterator[dict[str, Any]]:
         self._check_training(part)
         methods = self.methods(part)
-        trained = [name for name in methods if name not in self.definition.transformed]
-        trainable = [
-            name for name, task in self.tasks.items() if task.splits.train and task.splits.dev
-        ]
-        names = {"model": model_names(None), "task": trainable, "method": trained}
-        training = functools.cache(functools.partial(self.settings, "training", part))
+        names = {
+            "model": model_names(None),
+            "task": self._trainable_tasks(),
+            # a transformed row is trained as another method
+            "method": [name for name in methods if name not in self.definition.transformed],
+        }
+        # the settings of a model are the same at all its grid points
+        model_settings = functools.cache(functools.partial(self.settings, "training", part))
         for where, point in part.grid_points(names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
-            for key in TRAINING_KEYS:
-                if key in point and methods[point["method"]].role != ABLATION:
-                    raise DefinitionError(
-                        f"{where.at(key)} is for rows with role: {ABLATION}, not '{point['method']}'"
-                    )
+            _check_training_keys(point, methods, where)
+            # an excluded task has no runs, but its block is checked
             if point["task"] in exclude:
                 continue
-            settings, task = training(point["model"]), self.tasks[point["task"]]
-            shaped = self._method_specs(methods, point, settings, where)
+            task = self.tasks[point["task"]]
+            settings: TextTraining = model_settings(point["model"])
+            method_specs = self._method_specs(methods, point, settings, where)
             protocol = _protocol(task, point, where)
-            run_settings = run_training(settings, task, point, protocol)
-            check_frozen(
-                run_settings.get("frozen_layers"), MethodSpec(**shaped["method"]), str(where)
-            )
-            asked = settings.evaluate_ood
-            evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
+            training = run_training(settings, task, point, protocol)
+            method = MethodSpec(**method_specs["method"])
+            check_frozen(training.get("frozen_layers"), method, str(where))
+            ood = []
+            if _evaluates_ood(settings, point["method"]):
+                ood = [self.tasks[name].spec() for name in task.ood if name not in exclude]
             yield self.spec(
-                shaped["method"]["variant"],
+                method_specs["method"]["variant"],
                 protocol=protocol,
                 model=load_models()[point["model"]].spec(point["model"]),
                 task=task.spec(),
-                ood=[
-                    self.tasks[name].spec()
-                    for name in task.ood
-                    if evaluated and name not in exclude
-                ],
-                training=run_settings,
+                ood=ood,
+                training=training,
                 learning_rate=float(point["learning_rate"]),
                 seed=point["seed"],
-                **shaped,
+                **method_specs,
             )
+
+    def _trainable_tasks(self) -> list[str]:
+        """List the tasks with the splits that training needs."""
+        tasks = self.tasks.items()
+        return [name for name, task in tasks if task.splits.train and task.splits.dev]
 
     def _method_specs(
         self,
@@ -165,17 +176,20 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         settings: TextTraining,
         where: Location,
     ) -> dict[str, Any]:
-        """Return ``method`` of a run's spec, and ``used_as`` if the model is also evaluated as another method."""
+        """Return ``method`` of a run's spec.
+
+        If the trained model is also evaluated as another method, ``used_as`` is added.
+        """
 
         def resolved(name: str) -> dict[str, Any]:
-            return method_spec(
-                methods, {**point, "method": name}, point["seed"], settings.lora, where
-            )
+            with_method = {**point, "method": name}
+            return method_spec(methods, with_method, point["seed"], settings.lora, where)
 
         specs: dict[str, Any] = {"method": resolved(point["method"])}
         for name, row in self.definition.transformed.items():
             if row.trained == point["method"]:
-                specs["used_as"] = {"name": name, "config": resolved(row.used_as)["config"]}
+                target = resolved(row.used_as)
+                specs["used_as"] = {"name": name, "config": target["config"]}
         return specs
 
     def _check_training(self, part: Part[TextPart]) -> None:
@@ -184,8 +198,10 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
         where = part.where("training")
         check_names(where.at("epochs_by_task"), training.epochs_by_task or (), self.tasks)
         if not isinstance(training.evaluate_ood, bool):
-            methods = training.evaluate_ood or ()
-            check_names(where.at("evaluate_ood"), methods, self.definition.methods)
+            check_names(
+                where.at("evaluate_ood"), training.evaluate_ood or (), self.definition.methods
+            )
+        # a block of the grid may ask for clean runs of a task without a test split
         if not training.validation_fraction:
             raise DefinitionError(
                 f"{where.at('validation_fraction')} is 0, but clean runs need rows for selection"
@@ -196,13 +212,50 @@ class TextBenchmark(TextSets[TextDefinition, TextPart]):
             )
 
 
+def _check_trained_once(transformed: Mapping[str, Transformed], file: Path) -> None:
+    """Raise a DefinitionError if two rows are trained as the same method."""
+    trained = [row.trained for row in transformed.values()]
+    for name in trained:
+        if trained.count(name) > 1:
+            raise DefinitionError(
+                f"{file}: 'transformed' has '{name}' twice; a run is converted only once"
+            )
+
+
+def _check_training_keys(
+    point: Mapping[str, Any], methods: Mapping[str, Method], where: Location
+) -> None:
+    """Raise a DefinitionError if a row that is not of ablations varies training settings."""
+    name = point["method"]
+    for key in TRAINING_KEYS:
+        if key in point and methods[name].role != ABLATION:
+            raise DefinitionError(
+                f"{where.at(key)} is for rows with role: {ABLATION}, not '{name}'"
+            )
+
+
+def _evaluates_ood(settings: TextTraining, method: str) -> bool:
+    """Return True if the suite evaluates the runs of a method on OOD sets."""
+    if settings.evaluate_ood is None:
+        return False
+    if isinstance(settings.evaluate_ood, bool):
+        return settings.evaluate_ood
+    return method in settings.evaluate_ood
+
+
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
 ) -> dict[str, Method]:
-    """Return a method for each row that is trained as one method of ``definition`` and evaluated as another.
+    """Return a method for each row of ``transformed``, with the settings of its training.
+
+    Args:
+        transformed: The rows that are trained as one method and evaluated as another, by name.
+        definition: The definition with these methods.
+        file: The file of the rows, for messages.
 
     Raises:
-        DefinitionError: A row does not exist, or one row's weights cannot be used in the other's model.
+        DefinitionError: A row does not exist, or the weights of one do not fit the model of the
+            other.
     """
     check_rows(definition, file)
     resolved = resolve_methods(definition)
@@ -212,33 +265,37 @@ def transformed_rows(
         where = Location(file, f"transformed.{name}")
         if name in definition.methods:
             raise DefinitionError(f"{where} has the name of a method; choose another name")
+        # the trained weights are used in both models
         for key, used in (("trained", row.trained), ("used_as", row.used_as)):
             check_names(where.at(key), [used], usual)
             if not _has_portable_weights(resolved[used]):
                 raise DefinitionError(
                     f"{where.at(key)} is '{resolved[used].title}', whose weights fit no other row"
                 )
-        trained = definition.methods[row.trained].given()
-        rows[name] = Method(
-            **{"method": row.trained, **trained, "title": row.title, "role": ABLATION}
-        )
+        # a row without `method` has that of its name in methods.yaml
+        settings = {"method": row.trained, **definition.methods[row.trained].given()}
+        rows[name] = Method(**{**settings, "title": row.title, "role": ABLATION})
     return rows
 
 
 def _has_portable_weights(method: Method) -> bool:
-    """Return False if a method has a learned router, experts from its run's data, or other trained parameters."""
+    """Return True if the trained weights of a method fit a dense model and other experts."""
     settings = method.given()
-    learned = (
-        settings.get("router", "avg_k") != "avg_k" or settings.get("partition") == "coactivation"
-    )
-    return not (learned or method.kind == "gmoe" or method.tune or method.also_train)
+    has_learned_router = settings.get("router", "avg_k") != "avg_k"
+    # the activations of the run's data, not the weights, determine these experts
+    has_experts_from_data = settings.get("partition") == "coactivation"
+    if has_learned_router or has_experts_from_data or method.kind == "gmoe":
+        return False
+    # both rows must train the same parameters
+    return not method.tune and not method.also_train
 
 
 def check_ablations(benchmark: AnyBenchmark) -> None:
     """Check that ablations compare existing rows with the baseline.
 
     Raises:
-        DefinitionError: A check failed; the error names the file, the key and the nearest valid value.
+        DefinitionError: A check failed. The error names the file, the key and the nearest valid
+            value.
     """
     definition = benchmark.definition
     for name, ablation in definition.ablations.items():
@@ -253,27 +310,36 @@ def check_ablations(benchmark: AnyBenchmark) -> None:
 
 
 def _check_task(where: Location, name: str, tasks: Mapping[str, TaskEntry]) -> None:
+    """Check that the names in a task exist, and that its OOD sets have classes that fit.
+
+    Raises:
+        DefinitionError: A check failed; the error begins with ``where``.
+    """
     task = tasks[name]
     check_names(where.at("metric"), [task.metric], load_metrics())
     check_names(where.at("ood_metrics"), task.ood_metrics, load_metrics())
     check_names(where.at("ood"), task.ood, tasks)
     for other in task.ood:
-        smaller, larger = sorted((task, tasks[other]), key=lambda each: len(each.labels))
-        if len(smaller.labels) < len(larger.labels):
-            try:
-                merged_classes(larger, smaller)
-            except DefinitionError as error:
-                raise DefinitionError(f"{where.at('ood')}: {error}") from error
+        try:
+            _check_classes_fit(task, tasks[other])
+        except DefinitionError as error:
+            raise DefinitionError(f"{where.at('ood')}: {error}") from error
     check_names(where.at("label_names"), task.label_names.values(), task.labels)
-    if not (
-        task.source.hub
-        or task.source.csv
-        or task.source.vader_sentiment
-        or task.download_instructions
-    ):
+    source = task.source
+    is_available = bool(source.hub or source.csv or source.vader_sentiment)
+    if not is_available and not task.download_instructions:
         raise DefinitionError(
             f"{where} is neither on the hub nor in a package, so it needs 'download_instructions'"
         )
+
+
+def _check_classes_fit(task: TaskEntry, other: TaskEntry) -> None:
+    """Raise a DefinitionError if classes must be merged, and no ``label_map`` says how."""
+    # as many classes correspond by their order
+    if len(task.labels) > len(other.labels):
+        merged_classes(task, other)
+    elif len(other.labels) > len(task.labels):
+        merged_classes(other, task)
 
 
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: Location) -> str:
@@ -283,17 +349,28 @@ def _protocol(task: TaskEntry, point: Mapping[str, Any], where: Location) -> str
         raise DefinitionError(
             f"{where.at('protocol')}: '{PUBLISHED}' is for tasks without a test split"
         )
-    return str(point.get("protocol", CLEAN if has_test else PUBLISHED))
+    # with a test split, selection with the dev split is clean
+    usual = CLEAN if has_test else PUBLISHED
+    return str(point.get("protocol", usual))
 
 
 def run_training(
     settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str
 ) -> dict[str, Any]:
-    """Return the training settings of a run's spec: ``settings``, adapted to task, protocol and grid point."""
+    """Return the training settings of a run's spec.
+
+    Args:
+        settings: The settings of the suite for the run's model.
+        task: The training task.
+        point: The point of the grid, which may vary epochs and rows.
+        protocol: The protocol of the run.
+    """
     training = settings.spec()
-    epochs = (settings.epochs_by_task or {}).get(point["task"], settings.epochs)
+    epochs_by_task = settings.epochs_by_task or {}
+    epochs = epochs_by_task.get(point["task"], settings.epochs)
     training["epochs"] = epochs * point.get("epochs_factor", 1)
-    if protocol == PUBLISHED or task.splits.test is not None:  # no rows are held out
+    # only a clean run of a task without a test split holds training rows out
+    if protocol == PUBLISHED or task.splits.test is not None:
         training["validation_fraction"] = 0.0
     if "train_share" in point:
         training["train_share"] = point["train_share"]
@@ -303,6 +380,7 @@ def run_training(
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
     """Return a message on a missing set, with instructions to get it."""
     source = task.source.model_dump()
+    # such a set is here, but cannot be read
     if task.source.vader_sentiment or task.source.csv or local_path(name, source) is not None:
         return f"{name}: {problem}"
     if task.download_instructions:
@@ -310,9 +388,17 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     else:
         hub = f"{task.source.hub} ({task.source.config})"
         solution = f"on the hub as {hub}; `python -m benchmarks data` or the first run downloads it"
-    files = dict.fromkeys(
-        file for layout in task.raw_formats or () for file in layout.files.values()
-    )
+    files = ", ".join(_raw_files(task)) or "its files"
     columns = ", ".join([*task.fields, task.label])
-    folder = f"{expected_path(source)} ({', '.join(files) or 'its files'}; hub columns {columns})"
+    folder = f"{expected_path(source)} ({files}; hub columns {columns})"
     return f"{name}: {solution}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"
+
+
+def _raw_files(task: TaskEntry) -> list[str]:
+    """List the names of the makers' files in all their layouts, each once."""
+    files = []
+    for layout in task.raw_formats or ():
+        for file in layout.files.values():
+            if file not in files:
+                files.append(file)
+    return files

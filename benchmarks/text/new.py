@@ -1,4 +1,7 @@
-"""Create a text benchmark from a csv: a copy of ``template/`` with the rows, and a suite of the same name."""
+"""Create a text benchmark from a csv.
+
+It is a copy of ``template/`` with the rows, and a suite of the same name.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +43,13 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
     """
     _check_name(name)
     labels = _labels(file, text, label)
-    rows = f"rows-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.csv"
-    columns = {"text": text, "label": label, "labels": labels}
+    # the name changes with the content, so that changed rows make new runs
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    rows = f"rows-{digest}.csv"
     values = {
-        key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()
-    }  # JSON is valid YAML
-    values |= {
+        "text": _yaml(text),
+        "label": _yaml(label),
+        "labels": _yaml(labels),
         "name": name,
         "title": name.replace("_", " ").capitalize(),
         "csv": f"benchmarks/{name}/{rows}",
@@ -54,32 +58,50 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
     folder.mkdir()
     with atomic_write(folder / rows) as temporary:
         temporary.write_bytes(file.read_bytes())
+    # the suite goes to config/, the other files to the benchmark's folder
     for template in _TEMPLATE.iterdir():
-        target = (
-            CONFIG / f"{name}.yaml" if template.name == "config.yaml" else folder / template.name
-        )
-        write_text(target, Template(template.read_text(encoding="utf-8")).substitute(values))
+        target = folder / template.name
+        if template.name == "config.yaml":
+            target = CONFIG / f"{name}.yaml"
+        content = Template(template.read_text(encoding="utf-8"))
+        write_text(target, content.substitute(values))
+
+
+def _yaml(value: object) -> str:
+    """Write a value of a YAML file in one line; JSON is valid YAML."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _check_name(name: str) -> None:
+    """Raise a DefinitionError if a benchmark, a suite or a target cannot have this name."""
     check_name(name)
     for path in (BENCHMARKS / name, BENCHMARKS / f"{name}.py", CONFIG / f"{name}.yaml"):
         if path.exists():
             raise DefinitionError(f"{path} exists; choose another name than '{name}'")
-    if name in [shown.name for shown in all_artifacts()]:
+    targets = [artifacts.name for artifacts in all_artifacts()]
+    # the workflow has a target for each benchmark and each set with tables of its own
+    if name in targets:
         raise DefinitionError(f"'{name}' is the target of a set's tables; choose another name")
 
 
 def _labels(file: Path, text: str, label: str) -> list[str]:
-    """Return the labels of a csv: numbers sorted by value, names alphabetically."""
+    """Return the labels of a csv: numbers sorted by value, names alphabetically.
+
+    Raises:
+        DataError: The csv cannot be read, lacks a column, or has fewer than two labels.
+    """
     rows = read_csv(file)
     for column in (text, label):
         if column not in rows:
             near = did_you_mean(column, rows)
             raise DataError(f"{file} has no column '{column}'{near}; set it with --text or --label")
-    labels = {name for name in map(label_text, rows[label]) if name.casefold() not in _NO_LABEL}
+    texts = {label_text(cell) for cell in rows[label]}
+    labels = {text for text in texts if text.casefold() not in _NO_LABEL}
     if len(labels) < 2:
         raise DataError(
             f"{file}: all rows have the label {labels or None}; a benchmark needs two labels"
         )
-    return sorted(labels, key=int if all(re.fullmatch(r"-?\d+", name) for name in labels) else None)
+    are_numbers = all(re.fullmatch(r"-?\d+", text) for text in labels)
+    if are_numbers:
+        return sorted(labels, key=int)
+    return sorted(labels)

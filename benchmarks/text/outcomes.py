@@ -1,10 +1,10 @@
-"""Choose hyper-parameters over finished runs, and collect the scores of a text benchmark in one long frame."""
+"""Choose hyper-parameters of finished runs, and collect a text benchmark's scores in one frame."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -24,11 +24,11 @@ from benchmarks.harness.results.statistics import paired_differences, shared_pai
 from benchmarks.text.definition import CLEAN, ID, OOD, PUBLISHED
 
 CELL = ["model", "task", "method"]
-KEYS = {
+KEYS = {  # headings of the columns that identify a row
     "model_title": "Model",
     "task_title": "Trained on",
     "method_title": "Method",
-}  # their headings
+}
 CHOICE = ["variant", "learning_rate"]
 PROTOCOLS = {CLEAN: "clean", PUBLISHED: "authors'"}  # their titles
 DOMAINS = {ID: "in domain", OOD: "out of domain"}  # their titles
@@ -38,23 +38,53 @@ _SET = ["protocol", "domain", *_PAIR, "scope"]
 _ROW = [*_SET, "method"]
 
 
+class RowName(NamedTuple):
+    """The name of a table row: a method, and its setting if every setting has a row of its own."""
+
+    method: str
+    setting: str
+
+
+def split_name(name: str) -> RowName:
+    """Split the name of a table row into its method and its setting; most rows have no setting.
+
+    >>> split_name("emoe_settings|N16")
+    RowName(method='emoe_settings', setting='N16')
+    """
+    method, _, setting = name.partition(SETTING)
+    return RowName(method, setting)
+
+
+def shown_deviation(rows: pd.DataFrame) -> pd.Series[float]:
+    """Return the standard deviations that tables show.
+
+    They are the sample's, but the population's under the authors' selection, as in their code.
+    """
+    return rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
+
+
 def selection_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the dev score of every run, which chooses hyper-parameters.
 
-    Tasks with a test split have clean runs only; for them the authors' protocol uses the score of the best dev epoch.
+    Tasks with a test split have clean runs only. For them the authors' protocol uses the score of
+    the best dev epoch.
     """
     dev = scores_of(records[records["protocol"] == protocol], "dev")
-    return dev if protocol == CLEAN else pd.concat([dev, scores_of(records, "dev_best")])
+    if protocol == CLEAN:
+        return dev
+    return pd.concat([dev, scores_of(records, "dev_best")])
 
 
 def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Average the dev score of every choice (variant and learning rate) over seeds, and mark the best per cell.
+    """Average the dev score of every choice (variant and learning rate) over seeds; mark the best.
 
-    The columns are :data:`CELL`, :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``. The first of
-    equally good choices wins.
+    The columns are :data:`CELL`, :data:`CHOICE`, ``mean``, ``std``, ``n`` and ``chosen``, which is
+    True for the best choice of a cell. The first of equally good choices wins.
     """
-    grouped = selection_scores(records, protocol).groupby([*CELL, *CHOICE], sort=False)["value"]
-    table = grouped.agg(mean="mean", std="std", n="count").reset_index()
+    scores = selection_scores(records, protocol)
+    by_choice = scores.groupby([*CELL, *CHOICE], sort=False)["value"]
+    table = by_choice.agg(mean="mean", std="std", n="count").reset_index()
+    # idxmax returns the first of equal means
     best = table.groupby(CELL, sort=False)["mean"].idxmax()
     return table.assign(chosen=table.index.isin(best))
 
@@ -66,40 +96,45 @@ def select_runs(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """
     table = choices(records, protocol)
     chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
-    runs = selection_scores(records, protocol)["run_id"]
-    selected = records[records["run_id"].isin(runs)].merge(chosen, on=[*CELL, *CHOICE], how="inner")
+    candidates = selection_scores(records, protocol)["run_id"]
+    of_candidates = records[records["run_id"].isin(candidates)]
+    selected = of_candidates.merge(chosen, on=[*CELL, *CHOICE], how="inner")
     return selected.assign(run_protocol=selected["protocol"], protocol=protocol)
 
 
 def reported_scores(chosen: pd.DataFrame) -> pd.DataFrame:
     """Return the in-domain score that a protocol reports, a row per cell and seed.
 
-    The score is on the reported split. For tasks with a test split, the authors' protocol reports the best dev epoch.
+    The score is on the reported split. For tasks with a test split, the authors' protocol reports
+    the best dev epoch.
     """
-    test = scores_of(chosen[chosen["run_protocol"] == chosen["protocol"]], "test")
-    return pd.concat([test, scores_of(chosen[chosen["protocol"] == PUBLISHED], "dev_best")])
+    has_own_protocol = chosen["run_protocol"] == chosen["protocol"]
+    test = scores_of(chosen[has_own_protocol], "test")
+    dev_best = scores_of(chosen[chosen["protocol"] == PUBLISHED], "dev_best")
+    return pd.concat([test, dev_best])
 
 
 class TextOutcomes(Outcomes):
-    """Collect the finished runs of one text benchmark.
+    """The results of one text benchmark's finished runs.
 
     Args:
         records: The numbers of the runs; None to read them.
-        include_ablations: True to add the rows of ablations. If a row has several variants, each setting becomes a
-            separate row ``<row>|<setting>``, instead of the best one only.
+        include_ablations: True to add the rows of ablations. If a row has several variants, each
+            setting becomes a separate row ``<row>|<setting>``, instead of the best one only.
 
     Attributes:
         records: Every number.
         chosen: The records of the chosen runs, by protocol; see :func:`select_runs`.
-        seeds: The scores, a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
-            evaluation task, method and seed. ``scope`` is the title of both tasks.
+        seeds: The scores, a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``),
+            model, training task, evaluation task, method and seed. ``scope`` is the title of both
+            tasks.
         shared: The scores of the seeds that all methods of a set share.
         protocols: The protocols that have scores.
         run_protocols: The protocols under which runs were trained.
-        rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over the shared seeds; ``n`` is 0
-            without shared seeds.
-        tests: The paired differences to the baseline in and out of domain, over all seeds of both methods, with
-            verdicts, corrected over all rows.
+        rows: The statistics of :func:`~benchmarks.harness.report.common.summarize` over the shared
+            seeds; ``n`` is 0 without shared seeds.
+        tests: The paired differences to the baseline in and out of domain, over all seeds of both
+            methods. Each row has a verdict. p is Holm-corrected over all rows.
     """
 
     benchmark: AnyBenchmark
@@ -112,33 +147,28 @@ class TextOutcomes(Outcomes):
         *,
         include_ablations: bool = False,
     ) -> None:
+        # main tables omit the rows of ablations
         methods = resolve_methods(benchmark.definition)
-        kept = [
-            name for name, method in methods.items() if include_ablations or method.role != ABLATION
-        ]
+        kept = list(methods)
+        if not include_ablations:
+            kept = [name for name, method in methods.items() if method.role != ABLATION]
         shown = [record.run for record in finished if record.run.method in kept]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
         self._include_ablations = include_ablations
         self._finished = finished
-        self._all_records = tabulate_numbers(finished) if records is None else records
-        records = add_transformed_rows(
-            self._all_records[self._all_records["run_id"].isin({run.id for run in shown})]
-        )
-        self.records = records[records["method"].isin(kept)].reset_index(drop=True)
+        if records is None:
+            records = tabulate_numbers(finished)
+        self._all_records = records
+        self.records = self._shown_records(kept)
         if include_ablations:
             self._split_settings()
         self.chosen = pd.concat([self._chosen(protocol) for protocol in PROTOCOLS])
-        seeds = self._seeds()
-        pairs = zip(seeds["task"], seeds["eval_task"], strict=True)
-        self.seeds = seeds.assign(scope=[self.pair_title(*pair) for pair in pairs]).reset_index(
-            drop=True
-        )
-        self.protocols, self.run_protocols = (
-            [protocol for protocol in PROTOCOLS if protocol in set(frame["protocol"])]
-            for frame in (self.seeds, self.records)
-        )
+        self.seeds = self._with_scopes(self._seeds())
+        self.protocols = _protocols_of(self.seeds)
+        self.run_protocols = _protocols_of(self.records)
         self.shared = shared_pairs(self.seeds, _SET, ["method"], "seed")
-        self.rows, self.tests = self._rows(), self._tests()
+        self.rows = self._rows()
+        self.tests = self._tests()
 
     @cached_property
     def ablated(self) -> TextOutcomes:
@@ -147,32 +177,68 @@ class TextOutcomes(Outcomes):
             self.benchmark, self._finished, self._all_records, include_ablations=True
         )
 
+    def _shown_records(self, methods: Sequence[str]) -> pd.DataFrame:
+        """Return the numbers of the runs for the rows ``methods``, with converted models."""
+        run_ids = {run.id for run in self.runs}
+        of_runs = self._all_records[self._all_records["run_id"].isin(run_ids)]
+        # a shown run may be evaluated as an ablation, which is not shown
+        records = add_transformed_rows(of_runs)
+        return records[records["method"].isin(methods)].reset_index(drop=True)
+
+    def _with_scopes(self, scores: pd.DataFrame) -> pd.DataFrame:
+        """Add the column ``scope``, and number the rows from 0."""
+        pairs = zip(scores["task"], scores["eval_task"], strict=True)
+        scopes = [self.pair_title(task, eval_task) for task, eval_task in pairs]
+        return scores.assign(scope=scopes).reset_index(drop=True)
+
     def _split_settings(self) -> None:
-        """Turn every setting of an ablation, and of a row with several variants, into a separate row."""
+        """Turn each setting of an ablation, and of a row with several variants, into a row."""
         records = self.records
         is_ablation = records["method"].map(self.role).eq(ABLATION)
-        variants = records.groupby(["protocol", "model", "task", "method"])["variant"].transform(
-            "nunique"
-        )
-        main_rows = records[~is_ablation].groupby("model", sort=False)
-        usual = {model: self._usual_settings(rows) for model, rows in main_rows}
-        settings = records["variant"].where(variants > 1, "")
-        settings[is_ablation] = [
-            remove_settings(row.variant, usual.get(row.model, set()))
-            for row in records[is_ablation].itertuples()
-        ]
-        names = records["method"].where(settings == "", records["method"] + SETTING + settings)
+        settings = self._settings(is_ablation)
+        methods = records["method"]
+        names = methods.where(settings == "", methods + SETTING + settings)
         # a row with a setting has the method of its row; the table adds the setting to its title
-        self.methods |= {name: self.methods[name.partition(SETTING)[0]] for name in names.unique()}
-        variant = records["variant"].mask(is_ablation | records["method"].ne(names), "")
-        self.records = records.assign(method=names, variant=variant)
+        of_settings = {name: self.methods[split_name(name).method] for name in names.unique()}
+        self.methods = {**self.methods, **of_settings}
+        # these variants are rows now, and no longer a choice within a row
+        is_no_choice = is_ablation | methods.ne(names)
+        self.records = records.assign(
+            method=names, variant=records["variant"].mask(is_no_choice, "")
+        )
+
+    def _settings(self, is_ablation: pd.Series[bool]) -> pd.Series[str]:
+        """Return the setting that becomes part of each record's row name; empty for none.
+
+        A row with several variants has its variants as settings. A row of an ablation has its
+        variant without the settings that are usual for the model's main rows.
+        """
+        records = self.records
+        cells = records.groupby(["protocol", "model", "task", "method"])
+        variants = cells["variant"].transform("nunique")
+        settings = records["variant"].where(variants > 1, "")
+
+        # the usual settings by model, such as its layers
+        usual = {}
+        for model, rows in records[~is_ablation].groupby("model", sort=False):
+            usual[model] = self._usual_settings(rows)
+        of_ablations = records[is_ablation]
+        settings[is_ablation] = [
+            remove_settings(variant, usual.get(model, set()))
+            for model, variant in zip(of_ablations["model"], of_ablations["variant"], strict=True)
+        ]
+        return settings
 
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
-        """Return the settings that the variants of all rows with experts share, such as the model's layers."""
+        """Return the settings that all variants of rows with experts share, such as the layers."""
         has_experts = records["method"].map(lambda name: self.methods[name].kind != "dense")
-        variants = map(setting_values, records.loc[has_experts, "variant"].unique())
-        settings = [{f"{key}{value}" for key, value in values.items()} for values in variants]
-        return set.intersection(*settings) if settings else set()
+        settings = []
+        for variant in records.loc[has_experts, "variant"].unique():
+            values = setting_values(variant)
+            settings.append({f"{key}{value}" for key, value in values.items()})
+        if not settings:
+            return set()
+        return set.intersection(*settings)
 
     @property
     def origins(self) -> pd.DataFrame:
@@ -188,81 +254,112 @@ class TextOutcomes(Outcomes):
     def training(self) -> Iterator[tuple[Any, Metrics]]:
         """Yield the names of each chosen run of the first protocol, and what it recorded."""
         by_id = {record.run.id: record.metrics for record in self._finished}
-        chosen = self.chosen[self.chosen["protocol"].isin(self.run_protocols[:1])].drop_duplicates(
-            "run_id"
-        )
-        for record in self.order(chosen, [*CELL, "seed"]).itertuples():
+        first = self.run_protocols[:1]
+        of_first = self.chosen[self.chosen["protocol"].isin(first)]
+        runs = of_first.drop_duplicates("run_id")
+        for record in self.order(runs, [*CELL, "seed"]).itertuples():
             yield record, by_id[str(record.run_id)]
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
+        """Return the records of the runs that ``protocol`` chooses."""
         if self.benchmark.evaluates is None:
             return select_runs(self.records, protocol)
-        chosen = self.records[
-            self.records["protocol"] == protocol
-        ]  # all its runs evaluate chosen runs
-        return chosen.assign(run_protocol=protocol)
+        # every run of this benchmark evaluates a run that was chosen before
+        of_protocol = self.records[self.records["protocol"] == protocol]
+        return of_protocol.assign(run_protocol=protocol)
 
     def _seeds(self) -> pd.DataFrame:
-        records = self.chosen[self.chosen["run_protocol"] == self.chosen["protocol"]]
-        scores = [scores_of(records, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
+        """Return the scores of the chosen runs, as :attr:`seeds` without ``scope``."""
+        has_own_protocol = self.chosen["run_protocol"] == self.chosen["protocol"]
+        records = self.chosen[has_own_protocol]
+        scores = []
+        # an evaluation of trained runs shows in-domain scores only in its ablations
         if self._include_ablations or self.benchmark.evaluates is None:
-            scores.insert(0, reported_scores(self.chosen).assign(domain=ID))
+            scores.append(reported_scores(self.chosen).assign(domain=ID))
+        for domain in (OOD, OOD_MEAN):
+            scores.append(scores_of(records, domain).assign(domain=domain))
         seeds = pd.concat(scores)[["protocol", "domain", *_PAIR, "method", "seed", "value"]]
         return seeds.sort_values("protocol", kind="stable")
 
     def _rows(self) -> pd.DataFrame:
-        rows = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns="p")
-        rows = self.seeds[_ROW].drop_duplicates().merge(rows, how="left", on=_ROW)
+        """Compute :attr:`rows`."""
+        statistics = summarize(self.shared, _ROW, [(self.baseline, None)]).drop(columns="p")
+        # a row without shared seeds stays, without numbers
+        all_rows = self.seeds[_ROW].drop_duplicates()
+        rows = all_rows.merge(statistics, how="left", on=_ROW)
         return self._by_set(rows.fillna({"n": 0}).astype({"n": int}))
 
     def _tests(self) -> pd.DataFrame:
+        """Compute :attr:`tests`."""
         scores = self.seeds[self.seeds["domain"].isin([ID, OOD])]
-        tests = paired_differences(scores, _ROW, {"method": self.baseline}, "seed").drop(
-            columns="values"
-        )
-        return self._by_set(with_verdicts(tests))
+        differences = paired_differences(scores, _ROW, {"method": self.baseline}, "seed")
+        return self._by_set(with_verdicts(differences.drop(columns="values")))
 
     def _by_set(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Sort by set in the order of the runs, then by method in the order of the definition; add titles."""
-        rows = rows.assign(set_number=rows.groupby(_SET, sort=False).ngroup())
-        return self.order(rows, ["set_number", "method"]).drop(columns="set_number")
+        """Sort by set in the order of the runs, then by method as defined; add titles."""
+        numbered = rows.assign(set_number=rows.groupby(_SET, sort=False).ngroup())
+        return self.order(numbered, ["set_number", "method"]).drop(columns="set_number")
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
         """Return the rows of one domain under one protocol."""
-        return self.rows[(self.rows["domain"] == domain) & (self.rows["protocol"] == protocol)]
+        has_domain = self.rows["domain"] == domain
+        has_protocol = self.rows["protocol"] == protocol
+        return self.rows[has_domain & has_protocol]
 
     def claim_numbers(self) -> pd.DataFrame:
-        """Return scores of every seed and parameter counts, for claims, with the rows of ablations."""
+        """Return the scores of every seed and the parameter counts, for claims.
+
+        The rows of ablations are included.
+        """
         scores = self.seeds.rename(columns={"protocol": "selection"}).assign(metric="score")
-        numbers = join_claim_numbers(scores, parameter_counts(self.records))
-        names = numbers["method"].str.partition(SETTING)
-        numbers = numbers.assign(method=names[0], setting=names[2])
+        joined = join_claim_numbers(scores, parameter_counts(self.records))
+        names = [split_name(name) for name in joined["method"]]
+        numbers = joined.assign(
+            method=[name.method for name in names], setting=[name.setting for name in names]
+        )
         if self._include_ablations or not self.benchmark.definition.ablations:
             return numbers
-        with_ablations, keys = self.ablated.claim_numbers(), ["method", "setting", "domain"]
-        is_new = ~pd.MultiIndex.from_frame(with_ablations[keys]).isin(
-            pd.MultiIndex.from_frame(numbers[keys])
-        )
-        return pd.concat([numbers, with_ablations[is_new]], ignore_index=True)
+
+        # a main row keeps the numbers of its best setting; ablations add rows that are missing
+        with_ablations = self.ablated.claim_numbers()
+        keys = ["method", "setting", "domain"]
+        known = pd.MultiIndex.from_frame(numbers[keys])
+        is_known = pd.MultiIndex.from_frame(with_ablations[keys]).isin(known)
+        return pd.concat([numbers, with_ablations[~is_known]], ignore_index=True)
 
     def with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Add titles; the protocol's title column is ``selection``."""
         return super().with_titles(frame).rename(columns={"protocol_title": "selection"})
 
     def pair_title(self, task: str, eval_task: str) -> str:
-        """Return ``SST-2 → IMDB``; only the training task if both are equal or ``eval_task`` is empty."""
-        titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
-        return ARROW.join(titles)
+        """Return ``SST-2 → IMDB``; only the training task without another ``eval_task``."""
+        trained = self.title("task", task)
+        # a mean over sets has no evaluation task
+        if eval_task in ("", task):
+            return trained
+        return trained + ARROW + self.title("task", eval_task)
+
+
+def _protocols_of(frame: pd.DataFrame) -> list[str]:
+    """List the protocols of a frame's rows, in their usual order."""
+    protocols = set(frame["protocol"])
+    return [protocol for protocol in PROTOCOLS if protocol in protocols]
 
 
 def add_transformed_rows(records: pd.DataFrame) -> pd.DataFrame:
-    """Assign the numbers of models that were converted after training to the method of the conversion.
+    """Assign the numbers of models that were converted after training to the new method.
 
-    The method also gets a copy of the run's dev scores, which choose its runs.
+    That method also gets a copy of the run's dev scores, which choose its runs.
     """
-    parts = records["part"].str.partition(AS)
-    trained = records[parts[2] == ""]
-    transformed = records.assign(part=parts[0], method=parts[2])[parts[2] != ""]
+    # "test as emoe": the part "test" of a model that was converted to the method "emoe"
+    split = records["part"].str.partition(AS)
+    part = split[0]
+    method = split[2]
+    is_transformed = method != ""
+    trained = records[~is_transformed]
+    transformed = records.assign(part=part, method=method)[is_transformed]
+
+    converted_runs = transformed[["run_id", "method"]].drop_duplicates()
     dev = trained[trained["part"] == "dev"].drop(columns="method")
-    dev = dev.merge(transformed[["run_id", "method"]].drop_duplicates(), on="run_id")
-    return pd.concat([trained, dev, transformed], ignore_index=True)
+    copied = dev.merge(converted_runs, on="run_id")
+    return pd.concat([trained, copied, transformed], ignore_index=True)

@@ -1,11 +1,14 @@
-"""Fine-tune a text classifier on one task, fully or with adapters, and evaluate it on this and other tasks."""
+"""Fine-tune a text classifier on one task, fully or with adapters, and evaluate it.
+
+It is evaluated on this task and on OOD sets.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.models.build import build_classifier, save_trained
@@ -30,51 +33,56 @@ def run(spec: TextSpec, folder: Path, progress: Progress) -> dict[str, Any]:
     Returns:
         The content of ``metrics.json`` without the harness's part.
     """
-    task, training = spec.task, spec.training
+    task = spec.task
+    training = spec.training
     load = partial(load_part, entries=load_benchmark(spec.benchmark).tasks, say=progress.say)
-    splits = _splits(task, training, load)
-    ood = {
-        other.name: load(other, "test", training.ood_rows or training.eval_rows)
-        for other in spec.ood
-    }
+    splits = _load_splits(task, training, load)
+    ood_rows = training.ood_rows or training.eval_rows
+    ood = {other.name: load(other, "test", ood_rows) for other in spec.ood}
 
     tokenizer = load_tokenizer(spec.model)
+    # a co-activation partition is made with training rows
     calibration = calibration_batches(
-        splits["train"], tokenizer, training.max_length, training.eval_batch_size
+        splits.train, tokenizer, training.max_length, training.eval_batch_size
     )
     classifier = build_classifier(spec, len(task.labels), tokenizer, calibration)
-    trainer = TextTrainer(
-        classifier, tokenizer, spec, splits["train"], splits["dev"], folder, progress
-    )
+    trainer = TextTrainer(classifier, tokenizer, spec, splits.train, splits.dev, folder, progress)
     epochs, kept = trainer.train()
+
     progress.say("evaluating")
-    scores = {"dev": {task.name: {name: value for name, value in kept.items() if name != "epoch"}}}
     routing = RoutingRecorder(classifier.model)
-    scores |= _evaluate(trainer, spec, splits["test"], ood, routing)
+    evaluated = _evaluate(trainer, spec, splits.test, ood, routing)
     routed, usage = routing.set_routing(task.name)
+    # before the model may be converted to another method
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
+
     transformed = {}
     if spec.used_as:
-        as_other = {part: scores[part] for part in ("test", "ood")}
+        as_other = evaluated
         # weights of a diverged model cannot be clustered; keep its scores
         if kept["loss"] is not None:
             progress.say(f"evaluating as {spec.used_as.name}")
             convert_trained_(classifier.model, spec.used_as.config)
-            as_other = _evaluate(trainer, spec, splits["test"], ood)
+            as_other = _evaluate(trainer, spec, splits.test, ood)
         transformed = {spec.used_as.name: {"scores": as_other}}
+
+    # all numbers of the kept epoch but its own
+    dev_scores = {name: value for name, value in kept.items() if name != "epoch"}
     return {
-        "scores": scores,
+        "scores": {"dev": {task.name: dev_scores}, **evaluated},
         "transformed": transformed,
         "epochs": epochs,
         "kept_epoch": kept["epoch"],
-        "routing": routed | trainer.routing_trace.summary(),
+        "routing": {**routed, **trainer.routing_trace.summary()},
         "usage": usage,
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
-        "data": {part: split.summary() for part, split in splits.items()}
-        | {f"ood:{name}": split.summary() for name, split in ood.items()},
+        "data": {
+            **{part: split.summary() for part, split in splits._asdict().items()},
+            **{f"ood:{name}": split.summary() for name, split in ood.items()},
+        },
     }
 
 
@@ -86,29 +94,36 @@ def _evaluate(
     routing: RoutingRecorder | None = None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Return the scores on the test split and the OOD sets, by part, set and metric."""
-    return {
-        "test": {spec.task.name: trainer.evaluate(test, routing=routing)},
-        "ood": {
-            other.name: trainer.evaluate(ood[other.name], other, routing) for other in spec.ood
-        },
-    }
+    tested = trainer.evaluate(test, routing=routing)
+    by_set = {}
+    for other in spec.ood:
+        by_set[other.name] = trainer.evaluate(ood[other.name], other, routing)
+    return {"test": {spec.task.name: tested}, "ood": by_set}
 
 
-def _splits(
-    task: RunTask, training: TextTraining, load: Callable[..., TextSplit]
-) -> dict[str, TextSplit]:
-    """Load the splits of a run: train, dev (for selection) and test (reported).
+class _Splits(NamedTuple):
+    """The splits of a run."""
 
-    A task without a test split reports the dev split, and a clean run selects with held-out training rows.
+    train: TextSplit
+    dev: TextSplit  # for selection
+    test: TextSplit  # reported
+
+
+def _load_splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> _Splits:
+    """Load the splits of a run.
+
+    A task without a test split reports the dev split. A clean run of such a task selects with
+    held-out training rows, and a published run with the reported split.
     """
     train = load(task, "train", training.train_rows)
     test = load(task, "test", training.eval_rows)
     if training.validation_fraction:
         train, dev = train.hold_out(training.validation_fraction, f"{task.name}/held out")
+    elif task.splits.test:
+        dev = load(task, "dev", training.dev_rows or training.eval_rows)
     else:
-        dev = (
-            load(task, "dev", training.dev_rows or training.eval_rows) if task.splits.test else test
-        )
+        dev = test
+    # after the dev rows are held out, so that these are the same for every share
     if training.train_share:
         train = train.stratified_sample(training.train_share, f"{task.name}/train")
-    return {"train": train, "dev": dev, "test": test}
+    return _Splits(train, dev, test)

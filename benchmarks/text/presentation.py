@@ -12,9 +12,10 @@ from benchmarks.harness.results.records import Record
 from benchmarks.text.ablations import ablation_figure, ablation_table
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.routing import TRACES, USAGE, trace_table, usage_table
-from benchmarks.text.tables import TABLES, verdicts
+from benchmarks.text.tables import TABLES as SCORE_TABLES
+from benchmarks.text.tables import verdicts
 
-TABLES |= {"usage": usage_table, "traces": trace_table}
+TABLES = {**SCORE_TABLES, "usage": usage_table, "traces": trace_table}
 FIGURES = {"usage": USAGE, "traces": TRACES}
 
 
@@ -35,10 +36,12 @@ def present_text(
     """Present a text benchmark: tables, figures, ablations, and a verdict on every method."""
     outcomes = TextOutcomes(benchmark, records)
     ablations = benchmark.definition.ablations
+    ablation_tables = {name: partial(ablation_table, name=name) for name in ablations}
+    ablation_figures = {name: ablation_figure(outcomes, name) for name in ablations}
     return Presentation(
         benchmark,
-        {**tables, **{name: partial(ablation_table, name=name) for name in ablations}},
-        {**figures, **{name: ablation_figure(outcomes, name) for name in ablations}},
+        {**tables, **ablation_tables},
+        {**figures, **ablation_figures},
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,

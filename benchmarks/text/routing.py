@@ -1,13 +1,15 @@
-"""Show how models route: the use of experts by set, and their loads over training, window by window.
+"""Show how models route: the use of experts by set, and their loads over training.
 
-A trace is the frame of one layer: a row of the experts' shares for each window, indexed by the window's last step.
+A trace is the frame of one layer. Each row has the experts' shares in a window of training steps,
+and is indexed by the window's last step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -30,45 +32,68 @@ _MOST_PANELS = 3
 _RUN = [*CELL, "seed"]
 _PERIODS = 4  # quarters of the training
 _MOST_TASKS = 4  # rows of panels
+_PUBLISHED_WINDOW = 100  # steps of a window in the paper's traces
 NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "load_drift_chance")
 
 UsagePanel = tuple[str, Usage]  # a title, and the use of experts
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw expert use per routed method (at most three, no controls), for the first model, task and seed."""
+    """Draw the expert use of at most three routed methods, for the first model, task and seed.
+
+    Controls are left out.
+    """
+    panels = _usage_panels(outcomes)
+    draw_usage(panels[:_MOST_PANELS], outcomes, path)
+
+
+def _usage_panels(outcomes: TextOutcomes) -> list[UsagePanel]:
+    """Return a panel for each routed method of the first model and task, from its first seed."""
     panels: dict[str, UsagePanel] = {}
-    cell = None
+    drawn = None  # the first model and task
     for record, metrics in outcomes.training():
-        if not metrics.usage or not metrics.usage.tasks or outcomes.role(record.method) == CONTROL:
+        if outcomes.role(record.method) == CONTROL:
             continue
-        cell = cell or (record.model, record.task)
-        if cell == (record.model, record.task) and record.method not in panels:
-            sets = metrics.usage.tasks
-            usage = metrics.usage.model_copy(
-                update={"tasks": {record.task: sets[record.task], **sets}}
-            )
-            title = f"{record.method_title}, {record.model_title}, trained on {record.task_title}"
-            panels[record.method] = (title, usage)
-    draw_usage(list(panels.values())[:_MOST_PANELS], outcomes, path)
+        if not metrics.usage or not metrics.usage.tasks:
+            continue
+        if drawn is None:
+            drawn = (record.model, record.task)
+        if (record.model, record.task) != drawn or record.method in panels:
+            continue
+        title = f"{record.method_title}, {record.model_title}, trained on {record.task_title}"
+        panels[record.method] = (title, _with_first_set(metrics.usage, record.task))
+    return list(panels.values())
+
+
+def _with_first_set(usage: Usage, name: str) -> Usage:
+    """Return expert use with the set ``name`` first."""
+    in_order = {name: usage.tasks[name], **usage.tasks}
+    return usage.model_copy(update={"tasks": in_order})
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
-    """Draw expert use as stacked heatmaps: rows are sets (with classes if they fit), columns experts."""
+    """Draw expert use as stacked heatmaps: lines are sets, columns are experts.
+
+    Each set is followed by lines of its classes, if all of them fit.
+    """
     if not panels:
         plots.placeholder_figure(path)
         return
-    heights = [sum(1 + len(use.classes) for use in usage.tasks.values()) for _, usage in panels]
+    heights = [_count_lines(usage, with_classes=True) for _, usage in panels]
     shows_classes = sum(heights) <= _MOST_LINES
     if not shows_classes:
-        heights = [len(usage.tasks) for _, usage in panels]
-    size = (plots.WIDTH, 0.16 * sum(heights) + 0.4 * len(panels) + 0.3)
+        heights = [_count_lines(usage, with_classes=False) for _, usage in panels]
+
+    # inches: each line, the title of each panel, and the label below the last one
+    lines_height = 0.16 * sum(heights)
+    titles_height = 0.4 * len(panels)
+    size = (plots.WIDTH, lines_height + titles_height + 0.3)
     with plots.panel_figure(path, len(panels), 1, size, plots.HEATMAP, height_ratios=heights) as (
         figure,
         axes,
     ):
         for axis, (title, usage) in zip(axes[:, 0], panels, strict=True):
-            _draw_use(axis, outcomes, usage, shows_classes=shows_classes)
+            _draw_use(axis, usage, _use_lines(outcomes, usage, with_classes=shows_classes))
             axis.set_title(title, fontsize=7.5)
         axes[-1, 0].set_xlabel("experts")
         figure.colorbar(
@@ -76,229 +101,336 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
         )
 
 
-def _draw_use(axis: Any, outcomes: Outcomes, usage: Usage, *, shows_classes: bool) -> None:
-    sets = usage.tasks
-    mean = np.mean([use.shares for use in sets.values()], axis=0)
-    lines: list[
-        tuple[str, list[float], list[int] | None]
-    ] = []  # label, shares, and the marks of a set
-    for name, use in sets.items():
-        lines.append((outcomes.title("task", name), use.shares, use.marks))
-        labels = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
-        if shows_classes:
-            lines += [
-                (f"{labels[int(number)]} ", shares, None) for number, shares in use.classes.items()
-            ]
-    shares = np.array([shares for _, shares, _ in lines])
+class _Line(NamedTuple):
+    """One line of a heatmap of expert use: a set, or one of its classes."""
+
+    label: str
+    shares: list[float]  # by expert
+    marks: list[int] | None  # by expert: use above (1) or below (-1) chance; None for a class
+
+
+def _count_lines(usage: Usage, *, with_classes: bool) -> int:
+    """Count the lines of a panel."""
+    if not with_classes:
+        return len(usage.tasks)
+    return sum(1 + len(use.classes) for use in usage.tasks.values())
+
+
+def _use_lines(outcomes: Outcomes, usage: Usage, *, with_classes: bool) -> list[_Line]:
+    """Return the lines of a panel: each set, followed by its classes if they are shown."""
+    lines = []
+    for name, use in usage.tasks.items():
+        lines.append(_Line(outcomes.title("task", name), use.shares, use.marks))
+        if not with_classes:
+            continue
+        task = cast(TaskEntry, outcomes.benchmark.tasks[name])
+        for number, shares in use.classes.items():
+            # the blank sets the names of classes off from the names of sets
+            lines.append(_Line(f"{task.labels[int(number)]} ", shares, None))
+    return lines
+
+
+def _draw_use(axis: Any, usage: Usage, lines: Sequence[_Line]) -> None:
+    """Draw one panel: the shares of each line, the marks of sets, and dots for shared experts."""
+    mean = np.mean([use.shares for use in usage.tasks.values()], axis=0)  # [experts]
+    shares = np.array([line.shares for line in lines])  # [lines, experts]
     plots.show_use(axis, plots.divide_by_mean(shares, mean))
-    axis.set_yticks(range(len(lines)), [label for label, _, _ in lines])
-    for tick, (_, _, marks) in zip(axis.get_yticklabels(), lines, strict=True):
-        tick.set_fontweight("normal" if marks is None else "bold")
+
+    axis.set_yticks(range(len(lines)), [line.label for line in lines])
+    for tick, line in zip(axis.get_yticklabels(), lines, strict=True):
+        # names of sets are bold, names of classes are not
+        weight = "normal" if line.marks is None else "bold"
+        tick.set_fontweight(weight)
     axis.set_xticks([])
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    for line, (_, _, marks) in enumerate(lines):
-        for expert, mark in enumerate(marks or ()):
-            if mark:
-                axis.plot(
-                    expert,
-                    line,
-                    "^" if mark > 0 else "v",
-                    ms=4,
-                    color="black",
-                    mec="white",
-                    mew=0.4,
-                )
-    if shared := usage.shared:  # an empty plot would be drawn in the figure's corner
-        axis.plot(
-            shared, [len(lines) - 0.15] * len(shared), "o", ms=2.5, color="black", clip_on=False
-        )
+
+    for number, line in enumerate(lines):
+        _draw_marks(axis, number, line.marks or ())
+    # without shared experts, an empty plot would be drawn in the figure's corner
+    if usage.shared:
+        below_last_line = [len(lines) - 0.15] * len(usage.shared)
+        axis.plot(usage.shared, below_last_line, "o", ms=2.5, color="black", clip_on=False)
+
+
+def _draw_marks(axis: Any, line: int, marks: Sequence[int]) -> None:
+    """Draw a triangle on each expert that a set uses more or less than by chance."""
+    for expert, mark in enumerate(marks):
+        if mark == 0:
+            continue
+        triangle = "^" if mark > 0 else "v"
+        axis.plot(expert, line, triangle, ms=4, color="black", mec="white", mew=0.4)
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:
-    """Make a table of the mutual information of experts with set and class, by model, training task and method."""
+    """Make a table of the mutual information of experts with set and class.
+
+    It has a row per model, training task and method.
+    """
     information = information_numbers("task", "class")
-    rows = []
-    for record, metrics in outcomes.training():
-        if metrics.usage and metrics.usage.tasks and metrics.routing:
-            cell = [getattr(record, key) for key in CELL]
-            measured = [getattr(metrics.routing, name) for name in information]
-            rows.append(
-                [*cell, *measured, len(metrics.usage.specialised), len(metrics.usage.shared)]
-            )
     numbers = [*information, "specialised_experts", "shared_experts"]
-    means = average_over_seeds(pd.DataFrame(rows, columns=[*CELL, *numbers]), CELL, numbers).astype(
-        {"n": str}
-    )
+    measured = pd.DataFrame(_usage_rows(outcomes, information), columns=[*CELL, *numbers])
+    means = average_over_seeds(measured, CELL, numbers).astype({"n": str})
+    deviations = [f"{name}_std" for name in information]
+    columns = []
+    for name in numbers:
+        # chance, its quantile and the counts of experts have no deviation
+        std = f"{name}_std" if name.endswith("_information") else None
+        columns.append(Column(name, name, std=std))
     return Table(
         "Information in the choice of an expert after training",
-        "Mutual information, in bits, of a token's expert (last converted layer) with the set of its row, and with the "
-        "row's class (within a set, mean over the sets), on 200 rows per set. Chance: mean and 95 % quantile of "
-        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: a set uses them "
-        "more than by chance (5 %, over all experts and sets). Shared experts: every set uses them above 1/N, and no "
-        "set differs from chance. Means over n seeds ± standard deviation. The benchmark modularity measures the same "
-        "before training.",
+        "Mutual information, in bits, of a token's expert (last converted layer) with the set of "
+        "its row, and with the row's class (within a set, mean over the sets), on 200 rows per "
+        "set. Chance: mean and 95 % quantile of "
+        f"{PERMUTATIONS} shuffles of rows over the sets, or within their set. Specialised experts: "
+        "a set uses them more than by chance (5 %, over all experts and sets). Shared experts: "
+        "every set uses them above 1/N, and no set differs from chance. Means over n seeds ± "
+        "standard deviation. The benchmark modularity measures the same before training.",
         {**KEYS, "n": "n"},
-        [
-            Column(name, name, std=f"{name}_std" if name.endswith("_information") else None)
-            for name in numbers
-        ],
-        outcomes.order(
-            means[[*CELL, *numbers, *(f"{name}_std" for name in information), "n"]], CELL
-        ),
+        columns,
+        outcomes.order(means[[*CELL, *numbers, *deviations, "n"]], CELL),
     )
+
+
+def _usage_rows(outcomes: TextOutcomes, information: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the names and the numbers of each chosen run that recorded the use of experts."""
+    rows = []
+    for record, metrics in outcomes.training():
+        if not metrics.usage or not metrics.usage.tasks or not metrics.routing:
+            continue
+        rows.append(
+            {
+                **{key: getattr(record, key) for key in CELL},
+                **{name: getattr(metrics.routing, name) for name in information},
+                "specialised_experts": len(metrics.usage.specialised),
+                "shared_experts": len(metrics.usage.shared),
+            }
+        )
+    return rows
 
 
 USAGE = Figure(
     draw_usage_by_set,
-    "Use of experts by set after training, divided by the expert's mean use, for the first seed. The training set is "
-    "first. Triangles mark use above (▲) or below (▼) chance, by shuffled rows at 5 % over the whole panel. Dots mark "
-    "shared experts: every set uses them above the average and equally.",
+    "Use of experts by set after training, divided by the expert's mean use, for the first seed. "
+    "The training set is first. Triangles mark use above (▲) or below (▼) chance, by shuffled rows "
+    "at 5 % over the whole panel. Dots mark shared experts: every set uses them above the average "
+    "and equally.",
 )
 
 
 def trace_numbers(trace: pd.DataFrame) -> dict[str, float]:
     """Return the number of ``windows`` of a trace, and the numbers in :data:`NUMBERS`.
 
-    Means over windows: entropy (divided by ln N), load of the busiest expert over the mean load, and change, the L1
-    distance between the shares of consecutive windows. Change grows if windows have fewer tokens, so compare it only
-    within a run. Drift is the L1 distance between the first and the last quarter of training. Its chance is the same
-    distance between the even and odd windows within a quarter.
+    Means over windows: entropy (divided by ln N), load of the busiest expert over the mean load,
+    and change, the L1 distance between the shares of consecutive windows. Change grows if windows
+    have fewer tokens, so compare it only within a run. Drift is the L1 distance between the first
+    and the last quarter of training. Its chance is the same distance between the even and the odd
+    windows of the first two quarters, averaged with that of the last two. A single window has
+    neither change nor drift (nan).
     """
-    shares = np.ascontiguousarray(trace)  # sums depend on the memory layout in the last digit
+    # [windows, experts]; sums depend on the memory layout in the last digit
+    shares = np.ascontiguousarray(trace)
     windows, experts = shares.shape
-    entropy = entr(shares).sum(1) / np.log(experts) if experts > 1 else np.ones(windows)
-    changes: list[Any] = [np.nan] * 3
-    if windows > 1:
-        quarter = max(windows // _PERIODS, 1)
-        changes = [
-            np.abs(np.diff(shares, axis=0)).sum(1).mean(),
-            _distance(shares[:quarter], shares[-quarter:]),
-            np.mean(
-                [
-                    _distance(half[::2], half[1::2])
-                    for half in (shares[: 2 * quarter], shares[-2 * quarter :])
-                ]
-            ),
-        ]
-    values = (windows, entropy.mean(), shares.max(1).mean() * experts, *changes)
-    return dict(zip(("windows", *NUMBERS), map(float, values), strict=True))
+    return {
+        "windows": float(windows),
+        "load_entropy": float(_entropies(shares).mean()),
+        "load_max_over_mean": float(shares.max(1).mean() * experts),
+        **_change_numbers(shares),
+    }
+
+
+def _entropies(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the entropy of each window, divided by its maximum; 1 for a single expert."""
+    windows, experts = shares.shape
+    if experts == 1:
+        return np.ones(windows)
+    entropies: NDArray[np.float64] = entr(shares).sum(1)  # [windows]
+    return entropies / np.log(experts)
+
+
+def _change_numbers(shares: NDArray[np.float64]) -> dict[str, float]:
+    """Return change, drift and its chance of the shares ``[windows, experts]``."""
+    windows = len(shares)
+    if windows < 2:
+        return {"load_change": math.nan, "load_drift": math.nan, "load_drift_chance": math.nan}
+    changes = np.abs(np.diff(shares, axis=0)).sum(1)  # [windows - 1]
+    quarter = max(windows // _PERIODS, 1)
+    # even and odd windows of two quarters: means over as many windows as those of the drift
+    first_half = shares[: 2 * quarter]
+    last_half = shares[-2 * quarter :]
+    chances = [_distance(half[::2], half[1::2]) for half in (first_half, last_half)]
+    return {
+        "load_change": float(changes.mean()),
+        "load_drift": _distance(shares[:quarter], shares[-quarter:]),
+        "load_drift_chance": float(np.mean(chances)),
+    }
 
 
 def _distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    return float(np.abs(first.mean(0) - second.mean(0)).sum())
+    """Return the L1 distance between the mean shares of two periods ``[windows, experts]``."""
+    difference = first.mean(0) - second.mean(0)
+    return float(np.abs(difference).sum())
 
 
 def traces(outcomes: TextOutcomes) -> pd.DataFrame:
-    """Return the traces of the chosen runs with routing, under the first selection: a row per run and layer."""
+    """Return the traces of the chosen runs with routing, under the first selection.
+
+    The frame has a row per run and layer.
+    """
     rows = []
     for record, metrics in outcomes.training():
-        windows = metrics.routing.windows if metrics.routing else None
-        if windows is None:
+        if metrics.routing is None or metrics.routing.windows is None:
             continue
+        run = {key: getattr(record, key) for key in _RUN}
+        windows = metrics.routing.windows
         for layer, loads in windows.loads.items():
-            counts = np.asarray(loads, dtype=np.float64)
-            shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-            run = [getattr(record, key) for key in _RUN]
-            rows.append([*run, layer, pd.DataFrame(shares, windows.ends)])
+            counts = np.asarray(loads, dtype=np.float64)  # [windows, experts]
+            totals = np.maximum(counts.sum(1, keepdims=True), 1)  # no division by 0
+            trace = pd.DataFrame(counts / totals, windows.ends)
+            rows.append({**run, "layer": layer, "trace": trace})
     return outcomes.with_titles(pd.DataFrame(rows, columns=[*_RUN, "layer", "trace"]))
 
 
 def published_traces(outcomes: TextOutcomes) -> dict[str, pd.DataFrame]:
-    """Read the paper's traces, by method (``published_traces`` of the definition); empty if there are none."""
+    """Read the paper's traces, by method; empty if the definition has no ``published_traces``."""
+    definition = outcomes.benchmark.definition.published_traces
+    if definition is None:
+        return {}
     published = {}
-    if definition := outcomes.benchmark.definition.published_traces:
-        for name, file in definition.rows.items():
-            shares = np.loadtxt(outcomes.benchmark.folder / file, delimiter=",", ndmin=2)
-            ends = 100 * np.arange(1, 1 + len(shares))
-            published[name] = pd.DataFrame(shares / shares.sum(1, keepdims=True), ends)
+    for name, file in definition.rows.items():
+        # [windows, experts]
+        shares = np.loadtxt(outcomes.benchmark.folder / file, delimiter=",", ndmin=2)
+        ends = _PUBLISHED_WINDOW * np.arange(1, 1 + len(shares))
+        # rounded shares of the file do not quite sum to 1
+        published[name] = pd.DataFrame(shares / shares.sum(1, keepdims=True), ends)
     return published
 
 
 def trace_table(outcomes: TextOutcomes) -> Table:
     """Make a table with a row per model, task and routed method, and the paper's rows."""
-    numbers, rows = ["windows", *NUMBERS], traces(outcomes)
-    measured = rows[_RUN].join(pd.DataFrame(map(trace_numbers, rows["trace"]), columns=numbers))
-    layer_means = measured.groupby(_RUN, sort=False).mean().reset_index()
-    frame = outcomes.order(average_over_seeds(layer_means, CELL, numbers), CELL)
-    if published := published_traces(outcomes):
-        paper = pd.DataFrame(
-            [{"method": name, **trace_numbers(trace)} for name, trace in published.items()]
-        )
-        task_title = f"{outcomes.title('task', outcomes.benchmark.definition.published_traces.task)} (the paper)"
-        paper = outcomes.with_titles(paper).assign(model_title=MISSING, task_title=task_title, n=1)
-        frame = pd.concat([frame, paper], ignore_index=True)
-    frame = frame.assign(
+    numbers = ["windows", *NUMBERS]
+    by_layer = traces(outcomes)
+    measured = pd.DataFrame(map(trace_numbers, by_layer["trace"]), columns=numbers)
+    by_run = by_layer[_RUN].join(measured).groupby(_RUN, sort=False).mean().reset_index()
+    ours = outcomes.order(average_over_seeds(by_run, CELL, numbers), CELL)
+    published = published_traces(outcomes)
+    frame = ours
+    if published:
+        frame = pd.concat([ours, _paper_rows(outcomes, published)], ignore_index=True)
+    shown = frame.assign(
         n=frame["n"].astype(int).astype(str), windows=frame["windows"].map("{:.0f}".format)
     )
+    deviations = [f"{name}_std" for name in NUMBERS]
     return Table(
         "Shares of experts over training",
-        "Loads of training batches without padding, in windows of 100 steps as in the authors' code (shorter if a run "
-        "would have less than 20 windows). Means over layers and n seeds ± standard deviation. Entropy and busiest "
-        "expert over the mean are 1 for balanced loads. Change is the L1 distance between the shares of consecutive "
-        "windows; it grows if windows have fewer tokens. Drift is the distance between the first and the last quarter "
-        "of training. Routing changes if this drift exceeds the drift within quarters.",
+        "Loads of training batches without padding, in windows of 100 steps as in the authors' "
+        "code (shorter if a run would have less than 20 windows). Means over layers and n seeds ± "
+        "standard deviation. Entropy and busiest expert over the mean are 1 for balanced loads. "
+        "Change is the L1 distance between the shares of consecutive windows; it grows if windows "
+        "have fewer tokens. Drift is the distance between the first and the last quarter of "
+        "training. Routing changes if this drift exceeds the drift within quarters.",
         {**KEYS, "n": "n", "windows": "Windows"},
         [Column(name, name, std=f"{name}_std") for name in NUMBERS],
-        frame[[*KEYS, "method", "n", *numbers, *(f"{name}_std" for name in NUMBERS)]],
+        shown[[*KEYS, "method", "n", *numbers, *deviations]],
     )
+
+
+def _paper_rows(outcomes: TextOutcomes, published: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Compute the rows of the paper's traces, whose model is unknown."""
+    rows = [{"method": name, **trace_numbers(trace)} for name, trace in published.items()]
+    task = outcomes.title("task", outcomes.benchmark.definition.published_traces.task)
+    titled = outcomes.with_titles(pd.DataFrame(rows))
+    return titled.assign(model_title=MISSING, task_title=f"{task} (the paper)", n=1)
+
+
+class _TracePanel(NamedTuple):
+    """One panel of the figure of traces."""
+
+    title: str
+    trace: pd.DataFrame
+
+
+class _TraceRow(NamedTuple):
+    """One row of panels: the methods of a model and task, or of the paper."""
+
+    title: str
+    panels: list[_TracePanel]
 
 
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
-    """Draw the expert loads of the first layer and seed: a row per model and task, a panel per method.
+    """Draw the expert loads of the first layer and seed.
 
-    The paper's task comes first; at most four rows are ours. The last row is the paper's.
+    Each row is a model and task, each panel a method. The paper's task comes first; at most four
+    rows are ours. The last row is the paper's.
     """
-    ours = traces(outcomes)
-    ours = ours[ours["is_method"]].drop_duplicates(CELL)
-    ours["line"] = ours["model_title"] + "\n" + ours["task_title"]
-    ours["label"] = ours["method_title"] + ", layer " + ours["layer"]
+    rows = _our_trace_rows(outcomes)[:_MOST_TASKS]
     published = published_traces(outcomes)
     if published:
-        task = outcomes.benchmark.definition.published_traces.task
-        ours = ours.sort_values("task", key=lambda tasks: tasks != task, kind="stable")
-    rows = [
-        (line, list(zip(group["label"], group["trace"], strict=True)))
-        for line, group in ours.groupby("line", sort=False)
-    ]
-    rows = rows[:_MOST_TASKS]
-    if published:
-        rows.append(
-            (
-                "the paper's",
-                [(outcomes.title("method", name), trace) for name, trace in published.items()],
-            )
-        )
+        panels = []
+        for name, trace in published.items():
+            panels.append(_TracePanel(outcomes.title("method", name), trace))
+        rows.append(_TraceRow("the paper's", panels))
     if not rows:
         plots.placeholder_figure(path)
         return
-    columns = max(len(panels) for _, panels in rows)
-    size = (plots.WIDTH, 1.75 * len(rows) + 0.3)
+
+    columns = max(len(row.panels) for row in rows)
+    size = (plots.WIDTH, 1.75 * len(rows) + 0.3)  # inches
+    title_width = (plots.WIDTH - 1.7) / columns  # without labels and the bar of colours
     with plots.panel_figure(path, len(rows), columns, size, plots.HEATMAP, sharey="row") as (
         figure,
         axes,
     ):
-        for axis_row, (title, panels) in zip(axes, rows, strict=True):
-            for axis, (label, trace) in zip(axis_row, panels, strict=False):
-                _draw_trace(axis, trace)
-                axis.set_title(plots.wrap_text(label, (plots.WIDTH - 1.7) / columns, 7), fontsize=7)
-            axis_row[0].set_ylim(max(trace.index[-1] for _, trace in panels), 0)
-            axis_row[0].set_ylabel(f"{plots.wrap_text(title, 1.6, 7)}\nstep")
+        for axis_row, row in zip(axes, rows, strict=True):
+            # a row may have fewer panels than axes
+            for axis, panel in zip(axis_row, row.panels, strict=False):
+                _draw_trace(axis, panel.trace)
+                axis.set_title(plots.wrap_text(panel.title, title_width, 7), fontsize=7)
+            last_step = max(panel.trace.index[-1] for panel in row.panels)
+            axis_row[0].set_ylim(last_step, 0)
+            axis_row[0].set_ylabel(f"{plots.wrap_text(row.title, 1.6, 7)}\nstep")
         figure.colorbar(plots.USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
 
 
+def _our_trace_rows(outcomes: TextOutcomes) -> list[_TraceRow]:
+    """Return a row of panels for each model and task, without controls; the paper's task first."""
+    all_traces = traces(outcomes)
+    of_methods = all_traces[all_traces["is_method"]]
+    first = of_methods.drop_duplicates(CELL)  # the first seed and layer
+    titled = first.assign(
+        row_title=first["model_title"] + "\n" + first["task_title"],
+        panel_title=first["method_title"] + ", layer " + first["layer"],
+    )
+    definition = outcomes.benchmark.definition.published_traces
+    if definition is not None:
+        # False comes before True
+        titled = titled.sort_values(
+            "task", key=lambda tasks: tasks != definition.task, kind="stable"
+        )
+    rows = []
+    for title, group in titled.groupby("row_title", sort=False):
+        named_traces = zip(group["panel_title"], group["trace"], strict=True)
+        panels = [_TracePanel(panel_title, trace) for panel_title, trace in named_traces]
+        rows.append(_TraceRow(str(title), panels))
+    return rows
+
+
 def _draw_trace(axis: Any, trace: pd.DataFrame) -> None:
-    count = trace.shape[1]
-    extent = (-0.5, count - 0.5, trace.index[-1], 0)
-    plots.show_use(axis, trace.to_numpy() * count, interpolation="nearest", extent=extent)
-    axis.set_xticks([0, count - 1], ["1", str(count)])
+    """Draw a trace as a heatmap: windows from top to bottom, experts from left to right."""
+    _, experts = trace.shape
+    # left, right, bottom, top: the centre of expert 1 is at 0, and the y axis counts steps
+    extent = (-0.5, experts - 0.5, trace.index[-1], 0)
+    # a balanced load is 1 / N, so shares times N are loads over the mean load
+    plots.show_use(axis, trace.to_numpy() * experts, interpolation="nearest", extent=extent)
+    axis.set_xticks([0, experts - 1], ["1", str(experts)])
     axis.set_xlabel("experts")
     axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
 
 
 TRACES = Figure(
     draw_traces,
-    "Loads of experts over training, divided by the mean load, for the first seed: rows are windows of steps, columns "
-    "are experts. The paper's panels show QNLI, 16 experts, 330 windows of 100 steps (Fig. 6 of the first version); "
-    "their model, and its tuning with adapters, are our interpretation.",
+    "Loads of experts over training, divided by the mean load, for the first seed: rows are "
+    "windows of steps, columns are experts. The paper's panels show QNLI, 16 experts, 330 windows "
+    "of 100 steps (Fig. 6 of the first version); their model, and its tuning with adapters, are "
+    "our interpretation.",
 )

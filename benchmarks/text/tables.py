@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -10,7 +11,7 @@ from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.report import common
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.text.definition import CLEAN, ID, OOD, PAPER_COLUMNS, PUBLISHED
+from benchmarks.text.definition import CLEAN, ID, OOD, PAPER_COLUMNS, PUBLISHED, TaskEntry
 from benchmarks.text.outcomes import (
     CELL,
     DOMAINS,
@@ -19,54 +20,84 @@ from benchmarks.text.outcomes import (
     TextOutcomes,
     choices,
     selection_scores,
+    shown_deviation,
 )
 
 RANK = "OOD Friedman rank"  # scope of the paper's ranks
 _ROW = ["model", "protocol", "method"]
 BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
-    "Selection chooses epoch, learning rate and variant. Clean: with a split that is not reported (for tasks without a "
-    "test split, a tenth of the training rows). Authors': with the dev split, which is also reported and so optimistic "
-    "(for tasks with a test split, the score of the best dev epoch)."
+    "Selection chooses epoch, learning rate and variant. Clean: with a split that is not reported "
+    "(for tasks without a test split, a tenth of the training rows). Authors': with the dev split, "
+    "which is also reported and so optimistic (for tasks with a test split, the score of the best "
+    "dev epoch)."
+)
+_DEVIATION = (
+    "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the "
+    "authors)."
+)
+
+
+class _ResultBlock(NamedTuple):
+    """A pair of columns of the table of results: scores, and their differences to the baseline."""
+
+    prefix: str  # of the columns of the frame
+    domain: str
+    protocol: str
+    score_heading: str
+    delta_heading: str
+    std: str  # the shown standard deviation
+
+    @property
+    def columns(self) -> list[Column]:
+        """Return the two columns of the table."""
+        return [
+            Column(
+                "score",
+                f"{self.prefix}_mean",
+                self.score_heading,
+                std=f"{self.prefix}_{self.std}",
+                best=True,
+            ),
+            Column(
+                "score",
+                f"{self.prefix}_delta",
+                self.delta_heading,
+                interval=(f"{self.prefix}_low", f"{self.prefix}_high"),
+                signed=True,
+            ),
+        ]
+
+
+_RESULT_BLOCKS = (
+    _ResultBlock("id", ID, CLEAN, "ID", "Δ ID", "std"),
+    _ResultBlock("ood", OOD_MEAN, CLEAN, "OOD", "Δ OOD", "std"),
+    _ResultBlock(
+        "published",
+        ID,
+        PUBLISHED,
+        "ID, authors' selection",
+        "Δ, authors' selection",
+        "population_std",
+    ),
 )
 
 
 def results(outcomes: TextOutcomes) -> Table:
     """Make a table of scores under both selections, and differences to the baseline."""
     frame = outcomes.order(common.format_counts(outcomes.rows, CELL), CELL)
+    numbers = ["mean", "std", "population_std", "delta", "low", "high"]
     columns = []
-    for prefix, domain, protocol, score, delta, std in (
-        ("id", ID, CLEAN, "ID", "Δ ID", "std"),
-        ("ood", OOD_MEAN, CLEAN, "OOD", "Δ OOD", "std"),
-        (
-            "published",
-            ID,
-            PUBLISHED,
-            "ID, authors' selection",
-            "Δ, authors' selection",
-            "population_std",
-        ),
-    ):
-        numbers = ["mean", "std", "population_std", "delta", "low", "high"]
-        frame = common.with_numbers(
-            frame, CELL, outcomes.of(domain, protocol)[[*CELL, *numbers]], f"{prefix}_"
-        )
-        columns += [
-            Column("score", f"{prefix}_mean", score, std=f"{prefix}_{std}", best=True),
-            Column(
-                "score",
-                f"{prefix}_delta",
-                delta,
-                interval=(f"{prefix}_low", f"{prefix}_high"),
-                signed=True,
-            ),
-        ]
+    for block in _RESULT_BLOCKS:
+        rows = outcomes.of(block.domain, block.protocol)
+        frame = common.with_numbers(frame, CELL, rows[[*CELL, *numbers]], f"{block.prefix}_")
+        columns += block.columns
     return Table(
         f"Scores under both selections, and differences to {outcomes.baseline_title}",
-        "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). "
-        "Differences are paired by seed, with a 95 % confidence interval (Student's t), not corrected for multiple "
-        f"tests. {outcomes.shared_note} ID is the training task, OOD the mean over the other sets, without further "
-        f"training. {_SELECTIONS} Bold marks the best method, without controls. {_metric_note(outcomes)}",
+        f"{_DEVIATION} Differences are paired by seed, with a 95 % confidence interval (Student's "
+        f"t), not corrected for multiple tests. {outcomes.shared_note} ID is the training task, "
+        f"OOD the mean over the other sets, without further training. {_SELECTIONS} Bold marks the "
+        f"best method, without controls. {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
         columns,
         frame,
@@ -76,20 +107,21 @@ def results(outcomes: TextOutcomes) -> Table:
 
 
 def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """Make a table like the paper's: a column of scores per task (or pair of tasks), and the average."""
-    rows = outcomes.rows[outcomes.rows["domain"] == domain]
-    rows = rows.assign(std=rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"]))
-    frame = common.format_counts(rows, _ROW)
+    """Make a table like the paper's: a column per task (or pair of tasks), and their average."""
+    of_domain = outcomes.rows[outcomes.rows["domain"] == domain]
+    rows = of_domain.assign(std=shown_deviation(of_domain))
+    # the title of a task (or pair of tasks) is the heading of its column
     headings = {scope: scope for scope in rows["scope"].unique()}
-    frame, columns = common.with_columns(
-        frame, _ROW, rows[["scope", *_ROW, "mean", "std"]], headings, "score"
-    )
+    numbers = rows[["scope", *_ROW, "mean", "std"]]
+    counts = common.format_counts(rows, _ROW)
+    frame, columns = common.with_columns(counts, _ROW, numbers, headings, "score")
+    # the average of a single column would repeat it
     if len(columns) > 1:
         frame, columns = common.with_average(frame, columns, "score")
+    title = "Scores by task" if domain == ID else "Scores by OOD set"
     return Table(
-        "Scores by task" if domain == ID else "Scores by OOD set",
-        "Mean ± standard deviation over n seeds (sample; authors' selection: population, like the authors). "
-        f"{outcomes.shared_note} {_SELECTIONS} {_metric_note(outcomes, domain)}",
+        title,
+        f"{_DEVIATION} {outcomes.shared_note} {_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**BY_SELECTION, "n": "n"},
         columns,
         outcomes.order(frame, ["protocol", "model", "method"]),
@@ -100,12 +132,19 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 def tests(outcomes: TextOutcomes) -> Table:
     """Make a table of paired tests over seeds against the baseline."""
+    keys = {
+        "model_title": "Model",
+        "selection": "Selection",
+        "task_title": "Trained on",
+        "eval_task_title": "Evaluated on",
+        "method_title": "Method",
+        "n": "n",
+    }
     return common.tests_table(
         outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. Other tables use "
-        f"the seeds that all their rows share. {_SELECTIONS}",
-        {"model_title": "Model", "selection": "Selection", "task_title": "Trained on"}
-        | {"eval_task_title": "Evaluated on", "method_title": "Method", "n": "n"},
+        f"Differences to {outcomes.baseline_title}, paired by seed, over all n seeds of both rows. "
+        f"Other tables use the seeds that all their rows share. {_SELECTIONS}",
+        keys,
         "score",
         outcomes.tests.drop(columns="scope"),
     )
@@ -113,17 +152,18 @@ def tests(outcomes: TextOutcomes) -> Table:
 
 def ood(outcomes: TextOutcomes) -> Table:
     """Make a table of scores on every set, by training task."""
-    rows = outcomes.rows[
-        (outcomes.rows["protocol"] == CLEAN) & outcomes.rows["domain"].isin([ID, OOD])
-    ]
+    is_clean = outcomes.rows["protocol"] == CLEAN
+    is_single_set = outcomes.rows["domain"].isin([ID, OOD])
+    # means over OOD sets have no set of their own
+    rows = outcomes.rows[is_clean & is_single_set]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
     numbers = rows[["eval_task", *CELL, "mean", "std"]]
-    frame = outcomes.order(common.format_counts(rows, CELL), CELL)
-    frame, columns = common.with_columns(frame, CELL, numbers, headings, "score", joint="_")
+    counts = outcomes.order(common.format_counts(rows, CELL), CELL)
+    frame, columns = common.with_columns(counts, CELL, numbers, headings, "score", joint="_")
     return Table(
         "Scores by evaluation set",
-        "Clean selection. Mean ± sample standard deviation over n seeds. The column of the training task is the ID "
-        f"score. {outcomes.shared_note} {_metric_note(outcomes)}",
+        "Clean selection. Mean ± sample standard deviation over n seeds. The column of the "
+        f"training task is the ID score. {outcomes.shared_note} {_metric_note(outcomes)}",
         {**KEYS, "n": "n"},
         columns,
         frame,
@@ -134,14 +174,17 @@ def ood(outcomes: TextOutcomes) -> Table:
 
 def cost(outcomes: TextOutcomes) -> Table:
     """Make a table of time, memory, parameters and the use of experts."""
-    # clean runs; all runs for cells without clean ones
+    # clean runs, or all runs of a cell without clean ones
     records = outcomes.origins
-    records = records[records["protocol"] == records.groupby(CELL)["protocol"].transform("first")]
+    first_protocol = records.groupby(CELL)["protocol"].transform("first")
+    of_first = records[records["protocol"] == first_protocol]
+    # the table of expert use shows the mutual information
+    is_information = of_first["metric"].str.contains("_information")
     return common.cost_table(
         KEYS,
         outcomes.order(outcomes.rows[CELL].drop_duplicates(), CELL),
         CELL,
-        records[~records["metric"].str.contains("_information")],  # shown in another table
+        of_first[~is_information],
         averaged="Means over seeds of the chosen runs",
         measured_on="the ID test split without padding",
     )
@@ -149,76 +192,99 @@ def cost(outcomes: TextOutcomes) -> Table:
 
 def choices_table(outcomes: TextOutcomes) -> Table:
     """Make a table of all hyper-parameter choices with their dev scores; mark the chosen ones."""
-    tables = [
-        choices(outcomes.records, protocol).assign(protocol=protocol)
-        for protocol in outcomes.protocols
-    ]
+    tables = []
+    candidates = []
+    for protocol in outcomes.protocols:
+        tables.append(choices(outcomes.records, protocol).assign(protocol=protocol))
+        scores = selection_scores(outcomes.records, protocol)
+        candidates.append(scores.assign(protocol=protocol))
     table = outcomes.with_titles(pd.concat(tables, ignore_index=True))
-    table["variant_shown"] = table["variant"].replace("", MISSING)
-    table["mark"] = table["chosen"].map({True: "✓", False: ""})
-    table["rate"] = table["learning_rate"].map("{:.1e}".format)
-    tried = [
-        selection_scores(outcomes.records, name).assign(protocol=name)
-        for name in outcomes.protocols
-    ]
+    shown = table.assign(
+        variant_shown=table["variant"].replace("", MISSING),
+        mark=table["chosen"].map({True: "✓", False: ""}),
+        rate=table["learning_rate"].map("{:.1e}".format),
+    )
     return Table(
         "Hyper-parameters, and the choice",
-        "The choice (✓) has the best mean dev score over n seeds. A method with more choices has more chances. In a "
-        "variant, N is the number of experts, k the share of experts in use, L the converted layers. "
-        f"{_SELECTIONS}",
-        {"model_title": "Model", "selection": "Selection", **KEYS}
-        | {"variant_shown": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
+        "The choice (✓) has the best mean dev score over n seeds. A method with more choices has "
+        "more chances. In a variant, N is the number of experts, k the share of experts in use, L "
+        f"the converted layers. {_SELECTIONS}",
+        {
+            "model_title": "Model",
+            "selection": "Selection",
+            **KEYS,
+            "variant_shown": "Variant",
+            "rate": "Learning rate",
+            "n": "n",
+            "mark": "Chosen",
+        },
         [Column("score", "mean", "Dev score", std="std")],
-        table,
-        origins=pd.concat(tried),
+        shown,
+        origins=pd.concat(candidates),
     )
 
 
 def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
-    """Yield a sentence per model, method and selection, with the differences to the baseline; omit controls."""
-    rows = outcomes.tests[outcomes.tests["method"].map(outcomes.role) == "method"]
+    """Yield a sentence on the differences to the baseline per model, method and selection.
+
+    Controls have no sentence.
+    """
+    is_method = outcomes.tests["method"].map(outcomes.role) == "method"
     keys = ["protocol", "model", "method"]
-    for (protocol, model, method), group in outcomes.order(rows, keys).groupby(keys, sort=False):
-        title = f"{outcomes.title('method', method)}, {outcomes.title('model', model)}"
-        in_domains = [
-            (words, group[group["domain"] == domain]) for domain, words in DOMAINS.items()
-        ]
-        text = "; ".join(
-            f"{words} {_differences_text(tests)}" for words, tests in in_domains if len(tests)
-        )
-        yield f"{title}, {PROTOCOLS[protocol]} selection: {text}."
+    tested = outcomes.order(outcomes.tests[is_method], keys)
+    for (protocol, model, method), group in tested.groupby(keys, sort=False):
+        method_title = outcomes.title("method", method)
+        model_title = outcomes.title("model", model)
+        texts = []
+        for domain, words in DOMAINS.items():
+            in_domain = group[group["domain"] == domain]
+            if len(in_domain):
+                texts.append(f"{words} {_differences_text(in_domain)}")
+        differences = "; ".join(texts)
+        yield f"{method_title}, {model_title}, {PROTOCOLS[protocol]} selection: {differences}."
 
 
-def _differences_text(tests: pd.DataFrame) -> str:
-    """Format the differences over one or many tasks, in points."""
-    if len(tests) == 1:
-        row = tests.iloc[0]
-        return f"{common.difference_text(row)} ({row['scope']}, n = {row['n']})"
-    words = [f"{tests['delta'].mean() * 100:+z.1f} on average"]
+def _differences_text(differences: pd.DataFrame) -> str:
+    """Describe the differences over one or many tasks, in points."""
+    if len(differences) == 1:
+        only = differences.iloc[0]
+        return f"{common.difference_text(only)} ({only['scope']}, n = {only['n']})"
+
+    mean = differences["delta"].mean() * 100
+    parts = [f"{mean:+z.1f} on average"]
     for verdict in ("better", "worse", "within noise", "equal"):
-        scopes = tests.loc[tests["verdict"] == verdict, "scope"]
-        where = (
-            ", ".join(scopes)
-            if verdict in ("better", "worse")
-            else f"{len(scopes)} of {len(tests)}"
-        )
-        words += [f"{verdict} on {where}"] if len(scopes) else []
-    return ", ".join(words)
+        scopes = differences.loc[differences["verdict"] == verdict, "scope"]
+        if not len(scopes):
+            continue
+        # a clear verdict names its sets, the others only count them
+        if verdict in ("better", "worse"):
+            parts.append(f"{verdict} on {', '.join(scopes)}")
+        else:
+            parts.append(f"{verdict} on {len(scopes)} of {len(differences)}")
+    return ", ".join(parts)
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
     """Return a sentence that lists the tasks, or out-of-domain sets, of each metric."""
     rows = outcomes.rows[outcomes.rows["domain"] == domain]
-    by_metric: dict[str, list[str]] = {}
+    titles_by_metric: dict[str, list[str]] = {}
     for name in rows["eval_task"].unique():
-        task = outcomes.benchmark.tasks[name]
-        metric = task.metric if domain == ID else (task.ood_metrics or [task.metric])[0]
-        by_metric.setdefault(metric, []).append(outcomes.title("task", name))
-    parts = [
-        f"{load_metrics()[metric].label.lower()} ({', '.join(titles)})"
-        for metric, titles in by_metric.items()
-    ]
-    return f"Scores are {'; '.join(parts)}, in %."
+        metric = _metric_of(outcomes.benchmark.tasks[name], domain)
+        titles = titles_by_metric.setdefault(metric, [])
+        titles.append(outcomes.title("task", name))
+    parts = []
+    for metric, titles in titles_by_metric.items():
+        label = load_metrics()[metric].label.lower()
+        parts.append(f"{label} ({', '.join(titles)})")
+    scores = "; ".join(parts)
+    return f"Scores are {scores}, in %."
+
+
+def _metric_of(task: TaskEntry, domain: str) -> str:
+    """Return the main metric of a task: its own, or out of domain the paper's."""
+    if domain == ID or not task.ood_metrics:
+        return task.metric
+    return task.ood_metrics[0]
 
 
 _PUBLISHED_KEY = list(PAPER_COLUMNS)
@@ -226,67 +292,100 @@ _PUBLISHED_KEY = list(PAPER_COLUMNS)
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """Make a table of our numbers and the paper's in one domain, under both selections."""
-    frame = common.read_published(outcomes.benchmark)
-    frame = frame[frame["scope"] != RANK].assign(value=lambda published: published["value"] / 100)
-    frame["paper_delta"] = common.published_delta(frame, outcomes.baseline)
+    frame = _published_scores(outcomes)
     columns = [
         Column("score", "value", "Paper", decimals=2),
         Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
     ]
+    # an outer join keeps the paper's rows that we did not run, and ours that it lacks
     for protocol in (PUBLISHED, CLEAN):
-        frame = frame.merge(
-            _our_scores(outcomes, domain, protocol), on=_PUBLISHED_KEY, how="outer", sort=False
-        )
-        title, delta, ends = (
-            PROTOCOLS[protocol],
-            f"{protocol}_delta",
-            (f"{protocol}_low", f"{protocol}_high"),
-        )
-        columns += [
-            Column("score", protocol, f"Ours, {title} selection", decimals=2),
-            Column("score", delta, f"Δ ours, {title}", interval=ends, signed=True, decimals=2),
-            Column("runs", f"{protocol}_n", f"n, {title}"),
-        ]
-    # a row of an unknown published number needs one of ours
-    frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
-    ranks = {name: rank for rank, name in enumerate(outcomes.methods)}
-    frame = frame.sort_values(
-        _PUBLISHED_KEY,
-        key=lambda column: column.map(ranks) if column.name == "method" else column,
-        kind="stable",
-    )
-    frame = outcomes.with_titles(frame)
-    frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
+        ours = _our_scores(outcomes, domain, protocol)
+        frame = frame.merge(ours, on=_PUBLISHED_KEY, how="outer", sort=False)
+        columns += _our_columns(protocol)
     return Table(
         "The paper's numbers beside ours",
-        f"Δ is the difference to {outcomes.baseline_title}. Ours is paired by seed, with a 95 % confidence interval "
-        f"for single tasks. {outcomes.shared_note} Status: published (from the authors' notebooks or quoted from the "
-        "paper), inferred (published, but the row is our interpretation), unknown (in the paper, but unavailable). A "
-        "dash: unavailable, or not run by this suite.",
+        f"Δ is the difference to {outcomes.baseline_title}. Ours is paired by seed, with a 95 % "
+        f"confidence interval for single tasks. {outcomes.shared_note} Status: published (from the "
+        "authors' notebooks or quoted from the paper), inferred (published, but the row is our "
+        "interpretation), unknown (in the paper, but unavailable). A dash: unavailable, or not run "
+        "by this suite.",
         {"model_title": "Model", "scope": "Task", "method_title": "Method"},
         columns,
-        frame,
+        _shown_rows(outcomes, frame),
         notes={"status": "Status", "source": "Source of the paper's number"},
         origins=outcomes.shared_origins,
     )
 
 
+def _published_scores(outcomes: TextOutcomes) -> pd.DataFrame:
+    """Read the paper's scores as shares, with ``paper_delta``; ranks have a table of their own."""
+    published = common.read_published(outcomes.benchmark)
+    scores = published[published["scope"] != RANK]
+    shares = scores.assign(value=scores["value"] / 100)
+    return shares.assign(paper_delta=common.published_delta(shares, outcomes.baseline))
+
+
+def _our_columns(protocol: str) -> list[Column]:
+    """Return the columns of our scores, differences and seed counts under a protocol."""
+    title = PROTOCOLS[protocol]
+    return [
+        Column("score", protocol, f"Ours, {title} selection", decimals=2),
+        Column(
+            "score",
+            f"{protocol}_delta",
+            f"Δ ours, {title}",
+            interval=(f"{protocol}_low", f"{protocol}_high"),
+            signed=True,
+            decimals=2,
+        ),
+        Column("runs", f"{protocol}_n", f"n, {title}"),
+    ]
+
+
+def _shown_rows(outcomes: TextOutcomes, frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows with a number of the paper's or ours, sort them, and add titles."""
+    has_number = frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)
+    ranks = {name: rank for rank, name in enumerate(outcomes.methods)}
+
+    def sort_key(column: pd.Series) -> pd.Series:
+        # methods in the order of the definition, models and tasks by name
+        return column.map(ranks) if column.name == "method" else column
+
+    known = frame[has_number].reset_index(drop=True)
+    in_order = known.sort_values(_PUBLISHED_KEY, key=sort_key, kind="stable")
+    titled = outcomes.with_titles(in_order)
+    notes = ["status", "source"]
+    titled[notes] = titled[notes].fillna(MISSING).replace("", MISSING)
+    return titled
+
+
 def _our_scores(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
-    """Return our scores by pair of tasks, and in domain the average of a method that ran all tasks of the paper."""
-    rows, numbers = outcomes.of(domain, protocol), ["mean", "delta", "low", "high", "n"]
+    """Return our scores by pair of tasks, in columns that are named after the protocol.
+
+    In domain, averages are added of the methods that ran all tasks of the paper.
+    """
+    rows = outcomes.of(domain, protocol)
+    numbers = ["mean", "delta", "low", "high", "n"]
     ours = rows[[*_PUBLISHED_KEY, *numbers]]
     if domain == ID:
-        tasks_of_paper = [
-            name
-            for name, task in outcomes.benchmark.tasks.items()
-            if task.splits.train and task.source.hub
-        ]
-        of_paper = rows[rows["task"].isin(tasks_of_paper)].groupby(["model", "method"], sort=False)
-        averages = of_paper[["mean", "delta"]].mean()[of_paper.size() == len(tasks_of_paper)]
-        ours = pd.concat([ours, averages.reset_index().assign(scope="average")])
-    return ours.rename(
-        columns={**{name: f"{protocol}_{name}" for name in numbers}, "mean": protocol}
-    )
+        ours = pd.concat([ours, _averages(outcomes, rows)])
+    names = {name: f"{protocol}_{name}" for name in numbers}
+    names["mean"] = protocol  # the score itself
+    return ours.rename(columns=names)
+
+
+def _averages(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
+    """Average the scores of the methods that ran all tasks of the paper, by model and method."""
+    tasks_of_paper = []
+    # the paper trains on sets of the hub; the others are our additions
+    for name, task in outcomes.benchmark.tasks.items():
+        if task.splits.train and task.source.hub:
+            tasks_of_paper.append(name)
+    is_of_paper = rows["task"].isin(tasks_of_paper)
+    by_method = rows[is_of_paper].groupby(["model", "method"], sort=False)
+    ran_all = by_method.size() == len(tasks_of_paper)
+    averages = by_method[["mean", "delta"]].mean()[ran_all]
+    return averages.reset_index().assign(scope="average")
 
 
 TABLES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,10 +52,9 @@ Epoch = dict[str, Any]  # its number, and the dev scores after it
 def padding_collator(
     tokenizer: PreTrainedTokenizerBase, precision: str
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return a collator that pads to the longest row, for fp16 to a multiple of 8 (as the authors do)."""
-    return collate_states(
-        DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None)
-    )
+    """Return a collator that pads to the longest row, for fp16 to a multiple of 8."""
+    multiple = 8 if precision == "fp16" else None  # as the authors do
+    return collate_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple))
 
 
 def score_and_loss(
@@ -65,10 +64,11 @@ def score_and_loss(
     evaluated: RunTask,
     metrics: Sequence[str],
 ) -> dict[str, float | None]:
-    """Compute the metrics of a set, and ``loss`` if the set has the same classes as the training task.
+    """Compute the metrics of a set, and ``loss`` if it has as many classes as the training task.
 
-    Equal numbers of classes correspond by their order. If they differ, the head's predictions or the set's labels are
-    merged by :func:`merged_classes` (three-way NLI on HANS: neutral and contradiction are no entailment).
+    Equal numbers of classes correspond by their order. If they differ, :func:`merged_classes`
+    merges the predictions or the labels. For example, HANS has two classes: neutral and
+    contradiction of a three-way NLI model become "no entailment".
 
     Args:
         logits: The logits or log-likelihoods ``[rows, classes of the training task]``.
@@ -77,16 +77,22 @@ def score_and_loss(
         evaluated: The task of the set.
         metrics: The names of the metrics.
     """
-    head, classes = len(trained.labels), len(evaluated.labels)
-    if head < classes:
-        labels = np.asarray(merged_classes(evaluated, trained))[labels]
-    merged = merged_classes(trained, evaluated) if head > classes else None
-    scores: dict[str, float | None] = {
-        name: score(name, logits, labels, merged) for name in metrics
-    }
-    return (
-        {**scores, "loss": finite_or_none(mean_loss(logits, labels))} if head == classes else scores
-    )
+    head_classes = len(trained.labels)
+    set_classes = len(evaluated.labels)
+    merged_head = None
+    # the side with more classes is merged: the labels of the set, or the predictions
+    if head_classes < set_classes:
+        merged_labels = np.asarray(merged_classes(evaluated, trained))
+        labels = merged_labels[labels]
+    elif head_classes > set_classes:
+        merged_head = merged_classes(trained, evaluated)
+
+    scores: dict[str, float | None] = {}
+    for name in metrics:
+        scores[name] = score(name, logits, labels, merged_head)
+    if head_classes == set_classes:
+        scores["loss"] = finite_or_none(mean_loss(logits, labels))
+    return scores
 
 
 @dataclass
@@ -102,9 +108,17 @@ class SplitEvaluator:
     def evaluate(
         self, split: TextSplit, task: RunTask | None = None, routing: RoutingRecorder | None = None
     ) -> dict[str, float | None]:
-        """Score a split of the training task, or of another ``task``; record routing if ``routing`` is given.
+        """Score a split, and record routing if ``routing`` is given.
 
-        Batches have rows of similar length. Return scores by metric; ``loss`` only if the set has the head's classes.
+        Batches have rows of similar length, which need little padding.
+
+        Args:
+            split: The rows.
+            task: The task of the rows; None for the training task.
+            routing: The recorder of routing.
+
+        Returns:
+            The scores by metric, with ``loss`` only if the task has as many classes as the head.
         """
         rows = TokenisedRows(
             split,
@@ -115,15 +129,16 @@ class SplitEvaluator:
             prefix=self.prefix,
         )
         evaluated = task or self.task
-        with (
-            routing.record_set(evaluated.name, split.class_numbers[rows.order])
-            if routing
-            else nullcontext()
-        ):
-            logits = extract_logits(
-                self.trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions
-            )
-        metrics = task.ood_metrics if task else [self.task.metric]
+        # classes in the order in which the model sees the rows
+        recording: AbstractContextManager[None] = nullcontext()
+        if routing:
+            recording = routing.record_set(evaluated.name, split.class_numbers[rows.order])
+        with recording:
+            output = self.trainer.predict(cast(Any, rows), metric_key_prefix="eval")
+        logits = extract_logits(output.predictions)
+        metrics = [self.task.metric]
+        if task:
+            metrics = task.ood_metrics
         return score_and_loss(logits, rows.labels, self.task, evaluated, metrics)
 
 
@@ -140,13 +155,15 @@ class TextEvaluator(SplitEvaluator):
         precision: str,
         folder: Path,
     ) -> None:
-        self._precision, self._stopwatch = available_precision(precision), Stopwatch()
+        self._precision = available_precision(precision)
+        self._stopwatch = Stopwatch()
         self._collate = padding_collator(tokenizer, self._precision)
+        arguments = trainer_arguments(
+            folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size
+        )
         trainer = Trainer(
             model=classifier.model,
-            args=trainer_arguments(
-                folder / "checkpoints", self._precision, per_device_eval_batch_size=batch_size
-            ),
+            args=arguments,
             data_collator=self._collate,
             callbacks=[self._stopwatch],
         )
@@ -154,7 +171,7 @@ class TextEvaluator(SplitEvaluator):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Return the seconds of all evaluations and the precision, for ``cost`` of ``metrics.json``."""
+        """Return the seconds of all evaluations and the precision, for ``metrics.json``."""
         return {"evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def first_batch(self, split: TextSplit) -> dict[str, Any]:
@@ -168,7 +185,7 @@ class TextEvaluator(SplitEvaluator):
 def epoch_arguments(
     folder: Path, precision: str, training: Any, spec: RunSpec, best: str | None, **options: Any
 ) -> TrainingArguments:
-    """Return Trainer's arguments for a run that evaluates and saves a checkpoint after every epoch.
+    """Return arguments of Trainer that evaluate and save a checkpoint after every epoch.
 
     Args:
         folder: The folder of the checkpoints.
@@ -178,6 +195,8 @@ def epoch_arguments(
         best: The metric that chooses the epoch; None keeps the last epoch.
         **options: Other arguments of Trainer.
     """
+    # the best epoch has the greatest score; Trainer wants None without a metric
+    greater_is_better = None if best is None else True
     return trainer_arguments(
         folder,
         precision,
@@ -189,40 +208,51 @@ def epoch_arguments(
         lr_scheduler_type="linear",
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
-        max_grad_norm=0.0,
+        max_grad_norm=0.0,  # no clipping
         seed=derive_seed("dropout", spec.seed),
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=best is not None,
         metric_for_best_model=best,
-        greater_is_better=None if best is None else True,
+        greater_is_better=greater_is_better,
         logging_strategy="epoch",
         **options,
     )
 
 
 def kept_epoch(epochs: list[Epoch], best: str | None) -> Epoch:
-    """Return the epoch with the kept weights: the first one with the best score, or the last if ``best`` is None."""
-    return max(epochs, key=lambda epoch: epoch[best]) if best else epochs[-1]
+    """Return the epoch whose weights are kept.
+
+    It is the first epoch with the best score in the metric ``best``, or the last if that is None.
+    """
+    if best is None:
+        return epochs[-1]
+    return max(epochs, key=lambda epoch: epoch[best])
 
 
 class Patience(TrainerCallback):
     """Stop after a number of epochs without a new best dev score above 0, as in the authors' code.
 
-    A resumed run stops at the same epoch, because the count uses Trainer's log, which checkpoints keep.
+    A resumed run stops at the same epoch, because the count uses the log of Trainer, which
+    checkpoints keep.
     """
 
     def __init__(self, metric: str, epochs: int) -> None:
-        self._metric, self._epochs = f"eval_{metric}", epochs
+        self._metric = f"eval_{metric}"
+        self._epochs = epochs
 
     def is_over(self, log: list[dict[str, float]]) -> bool:
         """Return True if the last ``epochs`` evaluations in a log have no new best score."""
-        scores = [0.0, *(entry[self._metric] for entry in log if self._metric in entry)]
-        return len(scores) - 1 - scores.index(max(scores)) >= self._epochs
+        evaluations = [entry[self._metric] for entry in log if self._metric in entry]
+        scores = [0.0, *evaluations]  # a best score must exceed 0
+        best = scores.index(max(scores))
+        epochs_since_best = len(evaluations) - best
+        return epochs_since_best >= self._epochs
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Ask Trainer to stop if patience is over."""
         if self.is_over(state.log_history):
             control.should_training_stop = True
 
@@ -230,8 +260,8 @@ class Patience(TrainerCallback):
 class TextTrainer(SplitEvaluator):
     """Train and evaluate one text classifier according to a run's spec.
 
-    Each epoch saves a checkpoint below ``folder``. A killed run resumes from the last complete one, with the same final
-    numbers.
+    Each epoch saves a checkpoint below ``folder``. A killed run resumes from the last complete one,
+    with the same final numbers.
     """
 
     def __init__(
@@ -244,74 +274,91 @@ class TextTrainer(SplitEvaluator):
         folder: Path,
         progress: Progress,
     ) -> None:
-        training, self._metric = spec.training, spec.task.metric
+        training = spec.training
+        self._metric = spec.task.metric
         self._say = progress.say
-        self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
+        self._stopwatch = Stopwatch()
+        self.probe = Probe()
+        self.routing_trace = RoutingTrace()
         self._precision = available_precision(training.precision)
+        # the metric that chooses the epoch; None keeps the last epoch
         self._best = self._metric if training.checkpoint_selection == "best" else None
-        self._patience = (
-            None if training.patience is None else Patience(self._metric, training.patience)
-        )
-        read = partial(
+        self._patience: Patience | None = None
+        if training.patience is not None:
+            self._patience = Patience(self._metric, training.patience)
+
+        tokenise = partial(
             TokenisedRows,
             tokenizer=tokenizer,
             max_length=training.max_length,
             prefix=classifier.prefix,
         )
-        rows, self._dev = read(train, by_length=False), read(dev, by_length=True)
+        rows = tokenise(train, by_length=False)
+        self._dev = tokenise(dev, by_length=True)
         collate = padding_collator(tokenizer, self._precision)
+        # before training, on the same rows in every run
         self.probe.observe(classifier.model, collate(fixed_rows(rows)))
-        callbacks = [progress, self._stopwatch, self.routing_trace, self._patience]
+
+        groups_lengths = training.sampling == "group_by_length"
+        order = EpochOrder(rows.lengths, training.batch_size, spec.seed, by_length=groups_lengths)
+        # with adapters, other trained parameters have another learning rate
+        base_lr_ratio = training.lora.base_lr_ratio if training.lora else 1.0
+        callbacks: list[TrainerCallback] = [progress, self._stopwatch, self.routing_trace]
+        if self._patience is not None:
+            callbacks.append(self._patience)
         trainer = RoutedTrainer(
             args=epoch_arguments(
                 folder / "checkpoints", self._precision, training, spec, self._best
             ),
-            order=EpochOrder(
-                rows.lengths,
-                training.batch_size,
-                spec.seed,
-                by_length=training.sampling == "group_by_length",
-            ),
+            order=order,
             trainable=classifier,
-            base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
+            base_lr_ratio=base_lr_ratio,
             probe=self.probe,
             train_dataset=rows,
             eval_dataset=self._dev,
             data_collator=collate,
             compute_metrics=self._scores,
-            callbacks=[callback for callback in callbacks if callback],
+            callbacks=callbacks,
         )
         super().__init__(trainer, classifier.prefix, tokenizer, spec.task, training.max_length)
 
     @property
     def cost(self) -> dict[str, Any]:
         """Return the times of training and evaluation so far, for ``cost`` of ``metrics.json``."""
-        times = self._stopwatch.cost(self.trainer.state.global_step)
         return {
-            **times,
+            **self._stopwatch.cost(self.trainer.state.global_step),
             "evaluation_seconds": self._stopwatch.evaluation,
             "precision": self._precision,
         }
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
-        # Trainer rounds labels to float32, and weights an incomplete last batch like a full one
-        logits, labels = extract_logits(prediction.predictions), self._dev.labels
+        """Score the dev split in training, with its own labels.
+
+        Trainer rounds labels to float32. Its loss weights an incomplete last batch like a full one.
+        """
+        logits = extract_logits(prediction.predictions)
+        labels = self._dev.labels
         return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
 
     def train(self) -> tuple[list[Epoch], Epoch]:
         """Train from the last complete checkpoint, if any; return all epochs and the kept one."""
         checkpoint = resume(self.trainer, self._say)
         if self._patience and self._patience.is_over(self.trainer.state.log_history):
-            self.trainer._load_best_model()  # training had stopped early
+            # training had stopped early before the run was killed
+            self.trainer._load_best_model()
         else:
             self.trainer.train(resume_from_checkpoint=checkpoint)
-        epochs: list[Epoch] = [
-            {
-                "epoch": log["epoch"],
-                self._metric: log[f"eval_{self._metric}"],
-                "loss": finite_or_none(log[f"eval_{_LOSS}"]),
-            }
-            for log in self.trainer.state.log_history
-            if f"eval_{_LOSS}" in log
-        ]
+
+        epochs: list[Epoch] = []
+        for entry in self.trainer.state.log_history:
+            # other entries log the training loss
+            if f"eval_{_LOSS}" not in entry:
+                continue
+            epochs.append(
+                {
+                    "epoch": entry["epoch"],
+                    self._metric: entry[f"eval_{self._metric}"],
+                    "loss": finite_or_none(entry[f"eval_{_LOSS}"]),
+                }
+            )
         return epochs, kept_epoch(epochs, self._best)

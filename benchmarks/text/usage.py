@@ -1,7 +1,8 @@
 """Measure the routing of rows, and the mutual information of experts with task and class.
 
-``loads`` counts the choices of each expert by the tokens of each row, ``[rows, N]``. ``tasks`` are the task numbers of
-the rows, from 0. ``classes`` are their class numbers, negative if a task has no classes.
+``loads`` counts the choices of each expert by the tokens of each row, ``[rows, N]``. ``tasks`` are
+the task numbers of the rows, from 0. ``classes`` are their class numbers, negative if a task has no
+classes.
 """
 
 from __future__ import annotations
@@ -30,100 +31,129 @@ Loads = NDArray[np.int64]
 
 
 def task_information(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
-    """Measure the mutual information of expert and task. For chance, shuffle rows over all tasks."""
-    return MutualInformation.mean(
-        shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed)
-    )
+    """Measure the mutual information of expert and task; for chance, shuffle rows over tasks."""
+    all_rows = np.zeros_like(tasks)  # one stratum
+    one_layer = loads[:, None]  # [rows, 1, N]
+    return MutualInformation.mean(shuffled_information(one_layer, tasks, all_rows, seed))
 
 
 def class_information(
     loads: Loads, tasks: Loads, classes: Loads, seed: int
 ) -> MutualInformation | None:
-    """Measure the mutual information of expert and class within a task, as the mean over tasks with classes."""
-    bits = []
+    """Measure the mutual information of expert and class within a task.
+
+    For chance, shuffle rows within each task. Returns the mean over the tasks with several classes,
+    or None without such a task.
+    """
+    bits = []  # [1 + PERMUTATIONS, 1] by task
     for task in np.unique(tasks):
         rows = (tasks == task) & (classes >= 0)
-        if len(np.unique(classes[rows])) > 1:
-            bits.append(
-                shuffled_information(
-                    loads[rows][:, None], classes[rows], np.zeros_like(classes[rows]), seed
-                )
-            )
-    return MutualInformation.mean(np.concatenate(bits, axis=1)) if bits else None
+        labels = classes[rows]
+        if len(np.unique(labels)) < 2:
+            continue
+        all_rows = np.zeros_like(labels)  # one stratum
+        one_layer = loads[rows][:, None]  # [rows, 1, N]
+        bits.append(shuffled_information(one_layer, labels, all_rows, seed))
+    if not bits:
+        return None
+    return MutualInformation.mean(np.concatenate(bits, axis=1))
 
 
 def mark_experts(loads: Loads, tasks: Loads, seed: int) -> Loads:
-    """Mark experts that a task uses more (1) or less (-1) than by chance, else 0; return ``[tasks, N]``.
+    """Mark each expert that a task uses more (1) or less (-1) than by chance; others are 0.
 
-    Rows are shuffled over the tasks. A z-score against the shuffles is marked if it exceeds the 95 % quantile of the
-    largest z-scores of the shuffles, so about one in twenty matrices has a mark by chance.
+    Returns the marks ``[tasks, N]``. Rows are shuffled over the tasks. A z-score against the
+    shuffles is marked if it exceeds the 95 % quantile of the largest z-scores of the shuffles. So
+    about one in twenty matrices has a mark by chance.
     """
     random = np.random.default_rng(seed)
     shares = shares_by_group(loads, tasks)
-    shuffled = np.stack(
-        [shares_by_group(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)]
-    )
-    mean, deviation = shuffled.mean(0), shuffled.std(0)
+    draws = [shares_by_group(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)]
+    shuffled = np.stack(draws)  # [PERMUTATIONS, tasks, N]
+    mean = shuffled.mean(0)
+    deviation = shuffled.std(0)
 
     def z_scores(uses: NDArray[np.float64]) -> NDArray[np.float64]:
+        # 0 if all shuffles are equal
         return np.divide(uses - mean, deviation, out=np.zeros_like(uses), where=deviation > 0)
 
-    limit = np.quantile(np.abs(z_scores(shuffled)).max((1, 2)), CONFIDENCE)
-    return (np.sign(z_scores(shares)) * (np.abs(z_scores(shares)) > limit)).astype(np.int64)
+    # one limit for the whole matrix corrects for its many entries
+    largest = np.abs(z_scores(shuffled)).max((1, 2))  # [PERMUTATIONS]
+    limit = np.quantile(largest, CONFIDENCE)
+    scores = z_scores(shares)
+    marks = np.sign(scores) * (np.abs(scores) > limit)
+    return marks.astype(np.int64)
 
 
 def shares_by_group(loads: Loads, groups: Loads) -> NDArray[np.float64]:
-    """Return each expert's share of the choices in each group, ``[groups, N]``; groups are numbered from 0."""
-    counts = np.zeros((int(groups.max()) + 1, loads.shape[1]), dtype=np.int64)
+    """Return the share of each expert in the choices of each group, ``[groups, N]``.
+
+    ``groups`` are the group numbers of the rows, from 0.
+    """
+    _, experts = loads.shape
+    counts = np.zeros((int(groups.max()) + 1, experts), dtype=np.int64)
     np.add.at(counts, groups, loads)
-    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    totals = np.maximum(counts.sum(1, keepdims=True), 1)  # no division by 0
+    return counts / totals
 
 
 def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[Loads, Loads]:
-    """Return the shared experts (above 1/N in all tasks, no mark), and the specialised ones (a positive mark)."""
-    shared = (shares > 1 / shares.shape[1]).all(0) & (marked == 0).all(0)
-    return np.flatnonzero(shared), np.flatnonzero((marked > 0).any(0))
+    """Return the numbers of the shared experts, and of the specialised ones.
+
+    A shared expert has a share above 1/N in all tasks, and no mark. A specialised one has a
+    positive mark.
+
+    Args:
+        shares: The shares of the experts, ``[tasks, N]``.
+        marked: Their marks from :func:`mark_experts`, ``[tasks, N]``.
+    """
+    _, experts = shares.shape
+    is_popular = (shares > 1 / experts).all(0)
+    has_no_mark = (marked == 0).all(0)
+    shared = np.flatnonzero(is_popular & has_no_mark)
+    specialised = np.flatnonzero((marked > 0).any(0))
+    return shared, specialised
 
 
 @dataclass(frozen=True)
 class SetLoads:
-    """Hold the expert loads ``[rows, N]`` and the classes ``[rows]`` of one set."""
+    """The routing of the rows of one set."""
 
-    loads: Loads
-    classes: Loads
+    loads: Loads  # [rows, N]
+    classes: Loads  # [rows]
 
 
 def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Measure the mutual information of experts with sets and classes; needs at least two sets.
+    """Measure how experts are used by sets and classes; needs at least two sets.
 
     Returns:
-        The numbers by metric name, and the expert usage: by set, the shares of experts, marks (see
-        :func:`mark_experts`) and shares by class; and the shared and the specialised experts.
+        The mutual information by metric name, and the use of experts. Its ``tasks`` are by set the
+        shares of experts, their marks (see :func:`mark_experts`) and their shares by class. It also
+        has the numbers of the ``shared`` and the ``specialised`` experts.
     """
-    rows = np.concatenate([routing.loads for routing in sets.values()])
-    tasks = np.repeat(np.arange(len(sets)), [len(routing.loads) for routing in sets.values()])
+    loads = np.concatenate([routing.loads for routing in sets.values()])  # [rows, N]
     classes = np.concatenate([routing.classes for routing in sets.values()])
+    row_counts = [len(routing.loads) for routing in sets.values()]
+    tasks = np.repeat(np.arange(len(sets)), row_counts)
     seed = derive_seed("shuffles")
-    of_tasks, of_classes = (
-        task_information(rows, tasks, seed),
-        class_information(rows, tasks, classes, seed),
-    )
-    marked, shares = mark_experts(rows, tasks, seed), shares_by_group(rows, tasks)
+
+    information = task_information(loads, tasks, seed).numbers("task")
+    of_classes = class_information(loads, tasks, classes, seed)
+    if of_classes is not None:
+        information.update(of_classes.numbers("class"))
+
+    marked = mark_experts(loads, tasks, seed)  # [sets, N]
+    shares = shares_by_group(loads, tasks)  # [sets, N]
     shared, specialised = shared_and_specialised(shares, marked)
-    by_set = {
-        name: {
+    by_set = {}
+    for number, (name, routing) in enumerate(sets.items()):
+        by_set[name] = {
             "shares": shares[number].tolist(),
             "marks": marked[number].tolist(),
             "classes": _shares_by_class(routing),
         }
-        for number, (name, routing) in enumerate(sets.items())
-    }
-    information = of_tasks.numbers("task") | (of_classes.numbers("class") if of_classes else {})
-    return information, {
-        "tasks": by_set,
-        "shared": shared.tolist(),
-        "specialised": specialised.tolist(),
-    }
+    usage = {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
+    return information, usage
 
 
 def _shares_by_class(routing: SetLoads) -> dict[str, list[float]]:
@@ -138,7 +168,11 @@ _ROWS = 200  # sampled rows of each set
 
 
 class RoutingRecorder:
-    """Record expert use of sampled rows of each set in the last converted layer. No-op for dense models."""
+    """A recorder of routing: a summary of each set, and the expert choices of some of its rows.
+
+    The summary covers all converted layers, the choices only the last one. A dense model records
+    nothing.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -147,40 +181,45 @@ class RoutingRecorder:
 
     @contextmanager
     def record_set(self, name: str, classes: Loads) -> Iterator[None]:
-        """Record one evaluation of a set. The model must see each row once, in the order of ``classes``."""
+        """Record one evaluation of a set.
+
+        The model must see each row once, in the order of ``classes``.
+        """
         if not emoe.is_converted(self._model):
             yield
             return
         draw = np.random.default_rng(derive_seed("rows by their routing", name))
         chosen = np.sort(draw.permutation(len(classes))[:_ROWS])
+        # the label of a chosen row is its place among the chosen ones; other rows have -1
         labels = torch.full((len(classes),), -1)
         labels[torch.from_numpy(chosen)] = torch.arange(len(chosen))
-        seen = 0
+        seen = 0  # rows of the batches so far
 
-        def name_rows(_module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        def label_rows(_module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
             nonlocal seen
             count = len(given["input_ids"])
             record.set_labels(labels[seen : seen + count])
             seen += count
 
         with emoe.record_routing(self._model) as record:
-            hook = self._model.register_forward_pre_hook(name_rows, with_kwargs=True)
+            hook = self._model.register_forward_pre_hook(label_rows, with_kwargs=True)
             try:
                 yield
             finally:
                 hook.remove()
-        loads = loads_by_row(record.layers[max(record.layers)], len(chosen))
+        last_layer = record.layers[max(record.layers)]
+        loads = loads_by_row(last_layer, len(chosen))
         self._sets[name] = SetLoads(loads, classes[chosen])
         self._summaries[name] = routing_summary(record)
 
     def set_routing(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a set's routing summary, and all sets' usage.
+        """Return the routing summary of a set, and the use of experts by all sets.
 
-        Returns:
-            The set's :func:`~benchmarks.harness.training.routing.routing_summary` and, if there are several sets, the
-            usage of :func:`describe_usage` (else empty), whose numbers are added to the summary.
+        The summary is that of :func:`~benchmarks.harness.training.routing.routing_summary`. With
+        several sets, the mutual information of :func:`describe_usage` is added. With fewer, the use
+        of experts is empty.
         """
         if len(self._sets) < 2:
             return self._summaries.get(name, {}), {}
         information, usage = describe_usage(self._sets)
-        return self._summaries[name] | information, usage
+        return {**self._summaries[name], **information}, usage
