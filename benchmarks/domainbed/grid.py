@@ -129,9 +129,10 @@ class DomainBenchmark(Benchmark[ImageDefinition, SetEntry, ImagePart]):
         # MNIST's digits are never augmented
         is_augmented = hparams["data_augmentation"] and not task.source.mnist
         if settings.frozen_layers and is_augmented:
+            where = part.where("training", "frozen_layers")
             raise DefinitionError(
-                f"{part.where('training', 'frozen_layers')} needs hparams.data_augmentation: false, "
-                "because augmented images differ at every step"
+                f"{where} needs hparams.data_augmentation: false, because augmented images differ "
+                "at every step"
             )
         return self.spec(
             _variant(method["variant"], list(task.environments), test_envs, hparams_seed),
