@@ -457,7 +457,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             ffns[in_projection] = _locate_ffn(len(ffns), name, layer, spec)
 
     # with several specs, one may be for FFNs that this model does not have
-    if missing and (len(specs) == 1 or not ffns):
+    may_miss = len(specs) > 1 and len(ffns) > 0
+    if missing and not may_miss:
         raise ConversionError(f"{missing[0]}, which the row of its architecture names")
     return list(ffns.values())
 
