@@ -272,8 +272,8 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
 
     The weights stay as they are, bit by bit, and adapters stay in place. The outputs change unless
     every expert was in use (``top_k == num_experts``). The experts' output biases become one: their
-    mean, times the number of biases that made up the dense FFN's bias when the model was converted.
-    Before training this is the dense FFN's bias.
+    mean, times the number of experts that a token used when the model was converted. Before
+    training this is the dense FFN's bias.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
