@@ -64,9 +64,9 @@ class ExpertsLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Build the experts, and check that their state is stored in the weights or the extra file.
+        """Build the experts, and find out if the weights or the extra file hold their state.
 
-        Transformers calls this method.
+        Transformers calls this method. It raises :class:`CheckpointError` if neither does.
         """
         experts = self.quantization_config.experts
         self._folder: Path | None = None
