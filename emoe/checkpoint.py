@@ -159,7 +159,10 @@ def _extra_state(layers: Mapping[int, RoutedActivation]) -> dict[str, Tensor]:
 
 
 def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
-    """Return each module whose state the dense model lacks, after its key in the extra file."""
+    """Return the modules whose state the dense model lacks, each with its key in the extra file.
+
+    Each element is a pair of key and module.
+    """
     routing = ("routing", layer)
     if isinstance(layer.config, GMoEConfig):
         # GMoE's copies are wider than the dense projections
@@ -361,9 +364,9 @@ def _load_plain(
 
 
 def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
-    """Return the names in the state dict of a built model whose values :func:`load_extra_` sets.
+    """Return the names in a converted model's state dict whose tensors :func:`load_extra_` loads.
 
-    The folder's weights are those of the dense model: they lack these tensors, or have others.
+    The folder's weights are the dense model's, which lacks these tensors or has others.
     """
     module_names = {module: name for name, module in model.named_modules()}
     not_dense = routing_names(model)
@@ -514,7 +517,7 @@ def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
     if path.exists():
         tensors = files.read_tensors(path)
     for layer in layers:
-        # the folder's weights have one bias instead of the experts' biases, which load below
+        # the weights have one bias for all experts, which their own biases, loaded below, replace
         if layer.output_bias is not None:
             cast(Tensor, layer.ffn.proj_out.bias).zero_()
         for module_key, module in _modules_with_state(layer):

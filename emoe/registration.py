@@ -49,9 +49,9 @@ def _import_loader() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """A finder of one module, transformers' quantizers.
+    """An import finder for one module, ``transformers.quantizers.auto``.
 
-    It finds them as Python does, and replaces their loader by :class:`_LoadAndRegister`.
+    It finds the module as Python does, and wraps its import loader in :class:`_LoadAndRegister`.
     """
 
     def find_spec(

@@ -181,7 +181,7 @@ class PaddingMaskHook(_ArgumentHook):
         return mask.reshape(-1).bool()
 
     def _true_for_tokens(self, mask: Tensor) -> Tensor:
-        """Return a mask that is true for tokens. Torch's own masks mark padding by True or -inf."""
+        """Return a mask that is true for tokens. In torch's own masks, True or -inf is padding."""
         if self._argument == _MASK:
             return mask
         if mask.dtype == torch.bool:
