@@ -66,16 +66,16 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def _plain_layers(text: str) -> str | list[int]:
-    """Return ``8,10`` as a list of layers, and any other text unchanged."""
+def _parse_layers(text: str) -> str | list[int]:
+    """Turn a text like ``8,10`` into a list of layer numbers. Return any other text unchanged."""
     # at most nine digits, because int() rejects very long numbers
     if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
         return [int(number) for number in text.split(",")]
     return text
 
 
-def _field_value(text: str) -> tuple[str, Any]:
-    """Split ``name=value``. The value is JSON or a string."""
+def _parse_field(text: str) -> tuple[str, Any]:
+    """Split ``name=value`` into the name and the value, which is read as JSON if it is JSON."""
     name, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--set {text}: write name=value, for example --set selection=bottom")
@@ -132,12 +132,12 @@ def convert(
     fields: dict[str, Any] = {
         "num_experts": num_experts,
         "top_k": top_k,
-        "layers": _plain_layers(layers),
+        "layers": _parse_layers(layers),
     }
     if partition is not None:
         fields["partition"] = partition
     for text in others:
-        name, value = _field_value(text)
+        name, value = _parse_field(text)
         fields[name] = value
 
     config = _build_config(kind, as_published, fields)
@@ -165,7 +165,10 @@ def convert(
 
 
 def _build_config(kind: str, as_published: str | None, fields: dict[str, Any]) -> Any:
-    """Build the configuration of a kind, with the authors' settings if they are asked for."""
+    """Build an ``emoe`` or ``gmoe`` configuration from its fields.
+
+    ``as_published`` names the authors' code whose settings replace the defaults, if it is not None.
+    """
     cls: Any = emoe.EMoEConfig if kind == "emoe" else emoe.GMoEConfig
     if as_published is None:
         return cls(**fields)
@@ -203,7 +206,7 @@ def inspect(folder: Path) -> None:
 
 
 def _config_table(config: emoe.EMoEConfig | emoe.GMoEConfig) -> str:
-    """Make a table of a configuration's fields. A * marks those that are not the default."""
+    """Make a text table of a configuration's fields. A * marks those that are not the default."""
     values = config.to_dict()
     # num_experts and top_k have no defaults
     default_config = type(config)(num_experts=config.num_experts, top_k=config.top_k)
@@ -217,10 +220,10 @@ def _config_table(config: emoe.EMoEConfig | emoe.GMoEConfig) -> str:
 
 
 def _layer_table(experts: Experts, tensors: dict[str, torch.Tensor]) -> str:
-    """Make a table of the converted layers.
+    """Make a text table with a row for each converted layer.
 
-    ``tensors`` is the content of the partition file, empty if the folder has none. Without it, the
-    table has no sizes.
+    ``tensors`` is the content of the partition file, empty if the folder has none. Only with it,
+    the table shows the number of neurons of the layer and of an expert (``size``).
     """
     num_experts = experts.config.num_experts
     rows = []
@@ -236,7 +239,7 @@ def _layer_table(experts: Experts, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _file_table(folder: Path) -> str:
-    """Make a table of the files in a folder and their sizes."""
+    """Make a text table of the files in a folder and their sizes."""
     rows = []
     for path in sorted(folder.iterdir()):
         if path.is_file():

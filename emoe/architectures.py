@@ -30,8 +30,8 @@ class FFNSpec:
         proj_out: path of the out-projection, whose columns are the values.
         proj_up: path of the second in-projection of a gated FFN. Its output multiplies the
             activation's.
-        fused: activated half, whose rows are the keys, if ``proj_in`` holds both halves of a gated
-            FFN.
+        fused: ``first`` or ``last`` if ``proj_in`` holds both in-projections of a gated FFN: the
+            half that is activated. Its rows are the keys.
         transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
         between: paths of the modules between activation and out-projection, each a dropout or an
             ``nn.Identity``.
@@ -57,7 +57,7 @@ class FFNSpec:
         return [*self.in_paths(), self.proj_out, self.activation, *self.between]
 
     def missing_path(self, layer: nn.Module) -> str | None:
-        """Return the first path that a layer does not have, or None."""
+        """Return the first path of this spec that a layer does not have, or None."""
         for path in self.paths():
             parent_path, _, name = path.rpartition(".")
             try:
@@ -79,7 +79,10 @@ def attribute_name(path: str) -> str:
 
 
 def _t5_specs(stack: str, position: int) -> list[FFNSpec]:
-    """Return the two kinds of FFN in one of T5's stacks: T5 1.0's, and the gated FFN of T5 1.1."""
+    """Return the specs of T5's FFN in its encoder or decoder: T5 1.0's, and T5 1.1's gated one.
+
+    ``stack`` is ``encoder`` or ``decoder``. ``position`` is the number of the FFN in its block.
+    """
     ffn = f"layer.{position}.DenseReluDense"
     plain = FFNSpec(
         layers=f"{stack}.block",
@@ -140,7 +143,7 @@ REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
 
 
 def register_ffn(key: str, *specs: FFNSpec) -> None:
-    """Add or replace the row of an architecture.
+    """Add an architecture to the registry, or replace it: where its models have their FFNs.
 
     >>> class Net(torch.nn.Module):
     ...     def __init__(self):
@@ -158,8 +161,8 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
     Args:
         key: ``model.config.model_type`` or, for models without a ``model_type``, the name of the
             model's class.
-        *specs: locations of its FFNs, one per stack of layers or kind of FFN. Those that exist in
-            the model are used, in this order.
+        *specs: locations of its FFNs, one for each list of layers or type of FFN. Those that exist
+            in the model are used, in this order.
 
     Raises:
         ConversionError: ``between`` or ``fused`` of a spec is invalid.
@@ -181,11 +184,12 @@ class FFN:
     Attributes:
         index: number of the FFN in the model.
         name: qualified name of the FFN's layer.
-        spec: row of the architecture.
-        parents: parent module of each path's last attribute, by path. Excludes the layer, so that
-            copying an FFN does not copy the attention.
-        rows_first: the layer takes ``[rows, tokens, h]``. False for PyTorch's own layers with
-            ``batch_first=False``.
+        spec: location of the FFN's modules in its layer.
+        parents: the module that has each path's last name as an attribute, by path. The layer
+            itself is not stored, so that copying an FFN does not copy the attention, unless it is
+            such a parent.
+        rows_first: true if the layer takes ``[rows, tokens, h]``, false for PyTorch's own layers
+            with ``batch_first=False``.
     """
 
     index: int
@@ -221,7 +225,7 @@ class FFN:
         return self.module(self.spec.activation)
 
     def replace(self, path: str, module: Callable[[Tensor], Tensor]) -> None:
-        """Put a module, or the activation's function, at a path."""
+        """Put a module at a path of the spec, or a function at the activation's path."""
         parent = self.parents[path]
         name = attribute_name(path)
         if not isinstance(module, nn.Module):
@@ -231,16 +235,16 @@ class FFN:
     def in_projections(self) -> list[tuple[str, nn.Module]]:
         """Return the in-projection and, if it is a separate module, the up-projection.
 
-        Each has its path.
+        Each is a pair of path and module.
         """
         return [(path, self.module(path)) for path in self.spec.in_paths()]
 
     def projections(self) -> list[tuple[str, nn.Module]]:
-        """Return the in-projections and the out-projection with their paths."""
+        """Return the path and module of each in-projection and of the out-projection."""
         return [*self.in_projections(), (self.spec.proj_out, self.proj_out)]
 
     def between(self) -> list[tuple[str, nn.Module]]:
-        """Return the modules between activation and out-projection with their paths."""
+        """Return the path and module of each module between activation and out-projection."""
         return [(path, self.module(path)) for path in self.spec.between]
 
     @property
@@ -307,10 +311,13 @@ class FFN:
         return weight.t() if self.spec.transposed else weight
 
     def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
-        """Return views of the weights by expert: in-projections, and values ``[N, s, h]``.
+        """Return views of the weights, split into equal blocks of neurons, one for each expert.
 
-        Each in-projection (the activated one, then the up-projection of a gated FFN) has a weight
-        ``[N, s, h]`` and a bias ``[N, s]`` or None. ``s`` is the number of neurons of an expert.
+        ``N`` is the number of experts, ``s`` the number of neurons of an expert.
+
+        Returns:
+            The in-projections: weight ``[N, s, h]`` and bias ``[N, s]`` (or None) of the activated
+            one, then those of the up-projection if the FFN is gated. And the values ``[N, s, h]``.
         """
         in_projections = [_by_expert(self.keys(), self.key_bias(), num_experts)]
         if self.gated:
@@ -351,12 +358,13 @@ class FFN:
         return dims
 
     def take(self, path: str, tensor: Tensor, neurons: Tensor) -> Tensor:
-        """Select neurons ``[n]`` of a projection's tensor; ``neurons[i]`` becomes neuron i.
+        """Return a projection's tensor with the chosen neurons; ``neurons[i]`` becomes neuron i.
 
         Args:
             path: path of the tensor, a key of :meth:`neuron_dims`.
             tensor: the tensor, or another one of its shape.
-            neurons: numbers of the neurons, in their new order. A number may occur several times.
+            neurons: numbers ``[n]`` of the neurons, in their new order. A number may occur several
+                times.
         """
         dim = self.neuron_dims()[path]
         indices = neurons.to(tensor.device)
@@ -371,7 +379,7 @@ class FFN:
     def permute_(self, permutation: Tensor) -> None:
         """Reorder the neurons in place; ``permutation[i]`` becomes neuron i.
 
-        The outputs do not change.
+        The FFN still computes the same outputs.
         """
         for path in self.neuron_dims():
             module_path, _, name = path.rpartition(".")
@@ -392,11 +400,15 @@ def _by_expert(
 
 
 def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
-    """Return the registry row of a model; raise :class:`ConversionError` if there is none."""
+    """Return the locations of a model's FFNs from the registry.
+
+    Raises:
+        ConversionError: the model's architecture is not in the registry.
+    """
     if hasattr(model, "get_base_model"):  # a PEFT model
         model = cast(Any, model).get_base_model()
 
-    # a class derived from a registered one has its row
+    # the registry may name the model_type, the model's class or one of the classes it derives from
     names = [cls.__name__ for cls in type(model).__mro__]
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -415,23 +427,26 @@ def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """Find all FFNs of a model, numbered from the first layer.
+    """Find all FFNs of a model.
+
+    They are numbered from 0 in the order of the layers, and by spec if the architecture has
+    several: T5's encoder comes before its decoder.
 
     Raises:
-        ConversionError: the architecture is unknown, or the model has no such list of layers or
-            modules.
+        ConversionError: the architecture is not in the registry, or the model lacks a list of
+            layers or a module that the registry names.
     """
     specs = find_specs(model)
-    layers = []
+    candidates = []
     for spec in specs:
         for name, layer in _find_layers(model, spec):
-            layers.append((spec, name, layer))
-    if not layers:
+            candidates.append((spec, name, layer))
+    if not candidates:
         raise ConversionError(f"{type(model).__name__} has no list of layers '{specs[0].layers}'")
 
     ffns: dict[tuple[int, str], FFN] = {}
     missing = []
-    for spec, name, layer in layers:
+    for spec, name, layer in candidates:
         missing_path = spec.missing_path(layer)
         if missing_path is not None:
             missing.append(f"{name} has no module '{missing_path}'")
@@ -442,7 +457,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             ffns[in_projection] = _locate_ffn(len(ffns), name, layer, spec)
 
     # with several specs, one may be for FFNs that this model does not have
-    if missing and (len(specs) == 1 or not ffns):
+    may_miss = len(specs) > 1 and len(ffns) > 0
+    if missing and not may_miss:
         raise ConversionError(f"{missing[0]}, which the row of its architecture names")
     return list(ffns.values())
 
@@ -478,7 +494,7 @@ def _locate_ffn(index: int, name: str, layer: nn.Module, spec: FFNSpec) -> FFN:
     for path in spec.paths():
         parent_path, _, _ = path.rpartition(".")
         parents[path] = layer.get_submodule(parent_path)
-    # PyTorch's own layers may take [tokens, rows, h]; their attention knows
+    # PyTorch's own layers may take [tokens, rows, h], which their attention stores
     attention = getattr(layer, "self_attn", None)
     rows_first = bool(getattr(attention, "batch_first", True))
     return FFN(index, name, spec, parents, rows_first)
@@ -507,9 +523,9 @@ def is_plain_tensor(weight: Any) -> bool:
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Check if a weight is a floating-point matrix: not quantised or packed.
+    """Check if a module's weight is a floating-point matrix, not quantised or packed.
 
-    Sharded weights count as plain.
+    A sharded weight counts as plain.
     """
     weight = getattr(module, "weight", None)
     # torch.export traces with fake tensors. Their class is compared by the name of its module,

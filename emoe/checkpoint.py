@@ -25,6 +25,7 @@ import copy
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +89,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         (folder / EXTRA_FILE).unlink(missing_ok=True)
     else:
         files.save_weights(model, folder, _dense_state(model))
-        _save_beside_dense(model, folder)
+        _save_small_files(model, folder)
     save_order(model, folder)
     write_model_card(model, folder)
 
@@ -105,7 +106,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _has_adapters(model: nn.Module) -> bool:
-    """Check if a model is PEFT's, or one of its modules wraps a base layer."""
+    """Check if a model is PEFT's, or one of its modules is an adapter around a base layer."""
     if hasattr(model, "get_base_model"):
         return True
     # not by the configuration, because PEFT may leave it on a model that it has merged
@@ -113,7 +114,7 @@ def _has_adapters(model: nn.Module) -> bool:
 
 
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state without the routing, with one output bias per FFN."""
+    """Return the state dict of the model without its routing, with one output bias per FFN."""
     state = dict(model.state_dict())
     names = {module: name for name, module in model.named_modules()}
     for layer in routed_layers(model):
@@ -128,8 +129,11 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _save_beside_dense(model: nn.Module, folder: Path) -> None:
-    """Write the configuration and the state that the dense model lacks."""
+def _save_small_files(model: nn.Module, folder: Path) -> None:
+    """Write the experts' configuration, and their state that the dense model lacks.
+
+    These are ``emoe_config.json`` and ``emoe_extra.safetensors``.
+    """
     layers = numbered_layers(model)
     extra = _extra_state(layers)
     (folder / EXTRA_FILE).unlink(missing_ok=True)  # of an older save
@@ -155,7 +159,10 @@ def _extra_state(layers: Mapping[int, RoutedActivation]) -> dict[str, Tensor]:
 
 
 def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
-    """Return the modules whose state the dense model lacks, with their keys in the extra file."""
+    """Return the modules whose state the dense model lacks, each with its key in the extra file.
+
+    Each element is a pair of key and module.
+    """
     routing = ("routing", layer)
     if isinstance(layer.config, GMoEConfig):
         # GMoE's copies are wider than the dense projections
@@ -164,9 +171,10 @@ def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
 
 
 def save_order(model: nn.Module, folder: Path, *, write: bool = True) -> None:
-    """Write the original order of the neurons and the key norms.
+    """Write the original order of the neurons and the key norms to the partition file.
 
-    Sharded weights are gathered, so every process must call this; all but one pass ``write=False``.
+    Sharded weights are gathered, so every process must call this function. All processes except one
+    pass ``write=False``.
     """
     layers = numbered_layers(model)
     first, *_ = layers.values()
@@ -181,9 +189,9 @@ def save_order(model: nn.Module, folder: Path, *, write: bool = True) -> None:
 
 
 def _key_norms(ffn: FFN) -> Tensor:
-    """Return the Euclidean norms of the keys ``[d]``.
+    """Return the Euclidean norm of each neuron's key, ``[d]``.
 
-    Quantised keys have zeros, and are not compared.
+    They are zeros if the weight is quantised, because such norms are not compared.
     """
     if not has_plain_weight(ffn.proj_in):
         return torch.zeros(ffn.d)
@@ -278,7 +286,7 @@ def _read_config(folder: Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     from transformers import AutoConfig
 
     config_options = {"trust_remote_code": False, **options}
-    # AutoConfig would write these into the configuration, or drop them
+    # options for the loader that AutoConfig would write into the configuration, or drop
     kept = {}
     for name in (QUANTIZATION_CONFIG, "trust_remote_code"):
         if name in config_options:
@@ -356,16 +364,25 @@ def _load_plain(
 
 
 def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> set[str]:
-    """Return the names of the state that is not the dense model's: :func:`load_extra_` sets it."""
-    names_in_state = list(model.state_dict())
+    """Return the names in a converted model's state dict whose tensors :func:`load_extra_` loads.
+
+    The folder's weights are the dense model's, which lacks these tensors or has others.
+    """
     module_names = {module: name for name, module in model.named_modules()}
     not_dense = routing_names(model)
+
+    # GMoE's projections are wider than the dense ones
+    copied_prefixes = []
     for layer in layers:
         if isinstance(layer.config, GMoEConfig):
             for _, projection in layer.ffn.projections():
-                prefix = f"{module_names[projection]}."
-                not_dense.update(name for name in names_in_state if name.startswith(prefix))
-        # the stored bias is the mean of the experts' biases
+                copied_prefixes.append(f"{module_names[projection]}.")
+    for name in model.state_dict():
+        if name.startswith(tuple(copied_prefixes)):
+            not_dense.add(name)
+
+    # the stored bias is the mean of the experts' biases
+    for layer in layers:
         if layer.output_bias is not None:
             not_dense.add(f"{module_names[layer.ffn.proj_out]}.bias")
     return not_dense
@@ -374,17 +391,21 @@ def _names_not_dense(model: nn.Module, layers: Sequence[RoutedActivation]) -> se
 def build_experts_(
     model: nn.Module, experts: Experts, source: str | os.PathLike[str]
 ) -> list[RoutedActivation]:
-    """Turn the FFNs that a checkpoint stores as experts into routed ones.
+    """Turn the FFNs that a checkpoint stores as experts into routed FFNs, in place.
 
-    The weights may load before or after that.
+    The weights may be loaded before or after this.
 
     Args:
         model: dense model.
         experts: description of the experts.
         source: checkpoint, for error messages.
 
+    Returns:
+        The routed FFNs, in ascending order.
+
     Raises:
-        CheckpointError: the model has fewer FFNs.
+        CheckpointError: the model has fewer FFNs than the experts need.
+        ConversionError: the model has no FFNs in the registry, or an FFN cannot be split evenly.
     """
     ffns = find_ffns(model)
     config = experts.config
@@ -405,7 +426,7 @@ def build_experts_(
 
 
 def routing_names(model: nn.Module) -> set[str]:
-    """Return the names of the state of routers and experts' biases."""
+    """Return the names in a model's state dict that belong to routers or experts' biases."""
     prefixes = []
     for name, module in model.named_modules():
         if isinstance(module, RoutedActivation):
@@ -427,7 +448,9 @@ def check_placement(layers: Sequence[RoutedActivation]) -> None:
 
 
 def read_order_(layers: Sequence[RoutedActivation], folder: Path) -> None:
-    """Read the original order of the neurons. It stays unknown without the partition file.
+    """Read the original order of the neurons from the partition file into the layers.
+
+    It stays unknown if the folder has no such file.
 
     Raises:
         CheckpointError: the file is damaged or belongs to other weights, or is missing beside
@@ -468,28 +491,33 @@ def _stored_num_experts(tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def _check_key_norms(ffn: FFN, saved: Tensor, path: Path) -> None:
-    """Raise :class:`CheckpointError` if the partition file belongs to other weights."""
+    """Raise :class:`CheckpointError` if the key norms of the partition file are not the FFN's.
+
+    Quantised weights, and weights on the meta device, are not compared.
+    """
     if not has_plain_weight(ffn.proj_in):
         return
     with torch.no_grad(), weights_in_place(ffn.proj_in):
         if cast(Tensor, ffn.proj_in.weight).is_meta:  # device_map="meta" loads no weights
             return
         norms = _key_norms(ffn)
-    is_same = norms.shape == saved.shape and torch.allclose(
-        norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6
-    )
-    if not is_same:
+    has_same_shape = norms.shape == saved.shape
+    if not has_same_shape or not torch.allclose(norms, saved, rtol=_NORM_TOLERANCE, atol=1e-6):
         raise CheckpointError(f"{path} does not match the weights of {ffn.name}; {_WITHOUT_FILE}")
 
 
 def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
-    """Load the state that the dense model lacks from the extra file."""
+    """Load the state that the dense model lacks from the extra file.
+
+    Raises:
+        CheckpointError: the file is damaged, or lacks a tensor.
+    """
     path = folder / EXTRA_FILE
     tensors = {}
     if path.exists():
         tensors = files.read_tensors(path)
     for layer in layers:
-        # the weights hold the mean of the experts' biases, which the biases replace
+        # the weights have one bias for all experts, which their own biases, loaded below, replace
         if layer.output_bias is not None:
             cast(Tensor, layer.ffn.proj_out.bias).zero_()
         for module_key, module in _modules_with_state(layer):
@@ -501,7 +529,10 @@ def load_extra_(layers: Sequence[RoutedActivation], folder: Path) -> None:
 def _load_routing_(
     layers: Sequence[RoutedActivation], weights: files.Weights, folder: Path
 ) -> None:
-    """Load the routing state of a model that transformers loaded without experts."""
+    """Load the state of routers and experts' biases from a folder's weights.
+
+    Transformers has loaded the rest of the model, but did not know the experts.
+    """
     matches = stored_routing(layers, weights.files)
     for layer in layers:
         # a name without a match is its own key, which the error names
@@ -513,13 +544,16 @@ def _load_routing_(
 def _load_named_(
     module: nn.Module, keys: Mapping[str, str], tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """Load a module's state. Raise :class:`CheckpointError` if a tensor is missing or does not fit.
+    """Load stored tensors into a module.
 
     Args:
         module: module to load.
         keys: the key in ``tensors`` of each name in the module's state.
         tensors: stored tensors.
         folder: checkpoint, for error messages.
+
+    Raises:
+        CheckpointError: a tensor is missing or does not fit.
     """
     for key in keys.values():
         if key not in tensors:
@@ -538,42 +572,50 @@ def _load_named_(
 def stored_routing(
     layers: Sequence[RoutedActivation], stored: Mapping[str, Path]
 ) -> dict[tuple[RoutedActivation, str], str]:
-    """Map each layer and name in its routing state to the tensor's name in a checkpoint.
+    """Find the tensors of the routers and experts' biases among the tensors of a checkpoint.
 
-    Names that are not stored are left out. A checkpoint's names may have another prefix than the
-    model's, and transformers renames parts of some prefixes. But they end alike, and their layers
+    A checkpoint's names may have another prefix than the model's, and transformers renames parts of
+    some prefixes. But both end with the activation's path and the name in the layer, and the layers
     are in the same order.
+
+    Args:
+        layers: routed FFNs of the model.
+        stored: file of each tensor, by the tensor's name in the checkpoint.
+
+    Returns:
+        Each tensor's name in the checkpoint, by layer and name in the layer's state. Tensors that
+        are not stored are left out.
     """
-    endings = set()
+    # the layers that have a tensor of some name, by the activation's path and this name
+    layers_of_ending: dict[tuple[str, str], list[RoutedActivation]] = defaultdict(list)
     for layer in layers:
         for name in layer.state_dict():
-            endings.add(f"{layer.ffn.spec.activation}.{name}")
+            layers_of_ending[layer.ffn.spec.activation, name].append(layer)
 
     matches: dict[tuple[RoutedActivation, str], str] = {}
-    for ending in sorted(endings):
-        stored_names = [name for name in stored if name.endswith(f".{ending}")]
+    for (path, name), owners in layers_of_ending.items():
+        ending = f".{path}.{name}"
+        stored_names = [stored_name for stored_name in stored if stored_name.endswith(ending)]
         stored_names.sort(key=_layer_numbers)
-        # T5's encoder and decoder have the activation at different paths, and so different endings
-        owners = [layer for layer in layers if ending.startswith(f"{layer.ffn.spec.activation}.")]
+        # if a layer's tensor is missing, the others cannot be assigned to their layers
         if len(stored_names) != len(owners):
             continue
         for layer, stored_name in zip(owners, stored_names, strict=True):
-            name = ending.removeprefix(f"{layer.ffn.spec.activation}.")
             matches[layer, name] = stored_name
     return matches
 
 
 def _layer_numbers(name: str) -> list[int]:
-    """Return the numbers in a tensor's name, which order names by layer (9 before 10)."""
+    """Return the numbers in a tensor's name. As a sort key, they put layer 9 before layer 10."""
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def check_routing_is_stored(
     layers: Sequence[RoutedActivation], stored: Mapping[str, Path], folder: Path
 ) -> None:
-    """Raise :class:`CheckpointError` if a checkpoint lacks a router or experts' biases.
+    """Raise :class:`CheckpointError` if a checkpoint lacks state of a router or experts' biases.
 
-    Transformers would only warn, and leave them as uninitialised memory.
+    Transformers would only warn, and leave it as uninitialised memory.
     """
     matches = stored_routing(layers, stored)
     for layer in layers:

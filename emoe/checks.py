@@ -14,19 +14,22 @@ from emoe.errors import ConversionError, nearest_divisor
 
 
 def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Check that weights are plain, finite, unshared and of matching shapes.
+    """Raise :class:`ConversionError` if FFNs of a model cannot be converted.
 
-    Also check that no module between the activation and the out-projection mixes neurons.
+    Their weights must be ordinary matrices (see :func:`check_plain`) of matching shapes, and no
+    other module may share them. The activation must have no parameters. Between it and the
+    out-projection there may only be dropouts.
     """
     check_plain(ffns)
     for ffn in ffns:
         _check_shapes(ffn)
+        _check_activation(ffn)
         _check_between(ffn)
     _check_unshared(model, ffns)
 
 
 def check_plain(ffns: Iterable[FFN]) -> None:
-    """Check that weights are finite floating-point matrices.
+    """Raise :class:`ConversionError` unless all weights are finite floating-point matrices.
 
     Quantised and sharded weights, and projections that an adapter wraps, are refused.
     """
@@ -36,7 +39,10 @@ def check_plain(ffns: Iterable[FFN]) -> None:
 
 
 def _check_weight(name: str, module: nn.Module) -> None:
-    """Check one projection. ``name`` is for the error."""
+    """Check that a projection's weight is loaded and plain, and that weight and bias are finite.
+
+    ``name`` is the projection's name in error messages.
+    """
     # a computed weight (weight norm, pruning) is not a parameter
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or not _is_plain(weight):
@@ -76,16 +82,22 @@ def _check_shapes(ffn: FFN) -> None:
             )
 
 
+def _check_activation(ffn: FFN) -> None:
+    """Check that the activation has no parameters."""
+    # a function has none
+    if not isinstance(ffn.activation, nn.Module):
+        return
+    has_parameters = len(list(ffn.activation.parameters())) > 0
+    if has_parameters:
+        class_name = type(ffn.activation).__name__
+        raise ConversionError(
+            f"{ffn.name}.{ffn.spec.activation} ({class_name}) has parameters, "
+            "which EMoE does not support"
+        )
+
+
 def _check_between(ffn: FFN) -> None:
-    """Check that the activation has no parameters, and that only dropouts follow it."""
-    if isinstance(ffn.activation, nn.Module):
-        has_parameters = len(list(ffn.activation.parameters())) > 0
-        if has_parameters:
-            kind = type(ffn.activation).__name__
-            raise ConversionError(
-                f"{ffn.name}.{ffn.spec.activation} ({kind}) has parameters, "
-                "which EMoE does not support"
-            )
+    """Check that all modules between activation and out-projection are dropouts or identities."""
     for path, module in ffn.between():
         if not isinstance(module, nn.Identity | nn.Dropout):
             raise ConversionError(
@@ -94,7 +106,7 @@ def _check_between(ffn: FFN) -> None:
 
 
 def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Check that no other module shares the weights: a permutation would change that module too."""
+    """Check that no other module shares the weights: reordering neurons would change it too."""
     # names of the modules that use a parameter, by the parameter's id
     users: dict[int, set[str]] = defaultdict(set)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -112,7 +124,7 @@ def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
 
 
 def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
-    """Check that ``num_experts`` divides the width of every FFN."""
+    """Raise :class:`ConversionError` unless ``num_experts`` divides every FFN's neurons evenly."""
     for ffn in ffns:
         if ffn.d % num_experts != 0:
             nearest = nearest_divisor(ffn.d, num_experts)

@@ -190,7 +190,10 @@ def _check_trainable(ffns: Iterable[FFN]) -> None:
 def convert_ffn(
     ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor]
 ) -> LayerReport:
-    """Turn one FFN into experts, in place, without checks. The partition is empty for GMoE."""
+    """Turn one FFN into experts, in place and without checks, and return its report.
+
+    ``partition`` has the FFN's permutation by layer number. It is empty for GMoE.
+    """
     permutation = None
     if isinstance(config, GMoEConfig):
         widen(ffn, config.num_experts)
@@ -200,7 +203,7 @@ def convert_ffn(
     # the constructor puts the module into the model
     RoutedActivation(ffn, config, permutation)
 
-    # a mapping of the caller's own has no such numbers
+    # a permutation that the caller has computed comes without these two
     explained = None
     seconds = None
     if isinstance(partition, Partition):
@@ -221,7 +224,7 @@ def convert_ffn(
 def conversion_report(
     reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
 ) -> ConversionReport:
-    """Summarize a conversion.
+    """Build the report of a conversion.
 
     Args:
         reports: one for each converted FFN.
@@ -230,20 +233,21 @@ def conversion_report(
         neurons: number of neurons of the dense model's FFNs.
         added: number of parameters that the dense model does not have.
     """
-    # number of experts with as many neurons as the dense FFN: one copy of GMoE, all experts of EMoE
-    dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts
-    # a token uses so many more experts than that; for EMoE, the number is not positive
-    additional_experts = config.num_active_experts - dense_experts
-    additional_neurons = sum(report.expert_size * additional_experts for report in reports)
-    active = neurons + additional_neurons
-    return ConversionReport(tuple(reports), ffns, active / neurons, added)
+    # the dense FFN has the neurons of one copy of GMoE, or of all experts of EMoE
+    experts_per_dense_ffn = 1 if isinstance(config, GMoEConfig) else config.num_experts
+    active_neurons = neurons
+    for report in reports:
+        neurons_of_dense_ffn = report.expert_size * experts_per_dense_ffn
+        neurons_of_active_experts = report.expert_size * config.num_active_experts
+        active_neurons += neurons_of_active_experts - neurons_of_dense_ffn
+    return ConversionReport(tuple(reports), ffns, active_neurons / neurons, added)
 
 
 @torch.no_grad()
 def widen(ffn: FFN, copies: int) -> None:
-    """Repeat the neurons ``copies`` times in each projection, in place.
+    """Give an FFN ``copies`` copies of its neurons, one after the other, in place.
 
-    The output bias is not copied.
+    The output bias is not copied, because it does not belong to a neuron.
     """
     # 0, 1, …, d - 1, once for each copy
     neurons = torch.arange(ffn.d).repeat(copies)
@@ -254,7 +258,8 @@ def widen(ffn: FFN, copies: int) -> None:
             if parameter_path in neuron_dims:
                 widened = ffn.take(parameter_path, parameter, neurons)
                 resize_parameter_(module, name, widened)
-        # the attributes of nn.Linear, which stores [out, in], and of GPT-2's Conv1D, [in, out]
+        # Update the sizes that modules store: out_features and in_features in nn.Linear, whose
+        # weight is [out, in], and nx and nf in GPT-2's Conv1D, whose weight is [in, out].
         rows, columns = cast(Tensor, module.weight).shape
         sizes = {"out_features": rows, "in_features": columns, "nx": rows, "nf": columns}
         for name, size in sizes.items():
@@ -266,8 +271,9 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """Fold the experts back into the dense FFN, in place, by removing the routing (EMoE2Dense).
 
     The weights stay as they are, bit by bit, and adapters stay in place. The outputs change unless
-    every expert was in use (``top_k == num_experts``). The experts' output biases become one,
-    ``k / N`` times their sum. Before training this is the dense FFN's bias.
+    every expert was in use (``top_k == num_experts``). The experts' output biases become one: their
+    mean, times the number of experts that a token used when the model was converted. Before
+    training this is the dense FFN's bias.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -354,14 +360,20 @@ def _parts_with_experts(model: nn.Module) -> list[nn.Module]:
 def _check_state_of_part(
     part: nn.Module, state: Mapping[str, Any], prefix: str, *_: object
 ) -> None:
-    """Check the state that is loaded into a module below a converted model."""
-    # with a prefix, a larger module is loaded, whose own hook has checked its state
+    """Check the state that is loaded into a module inside a converted model.
+
+    A hook that PyTorch also calls when the whole model, or a larger module, is loaded.
+    """
+    # with a prefix, a larger module is loaded, whose own hook has checked the state already
     if prefix == "":
         _check_state(part, state, prefix)
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Raise :class:`CheckpointError` for a dense model's state, before anything is loaded."""
+    """Raise :class:`CheckpointError` for a dense model's state, before anything is loaded.
+
+    If the state is another model's, the original order of the neurons becomes unknown.
+    """
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
     for layer in routed_layers(model):
         name = names.get(id(layer.ffn.proj_in))
@@ -373,20 +385,17 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
 
 
 def _is_comparable(ffn: FFN, weight: Any) -> bool:
-    """Check if a weight to be loaded into an in-projection can be compared with the present one.
-
-    Both must be plain tensors of the same shape.
-    """
+    """Check if a weight and the FFN's in-projection weight are plain tensors of the same shape."""
     present = cast(Tensor, ffn.proj_in.weight)
     are_plain = is_plain_tensor(weight) and is_plain_tensor(present)
     return are_plain and weight.shape == present.shape
 
 
 def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
-    """Compare the order of neurons in a weight to be loaded into an in-projection with the present.
+    """Check the order of the neurons in a weight that is to be loaded into the in-projection.
 
-    Raise :class:`CheckpointError` if it is the dense model's order. If the weight is another
-    model's, the layer's original order becomes unknown.
+    Raise :class:`CheckpointError` if they are in the dense model's order. If the weight is another
+    model's, set ``layer.permutation`` to None: the original order is unknown.
     """
     permutation = cast(Tensor, layer.permutation)
     keys = layer.ffn.keys().detach().float()
@@ -396,7 +405,7 @@ def _check_order_(layer: RoutedActivation, weight: Tensor) -> None:
     similarity = _mean_cosine(keys, loaded_keys)
     similarity_permuted = _mean_cosine(keys, permuted_keys)
 
-    # if the permutation changes nothing, the similarities differ only by rounding
+    # if the permutation is 0, 1, 2, …, the two similarities differ only by rounding
     orders_differ = bool((permutation.diff() != 1).any())
     if orders_differ and similarity_permuted > max(similarity, _SIMILAR):
         raise CheckpointError(
@@ -441,7 +450,8 @@ def converted_layers(
 ) -> list[RoutedActivation]:
     """Return a model's routed FFNs.
 
-    If there are none, raise :class:`ConversionError` with the caller's name and a hint.
+    Raises:
+        ConversionError: there are none. The message contains ``caller`` and ``hint``.
     """
     layers = routed_layers(model)
     if not layers:

@@ -15,11 +15,17 @@ class ConfigError(EMoEError):
 
 
 class ConversionError(EMoEError):
-    """Raised if a model cannot be converted as requested. The model is unchanged."""
+    """Raised if a model does not fit a conversion, or another operation on converted models.
+
+    A conversion that raises it has not changed the model.
+    """
 
 
 class CheckpointError(EMoEError):
-    """Raised if a checkpoint folder is missing, damaged, or does not match its weights."""
+    """Raised if a checkpoint is missing, damaged, unsafe or another model's, or cannot be written.
+
+    Also raised if a dense model's state dict is loaded into a converted model.
+    """
 
 
 def did_you_mean(given: object, options: Iterable[object]) -> str:
@@ -37,7 +43,7 @@ def did_you_mean(given: object, options: Iterable[object]) -> str:
 
 
 def nearest_divisor(width: int, number: int) -> int:
-    """Return the divisor of ``width`` nearest to ``number``; ties go to the smaller."""
+    """Return the divisor of ``width`` that is nearest to ``number``, the smaller one of a tie."""
     divisors = [n for n in range(1, width + 1) if width % n == 0]
     # min returns the first, and so the smaller, of two divisors at the same distance
     return min(divisors, key=lambda divisor: abs(divisor - number))

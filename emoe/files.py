@@ -58,7 +58,7 @@ def _readable(path: Path) -> Iterator[None]:
 def _writable(path: Path) -> Iterator[None]:
     """Raise a one-line :class:`CheckpointError` if safetensors cannot write to a file or folder.
 
-    Afterwards, apply the umask to its files.
+    Afterwards, give the written files the permissions that the umask allows.
     """
     try:
         yield
@@ -86,7 +86,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read a folder's ``config.json``; empty if missing (raises :class:`CheckpointError`)."""
+    """Read a folder's ``config.json``. Without the file, return an empty dictionary.
+
+    A damaged file raises :class:`CheckpointError`.
+    """
     path = folder / STOCK_CONFIG_FILE
     if not path.exists():
         return {}
@@ -111,13 +114,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the umask's permissions (raises :class:`CheckpointError`)."""
+    """Write tensors to a safetensors file (raises :class:`CheckpointError`)."""
     with _writable(path):
         save_file(tensors, path, metadata=metadata)
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Hash a tensor's dtype, shape and bytes with sha256."""
+    """Return the sha256 hash of a tensor's dtype, shape and bytes, in hexadecimal."""
     plain = tensor.detach().cpu().contiguous()
     form = f"{plain.dtype}{tuple(plain.shape)}"
     digest = hashlib.sha256(form.encode())
@@ -128,7 +131,10 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder's weights (raises :class:`CheckpointError`)."""
+    """Return the safetensors files that hold a folder's weights: one file, or all shards.
+
+    Raises :class:`CheckpointError` if there are none, or the index of the shards is damaged.
+    """
     single_name, index_name = WEIGHT_FILES
     single = folder / single_name
     index = folder / index_name
@@ -199,7 +205,7 @@ def model_folder(model: str, options: Mapping[str, Any] | None = None) -> Path:
             ``local_files_only`` count.
 
     Raises:
-        CheckpointError: the hub has no such model, or the folder is not a safe and whole model.
+        CheckpointError: the hub has no such model, or :func:`check_loadable` rejects the folder.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -243,7 +249,10 @@ def loader_for(folder: Path) -> Any:
 
 
 def writer_of(folder: Path) -> str | None:
-    """Return the name of the transformers class that wrote a folder, None if it names none."""
+    """Return the name of the transformers class that wrote a folder.
+
+    None if ``config.json`` names no class. Raises :class:`CheckpointError` if the entry is damaged.
+    """
     names = read_settings(folder).get("architectures")
     if names is None or names == []:
         return None
@@ -255,9 +264,10 @@ def writer_of(folder: Path) -> str | None:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a library could not load a folder, or would execute code.
+    """Raise :class:`CheckpointError` if a folder cannot be loaded, or would execute code.
 
-    That is a folder with adapters, with code from a hub, or without readable safetensors files.
+    Such a folder holds adapters, names code from a hub, has a named pipe as a settings file, or
+    lacks readable safetensors files.
     """
     check_companions(folder)
     if (folder / "adapter_config.json").exists():
@@ -277,9 +287,9 @@ def check_loadable(folder: Path) -> None:
 
 
 def check_companions(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a settings file is a named pipe.
+    """Raise :class:`CheckpointError` if a settings or tokenizer file is not an ordinary file.
 
-    Libraries would wait for its content.
+    A library would wait for ever for the content of a named pipe.
     """
     for path in folder.iterdir():
         is_special = path.exists() and not path.is_file() and not path.is_dir()
@@ -300,8 +310,8 @@ def load_stock(
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint.
-        restored: function that names tensors that :mod:`emoe.loader` reads from another file of the
-            folder. All others must be stored.
+        restored: function that returns the names of the model's tensors that :mod:`emoe.loader`
+            reads from another file of the folder. All others must be stored.
         new_head: accept a transformers checkpoint without the weights of the model's head.
         **options: options of the loader. ``ignore_mismatched_sizes`` accepts a head of another
             shape, timm's ``num_classes`` a new head.
@@ -330,7 +340,11 @@ def load_stock(
 
 
 def build_without_weights(loader: Any, folder: Path, **options: Any) -> nn.Module:
-    """Build the timm or plain model of a folder (raises :class:`CheckpointError`)."""
+    """Build the timm or plain model of a folder without loading its weights.
+
+    Raises :class:`CheckpointError` if :func:`check_loadable` rejects the folder, or timm cannot
+    build the model.
+    """
     check_loadable(folder)
     if not _is_timm(loader):
         # errors of the user's own function are not caught
@@ -341,6 +355,7 @@ def build_without_weights(loader: Any, folder: Path, **options: Any) -> nn.Modul
 
 
 def _is_timm(loader: Any) -> bool:
+    """Check if a loader is a function of timm."""
     module_name = str(getattr(loader, "__module__", None))
     return module_name.startswith("timm.")
 
@@ -359,13 +374,14 @@ def _one_line_errors(loader: Any, folder: Path) -> Iterator[None]:
 
 
 def check_head(folder: Path, options: Mapping[str, Any]) -> None:
-    """Raise :class:`CheckpointError` if a timm folder's number of classes is not its stored head's.
+    """Raise :class:`CheckpointError` if ``num_classes`` in a timm folder does not fit its weights.
 
-    timm would draw a new head without a message. The option ``num_classes`` asks for one.
+    timm would then create a new head without a message. With a ``num_classes`` in ``options``,
+    which asks for a new head, nothing is checked.
     """
     settings = read_settings(folder)
     classes = settings.get("num_classes")
-    # path of the head in the model
+    # name of the head's module
     head = None
     pretrained = settings.get("pretrained_cfg")
     if isinstance(pretrained, dict):
@@ -396,9 +412,10 @@ def _rows_of_weight(weights: Weights, module: str) -> int:
 def _load_with_transformers(
     loader: Any, folder: Path, restored: Restored | None, new_head: bool, options: dict[str, Any]
 ) -> Any:
-    """Load a checkpoint with transformers. It must store the model's tensors in the model's shapes.
+    """Load a checkpoint with transformers, and check that no other tensor is missing or resized.
 
-    The exceptions are tensors that ``restored`` names, and a head that the caller accepts as new.
+    Tensors that ``restored`` names may be missing, and a head that the caller accepts as new. See
+    :func:`load_stock` for the arguments and the result.
     """
     loader_options = {
         "trust_remote_code": False,
@@ -408,28 +425,27 @@ def _load_with_transformers(
         # sizes are checked below, because transformers' error does not name the tensors
         "ignore_mismatched_sizes": True,
     }
-    # transformers would report what the caller restores
+    # transformers would report tensors as missing that the caller restores
     silence = quiet() if restored else nullcontext()
     with silence:
         model, info = loader.from_pretrained(str(folder), **loader_options)
 
-    expected = restored(model) if restored else set()
-    missing = set(info["missing_keys"]) - expected
-    mismatched = {name for name, *_ in info["mismatched_keys"]} - expected
-    heads = _head_names(model, missing | mismatched)
+    names_restored = restored(model) if restored else set()
+    missing = set(info["missing_keys"]) - names_restored
+    mismatched = {name for name, *_ in info["mismatched_keys"]} - names_restored
+    head_names = _head_names(model, missing | mismatched)
 
-    # a checkpoint that another class wrote may lack the head, which transformers then draws
-    drawn: set[str] = set()
+    # a checkpoint that another class wrote may lack the head, which transformers then initialises
+    accepted: set[str] = set()
     if new_head and writer_of(folder) != type(model).__name__:
-        drawn = missing & heads
-    if restored and drawn:  # else transformers has reported it
+        accepted = missing & head_names
+    if restored and accepted:  # else transformers has reported it
         logging.getLogger("emoe").warning(
-            "%s has no %s: train this new head", folder, ", ".join(sorted(drawn))
+            "%s has no %s: train this new head", folder, ", ".join(sorted(accepted))
         )
-    resized: set[str] = set()
     if options.get("ignore_mismatched_sizes"):
-        resized = mismatched & heads
-    _check_complete((missing | mismatched) - drawn - resized, folder)
+        accepted |= mismatched & head_names
+    _check_complete((missing | mismatched) - accepted, folder)
     _check_layers(model, info["unexpected_keys"], folder)
 
     if options.get("output_loading_info"):
@@ -438,25 +454,31 @@ def _load_with_transformers(
 
 
 def _head_names(model: Any, names: Iterable[str]) -> set[str]:
-    """Return the names that belong to the head or the pooler of a transformers model."""
-    # "" if the model is the base model, which has no head
-    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    """Return those of some tensors' names that belong to a transformers model's head or pooler."""
+    # Outside its head, a model's names begin with the base model's. The base model has no head.
+    base_prefix = f"{model.base_model_prefix}."
+    if model.base_model is model:
+        base_prefix = ""
     heads = set()
     for name in names:
         is_pooler = ".pooler." in f".{name}"
-        if is_pooler or not name.startswith(body):
+        if is_pooler or not name.startswith(base_prefix):
             heads.add(name)
     return heads
 
 
 def _check_layers(model: nn.Module, unexpected: Iterable[str], folder: Path) -> None:
-    """Raise :class:`CheckpointError` if the weights have more layers than the configuration."""
+    """Raise :class:`CheckpointError` if the weights have more layers than the configuration.
+
+    ``unexpected`` are the names of stored tensors that the model does not have.
+    """
     # without the prefix, because the weights may be the base model's
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     known = set()
     for name in model.state_dict():
         known.add(_without_numbers(name).removeprefix(prefix))
     for name in sorted(unexpected):
+        # a name of the model with another layer number
         is_in_layer = re.search(r"\.\d+\.", name) is not None
         if is_in_layer and _without_numbers(name).removeprefix(prefix) in known:
             path = folder / STOCK_CONFIG_FILE
@@ -464,16 +486,17 @@ def _check_layers(model: nn.Module, unexpected: Iterable[str], folder: Path) -> 
 
 
 def _without_numbers(name: str) -> str:
-    """Return a tensor's name with ``#`` for each number, so that all layers' names are equal."""
+    """Replace each number in a tensor's name by ``#``, so that its name is equal in all layers."""
     return re.sub(r"\d+", "#", name)
 
 
 def load_state_(
     model: nn.Module, stored: Mapping[str, Tensor], folder: Path, restored: Collection[str] = ()
 ) -> None:
-    """Load the stored tensors of a plain or timm model.
+    """Load stored tensors into a plain or timm model.
 
-    All tensors of the model must be stored in its shapes, except the restored ones.
+    Raise :class:`CheckpointError` if a tensor of the model is not stored, or in another shape. The
+    names in ``restored`` are excepted, because the caller loads them later.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
@@ -483,7 +506,10 @@ def load_state_(
 
 
 def _check_complete(missing: Collection[str], folder: Path) -> None:
-    """Raise :class:`CheckpointError` if there are missing tensors, or tensors of other shapes."""
+    """Raise :class:`CheckpointError` that names the first tensor in ``missing``, if there is one.
+
+    These are the model's tensors that the folder lacks, or stores in another shape.
+    """
     if missing:
         name = min(missing)
         raise CheckpointError(
@@ -493,7 +519,7 @@ def _check_complete(missing: Collection[str], folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the reports and progress bars of transformers."""
+    """Silence the warnings and progress bars of transformers within a ``with`` block."""
     from transformers.utils import logging as reports
 
     level = reports.get_verbosity()
@@ -545,14 +571,18 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
 
 
 def check_new(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a folder is not empty."""
+    """Raise :class:`CheckpointError` if a path exists and is not an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; name a new folder")
 
 
 @contextmanager
 def new_folder(folder: Path, source: Path) -> Iterator[Path]:
-    """Write to a temporary folder with the companions of the source, and rename it at the end."""
+    """Yield a temporary folder to write a model to, and rename it to ``folder`` at the end.
+
+    It begins with copies of the settings, tokenizer and templates in ``source``. An error leaves
+    ``folder`` as it was. Raises :class:`CheckpointError` if ``folder`` is neither new nor empty.
+    """
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     companions = _find_companions(source)
@@ -570,8 +600,8 @@ def new_folder(folder: Path, source: Path) -> Iterator[Path]:
 def _find_companions(source: Path) -> list[Path]:
     """Return the settings, tokenizers and templates in a folder and its subfolders.
 
-    Leaves out emoe's own files and the index of the weights, which saving writes anew, and links
-    that lead out of the folder.
+    Leave out emoe's own files and the index of the weights, which saving writes anew. Leave out
+    links that lead out of the folder.
     """
     root = source.resolve()
     # the hub's cache has files as links from `snapshots/REVISION` to `blobs`

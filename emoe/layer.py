@@ -32,11 +32,14 @@ from emoe.tokens import PaddingMaskHook, do_nothing
 
 
 class _CallState:
-    """The tensors that an FFN's modules exchange in one call, and the balance loss.
+    """The tensors that an FFN's modules pass to each other in one call, and the balance loss.
+
+    ``T`` is the number of tokens, ``N`` the number of experts.
 
     Attributes:
-        x: FFN input ``[..., h]``, from the in-projection to the activation.
-        weights: expert weights ``[T, N]``, from the activation to the out-projection.
+        x: FFN input ``[..., h]``, which the in-projection's hook passes to the activation.
+        weights: expert weights ``[T, N]``, which the activation passes to the out-projection's
+            hook.
         loss: balance loss of the last call.
     """
 
@@ -46,7 +49,7 @@ class _CallState:
 
 
 class _ThreadState(_CallState, threading.local):
-    """The state of a call in each thread, so that threads can share a model."""
+    """A call's tensors, separate for each thread, so that threads can share a model."""
 
 
 class RoutedActivation(nn.Module):
@@ -56,18 +59,25 @@ class RoutedActivation(nn.Module):
     input, from which the router computes scores. A hook on the out-projection adds the experts' own
     output biases, if there are any.
 
+    In the shapes, ``T`` is the number of tokens, ``N`` the number of experts, ``d`` the number of
+    neurons and ``h`` the model's width.
+
     Attributes:
         activation: the FFN's own activation, a module or a function.
+        ffn: the FFN that is routed.
+        config: configuration of the experts.
         permutation: ``[d]`` order of the neurons, on the CPU, to undo the conversion. None if
             unknown.
+        router: module that scores the experts.
         output_bias: output biases ``[N, h]`` of the experts, None if they share the
             out-projection's.
-        output_bias_parts: number of expert biases that sum to the FFN's own bias, None if they
-            share one.
+        output_bias_parts: number of expert biases that summed to the FFN's own bias at conversion.
+            None if the experts share that bias.
         record: the layer's :class:`emoe.records.LayerRecord` during :func:`emoe.record_routing`,
             else None.
-        padding: source of the padding mask, None if the configuration does not need it.
+        padding: hook that reads the padding mask, None if the configuration does not need it.
         replaced: modules that the sparse backend replaced, by path; empty for the masked backend.
+        num_own_hooks: number of forward pre-hooks that the constructor registered on this module.
     """
 
     router: Router
@@ -134,13 +144,14 @@ class RoutedActivation(nn.Module):
 
     @property
     def _call_state(self) -> _CallState:
-        """The state for compiled code, or that of this thread."""
+        """The current call's tensors: this thread's, or one common state in compiled code."""
         return self._traced if torch.compiler.is_compiling() else self._eager
 
     def remove_(self) -> None:
-        """Restore the FFN's modules and its single output bias.
+        """Restore the FFN's own modules and its single output bias (:meth:`mean_output_bias`).
 
-        The bias is ``(k / N) * sum of the experts' biases``.
+        Raises:
+            ConversionError: the out-projection is quantised.
         """
         if not isinstance(self.ffn.proj_out.weight, Tensor):
             name = f"{self.ffn.name}.{self.ffn.spec.proj_out}"
@@ -158,7 +169,7 @@ class RoutedActivation(nn.Module):
             proj_out.register_parameter("bias", bias)
 
     def _split_output_bias(self) -> None:
-        """Move the out-projection's bias, if it has one, to output biases ``[N, h]`` of experts."""
+        """Replace the out-projection's bias, if it has one, by an output bias for each expert."""
         proj_out = self.ffn.proj_out
         bias = bias_of(proj_out)
         if bias is None:
@@ -173,7 +184,9 @@ class RoutedActivation(nn.Module):
         # computed first, because resizing changes `bias`
         zeros = torch.zeros_like(bias)
         expert_bias = bias.detach() / parts
-        resize_parameter_(proj_out, "bias", expert_bias.repeat(self.config.num_experts, 1))
+        expert_biases = expert_bias.repeat(self.config.num_experts, 1)  # [N, h]
+        # resized in place and then moved here, so that an optimizer still has the parameter
+        resize_parameter_(proj_out, "bias", expert_biases)
         self.output_bias = cast(nn.Parameter, proj_out.bias)
         del proj_out.bias
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
@@ -181,7 +194,7 @@ class RoutedActivation(nn.Module):
         self._handles.append(proj_out.register_forward_hook(self._add_output_bias))
 
     def mean_output_bias(self) -> Tensor:
-        """Return the dense FFN's bias ``[h]``.
+        """Return the output bias ``[h]`` of the dense FFN that the experts are folded into.
 
         It is the mean of the experts' biases times ``output_bias_parts``.
         """
@@ -206,7 +219,10 @@ class RoutedActivation(nn.Module):
         return x.reshape(-1, x.shape[-1])
 
     def _add_output_bias(self, _module: nn.Module, _args: Any, y: Tensor) -> Tensor:
-        """Add the experts' biases to the FFN's output. A hook on the out-projection."""
+        """Add the biases of the last routing's experts to the FFN's output.
+
+        A hook on the out-projection.
+        """
         call = self._call_state
         weights = call.weights
         call.weights = None
@@ -220,13 +236,21 @@ class RoutedActivation(nn.Module):
         return y + weighted_biases.view_as(y).to(y.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Activate and route pre-activations ``[..., d]``."""
+        """Activate and route pre-activations ``[..., d]`` (see :meth:`activate`).
+
+        With the sparse backend, return the input as it is: the out-projection computes the FFN.
+        """
         if self.replaced:
             return z  # the FFN's input, see emoe.sparse.module
         return self.activate(z)
 
     def activate(self, z: Tensor) -> Tensor:
-        """Activate and mask the pre-activations ``[..., d]`` of the in-projection's last input."""
+        """Compute the activated neurons ``[..., d]``, times the weights of their experts.
+
+        Args:
+            z: pre-activations ``[..., d]``, which the in-projection has just computed. The experts
+                are chosen from the input that it got.
+        """
         if z.is_nested:
             raise RuntimeError(
                 f"{self.ffn.name}: nested tensors cannot be routed; set enable_nested_tensor=False"
@@ -262,11 +286,14 @@ class RoutedActivation(nn.Module):
         return self._weighted(hidden, weights)
 
     def choose_quickly(self, x: Tensor) -> Tensor | None:
-        """Mask the experts ``[T, N]`` of inputs ``[T, h]`` with one call of the compiled kernels.
+        """Choose the experts of inputs ``[T, h]`` with one call of the compiled kernels.
 
-        It equals :meth:`route`, whose steps take longer than the products of a few tokens. None if
-        there are no kernels, a gradient is recorded, or the configuration needs more than the
-        highest or lowest scores.
+        For a few tokens, the many small steps of :meth:`route` take longer than the FFN's products.
+
+        Returns:
+            The mask ``[T, N]`` that :meth:`route` would choose. None if there are no kernels, if a
+            gradient or the routing is recorded, or if the configuration needs more than a mask of
+            the highest or lowest scores.
         """
         keys = self.router.kept_keys()
         if keys is None or self.record is not None or self.output_bias is not None:
@@ -315,7 +342,13 @@ class RoutedActivation(nn.Module):
         return torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """See :meth:`emoe.routers.Router.scores`."""
+        """Score the experts ``[T, N]`` during the forward pass.
+
+        Args:
+            x: FFN inputs ``[T, h]``, None if unknown.
+            z: pre-activations ``[T, d]``.
+            hidden: activated neurons ``[T, d]``, for scores that are computed from them.
+        """
         with self._score_grad_context():
             return self.router.scores(x, z, hidden)
 
@@ -325,10 +358,12 @@ class RoutedActivation(nn.Module):
             return self.router(x)
 
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts by their scores ``[T, N]``, and store the balance loss.
+        """Choose each token's experts by their scores ``[T, N]``, and store the balance loss.
+
+        In training, the router's noise is added to the scores first.
 
         Returns:
-            Mask of the experts in use and their weights, both ``[T, N]``.
+            Mask of the chosen experts that had capacity left, and their weights, both ``[T, N]``.
         """
         config = self.config
         if clean.shape[-1] != config.num_experts:
@@ -352,22 +387,40 @@ class RoutedActivation(nn.Module):
                 weights = weights * kept
 
             if config.aux_loss_coefficient > 0:
-                # the authors' formula divides by the noise in evaluation too
-                divides_by_noise = self.training or config.balance_loss == "published"
-                loss_std = noise_std if divides_by_noise else 0.0
-                self._traced.loss = None  # else aux_loss would return an older loss
-                self._call_state.loss = balance_loss(
-                    clean, noisy, chosen, loss_std, config.balance_loss, token_mask
-                )
+                self._store_balance_loss(clean, noisy, chosen, token_mask)
+
         if self.record is not None:
             self.record.update(chosen, kept)
         return kept, weights
 
+    def _store_balance_loss(
+        self, clean: Tensor, noisy: Tensor, chosen: Tensor, token_mask: Tensor | None
+    ) -> None:
+        """Compute the balance loss, and store it for :attr:`aux_loss`.
+
+        Args:
+            clean: scores ``[T, N]`` without noise.
+            noisy: the scores that the experts were chosen by.
+            chosen: mask ``[T, N]`` of the chosen experts.
+            token_mask: mask ``[T]`` that is false for padding, None if there is none.
+        """
+        config = self.config
+        # the authors' formula divides by the noise in evaluation too
+        divides_by_noise = self.training or config.balance_loss == "published"
+        noise_std = 0.0
+        if divides_by_noise:
+            noise_std = config.router_noise / config.num_experts
+        self._traced.loss = None  # else aux_loss would return an older loss
+        self._call_state.loss = balance_loss(
+            clean, noisy, chosen, noise_std, config.balance_loss, token_mask
+        )
+
     def _choose(self, scores: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Choose experts by their scores ``[T, N]``.
+        """Choose each token's experts by their scores ``[T, N]``.
 
         Returns:
-            Mask of the chosen experts, and mask of those that had capacity left. Both ``[T, N]``.
+            Mask of the chosen experts, and mask of those among them that had capacity left for the
+            token. Both ``[T, N]``.
         """
         config = self.config
         if config.capacity_factor is None:
@@ -405,9 +458,9 @@ def _without_adapter(projection: nn.Module) -> Any:
 
 
 def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
-    """Set a parameter to values of another shape.
+    """Set a module's parameter to values of another shape.
 
-    Keep the object, unless an autograd graph refers to it.
+    The parameter stays the same object, unless an autograd graph refers to it.
     """
     parameter = cast(nn.Parameter, getattr(module, name))
     resized = nn.Parameter(values.detach(), requires_grad=parameter.requires_grad)
@@ -432,7 +485,7 @@ def routed_layers(model: nn.Module) -> list[RoutedActivation]:
 def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> None:
     """Raise :class:`ConversionError` if parts of a model were converted separately.
 
-    Then the parts have equal layer numbers or different configurations.
+    The layers of such parts have equal numbers or different configurations.
     """
     numbers = {layer.ffn.index for layer in layers}
     configs = {layer.config for layer in layers}
@@ -443,10 +496,11 @@ def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> Non
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:
-    """Sum the layers' balance losses of the last forward pass, times their coefficient.
+    """Return the sum of the layers' balance losses of the last forward pass.
 
-    Add it to the task loss of a training step, before the next forward pass. It is 0.0 if the
-    configuration has no balance loss (:func:`emoe.routing.balance_loss`).
+    Each loss (:func:`emoe.routing.balance_loss`) is multiplied by ``aux_loss_coefficient``. Add the
+    sum to the task loss of a training step, before the next forward pass. It is 0.0 if the
+    configuration has no balance loss.
 
     Args:
         model: converted model.
@@ -464,7 +518,8 @@ def aux_loss(model: nn.Module) -> Tensor | float:
 def update_gates_(model: nn.Module) -> nn.Module:
     """Update the running gates after an optimizer step.
 
-    Only configurations with ``gate_momentum`` have them.
+    A running gate is the moving average of an expert's mean key. Only configurations with
+    ``gate_momentum`` have it.
 
     Args:
         model: converted model.

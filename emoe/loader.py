@@ -50,7 +50,7 @@ class ExpertsConfig(QuantizationConfigMixin):
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of ``config.json``."""
+        """Return the ``quantization_config`` as in ``config.json``."""
         return self.experts.quantization_config()
 
 
@@ -64,7 +64,10 @@ class ExpertsLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Build the experts, and find out where their state is stored."""
+        """Build the experts, and find out if the weights or the extra file hold their state.
+
+        Transformers calls this method. It raises :class:`CheckpointError` if neither does.
+        """
         experts = self.quantization_config.experts
         self._folder: Path | None = None
         self._uses_extra_file = False
@@ -86,7 +89,10 @@ class ExpertsLoader(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Read what the weights do not hold, and finish the conversion."""
+        """Load the experts' state that the weights do not hold, and finish the conversion.
+
+        Transformers calls this method.
+        """
         check_placement(self._layers)
         if self._folder is not None:
             if self._uses_extra_file:
@@ -106,7 +112,7 @@ class ExpertsLoader(HfQuantizer):
 
 
 def _refuse_experts(*_args: Any, **_kwargs: Any) -> NoReturn:
-    """Raise an error.
+    """Raise an error that ``experts_implementation`` is not for this model.
 
     Transformers calls this function only in its own mixture-of-experts models.
     """

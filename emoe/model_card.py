@@ -58,7 +58,7 @@ _FOLDED_COPIES = "The copies have no dense equal."
 
 
 def write_model_card(model: nn.Module, folder: Path) -> None:
-    """Write a converted model's card, unless the folder has one."""
+    """Write a converted model's card to ``README.md``, unless the folder has this file."""
     path = folder / FILE
     if not path.exists():
         path.write_text(model_card(model), encoding="utf-8")
@@ -107,10 +107,10 @@ class _LibraryTexts(NamedTuple):
 
 
 def _library_texts(model: Any, config: EMoEConfig | GMoEConfig) -> _LibraryTexts:
-    """Return the texts for the library of a model."""
+    """Return the texts for the library that a model comes from."""
     name = type(model).__name__
     is_transformers = hasattr(model, "save_pretrained")
-    # a quantised model, whose quantization_config describes its quantizer instead of the experts
+    # in a quantised model, quantization_config describes the quantizer instead of the experts
     if is_transformers and not is_ours(getattr(model.config, QUANTIZATION_CONFIG, None)):
         return _LibraryTexts(
             library="transformers",

@@ -56,7 +56,11 @@ class Experts:
 
     @classmethod
     def from_dict(cls, config: Any, layers: Any) -> Experts:
-        """Check the values of a file.
+        """Build the description from the values in a JSON file.
+
+        Args:
+            config: the fields of the configuration, with its kind.
+            layers: the list of layer numbers.
 
         Raises:
             ValueError: a value has the wrong type or is out of range.
@@ -71,7 +75,7 @@ class Experts:
 
     @classmethod
     def from_quantization_config(cls, content: Mapping[str, Any]) -> Experts:
-        """Read a ``quantization_config`` (raises :class:`ValueError`)."""
+        """Build the description from a ``quantization_config`` (raises :class:`ValueError`)."""
         return cls.from_dict(content.get("experts"), content.get("layers"))
 
     def quantization_config(self) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def _is_layer_number(value: object) -> bool:
 
 
 def is_ours(quantization_config: Any) -> bool:
-    """Check if a ``quantization_config`` describes experts, not a quantised model."""
+    """Check if a ``quantization_config`` describes emoe's experts, not a quantised model."""
     return (
         isinstance(quantization_config, Mapping)
         and quantization_config.get("quant_method") == QUANT_METHOD
@@ -97,12 +101,12 @@ def is_ours(quantization_config: Any) -> bool:
 
 
 def describe_experts_(model: nn.Module) -> None:
-    """Write the experts into a transformers model's configuration.
+    """Write a description of the model's experts into its transformers configuration.
 
-    Models without one stay as they are.
+    A model without such a configuration stays as it is.
 
     Raises:
-        ConversionError: the model's registry row lacks a routed FFN.
+        ConversionError: a routed FFN is not among the FFNs that the registry names for the model.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
@@ -117,9 +121,9 @@ def describe_experts_(model: nn.Module) -> None:
 
 
 def update_description_(model: nn.Module) -> None:
-    """Write changed settings into the configurations in a model.
+    """Write the experts' present settings into the configurations in a model that describe experts.
 
-    If the model has no experts left, remove their description.
+    If the model has no experts left, remove the description.
     """
     layers = routed_layers(model)
     for config in described_configs(model):
@@ -131,9 +135,9 @@ def update_description_(model: nn.Module) -> None:
 
 
 def described_configs(model: nn.Module) -> list[Any]:
-    """Return the configurations in a model that describe experts.
+    """Return the transformers configurations in a model that describe experts.
 
-    They are its own, and those of wrapped models.
+    A model may have several, because its modules and the models that it wraps have one too.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -145,12 +149,12 @@ def described_configs(model: nn.Module) -> list[Any]:
 
 
 def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
-    """Return the routed FFNs by their number in this model.
+    """Map the number of each routed FFN in this model to its layer.
 
-    The numbers count all FFNs of ``model``, even if only a part of it was converted.
+    The numbers count all FFNs of ``model``, even if only a submodule of it was converted.
 
     Raises:
-        ConversionError: the model's registry row lacks a routed FFN.
+        ConversionError: a routed FFN is not among the FFNs that the registry names for the model.
     """
     # a routed layer is the activation of its FFN
     number_of_activation = {id(ffn.activation): ffn.index for ffn in find_ffns(model)}
@@ -166,9 +170,9 @@ def numbered_layers(model: nn.Module) -> dict[int, RoutedActivation]:
 
 
 def own_config_(model: nn.Module) -> None:
-    """Give a transformers model a copy of its configuration.
+    """Give a transformers model a configuration of its own: a copy.
 
-    Other models may share the object.
+    Other models may share the present object, and must not change with this one.
     """
     shared: Any = getattr(model, "config", None)
     if not hasattr(shared, "to_diff_dict"):
@@ -182,7 +186,7 @@ def own_config_(model: nn.Module) -> None:
 
 
 def _describes_experts(config: Any) -> bool:
-    """Check if a transformers configuration describes experts, in one of the two places."""
+    """Check if a transformers configuration describes experts, under one of the two keys."""
     return is_ours(getattr(config, QUANTIZATION_CONFIG, None)) or hasattr(config, SEPARATE_KEY)
 
 
@@ -195,7 +199,10 @@ def _stored_layers(config: Any) -> tuple[int, ...]:
 
 
 def _write(config: Any, experts: Experts) -> None:
-    """Write experts into a transformers configuration."""
+    """Write a description of experts into a transformers configuration.
+
+    It goes under ``quantization_config`` or, for a quantised model, under a key of its own.
+    """
     quantization_config = getattr(config, QUANTIZATION_CONFIG, None)
     is_quantised = quantization_config is not None and not is_ours(quantization_config)
     if not is_quantised:

@@ -22,18 +22,21 @@ _logger = logging.getLogger(__name__)
 
 
 def register_loader() -> None:
-    """Register the loader now if transformers' quantizers are imported, else when they are."""
+    """Register the loader of converted checkpoints with transformers.
+
+    Do it now if transformers' quantizers are imported already, else as soon as they are.
+    """
     if _QUANTIZERS in sys.modules:
         _import_loader()
     else:
-        # the first place, because the import system asks no further finder once one has an answer
+        # in the first place, because the import system uses the first finder that has an answer
         sys.meta_path.insert(0, _Finder())
 
 
 def _import_loader() -> None:
-    """Import our loader, which registers itself.
+    """Import :mod:`emoe.loader`, which registers itself with transformers.
 
-    A version of transformers that lacks what it needs keeps working, with a warning.
+    If this version of transformers lacks something that it imports, only log a warning.
     """
     try:
         importlib.import_module(_LOADER)
@@ -46,15 +49,15 @@ def _import_loader() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """A finder of one module, transformers' quantizers.
+    """An import finder for one module, ``transformers.quantizers.auto``.
 
-    It finds them as Python does, and replaces their loader by :class:`_LoadAndRegister`.
+    It finds the module as Python does, and wraps its import loader in :class:`_LoadAndRegister`.
     """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the changed specification of the one module, None for all others."""
+        """Return the changed import specification of the quantizers, None for other modules."""
         if fullname != _QUANTIZERS:
             return None
         # importlib.util.find_spec would ask this finder again
@@ -65,7 +68,10 @@ class _Finder(MetaPathFinder):
 
 
 class _LoadAndRegister(Loader):
-    """A loader that loads a module with its own loader, and then imports our loader."""
+    """An import loader that loads a module as before, and then imports :mod:`emoe.loader`.
+
+    ``loader`` is the module's own import loader.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -75,6 +81,6 @@ class _LoadAndRegister(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, then import our loader."""
+        """Execute the module, then import :mod:`emoe.loader`."""
         self._loader.exec_module(module)
         _import_loader()

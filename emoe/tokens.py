@@ -28,11 +28,19 @@ def is_recomputed() -> bool:
 
 
 def do_nothing(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-    """Do nothing. As a forward pre-hook, stop torch's fused layers from bypassing a module."""
+    """Do nothing.
+
+    Registered as a forward pre-hook, it stops torch's fused layers from bypassing the module.
+    """
 
 
 class _Call(NamedTuple):
-    """One call of a module: the argument (None if not a fitting tensor), and True until it ends."""
+    """One call of a watched module.
+
+    Attributes:
+        value: the argument that is read. None if it was not a tensor of the expected dimensions.
+        is_running: true until the call ends.
+    """
 
     value: Tensor | None
     is_running: bool
@@ -47,8 +55,8 @@ class _ArgumentHook:
     def __init__(self, module: nn.Module, argument: str, ndim: int) -> None:
         self._argument = argument
         self._ndim = ndim
-        # place among the positional arguments
-        names = _arguments(module)
+        # place among the arguments, because it may be passed by position
+        names = _argument_names(module)
         self._position = names.index(argument) if argument in names else None
         # the last call of each thread
         self._thread = threading.local()
@@ -79,27 +87,30 @@ class _ArgumentHook:
             value = kwargs.get(self._argument)
         if not isinstance(value, Tensor) or value.ndim != self._ndim:
             value = None
-        self._keep(_Call(value, is_running=True))
+        self._store(_Call(value, is_running=True))
 
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         """Store that the call has ended. The argument is kept, for the backward pass."""
-        call = self._call()
-        self._keep(_Call(call.value, is_running=False))
+        call = self._current_call()
+        self._store(_Call(call.value, is_running=False))
 
-    def _keep(self, call: _Call) -> None:
-        """Store the current call, for this thread and as the latest of all threads."""
+    def _store(self, call: _Call) -> None:
+        """Store a call as the latest of all threads and, outside compiled code, of this thread."""
         self._latest = call
         self._is_compiled = torch.compiler.is_compiling()
         if not self._is_compiled:
             self._thread.call = call
 
-    def _call(self) -> _Call:
-        """Return the current call of this thread, or the last one if none is in progress."""
-        # a compiled graph does not see what is stored by thread
+    def _current_call(self) -> _Call:
+        """Return this thread's current call, or its last one if none is running.
+
+        Compiled code gets the latest call of all threads. So does a forward pass that activation
+        checkpointing repeats in a thread without an argument of its own.
+        """
+        # compiled code cannot read thread-local attributes
         if torch.compiler.is_compiling() or self._is_compiled:
             return self._latest
         call: _Call = getattr(self._thread, "call", _Call(None, is_running=False))
-        # checkpointing may recompute in a thread that did not make the call
         if call.value is None and is_recomputed():
             return _Call(self._latest.value, call.is_running)
         return call
@@ -111,14 +122,16 @@ class _ArgumentHook:
 
 
 class PaddingMaskHook(_ArgumentHook):
-    """A hook that reads the padding mask of a model or of one of its stacks.
+    """A hook that reads the padding mask of a model, or of its encoder or decoder.
 
     Args:
         module: the module that is called with the mask.
         argument: ``attention_mask`` (1 for a token) or torch's ``…_key_padding_mask`` (True or -inf
             for padding).
-        cached: true if layers get only the newest tokens of each row (with a key-value cache).
-        rows_first: layers get ``[rows, tokens, h]``; false for torch's ``batch_first=False``.
+        cached: true if layers may get only the newest tokens of each row, because the model may
+            have a key-value cache.
+        rows_first: true if layers get ``[rows, tokens, h]``, false with torch's
+            ``batch_first=False``.
     """
 
     def __init__(
@@ -132,13 +145,17 @@ class PaddingMaskHook(_ArgumentHook):
     def token_mask(self, tokens: int) -> Tensor | None:
         """Return a mask ``[tokens]`` that is true for a layer's tokens and false for padding.
 
-        It is None if the model got no 2-D mask.
+        Args:
+            tokens: number of tokens that the layer got, with padding.
+
+        Returns:
+            The mask. None if the model got no 2-D mask.
 
         Raises:
             RuntimeError: the module was called without its hooks, or its mask does not fit the
                 tokens.
         """
-        call = self._call()
+        call = self._current_call()
         if not call.is_running and not is_recomputed():
             raise RuntimeError(
                 f"padding unknown: {self._name} was not called as a module; "
@@ -148,23 +165,23 @@ class PaddingMaskHook(_ArgumentHook):
             return None
 
         # With a key-value cache, the layer gets only the newest tokens of each row, but the mask
-        # covers all.
+        # has a column for all.
         rows, columns = call.value.shape
-        newest = columns
+        tokens_per_row = columns
         if self._cached and rows:
-            newest = tokens // rows
-        if rows * newest != tokens or newest > columns:
+            tokens_per_row = tokens // rows
+        if rows * tokens_per_row != tokens or tokens_per_row > columns:
             raise RuntimeError(
                 f"{self._argument} {[rows, columns]} does not fit the {tokens} tokens of a layer"
             )
-        newest_columns = call.value[:, columns - newest :]
+        newest_columns = call.value[:, columns - tokens_per_row :]
         mask = self._true_for_tokens(newest_columns)
         if not self._rows_first:
             mask = mask.t()
         return mask.reshape(-1).bool()
 
     def _true_for_tokens(self, mask: Tensor) -> Tensor:
-        """Return a mask that is true for tokens. Torch's own masks are true or -inf for padding."""
+        """Return a mask that is true for tokens. In torch's own masks, True or -inf is padding."""
         if self._argument == _MASK:
             return mask
         if mask.dtype == torch.bool:
@@ -191,18 +208,22 @@ class LabelHook(_ArgumentHook):
         """
         labels = self.given
         if labels is None:
-            labels = self._call().value
+            labels = self._current_call().value
         if labels is None or labels.is_floating_point():
             return None
         return labels
 
 
 def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMaskHook]:
-    """Watch the padding masks of FFNs. Return the hooks by layer number.
+    """Register hooks that read the padding masks of FFNs.
 
-    The mask belongs to the innermost module around an FFN that takes token ids, so encoder and
-    decoder have separate masks. Image and sound models have none. If no module takes token ids, the
-    mask is an argument of the model.
+    The mask is an argument of the innermost module around an FFN that takes token ids (or another
+    input of a model), so encoder and decoder have separate masks. If there is no such module, the
+    mask is an argument of the whole model.
+
+    Returns:
+        The hooks by layer number. A layer without a padding mask, as in image and sound models, has
+        no entry.
     """
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
@@ -211,7 +232,7 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
     for ffn in ffns:
         name = _module_with_mask(ffn, names, modules)
         if name not in hooks:
-            hooks[name] = _watch(modules[name], rows_first=ffn.rows_first)
+            hooks[name] = _hook_padding_mask(modules[name], rows_first=ffn.rows_first)
         hook = hooks[name]
         if hook is not None:
             by_layer[ffn.index] = hook
@@ -221,29 +242,37 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
 def _module_with_mask(
     ffn: FFN, names: Mapping[nn.Module, str], modules: Mapping[str, nn.Module]
 ) -> str:
-    """Return the name of the innermost module above an FFN's layer that takes inputs of a model.
+    """Return the name of the innermost module around an FFN's layer that takes a model's inputs.
 
-    It is ``""``, the whole model, if there is none.
+    Such inputs are token ids, pixels or torch's padding masks. Without such a module, return
+    ``""``, the name of the whole model.
     """
+    # Start above the layer, because torch's own layers also take a padding mask. The activation's
+    # path has one name more than dots. All but the last name lead from the layer to the parent.
     path = ffn.spec.activation
-    # Start with the module that contains the layer, because torch's layers get a mask of their own.
-    # From the activation's parent, it is one step up for each dot of the path, and one more.
     name = names[ffn.parents[path]]
-    steps = path.count(".") + 1
-    for _ in range(steps):
-        name, _, _ = name.rpartition(".")
+    steps_to_layer = path.count(".")
+    for _ in range(steps_to_layer + 1):
+        name = _parent_name(name)
+
     inputs = {_TEXT, *_OTHER_INPUTS, *_KEY_PADDING}
-    while name and inputs.isdisjoint(_arguments(modules[name])):
-        name, _, _ = name.rpartition(".")
+    while name and inputs.isdisjoint(_argument_names(modules[name])):
+        name = _parent_name(name)
     return name
 
 
-def _watch(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
-    """Watch the padding mask of a module.
+def _parent_name(name: str) -> str:
+    """Return the name of the module that contains a module, ``""`` for the whole model."""
+    parent, _, _ = name.rpartition(".")
+    return parent
 
-    Return None if it has no mask, or one for pixels or sound.
+
+def _hook_padding_mask(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
+    """Register a hook that reads the padding mask of a module.
+
+    Return None if the module takes no mask, or a mask of pixels or sound.
     """
-    arguments = _arguments(module)
+    arguments = _argument_names(module)
     masks = [name for name in (*_KEY_PADDING, _MASK) if name in arguments]
     if not masks:
         return None
@@ -257,14 +286,14 @@ def _watch(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
     return PaddingMaskHook(module, name, cached=cached, rows_first=rows_first)
 
 
-def _arguments(module: nn.Module) -> list[str]:
-    """Return the names of a module's arguments."""
+def _argument_names(module: nn.Module) -> list[str]:
+    """Return the names of the arguments of a module's ``forward``."""
     return list(inspect.signature(module.forward).parameters)
 
 
 def remove_argument_hooks(model: nn.Module) -> None:
-    """Remove the hooks that read arguments, also from a deep copy of the hooked model."""
-    # not by their handles, which a copy does not have
+    """Remove the hooks that read arguments from a model, which may be a deep copy."""
+    # search for the hooks, because a copy does not have their handles
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):

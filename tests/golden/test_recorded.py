@@ -43,20 +43,28 @@ LLAMA = {
 
 
 def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a recording: its settings, and its tensors by name."""
     arrays = np.load(DATA / f"{name}.npz")
     meta = json.loads(str(arrays["meta"]))
-    return meta, {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "meta"}
+    tensors = {}
+    for key in arrays.files:
+        if key != "meta":
+            tensors[key] = torch.from_numpy(arrays[key])
+    return meta, tensors
 
 
-def names(kind: str) -> list[str]:
-    return sorted(
-        path.stem
-        for path in DATA.glob("*.npz")
-        if path.stem.startswith("llama") == (kind == "llama")
-    )
+def names(implementation: str) -> list[str]:
+    """Return the names of the recordings of one implementation, ``llama`` or ``tutel``."""
+    found = []
+    for path in sorted(DATA.glob("*.npz")):
+        is_llama = path.stem.startswith("llama")
+        if is_llama == (implementation == "llama"):
+            found.append(path.stem)
+    return found
 
 
 def assert_close(actual: Tensor | None, expected: Tensor, name: str) -> None:
+    """Assert that two tensors are equal up to 1e-5 of the largest element."""
     assert actual is not None, name
     scale = float(expected.abs().max())
     torch.testing.assert_close(
@@ -70,11 +78,11 @@ def assert_close(actual: Tensor | None, expected: Tensor, name: str) -> None:
 
 def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend: str) -> PlainNet:
     """Convert a dense net as published and load the recorded weights."""
-    copies = name.startswith("gmoe")
-    size, n = meta["expert_size"], meta["num_experts"]
-    net = PlainNet(
-        FFN(meta["hidden"], size if copies else size * n, meta["activation"], gated=False)
-    )
+    is_gmoe = name.startswith("gmoe")
+    n = meta["num_experts"]
+    # a GMoE copies the FFN, EMoE splits it
+    d = meta["expert_size"] if is_gmoe else meta["expert_size"] * n
+    net = PlainNet(FFN(meta["hidden"], d, meta["activation"], gated=False))
     values: dict[str, Any] = {
         "num_experts": n,
         "top_k": meta["top_k"],
@@ -84,7 +92,7 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend:
         "aux_loss_coefficient": meta["aux_loss_coefficient"],
         "expert_dropout": 0.0,
     }
-    if copies:
+    if is_gmoe:
         emoe.convert_(net, emoe.GMoEConfig.as_published("tutel", **values))
     else:
         values |= {
@@ -92,21 +100,21 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend:
             "router": meta["router"],
             "gate_momentum": meta["gate_momentum"],
         }
-        net.layers[0].inner.weight.data = data[
-            "fc1_weight"
-        ].clone()  # whose means a running gate starts with
+        # before the conversion, because a running gate starts with the means of these weights
+        net.layers[0].inner.weight.data = data["fc1_weight"].clone()
         emoe.convert_(net, emoe.EMoEConfig.as_published("tutel", **values))
-    state = {
-        f"layers.0.{ours}": data[theirs]
-        for theirs, ours in (TUTEL | ROUTER).items()
-        if theirs in data
-    }
+
+    state = {}
+    for theirs, ours in (TUTEL | ROUTER).items():
+        if theirs in data:
+            state[f"layers.0.{ours}"] = data[theirs]
     assert not net.load_state_dict(state, strict=False).unexpected_keys
     emoe.set_backend_(net, backend)
     return net.train(meta["training"])
 
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, noise: Tensor | None) -> None:
+    """Let torch draw the recorded noise, one slice at each call, if there is any."""
     if noise is not None:
         draws = iter(noise)
         monkeypatch.setattr(torch, "randn_like", lambda _scores: next(draws))
@@ -129,7 +137,8 @@ def test_tutel_layer_output_loss_and_all_gradients(
     assert_close(x.grad, data["grad_x"], "x")
     for theirs, ours in (TUTEL | ROUTER).items():
         if f"grad_{theirs}" in data:
-            assert_close(net.get_parameter(f"layers.0.{ours}").grad, data[f"grad_{theirs}"], theirs)
+            parameter = net.get_parameter(f"layers.0.{ours}")
+            assert_close(parameter.grad, data[f"grad_{theirs}"], theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,19 +151,19 @@ def test_tutel_layer_after_optimiser_steps(
     with_noise(monkeypatch, data.get("router_noise"))
     optimizer = torch.optim.SGD(net.parameters(), lr=meta["sgd_lr"])
     for step in range(meta["steps"]):
-        y, loss = net(data["steps_x"][step]), emoe.aux_loss(net)
+        y = net(data["steps_x"][step])
+        loss = emoe.aux_loss(net)
+        l_aux = loss / meta["aux_loss_coefficient"]
         assert_close(y, data["steps_y"][step], f"y of step {step}")
-        assert_close(
-            loss / meta["aux_loss_coefficient"], data["steps_l_aux"][step], f"l_aux of step {step}"
-        )
+        assert_close(l_aux, data["steps_l_aux"][step], f"l_aux of step {step}")
         optimizer.zero_grad()
-        ((y - data["steps_target"][step]).square().mean() + loss).backward()
+        task_loss = (y - data["steps_target"][step]).square().mean()
+        (task_loss + loss).backward()
         optimizer.step()
         emoe.update_gates_(net)
     for theirs, ours in TUTEL.items():
-        assert_close(
-            net.get_parameter(f"layers.0.{ours}").detach(), data[f"final_{theirs}"], theirs
-        )
+        parameter = net.get_parameter(f"layers.0.{ours}")
+        assert_close(parameter.detach(), data[f"final_{theirs}"], theirs)
     if "final_gate_weight" in data:
         router = routed_layers(net)[0].router
         gate = router.mean_keys() if router.gate is None else router.gate
@@ -170,10 +179,15 @@ def test_llama_block_mask(name: str, backend: str) -> None:
     ffn = FFN(meta["hidden"], meta["intermediate"], meta["activation"], gated=True)
     ffn.load_state_dict({ours: data[theirs] for theirs, ours in LLAMA.items()})
     net = PlainNet(ffn)
-    values = {"num_experts": meta["num_experts"], "top_k": meta["top_k"], "score": meta["select"]}
-    emoe.convert_(
-        net, emoe.EMoEConfig.as_published("llama", **values, layers=[0], partition="contiguous")
+    config = emoe.EMoEConfig.as_published(
+        "llama",
+        num_experts=meta["num_experts"],
+        top_k=meta["top_k"],
+        score=meta["select"],
+        layers=[0],
+        partition="contiguous",
     )
+    emoe.convert_(net, config)
     emoe.set_backend_(net, backend)
     x = data["x"].clone().requires_grad_()
     y = net(x)
@@ -181,24 +195,17 @@ def test_llama_block_mask(name: str, backend: str) -> None:
     (y * data["grad_y"]).sum().backward()
     assert_close(x.grad, data["grad_x"], "x")
     for theirs, ours in LLAMA.items():
-        assert_close(net.get_parameter(f"layers.0.{ours}").grad, data[f"grad_{theirs}"], theirs)
+        parameter = net.get_parameter(f"layers.0.{ours}")
+        assert_close(parameter.grad, data[f"grad_{theirs}"], theirs)
 
 
 def test_the_clean_method_is_theirs_without_capacity_noise_and_loss() -> None:
     """A shared output bias equals identical output biases of the experts."""
     meta, data = load("emoe_eval_dropless")
-    net = PlainNet(
-        FFN(
-            meta["hidden"],
-            meta["num_experts"] * meta["expert_size"],
-            meta["activation"],
-            gated=False,
-        )
-    )
-    state = {
-        f"layers.0.{TUTEL[theirs]}": data[theirs]
-        for theirs in ("fc1_weight", "fc1_bias", "fc2_weight")
-    }
+    d = meta["num_experts"] * meta["expert_size"]
+    net = PlainNet(FFN(meta["hidden"], d, meta["activation"], gated=False))
+    shared = ("fc1_weight", "fc1_bias", "fc2_weight")
+    state = {f"layers.0.{TUTEL[theirs]}": data[theirs] for theirs in shared}
     state["layers.0.outer.bias"] = data["fc2_bias_per_expert"][0] * meta["top_k"]
     net.load_state_dict(state)
     config = emoe.EMoEConfig(
@@ -208,7 +215,6 @@ def test_the_clean_method_is_theirs_without_capacity_noise_and_loss() -> None:
     y = net(data["x"])
     assert_close(y, data["y"], "y")
     (y * data["grad_y"]).sum().backward()
-    for theirs in ("fc1_weight", "fc1_bias", "fc2_weight"):
-        assert_close(
-            net.get_parameter(f"layers.0.{TUTEL[theirs]}").grad, data[f"grad_{theirs}"], theirs
-        )
+    for theirs in shared:
+        parameter = net.get_parameter(f"layers.0.{TUTEL[theirs]}")
+        assert_close(parameter.grad, data[f"grad_{theirs}"], theirs)

@@ -16,14 +16,17 @@ FILE = Path(__file__).with_name("run_ids.csv")
 
 
 def digests(runs: list[Run]) -> dict[str, tuple[int, str]]:
-    """Return the number of runs by benchmark, and a digest of their ids in the order of the grid."""
-    ids_of: dict[str, list[str]] = {}
+    """Map each benchmark to the number of its runs and a hash of their ids, in the runs' order."""
+    ids_of_benchmark: dict[str, list[str]] = {}
     for run in runs:
-        ids_of.setdefault(run.benchmark, []).append(run.id)
-    return {
-        name: (len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16])
-        for name, ids in ids_of.items()
-    }
+        ids_of_benchmark.setdefault(run.benchmark, []).append(run.id)
+
+    result = {}
+    for benchmark, ids in ids_of_benchmark.items():
+        text = "\n".join(ids)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        result[benchmark] = (len(ids), digest[:16])
+    return result
 
 
 @pytest.mark.parametrize("suite", suite_names())
@@ -36,10 +39,10 @@ def test_every_run_of_a_suite_keeps_its_id(suite: str) -> None:
         assert run.name.endswith(f"-{run.id}")
         assert re.fullmatch(r"\S+", run.name)
     assert len({run.folder for run in runs}) == len(runs)
+
+    wanted = {}
     with FILE.open() as file:
-        wanted = {
-            row["benchmark"]: (int(row["runs"]), row["digest"])
-            for row in csv.DictReader(file)
-            if row["suite"] == suite
-        }
+        for row in csv.DictReader(file):
+            if row["suite"] == suite:
+                wanted[row["benchmark"]] = (int(row["runs"]), row["digest"])
     assert digests(runs) == wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def loaded(root: Path) -> Any:
+    """The model, loaded once for all tests."""
     return load_language_model(MODEL)
 
 
 @pytest.fixture
 def model(loaded: Any) -> Any:
+    """A copy of the model, which a test may change."""
     return copy.deepcopy(loaded)
 
 
@@ -57,17 +60,19 @@ def test_the_unpacked_model_is_that_of_the_file(root: Path, model: Any) -> None:
     (file,) = (root / "gguf").glob("*.gguf")
     stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    num_heads = {
+        "q_proj": model.config.num_attention_heads,
+        "k_proj": model.config.num_key_value_heads,
+    }
     count = 0
     for key, values in model.named_parameters():
         tensor = stored[names.get_name(key, (".weight",))]
         theirs = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if heads := {
-            "q_proj": model.config.num_attention_heads,
-            "k_proj": model.config.num_key_value_heads,
-        }.get(key.split(".")[-2]):
-            theirs = (
-                theirs.view(heads, -1, 2, theirs.shape[1]).transpose(1, 2).reshape(theirs.shape)
-            )
+        module_name = key.split(".")[-2]
+        if module_name in num_heads:
+            # llama.cpp interleaves the two halves of each head's rows
+            pairs = theirs.view(num_heads[module_name], -1, 2, theirs.shape[1])
+            theirs = pairs.transpose(1, 2).reshape(theirs.shape)
         assert torch.equal(values.detach(), theirs), key
         count += values.numel()
     assert count == 134_515_008
@@ -96,20 +101,24 @@ def test_our_experts_are_the_authors_masked_mlp(model: Any) -> None:
     report = emoe.convert_(model, config)
     assert [layer.index for layer in report.layers] == [16, 20, 24, 28]
     inputs = load_tokenizer(MODEL)(TEXT, return_tensors="pt")
+    # input and output of each converted MLP, by layer
     seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def see(index: int, _mlp: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[index] = (args[0].detach(), output)
+
     for layer in report.layers:
         mlp = model.model.layers[layer.index].mlp
-        mlp.register_forward_hook(
-            lambda _, args, y, i=layer.index: seen.update({i: (args[0].detach(), y)})
-        )
+        mlp.register_forward_hook(partial(see, layer.index))
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
     for index, (x, y) in seen.items():
         mlp = model.model.layers[index].mlp
+        # the same weights in an MLP without experts
         plain = type(mlp)(model.config)
-        plain.load_state_dict(
-            {name: value for name, value in mlp.state_dict().items() if "act_fn" not in name}
-        )
+        state = mlp.state_dict()
+        dense_state = {name: value for name, value in state.items() if "act_fn" not in name}
+        plain.load_state_dict(dense_state)
         theirs = masked_mlp(plain, x, 64, 16)
         torch.testing.assert_close(y, theirs, atol=1e-4, rtol=1e-4)
         upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0))
@@ -118,9 +127,8 @@ def test_our_experts_are_the_authors_masked_mlp(model: Any) -> None:
         mlp(x).backward(upstream)
         for name, parameter in plain.named_parameters():
             ours = mlp.get_parameter(name).grad
-            torch.testing.assert_close(
-                ours, parameter.grad, atol=1e-4 * float(parameter.grad.abs().max()), rtol=1e-4
-            )
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(ours, parameter.grad, atol=1e-4 * scale, rtol=1e-4)
 
 
 def test_answers_are_the_same_with_and_without_cache_and_frozen_for_inference(model: Any) -> None:

@@ -52,9 +52,11 @@ def test_partition_kinds_differ_and_are_reproducible() -> None:
     orders = {}
     for kind in ("kmeans", "random", "contiguous"):
         config = dataclasses.replace(CONFIG, partition=kind)
-        orders[kind], again = (emoe.partition(model, config) for _ in range(2))
-        assert list(orders[kind]) == [1, 3]
-        assert_same(dict(again), dict(orders[kind]))
+        order = emoe.partition(model, config)
+        again = emoe.partition(model, config)
+        assert list(order) == [1, 3]
+        assert_same(dict(again), dict(order))
+        orders[kind] = order
     assert torch.equal(orders["contiguous"][1], torch.arange(64))
     assert orders["kmeans"].explained[1] > orders["random"].explained[1] + 0.05
     assert not torch.equal(orders["random"][1], orders["random"][3])
@@ -63,15 +65,17 @@ def test_partition_kinds_differ_and_are_reproducible() -> None:
 
 
 def put_norm_between(_bert: Any) -> None:
-    row = dataclasses.replace(emoe.architectures.REGISTRY["bert"][0], between=("output.LayerNorm",))
-    emoe.register_ffn("bert", row)
+    """Register BERT's FFN with a norm between activation and out-projection."""
+    (spec,) = emoe.architectures.REGISTRY["bert"]
+    emoe.register_ffn("bert", dataclasses.replace(spec, between=("output.LayerNorm",)))
 
 
 Change = Callable[[Any], Any]
 ROW = emoe.FFNSpec("layers", "inner", "act", "outer")
-ACT, LORA = "intermediate_act_fn", LoraConfig(target_modules=["intermediate.dense"])
+ACT = "intermediate_act_fn"
+LORA = LoraConfig(target_modules=["intermediate.dense"])
 INT8 = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
-# changes of a BERT, its last layer, and the layer's projections; and the module or tensor that the error names
+# a change of a BERT that makes a conversion impossible, and the error's message
 BROKEN: dict[str, tuple[Change, str]] = {
     "nan": (
         lambda bert: bert.down.weight[0, 0].fill_(torch.nan),
@@ -99,6 +103,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 
 def assert_rejected(model: nn.Module, message: str, config: Any = CONFIG, **options: Any) -> None:
+    """Assert that a conversion raises a one-line error, and that the model stays as it is."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(emoe.EMoEError, match=message) as error:
         emoe.convert_(model, config, **options)
@@ -110,11 +115,17 @@ def assert_rejected(model: nn.Module, message: str, config: Any = CONFIG, **opti
 @pytest.mark.parametrize("case", BROKEN)
 def test_models_that_cannot_be_converted_are_named_and_unchanged(case: str) -> None:
     model: Any = tiny_models.build("bert")
-    layer, other = model.encoder.layer[3], model.encoder.layer[1].intermediate.dense
+    layer = model.encoder.layer[3]
+    parts = SimpleNamespace(
+        model=model,
+        layer=layer,
+        up=layer.intermediate.dense,
+        down=layer.output.dense,
+        other=model.encoder.layer[1].intermediate.dense,
+    )
     change, message = BROKEN[case]
     with torch.no_grad():
-        up, down = layer.intermediate.dense, layer.output.dense
-        change(SimpleNamespace(model=model, layer=layer, up=up, down=down, other=other))
+        change(parts)
     assert_rejected(model, message)
 
 
@@ -175,5 +186,7 @@ def test_two_lists_of_layers_need_a_choice_or_a_star() -> None:
 def test_nested_tensors_are_refused() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
     emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=8, layers="all"))
+    # two rows of five tokens and four of padding
+    is_padding = torch.arange(9).repeat(2, 1) >= 5
     with torch.no_grad(), pytest.raises(RuntimeError, match="enable_nested_tensor=False"):
-        model(torch.randn(2, 9, 32), src_key_padding_mask=torch.arange(9).repeat(2, 1) >= 5)
+        model(torch.randn(2, 9, 32), src_key_padding_mask=is_padding)

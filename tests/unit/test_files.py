@@ -1,4 +1,4 @@
-"""Test atomic writes, readers of damaged files, hidden passwords, and locks that one process holds at a time."""
+"""Test atomic writes, readers of damaged files, hidden passwords, and locks."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ from tests.forked import start as start_fork
 
 
 class Receipt(BaseModel):
+    """What a file of these tests must hold."""
+
     rows: int
 
 
@@ -68,16 +70,17 @@ def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path) -> No
 
 def test_files_of_killed_writers_are_removed_after_a_day(tmp_path: Path) -> None:
     path = tmp_path / "forest[1].pdf"
-    old, new, other = (
-        tmp_path / f".{name}.{'0a' * 16}" for name in (path.name, path.name, "forest.pdf")
-    )
-    new = new.with_suffix("." + "1b" * 16)
-    for file in (old, new, other):
+    # a writer's temporary file has the name of its file and 32 random digits
+    old = tmp_path / f".forest[1].pdf.{'0a' * 16}"
+    new = tmp_path / f".forest[1].pdf.{'1b' * 16}"
+    of_another_file = tmp_path / f".forest.pdf.{'0a' * 16}"
+    for file in (old, new, of_another_file):
         file.touch()
-    for file in (old, other):
-        os.utime(file, (time.time() - 90_000,) * 2)
+    more_than_a_day_ago = time.time() - 90_000
+    for file in (old, of_another_file):
+        os.utime(file, (more_than_a_day_ago, more_than_a_day_ago))
     write_text(path, "whole")
-    assert set(tmp_path.iterdir()) == {path, new, other}
+    assert set(tmp_path.iterdir()) == {path, new, of_another_file}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,7 @@ def test_passwords_and_tokens_are_hidden(text: str, shown: str) -> None:
 
 
 def make_pipe(path: Path) -> None:
+    """Make a named pipe, on which a reader would wait for ever."""
     os.mkfifo(path)
 
 
@@ -140,7 +144,10 @@ def test_a_damaged_package_file_names_the_command_that_fetches_it_again(here: Pa
 @pytest.mark.parametrize("content", [*DAMAGE.values(), None], ids=[*DAMAGE, "a folder"])
 def test_a_damaged_file_is_one_line_that_names_it(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "receipt.json"
-    path.mkdir() if content is None else path.write_bytes(content)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
     with pytest.raises(DataError) as error:
         read_json(path, Receipt, "delete it")
     assert str(error.value).startswith(f"{path} ")
@@ -149,6 +156,7 @@ def test_a_damaged_file_is_one_line_that_names_it(content: bytes | None, tmp_pat
 
 
 def hold_for_ever(file: Path) -> None:
+    """Hold a lock until this process is killed. Write the file `holds` once it is held."""
     with FileLock(file):
         file.with_name("holds").touch()
         time.sleep(600)

@@ -56,9 +56,10 @@ def test_adapters_are_merged_before_saving_and_do_not_copy_half_an_ffn(tmp_path:
     with pytest.raises(emoe.ConversionError, match="merge_and_unload"):
         emoe.save_pretrained(adapted, tmp_path / "never")
     assert not (tmp_path / "never").exists()
-    half = LoraConfig(target_modules=["query"], modules_to_save=["intermediate"])
+    half_an_ffn = LoraConfig(target_modules=["query"], modules_to_save=["intermediate"])
+    model = bert(emoe.EMoEConfig(**SOME, output_bias="per_expert"))
     with pytest.raises(RuntimeError, match="PEFT must train the whole FFN"):
-        logits(get_peft_model(bert(emoe.EMoEConfig(**SOME, output_bias="per_expert")), half))
+        logits(get_peft_model(model, half_an_ffn))
 
 
 def test_a_checkpoint_loads_in_another_precision(tmp_path: Path) -> None:
@@ -70,12 +71,14 @@ def test_a_checkpoint_loads_in_another_precision(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """A folder with a converted BERT that has running gates."""
     config = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1, 3], gate_momentum=0.5)
     emoe.save_pretrained(converted.model("bert", config=config), tmp_path / "folder")
     return tmp_path / "folder"
 
 
 def assert_refused(folder: Path, message: str = "", loader: Any = BertModel) -> None:
+    """Assert that loading a folder raises a one-line error that names it and matches a message."""
     with pytest.raises(emoe.CheckpointError, match=message or None) as error:
         emoe.from_pretrained(loader, folder)
     assert str(folder) in str(error.value)
@@ -83,49 +86,59 @@ def assert_refused(folder: Path, message: str = "", loader: Any = BertModel) -> 
 
 
 def edit_tensors(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Replace or add tensors of a safetensors file. None removes a tensor."""
     tensors = {**load_file(path), **changes}
-    save_file(
-        {name: tensor for name, tensor in tensors.items() if tensor is not None},
-        path,
-        {"format": "pt"},
-    )
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, path, {"format": "pt"})
 
 
+# a function that damages a folder
 Change = Callable[[Path], Any]
 
 
 def cut(name: str) -> Change:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:300])
+    """Cut a file after 300 bytes."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        beginning = path.read_bytes()[:300]
+        path.write_bytes(beginning)
+
+    return change
 
 
-def missing(*names: str) -> Change:
-    return lambda folder: [(folder / name).unlink() for name in names]
+def missing(name: str) -> Change:
+    """Delete a file."""
+    return lambda folder: (folder / name).unlink()
 
 
 def with_dense_weights(folder: Path) -> None:
-    save_file(
-        tiny_models.build("bert").state_dict(), folder / "model.safetensors", {"format": "pt"}
-    )
+    """Replace the weights by those of the dense model."""
+    dense_state = tiny_models.build("bert").state_dict()
+    save_file(dense_state, folder / "model.safetensors", {"format": "pt"})
 
 
 def settings(**changes: Any) -> Change:
+    """Change keys of ``config.json``."""
     return lambda folder: edit_json(folder / "config.json", **changes)
 
 
 def edited(content: Any) -> Change:
+    """Replace the content of ``emoe_config.json``."""
     return lambda folder: (folder / "emoe_config.json").write_text(json.dumps(content))
 
 
 def pickled(folder: Path) -> None:
+    """Store the weights in torch's pickle format instead of safetensors."""
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 
 def without_gate(folder: Path) -> None:
-    names = [
-        name for name in load_file(folder / "model.safetensors") if name.endswith("router.gate")
-    ]
-    edit_tensors(folder / "model.safetensors", dict.fromkeys(names))
+    """Remove the running gates from the weights."""
+    weights = load_file(folder / "model.safetensors")
+    gates = [name for name in weights if name.endswith("router.gate")]
+    edit_tensors(folder / "model.safetensors", dict.fromkeys(gates))
 
 
 EXPERTS = {"kind": "emoe", "num_experts": 8, "top_k": 2, "gate_momentum": 0.5}
@@ -148,6 +161,7 @@ def pipe(name: str) -> Change:
 
 
 def piped_shard(folder: Path) -> None:
+    """Replace the weights by an index whose only shard is a named pipe."""
     pipe("model.safetensors")(folder)
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     index = {"metadata": {}, "weight_map": {"a": "part.safetensors"}}
@@ -155,6 +169,7 @@ def piped_shard(folder: Path) -> None:
 
 
 def piped_index(folder: Path) -> None:
+    """Replace the weights by a named pipe in the place of an index of shards."""
     (folder / "model.safetensors").unlink()
     pipe("model.safetensors.index.json")(folder)
 
@@ -220,6 +235,7 @@ def test_a_partition_of_other_weights_is_refused(tmp_path: Path) -> None:
 
 
 def build_net() -> nn.Module:
+    """Build the plain module of the folders below."""
     return plain_net(16, 64, gated=True)
 
 
@@ -300,14 +316,17 @@ def test_a_plain_module_needs_all_its_tensors(config: Any, tmp_path: Path) -> No
 def trained(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Change weights much more than fine-tuning does, and round them."""
     torch.manual_seed(1)
-    changed = {
-        name: x + 0.2 * x.std() * torch.randn(x.shape) if x.ndim == 2 else x
-        for name, x in state.items()
-    }
-    return {name: tensor.bfloat16() for name, tensor in changed.items()}
+    changed = {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2:
+            noise = torch.randn(tensor.shape)
+            tensor = tensor + 0.2 * tensor.std() * noise
+        changed[name] = tensor.bfloat16()
+    return changed
 
 
 def assert_state_rejected(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Assert that a converted model refuses a dense state dict, and stays as it is."""
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(emoe.CheckpointError, match=r"dense.*emoe\.convert_"):
         model.load_state_dict(state)
@@ -324,8 +343,10 @@ def test_a_dense_state_is_rejected_by_each_part_that_holds_experts() -> None:
         "bert.encoder.layer.3.intermediate",
     ]
     for path in paths:
-        assert_state_rejected(model.get_submodule(path), dense.get_submodule(path).state_dict())
-        model.get_submodule(path).load_state_dict(model.get_submodule(path).state_dict())
+        part = model.get_submodule(path)
+        dense_state = dense.get_submodule(path).state_dict()
+        assert_state_rejected(part, dense_state)
+        part.load_state_dict(part.state_dict())
     model.bert.embeddings.load_state_dict(dense.bert.embeddings.state_dict())
 
 
@@ -343,12 +364,13 @@ def test_sparse_models_and_adapters_are_checked_too() -> None:
     assert_state_rejected(model, dense.state_dict())
     emoe.set_backend_(model, "masked")
     adapters = LoraConfig(target_modules=["intermediate.dense"])
-    adapted, other = (get_peft_model(network, adapters) for network in (model, dense))
-    assert_state_rejected(adapted, other.state_dict())
+    adapted_model = get_peft_model(model, adapters)
+    adapted_dense = get_peft_model(dense, adapters)
+    assert_state_rejected(adapted_model, adapted_dense.state_dict())
 
 
 def test_the_weights_of_another_model_leave_the_first_order_unknown() -> None:
-    """Load trained weights from torch's own checkpoint into a model that is built and converted anew."""
+    """A model is built and converted anew, and then loads trained weights from a state dict."""
     model, other = converted.model("bert"), tiny_models.build("bert", seed=1)
     emoe.convert_(other, routed_layers(model)[0].config)
     model.load_state_dict(other.state_dict())
