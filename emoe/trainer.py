@@ -65,7 +65,7 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        """Write the original order of the neurons into the checkpoint, unless PEFT saves adapters."""
+        """Write the original order of the neurons into the checkpoint, unless it is PEFT's."""
         model: nn.Module = kwargs["model"]
         # PEFT saves the adapters without the model
         if hasattr(model, "peft_config"):
