@@ -76,7 +76,8 @@ class LayerRecord:
                 self._tokens += mask.sum()
                 chosen = chosen & mask.to(chosen.device).unsqueeze(1)
             self._dropped += (chosen & ~kept).sum()
-            self._loads += self._count_by_label(chosen)
+            self._loads += chosen.sum(0)
+            self._add_by_label(chosen)
             self._passes += 1
             # the window is complete
             if self._window and self._passes % self._window == 0:
@@ -100,20 +101,18 @@ class LayerRecord:
             warnings.warn(f"padding is counted: {error}", stacklevel=2)
             return None
 
-    def _count_by_label(self, chosen: Tensor) -> Tensor:
-        """Return the loads ``[N]`` of a forward pass, and add them to the loads by label.
-
-        Without labels, only return the loads.
+    def _add_by_label(self, chosen: Tensor) -> None:
+        """Add the loads of a forward pass to the loads by label, if each row has a label.
 
         Args:
             chosen: chosen experts ``[T, N]`` bool.
         """
         labels = self._labels.labels
         if labels is None:
-            return chosen.sum(0)
+            return
         # if the rows differ from the labelled ones, the tokens cannot be assigned to labels
         if len(chosen) % max(len(labels), 1) != 0:
-            return chosen.sum(0)
+            return
         num_rows = len(labels)
         # loads of each row [rows, N]
         if self._rows_first:
@@ -125,7 +124,6 @@ class LayerRecord:
         # negative labels, such as -100, mean that a row has none
         is_labelled = labels >= 0
         self._loads_by_label.index_add_(0, labels[is_labelled], by_row[is_labelled])
-        return by_row.sum(0)
 
     def _make_room_for(self, labels: Tensor) -> None:
         """Append zeros to the loads by label, so that the largest of ``labels`` has a row."""
