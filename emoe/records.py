@@ -108,12 +108,12 @@ class LayerRecord:
             chosen: chosen experts ``[T, N]`` bool.
         """
         labels = self._labels.labels
-        if labels is None:
-            return
-        # if the rows differ from the labelled ones, the tokens cannot be assigned to labels
-        if len(chosen) % max(len(labels), 1) != 0:
+        if labels is None or len(labels) == 0:
             return
         num_rows = len(labels)
+        # if the rows differ from the labelled ones, the tokens cannot be assigned to labels
+        if len(chosen) % num_rows != 0:
+            return
         # loads of each row [rows, N]
         if self._rows_first:
             by_row = chosen.unflatten(0, (num_rows, -1)).sum(1)
@@ -127,8 +127,6 @@ class LayerRecord:
 
     def _make_room_for(self, labels: Tensor) -> None:
         """Append zeros to the loads by label, so that the largest of ``labels`` has a row."""
-        if len(labels) == 0:
-            return
         needed = int(labels.max()) + 1
         missing = max(needed - len(self._loads_by_label), 0)
         # no column before or after, and the missing rows at the end
