@@ -25,15 +25,15 @@ Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 def record_activations(
     model: nn.Module, ffns: Sequence[FFN], batches: Iterable[Batch], *, seed: int = 0
 ) -> dict[int, Tensor]:
-    """Run the model and record the absolute inputs of each out-projection for a sample of tokens.
+    """Run the model, and record the neurons' absolute activations for a random sample of tokens.
 
-    The sample is random. Padding is skipped if a batch has an ``attention_mask``. The model runs in
-    evaluation mode; the mode of each module is restored.
+    These are the inputs of each out-projection. Padding is skipped if the model gets a padding
+    mask. The model runs in evaluation mode; the mode of each module is restored.
 
     Args:
         model: the model to run.
         ffns: the FFNs to record.
-        batches: inputs of the model: dictionaries of arguments, sequences of arguments, or tensors.
+        batches: inputs of the model: dictionaries or sequences of arguments, or tensors.
         seed: seed of the sample, which has at most :data:`MAX_TOKENS` tokens.
 
     Returns:
@@ -66,7 +66,7 @@ def record_activations(
 
 
 class _NumberedRows(NamedTuple):
-    """Rows of a stream, each with its random number.
+    """Rows of a stream, each with a random number.
 
     Attributes:
         numbers: random numbers ``[tokens]`` in float64.
@@ -80,7 +80,8 @@ class _NumberedRows(NamedTuple):
 class _Sample:
     """A uniform random sample of the rows of a stream.
 
-    Each row gets a random number. The sample keeps the rows with the lowest numbers.
+    Each row gets a random number. The sample keeps the :data:`MAX_TOKENS` rows with the lowest
+    numbers.
 
     Args:
         seed: seed of the random numbers.
@@ -98,13 +99,13 @@ class _Sample:
         return self._lowest.rows
 
     def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Add the magnitudes of an out-projection's input. This is a forward pre-hook."""
+        """Offer the absolute inputs of an out-projection to the sample. A forward pre-hook."""
         neurons = args[0]  # [..., d]
         magnitudes = neurons.flatten(0, -2).abs()
         rows = self._without_padding(magnitudes).float().cpu()
         numbers = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
 
-        # of the sample so far and the new rows, those with the lowest numbers
+        # keep the lowest numbers among the sample so far and the new rows
         all_numbers = torch.cat([self._lowest.numbers, numbers])
         all_rows = torch.cat([self._lowest.rows, rows])
         lowest = all_numbers.argsort()[:MAX_TOKENS]

@@ -86,7 +86,11 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tens
 
 
 def _number_by_first_row(labels: Tensor) -> Tensor:
-    """Number clusters in the order of their first rows, so that equal groupings are equal."""
+    """Renumber clusters in the order of their first rows, so that equal groupings get equal labels.
+
+    Args:
+        labels: cluster of each row ``[n]``.
+    """
     numbers: dict[int, int] = {}
     numbered = []
     for label in labels.tolist():
@@ -119,6 +123,7 @@ def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) 
         num_clusters: number of clusters.
     """
     rows = F.normalize(points.detach().float(), dim=1)
+    # all rows in one cluster, numbered 0
     total = inertia(rows, torch.zeros_like(labels), 1)
     if total > 0:
         return 1.0 - inertia(rows, labels, num_clusters) / total
@@ -140,7 +145,10 @@ def _sum_of_squares(sums: Tensor) -> float:
 
 
 def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Draw centres ``[clusters, h]`` as k-means++ does, with a seeded generator on the CPU."""
+    """Draw rows as centres ``[clusters, h]`` as k-means++ does, with a seeded CPU generator.
+
+    A row is drawn with a probability proportional to its squared distance to the nearest centre.
+    """
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(rows.shape[0], (1,), generator=generator))
     chosen = [first]
@@ -150,7 +158,7 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     for _ in range(num_clusters - 1):
         weights = distance.double().cpu().clamp(min=0)
         weights[chosen] = 0
-        # only duplicates are left, and the distances are rounding errors
+        # if only duplicates of chosen rows are left, the distances are rounding errors
         if float(weights.sum()) < 1e-3:
             weights.fill_(1)
             weights[chosen] = 0
@@ -161,24 +169,24 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
 
 
 def _squared_distances(rows: Tensor, squares: Tensor, index: int) -> Tensor:
-    """Compute the squared distance ``[n]`` of each row to one of them.
+    """Compute the squared distance ``[n]`` of each row to the row with number ``index``.
 
     Args:
         rows: rows ``[n, h]``.
         squares: squared lengths of the rows ``[n]``.
-        index: the row to which distances are computed.
+        index: number of the row to which distances are computed.
     """
     products = rows @ rows[index]
     return squares + squares[index] - 2 * products
 
 
 def _balanced_lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Run balanced k-means. Return labels ``[n]``."""
+    """Run Lloyd iterations with clusters of equal size. Return the cluster of each row ``[n]``."""
     size = rows.shape[0] // num_clusters
     centres = _initial_centres(rows, num_clusters, seed)
     best_score = -float("inf")
     for _ in range(_LLOYD_ITERATIONS):
-        # the nearest centre has the largest affinity [n, clusters]
+        # product minus half the centre's square [n, clusters]: largest for the nearest centre
         half_squares = centres.square().sum(1) / 2
         affinity = rows @ centres.t() - half_squares
         labels = _assign(affinity, size).to(rows.device)
@@ -223,13 +231,16 @@ def _assign(affinity: Tensor, size: int) -> Tensor:
 def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """Exchange pairs of rows between clusters while this lowers the inertia.
 
-    With S_c the sum of cluster c, the inertia is a constant minus sum |S_c|^2 / size. An exchange
-    of row i of cluster a with row j of cluster b raises the sum of squares by
-    2 (g_i + g_j) + 2 |x_i - x_j|^2, with g_i = (S_b - S_a) x_i and g_j = (S_a - S_b) x_j.
+    The sum of the rows of cluster c is S_c. The inertia is a constant minus sum |S_c|^2 / size, so
+    exchanges must raise sum |S_c|^2. If row x_i of cluster a and row x_j of cluster b change
+    places, it rises by 2 (g_i + g_j) + 2 |x_i - x_j|^2. The gains are g_i = (S_b - S_a) x_i and
+    g_j = (S_a - S_b) x_j.
 
-    A round makes many exchanges at once. Exchanges of the same cluster influence each other. If a
-    round did not raise the sum, the next one makes one exchange per cluster, whose gain is exact.
-    The last stage searches all pairs of clusters.
+    The search has three stages. At first, a round makes many exchanges at once. Those of the same
+    cluster influence each other, so their gains are estimates. When a round raises the sum little
+    or not at all, the next rounds make one exchange per cluster, whose gain is exact. When no
+    exchange is found, the last stage searches all pairs of clusters. A negligible gain ends the
+    search.
 
     Args:
         rows: rows ``[n, h]``.
@@ -258,15 +269,15 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
         changed_sums = _sums(rows, changed_labels, num_clusters)
         changed_score = _sum_of_squares(changed_sums)
         if changed_score <= score:
-            # the gain of one exchange per cluster is exact: it was a rounding error
+            # the gain of one exchange per cluster is exact, so only a rounding error was left
             if stage != _MANY_EXCHANGES:
                 break
             stage = _ONE_EXCHANGE
             continue
 
-        # only the clusters of exchanged rows have other sums
-        touched = labels[exchanges].unique()
-        products[:, touched] = rows @ changed_sums[touched].t()
+        # only the sums of the exchanged rows' clusters have changed
+        changed_clusters = labels[exchanges].unique()
+        products[:, changed_clusters] = rows @ changed_sums[changed_clusters].t()
         gain = (changed_score - score) / score
         labels = changed_labels
         score = changed_score
@@ -282,7 +293,7 @@ class _Candidates(NamedTuple):
 
     Attributes:
         rows: row numbers ``[clusters, clusters, candidates]``; ``rows[a, b]`` move from a to b.
-        gains: their gains, of the same shape, in descending order.
+        gains: gain g of each of these rows (see :func:`_swap`), in descending order.
     """
 
     rows: Tensor
@@ -290,10 +301,10 @@ class _Candidates(NamedTuple):
 
 
 class _Exchanges(NamedTuple):
-    """The best exchange of each pair of clusters.
+    """The best exchange of two rows for each pair of clusters.
 
     Attributes:
-        gain: half of the rise of the sum of squares ``[pairs]``.
+        gain: half of what the exchange adds to the sum of squares in :func:`_swap` ``[pairs]``.
         first_cluster: cluster of the first row ``[pairs]``.
         second_cluster: cluster of the second row ``[pairs]``.
         first_row: row that leaves the first cluster ``[pairs]``.
@@ -310,7 +321,7 @@ class _Exchanges(NamedTuple):
 def _best_exchanges(
     rows: Tensor, squares: Tensor, labels: Tensor, products: Tensor, stage: _Stage
 ) -> Tensor:
-    """Select profitable exchanges ``[2, count]`` of rows, each row at most once.
+    """Find the exchanges of one round.
 
     Args:
         rows: rows ``[n, h]``.
@@ -318,6 +329,10 @@ def _best_exchanges(
         labels: clusters of the rows ``[n]``.
         products: inner products of the rows with the clusters' sums ``[n, clusters]``.
         stage: stage of the search.
+
+    Returns:
+        Row numbers ``[2, count]``: each column is a pair of rows that change places. A row is in at
+        most one pair.
     """
     candidates = _find_candidates(labels, products)
     first, second = _pairs_to_search(candidates.gains, all_pairs=stage.all_pairs)
@@ -326,7 +341,7 @@ def _best_exchanges(
 
 
 def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
-    """Find the rows that gain most from a move, for each ordered pair of clusters.
+    """Find the rows that gain most from a move from one cluster to another, for all clusters.
 
     Args:
         labels: clusters of the rows ``[n]``.
@@ -336,7 +351,7 @@ def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
     size = num_rows // num_clusters
     # row numbers of each cluster [clusters, size]
     members = torch.sort(labels, stable=True).indices.view(num_clusters, size)
-    # gain of moving each row to each cluster [n, clusters]
+    # gain of moving each row from its cluster to each other one [n, clusters]
     gain_of_row = products - products.gather(1, labels[:, None])
     # gain[a, b, i]: gain of moving the i-th member of a to b
     gain = gain_of_row[members].transpose(1, 2).contiguous()
@@ -347,7 +362,7 @@ def _find_candidates(labels: Tensor, products: Tensor) -> _Candidates:
 
 
 def _pairs_to_search(gains: Tensor, *, all_pairs: bool) -> tuple[Tensor, Tensor]:
-    """Choose the pairs of clusters in which to search exchanges.
+    """Choose the pairs of clusters between which exchanges are searched.
 
     Args:
         gains: gains ``[clusters, clusters, candidates]`` of :class:`_Candidates`.
@@ -360,7 +375,7 @@ def _pairs_to_search(gains: Tensor, *, all_pairs: bool) -> tuple[Tensor, Tensor]
     first, second = torch.triu_indices(num_clusters, num_clusters, 1, device=gains.device)
     if all_pairs:
         return first, second
-    # the best gains of both directions, without the distance of the two rows
+    # the sum of the best gains in both directions: an estimate without the distance of the rows
     promise = gains[first, second, 0] + gains[second, first, 0]
     count = min(_PAIRS_PER_CLUSTER * num_clusters, promise.numel())
     most_promising = promise.topk(count).indices
@@ -370,7 +385,7 @@ def _pairs_to_search(gains: Tensor, *, all_pairs: bool) -> tuple[Tensor, Tensor]
 def _best_of_each_pair(
     rows: Tensor, squares: Tensor, candidates: _Candidates, first: Tensor, second: Tensor
 ) -> _Exchanges:
-    """Find the best exchange of candidates for each pair of clusters.
+    """Find the best exchange of two candidates for each pair of clusters.
 
     Args:
         rows: rows ``[n, h]``.
@@ -473,5 +488,5 @@ def _products_of_pairs(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 1
 
 
 def _take_rows(rows: Tensor, numbers: Tensor) -> Tensor:
-    """Take rows ``[..., h]`` by their numbers ``[...]``. Several times faster than indexing."""
+    """Return the rows ``[..., h]`` with these numbers ``[...]``. Much faster than indexing."""
     return rows.index_select(0, numbers.flatten()).view(*numbers.shape, -1)

@@ -26,17 +26,17 @@ CONFIG_VERSION = 1
 
 _LARGEST_INTEGER = 2**63 - 1  # in PyTorch
 
-# parts of the layers, in requests such as "last-half:2"
+# into how many parts a request such as "last-half:2" divides the layers
 _SHARES = {"half": 2, "quarter": 4}
 
-# fields of older releases, with the defaults that ``from_dict`` ignores
+# Fields of older releases and their defaults. ``from_dict`` ignores a field with its default.
 _REMOVED_FIELDS = {
     "score_threshold": None,
     "normalize_gate": False,
     "value_norm_weighted": False,
 }
 
-# True for routers with parameters; emoe.register_router adds to this
+# by the router's name, True if it has parameters; emoe.register_router adds to this
 ROUTERS = {"avg_k": False, "cosine": True, "fixed": False}
 
 # The authors' Tutel layer with the settings of their language scripts.
@@ -54,7 +54,13 @@ _TUTEL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds of a number; None for no bound."""
+    """The bounds of a number; None for no bound.
+
+    Attributes:
+        at_least: smallest allowed value.
+        above: largest value that is too small.
+        below: smallest value that is too large.
+    """
 
     at_least: float | None = None
     above: float | None = None
@@ -101,7 +107,7 @@ def _describe(value: object) -> str:
 
 
 def _suggest(value: object, options: Iterable[object]) -> str:
-    """Suggest the option that is most similar to a wrong value of any type."""
+    """Return the text of :func:`did_you_mean` for a wrong value, which may be of any type."""
     name = value if isinstance(value, str) else _describe(value)
     return did_you_mean(name, options)
 
@@ -116,12 +122,13 @@ class RoutingConfig:
         layers: FFNs to convert: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two),
             ``"last-half:2"`` (every second one of the last half), ``"last-quarter:2"`` or a slice
             such as ``"8:12:2"``.
-        capacity_factor: factor c that limits each expert to ``top_k * int(c * ceil(T / N))`` of a
-            forward pass's T tokens, None for no limit. The least confident tokens lose their
-            experts first (batch-prioritised routing).
+        capacity_factor: factor c that limits each expert to ``k * int(c * ceil(T / N))`` of a
+            forward pass's T tokens (k is ``num_active_experts``), None for no limit. The least
+            confident tokens lose their experts first (batch-prioritised routing).
         count_padding: count padding in capacity and balance loss. If false, the model needs its
             ``attention_mask``.
-        router_noise: standard deviation of the noise on training scores, times num_experts.
+        router_noise: strength of the noise on training scores. Its standard deviation is
+            ``router_noise / num_experts``.
         aux_loss_coefficient: weight of the balance loss in :func:`emoe.aux_loss`.
         balance_loss: ``corrected``, or ``published`` for the authors' formula
             (:func:`emoe.routing.balance_loss`).
@@ -158,7 +165,7 @@ class RoutingConfig:
 
     @classmethod
     def _check_names(cls, values: Mapping[str, Any]) -> None:
-        """Raise an error for a field that this release does not know."""
+        """Raise :class:`ConfigError` for a field or a version that this release does not know."""
         # a newer release may have added the unknown fields
         version = values.get("version")
         if isinstance(version, int) and version > CONFIG_VERSION:
@@ -197,7 +204,8 @@ class RoutingConfig:
         return cls(**fields)
 
     def __post_init__(self) -> None:
-        # Their default is None: Python's TypeError would report a missing field without default.
+        # These fields must be given. Their default is None, because Python raises a TypeError for a
+        # missing field without a default.
         for name in ("num_experts", "top_k"):
             if getattr(self, name) is None:
                 raise ConfigError(f"{type(self).__name__} needs the field '{name}'")
@@ -224,7 +232,7 @@ class RoutingConfig:
             raise self._error(name, "true or false")
 
     def _check_choice(self, name: str, options: tuple[str, ...]) -> None:
-        """Check that a field is one of several words."""
+        """Check that a field is one of the words in ``options``."""
         value = getattr(self, name)
         if not isinstance(value, str) or value not in options:
             near = _suggest(value, options)
@@ -255,8 +263,9 @@ class RoutingConfig:
             raise self._error(field.name, wanted)
 
     def _check_layers(self) -> None:
-        """Check that ``layers`` is a request or lists whole numbers. Make a list a tuple."""
-        if isinstance(self.layers, str):  # resolve_layers knows how many layers a model has
+        """Check that ``layers`` is a string or a list of whole numbers. Make a list a tuple."""
+        # resolve_layers checks strings, because they depend on the model's number of layers
+        if isinstance(self.layers, str):
             return
         is_list = isinstance(self.layers, Sequence) and len(self.layers) > 0
         if isinstance(self.layers, bytes | bytearray | memoryview):  # sequences of numbers too
@@ -281,7 +290,10 @@ class RoutingConfig:
 
     @property
     def has_routing_state(self) -> bool:
-        """Check if routed layers have extra state: router, running gate, copies, expert biases."""
+        """Check if routed layers have state that the dense model has not.
+
+        This is a router's, a running gate, copies of the FFN, or output biases of the experts.
+        """
         return self.kind == "gmoe" or self.output_bias != "shared"
 
     def to_dict(self) -> dict[str, Any]:
@@ -293,7 +305,7 @@ class RoutingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a configuration from the output of :meth:`to_dict`, also of older releases.
+        """Build a configuration from the output of :meth:`to_dict`, also that of older releases.
 
         Raises:
             ConfigError: a field is unknown or missing, or a value is out of range.
@@ -341,12 +353,12 @@ class EMoEConfig(RoutingConfig):
         partition: grouping of the neurons: ``kmeans`` (balanced, on L2-normalised keys),
             ``coactivation`` (balanced k-means on each neuron's activations for a calibration set),
             ``random`` (seeded), ``contiguous``.
-        partition_seed: seed of the partition.
+        partition_seed: seed of the partition, unless it is ``contiguous``.
         router: ``avg_k`` scores an expert by the mean of its keys and has no parameters. ``cosine``
             is EMoE-learn's learned router. :func:`emoe.fix_experts_` sets ``fixed``.
             :func:`emoe.register_router` adds others.
-        selection: experts: the ``top`` k by score, the ``bottom`` k, ``random`` k, or all but the
-            top k (``not_top``).
+        selection: experts that a token uses: the ``top`` k by score, the ``bottom`` k, ``random``
+            k, or all but the top k (``not_top``).
         score: avg-k's score of an expert. ``keys`` is the product of the input and the mean key
             (the paper). The others are means over the expert's neurons: ``gate``, the
             pre-activation; ``up`` and ``up_abs``, the up-projection of a gated FFN and its absolute
@@ -430,10 +442,12 @@ class GMoEConfig(RoutingConfig):
 
     Each chosen FFN becomes ``num_experts`` full copies of itself, with a learned cosine router.
 
-    Weights are normalised over the chosen experts and the output bias is shared, so the converted
-    model equals the dense model until training. With ``top_k=1`` that weight would be constant and
-    the router would not learn. The weight is then the probability among all experts, about 1/N at
-    first, as in the authors' layer.
+    By default the output bias is shared, and weights are normalised over the chosen experts. Then
+    the converted model computes the same as the dense model until training.
+
+    ``top_k=1`` is different. A weight normalised over one expert would always be 1, and the router
+    would not learn. So the weight is the probability among all experts, about 1/N at first, as in
+    the authors' layer.
     """
 
     kind: ClassVar[str] = "gmoe"
@@ -475,7 +489,7 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
 
 
 def resolve_layers(layers: Layers, count: int) -> list[int]:
-    """Convert a request such as ``"last-half:2"`` into layer numbers.
+    """Convert a request such as ``"last-half:2"`` into layer numbers in ascending order.
 
     Args:
         layers: the request (see :class:`emoe.EMoEConfig`).
@@ -494,7 +508,11 @@ def resolve_layers(layers: Layers, count: int) -> list[int]:
 
 
 def _numbered_layers(layers: Sequence[int], count: int) -> list[int]:
-    """Return layer numbers in ascending order. Negative ones count from the last layer."""
+    """Return listed layer numbers in ascending order. Negative ones count from the last layer.
+
+    Raises:
+        ConfigError: a layer does not exist or is listed twice.
+    """
     valid_numbers = range(-count, count)
     missing = [number for number in layers if number not in valid_numbers]
     if missing:
@@ -508,7 +526,11 @@ def _numbered_layers(layers: Sequence[int], count: int) -> list[int]:
 
 
 def _requested_layers(request: str, count: int) -> list[int]:
-    """Return the layers, maybe none, that a request such as ``"last:2"`` asks for."""
+    """Return the numbers of the layers, maybe none, that a request such as ``"last:2"`` means.
+
+    Raises:
+        ConfigError: the request is invalid, or wants more last layers than there are.
+    """
     every_layer = list(range(count))
     if request == "all":
         return every_layer

@@ -30,7 +30,7 @@ class Partition(Mapping[int, Tensor]):
     Neuron ``permutation[i]`` moves to position i.
 
     Attributes:
-        permutations: the mapping itself.
+        permutations: permutation of each layer, by layer number.
         explained: share of the variance between normalised keys that the experts explain, by layer;
             0 for one expert.
         seconds: build time by layer.
@@ -73,7 +73,7 @@ def partition(
         model: a dense model of a registered architecture (see :func:`emoe.register_ffn`).
         config: the configuration. Only ``num_experts``, ``layers``, ``partition`` and
             ``partition_seed`` are used.
-        calibration: input batches (dictionaries of arguments or tensors), only for
+        calibration: input batches (dictionaries or sequences of arguments, or tensors), only for
             ``partition="coactivation"``, which groups neurons that are active for the same tokens.
         progress: show a progress bar.
 
@@ -81,8 +81,10 @@ def partition(
         The partition, for :func:`emoe.convert_`.
 
     Raises:
-        ConversionError: an FFN cannot be split, or ``calibration`` is missing or unused.
-        ConfigError: the configuration is not an :class:`emoe.EMoEConfig`.
+        ConversionError: the architecture is unknown, an FFN cannot be split, or ``calibration`` is
+            missing, unused or without tokens.
+        ConfigError: the configuration is not an :class:`emoe.EMoEConfig`, or the model lacks a
+            layer that it names.
     """
     if not isinstance(config, EMoEConfig):
         raise ConfigError(
@@ -111,7 +113,7 @@ def partition(
 
 
 def join_partitions(partitions: Iterable[Partition]) -> Partition:
-    """Join partitions of different layers."""
+    """Join partitions of different layers into one."""
     joined = Partition({})
     for single in partitions:
         joined.permutations.update(single.permutations)
@@ -143,6 +145,7 @@ def group_neurons(
 def _group(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None) -> Tensor:
     """Choose the expert of each neuron: ``[d]`` int64. See :func:`group_neurons`."""
     num_experts = config.num_experts
+    # each row of the features is a neuron; other partitions use none
     features = keys if config.partition == "kmeans" else activations
     if features is not None:
         return balanced_kmeans(features, num_experts, seed=config.partition_seed)
@@ -155,7 +158,10 @@ def _group(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | N
 
 
 def _random_generator(seed: int, layer: int) -> torch.Generator:
-    """Make the generator of a layer's random partition. Layers differ with the same seed."""
+    """Make the generator of a layer's random partition.
+
+    Layers get different partitions from the same seed.
+    """
     text = f"random partition, seed {seed}, layer {layer}"
     digest = hashlib.sha256(text.encode()).digest()
     # seven bytes fit into PyTorch's seed

@@ -19,9 +19,16 @@ from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
 class LayerRecord:
-    """The counts of how often each expert of one layer was chosen.
+    """How often each expert of one layer was chosen, and statistics of this.
 
-    Choices count before the capacity drops any. Padding is not counted.
+    The load of an expert is the number of tokens that chose it, before the capacity drops any.
+    Padding is not counted.
+
+    Args:
+        layer: routed FFN to record.
+        labels: source of the rows' labels.
+        padding: source of the padding mask, None to count all tokens.
+        window: number of forward passes per window, None for no windows.
 
     Attributes:
         num_experts: N.
@@ -69,8 +76,10 @@ class LayerRecord:
                 self._tokens += mask.sum()
                 chosen = chosen & mask.to(chosen.device).unsqueeze(1)
             self._dropped += (chosen & ~kept).sum()
-            self._loads += self._count_by_label(chosen)
+            self._loads += chosen.sum(0)
+            self._add_by_label(chosen)
             self._passes += 1
+            # the window is complete
             if self._window and self._passes % self._window == 0:
                 self._end_window()
 
@@ -80,7 +89,10 @@ class LayerRecord:
         self._loads_at_window_start = self._loads.clone()
 
     def _token_mask(self, tokens: int) -> Tensor | None:
-        """Return the mask ``[tokens]`` of tokens that count, None if all count."""
+        """Return the mask ``[tokens]`` of tokens that count, None if all count.
+
+        A padding mask that does not fit gives a warning, and all tokens count.
+        """
         if self._padding is None:
             return None
         try:
@@ -89,19 +101,20 @@ class LayerRecord:
             warnings.warn(f"padding is counted: {error}", stacklevel=2)
             return None
 
-    def _count_by_label(self, chosen: Tensor) -> Tensor:
-        """Add the loads by label, if each row has one. Return the loads ``[N]`` of all tokens.
+    def _add_by_label(self, chosen: Tensor) -> None:
+        """Add the loads of a forward pass to the loads by label, if each row has a label.
 
         Args:
             chosen: chosen experts ``[T, N]`` bool.
         """
         labels = self._labels.labels
-        if labels is None:
-            return chosen.sum(0)
-        # the tokens of a layer may not be those of the labelled rows
-        if len(chosen) % max(len(labels), 1) != 0:
-            return chosen.sum(0)
+        if labels is None or len(labels) == 0:
+            return
         num_rows = len(labels)
+        # if the rows differ from the labelled ones, the tokens cannot be assigned to labels
+        if len(chosen) % num_rows != 0:
+            return
+        # loads of each row [rows, N]
         if self._rows_first:
             by_row = chosen.unflatten(0, (num_rows, -1)).sum(1)
         else:
@@ -111,15 +124,12 @@ class LayerRecord:
         # negative labels, such as -100, mean that a row has none
         is_labelled = labels >= 0
         self._loads_by_label.index_add_(0, labels[is_labelled], by_row[is_labelled])
-        return by_row.sum(0)
 
     def _make_room_for(self, labels: Tensor) -> None:
-        """Lengthen the loads by label ``[labels, N]`` to contain the largest of these labels."""
-        if len(labels) == 0:
-            return
+        """Append zeros to the loads by label, so that the largest of ``labels`` has a row."""
         needed = int(labels.max()) + 1
         missing = max(needed - len(self._loads_by_label), 0)
-        # zeros after the last row
+        # no column before or after, and the missing rows at the end
         self._loads_by_label = F.pad(self._loads_by_label, (0, 0, 0, missing))
 
     @property
@@ -129,23 +139,23 @@ class LayerRecord:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """Number of tokens that were counted."""
         return int(self._tokens)
 
     @property
     def dropped(self) -> int:
-        """Number of choices beyond the capacity."""
+        """Number of choices that the capacity dropped."""
         return int(self._dropped)
 
     @property
     def by_label(self) -> dict[int, Tensor]:
-        """Loads ``[N]`` by label, if labels were known."""
+        """Loads ``[N]`` by label. Labels without tokens are left out."""
         by_label = self._loads_by_label.cpu()
         return {label: loads for label, loads in enumerate(by_label) if loads.any()}
 
     @property
     def shares(self) -> Tensor:
-        """Share of each expert in all choices, ``[N]`` float64. The sum is 1."""
+        """Load of each expert divided by the sum of the loads, ``[N]`` float64."""
         loads = self.loads
         return loads.double() / max(int(loads.sum()), 1)
 
@@ -156,7 +166,7 @@ class LayerRecord:
 
     @property
     def drop_rate(self) -> float:
-        """Share of the choices beyond the capacity."""
+        """Share of the choices that the capacity dropped."""
         return self.dropped / max(int(self.loads.sum()), 1)
 
     @property
@@ -212,7 +222,11 @@ class RoutingRecord:
         self._labels.given = labels
 
     def summary(self) -> dict[str, float]:
-        """Average each statistic over the layers. ``load_change`` needs windows."""
+        """Return the mean of each statistic over the layers, by name.
+
+        The names are ``load_entropy``, ``load_max_over_mean``, ``experts_per_token``,
+        ``drop_rate``, ``active_neurons`` and, with at least two windows, ``load_change``.
+        """
         records = list(self.layers.values())
         values = {
             "load_entropy": [record.entropy for record in records],
@@ -222,8 +236,12 @@ class RoutingRecord:
             "active_neurons": [record.active_neurons for record in records],
             "load_change": [record.change for record in records if record.change is not None],
         }
-        # without windows there is no `load_change`
-        return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
+        means = {}
+        for name, numbers in values.items():
+            # without windows there is no `load_change`
+            if numbers:
+                means[name] = sum(numbers) / len(numbers)
+        return means
 
     def __str__(self) -> str:
         head = (
@@ -241,16 +259,17 @@ class RoutingRecord:
 
 @contextmanager
 def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[RoutingRecord]:
-    """Count the experts' loads during the forward passes inside the ``with`` block.
+    """Count how often each expert is chosen in the forward passes inside the ``with`` block.
 
     Padding is not counted if the model gets a two-dimensional mask. A mask that does not fit gives
-    a warning. Loads are also counted by label if the model gets one integer label per row, or if
+    a warning. Choices are also counted by label if the model gets one integer label per row, or if
     :meth:`RoutingRecord.set_labels` sets them. Forward passes that activation checkpointing repeats
     are not counted.
 
     Args:
         model: a converted model. Call this object, not a part of it or a wrapper around it.
-        window: number of forward passes per window. The loads of each window are also kept.
+        window: number of forward passes per window. The counts of each window are also kept. None
+            for no windows.
 
     Raises:
         ConversionError: the model has no routed FFN, its parts were converted separately, or it is

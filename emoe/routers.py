@@ -18,7 +18,7 @@ from emoe.errors import ConversionError
 
 # width of the cosine router's projection
 _COSINE_DIM = 256
-# of the cosine router's scores, in the authors' code
+# the factor of the cosine router's scores, as in the authors' code
 _MAX_LOG_SCALE = math.log(100.0)
 _INITIAL_SCALE = 2.0
 _EMBEDDING_DEVIATION = 0.01
@@ -49,8 +49,9 @@ def expert_means(rows: Tensor, num_experts: int) -> Tensor:
 def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
     """Score the experts ``[T, N]`` by their mean keys (paper Eq. 4).
 
-    A score is the mean of the pre-activations of the expert's neurons. It is computed in float32
-    without autocast: bf16 would change the experts of several percent of tokens.
+    A score is the product of an input and a mean key, plus the mean bias. It equals the mean of the
+    pre-activations of the expert's neurons. It is computed in float32 without autocast, because
+    bf16 would change the experts of several percent of tokens.
 
     Args:
         x: FFN inputs ``[T, h]``.
@@ -108,8 +109,8 @@ class Router(nn.Module):
     def kept_keys(self) -> Tensor | None:
         """Return vectors ``[N, h]`` in float32 whose products with the input are the scores.
 
-        None if the scores are computed in another way, a gradient is recorded, or no forward pass
-        has kept vectors of the present weights.
+        A forward pass in evaluation mode and without gradients may keep them for later ones. None
+        if no pass kept those of the current weights, or the scores are computed in another way.
         """
         return None
 
@@ -117,7 +118,7 @@ class Router(nn.Module):
         """Discard :meth:`kept_keys`, so that a later forward pass computes them again."""
 
     def update_(self) -> None:
-        """Update the router's state after an optimizer step; the default has none."""
+        """Update the router's state after an optimizer step. The base class has no state."""
 
 
 def register_router(name: str, router: type[Router]) -> None:
@@ -142,8 +143,9 @@ class _Float32Linear(nn.Linear):
 class CosineRouter(Router):
     """The learned router of GMoE and EMoE-learn: cosines of a projection and expert embeddings.
 
-    Scores are ``exp(min(temperature, ln 100)) * cos(W x + b, s_i)``. The scale starts at 2 and the
-    embeddings at N(0, 0.01²) (the authors' ``gates/cosine_top.py``).
+    The score of expert i with embedding s_i is
+    ``exp(min(temperature, ln 100)) * cos(W x + b, s_i)``. The factor ``exp(…)`` starts at 2, and
+    the embeddings at N(0, 0.01²) (the authors' ``gates/cosine_top.py``).
     """
 
     def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
@@ -176,7 +178,8 @@ class Stamp:
 
     Args:
         projection: module with a plain weight in the CPU's memory.
-        has_copy: false if only views of the weight are in use, which show changes of its elements.
+        has_copy: true if the caller uses a copy made from the weight, so elements are compared. A
+            view needs no comparison, because it shows changes of the elements.
     """
 
     def __init__(self, projection: nn.Module, *, has_copy: bool = True) -> None:
@@ -230,8 +233,8 @@ class AvgKRouter(Router):
     """The paper's avg-k (Eq. 4): an expert's score is the mean score of its neurons.
 
     The router has no parameters. ``keys`` scores are products of the FFN's input and the mean keys.
-    If the weights are adapted or quantised, the scores are means of the pre-activations, which are
-    equal up to rounding.
+    If the weights are adapted or quantised, they are computed from the pre-activations instead,
+    with the same result up to rounding. :class:`emoe.EMoEConfig` describes the other scores.
 
     In evaluation mode the mean keys are kept until the weights change.
 
@@ -251,23 +254,27 @@ class AvgKRouter(Router):
 
     def forward(self, x: Tensor) -> Tensor:
         """See :meth:`Router.forward`. Only for scores that are linear in the input."""
-        weight = self.gate
-        if weight is None:
-            weight = self._kept_mean_weight()
-        if weight is None:
-            weight = self._mean_weight()
-            self._keep(weight)
-        return key_scores(x, weight, self._score_bias())
+        mean_weight = self.gate
+        if mean_weight is None:
+            mean_weight = self._kept_mean_weight()
+        if mean_weight is None:
+            mean_weight = self._mean_weight()
+            self._keep(mean_weight)
+        return key_scores(x, mean_weight, self._score_bias())
 
     def _projection(self) -> nn.Module:
-        """Return the projection whose outputs the score averages. A fused one has both halves."""
+        """Return the projection whose outputs the score averages.
+
+        A fused in-projection computes the up-projection too.
+        """
         if self.config.score == "up":
             return self.ffn.proj_up or self.ffn.proj_in
         return self.ffn.proj_in
 
     def kept_keys(self) -> Tensor | None:
         """See :meth:`Router.kept_keys`."""
-        # a bias would be added to the products, and a running gate is not the mean of the weights
+        # The products must be the scores: without a bias, and without a running gate, which is not
+        # the mean of the weights.
         has_plain_keys = self.config.score == "keys" and self.gate is None
         if not has_plain_keys or self.config.score_bias:
             return None
@@ -282,13 +289,17 @@ class AvgKRouter(Router):
         self._kept = None
 
     def _may_keep(self) -> bool:
-        """Check if the weights are fixed in this forward pass, and no graph is recorded."""
+        """Check if this forward pass may keep and reuse mean weights.
+
+        It must be in evaluation mode, and record neither a gradient nor a graph.
+        """
         return not (self.training or torch.is_grad_enabled() or is_recorded())
 
     def _kept_mean_weight(self) -> Tensor | None:
-        """Return the mean weights ``[N, h]`` of an earlier call.
+        """Return the mean weights ``[N, h]`` that an earlier call kept.
 
-        None if there are none, the weights changed since, or a gradient or a graph is recorded.
+        None if there are none, the weights have changed, or this pass may not use them
+        (:meth:`_may_keep`).
         """
         if not self._may_keep():
             return None
@@ -298,12 +309,12 @@ class AvgKRouter(Router):
         return kept.mean_weight
 
     def _keep(self, mean_weight: Tensor) -> None:
-        """Keep mean weights for the next call in evaluation mode."""
+        """Keep mean weights for later calls in evaluation mode, if changes can be detected."""
         if not self._may_keep():
             return
         projection = self._projection()
         weight = weight_of(projection)
-        # not on a GPU, which would have to wait for the comparison of elements
+        # not on a GPU: each call would have to wait until it has compared the elements
         if is_in_memory(weight) and weight.is_contiguous():
             self._kept = _KeptMean(Stamp(projection), mean_weight)
 
@@ -329,7 +340,10 @@ class AvgKRouter(Router):
         return neuron_means(bias)
 
     def _linear_blocks(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight ``[N, s, h]`` and bias ``[N, s]`` whose outputs the score averages."""
+        """Return the weight ``[N, s, h]`` and bias of the projection that the score averages.
+
+        The bias is ``[N, s]``, or None if the projection has none.
+        """
         in_projections, _values = self.ffn.blocks(self.config.num_experts)
         # the activated projection comes first, then the up-projection
         if self.config.score == "up":
@@ -361,7 +375,10 @@ class AvgKRouter(Router):
         return z
 
     def _scores_from_keys(self, x: Tensor | None, z: Tensor) -> Tensor:
-        """Compute ``keys`` scores, from the mean keys if the in-projection has a plain weight."""
+        """Compute ``keys`` scores from the mean keys, or from the pre-activations ``z``.
+
+        The mean keys need the FFN's input, and an in-projection with a plain weight.
+        """
         proj_in = self.ffn.proj_in
         with weights_in_place(proj_in):
             is_adapted = hasattr(proj_in, "base_layer")
@@ -372,7 +389,11 @@ class AvgKRouter(Router):
             return self(x)
 
     def _scores_from_neurons(self, z: Tensor) -> Tensor:
-        """Compute ``keys`` scores from pre-activations."""
+        """Compute ``keys`` scores ``[T, N]`` from pre-activations ``[T, d]``.
+
+        Raises:
+            ConversionError: the configuration has a running gate, which needs a plain weight.
+        """
         if self.gate is not None:
             name = f"{self.ffn.name}.{self.ffn.spec.proj_in}"
             reason = "has no plain weight, which gate_momentum needs"
@@ -420,8 +441,8 @@ class FixedRouter(Router):
     :func:`emoe.fix_experts_` installs it.
 
     Attributes:
-        usage: number of times that each expert was used, ``[N]`` int64. No cast of the model rounds
-            integers.
+        usage: number of times that each expert was used, ``[N]`` int64. Integers, because a cast of
+            the model (``model.half()``) would round floats.
     """
 
     learned: ClassVar[bool] = False
@@ -433,7 +454,7 @@ class FixedRouter(Router):
         self.register_buffer("usage", usage)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`Router.forward`. An expert's score is the number of less used experts."""
+        """See :meth:`Router.forward`. A score is the number of experts that were used less."""
         usage = self.usage.to(x.device)
         # is_more_used[a, b]: expert a was used more than expert b
         is_more_used = usage.unsqueeze(1) > usage
@@ -455,7 +476,7 @@ def build_router(ffn: FFN, config: EMoEConfig | GMoEConfig) -> Router:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Check if accelerate has offloaded a module's weights until the module is called."""
+    """Check if accelerate has offloaded a module's weights. It loads them for each call."""
     if not hasattr(module, "_hf_hook"):
         return False
     return any(parameter.is_meta for parameter in module.parameters(recurse=False))
@@ -475,17 +496,17 @@ def weights_in_place(*modules: nn.Module) -> AbstractContextManager[Any]:
 
 
 def unsharded(weight: Tensor) -> Tensor:
-    """Detach a weight, and gather it if FSDP has sharded it (between forward passes)."""
+    """Return a weight without its graph. If FSDP has sharded it, gather all of it."""
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
     return weight.detach()
 
 
 def require_input(ffn: FFN, passed: Tensor | None) -> Tensor:
-    """Return the tensor that an FFN's in-projection passed on.
+    """Return the tensor that an FFN's in-projection passed on, if there is one.
 
     Raises:
-        RuntimeError: the tensor is None.
+        RuntimeError: the tensor is None, because the in-projection did not run.
     """
     if passed is None:
         raise RuntimeError(

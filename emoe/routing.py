@@ -1,7 +1,7 @@
 """Selection and weighting of experts.
 
-Shapes: T tokens, h width, N experts of s neurons, d = N·s neurons. ``expert_indices`` ``[T, k]``
-are a token's chosen experts, first choice first.
+Shapes: T tokens, N experts, k chosen experts per token. ``expert_indices`` ``[T, k]`` are the
+chosen experts of each token, first choice first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from emoe.config import BalanceLoss, Selection, Weighting
 
 
 def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
-    """Choose experts ``[T, k]``, first choice first. Ties go to the lower expert index."""
+    """Choose the experts ``[T, k]`` of each token, first choice first.
+
+    Ties go to the lower expert index.
+
+    Args:
+        scores: scores ``[T, N]``. Random selection uses only their shape.
+        top_k: number of experts k. ``not_top`` chooses the ``N - top_k`` other experts instead.
+        selection: which experts are chosen (see :class:`emoe.EMoEConfig`).
+    """
     if selection == "random":
         scores = torch.rand_like(scores)
     is_descending = selection != "bottom"
@@ -56,16 +64,16 @@ def capacity_mask(
     top_k: int,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """Return the mask ``[T, k]`` bool of the assignments that fit into the experts' capacity.
+    """Return the mask ``[T, k]`` bool of the choices that fit into the experts' capacity.
 
-    Routing is batch-prioritised: all first choices come before all second choices, and so on.
-    Within a choice, tokens are ordered by their highest softmax probability. Assignments of padding
-    tokens are always in the mask.
+    Routing is batch-prioritised: all first choices come before all second choices, and so on. Among
+    the first choices, and so on, tokens are ordered by their highest softmax probability. The mask
+    is always true for padding tokens.
 
     Args:
         scores: scores ``[T, N]`` that chose the experts.
         expert_indices: chosen experts ``[T, k]``.
-        capacity_factor: factor c; each expert takes ``top_k * int(c * ceil(T / N))`` assignments.
+        capacity_factor: factor c; each expert takes ``top_k * int(c * ceil(T / N))`` choices.
         top_k: number of experts that a token uses.
         token_mask: real tokens ``[T]`` bool; padding tokens do not count in T and take no capacity.
     """
@@ -83,11 +91,12 @@ def capacity_mask(
     # tokens with the most confident choice come first
     confidence = scores.softmax(-1).amax(-1)
     order = _stable_order(confidence, descending=True)
-    # The expert of each assignment in order of priority [k * T]. The number N stands for padding,
-    # which takes no capacity from the experts.
+    # The expert of each choice in order of priority [k * T]. The number N stands for padding, which
+    # takes no capacity from the experts.
     experts = torch.where(is_real, expert_indices, num_experts)
     queue = experts[order].t().flatten()
 
+    # number of choices of the same expert that come first
     rank = _rank_in_group(queue, num_experts + 1)
     # back to the order of the tokens
     fits_in_queue = (rank < capacity).view(expert_indices.shape[1], -1)
@@ -127,9 +136,10 @@ def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = 
 def expert_weights(scores: Tensor, mask: Tensor, weighting: Weighting, top_k: int) -> Tensor:
     """Compute the weights ``[T, N]`` of the chosen experts; the others have weight zero.
 
-    ``softmax`` normalises over the chosen experts. If ``top_k`` is 1, it normalises over all
-    experts, because the weight would be constant. ``softmax_times_k`` multiplies by the number of
-    chosen experts: the mean is 1, as with ``binary``.
+    ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the chosen experts,
+    or over all experts if ``top_k`` is 1, because the weight would be constant.
+    ``softmax_times_k`` multiplies by the number of chosen experts: the mean is 1, as with
+    ``binary``.
     """
     if weighting == "binary":
         return mask.to(scores.dtype)
@@ -168,22 +178,23 @@ def balance_loss(
         formula: ``published`` uses the clean *probability* in the load, as the authors' code does.
         token_mask: tokens ``[T]`` bool that count, None for all.
     """
-    # padding tokens have no share in the sums [T, 1]
+    # factor of each token in the sums over tokens [T, 1]: 0 for padding
     if token_mask is None:
-        share = torch.ones_like(clean[:, :1])
+        is_counted = torch.ones_like(clean[:, :1])
     else:
-        share = token_mask.unsqueeze(1).to(clean.dtype)
+        is_counted = token_mask.unsqueeze(1).to(clean.dtype)
     probabilities = clean.softmax(-1)
-    importance = (probabilities * share).sum(0)
+    importance = (probabilities * is_counted).sum(0)
     importance_loss = _squared_variation(importance)
     if noise_std == 0:
         return importance_loss
 
+    # the lowest noisy score of a token's chosen experts [T, 1]
     threshold = noisy.masked_fill(~mask, math.inf).amin(-1, keepdim=True)
     compared = probabilities if formula == "published" else clean
     # under normal noise, the chance that a score exceeds the threshold
     chance = torch.special.ndtr((compared - threshold) / noise_std)
-    load = (chance * share).sum(0)
+    load = (chance * is_counted).sum(0)
     return (importance_loss + _squared_variation(load)) / 2
 
 

@@ -19,7 +19,9 @@ from emoe.sparse.module import NOT_CALLED, SparseFFN, check_supported, install_,
 
 
 def set_top_k_(model: nn.Module, top_k: int) -> nn.Module:
-    """Change the number of experts that each token uses, in place, for training too.
+    """Change the configuration's ``top_k``, the number of experts that each token uses, in place.
+
+    It holds for evaluation and training.
 
     Args:
         model: converted model.
@@ -41,8 +43,9 @@ def set_backend_(model: nn.Module, backend: str) -> nn.Module:
 
     The results are equal up to rounding. ``masked`` (the default) computes all neurons and zeroes
     the neurons of other experts. It works with any code. ``sparse`` computes the chosen experts
-    only, if that is faster (:func:`emoe.sparse.cost_model.pays_off`). It replaces modules
-    (:mod:`emoe.sparse.module`); parameters, their names, and optimizers stay the same.
+    only, in forward passes where that should be faster (:func:`emoe.sparse.cost_model.pays_off`).
+    It replaces modules (:mod:`emoe.sparse.module`). Parameters, their names, and optimizers stay
+    the same.
 
     Args:
         model: converted model.
@@ -70,10 +73,11 @@ def set_backend_(model: nn.Module, backend: str) -> nn.Module:
 
 
 def _make_sparse_(layers: list[RoutedActivation]) -> None:
-    """Install the sparse backend in masked layers. Undo this if a layer's output changes.
+    """Install the sparse backend in masked layers, and check that their outputs stay the same.
 
     Raises:
-        ConversionError: a layer cannot use the sparse backend. No layer is changed.
+        ConversionError: a layer cannot use the sparse backend, or its output would change. All
+            layers are masked again.
     """
     for layer in layers:
         check_supported(layer)
@@ -83,7 +87,7 @@ def _make_sparse_(layers: list[RoutedActivation]) -> None:
     if any(_is_on_cpu(layer) for layer in layers):
         prepare_kernels()
     for layer, masked_output in zip(layers, masked_outputs, strict=True):
-        # the output is None if the layer's code cannot be run alone
+        # without an output, because the layer's code cannot be run alone, nothing can be compared
         if masked_output is None or _matches_masked_output(layer, masked_output):
             continue
         for changed in layers:
@@ -100,7 +104,12 @@ def _is_on_cpu(layer: RoutedActivation) -> bool:
 
 
 def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
-    """Check that a sparse FFN computes the masked FFN's output."""
+    """Check that a sparse FFN computes the masked FFN's output, up to rounding.
+
+    Args:
+        layer: routed FFN with the sparse backend.
+        expected: output of :func:`probe_output` with the masked backend.
+    """
     sparse = cast(SparseFFN, layer.ffn.proj_out)
     # for the few rows of the probe, the sparse products would not pay off
     sparse.always = True
@@ -119,12 +128,16 @@ def _matches_masked_output(layer: RoutedActivation, expected: Tensor) -> bool:
 def for_inference_(model: nn.Module) -> nn.Module:
     """Prepare a converted model for serving, in place.
 
-    Few tokens then read only the weights of their experts.
+    Sets the sparse backend and evaluation mode. On a CPU, a forward pass of few tokens then reads
+    only the weights of their experts.
 
-    Sets the sparse backend and evaluation mode. At the first forward pass of few tokens without
-    gradient, each FFN copies its values by neuron, into as much memory as the out-projections take.
-    It does so again after its weights changed. ``model.train()`` ends serving. Parameters are not
-    frozen: PyTorch multiplies frozen bfloat16 weights more slowly on some processors.
+    For this, the weights of each neuron must lie together in memory. The first such pass without
+    gradient copies the projection for which this is not so: the out-projection, or GPT-2's
+    in-projection. The copies need as much memory as these projections. They are made again after
+    the weights change. ``model.train()`` ends serving.
+
+    Parameters are not frozen, because PyTorch multiplies frozen bfloat16 weights more slowly on
+    some processors.
 
     Args:
         model: converted model.
@@ -149,19 +162,20 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
     """Give every token the experts that were used most, in place.
 
     This is a static control for token-wise routing. The configuration's ``router`` becomes
-    ``fixed``; ``top_k`` and ``selection`` stay. The model saves the counts.
+    ``fixed``, and the settings of the old scores are reset. ``top_k`` and ``selection`` stay. The
+    counts are saved with the model.
 
     Args:
-        model: model converted with an :class:`EMoEConfig` whose router is ``avg_k``.
-        usage: counts ``[N]`` by layer number, as from :func:`emoe.record_routing`. Ties go to the
-            lower expert index.
+        model: model converted with an :class:`EMoEConfig` whose router is ``avg_k`` or ``fixed``.
+        usage: how often each expert was used, ``[N]`` by layer number, as from
+            :func:`emoe.record_routing`. Ties go to the lower expert index.
 
     Returns:
         The same model.
 
     Raises:
-        ConversionError: the model is not converted or has a learned router, or counts are not
-            valid. The model is unchanged.
+        ConversionError: the model is not converted or has another router, or counts are not valid.
+            The model is unchanged.
     """
     layers = converted_layers(model, "fix_experts_")
     counts = [_read_usage(layer, usage) for layer in layers]
@@ -175,7 +189,10 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> nn.Module:
 
 
 def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
-    """Return the counts ``[N]`` of a layer. See :func:`fix_experts_` for the errors."""
+    """Return the counts ``[N]`` of a layer from ``usage``, after checking them.
+
+    See :func:`fix_experts_` for the errors.
+    """
     name = f"fix_experts_: {layer.ffn.name}"
     config = layer.config
     if config.router not in ("avg_k", "fixed"):
@@ -193,7 +210,10 @@ def _read_usage(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
 
 
 def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:
-    """Change fields of the configuration of a model's layers. See :class:`emoe.EMoEConfig`."""
+    """Change fields of the layers' configurations, and update the model's description of them.
+
+    ``changes`` are fields of :class:`emoe.EMoEConfig`.
+    """
     # validate all configurations before the first layer changes
     configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
     for layer, config in zip(layers, configs, strict=True):

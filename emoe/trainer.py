@@ -42,7 +42,7 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
-        """Mark the model as converted and start to add the balance loss."""
+        """Describe the experts in the model's configuration, and start adding the balance loss."""
         model: nn.Module = kwargs["model"]
         layers = converted_layers(model, "TrainerCallback")
         if not hasattr(model, "peft_config"):
@@ -65,9 +65,9 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        """Write the original order of the neurons into the checkpoint."""
+        """Write the original order of the neurons into the checkpoint, unless it is PEFT's."""
         model: nn.Module = kwargs["model"]
-        # adapters are saved without the model
+        # PEFT saves the adapters without the model
         if hasattr(model, "peft_config"):
             return
         folder = _checkpoint(args, state)
@@ -76,10 +76,10 @@ class TrainerCallback(transformers.TrainerCallback):
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Return the folder of the newest checkpoint."""
+    """Return the folder of the checkpoint that is being saved. It may not exist."""
     output = Path(str(args.output_dir))
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    # a search of hyper-parameters has a folder for each trial
+    # a search of hyper-parameters has a folder for each trial; the newest is in use
     nested = output.glob(f"*/{name}")
     existing = [path for path in (output / name, *nested) if path.is_dir()]
     if not existing:
@@ -88,11 +88,12 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _modification_time(path: Path) -> float:
+    """Return the time of a folder's last change."""
     return path.stat().st_mtime
 
 
 def _check_checkpointing(args: TrainingArguments) -> None:
-    """Reject reentrant checkpointing, in which the balance loss would have no gradient."""
+    """Raise :class:`ConfigError` for reentrant checkpointing: the balance loss has no gradient."""
     options: Any = args.activation_checkpointing_kwargs
     if not args.activation_checkpointing or not options:
         return
@@ -130,7 +131,10 @@ def _stop_adding(model: nn.Module) -> None:
 
 
 def _prepare_count(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Make ``num_items_in_batch`` require a gradient, for :func:`_depends_on`."""
+    """Return the arguments with a ``num_items_in_batch`` that requires a gradient.
+
+    This is a forward pre-hook. :func:`_depends_on` needs the gradient.
+    """
     count = kwargs.get("num_items_in_batch")
     if count is None:
         return args, kwargs
@@ -139,7 +143,11 @@ def _prepare_count(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Add the balance loss to a model's training loss, scaled like the task loss."""
+    """Add the balance loss to a model's training loss, scaled like the task loss. A forward hook.
+
+    Raises:
+        ConfigError: the model returned no scalar loss.
+    """
     if not model.training:
         return output
     balance = aux_loss(model)
@@ -164,13 +172,16 @@ def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], outp
 
 
 def _loss_weight(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
-    """Return the weight that a forward pass has in the model's loss."""
+    """Return the weight that a forward pass has in the loss of an optimizer step.
+
+    It is the pass's share of the step's labels if the model divides by their number, else 1.
+    """
     count = kwargs.get("num_items_in_batch")
     if count is None or not _depends_on(loss, count):
         return 1.0
     counted = _counted_labels(model, kwargs)
     labels_in_pass = counted.ne(_IGNORED_LABEL).sum()
-    # DataParallel repeats the number
+    # DataParallel repeats the number for each device
     labels_in_step = count.detach().flatten()[0]
     return labels_in_pass / labels_in_step
 
@@ -182,7 +193,10 @@ def _depends_on(loss: Tensor, count: Tensor) -> bool:
 
 
 def _counted_labels(model: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Return the labels of a forward pass that Trainer counts in ``num_items_in_batch``."""
+    """Return the labels of a forward pass that Trainer counts in ``num_items_in_batch``.
+
+    Ignored labels are among them.
+    """
     if "shift_labels" in kwargs:
         return kwargs["shift_labels"]
     labels: Tensor = kwargs["labels"]

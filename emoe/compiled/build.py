@@ -40,7 +40,10 @@ _logger = logging.getLogger(__name__)
 
 
 def library_file() -> Path:
-    """Return the path of the compiled kernels for this Python, torch and source."""
+    """Return the path of the compiled kernels for this Python, torch and source code.
+
+    The file may not exist yet.
+    """
     abi = sysconfig.get_config_var("SOABI")
     digest = hashlib.sha256(f"{torch.__version__} {abi}".encode())
     headers = sorted(_SOURCE.parent.glob("*.h"))
@@ -79,7 +82,11 @@ def build_kernels() -> Path:
 
 
 def _compile(folder: str) -> None:
-    """Compile the kernels into a folder. See :func:`build_kernels` for the error."""
+    """Compile the kernels in another process into a folder.
+
+    Raises:
+        RuntimeError: the compiler fails.
+    """
     import ninja  # `import emoe` needs only torch and safetensors
 
     command = [sys.executable, "-c", _COMPILE, _NAME, str(_SOURCE), folder]
@@ -128,7 +135,8 @@ def is_recorded() -> bool:
 def kernels_for(x: Tensor) -> ModuleType | None:
     """Return the compiled kernels if they may compute with a tensor in this forward pass.
 
-    They know neither gradients nor graphs, and read the CPU's memory.
+    They compute no gradients, cannot be recorded in a graph, and read the CPU's memory. None if
+    they may not be used, or were not built.
     """
     if torch.is_grad_enabled() or is_recorded() or not is_in_memory(x):
         return None
@@ -148,7 +156,7 @@ def is_in_memory(tensor: Tensor) -> bool:
 
 @functools.cache
 def prepare_kernels() -> None:
-    """Build the kernels; warn once if this is not possible."""
+    """Build the kernels, once per process. Log a warning if this is not possible."""
     try:
         build_kernels()
     except (OSError, RuntimeError, ImportError) as error:

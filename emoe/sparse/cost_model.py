@@ -29,7 +29,7 @@ from emoe.sparse.kernels import can_group
 
 
 class _Costs(NamedTuple):
-    """The constants of the prediction for one dtype; see the formula above."""
+    """The constants of the prediction for one dtype. The module's docstring has the formula."""
 
     per_expert: float
     per_share: float
@@ -48,9 +48,10 @@ _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
 
 
 def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
-    """Check if the sparse products of inputs should be faster; see :func:`predicted_time_ratio`.
+    """Check if the sparse products should be faster than the dense FFN for these inputs.
 
-    On an accelerator, True if PyTorch has a grouped product for them.
+    On a CPU, :func:`predicted_time_ratio` decides. On an accelerator, they should be if PyTorch has
+    a grouped product.
 
     Args:
         x: FFN inputs ``[T, h]``.
@@ -84,9 +85,9 @@ def predicted_time_ratio(
     threads: int,
     compiled: bool = True,
 ) -> float | None:
-    """Predict the time of the sparse products on a CPU as a share of the dense FFN's.
+    """Predict the time of the sparse products on a CPU, divided by the dense FFN's time.
 
-    None if the dtype has no constants.
+    None if there are no constants for the dtype.
 
     Args:
         tokens: number of tokens of the forward pass, T.
@@ -95,17 +96,17 @@ def predicted_time_ratio(
         active: share of the experts that a token uses.
         dtype: dtype of the products.
         threads: number of torch's threads.
-        compiled: the compiled kernels are available.
+        compiled: true if the compiled kernels are available.
     """
     costs = _costs_of(dtype, compiled)
     if costs is None:
         return None
     # the lower efficiency of small experts
     small_experts = (costs.per_expert + costs.per_share * active) / expert_size
-    # a cost that does not depend on the tokens
+    # a cost that does not depend on the tokens, as a share of the time of all tokens
     per_call = costs.per_call + costs.per_product / (hidden * expert_size)
     few_tokens = threads * per_call / max(tokens, 1)
-    # PyTorch computes one expert after another and uses threads badly
+    # without compiled kernels, PyTorch computes one expert after another and uses threads badly
     slowdown = 1.0
     if not compiled:
         per_thread = _PER_THREAD + _PER_THREAD_EXPERT / expert_size

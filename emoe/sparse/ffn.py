@@ -41,7 +41,7 @@ def sparse_ffn(
     Returns:
         Outputs ``[T, h]`` in the dtype of ``x``, or in autocast's.
     """
-    # the in-projections one after another, as the autograd function takes them
+    # flat, as the autograd function takes them: weight, bias, weight, bias
     in_projections: list[Tensor | None] = []
     for weight, bias in inputs:
         in_projections += [weight, bias]
@@ -62,6 +62,8 @@ def sparse_ffn(
 
 class _SavedTensors(NamedTuple):
     """The tensors that the backward pass needs. See :func:`sparse_ffn`.
+
+    P is the number of chosen (token, expert) pairs.
 
     Attributes:
         per_pair: expert weights ``[P]``, None if all are 1.
@@ -97,9 +99,11 @@ class _NeededGradients(NamedTuple):
 
 
 class _SparseFFN(torch.autograd.Function):
-    """Sum the outputs of the chosen experts. The arguments are those of :func:`sparse_ffn`.
+    """Sum the outputs of the chosen experts, with a backward pass. See :func:`sparse_ffn`.
 
-    ``in_projections`` are the weight and the bias of each in-projection, one after another.
+    Two arguments of ``forward`` differ from those: ``per_pair`` are the expert weights of the
+    chosen ``pairs``, and ``in_projections`` are each in-projection's weight and bias, one after
+    another.
     """
 
     @staticmethod
@@ -154,7 +158,6 @@ class _SparseFFN(torch.autograd.Function):
         d_scale = None if scale is None else gradients[-1]
 
         # back through each in-projection
-        d_x: Tensor | None = None
         d_in_projections: list[Tensor | None] = []
         for index, d_z in enumerate(d_pre_activations):
             weight = saved.weights[index]
@@ -166,21 +169,38 @@ class _SparseFFN(torch.autograd.Function):
             if needed.biases[index] and saved.biases[index] is not None:
                 d_bias = expert_sums(d_z, pairs, num_experts=weight.shape[0])
             d_in_projections += [d_weight, d_bias]
-            if needed.x:
-                d_x_part = scatter_mm(d_z, weight, pairs)
-                d_x = d_x_part if d_x is None else d_x + d_x_part
+        d_x = None
+        if needed.x:
+            d_x = _input_gradient(d_pre_activations, saved.weights, pairs)
         # the activation and the pairs have no gradient
         return None, None, d_scale, d_x, d_values, *d_in_projections
 
 
+def _input_gradient(
+    d_pre_activations: Sequence[Tensor], weights: Sequence[Tensor], pairs: Pairs
+) -> Tensor:
+    """Compute the gradient of the FFN's inputs ``[T, h]``: a sum over the in-projections.
+
+    Args:
+        d_pre_activations: gradient of the outputs ``[P, s]`` of each in-projection.
+        weights: weight ``[N, s, h]`` of each in-projection.
+        pairs: chosen pairs.
+    """
+    d_x = scatter_mm(d_pre_activations[0], weights[0], pairs)
+    # the up-projection of a gated FFN
+    if len(weights) > 1:
+        d_x = d_x + scatter_mm(d_pre_activations[1], weights[1], pairs)
+    return d_x
+
+
 def _needed_gradients(ctx: Any) -> _NeededGradients:
-    """Name the values of autograd, which are in the order of ``_SparseFFN.forward``."""
+    """Read which arguments of ``_SparseFFN.forward`` need a gradient."""
     _activation, _pairs, _per_pair, x, values, *in_projections = ctx.needs_input_grad
     return _NeededGradients(x, values, in_projections[::2], in_projections[1::2])
 
 
 def _saved_tensors(ctx: Any) -> _SavedTensors:
-    """Name the tensors that ``_SparseFFN.forward`` saved."""
+    """Read the tensors that ``_SparseFFN.forward`` saved."""
     per_pair, x, values, *others = ctx.saved_tensors
     # a weight, a bias and a pre-activation for each in-projection
     count = len(others) // 3
@@ -194,7 +214,13 @@ def _saved_tensors(ctx: Any) -> _SavedTensors:
 def _hidden(
     activation: Activation, pre_activations: Sequence[Tensor], per_pair: Tensor | None
 ) -> Tensor:
-    """Compute the input of the out-projection ``[P, s]``."""
+    """Compute the inputs of the out-projection ``[P, s]``, times the expert weights.
+
+    Args:
+        activation: elementwise function.
+        pre_activations: outputs ``[P, s]`` of each in-projection.
+        per_pair: expert weights ``[P]``, None if all are 1.
+    """
     hidden = activation(pre_activations[0])
     # a gated FFN multiplies by its up-projection
     if len(pre_activations) > 1:

@@ -5,8 +5,9 @@ They are computed in C++ on a CPU, grouped on a GPU, else one expert at a time.
 Shapes: T tokens, N experts of s neurons, h width, P pairs of a token and a chosen expert.
 
 The grouped product is one call of PyTorch for all experts. It needs rows of a multiple of 16 bytes,
-so smaller experts are padded. On a GPU the order of a token's sum varies unless
-``torch.use_deterministic_algorithms(True)`` is set. It is tested on a CPU and not timed on a GPU.
+so other experts are padded. On a GPU a token's outputs are summed in varying order unless
+``torch.use_deterministic_algorithms(True)`` is set. The grouped product is tested on a CPU and not
+timed on a GPU.
 """
 
 from __future__ import annotations
@@ -47,14 +48,15 @@ class Pairs:
 
     @property
     def ends(self) -> Tensor:
-        """End of each expert's pairs ``[N]`` int32, in a single chunk."""
+        """End of each expert's pairs, ``[N]`` int32. Only for pairs in one chunk."""
         return self.starts[1:].to(torch.int32)
 
 
 def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
     """List the (token, expert) pairs of a mask.
 
-    Compiled kernels get the tokens in equally many chunks per thread; others in one.
+    For compiled kernels, the tokens are split into the same number of chunks for each thread. Other
+    kernels get one chunk.
 
     Args:
         mask: chosen experts ``[T, N]`` bool.
@@ -78,7 +80,7 @@ def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
 
 
 def _number_of_chunks(num_tokens: int) -> int:
-    """Return the number of chunks, the same for each thread. It determines the order of sums."""
+    """Return the number of chunks, a multiple of the threads. It determines the order of sums."""
     threads = torch.get_num_threads()
     chunks_per_thread = _divide_up(num_tokens, threads * _TOKENS_PER_CHUNK)
     return threads * max(1, chunks_per_thread)
@@ -120,7 +122,7 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
 
 
 def _gather_mm_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
-    """Compute :func:`gather_mm` by one grouped product."""
+    """Compute :func:`gather_mm` with one grouped product."""
     expert_size = weight.shape[1]
     padded_weight = pad_rows(weight).transpose(1, 2)  # [N, h, padded s]
     padded_product = F.grouped_mm(x[pairs.token], padded_weight, offs=pairs.ends)
@@ -131,7 +133,9 @@ def _gather_mm_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pa
 
 
 def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
-    """Multiply each pair by its expert's weight, and sum over each token's pairs in float32.
+    """Multiply each pair's row by its expert's weight, and sum the products of each token's pairs.
+
+    Sums are computed in float32 at least.
 
     Args:
         a: a row for each pair ``[P, s]``.
@@ -159,7 +163,7 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
 
 
 def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
-    """Sum the outer products of ``a[pair]`` and ``x[token]`` over each expert's pairs.
+    """Sum the outer products of ``a[pair]`` and ``x[token of the pair]`` over each expert's pairs.
 
     Args:
         a: a row for each pair ``[P, s]``.
@@ -190,14 +194,20 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
 
 
 def expert_sums(a: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
-    """Sum ``a [P, s]`` over each expert's pairs: ``[N, s]``."""
+    """Sum the rows ``[P, s]`` of each expert's pairs: ``[N, s]``.
+
+    Args:
+        a: a row for each pair ``[P, s]``.
+        pairs: chosen pairs.
+        num_experts: number of experts N.
+    """
     sum_dtype = torch.promote_types(a.dtype, torch.float32)
     sums = torch.zeros(num_experts, a.shape[1], dtype=sum_dtype, device=a.device)
     return sums.index_add_(0, pairs.expert, a.to(sum_dtype)).to(a.dtype)
 
 
 def can_group(x: Tensor) -> bool:
-    """Check if ``grouped_mm`` takes ``x [..., h]``.
+    """Check if PyTorch's ``grouped_mm`` takes a tensor ``[..., h]``.
 
     PyTorch documents it for bfloat16 on GPUs of compute capability 8 and later.
     """
@@ -210,7 +220,7 @@ def can_group(x: Tensor) -> bool:
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """Pad dimension 1 with zeros to a multiple of 16 bytes; the result is contiguous."""
+    """Pad dimension 1 with zeros until it has a multiple of 16 bytes. The result is contiguous."""
     elements_per_unit = _ALIGNMENT // x.element_size()
     missing = -x.shape[1] % elements_per_unit
     if missing == 0:
@@ -250,7 +260,7 @@ def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[_Block]:
 
 
 def _compiled_for(x: Tensor) -> ModuleType | None:
-    """Return the compiled kernels if they take inputs like ``x``."""
+    """Return the compiled kernels, None if there are none or they do not take inputs like ``x``."""
     if x.device.type != "cpu" or x.dtype == torch.float16:
         return None
     return compiled_kernels()

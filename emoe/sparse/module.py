@@ -32,9 +32,9 @@ NOT_CALLED = "not called yet"
 
 
 class _Replacement(nn.Module):
-    """A module that replaces a projection and has its parameters and buffers.
+    """A module that replaces a projection, with the same parameters and buffers.
 
-    They have the same names.
+    They keep their names.
     """
 
     def __init__(self, projection: nn.Module) -> None:
@@ -60,8 +60,8 @@ class PassThrough(_Replacement):
 
     Args:
         projection: projection to replace.
-        output: ``input`` or ``one``. For a fused projection, the half of the output that is the
-            input (``first`` or ``last``); the other half is 1.
+        output: what it returns: its ``input``, or ``one``, the number 1. For a fused projection,
+            the half of the output that is the input (``first`` or ``last``); the other half is 1.
     """
 
     def __init__(self, projection: nn.Module, output: str) -> None:
@@ -69,9 +69,9 @@ class PassThrough(_Replacement):
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the sparse out-projection needs here. Multiplies nothing.
+        """Return the input, a 1, or the input beside ones, depending on ``output``.
 
-        This is the input, a 1, or the input beside ones.
+        The FFN's own code combines them, so the sparse out-projection receives the input.
         """
         if self.output == "one":
             return x.new_ones(())
@@ -110,7 +110,8 @@ class SparseFFN(_Replacement):
         layer = self._layer[0]
         if self._has_new_hooks():
             reject_hooks(layer)
-        # the kernels for few tokens know no gradients
+        # The kernels for few tokens compute no gradients. If none is needed, because the user froze
+        # the parameters, they can be used all the same.
         if self.serves and torch.is_grad_enabled() and not self._needs_gradient(x):
             with torch.no_grad():
                 return self.forward(x)
@@ -137,10 +138,9 @@ class SparseFFN(_Replacement):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _has_new_hooks(self) -> bool:
-        """Check if the number of hooks has changed since the first forward pass.
+        """Check if the number of hooks of the FFN's modules has changed since the first pass.
 
-        The hooks are those of the FFN's modules. The first forward pass raises the errors of
-        :func:`reject_hooks`.
+        The first forward pass counts them, and raises the errors of :func:`reject_hooks`.
         """
         if self._hook_counts is None:
             reject_hooks(self._layer[0])
@@ -152,7 +152,7 @@ class SparseFFN(_Replacement):
         return any(len(table) != count for table, count in self._hook_counts)
 
     def _needs_gradient(self, x: Tensor) -> bool:
-        """Check if the FFN's input or a parameter needs a gradient. A user may have frozen them."""
+        """Check if the FFN's input or one of its parameters needs a gradient."""
         if x.requires_grad:
             return True
         layer = self._layer[0]
@@ -163,7 +163,10 @@ class SparseFFN(_Replacement):
         return False
 
     def _current_layout(self, rows: Tensor) -> Layout | None:
-        """Return the layout of the present weights; None if this forward pass does not use it."""
+        """Return the layout of the current weights, None if this forward pass does not use one.
+
+        Make a new layout if the weights have changed.
+        """
         if not self.serves:
             return None
         kernels = kernels_for(rows)
@@ -181,13 +184,13 @@ class SparseFFN(_Replacement):
     def _rounds_scores(self, dtype: torch.dtype) -> bool:
         """Check if the masked products would round the neurons that the score averages.
 
-        Other experts may win then.
+        The sparse products do not round them, and might choose other experts.
         """
         averages_neurons = self._layer[0].config.score in ("gate", "up")
         return averages_neurons and dtype in (torch.bfloat16, torch.float16)
 
     def _serve(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """Compute the FFN of few tokens with the kernels for them.
+        """Compute the FFN of few tokens with a layout's kernels.
 
         Returns:
             Outputs ``[T, h]``, and the expert weights ``[T, N]``. The weights may be None if all
@@ -227,7 +230,7 @@ class SparseFFN(_Replacement):
         return pays_off(rows, expert_size, active)
 
     def _reason_for_mask(self, rows: Tensor) -> str | None:
-        """Return why this forward pass computes the masked products, None if it does not."""
+        """Return why this forward pass computes all neurons and masks them, None if it does not."""
         layer = self._layer[0]
         config = layer.config
         if is_recorded():
@@ -284,7 +287,7 @@ class SparseFFN(_Replacement):
         return super().train(mode)
 
     def forget_layout_(self) -> None:
-        """Have the next forward pass lay out the weights anew."""
+        """Discard the layout, so that the next forward pass that needs one makes it again."""
         self._layout = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -297,13 +300,14 @@ class SparseFFN(_Replacement):
 
 
 def install_(layer: RoutedActivation) -> None:
-    """Replace the modules of a routed FFN by sparse ones."""
+    """Install the sparse backend in a routed FFN: replace the projections and the dropouts."""
     ffn = layer.ffn
     spec = ffn.spec
     layer.replaced = dict([*ffn.projections(), *ffn.between()])
     replacements: dict[str, nn.Module] = {path: nn.Identity() for path in spec.between}
     replacements[spec.proj_out] = SparseFFN(layer)
-    # the FFN's input, beside or times ones, reaches the out-projection unchanged
+    # The FFN's input must reach the out-projection unchanged. The code of a gated FFN multiplies
+    # the up-projection's output, so that is 1.
     for path, module in ffn.in_projections():
         if path == spec.proj_up:
             replacements[path] = PassThrough(module, "one")
@@ -343,7 +347,12 @@ def check_supported(layer: RoutedActivation) -> None:
 
 
 def reject_hooks(layer: RoutedActivation, error: type[Exception] = RuntimeError) -> None:
-    """Raise an error if a module of a routed FFN has a hook that this library did not register."""
+    """Raise an error if a module of a routed FFN has a hook that this library did not register.
+
+    Args:
+        layer: routed FFN, with either backend.
+        error: class of the error.
+    """
     ffn = layer.ffn
     spec = ffn.spec
     # the number of this library's own hooks by path
@@ -367,7 +376,10 @@ def _modules_of(layer: RoutedActivation) -> list[tuple[str, nn.Module]]:
 
 
 def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
-    """Return a module's tables of hooks: forward, forward pre-, backward and backward pre-hooks."""
+    """Return a module's dictionaries of hooks.
+
+    In this order: forward, forward pre-, backward and backward pre-hooks.
+    """
     forward = [module._forward_hooks, module._forward_pre_hooks]
     return [*forward, module._backward_hooks, module._backward_pre_hooks]
 
@@ -389,7 +401,7 @@ def probe_output(layer: RoutedActivation) -> Tensor | None:
     weight = cast(Tensor, ffn.proj_in.weight)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, ffn.h, generator=generator).to(weight)
-    # leave no trace: restore the modes, and do not record these rows
+    # the modes are restored afterwards, and these rows are not recorded
     modes = {child: child.training for child in module.modules()}
     record = layer.record
     layer.record = None

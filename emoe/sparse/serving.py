@@ -1,4 +1,4 @@
-"""Serve few tokens of a frozen FFN.
+"""Compute few tokens with an FFN whose weights do not change.
 
 Only the weights of chosen experts are read, and each of them once.
 """
@@ -22,10 +22,11 @@ _MAX_TOKENS_BFLOAT16 = 16
 
 
 class Layout:
-    """The weights of a frozen FFN by expert.
+    """The weights of an FFN by expert, for kernels that read the weights of one neuron at a time.
 
     They are views if the weights of each neuron lie together in memory, else copies. Linear layers
-    give views of the in-projections and copies of the values. GPT-2's Conv1D gives the opposite.
+    give views of the in-projections and copies of the values. GPT-2's Conv1D gives the opposite. A
+    layout must not be used after the weights have changed (:meth:`is_current`).
 
     Args:
         layer: routed FFN with plain weights on the CPU, in float32 or bfloat16.
@@ -63,7 +64,10 @@ class Layout:
         return self._value_stamp.is_of(self._proj_out)
 
     def _addresses_of_biases(self) -> list[int]:
-        """Return the addresses of the in-projections' biases. SparseFFN adds the output bias."""
+        """Return the addresses of the in-projections' biases in memory.
+
+        The layout does not use the output bias, which SparseFFN adds.
+        """
         biases = [bias_of(module) for module in self._in_projections]
         return [bias.data_ptr() for bias in biases if bias is not None]
 
@@ -84,14 +88,17 @@ class Layout:
         if len(neurons) > 1:
             hidden = hidden * neurons[1]
         if weights is not None:
-            # by expert, as the kernels order the pairs
+            # the weights of the chosen pairs, sorted by expert and then token as in the kernels
             per_pair = weights.t()[mask.t()]
             hidden = hidden * per_pair.unsqueeze(1).to(hidden.dtype)
         return self._kernels.few_scatter_mm(hidden, mask, self._values)
 
 
 def can_serve(layer: RoutedActivation) -> bool:
-    """Check if the kernels take a routed FFN's weights."""
+    """Check if the kernels take a routed FFN's weights.
+
+    They take contiguous weights on the CPU, all in float32 or all in bfloat16.
+    """
     weights = [weight_of(module) for _, module in layer.ffn.projections()]
     dtype = weights[0].dtype
     if dtype not in _DTYPES:
@@ -105,7 +112,10 @@ def can_serve(layer: RoutedActivation) -> bool:
 
 
 def are_few(rows: Tensor) -> bool:
-    """Check if :meth:`Layout.compute` should be the fastest for the tokens of inputs ``[T, h]``."""
+    """Check if inputs ``[T, h]`` have few enough tokens for a layout.
+
+    With more tokens, other products should be faster than :meth:`Layout.compute`.
+    """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     max_tokens = _MAX_TOKENS
     if rows.dtype == torch.bfloat16 and has_avx512:

@@ -43,6 +43,15 @@ def test_loads_by_label() -> None:
         assert int(layer.loads.sum()) == 48
 
 
+def test_empty_labels_are_no_labels() -> None:
+    model = classifiers.bert(classifiers.METHODS["emoe"])
+    with emoe.record_routing(model) as record:
+        record.set_labels(torch.zeros(0, dtype=torch.int64))
+        model(input_ids=torch.randint(3, 60, (4, 6)))
+    assert record.layers[2].tokens == 24
+    assert record.layers[2].by_label == {}
+
+
 def test_drops_windows_and_the_table() -> None:
     model = converted.model("bert", layers=[1, 2], capacity_factor=1.0)
     with emoe.record_routing(model, window=2) as record:
