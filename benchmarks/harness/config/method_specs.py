@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -217,14 +218,7 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
         return None
 
     if method.top_k_fraction is not None:
-        # without num_experts, a fraction below 1 is refused here
-        top_k = method.top_k_fraction * values.get("num_experts", 1)
-        if top_k != int(top_k) or top_k < 1:
-            raise DefinitionError(
-                f"{where}: top_k_fraction {method.top_k_fraction} of the experts "
-                f"is {top_k:g} experts"
-            )
-        values["top_k"] = int(top_k)
+        values["top_k"] = _top_k(method.top_k_fraction, values.get("num_experts"), where)
     if values.get("partition_seed") == "run":
         values["partition_seed"] = seed
 
@@ -237,6 +231,26 @@ def _config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
         return config(**values).to_dict()
     except (ConfigError, TypeError) as error:  # TypeError: a field without a default is missing
         raise DefinitionError(f"{where}: {error}") from error
+
+
+def _top_k(fraction: float, num_experts: int | None, where: str) -> int:
+    """Return ``top_k_fraction`` as a number of experts. Refuse one that is not whole, or below 1.
+
+    Args:
+        fraction: The value of ``top_k_fraction``.
+        num_experts: The number of experts; None if no file sets it.
+        where: The file, the keys and the method, for messages.
+    """
+    if num_experts is None:
+        raise DefinitionError(f"{where} sets 'top_k_fraction' but no 'num_experts', which it needs")
+    product = fraction * num_experts
+    top_k = round(product)
+    # a rounding error is no fault: 0.28 * 25 is 7.000000000000001
+    if top_k < 1 or not math.isclose(product, top_k):
+        raise DefinitionError(
+            f"{where}: top_k_fraction {fraction} of the experts is {product:g} experts"
+        )
+    return top_k
 
 
 def check_frozen(
