@@ -85,7 +85,7 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
-    """Return True if a parameter belongs to one of the modules with these paths."""
+    """Return True if the parameter ``name`` belongs to one of the modules with these paths."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
