@@ -118,7 +118,7 @@ def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
     label = task.get("label", "label")
     columns = {label: label, **layout["columns"]}
     where = layout.get("where")
-    names = layout.get("label_names")
+    names = layout.get("label_names", {})
     unlabelled = {None, ""}
     for value in task.get("unlabelled", []):
         unlabelled.add(str(value))
@@ -131,7 +131,7 @@ def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
             continue
         row = {name: cells.get(column) for name, column in columns.items()}
         given = row[label]
-        must_rename = names and given not in unlabelled
+        must_rename = bool(names) and given not in unlabelled
         if must_rename and given not in names:
             choices = ", ".join(names)
             raise SystemExit(f"{file}, row {number}: '{given}' is no label; choose from {choices}")
